@@ -1,0 +1,122 @@
+"""Pictures, each as the bytes of a PNG: a run's curves; images, gradients and perturbations of
+models."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+GREEN, RED = "#2a9d4a", "#c8323c"
+
+
+def to_png(figure: Figure, dpi: int = 110) -> bytes:
+    out = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(out, format="png", dpi=dpi)
+    return out.getvalue()
+
+
+def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
+    """A run's loss, penalty and accuracy against epochs, from metrics.csv's rows."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 3)
+    groups = (
+        ("loss", {"loss": "total", "ce": "cross-entropy", "penalty": "penalty"}),
+        ("mean L1 norm of the input gradient", {"grad_l1": "normalised units"}),
+        ("accuracy on the fixed subset", {"clean_accuracy": "clean", "pgd10_accuracy": "PGD-10"}),
+    )
+    for axes, (name, columns) in zip(panels, groups, strict=True):
+        for column, label in columns.items():
+            points = [(r["epoch"], r[column]) for r in rows if column in r and "epoch" in r]
+            if any(y != 0 for _, y in points):
+                axes.plot(
+                    *zip(*points, strict=True),
+                    label=label,
+                    marker="." if len(points) < 40 else None,
+                )
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
+        else:
+            axes.text(
+                0.5, 0.5, "not computed\nby this method", ha="center", transform=axes.transAxes
+            )
+    panels[2].set_ylim(0, 1)
+    return to_png(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelView:
+    """One model's columns in draw_pictures, for the same B images."""
+
+    name: str
+    grad_BCHW: Tensor
+    """Gradient of each image's own cross-entropy with respect to its 0..1 pixels."""
+    adversarial_BCHW: Tensor
+    clean_B: Tensor
+    """Class predicted for the image."""
+    attacked_B: Tensor
+    """Class predicted for the adversarial image."""
+
+
+def draw_pictures(
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    views: Sequence[ModelView],
+    classes: Sequence[str],
+    eps: float,
+) -> bytes:
+    """A row an image: the image, then for each model its input gradient (with its L1 norm), the
+    attack's perturbation and the attacked image, framed green where the model is still right and
+    red where not.
+
+    A gradient's colours reach to its own 99.5th percentile: the norms, which differ by orders of
+    magnitude between models, are printed instead.
+    """
+    rows, columns = len(images_BCHW), 1 + 3 * len(views)
+    figure = Figure(figsize=(1.35 * columns + 0.2, 1.52 * rows + 0.9), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        show(grid[row][0], images_BCHW[row])
+        grid[row][0].set_xlabel(classes[int(labels_B[row])], fontsize=8)
+        for index, view in enumerate(views):
+            gradient, perturbation, attacked = grid[row][1 + 3 * index : 4 + 3 * index]
+            grad = view.grad_BCHW[row].float().sum(0)
+            limit = float(torch.quantile(grad.abs().flatten(), 0.995)) or 1.0
+            signed(gradient, grad, limit)
+            gradient.set_xlabel(f"L1 {float(view.grad_BCHW[row].abs().sum()):.3g}", fontsize=8)
+            signed(perturbation, (view.adversarial_BCHW[row] - images_BCHW[row]).mean(0), eps)
+            show(attacked, view.adversarial_BCHW[row])
+            before, after = int(view.clean_B[row]), int(view.attacked_B[row])
+            robust = after == int(labels_B[row])
+            attacked.set_xlabel(f"{classes[before]} → {classes[after]}", fontsize=8)
+            for spine in attacked.spines.values():
+                spine.set(color=GREEN if robust else RED, linewidth=3)
+    grid[0][0].set_title("image", fontsize=9)
+    for index, view in enumerate(views):
+        names = (
+            f"{view.name}\ninput gradient",
+            f"perturbation\n(±{eps:.3g})",
+            "attacked\n(before → after)",
+        )
+        for axes, name in zip(grid[0][1 + 3 * index : 4 + 3 * index], names, strict=True):
+            axes.set_title(name, fontsize=9)
+    return to_png(figure)
+
+
+def show(axes, image_CHW: Tensor) -> None:
+    axes.imshow(image_CHW.permute(1, 2, 0).clamp(0, 1).cpu().numpy().astype(np.float32))
+    axes.set(xticks=[], yticks=[])
+
+
+def signed(axes, values_HW: Tensor, limit: float) -> None:
+    axes.imshow(values_HW.cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axes.set(xticks=[], yticks=[])

@@ -1,0 +1,163 @@
+"""Files that are whole or absent: checkpoints, exports, and any other file of a run."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from fastgn.config import UserError, check, run_folder
+
+FORMAT = 1
+"""Of the checkpoint's content; raised when an older reader could not use it."""
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that appears at `path` only when all of it is on the disk.
+
+    Raises UserError when the disk is full or refuses; nothing half-written stays behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in RuntimeError
+        cause = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else str(error).split("\n")[0]
+        )
+        raise UserError(
+            f"{path} cannot be written: {cause}; what was there before is untouched"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes | str) -> None:
+    """Writes a whole file atomically."""
+    with atomic_open(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically, indented, keys in the order given."""
+    write_bytes(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+class Checkpoints:
+    """A run's checkpoints/: the last few, and best.pt."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder / "checkpoints"
+        self.keep = keep
+
+    def path(self, update: int) -> Path:
+        return self.folder / f"update_{update:08d}.pt"
+
+    def all(self) -> list[Path]:
+        """Oldest first, best.pt aside."""
+        found = (
+            p for p in self.folder.glob("update_*.pt") if re.fullmatch(r"update_\d+\.pt", p.name)
+        )
+        return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
+
+    def last(self) -> Path | None:
+        paths = self.all()
+        return paths[-1] if paths else None
+
+    def save(self, state: Mapping[str, Any], update: int, *, best: bool = False) -> Path:
+        """Writes update_N.pt, and best.pt as a second name of the same file; removes the oldest."""
+        path = self.path(update)
+        with atomic_open(path) as file:
+            torch.save({"format": FORMAT, **state}, file)
+        if best:
+            self._link(path, self.folder / "best.pt")
+        for old in self.all()[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    @staticmethod
+    def _link(path: Path, name: Path) -> None:
+        temporary = name.with_name(f".{name.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            write_bytes(temporary, path.read_bytes())
+        os.replace(temporary, name)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU. Runs no code from the file.
+
+    Raises UserError: absent, cut short, flipped bits (every checksum in the file is verified), or
+    not a checkpoint of this program.
+    """
+    check(path.is_file(), f"{path}: there is no such checkpoint")
+    others = [p.name for p in sorted(path.parent.glob("*.pt")) if p != path]
+    hint = f"; others there: {', '.join(others)}" if others else ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        check(bad is None, f"{path} is corrupt (checksum of {bad}){hint}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        EOFError,
+        OSError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(f"{path} is corrupt ({str(error).splitlines()[0]}){hint}") from None
+    check(
+        isinstance(state, dict) and state.get("format") == FORMAT,
+        f"{path} is not a checkpoint of fastgn.train, format {FORMAT}",
+    )
+    return state
+
+
+def find_checkpoint(where: Path) -> Path:
+    """The checkpoint that --resume names: a file, or the last one of a run's folder."""
+    if where.is_file():
+        return where
+    check(where.is_dir(), f"--resume {where}: there is no such run or checkpoint")
+    last = Checkpoints(run_folder(where / "config.toml"), 1).last()
+    if last is None:
+        raise UserError(f"--resume {where}: no checkpoint below it")
+    return last
+
+
+def export_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Weights as safetensors with the metadata's values as JSON in the header (key 'fastgn')."""
+    tensors = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
+    write_bytes(path, to_safetensors(tensors, metadata={"fastgn": json.dumps(metadata)}))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What export_weights put into the header. Raises UserError where it did not."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from None
+    check("fastgn" in header, f"{path} was not exported by fastgn.train: it carries no config")
+    return json.loads(header["fastgn"])

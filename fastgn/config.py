@@ -1,0 +1,564 @@
+"""The configuration of a run: frozen dataclasses, checked at birth.
+
+Every field is a flag of ``python -m fastgn.train`` and a key of a recipe: a recipe is a command
+line written down. Later sources win: field defaults < recipe (TOML) < command line. Names are those
+of timm, or of ARES for the attacks, wherever one exists.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+import tyro
+
+METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs")
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that names the value given and what would be right."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """' Did you mean X?', or the list of what is valid when nothing is near."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+
+
+def parse_number(text: str | float) -> float:
+    """A float or a fraction such as '4/255'. Raises UserError on anything else."""
+    try:
+        numerator, _, denominator = str(text).partition("/")
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"{text!r} is not a number; write 0.0157 or 4/255") from None
+    return value
+
+
+Fraction = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|N/M",
+        instance_from_str=lambda args: parse_number(args[0]),
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+def check_pixels(name: str, value: float) -> None:
+    """Raises UserError unless value is a distance in 0..1 pixel units."""
+    check(
+        math.isfinite(value) and 0 <= value <= 1,
+        f"{name} {value:g} is out of range: eps counts in 0..1 pixel units, write {name} 4/255",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchitectureConfig:
+    """The network."""
+
+    model: str = "swin_b"
+    """Any timm model name, or swin_t, swin_s, swin_b, swin_l, resnet50, preact_resnet18 (CIFAR)."""
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments of the model's constructor, each as key=value (timm's --model-kwargs)."""
+    pretrained: bool = False
+    """Start from timm's weights, fetched from the hub."""
+    initial_checkpoint: str | None = None
+    """Start from a local file (.safetensors, .pt, .pth) or from a finished run's folder."""
+    activation: str | None = None
+    """Replace every activation by this one (gelu, silu, relu, ...); None keeps the model's own."""
+    img_size: int | None = None
+    """Side of the square input in pixels; None takes the model's own."""
+    num_classes: int | None = None
+    """Checked against the data; None takes the data's."""
+    drop: float = 0.0
+    """Dropout rate of the head."""
+    drop_path: float = 0.0
+    """Stochastic depth rate."""
+    mean: tuple[float, float, float] | None = None
+    """Per-channel mean of the normalisation inside the model; None takes the model's own."""
+    std: tuple[float, float, float] | None = None
+    """Per-channel standard deviation of the normalisation; None takes the model's own."""
+
+    def __post_init__(self) -> None:
+        model_kwargs(self.model_kwargs)
+        for name in ("drop", "drop_path"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"--{flag(name)} {value} is not a rate in [0, 1)")
+        check(self.img_size is None or self.img_size > 0, f"--img-size {self.img_size} must be > 0")
+        check(
+            self.num_classes is None or self.num_classes > 1,
+            f"--num-classes {self.num_classes} must be at least 2",
+        )
+        check(
+            self.std is None or min(self.std) > 0,
+            f"--std {self.std} must be positive in every channel",
+        )
+        check(
+            not (self.pretrained and self.initial_checkpoint),
+            "--pretrained and --initial-checkpoint both give the weights to start from: take one",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig:
+    """The images, and how they are grouped."""
+
+    data: Literal["digits", "cifar10", "imagefolder"] | None = None
+    """None: imagefolder when --data-dir is given, else scikit-learn's embedded digits."""
+    data_dir: str | None = None
+    """ImageFolder tree; CIFAR-10 as python batches, .npz or image folder (none given:
+    downloaded)."""
+    train_split: str = "train"
+    """Folder of training images below an ImageFolder's --data-dir."""
+    val_split: str = "val"
+    """Folder of validation images below an ImageFolder's --data-dir."""
+    loader: Literal["auto", "device", "torch"] = "auto"
+    """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
+    processes. auto: device for digits and cifar10, torch for image folders."""
+    workers: int = 4
+    """Worker processes of the torch loader, for each rank."""
+    batch_size: int | None = None
+    """Images a rank and micro-batch. None: 32 on CUDA, 8 on CPU."""
+    grad_accum_steps: int = 1
+    """Micro-batches accumulated into one update."""
+    global_batch_size: int | None = None
+    """Images an update over all ranks; sets grad_accum_steps, and must divide evenly."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum_steps", "global_batch_size"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"--{flag(name)} {value} must be at least 1")
+        check(self.workers >= 0, f"--workers {self.workers} must be at least 0")
+        check(
+            self.global_batch_size is None or self.grad_accum_steps == 1,
+            "--global-batch-size sets --grad-accum-steps: give one of the two",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig:
+    """What is done to training images. The defaults are timm's, but for mixing, which is off."""
+
+    aa: str | None = None
+    """timm's auto-augment policy, such as rand-m9-mstd0.5-inc1 (torch loader)."""
+    color_jitter: float = 0.4
+    """Colour jitter (torch loader; timm leaves it out where --aa is given)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area range of the random resized crop (torch loader)."""
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """Interpolation of the random resized crop (torch loader)."""
+    crop_pct: float = 0.875
+    """Share of the resized image's side that the centre crop of evaluation keeps (torch loader)."""
+    crop_padding: int | None = None
+    """Random shift in pixels (device loader); None: 1/8 of the side for cifar10, 1/16 for
+    digits."""
+    hflip: float | None = None
+    """Probability of a horizontal flip; None: 0.5, but 0 for digits."""
+    reprob: float = 0.0
+    """Random erasing's probability."""
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    """Random erasing's fill: zero, one colour, or noise in every pixel."""
+    mixup: float = 0.0
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: float = 0.0
+    """Alpha of cutmix; 0 turns it off."""
+    mixup_switch_prob: float = 0.5
+    """Probability of cutmix where both are on."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+
+    def __post_init__(self) -> None:
+        for name in ("reprob", "mixup_switch_prob", "hflip"):
+            value = getattr(self, name)
+            check(
+                value is None or 0 <= value <= 1,
+                f"--{flag(name)} {value} is not a probability in [0, 1]",
+            )
+        check(0 <= self.smoothing < 1, f"--smoothing {self.smoothing} must lie in [0, 1)")
+        check(0 < self.crop_pct <= 1, f"--crop-pct {self.crop_pct} must lie in (0, 1]")
+        for name in ("mixup", "cutmix", "color_jitter"):
+            value = getattr(self, name)
+            check(value >= 0, f"--{flag(name)} {value} must be at least 0")
+        low, high = self.scale
+        check(0 < low <= high <= 1, f"--scale {low} {high} must satisfy 0 < low <= high <= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised. Source of the defaults: arXiv 2409.20139, equation 2."""
+
+    method: Literal["natural", "gradnorm", "pgd_at", "fgsm_rs"] = "gradnorm"
+    """natural: cross-entropy; gradnorm: plus the L1 norm of its input gradient, by double backprop;
+    pgd_at: cross-entropy at PGD's images; fgsm_rs: the same after one step from a random start."""
+    ce_weight: float = 0.8
+    """gradnorm: weight of the cross-entropy."""
+    gn_weight: float = 1.2
+    """gradnorm: weight of the penalty."""
+    eps: Fraction = 4 / 255
+    """gradnorm: the penalty's radius in 0..1 pixel units."""
+    sigma: float = 0.225
+    """gradnorm: pixel units in one normalised unit; one number for all channels, as in the
+    paper."""
+    ramp_epochs: float = 5.0
+    """Epochs over which the penalty's weight, or the attack's step, grows linearly to its full
+    value."""
+    attack_eps: Fraction = 4 / 255
+    """pgd_at, fgsm_rs: Linf radius in 0..1 pixel units."""
+    attack_step: Fraction | None = None
+    """pgd_at, fgsm_rs: step in pixel units; None: 2 eps / attack_it for pgd_at, 1.25 eps for
+    fgsm_rs."""
+    attack_it: int = 3
+    """pgd_at: steps."""
+    attack_select: Literal["last", "best", "paper"] = "last"
+    """pgd_at: train on the last iterate, or on the best of all (one forward more). paper: best,
+    with the extra forward on un-normalised images, as the paper's code has it."""
+    attack_weight_grads: bool = False
+    """pgd_at: compute, all-reduce and discard weight gradients at every attack step, as the paper's
+    code does. For cost comparisons alone: the images are the same."""
+
+    def __post_init__(self) -> None:
+        check(self.method in METHODS, f"--method {self.method!r}: {nearest(self.method, METHODS)}")
+        check_pixels("--eps", self.eps)
+        check_pixels("--attack-eps", self.attack_eps)
+        if self.attack_step is not None:
+            check_pixels("--attack-step", self.attack_step)
+        check(self.sigma > 0, f"--sigma {self.sigma} must be positive")
+        check(self.attack_it > 0, f"--attack-it {self.attack_it} must be at least 1")
+        check(self.ramp_epochs >= 0, f"--ramp-epochs {self.ramp_epochs} must be at least 0")
+        for name in ("ce_weight", "gn_weight"):
+            value = getattr(self, name)
+            check(value >= 0, f"--{flag(name)} {value} must be at least 0")
+
+    @property
+    def step_size(self) -> float:
+        """The attack's step in pixel units, the method's default filled in."""
+        if self.attack_step is not None:
+            return self.attack_step
+        return (
+            1.25 * self.attack_eps
+            if self.method == "fgsm_rs"
+            else 2 * self.attack_eps / self.attack_it
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step runs."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """One compiled graph for the whole step; off: eager double backprop. auto: on for CUDA, off on
+    CPU, where a short run does not win back the time to compile."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 autocast with fp32 weights."""
+    activation_memory_budget: float = 1.0
+    """Share of the activations that the compiled step keeps; the rest is recomputed (see
+    README)."""
+    clip_grad: float | None = None
+    """Clip the gradient's global L2 norm to this."""
+    train_in_eval_mode: bool = False
+    """Quirk of the paper's code: train with the model in eval mode, which freezes BatchNorm."""
+    accumulation: Literal["mean", "sum"] = "mean"
+    """Average the micro-batches' losses, or sum them before clipping, as the paper's code does."""
+    sync_micro_batches: bool = False
+    """Quirk of the paper's code: synchronise the device after every micro-batch (for timing
+    alone)."""
+
+    def __post_init__(self) -> None:
+        check(
+            0 < self.activation_memory_budget <= 1,
+            f"--activation-memory-budget {self.activation_memory_budget} must lie in (0, 1]",
+        )
+        check(
+            self.clip_grad is None or self.clip_grad > 0,
+            f"--clip-grad {self.clip_grad} must be positive; leave it out for no clipping",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, cosine with warm-up, and the average of the weights."""
+
+    opt: Literal["adamw", "fusedadamw"] = "adamw"
+    """adamw: torch's (fused on CUDA); fusedadamw: NVIDIA apex's FusedAdam."""
+    epochs: int = 100
+    """Passes over the training images."""
+    lr: float | None = None
+    """Peak learning rate; None: lr_base * global batch / lr_base_size."""
+    lr_base: float = 6.25e-4
+    """Peak learning rate at a global batch of lr_base_size."""
+    lr_base_size: int = 512
+    """See lr_base."""
+    weight_decay: float = 0.05
+    """Of matrices and convolutions alone: norms, biases and relative-position tables have none."""
+    opt_eps: float = 1e-8
+    """AdamW's epsilon."""
+    opt_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warm-up."""
+    warmup_lr: float = 1e-5
+    """Learning rate at the first update."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+    sched_on_updates: bool = True
+    """Move the learning rate at every update; the paper's code moves it once an epoch."""
+    model_ema: bool = True
+    """Keep an exponential moving average of the weights in fp32; it is what is evaluated and
+    exported."""
+    model_ema_decay: float = 0.9998
+    """Decay of the average, an update."""
+
+    def __post_init__(self) -> None:
+        check(self.epochs > 0, f"--epochs {self.epochs} must be at least 1")
+        for name in ("lr", "lr_base", "lr_base_size", "opt_eps"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"--{flag(name)} {value} must be positive")
+        for name in ("weight_decay", "warmup_epochs", "warmup_lr", "min_lr"):
+            value = getattr(self, name)
+            check(value >= 0, f"--{flag(name)} {value} must be at least 0")
+        check(
+            0 <= self.model_ema_decay < 1,
+            f"--model-ema-decay {self.model_ema_decay} must lie in [0, 1)",
+        )
+        check(
+            self.warmup_epochs < self.epochs,
+            f"--warmup-epochs {self.warmup_epochs:g} must be fewer than --epochs {self.epochs}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The run itself: where, how often, on what."""
+
+    recipe: str | None = None
+    """A recipe's name (fastgn/recipes) or a TOML file; the command line overrides it."""
+    output: str | None = None
+    """The run's folder; None: runs/<time>-<model>-<method>."""
+    resume: str | None = None
+    """A run's folder or one of its checkpoints, continued exactly; 'auto': --output, if it has
+    one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda where there is one, else cpu."""
+    seed: int = 0
+    """Of everything: all randomness is a function of (seed, step, rank) or (seed, epoch, image)."""
+    max_updates: int | None = None
+    """Stop after this many updates, for trials; the schedule stays that of --epochs."""
+    log_interval: int = 50
+    """Updates between log rows, where alone the host waits for the device."""
+    checkpoint_interval: int | None = None
+    """Updates between checkpoints; None: one an epoch."""
+    checkpoint_hist: int = 2
+    """Checkpoints kept, the best one aside."""
+    eval_interval: int = 1
+    """Epochs between evaluations on the fixed subset."""
+    eval_images: int = 512
+    """Size of the fixed validation subset; 0 turns evaluation off."""
+    eval_eps: Fraction | None = None
+    """Linf radius of the PGD-10 watched during training; None: the method's own radius."""
+    log_wandb: bool = False
+    """Log to Weights & Biases as well."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "log_interval",
+            "checkpoint_interval",
+            "checkpoint_hist",
+            "eval_interval",
+            "max_updates",
+        ):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"--{flag(name)} {value} must be at least 1")
+        check(self.eval_images >= 0, f"--eval-images {self.eval_images} must be at least 0")
+        if self.eval_eps is not None:
+            check_pixels("--eval-eps", self.eval_eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains an image classifier; see the groups below. Example: --recipe quickstart_gradnorm"""
+
+    architecture: tyro.conf.OmitArgPrefixes[ArchitectureConfig] = ArchitectureConfig()
+    dataset: tyro.conf.OmitArgPrefixes[DatasetConfig] = DatasetConfig()
+    augmentation: tyro.conf.OmitArgPrefixes[AugmentationConfig] = AugmentationConfig()
+    objective: tyro.conf.OmitArgPrefixes[ObjectiveConfig] = ObjectiveConfig()
+    step: tyro.conf.OmitArgPrefixes[StepConfig] = StepConfig()
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = OptimizerConfig()
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = RunConfig()
+
+    @property
+    def eval_eps(self) -> float:
+        """Linf radius of the PGD-10 watched during training, in 0..1 pixel units."""
+        if self.run.eval_eps is not None:
+            return self.run.eval_eps
+        adversarial = self.objective.method in ("pgd_at", "fgsm_rs")
+        return self.objective.attack_eps if adversarial else self.objective.eps
+
+    def replace(self, **values: Any) -> "Config":
+        """A copy with flat keys (those of recipes) replaced. Raises UserError on an unknown key."""
+        groups: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            check(name in FIELDS, f"unknown key {key!r}: {nearest(name, FIELDS)}")
+            groups.setdefault(FIELDS[name], {})[name] = coerce(name, value)
+        return dataclasses.replace(
+            self,
+            **{g: dataclasses.replace(getattr(self, g), **v) for g, v in groups.items()},
+        )
+
+    def replace_group(self, group: str, values: dict[str, Any]) -> "Config":
+        """A copy with fields of one group replaced, None included."""
+        return dataclasses.replace(
+            self, **{group: dataclasses.replace(getattr(self, group), **values)}
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """{key: value} over all groups, unset (None) keys left out."""
+        pairs = {k: getattr(getattr(self, group), k) for k, group in FIELDS.items()}
+        return {k: v for k, v in pairs.items() if v is not None}
+
+    def changed(self, other: "Config", group: str) -> list[str]:
+        """'key: ours, not theirs' for every key of a group in which two configs differ."""
+        mine, theirs = getattr(self, group), getattr(other, group)
+        pairs = (
+            (f.name, getattr(mine, f.name), getattr(theirs, f.name))
+            for f in dataclasses.fields(mine)
+        )
+        return [f"{name}: {ours!r}, not {there!r}" for name, ours, there in pairs if ours != there]
+
+    @staticmethod
+    def from_toml(text: str) -> "Config":
+        """The defaults with a recipe's text laid over them. Raises UserError."""
+        try:
+            return Config().replace(**tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"not TOML: {error}") from None
+
+    def to_toml(self) -> str:
+        """The resolved config as a recipe."""
+        return tomli_w.dumps(
+            {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat().items()}
+        )
+
+
+FIELDS: dict[str, str] = {
+    field.name: group.name
+    for group in dataclasses.fields(Config)
+    for field in dataclasses.fields(group.default)  # type: ignore[arg-type]
+}
+"""Recipe key -> the group that it belongs to."""
+
+
+def flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def coerce(name: str, value: Any) -> Any:
+    """A recipe's value as its field's type. Raises UserError where it does not fit."""
+    group = typing.get_type_hints(Config, include_extras=False)[FIELDS[name]]
+    hint = typing.get_type_hints(group)[name]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = tuple(o for o in options if o is not type(None))
+    kind = options[0]
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        check(value in choices, f"{name} = {value!r}: {nearest(str(value), choices)}")
+        return value
+    if origin is tuple:
+        items, want = value, typing.get_args(kind)
+        fits = isinstance(items, (list, tuple)) and (want[-1] is ... or len(items) == len(want))
+        check(fits, f"{name} = {value!r} should be a list of {len(want)} values")
+        return tuple(str(v) if want[0] is str else float(v) for v in items)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return parse_number(value)
+    right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    check(right, f"{name} = {value!r} should be of type {kind.__name__}")
+    return value
+
+
+def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
+    """('depths=(2, 2)', ...) -> {'depths': (2, 2), ...}; a value that is no literal stays a
+    string."""
+    out = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        check(bool(equals and key), f"--model-kwargs {pair!r} should be key=value")
+        try:
+            out[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[key] = value
+    return out
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("fastgn").joinpath("recipes").iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+
+
+def load_recipe(name_or_file: str) -> Config:
+    """The defaults with a recipe laid over them. Raises UserError: unknown name, key or value."""
+    path = Path(name_or_file)
+    if path.suffix == ".toml":
+        check(path.is_file(), f"--recipe {name_or_file}: there is no such file")
+        text = path.read_text()
+    else:
+        names = recipe_names()
+        check(name_or_file in names, f"--recipe {name_or_file!r}: {nearest(name_or_file, names)}")
+        text = resources.files("fastgn").joinpath("recipes", f"{name_or_file}.toml").read_text()
+    try:
+        return Config.from_toml(text)
+    except UserError as error:
+        raise UserError(f"--recipe {name_or_file}: {error}") from None
+
+
+def flag_value(args: Sequence[str], name: str) -> str | None:
+    """The value of --name in a command line, before it is parsed as a whole."""
+    for index, arg in enumerate(args):
+        if arg == f"--{name}" and index + 1 < len(args):
+            return args[index + 1]
+        if arg.startswith(f"--{name}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def parse_config(args: Sequence[str] | None = None) -> Config:
+    """The command line's config: recipe first, then flags. ``--resume RUN`` without a recipe starts
+    from the config that RUN saved. Raises UserError; a flag that tyro refuses exits with 2."""
+    args = list(sys.argv[1:] if args is None else args)
+    recipe, resume = flag_value(args, "recipe"), flag_value(args, "resume")
+    default = Config()
+    if recipe is not None:
+        default = load_recipe(recipe)
+    elif resume not in (None, "auto"):
+        folder = run_folder(Path(str(resume)))
+        check(
+            (folder / "config.toml").is_file(), f"--resume {resume}: no run there (no config.toml)"
+        )
+        default = load_recipe(str(folder / "config.toml")).replace(output=str(folder))
+    return tyro.cli(Config, args=args, default=default, prog="fastgn.train")
+
+
+def run_folder(path: Path) -> Path:
+    """The run that a path names: its folder, or a file in it or in its checkpoints/."""
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == "checkpoints" else folder

@@ -1,0 +1,88 @@
+"""One process or many: ranks, the device, and the few collectives outside DDP's own."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastgn.config import check
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among the run's."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: "torch.distributed.ProcessGroup | None" = None
+    """A gloo group beside nccl's, so that hosts can agree without waiting for their devices."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so. Host to host: no device is waited for."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag))
+        torch.distributed.all_reduce(value, group=self.control)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def session(device: str = "auto") -> Iterator[World]:
+    """Joins torchrun's process group (nccl on CUDA, gloo on CPU); one process needs none.
+
+    device: auto, cpu or cuda. Raises UserError where CUDA is demanded and absent, or where more
+    processes than GPUs were started.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    has_cuda = torch.cuda.is_available()
+    check(
+        device != "cuda" or has_cuda,
+        "--device cuda: this machine has no CUDA device (or torch was built without CUDA); use "
+        "--device cpu",
+    )
+    kind = "cuda" if has_cuda and device != "cpu" else "cpu"
+    chosen = torch.device("cpu")
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        check(
+            local_rank < count,
+            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', size)} processes for {count} "
+            "CUDA devices:"
+            f" lower --nproc-per-node to {count}",
+        )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    torch.distributed.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        timeout=timedelta(minutes=30),
+        device_id=chosen if kind == "cuda" else None,
+    )
+    try:
+        control = torch.distributed.new_group(backend="gloo")
+        yield World(torch.distributed.get_rank(), size, chosen, cast(Any, control))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,295 @@
+"""Name -> network: timm's, with the normalisation inside, the activations chosen and every operator
+twice differentiable."""
+
+import dataclasses
+import inspect
+import pickle
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import get_act_layer, set_fused_attn
+from torch import Tensor, nn
+
+from fastgn.config import ArchitectureConfig, UserError, check, model_kwargs, nearest
+from fastgn.preact_resnet import PreActResNet18
+
+ALIASES = {
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "swin_l": "swin_large_patch4_window7_224",
+}
+OWN = {"preact_resnet18": PreActResNet18}
+PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
+ACTIVATIONS = (
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "silu",
+    "mish",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+)
+
+
+class Classifier(nn.Module):
+    """0..1 pixels -> logits: the normalisation is part of the network, so attacks work in pixels.
+
+    normalize: images_BCHW in 0..1 to the backbone's units. backbone: timm's network, timm's keys.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], img_size: int
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.img_size = img_size
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        return (images_BCHW - self.mean) / self.std
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.backbone(self.normalize(images_BCHW))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """What was done to the network, for the log."""
+
+    parameters: int
+    swapped_activations: int
+    unfused_attentions: int
+    piecewise_linear: dict[str, int]
+    """Class name -> how many are left: operators that gradnorm gets no signal through."""
+
+    def lines(self, cfg: ArchitectureConfig) -> list[str]:
+        out = [f"{cfg.model}: {self.parameters / 1e6:.2f} M parameters"]
+        if cfg.activation:
+            out.append(f"{self.swapped_activations} activations replaced by {cfg.activation}")
+        if self.unfused_attentions:
+            out.append(
+                f"{self.unfused_attentions} fused attentions switched off: they have no double "
+                "backward"
+            )
+        return out
+
+
+def build_model(cfg: ArchitectureConfig, num_classes: int) -> tuple[Classifier, ModelReport]:
+    """The configured network on the CPU, in fp32.
+
+    Raises UserError: unknown name, argument or activation, an image size the network cannot take,
+    weights that cannot be had or belong to another network.
+    """
+    check(
+        cfg.num_classes in (None, num_classes),
+        f"--num-classes {cfg.num_classes} does not fit the data, which has {num_classes}",
+    )
+    name = check_name(cfg)
+    backbone = create(name, cfg, num_classes)
+    swapped = swap_activations(backbone, cfg.activation) if cfg.activation else 0
+    unfused = switch_off_fused_attention(backbone)
+    if cfg.initial_checkpoint:
+        weights = read_weights(initial_file(Path(cfg.initial_checkpoint)))
+        load_weights(backbone, weights, f"--initial-checkpoint {cfg.initial_checkpoint}")
+    defaults = getattr(backbone, "pretrained_cfg", None) or {}
+    side = cfg.img_size or defaults.get("input_size", (3, 224, 224))[-1]
+    model = Classifier(
+        backbone,
+        cfg.mean or defaults.get("mean") or IMAGENET_DEFAULT_MEAN,
+        cfg.std or defaults.get("std") or IMAGENET_DEFAULT_STD,
+        side,
+    )
+    probe(model, cfg, num_classes)
+    kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
+    count = sum(p.numel() for p in backbone.parameters())
+    return model, ModelReport(count, swapped, unfused, dict(kinds))
+
+
+def check_name(cfg: ArchitectureConfig) -> str:
+    """The network's full name. Raises UserError where name, activation or start cannot be: the
+    checks that need no data."""
+    name = ALIASES.get(cfg.model, cfg.model)
+    if name not in OWN and not timm.is_model(name):
+        raise UserError(
+            f"--model {cfg.model!r} is unknown: "
+            f"{nearest(name, [*ALIASES, *OWN, *timm.list_models()])}"
+        )
+    if cfg.activation:
+        activation_layer(cfg.activation)
+    if cfg.initial_checkpoint:
+        initial_file(Path(cfg.initial_checkpoint))
+    return name
+
+
+def create(name: str, cfg: ArchitectureConfig, num_classes: int) -> nn.Module:
+    """The bare network."""
+    kwargs = {"num_classes": num_classes, "drop_rate": cfg.drop, **model_kwargs(cfg.model_kwargs)}
+    if name in OWN:
+        check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
+        known = inspect.signature(OWN[name]).parameters
+        for key in kwargs:
+            check(key in known, f"--model-kwargs {key}: unknown to {name}; {nearest(key, known)}")
+        return OWN[name](**kwargs)
+    # Always given where it is taken: Swin's own default drop_path is 0.1
+    optional: dict[str, Any] = {"drop_path_rate": cfg.drop_path, "img_size": cfg.img_size}
+    optional = {k: v for k, v in optional.items() if v is not None and k not in kwargs}
+    while True:
+        try:
+            return timm.create_model(name, pretrained=cfg.pretrained, **kwargs, **optional)
+        except TypeError as error:
+            refused = next((k for k in optional if f"'{k}'" in str(error)), None)
+            if refused is None:
+                raise UserError(
+                    f"--model {cfg.model} cannot be built so: {first_line(error)}"
+                ) from None
+            check(
+                refused != "drop_path_rate" or not cfg.drop_path,
+                f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
+            )
+            del optional[refused]
+        except OSError as error:
+            raise UserError(
+                f"--pretrained: no weights of {name} from the hub ({first_line(error)}); fetch "
+                "them "
+                "elsewhere and give --initial-checkpoint FILE"
+            ) from None
+        except (RuntimeError, ValueError, AssertionError) as error:
+            what = "--pretrained" if cfg.pretrained else f"--model {cfg.model}"
+            raise UserError(f"{what}: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def probe(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> None:
+    """One image through the network, so that a wrong size fails here and in one line."""
+    images = torch.zeros(1, 3, model.img_size, model.img_size)
+    training = model.training
+    try:
+        with torch.no_grad():
+            shape = model.eval()(images).shape
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--img-size {model.img_size} does not suit {cfg.model}: {first_line(error)}"
+        ) from None
+    finally:
+        model.train(training)
+    check(
+        shape == (1, num_classes),
+        f"{cfg.model} gives {tuple(shape)} and not 1 x {num_classes} logits",
+    )
+
+
+def activation_layer(name: str) -> type[nn.Module]:
+    """Name -> class. Raises UserError with the nearest name."""
+    check(name in ACTIVATIONS, f"--activation {name!r} is unknown: {nearest(name, ACTIVATIONS)}")
+    layer = get_act_layer(name)
+    assert layer is not None
+    return layer
+
+
+def swap_activations(model: nn.Module, name: str) -> int:
+    """Replaces every activation module below `model` in place; returns how many."""
+    layer = activation_layer(name)
+    known = tuple(
+        {activation_layer(n) for n in ACTIVATIONS} | {*PIECEWISE_LINEAR, nn.GELU, nn.SiLU}
+    )
+    count = 0
+    for parent in model.modules():
+        for child_name, child in parent.named_children():
+            if isinstance(child, known):
+                setattr(parent, child_name, layer())
+                count += 1
+    check(count > 0, f"--activation {name}: the network has no activation module to replace")
+    return count
+
+
+def switch_off_fused_attention(model: nn.Module) -> int:
+    """SDPA's flash and memory-efficient kernels have no second derivative: use plain products."""
+    set_fused_attn(False)
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    return len(fused)
+
+
+def initial_file(path: Path) -> Path:
+    """The weights that --initial-checkpoint names: a file, or a finished run's export."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    check(
+        file.is_file(),
+        f"--initial-checkpoint {path}: "
+        + (
+            "the run has not finished (no model.safetensors)"
+            if path.is_dir()
+            else "there is no such file"
+        ),
+    )
+    return file
+
+
+def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Loads a state dict in timm's keys. Raises UserError where it is another network's."""
+    own = backbone.state_dict()
+    missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
+    extra = [k for k in weights if k not in own]
+    shapes = [k for k in own if k in weights and own[k].shape != weights[k].shape]
+    if shapes:
+        key = shapes[0]
+        detail = f"{key} is {tuple(weights[key].shape)} there, {tuple(own[key].shape)} here"
+    else:
+        example = (missing + extra + [""])[0]
+        detail = f"{len(missing)} keys are missing, {len(extra)} unknown, such as {example}"
+    check(not (missing or extra or shapes), f"{source} is of another network: {detail}")
+    backbone.load_state_dict(weights, strict=False)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """A state dict in timm's keys from .safetensors or torch.save's files; never runs code from
+    it."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        KeyError,
+    ) as error:
+        raise UserError(f"{file} cannot be read as weights: {first_line(error)}") from None
+    for key in ("ema", "state_dict_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    check(isinstance(content, dict), f"{file} holds no state dict")
+    return strip_prefixes(content)
+
+
+def strip_prefixes(weights: dict[str, Any]) -> dict[str, Tensor]:
+    """timm's keys from those of a Classifier or of a DistributedDataParallel; tensors alone."""
+    out = {}
+    for key, value in weights.items():
+        if isinstance(value, Tensor):
+            out[key.removeprefix("module.").removeprefix("backbone.")] = value
+    return out

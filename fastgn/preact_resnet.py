@@ -1,0 +1,57 @@
+"""PreActResNet-18 for 32 x 32 images (He et al. 2016, arXiv 1603.05027), the usual CIFAR
+network."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PreActBlock(nn.Module):
+    """norm -> act -> conv, twice, and a shortcut from behind the first activation where shapes
+    change."""
+
+    def __init__(self, in_chs: int, out_chs: int, stride: int):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_chs)
+        self.act1 = nn.ReLU()
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_chs)
+        self.act2 = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, 1, 1, bias=False)
+        self.shortcut = None
+        if stride != 1 or in_chs != out_chs:
+            self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.act1(self.norm1(x))
+        residual = x if self.shortcut is None else self.shortcut(activated)
+        return self.conv2(self.act2(self.norm2(self.conv1(activated)))) + residual
+
+
+class PreActResNet18(nn.Module):
+    """Images B x 3 x H x W (H and W divisible by 8) to logits B x num_classes."""
+
+    pretrained_cfg = {
+        "input_size": (3, 32, 32),
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+    }
+    """CIFAR-10's statistics, in timm's form."""
+
+    def __init__(self, num_classes: int = 10, drop_rate: float = 0.0, width: int = 64):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        blocks, in_chs = [], width
+        for stage in range(4):
+            out_chs = width << stage
+            for index in range(2):
+                blocks.append(PreActBlock(in_chs, out_chs, 2 if stage and not index else 1))
+                in_chs = out_chs
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(in_chs)
+        self.act = nn.ReLU()
+        self.drop = nn.Dropout(drop_rate)
+        self.fc = nn.Linear(in_chs, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.blocks(self.conv1(x))))
+        return self.fc(self.drop(F.adaptive_avg_pool2d(x, 1).flatten(1)))

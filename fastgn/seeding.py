@@ -1,0 +1,36 @@
+"""All randomness is a function of a key such as (seed, epoch, image): a resumed run needs no saved
+generator, and the number of ranks or workers changes nothing that the key does not name."""
+
+import random
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Stream(IntEnum):
+    """The first part of every key, so that no two uses share one."""
+
+    ORDER = 0
+    AUGMENT = 1
+    IMAGE = 2
+    STEP = 3
+    EVALUATION = 4
+
+
+def derive(stream: Stream, *key: int) -> int:
+    """A well-mixed 63-bit seed from a key of non-negative integers."""
+    return int(np.random.SeedSequence([stream, *key]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_all(stream: Stream, *key: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators (every device's) from a key."""
+    seed = derive(stream, *key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def generator(stream: Stream, *key: int) -> torch.Generator:
+    """A CPU generator of its own."""
+    return torch.Generator().manual_seed(derive(stream, *key))

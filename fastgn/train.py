@@ -1,0 +1,513 @@
+"""Trains an image classifier, robustly by default (gradient-norm regularisation, arXiv 2409.20139).
+
+    python -m fastgn.train --recipe quickstart_gradnorm
+    torchrun --nproc-per-node 8 -m fastgn.train --recipe swin_b_gradnorm --data-dir IMAGENET
+    python -m fastgn.train --resume runs/NAME
+
+The loop is `train`; `build` makes what it runs on.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastgn import attacks, models, optim
+from fastgn.analysis.figures import draw_curves
+from fastgn.checkpoint import (
+    Checkpoints,
+    export_weights,
+    find_checkpoint,
+    load_checkpoint,
+    write_bytes,
+    write_json,
+)
+from fastgn.config import Config, UserError, check, parse_config
+from fastgn.data import Batch, Loader, Subset, batch_sizes, build_loader, load_dataset
+from fastgn.distributed import World, session
+from fastgn.ema import ModelEma
+from fastgn.metrics import Metrics, environment, read_rows
+from fastgn.objectives import build_objective, piecewise_linear_warning
+from fastgn.schedule import Step
+from fastgn.seeding import Stream, seed_all
+
+SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
+"""What is summed on the device between log rows."""
+
+
+def train(run: "Run") -> None:
+    """The loop. The host waits for the device in `log`, `evaluate` and `save` alone."""
+    cfg, world = run.cfg, run.world
+    with Interrupt() as interrupt:
+        while run.update < run.last_update:
+            epoch = run.update // run.updates_per_epoch
+            for batches in run.updates_of(epoch):
+                seed_all(Stream.STEP, cfg.run.seed, run.update, world.rank)
+                lr = optim.lr_at(cfg.optimizer, run.update, run.updates_per_epoch, run.peak_lr)
+                ramp = optim.ramp_at(cfg.objective.ramp_epochs, run.update, run.updates_per_epoch)
+
+                loss = run.step(batches, run.ramp.fill_(ramp))
+                grad_norm = run.apply_gradients(lr)
+                run.update += 1
+                run.accumulate(torch.stack([*loss, grad_norm]))
+
+                if run.update % cfg.run.log_interval == 0:
+                    run.log(lr, ramp)
+                stopped = world.any(interrupt.signal is not None)
+                if stopped or run.checkpoint_due():
+                    run.save()
+                if stopped or run.update == run.last_update:
+                    break
+            if stopped:
+                run.say(f"stopped at update {run.update}; continue with --resume {run.folder}")
+                return
+            run.log(lr, ramp)
+            if (epoch + 1) % cfg.run.eval_interval == 0 or run.update == run.last_update:
+                run.evaluate()
+            if cfg.run.checkpoint_interval is None or run.update == run.last_update:
+                run.save()
+        run.finish()
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop runs on, and what it has reached."""
+
+    cfg: Config
+    world: World
+    folder: Path
+    model: models.Classifier
+    step: Step
+    optimizer: torch.optim.Optimizer
+    ema: ModelEma | None
+    loader: Loader
+    subset: Subset | None
+    classes: tuple[str, ...]
+    checkpoints: Checkpoints
+    batch_size: int
+    grad_accum_steps: int
+    updates_per_epoch: int
+    last_update: int
+    peak_lr: float
+    ramp: Tensor
+    """The method's strength as a tensor, so that its change recompiles nothing."""
+    metrics: Metrics | None = None
+    """None on all ranks but the first."""
+    update: int = 0
+    """Updates done."""
+    best: float = -1.0
+    """Best accuracy on the subset so far: under PGD-10, or clean for the natural method."""
+    is_best: bool = False
+    """Whether the weights of this moment are the best."""
+    accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the last evaluation."""
+
+    def __post_init__(self) -> None:
+        device = self.world.device
+        self.sums = torch.zeros(len(SUMS), device=device)
+        self.bad_update = torch.full((), -1, device=device)
+        self.reset_clock()
+
+    def reset_clock(self) -> None:
+        self.sums.zero_()
+        self.summed = 0
+        self.waited = 0.0
+        self.began = time.perf_counter()
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.grad_accum_steps * self.world.size
+
+    @property
+    def evaluated_model(self) -> models.Classifier:
+        """The average where there is one: what is evaluated and exported."""
+        return self.model if self.ema is None else cast(models.Classifier, self.ema.module)
+
+    def updates_of(self, epoch: int) -> Iterator[list[Batch]]:
+        """The epoch's remaining micro-batches, an update's at a time; the wait for them is
+        timed."""
+        first = (self.update - epoch * self.updates_per_epoch) * self.grad_accum_steps
+        batches = self.loader.epoch(epoch, first)
+        while True:
+            start = time.perf_counter()
+            group = list(islice(batches, self.grad_accum_steps))
+            self.waited += time.perf_counter() - start
+            if not group:
+                return
+            yield group
+
+    def apply_gradients(self, lr: float) -> Tensor:
+        """Clip, update, average; returns the gradient's norm before clipping. No host sync."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in parameters if p.grad is not None]
+        )
+        if self.cfg.step.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.step.clip_grad, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return grad_norm
+
+    def accumulate(self, row: Tensor) -> None:
+        """Adds to the sums, and notes the first update that was not finite; all on the device."""
+        self.sums += row
+        self.summed += 1
+        finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
+        unseen = self.bad_update < 0
+        self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
+
+    def check_finite(self) -> None:
+        """Raises UserError once an update was not finite. A host sync."""
+        bad = int(self.bad_update.item())
+        if bad < 0:
+            return
+        last = self.checkpoints.last()
+        good = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+        tries = ["a lower --lr", "--clip-grad 1.0"]
+        if self.cfg.step.precision == "bf16":
+            tries.append("--precision fp32")
+        if self.cfg.objective.method == "gradnorm":
+            tries.append("a longer --ramp-epochs")
+        raise UserError(
+            f"the loss or gradient of update {bad} is not finite; {good}; try {', '.join(tries)}"
+        )
+
+    def checkpoint_due(self) -> bool:
+        interval = self.cfg.run.checkpoint_interval
+        return interval is not None and self.update % interval == 0
+
+    def log(self, lr: float, ramp: float) -> None:
+        """A row of means since the last one. A host sync."""
+        self.check_finite()
+        if not self.summed:
+            return
+        means = (self.world.sum(self.sums.clone()) / (self.summed * self.world.size)).tolist()
+        seconds = time.perf_counter() - self.began
+        if self.metrics is not None:
+            self.metrics.log(
+                self.update,
+                dict(zip(SUMS, means, strict=True))
+                | {
+                    "epoch": self.update / self.updates_per_epoch,
+                    "lr": lr,
+                    "ramp": ramp,
+                    "images_per_s": self.global_batch * self.summed / seconds,
+                    "data_wait_share": self.waited / seconds,
+                },
+            )
+        self.reset_clock()
+
+    def evaluate(self) -> None:
+        """Clean and PGD-10 accuracy on the fixed subset, over all ranks. A host sync."""
+        if self.subset is None:
+            return
+        model, eps = self.evaluated_model.eval(), self.cfg.eval_eps
+        seed_all(Stream.EVALUATION, self.cfg.run.seed, self.world.rank)
+        pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
+        counts = torch.stack(
+            [
+                attacks.count_correct(model, self.subset, device=self.world.device),
+                attacks.count_correct(model, self.subset, pgd, device=self.world.device),
+            ]
+        )
+        clean, robust = (self.world.sum(counts) / self.subset.size).tolist()
+        self.accuracy = {"clean_accuracy": clean, "pgd10_accuracy": robust}
+        score = clean if self.cfg.objective.method == "natural" else robust
+        self.is_best = score > self.best
+        self.best = max(score, self.best)
+        if self.metrics is not None:
+            epoch = self.update / self.updates_per_epoch
+            self.metrics.log(self.update, {"epoch": epoch, **self.accuracy})
+            self.metrics.print(
+                f"epoch {epoch:g}: clean {clean:.1%}, PGD-10 at {eps:.4g} {robust:.1%} "
+                f"({self.subset.name})"
+            )
+        self.reset_clock()
+
+    def save(self) -> None:
+        """A checkpoint, by the first rank. A host sync."""
+        self.check_finite()
+        if self.world.is_main and self.checkpoints.path(self.update) != self.checkpoints.last():
+            self.checkpoints.save(
+                {
+                    "update": self.update,
+                    "best": self.best,
+                    "accuracy": self.accuracy,
+                    "model": self.model.state_dict(),
+                    "ema": self.ema.module.state_dict() if self.ema is not None else None,
+                    "optimizer": self.optimizer.state_dict(),
+                    "global_batch": self.global_batch,
+                    "config": self.cfg.to_toml(),
+                    "classes": list(self.classes),
+                },
+                self.update,
+                best=self.is_best,
+            )
+        self.is_best = False
+        self.world.barrier()
+
+    def finish(self) -> None:
+        """The export, the summary and the curves."""
+        if not self.world.is_main:
+            return
+        backbone = self.evaluated_model.backbone
+        metadata = {
+            "config": self.cfg.to_toml(),
+            "classes": list(self.classes),
+            "update": self.update,
+        }
+        export_weights(self.folder / "model.safetensors", backbone.state_dict(), metadata)
+        rows = read_rows(self.folder / "metrics.csv")
+        write_bytes(self.folder / "curves.png", draw_curves(rows, title=self.folder.name))
+        summary = {"updates": self.update, "global_batch": self.global_batch, "best": self.best}
+        write_json(self.folder / "summary.json", summary | self.accuracy | environment())
+        self.say(
+            f"finished: {self.folder}/model.safetensors, summary.json, curves.png, metrics.csv"
+        )
+
+    def say(self, line: str) -> None:
+        if self.metrics is not None:
+            self.metrics.print(line)
+
+
+def build(cfg: Config, world: World) -> Run:
+    """Everything that the loop needs, checked, cheap checks first. Raises UserError."""
+    models.check_name(cfg.architecture)
+    if cfg.optimizer.opt == "fusedadamw":
+        optim.find_fused_adam()
+    folder, state = open_run(cfg, world)
+    if world.is_main:
+        write_bytes(folder / "config.toml", cfg.to_toml())
+        write_json(folder / "environment.json", environment() | {"ranks": world.size})
+
+    dataset = load_dataset(cfg.dataset)
+    architecture = cfg.architecture
+    if state is not None:  # its weights come from the checkpoint
+        architecture = dataclasses.replace(architecture, pretrained=False, initial_checkpoint=None)
+    seed_all(Stream.STEP, cfg.run.seed)
+    model, report = models.build_model(architecture, len(dataset.classes))
+    model.to(world.device)
+    batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
+    loader = build_loader(
+        cfg,
+        dataset,
+        img_size=model.img_size,
+        mean=model.mean,
+        std=model.std,
+        batch_size=batch_size,
+        grad_accum_steps=accum,
+        rank=world.rank,
+        ranks=world.size,
+        device=world.device,
+    )
+    subset = None
+    if cfg.run.eval_images:
+        subset = Subset(
+            dataset.val,
+            cfg.run.eval_images,
+            img_size=model.img_size,
+            crop_pct=cfg.augmentation.crop_pct,
+            batch_size=4 * batch_size,
+            workers=cfg.dataset.workers,
+            device=world.device,
+            rank=world.rank,
+            ranks=world.size,
+        )
+    optimizer = optim.build_optimizer(cfg.optimizer, model)
+    ema = ModelEma(model, cfg.optimizer.model_ema_decay) if cfg.optimizer.model_ema else None
+    if state is not None:
+        restore(cfg, state, model, ema, optimizer, batch_size * accum * world.size)
+    compiled = cfg.step.compile == "on" or (
+        cfg.step.compile == "auto" and world.device.type == "cuda"
+    )
+    step = Step(
+        model,
+        build_objective(cfg.objective),
+        compile=compiled,
+        precision=cfg.step.precision,
+        activation_memory_budget=cfg.step.activation_memory_budget,
+        accumulation=cfg.step.accumulation,
+        train_in_eval_mode=cfg.step.train_in_eval_mode,
+        attack_weight_grads=cfg.objective.attack_weight_grads,
+        sync_micro_batches=cfg.step.sync_micro_batches,
+        distributed=world.size > 1,
+    )
+    updates_per_epoch = loader.batches_per_epoch // accum
+    total = updates_per_epoch * cfg.optimizer.epochs
+    run = Run(
+        cfg=cfg,
+        world=world,
+        folder=folder,
+        model=model,
+        step=step,
+        optimizer=optimizer,
+        ema=ema,
+        loader=loader,
+        subset=subset,
+        classes=dataset.classes,
+        checkpoints=Checkpoints(folder, cfg.run.checkpoint_hist),
+        batch_size=batch_size,
+        grad_accum_steps=accum,
+        updates_per_epoch=updates_per_epoch,
+        last_update=min(total, cfg.run.max_updates or total),
+        peak_lr=optim.peak_lr(cfg.optimizer, batch_size * accum * world.size),
+        ramp=torch.zeros((), device=world.device),
+        update=state["update"] if state is not None else 0,
+        best=state["best"] if state is not None else -1.0,
+        accuracy=state["accuracy"] if state is not None else {},
+    )
+    if world.is_main:
+        run.metrics = Metrics(
+            folder,
+            total=run.last_update,
+            start=run.update,
+            wandb_config=cfg.flat() if cfg.run.log_wandb else None,
+        )
+        announce(run, report, dataset.name, compiled)
+    return run
+
+
+def announce(run: Run, report: models.ModelReport, data: str, compiled: bool) -> None:
+    """What is about to run, in a few lines."""
+    cfg, size = run.cfg, run.model.img_size
+    for line in report.lines(cfg.architecture):
+        run.say(line)
+    if cfg.dataset.data is None and cfg.dataset.data_dir is None:
+        run.say(f"no --data-dir: training on scikit-learn's embedded digits at {size} px")
+    run.say(
+        f"{cfg.objective.method} on {data} at {size} px, {run.world.size} x "
+        f"{run.world.device.type}, "
+        f"{cfg.step.precision}, {'compiled' if compiled else 'eager'}: {run.last_update} "
+        "updates of "
+        f"{run.batch_size} images x {run.grad_accum_steps} accumulated x {run.world.size} ranks, "
+        f"peak lr {run.peak_lr:.3g} -> {run.folder}"
+    )
+    if run.update:
+        run.say(f"resumed at update {run.update}")
+    if compiled:
+        run.say("the first update compiles the step: seconds to minutes, then cached on disk")
+    warning = piecewise_linear_warning(cfg.objective.method, report.piecewise_linear)
+    if warning:
+        run.say(f"warning: {warning}")
+
+
+def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:
+    """The run's folder, and the state to continue from if any. A run that is there is never
+    overwritten."""
+    name = cfg.run.output or (
+        f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.architecture.model}-{cfg.objective.method}"
+    )
+    folder = Path(name)
+    if world.size > 1:  # all ranks must name the same second
+        names = [name]
+        torch.distributed.broadcast_object_list(names, src=0)
+        folder = Path(names[0])
+    there = Checkpoints(folder, 1).last()
+    if cfg.run.resume == "auto":
+        check(cfg.run.output is not None, "--resume auto needs --output, the run's folder")
+        path = there
+    elif cfg.run.resume is not None:
+        path = find_checkpoint(Path(cfg.run.resume))
+    else:
+        check(
+            there is None,
+            f"--output {folder} holds a run already: --resume {folder} continues it, another "
+            "--output "
+            "starts a new one",
+        )
+        path = None
+    return folder, load_checkpoint(path) if path is not None else None
+
+
+def restore(
+    cfg: Config,
+    state: dict[str, Any],
+    model: models.Classifier,
+    ema: ModelEma | None,
+    optimizer: torch.optim.Optimizer,
+    global_batch: int,
+) -> None:
+    """Loads a checkpoint into what was built. Raises UserError where it is another model's or
+    run's."""
+    there = Config.from_toml(state["config"])
+    start = {"pretrained": False, "initial_checkpoint": None}
+    other = cfg.replace_group("architecture", start).changed(
+        there.replace_group("architecture", start), "architecture"
+    )
+    check(not other, f"the checkpoint is of another model: {'; '.join(other)}")
+    check(
+        state["global_batch"] == global_batch,
+        f"the checkpoint was made with a global batch of {state['global_batch']}, this run has "
+        f"{global_batch}: set --batch-size, --grad-accum-steps and the ranks so that it is the "
+        "same",
+    )
+    check(
+        (ema is None) == (state["ema"] is None),
+        f"the checkpoint has {'no ' if ema is not None else 'an '}average of the weights: add "
+        f"{'--no-model-ema' if ema is not None else '--model-ema'}",
+    )
+    model.load_state_dict(state["model"])
+    if ema is not None:
+        ema.module.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM, so that the loop can save and leave; a second one ends it at
+    once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exc: object) -> None:
+        self.restore()
+
+
+def main(args: list[str] | None = None) -> int:
+    """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
+    run: Run | None = None
+    try:
+        cfg = parse_config(args)
+        with session(cfg.run.device) as world:
+            run = build(cfg, world)
+            train(run)
+    except UserError as error:
+        if run is not None and run.metrics is not None:
+            run.metrics.close()
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastgn.train: error: {error}", file=sys.stderr)
+        return 2
+    if run.metrics is not None:
+        run.metrics.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
