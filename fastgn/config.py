@@ -396,13 +396,23 @@ class RunConfig:
 class Config:
     """Trains an image classifier; see the groups below. Example: --recipe quickstart_gradnorm"""
 
-    architecture: tyro.conf.OmitArgPrefixes[ArchitectureConfig] = ArchitectureConfig()
-    dataset: tyro.conf.OmitArgPrefixes[DatasetConfig] = DatasetConfig()
-    augmentation: tyro.conf.OmitArgPrefixes[AugmentationConfig] = AugmentationConfig()
-    objective: tyro.conf.OmitArgPrefixes[ObjectiveConfig] = ObjectiveConfig()
-    step: tyro.conf.OmitArgPrefixes[StepConfig] = StepConfig()
-    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = OptimizerConfig()
-    run: tyro.conf.OmitArgPrefixes[RunConfig] = RunConfig()
+    architecture: tyro.conf.OmitArgPrefixes[ArchitectureConfig] = dataclasses.field(
+        default_factory=ArchitectureConfig
+    )
+    dataset: tyro.conf.OmitArgPrefixes[DatasetConfig] = dataclasses.field(
+        default_factory=DatasetConfig
+    )
+    augmentation: tyro.conf.OmitArgPrefixes[AugmentationConfig] = dataclasses.field(
+        default_factory=AugmentationConfig
+    )
+    objective: tyro.conf.OmitArgPrefixes[ObjectiveConfig] = dataclasses.field(
+        default_factory=ObjectiveConfig
+    )
+    step: tyro.conf.OmitArgPrefixes[StepConfig] = dataclasses.field(default_factory=StepConfig)
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = dataclasses.field(
+        default_factory=OptimizerConfig
+    )
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = dataclasses.field(default_factory=RunConfig)
 
     @property
     def eval_eps(self) -> float:
@@ -462,7 +472,7 @@ class Config:
 FIELDS: dict[str, str] = {
     field.name: group.name
     for group in dataclasses.fields(Config)
-    for field in dataclasses.fields(group.default)  # type: ignore[arg-type]
+    for field in dataclasses.fields(group.default_factory)  # type: ignore[arg-type]
 }
 """Recipe key -> the group that it belongs to."""
 
@@ -475,7 +485,8 @@ def coerce(name: str, value: Any) -> Any:
     """A recipe's value as its field's type. Raises UserError where it does not fit."""
     group = typing.get_type_hints(Config, include_extras=False)[FIELDS[name]]
     hint = typing.get_type_hints(group)[name]
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
     options = tuple(o for o in options if o is not type(None))
     kind = options[0]
     origin = typing.get_origin(kind)
