@@ -1,0 +1,32 @@
+# make train: set up, then the quickstart on real input. make test: set up, then every check.
+# Needs Python 3.11 or later and a package index; no GPU, no data.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: train test lint clean
+
+train: .venv/installed
+	$(BIN)/python -m fastgn.train --recipe quickstart_natural --resume auto
+	$(BIN)/python -m fastgn.train --recipe quickstart_gradnorm --resume auto
+	$(BIN)/python -m fastgn.evaluate --checkpoint runs/quickstart_natural runs/quickstart_gradnorm \
+		--eps 0.025 --attacks clean pgd-20 autoattack \
+		--output runs/quickstart.json --picture runs/quickstart.png
+
+test: lint
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "fastgn needs Python 3.11 or later: make PYTHON=/path/to/it" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
