@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +46,8 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
             f"{path} cannot be written: {cause}; what was there before is untouched"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder itself may be what cannot be had
+            temporary.unlink()
 
 
 def write_bytes(path: Path, content: bytes | str) -> None:
@@ -80,14 +83,21 @@ class Checkpoints:
         return paths[-1] if paths else None
 
     def save(self, state: Mapping[str, Any], update: int, *, best: bool = False) -> Path:
-        """Writes update_N.pt, and best.pt as a second name of the same file; removes the oldest."""
+        """Writes update_N.pt, and best.pt as a second name of the same file; removes the oldest,
+        those of a continuation given up for an earlier checkpoint, and what a kill left of others.
+        """
         path = self.path(update)
+        for name in ("update_", "best.pt"):
+            for left in self.folder.glob(f".{name}*.tmp"):
+                left.unlink(missing_ok=True)
         with atomic_open(path) as file:
             torch.save({"format": FORMAT, **state}, file)
         if best:
             self._link(path, self.folder / "best.pt")
-        for old in self.all()[: -self.keep]:
-            old.unlink(missing_ok=True)
+        there = self.all()
+        end = there.index(path) + 1
+        for other in there[: max(end - self.keep, 0)] + there[end:]:
+            other.unlink(missing_ok=True)
         return path
 
     @staticmethod
@@ -113,19 +123,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
+            # torch's reader leaves tensors unfilled where a flipped bit makes an entry a folder
+            bad = bad or next((i.filename for i in archive.infolist() if i.external_attr), None)
         check(bad is None, f"{path} is corrupt (checksum of {bad}){hint}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except (
         zipfile.BadZipFile,
+        zlib.error,
         RuntimeError,
         EOFError,
         OSError,
-        KeyError,
+        LookupError,
+        ValueError,
+        struct.error,
         pickle.UnpicklingError,
     ) as error:
-        raise UserError(f"{path} is corrupt ({str(error).splitlines()[0]}){hint}") from None
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is corrupt ({cause}){hint}") from None
     check(
         isinstance(state, dict) and state.get("format") == FORMAT,
         f"{path} is not a checkpoint of fastgn.train, format {FORMAT}",

@@ -198,6 +198,10 @@ class AugmentationConfig:
         for name in ("mixup", "cutmix", "color_jitter"):
             value = getattr(self, name)
             check(value >= 0, f"--{flag(name)} {value} must be at least 0")
+        check(
+            self.crop_padding is None or self.crop_padding >= 0,
+            f"--crop-padding {self.crop_padding} must be at least 0",
+        )
         low, high = self.scale
         check(0 < low <= high <= 1, f"--scale {low} {high} must satisfy 0 < low <= high <= 1")
 
@@ -336,6 +340,10 @@ class OptimizerConfig:
             value = getattr(self, name)
             check(value >= 0, f"--{flag(name)} {value} must be at least 0")
         check(
+            all(0 <= beta < 1 for beta in self.opt_betas),
+            f"--opt-betas {' '.join(map(str, self.opt_betas))} must each lie in [0, 1)",
+        )
+        check(
             0 <= self.model_ema_decay < 1,
             f"--model-ema-decay {self.model_ema_decay} must lie in [0, 1)",
         )
@@ -387,6 +395,7 @@ class RunConfig:
         ):
             value = getattr(self, name)
             check(value is None or value > 0, f"--{flag(name)} {value} must be at least 1")
+        check(self.seed >= 0, f"--seed {self.seed} must be at least 0")
         check(self.eval_images >= 0, f"--eval-images {self.eval_images} must be at least 0")
         if self.eval_eps is not None:
             check_pixels("--eval-eps", self.eval_eps)
@@ -497,8 +506,9 @@ def coerce(name: str, value: Any) -> Any:
     if origin is tuple:
         items, want = value, typing.get_args(kind)
         fits = isinstance(items, (list, tuple)) and (want[-1] is ... or len(items) == len(want))
-        check(fits, f"{name} = {value!r} should be a list of {len(want)} values")
-        return tuple(str(v) if want[0] is str else float(v) for v in items)
+        count = "" if want[-1] is ... else f" of {len(want)} values"
+        check(fits, f"{name} = {value!r} should be a list{count}")
+        return tuple(str(v) if want[0] is str else parse_number(v) for v in items)
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return parse_number(value)
     right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import os
+import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, cast
@@ -32,6 +34,11 @@ class World:
         if self.size > 1:
             torch.distributed.all_reduce(value)
         return value
+
+    def broadcast(self, value: Tensor) -> None:
+        """The first rank's value, in place."""
+        if self.size > 1:
+            torch.distributed.broadcast(value, src=0)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. Host to host: no device is waited for."""
@@ -81,8 +88,19 @@ def session(device: str = "auto") -> Iterator[World]:
         timeout=timedelta(minutes=30),
         device_id=chosen if kind == "cuda" else None,
     )
-    try:
-        control = torch.distributed.new_group(backend="gloo")
-        yield World(torch.distributed.get_rank(), size, chosen, cast(Any, control))
-    finally:
-        torch.distributed.destroy_process_group()
+    control = torch.distributed.new_group(backend="gloo")
+    yield World(torch.distributed.get_rank(), size, chosen, cast(Any, control))
+    # not after an error: it would fail the others' collectives before say_error has said why
+    torch.distributed.destroy_process_group()
+
+
+def say_error(line: str) -> None:
+    """Prints a mistake to stderr, once for all ranks.
+
+    torchrun ends every rank as soon as one has left with an error, so the first has to leave before
+    the others. One that is alone in its mistake, with an image that it cannot read, outlives the
+    wait and speaks for itself.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)
+    print(line, file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ autoattack
 import dataclasses
 import logging
 import math
-import os
 import re
 import sys
 import time
@@ -31,7 +30,7 @@ from fastgn.checkpoint import (
 )
 from fastgn.config import Config, Fraction, UserError, check, check_pixels, nearest, run_folder
 from fastgn.data import Subset, load_dataset
-from fastgn.distributed import World, session
+from fastgn.distributed import World, say_error, session
 from fastgn.metrics import environment
 from fastgn.seeding import Stream, seed_all
 
@@ -282,8 +281,7 @@ def main(args: list[str] | None = None) -> int:
         with session(cfg.device) as world:
             run(cfg, world)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastgn.evaluate: error: {error}", file=sys.stderr)
+        say_error(f"fastgn.evaluate: error: {error}")
         return 2
     return 0
 

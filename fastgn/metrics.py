@@ -1,5 +1,6 @@
 """Watching a run: the progress bar, metrics.csv, TensorBoard, W&B, and what the run ran on."""
 
+import contextlib
 import csv
 import importlib.metadata
 import io
@@ -72,11 +73,14 @@ class Metrics:
         """One row; NaN and absent values stay empty."""
         row = {k: v for k, v in values.items() if not math.isnan(v)}
         row |= {"update": update, "seconds": time.perf_counter() - self.began}
-        self.file.write(render([row], header=False).decode())
-        self.file.flush()
-        for key, value in row.items():
-            if key != "update":
-                self.board.add_scalar(key, value, update)
+        try:
+            self.file.write(render([row], header=False).decode())
+            self.file.flush()
+            for key, value in row.items():
+                if key != "update":
+                    self.board.add_scalar(key, value, update)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
         if self.wandb is not None:
             self.wandb.log(row, step=update)
         shown: dict[str, str] = {
@@ -102,8 +106,9 @@ class Metrics:
         if not self.closed:
             self.closed = True
             self.bar.close()
-            self.file.close()
-            self.board.close()
+            for out in (self.file, self.board):
+                with contextlib.suppress(OSError):  # a full disk: `log` or a checkpoint has said so
+                    out.close()
             if self.wandb is not None:
                 self.wandb.finish()
 

@@ -4,6 +4,7 @@ twice differentiable."""
 import dataclasses
 import inspect
 import pickle
+import struct
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -141,10 +142,21 @@ def create(name: str, cfg: ArchitectureConfig, num_classes: int) -> nn.Module:
     kwargs = {"num_classes": num_classes, "drop_rate": cfg.drop, **model_kwargs(cfg.model_kwargs)}
     if name in OWN:
         check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
+        check(
+            not cfg.drop_path,
+            f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
+        )
         known = inspect.signature(OWN[name]).parameters
         for key in kwargs:
             check(key in known, f"--model-kwargs {key}: unknown to {name}; {nearest(key, known)}")
-        return OWN[name](**kwargs)
+        try:
+            return OWN[name](**kwargs)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--model {cfg.model} cannot be built so: {first_line(error)}"
+            ) from None
+    if cfg.pretrained:
+        look_for_hub()
     # Always given where it is taken: Swin's own default drop_path is 0.1
     optional: dict[str, Any] = {"drop_path_rate": cfg.drop_path, "img_size": cfg.img_size}
     optional = {k: v for k, v in optional.items() if v is not None and k not in kwargs}
@@ -168,9 +180,20 @@ def create(name: str, cfg: ArchitectureConfig, num_classes: int) -> nn.Module:
                 "them "
                 "elsewhere and give --initial-checkpoint FILE"
             ) from None
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
             what = "--pretrained" if cfg.pretrained else f"--model {cfg.model}"
             raise UserError(f"{what}: {first_line(error)}") from None
+
+
+def look_for_hub() -> None:
+    """Without an answer within seconds, the hub's client takes what its cache holds and no more:
+    left to itself, it tries again for 47 s, and for minutes where packets are dropped."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever its HTTP library of the day raises
+        constants.HF_HUB_OFFLINE = True
 
 
 def first_line(error: BaseException) -> str:
@@ -208,7 +231,8 @@ def swap_activations(model: nn.Module, name: str) -> int:
     """Replaces every activation module below `model` in place; returns how many."""
     layer = activation_layer(name)
     known = tuple(
-        {activation_layer(n) for n in ACTIVATIONS} | {*PIECEWISE_LINEAR, nn.GELU, nn.SiLU}
+        {activation_layer(n) for n in ACTIVATIONS}
+        | {*PIECEWISE_LINEAR, nn.GELU, nn.SiLU, nn.Hardswish}
     )
     count = 0
     for parent in model.modules():
@@ -250,7 +274,7 @@ def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str) -
     missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
     extra = [k for k in weights if k not in own]
     shapes = [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    if shapes:
+    if shapes and not (missing or extra):
         key = shapes[0]
         detail = f"{key} is {tuple(weights[key].shape)} there, {tuple(own[key].shape)} here"
     else:
@@ -275,7 +299,9 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         EOFError,
         OSError,
         pickle.UnpicklingError,
-        KeyError,
+        struct.error,
+        LookupError,
+        ValueError,
     ) as error:
         raise UserError(f"{file} cannot be read as weights: {first_line(error)}") from None
     for key in ("ema", "state_dict_ema", "state_dict", "model"):

@@ -20,7 +20,10 @@ class Stream(IntEnum):
 
 def derive(stream: Stream, *key: int) -> int:
     """A well-mixed 63-bit seed from a key of non-negative integers."""
-    return int(np.random.SeedSequence([stream, *key]).generate_state(1, np.uint64)[0] >> 1)
+    # SeedSequence pads with zeros: without the length, (1, 2) and (1, 2, 0) would be one key
+    return int(
+        np.random.SeedSequence([stream, len(key), *key]).generate_state(1, np.uint64)[0] >> 1
+    )
 
 
 def seed_all(stream: Stream, *key: int) -> None:

@@ -8,7 +8,6 @@ The loop is `train`; `build` makes what it runs on.
 """
 
 import dataclasses
-import os
 import signal
 import sys
 import time
@@ -33,7 +32,7 @@ from fastgn.checkpoint import (
 )
 from fastgn.config import Config, UserError, check, parse_config
 from fastgn.data import Batch, Loader, Subset, batch_sizes, build_loader, load_dataset
-from fastgn.distributed import World, session
+from fastgn.distributed import World, say_error, session
 from fastgn.ema import ModelEma
 from fastgn.metrics import Metrics, environment, read_rows
 from fastgn.objectives import build_objective, piecewise_linear_warning
@@ -60,21 +59,20 @@ def train(run: "Run") -> None:
                 run.update += 1
                 run.accumulate(torch.stack([*loss, grad_norm]))
 
-                if run.update % cfg.run.log_interval == 0:
+                border = run.at_border()
+                if border or run.update % cfg.run.log_interval == 0:
                     run.log(lr, ramp)
+                if border and run.evaluation_due():
+                    run.evaluate()
+                # last, so that a checkpoint lacks nothing of what its update had to do
                 stopped = world.any(interrupt.signal is not None)
                 if stopped or run.checkpoint_due():
                     run.save()
                 if stopped or run.update == run.last_update:
                     break
-            if stopped:
+            if stopped and run.update < run.last_update:
                 run.say(f"stopped at update {run.update}; continue with --resume {run.folder}")
                 return
-            run.log(lr, ramp)
-            if (epoch + 1) % cfg.run.eval_interval == 0 or run.update == run.last_update:
-                run.evaluate()
-            if cfg.run.checkpoint_interval is None or run.update == run.last_update:
-                run.save()
         run.finish()
 
 
@@ -168,6 +166,8 @@ class Run:
         finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
         unseen = self.bad_update < 0
         self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
+        if self.metrics is not None:
+            self.metrics.advance()
 
     def check_finite(self) -> None:
         """Raises UserError once an update was not finite. A host sync."""
@@ -185,9 +185,20 @@ class Run:
             f"the loss or gradient of update {bad} is not finite; {good}; try {', '.join(tries)}"
         )
 
+    def at_border(self) -> bool:
+        """Whether an epoch or the run ends here."""
+        return self.update % self.updates_per_epoch == 0 or self.update == self.last_update
+
+    def evaluation_due(self) -> bool:
+        """At a border."""
+        epoch = self.update // self.updates_per_epoch
+        return epoch % self.cfg.run.eval_interval == 0 or self.update == self.last_update
+
     def checkpoint_due(self) -> bool:
+        if self.is_best or self.update == self.last_update:  # best.pt holds what was evaluated
+            return True
         interval = self.cfg.run.checkpoint_interval
-        return interval is not None and self.update % interval == 0
+        return self.at_border() if interval is None else self.update % interval == 0
 
     def log(self, lr: float, ramp: float) -> None:
         """A row of means since the last one. A host sync."""
@@ -217,6 +228,8 @@ class Run:
         model, eps = self.evaluated_model.eval(), self.cfg.eval_eps
         seed_all(Stream.EVALUATION, self.cfg.run.seed, self.world.rank)
         pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
+        for buffer in model.buffers():  # BatchNorm's are each rank's own; the first's are saved
+            self.world.broadcast(buffer)
         counts = torch.stack(
             [
                 attacks.count_correct(model, self.subset, device=self.world.device),
@@ -240,12 +253,15 @@ class Run:
     def save(self) -> None:
         """A checkpoint, by the first rank. A host sync."""
         self.check_finite()
-        if self.world.is_main and self.checkpoints.path(self.update) != self.checkpoints.last():
+        sums = self.world.sum(self.sums.clone()) / self.world.size
+        if self.world.is_main:
             self.checkpoints.save(
                 {
                     "update": self.update,
                     "best": self.best,
                     "accuracy": self.accuracy,
+                    "sums": sums,
+                    "summed": self.summed,
                     "model": self.model.state_dict(),
                     "ema": self.ema.module.state_dict() if self.ema is not None else None,
                     "optimizer": self.optimizer.state_dict(),
@@ -289,18 +305,16 @@ def build(cfg: Config, world: World) -> Run:
     if cfg.optimizer.opt == "fusedadamw":
         optim.find_fused_adam()
     folder, state = open_run(cfg, world)
-    if world.is_main:
-        write_bytes(folder / "config.toml", cfg.to_toml())
-        write_json(folder / "environment.json", environment() | {"ranks": world.size})
-
+    # config.toml is a recipe: one that resumes would write into this run from another --output
+    cfg = cfg.replace_group("run", {"resume": None})
     dataset = load_dataset(cfg.dataset)
+    batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
     architecture = cfg.architecture
     if state is not None:  # its weights come from the checkpoint
         architecture = dataclasses.replace(architecture, pretrained=False, initial_checkpoint=None)
     seed_all(Stream.STEP, cfg.run.seed)
     model, report = models.build_model(architecture, len(dataset.classes))
     model.to(world.device)
-    batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
     loader = build_loader(
         cfg,
         dataset,
@@ -329,7 +343,8 @@ def build(cfg: Config, world: World) -> Run:
     optimizer = optim.build_optimizer(cfg.optimizer, model)
     ema = ModelEma(model, cfg.optimizer.model_ema_decay) if cfg.optimizer.model_ema else None
     if state is not None:
-        restore(cfg, state, model, ema, optimizer, batch_size * accum * world.size)
+        whole = batch_size * accum * world.size
+        restore(cfg, state, dataset.classes, model, ema, optimizer, whole)
     compiled = cfg.step.compile == "on" or (
         cfg.step.compile == "auto" and world.device.type == "cuda"
     )
@@ -369,7 +384,12 @@ def build(cfg: Config, world: World) -> Run:
         best=state["best"] if state is not None else -1.0,
         accuracy=state["accuracy"] if state is not None else {},
     )
-    if world.is_main:
+    if state is not None:
+        run.sums += state["sums"].to(world.device)
+        run.summed = state["summed"]
+    if world.is_main:  # after all checks: a refused --resume leaves the run as it was
+        write_bytes(folder / "config.toml", cfg.to_toml())
+        write_json(folder / "environment.json", environment() | {"ranks": world.size})
         run.metrics = Metrics(
             folder,
             total=run.last_update,
@@ -435,6 +455,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:
 def restore(
     cfg: Config,
     state: dict[str, Any],
+    classes: tuple[str, ...],
     model: models.Classifier,
     ema: ModelEma | None,
     optimizer: torch.optim.Optimizer,
@@ -448,6 +469,12 @@ def restore(
         there.replace_group("architecture", start), "architecture"
     )
     check(not other, f"the checkpoint is of another model: {'; '.join(other)}")
+    check(
+        state["classes"] == list(classes),
+        f"the checkpoint knows {len(state['classes'])} classes "
+        f"({', '.join(state['classes'][:3])}, ...), the data has {len(classes)} "
+        f"({', '.join(classes[:3])}, ...): give its own --data-dir",
+    )
     check(
         state["global_batch"] == global_batch,
         f"the checkpoint was made with a global batch of {state['global_batch']}, this run has "
@@ -466,11 +493,15 @@ def restore(
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the loop can save and leave; a second one ends it at
-    once."""
+    """Notes SIGINT and SIGTERM, so that the loop can save and leave; one more than REPEAT_S later
+    ends it at once."""
+
+    REPEAT_S = 1.0
+    """torchrun passes on the signal that a terminal or scheduler has sent to all processes."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.noted_s = 0.0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
@@ -479,8 +510,12 @@ class Interrupt:
         return self
 
     def note(self, number: int, frame: object) -> None:
-        self.signal = number
-        self.restore()
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self.noted_s = number, now
+        elif now - self.noted_s > self.REPEAT_S:
+            self.restore()
+            signal.raise_signal(number)
 
     def restore(self) -> None:
         for number, handler in self.previous.items():
@@ -501,9 +536,10 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         if run is not None and run.metrics is not None:
             run.metrics.close()
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastgn.train: error: {error}", file=sys.stderr)
+        say_error(f"fastgn.train: error: {error}")
         return 2
+    except KeyboardInterrupt:  # before the first update, or the second time
+        return 130
     if run.metrics is not None:
         run.metrics.close()
     return 0

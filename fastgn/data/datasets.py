@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,8 +130,10 @@ def from_npz(path: Path) -> tuple[Arrays, Arrays]:
             missing = [k for k in keys if k not in content]
             check(not missing, f"--data-dir {path}: the .npz lacks {', '.join(missing)}")
             values = [content[k] for k in keys]
-    except (OSError, EOFError) as error:
-        raise UserError(f"--data-dir {path} cannot be read: {error}") from None
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"--data-dir {path} cannot be read as .npz: {error}") from None
     splits = []
     for images, labels in (values[:2], values[2:]):
         check(

@@ -92,16 +92,19 @@ class TorchLoader:
         device: torch.device,
     ):
         self.split = split
-        self.transform = create_transform(
-            img_size,
-            is_training=True,
-            scale=cfg.scale,
-            hflip=hflip,
-            color_jitter=cfg.color_jitter,
-            auto_augment=cfg.aa,
-            interpolation=cfg.train_interpolation,
-            normalize=False,
-        )
+        try:
+            self.transform = create_transform(
+                img_size,
+                is_training=True,
+                scale=cfg.scale,
+                hflip=hflip,
+                color_jitter=cfg.color_jitter,
+                auto_augment=cfg.aa,
+                interpolation=cfg.train_interpolation,
+                normalize=False,
+            )
+        except (AssertionError, ValueError) as error:  # timm's, of a policy that it does not know
+            raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
         self.augment = augment
         self.workers = workers
         self.batch_size = batch_size

@@ -1,0 +1,67 @@
+"""The quickstart over seeds: accuracy with its spread, and the time of its parts.
+
+    python benchmarks/quickstart.py --seeds 3
+
+Runs the commands of `make train` for each seed and writes
+benchmarks/results/quickstart_<device>.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from fastgn.checkpoint import write_json
+from fastgn.metrics import environment
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("natural", "gradnorm")
+
+
+def timed(*args: str) -> float:
+    """Seconds of `python -m args`, which must succeed."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *args], check=True)
+    return time.perf_counter() - start
+
+
+def one_seed(seed: int, folder: Path) -> dict:
+    seconds, runs = {}, {m: str(folder / m) for m in METHODS}
+    for method in METHODS:
+        start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []
+        seconds[f"train_{method}"] = timed(
+            "fastgn.train",
+            *("--recipe", f"quickstart_{method}", "--seed", str(seed), "--output", runs[method]),
+            *start,
+        )
+    output = folder / "evaluation.json"
+    attacks = ("--eps", "0.025", "--attacks", "clean", "pgd-20", "autoattack")
+    seconds["evaluate"] = timed(
+        "fastgn.evaluate",
+        *("--checkpoint", *runs.values(), *attacks, "--output", str(output), "--seed", str(seed)),
+    )
+    models = json.loads(output.read_text())["models"]
+    return {"seed": seed, "seconds": seconds, "models": models}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = RESULTS / f"quickstart_{device}.json"
+    seeds = []
+    for seed in range(args.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            seeds.append(one_seed(seed, Path(folder)))
+        write_json(path, {"device": device, "seeds": seeds, **environment()})  # each as it is done
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What several test files share."""
+
+import os
+
+# threads that spin against the machine's other work made a tiny step 15 times slower than one alone
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY_SWIN = (
+    *("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8"),
+    *("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2", "--data", "digits"),
+)
+"""About 5,000 weights, and shifted windows in its first stage."""
+
+
+def tiny_run(output: Path, *more: str) -> list[str]:
+    """fastgn.train's arguments: 29 updates an epoch of 48 digits each, seconds in all."""
+    fixed = ("--batch-size", "48", "--epochs", "1", "--warmup-epochs", "0", "--eval-images", "48")
+    return [*TINY_SWIN, *fixed, "--lr", "0.003", "--output", str(output), *more]
+
+
+def differences(a: Any, b: Any, where: str = "") -> list[str]:
+    """Where two nested values are not the same to the last bit; [] when they are."""
+    if type(a) is not type(b):
+        return [f"{where}: {type(a).__name__}, {type(b).__name__}"]
+    if isinstance(a, torch.Tensor):
+        same = a.dtype == b.dtype and torch.equal(a, b)
+        return [] if same else [where]
+    if isinstance(a, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: keys {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [d for k in a for d in differences(a[k], b[k], f"{where}/{k}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{where}: {len(a)} and {len(b)} long"]
+        return [
+            d
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for d in differences(x, y, f"{where}/{i}")
+        ]
+    return [] if a == b else [f"{where}: {a!r}, {b!r}"]
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For runs that several tests look at and none changes."""
+    return tmp_path_factory.mktemp("shared")

@@ -1,0 +1,465 @@
+"""Where a value comes from, what is refused, and what the recipes say."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastgn import config
+from fastgn.config import (
+    FIELDS,
+    Config,
+    ObjectiveConfig,
+    UserError,
+    load_recipe,
+    model_kwargs,
+    parse_config,
+    recipe_names,
+)
+from fastgn.optim import peak_lr
+
+PAPER = [name for name in recipe_names() if name.startswith("paper_")]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What is said about a command line that is not taken, as one line."""
+    with pytest.raises((UserError, SystemExit)) as caught:
+        parse_config(args)
+    if isinstance(caught.value, UserError):
+        return str(caught.value)
+    assert caught.value.code == 2
+    return " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+# --------------------------------------------------------------------------------------- where from
+
+
+def test_the_defaults_are_the_papers_objective():
+    cfg = parse_config([])
+    assert cfg == Config()
+    objective = cfg.objective
+    assert (objective.method, objective.ce_weight, objective.gn_weight) == ("gradnorm", 0.8, 1.2)
+    assert (objective.eps, objective.sigma, objective.ramp_epochs) == (4 / 255, 0.225, 5.0)
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults():
+    name = "paper_resnet50_gelu_gradnorm"
+    recipe = load_recipe(name)
+    assert recipe.optimizer.epochs == 83 and Config().optimizer.epochs == 100
+    assert parse_config(["--recipe", name]).optimizer.epochs == 83
+    cfg = parse_config(["--epochs", "7", "--recipe", name, "--eps", "2/255"])
+    assert (cfg.optimizer.epochs, cfg.objective.eps) == (7, 2 / 255)
+    assert cfg.flat() == recipe.flat() | {"epochs": 7, "eps": 2 / 255, "recipe": name}
+
+
+def test_the_command_line_can_unset_what_a_recipe_sets():
+    name = "paper_resnet50_gelu_gradnorm"
+    cfg = parse_config(["--recipe", name, "--clip-grad", "None"])
+    assert load_recipe(name).step.clip_grad == 1.0
+    assert cfg.step.clip_grad is None
+    assert Config.from_toml(cfg.to_toml()) == cfg
+
+
+@pytest.mark.parametrize("spelling", [["--recipe={}"], ["--recipe", "{}"]])
+def test_a_recipe_can_be_a_file(spelling, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('eps = "8/255"\nmodel-kwargs = ["depths=(2, 2)"]\nmean = [0, 0.5, 1]\n')
+    cfg = parse_config([part.format(path) for part in spelling])
+    assert cfg.objective.eps == 8 / 255
+    assert cfg.architecture.model_kwargs == ("depths=(2, 2)",)
+    assert cfg.architecture.mean == (0.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_round_trips(name):
+    cfg = load_recipe(name)
+    assert cfg != Config()
+    assert Config.from_toml(cfg.to_toml()) == cfg
+    assert parse_config(["--recipe", name, "--output", "x"]).run.output == "x"
+
+
+def test_a_config_far_from_the_defaults_round_trips():
+    args = "--mean 0.1 0.2 0.3 --std 1 1 1 --model-kwargs a=1 b='x' --no-model-ema --eval-eps 1/255"
+    args += " --resume auto --output runs/é --lr 1e-7 --opt-betas 0.5 0.75 --hflip 0 --scale 0.5 1"
+    cfg = parse_config(args.split())
+    assert cfg.optimizer.model_ema is False and cfg.optimizer.lr == 1e-7
+    assert Config.from_toml(cfg.to_toml()) == cfg
+
+
+@pytest.mark.parametrize("name", ["eps", "attack_eps", "attack_step", "eval_eps"])
+def test_fractions_on_the_command_line_and_in_recipes(name):
+    args = [f"--{name.replace('_', '-')}", "4/255"]
+    by_flag = parse_config(args)
+    by_recipe = Config.from_toml(f'{name} = "4/255"')
+    assert by_flag == by_recipe
+    assert by_flag.flat()[name] == 4 / 255
+    assert Config.from_toml(f"{name} = 0.5").flat()[name] == 0.5
+    assert Config.from_toml(f"{name} = 1").flat()[name] == 1.0
+
+
+def test_resume_takes_the_runs_config(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    saved = load_recipe("quickstart_gradnorm").replace(epochs=7, output="elsewhere")
+    (run / "config.toml").write_text(saved.to_toml())
+    checkpoint = run / "checkpoints" / "update_00000001.pt"
+    checkpoint.touch()
+    for where in (run, checkpoint, run / "checkpoints"):
+        expected = saved.replace(resume=str(where), output=str(run))  # wherever it was moved to
+        assert parse_config(["--resume", str(where)]) == expected
+        assert parse_config([f"--resume={where}"]) == expected
+    longer = parse_config(["--resume", str(run), "--epochs", "9", "--output", "other"])
+    assert (longer.optimizer.epochs, longer.run.output) == (9, "other")
+
+
+def test_resume_auto_and_resume_with_a_recipe_take_no_runs_config(tmp_path):
+    assert parse_config(["--resume", "auto", "--output", str(tmp_path)]).optimizer.epochs == 100
+    args = ["--recipe", "paper_resnet50_gelu_gradnorm", "--resume", str(tmp_path)]
+    assert parse_config(args).optimizer.epochs == 83
+
+
+def test_resuming_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=f"--resume {tmp_path}: no run there"):
+        parse_config(["--resume", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+def test_unknown_names_come_with_the_nearest(tmp_path, capsys):
+    line = refused(capsys, "--recipe", "quickstart_gradnrm")
+    assert line == "--recipe 'quickstart_gradnrm': did you mean 'quickstart_gradnorm'?"
+    assert "--weight-decay" in refused(capsys, "--weight-decy", "0.1")
+    path = tmp_path / "mine.toml"
+    path.write_text("weight_decy = 0.1")
+    assert refused(capsys, "--recipe", str(path)) == (
+        f"--recipe {path}: unknown key 'weight_decy': did you mean 'weight_decay'?"
+    )
+
+
+def test_a_name_far_from_all_lists_what_there_is(capsys):
+    line = refused(capsys, "--recipe", "zzz")
+    assert all(name in line for name in recipe_names())
+
+
+REFUSED = [
+    ("--drop", "1.0", "--drop 1.0 is not a rate"),
+    ("--drop-path", "-0.1", "--drop-path -0.1 is not a rate"),
+    ("--img-size", "0", "--img-size 0 must be > 0"),
+    ("--num-classes", "1", "--num-classes 1 must be at least 2"),
+    ("--std", "1 0 1", "--std (1.0, 0.0, 1.0) must be positive"),
+    ("--model-kwargs", "depth", "--model-kwargs 'depth' should be key=value"),
+    ("--pretrained --initial-checkpoint", "w.pt", "--pretrained and --initial-checkpoint both"),
+    ("--batch-size", "0", "--batch-size 0 must be at least 1"),
+    ("--grad-accum-steps", "0", "--grad-accum-steps 0 must be at least 1"),
+    ("--global-batch-size", "-8", "--global-batch-size -8 must be at least 1"),
+    ("--workers", "-1", "--workers -1 must be at least 0"),
+    ("--global-batch-size 8 --grad-accum-steps", "2", "give one of the two"),
+    ("--reprob", "1.5", "--reprob 1.5 is not a probability"),
+    ("--mixup-switch-prob", "-1", "--mixup-switch-prob -1.0 is not a probability"),
+    ("--hflip", "2", "--hflip 2.0 is not a probability"),
+    ("--smoothing", "1", "--smoothing 1.0 must lie in [0, 1)"),
+    ("--crop-pct", "0", "--crop-pct 0.0 must lie in (0, 1]"),
+    ("--crop-padding", "-1", "--crop-padding -1 must be at least 0"),
+    ("--mixup", "-0.8", "--mixup -0.8 must be at least 0"),
+    ("--cutmix", "-1", "--cutmix -1.0 must be at least 0"),
+    ("--color-jitter", "-0.4", "--color-jitter -0.4 must be at least 0"),
+    ("--scale", "0.9 0.1", "--scale 0.9 0.1 must satisfy"),
+    ("--eps", "4", "--eps 4 is out of range: eps counts in 0..1 pixel units, write --eps 4/255"),
+    ("--eps", "nan", "--eps nan is out of range"),
+    ("--eps", "-1/255", "--eps -0.00392157 is out of range"),
+    ("--attack-eps", "8", "--attack-eps 8 is out of range"),
+    ("--attack-step", "2", "--attack-step 2 is out of range"),
+    ("--sigma", "0", "--sigma 0.0 must be positive"),
+    ("--attack-it", "0", "--attack-it 0 must be at least 1"),
+    ("--ramp-epochs", "-1", "--ramp-epochs -1.0 must be at least 0"),
+    ("--ce-weight", "-1", "--ce-weight -1.0 must be at least 0"),
+    ("--gn-weight", "-1", "--gn-weight -1.0 must be at least 0"),
+    ("--activation-memory-budget", "0", "--activation-memory-budget 0.0 must lie in (0, 1]"),
+    ("--clip-grad", "0", "--clip-grad 0.0 must be positive; leave it out for no clipping"),
+    ("--epochs", "0", "--epochs 0 must be at least 1"),
+    ("--lr", "0", "--lr 0.0 must be positive"),
+    ("--lr-base", "-1", "--lr-base -1.0 must be positive"),
+    ("--lr-base-size", "0", "--lr-base-size 0 must be positive"),
+    ("--opt-eps", "0", "--opt-eps 0.0 must be positive"),
+    ("--opt-betas", "0.9 1.5", "--opt-betas 0.9 1.5 must each lie in [0, 1)"),
+    ("--weight-decay", "-0.1", "--weight-decay -0.1 must be at least 0"),
+    ("--warmup-epochs", "-1", "--warmup-epochs -1.0 must be at least 0"),
+    ("--warmup-lr", "-1", "--warmup-lr -1.0 must be at least 0"),
+    ("--min-lr", "-1", "--min-lr -1.0 must be at least 0"),
+    ("--model-ema-decay", "1", "--model-ema-decay 1.0 must lie in [0, 1)"),
+    ("--epochs", "5", "--warmup-epochs 5 must be fewer than --epochs 5"),
+    ("--log-interval", "0", "--log-interval 0 must be at least 1"),
+    ("--checkpoint-interval", "0", "--checkpoint-interval 0 must be at least 1"),
+    ("--checkpoint-hist", "0", "--checkpoint-hist 0 must be at least 1"),
+    ("--eval-interval", "0", "--eval-interval 0 must be at least 1"),
+    ("--max-updates", "0", "--max-updates 0 must be at least 1"),
+    ("--seed", "-1", "--seed -1 must be at least 0"),
+    ("--eval-images", "-1", "--eval-images -1 must be at least 0"),
+    ("--eval-eps", "2", "--eval-eps 2 is out of range"),
+    ("--method", "gradnrom", "gradnrom"),
+    ("--loader", "dalli", "dalli"),
+    ("--epochs", "3.5", "3.5"),
+    ("--eps", "four", "'four' is not a number; write 0.0157 or 4/255"),
+]
+
+
+@pytest.mark.parametrize(("flags", "value", "expected"), REFUSED)
+def test_what_is_refused_names_the_value(flags, value, expected, capsys):
+    assert expected in refused(capsys, *flags.split(), *value.split())
+
+
+def test_every_check_has_a_case():
+    """A check added to config.py wants a line above: all flags named in checks are there."""
+    source = ast.parse(inspect.getsource(config))
+    births = [
+        node
+        for node in ast.walk(source)
+        if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
+    ]
+    assert len(births) == 7
+    names = {
+        node.attr
+        for birth in births
+        for node in ast.walk(birth)
+        if isinstance(node, ast.Attribute) and node.attr in FIELDS
+    } | {
+        node.value
+        for birth in births
+        for node in ast.walk(birth)
+        if isinstance(node, ast.Constant) and node.value in FIELDS
+    }
+    covered = {part[2:].replace("-", "_") for flags, *_ in REFUSED for part in flags.split()}
+    assert names - covered == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epochs = 3.5", "epochs = 3.5 should be of type int"),
+        ("epochs = true", "epochs = True should be of type int"),
+        ("model_ema = 1", "model_ema = 1 should be of type bool"),
+        ("model = 3", "model = 3 should be of type str"),
+        ("eps = true", "eps = True should be of type float"),
+        ('eps = "a lot"', "'a lot' is not a number"),
+        ('precision = "fp31"', "precision = 'fp31': did you mean 'fp32'?"),
+        ("mean = [0.5]", "mean = [0.5] should be a list of 3 values"),
+        ('mean = ["a", "b", "c"]', "'a' is not a number"),
+        ('model_kwargs = "depth=2"', "model_kwargs = 'depth=2' should be a list"),
+        ("[objective]\neps = 0.1", "unknown key 'objective'"),
+        ("eps = ", "not TOML"),
+    ],
+)
+def test_what_a_recipe_cannot_say(text, expected):
+    with pytest.raises(UserError) as caught:
+        Config.from_toml(text)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().objective.eps = 0.5  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------- values
+
+
+def test_model_kwargs_are_literals_or_strings():
+    found = model_kwargs(["depths=(2, 2)", "norm=layer", "rate=1e-3", "name=a=b", "flag=True"])
+    assert found == {
+        "depths": (2, 2),
+        "norm": "layer",
+        "rate": 1e-3,
+        "name": "a=b",
+        "flag": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("keys", "step"),
+    [
+        ({"method": "pgd_at"}, 8 / 255 / 3),
+        ({"method": "pgd_at", "attack_it": 10, "attack_eps": 8 / 255}, 1.6 / 255),
+        ({"method": "fgsm_rs"}, 5 / 255),
+        ({"method": "pgd_at", "attack_step": 1 / 255}, 1 / 255),
+    ],
+)
+def test_the_attacks_step(keys, step):
+    assert ObjectiveConfig(**keys).step_size == pytest.approx(step, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("keys", "eps"),
+    [
+        ({"method": "gradnorm", "eps": 0.1}, 0.1),
+        ({"method": "pgd_at", "eps": 0.1, "attack_eps": 0.2}, 0.2),
+        ({"method": "fgsm_rs", "attack_eps": 0.2}, 0.2),
+        ({"method": "pgd_at", "attack_eps": 0.2, "eval_eps": 0.3}, 0.3),
+        ({"method": "gradnorm", "eps": 0.1, "eval_eps": 0}, 0.0),
+    ],
+)
+def test_the_radius_watched_is_the_methods_own(keys, eps):
+    assert Config().replace(**keys).eval_eps == eps
+
+
+def test_changed_names_what_differs():
+    ours = Config().replace(model="resnet18", drop=0.5)
+    there = Config().replace(model="resnet50", drop=0.5, epochs=30)
+    assert ours.changed(there, "architecture") == ["model: 'resnet18', not 'resnet50'"]
+    assert ours.changed(ours, "optimizer") == []
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+IMAGENET: dict[str, Any] = {
+    "data": "imagefolder",
+    "pretrained": True,
+    "img_size": 224,
+    "weight_decay": 0.05,
+    "opt_eps": 1e-8,
+    "min_lr": 1e-5,
+    "warmup_epochs": 5.0,
+    "train_interpolation": "bicubic",
+    "crop_pct": 0.875,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "color_jitter": 0.4,
+    "reprob": 0.25,
+    "remode": "pixel",
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_switch_prob": 0.5,
+    "smoothing": 0.1,
+    "drop_path": 0.0,
+    "model_ema": True,
+    "model_ema_decay": 0.9998,
+    "lr_base_size": 512,
+}
+"""Section 3 of METHOD.md: what all of the paper's ImageNet runs share."""
+GRADNORM = {
+    "method": "gradnorm",
+    "ce_weight": 0.8,
+    "gn_weight": 1.2,
+    "eps": 4 / 255,
+    "sigma": 0.225,
+    "ramp_epochs": 5.0,
+}
+QUIRKS = {
+    "train_in_eval_mode": True,
+    "accumulation": "sum",
+    "sched_on_updates": False,
+    "sync_micro_batches": True,
+    "precision": "fp32",
+}
+RESNET50 = IMAGENET | GRADNORM | {"epochs": 83, "lr_base": 1.25e-3, "model": "resnet50"}
+CIFAR10 = {
+    "model": "preact_resnet18",
+    "activation": "gelu",
+    "data": "cifar10",
+    "batch_size": 128,
+    "epochs": 300,
+    "lr_base": 1.25e-3,
+}
+SAID: dict[str, dict[str, Any]] = {
+    "paper_swin_b_gradnorm": IMAGENET
+    | GRADNORM
+    | QUIRKS
+    | {"model": "swin_b", "epochs": 100, "lr_base": 6.25e-4, "warmup_lr": 1e-5, "clip_grad": 1.0}
+    | {"batch_size": 38, "grad_accum_steps": 2},
+    "paper_swin_b_pgd3": IMAGENET
+    | QUIRKS
+    | {"model": "swin_b", "epochs": 100, "lr_base": 1.25e-3, "warmup_lr": 1e-6, "clip_grad": None}
+    | {"method": "pgd_at", "attack_it": 3, "attack_eps": 4 / 255, "attack_step": None}
+    | {"attack_select": "paper", "attack_weight_grads": True, "ramp_epochs": 5.0}
+    | {"batch_size": 64, "grad_accum_steps": 1},
+    "paper_swin_b_natural": IMAGENET
+    | QUIRKS
+    | {"model": "swin_b", "method": "natural", "epochs": 100, "lr_base": 6.25e-4, "clip_grad": 1.0},
+    "paper_resnet50_gelu_gradnorm": RESNET50 | QUIRKS | {"activation": "gelu"},
+    "paper_resnet50_silu_gradnorm": RESNET50 | QUIRKS | {"activation": "silu"},
+    "paper_resnet50_relu_gradnorm": RESNET50 | QUIRKS | {"activation": "relu"},
+    "paper_cifar10_preactresnet18_gradnorm": CIFAR10 | GRADNORM | QUIRKS,
+    "paper_cifar10_preactresnet18_natural": CIFAR10 | {"method": "natural"},
+    "swin_b_gradnorm": IMAGENET
+    | GRADNORM
+    | {"model": "swin_b", "precision": "bf16", "train_in_eval_mode": False}
+    | {"accumulation": "mean", "sched_on_updates": True, "sync_micro_batches": False},
+}
+
+
+def test_all_of_the_papers_recipes_are_looked_at():
+    assert PAPER == sorted(name for name in SAID if name.startswith("paper_"))
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_recipes_say_what_the_paper_does(name):
+    cfg = load_recipe(name)
+    found = {key: getattr(getattr(cfg, FIELDS[key]), key) for key in SAID[name]}
+    assert found == SAID[name]
+
+
+def test_the_papers_updates_and_learning_rates():
+    """38 x 2 x 7 GPUs for gradnorm and 64 x 8 for PGD-3, whose learning rate needs no scaling."""
+    gradnorm, pgd = load_recipe("paper_swin_b_gradnorm"), load_recipe("paper_swin_b_pgd3")
+    images = gradnorm.dataset.batch_size * gradnorm.dataset.grad_accum_steps * 7
+    assert images == 532
+    assert peak_lr(gradnorm.optimizer, images) == pytest.approx(6.25e-4 * 532 / 512)
+    assert peak_lr(pgd.optimizer, 64 * 8) == 1.25e-3
+    assert pgd.objective.step_size == pytest.approx(8 / 255 / 3)
+
+
+def test_a_recipe_that_starts_from_another_names_its_output():
+    for first, second in (
+        ("quickstart_natural", "quickstart_gradnorm"),
+        ("paper_cifar10_preactresnet18_natural", "paper_cifar10_preactresnet18_gradnorm"),
+    ):
+        start, then = load_recipe(first), load_recipe(second)
+        assert then.architecture.initial_checkpoint == start.run.output
+        assert then.run.output != start.run.output
+        same = dataclasses.replace(then.architecture, initial_checkpoint=None)
+        assert same == start.architecture
+
+
+# ------------------------------------------------------------------------------------------- fields
+
+
+def dataclass_fields() -> list[tuple[str, str, str | None]]:
+    """(class, field, its docstring) of every dataclass in config.py, from the source."""
+    out = []
+    for node in ast.parse(Path(config.__file__).read_text()).body:
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith("Config"):
+            continue
+        for index, item in enumerate(node.body):
+            if not isinstance(item, ast.AnnAssign):
+                continue
+            after = node.body[index + 1] if index + 1 < len(node.body) else None
+            text = after.value if isinstance(after, ast.Expr) else None
+            said = isinstance(text, ast.Constant) and isinstance(text.value, str)
+            assert isinstance(item.target, ast.Name)
+            out.append((node.name, item.target.id, text.value if said else None))
+    return out
+
+
+def test_every_field_has_a_docstring():
+    groups = [row for row in dataclass_fields() if row[0] != "Config"]
+    assert {name for _, name, _ in groups} == set(FIELDS)  # nothing was overlooked
+    assert [row[:2] for row in groups if not row[2]] == []
+    for group in dataclasses.fields(Config):
+        assert group.default_factory.__doc__, group.name  # the heading of the group in --help
+
+
+def test_no_key_belongs_to_two_groups():
+    names = [
+        f.name for g in dataclasses.fields(Config) for f in dataclasses.fields(g.default_factory)
+    ]
+    assert len(names) == len(set(names)) == len(FIELDS)
+
+
+def test_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse_config(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert [n for n in FIELDS if f"--{n.replace('_', '-')}" not in shown] == []

@@ -1,0 +1,405 @@
+"""Two processes on gloo do what one does at the same global batch."""
+
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_SWIN, differences, tiny_run
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from fastgn import attacks, checkpoint, distributed, evaluate, models, train
+from fastgn.checkpoint import find_checkpoint, load_checkpoint
+from fastgn.config import UserError, parse_config
+from fastgn.metrics import read_rows
+from fastgn.objectives import build_objective
+from fastgn.schedule import Step
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def as_rank(rank: int, port: int, log: str, function: Callable[..., Any], args: tuple) -> None:
+    """What torchrun gives a process, and its output in a file."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({k: str(v) for k, v in names.items()})
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    sys.exit(function(*args))
+
+
+def start_two(folder: Path, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
+    """Ranks 0 and 1 of function(*args), from a fork server that has imported torch for both; their
+    output goes to folder/log0 and log1."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastgn.train", "fastgn.evaluate"])
+    port = free_port()
+    ranks = [
+        context.Process(target=as_rank, args=(r, port, str(folder / f"log{r}"), function, args))
+        for r in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def on_two_ranks(folder: Path, function: Callable[..., Any], *args: Any) -> list[str]:
+    """Runs function(*args), which returns an exit status, on two ranks; returns their output."""
+    ranks = start_two(folder, function, *args)
+    try:
+        for process in ranks:
+            process.join(120)
+    finally:
+        for process in ranks:
+            process.kill()
+    said = [(folder / f"log{r}").read_text() for r in range(2)]
+    assert [p.exitcode for p in ranks] == [0, 0], "\n".join(said)
+    return said
+
+
+def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
+    """Gradients and losses of one update on a rank's share of a fixed global batch of 16 images,
+    and the collectives that it took."""
+    flags = ["--method", case["method"], "--clip-grad", "1"]
+    cfg = parse_config([*TINY_SWIN, *flags, "--attack-select", "best"])
+    torch.manual_seed(0)
+    model, _ = models.build_model(cfg.architecture, 10)
+    model.to(case["dtype"])
+    if case.get("compile"):
+        # what DistributedDataParallel sees is the traced graph; Inductor's code takes a minute
+        torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore
+    # each rank's start is its own by design: without it, the attack is a function of the images
+    attacks.random_start = lambda images_BCHW, eps: images_BCHW  # type: ignore
+    step = Step(
+        model,
+        build_objective(cfg.objective),
+        compile=case.get("compile", False),
+        accumulation=case.get("accumulation", "mean"),
+        attack_weight_grads=case.get("attack_weight_grads", False),
+        distributed=ranks > 1,
+    )
+    counts = {"buckets": 0, "all_reduce": 0}  # a bucket is reduced by all_reduce as well
+    if ranks > 1:
+
+        def counting_hook(
+            group, bucket
+        ):  # DistributedDataParallel wants its own annotations or none
+            counts["buckets"] += 1
+            return allreduce_hook(group, bucket)
+
+        step._loss.register_comm_hook(None, counting_hook)  # type: ignore[operator]
+        all_reduce = torch.distributed.all_reduce
+
+        def counting_all_reduce(*args: Any, **kwargs: Any) -> Any:
+            counts["all_reduce"] += 1
+            return all_reduce(*args, **kwargs)
+
+        torch.distributed.all_reduce = counting_all_reduce
+    draw = torch.Generator().manual_seed(1)
+    images = torch.rand(16, 3, 16, 16, generator=draw).to(case["dtype"])
+    targets = torch.rand(16, 10, generator=draw).softmax(1).to(case["dtype"])
+    # a micro-batch is one contiguous piece over all ranks, as the loaders cut it
+    batches = [
+        (images[start:][: 8 // ranks], targets[start:][: 8 // ranks])
+        for start in (8 // ranks * rank, 8 + 8 // ranks * rank)
+    ]
+    loss = step(batches, torch.ones((), dtype=case["dtype"]))
+    return {
+        "losses": torch.stack([loss.total, loss.ce, loss.penalty]),
+        "grads": {n: p.grad for n, p in model.named_parameters()},
+        "counts": counts,
+        "weights": sum(1 for _ in model.parameters()),
+    }
+
+
+def updates_on_a_rank(cases: list[dict[str, Any]], folder: str) -> int:
+    originals = (torch.compile, attacks.random_start, torch.distributed.all_reduce)
+    with distributed.session("cpu") as world:
+        for index, case in enumerate(cases):
+            result = one_update(world.rank, 2, case)
+            torch.compile, attacks.random_start, torch.distributed.all_reduce = originals
+            torch.save(result, Path(folder) / f"{index}_{world.rank}.pt")
+    return 0
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "natural": {"method": "natural", "dtype": torch.float64},
+    "gradnorm": {"method": "gradnorm", "dtype": torch.float64},
+    "gradnorm_fp32": {"method": "gradnorm", "dtype": torch.float32},
+    "gradnorm_sum": {"method": "gradnorm", "dtype": torch.float64, "accumulation": "sum"},
+    "gradnorm_compiled": {"method": "gradnorm", "dtype": torch.float32, "compile": True},
+    "pgd_at": {"method": "pgd_at", "dtype": torch.float64},
+    "pgd_at_paper": {"method": "pgd_at", "dtype": torch.float64, "attack_weight_grads": True},
+}
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Case -> results of rank 0 and rank 1."""
+    folder = tmp_path_factory.mktemp("updates")
+    on_two_ranks(folder, updates_on_a_rank, list(CASES.values()), str(folder))
+    return {
+        name: [torch.load(folder / f"{i}_{rank}.pt") for rank in range(2)]
+        for i, name in enumerate(CASES)
+    }
+
+
+@pytest.fixture
+def restored_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes one_update's replacements in this process."""
+    monkeypatch.setattr(attacks, "random_start", attacks.random_start)
+    monkeypatch.setattr(torch, "compile", torch.compile)
+
+
+def relative_error(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    def flat(grads: dict[str, Tensor]) -> Tensor:
+        return torch.cat([g.double().flatten() for g in grads.values()])
+
+    return float((flat(mine) - flat(wanted)).norm() / flat(wanted).norm())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_one_process(
+    name: str, updates: dict[str, list[dict[str, Any]]], restored_functions: None
+) -> None:
+    case = CASES[name]
+    first, second = updates[name]
+    # eager in this process whatever the case: the compiled step has to agree with it as well
+    alone = one_update(0, 1, {**case, "compile": False})
+    bound = 1e-6 if case["dtype"] == torch.float32 else 1e-13
+    assert relative_error(first["grads"], alone["grads"]) < bound
+    assert differences(first["grads"], second["grads"]) == []
+    mean = (first["losses"] + second["losses"]) / 2
+    torch.testing.assert_close(mean, alone["losses"], rtol=bound, atol=0)
+    assert differences(first["losses"], second["losses"])  # each saw its own images
+
+
+def test_the_penalty_reaches_the_gradients(updates: dict[str, list[dict[str, Any]]]) -> None:
+    """Else gradnorm's cases above would show no more than natural's."""
+    natural, gradnorm = updates["natural"][0], updates["gradnorm"][0]
+    scaled = {n: 0.8 * g for n, g in natural["grads"].items()}
+    assert relative_error(gradnorm["grads"], scaled) > 1e-3
+    summed = {n: 2 * g for n, g in gradnorm["grads"].items()}
+    assert relative_error(updates["gradnorm_sum"][0]["grads"], summed) < 1e-13
+    assert relative_error(updates["pgd_at"][0]["grads"], natural["grads"]) > 1e-3
+
+
+def test_an_update_reduces_its_gradients_once(updates: dict[str, list[dict[str, Any]]]) -> None:
+    """All weights fit one bucket; two micro-batches and three attack steps add none."""
+    for name, results in updates.items():
+        for result in results:
+            paper = CASES[name].get("attack_weight_grads", False)
+            wasted = 2 * 3 * result["weights"] if paper else 0
+            assert result["counts"] == {"buckets": 1, "all_reduce": 1 + wasted}, name
+
+
+def train_on_a_rank(args: list[str]) -> int:
+    if os.environ["RANK"] != "0":
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise AssertionError("only the first rank writes")
+
+        checkpoint.atomic_open = refuse  # type: ignore[assignment]
+        train.Metrics = refuse  # type: ignore[misc,assignment]
+    return train.main(args)
+
+
+RUN = (
+    *("--max-updates", "12", "--checkpoint-interval", "5", "--log-interval", "3"),
+    *("--lr", "0.01", "--model-ema-decay", "0.5"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """The same run on one rank and on two, and what the two said."""
+    folder = tmp_path_factory.mktemp("runs")
+    one, two = folder / "one", folder / "two"
+    assert train.main(tiny_run(one, *RUN)) == 0
+    said = on_two_ranks(folder, train_on_a_rank, tiny_run(two, *RUN, "--batch-size", "24"))
+    return one, two, said
+
+
+def test_two_ranks_train_the_run_of_one(runs: tuple[Path, Path, list[str]]) -> None:
+    one, two, _ = runs
+    mine, theirs = (load_checkpoint(find_checkpoint(f))["model"] for f in (two, one))
+    moved = relative_error(
+        theirs, load_checkpoint(one / "checkpoints" / "update_00000010.pt")["model"]
+    )
+    assert moved > 1e-2
+    # gradients differ by their rounding, 1e-7, which Adam's division amplifies where they are
+    # nearly 0: 4e-6 measured after these 12 updates
+    assert relative_error(mine, theirs) < 1e-5
+    exported = [load_file(f / "model.safetensors") for f in (two, one)]
+    assert relative_error(*exported) < 1e-5
+    rows, wanted = read_rows(two / "metrics.csv"), read_rows(one / "metrics.csv")
+    assert [r["update"] for r in rows] == [r["update"] for r in wanted] == [3, 6, 9, 12, 12]
+    for row, want in zip(rows, wanted, strict=True):
+        for key in ("epoch", "lr", "ramp", "clean_accuracy"):
+            assert row.get(key) == want.get(key)
+        for key in ("loss", "ce", "penalty", "grad_l1", "grad_norm"):
+            assert row.get(key, 0.0) == pytest.approx(want.get(key, 0.0), rel=1e-4)
+
+
+def test_only_the_first_rank_writes(runs: tuple[Path, Path, list[str]]) -> None:
+    _, two, said = runs
+    assert "1 x 24 images" not in said[0]
+    assert "48" not in said[1] and said[1].count("update") == 0, said[1]
+    assert said[0].count("finished:") == 1
+    assert len(list((two / "tensorboard").iterdir())) == 1
+
+
+def test_one_rank_resumes_what_two_began(
+    runs: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    """The checkpoint lies between two log rows: it carries the sums of both ranks' losses."""
+    one, two, _ = runs
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder)
+    earlier = folder / "checkpoints" / "update_00000010.pt"
+    assert load_checkpoint(earlier)["summed"] == 1
+    assert train.main(["--resume", str(earlier), "--batch-size", "48"]) == 0
+    weights = [load_checkpoint(find_checkpoint(f))["model"] for f in (folder, one)]
+    assert relative_error(*weights) < 1e-5
+    (row,), (want,) = (
+        [r for r in read_rows(f / "metrics.csv") if r["update"] == 12 and "loss" in r]
+        for f in (folder, one)
+    )
+    assert row["loss"] == pytest.approx(want["loss"], rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+
+
+def test_evaluate_counts_the_same_on_two_ranks(
+    runs: tuple[Path, Path, list[str]], tmp_path: Path
+) -> None:
+    one, _, _ = runs
+    args = ["--checkpoint", str(one), "--attacks", "clean", "fgsm", "--eps", "4/255"]
+    args += ["--num-images", "51", "--batch-size", "10", "--output"]
+    assert evaluate.main([*args, str(tmp_path / "one.json")]) == 0
+    said = on_two_ranks(tmp_path, evaluate.main, [*args, str(tmp_path / "two.json")])
+    results = [
+        json.loads((tmp_path / f"{n}.json").read_text())["models"][0] for n in ("one", "two")
+    ]
+    for result in results:
+        for row in result["results"]:
+            del row["seconds"]
+    assert results[0] == results[1]
+    clean, fgsm = (row["accuracy"] for row in results[0]["results"])
+    assert 0.2 < fgsm < clean < 1
+    assert said[1] == ""
+
+
+def fail_on_the_second_rank(args: list[str], mistake: str) -> int:
+    def sleep(seconds: float) -> None:
+        assert torch.distributed.is_initialized(), "left the others, whose collectives now fail"
+        time.sleep(seconds / 10)
+
+    distributed.time = type("Clock", (), {"sleep": sleep})  # type: ignore[assignment]
+    if os.environ["RANK"] == "1":
+
+        def mistaken(*args: Any) -> Any:
+            raise UserError(mistake)
+
+        train.load_dataset = mistaken
+    return train.main(args)
+
+
+def test_a_mistake_of_one_rank_is_said(tmp_path: Path) -> None:
+    """By that rank, before its leaving breaks the others' collectives."""
+    args = tiny_run(tmp_path / "run", "--max-updates", "2")
+    ranks = start_two(tmp_path, fail_on_the_second_rank, args, "0815.png cannot be read")
+    try:
+        ranks[1].join(60)
+        assert ranks[1].exitcode == 2
+        line = "fastgn.train: error: 0815.png cannot be read\n"
+        assert (tmp_path / "log1").read_text() == line
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def torchrun(log: Path, *args: str) -> subprocess.Popen:
+    """Two ranks of fastgn.train."""
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(free_port()), "-m", "fastgn.train", *args]
+    with open(log, "w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+
+
+# a scheduler ends the parent; a terminal's Ctrl-C reaches every process, and torchrun passes it on
+@pytest.mark.parametrize("whole_group", [False, True])
+def test_a_signal_to_torchrun_saves(whole_group: bool, tmp_path: Path) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    endless = ("--epochs", "1000", "--batch-size", "24", "--log-interval", "1")
+    process = torchrun(log, *tiny_run(folder, *endless))
+    try:
+        deadline = time.monotonic() + 120
+        while len(read_rows(folder / "metrics.csv")) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        if whole_group:
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    last = load_checkpoint(find_checkpoint(folder))["update"]
+    assert last == read_rows(folder / "metrics.csv")[-1]["update"]
+    said = log.read_text()
+    assert said.count(f"stopped at update {last}; continue with --resume {folder}") == 1
+    assert "fastgn/train.py" not in said  # no traceback of ours
+
+
+def test_a_mistake_is_said_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    args = tiny_run(tmp_path / "run", "--batch-size", "2000")
+    assert torchrun(log, *args).wait(120) != 0
+    lines = [line for line in log.read_text().splitlines() if "fastgn.train: error:" in line]
+    assert len(lines) == 1 and "exceeds the 1437 training images" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+def evaluate_on_a_rank(args: list[str], folder: str) -> int:
+    cfg = parse_config(args)
+    with distributed.session("cpu") as world:
+        run = train.build(cfg, world)
+        buffers = dict(run.evaluated_model.named_buffers())
+        for buffer in buffers.values():
+            buffer += world.rank  # as if each rank had seen other images
+        run.evaluate()
+        torch.save(buffers, Path(folder) / f"buffers{world.rank}.pt")
+    return 0
+
+
+def test_all_ranks_evaluate_with_the_statistics_that_are_saved(tmp_path: Path) -> None:
+    """BatchNorm's are each rank's own during training."""
+    network = ("--model", "preact_resnet18", "--model-kwargs", "width=4", "--img-size", "16")
+    args = [*tiny_run(tmp_path / "run"), *network, "--activation", "gelu"]
+    on_two_ranks(tmp_path, evaluate_on_a_rank, args, str(tmp_path))
+    first, second = (torch.load(tmp_path / f"buffers{rank}.pt") for rank in range(2))
+    assert "backbone.norm.running_mean" in first
+    assert differences(first, second) == []

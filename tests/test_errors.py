@@ -1,0 +1,509 @@
+"""A user's mistake: one line that names it, exit status 2, nothing half-written left behind."""
+
+import resource
+import shutil
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_SWIN, tiny_run
+from PIL import Image
+
+from fastgn import evaluate, objectives, train
+from fastgn.checkpoint import Checkpoints, load_checkpoint
+from fastgn.config import UserError
+from fastgn.metrics import Metrics
+
+TINY_MODEL = TINY_SWIN[: TINY_SWIN.index("--data")]
+
+
+def refused(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
+    """What fastgn.train says about a mistake, checked to be one line and nothing else."""
+    capsys.readouterr()
+    assert train.main(args) == 2
+    return error_line(capsys.readouterr().err, "fastgn.train")
+
+
+def error_line(stderr: str, program: str) -> str:
+    assert "Traceback" not in stderr
+    lines = stderr.splitlines()
+    found = [line for line in lines if line.startswith(f"{program}: error: ")]
+    assert len(found) == 1, stderr
+    assert lines[-1] == found[0], "the error has more than one line, or something follows it"
+    return found[0].removeprefix(f"{program}: error: ")
+
+
+def half_written(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.tmp"))
+
+
+def save_image(path: Path, side: int = 16, seed: int = 0) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def image_folder(
+    root: Path, train_classes: str = "ab", val_classes: str = "ab", images: int = 4
+) -> Path:
+    """One class a letter."""
+    for split, names in (("train", train_classes), ("val", val_classes)):
+        for name in names:
+            for index in range(images):
+                save_image(root / split / name / f"{index}.png", seed=index)
+    return root
+
+
+def folder_run(data: Path, output: Path, *more: str) -> list[str]:
+    fixed = ("--data-dir", str(data), "--workers", "0", "--batch-size", "4", "--epochs", "1")
+    fixed += ("--warmup-epochs", "0", "--output", str(output))
+    return [*TINY_MODEL, *fixed, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two updates with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("errors") / "run"
+    assert train.main(tiny_run(folder, "--max-updates", "2", "--checkpoint-interval", "1")) == 0
+    return folder
+
+
+@pytest.fixture
+def run_copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished` that a test may spoil."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown model": (["--model", "swin_x"], "--model 'swin_x' is unknown: did you mean 'swin_"),
+    "unknown recipe": (["--recipe", "quickstart_grad"], "did you mean 'quickstart_gradnorm'?"),
+    "missing recipe file": (["--recipe", "nowhere/my.toml"], "nowhere/my.toml: there is no such"),
+    "unknown activation": (
+        ["--activation", "gelo"],
+        "--activation 'gelo' is unknown: did you mean",
+    ),
+    "wrong class count": (["--num-classes", "7"], "--num-classes 7 does not fit the data, which"),
+    "missing data dir": (
+        ["--data", "imagefolder", "--data-dir", "nowhere/images"],
+        "--data-dir nowhere/images: there is no such file or folder",
+    ),
+    "no data dir": (["--data", "imagefolder"], "--data imagefolder needs --data-dir"),
+    "data dir of digits": (["--data-dir", "."], "digits are embedded"),
+    "batch that does not divide": (
+        ["--batch-size", "5", "--global-batch-size", "48"],
+        "--global-batch-size 48 does not divide by 1 ranks x --batch-size 5",
+    ),
+    "batch larger than the data": (
+        ["--batch-size", "1500"],
+        "1500 images x 1 accumulated x 1 ranks = 1500 exceeds the 1437 training images",
+    ),
+    "accumulation larger than the data": (
+        ["--batch-size", "1000", "--grad-accum-steps", "2"],
+        "1000 images x 2 accumulated x 1 ranks = 2000 exceeds the 1437 training images",
+    ),
+    "odd batch with mixup": (["--mixup", "0.8", "--batch-size", "7"], "--batch-size 7 is odd"),
+    "odd batch with cutmix": (["--cutmix", "1.0", "--batch-size", "7"], "--batch-size 7 is odd"),
+    "auto-augment on the device": (["--aa", "rand-m9-mstd0.5-inc1"], "add --loader torch"),
+    "unknown auto-augment policy": (
+        ["--aa", "original9", "--loader", "torch"],
+        "--aa original9: Unknown AA policy original9",
+    ),
+    "wrong model argument": (["--model-kwargs", "embed_dimm=8"], "embed_dimm"),
+    "missing initial checkpoint": (
+        ["--initial-checkpoint", "nowhere/weights.pt"],
+        "--initial-checkpoint nowhere/weights.pt: there is no such file",
+    ),
+    "resuming nothing": (["--resume", "nowhere/run"], "nowhere/run: no run there"),
+    "resuming nothing with a recipe": (
+        ["--recipe", "quickstart_natural", "--resume", "nowhere/run"],
+        "--resume nowhere/run: there is no such run or checkpoint",
+    ),
+}
+
+
+@pytest.mark.parametrize(("more", "expected"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(more, expected, tmp_path, capsys):
+    args = tiny_run(tmp_path / "run", "--max-updates", "1")
+    line = refused(capsys, [*args, *more])
+    assert expected in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--eps", "4", "4 is out of range: eps counts in 0..1 pixel units, write --eps 4/255"),
+        ("--eps", "four", "'four' is not a number; write 0.0157 or 4/255"),
+        ("--eps", "4/0", "'4/0' is not a number"),
+        ("--method", "gradnrom", "gradnorm"),
+        ("--epochz", "3", "--epochs"),
+    ],
+)
+def test_what_the_parser_refuses_exits_with_2(flag, value, expected, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        train.main(tiny_run(tmp_path / "run", flag, value))
+    assert left.value.code == 2
+    stderr = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert expected in stderr and value in stderr
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epoch = 3", "unknown key 'epoch': did you mean 'epochs'?"),
+        ("epochs = 3.5", "epochs = 3.5 should be of type int"),
+        ("method = 'gradnrom'", "did you mean 'gradnorm'?"),
+        ("eps = 4", "--eps 4 is out of range"),
+        ("mean = ['a', 'b', 'c']", "'a' is not a number"),
+        ("mean = [0.5]", "mean = [0.5] should be a list of 3 values"),
+        ("epochs = ", "not TOML"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_recipe(text, expected, tmp_path, capsys):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(text)
+    line = refused(capsys, ["--recipe", str(recipe), "--output", str(tmp_path / "run")])
+    assert expected in line and str(recipe) in line
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+# ------------------------------------------------------------------------------------ image folders
+
+
+@pytest.mark.parametrize(
+    ("train_classes", "val_classes", "expected"),
+    [
+        ("", "", "train is missing"),
+        ("a", "a", "train has 1 class"),
+        ("ab", "", "val is missing"),
+        ("abc", "ab", "train has 3 classes, val has 2; c is in one alone"),
+        ("ab", "cd", "train has 2 classes, val has 2; a, b, c are in one alone"),
+    ],
+)
+def test_image_folders_that_do_not_fit(train_classes, val_classes, expected, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    data = image_folder(tmp_path / "data", train_classes, val_classes)
+    line = refused(capsys, folder_run(data, tmp_path / "run"))
+    assert expected in line and str(data) in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_folder_without_images(tmp_path, capsys):
+    data = image_folder(tmp_path / "data")
+    (data / "train" / "c").mkdir()
+    line = refused(capsys, folder_run(data, tmp_path / "run"))
+    assert "Found no valid file for the classes c" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_no_image_is_named(workers, tmp_path, capsys):
+    data = image_folder(tmp_path / "data")
+    bad = data / "train" / "a" / "2.png"
+    bad.write_text("not an image")
+    more = ("--workers", str(workers), "--batch-size", "8")
+    line = refused(capsys, folder_run(data, tmp_path / "run", *more))
+    assert line.startswith(f"{bad} cannot be read as an image")
+    assert half_written(tmp_path) == []
+
+
+def test_the_device_loader_takes_no_image_folder(tmp_path, capsys):
+    data = image_folder(tmp_path / "data")
+    line = refused(capsys, folder_run(data, tmp_path / "run", "--loader", "device"))
+    assert "--loader device: image folders need --loader torch" in line
+    assert not (tmp_path / "run").exists()
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_run_that_is_there_is_not_overwritten(finished, capsys):
+    before = contents(finished)
+    line = refused(capsys, tiny_run(finished, "--max-updates", "2"))
+    assert f"--output {finished} holds a run already: --resume {finished} continues it" in line
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--model", "preact_resnet18", "--model-kwargs", "width=4"], "of another model: model: "),
+        (["--img-size", "24"], "of another model: img_size: 24, not 16"),
+        (["--batch-size", "24"], "a global batch of 48, this run has 24"),
+        (["--no-model-ema"], "the checkpoint has an average of the weights: add --model-ema"),
+    ],
+)
+def test_resuming_what_does_not_fit_leaves_the_run_as_it_was(more, expected, finished, capsys):
+    before = contents(finished)
+    assert expected in refused(capsys, ["--resume", str(finished), *more])
+    assert contents(finished) == before
+
+
+def test_resuming_with_data_of_other_classes(finished, tmp_path, capsys):
+    before = contents(finished)
+    data = image_folder(tmp_path / "data", images=24)
+    more = ["--data", "imagefolder", "--data-dir", str(data), "--workers", "0"]
+    line = refused(capsys, ["--resume", str(finished), *more])
+    assert "knows 10 classes (0, 1, 2, ...), the data has 2 (a, b, ...)" in line
+    assert contents(finished) == before
+
+
+def test_a_truncated_checkpoint_is_named_with_the_others(run_copy, capsys):
+    last = Checkpoints(run_copy, 1).last()
+    content = last.read_bytes()
+    last.write_bytes(content[: len(content) // 2])
+    before = contents(run_copy)
+    line = refused(capsys, ["--resume", str(run_copy)])
+    assert line.startswith(f"{last} is corrupt")
+    assert "others there: best.pt, update_00000001.pt" in line
+    assert contents(run_copy) == before
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+def test_a_flipped_byte_in_a_checkpoint_is_found(where, run_copy, capsys):
+    last = Checkpoints(run_copy, 1).last()
+    content = bytearray(last.read_bytes())
+    tensor = load_checkpoint(last)["model"]["backbone.head.fc.weight"].numpy().tobytes()
+    index = content.find(tensor)
+    assert index >= 0
+    content[index + int(where * len(tensor))] ^= 0x10
+    last.write_bytes(content)
+    assert "is corrupt (checksum of " in refused(capsys, ["--resume", str(run_copy)])
+
+
+def test_no_flipped_or_missing_byte_goes_unnoticed_or_unexplained(tmp_path):
+    """Over a whole small checkpoint, its zip directory included: the right content or UserError."""
+    state = {"update": 3, "model": {"weight": torch.arange(8.0)}}
+    path = Checkpoints(tmp_path, 2).save(state, 3)
+    content = path.read_bytes()
+    spoilt = [content[:n] for n in range(0, len(content), 7)]
+    for index in range(0, len(content)):
+        flipped = bytearray(content)
+        flipped[index] ^= 0xFF
+        spoilt.append(bytes(flipped))
+    refusals = 0
+    for version in spoilt:
+        path.write_bytes(version)
+        try:
+            loaded = load_checkpoint(path)
+        except UserError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+        else:
+            assert loaded["update"] == 3 and torch.equal(
+                loaded["model"]["weight"], state["model"]["weight"]
+            )
+    assert refusals > len(spoilt) / 3
+
+
+def test_a_file_that_is_no_checkpoint(run_copy, capsys):
+    other = run_copy / "checkpoints" / "update_00000009.pt"
+    torch.save({"weight": torch.zeros(2)}, other)
+    line = refused(capsys, ["--resume", str(run_copy)])
+    assert line == f"{other} is not a checkpoint of fastgn.train, format 1"
+
+
+# ------------------------------------------------------------------------------- full disk, folders
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """A limit on a file's size stands in for it: a checkpoint is the first file to reach it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_checkpoint(full_disk, tmp_path, capsys):
+    run = tmp_path / "run"
+    line = refused(capsys, tiny_run(run, "--max-updates", "1"))
+    assert line.startswith(f"{run}/checkpoints/update_00000001.pt cannot be written")
+    assert half_written(tmp_path) == []
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(run_copy, full_disk, capsys):
+    before = contents(run_copy / "checkpoints")
+    assert "update_00000002.pt" in before
+    line = refused(capsys, ["--resume", str(run_copy), "--max-updates", "4"])
+    assert line.startswith(f"{run_copy}/checkpoints/update_00000003.pt cannot be written")
+    assert contents(run_copy / "checkpoints") == before
+    assert half_written(run_copy) == []
+
+
+def test_metrics_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path, total=1)
+    metrics.file.close()
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(metrics, "file", full)
+        with pytest.raises(UserError, match=r"metrics.csv cannot be written: No space left"):
+            metrics.log(1, {"loss": 1.0})
+        metrics.close()
+
+
+def test_an_output_that_is_a_file(tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    line = refused(capsys, tiny_run(taken, "--max-updates", "1"))
+    assert f"{taken}" in line and "cannot be written" in line
+    assert taken.read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------- numbers, device, apex
+
+
+def test_a_learning_rate_too_high_is_found_and_named(tmp_path, capsys):
+    args = tiny_run(tmp_path / "run", "--max-updates", "8", "--checkpoint-interval", "1")
+    args[args.index("--lr") + 1] = "1e30"
+    line = refused(capsys, [*args, "--log-interval", "1"])
+    last = Checkpoints(tmp_path / "run", 1).last()
+    update = int(last.stem.split("_")[1]) + 1
+    assert f"the loss or gradient of update {update} is not finite" in line
+    assert f"the last good checkpoint is {last};" in line
+    assert "try a lower --lr, --clip-grad 1.0, a longer --ramp-epochs" in line
+    for value in load_checkpoint(last)["model"].values():
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("bad", ["first", "third"])
+def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(
+    bad, tmp_path, capsys, monkeypatch
+):
+    """The third update's loss, found only at the next log row or checkpoint, is named by number."""
+    calls = 0
+    number = {"first": 1, "third": 3}[bad]
+    real = objectives.cross_entropy
+
+    def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return real(logits, targets) * (torch.nan if calls == number else 1.0)
+
+    monkeypatch.setattr(objectives, "cross_entropy", cross_entropy)
+    run = tmp_path / "run"
+    more = ("--max-updates", "6", "--checkpoint-interval", "2", "--precision", "bf16")
+    line = refused(capsys, tiny_run(run, *more))
+    assert f"the loss or gradient of update {number} is not finite" in line
+    assert "--precision fp32" in line
+    good = f"the last good checkpoint is {run}/checkpoints/update_00000002.pt"
+    assert {"first": "no checkpoint had been written", "third": good}[bad] in line
+    assert half_written(run) == []
+    assert not (run / "model.safetensors").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_without_cuda(tmp_path, capsys):
+    line = refused(capsys, tiny_run(tmp_path / "run", "--device", "cuda"))
+    assert line.startswith("--device cuda: this machine has no CUDA device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
+    module = types.ModuleType(name)
+    module.__path__ = []  # type: ignore[attr-defined]
+    for key, value in content.items():
+        setattr(module, key, value)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_fusedadamw_without_apex(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    line = refused(capsys, tiny_run(tmp_path / "run", "--opt", "fusedadamw"))
+    assert "--opt fusedadamw needs NVIDIA apex" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fusedadamw_with_the_unrelated_apex(tmp_path, capsys, monkeypatch):
+    install(monkeypatch, "apex", __version__="0.9.10dev")
+    line = refused(capsys, tiny_run(tmp_path / "run", "--opt", "fusedadamw"))
+    assert "the installed apex is not NVIDIA's" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fusedadamw_with_an_apex_that_does_not_import(tmp_path, capsys, monkeypatch):
+    """As PyPI's does on a current Python."""
+    broken = tmp_path / "path" / "apex"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("from pyramid.session import Unencrypted\n")
+    monkeypatch.syspath_prepend(str(broken.parent))
+    monkeypatch.delitem(sys.modules, "apex", raising=False)
+    line = refused(capsys, tiny_run(tmp_path / "run", "--opt", "fusedadamw"))
+    assert "--opt fusedadamw needs NVIDIA apex" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_nvidias_apex_needs_cuda(tmp_path, capsys, monkeypatch):
+    install(monkeypatch, "apex")
+    install(monkeypatch, "apex.optimizers", FusedAdam=torch.optim.AdamW)
+    args = tiny_run(tmp_path / "run", "--opt", "fusedadamw", "--device", "cpu")
+    assert "--opt fusedadamw needs a CUDA device; use --opt adamw" in refused(capsys, args)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------- fastgn.evaluate
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--data-dir", "nowhere"], "digits are embedded"),
+        (["--data", "imagefolder", "--data-dir", "nowhere"], "--data-dir nowhere: there is no"),
+    ],
+)
+def test_evaluating_on_data_that_is_not_there(more, expected, finished, tmp_path, capsys):
+    output = tmp_path / "evaluation.json"
+    args = ["--checkpoint", str(finished), "--output", str(output), *more]
+    capsys.readouterr()
+    assert evaluate.main(args) == 2
+    assert expected in error_line(capsys.readouterr().err, "fastgn.evaluate")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_evaluating_what_is_no_run(tmp_path, capsys):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"nothing")
+    for where, expected in (
+        (tmp_path / "nowhere", "there is no such run or file"),
+        (tmp_path, "no checkpoint below it"),
+        (weights, "is not a safetensors file"),
+    ):
+        assert evaluate.main(["--checkpoint", str(where)]) == 2
+        line = error_line(capsys.readouterr().err, "fastgn.evaluate")
+        assert expected in line and str(where) in line
+
+
+def test_evaluating_on_other_classes(finished, tmp_path, capsys):
+    data = image_folder(tmp_path / "data")
+    args = ["--checkpoint", str(finished), "--data", "imagefolder", "--data-dir", str(data)]
+    capsys.readouterr()
+    assert evaluate.main([*args, "--attacks", "clean"]) == 2
+    line = error_line(capsys.readouterr().err, "fastgn.evaluate")
+    assert "knows 10 classes (0, 1, 2, ...), the data has 2 (a, b, ...)" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--attacks", "pgd", "'pgd' is unknown"),
+        ("--attacks", "pgd-0", "'pgd-0' is unknown"),
+        ("--eps", "4", "4 is out of range"),
+        ("--num-images", "0", "--num-images 0 must be at least 1"),
+    ],
+)
+def test_what_evaluate_refuses_exits_with_2(flag, value, expected, finished, capsys):
+    with pytest.raises(SystemExit) as left:
+        evaluate.main(["--checkpoint", str(finished), flag, value])
+    assert left.value.code == 2
+    assert expected in " ".join(capsys.readouterr().err.replace("│", " ").split())

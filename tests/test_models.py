@@ -1,0 +1,441 @@
+"""Names, normalisation, activations, attention, and weights from elsewhere."""
+
+import os
+import pickle
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import set_fused_attn
+from torch import Tensor, nn
+
+from fastgn import models
+from fastgn.config import ArchitectureConfig, UserError
+from fastgn.models import Classifier, ModelReport, build_model
+from fastgn.objectives import gradnorm, piecewise_linear_warning
+from fastgn.preact_resnet import PreActResNet18
+
+TINY: dict[str, dict[str, Any]] = {
+    "swin_t": {
+        "model_kwargs": (
+            *("patch_size=4", "embed_dim=8", "depths=(2, 2)", "num_heads=(1, 2)"),
+            "window_size=2",
+        ),
+        "img_size": 16,
+    },
+    "vit_tiny_patch16_224": {
+        "model_kwargs": ("patch_size=4", "embed_dim=12", "depth=2", "num_heads=2"),
+        "img_size": 8,
+    },
+    "resnet18": {"model_kwargs": ("channels=(4, 8, 8, 8)",), "img_size": 32},
+    "resnet50": {"model_kwargs": ("channels=(4, 4, 4, 4)",), "img_size": 32},
+    "preact_resnet18": {"model_kwargs": ("width=4",), "img_size": 16},
+}
+
+
+@pytest.fixture(autouse=True)
+def timm_as_it_was():
+    """build_model switches timm's fused attention off for the process: each test starts with it
+    on."""
+    set_fused_attn(True, experimental=True)
+    yield
+    set_fused_attn(True)
+
+
+def tiny(name: str, num_classes: int = 5, **keys: Any) -> tuple[Classifier, ModelReport]:
+    torch.manual_seed(0)
+    return build_model(ArchitectureConfig(model=name, **(TINY[name] | keys)), num_classes)
+
+
+def refused(classes: int = 5, **keys: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        build_model(ArchitectureConfig(**keys), classes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(("alias", "name"), models.ALIASES.items())
+def test_aliases_are_timm_models(alias, name):
+    assert timm.is_model(name)
+    assert models.check_name(ArchitectureConfig(model=alias)) == name
+
+
+def test_an_alias_builds_what_its_name_builds():
+    by_alias, _ = tiny("swin_t")
+    torch.manual_seed(0)
+    cfg = ArchitectureConfig(model="swin_tiny_patch4_window7_224", **TINY["swin_t"])
+    by_name, _ = build_model(cfg, 5)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(by_alias.eval()(images), by_name.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("swin_bb", "swin_b"), ("resnet5", "resnet5"), ("preact_resnet", "preact_resnet18")],
+)
+def test_an_unknown_model_names_the_nearest(name, near):
+    line = refused(model=name)
+    assert line.startswith(f"--model '{name}' is unknown: did you mean '{near}")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_report_counts_the_parameters(name):
+    model, report = tiny(name)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert model(torch.rand(2, 3, model.img_size, model.img_size)).shape == (2, 5)
+
+
+def test_preact_resnet18_has_the_published_parameters():
+    """11,171,146 is the count of the usual implementation (kuangliu/pytorch-cifar): the same
+    network, whose final BatchNorm (2 x 512) that implementation leaves out, as He et al. do not."""
+    expected = 11_171_146 + 2 * 512
+    assert expected == 11_172_170
+    assert sum(p.numel() for p in PreActResNet18(10).parameters()) == expected
+    _, report = build_model(ArchitectureConfig(model="preact_resnet18", activation="gelu"), 10)
+    assert report.parameters == expected
+
+
+def test_preact_resnet18_has_the_published_shape():
+    model = PreActResNet18(10)
+    with torch.no_grad():
+        x = model.conv1(torch.rand(1, 3, 32, 32))
+        shapes = [tuple((x := block(x)).shape[1:]) for block in model.blocks]
+    sides = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert shapes == [side for side in sides for _ in range(2)]
+    assert [b.shortcut is not None for b in model.blocks] == [False, False] + [True, False] * 3
+
+
+def test_drop_path_is_what_is_asked_for():
+    """Swin's own default is 0.1: it must not slip in."""
+
+    def rates(drop_path: float) -> set[float]:
+        model, _ = tiny("swin_t", drop_path=drop_path)
+        return {m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"}
+
+    assert rates(0.0) == set()
+    assert max(rates(0.2)) == pytest.approx(0.2)
+    assert "has no stochastic depth" in refused(model="preact_resnet18", drop_path=0.1)
+
+
+# ------------------------------------------------------------------------------------ normalisation
+
+
+def test_normalisation_inside_is_that_outside():
+    model, _ = tiny("resnet18", mean=(0.1, 0.2, 0.3), std=(0.2, 0.4, 0.5))
+    images = torch.rand(3, 3, 32, 32)
+    outside = torch.stack(
+        [(images[:, c] - m) / s for c, (m, s) in enumerate(((0.1, 0.2), (0.2, 0.4), (0.3, 0.5)))],
+        dim=1,
+    )
+    assert torch.equal(model.normalize(images), outside)
+    model.eval()
+    assert torch.equal(model(images), model.backbone(outside))
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("swin_t", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("vit_tiny_patch16_224", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("preact_resnet18", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    ],
+)
+def test_the_normalisation_is_the_models_own(name, mean, std):
+    model, _ = tiny(name)
+    assert model.mean.flatten().tolist() == pytest.approx(mean)
+    assert model.std.flatten().tolist() == pytest.approx(std)
+
+
+def test_the_image_size_is_the_models_own():
+    keys = {"model_kwargs": TINY["preact_resnet18"]["model_kwargs"]}
+    model, _ = build_model(ArchitectureConfig(model="preact_resnet18", **keys), 5)
+    assert model.img_size == 32
+
+
+def test_checkpoints_hold_timms_keys_alone():
+    model, _ = tiny("swin_t")
+    assert {k.removeprefix("backbone.") for k in model.state_dict()} == set(
+        model.backbone.state_dict()
+    )
+    assert all(k.startswith("backbone.") for k in model.state_dict())
+
+
+# -------------------------------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "count"),
+    [
+        ("swin_t", nn.GELU, 4),
+        ("vit_tiny_patch16_224", nn.GELU, 2),
+        ("resnet18", nn.ReLU, 17),
+        ("resnet50", nn.ReLU, 49),
+        ("preact_resnet18", nn.ReLU, 17),
+    ],
+)
+def test_activations_are_replaced(name, own, count):
+    """The count is one an MLP, and for ResNets one a convolution, so nothing is left."""
+    model, report = tiny(name, activation="silu")
+    assert report.swapped_activations == count
+    kinds = [type(m).__name__ for m in model.modules()]
+    assert own.__name__ not in kinds
+    new = [m for m in model.modules() if "silu" in type(m).__name__.lower() or is_silu(m)]
+    assert len(new) == count
+    plain, untouched = tiny(name)
+    assert untouched.swapped_activations == 0
+    assert any(isinstance(m, own) or type(m).__name__ == own.__name__ for m in plain.modules())
+    images = torch.rand(2, 3, model.img_size, model.img_size)
+    assert not torch.allclose(model.eval()(images), plain.eval()(images))
+
+
+def is_silu(module: nn.Module) -> bool:
+    return type(module).__name__ == "Swish"
+
+
+@pytest.mark.parametrize("name", models.ACTIVATIONS)
+def test_every_activation_on_offer_can_be_built(name):
+    model, report = tiny("preact_resnet18", activation=name)
+    assert report.swapped_activations == 17
+    assert bool(report.piecewise_linear) == (name in ("relu", "leaky_relu"))
+
+
+def test_hard_activations_are_replaced_too():
+    cfg = ArchitectureConfig(model="mobilenetv3_small_050", activation="gelu", img_size=32)
+    model, _ = build_model(cfg, 5)
+    left = {type(m).__name__ for m in model.modules()} & {"Hardswish", "HardSwish", "ReLU"}
+    assert left == set()
+
+
+def test_an_unknown_activation_names_the_nearest():
+    assert "'gleu' is unknown: did you mean 'gelu'?" in refused(model="resnet18", activation="gleu")
+
+
+def test_gradnorm_warns_of_piecewise_linear_activations():
+    _, report = tiny("resnet18")
+    assert report.piecewise_linear == {"ReLU": 17}
+    warning = piecewise_linear_warning("gradnorm", report.piecewise_linear)
+    assert warning is not None and "17 ReLU" in warning and "--activation gelu" in warning
+    assert piecewise_linear_warning("natural", report.piecewise_linear) is None
+    _, smooth = tiny("resnet18", activation="gelu")
+    assert smooth.piecewise_linear == {}
+    assert piecewise_linear_warning("gradnorm", smooth.piecewise_linear) is None
+
+
+# ---------------------------------------------------------------------------------- fused attention
+
+
+def second_derivative(model: nn.Module, images: Tensor) -> Tensor:
+    """The L1 norm of every weight gradient of gradnorm's penalty alone."""
+    loss = gradnorm(model, images, torch.arange(len(images)) % 5, ce_weight=0.0)
+    return torch.stack(
+        [
+            torch.zeros(()) if g is None else g.abs().sum()
+            for g in torch.autograd.grad(loss.total, list(model.parameters()), allow_unused=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("name", "attentions"), [("vit_tiny_patch16_224", 2), ("swin_t", 4)])
+def test_fused_attention_is_switched_off_and_a_second_derivative_exists(name, attentions):
+    model, report = tiny(name)
+    assert report.unfused_attentions == attentions
+    assert not any(getattr(m, "fused_attn", False) for m in model.modules())
+    assert any("double backward" in line for line in report.lines(ArchitectureConfig(model=name)))
+    images = torch.rand(2, 3, model.img_size, model.img_size)
+    assert float(second_derivative(model, images).sum()) > 0
+
+
+def test_fused_attention_changes_no_logit():
+    name, keys = "vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 12, "depth": 2}
+    torch.manual_seed(0)
+    fused = timm.create_model(name, num_classes=5, img_size=8, num_heads=2, **keys).eval()
+    assert any(getattr(m, "fused_attn", False) for m in fused.modules())
+    images = torch.rand(2, 3, 8, 8)
+    plain, _ = tiny(name)
+    plain.backbone.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(plain.eval()(images), fused(plain.normalize(images)))
+
+
+# ----------------------------------------------------------------------------- what cannot be built
+
+
+SWIN = TINY["swin_t"]["model_kwargs"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"model": "vit_tiny_patch16_224", "img_size": 8}, "--img-size 8 does not suit"),
+        ({"model": "swin_t", "img_size": 16, "num_classes": 7}, "--num-classes 7 does not fit"),
+        ({"model": "swin_t", "model_kwargs": ("embed_dimm=8",)}, "embed_dimm"),
+        ({"model": "swin_t", "model_kwargs": (*SWIN, "depths=two"), "img_size": 16}, "cannot be"),
+        ({"model": "swin_t", "model_kwargs": ("patch_size=0",)}, "--model swin_t: "),
+        ({"model": "swin_t", "model_kwargs": ("pretrained=True",)}, "'pretrained'"),
+        (
+            {"model": "swin_t", "model_kwargs": (*SWIN, "num_classes=7"), "img_size": 16},
+            "gives (1, 7) and not 1 x 5 logits",
+        ),
+        (
+            {"model": "preact_resnet18", "model_kwargs": ("widht=4",)},
+            "--model-kwargs widht: unknown to preact_resnet18; did you mean 'width'?",
+        ),
+        ({"model": "preact_resnet18", "model_kwargs": ("width=four",)}, "cannot be built so"),
+        ({"model": "preact_resnet18", "pretrained": True}, "--pretrained: there are no weights"),
+        ({"model": "resnet18.nobody_in1k"}, "Invalid pretrained tag (nobody_in1k)"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(keys, expected):
+    assert expected in refused(**keys)
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Tensor]:
+    """A state dict unlike what a fresh network starts from."""
+    torch.manual_seed(9)
+    backbone = PreActResNet18(5, width=4)
+    for value in backbone.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.1, 0.2)
+    return backbone.state_dict()
+
+
+def wrappings(weights: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "bare": weights,
+        "distributed": {f"module.{k}": v for k, v in weights.items()},
+        "classifier": {f"backbone.{k}": v for k, v in weights.items()},
+        "both": {f"module.backbone.{k}": v for k, v in weights.items()},
+        "timm": {"epoch": 3, "state_dict": weights, "arch": "preact_resnet18"},
+        "fastgn": {"format": 1, "model": {"conv1.weight": torch.zeros(1)}, "ema": weights},
+        "fastgn without ema": {"format": 1, "model": weights, "ema": None},
+    }
+
+
+@pytest.mark.parametrize("wrapping", [*wrappings({}), "safetensors", "run folder"])
+def test_initial_checkpoints(wrapping, trained, tmp_path):
+    where = path = tmp_path / "weights.pt"
+    if wrapping == "safetensors":
+        where = path = tmp_path / "weights.safetensors"
+        save_file(trained, path)
+    elif wrapping == "run folder":
+        where = tmp_path
+        save_file(trained, tmp_path / "model.safetensors")
+    else:
+        torch.save(wrappings(trained)[wrapping], path)
+    model, _ = tiny("preact_resnet18", initial_checkpoint=str(where))
+    loaded = model.backbone.state_dict()
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(loaded[k], trained[k]) for k in trained)
+
+
+def test_an_initial_checkpoint_with_another_activation(trained, tmp_path):
+    """A natural ReLU network's weights start a GELU one: activations have no weights."""
+    torch.save(trained, tmp_path / "relu.pt")
+    model, report = tiny(
+        "preact_resnet18", activation="gelu", initial_checkpoint=str(tmp_path / "relu.pt")
+    )
+    assert report.swapped_activations == 17
+    assert torch.equal(model.backbone.state_dict()["fc.weight"], trained["fc.weight"])
+
+
+def test_an_initial_checkpoint_of_another_network(trained, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(trained, path)
+    start = {"initial_checkpoint": str(path)}
+    wide = {"model": "preact_resnet18", "model_kwargs": ("width=8",)}
+    line = refused(**wide, **start)
+    assert f"--initial-checkpoint {path} is of another network" in line
+    assert "conv1.weight is (4, 3, 3, 3) there, (8, 3, 3, 3) here" in line
+    narrow = {"model": "preact_resnet18", "model_kwargs": ("width=4",)}
+    assert "fc.weight is (5, 32) there, (7, 32) here" in refused(7, **narrow, **start)
+    line = refused(model="swin_t", **TINY["swin_t"], **start)
+    assert "keys are missing" in line and "unknown, such as " in line
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 torn"])
+def test_a_spoilt_initial_checkpoint(suffix, content, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    line = refused(model="preact_resnet18", initial_checkpoint=str(path))
+    assert line.startswith(f"{path} cannot be read as weights")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_truncated_initial_checkpoint(suffix, trained, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    save_file(trained, path) if suffix == ".safetensors" else torch.save(trained, path)
+    content = path.read_bytes()
+    for length in range(0, len(content), len(content) // 12):
+        path.write_bytes(content[:length])
+        line = refused(model="preact_resnet18", initial_checkpoint=str(path))
+        assert line.startswith(f"{path} cannot be read as weights")
+
+
+def test_what_holds_no_state_dict(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save([1, 2], path)
+    assert refused(model="preact_resnet18", initial_checkpoint=str(path)) == (
+        f"{path} holds no state dict"
+    )
+
+
+def test_a_run_that_has_not_finished(tmp_path):
+    line = refused(model="preact_resnet18", initial_checkpoint=str(tmp_path))
+    assert "the run has not finished (no model.safetensors)" in line
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize("form", ["torch.save", "legacy", "pickle"])
+def test_a_malicious_pickle_is_refused_unexecuted(form, tmp_path):
+    path, proof = tmp_path / "weights.pt", tmp_path / "proof"
+    content = {"state_dict": {"weight": Malicious(proof)}}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "torch.save")
+    line = refused(model="preact_resnet18", initial_checkpoint=str(path))
+    assert line.startswith(f"{path} cannot be read as weights")
+    assert not proof.exists()
+    # the file would have done it: what is tested is the reader
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(
+            path.read_bytes()
+        )
+    assert proof.exists()
+
+
+def test_pretrained_without_a_hub_is_one_line_and_soon(monkeypatch, tmp_path):
+    """Port 9 refuses at once; the hub's own client would go on asking for 47 s."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.perf_counter()
+    line = refused(model="resnet18", pretrained=True)
+    assert time.perf_counter() - start < 20
+    assert line.startswith("--pretrained: no weights of resnet18 from the hub (")
+    assert line.endswith("fetch them elsewhere and give --initial-checkpoint FILE")
+    assert constants.HF_HUB_OFFLINE
