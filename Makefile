@@ -4,14 +4,19 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# One thread a process: on a small network two gain nothing and, where another program wants a core, wait
+# for it at every operator (10x slower, benchmarks/NOTES.md). The evaluation shares its images out instead.
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+PROCESSES := $(if $(filter 1,$(CORES)),1,2)
+train: export OMP_NUM_THREADS = 1
 
 .PHONY: train test lint clean
 
 train: .venv/installed
 	$(BIN)/python -m fastgn.train --recipe quickstart_natural --resume auto
 	$(BIN)/python -m fastgn.train --recipe quickstart_gradnorm --resume auto
-	$(BIN)/python -m fastgn.evaluate --checkpoint runs/quickstart_natural runs/quickstart_gradnorm \
-		--eps 0.025 --attacks clean pgd-20 autoattack \
+	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m fastgn.evaluate \
+		--checkpoint runs/quickstart_natural runs/quickstart_gradnorm --eps 0.025 --attacks clean pgd-20 autoattack \
 		--output runs/quickstart.json --picture runs/quickstart.png
 
 test: lint

@@ -8,6 +8,7 @@ benchmarks/results/quickstart_<device>.json.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,19 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = ("natural", "gradnorm")
 
 
+PROCESSES = min(os.cpu_count() or 1, 2)
+TRAIN = ("-m", "fastgn.train")
+EVALUATE = (
+    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)),
+    *("-m", "fastgn.evaluate"),
+)
+
+
 def timed(*args: str) -> float:
-    """Seconds of `python -m args`, which must succeed."""
+    """Seconds of a command that must succeed, one thread a process as in `make train`."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", *args], check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *args], check=True, env=environment)
     return time.perf_counter() - start
 
 
@@ -35,14 +45,14 @@ def one_seed(seed: int, folder: Path) -> dict:
     for method in METHODS:
         start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []
         seconds[f"train_{method}"] = timed(
-            "fastgn.train",
+            *TRAIN,
             *("--recipe", f"quickstart_{method}", "--seed", str(seed), "--output", runs[method]),
             *start,
         )
     output = folder / "evaluation.json"
     attacks = ("--eps", "0.025", "--attacks", "clean", "pgd-20", "autoattack")
     seconds["evaluate"] = timed(
-        "fastgn.evaluate",
+        *EVALUATE,
         *("--checkpoint", *runs.values(), *attacks, "--output", str(output), "--seed", str(seed)),
     )
     models = json.loads(output.read_text())["models"]

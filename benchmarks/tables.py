@@ -55,7 +55,8 @@ def compiled_step() -> str:
         r = json.loads(path.read_text())
         device = r["hardware"].get("gpus", ["CPU"])[0]
         lines.append(
-            f"| {r['recipe']}, {r['img_size']} px | {device} | {r['precision']} | {r['batch_size']} "
+            f"| {r['recipe']}, {r['img_size']} px | {device} | {r['precision']} "
+            f"| {r['batch_size']} "
             f"| {r['speedup_median']:.2f} ({r['speedup_min']:.2f} to {r['speedup_max']:.2f}, "
             f"n = {r['rounds']}) | {r['graphs']} | {r['relative_gradient_error']:.0e} "
             f"| {r['first_compiled_step_s']:.0f} s |"

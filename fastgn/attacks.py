@@ -121,7 +121,10 @@ def autoattack(
     attack = AutoAttack(
         model, eps=eps, norm="Linf", version="standard", seed=seed, device=images_BCHW.device
     )
-    return attack.run_standard_evaluation(images_BCHW.contiguous(), labels_B, batch_size=batch_size)
+    adversarial_BCHW, _ = attack.run_standard_evaluation(
+        images_BCHW.contiguous(), labels_B, batch_size=batch_size
+    )
+    return adversarial_BCHW
 
 
 def count_correct(

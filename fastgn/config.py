@@ -6,14 +6,19 @@ of timm, or of ARES for the attacks, wherever one exists.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import math
+import os
+import re
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -541,7 +546,7 @@ def load_recipe(name_or_file: str) -> Config:
     path = Path(name_or_file)
     if path.suffix == ".toml":
         check(path.is_file(), f"--recipe {name_or_file}: there is no such file")
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     else:
         names = recipe_names()
         check(name_or_file in names, f"--recipe {name_or_file!r}: {nearest(name_or_file, names)}")
@@ -562,9 +567,58 @@ def flag_value(args: Sequence[str], name: str) -> str | None:
     return None
 
 
+Parsed = typing.TypeVar("Parsed")
+
+
+def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any = None) -> Parsed:
+    """tyro's command line for a dataclass, its refusals as one line instead of a box.
+
+    Raises UserError on whatever tyro refuses; --help exits with 0.
+    """
+    box = io.StringIO()
+    more: dict[str, Any] = {} if default is None else {"default": default}
+    helping = {"-h", "--help"} & set(args)
+    try:
+        with contextlib.redirect_stderr(box), columns(None if helping else 10_000):
+            return tyro.cli(kind, args=list(args), prog=prog, **more)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise UserError(unboxed(box.getvalue(), kind))
+
+
+@contextlib.contextmanager
+def columns(width: int | None) -> Iterator[None]:
+    """The terminal's width as tyro sees it: a narrow box would break words in two."""
+    before = os.environ.get("COLUMNS")
+    if width is not None:
+        os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def unboxed(text: str, kind: type) -> str:
+    """What tyro says in the first part of its box, as one line."""
+    lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()]
+    body = itertools.takewhile(
+        lambda line: line.strip("─"), lines[1:]
+    )  # up to the box's first rule
+    line = re.sub(r"^Error parsing [\w.-]+: (?=--|\S+ is not a number)", "", " ".join(body))
+    unknown = re.match(r"Unrecognized options: (--[\w-]+)", line)
+    if unknown:
+        names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
+        flags = [f"--{flag(name)}" for name in names]
+        line = f"{unknown[1]} is unknown: {nearest(unknown[1], flags)}"
+    return line
+
+
 def parse_config(args: Sequence[str] | None = None) -> Config:
     """The command line's config: recipe first, then flags. ``--resume RUN`` without a recipe starts
-    from the config that RUN saved. Raises UserError; a flag that tyro refuses exits with 2."""
+    from the config that RUN saved. Raises UserError."""
     args = list(sys.argv[1:] if args is None else args)
     recipe, resume = flag_value(args, "recipe"), flag_value(args, "resume")
     default = Config()
@@ -576,7 +630,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
             (folder / "config.toml").is_file(), f"--resume {resume}: no run there (no config.toml)"
         )
         default = load_recipe(str(folder / "config.toml")).replace(output=str(folder))
-    return tyro.cli(Config, args=args, default=default, prog="fastgn.train")
+    return parse_cli(Config, args, "fastgn.train", default)
 
 
 def run_folder(path: Path) -> Path:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from fastgn import attacks, models
@@ -28,7 +27,16 @@ from fastgn.checkpoint import (
     write_bytes,
     write_json,
 )
-from fastgn.config import Config, Fraction, UserError, check, check_pixels, nearest, run_folder
+from fastgn.config import (
+    Config,
+    Fraction,
+    UserError,
+    check,
+    check_pixels,
+    nearest,
+    parse_cli,
+    run_folder,
+)
 from fastgn.data import Subset, load_dataset
 from fastgn.distributed import World, say_error, session
 from fastgn.metrics import environment
@@ -41,7 +49,7 @@ ATTACKS = ("clean", "fgsm", "pgd-K", "autoattack")
 class EvaluateConfig:
     """Clean and robust accuracy of trained models, side by side."""
 
-    checkpoint: tuple[str, ...]
+    checkpoint: tuple[str, ...] = ()
     """Runs' folders, checkpoints (.pt) or exports (.safetensors)."""
     eps: tuple[Fraction, ...] = (4 / 255,)
     """Linf radii in 0..1 pixel units."""
@@ -73,7 +81,7 @@ class EvaluateConfig:
     """Of every attack."""
 
     def __post_init__(self) -> None:
-        check(bool(self.checkpoint), "--checkpoint names no run")
+        check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
         check(bool(self.eps), "--eps is empty: write --eps 4/255")
         for value in self.eps:
             check_pixels("--eps", value)
@@ -277,7 +285,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
 def main(args: list[str] | None = None) -> int:
     """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
     try:
-        cfg = tyro.cli(EvaluateConfig, args=args, prog="fastgn.evaluate")
+        args = sys.argv[1:] if args is None else args
+        cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
         with session(cfg.device) as world:
             run(cfg, world)
     except UserError as error:

@@ -396,11 +396,13 @@ def build(cfg: Config, world: World) -> Run:
             start=run.update,
             wandb_config=cfg.flat() if cfg.run.log_wandb else None,
         )
-        announce(run, report, dataset.name, compiled)
+        announce(run, report, dataset.name, compiled, state)
     return run
 
 
-def announce(run: Run, report: models.ModelReport, data: str, compiled: bool) -> None:
+def announce(
+    run: Run, report: models.ModelReport, data: str, compiled: bool, state: dict[str, Any] | None
+) -> None:
     """What is about to run, in a few lines."""
     cfg, size = run.cfg, run.model.img_size
     for line in report.lines(cfg.architecture):
@@ -415,8 +417,11 @@ def announce(run: Run, report: models.ModelReport, data: str, compiled: bool) ->
         f"{run.batch_size} images x {run.grad_accum_steps} accumulated x {run.world.size} ranks, "
         f"peak lr {run.peak_lr:.3g} -> {run.folder}"
     )
-    if run.update:
-        run.say(f"resumed at update {run.update}")
+    if state is not None:
+        groups = ("dataset", "augmentation", "objective", "step", "optimizer")
+        there = Config.from_toml(state["config"])
+        changes = [change for group in groups for change in cfg.changed(there, group)]
+        run.say("; ".join([f"resumed at update {run.update}", *changes]))
     if compiled:
         run.say("the first update compiles the step: seconds to minutes, then cached on disk")
     warning = piecewise_linear_warning(cfg.objective.method, report.piecewise_linear)
@@ -443,7 +448,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:
         path = find_checkpoint(Path(cfg.run.resume))
     else:
         check(
-            there is None,
+            there is None and not (folder / "model.safetensors").exists(),
             f"--output {folder} holds a run already: --resume {folder} continues it, another "
             "--output "
             "starts a new one",
@@ -489,7 +494,10 @@ def restore(
     model.load_state_dict(state["model"])
     if ema is not None:
         ema.module.load_state_dict(state["ema"])
+    wanted = [{k: g[k] for k in ("weight_decay", "betas", "eps")} for g in optimizer.param_groups]
     optimizer.load_state_dict(state["optimizer"])
+    for group, values in zip(optimizer.param_groups, wanted, strict=True):
+        group.update(values)  # this run's, which the command line may have changed
 
 
 class Interrupt:

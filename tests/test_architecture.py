@@ -31,7 +31,7 @@ ONLY_IN = {
     "timm": {"models.py", "data/augment.py", "data/torch.py"},
     "nvidia": {"data/dali.py"},
     "matplotlib": {"analysis/figures.py"},
-    "tyro": {"config.py", "evaluate.py"},
+    "tyro": {"config.py"},
     "pyautoattack": {"attacks.py"},
     "apex": set(),
     "wandb": {"metrics.py"},

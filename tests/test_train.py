@@ -1,0 +1,139 @@
+"""The program end to end: every method on CIFAR-10, Swin-B at 224 px, what a run leaves behind."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_run
+from PIL import Image
+
+from fastgn.evaluate import load_trained
+from fastgn.metrics import COLUMNS, read_rows
+from fastgn.train import main
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+CIFAR = SHARED / "cifar10_lossless_5k_1k.npz"
+IMAGENET = SHARED / "imagenet_sample_200.tar"
+
+
+@pytest.mark.parametrize("method", ["natural", "gradnorm", "pgd_at", "fgsm_rs"])
+@pytest.mark.skipif(not CIFAR.is_file(), reason="needs the CIFAR-10 sample")
+def test_cifar10_trains_with_each_method(method: str, tmp_path: Path) -> None:
+    """The paper's CIFAR-10 network, narrowed, falls below its first loss within an epoch's half."""
+    args = ["--model", "preact_resnet18", "--activation", "gelu", "--model-kwargs", "width=8"]
+    args += [
+        "--data",
+        "cifar10",
+        "--data-dir",
+        str(CIFAR),
+        "--method",
+        method,
+        "--batch-size",
+        "50",
+    ]
+    args += ["--epochs", "1", "--warmup-epochs", "0", "--lr", "0.003", "--max-updates", "40"]
+    args += ["--log-interval", "10", "--eval-images", "50", "--output", str(tmp_path / "run")]
+    assert main(args) == 0
+    rows = [r for r in read_rows(tmp_path / "run" / "metrics.csv") if "ce" in r]
+    assert [r["update"] for r in rows] == [10, 20, 30, 40]
+    assert rows[-1]["ce"] < rows[0]["ce"] - 0.1
+    assert ("grad_l1" in rows[0]) is (method == "gradnorm")
+
+
+@pytest.mark.skipif(not IMAGENET.is_file(), reason="needs the ImageNet sample")
+def test_swin_b_takes_gradnorm_steps_at_224_px(tmp_path: Path) -> None:
+    with tarfile.open(IMAGENET) as archive:
+        archive.extractall(tmp_path, filter="data")
+    data = [
+        "--data-dir",
+        str(tmp_path / "imagenet_sample"),
+        "--train-split",
+        ".",
+        "--val-split",
+        ".",
+    ]
+    args = ["--model", "swin_b", *data, "--batch-size", "2", "--max-updates", "2", "--epochs", "6"]
+    args += ["--log-interval", "1", "--eval-images", "0", "--workers", "0", "--no-model-ema"]
+    args += ["--ramp-epochs", "0", "--compile", "off", "--aa", "rand-m9-mstd0.5-inc1"]
+    args += [
+        "--mixup",
+        "0.8",
+        "--cutmix",
+        "1.0",
+        "--reprob",
+        "0.25",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert main(args) == 0
+    rows = read_rows(tmp_path / "run" / "metrics.csv")
+    assert [r["update"] for r in rows] == [1, 2]
+    assert all(r["penalty"] > 0 and r["grad_norm"] > 0 for r in rows)
+    header = load_trained(str(tmp_path / "run"), torch.device("cpu"))
+    assert len(header.classes) == 200
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    assert main(tiny_run(folder, "--max-updates", "4", "--log-interval", "2")) == 0
+    names = {p.relative_to(folder).parts[0] for p in folder.rglob("*")}
+    assert names == {
+        *("config.toml", "environment.json", "metrics.csv", "tensorboard", "checkpoints"),
+        *("model.safetensors", "summary.json", "curves.png"),
+    }
+    assert (folder / "metrics.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+    assert list((folder / "tensorboard").glob("events.*"))
+    with Image.open(folder / "curves.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5, "curves, and not an empty sheet"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert {"commit", "hardware", "ranks"} <= set(environment)
+    said = capsys.readouterr().err
+    assert "gradnorm on digits at 16 px" in said and "finished" in said
+
+
+def test_a_piecewise_linear_network_is_warned_of(tmp_path: Path, capsys) -> None:
+    args = ["--model", "preact_resnet18", "--model-kwargs", "width=4", "--data", "digits"]
+    args += ["--batch-size", "8", "--max-updates", "1", "--eval-images", "0"]
+    assert main([*args, "--output", str(tmp_path / "relu")]) == 0
+    assert "ReLU" in (said := capsys.readouterr().err) and "--activation gelu" in said
+    assert main([*args, "--activation", "gelu", "--output", str(tmp_path / "gelu")]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_bare_command_takes_the_embedded_digits(tmp_path: Path, capsys) -> None:
+    args = tiny_run(tmp_path / "run", "--max-updates", "1")
+    position = args.index("--data")
+    assert main(args[:position] + args[position + 2 :]) == 0
+    assert "no --data-dir: training on scikit-learn's embedded digits at 16 px" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main(tiny_run(tmp_path / name, "--max-updates", "3", "--seed", seed)) == 0
+        weights.append((tmp_path / name / "checkpoints" / "update_00000003.pt").read_bytes())
+        loaded = load_trained(str(tmp_path / name), torch.device("cpu")).model.state_dict()
+        weights[-1] = torch.cat([t.flatten().float() for t in loaded.values()])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_torchrun_runs_the_module(tmp_path: Path) -> None:
+    """As a user types it, one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "fastgn.train"]
+    out = subprocess.run(
+        [*command, *tiny_run(tmp_path / "run", "--max-updates", "1")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert out.returncode == 0, out.stderr
+    assert (tmp_path / "run" / "model.safetensors").is_file()
