@@ -6,8 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 # One thread a process: on a small network two gain nothing and, where another program wants a core, wait
 # for it at every operator (10x slower, benchmarks/NOTES.md). The evaluation shares its images out instead.
-CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
-PROCESSES := $(if $(filter 1,$(CORES)),1,2)
+PROCESSES = $$($(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 2))')
 train: export OMP_NUM_THREADS = 1
 
 .PHONY: train test lint clean

@@ -1,7 +1,7 @@
 """The compiled gradnorm step against eager double backprop, in one run.
 
-python benchmarks/compiled_step.py                      # the quickstart's network python
-benchmarks/compiled_step.py --recipe paper_swin_b_gradnorm --batch-size 2 --rounds 3 --calls 1
+    python benchmarks/compiled_step.py                      # the quickstart's network
+    python benchmarks/compiled_step.py --recipe swin_b_gradnorm --batch-size 2 --rounds 3 --calls 1
 
 Writes benchmarks/results/compiled_step_<recipe>_<device>.json. On a CPU only ratios mean something:
 its seconds depend on the machine and what else runs there.

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = ("natural", "gradnorm")
 
 
-PROCESSES = min(os.cpu_count() or 1, 2)
+PROCESSES = torch.cuda.device_count() or min(os.cpu_count() or 1, 2)
 TRAIN = ("-m", "fastgn.train")
 EVALUATE = (
     *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)),

@@ -110,17 +110,14 @@ def autoattack(
     eps: float,
     batch_size: int,
     seed: int,
+    device: torch.device,
 ) -> Tensor:
     """The adversarial images of AutoAttack's 'standard' version (Croce & Hein 2020), its authors'
-    code.
-
-    Runs on the images' device. Unfooled images come back as they were.
-    """
+    code, on the images' device; batches are attacked on `device`. Unfooled images come back as
+    they were."""
     from pyautoattack import AutoAttack
 
-    attack = AutoAttack(
-        model, eps=eps, norm="Linf", version="standard", seed=seed, device=images_BCHW.device
-    )
+    attack = AutoAttack(model, eps=eps, norm="Linf", version="standard", seed=seed, device=device)
     adversarial_BCHW, _ = attack.run_standard_evaluation(
         images_BCHW.contiguous(), labels_B, batch_size=batch_size
     )

@@ -90,10 +90,12 @@ class Checkpoints:
         for name in ("update_", "best.pt"):
             for left in self.folder.glob(f".{name}*.tmp"):
                 left.unlink(missing_ok=True)
-        with atomic_open(path) as file:
+        # best.pt first: a kill between the two names replays the update that it belongs to
+        first = self.folder / "best.pt" if best else path
+        with atomic_open(first) as file:
             torch.save({"format": FORMAT, **state}, file)
         if best:
-            self._link(path, self.folder / "best.pt")
+            self._link(first, path)
         there = self.all()
         end = there.index(path) + 1
         for other in there[: max(end - self.keep, 0)] + there[end:]:

@@ -279,8 +279,8 @@ class StepConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast with fp32 weights."""
     activation_memory_budget: float = 1.0
-    """Share of the activations that the compiled step keeps; the rest is recomputed (see
-    README)."""
+    """Share of the activations that the compiled step keeps; the rest is recomputed in the
+    backward."""
     clip_grad: float | None = None
     """Clip the gradient's global L2 norm to this."""
     train_in_eval_mode: bool = False
@@ -603,7 +603,7 @@ def columns(width: int | None) -> Iterator[None]:
 
 def unboxed(text: str, kind: type) -> str:
     """What tyro says in the first part of its box, as one line."""
-    lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()]
+    lines = [line.strip("│╭╰╮╯|+ ") for line in text.splitlines()]
     body = itertools.takewhile(
         lambda line: line.strip("─"), lines[1:]
     )  # up to the box's first rule
@@ -613,6 +613,11 @@ def unboxed(text: str, kind: type) -> str:
         names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
         flags = [f"--{flag(name)}" for name in names]
         line = f"{unknown[1]} is unknown: {nearest(unknown[1], flags)}"
+    choice = re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'", line)
+    if choice:
+        given, name = choice.groups()
+        valid = re.findall(r"'([^']*)'", line)[2:]
+        line = f"{name} {given!r}: {nearest(given, valid)}"
     return line
 
 

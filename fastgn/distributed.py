@@ -48,6 +48,17 @@ class World:
         torch.distributed.all_reduce(value, group=self.control)
         return bool(value.item())
 
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The first rank of each machine runs the block, then the others: one download is
+        enough."""
+        later = os.environ.get("LOCAL_RANK", "0") != "0"
+        if later:
+            self.barrier()
+        yield
+        if not later:
+            self.barrier()
+
     def barrier(self) -> None:
         if self.size > 1:
             torch.distributed.barrier()
@@ -75,8 +86,7 @@ def session(device: str = "auto") -> Iterator[World]:
         check(
             local_rank < count,
             f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', size)} processes for {count} "
-            "CUDA devices:"
-            f" lower --nproc-per-node to {count}",
+            f"CUDA devices: lower --nproc-per-node to {count}",
         )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)

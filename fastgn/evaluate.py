@@ -1,7 +1,6 @@
 """Clean and robust accuracy of trained models, side by side.
 
-python -m fastgn.evaluate --checkpoint runs/NAME --eps 1/255 2/255 4/255 --attacks clean pgd-20
-autoattack
+python -m fastgn.evaluate --checkpoint runs/NAME --eps 1/255 4/255 --attacks clean pgd-20 autoattack
 """
 
 import dataclasses
@@ -10,7 +9,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -132,34 +131,46 @@ def load_trained(where: str, device: torch.device) -> Trained:
 Attack = Callable[[torch.nn.Module, Tensor, Tensor], Tensor]
 
 
-def attack_named(name: str, eps: float, cfg: EvaluateConfig) -> Attack:
-    """(model, images, labels) -> attacked images."""
+def attack_named(name: str, eps: float) -> Attack:
+    """fgsm or pgd-K as (model, images, labels) -> attacked images."""
     if name == "fgsm":
         return partial(attacks.fgsm, eps=eps)
-    if name == "autoattack":
-        return partial(attacks.autoattack, eps=eps, batch_size=cfg.batch_size, seed=cfg.seed)
     steps = int(name.removeprefix("pgd-"))
     return partial(attacks.pgd, eps=eps, step_size=2.5 * eps / steps, steps=steps)
+
+
+def autoattacked(
+    model: models.Classifier, images: Subset, eps: float, cfg: EvaluateConfig
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """AutoAttack's (images, labels) in batches; it wants all images at once, and gets them on the
+    CPU."""
+    pairs = [(x.cpu(), y.cpu()) for x, y in images]
+    if not pairs:
+        return
+    whole, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    size, device = cfg.batch_size, images.device
+    adversarial = attacks.autoattack(
+        model, whole, labels, eps=eps, batch_size=size, seed=cfg.seed, device=device
+    )
+    for x, y in zip(adversarial.split(size), labels.split(size), strict=True):
+        yield x.to(device), y.to(device)
 
 
 def evaluate(trained: Trained, cfg: EvaluateConfig, world: World) -> dict[str, Any]:
     """One model's accuracies over all ranks, as a JSON-ready dict."""
     images = subset_of(trained, cfg, world)
-    batches = list(images)
-    if any(name == "autoattack" for name in cfg.attacks) and batches:  # it wants all images at once
-        whole = (torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]))
     results = []
     for name in cfg.attacks:
         for eps in (0.0,) if name == "clean" else cfg.eps:
-            attack = None if name == "clean" else attack_named(name, eps, cfg)
             seed_all(Stream.EVALUATION, cfg.seed, world.rank)
             start = time.perf_counter()
-            correct = attacks.count_correct(
-                trained.model,
-                [whole] if name == "autoattack" and batches else batches,
-                attack,
-                device=world.device,
-            )
+            batches: Iterable[tuple[Tensor, Tensor]] = images
+            attack = None
+            if name == "autoattack":
+                batches = autoattacked(trained.model, images, eps, cfg)
+            elif name != "clean":
+                attack = attack_named(name, eps)
+            correct = attacks.count_correct(trained.model, batches, attack, device=world.device)
             accuracy = int(world.sum(correct).item()) / images.size
             seconds = time.perf_counter() - start
             results.append({"attack": name, "eps": eps, "accuracy": accuracy, "seconds": seconds})
@@ -185,7 +196,8 @@ def subset_of(trained: Trained, cfg: EvaluateConfig, world: World) -> Subset:
         k: getattr(cfg, k) for k in ("data", "data_dir", "val_split") if getattr(cfg, k) is not None
     }
     source = dataclasses.replace(trained.cfg.dataset, **values)
-    dataset = load_dataset(source)
+    with world.first_alone():
+        dataset = load_dataset(source)
     check(
         dataset.classes == trained.classes,
         f"{trained.name} knows {len(trained.classes)} classes "
@@ -218,7 +230,7 @@ def draw(trained: list[Trained], cfg: EvaluateConfig, world: World) -> bytes:
     views = []
     for t in trained:
         seed_all(Stream.EVALUATION, cfg.seed)
-        attacked = attack_named("pgd-20", eps, cfg)(t.model, images, labels)
+        attacked = attack_named("pgd-20", eps)(t.model, images, labels)
         with torch.no_grad():
             before, after = t.model(images).argmax(1), t.model(attacked).argmax(1)
         grad = attacks.input_gradient(t.model, images, labels).images_BCHW
@@ -269,7 +281,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     output = (
         Path(cfg.output) if cfg.output else run_folder(Path(cfg.checkpoint[0])) / "evaluation.json"
     )
-    record = {"norm": "Linf", "eps_units": "0..1 pixels", "seed": cfg.seed, "models": results}
+    record = {"norm": "Linf", "eps_units": "0..1 pixels", "seed": cfg.seed, "ranks": world.size}
+    record |= {"models": results}
     write_json(output, record | environment())
     data = f"{results[0]['subset']} validation images"
     print(

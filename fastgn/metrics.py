@@ -56,7 +56,9 @@ class Metrics:
         rows = [r for r in read_rows(self.path) if r["update"] <= start] if start else []
         write_bytes(self.path, render(rows))
         self.file = open(self.path, "a", newline="")
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self.board = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start + 1 if start else 0
+        )
         self.wandb = start_wandb(folder, wandb_config) if wandb_config is not None else None
         self.began = time.perf_counter()
         self.bar = tqdm(

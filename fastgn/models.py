@@ -28,7 +28,15 @@ ALIASES = {
     "swin_l": "swin_large_patch4_window7_224",
 }
 OWN = {"preact_resnet18": PreActResNet18}
-PIECEWISE_LINEAR = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
+PIECEWISE_LINEAR = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardtanh,
+    nn.Threshold,
+)
 ACTIVATIONS = (
     "gelu",
     "gelu_tanh",
@@ -177,8 +185,7 @@ def create(name: str, cfg: ArchitectureConfig, num_classes: int) -> nn.Module:
         except OSError as error:
             raise UserError(
                 f"--pretrained: no weights of {name} from the hub ({first_line(error)}); fetch "
-                "them "
-                "elsewhere and give --initial-checkpoint FILE"
+                "them elsewhere and give --initial-checkpoint FILE"
             ) from None
         except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
             what = "--pretrained" if cfg.pretrained else f"--model {cfg.model}"

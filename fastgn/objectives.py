@@ -173,6 +173,5 @@ def piecewise_linear_warning(method: str, counts: dict[str, int]) -> str | None:
     found = ", ".join(f"{n} {name}" for name, n in counts.items())
     return (
         f"gradnorm gets almost no signal through piecewise-linear activations ({found}): their "
-        "second "
-        "derivative is 0. Replace them with --activation gelu (or silu)."
+        "second derivative is 0. Replace them with --activation gelu (or silu)."
     )

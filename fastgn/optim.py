@@ -52,16 +52,14 @@ def find_fused_adam() -> Any:
     except Exception:  # the unrelated package fails in its own ways on a current Python
         raise UserError(
             "--opt fusedadamw needs NVIDIA apex (built from source, github.com/NVIDIA/apex); "
-            "--opt adamw "
-            "uses torch's own fused AdamW"
+            "--opt adamw uses torch's own fused AdamW"
         ) from None
     try:
         return importlib.import_module("apex.optimizers").FusedAdam
     except (ImportError, AttributeError):
         raise UserError(
-            "--opt fusedadamw: the installed apex is not NVIDIA's (PyPI's apex is unrelated): "
-            "pip uninstall "
-            "apex and build NVIDIA's from source, or use --opt adamw"
+            "--opt fusedadamw: the installed apex is not NVIDIA's (PyPI's apex is unrelated): pip "
+            "uninstall apex and build NVIDIA's from source, or use --opt adamw"
         ) from None
 
 

@@ -6,7 +6,7 @@ taken outside raises; the whole loss has to be inside.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ TRACE_FLAG = "trace_autograd_ops"
 class DoubleBackward(nn.Module):
     """See compile_double_backward. `module` is the wrapped one; its parameters are this one's."""
 
+    _compiled: Callable[..., Any]
+
     def __init__(
         self, module: nn.Module, differentiate: Sequence[int] | None, budget: float, options: dict
     ):
@@ -31,7 +33,9 @@ class DoubleBackward(nn.Module):
         self.module = module
         self.differentiate = differentiate
         self._budget = budget
-        self._compiled = torch.compile(module, fullgraph=True, dynamic=False, **options)
+        # not a submodule: its parameters would stand in the state dict a second time
+        compiled = torch.compile(module, fullgraph=True, dynamic=False, **options)
+        self.__dict__["_compiled"] = compiled
 
     def forward(self, *inputs: Any) -> Any:
         inputs = tuple(
@@ -40,7 +44,8 @@ class DoubleBackward(nn.Module):
             for i, x in enumerate(inputs)
         )
         with (
-            torch._dynamo.config.patch({TRACE_FLAG: True}),
+            # optimize_ddp would cut the graph at DDP's buckets, between a gradient and its input
+            torch._dynamo.config.patch({TRACE_FLAG: True, "optimize_ddp": False}),
             torch._functorch.config.patch(activation_memory_budget=self._budget),
         ):
             return self._compiled(*inputs)
@@ -168,11 +173,7 @@ class Step:
         sums: Tensor | None = None
         for index, (images_BCHW, targets) in enumerate(batches):
             if self.objective.perturb is not None:
-                # the attack sees the network as a user would, and leaves BatchNorm alone
-                self.model.eval()
-                images_BCHW = self.objective.perturb(
-                    self.model, images_BCHW, targets, ramp, gradient=self._attack_gradient
-                )
+                images_BCHW = self._perturbed(images_BCHW, targets, ramp)
             self.model.train(not self.train_in_eval_mode)
             with self._no_sync(last=index == len(batches) - 1):
                 if self.objective.needs_input_gradient:
@@ -185,6 +186,20 @@ class Step:
                 torch.cuda.synchronize(self.device)
         assert sums is not None, "a step needs at least one micro-batch"
         return Loss(*(sums / len(batches)).unbind())
+
+    def _perturbed(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Tensor:
+        """The attack sees the network as a user would, in eval mode, and leaves BatchNorm alone."""
+        assert self.objective.perturb is not None
+        self.model.eval()
+        if (
+            self.distributed
+        ):  # as DDP does in its forward: every rank attacks with the same statistics
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+        with autocast(self.device.type, self.precision):
+            return self.objective.perturb(
+                self.model, images_BCHW, targets, ramp, gradient=self._attack_gradient
+            )
 
     def _no_sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients are all-reduced once an update: in its last backward."""

@@ -154,7 +154,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # sets to None; apex's takes no argument
         if self.ema is not None:
             self.ema.update(self.model)
         return grad_norm
@@ -290,8 +290,10 @@ class Run:
         write_bytes(self.folder / "curves.png", draw_curves(rows, title=self.folder.name))
         summary = {"updates": self.update, "global_batch": self.global_batch, "best": self.best}
         write_json(self.folder / "summary.json", summary | self.accuracy | environment())
+        accuracy = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in self.accuracy.items())
         self.say(
-            f"finished: {self.folder}/model.safetensors, summary.json, curves.png, metrics.csv"
+            f"finished: {self.update} updates, {accuracy or 'not evaluated'} -> {self.folder}: "
+            "model.safetensors, summary.json, curves.png, metrics.csv"
         )
 
     def say(self, line: str) -> None:
@@ -307,7 +309,8 @@ def build(cfg: Config, world: World) -> Run:
     folder, state = open_run(cfg, world)
     # config.toml is a recipe: one that resumes would write into this run from another --output
     cfg = cfg.replace_group("run", {"resume": None})
-    dataset = load_dataset(cfg.dataset)
+    with world.first_alone():
+        dataset = load_dataset(cfg.dataset)
     batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
     architecture = cfg.architecture
     if state is not None:  # its weights come from the checkpoint
@@ -334,7 +337,7 @@ def build(cfg: Config, world: World) -> Run:
             cfg.run.eval_images,
             img_size=model.img_size,
             crop_pct=cfg.augmentation.crop_pct,
-            batch_size=4 * batch_size,
+            batch_size=batch_size,
             workers=cfg.dataset.workers,
             device=world.device,
             rank=world.rank,
@@ -389,7 +392,24 @@ def build(cfg: Config, world: World) -> Run:
         run.summed = state["summed"]
     if world.is_main:  # after all checks: a refused --resume leaves the run as it was
         write_bytes(folder / "config.toml", cfg.to_toml())
-        write_json(folder / "environment.json", environment() | {"ranks": world.size})
+        # what config.toml leaves to the data, the model, the machine and the method
+        resolved = {
+            "data": dataset.name,
+            "classes": len(dataset.classes),
+            "img_size": model.img_size,
+            "mean": model.mean.flatten().tolist(),
+            "std": model.std.flatten().tolist(),
+            "loader": type(loader).__name__,
+            "batch_size": batch_size,
+            "grad_accum_steps": accum,
+            "ranks": world.size,
+            "lr": run.peak_lr,
+            "step_size": cfg.objective.step_size,
+            "eval_eps": cfg.eval_eps,
+            "compiled": compiled,
+            "device": world.device.type,
+        }
+        write_json(folder / "environment.json", environment() | {"resolved": resolved})
         run.metrics = Metrics(
             folder,
             total=run.last_update,
@@ -411,11 +431,9 @@ def announce(
         run.say(f"no --data-dir: training on scikit-learn's embedded digits at {size} px")
     run.say(
         f"{cfg.objective.method} on {data} at {size} px, {run.world.size} x "
-        f"{run.world.device.type}, "
-        f"{cfg.step.precision}, {'compiled' if compiled else 'eager'}: {run.last_update} "
-        "updates of "
-        f"{run.batch_size} images x {run.grad_accum_steps} accumulated x {run.world.size} ranks, "
-        f"peak lr {run.peak_lr:.3g} -> {run.folder}"
+        f"{run.world.device.type}, {cfg.step.precision}, {'compiled' if compiled else 'eager'}: "
+        f"{run.last_update} updates of {run.batch_size} images x {run.grad_accum_steps} "
+        f"accumulated x {run.world.size} ranks, peak lr {run.peak_lr:.3g} -> {run.folder}"
     )
     if state is not None:
         groups = ("dataset", "augmentation", "objective", "step", "optimizer")
@@ -450,8 +468,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:
         check(
             there is None and not (folder / "model.safetensors").exists(),
             f"--output {folder} holds a run already: --resume {folder} continues it, another "
-            "--output "
-            "starts a new one",
+            "--output starts a new one",
         )
         path = None
     return folder, load_checkpoint(path) if path is not None else None
@@ -494,10 +511,12 @@ def restore(
     model.load_state_dict(state["model"])
     if ema is not None:
         ema.module.load_state_dict(state["ema"])
-    wanted = [{k: g[k] for k in ("weight_decay", "betas", "eps")} for g in optimizer.param_groups]
+    # what this run says of the groups holds: the command line may have changed it, and the device
+    saved = state["optimizer"]["param_groups"]
+    for group, mine in zip(saved, optimizer.param_groups, strict=True):
+        names = ("weight_decay", "betas", "eps", "fused")
+        group.update({k: mine[k] for k in names if k in mine})
     optimizer.load_state_dict(state["optimizer"])
-    for group, values in zip(optimizer.param_groups, wanted, strict=True):
-        group.update(values)  # this run's, which the command line may have changed
 
 
 class Interrupt:

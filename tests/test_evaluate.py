@@ -59,7 +59,7 @@ def test_autoattack_is_its_authors_image_for_image(run: Path) -> None:
     images, labels = next(
         iter(evaluate.subset_of(trained, cfg, evaluate.World(0, 1, torch.device("cpu"))))
     )
-    ours = attacks.autoattack(trained.model, images, labels, eps=0.3, batch_size=16, seed=0)
+    ours = attacks.autoattack(trained.model, images, labels, eps=0.3, batch_size=16, seed=0, device=world.device)
     theirs, _ = AutoAttack(trained.model, eps=0.3, seed=0).run_standard_evaluation(images, labels)
     assert torch.equal(ours, theirs)
     assert (ours - images).abs().max() <= 0.3 + 1e-6

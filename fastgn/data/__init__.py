@@ -1,4 +1,8 @@
-"""Images: one Batch contract, whatever they come from (see batch.py)."""
+"""Images: one Batch contract, whatever they come from (see batch.py).
+
+A loader is a module of its own that build_loader imports when it is chosen: device.py and torch.py
+today, dali.py when NVIDIA DALI joins them.
+"""
 
 import os
 from collections.abc import Iterator
@@ -32,16 +36,14 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
         check(
             per_rank % batch == 0,
             f"--global-batch-size {data.global_batch_size} does not divide by {ranks} ranks x "
-            "--batch-size "
-            f"{batch}: take a multiple of {ranks * batch}",
+            f"--batch-size {batch}: take a multiple of {ranks * batch}",
         )
         accum = per_rank // batch
     whole = batch * accum * ranks
     check(
         whole <= num_images,
         f"a global batch of {batch} images x {accum} accumulated x {ranks} ranks = {whole} "
-        "exceeds the "
-        f"{num_images} training images: lower --batch-size",
+        f"exceeds the {num_images} training images: lower --batch-size",
     )
     mixing = cfg.augmentation.mixup or cfg.augmentation.cutmix
     check(

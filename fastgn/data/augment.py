@@ -46,7 +46,6 @@ class BatchAugment:
         if self.erase is not None:
             normalised = self.erase((images_BCHW - self.mean) / self.std)
             # timm's noise is normal and may leave 0..1, which attacks and the contract count on
-
             images_BCHW = (normalised * self.std + self.mean).clamp(0, 1)
         if self.mix is not None:
             return Batch(*self.mix(images_BCHW, labels_B))

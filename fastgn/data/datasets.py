@@ -169,9 +169,8 @@ def from_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
         if path is None:
             raise UserError(f"CIFAR-10 cannot be downloaded ({error}); give --data-dir") from None
         raise UserError(
-            f"--data-dir {path}: no CIFAR-10 there: neither an .npz, nor train/ and test/ "
-            "folders, nor "
-            "cifar-10-batches-py/ whole"
+            f"--data-dir {path}: no CIFAR-10 there: neither an .npz, nor train/ and test/ folders, "
+            "nor cifar-10-batches-py/ whole"
         ) from None
     train, val = (
         Arrays(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets))

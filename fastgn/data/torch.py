@@ -1,6 +1,7 @@
 """The PIL loader: worker processes decode and augment with timm's transforms."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Decoded(Dataset):
 def decode(
     split: Arrays | Files,
     transform: Any,
-    batches: list[list[Key]],
+    batches: Iterable[list[Key]],
     *,
     seed: int,
     workers: int,
@@ -51,25 +52,28 @@ def decode(
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=single_thread,
+        worker_init_fn=start_worker,
         # workers take their seeds from the keys: leave torch's own alone
         generator=torch.Generator(),
     )
     iterator = iter(loader)
-    while True:
-        try:
-            images, labels = next(iterator)
-        except StopIteration:
-            return
-        except UserError as error:  # a worker's comes with its traceback in front
-            message = str(error).strip().splitlines()[-1]
-            raise UserError(message.removeprefix("fastgn.config.UserError: ")) from None
-        images = images.to(device, non_blocking=True).float().div_(255)
-        yield images, labels.to(device, non_blocking=True)
+    try:
+        for images, labels in iterator:
+            images = images.to(device, non_blocking=True).float().div_(255)
+            yield images, labels.to(device, non_blocking=True)
+    except UserError as error:  # a worker's comes with its traceback in front
+        message = str(error).strip().splitlines()[-1]
+        raise UserError(message.removeprefix("fastgn.config.UserError: ")) from None
+    finally:  # workers that ignore signals have to be told to end
+        getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
-def single_thread(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """A signal to the whole process group is the main process's to handle: it saves, then ends
+    the workers."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TorchLoader:
@@ -117,7 +121,7 @@ class TorchLoader:
         order = epoch_order(len(self.split), self.seed, epoch).tolist()
         indices = range(first, self.batches_per_epoch)
         slices = (rank_slice(i, self.batch_size, self.rank, self.ranks) for i in indices)
-        batches = [[(epoch, k) for k in order[s]] for s in slices]
+        batches = ([(epoch, k) for k in order[s]] for s in slices)
         decoded = decode(
             self.split,
             self.transform,
