@@ -1,7 +1,7 @@
 """The compiled gradnorm step against eager double backprop, in one run.
 
-    python benchmarks/compiled_step.py                      # the quickstart's network
-    python benchmarks/compiled_step.py --recipe swin_b_gradnorm --batch-size 2 --rounds 3 --calls 1
+    python benchmarks/compiled_step.py  # the quickstart's network
+    python benchmarks/compiled_step.py --recipe paper_swin_b_gradnorm --batch-size 2 --rounds 3
 
 Writes benchmarks/results/compiled_step_<recipe>_<device>.json. On a CPU only ratios mean something:
 its seconds depend on the machine and what else runs there.
@@ -30,8 +30,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="quickstart_gradnorm")
     parser.add_argument("--batch-size", type=int, help="default: the recipe's")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--calls", type=int, default=5, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--calls", type=int, default=1, help="steps a round")
     args = parser.parse_args()
 
     cfg = load_recipe(args.recipe)

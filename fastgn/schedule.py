@@ -73,13 +73,15 @@ def compile_double_backward(
     module: its forward(*tensors) returns the loss (a tensor, or a tuple with it), calling
     ``torch.autograd.grad(..., create_graph=True)`` on the way. The result is called in the same way
     and trained with an ordinary ``.backward()``; wrap it in DistributedDataParallel, not the other
-    way round. differentiate: positions of the inputs that `module` differentiates with respect to;
-    None means every floating-point input. Those that do not require grad are replaced by leaves
-    that do. activation_memory_budget: share of the saved activations to keep, the rest is
-    recomputed. options: passed on to torch.compile.
+    way round.
+    differentiate: positions of the inputs that `module` differentiates with respect to; None means
+    every floating-point input. Those that do not require grad are replaced by leaves that do, and
+    the backward computes their gradient too: name no more than are needed.
+    activation_memory_budget: share of the saved activations to keep, the rest is recomputed.
+    options: passed on to torch.compile.
 
-    The graph is compiled at the first call, for these shapes: give every batch the same, and raise
-    on the first graph break rather than train on a wrong gradient. Works on PyTorch 2.11 and later.
+    The graph is compiled at the first call, for these shapes: give every batch the same. A graph
+    break raises, for a broken graph could train on a wrong gradient.
     """
     return DoubleBackward(module, differentiate, activation_memory_budget, options)
 
@@ -163,6 +165,11 @@ class Step:
             ids = [device.index] if device.type == "cuda" else None
             loss = DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
         self._loss = loss
+        self._statistics: list[Tensor] = []
+        """BatchNorm's, each rank's own until DDP's forward: and an attack comes before that."""
+        if distributed and objective.perturb is not None:
+            norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+            self._statistics = [b for m in norms for b in m.buffers()]
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor) -> Loss:
         """Adds to the parameters' .grad; returns the detached mean of the micro-batches' losses.
@@ -191,11 +198,8 @@ class Step:
         """The attack sees the network as a user would, in eval mode, and leaves BatchNorm alone."""
         assert self.objective.perturb is not None
         self.model.eval()
-        if (
-            self.distributed
-        ):  # as DDP does in its forward: every rank attacks with the same statistics
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        for buffer in self._statistics:
+            torch.distributed.broadcast(buffer, src=0)
         with autocast(self.device.type, self.precision):
             return self.objective.perturb(
                 self.model, images_BCHW, targets, ramp, gradient=self._attack_gradient

@@ -56,10 +56,10 @@ def test_autoattack_is_its_authors_image_for_image(run: Path) -> None:
     """The standard version, at a radius where few images stay, so that it ends in seconds."""
     cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), num_images=16)
     trained = evaluate.load_trained(str(run), torch.device("cpu"))
-    images, labels = next(
-        iter(evaluate.subset_of(trained, cfg, evaluate.World(0, 1, torch.device("cpu"))))
-    )
-    ours = attacks.autoattack(trained.model, images, labels, eps=0.3, batch_size=16, seed=0, device=world.device)
+    world = evaluate.World(0, 1, torch.device("cpu"))
+    images, labels = next(iter(evaluate.subset_of(trained, cfg, world)))
+    options = {"eps": 0.3, "batch_size": 16, "seed": 0, "device": world.device}
+    ours = attacks.autoattack(trained.model, images, labels, **options)
     theirs, _ = AutoAttack(trained.model, eps=0.3, seed=0).run_standard_evaluation(images, labels)
     assert torch.equal(ours, theirs)
     assert (ours - images).abs().max() <= 0.3 + 1e-6

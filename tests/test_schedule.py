@@ -3,16 +3,22 @@ losses."""
 
 import contextlib
 from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_run
 from test_objectives import made, relative, resnet, soft_targets, swin, vit
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgn import compile_double_backward
-from fastgn.config import ObjectiveConfig
+from fastgn import compile_double_backward, train
+from fastgn.config import ObjectiveConfig, parse_config
+from fastgn.distributed import World
 from fastgn.models import Classifier
 from fastgn.objectives import Objective, build_objective
 from fastgn.schedule import Step, graph_count
@@ -209,6 +215,81 @@ def test_flops_of_a_step_in_units_of_a_forward() -> None:
     assert flops(model, batch, **paper) / unit == pytest.approx(13, rel=0.12)
 
 
+# the host does not wait for the device
+
+
+class NoSync(TorchDispatchMode):
+    """Raises at what would make the host wait for a device: reading a number, or a shape that
+    depends on one."""
+
+    aten = torch.ops.aten
+    WAITS = (
+        *(aten._local_scalar_dense.default, aten.nonzero.default, aten.is_nonzero.default),
+        *(aten.equal.default, aten.masked_select.default, aten.unique_consecutive.default),
+        *(aten._unique2.default,),
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if func in self.WAITS:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def everything_on(folder: Path, method: str, *more: str) -> train.Run:
+    """A run with all that an update can be asked to do, and torch's fused AdamW as on CUDA."""
+    args = tiny_run(folder, "--method", method, "--attack-select", "best", "--clip-grad", "1")
+    args += ["--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.5", "--precision", "bf16", *more]
+    cfg = parse_config([*args, "--grad-accum-steps", "2"])
+    device = torch.device("cuda" if cfg.run.device == "cuda" else "cpu")
+    run = train.build(cfg, World(0, 1, device))
+    groups = [{k: g[k] for k in ("params", "weight_decay")} for g in run.optimizer.param_groups]
+    run.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
+    return run
+
+
+def update(run: train.Run, batches: list) -> None:
+    """As the loop does it."""
+    loss = run.step(batches, run.ramp.fill_(0.5))
+    grad_norm = run.apply_gradients(1e-3)
+    run.update += 1
+    run.accumulate(torch.stack([*loss, grad_norm]))
+
+
+@pytest.mark.parametrize("method", ["natural", "gradnorm", "pgd_at", "fgsm_rs"])
+def test_an_update_reads_nothing_on_the_host(method: str, tmp_path: Path) -> None:
+    run = everything_on(tmp_path / "run", method, "--compile", "off")
+    with NoSync():
+        for batches in islice(run.updates_of(0), 3):  # the device loader's work included
+            update(run, batches)
+        assert run.update == 3
+        with pytest.raises(AssertionError, match="waits for the device"):
+            run.check_finite()  # what a log row or a checkpoint may do
+    run.check_finite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["gradnorm", "pgd_at"])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_an_update_does_not_synchronise_with_cuda(
+    method: str, compile: str, tmp_path: Path
+) -> None:
+    run = everything_on(tmp_path / "run", method, "--compile", compile, "--device", "cuda")
+    batches = list(islice(run.updates_of(0), 5))
+    for group in batches[:2]:  # compiling may wait
+        update(run, group)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for group in batches[2:]:
+            update(run, group)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            run.check_finite()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert run.update == 5
+    run.check_finite()
+
+
 # compile_double_backward for other people's losses
 
 
@@ -302,6 +383,20 @@ def test_compile_double_backward_differentiates_only_what_is_asked_for() -> None
     module(x, scale).backward()
     assert scale.grad is None and not scale.requires_grad
     assert torch.allclose(x.grad, 36 * x.detach() ** 3)
+
+
+def test_compile_double_backward_holds_each_weight_once(no_codegen) -> None:
+    """Under `module.`, before the first call and after it, and none under the compiled function's
+    name."""
+    module, inputs = wgan_gp()
+    names = [f"module.{name}" for name in module.state_dict()]
+    assert len(names) == 6
+    compiled = compile_double_backward(module)
+    assert list(compiled.state_dict()) == names
+    compiled(*inputs).backward()
+    assert list(compiled.state_dict()) == names
+    assert [name for name, _ in compiled.named_parameters(remove_duplicate=False)] == names
+    assert [id(p) for p in compiled.parameters()] == [id(p) for p in module.parameters()]
 
 
 def test_compile_double_backward_raises_at_a_graph_break() -> None:
