@@ -156,9 +156,8 @@ def autoattacked(
         yield x.to(device), y.to(device)
 
 
-def evaluate(trained: Trained, cfg: EvaluateConfig, world: World) -> dict[str, Any]:
+def evaluate(trained: Trained, images: Subset, cfg: EvaluateConfig, world: World) -> dict[str, Any]:
     """One model's accuracies over all ranks, as a JSON-ready dict."""
-    images = subset_of(trained, cfg, world)
     results = []
     for name in cfg.attacks:
         for eps in (0.0,) if name == "clean" else cfg.eps:
@@ -218,14 +217,14 @@ def subset_of(trained: Trained, cfg: EvaluateConfig, world: World) -> Subset:
     )
 
 
-def draw(trained: list[Trained], cfg: EvaluateConfig, world: World) -> bytes:
+def draw(trained: list[Trained], subset: Subset, cfg: EvaluateConfig) -> bytes:
     """The picture of the first images for all models, which must take the same images."""
     sizes = {t.model.img_size for t in trained}
     check(
         len(sizes) == 1, f"--picture: the models take images of different sizes ({sorted(sizes)})"
     )
     eps, count = cfg.eps[-1], cfg.picture_images
-    images, labels = next(iter(subset_of(trained[0], cfg, world)))
+    images, labels = next(iter(subset))
     images, labels = images[:count], labels[:count]
     views = []
     for t in trained:
@@ -275,7 +274,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         logger.setLevel(logging.DEBUG)
         logger.propagate = False
     trained = [load_trained(where, world.device) for where in cfg.checkpoint]
-    results = [evaluate(t, cfg, world) for t in trained]
+    subsets = [subset_of(t, cfg, world) for t in trained]
+    results = [evaluate(t, s, cfg, world) for t, s in zip(trained, subsets, strict=True)]
     if not world.is_main:
         return
     output = (
@@ -291,7 +291,7 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     )
     print(f"written: {output}")
     if cfg.picture:
-        write_bytes(Path(cfg.picture), draw(trained, cfg, world))
+        write_bytes(Path(cfg.picture), draw(trained, subsets[0], cfg))
         print(f"written: {cfg.picture}")
 
 

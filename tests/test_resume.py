@@ -16,6 +16,7 @@ import torch
 from conftest import differences, tiny_run
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_errors import folder_run, image_folder
 
 from fastgn import attacks, metrics, train
 from fastgn.checkpoint import Checkpoints, atomic_open, find_checkpoint, load_checkpoint
@@ -235,6 +236,42 @@ def test_signal_saves_the_last_update(number: int, unbroken: Path, tmp_path: Pat
         [r for r in timeless_rows(f) if "clean_accuracy" in r] for f in (folder, unbroken)
     ]
     assert accuracies[0] == accuracies[1]
+
+
+def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_working(tmp_path: Path) -> None:
+    """A scheduler or a terminal's Ctrl-C signals the workers as well: the update under way still
+    gets its images."""
+    data = image_folder(tmp_path / "data", images=30)
+    folder, log = tmp_path / "stopped", tmp_path / "log"
+    more = ("--epochs", "8", "--workers", "2", "--eval-images", "0", "--log-interval", "1")
+    more += ("--reprob", "0.25", "--mixup", "0.8")
+    with open(log, "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fastgn.train", *folder_run(data, folder), *more],
+            stderr=stderr,
+            stdout=stderr,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 100
+            while len(read_rows(folder / "metrics.csv")) < 5:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.01)
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(60) == 0, log.read_text()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    said, last = log.read_text(), last_state(folder)["update"]
+    assert "Traceback" not in said and "error" not in said, said
+    assert 5 <= last < 120 and last == read_rows(folder / "metrics.csv")[-1]["update"]
+    assert said.count(f"stopped at update {last}; continue with --resume {folder}") == 1
+    assert not list(folder.rglob("*.tmp"))
+    assert train.main(["--resume", str(folder)]) == 0
+    unbroken = tmp_path / "unbroken"
+    assert train.main([*folder_run(data, unbroken), *more]) == 0
+    assert last_state(unbroken)["update"] == 120
+    assert differences(trained_state(folder), trained_state(unbroken)) == []
 
 
 def test_a_later_second_signal_ends_at_once() -> None:

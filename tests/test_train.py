@@ -4,7 +4,10 @@ import json
 import subprocess
 import sys
 import tarfile
+import types
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from PIL import Image
 
 from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
+from fastgn.schedule import graph_count
 from fastgn.train import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -124,6 +128,102 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
         weights[-1] = torch.cat([t.flatten().float() for t in loaded.values()])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def weights_of(folder: Path) -> torch.Tensor:
+    model = load_trained(str(folder), torch.device("cpu")).model
+    return torch.cat([p.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(("method", "graphs"), [("gradnorm", 1), ("pgd_at", 2)])
+def test_a_compiled_run_is_the_eager_one(
+    method: str, graphs: int, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Traced as ever, but run as ATen: Inductor's code takes a minute. Two epochs, a growing ramp
+    and evaluations compile nothing anew."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    more = ("--method", method, "--batch-size", "480", "--epochs", "2", "--no-model-ema")
+    assert main(tiny_run(tmp_path / "eager", "--compile", "off", *more)) == 0
+    assert "cpu, fp32, eager:" in capsys.readouterr().err
+    before = graph_count()
+    assert main(tiny_run(tmp_path / "compiled", "--compile", "on", *more)) == 0
+    assert graph_count() - before == graphs
+    assert "cpu, fp32, compiled:" in capsys.readouterr().err
+    eager, compiled = weights_of(tmp_path / "eager"), weights_of(tmp_path / "compiled")
+    assert (compiled - eager).norm() < 1e-4 * eager.norm()
+    assert (
+        main(
+            tiny_run(
+                tmp_path / "other",
+                "--compile",
+                "off",
+                *more,
+                "--gn-weight",
+                "0",
+                "--attack-eps",
+                "0",
+            )
+        )
+        == 0
+    )
+    assert (weights_of(tmp_path / "other") - eager).norm() > 1e-3 * eager.norm(), "moves too little"
+
+
+class FakeWandb(types.ModuleType):
+    """What the trainer calls of wandb, noted down."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict[str, Any]] = []
+        self.rows: list[dict[str, float]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> "FakeWandb":
+        self.begun.append(options)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        assert self.begun and not self.finished
+        self.rows.append({**values, "step": step})
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_a_run_is_logged_to_wandb(tmp_path: Path, monkeypatch) -> None:
+    wandb, folder = FakeWandb(), tmp_path / "run"
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert main(tiny_run(folder, "--max-updates", "4", "--log-interval", "2")) == 0
+    assert wandb.begun == [], "only when asked for"
+    more = ("--max-updates", "8", "--log-wandb", "--seed", "3")
+    assert main(["--resume", str(folder), *more]) == 0
+    (begun,) = wandb.begun
+    assert (begun["project"], begun["name"], begun["dir"]) == ("fastgn", "run", str(folder))
+    assert begun["config"]["seed"] == 3 and begun["config"]["model"] == "swin_t"
+    rows = [r for r in read_rows(folder / "metrics.csv") if r["update"] > 4]
+    assert [r["step"] for r in wandb.rows] == [r["update"] for r in rows] == [6, 8, 8]
+    for logged, row in zip(wandb.rows, rows, strict=True):
+        assert {k: logged[k] for k in row} == pytest.approx(row, rel=1e-5)
+    assert wandb.finished == 1
+
+
+def test_wandb_is_finished_when_the_run_fails(tmp_path: Path, monkeypatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    args = tiny_run(tmp_path / "run", "--max-updates", "4", "--log-wandb", "--log-interval", "1")
+    args[args.index("--lr") + 1] = "1e30"
+    assert main(args) == 2
+    assert wandb.rows and wandb.finished == 1
+
+
+def test_without_the_package_wandb(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main(tiny_run(tmp_path / "run", "--max-updates", "1", "--log-wandb")) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
+    said = "--log-wandb needs the package wandb: pip install wandb"
+    assert lines == [f"fastgn.train: error: {said}"]
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_torchrun_runs_the_module(tmp_path: Path) -> None:
