@@ -310,8 +310,10 @@ def test_evaluate_counts_the_same_on_two_ranks(
 ) -> None:
     one, _, _ = runs
     args = ["--checkpoint", str(one), "--attacks", "clean", "fgsm", "--eps", "4/255"]
-    args += ["--num-images", "51", "--batch-size", "10", "--output"]
+    args += ["--num-images", "51", "--batch-size", "10", "--picture", str(tmp_path / "e.png")]
+    args += ["--output"]
     assert evaluate.main([*args, str(tmp_path / "one.json")]) == 0
+    (tmp_path / "e.png").unlink()
     said = on_two_ranks(tmp_path, evaluate.main, [*args, str(tmp_path / "two.json")])
     results = [
         json.loads((tmp_path / f"{n}.json").read_text())["models"][0] for n in ("one", "two")
@@ -323,6 +325,7 @@ def test_evaluate_counts_the_same_on_two_ranks(
     clean, fgsm = (row["accuracy"] for row in results[0]["results"])
     assert 0.2 < fgsm < clean < 1
     assert said[1] == ""
+    assert (tmp_path / "e.png").is_file(), "drawn by the first rank alone, which waits for no other"
 
 
 def fail_on_the_second_rank(args: list[str], mistake: str) -> int:
