@@ -603,16 +603,16 @@ def columns(width: int | None) -> Iterator[None]:
 
 def unboxed(text: str, kind: type) -> str:
     """What tyro says in the first part of its box, as one line."""
-    lines = [line.strip("│╭╰╮╯|+ ") for line in text.splitlines()]
-    body = itertools.takewhile(
-        lambda line: line.strip("─"), lines[1:]
-    )  # up to the box's first rule
-    line = re.sub(r"^Error parsing [\w.-]+: (?=--|\S+ is not a number)", "", " ".join(body))
+    # borderless and with rules of "-" where stdout's encoding is not exactly "utf-8"
+    lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
+    inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
+    line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))
+    line = re.sub(r"^Error parsing [\w.-]+: (?=--)", "", line).removeprefix("Error parsing ")
     unknown = re.match(r"Unrecognized options: (--[\w-]+)", line)
     if unknown:
         names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
         flags = [f"--{flag(name)}" for name in names]
-        line = f"{unknown[1]} is unknown: {nearest(unknown[1], flags)}"
+        line = f"{unknown[1]} is unknown: {nearest(unknown[1].replace('_', '-'), flags)}"
     choice = re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'", line)
     if choice:
         given, name = choice.groups()

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib
 import importlib.metadata
 import io
 import math
@@ -59,7 +60,10 @@ class Metrics:
         self.board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=start + 1 if start else 0
         )
-        self.wandb = start_wandb(folder, wandb_config) if wandb_config is not None else None
+        self.wandb = None
+        if wandb_config is not None:
+            options = {"project": "fastgn", "name": folder.name, "dir": str(folder)}
+            self.wandb = find_wandb().init(**options, config=dict(wandb_config))
         self.began = time.perf_counter()
         self.bar = tqdm(
             total=total,
@@ -144,12 +148,12 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def start_wandb(folder: Path, config: Mapping) -> Any:
+def find_wandb() -> Any:
+    """The package. Raises UserError where it is not installed."""
     try:
-        import wandb
+        return importlib.import_module("wandb")
     except ImportError:
         raise UserError("--log-wandb needs the package wandb: pip install wandb") from None
-    return wandb.init(project="fastgn", name=folder.name, dir=str(folder), config=dict(config))
 
 
 def environment() -> dict[str, Any]:

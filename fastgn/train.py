@@ -34,7 +34,7 @@ from fastgn.config import Config, UserError, check, parse_config
 from fastgn.data import Batch, Loader, Subset, batch_sizes, build_loader, load_dataset
 from fastgn.distributed import World, say_error, session
 from fastgn.ema import ModelEma
-from fastgn.metrics import Metrics, environment, read_rows
+from fastgn.metrics import Metrics, environment, find_wandb, read_rows
 from fastgn.objectives import build_objective, piecewise_linear_warning
 from fastgn.schedule import Step
 from fastgn.seeding import Stream, seed_all
@@ -306,6 +306,8 @@ def build(cfg: Config, world: World) -> Run:
     models.check_name(cfg.architecture)
     if cfg.optimizer.opt == "fusedadamw":
         optim.find_fused_adam()
+    if cfg.run.log_wandb:
+        find_wandb()
     folder, state = open_run(cfg, world)
     # config.toml is a recipe: one that resumes would write into this run from another --output
     cfg = cfg.replace_group("run", {"resume": None})
