@@ -96,7 +96,10 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture)
         assert np.asarray(picture.convert("L")).std() > 5, "curves, and not an empty sheet"
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert {"commit", "hardware", "ranks"} <= set(environment)
+    assert {"commit", "hardware", "resolved"} <= set(environment)
+    resolved = environment["resolved"]
+    assert (resolved["data"], resolved["img_size"], resolved["ranks"]) == ("digits", 16, 1)
+    assert resolved["batch_size"] == 48 and resolved["lr"] == 0.003 and not resolved["compiled"]
     said = capsys.readouterr().err
     assert "gradnorm on digits at 16 px" in said and "finished" in said
 
