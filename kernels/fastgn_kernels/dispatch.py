@@ -1,0 +1,107 @@
+"""Which body of an op runs, and what every op shares.
+
+Each op is a chain of three ``torch.library`` custom ops, ``fastgn::<op>``, ``fastgn::<op>_bwd`` and
+``fastgn::<op>_bwd_bwd``, of which the first two register the next as their derivative. A custom op
+without a formula raises when it is differentiated, where a plain ``autograd.Function`` around a
+kernel loses the second-order terms without a word.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton reads this when a kernel is defined, so it is a property of the process."""
+
+LARGEST_GRID_Y = 65535
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether an op on `x` takes its Triton body: on CUDA, and wherever Triton is interpreted."""
+    return x.is_cuda or INTERPRETED
+
+
+def inlines() -> bool:
+    """Whether an op should give way to plain ATen operators: in a compiled region Inductor fuses
+    those with their neighbours, and a custom op would be a wall in between."""
+    return torch.compiler.is_compiling()
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a body computes in: float64 for itself, float32 for all else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tl_wide(dtype: torch.dtype) -> Any:
+    """`wide`, as Triton names it."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    """`x` in the strides of `other`, a tensor of its shape without holes."""
+    return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
+
+
+def round_up(a: int, b: int) -> int:
+    """Blocks of `b` that cover `a`."""
+    return -(-a // b)
+
+
+def strips(rows: int, rows_per_block: int, columns_of_blocks: int, programs: int = 1056) -> int:
+    """Into how many strips of rows a kernel with a reduction over rows is cut: each writes one
+    partial sum. 1056 programs are 8 on each of an H200's 132 processors."""
+    wanted = max(programs // max(columns_of_blocks, 1), 1)
+    return max(1, min(round_up(rows, rows_per_block), wanted, LARGEST_GRID_Y))
+
+
+def is_floating(name: str, **tensors: Tensor | None) -> None:
+    """Raises TypeError unless every tensor given is of a floating-point dtype."""
+    for argument, x in tensors.items():
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"{name}: {argument} is {x.dtype}, should be a floating-point tensor")
+
+
+def plain(body: Callable) -> Callable:
+    """A PyTorch body as it would run without autocast, which reaches into custom ops."""
+
+    def run(x: Tensor, *args: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return body(x, *args)
+
+    return run
+
+
+def differentiable(
+    op: Any, *, save: Callable[[Sequence[Any], Any], Sequence[Tensor | None]], backward: Callable
+) -> None:
+    """Registers an op's derivative. save(inputs, output) -> tensors to keep; the other inputs are
+    found in ctx.options. backward(ctx, saved, *cotangents) gets None for a cotangent that is
+    zero."""
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.save_for_backward(*save(inputs, output))
+        ctx.options = tuple(x for x in inputs if not isinstance(x, Tensor))
+        ctx.set_materialize_grads(False)
+
+    def unless_zero(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if all(c is None for c in cotangents):
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, ctx.saved_tensors, *cotangents)
+
+    op.register_autograd(unless_zero, setup_context=setup_context)
+
+
+def no_third_derivative(op: Any, twin: str) -> None:
+    """Makes differentiating a backward-of-backward op raise; `twin` is the reference's name."""
+
+    def backward(ctx: Any, *cotangents: Tensor) -> None:
+        raise RuntimeError(
+            f"fastgn_kernels.{twin} has no third derivative: "
+            f"fastgn_kernels.reference.{twin} can be differentiated any number of times"
+        )
+
+    op.register_autograd(backward)

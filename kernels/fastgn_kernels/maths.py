@@ -1,0 +1,299 @@
+"""The activations: value, first and second derivative, once for Triton and for PyTorch.
+
+Every function here is a Triton function of (u, p), p being the activation's parameter. PyTorch's
+bodies run the same source with PyTorch's functions under Triton's names (`in_pytorch`), so that
+there is one place to write an activation and one row in `TABLE` to add.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from fastgn_kernels.dispatch import INTERPRETED
+
+# to the right of a tensor only: the interpreter makes a constant of constant * tensor
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+TANH_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def erf(x):
+    return tl.erf(x)
+
+
+@triton.jit
+def where(condition, a, b):
+    return tl.where(condition, a, b)
+
+
+@triton.jit
+def _log1p_interpreted(x):
+    """Kahan's: the rounding of 1 + x cancels. Triton's interpreter has no libdevice."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def _expm1_interpreted(x):
+    """Kahan's as well; where exp(x) rounds to 0, the limit."""
+    u = tl.exp(x)
+    near = (u == 1.0) | (u == 0.0) | (u == float("inf"))
+    inside = (u - 1.0) * (x / tl.where(near, 1.0, tl.log(tl.where(near, 2.0, u))))
+    return tl.where(u == 1.0, x, tl.where(near, u - 1.0, inside))
+
+
+@triton.jit
+def _tanh_interpreted(x):
+    e = _expm1_interpreted(tl.where(x < 0, 2.0 * x, -2.0 * x))
+    return tl.where(x < 0, e / (e + 2.0), -e / (e + 2.0))
+
+
+if INTERPRETED:
+    log1p, expm1, tanh = _log1p_interpreted, _expm1_interpreted, _tanh_interpreted
+else:
+    log1p, expm1, tanh = libdevice.log1p, libdevice.expm1, libdevice.tanh
+
+
+@triton.jit
+def logistic(u):
+    return 1.0 / (1.0 + exp(-u))
+
+
+@triton.jit
+def log_one_plus_exp(u):
+    return where(u > 0, u, 0.0) + log1p(exp(where(u > 0, -u, u)))
+
+
+@triton.jit
+def gelu(u, p):
+    return 0.5 * u * (1.0 + erf(u * SQRT_HALF))
+
+
+@triton.jit
+def gelu_1(u, p):
+    return 0.5 * (1.0 + erf(u * SQRT_HALF)) + u * exp(-0.5 * u * u) * INV_SQRT_2_PI
+
+
+@triton.jit
+def gelu_2(u, p):
+    return exp(-0.5 * u * u) * INV_SQRT_2_PI * (2.0 - u * u)
+
+
+@triton.jit
+def gelu_tanh(u, p):
+    return 0.5 * u * (1.0 + tanh((u + u * u * u * TANH_CUBIC) * SQRT_2_OVER_PI))
+
+
+@triton.jit
+def gelu_tanh_1(u, p):
+    t = tanh((u + u * u * u * TANH_CUBIC) * SQRT_2_OVER_PI)
+    inner_1 = (1.0 + 3.0 * u * u * TANH_CUBIC) * SQRT_2_OVER_PI
+    return 0.5 * (1.0 + t) + 0.5 * u * (1.0 - t * t) * inner_1
+
+
+@triton.jit
+def gelu_tanh_2(u, p):
+    t = tanh((u + u * u * u * TANH_CUBIC) * SQRT_2_OVER_PI)
+    inner_1 = (1.0 + 3.0 * u * u * TANH_CUBIC) * SQRT_2_OVER_PI
+    inner_2 = 6.0 * u * TANH_CUBIC * SQRT_2_OVER_PI
+    return (1.0 - t * t) * (inner_1 + 0.5 * u * (inner_2 - 2.0 * t * inner_1 * inner_1))
+
+
+@triton.jit
+def swish(u, p):
+    return u * logistic(p * u)
+
+
+@triton.jit
+def swish_1(u, p):
+    s = logistic(p * u)
+    return s + p * u * (s * (1.0 - s))
+
+
+@triton.jit
+def swish_2(u, p):
+    s = logistic(p * u)
+    return p * s * (1.0 - s) * (2.0 + p * u * (1.0 - 2.0 * s))
+
+
+@triton.jit
+def mish(u, p):
+    return u * tanh(log_one_plus_exp(u))
+
+
+@triton.jit
+def mish_1(u, p):
+    w = tanh(log_one_plus_exp(u))
+    return w + u * (logistic(u) * (1.0 - w * w))
+
+
+@triton.jit
+def mish_2(u, p):
+    w, s = tanh(log_one_plus_exp(u)), logistic(u)
+    w_1 = s * (1.0 - w * w)
+    return w_1 * (2.0 + u * (1.0 - s - 2.0 * w * s))
+
+
+@triton.jit
+def softplus(u, p):
+    return log_one_plus_exp(p * u) / p
+
+
+@triton.jit
+def softplus_1(u, p):
+    return logistic(p * u)
+
+
+@triton.jit
+def softplus_2(u, p):
+    s = logistic(p * u)
+    return p * (s * (1.0 - s))
+
+
+@triton.jit
+def elu(u, p):
+    return where(u <= 0, p * expm1(where(u <= 0, u, 0.0)), u)
+
+
+@triton.jit
+def elu_1(u, p):
+    return where(u <= 0, p * exp(where(u <= 0, u, 0.0)), 1.0)
+
+
+@triton.jit
+def elu_2(u, p):
+    return where(u < 0, p * exp(where(u < 0, u, 0.0)), 0.0)
+
+
+@triton.jit
+def tanh_0(u, p):
+    return tanh(u)
+
+
+@triton.jit
+def tanh_1(u, p):
+    t = tanh(u)
+    return 1.0 - t * t
+
+
+@triton.jit
+def tanh_2(u, p):
+    t = tanh(u)
+    return -2.0 * t * (1.0 - t * t)
+
+
+@triton.jit
+def sigmoid(u, p):
+    return logistic(u)
+
+
+@triton.jit
+def sigmoid_1(u, p):
+    s = logistic(u)
+    return s * (1.0 - s)
+
+
+@triton.jit
+def sigmoid_2(u, p):
+    s = logistic(u)
+    return s * (1.0 - s) * (1.0 - 2.0 * s)
+
+
+@triton.jit
+def squared_relu(u, p):
+    r = where(u <= 0, 0.0, u)
+    return r * r
+
+
+@triton.jit
+def squared_relu_1(u, p):
+    return where(u <= 0, 0.0, 2.0 * u)
+
+
+@triton.jit
+def squared_relu_2(u, p):
+    return where(u <= 0, 0.0, 2.0)
+
+
+@triton.jit
+def leaky_relu(u, p):
+    return where(u > 0, u, p * u)
+
+
+@triton.jit
+def leaky_relu_1(u, p):
+    return where(u > 0, 1.0, p)
+
+
+@triton.jit
+def relu(u, p):
+    return where(u <= 0, 0.0, u)
+
+
+@triton.jit
+def relu_1(u, p):
+    return where(u <= 0, 0.0, 1.0)
+
+
+@triton.jit
+def zero(u, p):
+    return where(u > 0, 0.0, 0.0)
+
+
+class Activation(NamedTuple):
+    """Triton functions of (u, p): value, first and second derivative; and p's default."""
+
+    value: Any
+    first: Any
+    second: Any
+    parameter: float = 1.0
+
+
+TABLE = {
+    "gelu": Activation(gelu, gelu_1, gelu_2),
+    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_1, gelu_tanh_2),
+    "silu": Activation(swish, swish_1, swish_2),
+    "quick_gelu": Activation(swish, swish_1, swish_2, 1.702),
+    "mish": Activation(mish, mish_1, mish_2),
+    "softplus": Activation(softplus, softplus_1, softplus_2),
+    "elu": Activation(elu, elu_1, elu_2),
+    "tanh": Activation(tanh_0, tanh_1, tanh_2),
+    "sigmoid": Activation(sigmoid, sigmoid_1, sigmoid_2),
+    "squared_relu": Activation(squared_relu, squared_relu_1, squared_relu_2),
+    "relu": Activation(relu, relu_1, zero),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_1, zero, 0.01),
+}
+"""Name -> maths. The parameter is softplus' beta, elu's alpha, leaky_relu's slope and the factor
+inside silu's and quick_gelu's logistic."""
+
+
+_PYTORCH: dict[str, Any] = {
+    "exp": torch.exp,
+    "erf": torch.erf,
+    "tanh": torch.tanh,
+    "log1p": torch.log1p,
+    "expm1": torch.expm1,
+    "where": torch.where,
+}
+
+
+@functools.cache
+def in_pytorch(function: Any) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    """The same source over torch tensors."""
+    names = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)} | _PYTORCH
+    for helper in (logistic, log_one_plus_exp):
+        names[helper.fn.__name__] = types.FunctionType(helper.fn.__code__, names)
+    return types.FunctionType(function.fn.__code__, names)
