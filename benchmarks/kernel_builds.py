@@ -1,6 +1,6 @@
 """What ptxas makes of every Triton kernel, on a machine without a GPU.
 
-    python benchmarks/kernel_builds.py      # sm_70, sm_80 and sm_90; writes results/kernel_builds.json
+    python benchmarks/kernel_builds.py  # sm_70, 80 and 90; writes results/kernel_builds.json
 
 Runs the ops' own launch code against a driver that compiles and launches nothing, so that what is
 judged is what would run: its block sizes, warps and pointer alignments. Registers, spills and
@@ -12,7 +12,6 @@ import dataclasses
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import types
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from unittest import mock
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 
 SHARED_LIMIT = {70: 96 << 10, 80: 163 << 10, 90: 227 << 10}
 """Compute capability -> the most shared memory a block may have, in bytes."""
@@ -65,7 +64,8 @@ def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: 
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         target = re.search(r"\.target (\w+)", ptx)[1]
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", source, "-o", os.devnull]
+        ptxas = get_ptxas(capability).path
+        command = [ptxas, "-v", f"--gpu-name={target}", source, "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     number = lambda pattern: sum(int(n) for n in re.findall(pattern, said))  # noqa: E731
     return Build(

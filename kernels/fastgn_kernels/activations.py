@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
+    LAUNCH,
     differentiable,
     inlines,
     is_floating,
@@ -109,7 +110,7 @@ def _launch(
     if bias is None:
         if x.numel():
             grid = (round_up(x.numel(), BLOCK),)
-            _activation_kernel[grid](x, gy, v, out, gx, x.numel(), *maths, BLOCK=BLOCK)
+            _activation_kernel[grid](x, gy, v, out, gx, x.numel(), *maths, BLOCK=BLOCK, **LAUNCH)
         return out, gx, gbias
     columns = x.shape[-1]
     if not x.numel():
@@ -123,7 +124,7 @@ def _launch(
     bias = bias.contiguous()
     _bias_activation_kernel[(blocks, num)](
         x, bias, gy, v, w.contiguous() if w is not None else bias, out, gx, sums, rows, columns,
-        *maths, HAS_W=w is not None, BLOCK_R=block_r, BLOCK_C=block_c,
+        *maths, HAS_W=w is not None, BLOCK_R=block_r, BLOCK_C=block_c, **LAUNCH,
     )  # fmt: skip
     return out, gx, sums.sum(0).to(bias.dtype) if order else gbias
 

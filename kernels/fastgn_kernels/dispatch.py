@@ -17,6 +17,9 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this when a kernel is defined, so it is a property of the process."""
 
+LAUNCH = {"enable_fp_fusion": True}
+"""Options of every launch: Triton 3.10 stops fusing multiplications and additions by itself."""
+
 LARGEST_GRID_Y = 65535
 
 
