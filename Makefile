@@ -18,8 +18,10 @@ train: .venv/installed
 		--checkpoint runs/quickstart_natural runs/quickstart_gradnorm --eps 0.025 --attacks clean pgd-20 autoattack \
 		--output runs/quickstart.json --picture runs/quickstart.png
 
+# The second run is of the Triton kernels themselves, interpreted on the CPU.
 test: lint
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,26 +2,45 @@
 
     python benchmarks/kernel_builds.py  # sm_70, 80 and 90; writes results/kernel_builds.json
 
+A row of `LAUNCHES` is all that an op needs, here and in the tests.
+
 Runs the ops' own launch code against a driver that compiles and launches nothing, so that what is
 judged is what would run: its block sizes, warps and pointer alignments. Registers, spills and
 shared memory are ptxas' own figures; the widths of loads and stores are read from the PTX.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
+from fastgn_kernels import ACTIVATIONS, activation, cross_entropy, gradient_norm
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+
+from fastgn.checkpoint import write_json
+from fastgn.metrics import environment
+
+RESULT = Path(__file__).parent / "results" / "kernel_builds.json"
+
+DTYPES = {
+    70: (torch.float16, torch.float32),
+    80: (torch.bfloat16, torch.float32),
+    90: (torch.bfloat16, torch.float32),
+}
+"""Compute capability (V100, A100, H200) -> what is trained in there."""
 
 SHARED_LIMIT = {70: 96 << 10, 80: 163 << 10, 90: 227 << 10}
 """Compute capability -> the most shared memory a block may have, in bytes."""
@@ -108,9 +127,106 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
             builds.append(inspect(kernel, capability, " ".join(named)))
         return kernel
 
-    with (
-        mock.patch.object(triton.runtime.driver, "_active", driver),
-        mock.patch.object(triton.runtime.JITFunction, "run", build),
-        mock.patch("fastgn_kernels.dispatch.runs_triton", lambda x: True),
-    ):
+    # every op's file has its own name for it
+    users = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("fastgn_kernels.") and hasattr(module, "runs_triton")
+    ]
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
+        patches.enter_context(mock.patch.object(triton.runtime.JITFunction, "run", build))
+        for module in users:
+            patches.enter_context(mock.patch.object(module, "runs_triton", lambda x: True))
         yield builds
+
+
+def all_orders(op: Callable, *shapes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Launches an op of inputs of these shapes, its backward, and the backward of that: for the
+    gradient to the first input alone, as a gradient penalty has it, and for all gradients."""
+    inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    y = op(*inputs)
+    ys = [y] if isinstance(y, Tensor) else list(y)
+    gys = [torch.empty_like(y, requires_grad=True) for y in ys]
+    gxs = torch.autograd.grad(ys, inputs, gys, create_graph=True)
+    for wanted in (gxs[:1], gxs):
+        vs = [torch.empty_like(g) for g in wanted]
+        torch.autograd.grad(wanted, [*gys, *inputs], vs, retain_graph=True, allow_unused=True)
+
+
+TOKENS, HIDDEN = 2 * 56 * 56, 4 * 128
+"""Swin-B's first stage, two images."""
+
+LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
+    f"activation {kind}": functools.partial(
+        lambda kind, dtype: all_orders(
+            lambda x: activation(x, kind), (TOKENS, HIDDEN), dtype=dtype
+        ),
+        kind,
+    )
+    for kind in ACTIVATIONS
+} | {
+    f"activation {kind} with bias": functools.partial(
+        lambda kind, dtype: all_orders(
+            lambda x, bias: activation(x, kind, bias), (TOKENS, HIDDEN), (HIDDEN,), dtype=dtype
+        ),
+        kind,
+    )
+    for kind in ("gelu", "mish")
+}
+"""Op -> what launches all its kernels, at Swin-B's shapes."""
+
+LAUNCHES |= {
+    "cross_entropy index": lambda dtype: all_orders(
+        lambda z: cross_entropy(z, torch.zeros(256, dtype=torch.int64)), (256, 1000), dtype=dtype
+    ),
+    "cross_entropy soft": lambda dtype: all_orders(
+        lambda z: cross_entropy(z, torch.zeros(256, 1000)), (256, 1000), dtype=dtype
+    ),
+    "cross_entropy 16384 classes": lambda dtype: all_orders(
+        lambda z: cross_entropy(z, torch.zeros(8, 16384)), (8, 16384), dtype=dtype
+    ),
+    "gradient_norm L1": lambda dtype: all_orders(
+        lambda g: gradient_norm(g, 1), (32, 3, 224, 224), dtype=dtype
+    ),
+    "gradient_norm L2": lambda dtype: all_orders(
+        lambda g: gradient_norm(g, 2), (32, 3, 224, 224), dtype=dtype
+    ),
+}
+
+
+def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:
+    """A record of each kernel that a row of `LAUNCHES` would launch on a card."""
+    for dtype in DTYPES[capability]:
+        with compile_only(capability) as builds:
+            launch(dtype)
+        for build in builds:
+            yield {"dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(build)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", choices=LAUNCHES, metavar="OP", help="default: all")
+    args = parser.parse_args()
+
+    rows = [
+        {"op": op, **build}
+        for op in args.ops or LAUNCHES
+        for capability in SHARED_LIMIT
+        for build in builds_of(LAUNCHES[op], capability)
+    ]
+    print(f"{'op':28} {'card':5} {'dtype':8} registers spills shared load store  kernel")
+    for r in rows:
+        print(
+            f"{r['op']:28} sm_{r['capability']} {r['dtype']:8} {r['registers']:9} {r['spills']:6} "
+            f"{r['shared']:6} {r['load_bytes']:4} {r['store_bytes']:5}  {r['kernel']} "
+            f"{r['constants']}"
+        )
+    if args.ops:
+        print(f"not all ops: {RESULT.name} stays as it was")
+    else:
+        write_json(RESULT, {"builds": rows, **environment()})
+
+
+if __name__ == "__main__":
+    main()

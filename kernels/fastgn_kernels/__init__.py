@@ -2,9 +2,24 @@
 
 from fastgn_kernels import reference
 from fastgn_kernels.activations import activation, gelu, silu
+from fastgn_kernels.cross_entropy import cross_entropy
+from fastgn_kernels.gradient_norm import gradient_norm
+from fastgn_kernels.layer_norm import layer_norm
 from fastgn_kernels.maths import TABLE as _TABLE
+from fastgn_kernels.window_attention import window_attention, window_attention_qkvpacked
 
 ACTIVATIONS = tuple(_TABLE)
 """Kinds of `activation`."""
 
-__all__ = ["ACTIVATIONS", "activation", "gelu", "reference", "silu"]
+__all__ = [
+    "ACTIVATIONS",
+    "activation",
+    "cross_entropy",
+    "gelu",
+    "gradient_norm",
+    "layer_norm",
+    "reference",
+    "silu",
+    "window_attention",
+    "window_attention_qkvpacked",
+]

@@ -33,12 +33,14 @@ BLOCK = 1024
 TILE = 2048
 """Elements of a tile with bias."""
 
+WITH_PARAMETER = ("softplus", "elu", "leaky_relu")
+
 
 @triton.jit
 def _tile(
     x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, offsets, inside, bias, w,
-    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PARAMETER: tl.constexpr,
-    ORDER: tl.constexpr, WIDE: tl.constexpr,
+    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TIMES: tl.constexpr,
+    PARAMETER: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one order; returns what the bias gradient sums."""
     u = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(WIDE) + bias
@@ -48,12 +50,12 @@ def _tile(
     gy = tl.load(gy_ptr + offsets, mask=inside, other=0.0).to(WIDE)
     first = FIRST(u, PARAMETER)
     if ORDER == 1:
-        gu = gy * first
+        gu = TIMES(gy, first)
         tl.store(out_ptr + offsets, gu, mask=inside)
         return tl.where(inside, gu, 0.0)
     s = tl.load(v_ptr + offsets, mask=inside, other=0.0).to(WIDE) + w
-    gu = s * gy * SECOND(u, PARAMETER)
-    tl.store(out_ptr + offsets, s * first, mask=inside)
+    gu = TIMES(s * gy, SECOND(u, PARAMETER))
+    tl.store(out_ptr + offsets, TIMES(s, first), mask=inside)
     tl.store(gx_ptr + offsets, gu, mask=inside)
     return tl.where(inside, gu, 0.0)
 
@@ -61,19 +63,19 @@ def _tile(
 @triton.jit
 def _activation_kernel(
     x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, num,
-    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PARAMETER: tl.constexpr,
-    ORDER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TIMES: tl.constexpr,
+    PARAMETER: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _tile(x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, offsets, offsets < num, 0.0, 0.0,
-          VALUE, FIRST, SECOND, PARAMETER, ORDER, WIDE)  # fmt: skip
+          VALUE, FIRST, SECOND, TIMES, PARAMETER, ORDER, WIDE)  # fmt: skip
 
 
 @triton.jit
 def _bias_activation_kernel(
     x_ptr, bias_ptr, gy_ptr, v_ptr, w_ptr, out_ptr, gx_ptr, partial_ptr, rows, columns,
-    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, PARAMETER: tl.constexpr,
-    ORDER: tl.constexpr, WIDE: tl.constexpr, HAS_W: tl.constexpr,
+    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TIMES: tl.constexpr,
+    PARAMETER: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr, HAS_W: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -87,7 +89,7 @@ def _bias_activation_kernel(
         offsets = row[:, None].to(tl.int64) * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         gu = _tile(x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, offsets, inside, bias, w,
-                   VALUE, FIRST, SECOND, PARAMETER, ORDER, WIDE)  # fmt: skip
+                   VALUE, FIRST, SECOND, TIMES, PARAMETER, ORDER, WIDE)  # fmt: skip
         if ORDER > 0:
             total += gu
     if ORDER > 0:
@@ -102,7 +104,7 @@ def _launch(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The order's outputs: (y, -, -), (gx, -, gbias) or (ggy, gx, gbias)."""
     out, gx, gbias = _outputs(order, x, bias)
-    maths = (*TABLE[kind][:3], parameter, order, tl_wide(x.dtype))
+    maths = (*TABLE[kind][:4], parameter, order, tl_wide(x.dtype))
     x = laid_out_as(x, out)
     # an argument that the order does not read is still an argument
     gy = laid_out_as(gy, out) if gy is not None else x
@@ -135,21 +137,22 @@ def _plain(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `_launch` computes, by PyTorch's operators."""
     out, gx, gbias = _outputs(order, x, bias)
-    value, first, second = map(in_pytorch, TABLE[kind][:3])
+    value, first, second, times = map(in_pytorch, TABLE[kind][:4])
     u = x.to(wide(x.dtype))
     if bias is not None:
         u = u + bias.to(u.dtype)
     if gy is None:
         return out.copy_(value(u, parameter)), gx, gbias
     if v is None:
-        gu = gy.to(u.dtype) * first(u, parameter)
+        gu = times(gy.to(u.dtype), first(u, parameter))
         out.copy_(gu)
     else:
         s = v.to(u.dtype)
         if w is not None:
             s = s + w.to(u.dtype)
-        gu = gx.copy_(s * gy.to(u.dtype) * second(u, parameter))
-        out.copy_(s * first(u, parameter))
+        gu = times(s * gy.to(u.dtype), second(u, parameter))
+        gx.copy_(gu)
+        out.copy_(times(s, first(u, parameter)))
     if bias is not None:
         gbias.copy_(gu.reshape(-1, gu.shape[-1]).sum(0))
     return out, gx, gbias
@@ -242,12 +245,15 @@ def activation(
     PyTorch's default. Returns x's shape and dtype, whatever the bias' dtype.
 
     In a compiled region this is `reference.activation`, which Inductor fuses. Raises ValueError on
-    an unknown kind or a bias of another size, TypeError on integers; a third derivative raises
-    RuntimeError.
+    an unknown kind, a parameter for a kind without one or a bias of another size, TypeError on
+    integers; a third derivative raises RuntimeError.
     """
     if kind not in TABLE:
         raise ValueError(f"activation: kind {kind!r} is not one of {', '.join(TABLE)}")
-    if bias is not None and bias.shape != x.shape[-1:]:
+    if parameter is not None and kind not in WITH_PARAMETER:
+        # reference.activation, and so a compiled region, knows none either
+        raise ValueError(f"activation: {kind} has no parameter, {', '.join(WITH_PARAMETER)} have")
+    if bias is not None and (bias.ndim != 1 or bias.shape != x.shape[-1:]):
         raise ValueError(
             f"activation: bias is {tuple(bias.shape)}, should be {tuple(x.shape[-1:])}"
         )
