@@ -278,6 +278,9 @@ class StepConfig:
     CPU, where a short run does not win back the time to compile."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 autocast with fp32 weights."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """triton: activations, LayerNorms and Swin's window attention by fastgn_kernels; reference: by
+    PyTorch's operators. auto: triton for CUDA, reference on CPU."""
     activation_memory_budget: float = 1.0
     """Share of the activations that the compiled step keeps; the rest is recomputed in the
     backward."""

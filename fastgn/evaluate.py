@@ -17,6 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":  # before the imports that fail without it
+    from fastgn.extras import need_train
+
+    need_train("fastgn.evaluate")
+
 from fastgn import attacks, models
 from fastgn.analysis.figures import ModelView, draw_pictures
 from fastgn.checkpoint import (

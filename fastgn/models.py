@@ -1,5 +1,5 @@
-"""Name -> network: timm's, with the normalisation inside, the activations chosen and every operator
-twice differentiable."""
+"""Name -> network: timm's, with the normalisation inside, the activations and kernels chosen and
+every operator twice differentiable."""
 
 import dataclasses
 import inspect
@@ -85,6 +85,10 @@ class ModelReport:
     unfused_attentions: int
     piecewise_linear: dict[str, int]
     """Class name -> how many are left: operators that gradnorm gets no signal through."""
+    fused: dict[str, int] | None = None
+    """Kind -> how many run fastgn_kernels; None: they were not asked for."""
+    not_fused: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name -> why a module that looks like one of those does not."""
 
     def lines(self, cfg: ArchitectureConfig) -> list[str]:
         out = [f"{cfg.model}: {self.parameters / 1e6:.2f} M parameters"]
@@ -95,11 +99,29 @@ class ModelReport:
                 f"{self.unfused_attentions} fused attentions switched off: they have no double "
                 "backward"
             )
+        if self.fused is not None:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in self.fused.items())
+            out.append(f"kernels: {kinds or 'no module has one'}")
+        if self.not_fused:
+            name, reason = next(iter(self.not_fused.items()))
+            out.append(f"kernels: {len(self.not_fused)} left out, such as {name}: {reason}")
         return out
 
 
-def build_model(cfg: ArchitectureConfig, num_classes: int) -> tuple[Classifier, ModelReport]:
-    """The configured network on the CPU, in fp32.
+def kernels_for(choice: str, device: torch.device) -> str:
+    """--kernels for a device: "triton" or "reference". Raises UserError."""
+    check(
+        choice != "triton" or device.type == "cuda",
+        f"--kernels triton needs a CUDA device, and this run is on {device.type}: leave it out "
+        "(auto), or --kernels reference",
+    )
+    return choice if choice != "auto" else "triton" if device.type == "cuda" else "reference"
+
+
+def build_model(
+    cfg: ArchitectureConfig, num_classes: int, kernels: str = "reference"
+) -> tuple[Classifier, ModelReport]:
+    """The configured network on the CPU, in fp32. kernels: see `kernels_for`.
 
     Raises UserError: unknown name, argument or activation, an image size the network cannot take,
     weights that cannot be had or belong to another network.
@@ -126,7 +148,13 @@ def build_model(cfg: ArchitectureConfig, num_classes: int) -> tuple[Classifier, 
     probe(model, cfg, num_classes)
     kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
     count = sum(p.numel() for p in backbone.parameters())
-    return model, ModelReport(count, swapped, unfused, dict(kinds))
+    report = ModelReport(count, swapped, unfused, dict(kinds))
+    if kernels == "triton":  # last: the swap changes classes, which the lines above look at
+        from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
+
+        fused, not_fused = swap_modules(backbone)
+        report = dataclasses.replace(report, fused=fused, not_fused=not_fused)
+    return model, report
 
 
 def check_name(cfg: ArchitectureConfig) -> str:

@@ -5,14 +5,16 @@ targets are class indices (int64 B) or probabilities (B x K: mixup, cutmix, smoo
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.config import ObjectiveConfig
+
+if TYPE_CHECKING:  # config needs the extra `train`; objectives, and `import fastgn`, torch alone
+    from fastgn.config import ObjectiveConfig
 
 
 class Loss(NamedTuple):
@@ -118,7 +120,7 @@ class Objective:
     """Whether `loss` differentiates with respect to the images."""
 
 
-def build_objective(cfg: ObjectiveConfig) -> Objective:
+def build_objective(cfg: "ObjectiveConfig") -> Objective:
     """The configured method on a model with `normalize` and `backbone`."""
 
     def natural_loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:

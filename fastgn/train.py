@@ -20,6 +20,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":  # before the imports that fail without it
+    from fastgn.extras import need_train
+
+    need_train("fastgn.train")
+
 from fastgn import attacks, models, optim
 from fastgn.analysis.figures import draw_curves
 from fastgn.checkpoint import (
@@ -304,6 +309,7 @@ class Run:
 def build(cfg: Config, world: World) -> Run:
     """Everything that the loop needs, checked, cheap checks first. Raises UserError."""
     models.check_name(cfg.architecture)
+    kernels = models.kernels_for(cfg.step.kernels, world.device)
     if cfg.optimizer.opt == "fusedadamw":
         optim.find_fused_adam()
     if cfg.run.log_wandb:
@@ -318,7 +324,7 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:  # its weights come from the checkpoint
         architecture = dataclasses.replace(architecture, pretrained=False, initial_checkpoint=None)
     seed_all(Stream.STEP, cfg.run.seed)
-    model, report = models.build_model(architecture, len(dataset.classes))
+    model, report = models.build_model(architecture, len(dataset.classes), kernels)
     model.to(world.device)
     loader = build_loader(
         cfg,
@@ -409,6 +415,7 @@ def build(cfg: Config, world: World) -> Run:
             "step_size": cfg.objective.step_size,
             "eval_eps": cfg.eval_eps,
             "compiled": compiled,
+            "kernels": kernels,
             "device": world.device.type,
         }
         write_json(folder / "environment.json", environment() | {"resolved": resolved})

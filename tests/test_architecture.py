@@ -1,16 +1,22 @@
 """The arrows between rooms (README, architecture): who may import whom."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from fastgn.extras import TRAIN
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastgn"
+KERNELS = ROOT / "kernels" / "fastgn_kernels"
 
 MAY_IMPORT = {
     "__init__": {"schedule"},
     "config": set(),
+    "extras": set(),
     "seeding": set(),
     "attacks": set(),
     "preact_resnet": set(),
@@ -28,6 +34,7 @@ MAY_IMPORT = {
 """Module or subpackage of fastgn -> siblings that it may import; train and evaluate compose all."""
 
 ONLY_IN = {
+    "fastgn_kernels": {"models.py"},
     "timm": {"models.py", "data/augment.py", "data/torch.py"},
     "nvidia": {"data/dali.py"},
     "matplotlib": {"analysis/figures.py"},
@@ -58,6 +65,15 @@ def files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+def kernel_files() -> list[Path]:
+    return sorted(KERNELS.rglob("*.py"))
+
+
+def packages(path: Path) -> set[str]:
+    """What a file imports, the standard library left out."""
+    return {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
+
+
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -78,11 +94,7 @@ def test_arrows_between_siblings(path: Path) -> None:
 
 @pytest.mark.parametrize("package", ONLY_IN)
 def test_outside_packages_are_known_in_one_place(package: str) -> None:
-    users = {
-        str(p.relative_to(PACKAGE))
-        for p in files()
-        if package in {i.split(".")[0] for i in imports(p)}
-    }
+    users = {str(p.relative_to(PACKAGE)) for p in files() if package in packages(p)}
     assert users <= ONLY_IN[package]
 
 
@@ -96,10 +108,62 @@ def test_loop_fits_one_screen() -> None:
     assert loop.end_lineno - loop.lineno < 45
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", kernel_files(), ids=lambda p: p.name)
+def test_the_kernels_need_torch_and_triton_alone(path: Path) -> None:
+    """But for numpy under Triton's interpreter, which needs it itself."""
+    interpreted = {"numpy"} if path.name == "maths.py" else set()
+    assert packages(path) <= {"fastgn_kernels", "torch", "triton"} | interpreted
+
+
+@pytest.mark.parametrize(
+    "path", [*files(), *kernel_files()], ids=lambda p: f"{p.parent.name}.{p.stem}"
+)
 def test_public_functions_and_classes_have_docstrings(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "a module says what it is for"
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+# ------------------------------------------------------------------- without the extra `train`
+
+
+OPTIONAL = {"apex", "huggingface_hub", "nvidia", "wandb"}
+"""Imported where they are used; huggingface_hub comes with timm."""
+
+
+def test_the_extra_is_what_is_imported() -> None:
+    used = set().union(*(packages(p) for p in files()))
+    assert used - {"torch", "fastgn", "fastgn_kernels"} - OPTIONAL == set(TRAIN) - {"tensorboard"}
+    assert "torch.utils.tensorboard" in imports(PACKAGE / "metrics.py")
+
+
+def run_without_extra(code: str) -> subprocess.CompletedProcess[str]:
+    """Python with all that `pip install fastgn` alone does not bring hidden."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({[*TRAIN, *OPTIONAL]}))"
+    return subprocess.run(
+        [sys.executable, "-c", f"{hide}\n{code}"], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from fastgn import compile_double_backward",
+        "from fastgn.objectives import gradnorm",
+        "import fastgn_kernels.modules",
+    ],
+)
+def test_what_torch_alone_is_enough_for(statement: str) -> None:
+    done = run_without_extra(f"{statement}\nprint('imported')")
+    assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
+
+
+@pytest.mark.parametrize("program", ["fastgn.train", "fastgn.evaluate"])
+def test_the_programs_name_the_extra_in_one_line(program: str) -> None:
+    done = run_without_extra(f"import runpy; runpy.run_module('{program}', run_name='__main__')")
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]  # torch itself warns where there is no numpy
+    assert line.startswith(f"{program}: error: not installed: matplotlib, numpy, ")
+    assert line.endswith("; pip install 'fastgn[train]'")

@@ -83,8 +83,10 @@ def test_every_recipe_round_trips(name):
 def test_a_config_far_from_the_defaults_round_trips():
     args = "--mean 0.1 0.2 0.3 --std 1 1 1 --model-kwargs a=1 b='x' --no-model-ema --eval-eps 1/255"
     args += " --resume auto --output runs/é --lr 1e-7 --opt-betas 0.5 0.75 --hflip 0 --scale 0.5 1"
+    args += " --kernels reference"
     cfg = parse_config(args.split())
     assert cfg.optimizer.model_ema is False and cfg.optimizer.lr == 1e-7
+    assert cfg.step.kernels == "reference"
     assert Config.from_toml(cfg.to_toml()) == cfg
 
 

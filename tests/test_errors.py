@@ -120,6 +120,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "--aa original9: Unknown AA policy original9",
     ),
     "wrong model argument": (["--model-kwargs", "embed_dimm=8"], "embed_dimm"),
+    "kernels of a GPU on a CPU": (
+        ["--kernels", "triton", "--device", "cpu"],
+        "--kernels triton needs a CUDA device, and this run is on cpu: leave it out (auto), or",
+    ),
+    "unknown kernels": (["--kernels", "tritan"], "--kernels 'tritan': did you mean 'triton'?"),
     "missing initial checkpoint": (
         ["--initial-checkpoint", "nowhere/weights.pt"],
         "--initial-checkpoint nowhere/weights.pt: there is no such file",

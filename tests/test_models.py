@@ -1,5 +1,6 @@
-"""Names, normalisation, activations, attention, and weights from elsewhere."""
+"""Names, normalisation, activations, attention, kernels, and weights from elsewhere."""
 
+import json
 import os
 import pickle
 import time
@@ -10,11 +11,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import differences, tiny_run
+from fastgn_kernels import modules as fused
 from safetensors.torch import save_file
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from fastgn import models
+from fastgn import evaluate, models, train
+from fastgn.checkpoint import find_checkpoint, load_checkpoint
 from fastgn.config import ArchitectureConfig, UserError
 from fastgn.models import Classifier, ModelReport, build_model
 from fastgn.objectives import gradnorm, piecewise_linear_warning
@@ -262,6 +266,92 @@ def test_fused_attention_changes_no_logit():
     plain, _ = tiny(name)
     plain.backbone.load_state_dict(fused.state_dict())
     torch.testing.assert_close(plain.eval()(images), fused(plain.normalize(images)))
+
+
+# ------------------------------------------------------------------------------------------ kernels
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "kernels"),
+    [
+        ("auto", "cuda", "triton"),
+        ("auto", "cpu", "reference"),
+        ("triton", "cuda", "triton"),
+        ("reference", "cuda", "reference"),
+        ("reference", "cpu", "reference"),
+    ],
+)
+def test_which_kernels_run(choice, device, kernels):
+    assert models.kernels_for(choice, torch.device(device)) == kernels
+
+
+def fused_kinds(model: nn.Module) -> list[str]:
+    kinds = (fused.FusedActivation, fused.FusedLayerNorm, fused.FusedWindowAttention)
+    return [type(m).__name__ for m in model.modules() if isinstance(m, kinds)]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "counts"),
+    [
+        ("swin_t", {}, {"layer_norm": 11, "window_attention": 4, "gelu": 4}),
+        ("vit_tiny_patch16_224", {"activation": "silu"}, {"layer_norm": 5, "silu": 2}),
+        ("resnet18", {}, {"relu": 17}),
+        ("preact_resnet18", {"activation": "celu"}, {}),
+    ],
+)
+def test_the_kernels_are_put_in_and_counted(name, keys, counts):
+    plain, untouched = tiny(name, **keys)
+    torch.manual_seed(0)
+    cfg = ArchitectureConfig(model=name, **(TINY[name] | keys))
+    model, report = build_model(cfg, 5, kernels="triton")
+    assert fused_kinds(plain) == [] and len(fused_kinds(model)) == sum(counts.values())
+    assert report.fused == counts and report.not_fused == {} and untouched.fused is None
+    (line,) = [line for line in report.lines(cfg) if line.startswith("kernels: ")]
+    expected = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no module has one"
+    assert line == f"kernels: {expected}"
+    assert not any(line.startswith("kernels") for line in untouched.lines(cfg))
+    assert differences(model.state_dict(), plain.state_dict()) == []
+    images = torch.rand(2, 3, model.img_size, model.img_size)
+    torch.testing.assert_close(model.eval()(images), plain.eval()(images))
+
+
+def test_piecewise_linear_activations_are_found_under_the_kernels():
+    cfg = ArchitectureConfig(model="resnet18", **TINY["resnet18"])
+    _, report = build_model(cfg, 5, kernels="triton")
+    assert report.fused == {"relu": 17} and report.piecewise_linear == {"ReLU": 17}
+
+
+def test_what_has_no_kernel_is_named():
+    keys = TINY["swin_t"] | {
+        "model_kwargs": (*TINY["swin_t"]["model_kwargs"], "attn_drop_rate=0.1")
+    }
+    cfg = ArchitectureConfig(model="swin_t", **keys)
+    _, report = build_model(cfg, 5, kernels="triton")
+    assert report.fused == {"layer_norm": 11, "gelu": 4}
+    assert report.lines(cfg)[-1] == (
+        "kernels: 4 left out, such as layers.0.blocks.0.attn: it drops attention weights"
+    )
+
+
+def test_a_run_with_kernels_is_the_run_without(tmp_path, monkeypatch, capsys):
+    """The trainer's choice for CUDA, made on a CPU, where the ops have plain bodies: recorded,
+    said, trained, averaged, resumed, exported, evaluated; and the weights are the other run's."""
+    plain, swapped = tmp_path / "plain", tmp_path / "swapped"
+    assert train.main(tiny_run(plain, "--max-updates", "3")) == 0
+    assert "kernels: " not in capsys.readouterr().err
+    monkeypatch.setattr(models, "kernels_for", lambda choice, device: "triton")
+    assert train.main(tiny_run(swapped, "--max-updates", "2")) == 0
+    assert "kernels: 7 layer_norm, 2 window_attention, 2 gelu\n" in capsys.readouterr().err
+    assert train.main(["--resume", str(swapped), "--max-updates", "3"]) == 0
+    for folder, kernels in ((plain, "reference"), (swapped, "triton")):
+        resolved = json.loads((folder / "environment.json").read_text())["resolved"]
+        assert resolved["kernels"] == kernels
+    mine, theirs = (load_checkpoint(find_checkpoint(folder)) for folder in (swapped, plain))
+    assert mine["update"] == theirs["update"] == 3
+    for part in ("model", "ema"):
+        assert differences(mine[part], theirs[part]) != [], "the kernels did not run"
+        torch.testing.assert_close(mine[part], theirs[part], rtol=1e-4, atol=1e-5)
+    assert evaluate.main(["--checkpoint", str(swapped), "--attacks", "clean"]) == 0
 
 
 # ----------------------------------------------------------------------------- what cannot be built

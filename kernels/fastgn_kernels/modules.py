@@ -1,0 +1,284 @@
+"""The ops as nn.Modules, and `swap_modules`, which puts them into a network that is there.
+
+A swapped module is the same object with another class: weights, buffers, state-dict keys, flags and
+hooks are not copied but kept, a module in two places stays one, and optimizers notice nothing.
+timm's classes are known by name, so that timm is needed only by those who use it.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastgn_kernels.activations import activation, gelu
+from fastgn_kernels.layer_norm import layer_norm
+from fastgn_kernels.maths import TABLE
+from fastgn_kernels.window_attention import LARGEST, window_attention_qkvpacked
+
+FAMILIES = ("activation", "layer_norm", "window_attention")
+"""What `swap_modules` knows."""
+
+
+class FusedActivation(nn.Module):
+    """`activation` without bias; kind and parameter as there. Raises ValueError on an unknown
+    kind."""
+
+    kind: str
+    parameter: float | None
+
+    def __init__(self, kind: str, parameter: float | None = None):
+        super().__init__()
+        if kind not in TABLE:
+            raise ValueError(f"FusedActivation: kind {kind!r} is not one of {', '.join(TABLE)}")
+        self.kind = kind
+        self.parameter = parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "softplus" and x.is_cuda and torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))  # as autocast has F.softplus
+        return activation(x, self.kind, parameter=self.parameter)
+
+    def extra_repr(self) -> str:
+        return self.kind if self.parameter is None else f"{self.kind}, {self.parameter:g}"
+
+
+class FusedGELU(FusedActivation):
+    """nn.GELU. approximate: "none" (erf) or "tanh"; ValueError on anything else."""
+
+    def __init__(self, approximate: str = "none"):
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"FusedGELU: approximate {approximate!r} should be 'none' or 'tanh'")
+        super().__init__("gelu" if approximate == "none" else "gelu_tanh")
+
+
+class FusedSiLU(FusedActivation):
+    """nn.SiLU."""
+
+    def __init__(self) -> None:
+        super().__init__("silu")
+
+
+class FusedBiasGELU(nn.Module):
+    """gelu(x + bias), the bias' gradient summed in the backward's own pass.
+
+    x: (..., num_features). For a bias that comes from elsewhere than a Linear: that one's own is
+    added in the matrix product's last step for nothing, and `swap_modules` leaves it there.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        approximate: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.approximate = approximate
+        self.bias = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(x, self.bias, self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"{self.bias.numel()}, approximate={self.approximate!r}"
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last dimension. forward(x, residual) returns the normalised
+    x + residual and x + residual, see `layer_norm`. Raises ValueError on more dimensions."""
+
+    def __init__(self, normalized_shape: int | Sequence[int], *args: Any, **kwargs: Any):
+        super().__init__(normalized_shape, *args, **kwargs)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"FusedLayerNorm: {self.normalized_shape} should be one dimension")
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if x.shape[-1:] != self.normalized_shape:  # without weights the op would not know
+            raise ValueError(
+                f"FusedLayerNorm: x is {tuple(x.shape)}, its last dimension should be "
+                f"{self.normalized_shape[0]}"
+            )
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+class FusedWindowAttention(nn.Module):
+    """timm Swin's ``WindowAttention`` with the attention itself by `window_attention`.
+
+    Made by `swap_modules`, as a subclass of timm's class: all but `forward` is timm's.
+    forward(x, mask): x (windows, N, C), mask (windows an image, N, N) or None, as there.
+    """
+
+    replaced: Any
+
+    # timm's, declared for the type checker
+    num_heads: int
+    scale: float
+    qkv: nn.Module
+    proj: nn.Module
+    proj_drop: nn.Module
+    _get_rel_pos_bias: Callable[[], Tensor]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = self._get_rel_pos_bias().squeeze(0)
+        out = window_attention_qkvpacked(qkv, bias, mask, self.scale)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def set_window_size(self, window_size: int | tuple[int, int]) -> None:
+        """timm's. Raises ValueError on a window too large."""
+        height, width = (window_size,) * 2 if isinstance(window_size, int) else window_size
+        if height * width > LARGEST:
+            raise ValueError(
+                f"FusedWindowAttention: a window of {height} x {width} is over {LARGEST} "
+                "tokens; set the size of the model's input before swap_modules"
+            )
+        super().set_window_size(window_size)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        # pickle finds a class by its name, and a subclass made at run time has none
+        return _new_window_attention, (self.replaced,), self.__dict__
+
+
+@functools.cache
+def _window_attention_over(replaced: Any) -> Any:
+    """FusedWindowAttention as a subclass of timm's class."""
+    bases = (FusedWindowAttention, replaced)
+    return type("FusedWindowAttention", bases, {"replaced": replaced, "__module__": __name__})
+
+
+def _new_window_attention(replaced: Any) -> nn.Module:
+    cls = _window_attention_over(replaced)
+    return cls.__new__(cls)
+
+
+class Swapped(NamedTuple):
+    """What `swap_modules` did."""
+
+    counts: dict[str, int]
+    """Kind of activation, layer_norm or window_attention -> modules replaced."""
+    left: dict[str, str]
+    """Name of a module -> why it stays as it was, though it looks like one that is replaced."""
+
+
+class _RefusedError(Exception):
+    """Why a module is left as it was."""
+
+
+_New = tuple[str, type[nn.Module], dict[str, Any]]
+"""Kind, class, attributes."""
+
+
+def _activation(kind: str, parameter: float | None = None) -> _New:
+    return kind, FusedActivation, {"kind": kind, "parameter": parameter}
+
+
+def _softplus(module: Any) -> _New:
+    if module.threshold != 20:
+        raise _RefusedError(f"its threshold is {module.threshold:g}, not PyTorch's 20")
+    return _activation("softplus", module.beta)
+
+
+def _layer_norm(module: Any) -> _New:
+    if len(module.normalized_shape) != 1:
+        raise _RefusedError(f"it normalises {len(module.normalized_shape)} dimensions at once")
+    if getattr(module, "_fast_norm", False):
+        raise _RefusedError("timm's fast norm computes in autocast's dtype")
+    return "layer_norm", FusedLayerNorm, {}
+
+
+def _window_attention(module: Any) -> _New:
+    if not isinstance(module.qkv, nn.Linear):
+        raise _RefusedError(f"its qkv is a {type(module.qkv).__name__}, not a Linear")
+    head_dim = module.qkv.out_features // (3 * module.num_heads)
+    if module.window_area > LARGEST or head_dim > LARGEST:
+        raise _RefusedError(
+            f"its {module.window_area} tokens of {head_dim} channels a head are over "
+            f"{LARGEST} x {LARGEST}"
+        )
+    if getattr(module.attn_drop, "p", None) != 0:
+        raise _RefusedError("it drops attention weights")
+    for name in ("softmax", "attn_drop"):  # no longer called
+        inner = vars(getattr(module, name))
+        if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
+            raise _RefusedError(f"its {name} has hooks")
+    cls: Any = type(module)
+    return "window_attention", _window_attention_over(cls), {}
+
+
+_TORCH = "torch.nn.modules.activation."
+_TIMM = "timm.layers.activations."
+
+_KNOWN: dict[str, tuple[str, Callable[[Any], _New]]] = {
+    f"{prefix}{name}": ("activation", new)
+    for prefix, name, new in (
+        (_TORCH, "GELU", lambda m: _activation("gelu" if m.approximate == "none" else "gelu_tanh")),
+        (_TORCH, "SiLU", lambda m: _activation("silu")),
+        (_TORCH, "Mish", lambda m: _activation("mish")),
+        (_TORCH, "Softplus", _softplus),
+        (_TORCH, "ELU", lambda m: _activation("elu", m.alpha)),
+        (_TORCH, "Tanh", lambda m: _activation("tanh")),
+        (_TORCH, "Sigmoid", lambda m: _activation("sigmoid")),
+        (_TORCH, "ReLU", lambda m: _activation("relu")),
+        (_TORCH, "LeakyReLU", lambda m: _activation("leaky_relu", m.negative_slope)),
+        (_TIMM, "GELU", lambda m: _activation("gelu")),
+        (_TIMM, "GELUTanh", lambda m: _activation("gelu_tanh")),
+        (_TIMM, "QuickGELU", lambda m: _activation("quick_gelu")),
+        (_TIMM, "Swish", lambda m: _activation("silu")),
+        (_TIMM, "Tanh", lambda m: _activation("tanh")),
+        (_TIMM, "Sigmoid", lambda m: _activation("sigmoid")),
+    )
+} | {
+    "torch.nn.modules.normalization.LayerNorm": ("layer_norm", _layer_norm),
+    "timm.layers.norm.LayerNorm": ("layer_norm", _layer_norm),
+    "timm.models.swin_transformer.WindowAttention": ("window_attention", _window_attention),
+}
+"""Class -> its family and what becomes of a module of it. timm's Mish is not here: under autocast
+it gives float32."""
+
+_FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
+    """Replaces, in place and wherever in `model`, itself included, the activations, the LayerNorms
+    over one dimension and the window attentions (timm's Swin) that have a fused op.
+
+    only: the families to replace, of `FAMILIES`. What cannot be replaced faithfully stays as it
+    was, and the result says why; that goes for subclasses, whose maths may be another. An
+    activation that worked in place no longer does: a network that read what it overwrote is the
+    only one to notice. Swap before compiling; a second call finds nothing to do.
+
+    Raises ValueError on an unknown family.
+    """
+    only = (only,) if isinstance(only, str) else tuple(only)
+    for family in only:
+        if family not in FAMILIES:
+            raise ValueError(f"swap_modules: {family!r} is not one of {', '.join(FAMILIES)}")
+    counts: Counter[str] = Counter()
+    left: dict[str, str] = {}
+    for name, module in model.named_modules():
+        names = [_name(cls) for cls in type(module).__mro__]
+        known = next((n for n in names if n in _KNOWN), None)
+        if known is None or _KNOWN[known][0] not in only or isinstance(module, _FUSED):
+            continue
+        try:
+            if known != names[0]:
+                raise _RefusedError(f"{names[0]} is a subclass of {known}")
+            if "forward" in vars(module):
+                raise _RefusedError("its forward was replaced by another")
+            kind, cls, attributes = _KNOWN[known][1](module)
+        except _RefusedError as reason:
+            left[name or type(module).__name__] = str(reason)
+            continue
+        module.__class__ = cls
+        vars(module).update(attributes)
+        counts[kind] += 1
+    return Swapped(dict(counts), left)
