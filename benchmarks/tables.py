@@ -64,7 +64,50 @@ def compiled_step() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"quickstart": quickstart, "compiled_step": compiled_step}
+def kernels() -> str:
+    """Each op at its first shape, in bfloat16, a table a card; empty while no GPU was at hand."""
+    tables = []
+    for path in sorted(RESULTS.glob("kernels_*.json")):
+        record = json.loads(path.read_text())
+        lines = [
+            "| op | shape | share of copy bandwidth: forward, backward, second "
+            "| second: eager / fused, time (memory) | all: compiled / fused, time | targets |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        ops: dict[str, dict] = {}
+        for row in record["rows"]:
+            orders = ops.setdefault(row["op"], {"shape": row["shape"], "dtype": row["dtype"]})
+            if (row["shape"], row["dtype"]) == (orders["shape"], orders["dtype"]):
+                orders[row["order"]] = row
+        for op, orders in ops.items():
+            if not {"forward", "backward", "second"} <= orders.keys():
+                continue  # it failed, and the record says so
+            shares = [
+                f"{100 * orders[order]['share_of_copy']:.0f} %"
+                for order in ("forward", "backward", "second")
+            ]
+            second = orders["second"]
+            compiled = orders.get("all", {}).get("times_as_fast_as", {}).get("compile")
+            judged = [t["met"] for row in record["rows"] if row["op"] == op for t in row["targets"]]
+            lines.append(
+                f"| {op} | {orders['shape']} | {', '.join(shares)} "
+                f"| {second['times_as_fast_as']['eager']:.2f} "
+                f"({second['times_less_memory_than']['eager']:.2f}) "
+                f"| {'' if compiled is None else f'{compiled:.2f}'} "
+                f"| {sum(judged)} of {len(judged)} |"
+            )
+        lines.append("")
+        lines.append(
+            f"{record['device']}, batch {record['batch_size']}, {second['dtype']}, medians of "
+            f"{record['rounds']} calls with a cold cache; targets over all shapes, dtypes and "
+            f"orders; torch {record['versions']['torch']}, triton {record['versions']['triton']} "
+            f"(`benchmarks/results/{path.name}`)."
+        )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+TABLES = {"quickstart": quickstart, "compiled_step": compiled_step, "kernels": kernels}
 
 
 def render(text: str) -> str:
@@ -72,8 +115,11 @@ def render(text: str) -> str:
     for name, table in TABLES.items():
         start, end = f"<!-- table:{name} -->", "<!-- /table -->"
         pattern = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.S)
+        made = table()
+        if not made and start not in text:
+            continue  # nothing has been measured yet
         assert pattern.search(text), f"README.md lacks {start}"
-        block = f"{start}\n{table()}\n{end}"
+        block = f"{start}\n{made}\n{end}"
         text = pattern.sub(lambda _, block=block: block, text)
     return text
 
