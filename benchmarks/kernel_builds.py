@@ -13,19 +13,27 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
-from fastgn_kernels import ACTIVATIONS, activation, cross_entropy, gradient_norm
+from fastgn_kernels import (
+    ACTIVATIONS,
+    activation,
+    cross_entropy,
+    gradient_norm,
+    layer_norm,
+    window_attention_qkvpacked,
+)
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -127,24 +135,29 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
             builds.append(inspect(kernel, capability, " ".join(named)))
         return kernel
 
-    # every op's file has its own name for it
-    users = [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith("fastgn_kernels.") and hasattr(module, "runs_triton")
-    ]
+    pretence = {"runs_triton": lambda x: True, "capability": lambda x: divmod(capability, 10)}
+    # every op's file has its own names for them
+    modules = [m for name, m in sys.modules.items() if name.startswith("fastgn_kernels.")]
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
         patches.enter_context(mock.patch.object(triton.runtime.JITFunction, "run", build))
-        for module in users:
-            patches.enter_context(mock.patch.object(module, "runs_triton", lambda x: True))
+        for module, name in itertools.product(modules, pretence):
+            if hasattr(module, name):
+                patches.enter_context(mock.patch.object(module, name, pretence[name]))
         yield builds
 
 
-def all_orders(op: Callable, *shapes: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Launches an op of inputs of these shapes, its backward, and the backward of that: for the
-    gradient to the first input alone, as a gradient penalty has it, and for all gradients."""
+def all_orders(
+    op: Callable,
+    *shapes: tuple[int, ...],
+    dtype: torch.dtype,
+    weights: Sequence[tuple[int, ...]] = (),
+) -> None:
+    """Launches an op of inputs of these shapes, then weights of float32, its backward, and the
+    backward of that: for the gradient to the first input alone, as a gradient penalty has it, and
+    for all gradients."""
     inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    inputs += [torch.empty(shape, requires_grad=True) for shape in weights]
     y = op(*inputs)
     ys = [y] if isinstance(y, Tensor) else list(y)
     gys = [torch.empty_like(y, requires_grad=True) for y in ys]
@@ -193,6 +206,41 @@ LAUNCHES |= {
         lambda g: gradient_norm(g, 2), (32, 3, 224, 224), dtype=dtype
     ),
 }
+
+LAYER_NORMS = (128, 192, 256, 384, 512, 768, 1024, 4096)
+"""Swin's and ViT's widths, and the widest."""
+
+
+def _layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
+    for columns in LAYER_NORMS[:-1] if residual else LAYER_NORMS:
+        x, weight = (64, columns), (columns,)
+        if residual:
+            op = lambda x, y, *affine: layer_norm(x, *affine, residual=y)  # noqa: E731
+            all_orders(op, x, x, dtype=dtype, weights=(weight, weight))
+        else:
+            all_orders(layer_norm, x, dtype=dtype, weights=(weight, weight))
+
+
+def _window_attention(
+    dtype: torch.dtype, heads: int, dim: int, masks: int = 0, biased: bool = True
+) -> None:
+    mask = torch.zeros(masks, 49, 49) if masks else None
+    all_orders(
+        lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask),
+        (3, 64, heads, 49, dim), dtype=dtype, weights=((heads, 49, 49),) if biased else (),
+    )  # fmt: skip
+
+
+LAUNCHES |= {
+    "layer_norm": _layer_norms,
+    "layer_norm of a sum": functools.partial(_layer_norms, residual=True),
+    # Swin-B's first stage, shifted; its third, not shifted; wider heads
+    "window_attention": functools.partial(_window_attention, heads=4, dim=32, masks=64),
+    "window_attention no mask": functools.partial(_window_attention, heads=16, dim=32),
+    "window_attention no bias": functools.partial(_window_attention, heads=4, dim=32, biased=False),
+    "window_attention D = 64": functools.partial(_window_attention, heads=4, dim=64, masks=64),
+}
+"""Those of window_attention launch nothing on a card before sm_80, or in float32."""
 
 
 def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:

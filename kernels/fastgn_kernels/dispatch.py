@@ -28,6 +28,11 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def capability(x: Tensor) -> tuple[int, int]:
+    """Compute capability of the card that holds `x`."""
+    return torch.cuda.get_device_capability(x.device)
+
+
 def inlines() -> bool:
     """Whether an op should give way to plain ATen operators: in a compiled region Inductor fuses
     those with their neighbours, and a custom op would be a wall in between."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastgn_kernels.dispatch import (
     INTERPRETED,
     LAUNCH,
+    capability,
     differentiable,
     is_floating,
     no_third_derivative,
@@ -307,8 +308,7 @@ def _kernel_runs(qkv: Tensor) -> bool:
     spill thousands of bytes of registers a thread: left to PyTorch's operators."""
     if not runs_triton(qkv) or INTERPRETED:
         return runs_triton(qkv)
-    tensor_cores = not qkv.is_cuda or torch.cuda.get_device_capability(qkv.device) >= (8, 0)
-    return qkv.dtype in (torch.float16, torch.bfloat16) and tensor_cores
+    return qkv.dtype in (torch.float16, torch.bfloat16) and capability(qkv) >= (8, 0)
 
 
 def _padded(vbias: Tensor, qkv: Tensor) -> Tensor:
@@ -318,7 +318,7 @@ def _padded(vbias: Tensor, qkv: Tensor) -> Tensor:
 
 def _no_bias(qkv: Tensor, bias: Tensor | None) -> Tensor:
     """Room for the bias' gradient, empty without a bias: custom ops return tensors."""
-    return qkv.new_empty(0) if bias is None else torch.empty_like(bias)
+    return qkv.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
 def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
@@ -339,10 +339,10 @@ def _softmax_plain(
 ) -> Tensor:
     s = scale * (q @ k.mT)
     if bias is not None:
-        s = s + bias
+        s = s + bias.to(s.dtype)
     if mask is not None:
-        masks = mask.shape[0]
-        s = (s.unflatten(0, (s.shape[0] // masks, masks)) + mask[:, None]).flatten(0, 1)
+        masks, mask = mask.shape[0], mask[:, None].to(s.dtype)
+        s = (s.unflatten(0, (s.shape[0] // masks, masks)) + mask).flatten(0, 1)
     return s.softmax(-1)
 
 
@@ -430,13 +430,12 @@ def _backward_backward_plain(
     p = _softmax_plain(q, k, bias, mask, scale)
     t = scale * (vq @ k.mT + q @ vk.mT)
     if vbias is not None:
-        t = t + vbias
-    r = (p * t).sum(-1, keepdim=True)
-    pt = p * (t - r)
+        t = t + vbias.to(t.dtype)
+    t = t - (p * t).sum(-1, keepdim=True)
     gp = go @ v.mT
-    mean = (p * gp).sum(-1, keepdim=True)
-    gs = p * (gp - mean)
-    u = gp * (t - r) - mean * t + go @ vv.mT
+    gp = gp - (p * gp).sum(-1, keepdim=True)
+    pt, gs = p * t, p * gp
+    u = gp * t + go @ vv.mT  # short of U by a constant a row, which drops out of Sb
     sb = p * (u - (p * u).sum(-1, keepdim=True))
     gqkv, ggo = _outputs(qkv)
     values = (scale * (sb @ k + gs @ vk), scale * (sb.mT @ q + gs.mT @ vq), pt.mT @ go)
@@ -532,8 +531,8 @@ def window_attention_qkvpacked(
     if qkv.dim() != 5 or qkv.shape[0] != 3:
         raise ValueError(f"{name}: qkv is {tuple(qkv.shape)}, should be (3, B, H, N, D)")
     _, windows, heads, tokens, dim = qkv.shape
-    if tokens > LARGEST or dim > LARGEST:
-        raise ValueError(f"{name}: N = {tokens} and D = {dim} should be at most {LARGEST}")
+    if not (0 < tokens <= LARGEST and 0 < dim <= LARGEST):
+        raise ValueError(f"{name}: N = {tokens} and D = {dim} should be 1 to {LARGEST}")
     if bias is not None and bias.shape != (heads, tokens, tokens):
         raise ValueError(
             f"{name}: bias is {tuple(bias.shape)}, should be {(heads, tokens, tokens)}"
@@ -548,7 +547,7 @@ def window_attention_qkvpacked(
         if mask.requires_grad:
             raise ValueError(f"{name}: the mask has no gradient; add a learned one to the bias")
     is_floating(name, qkv=qkv, bias=bias, mask=mask)
-    if torch.is_autocast_enabled(qkv.device.type):
+    if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     return _window_attention(qkv, bias, mask, dim**-0.5 if scale is None else scale)
 

@@ -1,0 +1,518 @@
+"""window_attention, packed and apart, with and without bias and mask, in three orders."""
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+
+import checks
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import DEVICE, LAYOUTS, random
+from fastgn_kernels import reference, window_attention, window_attention_qkvpacked
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch.testing import assert_close
+
+# the package's attribute of that name is the function
+module = sys.modules["fastgn_kernels.window_attention"]
+
+pytestmark = [
+    # numpy's, on the way to a NaN that is meant
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
+
+NAN, INF = float("nan"), float("inf")
+
+low_dtypes = pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.float16,
+        pytest.param(torch.bfloat16, marks=checks.no_bfloat16_interpreted),
+    ],
+    ids=str,
+)
+HALF = torch.float16 if checks.INTERPRETED else torch.bfloat16
+
+
+def op(mask: Tensor | None = None, scale: float | None = None) -> Callable:
+    """Ours, of (qkv) or (qkv, bias)."""
+    return lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask, scale)
+
+
+def twin(mask: Tensor | None = None, scale: float | None = None) -> Callable:
+    """The reference, of (qkv) or (qkv, bias)."""
+    return lambda qkv, bias=None: reference.window_attention(*qkv.unbind(), bias, mask, scale)
+
+
+def inputs(windows: int, heads: int, tokens: int, dim: int, biased: bool = True) -> list[Tensor]:
+    qkv = random(3, windows, heads, tokens, dim)
+    return [qkv, random(heads, tokens, tokens, seed=1)][: 1 + biased]
+
+
+def masks(count: int, tokens: int) -> Tensor | None:
+    """One in three pairs is barred, by Swin's -100 in every second mask and by -inf in the others;
+    none of the pairs of a token with itself. None for a count of 0."""
+    if not count:
+        return None
+    barred = random(count, tokens, tokens, seed=2) < -0.43
+    barred &= ~torch.eye(tokens, dtype=torch.bool, device=DEVICE)
+    values = torch.tensor([-INF, -100.0], dtype=torch.float64, device=DEVICE)
+    values = values[torch.arange(count, device=DEVICE) % 2]
+    return torch.where(barred, values[:, None, None], 0.0)
+
+
+@pytest.mark.parametrize("count, biased", [(0, False), (0, True), (2, False), (2, True)])
+def test_derivatives(count: int, biased: bool) -> None:
+    if checks.INTERPRETED:  # seconds for every element of the inputs
+        if count == 0:
+            pytest.skip("the interpreter takes too long; see the case with bias and mask")
+        count, shape = 1, (1, 1, 3, 2) if biased else (1, 1, 2, 1)
+    else:
+        shape = (4, 2, 3, 2)
+    checks.check_derivatives(op(masks(count, shape[2])), inputs(*shape, biased=biased))
+
+
+@pytest.mark.parametrize("count, biased", [(0, False), (0, True), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 2, 49, 32),  # Swin's
+        (2, 1, 49, 40),  # two blocks of channels, one of them in part
+        (2, 3, 17, 16),
+        (2, 1, 64, 64),
+        (6, 2, 5, 7),
+        (2, 1, 1, 1),
+        (2, 1, 1, 8),
+        (2, 1, 16, 33),
+    ],
+    ids=str,
+)
+def test_is_its_reference(shape: tuple[int, ...], count: int, biased: bool) -> None:
+    mask = masks(count, shape[2])
+    checks.check_against_reference(op(mask), twin(mask), inputs(*shape, biased=biased))
+
+
+def test_one_window() -> None:
+    checks.check_against_reference(op(), twin(), inputs(1, 1, 64, 64))
+    mask = masks(1, 6)
+    checks.check_against_reference(op(mask), twin(mask), inputs(1, 2, 6, 4))
+
+
+@pytest.mark.parametrize(
+    "count, windows, heads, programs, strips",
+    [(0, 5, 1, 1, 1), (0, 5, 1, 3, 3), (1, 5, 1, 2, 2), (2, 6, 1, 1, 2), (2, 10, 2, 8, 4)],
+)
+def test_several_windows_a_strip(
+    count: int,
+    windows: int,
+    heads: int,
+    programs: int,
+    strips: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each window finds its own mask, and the bias' gradient has every window's part, whatever
+    windows a program has, and when some have one more than others."""
+    monkeypatch.setattr(module, "_grid", functools.partial(module._grid, programs=programs))
+    mask = masks(count, 5)
+    xs = inputs(windows, heads, 5, 4)
+    assert module._grid(xs[0], mask) == (heads, strips)
+    checks.check_against_reference(op(mask), twin(mask), xs)
+
+
+def test_there_are_no_more_strips_than_windows() -> None:
+    for windows, heads, count in itertools.product((1, 3, 64, 4096), (1, 4, 32, 2000), (0, 1)):
+        mask = masks(count, 1)
+        grid = module._grid(torch.empty(3, windows, heads, 1, 1), mask)
+        assert grid[0] == heads and 1 <= grid[1] <= windows
+    assert module._grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_scale(scale: float) -> None:
+    checks.check_against_reference(op(scale=scale), twin(scale=scale), inputs(2, 2, 5, 4))
+
+
+def test_apart() -> None:
+    """Queries, keys and values in three tensors."""
+    q, k, v = (random(4, 2, 5, 3, seed=s) for s in range(3))
+    mask = masks(2, 5)
+    checks.check_against_reference(
+        lambda *xs: window_attention(*xs, mask), lambda *xs: reference.window_attention(*xs, mask),
+        [q, k, v, random(2, 5, 5, seed=3)],
+    )  # fmt: skip
+    assert_close(window_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    assert_close(
+        window_attention(q, k, v, scale=0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3)
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_no_windows(biased: bool) -> None:
+    leaves = checks.leaves(inputs(0, 2, 5, 4, biased=biased))
+    o = op(masks(2, 5))(*leaves)
+    assert o.shape == (0, 2, 5, 4)
+    gxs = torch.autograd.grad(o.sum(), leaves, create_graph=True)
+    seconds = torch.autograd.grad(sum(g.square().sum() for g in gxs), leaves)
+    for g in (gxs, seconds):
+        assert g[0].shape == (3, 0, 2, 5, 4)
+        assert not biased or torch.equal(g[1], torch.zeros_like(leaves[1]))
+
+
+@checks.not_interpreted
+@pytest.mark.parametrize("count, biased", [(0, False), (2, True)])
+def test_compiled(count: int, biased: bool) -> None:
+    checks.check_compiled(op(masks(count, 3)), inputs(4, 2, 3, 4, biased=biased))
+
+
+@checks.not_interpreted
+def test_compiled_by_inductor() -> None:
+    checks.check_compiled(op(masks(2, 3)), inputs(4, 2, 3, 4), backend="inductor")
+
+
+@checks.not_interpreted
+def test_a_compiled_region_keeps_the_op() -> None:
+    """And nothing of what it is made of."""
+    called = set()
+
+    def record(graph: torch.fx.GraphModule, example: list) -> Callable:
+        called.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    checks.check_compiled(op(masks(2, 3)), inputs(4, 2, 3, 4), backend=backend)
+    for order in ("", "_bwd", "_bwd_bwd"):
+        assert f"fastgn.window_attention{order}.default" in called, sorted(called)
+    assert not any(name.startswith(("aten.bmm", "aten._softmax")) for name in called)
+
+
+@low_dtypes
+@pytest.mark.parametrize("count, biased", [(0, False), (2, True)])
+def test_low_precision(count: int, biased: bool, dtype: torch.dtype) -> None:
+    for shape, scale in (((4, 2, 49, 32), 1), ((4, 2, 49, 32), 3), ((2, 1, 20, 40), 1)):
+        mask = masks(count, shape[2])
+        qkv, *bias = inputs(*shape, biased=biased)
+        checks.check_low_precision(op(mask), twin(mask), [scale * qkv, *bias], dtype)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_third_order_raises(biased: bool) -> None:
+    checks.check_third_order_raises(op(), inputs(2, 1, 3, 2, biased=biased))
+    with pytest.raises(RuntimeError, match=r"reference\.window_attention"):
+        qkv, *bias = checks.leaves(inputs(2, 1, 3, 2, biased=biased))
+        (gx,) = torch.autograd.grad((op()(qkv, *bias) ** 3).sum(), qkv, create_graph=True)
+        (second,) = torch.autograd.grad((gx**3).sum(), qkv, create_graph=True)
+        torch.autograd.grad(second.sum(), qkv)
+
+
+@pytest.mark.parametrize(
+    "count, biased, layout",
+    [
+        (0, False, "contiguous"),
+        (0, True, "contiguous"),
+        (2, False, "contiguous"),
+        *((2, True, layout) for layout in ("contiguous", "transposed", "unaligned")),
+    ],
+)
+def test_opcheck(count: int, biased: bool, layout: str) -> None:
+    place = LAYOUTS[layout]
+    qkv, *bias = (place(x) for x in inputs(2, 1, 3, 4, biased=biased))
+    go, vqkv = place(random(2, 1, 3, 4, seed=3)), place(random(*qkv.shape, seed=4))
+    vbias = place(random(1, 3, 3, seed=5))
+    rest = (bias[0] if biased else None, masks(count, 3), 0.5)
+    grads = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in (qkv, rest[0])]
+    ops = torch.ops.fastgn
+    checks.check_opcheck(ops.window_attention.default, (*grads, *rest[1:]))
+    gos = go.clone().requires_grad_()
+    checks.check_opcheck(ops.window_attention_bwd.default, (gos, *grads, *rest[1:]))
+    for v in (None, vbias) if biased else (None,):
+        checks.check_opcheck(ops.window_attention_bwd_bwd.default, (vqkv, v, go, qkv, *rest))
+    half = (vqkv.half(), vbias.float() if biased else None, go.half(), qkv.half())
+    rest = (bias[0].float() if biased else None, *rest[1:])
+    checks.check_opcheck(ops.window_attention_bwd_bwd.default, (*half, *rest))
+
+
+def test_layouts() -> None:
+    """Each argument of each order lies in each way, while the others lie in others."""
+    ways = list(LAYOUTS.values())
+    shape = (2, 2, 3, 4)
+    for i in range(len(ways)):
+        one, other, third = ways[i], ways[i - 1], ways[i - 2]
+        lies = {
+            "qkv": one(random(3, *shape)), "go": other(random(*shape, seed=1)),
+            "vqkv": third(random(3, *shape, seed=2)), "bias": other(random(2, 3, 3, seed=3)),
+            "vbias": one(random(2, 3, 3, seed=4)), "mask": third(masks(2, 3)),
+        }  # fmt: skip
+        results = []
+        for same in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
+            t = {name: same(x) for name, x in lies.items()}
+            rest = (t["qkv"], t["bias"], t["mask"], 0.5)
+            results.append([
+                module._window_attention(*rest),
+                *module._window_attention_bwd(t["go"], *rest),
+                *module._window_attention_bwd_bwd(t["vqkv"], t["vbias"], t["go"], *rest),
+            ])  # fmt: skip
+        assert_close(*results, rtol=1e-12, atol=1e-12, check_stride=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_against_the_reference(layout: str) -> None:
+    mask = LAYOUTS[layout](masks(2, 3))
+    xs = [LAYOUTS[layout](x) for x in inputs(4, 2, 3, 4)]
+    checks.check_against_reference(op(mask), twin(mask), xs)
+
+
+def test_a_linear_layers_output_is_not_copied() -> None:
+    """Neither are the gradients on their way to linear layers, in any order."""
+    windows, heads, tokens, dim = 4, 2, 3, 4
+    linear = random(windows, tokens, 3 * heads * dim).requires_grad_()
+    go = random(windows, tokens, heads * dim, seed=1).requires_grad_()
+    bias = random(heads, tokens, tokens, seed=2)
+    v = random(*linear.shape, seed=3)
+
+    def three_orders() -> list[Tensor]:
+        qkv = linear.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+        assert module._packed(qkv).data_ptr() == linear.data_ptr()
+        o = window_attention_qkvpacked(qkv, bias)
+        flat = o.transpose(1, 2).flatten(2)
+        assert flat.data_ptr() == o.data_ptr()
+        assert module._single(o).data_ptr() == o.data_ptr()
+        (g,) = torch.autograd.grad(flat, linear, go, create_graph=True)
+        return [flat, g, *torch.autograd.grad(g, (go, linear), v)]
+
+    results = three_orders()
+    assert all(r.is_contiguous() for r in results)
+    called = checks.ops_called(three_orders)
+    assert {f"fastgn::window_attention{order}" for order in ("", "_bwd", "_bwd_bwd")} <= called
+    assert not called & {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous"}
+
+
+def test_a_query_that_may_see_nothing_is_nan_as_pytorchs() -> None:
+    mask = torch.zeros(2, 3, 3, dtype=torch.float64, device=DEVICE)
+    mask[0, 1] = -INF
+    results = [checks.three_orders(f(mask), inputs(4, 1, 3, 2)) for f in (op, twin)]
+    o = results[0]["y0"].isnan().any(-1)
+    assert o[:, 0].tolist() == 2 * [[False, True, False], [False, False, False]]
+    for name, theirs in results[1].items():
+        assert torch.equal(results[0][name].isnan(), theirs.isnan()), name
+        assert_close(results[0][name], theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["q", "k", "v", "bias", "go", "vq"])
+def test_infinities_and_nan_go_where_pytorchs_go(
+    where: str, value: float, dtype: torch.dtype
+) -> None:
+    """Not finite just where PyTorch's is not: elsewhere a window knows nothing of the others."""
+    qkv, bias = (x.to(dtype) for x in inputs(3, 2, 5, 4))
+    go, vqkv = random(3, 2, 5, 4, seed=3, dtype=dtype), random(3, 3, 2, 5, 4, seed=4, dtype=dtype)
+    tensor, index = {
+        "q": (qkv, (0, 1, 0, 2, 1)), "k": (qkv, (1, 1, 0, 2, 1)), "v": (qkv, (2, 1, 0, 2, 1)),
+        "bias": (bias, (0, 2, 1)), "go": (go, (1, 0, 2, 1)), "vq": (vqkv, (0, 1, 0, 2, 1)),
+    }[where]  # fmt: skip
+    tensor[index] = value
+    results = []
+    for function in (op(), twin()):
+        xs = checks.leaves([qkv, bias])
+        (gy,) = checks.leaves([go])
+        o = function(*xs)
+        gxs = torch.autograd.grad(o, xs, gy, create_graph=True)
+        seconds = torch.autograd.grad(gxs[0], (gy, *xs), vqkv)
+        results.append([o, *gxs, *seconds])
+    for i, (ours, theirs) in enumerate(zip(*results, strict=True)):
+        assert torch.equal(ours.isfinite(), theirs.isfinite()), (i, ours, theirs)
+    barred = where == "bias" and value == -INF
+    assert barred == all(x.isfinite().all() for x in results[0])
+    assert results[0][1].isfinite().any()
+
+
+def test_large_scores_do_not_overflow() -> None:
+    """exp(90) is beyond float32, exp(12) beyond float16."""
+    qkv, bias = inputs(2, 1, 5, 4)
+    for dtype in (torch.float32, HALF):
+        checks.check_low_precision(op(), twin(), [qkv, 300 * bias], dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16][: 2 if checks.INTERPRETED else 3],
+    ids=str,
+)
+def test_mixed_dtypes(dtype: torch.dtype) -> None:
+    """A float32 bias, or a wider one, beside half-precision queries has its gradient in its own
+    dtype, right to the digits of float32: a rounding to `dtype` would cost 5e-4 or more."""
+    mask = masks(2, 7)
+    qkv, bias = inputs(8, 2, 7, 5)
+    qkv = qkv.to(dtype)
+    go, vqkv = random(8, 2, 7, 5, seed=3, dtype=dtype), random(*qkv.shape, seed=4, dtype=dtype)
+    vbias = random(*bias.shape, seed=5)
+    for other in (torch.float32, torch.float64):
+        results = []
+        for wide in (False, True):
+            to = (lambda x: x.double()) if wide else (lambda x: x)  # noqa: E731
+            xs = checks.leaves([to(qkv), to(bias.float().to(other))])
+            (gy,) = checks.leaves([to(go)])
+            o = (twin if wide else op)(mask)(*xs)
+            gxs = torch.autograd.grad(o, xs, gy, create_graph=True)
+            vs = [to(vqkv), to(vbias.float().to(other))]
+            results.append([o, *gxs, *torch.autograd.grad(gxs, (gy, *xs), vs)])
+        ours, exact = results
+        dtypes = [t.dtype for t in ours]
+        assert dtypes == [dtype, dtype, other, dtype, dtype, other]
+        for i, (a, b) in enumerate(zip(ours, exact, strict=True)):
+            wanted = 2e-6 if i in (2, 5) else max(torch.finfo(dtype).eps, 2e-6)
+            assert checks.relative(a.double(), b) < wanted, i
+
+
+def test_a_mask_of_any_floating_dtype() -> None:
+    mask = masks(2, 5)
+    qkv, bias = (x.float() for x in inputs(4, 2, 5, 4))
+    right = op(mask)(qkv.double(), bias.double())
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        o = op(mask.to(dtype))(qkv, bias)
+        assert o.dtype == torch.float32
+        assert checks.relative(o.double(), right) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    """Queries, keys and values are cast as F.scaled_dot_product_attention's; the bias stays."""
+    mask = masks(2, 5)
+    qkv, bias = inputs(4, 2, 5, 4)
+
+    def run(cast: torch.dtype) -> list[Tensor]:
+        xs = checks.leaves([qkv.to(dtype), bias.float()])
+        o = op(mask)(xs[0].to(cast), xs[1])
+        gxs = torch.autograd.grad((o.double() ** 3).sum(), xs, create_graph=True)
+        return [o, *gxs, *torch.autograd.grad(sum((g.double() ** 2).sum() for g in gxs), xs)]
+
+    with torch.autocast(DEVICE, dtype=HALF):
+        inside = run(dtype)
+        theirs = F.scaled_dot_product_attention(*qkv.to(dtype)).dtype
+    assert inside[0].dtype == theirs
+    for a, b in zip(inside, run(theirs), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    assert [t.dtype for t in inside[1:]] == 2 * [dtype, torch.float32]
+
+
+def test_plain_bodies_compute_half_precision_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result is right to its own last rounding."""
+    monkeypatch.setattr(module, "_kernel_runs", lambda qkv: False)
+    mask = masks(2, 20)
+    half = [x.half() for x in inputs(4, 2, 20, 16)]
+    named = checks.three_orders(op(mask), half, torch.float16)
+    exact = checks.three_orders(twin(mask), [x.double() for x in half], torch.float16)
+    for name, right in exact.items():
+        error = (named[name].double() - right).abs()
+        assert (error <= right.abs() * 2**-11 + 2e-6 * right.abs().max() + 2**-25).all(), name
+
+
+@pytest.mark.parametrize("trained", ["qkv", "bias", "both"])
+def test_frozen_inputs(trained: str) -> None:
+    results = []
+    for function in (op(masks(2, 3)), twin(masks(2, 3))):
+        qkv, bias = inputs(4, 2, 3, 4)
+        qkv.requires_grad_(trained != "bias")
+        bias.requires_grad_(trained != "qkv")
+        wanted = [x for x in (qkv, bias) if x.requires_grad]
+        gxs = torch.autograd.grad((function(qkv, bias) ** 3).sum(), wanted, create_graph=True)
+        seconds = torch.autograd.grad(sum((g**2).sum() for g in gxs), wanted)
+        results.append([*gxs, *seconds])
+    assert_close(*results, rtol=1e-9, atol=1e-9)
+    assert not op()(*inputs(4, 2, 3, 4)).requires_grad
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_second_derivatives_of_one_gradient(used: int) -> None:
+    """Of the queries' or the bias' gradient alone: autograd leaves the other's cotangent out."""
+    results = []
+    for function in (op(masks(2, 3)), twin(masks(2, 3))):
+        xs = checks.leaves(inputs(4, 2, 3, 4))
+        gx = torch.autograd.grad((function(*xs) ** 3).sum(), xs, create_graph=True)[used]
+        results.append([gx, *torch.autograd.grad((gx**2).sum(), xs)])
+    assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":  # a GPU has several windows a strip as it is
+        monkeypatch.setattr(module, "_grid", functools.partial(module._grid, programs=8))
+    shape = (12, 2, 9, 8) if DEVICE == "cpu" else (4096, 4, 49, 32)
+    mask = masks(2, shape[2])
+    xs = [x.half() for x in inputs(*shape)]
+    first, second = (checks.three_orders(op(mask), xs, torch.float16) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda x, b: op()(x[0]), ValueError, r"qkv is \(2, 2, 3, 4\), should be \(3, B, H, N"),
+        (lambda x, b: op()(x[:2]), ValueError, r"qkv is \(2, 2, 2, 3, 4\)"),
+        (lambda x, b: op()(random(3, 1, 1, 65, 4)), ValueError, r"N = 65 and D = 4 .* 1 to 64"),
+        (lambda x, b: op()(random(3, 1, 1, 4, 65)), ValueError, r"N = 4 and D = 65 .* 1 to 64"),
+        (lambda x, b: op()(x[..., :0]), ValueError, r"N = 3 and D = 0 .* 1 to 64"),
+        (lambda x, b: op()(x[..., :0, :]), ValueError, r"N = 0 and D = 4 .* 1 to 64"),
+        (lambda x, b: op()(x, b[:1]), ValueError, r"bias is \(1, 3, 3\), should be \(2, 3, 3\)"),
+        (lambda x, b: op()(x, b[None]), ValueError, r"bias is \(1, 2, 3, 3\), should be"),
+        (lambda x, b: op(b[0])(x), ValueError, r"mask is \(3, 3\), should be \(W, 3, 3\)"),
+        (lambda x, b: op(b[..., :2])(x), ValueError, r"mask is \(2, 3, 2\), should be"),
+        (lambda x, b: op(b[:0])(x), ValueError, r"mask is \(0, 3, 3\), should be"),
+        (lambda x, b: op(b.repeat(2, 1, 1)[:3])(x), ValueError, "2 windows are no mul.* 3 masks"),
+        (lambda x, b: op(b.requires_grad_())(x), ValueError, "the mask has no gradient"),
+        (lambda x, b: op()(x.long()), TypeError, "qkv is torch.int64, should be"),
+        (lambda x, b: op()(x, b.int()), TypeError, "bias is torch.int32, should be"),
+        (lambda x, b: op(b > 0)(x), TypeError, "mask is torch.bool, should be"),
+        (
+            lambda x, b: window_attention(x[0], x[1], x[2, :1]),
+            ValueError,
+            r"q, k, v are \(2, 2, 3, 4\), \(2, 2, 3, 4\), \(1, 2, 3, 4\), should be of one shape",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes(call: Callable, error: type, message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        call(*inputs(2, 2, 3, 4))
+    assert "\n" not in str(raised.value)
+
+
+@checks.only_interpreted
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of queries, keys and values together."""
+    tokens, dim = 64, 64
+    programs = 1056 * 16  # more than on a GPU, so that the last has few windows to go through
+    monkeypatch.setattr(module, "_grid", functools.partial(module._grid, programs=programs))
+    # whole rounds of all programs, so that the last program has the last window
+    windows = programs * (2**31 // (3 * tokens * dim) // programs + 1)
+    assert 3 * windows * tokens * dim > 2**31
+    place = functools.partial(torch.empty, dtype=torch.float16)
+    with checks.little_memory(), checks.last_program_alone():
+        qkv, vqkv = (place(windows, tokens, 3, 1, dim).permute(2, 0, 3, 1, 4) for _ in range(2))
+        go = place(windows, tokens, 1, dim).transpose(1, 2)
+        assert module._grid(qkv, None) == (1, programs)
+        for seed, t in enumerate((qkv, vqkv)):
+            t[:, -1] = random(3, 1, tokens, dim, seed=seed, dtype=torch.float16)
+        go[-1] = random(1, tokens, dim, seed=3, dtype=torch.float16)
+        bias = random(1, tokens, tokens, seed=4)
+        qkv_, vqkv_, go_ = (t.double() for t in (qkv[:, -1:], vqkv[:, -1:], go[-1:]))
+        xs = checks.leaves([qkv_, bias])
+        (go_,) = checks.leaves([go_])
+        right = [twin()(*xs)]
+        if order:
+            right = torch.autograd.grad(right, xs, go_, create_graph=True)
+        if order == 0:
+            ours = [module._window_attention(qkv, bias, None, 0.125)]
+        elif order == 1:
+            ours = module._window_attention_bwd(go, qkv, bias, None, 0.125)
+        else:
+            ours = module._window_attention_bwd_bwd(vqkv, None, go, qkv, bias, None, 0.125)
+            right = torch.autograd.grad(right[0], (go_, *xs), vqkv_)
+        ours = [t if t.ndim == 3 else t[:, -1:] if t.ndim == 5 else t[-1:] for t in ours]
+        for a, b in zip(ours, right, strict=True):
+            assert checks.relative(a.double(), b) < 2e-3
