@@ -15,10 +15,12 @@ from torch import Tensor
 from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     LAUNCH,
+    define,
     differentiable,
     inlines,
     is_floating,
     laid_out_as,
+    no_forward_mode,
     no_third_derivative,
     round_up,
     runs_triton,
@@ -167,12 +169,12 @@ def _outputs(order: int, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     return out, gx, torch.empty_like(bias) if order and bias is not None else x.new_empty(0)
 
 
-@torch.library.custom_op("fastgn::activation", mutates_args=())
+@define("fastgn::activation")
 def _activation(x: Tensor, bias: Tensor | None, kind: str, parameter: float) -> Tensor:
     return (_launch if runs_triton(x) else _plain)(0, x, bias, kind, parameter)[0]
 
 
-@torch.library.custom_op("fastgn::activation_bwd", mutates_args=())
+@define("fastgn::activation_bwd")
 def _activation_bwd(
     gy: Tensor, x: Tensor, bias: Tensor | None, kind: str, parameter: float
 ) -> tuple[Tensor, Tensor]:
@@ -180,7 +182,7 @@ def _activation_bwd(
     return gx, gbias
 
 
-@torch.library.custom_op("fastgn::activation_bwd_bwd", mutates_args=())
+@define("fastgn::activation_bwd_bwd")
 def _activation_bwd_bwd(
     v: Tensor, w: Tensor | None, gy: Tensor, x: Tensor, bias: Tensor | None, kind: str,
     parameter: float,
@@ -262,6 +264,7 @@ def activation(
         parameter = TABLE[kind].parameter
     if inlines():
         return reference.activation(x, kind, bias, parameter)
+    no_forward_mode("activation", x, bias)
     return _activation(x, bias, kind, parameter)
 
 

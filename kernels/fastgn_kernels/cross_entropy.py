@@ -16,9 +16,11 @@ from torch import Tensor
 from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     LAUNCH,
+    define,
     differentiable,
     inlines,
     is_floating,
+    no_forward_mode,
     no_third_derivative,
     round_up,
     runs_triton,
@@ -193,17 +195,17 @@ def _body(logits: Tensor) -> Any:
     return _launch if fits and runs_triton(logits) else _plain
 
 
-@torch.library.custom_op("fastgn::cross_entropy", mutates_args=())
+@define("fastgn::cross_entropy")
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return _body(logits)(0, logits, targets)[0]
 
 
-@torch.library.custom_op("fastgn::cross_entropy_bwd", mutates_args=())
+@define("fastgn::cross_entropy_bwd")
 def _cross_entropy_bwd(gl: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
     return _body(logits)(1, logits, targets, gl)[1]
 
 
-@torch.library.custom_op("fastgn::cross_entropy_bwd_bwd", mutates_args=())
+@define("fastgn::cross_entropy_bwd_bwd")
 def _cross_entropy_bwd_bwd(
     v: Tensor, gl: Tensor, logits: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -278,5 +280,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
         raise ValueError(f"cross_entropy: reduction {reduction!r} should be none, mean or sum")
     if inlines():
         return reference.cross_entropy(logits, targets, reduction)
+    no_forward_mode("cross_entropy", logits, targets)
     loss = _cross_entropy(logits, targets)
     return loss if reduction == "none" else getattr(loss, reduction)()

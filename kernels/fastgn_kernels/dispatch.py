@@ -6,6 +6,7 @@ without a formula raises when it is differentiated, where a plain ``autograd.Fun
 kernel loses the second-order terms without a word.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton reads this when a kernel is defined, so it is a property of the process."""
@@ -30,12 +32,18 @@ def runs_triton(x: Tensor) -> bool:
 
 def capability(x: Tensor) -> tuple[int, int]:
     """Compute capability of the card that holds `x`."""
-    return torch.cuda.get_device_capability(x.device)
+    return _capability(x.device.index)
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def inlines() -> bool:
-    """Whether an op should give way to plain ATen operators: in a compiled region Inductor fuses
-    those with their neighbours, and a custom op would be a wall in between."""
+    """Whether pointwise ops should give way to ATen's, and others where their kernel would not run:
+    in a compiled region Inductor fuses those with their neighbours, and a custom op is a wall. With
+    it, one step's LayerNorms and window attention still move fewer bytes (benchmarks/NOTES.md)."""
     return torch.compiler.is_compiling()
 
 
@@ -73,14 +81,30 @@ def is_floating(name: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: {argument} is {x.dtype}, should be a floating-point tensor")
 
 
-def plain(body: Callable) -> Callable:
-    """A PyTorch body as it would run without autocast, which reaches into custom ops."""
+def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError where a tensor carries a tangent: PyTorch would drop it at the
+    custom op and give a derivative of zero without a word."""
+    for x in tensors:
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"fastgn_kernels.{name} has no forward mode: fastgn_kernels.reference.{name} has"
+            )
 
-    def run(x: Tensor, *args: Any) -> Any:
-        with torch.autocast(x.device.type, enabled=False):
-            return body(x, *args)
 
-    return run
+def define(name: str) -> Callable[[Callable], Any]:
+    """``torch.library.custom_op`` of a body that changes none of its arguments, the first of which
+    is a tensor. Triton launches on the current device, and autocast reaches into custom ops: the
+    body runs on its tensor's device, without autocast."""
+
+    def custom_op(body: Callable) -> Any:
+        @functools.wraps(body)
+        def run(x: Tensor, *args: Any) -> Any:
+            with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+                return body(x, *args)
+
+        return torch.library.custom_op(name, run, mutates_args=())
+
+    return custom_op
 
 
 def differentiable(

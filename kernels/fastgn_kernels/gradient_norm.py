@@ -19,9 +19,11 @@ from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     LARGEST_GRID_Y,
     LAUNCH,
+    define,
     differentiable,
     inlines,
     is_floating,
+    no_forward_mode,
     no_third_derivative,
     round_up,
     runs_triton,
@@ -210,17 +212,17 @@ def _body(g: Tensor) -> Any:
     return _launch if runs_triton(g) else _plain
 
 
-@torch.library.custom_op("fastgn::gradient_norm", mutates_args=())
+@define("fastgn::gradient_norm")
 def _gradient_norm(g: Tensor, ord: int) -> Tensor:
     return _body(g)(0, g, ord)[0]
 
 
-@torch.library.custom_op("fastgn::gradient_norm_bwd", mutates_args=())
+@define("fastgn::gradient_norm_bwd")
 def _gradient_norm_bwd(n: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> Tensor:
     return _body(g)(1, g, ord, n, norm)[1]
 
 
-@torch.library.custom_op("fastgn::gradient_norm_bwd_bwd", mutates_args=())
+@define("fastgn::gradient_norm_bwd_bwd")
 def _gradient_norm_bwd_bwd(
     v: Tensor, n: Tensor, g: Tensor, norm: Tensor | None, ord: int
 ) -> tuple[Tensor, Tensor]:
@@ -286,4 +288,5 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
         raise ValueError("gradient_norm: grad is (), should be (B, ...)")
     if inlines():
         return reference.gradient_norm(grad, ord)
+    no_forward_mode("gradient_norm", grad)
     return _gradient_norm(grad, int(ord))

@@ -19,11 +19,12 @@ from torch import Tensor
 from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     LAUNCH,
+    define,
     differentiable,
     inlines,
     is_floating,
+    no_forward_mode,
     no_third_derivative,
-    plain,
     round_up,
     runs_triton,
     strips,
@@ -181,7 +182,6 @@ def _forward(
     return y, total
 
 
-@plain
 def _forward_plain(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor,
     total: Tensor,
@@ -221,7 +221,6 @@ def _backward(
     return gx, gw, gb
 
 
-@plain
 def _backward_plain(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, gx: Tensor, gw: Tensor,
     gb: Tensor,
@@ -266,7 +265,6 @@ def _backward_backward(
     return ggy, gx, partial.sum(0).to(weight.dtype)
 
 
-@plain
 def _backward_backward_plain(
     v: Tensor, vw: Tensor | None, vb: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor,
     eps: float, ggy: Tensor, gx: Tensor, gw: Tensor,
@@ -308,26 +306,26 @@ def _backward_backward_outputs(
     return ggy, torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
 
 
-@torch.library.custom_op("fastgn::layer_norm", mutates_args=())
+@define("fastgn::layer_norm")
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return _forward(x, None, weight, bias, eps, dtype)[0]
 
 
-@torch.library.custom_op("fastgn::add_layer_norm", mutates_args=())
+@define("fastgn::add_layer_norm")
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return _forward(x, residual, weight, bias, eps, dtype)
 
 
-@torch.library.custom_op("fastgn::layer_norm_bwd", mutates_args=())
+@define("fastgn::layer_norm_bwd")
 def _layer_norm_bwd(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _backward(gy, gsum, x, weight, eps)
 
 
-@torch.library.custom_op("fastgn::layer_norm_bwd_bwd", mutates_args=())
+@define("fastgn::layer_norm_bwd_bwd")
 def _layer_norm_bwd_bwd(
     v: Tensor, vw: Tensor | None, vb: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor,
     eps: float,
@@ -410,7 +408,7 @@ def layer_norm(
     x: (..., C), any floating dtype, statistics in float32 or wider. weight, bias: (C,), None for 1
     and 0. residual: of x's shape; then the result is (normalised x + residual, x + residual), the
     sum being rounded to its dtype first, as PyTorch would. dtype: of the normalised output; None:
-    x's own, and float32 under autocast, as F.layer_norm's. Source: Ba et al. 2016,
+    x's own, and float32 under autocast on CUDA, as F.layer_norm's. Source: Ba et al. 2016,
     arXiv 1607.06450; the second derivative is in this module's docstring.
 
     Raises ValueError on shapes that do not fit, TypeError on integers; a third derivative raises
@@ -435,10 +433,11 @@ def layer_norm(
         common = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(common), residual.to(common)
     if dtype is None:
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
         dtype = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
-    if inlines():
+    if inlines() and not _fits(x):
         return reference.layer_norm(x, weight, bias, eps, residual, dtype)
+    no_forward_mode("layer_norm", x, weight, bias, residual)
     if weight is None:
         weight = torch.ones(columns, dtype=x.dtype, device=x.device)
     if bias is None:

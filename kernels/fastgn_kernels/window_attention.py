@@ -22,14 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     INTERPRETED,
     LAUNCH,
     capability,
+    define,
     differentiable,
+    inlines,
     is_floating,
+    no_forward_mode,
     no_third_derivative,
-    plain,
     runs_triton,
     tl_wide,
     wide,
@@ -346,7 +349,6 @@ def _softmax_plain(
     return s.softmax(-1)
 
 
-@plain
 def _forward_plain(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
     q, k, v = qkv.to(wide(qkv.dtype))
     return _outputs(qkv)[1].copy_(_softmax_plain(q, k, bias, mask, scale) @ v)
@@ -381,7 +383,6 @@ def _sum(partials: Tensor, bias: Tensor) -> Tensor:
     return partials[:, :, :tokens, :tokens].sum(0).to(bias.dtype)
 
 
-@plain
 def _backward_plain(
     go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -419,7 +420,6 @@ def _backward_backward(
     return ggo, gqkv, gbias if bias is None else _sum(sums, bias)
 
 
-@plain
 def _backward_backward_plain(
     vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float,
@@ -445,21 +445,21 @@ def _backward_backward_plain(
     return ggo.copy_(pt @ v + p @ vv), gqkv, gbias if bias is None else gbias.copy_(sb.sum(0))
 
 
-@torch.library.custom_op("fastgn::window_attention", mutates_args=())
+@define("fastgn::window_attention")
 def _window_attention(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     return _forward(qkv, bias, mask, scale)
 
 
-@torch.library.custom_op("fastgn::window_attention_bwd", mutates_args=())
+@define("fastgn::window_attention_bwd")
 def _window_attention_bwd(
     go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     return _backward(go, qkv, bias, mask, scale)
 
 
-@torch.library.custom_op("fastgn::window_attention_bwd_bwd", mutates_args=())
+@define("fastgn::window_attention_bwd_bwd")
 def _window_attention_bwd_bwd(
     vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float,
@@ -524,8 +524,8 @@ def window_attention_qkvpacked(
     Returns (B, H, N, D), whose transpose(1, 2).flatten(2) is a view. Under autocast the products
     take its dtype, as F.scaled_dot_product_attention's. Source: Liu et al. 2021, arXiv 2103.14030.
 
-    Stays one op in a compiled region. Raises ValueError on shapes that do not fit, TypeError on
-    integers; a third derivative raises RuntimeError.
+    Stays one op in a compiled region where its kernels run. Raises ValueError on shapes that do not
+    fit, TypeError on integers; a third derivative raises RuntimeError.
     """
     name = "window_attention"
     if qkv.dim() != 5 or qkv.shape[0] != 3:
@@ -549,7 +549,12 @@ def window_attention_qkvpacked(
     is_floating(name, qkv=qkv, bias=bias, mask=mask)
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    return _window_attention(qkv, bias, mask, dim**-0.5 if scale is None else scale)
+    scale = dim**-0.5 if scale is None else scale
+    if inlines() and not _kernel_runs(qkv):
+        q, k, v = qkv.unbind()
+        return reference.window_attention(q, k, v, bias, mask, scale)
+    no_forward_mode(name, qkv, bias, mask)
+    return _window_attention(qkv, bias, mask, scale)
 
 
 def window_attention(

@@ -353,7 +353,7 @@ def test_dtype_of_the_output(form: str, dtype: torch.dtype, out: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @every_form
 def test_autocast(form: str, dtype: torch.dtype) -> None:
-    """The output is float32, as F.layer_norm's is on a GPU; all else is as without autocast."""
+    """The output is of F.layer_norm's dtype, float32 on a GPU; all else is as without autocast."""
     if checks.INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter does not round bfloat16 as a GPU does")
     *xs, weight, bias = inputs(form if form != "bare" else "affine", 5, 8)
@@ -371,8 +371,9 @@ def test_autocast(form: str, dtype: torch.dtype) -> None:
 
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside, as_told = run(), run(dtype=dtype)
-    outside, plainly = run(dtype=torch.float32), run()
-    assert inside[0].dtype == torch.float32 and as_told[0].dtype == plainly[0].dtype == dtype
+        theirs = torch.nn.functional.layer_norm(xs[0], (8,), weight, bias).dtype
+    outside, plainly = run(dtype=theirs), run()
+    assert inside[0].dtype == theirs and as_told[0].dtype == plainly[0].dtype == dtype
     for a, b in zip((*inside, *as_told), (*outside, *plainly), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 

@@ -163,20 +163,24 @@ def test_no_windows(biased: bool) -> None:
         assert not biased or torch.equal(g[1], torch.zeros_like(leaves[1]))
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled region holds the op, as where its kernels run."""
+    monkeypatch.setattr(module, "inlines", lambda: False)
+
+
 @checks.not_interpreted
 @pytest.mark.parametrize("count, biased", [(0, False), (2, True)])
-def test_compiled(count: int, biased: bool) -> None:
+def test_compiled(count: int, biased: bool, kept: None) -> None:
     checks.check_compiled(op(masks(count, 3)), inputs(4, 2, 3, 4, biased=biased))
 
 
 @checks.not_interpreted
-def test_compiled_by_inductor() -> None:
+def test_compiled_by_inductor(kept: None) -> None:
     checks.check_compiled(op(masks(2, 3)), inputs(4, 2, 3, 4), backend="inductor")
 
 
-@checks.not_interpreted
-def test_a_compiled_region_keeps_the_op() -> None:
-    """And nothing of what it is made of."""
+def compiled_operators() -> set[str]:
     called = set()
 
     def record(graph: torch.fx.GraphModule, example: list) -> Callable:
@@ -185,9 +189,33 @@ def test_a_compiled_region_keeps_the_op() -> None:
 
     backend = aot_autograd(fw_compiler=record, bw_compiler=record)
     checks.check_compiled(op(masks(2, 3)), inputs(4, 2, 3, 4), backend=backend)
+    return called
+
+
+@checks.not_interpreted
+def test_a_compiled_region_keeps_the_op(kept: None) -> None:
+    """And nothing of what it is made of."""
+    called = compiled_operators()
     for order in ("", "_bwd", "_bwd_bwd"):
         assert f"fastgn.window_attention{order}.default" in called, sorted(called)
     assert not any(name.startswith(("aten.bmm", "aten._softmax")) for name in called)
+
+
+@checks.not_interpreted
+def test_a_compiled_region_keeps_no_op_without_kernels() -> None:
+    assert not any("fastgn" in name for name in compiled_operators())
+
+
+@checks.not_interpreted
+def test_what_is_asked_of_the_card_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, `inlines` depends on the compute capability, which dynamo has to take as given."""
+    from fastgn_kernels import dispatch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    asked = torch.compile(
+        lambda x: x + dispatch._capability(0)[0], fullgraph=True, backend="aot_eager"
+    )
+    assert asked(torch.zeros(1)).item() == 9
 
 
 @low_dtypes
