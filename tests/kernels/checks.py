@@ -18,6 +18,8 @@ import pytest
 import torch
 from fastgn_kernels.dispatch import INTERPRETED
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
@@ -126,6 +128,18 @@ def ops_called(function: Callable, *args: Any) -> set[str]:
     with Recorder():
         function(*args)
     return called
+
+
+def recording_backend() -> tuple[Callable, set[str]]:
+    """A backend of torch.compile that runs its graphs as they are, and the names of the operators
+    in them, such as "aten.mul.Tensor"."""
+    called: set[str] = set()
+
+    def record(graph: torch.fx.GraphModule, example: list) -> Callable:
+        called.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=record, bw_compiler=record), called
 
 
 def check_against_reference(

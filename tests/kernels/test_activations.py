@@ -10,8 +10,6 @@ import torch
 from checks import DEVICE, LAYOUTS, SHAPES, random
 from fastgn_kernels import ACTIVATIONS, activation, activations, gelu, reference, silu
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing import assert_close
 
 pytestmark = [
@@ -83,13 +81,7 @@ def test_compiled_by_inductor() -> None:
 
 @checks.not_interpreted
 def test_a_compiled_region_holds_no_opaque_op() -> None:
-    called = set()
-
-    def record(module: torch.fx.GraphModule, example: list) -> Callable:
-        called.update(str(n.target) for n in module.graph.nodes if n.op == "call_function")
-        return make_boxed_func(module.forward)
-
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    backend, called = checks.recording_backend()
     checks.check_compiled(gelu, inputs(True, 3, 5), backend=backend)
     assert any(name.startswith("aten.erf") or name.startswith("aten.gelu") for name in called)
     assert not any("fastgn" in name for name in called)

@@ -10,8 +10,6 @@ import torch
 from checks import DEVICE, LAYOUTS, random
 from fastgn_kernels import layer_norm, reference
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing import assert_close
 
 # the package's attribute of that name is the function
@@ -160,13 +158,7 @@ def test_compiled_by_inductor() -> None:
 
 @checks.not_interpreted
 def test_a_compiled_region_holds_no_opaque_op() -> None:
-    called = set()
-
-    def record(graph: torch.fx.GraphModule, example: list) -> Callable:
-        called.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    backend, called = checks.recording_backend()
     checks.check_compiled(op, inputs("residual", 3, 5), backend=backend)
     assert any(name.startswith("aten.native_layer_norm") for name in called), sorted(called)
     assert not any("fastgn" in name for name in called), sorted(called)

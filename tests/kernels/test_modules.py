@@ -1,6 +1,7 @@
 """The drop-ins give what they replace, and replace nothing that they would change."""
 
 import copy
+import importlib
 import io
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, not_interpreted, ops_called, random, relative
+from checks import DEVICE, not_interpreted, ops_called, random, recording_backend, relative
 from fastgn_kernels.modules import (
     FAMILIES,
     FusedActivation,
@@ -227,14 +228,49 @@ def test_dropout_after_the_attention_stays():
     torch.testing.assert_close(swapped.eval()(images()), plain.eval()(images()))
 
 
+@pytest.fixture(params=[False, True], ids=["inlined", "as on CUDA"])
+def as_on_cuda(request, monkeypatch) -> bool:
+    """Whether a compiled region keeps LayerNorm and window attention as ops."""
+    if request.param:
+        for name in ("layer_norm", "window_attention"):
+            module = importlib.import_module(f"fastgn_kernels.{name}")
+            monkeypatch.setattr(module, "inlines", lambda: False)
+    return request.param
+
+
 @not_interpreted
-def test_a_swapped_swin_compiled():
+def test_a_swapped_swin_compiled(as_on_cuda):
     torch._dynamo.reset()
     plain = swin()
     swapped = copy.deepcopy(plain)
     swap_modules(swapped)
-    step = compile_double_backward(Loss(swapped), backend="aot_eager")
+    backend, called = recording_backend()
+    step = compile_double_backward(Loss(swapped), backend=backend)
     check_same(gradients(step, images()), gradients(Loss(plain), images()), tolerance=1e-9)
+    ops = {f"fastgn.{op}_bwd_bwd.default" for op in ("layer_norm", "window_attention")}
+    assert (ops <= called) == (as_on_cuda or DEVICE == "cuda")
+    assert not any(name.startswith("fastgn.activation") for name in called)
+
+
+@not_interpreted
+def test_a_swapped_swin_compiled_under_autocast(as_on_cuda):
+    """Mixed dtypes meet in the ops: the error to float64 is at most twice plain PyTorch's."""
+    torch._dynamo.reset()
+    plain = swin(torch.float32)
+    swapped = copy.deepcopy(plain)
+    swap_modules(swapped)
+    exact = gradients(Loss(swin()), images())
+    errors = []
+    for step in (
+        Loss(plain),
+        compile_double_backward(Loss(swapped), backend="aot_eager"),
+    ):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found = gradients(step, images().float())
+        errors.append(
+            relative(*(torch.cat([g[k].double().flatten() for k in exact]) for g in (found, exact)))
+        )
+    assert 1e-4 < errors[0] and errors[1] < 2 * errors[0], errors
 
 
 @not_interpreted

@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from checks import DEVICE, LAYOUTS, random
 from fastgn_kernels import reference, window_attention, window_attention_qkvpacked
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing import assert_close
 
 # the package's attribute of that name is the function
@@ -181,13 +179,7 @@ def test_compiled_by_inductor(kept: None) -> None:
 
 
 def compiled_operators() -> set[str]:
-    called = set()
-
-    def record(graph: torch.fx.GraphModule, example: list) -> Callable:
-        called.update(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
-        return make_boxed_func(graph.forward)
-
-    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    backend, called = checks.recording_backend()
     checks.check_compiled(op(masks(2, 3)), inputs(4, 2, 3, 4), backend=backend)
     return called
 
