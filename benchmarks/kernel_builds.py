@@ -207,8 +207,8 @@ LAUNCHES |= {
     ),
 }
 
-LAYER_NORMS = (128, 192, 256, 384, 512, 768, 1024, 4096)
-"""Swin's and ViT's widths, and the widest."""
+LAYER_NORMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+"""Swin's and ViT's widths, and the tiles on either side, to the widest."""
 
 
 def _layer_norms(dtype: torch.dtype, residual: bool = False) -> None:

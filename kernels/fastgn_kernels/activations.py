@@ -156,7 +156,7 @@ def _plain(
         gx.copy_(gu)
         out.copy_(times(s, first(u, parameter)))
     if bias is not None:
-        gbias.copy_(gu.reshape(-1, gu.shape[-1]).sum(0))
+        gbias.copy_(gu.flatten(0, -2).sum(0) if gu.ndim > 1 else gu)
     return out, gx, gbias
 
 
@@ -229,9 +229,12 @@ def _backward_backward(ctx: Any, saved: tuple, v: Tensor | None, w: Tensor | Non
     return *_activation_bwd_bwd(v, w, gy, x, bias, *ctx.options[-2:]), None, None
 
 
-differentiable(_activation, save=lambda inputs, y: inputs[:2], backward=_backward)
+differentiable(_activation, "activation", save=lambda inputs, y: inputs[:2], backward=_backward)
 differentiable(
-    _activation_bwd, save=lambda inputs, outputs: inputs[:3], backward=_backward_backward
+    _activation_bwd,
+    "activation",
+    save=lambda inputs, outputs: inputs[:3],
+    backward=_backward_backward,
 )
 no_third_derivative(_activation_bwd_bwd, "activation")
 

@@ -235,8 +235,12 @@ def _backward_backward(ctx: Any, saved: tuple, v: Tensor) -> tuple:
     return *_cross_entropy_bwd_bwd(v, *saved), None
 
 
-differentiable(_cross_entropy, save=lambda inputs, loss: inputs, backward=_backward)
-differentiable(_cross_entropy_bwd, save=lambda inputs, gz: inputs, backward=_backward_backward)
+differentiable(
+    _cross_entropy, "cross_entropy", save=lambda inputs, loss: inputs, backward=_backward
+)
+differentiable(
+    _cross_entropy_bwd, "cross_entropy", save=lambda inputs, gz: inputs, backward=_backward_backward
+)
 no_third_derivative(_cross_entropy_bwd_bwd, "cross_entropy")
 
 
@@ -249,7 +253,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     half-precision loss to 3 digits. Logits that are not contiguous are copied first.
 
     There is no ignore_index: an index out of 0..K-1 raises ValueError on CPU; on CUDA it makes its
-    sample's loss and gradient NaN, since to raise would stall the host. Above 16384 classes (8192
+    sample's loss and gradient NaN, since to raise would stall the host (compiled, it is PyTorch's
+    own check that finds it). Above 16384 classes (8192
     in float64) a row does not fit a program's registers and PyTorch's own operators run. In a
     compiled region this is `reference.cross_entropy`, which Inductor fuses.
 

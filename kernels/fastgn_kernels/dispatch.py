@@ -108,11 +108,15 @@ def define(name: str) -> Callable[[Callable], Any]:
 
 
 def differentiable(
-    op: Any, *, save: Callable[[Sequence[Any], Any], Sequence[Tensor | None]], backward: Callable
+    op: Any,
+    name: str,
+    *,
+    save: Callable[[Sequence[Any], Any], Sequence[Tensor | None]],
+    backward: Callable,
 ) -> None:
-    """Registers an op's derivative. save(inputs, output) -> tensors to keep; the other inputs are
-    found in ctx.options. backward(ctx, saved, *cotangents) gets None for a cotangent that is
-    zero."""
+    """Registers the derivative of an op, known to users as `name`. save(inputs, output) -> tensors
+    to keep; the other inputs are found in ctx.options. backward(ctx, saved, *cotangents) gets None
+    for a cotangent that is zero."""
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.save_for_backward(*save(inputs, output))
@@ -122,6 +126,7 @@ def differentiable(
     def unless_zero(ctx: Any, *cotangents: Tensor | None) -> Any:
         if all(c is None for c in cotangents):
             return (None,) * len(ctx.needs_input_grad)
+        no_forward_mode(name, *cotangents)
         return backward(ctx, ctx.saved_tensors, *cotangents)
 
     op.register_autograd(unless_zero, setup_context=setup_context)

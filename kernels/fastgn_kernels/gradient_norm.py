@@ -23,6 +23,7 @@ from fastgn_kernels.dispatch import (
     differentiable,
     inlines,
     is_floating,
+    laid_out_as,
     no_forward_mode,
     no_third_derivative,
     round_up,
@@ -160,7 +161,7 @@ def _launch(
         return sums if ord == 1 else sums.sqrt(), out
     if v is None:
         return per_sample, _map(n, blocks, norm, ord)
-    v = v if v.stride() == blocks.stride() else torch.empty_like(blocks, dtype=v.dtype).copy_(v)
+    v = laid_out_as(v, blocks)
     s = _reduce(blocks, ord, v, norm)
     return s, out if ord == 1 else _map(n, blocks, norm, ord, v, s)
 
@@ -259,10 +260,16 @@ def _backward_backward(ctx: Any, saved: tuple, v: Tensor) -> tuple:
 
 differentiable(
     _gradient_norm,
+    "gradient_norm",
     save=lambda inputs, norm: (inputs[0], norm if inputs[1] == 2 else None),
     backward=_backward,
 )
-differentiable(_gradient_norm_bwd, save=lambda inputs, out: inputs[:3], backward=_backward_backward)
+differentiable(
+    _gradient_norm_bwd,
+    "gradient_norm",
+    save=lambda inputs, out: inputs[:3],
+    backward=_backward_backward,
+)
 no_third_derivative(_gradient_norm_bwd_bwd, "gradient_norm")
 
 

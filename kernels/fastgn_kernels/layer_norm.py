@@ -34,7 +34,8 @@ from fastgn_kernels.dispatch import (
 
 LARGEST = 4096
 """The widest row that a program holds; wider ones take the plain body. At 8192 columns the kernel
-of the second derivative spilled 144 bytes of registers a thread."""
+of the second derivative spilled 144 bytes of registers a thread; in float64, which is for checks,
+it spills 80 at 1024 and more at 4096."""
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def _layer_norm_bwd_bwd_kernel(
         n = tl.sum(v * xh, axis=1)[:, None] / columns
         s = tl.sum(v * g, axis=1)[:, None] / columns - mean_v * mean_g - n * m
         a = rs * (v - mean_v - xh * n)
-        gw += gy * a
+        gw += tl.where(inside, gy * a, 0.0)  # beyond the rows, eps = 0 makes a NaN of a
         ggy = weight * a
         # mean(z) and mean(z xh) of z = -rs (m v + n g) follow from the means at hand
         z = -rs * (m * v + n * g)
@@ -238,7 +239,7 @@ def _project(z: Tensor, xh: Tensor) -> Tensor:
 
 
 def _row_sum(z: Tensor) -> Tensor:
-    return z.reshape(-1, z.shape[-1]).sum(0)
+    return z.flatten(0, -2).sum(0) if z.ndim > 1 else z
 
 
 def _backward_backward(
@@ -383,14 +384,23 @@ def _differentiate_twice(
     return ggy, v if gsum is not None else None, gx, gw, None
 
 
-differentiable(_layer_norm, save=lambda inputs, y: (inputs[0], inputs[1]), backward=_differentiate)
+differentiable(
+    _layer_norm,
+    "layer_norm",
+    save=lambda inputs, y: (inputs[0], inputs[1]),
+    backward=_differentiate,
+)
 differentiable(
     _add_layer_norm,
+    "layer_norm",
     save=lambda inputs, outputs: (outputs[1], inputs[2]),
     backward=_differentiate_sum,
 )
 differentiable(
-    _layer_norm_bwd, save=lambda inputs, outputs: inputs[:4], backward=_differentiate_twice
+    _layer_norm_bwd,
+    "layer_norm",
+    save=lambda inputs, outputs: inputs[:4],
+    backward=_differentiate_twice,
 )
 no_third_derivative(_layer_norm_bwd_bwd, "layer_norm")
 

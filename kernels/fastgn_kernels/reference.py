@@ -55,6 +55,8 @@ def layer_norm(
     total = x if residual is None else x + residual
     dtype = dtype or total.dtype
     common = torch.promote_types(total.dtype, dtype)
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # PyTorch's second derivative drops a term without one
     if weight is not None:
         weight = weight.to(common)
     if bias is not None:

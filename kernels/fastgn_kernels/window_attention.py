@@ -1,7 +1,8 @@
 """Attention within windows of at most 64 tokens, as Swin's, three orders.
 
 A window and head fit one 64 x 64 tile, so every order recomputes what it needs from its inputs and
-nothing N x N is written to memory but the bias' own gradient. With c = scale, B = bias + mask:
+nothing N x N is written to memory but bias + mask, once a mask and head, and the bias' own
+gradient, once a strip of windows. With c = scale, B = bias + mask:
 
 forward: S = c Q K^T + B, P = softmax(S), O = P V.
 backward of gO: gP = gO V^T, D = rowsum(P gP), gS = P (gP - D); gQ = c gS K, gK = c gS^T Q,
@@ -265,8 +266,8 @@ def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple[int, int]:
-    """(heads, strips): a strip's windows share one mask, loaded once, so that the number of strips
-    is a multiple of the masks'. 1056 programs are 8 on each of an H200's 132 processors."""
+    """(heads, strips): a strip's windows share one mask, so that the number of strips is a multiple
+    of the masks'. 1056 programs are 8 on each of an H200's 132 processors."""
     _, windows, heads, _, _ = qkv.shape
     masks = 1 if mask is None else mask.shape[0]
     return heads, masks * max(1, min(programs // (heads * masks), windows // masks))
@@ -316,7 +317,8 @@ def _kernel_runs(qkv: Tensor) -> bool:
 
 def _padded(vbias: Tensor, qkv: Tensor) -> Tensor:
     more = _block(qkv) - vbias.shape[-1]
-    return torch.nn.functional.pad(vbias.to(wide(qkv.dtype)), (0, more, 0, more))
+    padded = torch.nn.functional.pad(vbias.to(wide(qkv.dtype)), (0, more, 0, more))
+    return padded.contiguous()  # padding by nothing keeps the strides
 
 
 def _no_bias(qkv: Tensor, bias: Tensor | None) -> Tensor:
@@ -332,7 +334,7 @@ def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
         added = _added(qkv, bias, mask)
         _window_attention_fwd_kernel[_grid(qkv, mask)](
             _packed(qkv), added, o, qkv.shape[1], added.shape[0], **_constants(qkv, scale),
-            
+
         )  # fmt: skip
     return o
 
@@ -367,7 +369,7 @@ def _backward(
     sums = _partials(qkv, bias, grid)
     _window_attention_bwd_kernel[grid](
         _single(go), _packed(qkv), added, gqkv, sums, qkv.shape[1], added.shape[0],
-        **_constants(qkv, scale), HAS_BIAS=bias is not None, 
+        **_constants(qkv, scale), HAS_BIAS=bias is not None,
     )  # fmt: skip
     return gqkv, gbias if bias is None else _sum(sums, bias)
 
@@ -415,7 +417,7 @@ def _backward_backward(
     _window_attention_bwd_bwd_kernel[grid](
         _packed(vqkv), added if vbias is None else _padded(vbias, qkv), _single(go), _packed(qkv),
         added, ggo, gqkv, sums, qkv.shape[1], added.shape[0], **_constants(qkv, scale),
-        HAS_BIAS=bias is not None, HAS_VB=vbias is not None, 
+        HAS_BIAS=bias is not None, HAS_VB=vbias is not None,
     )  # fmt: skip
     return ggo, gqkv, gbias if bias is None else _sum(sums, bias)
 
@@ -505,9 +507,17 @@ def _differentiate_twice(
     return ggo, gqkv, gbias if bias is not None else None, None, None
 
 
-differentiable(_window_attention, save=lambda inputs, o: inputs[:3], backward=_differentiate)
 differentiable(
-    _window_attention_bwd, save=lambda inputs, outputs: inputs[:4], backward=_differentiate_twice
+    _window_attention,
+    "window_attention",
+    save=lambda inputs, o: inputs[:3],
+    backward=_differentiate,
+)
+differentiable(
+    _window_attention_bwd,
+    "window_attention",
+    save=lambda inputs, outputs: inputs[:4],
+    backward=_differentiate_twice,
 )
 no_third_derivative(_window_attention_bwd_bwd, "window_attention")
 

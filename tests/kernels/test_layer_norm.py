@@ -246,6 +246,16 @@ def test_weight_and_bias_may_each_be_left_out() -> None:
     for w, b in itertools.product((weight, None), (bias, None)):
         ours, theirs = (f(x, w, b) for f in (layer_norm, reference.layer_norm))
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    given = [lambda x, b, f=f: f(x, None, b) for f in (layer_norm, reference.layer_norm)]
+    checks.check_against_reference(*given, [x, bias], tolerance=1e-9)
+    # of which PyTorch's own second derivative drops a term where there is a bias and no weight
+    ones = torch.ones_like(bias)
+    ours, theirs = (
+        checks.three_orders(f, [x, bias])
+        for f in (given[1], lambda x, b: torch.nn.functional.layer_norm(x, (7,), ones, b))
+    )
+    for name, right in theirs.items():
+        assert_close(ours[name], right, rtol=1e-12, atol=1e-12)
     assert_close(layer_norm(x, weight, bias), torch.nn.functional.layer_norm(x, (7,), weight, bias))
 
 
@@ -257,6 +267,17 @@ def test_eps() -> None:
             of(layer_norm, eps), of(reference.layer_norm, eps), [x], tolerance=1e-9
         )
     assert checks.relative(layer_norm(x, eps=1e-2), layer_norm(x)) > 0.1
+    # rows that fill no tile, with nothing to keep 1 / 0 from what is beyond them
+    xs = inputs("affine", 3, 8)
+    checks.check_against_reference(
+        of(layer_norm, 0.0), of(reference.layer_norm, 0.0), xs, tolerance=1e-9
+    )
+
+
+def test_no_columns() -> None:
+    x = random(3, 0).requires_grad_()
+    (g,) = torch.autograd.grad(layer_norm(x, random(0), random(0)).sum(), x, create_graph=True)
+    assert g.shape == torch.autograd.grad(g.sum(), x)[0].shape == (3, 0)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

@@ -319,6 +319,18 @@ def test_forward_mode_is_refused(name: str, forward: Callable) -> None:
 
 
 @every_op
+def test_forward_over_reverse_is_refused(name: str) -> None:
+    """A tangent of the cotangent alone would be dropped by the backward op."""
+    op, _, shape = OPS[name]
+    x = random_on_cpu(*shape).requires_grad_()
+    y = op(x)
+    with forward_ad.dual_level():
+        gy = forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y))
+        with pytest.raises(NotImplementedError, match=f"{name} has no forward mode"):
+            torch.autograd.grad(y, x, gy)
+
+
+@every_op
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_vmap_and_batched_gradients(name: str) -> None:
     op, twin_of_op, shape = OPS[name]

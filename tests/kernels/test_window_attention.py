@@ -256,16 +256,19 @@ def test_opcheck(count: int, biased: bool, layout: str) -> None:
     checks.check_opcheck(ops.window_attention_bwd_bwd.default, (*half, *rest))
 
 
-def test_layouts() -> None:
-    """Each argument of each order lies in each way, while the others lie in others."""
+@pytest.mark.parametrize("tokens", [3, 16])
+def test_layouts(tokens: int) -> None:
+    """Each argument of each order lies in each way, while the others lie in others; 16 tokens are a
+    tile without padding."""
     ways = list(LAYOUTS.values())
-    shape = (2, 2, 3, 4)
+    shape = (2, 2, tokens, 4)
     for i in range(len(ways)):
         one, other, third = ways[i], ways[i - 1], ways[i - 2]
         lies = {
             "qkv": one(random(3, *shape)), "go": other(random(*shape, seed=1)),
-            "vqkv": third(random(3, *shape, seed=2)), "bias": other(random(2, 3, 3, seed=3)),
-            "vbias": one(random(2, 3, 3, seed=4)), "mask": third(masks(2, 3)),
+            "vqkv": third(random(3, *shape, seed=2)), "mask": third(masks(2, tokens)),
+            "bias": other(random(2, tokens, tokens, seed=3)),
+            "vbias": one(random(2, tokens, tokens, seed=4)),
         }  # fmt: skip
         results = []
         for same in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
