@@ -1,6 +1,7 @@
 """Two processes on gloo do what one does at the same global batch."""
 
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -91,9 +92,11 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
         flags += ["--model-kwargs", *WIDE]
     cfg = parse_config([*TINY_SWIN, *flags, "--attack-select", "best"])
     torch.manual_seed(0)
-    model, _ = models.build_model(cfg.architecture, 10)
+    model, _ = models.build_model(cfg.architecture, 10, case.get("kernels", "reference"))
     model.to(case["dtype"])
     if case.get("compile"):
+        for name in ("layer_norm", "window_attention"):  # stay ops in the graph, as on CUDA
+            importlib.import_module(f"fastgn_kernels.{name}").inlines = lambda: False  # type: ignore
         # what DistributedDataParallel sees is the traced graph; Inductor's code takes a minute
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore
     # each rank's start is its own by design: without it, the attack is a function of the images
@@ -160,6 +163,10 @@ CASES: dict[str, dict[str, Any]] = {
     "gradnorm_wide": {
         **{"method": "gradnorm", "dtype": torch.float32, "compile": True, "wide": True},
     },
+    "gradnorm_kernels": {"method": "gradnorm", "dtype": torch.float64, "kernels": "triton"},
+    "gradnorm_kernels_compiled": {
+        **{"method": "gradnorm", "dtype": torch.float32, "compile": True, "kernels": "triton"},
+    },
     "pgd_at": {"method": "pgd_at", "dtype": torch.float64},
     "pgd_at_paper": {"method": "pgd_at", "dtype": torch.float64, "attack_weight_grads": True},
 }
@@ -196,8 +203,9 @@ def test_gradients_are_those_of_one_process(
 ) -> None:
     case = CASES[name]
     first, second = updates[name]
-    # eager in this process whatever the case: the compiled step has to agree with it as well
-    alone = one_update(0, 1, {**case, "compile": False})
+    # eager and PyTorch's in this process whatever the case: the compiled step and the kernels have
+    # to agree with it as well
+    alone = one_update(0, 1, {**case, "compile": False, "kernels": "reference"})
     bound = 1e-6 if case["dtype"] == torch.float32 else 1e-13
     if case.get("wide"):
         assert sum(g.numel() * g.element_size() for g in alone["grads"].values()) > 2 * 2**20
