@@ -333,9 +333,8 @@ def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
     if qkv.numel():
         added = _added(qkv, bias, mask)
         _window_attention_fwd_kernel[_grid(qkv, mask)](
-            _packed(qkv), added, o, qkv.shape[1], added.shape[0], **_constants(qkv, scale),
-
-        )  # fmt: skip
+            _packed(qkv), added, o, qkv.shape[1], added.shape[0], **_constants(qkv, scale)
+        )
     return o
 
 
