@@ -118,6 +118,16 @@ class Objective:
     are."""
     needs_input_gradient: bool = False
     """Whether `loss` differentiates with respect to the images."""
+    ce_weight: float = 1.0
+    """Of the cross-entropy in `loss`."""
+    penalty_weight: float = 0.0
+    """Of the penalty in `loss`, at full ramp."""
+    penalty_scale: float = 0.0
+    """The penalty's factor before grad_l1: eps / sigma."""
+    attack_steps: int = 0
+    """Gradients that `perturb` takes."""
+    attack_forwards: int = 0
+    """Forwards that `perturb` runs beside those of its gradients."""
 
 
 def build_objective(cfg: "ObjectiveConfig") -> Objective:
@@ -160,9 +170,48 @@ def build_objective(cfg: "ObjectiveConfig") -> Objective:
         case "natural":
             return Objective(natural_loss)
         case "gradnorm":
-            return Objective(gradnorm_loss, needs_input_gradient=True)
-        case "pgd_at" | "fgsm_rs":
-            return Objective(natural_loss, perturb)
+            return Objective(
+                gradnorm_loss,
+                needs_input_gradient=True,
+                ce_weight=cfg.ce_weight,
+                penalty_weight=cfg.gn_weight,
+                penalty_scale=cfg.eps / cfg.sigma,
+            )
+        case "pgd_at":
+            extra = 0 if cfg.attack_select == "last" else 1
+            return Objective(
+                natural_loss, perturb, attack_steps=cfg.attack_it, attack_forwards=extra
+            )
+        case "fgsm_rs":
+            return Objective(natural_loss, perturb, attack_steps=1)
+
+
+def on_subset(objective: Objective, fraction: float) -> Objective:
+    """`objective` with its penalty on the first `fraction` of the images (one at least) alone, and
+    the cross-entropy on all. The parts go through the network one after the other: BatchNorm in
+    train mode sees two batches."""
+
+    def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        count = max(1, round(fraction * len(images_BCHW)))
+        part = objective.loss(model, images_BCHW[:count], targets[:count], ramp)
+        if count == len(images_BCHW):
+            return part
+        rest = natural(model, images_BCHW[count:], targets[count:])
+        ce = torch.lerp(rest.ce, part.ce, count / len(images_BCHW))
+        total = part.total + objective.ce_weight * (ce - part.ce)
+        return Loss(total, ce, part.penalty, part.grad_l1)
+
+    return dataclasses.replace(objective, loss=loss)
+
+
+def without_penalty(objective: Objective) -> Objective:
+    """The cross-entropy of `objective`, with its weight."""
+
+    def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        plain = natural(model, images_BCHW, targets)
+        return plain._replace(total=objective.ce_weight * plain.total)
+
+    return Objective(loss, ce_weight=objective.ce_weight)
 
 
 def piecewise_linear_warning(method: str, counts: dict[str, int]) -> str | None:

@@ -1,4 +1,4 @@
-"""How a step runs: compiled or eager double backprop, accumulation, precision.
+"""How a step runs: the schedule of its passes, compiled or eager, micro-batches, precision.
 
 The exact step is one graph: forward, input gradient and penalty are traced together, and its
 ordinary ``.backward()`` is the second differentiation. ``torch.compile(model)`` with the gradient
@@ -6,58 +6,82 @@ taken outside raises; the whole loss has to be inside.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgn.attacks import Gradient, leaf_gradient
-from fastgn.objectives import Loss, Objective
+from fastgn.objectives import Loss, Objective, natural, on_subset, without_penalty
+
+SCHEDULES = ("exact", "exact-eager", "finite-difference", "central-difference", "lazy", "subset")
+PRECISIONS = ("fp32", "tf32", "bf16", "bf16-pure")
 
 TRACE_FLAG = "trace_autograd_ops"
 """torch._dynamo.config: traces torch.autograd.grad instead of breaking the graph at it."""
 
 
+@torch.library.custom_op("fastgn::leaf", mutates_args=())
+def leaf(x: Tensor, token: Tensor) -> Tensor:
+    """A copy of `x` that requires grad because `token` does, and whose gradient nobody computes:
+    ``requires_grad_()`` cannot stand inside a compiled graph, and for a leaf made outside the
+    backward computes and keeps a gradient."""
+    return x.clone()
+
+
+@leaf.register_fake
+def _leaf_fake(x: Tensor, token: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+leaf.register_autograd(lambda ctx, grad: (None, None))
+
+
 class DoubleBackward(nn.Module):
     """See compile_double_backward. `module` is the wrapped one; its parameters are this one's."""
-
-    _compiled: Callable[..., Any]
 
     def __init__(
         self, module: nn.Module, differentiate: Sequence[int] | None, budget: float, options: dict
     ):
         super().__init__()
         self.module = module
-        self.differentiate = differentiate
         self._budget = budget
+        self._tokens: dict[torch.device, Tensor] = {}
+
+        def needs_leaf(index: int, value: Any) -> bool:
+            wanted = differentiate is None or index in differentiate
+            if not wanted or not isinstance(value, Tensor) or value.requires_grad:
+                return False
+            return value.is_floating_point()
+
+        def on_leaves(token: Tensor | None, *inputs: Any) -> Any:
+            leaves = (leaf(x, token) if needs_leaf(i, x) else x for i, x in enumerate(inputs))
+            return module(*leaves)
+
+        self._needs_leaf = needs_leaf
         # not a submodule: its parameters would stand in the state dict a second time
-        compiled = torch.compile(module, fullgraph=True, dynamic=False, **options)
-        self.__dict__["_compiled"] = compiled
+        self._compiled = torch.compile(on_leaves, fullgraph=True, dynamic=False, **options)
 
     def forward(self, *inputs: Any) -> Any:
-        inputs = tuple(
-            # dynamo refuses requires_grad_() inside the graph, so the leaves are made out here
-            x.detach().requires_grad_() if self._needs_leaf(i, x) else x
-            for i, x in enumerate(inputs)
-        )
+        device = next((x.device for i, x in enumerate(inputs) if self._needs_leaf(i, x)), None)
         with (
             # optimize_ddp would cut the graph at DDP's buckets, between a gradient and its input
             torch._dynamo.config.patch({TRACE_FLAG: True, "optimize_ddp": False}),
             torch._functorch.config.patch(activation_memory_budget=self._budget),
         ):
-            return self._compiled(*inputs)
+            return self._compiled(self._token(device), *inputs)
 
-    def _needs_leaf(self, index: int, value: Any) -> bool:
-        wanted = self.differentiate is None or index in self.differentiate
-        return (
-            wanted
-            and isinstance(value, Tensor)
-            and value.is_floating_point()
-            and not value.requires_grad
-        )
+    def _token(self, device: torch.device | None) -> Tensor | None:
+        if device is not None and device not in self._tokens:
+            self._tokens[device] = torch.zeros((), device=device, requires_grad=True)
+        return self._tokens[device] if device is not None else None
 
 
 def compile_double_backward(
@@ -75,8 +99,8 @@ def compile_double_backward(
     and trained with an ordinary ``.backward()``; wrap it in DistributedDataParallel, not the other
     way round.
     differentiate: positions of the inputs that `module` differentiates with respect to; None means
-    every floating-point input. Those that do not require grad are replaced by leaves that do, and
-    the backward computes their gradient too: name no more than are needed.
+    every floating-point input. Those that do not require grad are replaced by copies that do, whose
+    own gradient the backward does not compute; where one does, its .grad is filled as usual.
     activation_memory_budget: share of the saved activations to keep, the rest is recomputed.
     options: passed on to torch.compile.
 
@@ -84,6 +108,69 @@ def compile_double_backward(
     break raises, for a broken graph could train on a wrong gradient.
     """
     return DoubleBackward(module, differentiate, activation_memory_budget, options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which passes a step makes for its penalty."""
+
+    kind: str = "exact"
+    """exact: double backprop, one compiled graph; exact-eager: the same by PyTorch's eager engine.
+    finite-difference: (CE(x + h d) - CE(x)) / h with d the signs of the input gradient (Finlay &
+    Oberman 2019), which needs no double backprop; central-difference: (CE(x + h d) - CE(x - h d)) /
+    2h. lazy: every lazy_interval-th update has the penalty, that many times as strong (Karras et
+    al. 2020). subset: the first subset_fraction of the images has it."""
+    fd_step: float = 1e-2
+    """h, in normalised units."""
+    lazy_interval: int = 4
+    subset_fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"schedule {self.kind!r} should be one of {', '.join(SCHEDULES)}")
+
+    @property
+    def differences(self) -> bool:
+        return self.kind in ("finite-difference", "central-difference")
+
+    def __str__(self) -> str:
+        values = {"lazy": self.lazy_interval, "subset": self.subset_fraction}
+        value = self.fd_step if self.differences else values.get(self.kind)
+        return self.kind if value is None else f"{self.kind} {value:g}"
+
+
+class Passes(NamedTuple):
+    """What one update costs, on average over updates."""
+
+    paper: float
+    """Forward and backward sweeps, as arXiv 2409.20139 counts them: natural 2, gradnorm 5, PGD-3
+    8."""
+    units: float
+    """Operations in forwards: a forward is 1, the gradient of the images 1, of the weights 1, a
+    double backward 4. natural 3, gradnorm 6, PGD-3 9."""
+
+
+def count_passes(
+    objective: Objective, schedule: Schedule, attack_weight_grads: bool = False
+) -> Passes:
+    """The passes of a step of `objective` by `schedule`.
+
+    attack_weight_grads: see config.ObjectiveConfig.
+    """
+    plain, exact = (2.0, 3.0), (5.0, 6.0)
+    share = 1.0 if objective.needs_input_gradient else 0.0
+    if schedule.kind == "lazy":
+        share /= schedule.lazy_interval
+    elif schedule.kind == "subset":
+        share *= schedule.subset_fraction
+    paper, units = (p + share * (e - p) for p, e in zip(plain, exact, strict=True))
+    if schedule.differences:
+        points = 3 if schedule.kind == "central-difference" else 2
+        paper, units = points * plain[0], points * plain[1]
+    steps, forwards = objective.attack_steps, objective.attack_forwards
+    paper += 2 * steps + forwards
+    units += (3 if attack_weight_grads else 2) * steps + forwards
+    return Passes(paper, units)
 
 
 class LossModule(nn.Module):
@@ -98,12 +185,16 @@ class LossModule(nn.Module):
 
     def forward(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         with autocast(images_BCHW.device.type, self.precision):
-            return self.objective.loss(self.model, images_BCHW, targets, ramp)
+            network = in_precision(self.model, self.precision)
+            return self.objective.loss(network, images_BCHW, targets, ramp)
 
 
-def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast, or nothing for fp32."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
+class LossModules(nn.ModuleDict):
+    """forward(name, images, targets, ramp) -> Loss of that name: what DistributedDataParallel
+    wraps, once, however many losses a schedule takes turns with."""
+
+    def forward(self, name: str, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        return self[name](images_BCHW, targets, ramp)
 
 
 class AttackGradient(nn.Module):
@@ -116,15 +207,92 @@ class AttackGradient(nn.Module):
 
     def forward(self, images_BCHW: Tensor, targets: Tensor) -> Gradient:
         with autocast(images_BCHW.device.type, self.precision):
-            return leaf_gradient(self.model, images_BCHW, targets)
+            network = in_precision(self.model, self.precision)
+            return leaf_gradient(network, images_BCHW, targets)
+
+
+def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
+    """bf16 autocast for "bf16", else nothing."""
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def in_precision(model: Any, precision: str) -> Any:
+    """`model`, with a bf16 copy of its weights for "bf16-pure"."""
+    return InBfloat16(model) if precision == "bf16-pure" else model
+
+
+class InBfloat16:
+    """A classifier's (`normalize`, `backbone`) network in bf16 throughout, its gradients in fp32.
+
+    Weights and buffers are cast where the step begins, so that what the optimizer moves stays fp32;
+    BatchNorm keeps its own in fp32. Images and logits are fp32. LayerNorm's statistics, softmax and
+    sums are PyTorch's (or fastgn_kernels') fp32 inside the operators.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+        kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
+        named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
+        self.weights = {
+            name: t.to(torch.bfloat16)
+            for name, t in named
+            if t.is_floating_point() and id(t) not in kept
+        }
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        return self.model.normalize(images_BCHW)
+
+    def backbone(self, images_BCHW: Tensor) -> Tensor:
+        images = images_BCHW.to(torch.bfloat16)
+        return functional_call(self.model.backbone, self.weights, (images,)).float()
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        return self.backbone(self.normalize(images_BCHW))
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """TF32 products and convolutions for "tf32", for all else those of full fp32: by default
+    PyTorch multiplies in fp32 and convolves in TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+class Randomness:
+    """The state of a device's generator and the CPU's: so that a pass can be run as it was."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.cpu = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 class Step:
     """Accumulates the parameters' gradients of one update over its micro-batches.
 
     model: plain, on its device (`normalize` and `backbone`, see objectives.Objective). Not more
-    than one forward or backward is run than the method needs; nothing here waits for the device,
+    than one forward or backward is run than the schedule needs; nothing here waits for the device,
     but for sync_micro_batches.
+    precision: fp32; tf32; bf16, by autocast; bf16-pure, see InBfloat16.
+    micro_batch: images that go through the network at a time, a divisor of every batch's; None:
+    the batch. A torch.OutOfMemoryError halves it, and the update is made again from its beginning,
+    with the same random numbers: nothing of it is lost. Of several processes all do so together, if
+    one of them has run out during the first update that they make at that size; later it raises.
+    cuda_graphs: replay each graph as one launch; compiled steps on CUDA alone.
+    agree: (whether this process failed) -> whether any did, for several processes.
+    Raises ValueError where the schedule does not fit the objective.
     """
 
     def __init__(
@@ -132,94 +300,275 @@ class Step:
         model: nn.Module,
         objective: Objective,
         *,
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         compile: bool = True,
         precision: str = "fp32",
         activation_memory_budget: float = 1.0,
+        micro_batch: int | None = None,
+        cuda_graphs: bool = False,
         accumulation: str = "mean",
         train_in_eval_mode: bool = False,
         attack_weight_grads: bool = False,
         sync_micro_batches: bool = False,
         distributed: bool = False,
+        agree: Callable[[bool], bool] | None = None,
     ):
+        exact = schedule.kind in ("exact", "exact-eager")
+        if not exact and not objective.needs_input_gradient:
+            raise ValueError(f"schedule {schedule}: this objective has no penalty to schedule")
+        if schedule.kind == "central-difference" and not objective.ce_weight:
+            raise ValueError("central-difference finds its direction by the cross-entropy's sweep")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} should be one of {', '.join(PRECISIONS)}")
         self.model = model
         self.objective = objective
+        self.schedule = schedule
         self.accumulation = accumulation
         self.train_in_eval_mode = train_in_eval_mode
         self.precision = precision
+        self.micro_batch = micro_batch
         self.attack_weight_grads = attack_weight_grads
         self.sync_micro_batches = sync_micro_batches
         self.distributed = distributed
-        device = next(model.parameters()).device
-        self.device = device
+        self.report: Callable[[str], object] = warnings.warn
+        """Is told when the micro-batch was halved."""
+        self._agree = agree
+        self._proven = not distributed or agree is None or attack_weight_grads
+        """Whether an update may begin its collectives without knowing that all can finish it."""
+        self.device = next(model.parameters()).device
+        self._weights = [p for p in model.parameters() if p.requires_grad]
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._statistics = [b for m in norms for b in m.buffers()]
+        self._kept_grads: list[Tensor] = []
 
-        loss: nn.Module = LossModule(model, objective, precision)
-        attack: nn.Module = AttackGradient(model, precision)
-        if compile:
-            differentiate = (0,) if objective.needs_input_gradient else ()
-            loss = compile_double_backward(
-                loss, differentiate=differentiate, activation_memory_budget=activation_memory_budget
-            )
-            attack = compile_double_backward(attack, differentiate=(0,))
-        self._attack = attack
+        self._compiled = compile and schedule.kind != "exact-eager"
+        options: dict[str, Any] = {"activation_memory_budget": activation_memory_budget}
+        if cuda_graphs and self._compiled and self.device.type == "cuda":
+            # a graph's outputs live in its own memory until it runs again: gradients must not
+            options["mode"] = "reduce-overhead"
+            self._kept_grads = [torch.zeros_like(p) for p in self._weights]
+
+        def compiled(module: nn.Module, differentiates: bool) -> nn.Module:
+            if not self._compiled:
+                return module
+            positions = (0,) if differentiates else ()
+            return compile_double_backward(module, differentiate=positions, **options)
+
+        self._attack = compiled(AttackGradient(model, precision), True)
+        self._losses = LossModules(
+            {
+                name: compiled(LossModule(model, part, precision), part.needs_input_gradient)
+                for name, part in self._objectives().items()
+            }
+        )
+        self._loss: nn.Module = self._losses
         if distributed:
-            ids = [device.index] if device.type == "cuda" else None
-            loss = DistributedDataParallel(loss, device_ids=ids, gradient_as_bucket_view=True)
-        self._loss = loss
-        self._statistics: list[Tensor] = []
-        """BatchNorm's, each rank's own until DDP's forward: and an attack comes before that."""
-        if distributed and objective.perturb is not None:
-            norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-            self._statistics = [b for m in norms for b in m.buffers()]
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self._loss = DistributedDataParallel(
+                self._losses, device_ids=ids, gradient_as_bucket_view=True
+            )
 
-    def __call__(self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor) -> Loss:
+    def _objectives(self) -> dict[str, Objective]:
+        """The losses that the schedule takes turns with."""
+        objective, schedule = self.objective, self.schedule
+        if schedule.differences:
+
+            def at_point(model: Any, normalized: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+                return natural(model.backbone, normalized, targets)
+
+            return {"point": Objective(at_point)}
+        if schedule.kind == "lazy":
+            return {"penalty": objective, "plain": without_penalty(objective)}
+        if schedule.kind == "subset":
+            return {"penalty": on_subset(objective, schedule.subset_fraction)}
+        return {"penalty": objective}
+
+    def __call__(
+        self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor, update: int = 0
+    ) -> Loss:
         """Adds to the parameters' .grad; returns the detached mean of the micro-batches' losses.
 
-        batches: (images_BCHW in 0..1, targets) on the device; ramp: scalar tensor there, in 0..1.
+        batches: (images_BCHW in 0..1, targets) on the device, all of one size; ramp: scalar tensor
+        there, in 0..1; update: its number, which a lazy schedule goes by.
         """
-        divisor = len(batches) if self.accumulation == "mean" else 1
+        if self.distributed and (self.objective.perturb is not None or not self._proven):
+            for buffer in self._statistics:  # each rank's own until DDP's forward: not soon enough
+                torch.distributed.broadcast(buffer, src=0)
+        while True:
+            randomness = Randomness(self.device)
+            statistics = [b.clone() for b in self._statistics]
+            try:
+                with matmul_precision(self.precision):
+                    loss = self._update(batches, ramp, update)
+                failed = None
+            except torch.OutOfMemoryError as error:
+                failed = str(error)
+            if self._proven or self._agree is None:
+                if failed is None:
+                    return loss
+                if self.distributed:
+                    raise torch.OutOfMemoryError(failed)
+            elif not self._agree(failed is not None):
+                self._reduce_gradients()
+                self._proven = True
+                return loss
+            self._halve(len(batches[0][0]), failed or "another process ran out of memory")
+            randomness.restore()
+            for buffer, before in zip(self._statistics, statistics, strict=True):
+                buffer.copy_(before)
+
+    def _update(self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor, update: int) -> Loss:
+        for parameter, grad in zip(self._weights, self._kept_grads, strict=False):
+            if parameter.grad is None:
+                parameter.grad = grad.zero_()
+        parts = [
+            part
+            for images_BCHW, targets in batches
+            for part in zip(*(self._split(x) for x in (images_BCHW, targets)), strict=True)
+        ]
+        divisor = len(parts) if self.accumulation == "mean" else len(parts) // len(batches)
         sums: Tensor | None = None
-        for index, (images_BCHW, targets) in enumerate(batches):
+        for index, (images_BCHW, targets) in enumerate(parts):
             if self.objective.perturb is not None:
                 images_BCHW = self._perturbed(images_BCHW, targets, ramp)
             self.model.train(not self.train_in_eval_mode)
-            with self._no_sync(last=index == len(batches) - 1):
-                if self.objective.needs_input_gradient:
-                    images_BCHW = images_BCHW.detach().requires_grad_()
-                loss = self._loss(images_BCHW, targets, ramp)
-                (loss.total / divisor).backward()
+            last = index == len(parts) - 1
+            run = self._difference if self.schedule.differences else self._double_backward
+            loss = run(images_BCHW, targets, ramp, update, divisor, last)
             row = torch.stack([x.detach() for x in loss])
             sums = row if sums is None else sums + row
             if self.sync_micro_batches and self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         assert sums is not None, "a step needs at least one micro-batch"
-        return Loss(*(sums / len(batches)).unbind())
+        return Loss(*(sums / len(parts)).unbind())
+
+    def _split(self, batch: Tensor) -> Sequence[Tensor]:
+        if self.micro_batch is None:
+            return (batch,)
+        if len(batch) % self.micro_batch:
+            raise ValueError(f"{len(batch)} images do not divide by micro_batch={self.micro_batch}")
+        return batch.split(self.micro_batch)
+
+    def _double_backward(
+        self,
+        images_BCHW: Tensor,
+        targets: Tensor,
+        ramp: Tensor,
+        update: int,
+        divisor: int,
+        last: bool,
+    ) -> Loss:
+        name = "penalty"
+        if self.schedule.kind == "lazy":
+            interval = self.schedule.lazy_interval
+            name = "plain" if update % interval else "penalty"
+            ramp = ramp * interval
+        if self.objective.needs_input_gradient and not self._compiled:
+            images_BCHW = images_BCHW.detach().requires_grad_()
+        with self._sync(last):
+            loss: Loss = self._forward(name, images_BCHW, targets, ramp)
+            self._backward(loss.total / divisor)
+        return loss
+
+    def _difference(
+        self,
+        images_BCHW: Tensor,
+        targets: Tensor,
+        ramp: Tensor,
+        update: int,
+        divisor: int,
+        last: bool,
+    ) -> Loss:
+        """The gradient of the differences. One sweep at the images gives the direction and the
+        weights' gradients of the cross-entropy there, whatever its coefficient."""
+        objective, h = self.objective, self.schedule.fd_step
+        central = self.schedule.kind == "central-difference"
+        weight = objective.penalty_weight * objective.penalty_scale * ramp / h
+        with torch.no_grad():
+            here_BCHW = self.model.normalize(images_BCHW)  # type: ignore[operator]
+        coefficient = objective.ce_weight - weight * (not central)
+        randomness = Randomness(self.device)
+        with self._sync(False):
+            here = self._forward("point", here_BCHW.requires_grad_(), targets, ramp)
+            self._backward(here.ce * coefficient / divisor, here_BCHW)
+        assert here_BCHW.grad is not None
+        direction_BCHW = here_BCHW.grad.sign() * coefficient.sign()
+        signs = (1, -1) if central else (1,)
+        ces = [here.ce.detach()] if not central else []
+        for index, sign in enumerate(signs):
+            randomness.restore()  # the same dropout: it is the images alone that move
+            with self._sync(last and index == len(signs) - 1):
+                there_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
+                there = self._forward("point", there_BCHW, targets, ramp)
+                self._backward(there.ce * (sign * weight / len(signs) / divisor))
+            ces.append(there.ce.detach())
+        slope = (ces[0] - ces[1]) / (2 * h) if central else (ces[1] - ces[0]) / h
+        penalty = objective.penalty_scale * slope
+        ce = here.ce.detach()
+        total = objective.ce_weight * ce + objective.penalty_weight * ramp * penalty
+        return Loss(total, ce, penalty, slope)
+
+    def _forward(self, *inputs: Any) -> Loss:
+        # an update that may be thrown away stays on its own rank
+        return (self._loss if self._proven else self._losses)(*inputs)
+
+    def _backward(self, total: Tensor, *images: Tensor) -> None:
+        """Into the weights, and into no image that is not asked for."""
+        torch.autograd.backward(total, inputs=[*self._weights, *images])
+
+    def _reduce_gradients(self) -> None:
+        """What DDP does in a backward, for an update made without it."""
+        for parameter in self._weights:
+            if parameter.grad is not None:
+                parameter.grad /= torch.distributed.get_world_size()
+                torch.distributed.all_reduce(parameter.grad)
+
+    def _halve(self, batch_size: int, reason: str) -> None:
+        """Takes the largest divisor of the batch that is at most half the micro-batch, and drops
+        what the failed update has left."""
+        size = self.micro_batch or batch_size
+        if size == 1:
+            raise torch.OutOfMemoryError(reason)
+        self.micro_batch = next(n for n in range(size // 2, 0, -1) if batch_size % n == 0)
+        for parameter in self._weights:
+            parameter.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._proven = not self.distributed
+        self.report(
+            f"out of memory with {size} images at a time: going on with {self.micro_batch}, the "
+            "same global batch"
+        )
 
     def _perturbed(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Tensor:
         """The attack sees the network as a user would, in eval mode, and leaves BatchNorm alone."""
         assert self.objective.perturb is not None
         self.model.eval()
-        for buffer in self._statistics:
-            torch.distributed.broadcast(buffer, src=0)
         with autocast(self.device.type, self.precision):
             return self.objective.perturb(
-                self.model, images_BCHW, targets, ramp, gradient=self._attack_gradient
+                in_precision(self.model, self.precision),
+                images_BCHW,
+                targets,
+                ramp,
+                gradient=self._attack_gradient,
             )
 
-    def _no_sync(self, last: bool) -> contextlib.AbstractContextManager:
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients are all-reduced once an update: in its last backward."""
         if isinstance(self._loss, DistributedDataParallel) and not last:
             return self._loss.no_sync()
         return contextlib.nullcontext()
 
     def _attack_gradient(self, model: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Gradient:
-        images_BCHW = images_BCHW.detach().requires_grad_()
         if not self.attack_weight_grads:
+            if not self._compiled:
+                images_BCHW = images_BCHW.detach().requires_grad_()
             return self._attack(images_BCHW, targets)
+        images_BCHW = images_BCHW.detach().requires_grad_()
         with autocast(self.device.type, self.precision):
             loss_B = F.cross_entropy(model(images_BCHW), targets, reduction="none")
-        weights = [p for p in model.parameters() if p.requires_grad]
         grad_BCHW, *wasted = torch.autograd.grad(
-            loss_B.sum(), [images_BCHW, *weights], allow_unused=True
+            loss_B.sum(), [images_BCHW, *self._weights], allow_unused=True
         )
         if self.distributed:
             for grad in wasted:
