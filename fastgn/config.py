@@ -276,8 +276,31 @@ class StepConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """One compiled graph for the whole step; off: eager double backprop. auto: on for CUDA, off on
     CPU, where a short run does not win back the time to compile."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 autocast with fp32 weights."""
+    schedule: Literal[
+        "auto",
+        "exact",
+        "exact-eager",
+        "finite-difference",
+        "central-difference",
+        "lazy",
+        "subset",
+    ] = "exact"
+    """exact: double backprop, in one graph where compiled; exact-eager: never compiled; auto:
+    exact, in micro-batches and with an activation memory budget that fit the device. Of gradnorm's
+    penalty: finite-difference and central-difference approximate it without double backprop; lazy
+    has it every lazy_interval-th update; subset on a share of the images."""
+    fd_step: float = 1e-2
+    """finite-difference, central-difference: the step h in normalised units. The larger, the nearer
+    to training on FGSM's images; below 1e-2 bf16 loses the difference (1e-3 is good in fp32)."""
+    lazy_interval: int = 4
+    """lazy: updates from one with the penalty to the next; it is that many times as strong."""
+    subset_fraction: float = 0.5
+    """subset: share of the images with the penalty."""
+    precision: Literal["fp32", "tf32", "bf16", "bf16-pure"] = "fp32"
+    """fp32; tf32 products (CUDA); bf16: autocast with fp32 weights; bf16-pure: weights and
+    activations in bf16 within the step, fp32 for the weights updated and for statistics."""
+    cuda_graphs: bool = False
+    """Replay each compiled graph as one launch: for small batches, where the host is the limit."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """triton: activations, LayerNorms and Swin's window attention by fastgn_kernels; reference: by
     PyTorch's operators. auto: triton for CUDA, reference on CPU."""
@@ -295,6 +318,20 @@ class StepConfig:
     alone)."""
 
     def __post_init__(self) -> None:
+        check(
+            self.schedule != "exact-eager" or self.compile != "on",
+            "--schedule exact-eager is never compiled: leave out --compile on, or take exact",
+        )
+        check(
+            not self.cuda_graphs or (self.compile != "off" and self.schedule != "exact-eager"),
+            "--cuda-graphs replays compiled graphs: leave out --compile off and exact-eager",
+        )
+        check(self.fd_step > 0, f"--fd-step {self.fd_step} must be positive")
+        check(self.lazy_interval > 0, f"--lazy-interval {self.lazy_interval} must be at least 1")
+        check(
+            0 < self.subset_fraction <= 1,
+            f"--subset-fraction {self.subset_fraction} must lie in (0, 1]",
+        )
         check(
             0 < self.activation_memory_budget <= 1,
             f"--activation-memory-budget {self.activation_memory_budget} must lie in (0, 1]",
@@ -430,6 +467,19 @@ class Config:
         default_factory=OptimizerConfig
     )
     run: tyro.conf.OmitArgPrefixes[RunConfig] = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        schedule, objective = self.step.schedule, self.objective
+        check(
+            objective.method == "gradnorm" or schedule in ("auto", "exact", "exact-eager"),
+            f"--schedule {schedule} is a way to take gradnorm's penalty, and --method "
+            f"{objective.method} has none: leave it out",
+        )
+        check(
+            schedule != "central-difference" or objective.ce_weight > 0,
+            "--schedule central-difference finds its direction in the cross-entropy's sweep: give "
+            "--ce-weight above 0, or finite-difference",
+        )
 
     @property
     def eval_eps(self) -> float:

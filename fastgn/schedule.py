@@ -251,6 +251,18 @@ class InBfloat16:
         return self.backbone(self.normalize(images_BCHW))
 
 
+def unsupported(precision: str, device: torch.device) -> str | None:
+    """Why `device` cannot compute in `precision`, or None."""
+    if precision == "tf32" and device.type != "cuda":
+        return f"tf32 exists on CUDA alone, not on {device.type}"
+    if precision != "fp32" and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            name = torch.cuda.get_device_name(device)
+            return f"{precision} needs compute capability 8.0, and {name} has {major}.{minor}"
+    return None
+
+
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     """TF32 products and convolutions for "tf32", for all else those of full fp32: by default

@@ -8,6 +8,7 @@ The loop is `train`; `build` makes what it runs on.
 """
 
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -35,13 +36,13 @@ from fastgn.checkpoint import (
     write_bytes,
     write_json,
 )
-from fastgn.config import Config, UserError, check, parse_config
+from fastgn.config import Config, StepConfig, UserError, check, parse_config
 from fastgn.data import Batch, Loader, Subset, batch_sizes, build_loader, load_dataset
 from fastgn.distributed import World, say_error, session
 from fastgn.ema import ModelEma
 from fastgn.metrics import Metrics, environment, find_wandb, read_rows
 from fastgn.objectives import build_objective, piecewise_linear_warning
-from fastgn.schedule import Step
+from fastgn.schedule import Schedule, Step, unsupported
 from fastgn.seeding import Stream, seed_all
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
@@ -59,7 +60,7 @@ def train(run: "Run") -> None:
                 lr = optim.lr_at(cfg.optimizer, run.update, run.updates_per_epoch, run.peak_lr)
                 ramp = optim.ramp_at(cfg.objective.ramp_epochs, run.update, run.updates_per_epoch)
 
-                loss = run.step(batches, run.ramp.fill_(ramp))
+                loss = run.step(batches, run.ramp.fill_(ramp), run.update)
                 grad_norm = run.apply_gradients(lr)
                 run.update += 1
                 run.accumulate(torch.stack([*loss, grad_norm]))
@@ -116,7 +117,8 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        self.sums = torch.zeros(len(SUMS), device=device)
+        self.sums = torch.zeros(2, len(SUMS), device=device)
+        """Of the values, and of how many updates had one: a lazy schedule's penalty has gaps."""
         self.bad_update = torch.full((), -1, device=device)
         self.reset_clock()
 
@@ -166,7 +168,8 @@ class Run:
 
     def accumulate(self, row: Tensor) -> None:
         """Adds to the sums, and notes the first update that was not finite; all on the device."""
-        self.sums += row
+        there = ~row.isnan()
+        self.sums += torch.stack([row.where(there, 0), there.to(row.dtype)])
         self.summed += 1
         finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
         unseen = self.bad_update < 0
@@ -210,7 +213,8 @@ class Run:
         self.check_finite()
         if not self.summed:
             return
-        means = (self.world.sum(self.sums.clone()) / (self.summed * self.world.size)).tolist()
+        sums, counts = self.world.sum(self.sums.clone())
+        means = (sums / counts).tolist()
         seconds = time.perf_counter() - self.began
         if self.metrics is not None:
             self.metrics.log(
@@ -310,6 +314,8 @@ def build(cfg: Config, world: World) -> Run:
     """Everything that the loop needs, checked, cheap checks first. Raises UserError."""
     models.check_name(cfg.architecture)
     kernels = models.kernels_for(cfg.step.kernels, world.device)
+    reason = unsupported(cfg.step.precision, world.device)
+    check(reason is None, f"--precision {reason}: use --precision fp32")
     if cfg.optimizer.opt == "fusedadamw":
         optim.find_fused_adam()
     if cfg.run.log_wandb:
@@ -356,20 +362,23 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:
         whole = batch_size * accum * world.size
         restore(cfg, state, dataset.classes, model, ema, optimizer, whole)
-    compiled = cfg.step.compile == "on" or (
-        cfg.step.compile == "auto" and world.device.type == "cuda"
+    compiled = cfg.step.schedule != "exact-eager" and (
+        cfg.step.compile == "on" or (cfg.step.compile == "auto" and world.device.type == "cuda")
     )
     step = Step(
         model,
         build_objective(cfg.objective),
+        schedule=schedule_of(cfg.step),
         compile=compiled,
         precision=cfg.step.precision,
         activation_memory_budget=cfg.step.activation_memory_budget,
+        cuda_graphs=cfg.step.cuda_graphs,
         accumulation=cfg.step.accumulation,
         train_in_eval_mode=cfg.step.train_in_eval_mode,
         attack_weight_grads=cfg.objective.attack_weight_grads,
         sync_micro_batches=cfg.step.sync_micro_batches,
         distributed=world.size > 1,
+        agree=world.any,
     )
     updates_per_epoch = loader.batches_per_epoch // accum
     total = updates_per_epoch * cfg.optimizer.epochs
@@ -395,6 +404,7 @@ def build(cfg: Config, world: World) -> Run:
         best=state["best"] if state is not None else -1.0,
         accuracy=state["accuracy"] if state is not None else {},
     )
+    step.report = run.say
     if state is not None:
         run.sums += state["sums"].to(world.device)
         run.summed = state["summed"]
@@ -427,6 +437,16 @@ def build(cfg: Config, world: World) -> Run:
         )
         announce(run, report, dataset.name, compiled, state)
     return run
+
+
+def schedule_of(cfg: StepConfig) -> Schedule:
+    """The configured schedule; `auto` plans how an exact one fits the device."""
+    return Schedule(
+        "exact" if cfg.schedule == "auto" else cfg.schedule,
+        fd_step=cfg.fd_step,
+        lazy_interval=cfg.lazy_interval,
+        subset_fraction=cfg.subset_fraction,
+    )
 
 
 def announce(
@@ -561,18 +581,45 @@ class Interrupt:
         self.restore()
 
 
+def keep_compiled() -> None:
+    """Lets the next run find what torch.compile makes, also on another day: PyTorch's own place for
+    it is the temporary folder."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = root / "fastgn" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or none to write to
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def out_of_memory(run: Run | None) -> str:
+    """What to do about a step that does not fit, even after its micro-batch was halved."""
+    if run is None:
+        return "out of memory before the first update: the weights and their optimizer do not fit"
+    images = run.step.micro_batch or run.batch_size
+    last = run.checkpoints.last()
+    return (
+        f"out of memory at update {run.update + 1} with {images} images at a time; "
+        f"{f'the last checkpoint is {last}' if last else 'no checkpoint had been written'}; "
+        f"try --schedule auto, or --activation-memory-budget 0.5 (compiled steps)"
+    )
+
+
 def main(args: list[str] | None = None) -> int:
     """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
     run: Run | None = None
+    keep_compiled()
     try:
         cfg = parse_config(args)
         with session(cfg.run.device) as world:
             run = build(cfg, world)
             train(run)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         if run is not None and run.metrics is not None:
             run.metrics.close()
-        say_error(f"fastgn.train: error: {error}")
+        line = error if isinstance(error, UserError) else out_of_memory(run)
+        say_error(f"fastgn.train: error: {line}")
         return 2
     except KeyboardInterrupt:  # before the first update, or the second time
         return 130

@@ -184,6 +184,13 @@ REFUSED = [
     ("--ce-weight", "-1", "--ce-weight -1.0 must be at least 0"),
     ("--gn-weight", "-1", "--gn-weight -1.0 must be at least 0"),
     ("--activation-memory-budget", "0", "--activation-memory-budget 0.0 must lie in (0, 1]"),
+    ("--compile on --schedule", "exact-eager", "--schedule exact-eager is never compiled"),
+    ("--cuda-graphs --compile", "off", "--cuda-graphs replays compiled graphs"),
+    ("--fd-step", "0", "--fd-step 0.0 must be positive"),
+    ("--lazy-interval", "0", "--lazy-interval 0 must be at least 1"),
+    ("--subset-fraction", "1.5", "--subset-fraction 1.5 must lie in (0, 1]"),
+    ("--method pgd_at --schedule", "lazy", "--schedule lazy is a way to take gradnorm's penalty"),
+    ("--ce-weight 0 --schedule", "central-difference", "give --ce-weight above 0"),
     ("--clip-grad", "0", "--clip-grad 0.0 must be positive; leave it out for no clipping"),
     ("--epochs", "0", "--epochs 0 must be at least 1"),
     ("--lr", "0", "--lr 0.0 must be positive"),
@@ -226,7 +233,7 @@ def test_every_check_has_a_case():
         for node in ast.walk(source)
         if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
     ]
-    assert len(births) == 7
+    assert len(births) == 8
     names = {
         node.attr
         for birth in births
