@@ -13,15 +13,25 @@ import torch.nn.functional as F
 from conftest import tiny_run
 from test_objectives import made, relative, resnet, soft_targets, swin, vit
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn import compile_double_backward, train
-from fastgn.config import ObjectiveConfig, parse_config
+from fastgn.config import ArchitectureConfig, ObjectiveConfig, parse_config
 from fastgn.distributed import World
-from fastgn.models import Classifier
-from fastgn.objectives import Objective, build_objective
-from fastgn.schedule import Step, graph_count
+from fastgn.models import Classifier, build_model
+from fastgn.objectives import Objective, build_objective, gradnorm, natural
+from fastgn.schedule import (
+    Schedule,
+    Step,
+    count_passes,
+    graph_count,
+    matmul_precision,
+    unsupported,
+)
 
 IMAGES = {swin: 16, vit: 16, resnet: 32}
 
@@ -188,13 +198,19 @@ class NoModules(contextlib.nullcontext):
     parents = {"Global"}
 
 
-def flops(model: Classifier, batch: tuple, **values) -> int:
+def flops(
+    model: Classifier,
+    batch: tuple,
+    schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+    update: int = 0,
+    **values,
+) -> int:
     options = {"attack_weight_grads": values.pop("attack_weight_grads", False)}
-    step = Step(model, objective(**values), compile=False, **options)
+    step = Step(model, objective(**values), schedule=schedule, compile=False, **options)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
     with counter:
-        step([batch], torch.tensor(1.0))
+        step([batch], torch.tensor(1.0), update)
     return counter.get_total_flops()
 
 
@@ -213,6 +229,466 @@ def test_flops_of_a_step_in_units_of_a_forward() -> None:
     assert flops(model, batch, method="fgsm_rs") / unit == pytest.approx(5, rel=0.12)
     paper = {"method": "pgd_at", "attack_select": "paper", "attack_weight_grads": True}
     assert flops(model, batch, **paper) / unit == pytest.approx(13, rel=0.12)
+
+
+# the schedules
+
+
+def model_and_batch(build=vit, dtype: torch.dtype = torch.float64) -> tuple[Classifier, tuple]:
+    return classifier(build, dtype), batches_for(build, 1, dtype)[0]
+
+
+def scheduled(
+    kind: str, build=vit, dtype: torch.dtype = torch.float64, update: int = 0, **values
+) -> tuple[Tensor, Any]:
+    """The weights' gradients after one update by a schedule, and its losses."""
+    options = {k: values.pop(k) for k in ("compile", "micro_batch", "precision") if k in values}
+    keys = ("fd_step", "lazy_interval", "subset_fraction")
+    schedule = Schedule(kind, **{k: values.pop(k) for k in keys if k in values})
+    model, batch = model_and_batch(build, dtype)
+    step = Step(model, objective(**values), schedule=schedule, **{"compile": False} | options)
+    loss = step([batch], torch.tensor(1.0, dtype=dtype), update)
+    return gradients(model), loss
+
+
+def by_hand(kind: str, h: float, ce_weight: float, gn_weight: float) -> tuple[Tensor, Tensor]:
+    """The gradient of a difference with its points held fixed, and the difference itself."""
+    model, (images, targets) = model_and_batch()
+
+    def ce(x: Tensor) -> Tensor:
+        return -(targets * model.backbone(x).log_softmax(1)).sum(1).mean()
+
+    x = model.normalize(images).requires_grad_()
+    here = ce(x)
+    (grad,) = torch.autograd.grad(here, x, retain_graph=True)
+    ahead, behind = ce(x.detach() + h * grad.sign()), ce(x.detach() - h * grad.sign())
+    slope = (ahead - here) / h if kind == "finite-difference" else (ahead - behind) / (2 * h)
+    (ce_weight * here + gn_weight * (4 / 255) / 0.225 * slope).backward()
+    return gradients(model), slope.detach()
+
+
+@pytest.mark.parametrize("kind", ["finite-difference", "central-difference"])
+@pytest.mark.parametrize("gn_weight", [1.2, 0.01])
+def test_differences_are_those_of_the_formula(kind: str, gn_weight: float) -> None:
+    """Also where the cross-entropy's coefficient is negative, which turns the images' gradient."""
+    values = {"ce_weight": 0.8, "gn_weight": gn_weight}
+    assert (0.8 < 1.2 * (4 / 255) / 0.225 / 0.05) and (0.8 > 0.01 * (4 / 255) / 0.225 / 0.05)
+    expected, slope = by_hand(kind, 0.05, **values)
+    found, loss = scheduled(kind, fd_step=0.05, **values)
+    assert relative(found, expected) < 1e-9
+    assert torch.isclose(loss.grad_l1, slope, rtol=1e-9)
+    assert torch.isclose(loss.total, 0.8 * loss.ce + gn_weight * loss.penalty, rtol=1e-9)
+
+
+def test_differences_approach_the_exact_penalty() -> None:
+    """One-sided errors fall with h, central ones with its square."""
+    exact, loss = scheduled("exact", gn_weight=5.0)
+    errors = {}
+    for kind in ("finite-difference", "central-difference"):
+        for h in (1e-3, 1e-4):
+            found, there = scheduled(kind, gn_weight=5.0, fd_step=h)
+            errors[kind, h] = relative(found, exact)
+            assert torch.isclose(there.grad_l1, loss.grad_l1, rtol=100 * h)
+    one = errors["finite-difference", 1e-3] / errors["finite-difference", 1e-4]
+    two = errors["central-difference", 1e-3] / errors["central-difference", 1e-4]
+    assert 7 < one < 13 and two > 50, errors
+
+
+@pytest.mark.parametrize("kind", ["finite-difference", "central-difference", "lazy", "subset"])
+def test_compiled_schedules_equal_eager(kind: str, no_codegen) -> None:
+    found, loss = scheduled(kind, dtype=torch.float32, compile=True, gn_weight=3.0)
+    expected, there = scheduled(kind, dtype=torch.float32, gn_weight=3.0)
+    assert relative(found, expected) < 1e-4
+    assert torch.isclose(loss.total, there.total, rtol=1e-4)
+
+
+def test_a_difference_draws_the_same_dropout_at_each_point() -> None:
+    """Other masks would make a difference of order 1 over h."""
+    slopes = []
+    for h in (1e-4, 1e-5):
+        model, batch = model_and_batch()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3
+        torch.manual_seed(3)
+        step = Step(model, objective(), schedule=Schedule("finite-difference", h), compile=False)
+        slopes.append(step([batch], torch.tensor(1.0, dtype=torch.float64)).grad_l1)
+    assert torch.isclose(slopes[0], slopes[1], rtol=1e-2)
+    exact = Step(model, objective(), compile=False)
+    torch.manual_seed(3)
+    assert torch.isclose(exact([batch], slopes[0] * 0 + 1).grad_l1, slopes[1], rtol=1e-3)
+
+
+def test_lazy_penalties_add_up_to_the_exact_ones() -> None:
+    """At the same weights, the updates of one interval have the gradient of that many exact ones;
+    three of the four are plain cross-entropy."""
+    exact, _ = scheduled("exact", gn_weight=3.0)
+    parts = [scheduled("lazy", update=u, gn_weight=3.0, lazy_interval=4) for u in range(8, 12)]
+    assert relative(sum(part for part, _ in parts), 4 * exact) < 1e-9
+    plain, _ = scheduled("exact", method="natural")
+    assert all(relative(part, 0.8 * plain) < 1e-9 for part, _ in parts[1:])
+    assert [bool(loss.grad_l1.isnan()) for _, loss in parts] == [False, True, True, True]
+
+
+def test_a_subset_has_its_own_penalty_and_all_images_the_cross_entropy() -> None:
+    model, (images, targets) = model_and_batch()
+    part = gradnorm(
+        model.backbone, model.normalize(images[:3]), targets[:3], ce_weight=0.0, gn_weight=3.0
+    )
+    (0.8 * natural(model, images, targets).total + part.total).backward()
+    found, loss = scheduled("subset", gn_weight=3.0, subset_fraction=0.75)
+    assert relative(found, gradients(model)) < 1e-9
+    assert torch.isclose(loss.grad_l1, part.grad_l1)
+    assert torch.isclose(loss.total, 0.8 * loss.ce + 3.0 * loss.penalty)
+    whole, _ = scheduled("subset", gn_weight=3.0, subset_fraction=1.0)
+    exact, _ = scheduled("exact", gn_weight=3.0)
+    assert relative(whole, exact) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["finite-difference", "lazy", "subset"])
+def test_a_schedule_needs_a_penalty(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"schedule {kind} .*: this objective has no penalty"):
+        Step(classifier(vit), objective(method="pgd_at"), schedule=Schedule(kind), compile=False)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="'exakt' should be one of exact, exact-eager"):
+        Schedule("exakt")
+    with pytest.raises(ValueError, match="'fp8' should be one of fp32, tf32"):
+        Step(classifier(vit), objective(), precision="fp8", compile=False)
+    with pytest.raises(ValueError, match="central-difference finds its direction"):
+        Step(
+            classifier(vit),
+            objective(ce_weight=0.0),
+            schedule=Schedule("central-difference"),
+            compile=False,
+        )
+
+
+# passes
+
+
+class Sweeps:
+    """Counts a network's forwards and the backward sweeps over it."""
+
+    def __init__(self, model: Classifier, monkeypatch: pytest.MonkeyPatch):
+        self.forwards = self.sweeps = 0
+        model.backbone.register_forward_pre_hook(lambda *args: self.count("forwards"))
+        for name in ("grad", "backward"):
+            original = getattr(torch.autograd, name)
+
+            def counted(*args, original=original, **kwargs):
+                self.count("sweeps")
+                return original(*args, **kwargs)
+
+            monkeypatch.setattr(torch.autograd, name, counted)
+
+    def count(self, name: str) -> None:
+        setattr(self, name, getattr(self, name) + 1)
+
+
+METHODS = {
+    "natural": ({"method": "natural"}, Schedule(), 1, 1),
+    "exact": ({}, Schedule(), 1, 2),
+    "finite-difference": ({}, Schedule("finite-difference"), 2, 2),
+    "central-difference": ({}, Schedule("central-difference"), 3, 3),
+    "pgd-3": ({"method": "pgd_at"}, Schedule(), 4, 4),
+    "pgd-3 as in the paper": (
+        {"method": "pgd_at", "attack_select": "paper", "attack_weight_grads": True},
+        *(Schedule(), 5, 4),
+    ),
+    "fgsm-rs": ({"method": "fgsm_rs"}, Schedule(), 2, 2),
+}
+"""Values of the objective, schedule, forwards and calls of autograd: a double backward is one call
+and, as the paper counts, two passes."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_forwarded_or_swept_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, schedule, forwards, sweeps = METHODS[name]
+    model, batch = model_and_batch()
+    wasteful = values.get("attack_weight_grads", False)
+    step = Step(
+        model, objective(**values), schedule=schedule, compile=False, attack_weight_grads=wasteful
+    )
+    counts = Sweeps(model, monkeypatch)
+    step([batch], torch.tensor(1.0, dtype=torch.float64))
+    assert (counts.forwards, counts.sweeps) == (forwards, sweeps)
+    double = 2 if step.objective.needs_input_gradient and not schedule.differences else 0
+    assert count_passes(step.objective, schedule, wasteful).paper == forwards + sweeps + double
+
+
+PAPER_PASSES = {
+    "natural": (2, 3),
+    "exact": (5, 6),
+    "finite-difference": (4, 6),
+    "central-difference": (6, 9),
+    "pgd-3": (8, 9),
+    "pgd-3 as in the paper": (9, 13),
+    "fgsm-rs": (4, 5),
+}
+"""(passes in the paper's convention, forwards' worth of operations): METHOD of arXiv 2409.20139,
+table 3, for natural, exact and pgd-3."""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_passes_are_known_beforehand(name: str) -> None:
+    values, schedule, *_ = METHODS[name]
+    wasteful = values.get("attack_weight_grads", False)
+    assert count_passes(objective(**values), schedule, wasteful) == PAPER_PASSES[name]
+
+
+def test_passes_of_lazy_and_partial_penalties() -> None:
+    assert count_passes(objective(), Schedule("lazy", lazy_interval=4)) == (2.75, 3.75)
+    assert count_passes(objective(), Schedule("subset", subset_fraction=0.5)) == (3.5, 4.5)
+
+
+def test_flops_of_lazy_and_partial_penalties() -> None:
+    model = classifier(vit)
+    batch = batches_for(vit, 1)[0]
+    natural_flops, exact_flops = (flops(model, batch, method=m) for m in ("natural", "gradnorm"))
+    lazy = [flops(model, batch, schedule=Schedule("lazy"), update=u) for u in range(4)]
+    assert lazy == [exact_flops, natural_flops, natural_flops, natural_flops]
+    half = flops(model, batch, schedule=Schedule("subset"))
+    assert half == pytest.approx((natural_flops + exact_flops) / 2, rel=1e-3)
+
+
+def test_flops_of_swin_b_at_224_px() -> None:
+    """natural : exact : PGD-3 : the paper's PGD-3 : finite difference = 3 : 6 : 9 : 13 : 6
+    forwards, counted while each runs."""
+    cfg = ArchitectureConfig(model="swin_b")
+    model, _ = build_model(cfg, 1000)
+    batch = (torch.rand(1, 3, 224, 224), torch.randint(0, 1000, (1,)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch[0])
+    unit = counter.get_total_flops()
+    assert unit / 1e9 == pytest.approx(30.9, rel=0.005)
+    for name in ("natural", "exact", "pgd-3", "pgd-3 as in the paper", "finite-difference"):
+        values, schedule, *_ = METHODS[name]
+        counted = flops(model, batch, schedule=schedule, **values) / unit
+        model.zero_grad()
+        assert counted == pytest.approx(PAPER_PASSES[name][1], rel=0.02), name
+
+
+class ConvolutionGradients(TorchDispatchMode):
+    """Which gradients the backwards of convolutions were asked for: of input, weight, bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(list(args[-1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "masks"),
+    [
+        ("natural", ["weights"]),
+        ("exact", ["image", "weights"]),
+        ("finite-difference", ["both", "weights"]),
+        ("pgd-3", ["image", "image", "image", "weights"]),
+    ],
+)
+def test_no_gradient_is_computed_that_nobody_asks_for(name: str, masks: list[str]) -> None:
+    """Seen at the patch embedding, the network's first operator: attacks and input gradients take
+    no weights', and the last backward takes no images'."""
+    kinds = {"image": [True, False, False], "weights": [False, True, True], "both": [True] * 3}
+    values, schedule, *_ = METHODS[name]
+    model, (images, targets) = model_and_batch()
+    step = Step(model, objective(**values), schedule=schedule, compile=False)
+    with ConvolutionGradients() as seen:
+        step([(images, targets)], torch.tensor(1.0, dtype=torch.float64))
+    assert seen.masks == [kinds[mask] for mask in masks]
+    assert images.grad is None
+
+
+def test_the_compiled_step_returns_no_gradient_of_the_images(monkeypatch) -> None:
+    """But for what the patch embedding's convolution_backward, one operator with that of its
+    weights, forms and drops."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    scheduled("exact", dtype=torch.float32, compile=True)
+    shapes = [
+        [tuple(x.meta["val"].shape) for x in graph.graph.output_node().args[0] if x is not None]
+        for graph in graphs
+    ]
+    weights = [tuple(p.shape) for p in classifier(vit).parameters()]
+    assert len(shapes) == 2 and sorted(shapes[1]) == sorted(weights)
+
+
+# memory runs out
+
+
+class TooLarge(nn.Module):
+    """A network without room for more than `limit` images: it fails behind its layers, when
+    statistics have moved and random numbers are drawn."""
+
+    def __init__(self, backbone: nn.Module, limit: int):
+        super().__init__()
+        self.backbone = backbone
+        self.limit = limit
+        self.failures = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.backbone(x)
+        if len(x) > self.limit:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return y
+
+
+@pytest.mark.parametrize("method", ["gradnorm", "pgd_at"])
+def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(method: str) -> None:
+    """Gradients, BatchNorm's statistics and the losses are bitwise those of a run that began with
+    the smaller micro-batch, the random start of the attack included; two batches are accumulated,
+    of which the first may have left gradients."""
+    ends, losses, said = [], [], []
+    for limit, micro_batch in ((2, None), (4, 2)):
+        model = classifier(resnet)
+        model.backbone = TooLarge(model.backbone, limit)
+        step = Step(model, objective(method=method), compile=False, micro_batch=micro_batch)
+        step.report = said.append
+        torch.manual_seed(2)
+        losses.append(step(batches_for(resnet, 2), torch.tensor(1.0)))
+        ends.append([gradients(model), *model.buffers(), torch.get_rng_state()])
+        assert step.micro_batch == 2
+        assert model.backbone.failures == (limit == 2)
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert all(torch.equal(a, b) or a.isnan() for a, b in zip(*losses, strict=True))
+    assert said == ["out of memory with 4 images at a time: going on with 2, the same global batch"]
+
+
+def test_one_image_that_does_not_fit_raises() -> None:
+    model = classifier(vit)
+    model.backbone = TooLarge(model.backbone, 0)
+    step = Step(model, objective(), compile=False)
+    step.report = lambda line: None
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batches_for(vit, 1), torch.tensor(1.0))
+    assert model.backbone.failures == 3, "4, 2 and 1 images were tried"
+
+
+def test_micro_batches_have_the_gradient_of_the_batch() -> None:
+    whole, loss = scheduled("exact")
+    parts, there = scheduled("exact", micro_batch=2)
+    assert relative(parts, whole) < 1e-10
+    assert torch.isclose(loss.total, there.total, rtol=1e-10)
+    with pytest.raises(ValueError, match="4 images do not divide by micro_batch=3"):
+        scheduled("exact", micro_batch=3)
+
+
+def test_the_papers_sum_is_over_batches_not_over_micro_batches() -> None:
+    ends = []
+    for micro_batch in (None, 2):
+        model = classifier(vit, torch.float64)
+        step = Step(model, objective(), compile=False, accumulation="sum", micro_batch=micro_batch)
+        step(batches_for(vit, 2, torch.float64), torch.tensor(1.0, dtype=torch.float64))
+        ends.append(gradients(model))
+    assert relative(ends[1], ends[0]) < 1e-10
+
+
+# precision
+
+
+@pytest.mark.parametrize("build", [swin, vit, resnet])
+@pytest.mark.parametrize("compile", [False, True])
+def test_bf16_pure_is_near_fp32(build, compile: bool, no_codegen) -> None:
+    """Weights, gradients and BatchNorm's statistics stay fp32; what differs is the step's rounding:
+    cosine .998 to .9999 on these networks, and a wrong derivative is far off."""
+    exact, _ = scheduled("exact", build, torch.float32)
+    model, batch = model_and_batch(build, torch.float32)
+    before = [b.clone() for b in model.buffers()]
+    step = Step(model, objective(), compile=compile, precision="bf16-pure")
+    loss = step([batch], torch.tensor(1.0))
+    assert loss.total.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert all(b.dtype == c.dtype for b, c in zip(before, model.buffers(), strict=True))
+    moved = [not torch.equal(b, c) for b, c in zip(before, model.buffers(), strict=True)]
+    assert any(moved) is (build is resnet)
+    assert 1e-4 < relative(gradients(model), exact) < 0.1
+    assert F.cosine_similarity(gradients(model), exact, dim=0) > 0.995
+
+
+class MatrixDtypes(TorchDispatchMode):
+    """Dtypes of the matrix products, of the images and of the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+        self.norms: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "convolution"):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, Tensor)}
+        if name == "native_layer_norm":
+            self.norms.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["gradnorm", "pgd_at"])
+def test_bf16_pure_multiplies_and_normalises_in_bf16_alone(method: str) -> None:
+    model, batch = model_and_batch(swin, torch.float32)
+    step = Step(model, objective(method=method), compile=False, precision="bf16-pure")
+    with MatrixDtypes() as seen:
+        step([batch], torch.tensor(1.0))
+    assert seen.dtypes == seen.norms == {torch.bfloat16}
+
+
+def test_matrix_precision_is_the_steps_alone() -> None:
+    def now() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = now()
+    for precision, expected in (("tf32", ("high", True)), ("fp32", ("highest", False))):
+        with matmul_precision(precision):
+            assert now() == expected
+        assert now() == before
+
+
+def test_what_a_cpu_cannot_compute_in() -> None:
+    cpu = torch.device("cpu")
+    assert unsupported("tf32", cpu) == "tf32 exists on CUDA alone, not on cpu"
+    assert all(unsupported(name, cpu) is None for name in ("fp32", "bf16", "bf16-pure"))
+
+
+def test_what_a_volta_card_cannot_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    cuda = torch.device("cuda", 0)
+    assert unsupported("fp32", cuda) is None
+    for precision in ("tf32", "bf16", "bf16-pure"):
+        reason = unsupported(precision, cuda)
+        assert reason == f"{precision} needs compute capability 8.0, and Tesla V100 has 7.0"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("count", [1, 2])
+def test_cuda_graphs_leave_the_gradient_alone(count: int) -> None:
+    """Over three updates of one or two micro-batches: a replayed graph writes where it wrote
+    before, and gradients must not live there."""
+    found = []
+    for cuda_graphs in (False, True):
+        model = classifier(vit).cuda()
+        step = Step(model, objective(), cuda_graphs=cuda_graphs)
+        for _ in range(3):
+            model.zero_grad()
+            batches = [tuple(x.cuda() for x in batch) for batch in batches_for(vit, count)]
+            step(batches, torch.tensor(1.0, device="cuda"))
+        found.append(gradients(model))
+    assert relative(found[1], found[0]) < 1e-5
 
 
 # the host does not wait for the device
