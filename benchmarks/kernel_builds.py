@@ -154,17 +154,17 @@ def all_orders(
     weights: Sequence[tuple[int, ...]] = (),
 ) -> None:
     """Launches an op of inputs of these shapes, then weights of float32, its backward, and the
-    backward of that: for the gradient to the first input alone, as a gradient penalty has it, and
-    for all gradients."""
+    backward of that: as a gradient penalty has it, where the inner gradient is the first input's
+    alone; with the outer one the first input's too; and with all gradients in both."""
     inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     inputs += [torch.empty(shape, requires_grad=True) for shape in weights]
     y = op(*inputs)
     ys = [y] if isinstance(y, Tensor) else list(y)
     gys = [torch.empty_like(y, requires_grad=True) for y in ys]
-    gxs = torch.autograd.grad(ys, inputs, gys, create_graph=True)
-    for wanted in (gxs[:1], gxs):
-        vs = [torch.empty_like(g) for g in wanted]
-        torch.autograd.grad(wanted, [*gys, *inputs], vs, retain_graph=True, allow_unused=True)
+    for inner, outer in ((inputs[:1], inputs), (inputs[:1], inputs[:1]), (inputs, inputs)):
+        gxs = torch.autograd.grad(ys, inner, gys, create_graph=True)
+        vs = [torch.empty_like(g) for g in gxs]
+        torch.autograd.grad(gxs, [*gys, *outer], vs, allow_unused=True)
 
 
 TOKENS, HIDDEN = 2 * 56 * 56, 4 * 128

@@ -5,8 +5,6 @@ cotangents (v, w) of (gx, gbias), with s = v + w: to gy: s f'(u); to x: s gy f''
 sum over rows. Each pass reads every input once and writes every output once.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -78,7 +76,7 @@ def _bias_activation_kernel(
     x_ptr, bias_ptr, gy_ptr, v_ptr, w_ptr, out_ptr, gx_ptr, partial_ptr, rows, columns,
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TIMES: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr, HAS_W: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(WIDE)[None, :]
@@ -92,20 +90,21 @@ def _bias_activation_kernel(
         inside = (row < rows)[:, None] & (column < columns)[None, :]
         gu = _tile(x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, offsets, inside, bias, w,
                    VALUE, FIRST, SECOND, TIMES, PARAMETER, ORDER, WIDE)  # fmt: skip
-        if ORDER > 0:
+        if BIAS_GRAD:
             total += gu
-    if ORDER > 0:
+    if BIAS_GRAD:
         # partial sums rather than atomics: the same bits in every run
         to = partial_ptr + tl.program_id(1).to(tl.int64) * columns + column
         tl.store(to, tl.sum(total, axis=0), mask=column < columns)
 
 
 def _launch(
-    order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float,
+    order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
     gy: Tensor | None = None, v: Tensor | None = None, w: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The order's outputs: (y, -, -), (gx, -, gbias) or (ggy, gx, gbias)."""
-    out, gx, gbias = _outputs(order, x, bias)
+    """The order's outputs: (y, -, -), (gx, -, gbias) or (ggy, gx, gbias); gbias only with
+    weight_grads."""
+    out, gx, gbias = _outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, tl_wide(x.dtype))
     x = laid_out_as(x, out)
     # an argument that the order does not read is still an argument
@@ -124,21 +123,22 @@ def _launch(
     blocks = round_up(columns, block_c)
     rows = x.numel() // columns
     num = strips(rows, block_r, blocks)
-    sums = torch.empty(num if order else 0, columns, dtype=wide(x.dtype), device=x.device)
+    sums = torch.empty(num if weight_grads else 0, columns, dtype=wide(x.dtype), device=x.device)
     bias = bias.contiguous()
     _bias_activation_kernel[(blocks, num)](
         x, bias, gy, v, w.contiguous() if w is not None else bias, out, gx, sums, rows, columns,
-        *maths, HAS_W=w is not None, BLOCK_R=block_r, BLOCK_C=block_c, **LAUNCH,
+        *maths, HAS_W=w is not None, BIAS_GRAD=weight_grads, BLOCK_R=block_r, BLOCK_C=block_c,
+        **LAUNCH,
     )  # fmt: skip
-    return out, gx, sums.sum(0).to(bias.dtype) if order else gbias
+    return out, gx, sums.sum(0).to(bias.dtype) if weight_grads else gbias
 
 
 def _plain(
-    order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float,
+    order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
     gy: Tensor | None = None, v: Tensor | None = None, w: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """What `_launch` computes, by PyTorch's operators."""
-    out, gx, gbias = _outputs(order, x, bias)
+    out, gx, gbias = _outputs(order, x, bias, weight_grads)
     value, first, second, times = map(in_pytorch, TABLE[kind][:4])
     u = x.to(wide(x.dtype))
     if bias is not None:
@@ -155,78 +155,83 @@ def _plain(
         gu = times(s * gy.to(u.dtype), second(u, parameter))
         gx.copy_(gu)
         out.copy_(times(s, first(u, parameter)))
-    if bias is not None:
+    if bias is not None and weight_grads:
         gbias.copy_(gu.flatten(0, -2).sum(0) if gu.ndim > 1 else gu)
     return out, gx, gbias
 
 
-def _outputs(order: int, x: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+def _outputs(order: int, x: Tensor, bias: Tensor | None, weight_grads: bool) -> tuple[Tensor, ...]:
     """Room for (y or gx or ggy, gx of order 2, gbias): empty tensors where there is none, since
     custom ops return tensors. In the strides of `x` where those have no holes."""
     strides = torch.preserve_format if bias is None else torch.contiguous_format
     out = torch.empty_like(x, memory_format=strides)
     gx = torch.empty_like(x, memory_format=strides) if order == 2 else x.new_empty(0)
-    return out, gx, torch.empty_like(bias) if order and bias is not None else x.new_empty(0)
+    gbias = torch.empty_like(bias) if weight_grads and bias is not None else x.new_empty(0)
+    return out, gx, gbias
 
 
 @define("fastgn::activation")
 def _activation(x: Tensor, bias: Tensor | None, kind: str, parameter: float) -> Tensor:
-    return (_launch if runs_triton(x) else _plain)(0, x, bias, kind, parameter)[0]
+    return (_launch if runs_triton(x) else _plain)(0, x, bias, kind, parameter, False)[0]
 
 
 @define("fastgn::activation_bwd")
 def _activation_bwd(
-    gy: Tensor, x: Tensor, bias: Tensor | None, kind: str, parameter: float
+    gy: Tensor, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor]:
-    gx, _, gbias = (_launch if runs_triton(x) else _plain)(1, x, bias, kind, parameter, gy)
+    body = _launch if runs_triton(x) else _plain
+    gx, _, gbias = body(1, x, bias, kind, parameter, weight_grads, gy)
     return gx, gbias
 
 
 @define("fastgn::activation_bwd_bwd")
 def _activation_bwd_bwd(
     v: Tensor, w: Tensor | None, gy: Tensor, x: Tensor, bias: Tensor | None, kind: str,
-    parameter: float,
+    parameter: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     body = _launch if runs_triton(x) else _plain
-    ggy, gx, gbias = body(2, x, bias, kind, parameter, gy, v, w)
+    ggy, gx, gbias = body(2, x, bias, kind, parameter, weight_grads, gy, v, w)
     return ggy, gx, gbias
 
 
 @_activation.register_fake
 def _(x: Tensor, bias: Tensor | None, kind: str, parameter: float) -> Tensor:
-    return _outputs(0, x, bias)[0]
+    return _outputs(0, x, bias, False)[0]
 
 
 @_activation_bwd.register_fake
 def _(
-    gy: Tensor, x: Tensor, bias: Tensor | None, kind: str, parameter: float
+    gy: Tensor, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor]:
-    gx, _, gbias = _outputs(1, x, bias)
+    gx, _, gbias = _outputs(1, x, bias, weight_grads)
     return gx, gbias
 
 
 @_activation_bwd_bwd.register_fake
 def _(
     v: Tensor, w: Tensor | None, gy: Tensor, x: Tensor, bias: Tensor | None, kind: str,
-    parameter: float,
+    parameter: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    ggy, gx, gbias = _outputs(2, x, bias)
+    ggy, gx, gbias = _outputs(2, x, bias, weight_grads)
     return ggy, gx, gbias
 
 
-def _backward(ctx: Any, saved: tuple, gy: Tensor) -> tuple:
-    x, bias = saved
-    gx, gbias = _activation_bwd(gy, x, bias, *ctx.options[-2:])
-    return gx, gbias if bias is not None else None, None, None
+def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
+    gx, gbias = _activation_bwd(gy, *saved, *options[-2:], wanted[1])
+    return gx, gbias if wanted[1] else None, None, None
 
 
-def _backward_backward(ctx: Any, saved: tuple, v: Tensor | None, w: Tensor | None) -> tuple:
+def _backward_backward(
+    options: tuple, saved: tuple, wanted: tuple[bool, ...], v: Tensor | None, w: Tensor | None
+) -> tuple:
     gy, x, bias = saved
     if v is None:
         v = torch.zeros_like(x)
-    if bias is None:
-        return *_activation_bwd_bwd(v, None, gy, x, None, *ctx.options[-2:])[:2], None, None, None
-    return *_activation_bwd_bwd(v, w, gy, x, bias, *ctx.options[-2:]), None, None
+    kind, parameter, had_bias_grad = options[-3:]
+    ggy, gx, gbias = _activation_bwd_bwd(
+        v, w if had_bias_grad else None, gy, x, bias, kind, parameter, wanted[2]
+    )
+    return ggy, gx, gbias if wanted[2] else None, None, None, None
 
 
 differentiable(_activation, "activation", save=lambda inputs, y: inputs[:2], backward=_backward)

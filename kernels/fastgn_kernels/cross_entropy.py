@@ -227,11 +227,11 @@ def _(v: Tensor, gl: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, T
     return _outputs(2, logits)
 
 
-def _backward(ctx: Any, saved: tuple, gl: Tensor) -> tuple:
+def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor) -> tuple:
     return _cross_entropy_bwd(gl, *saved), None
 
 
-def _backward_backward(ctx: Any, saved: tuple, v: Tensor) -> tuple:
+def _backward_backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], v: Tensor) -> tuple:
     return *_cross_entropy_bwd_bwd(v, *saved), None
 
 

@@ -7,8 +7,10 @@ kernel loses the second-order terms without a word.
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,22 @@ LAUNCH = {"enable_fp_fusion": True}
 """Options of every launch: Triton 3.10 stops fusing multiplications and additions by itself."""
 
 LARGEST_GRID_Y = 65535
+
+
+def source_hash() -> str:
+    """Of this package's files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# torch.compile's cache on disk knows an op by its name: a graph with another version's formulas for
+# its derivatives would be taken for one with these
+torch.compiler.config.cache_key_tag += f" fastgn_kernels {source_hash()}"
+
+# what PyTorch's own formulas ask C++ for
+_engine_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def runs_triton(x: Tensor) -> bool:
@@ -115,21 +133,42 @@ def differentiable(
     backward: Callable,
 ) -> None:
     """Registers the derivative of an op, known to users as `name`. save(inputs, output) -> tensors
-    to keep; the other inputs are found in ctx.options. backward(ctx, saved, *cotangents) gets None
-    for a cotangent that is zero."""
+    to keep. backward(options, saved, wanted, *cotangents) gets the inputs that are no tensors, what
+    was kept, for each input whether its gradient is asked for, and None for a cotangent that is
+    zero; it gives None for an input without a gradient."""
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.save_for_backward(*save(inputs, output))
         ctx.options = tuple(x for x in inputs if not isinstance(x, Tensor))
+        ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
         ctx.set_materialize_grads(False)
 
     def unless_zero(ctx: Any, *cotangents: Tensor | None) -> Any:
         if all(c is None for c in cotangents):
             return (None,) * len(ctx.needs_input_grad)
         no_forward_mode(name, *cotangents)
-        return backward(ctx, ctx.saved_tensors, *cotangents)
+        return backward(ctx.options, ctx.saved_tensors, _wanted(ctx), *cotangents)
 
     op.register_autograd(unless_zero, setup_context=setup_context)
+
+
+def _wanted(ctx: Any) -> tuple[bool, ...]:
+    """For each input of an op, whether the sweep that runs asks for its gradient.
+    ctx.needs_input_grad is settled in the forward: by it, the input gradient of a penalty or an
+    attack would pay for every weight's. Where the engine does not say, the gradient is wanted."""
+    is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
+    if not is_node:  # but compiled autograd's stand-in, whose nodes it cannot trace
+        return tuple(ctx.needs_input_grad)
+    nodes = (node for node, _ in ctx.next_functions)  # one a tensor, None for no gradient
+    return tuple(is_tensor and _runs(next(nodes)) for is_tensor in ctx.is_tensor)
+
+
+def _runs(node: Any) -> bool:
+    """Whether this sweep goes on to the node of an input's gradient."""
+    try:
+        return node is not None and _engine_will_run(node)
+    except RuntimeError:  # a leaf that autograd.grad was given is kept, not run; or nothing runs
+        return True
 
 
 def no_third_derivative(op: Any, twin: str) -> None:

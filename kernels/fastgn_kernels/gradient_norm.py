@@ -245,14 +245,14 @@ def _(v: Tensor, n: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> tuple[T
     return _outputs(2, g, ord)
 
 
-def _backward(ctx: Any, saved: tuple, n: Tensor) -> tuple:
+def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], n: Tensor) -> tuple:
     g, norm = saved
-    return _gradient_norm_bwd(n, g, norm, ctx.options[-1]), None
+    return _gradient_norm_bwd(n, g, norm, options[-1]), None
 
 
-def _backward_backward(ctx: Any, saved: tuple, v: Tensor) -> tuple:
+def _backward_backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], v: Tensor) -> tuple:
     n, g, norm = saved
-    ord = ctx.options[-1]
+    ord = options[-1]
     gn, gg = _gradient_norm_bwd_bwd(v, n, g, norm, ord)
     # gg is the total derivative, through the norm too: norm itself gets none
     return gn, gg if ord == 2 else None, None, None

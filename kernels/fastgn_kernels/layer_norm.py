@@ -72,7 +72,7 @@ def _layer_norm_fwd_kernel(
 @triton.jit
 def _layer_norm_bwd_kernel(
     gy_ptr, gsum_ptr, x_ptr, weight_ptr, gx_ptr, partial_ptr, rows, columns,
-    EPS: tl.constexpr, HAS_GSUM: tl.constexpr, WIDE: tl.constexpr,
+    EPS: tl.constexpr, HAS_GSUM: tl.constexpr, WEIGHT_GRADS: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_C)
@@ -86,8 +86,9 @@ def _layer_norm_bwd_kernel(
         x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(WIDE)
         gy = tl.load(gy_ptr + offsets, mask=inside, other=0.0).to(WIDE)
         xh, rs = _row(x, inside, columns, EPS)
-        gw += gy * xh
-        gb += gy
+        if WEIGHT_GRADS:
+            gw += gy * xh
+            gb += gy
         g = gy * weight
         mean_g = tl.sum(g, axis=1)[:, None] / columns
         m = tl.sum(g * xh, axis=1)[:, None] / columns
@@ -95,18 +96,19 @@ def _layer_norm_bwd_kernel(
         if HAS_GSUM:
             gx += tl.load(gsum_ptr + offsets, mask=inside, other=0.0).to(WIDE)
         tl.store(gx_ptr + offsets, gx, mask=inside)
-    # partial sums rather than atomics: the same bits in every run
-    to = partial_ptr + tl.program_id(0).to(tl.int64) * columns + column
-    tl.store(to, tl.sum(gw, axis=0), mask=column < columns)
-    to += tl.num_programs(0).to(tl.int64) * columns
-    tl.store(to, tl.sum(gb, axis=0), mask=column < columns)
+    if WEIGHT_GRADS:
+        # partial sums rather than atomics: the same bits in every run
+        to = partial_ptr + tl.program_id(0).to(tl.int64) * columns + column
+        tl.store(to, tl.sum(gw, axis=0), mask=column < columns)
+        to += tl.num_programs(0).to(tl.int64) * columns
+        tl.store(to, tl.sum(gb, axis=0), mask=column < columns)
 
 
 @triton.jit
 def _layer_norm_bwd_bwd_kernel(
     v_ptr, vw_ptr, vb_ptr, gy_ptr, x_ptr, weight_ptr, ggy_ptr, gx_ptr, partial_ptr, rows, columns,
-    EPS: tl.constexpr, HAS_VW: tl.constexpr, HAS_VB: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr, HAS_VW: tl.constexpr, HAS_VB: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_C)
     weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(WIDE)[None, :]
@@ -130,7 +132,8 @@ def _layer_norm_bwd_bwd_kernel(
         n = tl.sum(v * xh, axis=1)[:, None] / columns
         s = tl.sum(v * g, axis=1)[:, None] / columns - mean_v * mean_g - n * m
         a = rs * (v - mean_v - xh * n)
-        gw += tl.where(inside, gy * a, 0.0)  # beyond the rows, eps = 0 makes a NaN of a
+        if WEIGHT_GRADS:
+            gw += tl.where(inside, gy * a, 0.0)  # beyond the rows, eps = 0 makes a NaN of a
         ggy = weight * a
         # mean(z) and mean(z xh) of z = -rs (m v + n g) follow from the means at hand
         z = -rs * (m * v + n * g)
@@ -146,8 +149,9 @@ def _layer_norm_bwd_bwd_kernel(
         tl.store(ggy_ptr + offsets, ggy, mask=inside)
         gx = rs * (z - mean_z - xh * (mean_zxh + rs * s))
         tl.store(gx_ptr + offsets, gx, mask=inside)
-    to = partial_ptr + tl.program_id(0).to(tl.int64) * columns + column
-    tl.store(to, tl.sum(gw, axis=0), mask=column < columns)
+    if WEIGHT_GRADS:
+        to = partial_ptr + tl.program_id(0).to(tl.int64) * columns + column
+        tl.store(to, tl.sum(gw, axis=0), mask=column < columns)
 
 
 def _tile(columns: int, forward: bool = False) -> dict[str, Any]:
@@ -201,36 +205,43 @@ def _row_plain(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
+    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gx, gw, gb = _backward_outputs(x, weight)
+    """(gx, gw, gb); the last two are empty without weight_grads."""
+    gx, gw, gb = _backward_outputs(x, weight, weight_grads)
     if not _fits(x):
-        return _backward_plain(gy, gsum, x, weight, eps, gx, gw, gb)
+        return _backward_plain(gy, gsum, x, weight, eps, weight_grads, gx, gw, gb)
     if not x.numel():
         return gx, gw.zero_(), gb.zero_()
     columns = x.shape[-1]
     rows = x.numel() // columns
     tile = _tile(columns)
     num = strips(rows, tile["BLOCK_R"], 1)
-    partial = torch.empty(2, num, columns, dtype=wide(x.dtype), device=x.device)
+    shape = (2, num if weight_grads else 0, columns)
+    partial = torch.empty(shape, dtype=wide(x.dtype), device=x.device)
     gy = gy.contiguous()
     _layer_norm_bwd_kernel[(num,)](
         gy, gy if gsum is None else gsum.contiguous(), x.contiguous(), weight.contiguous(),
-        gx, partial, rows, columns, eps, gsum is not None, tl_wide(x.dtype), **tile, **LAUNCH,
+        gx, partial, rows, columns, eps, gsum is not None, weight_grads, tl_wide(x.dtype),
+        **tile, **LAUNCH,
     )  # fmt: skip
-    gw, gb = (sums.sum(0).to(weight.dtype) for sums in partial)
+    if weight_grads:
+        gw, gb = (sums.sum(0).to(weight.dtype) for sums in partial)
     return gx, gw, gb
 
 
 def _backward_plain(
-    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, gx: Tensor, gw: Tensor,
-    gb: Tensor,
+    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool,
+    gx: Tensor, gw: Tensor, gb: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     xh, rs = _row_plain(x, eps)
     gy = gy.to(xh.dtype)
     grad = rs * _project(gy * weight, xh)
     gx.copy_(grad if gsum is None else grad + gsum)
-    return gx, gw.copy_(_row_sum(gy * xh)), gb.copy_(_row_sum(gy))
+    if weight_grads:
+        gw.copy_(_row_sum(gy * xh))
+        gb.copy_(_row_sum(gy))
+    return gx, gw, gb
 
 
 def _project(z: Tensor, xh: Tensor) -> Tensor:
@@ -244,31 +255,32 @@ def _row_sum(z: Tensor) -> Tensor:
 
 def _backward_backward(
     v: Tensor, vw: Tensor | None, vb: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor,
-    eps: float,
+    eps: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    ggy, gx, gw = _backward_backward_outputs(gy, x, weight)
+    """(ggy, gx, gw); the last is empty without weight_grads."""
+    ggy, gx, gw = _backward_backward_outputs(gy, x, weight, weight_grads)
     if not _fits(x):
-        return _backward_backward_plain(v, vw, vb, gy, x, weight, eps, ggy, gx, gw)
+        return _backward_backward_plain(v, vw, vb, gy, x, weight, eps, weight_grads, ggy, gx, gw)
     if not x.numel():
         return ggy, gx, gw.zero_()
     columns = x.shape[-1]
     rows = x.numel() // columns
     tile = _tile(columns)
     num = strips(rows, tile["BLOCK_R"], 1)
-    partial = torch.empty(num, columns, dtype=wide(x.dtype), device=x.device)
+    partial = torch.empty(num if weight_grads else 0, columns, dtype=wide(x.dtype), device=x.device)
     weight = weight.contiguous()
     _layer_norm_bwd_bwd_kernel[(num,)](
         v.contiguous(), weight if vw is None else vw.contiguous(),
         weight if vb is None else vb.contiguous(), gy.contiguous(), x.contiguous(), weight,
-        ggy, gx, partial, rows, columns, eps, vw is not None, vb is not None, tl_wide(x.dtype),
-        **tile, **LAUNCH,
+        ggy, gx, partial, rows, columns, eps, vw is not None, vb is not None, weight_grads,
+        tl_wide(x.dtype), **tile, **LAUNCH,
     )  # fmt: skip
-    return ggy, gx, partial.sum(0).to(weight.dtype)
+    return ggy, gx, partial.sum(0).to(weight.dtype) if weight_grads else gw
 
 
 def _backward_backward_plain(
     v: Tensor, vw: Tensor | None, vb: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor,
-    eps: float, ggy: Tensor, gx: Tensor, gw: Tensor,
+    eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor, gw: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     xh, rs = _row_plain(x, eps)
     v, gy = v.to(xh.dtype), gy.to(xh.dtype)
@@ -285,7 +297,7 @@ def _backward_backward_plain(
     if vb is not None:
         to_gy = to_gy + vb
     gx.copy_(rs * _project(z, xh) - rs.square() * xh * s)
-    return ggy.copy_(to_gy), gx, gw.copy_(_row_sum(a * gy))
+    return ggy.copy_(to_gy), gx, gw.copy_(_row_sum(a * gy)) if weight_grads else gw
 
 
 def _forward_outputs(
@@ -295,16 +307,24 @@ def _forward_outputs(
     return y, torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else y
 
 
-def _backward_outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_outputs(
+    x: Tensor, weight: Tensor, weight_grads: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return gx, torch.empty_like(weight), torch.empty_like(weight)
+    return gx, _weight_output(weight, weight_grads), _weight_output(weight, weight_grads)
 
 
 def _backward_backward_outputs(
-    gy: Tensor, x: Tensor, weight: Tensor
+    gy: Tensor, x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     ggy = torch.empty(x.shape, dtype=gy.dtype, device=x.device)
-    return ggy, torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+    gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return ggy, gx, _weight_output(weight, weight_grads)
+
+
+def _weight_output(weight: Tensor, weight_grads: bool) -> Tensor:
+    """Room for a weight's gradient, empty where nobody asks: custom ops return tensors."""
+    return torch.empty_like(weight) if weight_grads else weight.new_empty(0)
 
 
 @define("fastgn::layer_norm")
@@ -321,17 +341,17 @@ def _add_layer_norm(
 
 @define("fastgn::layer_norm_bwd")
 def _layer_norm_bwd(
-    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
+    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(gy, gsum, x, weight, eps)
+    return _backward(gy, gsum, x, weight, eps, weight_grads)
 
 
 @define("fastgn::layer_norm_bwd_bwd")
 def _layer_norm_bwd_bwd(
     v: Tensor, vw: Tensor | None, vb: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor,
-    eps: float,
+    eps: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward_backward(v, vw, vb, gy, x, weight, eps)
+    return _backward_backward(v, vw, vb, gy, x, weight, eps, weight_grads)
 
 
 @_layer_norm.register_fake
@@ -348,40 +368,52 @@ def _(
 
 @_layer_norm_bwd.register_fake
 def _(
-    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float
+    gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_outputs(x, weight)
+    return _backward_outputs(x, weight, weight_grads)
 
 
 @_layer_norm_bwd_bwd.register_fake
 def _(
     v: Tensor, vw: Tensor | None, vb: Tensor | None, gy: Tensor, x: Tensor, weight: Tensor,
-    eps: float,
+    eps: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward_backward_outputs(gy, x, weight)
+    return _backward_backward_outputs(gy, x, weight, weight_grads)
 
 
-def _differentiate(ctx: Any, saved: tuple, gy: Tensor) -> tuple:
-    x, weight = saved
-    gx, gw, gb = _layer_norm_bwd(gy, None, x, weight, ctx.options[0])
+def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
+    gx, gw, gb = _gradients(options, saved, any(wanted[1:]), gy, None)
     return gx, gw, gb, None, None
 
 
-def _differentiate_sum(ctx: Any, saved: tuple, gy: Tensor | None, gsum: Tensor | None) -> tuple:
-    total, weight = saved
+def _differentiate_sum(
+    options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor | None, gsum: Tensor | None
+) -> tuple:
     if gy is None:
         return gsum, gsum, None, None, None, None
-    gx, gw, gb = _layer_norm_bwd(gy, gsum, total, weight, ctx.options[0])
+    gx, gw, gb = _gradients(options, saved, any(wanted[2:]), gy, gsum)
     return gx, gx, gw, gb, None, None
 
 
+def _gradients(
+    options: tuple, saved: tuple, weight_grads: bool, gy: Tensor, gsum: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    x, weight = saved
+    gx, gw, gb = _layer_norm_bwd(gy, gsum, x, weight, options[0], weight_grads)
+    return (gx, gw, gb) if weight_grads else (gx, None, None)
+
+
 def _differentiate_twice(
-    ctx: Any, saved: tuple, v: Tensor | None, vw: Tensor | None, vb: Tensor | None
-) -> tuple:
+    options: tuple, saved: tuple, wanted: tuple[bool, ...],
+    v: Tensor | None, vw: Tensor | None, vb: Tensor | None,
+) -> tuple:  # fmt: skip
     gy, gsum, x, weight = saved
+    eps, had_weight_grads = options[-2:]
+    if not had_weight_grads:
+        vw = vb = None
     filled = torch.zeros_like(x) if v is None else v
-    ggy, gx, gw = _layer_norm_bwd_bwd(filled, vw, vb, gy, x, weight, ctx.options[-1])
-    return ggy, v if gsum is not None else None, gx, gw, None
+    ggy, gx, gw = _layer_norm_bwd_bwd(filled, vw, vb, gy, x, weight, eps, wanted[3])
+    return ggy, v if gsum is not None else None, gx, gw if wanted[3] else None, None, None
 
 
 differentiable(

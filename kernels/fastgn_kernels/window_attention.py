@@ -16,8 +16,6 @@ P and its relatives are float32, also beside 16-bit inputs. The kernels take flo
 cards of compute capability 8.0 and later; all else takes the same formulas in PyTorch's operators.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -142,7 +140,7 @@ def _window_attention_fwd_kernel(
 def _window_attention_bwd_kernel(
     go_ptr, qkv_ptr, added_ptr, gqkv_ptr, partial_ptr, windows, masks, HEADS: tl.constexpr,
     TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BIAS_GRAD: tl.constexpr,
 ):  # fmt: skip
     head, strip = tl.program_id(0), tl.program_id(1)
     none, nothing = tl.zeros((BLOCK_N, BLOCK_D), WIDE), tl.zeros((BLOCK_N, BLOCK_N), WIDE)
@@ -165,7 +163,7 @@ def _window_attention_bwd_kernel(
             v = _load(qkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             gp = _dot(go, tl.trans(v), gp)
         gs = p * (gp - tl.sum(p * gp, axis=1)[:, None])
-        if HAS_BIAS:
+        if BIAS_GRAD:
             # in memory, a tile of registers less; no other program adds there, so that the order of
             # the sum, and with it its bits, is the same in every run
             tl.atomic_add(_square(partial_ptr, strip * HEADS + head, BLOCK_N), gs, sem="relaxed")
@@ -183,7 +181,7 @@ def _window_attention_bwd_bwd_kernel(
     vqkv_ptr, vb_ptr, go_ptr, qkv_ptr, added_ptr, ggo_ptr, gqkv_ptr, partial_ptr, windows, masks,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_VB: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, HAS_VB: tl.constexpr,
 ):  # fmt: skip
     # Inputs are read where they are used, the second time from cache, and the order of the products
     # lets each tile die early: six 64 x 64 tiles and their operands do not fit 255 registers.
@@ -233,7 +231,7 @@ def _window_attention_bwd_bwd_kernel(
             u = _dot(go, tl.trans(vv), u)
         gs = p * gp
         sb = p * (u - tl.sum(p * u, axis=1)[:, None])
-        if HAS_BIAS:
+        if BIAS_GRAD:
             tl.atomic_add(_square(partial_ptr, strip * HEADS + head, BLOCK_N), sb, sem="relaxed")
         for c in range(0, DIM, BLOCK_D):
             vk = _load(vqkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
@@ -321,9 +319,10 @@ def _padded(vbias: Tensor, qkv: Tensor) -> Tensor:
     return padded.contiguous()  # padding by nothing keeps the strides
 
 
-def _no_bias(qkv: Tensor, bias: Tensor | None) -> Tensor:
-    """Room for the bias' gradient, empty without a bias: custom ops return tensors."""
-    return qkv.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+def _bias_output(qkv: Tensor, learned: Tensor | None) -> Tensor:
+    """Room for the gradient of `learned`, the bias where its gradient is asked for; else empty:
+    custom ops return tensors."""
+    return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
 
 
 def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
@@ -356,37 +355,41 @@ def _forward_plain(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale:
 
 
 def _backward(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
+    weight_grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(gqkv, gbias); the last is empty without weight_grads."""
+    learned = bias if weight_grads else None
     if not _kernel_runs(qkv):
-        return _backward_plain(go, qkv, bias, mask, scale)
-    gqkv, gbias = _outputs(qkv)[0], _no_bias(qkv, bias)
+        return _backward_plain(go, qkv, bias, mask, scale, learned)
+    gqkv, gbias = _outputs(qkv)[0], _bias_output(qkv, learned)
     if not qkv.numel():
         return gqkv, gbias.zero_()
     added = _added(qkv, bias, mask)
     grid = _grid(qkv, mask)
-    sums = _partials(qkv, bias, grid)
+    sums = _partials(qkv, learned, grid)
     _window_attention_bwd_kernel[grid](
         _single(go), _packed(qkv), added, gqkv, sums, qkv.shape[1], added.shape[0],
-        **_constants(qkv, scale), HAS_BIAS=bias is not None,
+        **_constants(qkv, scale), BIAS_GRAD=learned is not None,
     )  # fmt: skip
-    return gqkv, gbias if bias is None else _sum(sums, bias)
+    return gqkv, gbias if learned is None else _sum(sums, learned)
 
 
-def _partials(qkv: Tensor, bias: Tensor | None, grid: tuple[int, int]) -> Tensor:
+def _partials(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
     heads, strips = grid
-    shape = (strips if bias is not None else 0, heads, _block(qkv), _block(qkv))
+    shape = (strips if learned is not None else 0, heads, _block(qkv), _block(qkv))
     return torch.zeros(shape, dtype=wide(qkv.dtype), device=qkv.device)
 
 
-def _sum(partials: Tensor, bias: Tensor) -> Tensor:
-    tokens = bias.shape[-1]
-    return partials[:, :, :tokens, :tokens].sum(0).to(bias.dtype)
+def _sum(partials: Tensor, learned: Tensor) -> Tensor:
+    tokens = learned.shape[-1]
+    return partials[:, :, :tokens, :tokens].sum(0).to(learned.dtype)
 
 
 def _backward_plain(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
+    learned: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = qkv.to(wide(qkv.dtype))
     go = go.to(q.dtype)
     p = _softmax_plain(q, k, bias, mask, scale)
@@ -397,33 +400,35 @@ def _backward_plain(
         gqkv.unbind(), (scale * gs @ k, scale * gs.mT @ q, p.mT @ go), strict=True
     ):
         into.copy_(value)
-    gbias = _no_bias(qkv, bias)
-    return gqkv, gbias if bias is None else gbias.copy_(gs.sum(0))
+    gbias = _bias_output(qkv, learned)
+    return gqkv, gbias if learned is None else gbias.copy_(gs.sum(0))
 
 
 def _backward_backward(
     vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
-    mask: Tensor | None, scale: float,
+    mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(ggo, gqkv, gbias); the last is empty without weight_grads."""
+    learned = bias if weight_grads else None
     if not _kernel_runs(qkv):
-        return _backward_backward_plain(vqkv, vbias, go, qkv, bias, mask, scale)
-    (gqkv, ggo), gbias = _outputs(qkv), _no_bias(qkv, bias)
+        return _backward_backward_plain(vqkv, vbias, go, qkv, bias, mask, scale, learned)
+    (gqkv, ggo), gbias = _outputs(qkv), _bias_output(qkv, learned)
     if not qkv.numel():
         return ggo, gqkv, gbias.zero_()
     added = _added(qkv, bias, mask)
     grid = _grid(qkv, mask)
-    sums = _partials(qkv, bias, grid)
+    sums = _partials(qkv, learned, grid)
     _window_attention_bwd_bwd_kernel[grid](
         _packed(vqkv), added if vbias is None else _padded(vbias, qkv), _single(go), _packed(qkv),
         added, ggo, gqkv, sums, qkv.shape[1], added.shape[0], **_constants(qkv, scale),
-        HAS_BIAS=bias is not None, HAS_VB=vbias is not None,
+        BIAS_GRAD=learned is not None, HAS_VB=vbias is not None,
     )  # fmt: skip
-    return ggo, gqkv, gbias if bias is None else _sum(sums, bias)
+    return ggo, gqkv, gbias if learned is None else _sum(sums, learned)
 
 
 def _backward_backward_plain(
     vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
-    mask: Tensor | None, scale: float,
+    mask: Tensor | None, scale: float, learned: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = qkv.to(wide(qkv.dtype))
     vq, vk, vv = vqkv.to(q.dtype)
@@ -442,8 +447,9 @@ def _backward_backward_plain(
     values = (scale * (sb @ k + gs @ vk), scale * (sb.mT @ q + gs.mT @ vq), pt.mT @ go)
     for into, value in zip(gqkv.unbind(), values, strict=True):
         into.copy_(value)
-    gbias = _no_bias(qkv, bias)
-    return ggo.copy_(pt @ v + p @ vv), gqkv, gbias if bias is None else gbias.copy_(sb.sum(0))
+    gbias = _bias_output(qkv, learned)
+    ggo.copy_(pt @ v + p @ vv)
+    return ggo, gqkv, gbias if learned is None else gbias.copy_(sb.sum(0))
 
 
 @define("fastgn::window_attention")
@@ -455,17 +461,18 @@ def _window_attention(
 
 @define("fastgn::window_attention_bwd")
 def _window_attention_bwd(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _backward(go, qkv, bias, mask, scale)
+    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
+    weight_grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _backward(go, qkv, bias, mask, scale, weight_grads)
 
 
 @define("fastgn::window_attention_bwd_bwd")
 def _window_attention_bwd_bwd(
     vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
-    mask: Tensor | None, scale: float,
+    mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward_backward(vqkv, vbias, go, qkv, bias, mask, scale)
+    return _backward_backward(vqkv, vbias, go, qkv, bias, mask, scale, weight_grads)
 
 
 @_window_attention.register_fake
@@ -475,35 +482,38 @@ def _(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Te
 
 @_window_attention_bwd.register_fake
 def _(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _outputs(qkv)[0], _no_bias(qkv, bias)
+    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
+    weight_grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _outputs(qkv)[0], _bias_output(qkv, bias if weight_grads else None)
 
 
 @_window_attention_bwd_bwd.register_fake
 def _(
     vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
-    mask: Tensor | None, scale: float,
+    mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     gqkv, ggo = _outputs(qkv)
-    return ggo, gqkv, _no_bias(qkv, bias)
+    return ggo, gqkv, _bias_output(qkv, bias if weight_grads else None)
 
 
-def _differentiate(ctx: Any, saved: tuple, go: Tensor) -> tuple:
+def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor) -> tuple:
     qkv, bias, mask = saved
-    gqkv, gbias = _window_attention_bwd(go, qkv, bias, mask, ctx.options[-1])
-    return gqkv, gbias if bias is not None else None, None, None
+    gqkv, gbias = _window_attention_bwd(go, qkv, bias, mask, options[-1], wanted[1])
+    return gqkv, gbias if wanted[1] else None, None, None
 
 
 def _differentiate_twice(
-    ctx: Any, saved: tuple, vqkv: Tensor | None, vbias: Tensor | None
-) -> tuple:
+    options: tuple, saved: tuple, wanted: tuple[bool, ...],
+    vqkv: Tensor | None, vbias: Tensor | None,
+) -> tuple:  # fmt: skip
     go, qkv, bias, mask = saved
     vqkv = torch.zeros_like(qkv) if vqkv is None else vqkv
+    scale, had_bias_grad = options[-2:]
     ggo, gqkv, gbias = _window_attention_bwd_bwd(
-        vqkv, vbias if bias is not None else None, go, qkv, bias, mask, ctx.options[-1]
+        vqkv, vbias if had_bias_grad else None, go, qkv, bias, mask, scale, wanted[2]
     )
-    return ggo, gqkv, gbias if bias is not None else None, None, None
+    return ggo, gqkv, gbias if wanted[2] else None, None, None, None
 
 
 differentiable(

@@ -120,9 +120,11 @@ def test_opcheck(biased: bool, layout: str) -> None:
     rest = (bias[0] if biased else None, "gelu", 1.0)
     w = random(4, seed=4) if biased else None
     checks.check_opcheck(activations._activation, (x, *rest))
-    checks.check_opcheck(activations._activation_bwd, (gy.requires_grad_(), x, *rest))
-    plain = [t.detach() if isinstance(t, Tensor) else t for t in (v, w, gy, x, *rest)]
-    checks.check_opcheck(activations._activation_bwd_bwd, plain)
+    gy.requires_grad_()
+    for weight_grads in {False, biased}:
+        checks.check_opcheck(activations._activation_bwd, (gy, x, *rest, weight_grads))
+        plain = [t.detach() if isinstance(t, Tensor) else t for t in (v, w, gy, x, *rest)]
+        checks.check_opcheck(activations._activation_bwd_bwd, (*plain, weight_grads))
 
 
 @with_and_without_bias
@@ -138,13 +140,13 @@ def test_layouts(biased: bool) -> None:
         pairs = [
             (activations._activation(x, *rest), activations._activation(plain_x, *rest)),
             *zip(
-                activations._activation_bwd(gy, x, *rest),
-                activations._activation_bwd(plain_gy, plain_x, *rest),
+                activations._activation_bwd(gy, x, *rest, biased),
+                activations._activation_bwd(plain_gy, plain_x, *rest, biased),
                 strict=True,
             ),
             *zip(
-                activations._activation_bwd_bwd(v, w, gy, x, *rest),
-                activations._activation_bwd_bwd(plain_v, w, plain_gy, plain_x, *rest),
+                activations._activation_bwd_bwd(v, w, gy, x, *rest, biased),
+                activations._activation_bwd_bwd(plain_v, w, plain_gy, plain_x, *rest, biased),
                 strict=True,
             ),
         ]
@@ -304,9 +306,9 @@ def test_beyond_2_to_the_31_elements(shape: tuple[int, ...], order: int) -> None
         if order == 0:
             results = [activations._activation(x, *rest)]
         elif order == 1:
-            results = activations._activation_bwd(gy, x, *rest)
+            results = activations._activation_bwd(gy, x, *rest, bias is not None)
         else:
-            results = activations._activation_bwd_bwd(gy, None, gy, x, *rest)
+            results = activations._activation_bwd_bwd(gy, None, gy, x, *rest, bias is not None)
         ours = [float(r[(-1,) * r.ndim]) for r in results if r.numel()]
 
     u, gy = torch.tensor([0.75 if bias is not None else 0.5, 3.0], dtype=torch.float64)

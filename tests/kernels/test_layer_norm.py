@@ -202,15 +202,15 @@ def test_opcheck(layout: str) -> None:
         options = (1e-5, dtype)
         checks.check_opcheck(ops.layer_norm.default, (grad[0], *grad[2:], *options))
         checks.check_opcheck(ops.add_layer_norm.default, (*grad, *options))
-    for g in (None, gsum):
-        checks.check_opcheck(
-            ops.layer_norm_bwd.default, (gy.clone().requires_grad_(), g, grad[0], grad[2], 1e-5)
-        )
+    for g, weight_grads in itertools.product((None, gsum), (False, True)):
+        arguments = (gy.clone().requires_grad_(), g, grad[0], grad[2], 1e-5, weight_grads)
+        checks.check_opcheck(ops.layer_norm_bwd.default, arguments)
     for cotangents in ((v, None, None), (v, vw, None), (v, None, vb), (v, vw, vb)):
-        checks.check_opcheck(ops.layer_norm_bwd_bwd.default, (*cotangents, gy, x, weight, 1e-5))
+        arguments = (*cotangents, gy, x, weight, 1e-5, vb is cotangents[2])
+        checks.check_opcheck(ops.layer_norm_bwd_bwd.default, arguments)
     # each of another dtype: x half, its cotangents float32, the weights float64
     mixed = (v.half(), vw, vb, gy.float(), x.half(), weight)
-    checks.check_opcheck(ops.layer_norm_bwd_bwd.default, (*mixed, 1e-5))
+    checks.check_opcheck(ops.layer_norm_bwd_bwd.default, (*mixed, 1e-5, True))
 
 
 def test_layouts() -> None:
@@ -227,8 +227,8 @@ def test_layouts() -> None:
             (v_, gy_, gsum_, x_, residual_), (weight_, bias_, vw_, vb_) = xs, ws
             results.append([
                 *module._add_layer_norm(x_, residual_, weight_, bias_, 1e-5, x.dtype),
-                *module._layer_norm_bwd(gy_, gsum_, x_, weight_, 1e-5),
-                *module._layer_norm_bwd_bwd(v_, vw_, vb_, gy_, x_, weight_, 1e-5),
+                *module._layer_norm_bwd(gy_, gsum_, x_, weight_, 1e-5, True),
+                *module._layer_norm_bwd_bwd(v_, vw_, vb_, gy_, x_, weight_, 1e-5, True),
             ])  # fmt: skip
         assert all(r.is_contiguous() for r in results[0])
         assert_close(*results, rtol=1e-13, atol=1e-13)
@@ -493,10 +493,10 @@ def test_beyond_2_to_the_31_elements(order: int) -> None:
             y = reference.layer_norm(*xs)
             right = torch.autograd.grad(y, xs, gy_, create_graph=True)
             if order == 1:
-                ours = module._layer_norm_bwd(gy, residual, x, weight, 1e-5)[:1]
+                ours = module._layer_norm_bwd(gy, residual, x, weight, 1e-5, True)[:1]
                 right = [right[0] + residual_]
             else:
-                ours = module._layer_norm_bwd_bwd(v, vw, None, gy, x, weight, 1e-5)[:2]
+                ours = module._layer_norm_bwd_bwd(v, vw, None, gy, x, weight, 1e-5, True)[:2]
                 right = torch.autograd.grad(right, (gy_, xs[0]), (v_, vw_))
         ours = [t[-1:].double() for t in ours]
     for a, b in zip(ours, right, strict=True):

@@ -248,12 +248,15 @@ def test_opcheck(count: int, biased: bool, layout: str) -> None:
     ops = torch.ops.fastgn
     checks.check_opcheck(ops.window_attention.default, (*grads, *rest[1:]))
     gos = go.clone().requires_grad_()
-    checks.check_opcheck(ops.window_attention_bwd.default, (gos, *grads, *rest[1:]))
+    for weight_grads in {False, biased}:
+        arguments = (gos, *grads, *rest[1:], weight_grads)
+        checks.check_opcheck(ops.window_attention_bwd.default, arguments)
     for v in (None, vbias) if biased else (None,):
-        checks.check_opcheck(ops.window_attention_bwd_bwd.default, (vqkv, v, go, qkv, *rest))
+        arguments = (vqkv, v, go, qkv, *rest, biased and v is None)
+        checks.check_opcheck(ops.window_attention_bwd_bwd.default, arguments)
     half = (vqkv.half(), vbias.float() if biased else None, go.half(), qkv.half())
     rest = (bias[0].float() if biased else None, *rest[1:])
-    checks.check_opcheck(ops.window_attention_bwd_bwd.default, (*half, *rest))
+    checks.check_opcheck(ops.window_attention_bwd_bwd.default, (*half, *rest, biased))
 
 
 @pytest.mark.parametrize("tokens", [3, 16])
@@ -276,8 +279,8 @@ def test_layouts(tokens: int) -> None:
             rest = (t["qkv"], t["bias"], t["mask"], 0.5)
             results.append([
                 module._window_attention(*rest),
-                *module._window_attention_bwd(t["go"], *rest),
-                *module._window_attention_bwd_bwd(t["vqkv"], t["vbias"], t["go"], *rest),
+                *module._window_attention_bwd(t["go"], *rest, True),
+                *module._window_attention_bwd_bwd(t["vqkv"], t["vbias"], t["go"], *rest, True),
             ])  # fmt: skip
         assert_close(*results, rtol=1e-12, atol=1e-12, check_stride=False)
 
@@ -532,9 +535,10 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
         if order == 0:
             ours = [module._window_attention(qkv, bias, None, 0.125)]
         elif order == 1:
-            ours = module._window_attention_bwd(go, qkv, bias, None, 0.125)
+            ours = module._window_attention_bwd(go, qkv, bias, None, 0.125, True)
         else:
-            ours = module._window_attention_bwd_bwd(vqkv, None, go, qkv, bias, None, 0.125)
+            rest = (go, qkv, bias, None, 0.125, True)
+            ours = module._window_attention_bwd_bwd(vqkv, None, *rest)
             right = torch.autograd.grad(right[0], (go_, *xs), vqkv_)
         ours = [t if t.ndim == 3 else t[:, -1:] if t.ndim == 5 else t[-1:] for t in ours]
         for a, b in zip(ours, right, strict=True):
