@@ -164,7 +164,7 @@ def all_orders(
     for inner, outer in ((inputs[:1], inputs), (inputs[:1], inputs[:1]), (inputs, inputs)):
         gxs = torch.autograd.grad(ys, inner, gys, create_graph=True)
         vs = [torch.empty_like(g) for g in gxs]
-        torch.autograd.grad(gxs, [*gys, *outer], vs, allow_unused=True)
+        torch.autograd.grad(gxs, [*gys, *outer], vs, retain_graph=True, allow_unused=True)
 
 
 TOKENS, HIDDEN = 2 * 56 * 56, 4 * 128
