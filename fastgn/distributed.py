@@ -48,6 +48,14 @@ class World:
         torch.distributed.all_reduce(value, group=self.control)
         return bool(value.item())
 
+    def least(self, value: float) -> float:
+        """The smallest of the ranks' values. Host to host."""
+        if self.size == 1:
+            return value
+        least = torch.tensor(value, dtype=torch.float64)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=self.control)
+        return float(least.item())
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first rank of each machine runs the block, then the others: one download is

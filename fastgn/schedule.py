@@ -589,6 +589,13 @@ class Step:
         return Gradient(loss_B.detach(), grad_BCHW)
 
 
+def compilations() -> str:
+    """How many graphs this process has compiled, forward and backward, and found in the cache."""
+    counters = torch._dynamo.utils.counters["inductor"]
+    made, found = (counters[f"fxgraph_cache_{what}"] for what in ("miss", "hit"))
+    return f"{made} graphs compiled, {found} found compiled"
+
+
 def graph_count() -> int:
     """Graphs that torch.compile has made in this process: more than a step needs means
     recompilation."""

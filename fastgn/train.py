@@ -42,7 +42,8 @@ from fastgn.distributed import World, say_error, session
 from fastgn.ema import ModelEma
 from fastgn.metrics import Metrics, environment, find_wandb, read_rows
 from fastgn.objectives import build_objective, piecewise_linear_warning
-from fastgn.schedule import Schedule, Step, unsupported
+from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
+from fastgn.schedule import Schedule, Step, compilations, unsupported
 from fastgn.seeding import Stream, seed_all
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
@@ -114,6 +115,8 @@ class Run:
     """Whether the weights of this moment are the best."""
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of the last evaluation."""
+    plan: Plan | None = None
+    """What an update was predicted to cost; None once the measured cost has been said."""
 
     def __post_init__(self) -> None:
         device = self.world.device
@@ -121,6 +124,8 @@ class Run:
         """Of the values, and of how many updates had one: a lazy schedule's penalty has gaps."""
         self.bad_update = torch.full((), -1, device=device)
         self.reset_clock()
+        self.first_s = 0.0
+        """Of the first update, which compiles; the host's, which waits for nothing else."""
 
     def reset_clock(self) -> None:
         self.sums.zero_()
@@ -171,6 +176,8 @@ class Run:
         there = ~row.isnan()
         self.sums += torch.stack([row.where(there, 0), there.to(row.dtype)])
         self.summed += 1
+        if not self.first_s:
+            self.first_s = time.perf_counter() - self.began
         finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
         unseen = self.bad_update < 0
         self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
@@ -228,7 +235,19 @@ class Run:
                     "data_wait_share": self.waited / seconds,
                 },
             )
+            self.say_cost(seconds)
         self.reset_clock()
+
+    def say_cost(self, seconds: float) -> None:
+        """The measured cost beside the predicted, once, of the `seconds` since the run began."""
+        if self.plan is None or self.summed < 2:
+            return
+        device = self.world.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        measured = (seconds - self.first_s - self.waited) / (self.summed - 1)
+        self.say(f"first update {self.first_s:.3g} s ({compilations()})")
+        self.say(self.plan.measured(peak, measured))
+        self.plan = None
 
     def evaluate(self) -> None:
         """Clean and PGD-10 accuracy on the fixed subset, over all ranks. A host sync."""
@@ -326,6 +345,8 @@ def build(cfg: Config, world: World) -> Run:
     with world.first_alone():
         dataset = load_dataset(cfg.dataset)
     batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
+    if cfg.step.schedule == "auto":  # the step splits it: the data do not depend on the plan
+        batch_size, accum = batch_size * accum, 1
     architecture = cfg.architecture
     if state is not None:  # its weights come from the checkpoint
         architecture = dataclasses.replace(architecture, pretrained=False, initial_checkpoint=None)
@@ -344,19 +365,6 @@ def build(cfg: Config, world: World) -> Run:
         ranks=world.size,
         device=world.device,
     )
-    subset = None
-    if cfg.run.eval_images:
-        subset = Subset(
-            dataset.val,
-            cfg.run.eval_images,
-            img_size=model.img_size,
-            crop_pct=cfg.augmentation.crop_pct,
-            batch_size=batch_size,
-            workers=cfg.dataset.workers,
-            device=world.device,
-            rank=world.rank,
-            ranks=world.size,
-        )
     optimizer = optim.build_optimizer(cfg.optimizer, model)
     ema = ModelEma(model, cfg.optimizer.model_ema_decay) if cfg.optimizer.model_ema else None
     if state is not None:
@@ -365,13 +373,31 @@ def build(cfg: Config, world: World) -> Run:
     compiled = cfg.step.schedule != "exact-eager" and (
         cfg.step.compile == "on" or (cfg.step.compile == "auto" and world.device.type == "cuda")
     )
+    planned = None
+    if cfg.step.schedule == "auto" or world.device.type == "cuda":
+        planned = make_plan(cfg, world, model, len(dataset.classes), batch_size, compiled)
+    automatic = planned if cfg.step.schedule == "auto" else None
+    subset = None
+    if cfg.run.eval_images:
+        subset = Subset(
+            dataset.val,
+            cfg.run.eval_images,
+            img_size=model.img_size,
+            crop_pct=cfg.augmentation.crop_pct,
+            batch_size=automatic.micro_batch if automatic is not None else batch_size,
+            workers=cfg.dataset.workers,
+            device=world.device,
+            rank=world.rank,
+            ranks=world.size,
+        )
     step = Step(
         model,
         build_objective(cfg.objective),
         schedule=schedule_of(cfg.step),
         compile=compiled,
         precision=cfg.step.precision,
-        activation_memory_budget=cfg.step.activation_memory_budget,
+        activation_memory_budget=(automatic or cfg.step).activation_memory_budget,
+        micro_batch=automatic.micro_batch if automatic is not None else None,
         cuda_graphs=cfg.step.cuda_graphs,
         accumulation=cfg.step.accumulation,
         train_in_eval_mode=cfg.step.train_in_eval_mode,
@@ -403,6 +429,7 @@ def build(cfg: Config, world: World) -> Run:
         update=state["update"] if state is not None else 0,
         best=state["best"] if state is not None else -1.0,
         accuracy=state["accuracy"] if state is not None else {},
+        plan=planned,
     )
     step.report = run.say
     if state is not None:
@@ -420,6 +447,8 @@ def build(cfg: Config, world: World) -> Run:
             "loader": type(loader).__name__,
             "batch_size": batch_size,
             "grad_accum_steps": accum,
+            "micro_batch": step.micro_batch or batch_size,
+            "activation_memory_budget": (automatic or cfg.step).activation_memory_budget,
             "ranks": world.size,
             "lr": run.peak_lr,
             "step_size": cfg.objective.step_size,
@@ -449,6 +478,51 @@ def schedule_of(cfg: StepConfig) -> Schedule:
     )
 
 
+def make_plan(
+    cfg: Config,
+    world: World,
+    model: models.Classifier,
+    num_classes: int,
+    batch_size: int,
+    compiled: bool,
+) -> Plan:
+    """What an update costs, predicted; for `auto`, with the micro-batch and budget to run it with.
+    The same on all ranks: that of the device with the least memory, at the slowest rates. Raises
+    UserError where nothing fits."""
+    objective, schedule, device = (
+        build_objective(cfg.objective),
+        schedule_of(cfg.step),
+        world.device,
+    )
+    cost = step_cost(
+        model,
+        objective,
+        schedule,
+        batch_size=batch_size,
+        img_size=model.img_size,
+        num_classes=num_classes,
+        precision=cfg.step.precision,
+        attack_weight_grads=cfg.objective.attack_weight_grads,
+        device_type=device.type,
+    )
+    flops, bytes_, launch = device_rates(device, cfg.step.precision)
+    rates = Rates(world.least(flops), world.least(bytes_), -world.least(-launch))
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    fixed = None
+    if cfg.step.schedule != "auto":
+        fixed = batch_size, cfg.step.activation_memory_budget
+    return plan(
+        cost,
+        rates,
+        batch_size=batch_size,
+        free_bytes=int(world.least(free_memory(device))),
+        state_bytes=2 * trained,  # AdamW's two averages
+        held_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,
+        compiled=compiled,
+        fixed=fixed,
+    )
+
+
 def announce(
     run: Run, report: models.ModelReport, data: str, compiled: bool, state: dict[str, Any] | None
 ) -> None:
@@ -469,6 +543,8 @@ def announce(
         there = Config.from_toml(state["config"])
         changes = [change for group in groups for change in cfg.changed(there, group)]
         run.say("; ".join([f"resumed at update {run.update}", *changes]))
+    for line in run.plan.lines() if run.plan is not None else []:
+        run.say(line)
     if compiled:
         run.say("the first update compiles the step: seconds to minutes, then cached on disk")
     warning = piecewise_linear_warning(cfg.objective.method, report.piecewise_linear)

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "preact_resnet": set(),
     "objectives": {"attacks", "config"},
     "schedule": {"attacks", "objectives"},
+    "plan": {"config", "objectives", "schedule"},
     "models": {"config", "preact_resnet"},
     "optim": {"config"},
     "ema": set(),

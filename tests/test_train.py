@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import types
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from conftest import tiny_run
 from PIL import Image
 
+from fastgn import train
 from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
 from fastgn.schedule import graph_count
@@ -240,3 +242,113 @@ def test_torchrun_runs_the_module(tmp_path: Path) -> None:
     )
     assert out.returncode == 0, out.stderr
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+# ------------------------------------------------------------------------------------ schedules
+
+
+def test_auto_plans_the_update_and_says_what_it_took(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """The recipe's 24 images x 2 are one batch to the loader, which the step splits as the memory
+    wants; predicted and measured stand side by side."""
+    run = tmp_path / "run"
+    args = tiny_run(run, "--batch-size", "24", "--grad-accum-steps", "2", "--schedule", "auto")
+    assert main([*args, "--max-updates", "6", "--log-interval", "3"]) == 0
+    said = capfd.readouterr().err.splitlines()
+    schedule, plan = (next(x for x in said if x.startswith(y)) for y in ("schedule", "plan:"))
+    assert schedule.startswith("schedule exact, fp32: 5 passes, ")
+    assert schedule.endswith(" an update of 48 images")
+    assert plan.startswith("plan: micro-batches ") and "predicted peak" in plan
+    measured = [line for line in said if line.startswith("plan: measured")]
+    assert len(measured) == 1 and "(predicted" in measured[0]
+    resolved = json.loads((run / "environment.json").read_text())["resolved"]
+    assert (resolved["batch_size"], resolved["grad_accum_steps"]) == (48, 1)
+    assert 48 % resolved["micro_batch"] == 0
+
+
+def test_auto_takes_what_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """In a device with little memory left, smaller micro-batches train the same run; in one with
+    next to none, a line says what is missing."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    args = ["--schedule", "auto", "--max-updates", "4", "--log-interval", "2"]
+    assert main(tiny_run(whole, *args)) == 0
+    monkeypatch.setattr(train, "free_memory", lambda device: 2 * 2**20)
+    assert main(tiny_run(parts, *args)) == 0
+    folders = (whole, parts)
+    sizes = [json.loads((f / "environment.json").read_text())["resolved"] for f in folders]
+    assert sizes[1]["micro_batch"] < sizes[0]["micro_batch"]
+    rows = [[r["loss"] for r in read_rows(f / "metrics.csv") if "loss" in r] for f in folders]
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
+    monkeypatch.setattr(train, "free_memory", lambda device: 2**10)
+    assert main(tiny_run(tmp_path / "none", *args)) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "fastgn.train: error: --schedule auto: one image at a time needs 0.00 GiB"
+    )
+
+
+def out_of_memory_above(limit: int) -> Callable[..., Any]:
+    """models.build_model, of a network with room for `limit` images."""
+    original = train.models.build_model
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        model, report = original(*args, **kwargs)
+
+        def run_out(module: Any, inputs: Any) -> None:
+            if module.training and len(inputs[0]) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        model.backbone.register_forward_pre_hook(run_out)
+        return model, report
+
+    return build
+
+
+def test_a_run_survives_running_out_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """Same losses as with enough memory; without room for one image, a line and no traceback."""
+    args = ["--max-updates", "4", "--log-interval", "1", "--method", "pgd_at"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(tiny_run(whole, *args, "--attack-eps", "1e-9")) == 0
+    capfd.readouterr()
+    monkeypatch.setattr(train.models, "build_model", out_of_memory_above(20))
+    assert main(tiny_run(parts, *args, "--attack-eps", "1e-9")) == 0
+    line = "out of memory with 48 images at a time: going on with 24, the same global batch"
+    said = capfd.readouterr().err
+    assert said.count("out of memory") == 2 and line in said and "going on with 12" in said
+    rows = [[r["ce"] for r in read_rows(f / "metrics.csv") if "ce" in r] for f in (whole, parts)]
+    assert len(rows[0]) == 4 and rows[1] == pytest.approx(rows[0], rel=1e-4)
+    monkeypatch.undo()
+    monkeypatch.setattr(train.models, "build_model", out_of_memory_above(0))
+    assert main(tiny_run(tmp_path / "none", *args)) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(
+        "fastgn.train: error: out of memory at update 1 with 1 images at a time;"
+    )
+    assert "--schedule auto" in last
+
+
+def test_a_lazy_run_logs_the_penalty_of_the_updates_that_had_it(tmp_path: Path) -> None:
+    """Updates 1, 4 and 7 of 9: each row of three has one, whose value is not divided by three."""
+    args = ["--max-updates", "9", "--log-interval", "3", "--ramp-epochs", "0"]
+    norms = {}
+    for schedule in ("exact", "lazy"):
+        run = tmp_path / schedule
+        more = ("--schedule", schedule, "--lazy-interval", "3", "--lr", "1e-9")
+        assert main(tiny_run(run, *args, *more, "--opt-eps", "1")) == 0
+        norms[schedule] = [r["grad_l1"] for r in read_rows(run / "metrics.csv") if "loss" in r]
+    assert len(norms["lazy"]) == 3
+    assert norms["lazy"] == pytest.approx(norms["exact"], rel=0.1)
+
+
+@pytest.mark.parametrize("schedule", ["finite-difference", "subset", "exact-eager"])
+def test_runs_of_every_schedule(schedule: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    args = ["--schedule", schedule, "--max-updates", "6", "--log-interval", "3"]
+    assert main(tiny_run(run, *args, "--precision", "bf16-pure")) == 0
+    rows = [r for r in read_rows(run / "metrics.csv") if "loss" in r]
+    assert len(rows) == 2 and all(r["grad_l1"] > 0 for r in rows)
