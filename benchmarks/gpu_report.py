@@ -1,0 +1,505 @@
+"""Everything that needs a GPU, in one call: correctness, kernels, cost, memory, precision, loaders.
+
+A bare machine with torch, triton, timm and numpy runs it from the checkout, nothing installed:
+
+    export PYTHONPATH=.:kernels
+    python3 benchmarks/gpu_report.py --output runs/card  # and again, to go on where it ended
+
+Each part is a process of its own with a time limit: one that breaks or hangs leaves the others.
+Parts come in the order of their value, and begin while --budget-s lasts: 530 s keep the whole below
+nine minutes. Swin-B's steps are compiled for every precision at once, on the cores that the tests
+leave, into the compiler's cache on disk; what is timed runs alone.
+
+After each part the folder holds what there is: report.json (each part's commands, seconds, exit
+status, last lines and files), the parts' own JSON and pictures, and logs/. Names are those of
+benchmarks/results, into which what is to be kept is copied by hand. A second call with the same
+folder, sources, device and commands leaves out what has succeeded; --parts chooses.
+
+Packages that the trainer's command line and exports need, and no benchmark, are replaced by
+stand-ins where they are missing; a part that lacks another one is skipped, and says so. Before
+sm_80 (V100) there is neither bfloat16 nor tf32: float32 takes their place, and the report says so.
+--smoke runs every part at toy size, also without a GPU, where its times mean nothing.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+LAST_LINES = 15
+"""Of each command's output, kept in report.json where it failed; the rest is in logs/."""
+LEAST_S = 20
+"""No part begins with less time than this left: importing and compiling alone take that."""
+
+STAND_INS = {
+    "tyro": """
+class _Missing:
+    def __init__(self, name): self.name = name
+    def __getattr__(self, name): return _Missing(f"{self.name}.{name}")
+    def __getitem__(self, item): return item  # tyro.conf's markers: an annotation is what it marks
+    def __call__(self, *args, **kwargs): return self  # the description of a flag
+conf, constructors = _Missing("tyro.conf"), _Missing("tyro.constructors")
+def cli(*args, **kwargs): raise RuntimeError("tyro is not installed")
+""",
+    "tomli_w": """
+def dumps(*args, **kwargs): raise RuntimeError("tomli_w is not installed")
+""",
+    "tqdm": """
+class tqdm:
+    def __init__(self, *args, **kwargs): raise RuntimeError("tqdm is not installed")
+""",
+    "safetensors": """
+import sys, types
+class SafetensorError(Exception): pass
+def _missing(*args, **kwargs): raise RuntimeError("safetensors is not installed")
+torch = types.ModuleType("safetensors.torch")
+torch.load_file = torch.load = torch.save = torch.save_file = _missing
+sys.modules["safetensors.torch"] = torch
+""",
+}
+"""Module -> what importing fastgn asks of it, for a machine that lacks it. Written into a folder
+that stands last on the parts' path, and raising at any use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One question. commands: run at the same time, Python's arguments each; `needs`: packages;
+    files: what it writes into the folder; limit_s: all it may take."""
+
+    name: str
+    what: str
+    commands: Sequence[Sequence[str]]
+    limit_s: float
+    needs: Sequence[str] = ()
+    files: Sequence[str] = ()
+    beside: bool = False
+    """Runs at the same time as the part before it: neither of them measures time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the parts depend on."""
+
+    device: str
+    capability: tuple[int, int] | None
+    """None: no GPU."""
+    smoke: bool
+
+    @property
+    def slug(self) -> str:
+        """For a file's name."""
+        return re.sub(r"\W+", "_", self.device.lower())
+
+    @property
+    def precisions(self) -> list[str]:
+        """Of the step, the most telling first."""
+        modern = self.capability is not None and self.capability >= (8, 0)
+        return ["bf16", "fp32", "tf32", "bf16-pure"] if modern else ["fp32"]
+
+    @property
+    def notes(self) -> list[str]:
+        if self.capability is None:
+            return ["NO GPU: toy sizes on a CPU, these times mean nothing"]
+        notes = ["toy sizes: these times mean nothing"] if self.smoke else []
+        if self.capability < (8, 0):
+            arch = "sm_{}{}".format(*self.capability)
+            notes.append(f"{self.device} ({arch}) has neither bf16 nor tf32: fp32 in their place")
+        return notes
+
+
+def this_machine(smoke: bool) -> Machine:
+    if not torch.cuda.is_available():
+        return Machine("cpu", None, smoke)
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    return Machine(name, capability, smoke)
+
+
+def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
+    """Every part, by value. The limits of those that the first 530 s are meant for add up to it;
+    a part that ends early leaves its time to the rest."""
+    smoke = machine.smoke
+    trainer = ("timm", "torchvision", "numpy")
+
+    def script(name: str, *args: object, output: str) -> list[str]:
+        return [str(x) for x in (f"benchmarks/{name}.py", *args, "--output", folder / output)]
+
+    def tests(*args: str) -> list[str]:
+        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
+
+    def cost(precision: str, output: str, *options: object) -> list[str]:
+        size = ("--batch", 2, "--round-seconds", 0.01, "--schedules", "exact")
+        if not smoke:
+            size = ("--model", "swin_b", "--batch", 64)
+        return script("cost", "--precision", precision, *size, *options, output=output)
+
+    def timed_cost(precision: str, limit_s: float, *options: object) -> Part:
+        file = f"cost_{'toy' if smoke else 'swin_b'}_{machine.slug}_{precision}"
+        files = (f"{file}.json", f"{file}.png", f"{file}_roofline.png")
+        if smoke:
+            options = ("--rounds", 2, "--methods", "gradnorm")
+        else:  # what does not fit is left out by cost.py itself, whose results are there by then
+            options = ("--rounds", 3, "--minutes", round(limit_s / 60 - 0.2, 2), *options)
+        command = cost(precision, files[0], *options, "--plot", folder / files[1])
+        what = f"the step's seconds, FLOPs and memory in {precision}"
+        return Part(f"cost_{precision}", what, [command], limit_s, trainer, files)
+
+    best, *others = machine.precisions
+    few = ("--methods", "natural", "gradnorm", "pgd_at", "gradnorm-paper", "--schedules", "exact")
+
+    # the compiler's output is judged without a GPU; one process a file: most of it is compiling
+    files = sorted(p.name for p in ROOT.glob("tests/kernels/test_*.py"))
+    correct = [tests(f"tests/kernels/{name}") for name in files if name != "test_builds.py"]
+    if smoke:
+        correct = [tests("tests/kernels/test_checks.py")]
+    what = "every op against its twin"
+    parts = [Part("kernel_tests", what, correct, 110, ("pytest", "numpy"))]
+
+    if not smoke:
+        least = ("--rounds", 1, "--round-seconds", 0.1, "--schedules", "exact")
+        least += ("--methods", "natural", "gradnorm", "pgd_at")
+        commands = [cost(p, f"logs/compile_{p}.json", *least) for p in machine.precisions]
+        what = "steps compiled into the cache on disk"
+        parts.append(Part("compile", what, commands, 110, trainer, beside=True))
+
+    first = timed_cost(best, 125)
+    parts.append(first)
+
+    files = (f"kernels_{machine.slug}.json", f"kernels_{machine.slug}.png")
+    size = ("--ops", "cross_entropy_index", "--stages", 4, "--batch-size", 2, "--rounds", 2)
+    options = (*(size if smoke else ("--minutes", 0.75, "--rounds", 20)), "--no-compile")
+    options += ("--plot", folder / files[1], *(("--commit", commit) if commit else ()))
+    command = script("kernels", *options, output=files[0])
+    parts.append(Part("kernels", "each op's time and bandwidth", [command], 60, ("numpy",), files))
+
+    parts += [timed_cost(precision, 55, *few) for precision in others if precision == "fp32"]
+
+    files = (f"memory_{'toy' if smoke else 'swin_b'}_{machine.slug}.json",)
+    options = ("--smoke",) if smoke else ("--precision", best, "--minutes", 0.7)
+    command = script("memory", *options, output=files[0])
+    what = "peak memory over the batch size"
+    parts.append(Part("memory", what, [command], 70, trainer, files))
+
+    parts += [timed_cost(precision, 45, *few) for precision in others if precision == "tf32"]
+
+    files = (f"precision_{machine.slug}.json",)
+    size = ("--seeds", 2, "--fd-steps", 0.01)
+    if smoke:
+        size = (*("--seeds", 1, "--batches", 1, "--batch-size", 2), "--fd-steps", 0.01)
+        size += ("--images", "random", "--networks", "tiny Swin")
+    command = script("precision", *size, output=files[0])
+    what = "the gradient's distance from float64"
+    parts.append(Part("precision", what, [command], 40, trainer, files))
+
+    files = (f"loader_{machine.slug}.json",)
+    options = ("--smoke",) if smoke else ("--cost", folder / first.files[0])
+    command = script("loader", *options, output=files[0])
+    what = "images a second of the loaders"
+    parts.append(Part("loader", what, [command], 20, (*trainer, "PIL"), files))
+
+    if not smoke:
+        parts += [timed_cost(p, 60, *few) for p in others if p not in ("fp32", "tf32")]
+        full = ("pytest", "pyautoattack", "sklearn", "tensorboard", "tomli_w", "tyro", *trainer)
+        what = "the tests marked gpu"
+        parts.append(Part("gpu_tests", what, [tests("-m", "gpu", "tests")], 120, full))
+    # toys are not timed
+    return [dataclasses.replace(p, beside=True, limit_s=300) for p in parts] if smoke else parts
+
+
+def run(
+    commands: Sequence[Sequence[str]], logs: Sequence[Path], limit_s: float, env: dict[str, str]
+) -> list[tuple[int | None, float]]:
+    """Python with each command's arguments, all at the same time and their output in `logs`: exit
+    statuses, None beyond the limit, and seconds. Nothing that they started is left behind."""
+    began = time.monotonic()
+    processes: list[subprocess.Popen] = []
+    ended: dict[int, tuple[int | None, float]] = {}
+    try:
+        for command, log in zip(commands, logs, strict=True):
+            with open(log, "wb") as out:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *command],
+                        cwd=ROOT,
+                        env=env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        while len(ended) < len(processes) and time.monotonic() < began + limit_s:
+            for index, process in enumerate(processes):
+                if index not in ended and process.poll() is not None:
+                    ended[index] = process.returncode, time.monotonic() - began
+            time.sleep(0.05)
+    finally:
+        for number, patience_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, number)  # also what outlived a process that has ended
+            for process in processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(patience_s)
+    return [ended.get(index, (None, limit_s)) for index in range(len(processes))]
+
+
+def last_lines(log: Path, number: int) -> list[str]:
+    """Of what a terminal would show: a progress bar's line is its last state."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in lines]
+    return [line[:300] for line in lines if line][-number:]
+
+
+def missing(names: Sequence[str]) -> list[str]:
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def environment_of_parts(folder: Path) -> dict[str, str]:
+    """The checkout first on the path, stand-ins for what is not installed last."""
+    stand_ins = folder / "stand_ins"
+    for name in missing(list(STAND_INS)):
+        stand_ins.mkdir(parents=True, exist_ok=True)
+        (stand_ins / f"{name}.py").write_text(STAND_INS[name].lstrip())
+    path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""), str(stand_ins)]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def digest_of_sources() -> str:
+    """Of all that a part may run: unlike a commit, it is known in a copy and changes with an
+    edit."""
+    digest = hashlib.sha256()
+    for room in ("benchmarks", "fastgn", "kernels", "tests"):
+        for path in sorted((ROOT / room).rglob("*")):
+            if path.suffix in (".py", ".toml"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit_of_checkout() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically; fastgn.checkpoint's needs more than torch."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """{} where there is none, or none that is whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+class Report:
+    """report.json of a folder, and the parts that it tells of."""
+
+    def __init__(self, folder: Path, machine: Machine, sources: str, commit: str | None):
+        self.folder = folder
+        self.key = {"sources": sources, "device": machine.device, "smoke": machine.smoke}
+        self.commit = commit
+        self.head = {
+            "notes": machine.notes,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "cuda": torch.version.cuda,
+        }
+        before = read_json(folder / "report.json").get("parts", [])
+        self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in before}
+
+    def same(self, part: Part) -> dict[str, Any] | None:
+        """What an earlier call says of the part, if it asked for the same."""
+        entry = self.entries.get(part.name)
+        key = self.key | {"commands": [list(command) for command in part.commands]}
+        if entry is None or any(entry.get(name) != value for name, value in key.items()):
+            return None
+        return entry
+
+    def add(self, part: Part, status: str, **more: Any) -> dict[str, Any]:
+        """status: ok, failed, timed out or skipped."""
+        entry = {"name": part.name, "what": part.what, "status": status, **more}
+        entry |= self.key | {
+            "commit": self.commit,
+            "commands": [list(command) for command in part.commands],
+            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        # an interrupted run must not forget what an earlier one had found out
+        if status != "skipped" or self.entries.get(part.name, {}).get("status") in (None, status):
+            self.entries[part.name] = entry
+        write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})
+        return entry
+
+    def run(self, parts: Sequence[Part], limit_s: float, env: dict[str, str]) -> list[dict]:
+        """Runs parts at the same time and says how each went."""
+        logs: list[list[Path]] = []
+        (self.folder / "logs").mkdir(exist_ok=True)
+        for part in parts:
+            if self.same(part) is None:  # what other sources or another device have left
+                for name in part.files:
+                    (self.folder / name).unlink(missing_ok=True)
+            names = [f"{part.name}_{i}" for i in range(len(part.commands))]
+            if len(names) == 1:
+                names = [part.name]
+            logs.append([self.folder / "logs" / f"{name}.log" for name in names])
+        commands = [command for part in parts for command in part.commands]
+        ended = iter(run(commands, sum(logs, []), limit_s, env))
+        entries = []
+        for part, its_logs in zip(parts, logs, strict=True):
+            codes, seconds = zip(*(next(ended) for _ in part.commands), strict=True)
+            status = "timed out" if None in codes else "failed" if any(codes) else "ok"
+            kept = [1 if code == 0 else LAST_LINES for code in codes]
+            entries.append(
+                self.add(
+                    part,
+                    status,
+                    seconds=round(max(seconds), 1),
+                    limit_s=round(limit_s, 1),
+                    exit_statuses=list(codes),
+                    last_lines=[last_lines(*each) for each in zip(its_logs, kept, strict=True)],
+                    files=[name for name in part.files if (self.folder / name).is_file()],
+                )
+            )
+        return entries
+
+
+def beside_predictions(folder: Path, device: str, results: Path = RESULTS) -> list[str]:
+    """What benchmarks/predict.py foretold of a compiled step, beside what cost.py measured."""
+    lines = []
+    for path in sorted(folder.glob("cost_*.json")):
+        measured = read_json(path)
+        predicted = read_json(results / f"predict_{measured.get('model')}.json")
+        cards = [key for key, gpu in predicted.get("gpus", {}).items() if gpu["name"] in device]
+        wanted = {
+            (row["method"], row["schedule"], row["precision"], row["kernels"]): row
+            for row in predicted.get("rows", ())
+            if row["gpu"] in cards and predicted["batch"] == measured["batch"]
+        }
+        for row in measured.get("rows", ()):
+            key = row["method"], row["schedule"] or "exact", row["precision"], measured["kernels"]
+            if row["compiled"] and row.get("images_per_s") and key in wanted:
+                roofline = wanted[key]["images_per_s"]
+                lines.append(
+                    f"{row['arm']}, {row['precision']}: {row['images_per_s']:.0f} images/s "
+                    f"measured, {roofline:.0f} predicted at the roofline "
+                    f"({100 * row['images_per_s'] / roofline:.0f} %)"
+                )
+    return lines
+
+
+def line_of(entry: dict[str, Any]) -> str:
+    """One line of the summary: each program's own last line says what it found."""
+    if entry["status"] == "skipped":
+        said = entry["reason"]
+    else:
+        last = [lines[-1] if lines else "no output" for lines in entry["last_lines"]]
+        said = "; ".join(line.strip("= ").partition(" -> ")[0] for line in last)
+    seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
+    return f"{entry['name']:16} {entry['status']:9} {seconds:>6}  {said}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder; default: runs/gpu_report_<device>")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all, by value")
+    parser.add_argument("--budget-s", type=float, default=530, help="for this call")
+    parser.add_argument("--limit-s", type=float, help="for a part; default: each its own")
+    parser.add_argument("--commit", help="to record where the checkout does not know its own")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, on any machine")
+    args = parser.parse_args()
+
+    began = time.monotonic()
+    machine = this_machine(args.smoke)
+    if machine.capability is None and not args.smoke:
+        print("gpu_report.py: error: no GPU here; --smoke runs toy sizes", file=sys.stderr)
+        return 2
+    folder = (args.output or ROOT / "runs" / f"gpu_report_{machine.slug}").resolve()
+    commit = commit_of_checkout() or args.commit
+    parts = parts_for(machine, folder, commit)
+    names = [part.name for part in parts]
+    for name in args.parts or ():
+        if name not in names:
+            print(f"gpu_report.py: error: --parts {name}: {', '.join(names)}", file=sys.stderr)
+            return 2
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report(folder, machine, digest_of_sources(), commit)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return carry_out(
+        report,
+        [part for part in parts if not args.parts or part.name in args.parts],
+        began=began,
+        budget_s=args.budget_s,
+        limit_s=args.limit_s,
+    )
+
+
+def carry_out(
+    report: Report, parts: Sequence[Part], *, began: float, budget_s: float, limit_s: float | None
+) -> int:
+    """Runs the parts in turn, prints the summary; 1 where a part failed or exceeded its limit."""
+    env = environment_of_parts(report.folder)
+    for note in report.head["notes"]:
+        print(note)
+    entries: list[dict[str, Any]] = []
+    groups: list[list[Part]] = []
+    for part in parts:
+        groups[-1].append(part) if part.beside and groups else groups.append([part])
+    for group in groups:
+        todo = []
+        left_s = budget_s - (time.monotonic() - began)
+        for part in group:
+            before, lacking = report.same(part), missing(part.needs)
+            if before is not None and before["status"] == "ok":
+                entries.append(before | {"status": "ok before"})
+            elif lacking:
+                reason = f"not installed: {', '.join(lacking)}"
+                entries.append(report.add(part, "skipped", reason=reason))
+            elif left_s < LEAST_S:
+                reason = f"no time left: {max(left_s, 0):.0f} of {budget_s:.0f} s"
+                entries.append(report.add(part, "skipped", reason=reason))
+            else:
+                print(f"{part.name}: {part.what} ...", flush=True)
+                todo.append(part)
+        if todo:
+            limits_s = [limit_s or part.limit_s for part in todo]
+            entries += report.run(todo, min(max(limits_s), left_s), env)
+        for entry in entries[-len(group) :]:
+            if entry["status"] in ("failed", "timed out"):
+                print(*[line for lines in entry["last_lines"] for line in lines], sep="\n")
+            print(line_of(entry), flush=True)
+    print(f"\n{report.key['device']}, commit {report.commit}, sources {report.key['sources']}")
+    print(*map(line_of, entries), sep="\n")
+    for line in [*beside_predictions(report.folder, report.key["device"]), *report.head["notes"]]:
+        print(line)
+    print(f"{time.monotonic() - began:.0f} s -> {report.folder}")
+    return int(any(entry["status"] in ("failed", "timed out") for entry in entries))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
