@@ -107,7 +107,185 @@ def kernels() -> str:
     return "\n\n".join(tables)
 
 
-TABLES = {"quickstart": quickstart, "compiled_step": compiled_step, "kernels": kernels}
+def plus_minus(value: dict | None, form: str) -> str:
+    """Mean and deviation as benchmarks/cost.py records them."""
+    return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
+
+
+def over_paper(row: dict, other: str) -> str:
+    """The paper's own ratio beside which ours stands."""
+    return f"{row['paper']['time_over'][other]:.2f}" if row["paper"] else ""
+
+
+COST_COLUMNS = {
+    "arm": lambda r: r["arm"] + (", compiled" if r["compiled"] else ""),
+    "precision": lambda r: r["precision"],
+    "passes": lambda r: f"{r['passes']:g}",
+    "GFLOP an image": lambda r: f"{r['flops_an_image'] / 1e9:.3g}",
+    "in forwards": lambda r: f"{r['forwards_by_count']:.2f}",
+    "s a batch": lambda r: plus_minus(r.get("seconds_a_batch"), ".4f"),
+    "images/s": lambda r: f"{r['images_per_s']:.0f}" if r.get("images_per_s") else "",
+    "time over natural": lambda r: plus_minus(r.get("time_over", {}).get("natural"), ".2f"),
+    "over PGD-3": lambda r: plus_minus(r.get("time_over", {}).get("pgd_at"), ".2f"),
+    "over the paper's PGD-3": lambda r: plus_minus(
+        r.get("time_over", {}).get("pgd_at-paper"), ".2f"
+    ),
+    "speed over the paper's way, fp32": lambda r: plus_minus(
+        r.get("times_as_fast_as", {}).get("gradnorm-paper, fp32"), ".2f"
+    ),
+    "FLOP utilisation": lambda r: (
+        f"{100 * r['flop_utilisation']:.0f} %" if "flop_utilisation" in r else ""
+    ),
+    "peak GiB": lambda r: f"{r['peak_bytes']['total'] / 2**30:.1f}" if r.get("peak_bytes") else "",
+    "J an image": lambda r: plus_minus(r.get("joules_an_image"), ".3f"),
+    "launches": lambda r: (
+        f"{r['launches']['count']:.0f}" if r.get("launches") and r["launches"]["count"] else ""
+    ),
+    "paper: passes": lambda r: f"{r['paper']['passes']}" if r["paper"] else "",
+    "paper: s a batch": lambda r: f"{r['paper']['seconds_a_batch']:.3f}" if r["paper"] else "",
+    "paper: over natural": lambda r: over_paper(r, "natural"),
+    "paper: over PGD-3": lambda r: over_paper(r, "pgd_at"),
+}
+"""Header -> an arm's cell; a column without any is left out."""
+
+
+def cost_table(record: dict) -> str:
+    """One run of benchmarks/cost.py."""
+    failed = [row for row in record["not_timed"] if row["failed"]]
+    rows = record["rows"] + [row for row in record["not_timed"] if row not in failed]
+    columns = {name: [cell(row) for row in rows] for name, cell in COST_COLUMNS.items()}
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    notes = [f"{record['model']}, {record['img_size']} px, batch {record['batch']}"]
+    if len(set(columns.get("precision", ()))) == 1:
+        notes[0] += f", {columns.pop('precision')[0]}"
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
+    if record["rows"]:
+        device, rounds = record["device"].replace("cpu", "CPU"), record["rounds"]
+        notes.append(f"{device}, mean ± deviation over {rounds} interleaved rounds")
+        launched = {row["launches"]["what"] for row in rows if row.get("launches")}
+        notes += [f"launches: {what}" for what in sorted(launched)]
+        if not record["meaningful_times"]:
+            notes.append("on a CPU, ratios mean something within this run alone")
+    else:
+        notes.append("counted, nothing timed")
+    notes.append("paper: arXiv 2409.20139, Table 3, Swin-B at 224 px in fp32 on 8 V100")
+    notes += [f"failed: {row['arm']}, {row['precision']}: {row['failed']}" for row in failed]
+    torch_version = record["versions"]["torch"]
+    source = f"torch {torch_version} (`benchmarks/results/{record['file']}`)."
+    return "\n".join([*lines, "", "; ".join([*notes, source])])
+
+
+def cost() -> str:
+    """What every arm costs, a table a run; empty while there is none."""
+    paths = sorted(RESULTS.glob("cost_*.json"))
+    return "\n\n".join(cost_table(json.loads(path.read_text())) for path in paths)
+
+
+def predict_table(record: dict, measured: list[dict]) -> str:
+    """One run of benchmarks/predict.py, and beside it what benchmarks/cost.py measured on a card of
+    the same name. measured: its records."""
+    same = ("model", "img_size", "batch", "kernels")
+    found = {
+        (r["device"], *(r[k] for k in same), row["arm"], row["precision"]): row
+        for r in measured
+        for row in r["rows"]
+        if row["compiled"]
+    }
+    columns = {
+        "card": lambda r, m: r["card"],
+        "arm": lambda r, m: r["arm"],
+        "precision": lambda r, m: r["precision"],
+        "kernels": lambda r, m: r["kernels"],
+        "launches": lambda r, m: f"{sum(r['launches'].values()):.0f}",
+        "measured launches": lambda r, m: (
+            f"{m['launches']['count']:.0f}" if m.get("launches") and m["launches"]["count"] else ""
+        ),
+        "MB an image": lambda r, m: f"{r['bytes_an_image'] / 1e6:.0f}",
+        "over natural": lambda r, m: (
+            f"{r['over_natural']['bytes_an_image']:.2f}" if r["over_natural"] else ""
+        ),
+        "GFLOP an image": lambda r, m: f"{r['flops_an_image'] / 1e9:.1f}",
+        "kept MB an image": lambda r, m: f"{r['kept_bytes_an_image'] / 1e6:.0f}",
+        "images/s at the roofline": lambda r, m: f"{r['images_per_s']:.0f}",
+        "measured images/s": lambda r, m: (
+            f"{m['images_per_s']:.0f}" if m.get("images_per_s") else ""
+        ),
+    }
+    pairs = []
+    for row in record["rows"]:
+        card = record["gpus"][row["gpu"]]["name"]
+        network = (record["model"], record["img_size"], record["batch"])
+        key = (card, *network, row["kernels"], row["arm"], row["precision"])
+        pairs.append((row | {"card": card}, found.get(key, {})))
+    cells = {name: [cell(*pair) for pair in pairs] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    lines = [f"| {' | '.join(cells)} |", f"| {' | '.join('---' for _ in cells)} |"]
+    lines += [f"| {' | '.join(values)} |" for values in zip(*cells.values(), strict=True)]
+    notes = [
+        "Predictions but for the columns named measured",
+        f"{record['model']}, {record['img_size']} px, batch {record['batch']}",
+        "over natural: bytes over those of natural with whichever kernels move fewer",
+        "an operator of fastgn_kernels counts as one launch",
+        *(f"{gpu['name']}: {gpu['source']}" for gpu in record["gpus"].values()),
+    ]
+    notes += [f"tried: {setting}" for setting in record["tried"]]
+    if any(row["extrapolated_from_depths"] for row in record["rows"]):
+        notes.append("deep networks extrapolated from shallow ones, see the record")
+    source = f"`benchmarks/results/{record['file']}`"
+    notes.append(f"torch {record['versions']['torch']} ({source}).")
+    return "\n".join([*lines, "", "; ".join(notes)])
+
+
+def predict() -> str:
+    """What arms would cost on cards that were not there; empty while there is no prediction."""
+    measured = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cost_*.json"))]
+    paths = sorted(RESULTS.glob("predict_*.json"))
+    return "\n\n".join(predict_table(json.loads(p.read_text()), measured) for p in paths)
+
+
+def precision() -> str:
+    """How far each arm's gradient is from float64, a table a device; empty while there is none."""
+    tables = []
+    for path in sorted(RESULTS.glob("precision_*.json")):
+        record = json.loads(path.read_text())
+        cases: dict[str, list[dict]] = {}
+        for case in record["cases"]:
+            state = f"after {case['trained_by']}" if case["trained_by"] else "untrained"
+            cases.setdefault(f"{case['network']}, {state}", []).append(case)
+        names = [row["arm"] for row in record["cases"][0]["arms"]]
+        lines = [f"| step | {' | '.join(cases)} |", f"| --- |{' --- |' * len(cases)}"]
+        for index, name in enumerate(names):
+            cells = []
+            for same in cases.values():
+                values = [case["arms"][index]["whole"] for case in same]
+                error, cosine = (
+                    statistics.fmean(value[key]["mean"] for value in values)
+                    for key in ("relative_error", "cosine")
+                )
+                cells.append(f"{error:.1e} ({cosine:.4f})")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        images = ", ".join(dict.fromkeys(case["images"] for case in record["cases"]))
+        number = values[0]["relative_error"]["n"]
+        lines.append("")
+        lines.append(
+            f"{record['device'].replace('cpu', 'CPU')}: relative L2 error (cosine) of all weights' "
+            f"gradient against the exact one in float64, mean over {number} batches of "
+            f"{record['batch_size']} for each kind of images ({images}); torch "
+            f"{record['versions']['torch']} (`benchmarks/results/{path.name}`)."
+        )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+TABLES = {
+    "quickstart": quickstart,
+    "compiled_step": compiled_step,
+    "kernels": kernels,
+    "cost": cost,
+    "predict": predict,
+    "precision": precision,
+}
 
 
 def render(text: str) -> str:

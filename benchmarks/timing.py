@@ -1,7 +1,9 @@
 """The only clock of the benchmarks: interleaved rounds, the device waited for, mean and spread."""
 
+import contextlib
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,19 +41,41 @@ FLUSH_BYTES = 4 << 30
 queues the call, so that the device does not wait for it inside the measurement."""
 
 
+def once(run: Callable[[], object]) -> float:
+    """Seconds of one call, the device waited for."""
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
 def interleaved(
-    arms: Mapping[str, Callable[[], object]], *, rounds: int, calls: int, warmup: int = 2
+    arms: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int | Mapping[str, int],
+    warmup: int = 2,
+    during: Callable[[str], contextlib.AbstractContextManager] = lambda name: (
+        contextlib.nullcontext()
+    ),
 ) -> dict[str, Timing]:
     """Times each arm in turn, round after round, so that drift of the machine falls on all
-    alike."""
+    alike.
 
-    def measure(run: Callable[[], object]) -> float:
+    calls: of an arm in a round, one number or each arm's own; during: what else watches an arm's
+    calls of a round. It enters and leaves with the device idle, outside the time taken.
+    """
+
+    def measure(name: str, run: Callable[[], object]) -> float:
+        times = calls if isinstance(calls, int) else calls[name]
         synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        synchronize()
-        return (time.perf_counter() - start) / calls
+        with during(name):
+            start = time.perf_counter()
+            for _ in range(times):
+                run()
+            synchronize()
+            return (time.perf_counter() - start) / times
 
     measured = _in_turn(arms, measure, rounds, warmup)
     return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}
@@ -69,7 +93,7 @@ def cold(
     free, _ = torch.cuda.mem_get_info()
     flush = torch.empty(min(FLUSH_BYTES, free // 8), dtype=torch.uint8, device="cuda")
 
-    def measure(run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def measure(name: str, run: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         start.record()
@@ -85,9 +109,39 @@ def cold(
     }
 
 
+class Marks:
+    """Instants within a call, taken where the work is done: by CUDA events, which the host does not
+    wait for, or else by the wall clock."""
+
+    def __init__(self) -> None:
+        self._instants: list[tuple[str, Any]] = []
+        self("start")
+
+    def __call__(self, name: str) -> None:
+        """What was done since the mark before was `name`."""
+        if torch.cuda.is_available():
+            instant: Any = torch.cuda.Event(enable_timing=True)
+            instant.record()
+        else:
+            instant = time.perf_counter()
+        self._instants.append((name, instant))
+
+    def seconds(self) -> dict[str, float]:
+        """Name -> seconds in all, in order of first appearance."""
+        synchronize()
+        total: dict[str, float] = {}
+        for (_, before), (name, after) in itertools.pairwise(self._instants):
+            if torch.cuda.is_available():
+                spent = before.elapsed_time(after) / 1e3
+            else:
+                spent = after - before
+            total[name] = total.get(name, 0.0) + spent
+        return total
+
+
 def _in_turn(
     arms: Mapping[str, Callable[[], object]],
-    measure: Callable[[Callable[[], object]], Any],
+    measure: Callable[[str, Callable[[], object]], Any],
     rounds: int,
     warmup: int,
 ) -> dict[str, list[Any]]:
@@ -101,7 +155,7 @@ def _in_turn(
     try:
         for _ in range(rounds):
             for name, run in arms.items():
-                measured[name].append(measure(run))
+                measured[name].append(measure(name, run))
     finally:
         gc.enable()
     return measured

@@ -24,8 +24,12 @@ from fastgn.objectives import Loss, Objective, natural, on_subset, without_penal
 SCHEDULES = ("exact", "exact-eager", "finite-difference", "central-difference", "lazy", "subset")
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-pure")
 
-TRACE_FLAG = "trace_autograd_ops"
-"""torch._dynamo.config: traces torch.autograd.grad instead of breaking the graph at it."""
+COMPILER = {
+    "trace_autograd_ops": True,  # torch.autograd.grad, instead of breaking the graph at it
+    "optimize_ddp": False,  # it would cut the graph between a gradient and its input
+    "recompile_limit": 64,  # of all losses of a process together: they share a function's code
+}
+"""torch._dynamo.config where a DoubleBackward runs."""
 
 
 @torch.library.custom_op("fastgn::leaf", mutates_args=())
@@ -72,8 +76,7 @@ class DoubleBackward(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         device = next((x.device for i, x in enumerate(inputs) if self._needs_leaf(i, x)), None)
         with (
-            # optimize_ddp would cut the graph at DDP's buckets, between a gradient and its input
-            torch._dynamo.config.patch({TRACE_FLAG: True, "optimize_ddp": False}),
+            torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(activation_memory_budget=self._budget),
         ):
             return self._compiled(self._token(device), *inputs)

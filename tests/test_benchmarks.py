@@ -54,7 +54,13 @@ def test_the_clock_interleaves_and_counts_calls() -> None:
     assert len(timings["long"].rounds) == 3 and timings["long"].median >= 0.02
 
 
-@pytest.mark.parametrize("script", ["compiled_step.py", "kernels.py", "quickstart.py", "tables.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("compiled_step.py", "cost.py", "gpu_report.py", "kernels.py", "loader.py", "memory.py"),
+        *("memory_budget.py", "precision.py", "predict.py", "quickstart.py", "tables.py"),
+    ],
+)
 def test_scripts_say_what_they_do(script: str) -> None:
     out = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), "--help"],
