@@ -77,7 +77,12 @@ class DoubleBackward(nn.Module):
         device = next((x.device for i, x in enumerate(inputs) if self._needs_leaf(i, x)), None)
         with (
             torch._dynamo.config.patch(COMPILER),
-            torch._functorch.config.patch(activation_memory_budget=self._budget),
+            torch._functorch.config.patch(
+                activation_memory_budget=self._budget,
+                # what B and B' share is otherwise kept as well as its own inputs: a fifteenth of
+                # the bytes that gradnorm moves (benchmarks/NOTES.md)
+                ban_recompute_used_far_apart=False,
+            ),
         ):
             return self._compiled(self._token(device), *inputs)
 
