@@ -138,15 +138,17 @@ def _window_attention_fwd_kernel(
 
 @triton.jit
 def _window_attention_bwd_kernel(
-    go_ptr, qkv_ptr, added_ptr, gqkv_ptr, partial_ptr, windows, masks, HEADS: tl.constexpr,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
+    go_ptr, qkv_ptr, more_ptr, added_ptr, gqkv_ptr, partial_ptr, windows, masks,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    HAS_MORE: tl.constexpr,
 ):  # fmt: skip
     head, strip = tl.program_id(0), tl.program_id(1)
     none, nothing = tl.zeros((BLOCK_N, BLOCK_D), WIDE), tl.zeros((BLOCK_N, BLOCK_N), WIDE)
     for window in range(strip, windows, tl.num_programs(1)):
         qkv, go_at = _at(window, head, qkv_ptr, go_ptr, HEADS, TOKENS, DIM)
         gqkv, _ = _at(window, head, gqkv_ptr, go_ptr, HEADS, TOKENS, DIM)
+        more, _ = _at(window, head, more_ptr, go_ptr, HEADS, TOKENS, DIM)
         s = nothing
         gp = nothing
         for c in range(0, DIM, BLOCK_D):
@@ -159,6 +161,8 @@ def _window_attention_bwd_kernel(
         for c in range(0, DIM, BLOCK_D):
             go = _load(go_at, 0, c, 1, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             gv = _wide_dot(p, go, none, TRANSPOSED=True)
+            if HAS_MORE:
+                gv += _load(more, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             _store(gqkv, gv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             v = _load(qkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             gp = _dot(go, tl.trans(v), gp)
@@ -170,9 +174,13 @@ def _window_attention_bwd_kernel(
         for c in range(0, DIM, BLOCK_D):
             k = _load(qkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             gq = _wide_dot(gs, k, none) * SCALE
+            if HAS_MORE:
+                gq += _load(more, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             _store(gqkv, gq, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             q = _load(qkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             gk = _wide_dot(gs, q, none, TRANSPOSED=True) * SCALE
+            if HAS_MORE:
+                gk += _load(more, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
             _store(gqkv, gk, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
 
 
@@ -355,22 +363,23 @@ def _forward_plain(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale:
 
 
 def _backward(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
-    weight_grads: bool,
+    go: Tensor, qkv: Tensor, more: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(gqkv, gbias); the last is empty without weight_grads."""
+    """(gqkv + more, gbias); the last is empty without weight_grads."""
     learned = bias if weight_grads else None
     if not _kernel_runs(qkv):
-        return _backward_plain(go, qkv, bias, mask, scale, learned)
+        return _backward_plain(go, qkv, more, bias, mask, scale, learned)
     gqkv, gbias = _outputs(qkv)[0], _bias_output(qkv, learned)
     if not qkv.numel():
         return gqkv, gbias.zero_()
-    added = _added(qkv, bias, mask)
+    added, packed = _added(qkv, bias, mask), _packed(qkv)
     grid = _grid(qkv, mask)
     sums = _partials(qkv, learned, grid)
     _window_attention_bwd_kernel[grid](
-        _single(go), _packed(qkv), added, gqkv, sums, qkv.shape[1], added.shape[0],
-        **_constants(qkv, scale), BIAS_GRAD=learned is not None,
+        _single(go), packed, packed if more is None else _packed(more), added, gqkv, sums,
+        qkv.shape[1], added.shape[0], **_constants(qkv, scale), BIAS_GRAD=learned is not None,
+        HAS_MORE=more is not None,
     )  # fmt: skip
     return gqkv, gbias if learned is None else _sum(sums, learned)
 
@@ -387,8 +396,8 @@ def _sum(partials: Tensor, learned: Tensor) -> Tensor:
 
 
 def _backward_plain(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
-    learned: Tensor | None,
+    go: Tensor, qkv: Tensor, more: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    scale: float, learned: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = qkv.to(wide(qkv.dtype))
     go = go.to(q.dtype)
@@ -400,6 +409,8 @@ def _backward_plain(
         gqkv.unbind(), (scale * gs @ k, scale * gs.mT @ q, p.mT @ go), strict=True
     ):
         into.copy_(value)
+    if more is not None:
+        gqkv += more
     gbias = _bias_output(qkv, learned)
     return gqkv, gbias if learned is None else gbias.copy_(gs.sum(0))
 
@@ -452,19 +463,27 @@ def _backward_backward_plain(
     return ggo, gqkv, gbias if learned is None else gbias.copy_(sb.sum(0))
 
 
+def _stand_in(qkv: Tensor) -> Tensor:
+    """One element of memory in the shape of qkv. The backward depends on qkv through it, so that
+    what the second derivative has for qkv comes to the last backward, whose kernel adds it to its
+    own in passing, and not beside it: Inductor's sum took 15 passes over the width of a block, the
+    last kernel takes 3."""
+    return qkv.new_zeros(1).expand(qkv.shape)
+
+
 @define("fastgn::window_attention")
 def _window_attention(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
-) -> Tensor:
-    return _forward(qkv, bias, mask, scale)
+) -> tuple[Tensor, Tensor]:
+    return _forward(qkv, bias, mask, scale), _stand_in(qkv)
 
 
 @define("fastgn::window_attention_bwd")
 def _window_attention_bwd(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
-    weight_grads: bool,
+    go: Tensor, qkv: Tensor, stand_in: Tensor | None, more: Tensor | None, bias: Tensor | None,
+    mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _backward(go, qkv, bias, mask, scale, weight_grads)
+    return _backward(go, qkv, more, bias, mask, scale, weight_grads)
 
 
 @define("fastgn::window_attention_bwd_bwd")
@@ -476,14 +495,14 @@ def _window_attention_bwd_bwd(
 
 
 @_window_attention.register_fake
-def _(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    return _outputs(qkv)[1]
+def _(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    return _outputs(qkv)[1], _stand_in(qkv)
 
 
 @_window_attention_bwd.register_fake
 def _(
-    go: Tensor, qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float,
-    weight_grads: bool,
+    go: Tensor, qkv: Tensor, stand_in: Tensor | None, more: Tensor | None, bias: Tensor | None,
+    mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _outputs(qkv)[0], _bias_output(qkv, bias if weight_grads else None)
 
@@ -497,9 +516,15 @@ def _(
     return ggo, gqkv, _bias_output(qkv, bias if weight_grads else None)
 
 
-def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor) -> tuple:
-    qkv, bias, mask = saved
-    gqkv, gbias = _window_attention_bwd(go, qkv, bias, mask, options[-1], wanted[1])
+def _differentiate(
+    options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor | None, more: Tensor | None
+) -> tuple:
+    qkv, bias, mask, stand_in = saved
+    if go is None:
+        return more, None, None, None
+    if not torch.is_grad_enabled():
+        stand_in = None  # the last backward
+    gqkv, gbias = _window_attention_bwd(go, qkv, stand_in, more, bias, mask, options[-1], wanted[1])
     return gqkv, gbias if wanted[1] else None, None, None
 
 
@@ -508,24 +533,26 @@ def _differentiate_twice(
     vqkv: Tensor | None, vbias: Tensor | None,
 ) -> tuple:  # fmt: skip
     go, qkv, bias, mask = saved
-    vqkv = torch.zeros_like(qkv) if vqkv is None else vqkv
+    filled = torch.zeros_like(qkv) if vqkv is None else vqkv
     scale, had_bias_grad = options[-2:]
     ggo, gqkv, gbias = _window_attention_bwd_bwd(
-        vqkv, vbias if had_bias_grad else None, go, qkv, bias, mask, scale, wanted[2]
+        filled, vbias if had_bias_grad else None, go, qkv, bias, mask, scale, wanted[4]
     )
-    return ggo, gqkv, gbias if wanted[2] else None, None, None, None
+    to_qkv = (None, gqkv) if wanted[2] else (gqkv, None)
+    to_more, to_bias = vqkv if wanted[3] else None, gbias if wanted[4] else None
+    return ggo, *to_qkv, to_more, to_bias, None, None, None
 
 
 differentiable(
     _window_attention,
     "window_attention",
-    save=lambda inputs, o: inputs[:3],
+    save=lambda inputs, outputs: (*inputs[:3], outputs[1]),
     backward=_differentiate,
 )
 differentiable(
     _window_attention_bwd,
     "window_attention",
-    save=lambda inputs, outputs: inputs[:4],
+    save=lambda inputs, outputs: (*inputs[:2], *inputs[4:6]),
     backward=_differentiate_twice,
 )
 no_third_derivative(_window_attention_bwd_bwd, "window_attention")
@@ -573,7 +600,7 @@ def window_attention_qkvpacked(
         q, k, v = qkv.unbind()
         return reference.window_attention(q, k, v, bias, mask, scale)
     no_forward_mode(name, qkv, bias, mask)
-    return _window_attention(qkv, bias, mask, scale)
+    return _window_attention(qkv, bias, mask, scale)[0]
 
 
 def window_attention(

@@ -248,9 +248,11 @@ def test_opcheck(count: int, biased: bool, layout: str) -> None:
     ops = torch.ops.fastgn
     checks.check_opcheck(ops.window_attention.default, (*grads, *rest[1:]))
     gos = go.clone().requires_grad_()
+    more = vqkv.clone().requires_grad_()
     for weight_grads in {False, biased}:
-        arguments = (gos, *grads, *rest[1:], weight_grads)
-        checks.check_opcheck(ops.window_attention_bwd.default, arguments)
+        for added in (None, more):
+            arguments = (gos, grads[0], None, added, grads[1], *rest[1:], weight_grads)
+            checks.check_opcheck(ops.window_attention_bwd.default, arguments)
     for v in (None, vbias) if biased else (None,):
         arguments = (vqkv, v, go, qkv, *rest, biased and v is None)
         checks.check_opcheck(ops.window_attention_bwd_bwd.default, arguments)
@@ -278,11 +280,32 @@ def test_layouts(tokens: int) -> None:
             t = {name: same(x) for name, x in lies.items()}
             rest = (t["qkv"], t["bias"], t["mask"], 0.5)
             results.append([
-                module._window_attention(*rest),
-                *module._window_attention_bwd(t["go"], *rest, True),
+                module._window_attention(*rest)[0],
+                *module._window_attention_bwd(
+                    t["go"], t["qkv"], None, t["vqkv"], *rest[1:], True
+                ),
                 *module._window_attention_bwd_bwd(t["vqkv"], t["vbias"], t["go"], *rest, True),
             ])  # fmt: skip
         assert_close(*results, rtol=1e-12, atol=1e-12, check_stride=False)
+
+
+def test_the_last_backward_adds_what_the_second_derivative_left() -> None:
+    """Its kernel does: the gradient of qkv comes from one operator, not from a sum of two."""
+    (qkv,) = checks.leaves([random(3, 2, 1, 3, 4)])
+    y = module.window_attention_qkvpacked(qkv)
+    (gx,) = torch.autograd.grad((y * y).sum(), qkv, create_graph=True)
+    called = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.fastgn.window_attention_bwd.default:
+                called.append(args)
+            return func(*args, **kwargs or {})
+
+    with Record():
+        torch.autograd.grad((gx * gx).sum() + y.sum(), qkv)
+    ((_, _, stand_in, more, *_),) = called
+    assert stand_in is None and more.shape == qkv.shape
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -533,9 +556,9 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
         if order:
             right = torch.autograd.grad(right, xs, go_, create_graph=True)
         if order == 0:
-            ours = [module._window_attention(qkv, bias, None, 0.125)]
+            ours = [module._window_attention(qkv, bias, None, 0.125)[0]]
         elif order == 1:
-            ours = module._window_attention_bwd(go, qkv, bias, None, 0.125, True)
+            ours = module._window_attention_bwd(go, qkv, None, None, bias, None, 0.125, True)
         else:
             rest = (go, qkv, bias, None, 0.125, True)
             ours = module._window_attention_bwd_bwd(vqkv, None, *rest)
