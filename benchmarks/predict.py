@@ -435,8 +435,10 @@ def _is_output(buffer: Any) -> bool:
 
 def repetitions(lowering: Any) -> Counter[str]:
     """Name of a buffer -> bytes that Inductor counts for it and that are not there: an expanded
-    tensor repeats its elements. Those of an operator's outputs count for the operator, too."""
+    tensor repeats its elements. Those of an operator's outputs count for the operator, too, but for
+    outputs that nothing reads: Inductor counts no byte of them."""
     found: Counter[str] = Counter()
+    alive = {name for node in lowering.scheduler.nodes for name in node.get_buffer_names()}
     for name, buffer in {**lowering.graph_inputs, **lowering.name_to_buffer}.items():
         if not hasattr(buffer, "has_tensor_output") or not buffer.has_tensor_output():
             continue
@@ -444,7 +446,7 @@ def repetitions(lowering: Any) -> Counter[str]:
         for side in buffer.get_size():
             count *= int(side)
         found[name] = count * buffer.get_dtype().itemsize - nbytes(buffer)
-        if _is_output(buffer):
+        if _is_output(buffer) and name in alive:
             found[buffer.inputs[0].get_name()] += found[name]
     return found
 
@@ -564,7 +566,7 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
             ramp = torch.ones((), device=CUDA)
             for module in (*step._losses.modules(), step._attack):
                 if isinstance(module, DoubleBackward):
-                    module._token(CUDA)
+                    module._token(images)
         for update in range(arm.cycle):
             step([(images, targets)], ramp, update)
     torch._dynamo.reset()

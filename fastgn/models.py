@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -108,6 +109,38 @@ class ModelReport:
         return out
 
 
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose windows do not overlap, as one matrix product: cuDNN's derivatives of a
+    convolution of 3 channels are slow, and its layout has to be turned for what follows; of a
+    product, a compiled step drops what it does not need."""
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """As nn.Conv2d; the result is channels-last."""
+        batch, channels, height, width = images_BCHW.shape
+        p, q = (int(side) for side in self.kernel_size)
+        if height % p or width % q:
+            return super().forward(images_BCHW)
+        windows = images_BCHW.reshape(batch, channels, height // p, p, width // q, q)
+        windows = windows.permute(0, 2, 4, 1, 3, 5).reshape(
+            batch, height // p, width // q, channels * p * q
+        )
+        return F.linear(windows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def multiply_patches(module: nn.Module) -> int:
+    """Makes the patch embeddings in `module` matrix products, in place; returns how many."""
+    found = [
+        m
+        for m in module.modules()
+        if type(m) is nn.Conv2d
+        and m.kernel_size == m.stride != (1, 1)
+        and (m.padding, m.dilation, m.groups) == ((0, 0), (1, 1), 1)
+    ]
+    for convolution in found:
+        convolution.__class__ = PatchConv2d
+    return len(found)
+
+
 def kernels_for(choice: str, device: torch.device) -> str:
     """--kernels for a device: "triton" or "reference". Raises UserError."""
     check(
@@ -153,6 +186,7 @@ def build_model(
         from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
 
         fused, not_fused = swap_modules(backbone)
+        multiply_patches(backbone)
         report = dataclasses.replace(report, fused=fused, not_fused=not_fused)
     return model, report
 

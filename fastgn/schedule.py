@@ -32,20 +32,26 @@ COMPILER = {
 """torch._dynamo.config where a DoubleBackward runs."""
 
 
-@torch.library.custom_op("fastgn::leaf", mutates_args=())
+@torch.library.custom_op("fastgn::zero", mutates_args=())
+def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
+    """One zero, expanded to `shape`, that requires grad because `token` does, and whose own
+    gradient nobody computes."""
+    return token.new_zeros(1).expand(shape)
+
+
+@zero.register_fake
+def _zero_fake(token: Tensor, shape: Sequence[int]) -> Tensor:
+    return token.new_empty(1).expand(shape)
+
+
+zero.register_autograd(lambda ctx, grad: (None, None))
+
+
 def leaf(x: Tensor, token: Tensor) -> Tensor:
-    """A copy of `x` that requires grad because `token` does, and whose gradient nobody computes:
-    ``requires_grad_()`` cannot stand inside a compiled graph, and for a leaf made outside the
-    backward computes and keeps a gradient."""
-    return x.clone()
-
-
-@leaf.register_fake
-def _leaf_fake(x: Tensor, token: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-leaf.register_autograd(lambda ctx, grad: (None, None))
+    """`x`, to be differentiated by: ``requires_grad_()`` cannot stand inside a compiled graph, and
+    for a leaf made outside the backward computes and keeps a gradient. The sum fuses with what
+    comes next."""
+    return x + zero(token, x.shape)
 
 
 class DoubleBackward(nn.Module):
@@ -57,7 +63,7 @@ class DoubleBackward(nn.Module):
         super().__init__()
         self.module = module
         self._budget = budget
-        self._tokens: dict[torch.device, Tensor] = {}
+        self._tokens: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
         def needs_leaf(index: int, value: Any) -> bool:
             wanted = differentiate is None or index in differentiate
@@ -65,8 +71,9 @@ class DoubleBackward(nn.Module):
                 return False
             return value.is_floating_point()
 
-        def on_leaves(token: Tensor | None, *inputs: Any) -> Any:
-            leaves = (leaf(x, token) if needs_leaf(i, x) else x for i, x in enumerate(inputs))
+        def on_leaves(tokens: list[Tensor], *inputs: Any) -> Any:
+            left = iter(tokens)
+            leaves = (leaf(x, next(left)) if needs_leaf(i, x) else x for i, x in enumerate(inputs))
             return module(*leaves)
 
         self._needs_leaf = needs_leaf
@@ -74,7 +81,7 @@ class DoubleBackward(nn.Module):
         self._compiled = torch.compile(on_leaves, fullgraph=True, dynamic=False, **options)
 
     def forward(self, *inputs: Any) -> Any:
-        device = next((x.device for i, x in enumerate(inputs) if self._needs_leaf(i, x)), None)
+        tokens = [self._token(x) for i, x in enumerate(inputs) if self._needs_leaf(i, x)]
         with (
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
@@ -84,12 +91,13 @@ class DoubleBackward(nn.Module):
                 ban_recompute_used_far_apart=False,
             ),
         ):
-            return self._compiled(self._token(device), *inputs)
+            return self._compiled(tokens, *inputs)
 
-    def _token(self, device: torch.device | None) -> Tensor | None:
-        if device is not None and device not in self._tokens:
-            self._tokens[device] = torch.zeros((), device=device, requires_grad=True)
-        return self._tokens[device] if device is not None else None
+    def _token(self, x: Tensor) -> Tensor:
+        key = x.device, x.dtype
+        if key not in self._tokens:
+            self._tokens[key] = torch.zeros((), device=x.device, dtype=x.dtype, requires_grad=True)
+        return self._tokens[key]
 
 
 def compile_double_backward(
