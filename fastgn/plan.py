@@ -393,7 +393,7 @@ class Plan:
             f"schedule {cost.schedule}, {cost.precision}: {cost.passes.paper:g} passes, "
             f"{cost.flops / 1e9:.4g} GFLOP an image, {cost.flops * images / 1e12:.4g} TFLOP an "
             f"update of {images} images",
-            f"plan: micro-batches {how}; predicted peak {self.peak_bytes / 2**30:.2f} GiB, "
+            f"plan: micro-batches {how}; predicted peak {memory(self.peak_bytes)}, "
             f"{self.seconds:.3g} s an update",
         ]
 
@@ -401,8 +401,13 @@ class Plan:
         """The measured beside the predicted; no peak where the device does not tell."""
         peak = ""
         if peak_bytes is not None:
-            peak = f"peak {peak_bytes / 2**30:.2f} GiB (predicted {self.peak_bytes / 2**30:.2f}), "
+            peak = f"peak {memory(peak_bytes)} (predicted {memory(self.peak_bytes)}), "
         return f"plan: measured {peak}{seconds:.3g} s an update (predicted {self.seconds:.3g})"
+
+
+def memory(bytes_: float) -> str:
+    """In GiB, or MiB where that says more."""
+    return f"{bytes_ / 2**30:.2f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.3g} MiB"
 
 
 def relations(cost: StepCost) -> Relations:
@@ -478,7 +483,7 @@ def too_little(cost: StepCost, least: float, free_bytes: int, compiled: bool) ->
     if not compiled:
         tries.append("--compile on")
     return (
-        f"--schedule auto: one image at a time needs {least / 2**30:.2f} GiB of device memory, and "
-        f"of {free_bytes / 2**30:.2f} GiB free {MARGIN:.0%} stay in reserve; try "
+        f"--schedule auto: one image at a time needs {memory(least)} of device memory, and "
+        f"of {memory(free_bytes)} free {MARGIN:.0%} stay in reserve; try "
         f"{', '.join(tries)}, or free what else is on the device"
     )

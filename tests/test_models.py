@@ -1,6 +1,7 @@
 """Names, normalisation, activations, attention, kernels, and weights from elsewhere."""
 
 import json
+import math
 import os
 import pickle
 import time
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from fastgn import evaluate, models, train
 from fastgn.checkpoint import find_checkpoint, load_checkpoint
 from fastgn.config import ArchitectureConfig, UserError
-from fastgn.models import Classifier, ModelReport, build_model
+from fastgn.models import Classifier, ModelReport, build_model, multiply_patches
 from fastgn.objectives import gradnorm, piecewise_linear_warning
 from fastgn.preact_resnet import PreActResNet18
 
@@ -529,3 +530,50 @@ def test_pretrained_without_a_hub_is_one_line_and_soon(monkeypatch, tmp_path):
     assert line.startswith("--pretrained: no weights of resnet18 from the hub (")
     assert line.endswith("fetch them elsewhere and give --initial-checkpoint FILE")
     assert constants.HF_HUB_OFFLINE
+
+
+# patch embeddings as products
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 16), (2, 3, 16, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_patch_embedding_as_a_product_is_the_convolution(shape: tuple, bias: bool) -> None:
+    """Values and first and second derivatives, in float64; the weights keep their place."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 5, 4, 4, bias=bias)).double()
+    keys = list(module.state_dict())
+    results = []
+    for product in (False, True):
+        if product:
+            assert multiply_patches(module) == 1
+        x = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).reshape(shape)
+        x.requires_grad_()
+        y = module(x)
+        (grad,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        module.zero_grad()
+        grad.square().sum().backward()
+        results.append([y, grad, *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert list(module.state_dict()) == keys
+    assert len(results[0]) == len(results[1]) == 3 + bias
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_which_convolutions_are_patch_embeddings() -> None:
+    """Windows that overlap, leave gaps or are padded are not; a size that does not divide takes the
+    convolution, which leaves out the rest."""
+    others = [
+        nn.Conv2d(3, 4, 4, 2),
+        nn.Conv2d(3, 4, 2, 4),
+        nn.Conv2d(3, 4, 4, 4, padding=1),
+        nn.Conv2d(4, 4, 4, 4, groups=2),
+        nn.Conv2d(3, 4, 2, 2, dilation=2),
+        nn.Conv2d(3, 4, 1, 1),
+    ]
+    assert multiply_patches(nn.ModuleList(others)) == 0
+    patches = nn.Conv2d(3, 4, (4, 2), (4, 2))
+    x = torch.rand(2, 3, 17, 9)
+    expected = patches(x)
+    assert multiply_patches(nn.ModuleList([patches])) == 1
+    assert expected.shape == (2, 4, 4, 4) and torch.equal(patches(x), expected)
+    torch.testing.assert_close(patches(x[:, :, :16, :8]), expected)

@@ -375,7 +375,7 @@ def test_what_a_plan_prints() -> None:
         "plan: micro-batches 2 x 6, eager; predicted peak 13.00 GiB, 0.0242 s an update"
     )
     assert plan.measured(13 * GIB // 2, 0.05) == (
-        "plan: measured peak 6.50 GiB (predicted 13.00), 0.05 s an update (predicted 0.0242)"
+        "plan: measured peak 6.50 GiB (predicted 13.00 GiB), 0.05 s an update (predicted 0.0242)"
     )
     assert plan.measured(None, 0.05) == "plan: measured 0.05 s an update (predicted 0.0242)"
     assert "activation memory budget" in planned(100, compiled=True).lines()[1]
