@@ -326,7 +326,18 @@ class StepConfig:
             not self.cuda_graphs or (self.compile != "off" and self.schedule != "exact-eager"),
             "--cuda-graphs replays compiled graphs: leave out --compile off and exact-eager",
         )
-        check(self.fd_step > 0, f"--fd-step {self.fd_step} must be positive")
+        check(0 < self.fd_step < math.inf, f"--fd-step {self.fd_step} must be positive and finite")
+        if self.schedule == "auto":
+            check(
+                self.accumulation != "sum",
+                "--schedule auto splits the batch itself, and --accumulation sum weighs it by its "
+                "parts: use --accumulation mean, or --schedule exact",
+            )
+            check(
+                self.activation_memory_budget == 1,
+                f"--schedule auto picks the budget: leave out --activation-memory-budget "
+                f"{self.activation_memory_budget}",
+            )
         check(self.lazy_interval > 0, f"--lazy-interval {self.lazy_interval} must be at least 1")
         check(
             0 < self.subset_fraction <= 1,

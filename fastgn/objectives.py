@@ -209,7 +209,10 @@ def without_penalty(objective: Objective) -> Objective:
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         plain = natural(model, images_BCHW, targets)
-        return plain._replace(total=objective.ce_weight * plain.total)
+        # not a penalty of 0: it is not taken
+        return plain._replace(
+            total=objective.ce_weight * plain.total, penalty=torch.full_like(plain.ce, torch.nan)
+        )
 
     return Objective(loss, ce_weight=objective.ce_weight)
 

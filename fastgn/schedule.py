@@ -72,8 +72,13 @@ class DoubleBackward(nn.Module):
             return value.is_floating_point()
 
         def on_leaves(tokens: list[Tensor], *inputs: Any) -> Any:
-            left = iter(tokens)
-            leaves = (leaf(x, next(left)) if needs_leaf(i, x) else x for i, x in enumerate(inputs))
+            left, leaves = iter(tokens), list(inputs)
+            for index, x in enumerate(inputs):
+                if needs_leaf(index, x):
+                    token = next(left)
+                    before = [j for j in range(index) if inputs[j] is x and needs_leaf(j, x)]
+                    # a tensor given twice is one variable
+                    leaves[index] = leaves[before[0]] if before else leaf(x, token)
             return module(*leaves)
 
         self._needs_leaf = needs_leaf
@@ -134,8 +139,9 @@ class Schedule:
     """exact: double backprop, one compiled graph; exact-eager: the same by PyTorch's eager engine.
     finite-difference: (CE(x + h d) - CE(x)) / h with d the signs of the input gradient (Finlay &
     Oberman 2019), which needs no double backprop; central-difference: (CE(x + h d) - CE(x - h d)) /
-    2h. lazy: every lazy_interval-th update has the penalty, that many times as strong (Karras et
-    al. 2020). subset: the first subset_fraction of the images has it."""
+    2h; BatchNorm in train mode sees all these points. lazy: every lazy_interval-th update has the
+    penalty, that many times as strong (Karras et al. 2020). subset: the first subset_fraction of
+    the images has it."""
     fd_step: float = 1e-2
     """h, in normalised units."""
     lazy_interval: int = 4
@@ -240,17 +246,21 @@ def in_precision(model: Any, precision: str) -> Any:
 class InBfloat16:
     """A classifier's (`normalize`, `backbone`) network in bf16 throughout, its gradients in fp32.
 
-    Weights and buffers are cast where the step begins, so that what the optimizer moves stays fp32;
-    BatchNorm keeps its own in fp32. Images and logits are fp32. LayerNorm's statistics, softmax and
-    sums are PyTorch's (or fastgn_kernels') fp32 inside the operators.
+    Weights and buffers are cast where a forward begins, so that what the optimizer moves stays
+    fp32; BatchNorm keeps its own in fp32 (what a forward writes into other buffers is lost). Images
+    and logits are fp32. LayerNorm's statistics, softmax and sums are PyTorch's (or
+    fastgn_kernels') fp32 inside the operators.
     """
 
     def __init__(self, model: Any):
         self.model = model
+
+    def weights(self) -> dict[str, Tensor]:
+        model = self.model
         norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
         named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
-        self.weights = {
+        return {
             name: t.to(torch.bfloat16)
             for name, t in named
             if t.is_floating_point() and id(t) not in kept
@@ -261,7 +271,7 @@ class InBfloat16:
 
     def backbone(self, images_BCHW: Tensor) -> Tensor:
         images = images_BCHW.to(torch.bfloat16)
-        return functional_call(self.model.backbone, self.weights, (images,)).float()
+        return functional_call(self.model.backbone, self.weights(), (images,)).float()
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         return self.backbone(self.normalize(images_BCHW))
@@ -283,9 +293,24 @@ def unsupported(precision: str, device: torch.device) -> str | None:
 def matmul_precision(precision: str) -> Iterator[None]:
     """TF32 products and convolutions for "tf32", for all else those of full fp32: by default
     PyTorch multiplies in fp32 and convolves in TF32."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    tf32 = precision == "tf32"
+    before: tuple[Any, Any]
+    try:
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # PyTorch's newer settings are in use, which do not mix with these
+        settings: tuple[Any, Any]
+        settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = settings[0].fp32_precision, settings[1].fp32_precision
+        for setting in settings:
+            setting.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            yield
+        finally:
+            for setting, value in zip(settings, before, strict=True):
+                setting.fp32_precision = value
+        return
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
@@ -316,8 +341,9 @@ class Step:
     precision: fp32; tf32; bf16, by autocast; bf16-pure, see InBfloat16.
     micro_batch: images that go through the network at a time, a divisor of every batch's; None:
     the batch. A torch.OutOfMemoryError halves it, and the update is made again from its beginning,
-    with the same random numbers: nothing of it is lost. Of several processes all do so together, if
-    one of them has run out during the first update that they make at that size; later it raises.
+    with the same random numbers: nothing of it is lost. It raises where gradients from before the
+    call would be; and of several processes, which halve together in their first updates at a size
+    (two, and one of each of a schedule's losses), after those.
     cuda_graphs: replay each graph as one launch; compiled steps on CUDA alone.
     agree: (whether this process failed) -> whether any did, for several processes.
     Raises ValueError where the schedule does not fit the objective.
@@ -363,6 +389,8 @@ class Step:
         self._agree = agree
         self._proven = not distributed or agree is None or attack_weight_grads
         """Whether an update may begin its collectives without knowing that all can finish it."""
+        self._whole: set[str] = set()
+        """The losses of the updates that all processes have finished at this size."""
         self.device = next(model.parameters()).device
         self._weights = [p for p in model.parameters() if p.requires_grad]
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -422,7 +450,9 @@ class Step:
         if self.distributed and (self.objective.perturb is not None or not self._proven):
             for buffer in self._statistics:  # each rank's own until DDP's forward: not soon enough
                 torch.distributed.broadcast(buffer, src=0)
+        held = any(p.grad is not None for p in self._weights)
         while True:
+            self._tried: set[str] = set()
             randomness = Randomness(self.device)
             statistics = [b.clone() for b in self._statistics]
             try:
@@ -434,11 +464,13 @@ class Step:
             if self._proven or self._agree is None:
                 if failed is None:
                     return loss
-                if self.distributed:
+                if self.distributed or held:  # with gradients of before, which are lost as well
                     raise torch.OutOfMemoryError(failed)
             elif not self._agree(failed is not None):
                 self._reduce_gradients()
-                self._proven = True
+                # the first update is followed by the optimizer's allocating its state
+                self._proven = self._whole == {*self._losses}
+                self._whole |= self._tried
                 return loss
             self._halve(len(batches[0][0]), failed or "another process ran out of memory")
             randomness.restore()
@@ -513,7 +545,7 @@ class Step:
         central = self.schedule.kind == "central-difference"
         weight = objective.penalty_weight * objective.penalty_scale * ramp / h
         with torch.no_grad():
-            here_BCHW = self.model.normalize(images_BCHW)  # type: ignore[operator]
+            here_BCHW = self.model.normalize(images_BCHW).detach()  # type: ignore[operator]
         coefficient = objective.ce_weight - weight * (not central)
         randomness = Randomness(self.device)
         with self._sync(False):
@@ -536,9 +568,10 @@ class Step:
         total = objective.ce_weight * ce + objective.penalty_weight * ramp * penalty
         return Loss(total, ce, penalty, slope)
 
-    def _forward(self, *inputs: Any) -> Loss:
+    def _forward(self, name: str, *inputs: Any) -> Loss:
+        self._tried.add(name)
         # an update that may be thrown away stays on its own rank
-        return (self._loss if self._proven else self._losses)(*inputs)
+        return (self._loss if self._proven else self._losses)(name, *inputs)
 
     def _backward(self, total: Tensor, *images: Tensor) -> None:
         """Into the weights, and into no image that is not asked for."""
@@ -562,7 +595,7 @@ class Step:
             parameter.grad = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._proven = not self.distributed
+        self._whole.clear()
         self.report(
             f"out of memory with {size} images at a time: going on with {self.micro_batch}, the "
             "same global batch"

@@ -124,14 +124,17 @@ class Run:
         """Of the values, and of how many updates had one: a lazy schedule's penalty has gaps."""
         self.bad_update = torch.full((), -1, device=device)
         self.reset_clock()
-        self.first_s = 0.0
+        self.first_s: float | None = None
         """Of the first update, which compiles; the host's, which waits for nothing else."""
 
     def reset_clock(self) -> None:
         self.sums.zero_()
-        self.summed = 0
+        self.summed = self.resumed = 0
+        """Updates in the sums, and of those how many another process has made."""
         self.waited = 0.0
         self.began = time.perf_counter()
+        self.steady = (self.began, 0.0, 0)
+        """(time, waited, summed) of when updates began to take what they take."""
 
     @property
     def global_batch(self) -> int:
@@ -176,8 +179,10 @@ class Run:
         there = ~row.isnan()
         self.sums += torch.stack([row.where(there, 0), there.to(row.dtype)])
         self.summed += 1
-        if not self.first_s:
-            self.first_s = time.perf_counter() - self.began
+        if self.first_s is None:
+            now = time.perf_counter()
+            self.first_s = now - self.began
+            self.steady = (now, self.waited, self.summed)
         finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
         unseen = self.bad_update < 0
         self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
@@ -192,7 +197,7 @@ class Run:
         last = self.checkpoints.last()
         good = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
         tries = ["a lower --lr", "--clip-grad 1.0"]
-        if self.cfg.step.precision == "bf16":
+        if self.cfg.step.precision != "fp32":
             tries.append("--precision fp32")
         if self.cfg.objective.method == "gradnorm":
             tries.append("a longer --ramp-epochs")
@@ -231,20 +236,22 @@ class Run:
                     "epoch": self.update / self.updates_per_epoch,
                     "lr": lr,
                     "ramp": ramp,
-                    "images_per_s": self.global_batch * self.summed / seconds,
+                    "images_per_s": self.global_batch * (self.summed - self.resumed) / seconds,
                     "data_wait_share": self.waited / seconds,
                 },
             )
-            self.say_cost(seconds)
+            self.say_cost()
         self.reset_clock()
 
-    def say_cost(self, seconds: float) -> None:
-        """The measured cost beside the predicted, once, of the `seconds` since the run began."""
-        if self.plan is None or self.summed < 2:
+    def say_cost(self) -> None:
+        """The measured cost beside the predicted, once; after a host sync."""
+        began, waited, summed = self.steady
+        if self.plan is None or self.summed == summed:
             return
         device = self.world.device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        measured = (seconds - self.first_s - self.waited) / (self.summed - 1)
+        seconds = time.perf_counter() - began - (self.waited - waited)
+        measured = seconds / (self.summed - summed)
         self.say(f"first update {self.first_s:.3g} s ({compilations()})")
         self.say(self.plan.measured(peak, measured))
         self.plan = None
@@ -335,6 +342,10 @@ def build(cfg: Config, world: World) -> Run:
     kernels = models.kernels_for(cfg.step.kernels, world.device)
     reason = unsupported(cfg.step.precision, world.device)
     check(reason is None, f"--precision {reason}: use --precision fp32")
+    check(
+        not cfg.step.cuda_graphs or world.device.type == "cuda",
+        f"--cuda-graphs needs a CUDA device, and this run is on {world.device.type}: leave it out",
+    )
     if cfg.optimizer.opt == "fusedadamw":
         optim.find_fused_adam()
     if cfg.run.log_wandb:
@@ -370,12 +381,19 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:
         whole = batch_size * accum * world.size
         restore(cfg, state, dataset.classes, model, ema, optimizer, whole)
-    compiled = cfg.step.schedule != "exact-eager" and (
-        cfg.step.compile == "on" or (cfg.step.compile == "auto" and world.device.type == "cuda")
-    )
+    compiled = is_compiled(cfg.step, world.device)
     planned = None
     if cfg.step.schedule == "auto" or world.device.type == "cuda":
-        planned = make_plan(cfg, world, model, len(dataset.classes), batch_size, compiled)
+        try:
+            planned = make_plan(
+                cfg, world, model, optimizer, len(dataset.classes), batch_size, accum
+            )
+        except RuntimeError as error:  # an operator that cannot be counted without data
+            check(
+                cfg.step.schedule != "auto",
+                f"--schedule auto cannot count {cfg.architecture.model}'s step "
+                f"({models.first_line(error)}): use --schedule exact",
+            )
     automatic = planned if cfg.step.schedule == "auto" else None
     subset = None
     if cfg.run.eval_images:
@@ -434,7 +452,7 @@ def build(cfg: Config, world: World) -> Run:
     step.report = run.say
     if state is not None:
         run.sums += state["sums"].to(world.device)
-        run.summed = state["summed"]
+        run.summed = run.resumed = state["summed"]
     if world.is_main:  # after all checks: a refused --resume leaves the run as it was
         write_bytes(folder / "config.toml", cfg.to_toml())
         # what config.toml leaves to the data, the model, the machine and the method
@@ -468,6 +486,12 @@ def build(cfg: Config, world: World) -> Run:
     return run
 
 
+def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
+    """Whether the configured step is compiled on a device."""
+    automatic = cfg.compile == "auto" and device.type == "cuda"
+    return cfg.schedule != "exact-eager" and (cfg.compile == "on" or automatic)
+
+
 def schedule_of(cfg: StepConfig) -> Schedule:
     """The configured schedule; `auto` plans how an exact one fits the device."""
     return Schedule(
@@ -482,9 +506,10 @@ def make_plan(
     cfg: Config,
     world: World,
     model: models.Classifier,
+    optimizer: torch.optim.Optimizer,
     num_classes: int,
     batch_size: int,
-    compiled: bool,
+    accum: int,
 ) -> Plan:
     """What an update costs, predicted; for `auto`, with the micro-batch and budget to run it with.
     The same on all ranks: that of the device with the least memory, at the slowest rates. Raises
@@ -508,17 +533,18 @@ def make_plan(
     flops, bytes_, launch = device_rates(device, cfg.step.precision)
     rates = Rates(world.least(flops), world.least(bytes_), -world.least(-launch))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     fixed = None
     if cfg.step.schedule != "auto":
         fixed = batch_size, cfg.step.activation_memory_budget
     return plan(
         cost,
         rates,
-        batch_size=batch_size,
-        free_bytes=int(world.least(free_memory(device))),
-        state_bytes=2 * trained,  # AdamW's two averages
+        batch_size=batch_size * accum,
+        free_bytes=int(world.least(free_memory(device) / ranks_here)),
+        state_bytes=0 if optimizer.state else 2 * trained,  # AdamW's two averages
         held_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,
-        compiled=compiled,
+        compiled=is_compiled(cfg.step, device),
         fixed=fixed,
     )
 

@@ -187,7 +187,7 @@ CASES: dict[str, dict[str, Any]] = {
         **{"method": "gradnorm", "dtype": torch.float64, "runs_out": True},
     },
     "pgd_at_out_of_memory": {
-        **{"method": "pgd_at", "dtype": torch.float64, "runs_out": True, "more_updates": 1},
+        **{"method": "pgd_at", "dtype": torch.float64, "runs_out": True, "more_updates": 2},
     },
     "finite_difference": {
         **{"method": "gradnorm", "dtype": torch.float64, "schedule": "finite-difference"},
@@ -269,12 +269,12 @@ def test_an_update_reduces_its_gradients_once(updates: dict[str, list[dict[str, 
 
 
 def test_ranks_halve_together(updates: dict[str, list[dict[str, Any]]]) -> None:
-    """The first update is reduced a weight at a time once all have agreed that it is whole, the
-    next ones by DistributedDataParallel again."""
-    for name, weights_first in (("gradnorm_out_of_memory", 0), ("pgd_at_out_of_memory", 1)):
+    """The first two updates are reduced a weight at a time once all have agreed that they are
+    whole, the next ones by DistributedDataParallel again."""
+    for name, buckets in (("gradnorm_out_of_memory", 0), ("pgd_at_out_of_memory", 1)):
         for result in updates[name]:
             assert result["micro_batch"] == 2
-            assert result["counts"]["buckets"] == weights_first
+            assert result["counts"]["buckets"] == buckets
             assert result["counts"]["all_reduce"] >= result["weights"]
 
 

@@ -327,7 +327,8 @@ def test_lazy_penalties_add_up_to_the_exact_ones() -> None:
     assert relative(sum(part for part, _ in parts), 4 * exact) < 1e-9
     plain, _ = scheduled("exact", method="natural")
     assert all(relative(part, 0.8 * plain) < 1e-9 for part, _ in parts[1:])
-    assert [bool(loss.grad_l1.isnan()) for _, loss in parts] == [False, True, True, True]
+    for name in ("grad_l1", "penalty"):
+        assert [bool(getattr(x, name).isnan()) for _, x in parts] == [False, True, True, True]
 
 
 def test_a_subset_has_its_own_penalty_and_all_images_the_cross_entropy() -> None:
@@ -569,6 +570,18 @@ def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(method: 
     assert said == ["out of memory with 4 images at a time: going on with 2, the same global batch"]
 
 
+def test_gradients_of_before_are_never_lost() -> None:
+    """Step adds to .grad: what another call has put there cannot be made again."""
+    model = classifier(vit)
+    step = Step(model, objective(), compile=False)
+    step(batches_for(vit, 1), torch.tensor(1.0))
+    before = gradients(model).clone()
+    model.backbone = TooLarge(model.backbone, 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batches_for(vit, 1), torch.tensor(1.0))
+    assert relative(gradients(model), before) < 1e-6
+
+
 def test_one_image_that_does_not_fit_raises() -> None:
     model = classifier(vit)
     model.backbone = TooLarge(model.backbone, 0)
@@ -655,6 +668,24 @@ def test_matrix_precision_is_the_steps_alone() -> None:
         with matmul_precision(precision):
             assert now() == expected
         assert now() == before
+
+
+def test_matrix_precision_beside_the_newer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a program uses them, PyTorch refuses to read the older ones."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision
+    try:
+        matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        for precision, expected in (("fp32", "ieee"), ("tf32", "tf32")):
+            with matmul_precision(precision):
+                assert (matmul.fp32_precision, conv.fp32_precision) == (expected, expected)
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "ieee")
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def test_what_a_cpu_cannot_compute_in() -> None:
@@ -859,6 +890,28 @@ def test_compile_double_backward_differentiates_only_what_is_asked_for() -> None
     module(x, scale).backward()
     assert scale.grad is None and not scale.requires_grad
     assert torch.allclose(x.grad, 36 * x.detach() ** 3)
+
+
+def test_compile_double_backward_of_a_tensor_given_twice(no_codegen) -> None:
+    """One variable, as in eager, whether it requires grad already or not."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            y = self.scale * (a**3 * b**2).sum()
+            return torch.autograd.grad(y, a, create_graph=True)[0].square().sum()
+
+    x = torch.tensor([0.5, 1.5])
+    found = []
+    for leaf in (x, x.clone().requires_grad_()):
+        module = Product()
+        compile_double_backward(module)(leaf, leaf).backward()
+        found.append(module.scale.grad)
+    assert torch.allclose(found[0], found[1])
+    assert torch.allclose(found[0], 2 * 2.0 * (5 * x**4).square().sum())
 
 
 def test_compile_double_backward_holds_each_weight_once(no_codegen) -> None:

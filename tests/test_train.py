@@ -339,8 +339,9 @@ def test_a_lazy_run_logs_the_penalty_of_the_updates_that_had_it(tmp_path: Path) 
         run = tmp_path / schedule
         more = ("--schedule", schedule, "--lazy-interval", "3", "--lr", "1e-9")
         assert main(tiny_run(run, *args, *more, "--opt-eps", "1")) == 0
-        norms[schedule] = [r["grad_l1"] for r in read_rows(run / "metrics.csv") if "loss" in r]
-    assert len(norms["lazy"]) == 3
+        rows = [r for r in read_rows(run / "metrics.csv") if "loss" in r]
+        norms[schedule] = [r["grad_l1"] for r in rows] + [r["penalty"] for r in rows]
+    assert len(norms["lazy"]) == 6
     assert norms["lazy"] == pytest.approx(norms["exact"], rel=0.1)
 
 
@@ -351,3 +352,39 @@ def test_runs_of_every_schedule(schedule: str, tmp_path: Path) -> None:
     assert main(tiny_run(run, *args, "--precision", "bf16-pure")) == 0
     rows = [r for r in read_rows(run / "metrics.csv") if "loss" in r]
     assert len(rows) == 2 and all(r["grad_l1"] > 0 for r in rows)
+
+
+def test_what_a_run_says_it_took(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Of an update of two batches, resumed, with a first wait for data that is long: the time of an
+    update is that of those made since the first, and no rate counts another process's."""
+    args = tiny_run(tmp_path / "run", "--schedule", "auto", "--log-interval", "4")
+    assert main([*args, "--max-updates", "2"]) == 0
+    capfd.readouterr()
+    original = train.Run.updates_of
+
+    def late(self: train.Run, epoch: int) -> Any:
+        self.waited += 100.0
+        self.began -= 100.0
+        yield from original(self, epoch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "updates_of", late)
+        more = ("--max-updates", "4", "--resume", str(tmp_path / "run"))
+        assert main([*args, *more]) == 0
+    said = capfd.readouterr().err
+    line = next(x for x in said.splitlines() if x.startswith("plan: measured"))
+    assert 0 < float(line.split()[2]) < 50, line
+    first = next(x for x in said.splitlines() if x.startswith("first update"))
+    assert float(first.split()[2]) >= 100, first
+    rows = [r for r in read_rows(tmp_path / "run" / "metrics.csv") if "images_per_s" in r]
+    assert rows[-1]["images_per_s"] < 2 * 48 / 100
+
+
+def test_a_plan_is_of_the_whole_update(tmp_path: Path) -> None:
+    cfg = train.parse_config([*tiny_run(tmp_path / "run"), "--batch-size", "8"])
+    model, _ = train.models.build_model(cfg.architecture, 10)
+    optimizer = train.optim.build_optimizer(cfg.optimizer, model)
+    world = train.World(0, 1, torch.device("cpu"))
+    made = train.make_plan(cfg, world, model, optimizer, 10, 8, accum=4)
+    assert (made.micro_batch, made.micro_batches) == (8, 4)
+    assert made.lines()[0].endswith("an update of 32 images")
