@@ -23,7 +23,9 @@ weights, optimizer, images, what it keeps between steps, and the most that a ste
 arm's figures are averages over its cycle.
 
 Writes benchmarks/results/cost_<model>_<device>.json after every arm and round, and pictures into
-runs/. On a CPU counts are exact, times are ratios of one run, and seconds mean nothing.
+runs/. A run without all the default arms, or under other conditions (CONDITIONS, fewer rounds),
+leaves that file alone: unless --output is given it goes to runs/cost_<model>_<device>_partial.json.
+On a CPU counts are exact, times are ratios of one run, and seconds mean nothing.
 """
 
 import argparse
@@ -62,7 +64,15 @@ from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model, kernels_for
 from fastgn.objectives import Objective, build_objective
 from fastgn.optim import build_optimizer
-from fastgn.schedule import PRECISIONS, SCHEDULES, Schedule, Step, count_passes, matmul_precision
+from fastgn.schedule import (
+    PRECISIONS,
+    SCHEDULES,
+    Schedule,
+    Step,
+    count_passes,
+    matmul_precision,
+    unsupported,
+)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -76,6 +86,8 @@ SMALL_SWIN = (
     "window_size=4",
 )
 """Of the run without a GPU, at 32 pixels."""
+CONDITIONS = ("model_kwargs", "img_size", "classes", "batch", "kernels", "cuda_graphs", "minutes")
+"""Options whose default the kept results were measured with."""
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
 PROFILE_S = 2.0
 """What profiling an arm takes beside its rounds, about."""
@@ -219,15 +231,6 @@ class Counter:
 def first_line(error: BaseException) -> str:
     line = str(error).strip().partition("\n")[0][:200]
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
-
-
-def unsupported(precision: str, device: torch.device) -> str | None:
-    """Why this device cannot, or None."""
-    if precision == "fp32" or device.type == "cpu":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    card = torch.cuda.get_device_name(device)
-    return None if major >= 8 else f"{precision} needs sm_80 or later, {card} is sm_{major}{minor}"
 
 
 @dataclasses.dataclass
@@ -658,6 +661,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def unlike_kept(args: argparse.Namespace) -> list[str]:
+    """In what a run differs from that of its --model alone, which benchmarks/results keeps: more
+    arms and more rounds do not count."""
+    kept = parse([] if args.name == "small_swin" else ["--model", args.name])
+    found = [name for name in CONDITIONS if getattr(args, name) != getattr(kept, name)]
+    found += [n for n in ("rounds", "round_seconds") if getattr(args, n) < getattr(kept, n)]
+    out = [f"--{name.replace('_', '-')}" for name in found]
+    # a schedule also holds the values that only others use
+    there = {(spec.key, spec.compile) for spec in specs(args)}
+    missing = [s.key for s in specs(kept) if (s.key, s.compile) not in there]
+    return out + ([f"no {missing[0]}"] if missing else [])
+
+
 def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measures what was asked for."""
     began, longest = time.perf_counter(), 0.0
@@ -665,7 +681,15 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     device = torch.device("cuda" if gpu else "cpu")
     card = torch.cuda.get_device_name() if gpu else "cpu"
     slug = "counts" if args.counts_only else re.sub(r"\W+", "_", card.lower())
-    output = args.output or RESULTS / f"cost_{args.name}_{slug}.json"
+    wanted = specs(args)
+    if not args.counts_only:
+        reasons = dict.fromkeys(unsupported(spec.precision, device) for spec in wanted)
+        why = "; ".join(filter(None, reasons))
+        check(None in reasons, f"--precision leaves no arm to measure: {why}")
+    stem = f"cost_{args.name}_{slug}"
+    unlike = [] if args.output else unlike_kept(args)
+    default = ROOT / "runs" / f"{stem}_partial.json" if unlike else RESULTS / f"{stem}.json"
+    output = args.output or default
     picture = args.plot or ROOT / "runs" / f"{output.stem}.png"
     # of one function: each arm compiles it for its own loss
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
@@ -674,13 +698,15 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     kwargs = {"model_kwargs": tuple(args.model_kwargs), "img_size": args.img_size}
     network, _ = build_model(ArchitectureConfig(model=args.model, **kwargs), args.classes)
     kernels = kernels_for(args.kernels, device)
-    wanted = specs(args)
     graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
     if args.first_step:
         bench = Bench(network.to(device), args.classes, args.batch, kernels, **graphs)
         step = bench.step(wanted[0])
         print(once(lambda: bench.update(step)))
         return 0
+    if unlike:
+        why = ", ".join(unlike)
+        print(f"not the run that benchmarks/results keeps ({why}): written to {output}")
     counter = Counter(network, args.batch, args.classes)
     bench, meter, energy = None, None, "not measured"
     gemm: dict[str, dict[str, float]] = {}

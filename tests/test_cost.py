@@ -222,6 +222,31 @@ def test_an_arm_that_fails_leaves_the_others(
     assert "failed: fgsm_rs, fp32: first step" in tables.cost_table(record)
 
 
+@without_gpu
+def test_what_a_cpu_cannot_compute_in_is_not_timed(tmp_path: Path) -> None:
+    """Counted all the same, and the arms of another precision are timed."""
+    record = run(tmp_path, *TINY, "--methods", "natural", "--precision", "fp32", "tf32")
+    assert [row["precision"] for row in record["rows"]] == ["fp32"]
+    (row,) = record["not_timed"]
+    assert row["precision"] == "tf32" and row["forwards_by_count"] == pytest.approx(3, rel=0.2)
+    assert row["failed"] == "tf32 exists on CUDA alone, not on cpu"
+    assert record["gemm"].keys() == {"fp32"}
+
+
+@without_gpu
+def test_no_arm_that_can_be_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = ["--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
+    options = [*files, *TINY, "--methods", "natural", "--precision", "tf32"]
+    assert cost.main(options) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        "cost.py: error: --precision leaves no arm to measure: "
+        "tf32 exists on CUDA alone, not on cpu\n"
+    )
+    assert said.out == "" and list(tmp_path.iterdir()) == []
+    assert cost.main([*options, "--counts-only"]) == 0, "counts need no device"
+
+
 class LateStep:
     """A step whose calls are another's."""
 
@@ -247,6 +272,54 @@ def test_results_are_on_disk_after_every_arm_and_round(
     assert cost.main([*files, *TINY, "--methods", "natural", "fgsm_rs"]) == 0
     assert seen[:4] == [(0, 1, False), (0, 2, False), (2, 0, False), (2, 0, False)]
     assert seen[-1] == (2, 0, True)
+
+
+def test_only_a_whole_run_replaces_a_kept_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its pictures too."""
+    folders = {"ROOT": tmp_path, "RESULTS": tmp_path / "results"}
+    for name, folder in folders.items():
+        monkeypatch.setattr(cost, name, folder)
+    drawn: list[str] = []
+    monkeypatch.setattr(cost_figures, "draw", lambda _, path: drawn.append(path.name) or [])
+    kept = tmp_path / "results" / "cost_vit_tiny_patch16_224_counts.json"
+    kept.parent.mkdir()
+    kept.write_text("kept")
+    assert cost.main([*TINY, "--methods", "natural", "--counts-only"]) == 0
+    partial = tmp_path / "runs" / "cost_vit_tiny_patch16_224_counts_partial.json"
+    assert json.loads(partial.read_text())["file"] == partial.name
+    assert kept.read_text() == "kept"
+    said = capsys.readouterr().out
+    assert f"written to {partial}" in said and "--model-kwargs" in said and "no gradnorm" in said
+
+    monkeypatch.setattr(cost, "unlike_kept", lambda args: [])
+    assert cost.main([*TINY, "--methods", "natural", "--counts-only"]) == 0
+    assert json.loads(kept.read_text())["file"] == kept.name
+    assert drawn == [f"{partial.stem}.png", f"{kept.stem}.png"]
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("options", "unlike"),
+    [
+        ([], []),
+        (["--model", "swin_b", "--counts-only", "--markdown"], []),
+        (["--precision", "fp32", "bf16", "--budgets", "0.5", "--rounds", "5"], []),
+        (["--methods", *reversed(cost.METHODS)], []),
+        (["--precision", "bf16"], ["no natural, fp32"]),
+        (["--methods", "natural"], ["no gradnorm exact, fp32"]),
+        (["--schedules", "exact", "lazy"], ["no gradnorm finite-difference 0.01, fp32"]),
+        (["--lazy-interval", "8"], ["no gradnorm lazy 4, fp32"]),
+        (["--compile", "on"], ["no natural, fp32"]),
+        (["--model-kwargs", "depths=(1, 1)"], ["--model-kwargs"]),
+        (["--batch", "2", "--img-size", "64"], ["--img-size", "--batch"]),
+        (["--kernels", "triton", "--cuda-graphs"], ["--kernels", "--cuda-graphs"]),
+        (["--minutes", "9", "--rounds", "1"], ["--minutes", "--rounds"]),
+    ],
+)
+def test_how_a_run_is_unlike_a_kept_one(options: list[str], unlike: list[str]) -> None:
+    assert cost.unlike_kept(cost.parse(options)) == unlike
 
 
 @pytest.mark.parametrize(
@@ -690,15 +763,6 @@ def test_targets_are_judged() -> None:
         "peak memory over natural": False,
     }
     assert cost.targets([natural]) == cost.targets([row | {"compiled": False}]) == []
-
-
-def test_a_card_without_a_precision_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    volta = torch.device("cuda")
-    assert cost.unsupported("fp32", volta) is None
-    assert cost.unsupported("bf16", volta) == "bf16 needs sm_80 or later, Tesla V100 is sm_70"
-    assert cost.unsupported("tf32", volta) and not cost.unsupported("bf16", torch.device("cpu"))
 
 
 @pytest.mark.gpu
