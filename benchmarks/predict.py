@@ -45,6 +45,7 @@ from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import build_objective
+from fastgn.plan import step_cost
 from fastgn.schedule import PRECISIONS, SCHEDULES, DoubleBackward, Schedule, Step
 
 RESULTS = Path(__file__).parent / "results"
@@ -637,7 +638,24 @@ def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None
             for kind, moved in cost.by_kind.most_common(20)
         ],
         "extrapolated_from_depths": source,
+        "eager": eager(network, arm),
     }
+
+
+def eager(network: Network, arm: Arm) -> dict[str, float]:
+    """The same update by PyTorch's operators, run one by one: how many, and the bytes an image that
+    they read and write, counted (fastgn.plan)."""
+    counted = step_cost(
+        network.build("reference"),
+        build_objective(ObjectiveConfig(method=arm.method)),
+        arm.schedule,
+        batch_size=network.batch,
+        img_size=network.img_size,
+        num_classes=network.classes,
+        precision=arm.precision,
+    )
+    moved = counted.traffic_bytes + counted.fixed_traffic_bytes / network.batch
+    return {"operators": counted.operators, "bytes_an_image": moved}
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:

@@ -201,7 +201,9 @@ def predict_table(record: dict, measured: list[dict]) -> str:
         "measured launches": lambda r, m: (
             f"{m['launches']['count']:.0f}" if m.get("launches") and m["launches"]["count"] else ""
         ),
+        "eager operators": lambda r, m: f"{r['eager']['operators']:.0f}",
         "MB an image": lambda r, m: f"{r['bytes_an_image'] / 1e6:.0f}",
+        "eager MB an image": lambda r, m: f"{r['eager']['bytes_an_image'] / 1e6:.0f}",
         "over natural": lambda r, m: (
             f"{r['over_natural']['bytes_an_image']:.2f}" if r["over_natural"] else ""
         ),
@@ -227,6 +229,7 @@ def predict_table(record: dict, measured: list[dict]) -> str:
         f"{record['model']}, {record['img_size']} px, batch {record['batch']}",
         "over natural: bytes over those of natural with whichever kernels move fewer",
         "an operator of fastgn_kernels counts as one launch",
+        "eager: PyTorch's operators one by one, counted",
         *(f"{gpu['name']}: {gpu['source']}" for gpu in record["gpus"].values()),
     ]
     notes += [f"tried: {setting}" for setting in record["tried"]]
@@ -278,6 +281,49 @@ def precision() -> str:
     return "\n\n".join(tables)
 
 
+def scaling() -> str:
+    """Predicted runs on several GPUs, a table a card, and how near the prediction came on a CPU."""
+    tables = []
+    for path in sorted(RESULTS.glob("scaling_*.json")):
+        record = json.loads(path.read_text())
+        source = f"torch {record['versions']['torch']} (`benchmarks/results/{path.name}`)."
+        if not record.get("prediction"):
+            lines = [
+                "| micro-batches | model | predicted : measured, two processes on a CPU |",
+                "| --- | --- | --- |",
+            ]
+            for row in record["rows"]:
+                ratio = row["predicted_over_measured"]
+                lines.append(
+                    f"| {row['grad_accum_steps']} | {row['model']} "
+                    f"| {plus_minus(ratio, '.2f')} (n = {ratio['n']}) |"
+                )
+            lines += ["", f"{record['meaning']}; eager gradnorm; {source}"]
+        else:
+            lines = [
+                "| GPUs | nodes | global batch | images/s | efficiency | days |",
+                "| --- | --- | --- | --- | --- | --- |",
+            ]
+            lines += [
+                f"| {r['gpus']} | {r['nodes']} | {r['global_batch']} | {r['images_per_s']:.0f} "
+                f"| {100 * r['efficiency']:.0f} % | {r['days']:.2f} |"
+                for r in record["rows"]
+            ]
+            links = record["links"]
+            lines += [
+                "",
+                f"Prediction; one {record['card'].upper()}'s speed {record['source']}; "
+                f"{record['model']}, {record['batch']} x {record['grad_accum_steps']} images a "
+                f"GPU, {record['epochs']:g} epochs of ImageNet-1k; "
+                f"{record['gradient_bytes'] / 1e6:.0f} MB of gradients over "
+                f"{links['intra_bytes_per_s'] / 1e9:g} GB/s in a node and "
+                f"{links['inter_bytes_per_s'] / 1e9:g} between nodes, overlap "
+                f"{record['overlap']:g}; {source}",
+            ]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 TABLES = {
     "quickstart": quickstart,
     "compiled_step": compiled_step,
@@ -285,6 +331,7 @@ TABLES = {
     "cost": cost,
     "predict": predict,
     "precision": precision,
+    "scaling": scaling,
 }
 
 

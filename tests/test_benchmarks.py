@@ -58,7 +58,14 @@ def test_the_clock_interleaves_and_counts_calls() -> None:
     "script",
     [
         *("compiled_step.py", "cost.py", "gpu_report.py", "kernels.py", "loader.py", "memory.py"),
-        *("memory_budget.py", "precision.py", "predict.py", "quickstart.py", "tables.py"),
+        *(
+            "memory_budget.py",
+            "precision.py",
+            "predict.py",
+            "quickstart.py",
+            "scaling.py",
+            "tables.py",
+        ),
     ],
 )
 def test_scripts_say_what_they_do(script: str) -> None:
