@@ -224,6 +224,18 @@ class OnCpu(TorchDispatchMode):
         return func(*map(moved, args), **{k: moved(v) for k, v in (kwargs or {}).items()})
 
 
+def forget_devices() -> None:
+    """Empties what PyTorch has asked once and keeps for the process: whether Triton has a device
+    here, how many processors that has, and the like."""
+    import torch._inductor.utils as inductor
+    import torch.utils._triton as triton
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    for known in (*vars(triton).values(), *vars(inductor).values(), DeviceProperties.create):
+        if hasattr(known, "cache_clear"):
+            known.cache_clear()
+
+
 @contextlib.contextmanager
 def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTensorMode]:
     """Makes PyTorch believe that `gpu` is cuda:0, for tensors of the mode that it gives.
@@ -309,7 +321,10 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (triton.runtime.driver, "_active", driver),
     ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+        forget_devices()
+        stack.callback(forget_devices)
+        settings = {"force_disable_caches": True, "shape_padding": False}  # it times products
+        stack.enter_context(torch._inductor.config.patch(settings))
         torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, where there is no card
         for owner, name, value in values:
             stack.enter_context(mock.patch.object(owner, name, value))

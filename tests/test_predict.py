@@ -30,6 +30,12 @@ def benchmarks_importable():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_here():
+    """PyTorch has looked for this machine's devices, as in a process that trained before."""
+    torch.compile(torch.sin)(torch.ones(2))
+
+
 def predict_module() -> Any:
     return importlib.import_module("predict")
 
