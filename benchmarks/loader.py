@@ -25,13 +25,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from timing import synchronize
+from timing import summary, synchronize
 
 from fastgn.checkpoint import write_bytes, write_json
 from fastgn.config import AugmentationConfig, Config, DatasetConfig, UserError, check
@@ -139,16 +139,6 @@ def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
         images += len(batch.images_BCHW)
         time.sleep(work_s)
     return Round(images, time.perf_counter() - began, waited_s)
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
-    }
 
 
 def measure(

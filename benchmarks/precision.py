@@ -24,13 +24,13 @@ import importlib.util
 import itertools
 import json
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import summary
 from torch import Tensor, nn
 
 from fastgn.checkpoint import write_json
@@ -117,16 +117,6 @@ def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
     return {
         "cosine": cosine,
         "relative_error": float((value - reference).norm() / reference.norm()),
-    }
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "mean": statistics.fmean(values),
-        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "min": min(values),
-        "max": max(values),
-        "n": len(values),
     }
 
 

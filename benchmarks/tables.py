@@ -112,6 +112,13 @@ def plus_minus(value: dict | None, form: str) -> str:
     return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
 
 
+def markdown(columns: dict[str, list[str]]) -> list[str]:
+    """A table's lines; columns with no cell filled are left out."""
+    filled = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = [f"| {' | '.join(filled)} |", f"| {' | '.join('---' for _ in filled)} |"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in zip(*filled.values(), strict=True)]
+
+
 def over_paper(row: dict, other: str) -> str:
     """The paper's own ratio beside which ours stands."""
     return f"{row['paper']['time_over'][other]:.2f}" if row["paper"] else ""
@@ -154,12 +161,10 @@ def cost_table(record: dict) -> str:
     failed = [row for row in record["not_timed"] if row["failed"]]
     rows = record["rows"] + [row for row in record["not_timed"] if row not in failed]
     columns = {name: [cell(row) for row in rows] for name, cell in COST_COLUMNS.items()}
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
     notes = [f"{record['model']}, {record['img_size']} px, batch {record['batch']}"]
     if len(set(columns.get("precision", ()))) == 1:
         notes[0] += f", {columns.pop('precision')[0]}"
-    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
-    lines += [f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)]
+    lines = markdown(columns)
     if record["rows"]:
         device, rounds = record["device"].replace("cpu", "CPU"), record["rounds"]
         notes.append(f"{device}, mean ± deviation over {rounds} interleaved rounds")
@@ -220,10 +225,7 @@ def predict_table(record: dict, measured: list[dict]) -> str:
         network = (record["model"], record["img_size"], record["batch"])
         key = (card, *network, row["kernels"], row["arm"], row["precision"])
         pairs.append((row | {"card": card}, found.get(key, {})))
-    cells = {name: [cell(*pair) for pair in pairs] for name, cell in columns.items()}
-    cells = {name: column for name, column in cells.items() if any(column)}
-    lines = [f"| {' | '.join(cells)} |", f"| {' | '.join('---' for _ in cells)} |"]
-    lines += [f"| {' | '.join(values)} |" for values in zip(*cells.values(), strict=True)]
+    lines = markdown({name: [cell(*pair) for pair in pairs] for name, cell in columns.items()})
     notes = [
         "Predictions but for the columns named measured",
         f"{record['model']}, {record['img_size']} px, batch {record['batch']}",

@@ -6,7 +6,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,17 @@ class Timing:
     @property
     def std(self) -> float:
         return statistics.stdev(self.rounds) if len(self.rounds) > 1 else 0.0
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Of several measurements of one thing, as a record keeps them."""
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "min": min(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 def synchronize() -> None:
