@@ -42,11 +42,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. Host to host: no device is waited for."""
-        if self.size == 1:
-            return flag
-        value = torch.tensor(float(flag))
-        torch.distributed.all_reduce(value, group=self.control)
-        return bool(value.item())
+        return self.least(-float(flag)) < 0
 
     def least(self, value: float) -> float:
         """The smallest of the ranks' values. Host to host."""

@@ -332,6 +332,12 @@ class Randomness:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """In a few launches; torch._foreach_copy_ refuses to copy nothing."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 class Step:
     """Accumulates the parameters' gradients of one update over its micro-batches.
 
@@ -394,7 +400,9 @@ class Step:
         self.device = next(model.parameters()).device
         self._weights = [p for p in model.parameters() if p.requires_grad]
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        self._statistics = [b for m in norms for b in m.buffers()]
+        # by dtype: one launch copies those of one
+        self._statistics = sorted((b for m in norms for b in m.buffers()), key=lambda b: b.ndim)
+        self._statistics_before = [b.clone() for b in self._statistics]
         self._kept_grads: list[Tensor] = []
 
         self._compiled = compile and schedule.kind != "exact-eager"
@@ -454,28 +462,27 @@ class Step:
         while True:
             self._tried: set[str] = set()
             randomness = Randomness(self.device)
-            statistics = [b.clone() for b in self._statistics]
+            copy_all(self._statistics_before, self._statistics)
+            reason = None
             try:
                 with matmul_precision(self.precision):
                     loss = self._update(batches, ramp, update)
-                failed = None
             except torch.OutOfMemoryError as error:
-                failed = str(error)
-            if self._proven or self._agree is None:
-                if failed is None:
-                    return loss
-                if self.distributed or held:  # with gradients of before, which are lost as well
-                    raise torch.OutOfMemoryError(failed)
-            elif not self._agree(failed is not None):
-                self._reduce_gradients()
-                # the first update is followed by the optimizer's allocating its state
-                self._proven = self._whole == {*self._losses}
-                self._whole |= self._tried
+                reason = str(error)
+            if self._agree is not None and not self._proven:
+                if self._agree(reason is not None):
+                    reason = reason or "another process ran out of memory"
+                else:
+                    self._join()
+            elif reason is not None and self.distributed:  # the others wait in their collectives
+                raise torch.OutOfMemoryError(reason)
+            if reason is None:
                 return loss
-            self._halve(len(batches[0][0]), failed or "another process ran out of memory")
+            if held:  # gradients of before the call, which are lost as well
+                raise torch.OutOfMemoryError(reason)
+            self._halve(len(batches[0][0]), reason)
             randomness.restore()
-            for buffer, before in zip(self._statistics, statistics, strict=True):
-                buffer.copy_(before)
+            copy_all(self._statistics, self._statistics_before)
 
     def _update(self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor, update: int) -> Loss:
         for parameter, grad in zip(self._weights, self._kept_grads, strict=False):
@@ -577,8 +584,11 @@ class Step:
         """Into the weights, and into no image that is not asked for."""
         torch.autograd.backward(total, inputs=[*self._weights, *images])
 
-    def _reduce_gradients(self) -> None:
-        """What DDP does in a backward, for an update made without it."""
+    def _join(self) -> None:
+        """What DDP does in a backward, for an update made without it that all have finished."""
+        # the first one is followed by the optimizer's allocating its state
+        self._proven = self._whole == {*self._losses}
+        self._whole |= self._tried
         for parameter in self._weights:
             if parameter.grad is not None:
                 parameter.grad /= torch.distributed.get_world_size()
