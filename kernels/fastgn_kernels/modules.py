@@ -90,6 +90,11 @@ class FusedLayerNorm(nn.LayerNorm):
     """nn.LayerNorm over the last dimension. forward(x, residual) returns the normalised
     x + residual and x + residual, see `layer_norm`. Raises ValueError on more dimensions."""
 
+    before_linear: bool = False
+    """Whether nothing but a linear layer reads the output: then it has autocast's dtype, which that
+    layer would round it to, bit for bit, and float32 is neither written nor read, nor the gradients
+    that come back."""
+
     def __init__(self, normalized_shape: int | Sequence[int], *args: Any, **kwargs: Any):
         super().__init__(normalized_shape, *args, **kwargs)
         if len(self.normalized_shape) != 1:
@@ -103,7 +108,10 @@ class FusedLayerNorm(nn.LayerNorm):
                 f"FusedLayerNorm: x is {tuple(x.shape)}, its last dimension should be "
                 f"{self.normalized_shape[0]}"
             )
-        return layer_norm(x, self.weight, self.bias, self.eps, residual)
+        dtype, device = None, x.device.type
+        if self.before_linear and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return layer_norm(x, self.weight, self.bias, self.eps, residual, dtype)
 
 
 class FusedWindowAttention(nn.Module):
@@ -240,11 +248,33 @@ _KNOWN: dict[str, tuple[str, Callable[[Any], _New]]] = {
 """Class -> its family and what becomes of a module of it. timm's Mish is not here: under autocast
 it gives float32."""
 
+_BLOCK = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
+_BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
+    "timm.models.swin_transformer.SwinTransformerBlock": _BLOCK,
+    "timm.models.swin_transformer.PatchMerging": (("norm", "reduction"),),
+    "timm.models.vision_transformer.Block": _BLOCK,
+}
+"""Class -> its LayerNorms that a linear layer alone reads, and which."""
+
 _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
 
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
+    """Those of `_BEFORE_LINEAR` that nothing else looks at."""
+    found = set()
+    for module in model.modules():
+        for name, reader in _BEFORE_LINEAR.get(_name(type(module)), ()):
+            try:
+                norm, linear = module.get_submodule(name), module.get_submodule(reader)
+            except AttributeError:
+                continue
+            if type(linear) is nn.Linear and not norm._forward_hooks:
+                found.add(norm)
+    return found
 
 
 def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
@@ -254,7 +284,9 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
     only: the families to replace, of `FAMILIES`. What cannot be replaced faithfully stays as it
     was, and the result says why; that goes for subclasses, whose maths may be another. An
     activation that worked in place no longer does: a network that read what it overwrote is the
-    only one to notice. Swap before compiling; a second call finds nothing to do.
+    only one to notice. Under autocast, the LayerNorms of timm's Swin and ViT that feed a linear
+    layer give its dtype, see `FusedLayerNorm.before_linear`. Swap before compiling; a second call
+    finds nothing to do.
 
     Raises ValueError on an unknown family.
     """
@@ -264,6 +296,7 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
             raise ValueError(f"swap_modules: {family!r} is not one of {', '.join(FAMILIES)}")
     counts: Counter[str] = Counter()
     left: dict[str, str] = {}
+    before_linear = _norms_before_linear(model)
     for name, module in model.named_modules():
         names = [_name(cls) for cls in type(module).__mro__]
         known = next((n for n in names if n in _KNOWN), None)
@@ -280,5 +313,7 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
             continue
         module.__class__ = cls
         vars(module).update(attributes)
+        if kind == "layer_norm" and module in before_linear:
+            module.before_linear = True  # type: ignore[assignment]
         counts[kind] += 1
     return Swapped(dict(counts), left)

@@ -294,6 +294,43 @@ def test_a_swapped_swin_under_autocast():
     assert 1e-4 < errors["plain"] and errors["swapped"] < 2 * errors["plain"], errors
 
 
+def before_linear(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if getattr(m, "before_linear", False)]
+
+
+@not_interpreted
+def test_layer_norms_before_a_linear_layer_round_to_its_dtype_and_change_no_bit():
+    narrow = swin(torch.float32)
+    swap_modules(narrow)
+    blocks = ("layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0")
+    norms = {f"{block}.norm{i}" for block in blocks for i in (1, 2)}
+    assert set(before_linear(narrow)) == {*norms, "layers.1.downsample.norm"}
+    wide = copy.deepcopy(narrow)
+    for module in wide.modules():
+        if isinstance(module, FusedLayerNorm):
+            module.before_linear = False
+    dtypes: dict[str, list[torch.dtype]] = {"narrow": [], "wide": []}
+    found = {}
+    for name, model in (("narrow", narrow), ("wide", wide)):
+        # as on CUDA, the blocks' sums are in float32
+        model.patch_embed.norm.register_forward_hook(lambda m, x, y: y.float())
+        for norm in (model.layers[0].blocks[0].norm1, model.layers[1].downsample.norm):
+            norm.register_forward_hook(lambda m, x, y, to=dtypes[name]: to.append(y.dtype))
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found[name] = gradients(Loss(model), images().float())
+    assert dtypes == {"narrow": [torch.bfloat16] * 2, "wide": [torch.float32] * 2}
+    for key, exact in found["wide"].items():
+        assert torch.equal(found["narrow"][key], exact), key
+
+
+def test_layer_norms_that_something_else_reads_keep_their_dtype():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, qk_norm=True)
+    vit.blocks[0].norm1.register_forward_hook(lambda *_: None)
+    vit.blocks[1].mlp.fc1 = nn.Identity()
+    swap_modules(vit)
+    assert before_linear(vit) == ["blocks.0.norm2", "blocks.1.norm1"]
+
+
 def test_state_dicts_fit_both_ways():
     plain, swapped = swin(), swin()
     swap_modules(swapped)
