@@ -61,7 +61,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgn.checkpoint import write_json
 from fastgn.config import ArchitectureConfig, ObjectiveConfig, OptimizerConfig, UserError, check
 from fastgn.metrics import environment
-from fastgn.models import Classifier, build_model, kernels_for
+from fastgn.models import Classifier, build_model, kernels_for, use_kernels
 from fastgn.objectives import Objective, build_objective
 from fastgn.optim import build_optimizer
 from fastgn.schedule import (
@@ -272,11 +272,9 @@ class Bench:
         self.device = next(network.parameters()).device
         self.plain = self.network = network
         if kernels == "triton":
-            from fastgn_kernels.modules import swap_modules
-
             kept = {id(t): t for t in (*network.parameters(), *network.buffers())}
             self.network = copy.deepcopy(network, kept)  # the modules, not the weights
-            swap_modules(self.network.backbone)
+            use_kernels(self.network.backbone)
         self.optimizer = build_optimizer(OptimizerConfig(warmup_lr=0.0), network)
         torch.manual_seed(0)
         shape = (batch, 3, network.img_size, network.img_size)

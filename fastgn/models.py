@@ -141,6 +141,15 @@ def multiply_patches(module: nn.Module) -> int:
     return len(found)
 
 
+def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
+    """Puts fastgn_kernels' ops into a network, in place: kind -> how many modules, and name -> why
+    a module that looks like one of those stays as it was."""
+    from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
+
+    multiply_patches(backbone)
+    return swap_modules(backbone)
+
+
 def kernels_for(choice: str, device: torch.device) -> str:
     """--kernels for a device: "triton" or "reference". Raises UserError."""
     check(
@@ -183,10 +192,7 @@ def build_model(
     count = sum(p.numel() for p in backbone.parameters())
     report = ModelReport(count, swapped, unfused, dict(kinds))
     if kernels == "triton":  # last: the swap changes classes, which the lines above look at
-        from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
-
-        fused, not_fused = swap_modules(backbone)
-        multiply_patches(backbone)
+        fused, not_fused = use_kernels(backbone)
         report = dataclasses.replace(report, fused=fused, not_fused=not_fused)
     return model, report
 

@@ -30,7 +30,7 @@ import tables  # noqa: E402
 from timing import Marks, interleaved, once  # noqa: E402
 
 from fastgn.config import ArchitectureConfig  # noqa: E402
-from fastgn.models import Classifier, build_model  # noqa: E402
+from fastgn.models import Classifier, build_model, use_kernels  # noqa: E402
 from fastgn.objectives import gradnorm  # noqa: E402
 from fastgn.schedule import Schedule, Step  # noqa: E402
 
@@ -385,6 +385,10 @@ def test_arms_share_weights_and_leave_them_alone() -> None:
     assert {id(p) for p in bench.network.parameters()} == shared
     kinds = [{type(m).__module__ for m in n.modules()} for n in (bench.plain, bench.network)]
     assert "fastgn_kernels.modules" not in kinds[0] and "fastgn_kernels.modules" in kinds[1]
+    trained = network()
+    use_kernels(trained.backbone)
+    assert [type(m) for m in bench.network.modules()] == [type(m) for m in trained.modules()]
+    assert "fastgn.models" in {type(m).__module__ for m in bench.network.backbone.modules()}
     assert bench.step(cost.Spec("gradnorm", "fp32")).model is bench.network
     assert bench.step(cost.Spec("gradnorm-paper", "fp32")).model is bench.plain
     bench.update(bench.step(cost.Spec("gradnorm", "fp32")))

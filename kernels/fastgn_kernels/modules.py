@@ -314,6 +314,6 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
         module.__class__ = cls
         vars(module).update(attributes)
         if kind == "layer_norm" and module in before_linear:
-            module.before_linear = True  # type: ignore[assignment]
+            module.before_linear = True
         counts[kind] += 1
     return Swapped(dict(counts), left)
