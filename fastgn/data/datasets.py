@@ -1,6 +1,7 @@
 """Where images come from: arrays in memory, or files below a folder."""
 
 import dataclasses
+import io
 import os
 import zipfile
 import zlib
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastgn.config import DatasetConfig, UserError, check
@@ -35,6 +36,10 @@ class Arrays:
         return Image.fromarray(self.images_NCHW[index].permute(1, 2, 0).numpy())
 
 
+class BadImageError(UserError):
+    """An image that cannot be read, named."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Files:
     """A split that is read image by image."""
@@ -46,13 +51,35 @@ class Files:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def image(self, index: int) -> Image.Image:
-        """Raises UserError, naming the file, when it is no image."""
+    def name(self, index: int) -> str:
+        """For messages."""
+        return self.paths[index]
+
+    def read(self, index: int) -> bytes:
+        """The encoded image. Raises BadImageError."""
         try:
-            with Image.open(self.paths[index]) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.paths[index]} cannot be read as an image: {error}") from None
+            return Path(self.paths[index]).read_bytes()
+        except OSError as error:
+            reason = error.strerror or error
+            raise BadImageError(
+                f"{self.name(index)} cannot be read as an image: {reason}"
+            ) from None
+
+    def image(self, index: int) -> Image.Image:
+        """RGB. Raises BadImageError."""
+        return decode_image(self.read(index), self.name(index))
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """RGB, whatever the format. Raises BadImageError, which calls it `name`."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError:  # whose message names an object in memory
+        reason = "its format is not known"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error)
+    raise BadImageError(f"{name} cannot be read as an image: {reason}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The PIL loader: worker processes decode and augment with timm's transforms."""
 
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -63,7 +64,7 @@ def decode(
             yield images, labels.to(device, non_blocking=True)
     except UserError as error:  # a worker's comes with its traceback in front
         message = str(error).strip().splitlines()[-1]
-        raise UserError(message.removeprefix("fastgn.config.UserError: ")) from None
+        raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
     finally:  # workers that ignore signals have to be told to end
         getattr(iterator, "_shutdown_workers", lambda: None)()
 
