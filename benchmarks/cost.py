@@ -388,7 +388,7 @@ class Bench:
         for key, arm in live.items():
             if arm.why_not is None:
                 arm.rounds.append(timings[key].mean / arm.spec.cycle)
-                if meter:
+                if meter and not math.isnan(readings[key].joules):
                     arm.joules.append(readings[key].joules / (calls[key] * arm.spec.cycle))
 
     def profile(self, arm: Arm) -> None:
@@ -538,12 +538,14 @@ def row_of(
 
 
 def beside_prediction(record: dict[str, Any], results: Path = RESULTS) -> None:
-    """Adds the bytes that benchmarks/predict.py foretold of the compiled arms on this very card."""
+    """Adds the bytes that benchmarks/predict.py foretold on this very card: of a compiled arm as
+    Inductor fuses it, of gradnorm in eager mode as operators move them one by one."""
     path = results / f"predict_{record['model']}.json"
     predicted = json.loads(path.read_text()) if path.is_file() else {"gpus": {}, "rows": []}
     cards = [k for k, card in predicted["gpus"].items() if card["name"] == record["device"]]
-    same = ("img_size", "batch")
-    if not cards or any(predicted[key] != record[key] for key in same):
+    asked = {"model_kwargs": record["architecture"]["model_kwargs"]}
+    asked |= {key: record[key] for key in ("img_size", "batch")}
+    if not cards or any(predicted[key] != value for key, value in asked.items()):
         return
     record["bytes_per_s"] = predicted["gpus"][cards[0]]["bytes_per_s"]
     known = {
@@ -551,9 +553,16 @@ def beside_prediction(record: dict[str, Any], results: Path = RESULTS) -> None:
         for row in predicted["rows"]
         if row["gpu"] == cards[0] and row["kernels"] == record["kernels"]
     }
+    eager = {
+        row["precision"]: row["eager"]["bytes_an_image"]
+        for row in predicted["rows"]
+        if row["arm"] == "gradnorm exact"
+    }
     for row in record["rows"]:
         if row["compiled"]:
             row["predicted_bytes_an_image"] = known.get((row["arm"], row["precision"]))
+        elif row["arm"] == "gradnorm-paper":  # of PyTorch's operators, as are the predictions
+            row["predicted_bytes_an_image"] = eager.get(row["precision"])
 
 
 def targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -572,9 +581,18 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ("speed over the paper's way, bf16", faster.get("gradnorm-paper, bf16"), "at_least", 2),
     ]
     natural = by_key.get(("natural", "bf16"))
-    if natural and natural["peak_bytes"] and row["peak_bytes"]:
-        memory = row["peak_bytes"]["total"] / natural["peak_bytes"]["total"]
-        wanted.append(("peak memory over natural", memory, "at_most", 1.5))
+    peaks = [
+        r["peak_bytes"]["total"]
+        for r in rows
+        if r["arm"].startswith("gradnorm exact")
+        and (r["precision"], r["compiled"]) == ("bf16", True)
+        and r["peak_bytes"]
+        and r["images_per_s"] >= 0.95 * row["images_per_s"]
+    ]
+    if natural and natural["peak_bytes"] and peaks:
+        memory = min(peaks) / natural["peak_bytes"]["total"]
+        what = "peak memory over natural, of the budgets that cost less than 5 % of the speed"
+        wanted.append((what, memory, "at_most", 1.5))
     out = []
     for name, found, bound, limit in wanted:
         if found is not None:
@@ -651,7 +669,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         args.model_kwargs = args.model_kwargs or list(SMALL_SWIN)
         args.img_size = args.img_size or 32
     args.classes = args.classes or (10 if small else 1000)
-    for name in ("batch", "rounds", "lazy_interval", "fd_step", "round_seconds"):
+    for name in (
+        "batch",
+        "classes",
+        "rounds",
+        "lazy_interval",
+        "fd_step",
+        "round_seconds",
+        "minutes",
+    ):
         value = getattr(args, name)
         check(value > 0, f"--{name.replace('_', '-')} {value} must be positive")
     for value in (args.subset_fraction, *args.budgets):
@@ -701,7 +727,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         bench = Bench(network.to(device), args.classes, args.batch, kernels, **graphs)
         step = bench.step(wanted[0])
         print(once(lambda: bench.update(step)))
-        return 0
+        return int(step.micro_batch is not None)  # halved: not the step that was asked for
     if unlike:
         why = ", ".join(unlike)
         print(f"not the run that benchmarks/results keeps ({why}): written to {output}")
@@ -755,7 +781,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     for spec in wanted:
         start = time.perf_counter()
         rest = (args.rounds * args.round_seconds + PROFILE_S) * (len(arms) + 1)
-        rest += 2 * longest if spec.compile else 0  # gradnorm takes longer to compile than natural
+        rest += longest if spec.compile else 0
         if start - began + rest > 60 * args.minutes:
             skipped.append(f"{spec.key}: --minutes {args.minutes:g} had no room for it")
             continue

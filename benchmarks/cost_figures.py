@@ -137,6 +137,9 @@ def roofline(record: Mapping[str, Any]) -> pyplot.Figure:
     labels = ("operations an image, GFLOP", "images a second")
     if by_bytes:
         labels = ("operations a byte (bytes predicted, operations counted)", "TFLOP/s")
+    unknown = list(dict.fromkeys(r["arm"] for r in record["rows"] if r not in shown))
+    if unknown:
+        labels = (f"{labels[0]}\nnot predicted: {', '.join(unknown)}", labels[1])
     axes.set_xlabel(labels[0], fontsize=9)
     axes.set_ylabel(labels[1] + " over natural's" * (not record["meaningful_times"]), fontsize=9)
     axes.grid(which="major", linewidth=0.3)

@@ -5,6 +5,7 @@ The card's own counter of millijoules where it has one (Volta and later), else i
 
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -62,16 +63,23 @@ class Meter:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Reading]:
-        """The joules between entering and leaving, to be read afterwards."""
+        """The joules between entering and leaving, to be read afterwards; NaN where the card would
+        not say."""
         reading = Reading()
         if "counter" in self.source:
-            before = self._counter()
+            before = self._asked()
             yield reading
-            reading.joules = self._counter() - before
+            reading.joules = self._asked() - before
         else:
             with _Sampler(self._watts) as sampler:
                 yield reading
             reading.joules = sampler.joules
+
+    def _asked(self) -> float:
+        try:
+            return self._counter()
+        except self._nvml.NVMLError:  # no reason to end a run
+            return math.nan
 
     def _counter(self) -> float:
         return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3

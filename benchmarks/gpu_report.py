@@ -6,14 +6,16 @@ A bare machine with torch, triton, timm and numpy runs it from the checkout, not
     python3 benchmarks/gpu_report.py --output runs/card  # and again, to go on where it ended
 
 Each part is a process of its own with a time limit: one that breaks or hangs leaves the others.
-Parts come in the order of their value, and begin while --budget-s lasts: 530 s keep the whole below
-nine minutes. Swin-B's steps are compiled for every precision at once, on the cores that the tests
-leave, into the compiler's cache on disk; what is timed runs alone.
+Parts come in the order of their value, and begin while --budget-s lasts: 530 s keep a call below
+nine minutes. The first ones are meant for that, the rest for a second call. What needs no clock
+runs at the same time, and its compiled steps are found by what follows in the compiler's cache on
+disk, in the folder; what is timed runs alone.
 
 After each part the folder holds what there is: report.json (each part's commands, seconds, exit
 status, last lines and files), the parts' own JSON and pictures, and logs/. Names are those of
 benchmarks/results, into which what is to be kept is copied by hand. A second call with the same
-folder, sources, device and commands leaves out what has succeeded; --parts chooses.
+folder, wherever it is by then, sources, device and commands leaves out what has succeeded; --parts
+chooses. --archive keeps one .tar.gz of it all, but for the cache, up to date.
 
 Packages that the trainer's command line and exports need, and no benchmark, are replaced by
 stand-ins where they are missing; a part that lacks another one is skipped, and says so. Before
@@ -34,6 +36,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +48,8 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LAST_LINES = 15
 """Of each command's output, kept in report.json where it failed; the rest is in logs/."""
+PROFILES_S = 45
+"""What cost.py takes after the last arm that --minutes has room for: rounds, profiles, pictures."""
 LEAST_S = 20
 """No part begins with less time than this left: importing and compiling alone take that."""
 
@@ -101,6 +106,7 @@ class Machine:
     capability: tuple[int, int] | None
     """None: no GPU."""
     smoke: bool
+    memory_gib: float = 0.0
 
     @property
     def slug(self) -> str:
@@ -128,7 +134,8 @@ def this_machine(smoke: bool) -> Machine:
     if not torch.cuda.is_available():
         return Machine("cpu", None, smoke)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    return Machine(name, capability, smoke)
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return Machine(name, capability, smoke, memory)
 
 
 def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
@@ -149,19 +156,19 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
             size = ("--model", "swin_b", "--batch", 64)
         return script("cost", "--precision", precision, *size, *options, output=output)
 
-    def timed_cost(precision: str, limit_s: float, *options: object) -> Part:
-        file = f"cost_{'toy' if smoke else 'swin_b'}_{machine.slug}_{precision}"
+    def timed_cost(precision: str, limit_s: float, *options: object, suffix: str = "") -> Part:
+        """What does not fit is left out by cost.py itself, whose results are there by then."""
+        file = f"cost_{'toy' if smoke else 'swin_b'}_{machine.slug}_{precision}{suffix}"
         files = (f"{file}.json", f"{file}.png", f"{file}_roofline.png")
-        if smoke:
-            options = ("--rounds", 2, "--methods", "gradnorm")
-        else:  # what does not fit is left out by cost.py itself, whose results are there by then
-            options = ("--rounds", 3, "--minutes", round(limit_s / 60 - 0.2, 2), *options)
+        if not smoke:
+            options = ("--minutes", round((limit_s - PROFILES_S) / 60, 2), *options)
         command = cost(precision, files[0], *options, "--plot", folder / files[1])
-        what = f"the step's seconds, FLOPs and memory in {precision}"
-        return Part(f"cost_{precision}", what, [command], limit_s, trainer, files)
+        what = f"the step's seconds, FLOPs and memory in {precision}{suffix.replace('_', ' ')}"
+        return Part(f"cost_{precision}{suffix}", what, [command], limit_s, trainer, files)
 
     best, *others = machine.precisions
-    few = ("--methods", "natural", "gradnorm", "pgd_at", "gradnorm-paper", "--schedules", "exact")
+    least = ("--schedules", "exact", "--methods", "natural", "gradnorm", "pgd_at")
+    few = (*least, "gradnorm-paper")
 
     # the compiler's output is judged without a GPU; one process a file: most of it is compiling
     files = sorted(p.name for p in ROOT.glob("tests/kernels/test_*.py"))
@@ -169,34 +176,59 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
     if smoke:
         correct = [tests("tests/kernels/test_checks.py")]
     what = "every op against its twin"
-    parts = [Part("kernel_tests", what, correct, 110, ("pytest", "numpy"))]
+    parts = [Part("kernel_tests", what, correct, 170, ("pytest", "numpy"))]
+
+    # its steps at batch 64 are those that are timed next: what compiles them
+    files = (f"memory_{'toy' if smoke else 'swin_b'}_{machine.slug}.json",)
+    options = ("--smoke",) if smoke else ("--precision", best, "--minutes", 2.4, "--workers", 3)
+    curve = script("memory", *options, output=files[0])
+    what = "peak memory over the batch size"
+    parts.append(Part("memory", what, [curve], 170, trainer, files, beside=True))
 
     if not smoke:
-        least = ("--rounds", 1, "--round-seconds", 0.1, "--schedules", "exact")
-        least += ("--methods", "natural", "gradnorm", "pgd_at")
-        commands = [cost(p, f"logs/compile_{p}.json", *least) for p in machine.precisions]
-        what = "steps compiled into the cache on disk"
-        parts.append(Part("compile", what, commands, 110, trainer, beside=True))
+        # as many at once as their activations have room for
+        steps = [(best, "pgd_at")]
+        if machine.memory_gib > 120 and "fp32" in others:
+            steps += [("fp32", "natural"), ("fp32", "gradnorm")]
+        commands = [
+            cost(p, f"logs/{p}_{m}.json", "--methods", m, "--schedules", "exact", "--first-step")
+            for p, m in steps
+        ]
+        what = "more steps compiled into the cache on disk"
+        parts.append(Part("compile", what, commands, 170, trainer, beside=True))
 
-    first = timed_cost(best, 125)
-    parts.append(first)
+    options = ("--rounds", 2, "--methods", "natural", "gradnorm")
+    timed = timed_cost(best, 190, *(options if smoke else (*few, "pgd_at-paper")))
+    parts.append(timed)
+    if not smoke:
+        parts += [timed_cost(p, 120, *few) for p in others if p == "fp32"]
 
     files = (f"kernels_{machine.slug}.json", f"kernels_{machine.slug}.png")
     size = ("--ops", "cross_entropy_index", "--stages", 4, "--batch-size", 2, "--rounds", 2)
-    options = (*(size if smoke else ("--minutes", 0.75, "--rounds", 20)), "--no-compile")
+    options = (*(size if smoke else ("--minutes", 0.6, "--rounds", 20)), "--no-compile")
     options += ("--plot", folder / files[1], *(("--commit", commit) if commit else ()))
     command = script("kernels", *options, output=files[0])
-    parts.append(Part("kernels", "each op's time and bandwidth", [command], 60, ("numpy",), files))
+    parts.append(Part("kernels", "each op's time and bandwidth", [command], 50, ("numpy",), files))
 
-    parts += [timed_cost(precision, 55, *few) for precision in others if precision == "fp32"]
+    # from here on for a second call
 
-    files = (f"memory_{'toy' if smoke else 'swin_b'}_{machine.slug}.json",)
-    options = ("--smoke",) if smoke else ("--precision", best, "--minutes", 0.7)
-    command = script("memory", *options, output=files[0])
-    what = "peak memory over the batch size"
-    parts.append(Part("memory", what, [command], 70, trainer, files))
-
-    parts += [timed_cost(precision, 45, *few) for precision in others if precision == "tf32"]
+    if not smoke:
+        # tyro reads the flags that the trainer's run is made of
+        gpu = tests("-m", "gpu", "tests/test_schedule.py", "tests/test_cost.py")
+        needs = ("pytest", "sklearn", *trainer)
+        what = "CUDA graphs, and the cost suite on a GPU"
+        parts.append(Part("gpu_tests", what, [[*gpu, "-k", "not synchronise"]], 90, needs))
+        what = "no update waits for the device"
+        parts.append(
+            Part(
+                "sync_tests",
+                what,
+                [[*gpu, "-k", "synchronise"]],
+                90,
+                (*needs, "tyro", "tomli_w"),
+                beside=True,
+            )
+        )
 
     files = (f"precision_{machine.slug}.json",)
     size = ("--seeds", 2, "--fd-steps", 0.01)
@@ -205,19 +237,27 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
         size += ("--images", "random", "--networks", "tiny Swin")
     command = script("precision", *size, output=files[0])
     what = "the gradient's distance from float64"
-    parts.append(Part("precision", what, [command], 40, trainer, files))
+    parts.append(Part("precision", what, [command], 90, trainer, files, beside=True))
+
+    if not smoke:
+        what = "saving memory by recomputing"
+        budgets = (*("--methods", "natural", "gradnorm", "--schedules", "exact"), "--budgets")
+        parts.append(timed_cost(best, 150, *budgets, 0.7, 0.5, suffix="_budgets"))
+        parts += [timed_cost(p, 120, *few) for p in others if p == "tf32"]
 
     files = (f"loader_{machine.slug}.json",)
-    options = ("--smoke",) if smoke else ("--cost", folder / first.files[0])
+    options = ("--smoke",) if smoke else ("--cost", folder / timed.files[0])
     command = script("loader", *options, output=files[0])
     what = "images a second of the loaders"
     parts.append(Part("loader", what, [command], 20, (*trainer, "PIL"), files))
 
     if not smoke:
-        parts += [timed_cost(p, 60, *few) for p in others if p not in ("fp32", "tf32")]
-        full = ("pytest", "pyautoattack", "sklearn", "tensorboard", "tomli_w", "tyro", *trainer)
-        what = "the tests marked gpu"
-        parts.append(Part("gpu_tests", what, [tests("-m", "gpu", "tests")], 120, full))
+        graphs = ("--methods", "natural", "gradnorm", "--schedules", "exact", "--cuda-graphs")
+        parts.append(timed_cost(best, 120, *graphs, suffix="_graphs"))
+        parts += [timed_cost(p, 120, *few) for p in others if p not in ("fp32", "tf32")]
+        rest = ("finite-difference", "central-difference", "lazy", "subset")
+        every = ("--methods", "natural", "gradnorm", "fgsm_rs", "pgd_at", "--schedules", *rest)
+        parts.append(timed_cost(best, 300, *every, suffix="_schedules"))
     # toys are not timed
     return [dataclasses.replace(p, beside=True, limit_s=300) for p in parts] if smoke else parts
 
@@ -250,7 +290,9 @@ def run(
                     ended[index] = process.returncode, time.monotonic() - began
             time.sleep(0.05)
     finally:
-        for number, patience_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 10.0)):
+        # the first lets pytest say what has failed until then
+        stops = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0))
+        for number, patience_s in stops:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(process.pid, number)  # also what outlived a process that has ended
@@ -272,13 +314,18 @@ def missing(names: Sequence[str]) -> list[str]:
 
 
 def environment_of_parts(folder: Path) -> dict[str, str]:
-    """The checkout first on the path, stand-ins for what is not installed last."""
+    """The checkout first on the path, stand-ins for what is not installed last; the compiler's
+    caches in the folder, for the next part and call, unless they are elsewhere."""
     stand_ins = folder / "stand_ins"
     for name in missing(list(STAND_INS)):
         stand_ins.mkdir(parents=True, exist_ok=True)
         (stand_ins / f"{name}.py").write_text(STAND_INS[name].lstrip())
     path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""), str(stand_ins)]
-    return os.environ | {
+    caches = {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
+    }
+    return {**caches, **os.environ} | {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PYTHONUNBUFFERED": "1",
     }
@@ -322,8 +369,16 @@ def read_json(path: Path) -> dict[str, Any]:
 class Report:
     """report.json of a folder, and the parts that it tells of."""
 
-    def __init__(self, folder: Path, machine: Machine, sources: str, commit: str | None):
+    def __init__(
+        self,
+        folder: Path,
+        machine: Machine,
+        sources: str,
+        commit: str | None,
+        archive: Path | None = None,
+    ):
         self.folder = folder
+        self.archive = archive
         self.key = {"sources": sources, "device": machine.device, "smoke": machine.smoke}
         self.commit = commit
         self.head = {
@@ -334,10 +389,14 @@ class Report:
         before = read_json(folder / "report.json").get("parts", [])
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in before}
 
+    def commands(self, part: Part) -> list[list[str]]:
+        """Without the folder's place, which may be another for a second call."""
+        return [[x.replace(str(self.folder), "FOLDER") for x in c] for c in part.commands]
+
     def same(self, part: Part) -> dict[str, Any] | None:
         """What an earlier call says of the part, if it asked for the same."""
         entry = self.entries.get(part.name)
-        key = self.key | {"commands": [list(command) for command in part.commands]}
+        key = self.key | {"commands": self.commands(part)}
         if entry is None or any(entry.get(name) != value for name, value in key.items()):
             return None
         return entry
@@ -347,13 +406,15 @@ class Report:
         entry = {"name": part.name, "what": part.what, "status": status, **more}
         entry |= self.key | {
             "commit": self.commit,
-            "commands": [list(command) for command in part.commands],
+            "commands": self.commands(part),
             "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
         # an interrupted run must not forget what an earlier one had found out
         if status != "skipped" or self.entries.get(part.name, {}).get("status") in (None, status):
             self.entries[part.name] = entry
         write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})
+        if self.archive is not None:
+            pack(self.folder, self.archive)
         return entry
 
     def run(self, parts: Sequence[Part], limit_s: float, env: dict[str, str]) -> list[dict]:
@@ -374,6 +435,8 @@ class Report:
         for part, its_logs in zip(parts, logs, strict=True):
             codes, seconds = zip(*(next(ended) for _ in part.commands), strict=True)
             status = "timed out" if None in codes else "failed" if any(codes) else "ok"
+            for name in part.files:
+                self.name_commit(self.folder / name)
             kept = [1 if code == 0 else LAST_LINES for code in codes]
             entries.append(
                 self.add(
@@ -387,6 +450,23 @@ class Report:
                 )
             )
         return entries
+
+    def name_commit(self, path: Path) -> None:
+        """In a record whose script could not find out."""
+        record = read_json(path) if path.suffix == ".json" else {}
+        if self.commit is not None and "commit" in record and record["commit"] is None:
+            write_json(path, record | {"commit": self.commit})
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """One file of all but the compiler's cache; atomically."""
+    part = archive.with_name(archive.name + ".part")
+    left_out = ("cache", "stand_ins")
+    with tarfile.open(part, "w:gz") as tar:
+        for path in sorted(p for p in folder.iterdir() if p.name not in left_out):
+            if path not in (archive, part):
+                tar.add(path, f"{folder.name}/{path.name}")
+    os.replace(part, archive)
 
 
 def beside_predictions(folder: Path, device: str, results: Path = RESULTS) -> list[str]:
@@ -431,6 +511,7 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=530, help="for this call")
     parser.add_argument("--limit-s", type=float, help="for a part; default: each its own")
     parser.add_argument("--commit", help="to record where the checkout does not know its own")
+    parser.add_argument("--archive", type=Path, metavar="FILE.tar.gz")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, on any machine")
     args = parser.parse_args()
 
@@ -447,8 +528,16 @@ def main() -> int:
         if name not in names:
             print(f"gpu_report.py: error: --parts {name}: {', '.join(names)}", file=sys.stderr)
             return 2
-    folder.mkdir(parents=True, exist_ok=True)
-    report = Report(folder, machine, digest_of_sources(), commit)
+    if not args.budget_s >= LEAST_S:
+        print(f"gpu_report.py: error: --budget-s {args.budget_s:g}: no part begins with less than "
+              f"{LEAST_S}", file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"gpu_report.py: error: --output {folder}: {error.strerror}", file=sys.stderr)
+        return 2
+    report = Report(folder, machine, digest_of_sources(), commit, args.archive)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return carry_out(
         report,

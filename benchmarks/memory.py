@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import positive_float, positive_int
 
 from fastgn.checkpoint import write_json
-from fastgn.config import ArchitectureConfig, ObjectiveConfig
+from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError, check
 from fastgn.metrics import environment
-from fastgn.models import Classifier, build_model, kernels_for
+from fastgn.models import Classifier, build_model, check_name, kernels_for
 from fastgn.objectives import build_objective
 from fastgn.plan import EAGER, StepCost, relations, step_cost
 from fastgn.schedule import PRECISIONS, Schedule, Step
@@ -164,16 +165,28 @@ def main() -> int:
     parser.add_argument("--model", default="swin_b")
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument(
-        "--batches", nargs="+", type=int, default=[64, 16, 32, 128], help="the most telling first"
-    )
+        "--batches",
+        nargs="+",
+        type=positive_int,
+        default=[64, 16, 32, 128],
+        help="the most telling first",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=5 if cuda else 0, help="0: this process")
-    parser.add_argument("--minutes", type=float, default=10, help="no row begins after these")
+    parser.add_argument(
+        "--minutes", type=positive_float, default=10, help="no row begins after these"
+    )
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
     if args.smoke:
         args.model, args.precision, args.batches, args.workers = "swin_t", "fp32", [2, 4], 0
 
+    try:
+        check_name(ArchitectureConfig(model=args.model))
+        check(args.workers >= 0, f"--workers {args.workers} must be at least 0")
+    except UserError as error:
+        print(f"memory.py: error: {error}", file=sys.stderr)
+        return 2
     began = time.perf_counter()
     name = torch.cuda.get_device_name() if cuda else "cpu"
     slug = re.sub(r"\W+", "_", name.lower())

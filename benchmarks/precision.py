@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import output_for, positive_float, positive_int
 from timing import summary
 from torch import Tensor, nn
 
@@ -43,7 +44,6 @@ from fastgn.objectives import build_objective
 from fastgn.schedule import Schedule, Step
 from fastgn.seeding import Stream, generator, seed_all
 
-RESULTS = Path(__file__).parent / "results"
 SIDE, CLASSES = 32, 10
 FD_STEPS = (0.07, 0.01, 0.001)
 """0.07 is eps / sigma of the paper."""
@@ -259,21 +259,26 @@ def main() -> int:
         default=["random", "digits", "cifar10"],
     )
     parser.add_argument("--cifar10", metavar="FILE", help="as fastgn.train's --data-dir")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=2, help="for each seed")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--updates", type=int, default=100, help="of training on real images")
+    parser.add_argument("--seeds", type=positive_int, default=3)
+    parser.add_argument("--batches", type=positive_int, default=2, help="for each seed")
+    parser.add_argument("--batch-size", type=positive_int, default=8)
     parser.add_argument(
-        "--width", type=int, default=64 if cuda else 8, help="of PreActResNet-18; 64 is He's"
+        "--updates", type=positive_int, default=100, help="of training on real images"
     )
-    parser.add_argument("--fd-steps", nargs="+", type=float, default=FD_STEPS, metavar="H")
+    parser.add_argument(
+        "--width",
+        type=positive_int,
+        default=64 if cuda else 8,
+        help="of PreActResNet-18; 64 is He's",
+    )
+    parser.add_argument("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
 
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else "cpu"
     slug = re.sub(r"\W+", "_", name.lower())
-    output = args.output or RESULTS / f"precision_{slug}.json"
+    output = output_for(f"precision_{slug}.json", parser, args, free=("cifar10",))
     try:
         todo, notes = arms(device, args.fd_steps)
         splits, more = sources(args.images, args.cifar10)

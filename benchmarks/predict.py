@@ -17,13 +17,16 @@ operator counts as one kernel that reads its inputs and writes its outputs: part
 and tables are left out); operators that run between the compiled graphs (an attack's steps,
 accumulation into .grad), the optimizer, the loader, communication.
 
-Writes benchmarks/results/predict_<model>.json. Leans on internals of PyTorch 2.11 to 2.15.
+Writes benchmarks/results/predict_<model>.json, and keeps the rows that are there already, of the
+same network and versions, and not asked for. A trial (another size, batch, depth or compiler's
+setting) goes to runs/. Leans on internals of PyTorch 2.11 to 2.15.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import gc
+import json
 import sys
 import time
 import types
@@ -34,6 +37,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from arguments import output_for
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
@@ -48,7 +52,6 @@ from fastgn.objectives import build_objective
 from fastgn.plan import step_cost
 from fastgn.schedule import PRECISIONS, SCHEDULES, DoubleBackward, Schedule, Step
 
-RESULTS = Path(__file__).parent / "results"
 CUDA = torch.device("cuda:0")
 
 
@@ -84,6 +87,17 @@ GPUS = {
         shared_bytes=227 << 10,
         l2_bytes=50 << 20,
         memory_bytes=141 * 10**9,
+        source="bandwidth and bf16 measured on one; tf32 and fp32 NVIDIA's data sheet",
+    ),
+    "h100": Gpu(
+        name="NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        processors=132,
+        bytes_per_s=3.0e12,
+        flop_per_s={"bf16": 798e12, "bf16-pure": 798e12, "tf32": 494e12, "fp32": 67e12},
+        shared_bytes=227 << 10,
+        l2_bytes=50 << 20,
+        memory_bytes=80 * 10**9,
         source="bandwidth and bf16 measured on one; tf32 and fp32 NVIDIA's data sheet",
     ),
     "a100": Gpu(
@@ -736,6 +750,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
     check(args.batch_size > 0, f"--batch-size {args.batch_size} must be at least 1")
+    check(min(args.depths or [1]) > 0, f"--depths {args.depths}: each must be at least 1")
     check(0 < args.budget <= 1, f"--budget {args.budget} must lie in (0, 1]")
     for setting in args.trial:
         name, _, value = setting.partition("=")
@@ -744,7 +759,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             known and value in ("True", "False"),
             f"--try {setting}: should be the name of a boolean, and =True or =False",
         )
+    choices = ("model", "gpus", "precision", "methods", "schedules", "kernels", "whole")
+    args.output = output_for(f"predict_{args.model}.json", parser, args, free=choices)
     return args
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[k] for k in ("gpu", "arm", "precision", "kernels"))
+
+
+def kept_rows(record: dict[str, Any], output: Path) -> list[dict[str, Any]]:
+    """Those that an earlier call has written there of the same network, by the same versions."""
+    try:
+        before = json.loads(output.read_text())
+    except (OSError, ValueError):
+        return []
+    same = ("model", "model_kwargs", "img_size", "classes", "batch", "tried", "versions")
+    return before["rows"] if all(before.get(k) == record[k] for k in same) else []
 
 
 def run(args: argparse.Namespace) -> None:
@@ -753,7 +784,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.depths:
         network = with_depths(network, args.depths)
-    output = args.output or RESULTS / f"predict_{args.model}.json"
+    output = args.output
     record: dict[str, Any] = {
         "script": "benchmarks/predict.py",
         "file": output.name,
@@ -765,19 +796,23 @@ def run(args: argparse.Namespace) -> None:
         "classes": args.classes,
         "batch": args.batch_size,
         "tried": args.trial,
-        "gpus": {name: dataclasses.asdict(GPUS[name]) for name in args.gpus},
+        "gpus": {},
         **environment(),
         "rows": [],
     }
+    record["rows"] = kept_rows(record, output)
     trial = {name: value == "True" for name, _, value in (t.partition("=") for t in args.trial)}
     for name in args.gpus:
         for arm in arms_of(args, GPUS[name]):
             began = time.perf_counter()
             with torch._functorch.config.patch(trial):
                 cost, source = predict_deep(network, arm, GPUS[name], args.whole)
-            row = row_of(network, arm, name, cost, source)
-            record["rows"].append(row)
-            compare(record["rows"])
+            row = row_of(network, arm, name, cost, source) | {"commit": record["commit"]}
+            rows = [r for r in record["rows"] if key_of(r) != key_of(row)] + [row]
+            rows.sort(key=lambda r: list(GPUS).index(r["gpu"]))
+            compare(rows)
+            cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
+            record |= {"gpus": cards, "rows": rows}
             write_json(output, record)
             print(
                 f"prediction, {GPUS[name].name}: {arm.name}, {arm.precision}, {arm.kernels} "

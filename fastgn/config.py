@@ -250,12 +250,12 @@ class ObjectiveConfig:
         check_pixels("--attack-eps", self.attack_eps)
         if self.attack_step is not None:
             check_pixels("--attack-step", self.attack_step)
-        check(self.sigma > 0, f"--sigma {self.sigma} must be positive")
+        check(0 < self.sigma < math.inf, f"--sigma {self.sigma} must be positive and finite")
         check(self.attack_it > 0, f"--attack-it {self.attack_it} must be at least 1")
         check(self.ramp_epochs >= 0, f"--ramp-epochs {self.ramp_epochs} must be at least 0")
         for name in ("ce_weight", "gn_weight"):
             value = getattr(self, name)
-            check(value >= 0, f"--{flag(name)} {value} must be at least 0")
+            check(0 <= value < math.inf, f"--{flag(name)} {value} must be at least 0, and finite")
 
     @property
     def step_size(self) -> float:
@@ -293,9 +293,10 @@ class StepConfig:
     """finite-difference, central-difference: the step h in normalised units. The larger, the nearer
     to training on FGSM's images; below 1e-2 bf16 loses the difference (1e-3 is good in fp32)."""
     lazy_interval: int = 4
-    """lazy: updates from one with the penalty to the next; it is that many times as strong."""
+    """lazy: updates from one with the penalty to the next; it is that many times as strong, which
+    clip_grad undoes in part."""
     subset_fraction: float = 0.5
-    """subset: share of the images with the penalty."""
+    """subset: share of the images with the penalty; of batch_size, a whole number of images."""
     precision: Literal["fp32", "tf32", "bf16", "bf16-pure"] = "fp32"
     """fp32; tf32 products (CUDA); bf16: autocast with fp32 weights; bf16-pure: weights and
     activations in bf16 within the step, fp32 for the weights updated and for statistics."""
@@ -326,7 +327,11 @@ class StepConfig:
             not self.cuda_graphs or (self.compile != "off" and self.schedule != "exact-eager"),
             "--cuda-graphs replays compiled graphs: leave out --compile off and exact-eager",
         )
-        check(0 < self.fd_step < math.inf, f"--fd-step {self.fd_step} must be positive and finite")
+        check(
+            1e-6 <= self.fd_step < math.inf,
+            f"--fd-step {self.fd_step} must be finite and at least 1e-6: below, fp32 rounds the "
+            "difference away (1e-3 is good)",
+        )
         if self.schedule == "auto":
             check(
                 self.accumulation != "sum",
@@ -487,7 +492,7 @@ class Config:
             f"{objective.method} has none: leave it out",
         )
         check(
-            schedule != "central-difference" or objective.ce_weight > 0,
+            schedule != "central-difference" or objective.ce_weight >= 1e-6,
             "--schedule central-difference finds its direction in the cross-entropy's sweep: give "
             "--ce-weight above 0, or finite-difference",
         )

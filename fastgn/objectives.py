@@ -187,12 +187,12 @@ def build_objective(cfg: "ObjectiveConfig") -> Objective:
 
 
 def on_subset(objective: Objective, fraction: float) -> Objective:
-    """`objective` with its penalty on the first `fraction` of the images (one at least) alone, and
-    the cross-entropy on all. The parts go through the network one after the other: BatchNorm in
-    train mode sees two batches."""
+    """`objective` with its penalty on the first `fraction` of the images alone, a whole number of
+    them, and the cross-entropy on all. The parts go through the network one after the other:
+    BatchNorm in train mode sees two batches."""
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
-        count = max(1, round(fraction * len(images_BCHW)))
+        count = round(fraction * len(images_BCHW))
         part = objective.loss(model, images_BCHW[:count], targets[:count], ramp)
         if count == len(images_BCHW):
             return part

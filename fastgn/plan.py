@@ -261,11 +261,13 @@ def step_cost(
     """Counts a step on up to batch_size images, run eagerly on fake tensors: seconds, no memory.
 
     device_type: whose autocast it is to be. Gradients are taken to be there throughout, as from a
-    second micro-batch on. Memory is the line through 2 images and batch_size: the peak of a step is
-    the largest of several lines, so between the two the line lies on it or above. A lazy schedule's
-    is that of its update with the penalty.
+    second micro-batch on. Memory is the line through a few images and batch_size: the peak of a
+    step is the largest of several lines, so between the two the line lies on it or above. A lazy
+    schedule's is that of its update with the penalty.
     """
-    sizes = (2, max(batch_size, 4))
+    step = schedule.divisor
+    few = -(-2 // step) * step
+    sizes = (few, max(batch_size // step * step, 2 * few))
     # an update without the penalty costs the same whichever it is
     updates = {0: 1.0}
     if schedule.kind == "lazy" and schedule.lazy_interval > 1:

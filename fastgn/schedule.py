@@ -7,6 +7,7 @@ taken outside raises; the whole loss has to be inside.
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -140,8 +141,8 @@ class Schedule:
     finite-difference: (CE(x + h d) - CE(x)) / h with d the signs of the input gradient (Finlay &
     Oberman 2019), which needs no double backprop; central-difference: (CE(x + h d) - CE(x - h d)) /
     2h; BatchNorm in train mode sees all these points. lazy: every lazy_interval-th update has the
-    penalty, that many times as strong (Karras et al. 2020). subset: the first subset_fraction of
-    the images has it."""
+    penalty, that many times as strong (Karras et al. 2020) unless the gradient is clipped. subset:
+    the first subset_fraction of the images, of each micro-batch where there are several."""
     fd_step: float = 1e-2
     """h, in normalised units."""
     lazy_interval: int = 4
@@ -152,6 +153,13 @@ class Schedule:
             raise ValueError(f"schedule {self.kind!r} should be one of {', '.join(SCHEDULES)}")
 
     @property
+    def divisor(self) -> int:
+        """What a number of images has to be a multiple of: of 4 for a subset of 0.75 or 0.25."""
+        share = self.subset_fraction if self.kind == "subset" else 1.0
+        whole = (n for n in itertools.count(1) if round(share * n) and is_whole(share * n))
+        return next(whole)
+
+    @property
     def differences(self) -> bool:
         return self.kind in ("finite-difference", "central-difference")
 
@@ -159,6 +167,11 @@ class Schedule:
         values = {"lazy": self.lazy_interval, "subset": self.subset_fraction}
         value = self.fd_step if self.differences else values.get(self.kind)
         return self.kind if value is None else f"{self.kind} {value:g}"
+
+
+def is_whole(x: float) -> bool:
+    """To the digits that a fraction is written with: 3 times 0.3333 is."""
+    return abs(x - round(x)) < 1e-3
 
 
 class Passes(NamedTuple):
@@ -332,10 +345,13 @@ class Randomness:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    """In a few launches; torch._foreach_copy_ refuses to copy nothing."""
-    if targets:
-        torch._foreach_copy_(targets, sources)
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no room: PyTorch's allocator says so in a class of its own, what
+    allocates beside it (cuBLAS' handles, Triton's modules, NCCL) in other words."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    signs = ("out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class Step:
@@ -383,6 +399,7 @@ class Step:
         self.model = model
         self.objective = objective
         self.schedule = schedule
+        self._divisor = schedule.divisor
         self.accumulation = accumulation
         self.train_in_eval_mode = train_in_eval_mode
         self.precision = precision
@@ -400,9 +417,11 @@ class Step:
         self.device = next(model.parameters()).device
         self._weights = [p for p in model.parameters() if p.requires_grad]
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-        # by dtype: one launch copies those of one
-        self._statistics = sorted((b for m in norms for b in m.buffers()), key=lambda b: b.ndim)
-        self._statistics_before = [b.clone() for b in self._statistics]
+        self._statistics = [b for m in norms for b in m.buffers()]
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self._statistics:
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._kept_statistics = [(now, [b.clone() for b in now]) for now in by_dtype.values()]
         self._kept_grads: list[Tensor] = []
 
         self._compiled = compile and schedule.kind != "exact-eager"
@@ -441,7 +460,7 @@ class Step:
                 return natural(model.backbone, normalized, targets)
 
             return {"point": Objective(at_point)}
-        if schedule.kind == "lazy":
+        if schedule.kind == "lazy" and schedule.lazy_interval > 1:
             return {"penalty": objective, "plain": without_penalty(objective)}
         if schedule.kind == "subset":
             return {"penalty": on_subset(objective, schedule.subset_fraction)}
@@ -462,12 +481,15 @@ class Step:
         while True:
             self._tried: set[str] = set()
             randomness = Randomness(self.device)
-            copy_all(self._statistics_before, self._statistics)
+            for now, before in self._kept_statistics:
+                torch._foreach_copy_(before, now)
             reason = None
             try:
                 with matmul_precision(self.precision):
                     loss = self._update(batches, ramp, update)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 reason = str(error)
             if self._agree is not None and not self._proven:
                 if self._agree(reason is not None):
@@ -482,7 +504,8 @@ class Step:
                 raise torch.OutOfMemoryError(reason)
             self._halve(len(batches[0][0]), reason)
             randomness.restore()
-            copy_all(self._statistics, self._statistics_before)
+            for now, before in self._kept_statistics:
+                torch._foreach_copy_(now, before)
 
     def _update(self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor, update: int) -> Loss:
         for parameter, grad in zip(self._weights, self._kept_grads, strict=False):
@@ -510,11 +533,15 @@ class Step:
         return Loss(*(sums / len(parts)).unbind())
 
     def _split(self, batch: Tensor) -> Sequence[Tensor]:
-        if self.micro_batch is None:
-            return (batch,)
-        if len(batch) % self.micro_batch:
-            raise ValueError(f"{len(batch)} images do not divide by micro_batch={self.micro_batch}")
-        return batch.split(self.micro_batch)
+        size = self.micro_batch or len(batch)
+        if len(batch) % size:
+            raise ValueError(f"{len(batch)} images do not divide by micro_batch={size}")
+        if size % self._divisor:
+            raise ValueError(
+                f"schedule {self.schedule}: {size} images at a time are no multiple of "
+                f"{self._divisor}"
+            )
+        return batch.split(size)
 
     def _double_backward(
         self,
@@ -559,19 +586,19 @@ class Step:
             here = self._forward("point", here_BCHW.requires_grad_(), targets, ramp)
             self._backward(here.ce * coefficient / divisor, here_BCHW)
         assert here_BCHW.grad is not None
+        ce = here.ce.detach().clone()  # a CUDA graph's output is overwritten when it runs again
         direction_BCHW = here_BCHW.grad.sign() * coefficient.sign()
         signs = (1, -1) if central else (1,)
-        ces = [here.ce.detach()] if not central else []
+        ces = [ce] if not central else []
         for index, sign in enumerate(signs):
             randomness.restore()  # the same dropout: it is the images alone that move
             with self._sync(last and index == len(signs) - 1):
                 there_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
                 there = self._forward("point", there_BCHW, targets, ramp)
                 self._backward(there.ce * (sign * weight / len(signs) / divisor))
-            ces.append(there.ce.detach())
+            ces.append(there.ce.detach().clone())
         slope = (ces[0] - ces[1]) / (2 * h) if central else (ces[1] - ces[0]) / h
         penalty = objective.penalty_scale * slope
-        ce = here.ce.detach()
         total = objective.ce_weight * ce + objective.penalty_weight * ramp * penalty
         return Loss(total, ce, penalty, slope)
 
@@ -598,9 +625,11 @@ class Step:
         """Takes the largest divisor of the batch that is at most half the micro-batch, and drops
         what the failed update has left."""
         size = self.micro_batch or batch_size
-        if size == 1:
+        sizes = range(self._divisor, size // 2 + 1, self._divisor)
+        fitting = [n for n in sizes if batch_size % n == 0]
+        if not fitting:
             raise torch.OutOfMemoryError(reason)
-        self.micro_batch = next(n for n in range(size // 2, 0, -1) if batch_size % n == 0)
+        self.micro_batch = fitting[-1]
         for parameter in self._weights:
             parameter.grad = None
         if self.device.type == "cuda":

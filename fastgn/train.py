@@ -43,7 +43,7 @@ from fastgn.ema import ModelEma
 from fastgn.metrics import Metrics, environment, find_wandb, read_rows
 from fastgn.objectives import build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
-from fastgn.schedule import Schedule, Step, compilations, unsupported
+from fastgn.schedule import Schedule, Step, compilations, out_of_memory, unsupported
 from fastgn.seeding import Stream, seed_all
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
@@ -139,6 +139,11 @@ class Run:
     @property
     def global_batch(self) -> int:
         return self.batch_size * self.grad_accum_steps * self.world.size
+
+    @property
+    def images_at_a_time(self) -> int:
+        """That go through the network in a training step."""
+        return self.step.micro_batch or self.batch_size
 
     @property
     def evaluated_model(self) -> models.Classifier:
@@ -261,16 +266,12 @@ class Run:
         if self.subset is None:
             return
         model, eps = self.evaluated_model.eval(), self.cfg.eval_eps
-        seed_all(Stream.EVALUATION, self.cfg.run.seed, self.world.rank)
-        pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
         for buffer in model.buffers():  # BatchNorm's are each rank's own; the first's are saved
             self.world.broadcast(buffer)
-        counts = torch.stack(
-            [
-                attacks.count_correct(model, self.subset, device=self.world.device),
-                attacks.count_correct(model, self.subset, pgd, device=self.world.device),
-            ]
-        )
+        # where a training step of more did not fit
+        self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
+        while (counts := self.count_correct(self.subset)) is None:
+            self.subset.batch_size //= 2
         clean, robust = (self.world.sum(counts) / self.subset.size).tolist()
         self.accuracy = {"clean_accuracy": clean, "pgd10_accuracy": robust}
         score = clean if self.cfg.objective.method == "natural" else robust
@@ -284,6 +285,22 @@ class Run:
                 f"({self.subset.name})"
             )
         self.reset_clock()
+
+    def count_correct(self, subset: Subset) -> Tensor | None:
+        """This rank's images classified correctly, clean and under PGD-10; None where so many at a
+        time do not fit the device."""
+        model, eps, device = self.evaluated_model, self.cfg.eval_eps, self.world.device
+        pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
+        seed_all(Stream.EVALUATION, self.cfg.run.seed, self.world.rank)
+        try:
+            clean = attacks.count_correct(model, subset, device=device)
+            return torch.stack([clean, attacks.count_correct(model, subset, pgd, device=device)])
+        except RuntimeError as error:
+            if not out_of_memory(error) or subset.batch_size == 1:
+                raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def save(self) -> None:
         """A checkpoint, by the first rank. A host sync."""
@@ -346,6 +363,12 @@ def build(cfg: Config, world: World) -> Run:
         not cfg.step.cuda_graphs or world.device.type == "cuda",
         f"--cuda-graphs needs a CUDA device, and this run is on {world.device.type}: leave it out",
     )
+    compiled, budget = is_compiled(cfg.step, world.device), cfg.step.activation_memory_budget
+    check(
+        compiled or budget == 1,
+        f"--activation-memory-budget {budget} is of compiled steps, and this one is eager: add "
+        "--compile on, or leave it out",
+    )
     if cfg.optimizer.opt == "fusedadamw":
         optim.find_fused_adam()
     if cfg.run.log_wandb:
@@ -356,6 +379,12 @@ def build(cfg: Config, world: World) -> Run:
     with world.first_alone():
         dataset = load_dataset(cfg.dataset)
     batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
+    divisor = schedule_of(cfg.step).divisor
+    check(
+        batch_size % divisor == 0,
+        f"--subset-fraction {cfg.step.subset_fraction:g} of --batch-size {batch_size} is no whole "
+        f"number of images: take a multiple of {divisor}, or another fraction",
+    )
     if cfg.step.schedule == "auto":  # the step splits it: the data do not depend on the plan
         batch_size, accum = batch_size * accum, 1
     architecture = cfg.architecture
@@ -381,7 +410,6 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:
         whole = batch_size * accum * world.size
         restore(cfg, state, dataset.classes, model, ema, optimizer, whole)
-    compiled = is_compiled(cfg.step, world.device)
     planned = None
     if cfg.step.schedule == "auto" or world.device.type == "cuda":
         try:
@@ -389,6 +417,8 @@ def build(cfg: Config, world: World) -> Run:
                 cfg, world, model, optimizer, len(dataset.classes), batch_size, accum
             )
         except RuntimeError as error:  # an operator that cannot be counted without data
+            if out_of_memory(error):
+                raise
             check(
                 cfg.step.schedule != "auto",
                 f"--schedule auto cannot count {cfg.architecture.model}'s step "
@@ -533,6 +563,11 @@ def make_plan(
     flops, bytes_, launch = device_rates(device, cfg.step.precision)
     rates = Rates(world.least(flops), world.least(bytes_), -world.least(-launch))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # AdamW's two averages; copies of the gradients by DistributedDataParallel and by CUDA graphs;
+    # the images, and those of the next update
+    state_bytes = 0 if optimizer.state else 2 * trained
+    state_bytes += ((world.size > 1) + cfg.step.cuda_graphs) * trained
+    state_bytes += 2 * batch_size * accum * 3 * model.img_size**2 * 4
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     fixed = None
     if cfg.step.schedule != "auto":
@@ -542,7 +577,7 @@ def make_plan(
         rates,
         batch_size=batch_size * accum,
         free_bytes=int(world.least(free_memory(device) / ranks_here)),
-        state_bytes=0 if optimizer.state else 2 * trained,  # AdamW's two averages
+        state_bytes=state_bytes,
         held_bytes=torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,
         compiled=is_compiled(cfg.step, device),
         fixed=fixed,
@@ -573,6 +608,11 @@ def announce(
         run.say(line)
     if compiled:
         run.say("the first update compiles the step: seconds to minutes, then cached on disk")
+    if cfg.step.schedule == "lazy" and cfg.step.clip_grad is not None:
+        run.say(
+            f"warning: --clip-grad {cfg.step.clip_grad:g} takes from the updates with the penalty "
+            f"what makes it {cfg.step.lazy_interval} times as strong"
+        )
     warning = piecewise_linear_warning(cfg.objective.method, report.piecewise_linear)
     if warning:
         run.say(f"warning: {warning}")
@@ -695,16 +735,18 @@ def keep_compiled() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
-def out_of_memory(run: Run | None) -> str:
+def too_large(run: Run | None) -> str:
     """What to do about a step that does not fit, even after its micro-batch was halved."""
     if run is None:
         return "out of memory before the first update: the weights and their optimizer do not fit"
-    images = run.step.micro_batch or run.batch_size
     last = run.checkpoints.last()
+    tries = ["--schedule auto"]
+    if is_compiled(run.cfg.step, run.world.device):
+        tries.append("--activation-memory-budget 0.5")
     return (
-        f"out of memory at update {run.update + 1} with {images} images at a time; "
+        f"out of memory at update {run.update + 1} with {run.images_at_a_time} images at a time; "
         f"{f'the last checkpoint is {last}' if last else 'no checkpoint had been written'}; "
-        f"try --schedule auto, or --activation-memory-budget 0.5 (compiled steps)"
+        f"try {' or '.join(tries)}"
     )
 
 
@@ -717,10 +759,12 @@ def main(args: list[str] | None = None) -> int:
         with session(cfg.run.device) as world:
             run = build(cfg, world)
             train(run)
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not out_of_memory(error):
+            raise
         if run is not None and run.metrics is not None:
             run.metrics.close()
-        line = error if isinstance(error, UserError) else out_of_memory(run)
+        line = error if isinstance(error, UserError) else too_large(run)
         say_error(f"fastgn.train: error: {line}")
         return 2
     except KeyboardInterrupt:  # before the first update, or the second time

@@ -684,8 +684,10 @@ def test_a_table_and_pictures_of_a_card(tmp_path: Path) -> None:
         "gpus": {"h200": {"name": "NVIDIA H200", "bytes_per_s": 4.3e12}, "a100": {"name": "A100"}},
         "img_size": record["img_size"],
         "batch": record["batch"],
+        "model_kwargs": record["architecture"]["model_kwargs"],
         "rows": [
             {"arm": arm, "precision": "bf16", "gpu": gpu, "kernels": kernels, "bytes_an_image": n}
+            | {"eager": {"bytes_an_image": 70}}
             for n, (arm, gpu, kernels) in enumerate(
                 itertools.product(
                     ("natural", "gradnorm exact"), ("h200", "a100"), ("reference", "triton")
@@ -697,6 +699,11 @@ def test_a_table_and_pictures_of_a_card(tmp_path: Path) -> None:
     other = record | {"device": "NVIDIA A10"}
     cost.beside_prediction(other, tmp_path)
     assert "bytes_per_s" not in other, "another card's"
+    file = tmp_path / f"predict_{record['model']}.json"
+    file.write_text(json.dumps(foretold | {"model_kwargs": ["depth=9"]}))
+    cost.beside_prediction(record, tmp_path)
+    assert "bytes_per_s" not in record, "another network's"
+    file.write_text(json.dumps(foretold))
     cost.beside_prediction(record, tmp_path)
     assert [row["predicted_bytes_an_image"] for row in record["rows"]] == [1, 5]
     cost_figures.draw(record, tmp_path / "h.png")
@@ -751,6 +758,9 @@ def test_start_times_are_of_processes_that_share_a_cache(
     assert float(capsys.readouterr().out) > 0
 
 
+PEAK = "peak memory over natural, of the budgets that cost less than 5 % of the speed"
+
+
 def test_targets_are_judged() -> None:
     row = {"arm": "gradnorm exact", "precision": "bf16", "compiled": True, "images_per_s": 1300}
     row["times_as_fast_as"] = {"gradnorm-paper, fp32": {"mean": 7.9}}
@@ -764,8 +774,12 @@ def test_targets_are_judged() -> None:
         "time over natural": True,
         "time over fair PGD-3": False,
         "speed over the paper's way, fp32": False,
-        "peak memory over natural": False,
+        PEAK: False,
     }
+    budget = row | {"arm": "gradnorm exact, budget 0.5", "peak_bytes": {"total": 14}}
+    for rate, is_met in ((1240, True), (1230, False)):
+        found = cost.targets([row, natural, budget | {"images_per_s": rate}])
+        assert {t["target"]: t["met"] for t in found}[PEAK] == is_met
     assert cost.targets([natural]) == cost.targets([row | {"compiled": False}]) == []
 
 

@@ -176,6 +176,31 @@ def test_the_record_and_its_table_say_that_they_predict(tmp_path, capsys):
     assert "4321" not in table(record, [measured | {"device": "Tesla V100-PCIE-16GB"}])
 
 
+def test_rows_that_are_there_are_kept_and_a_trial_leaves_them_alone(tmp_path, monkeypatch):
+    predict = predict_module()
+    row = {"gpu": "a100", "arm": "natural", "precision": "bf16", "kernels": "triton"}
+    row |= {"method": "natural", "activation_memory_budget": 1.0, "bytes_an_image": 5.0}
+    row |= {"kept_bytes_an_image": 1.0, "roofline_ms": 1.0}
+    monkeypatch.setattr(predict, "predict_deep", lambda *_: (predict.Cost(seconds=1), None))
+    monkeypatch.setattr(predict, "eager", lambda *_: {})
+    monkeypatch.setattr(predict, "print", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(predict, "output_for", lambda *_, **__: tmp_path / "predict_swin_b.json")
+    argv = ["--gpus", "h200", "--methods", "natural", "--kernels", "triton", "--precision", "bf16"]
+    assert predict.main(argv) == 0
+    file = tmp_path / "predict_swin_b.json"
+    record = json.loads(file.read_text())
+    record["rows"].append(row)
+    file.write_text(json.dumps(record))
+    assert predict.main(argv) == 0  # its own row again, the other one kept
+    assert [r["gpu"] for r in json.loads(file.read_text())["rows"]] == ["h200", "a100"]
+    file.write_text(json.dumps(record | {"versions": {"torch": "2.0"}}))
+    assert predict.main(argv) == 0
+    assert [r["gpu"] for r in json.loads(file.read_text())["rows"]] == ["h200"]
+    monkeypatch.undo()
+    for options, folder in (((), "results"), (("--depths", "2", "2", "2", "2"), "runs")):
+        assert predict.parse([*argv, *options]).output.parent.name == folder
+
+
 def test_a_wrong_batch_size_is_one_line(capsys):
     assert predict_module().main(["--batch-size", "0"]) == 2
     assert capsys.readouterr().err == "predict.py: error: --batch-size 0 must be at least 1\n"

@@ -25,6 +25,7 @@ from fastgn.distributed import World
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import Objective, build_objective, gradnorm, natural
 from fastgn.schedule import (
+    SCHEDULES,
     Schedule,
     Step,
     count_passes,
@@ -535,17 +536,18 @@ class TooLarge(nn.Module):
     """A network without room for more than `limit` images: it fails behind its layers, when
     statistics have moved and random numbers are drawn."""
 
-    def __init__(self, backbone: nn.Module, limit: int):
+    def __init__(self, backbone: nn.Module, limit: int, error: Exception | None = None):
         super().__init__()
         self.backbone = backbone
         self.limit = limit
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory.")
         self.failures = 0
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.backbone(x)
         if len(x) > self.limit:
             self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise self.error
         return y
 
 
@@ -568,6 +570,51 @@ def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(method: 
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     assert all(torch.equal(a, b) or a.isnan() for a, b in zip(*losses, strict=True))
     assert said == ["out of memory with 4 images at a time: going on with 2, the same global batch"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_memory_that_runs_out_beside_the_allocator_is_no_other(message: str) -> None:
+    model = classifier(vit)
+    model.backbone = TooLarge(model.backbone, 2, RuntimeError(message))
+    step = Step(model, objective(), compile=False)
+    step.report = lambda line: None
+    step(batches_for(vit, 1), torch.tensor(1.0))
+    assert step.micro_batch == 2
+    model.backbone = TooLarge(model.backbone.backbone, 1, RuntimeError("CUDA error: misaligned"))
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="misaligned"):
+        step(batches_for(vit, 1), torch.tensor(1.0))
+    assert step.micro_batch == 2
+
+
+def test_a_subset_is_a_whole_number_of_images() -> None:
+    """Also where the micro-batch is halved: 0.25 of 4 images is one, and of 2 there is none."""
+    assert [Schedule("subset", subset_fraction=p).divisor for p in (1, 0.5, 0.75, 0.3333)] == [
+        *(1, 2, 4, 3)
+    ]
+    model = classifier(vit)
+    model.backbone = TooLarge(model.backbone, 2)
+    step = Step(
+        model, objective(), schedule=Schedule("subset", subset_fraction=0.25), compile=False
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batches_for(vit, 1), torch.tensor(1.0))
+    model = classifier(vit)
+    step = Step(model, objective(), schedule=Schedule("subset", subset_fraction=0.3), compile=False)
+    with pytest.raises(ValueError, match="4 images at a time are no multiple of 10"):
+        step(batches_for(vit, 1), torch.tensor(1.0))
+
+
+def test_a_lazy_penalty_at_every_update_has_one_loss() -> None:
+    """Several processes wait for an update of each before they trust DDP with the collectives."""
+    step = Step(classifier(vit), objective(), schedule=Schedule("lazy", lazy_interval=1))
+    assert list(step._losses) == ["penalty"]
 
 
 def test_gradients_of_before_are_never_lost() -> None:
@@ -707,19 +754,26 @@ def test_what_a_volta_card_cannot_compute_in(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("count", [1, 2])
-def test_cuda_graphs_leave_the_gradient_alone(count: int) -> None:
+@pytest.mark.parametrize("kind", ["pgd_at", *(s for s in SCHEDULES if s != "exact-eager")])
+def test_cuda_graphs_leave_the_gradient_alone(kind: str, count: int) -> None:
     """Over three updates of one or two micro-batches: a replayed graph writes where it wrote
-    before, and gradients must not live there."""
+    before, and neither gradients nor losses must live there."""
     found = []
+    schedule = Schedule() if kind == "pgd_at" else Schedule(kind, lazy_interval=2)
+    method = "pgd_at" if kind == "pgd_at" else "gradnorm"
     for cuda_graphs in (False, True):
         model = classifier(vit).cuda()
-        step = Step(model, objective(), cuda_graphs=cuda_graphs)
-        for _ in range(3):
+        own = objective(method=method, attack_select="best")
+        step = Step(model, own, schedule=schedule, cuda_graphs=cuda_graphs)
+        losses = []
+        for update in range(3):
             model.zero_grad()
+            torch.manual_seed(update)
             batches = [tuple(x.cuda() for x in batch) for batch in batches_for(vit, count)]
-            step(batches, torch.tensor(1.0, device="cuda"))
-        found.append(gradients(model))
-    assert relative(found[1], found[0]) < 1e-5
+            losses += step(batches, torch.tensor(1.0, device="cuda"), update)
+        found.append((gradients(model), torch.stack(losses).nan_to_num()))
+    for ours, plain in zip(*found, strict=True):
+        assert relative(ours, plain) < 1e-4
 
 
 # the host does not wait for the device
@@ -756,15 +810,23 @@ def everything_on(folder: Path, method: str, *more: str) -> train.Run:
 
 def update(run: train.Run, batches: list) -> None:
     """As the loop does it."""
-    loss = run.step(batches, run.ramp.fill_(0.5))
+    loss = run.step(batches, run.ramp.fill_(0.5), run.update)
     grad_norm = run.apply_gradients(1e-3)
     run.update += 1
     run.accumulate(torch.stack([*loss, grad_norm]))
 
 
-@pytest.mark.parametrize("method", ["natural", "gradnorm", "pgd_at", "fgsm_rs"])
-def test_an_update_reads_nothing_on_the_host(method: str, tmp_path: Path) -> None:
-    run = everything_on(tmp_path / "run", method, "--compile", "off")
+KINDS = ["natural", "pgd_at", "fgsm_rs", *SCHEDULES]
+
+
+def flags_of(kind: str) -> tuple[str, ...]:
+    """Of a method, or of a schedule of gradnorm."""
+    return ("gradnorm", "--schedule", kind) if kind in SCHEDULES else (kind,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_reads_nothing_on_the_host(kind: str, tmp_path: Path) -> None:
+    run = everything_on(tmp_path / "run", *flags_of(kind), "--compile", "off")
     with NoSync():
         for batches in islice(run.updates_of(0), 3):  # the device loader's work included
             update(run, batches)
@@ -776,12 +838,11 @@ def test_an_update_reads_nothing_on_the_host(method: str, tmp_path: Path) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", ["gradnorm", "pgd_at"])
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("natural", "fgsm_rs")])
 @pytest.mark.parametrize("compile", ["on", "off"])
-def test_an_update_does_not_synchronise_with_cuda(
-    method: str, compile: str, tmp_path: Path
-) -> None:
-    run = everything_on(tmp_path / "run", method, "--compile", compile, "--device", "cuda")
+def test_an_update_does_not_synchronise_with_cuda(kind: str, compile: str, tmp_path: Path) -> None:
+    options = ("--compile", compile) if kind != "exact-eager" else ()
+    run = everything_on(tmp_path / "run", *flags_of(kind), *options, "--device", "cuda")
     batches = list(islice(run.updates_of(0), 5))
     for group in batches[:2]:  # compiling may wait
         update(run, group)

@@ -331,6 +331,57 @@ def test_a_run_survives_running_out_of_memory(
     assert "--schedule auto" in last
 
 
+def test_an_evaluation_follows_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """It takes no more images at a time than training could, fewer where they do not fit, and
+    counts each once: room for 12 in training and 8 in an evaluation, where pictures come in 48s."""
+    build = out_of_memory_above(20)
+    sizes = []
+
+    def built(*args: Any, **options: Any) -> Any:
+        model, report = build(*args, **options)
+
+        def no_room(module: Any, inputs: Any) -> None:
+            if not module.training:
+                sizes.append(len(inputs[0]))
+                if len(inputs[0]) > 8:
+                    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")
+
+        model.backbone.register_forward_pre_hook(no_room)
+        return model, report
+
+    monkeypatch.setattr(train.models, "build_model", built)
+    args = ["--max-updates", "2", "--no-model-ema", "--epochs", "1"]
+    assert main(tiny_run(tmp_path / "run", *args)) == 0
+    said = capfd.readouterr().err
+    assert "going on with 12" in said and "PGD-10" in said
+    assert max(sizes) == 12 and sizes[-1] == 6
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert all(0 <= summary[k] * 48 == round(summary[k] * 48) for k in ("clean_accuracy",))
+
+
+def test_what_a_step_cannot_do_is_said_before_it_runs(tmp_path: Path, capfd) -> None:
+    for args, line in (
+        (("--activation-memory-budget", "0.5"), "--activation-memory-budget 0.5 is of compiled"),
+        (
+            ("--schedule", "subset", "--subset-fraction", "0.3"),
+            "--subset-fraction 0.3 of --batch-size 48 is no whole number of images: take a "
+            "multiple of 10, or another fraction",
+        ),
+    ):
+        assert main(tiny_run(tmp_path / "run", *args)) == 2
+        said = capfd.readouterr().err.splitlines()
+        assert said[-1].startswith(f"fastgn.train: error: {line}") and len(said) == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_clipped_lazy_run_is_warned(tmp_path: Path, capfd) -> None:
+    args = ["--schedule", "lazy", "--clip-grad", "1", "--max-updates", "1", "--eval-images", "0"]
+    assert main(tiny_run(tmp_path / "run", *args)) == 0
+    assert "warning: --clip-grad 1 takes from the updates" in capfd.readouterr().err
+
+
 def test_a_lazy_run_logs_the_penalty_of_the_updates_that_had_it(tmp_path: Path) -> None:
     """Updates 1, 4 and 7 of 9: each row of three has one, whose value is not divided by three."""
     args = ["--max-updates", "9", "--log-interval", "3", "--ramp-epochs", "0"]
