@@ -181,7 +181,9 @@ def test_rows_that_are_there_are_kept_and_a_trial_leaves_them_alone(tmp_path, mo
     row = {"gpu": "a100", "arm": "natural", "precision": "bf16", "kernels": "triton"}
     row |= {"method": "natural", "activation_memory_budget": 1.0, "bytes_an_image": 5.0}
     row |= {"kept_bytes_an_image": 1.0, "roofline_ms": 1.0}
-    monkeypatch.setattr(predict, "predict_deep", lambda *_: (predict.Cost(seconds=1), None))
+    monkeypatch.setattr(
+        predict, "predict_deep", lambda *_: (predict.Cost(bytes=8, seconds=1, kept_bytes=8), None)
+    )
     monkeypatch.setattr(predict, "eager", lambda *_: {})
     monkeypatch.setattr(predict, "print", lambda *_, **__: None, raising=False)
     monkeypatch.setattr(predict, "output_for", lambda *_, **__: tmp_path / "predict_swin_b.json")
