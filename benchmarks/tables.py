@@ -174,6 +174,14 @@ def cost_table(record: dict) -> str:
             notes.append("on a CPU, ratios mean something within this run alone")
     else:
         notes.append("counted, nothing timed")
+    for start in record.get("start_times", ()):
+        if not start["failed"]:
+            cold, warm = (start.get(k, start.get(f"meaningless_{k}")) for k in ("cold_s", "warm_s"))
+            seconds = f" ({cold:.0f} and {warm:.0f} s)" if record["meaningful_times"] else ""
+            notes.append(
+                f"first update of {start['arm']}, {start['precision']}: {cold / warm:.1f} times as "
+                f"long with an empty compiler's cache as with a full one{seconds}"
+            )
     notes.append("paper: arXiv 2409.20139, Table 3, Swin-B at 224 px in fp32 on 8 V100")
     notes += [f"failed: {row['arm']}, {row['precision']}: {row['failed']}" for row in failed]
     torch_version = record["versions"]["torch"]
@@ -209,6 +217,10 @@ def predict_table(record: dict, measured: list[dict]) -> str:
         "eager operators": lambda r, m: f"{r['eager']['operators']:.0f}",
         "MB an image": lambda r, m: f"{r['bytes_an_image'] / 1e6:.0f}",
         "eager MB an image": lambda r, m: f"{r['eager']['bytes_an_image'] / 1e6:.0f}",
+        "eager over compiled: launches, bytes": lambda r, m: (
+            f"{r['eager']['operators'] / sum(r['launches'].values()):.1f}, "
+            f"{r['eager']['bytes_an_image'] / r['bytes_an_image']:.1f}"
+        ),
         "over natural": lambda r, m: (
             f"{r['over_natural']['bytes_an_image']:.2f}" if r["over_natural"] else ""
         ),

@@ -679,6 +679,10 @@ def test_a_table_and_pictures_of_a_card(tmp_path: Path) -> None:
         "h_roofline.png",
     ]
     by_operations = (tmp_path / "h_roofline.png").read_bytes()
+    start = {"arm": "natural", "precision": "bf16", "failed": None, "cold_s": 90, "warm_s": 20}
+    last = tables.cost_table(record | {"start_times": [start]}).splitlines()[-1]
+    assert "natural, bf16: 4.5 times as long with an empty compiler's cache" in last
+    assert "(90 and 20 s)" in last
 
     foretold = {
         "gpus": {"h200": {"name": "NVIDIA H200", "bytes_per_s": 4.3e12}, "a100": {"name": "A100"}},
