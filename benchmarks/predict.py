@@ -264,6 +264,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     import triton
     from fastgn_kernels import dispatch
     from torch._inductor.graph import GraphLowering
+    from torch._subclasses import fake_tensor
     from triton.backends.compiler import GPUTarget
 
     major, minor = gpu.capability
@@ -322,6 +323,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
         (torch.cuda, "get_device_properties", lambda *_: properties),
         (torch.accelerator, "is_available", lambda: False),  # streams are the driver's
+        (fake_tensor, "init_gpu_context", lambda *_: None),  # 2.11 makes a real tensor there
         (interface, "is_available", staticmethod(lambda: True)),
         (interface, "current_device", staticmethod(lambda: 0)),
         (interface, "get_device_properties", staticmethod(lambda *_: properties)),

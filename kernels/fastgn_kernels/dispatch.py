@@ -48,14 +48,16 @@ def runs_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
-def capability(x: Tensor) -> tuple[int, int]:
-    """Compute capability of the card that holds `x`."""
+def capability(x: Tensor) -> int:
+    """Compute capability of the card that holds `x`: 90 for 9.0. A number, for Dynamo of PyTorch
+    2.11 cannot compare a constant tuple."""
     return _capability(x.device.index)
 
 
 @torch.compiler.assume_constant_result
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 def inlines() -> bool:

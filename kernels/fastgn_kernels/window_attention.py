@@ -318,7 +318,7 @@ def _kernel_runs(qkv: Tensor) -> bool:
     spill thousands of bytes of registers a thread: left to PyTorch's operators."""
     if not runs_triton(qkv) or INTERPRETED:
         return runs_triton(qkv)
-    return qkv.dtype in (torch.float16, torch.bfloat16) and capability(qkv) >= (8, 0)
+    return qkv.dtype in (torch.float16, torch.bfloat16) and capability(qkv) >= 80
 
 
 def _padded(vbias: Tensor, qkv: Tensor) -> Tensor:

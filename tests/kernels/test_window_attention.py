@@ -204,10 +204,12 @@ def test_what_is_asked_of_the_card_compiles(monkeypatch: pytest.MonkeyPatch) -> 
     from fastgn_kernels import dispatch
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    asked = torch.compile(
-        lambda x: x + dispatch._capability(0)[0], fullgraph=True, backend="aot_eager"
-    )
-    assert asked(torch.zeros(1)).item() == 9
+
+    def asked(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if dispatch._capability(0) >= 80 else x
+
+    compiled = torch.compile(asked, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.zeros(1)).item() == 1
 
 
 @low_dtypes
