@@ -135,7 +135,7 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
             builds.append(inspect(kernel, capability, " ".join(named)))
         return kernel
 
-    pretence = {"runs_triton": lambda x: True, "capability": lambda x: divmod(capability, 10)}
+    pretence = {"runs_triton": lambda x: True, "capability": lambda x: capability}
     # every op's file has its own names for them
     modules = [m for name, m in sys.modules.items() if name.startswith("fastgn_kernels.")]
     with contextlib.ExitStack() as patches:
