@@ -130,12 +130,15 @@ class DatasetConfig:
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """None: imagefolder when --data-dir is given, else scikit-learn's embedded digits."""
     data_dir: str | None = None
-    """ImageFolder tree; CIFAR-10 as python batches, .npz or image folder (none given:
-    downloaded)."""
+    """ImageFolder tree, lists of files (train.txt, val.txt) or packed shards (fastgn.data.pack);
+    CIFAR-10 as python batches, .npz or image folder (none given: downloaded)."""
     train_split: str = "train"
-    """Folder of training images below an ImageFolder's --data-dir."""
+    """Folder or list of training images below --data-dir."""
     val_split: str = "val"
-    """Folder of validation images below an ImageFolder's --data-dir."""
+    """Folder or list of validation images below --data-dir."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """fail: stop at an image that cannot be read, and name it; skip: take the next one of the
+    split, name it and count it (torch loader)."""
     loader: Literal["auto", "device", "torch"] = "auto"
     """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
     processes. auto: device for digits and cifar10, torch for image folders."""

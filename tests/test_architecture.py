@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "distributed": {"config"},
     "checkpoint": {"config"},
     "metrics": {"checkpoint", "config"},
-    "data": {"config", "seeding", "data"},
+    "data": {"checkpoint", "config", "extras", "seeding", "data"},
     "analysis": set(),
 }
 """Module or subpackage of fastgn -> siblings that it may import; train and evaluate compose all."""

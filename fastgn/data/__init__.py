@@ -14,9 +14,18 @@ from torch import Tensor
 from fastgn.config import Config, UserError, check
 from fastgn.data.augment import BatchAugment, to_float
 from fastgn.data.batch import Batch, Loader
-from fastgn.data.datasets import Arrays, Dataset, Files, load_dataset
+from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
 
-__all__ = ["Batch", "Dataset", "Loader", "Subset", "batch_sizes", "build_loader", "load_dataset"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Loader",
+    "Subset",
+    "batch_sizes",
+    "build_loader",
+    "check_classes",
+    "load_dataset",
+]
 
 
 def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) -> tuple[int, int]:
@@ -103,7 +112,8 @@ def build_loader(
     from fastgn.data.torch import TorchLoader
 
     workers = min(cfg.dataset.workers, os.cpu_count() or 1)
-    return TorchLoader(split, augmentation, augment, workers=workers, **common)
+    skip = cfg.dataset.on_bad_image == "skip"
+    return TorchLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
 
 
 class Subset:
@@ -112,7 +122,7 @@ class Subset:
 
     def __init__(
         self,
-        split: Arrays | Files,
+        split: Arrays | Encoded,
         num: int | None,
         *,
         img_size: int,
@@ -122,9 +132,11 @@ class Subset:
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
+        skip: bool = False,
     ):
         """num: how many images; None takes all. The first ones of arrays; of a folder, which is
-        sorted by class, evenly spaced ones."""
+        sorted by class, evenly spaced ones. skip: replace a bad image by the next one of the
+        split, and add a line to bad_images."""
         total = len(split)
         num = total if num is None else min(num, total)
         if isinstance(split, Arrays) or num == total:
@@ -141,6 +153,8 @@ class Subset:
         self.batch_size = batch_size
         self.workers = workers
         self.device = device
+        self.skip = skip
+        self.bad_images: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images in 0..1, labels) on the device."""
@@ -160,4 +174,5 @@ class Subset:
             seed=0,
             workers=min(self.workers, os.cpu_count() or 1),
             device=self.device,
+            bad_images=self.bad_images if self.skip else None,
         )

@@ -24,6 +24,9 @@ class Loader(Protocol):
     rank) alone: position (epoch, first) is all that a resumed run needs."""
 
     batches_per_epoch: int
+    bad_images: list[str]
+    """A line for each image replaced (--on-bad-image skip) in the batches handed out; who reads it
+    empties it."""
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Micro-batches first, first + 1, ... of an epoch."""

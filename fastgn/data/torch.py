@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastgn.config import AugmentationConfig, UserError
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice
-from fastgn.data.datasets import Arrays, Files
+from fastgn.data.datasets import Arrays, Encoded
+from fastgn.data.images import load_or_next
 from fastgn.seeding import Stream, seed_all
 
 Key = tuple[int, int]
@@ -21,37 +22,46 @@ Key = tuple[int, int]
 
 
 class Decoded(Dataset):
-    """Key -> (uint8 3 x H x W, label)."""
+    """Key -> (uint8 3 x H x W, label, a line for each bad image that another stands for)."""
 
-    def __init__(self, split: Arrays | Files, transform: Any, seed: int):
+    def __init__(self, split: Arrays | Encoded, transform: Any, seed: int, skip: bool):
         self.split = split
         self.transform = transform
         self.seed = seed
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
         epoch, index = key
         seed_all(Stream.IMAGE, self.seed, epoch, index)
-        return self.transform(self.split.image(index)), int(self.split.labels_N[index])
+        index, image, bad = load_or_next(self.split.image, index, len(self), self.skip)
+        return self.transform(image), int(self.split.labels_N[index]), bad
+
+
+def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels = default_collate([item[:2] for item in items])
+    return images, labels, [line for _, _, bad in items for line in bad]
 
 
 def decode(
-    split: Arrays | Files,
+    split: Arrays | Encoded,
     transform: Any,
     batches: Iterable[list[Key]],
     *,
     seed: int,
     workers: int,
     device: torch.device,
+    bad_images: list[str] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images in 0..1, labels) on the device for each list of keys. Raises UserError on a bad
-    image."""
+    image, or, where there is a list bad_images, replaces it and adds a line to that."""
     loader = DataLoader(
-        Decoded(split, transform, seed),
+        Decoded(split, transform, seed, skip=bad_images is not None),
         batch_sampler=batches,
         num_workers=workers,
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
         # workers take their seeds from the keys: leave torch's own alone
@@ -59,7 +69,9 @@ def decode(
     )
     iterator = iter(loader)
     try:
-        for images, labels in iterator:
+        for images, labels, bad in iterator:
+            if bad_images is not None:
+                bad_images += bad
             images = images.to(device, non_blocking=True).float().div_(255)
             yield images, labels.to(device, non_blocking=True)
     except UserError as error:  # a worker's comes with its traceback in front
@@ -82,13 +94,14 @@ class TorchLoader:
 
     def __init__(
         self,
-        split: Arrays | Files,
+        split: Arrays | Encoded,
         cfg: AugmentationConfig,
         augment: BatchAugment,
         *,
         img_size: int,
         hflip: float,
         workers: int,
+        skip: bool,
         batch_size: int,
         batches_per_epoch: int,
         seed: int,
@@ -112,6 +125,8 @@ class TorchLoader:
             raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
         self.augment = augment
         self.workers = workers
+        self.skip = skip
+        self.bad_images: list[str] = []
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.seed, self.rank, self.ranks = seed, rank, ranks
@@ -130,6 +145,7 @@ class TorchLoader:
             seed=self.seed,
             workers=self.workers,
             device=self.device,
+            bad_images=self.bad_images if self.skip else None,
         )
         for index, (images, labels) in zip(indices, decoded, strict=True):
             seed_all(Stream.AUGMENT, self.seed, epoch, index, self.rank)
