@@ -68,6 +68,10 @@ Fraction = Annotated[
 ]
 
 
+Positional = tyro.conf.Positional
+"""Annotated[str, Positional]: an argument without a flag."""
+
+
 def check_pixels(name: str, value: float) -> None:
     """Raises UserError unless value is a distance in 0..1 pixel units."""
     check(

@@ -38,6 +38,7 @@ from fastgn.checkpoint import (
 )
 from fastgn.config import Config, StepConfig, UserError, check, parse_config
 from fastgn.data import (
+    WORKER_DIED,
     Batch,
     Dataset,
     Loader,
@@ -748,10 +749,14 @@ def main(args: list[str] | None = None) -> int:
         with session(cfg.run.device) as world:
             run = build(cfg, world)
             train(run)
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, torch.OutOfMemoryError, RuntimeError) as error:
+        # torch notes a worker's death wherever the main process happens to be
+        if not isinstance(error, UserError | torch.OutOfMemoryError):
+            if not str(error).startswith(WORKER_DIED):
+                raise
         if run is not None and run.metrics is not None:
             run.metrics.close()
-        line = error if isinstance(error, UserError) else out_of_memory(run)
+        line = out_of_memory(run) if isinstance(error, torch.OutOfMemoryError) else error
         say_error(f"fastgn.train: error: {line}")
         return 2
     except KeyboardInterrupt:  # before the first update, or the second time

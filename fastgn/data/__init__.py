@@ -5,18 +5,25 @@ today, dali.py when NVIDIA DALI joins them.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+if sys.argv[0] == "-m":  # python -m fastgn.data.pack or check, which imports this first
+    from fastgn.extras import need_train
+
+    need_train("fastgn.data")
+
 from fastgn.config import Config, UserError, check
 from fastgn.data.augment import BatchAugment, to_float
-from fastgn.data.batch import Batch, Loader
+from fastgn.data.batch import WORKER_DIED, Batch, Loader
 from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
 
 __all__ = [
+    "WORKER_DIED",
     "Batch",
     "Dataset",
     "Loader",

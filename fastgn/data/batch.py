@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastgn.seeding import Stream, generator
 
+WORKER_DIED = "DataLoader worker"
+"""How torch's RuntimeError begins when a worker process has died."""
+
 
 class Batch(NamedTuple):
     """A rank's micro-batch, on the device."""

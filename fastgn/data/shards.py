@@ -94,8 +94,7 @@ class Shards(Encoded):
         """What is wrong with a shard as a whole, in a line; reads all of it."""
         path = self._path(shard)
         try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(path)
         except OSError as error:
             return f"{path} cannot be read: {error.strerror or error}"
         if digest != self.sha256[shard]:
@@ -172,6 +171,12 @@ class Shards(Encoded):
 
 ARRAYS = ("shard_bytes", "shard_N", "offset_N", "size_N", "crc_N", "key_N")
 """Fields of Shards that are NumPy arrays."""
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_npz(path: Path, keys: Sequence[str], where: str) -> list[np.ndarray]:

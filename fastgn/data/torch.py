@@ -1,8 +1,9 @@
 """The PIL loader: worker processes decode and augment with timm's transforms."""
 
+import contextlib
 import re
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastgn.config import AugmentationConfig, UserError
 from fastgn.data.augment import BatchAugment
-from fastgn.data.batch import Batch, epoch_order, rank_slice
+from fastgn.data.batch import WORKER_DIED, Batch, epoch_order, rank_slice
 from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
 from fastgn.seeding import Stream, seed_all
@@ -57,28 +58,67 @@ def decode(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images in 0..1, labels) on the device for each list of keys. Raises UserError on a bad
     image, or, where there is a list bad_images, replaces it and adds a line to that."""
-    loader = DataLoader(
+    made = from_workers(
         Decoded(split, transform, seed, skip=bad_images is not None),
+        workers,
         batch_sampler=batches,
-        num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        # workers take their seeds from the keys: leave torch's own alone
-        generator=torch.Generator(),
     )
-    iterator = iter(loader)
-    try:
-        for images, labels, bad in iterator:
+    with contextlib.closing(made):
+        for images, labels, bad in made:
             if bad_images is not None:
                 bad_images += bad
             images = images.to(device, non_blocking=True).float().div_(255)
             yield images, labels.to(device, non_blocking=True)
+
+
+def from_workers(items: Dataset, workers: int, **options: Any) -> Generator[Any, None, None]:
+    """DataLoader's results, in order; its workers end with the iterator. Raises UserError: a
+    worker's own, or one that says that a worker has died."""
+    loader = DataLoader(
+        items,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        # workers take their seeds from the keys: leave torch's own alone
+        generator=torch.Generator(),
+        **options,
+    )
+    iterator = iter(loader)
+    try:
+        yield from iterator
     except UserError as error:  # a worker's comes with its traceback in front
         message = str(error).strip().splitlines()[-1]
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
+    except RuntimeError as error:
+        if not str(error).startswith(WORKER_DIED):
+            raise
+        raise UserError(f"{str(error).rstrip('. ')}: out of memory? Lower --workers") from None
     finally:  # workers that ignore signals have to be told to end
         getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+class Mapped(Dataset):
+    """Index -> what a function makes of it."""
+
+    def __init__(self, function: Callable[[int], Any]):
+        self.function = function
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(index)
+
+
+def in_order(
+    function: Callable[[int], Any], indices: Sequence[int], workers: int
+) -> Generator[Any, None, None]:
+    """The function's results for the indices, made in worker processes. Raises UserError."""
+    ahead = {"prefetch_factor": 16} if workers else {}
+    options: dict[str, Any] = {"batch_size": None, "sampler": indices, "collate_fn": as_it_is}
+    return from_workers(Mapped(function), workers, **options, **ahead)
+
+
+def as_it_is(result: Any) -> Any:
+    return result
 
 
 def start_worker(worker: int) -> None:
