@@ -648,6 +648,7 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
     """
     box = io.StringIO()
     more: dict[str, Any] = {} if default is None else {"default": default}
+    more["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
     helping = {"-h", "--help"} & set(args)
     try:
         with contextlib.redirect_stderr(box), columns(None if helping else 10_000):
@@ -684,6 +685,10 @@ def unboxed(text: str, kind: type) -> str:
         names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
         flags = [f"--{flag(name)}" for name in names]
         line = f"{unknown[1]} is unknown: {nearest(unknown[1].replace('_', '-'), flags)}"
+    missing = re.match(r"Missing from [\w.]+: (.*)", line)
+    if missing:
+        names = re.findall(r"(?:^|\(required\) )([A-Z-]+) ", missing[1])
+        line = f"missing: {' and '.join(names)} (see --help)"
     choice = re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'", line)
     if choice:
         given, name = choice.groups()

@@ -270,7 +270,7 @@ class Run:
         new = [line for line in dict.fromkeys(bad) if line not in self.named_bad]
         self.named_bad |= set(new)
         if new:
-            more = f"; and {len(new) - 3} more" if len(new) > 3 else ""
+            more = f"; {len(new) - 3} more, see fastgn.data.check" if len(new) > 3 else ""
             self.say(f"bad {kind} images, replaced {len(bad)} times: {'; '.join(new[:3])}{more}")
         return len(bad)
 

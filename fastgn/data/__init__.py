@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-if sys.argv[0] == "-m":  # python -m fastgn.data.pack or check, which imports this first
+if sys.argv[:1] == ["-m"]:  # python -m fastgn.data.pack or check, which imports this first
     from fastgn.extras import need_train
 
     need_train("fastgn.data")
 
-from fastgn.config import Config, UserError, check
+from fastgn import config  # its check: ours is a program
+from fastgn.config import Config, UserError
 from fastgn.data.augment import BatchAugment, to_float
 from fastgn.data.batch import WORKER_DIED, Batch, Loader
 from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
@@ -44,25 +45,25 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
         batch = batch or (32 if device.type == "cuda" else 8)
     else:
         per_rank, rest = divmod(data.global_batch_size, ranks)
-        check(
+        config.check(
             rest == 0,
             f"--global-batch-size {data.global_batch_size} does not divide by {ranks} ranks",
         )
         batch = batch or per_rank
-        check(
+        config.check(
             per_rank % batch == 0,
             f"--global-batch-size {data.global_batch_size} does not divide by {ranks} ranks x "
             f"--batch-size {batch}: take a multiple of {ranks * batch}",
         )
         accum = per_rank // batch
     whole = batch * accum * ranks
-    check(
+    config.check(
         whole <= num_images,
         f"a global batch of {batch} images x {accum} accumulated x {ranks} ranks = {whole} "
         f"exceeds the {num_images} training images: lower --batch-size",
     )
     mixing = cfg.augmentation.mixup or cfg.augmentation.cutmix
-    check(
+    config.check(
         not mixing or batch % 2 == 0,
         f"--mixup and --cutmix pair images: --batch-size {batch} is odd",
     )
@@ -106,7 +107,7 @@ def build_loader(
     if kind == "device":
         if not isinstance(split, Arrays):
             raise UserError("--loader device: image folders need --loader torch")
-        check(
+        config.check(
             augmentation.aa is None,
             f"--aa {augmentation.aa} works on PIL images: add --loader torch",
         )
