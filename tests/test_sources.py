@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import TINY_SWIN, differences
 from PIL import Image
+from test_distributed import on_two_ranks
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing
@@ -601,6 +602,22 @@ def test_a_run_counts_and_names_what_it_replaces(tmp_path, capsys):
     named = [said.count(f"{name} cannot be read as an image") for name in names.values()]
     assert sorted(named) == [0, 1, 1, 1] and "; 1 more, see fastgn.data.check\n" in said
     assert said.count("bad validation images, replaced ") == 1
+
+
+def test_two_ranks_count_together(tmp_path):
+    """Each meets its own half of the bad images; the row and the line have all of them."""
+    root = tree(tmp_path / "images")
+    names = spoil(root)
+    Path(names[17]).write_bytes(b"")
+    more = ("--on-bad-image", "skip", "--epochs", "1", "--eval-images", "0")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main(run_args(root, one, *more, "--batch-size", "8")) == 0
+    args = run_args(root, two, *more, "--log-interval", "3", "--checkpoint-interval", "1")
+    said = on_two_ranks(tmp_path, train.main, args)
+    counts = [[r["bad_images"] for r in read_rows(run / "metrics.csv")] for run in (one, two)]
+    assert counts[0] == counts[1] and sum(counts[0]) >= 4
+    assert "bad training images, replaced" in said[0] and "bad training" not in said[1]
+    assert said[0].count("cannot be read as an image") == 3
 
 
 # -------------------------------------------------------------------------------------------- check
