@@ -38,7 +38,6 @@ from fastgn.checkpoint import (
 )
 from fastgn.config import Config, StepConfig, UserError, check, parse_config
 from fastgn.data import (
-    WORKER_DIED,
     Batch,
     Dataset,
     Loader,
@@ -47,6 +46,7 @@ from fastgn.data import (
     build_loader,
     check_classes,
     load_dataset,
+    worker_death,
 )
 from fastgn.distributed import World, say_error, session
 from fastgn.ema import ModelEma
@@ -749,14 +749,18 @@ def main(args: list[str] | None = None) -> int:
         with session(cfg.run.device) as world:
             run = build(cfg, world)
             train(run)
-    except (UserError, torch.OutOfMemoryError, RuntimeError) as error:
-        # torch notes a worker's death wherever the main process happens to be
-        if not isinstance(error, UserError | torch.OutOfMemoryError):
-            if not str(error).startswith(WORKER_DIED):
-                raise
+    except (UserError, RuntimeError) as error:
+        line: UserError | str | None
+        if isinstance(error, UserError):
+            line = error
+        elif isinstance(error, torch.OutOfMemoryError):
+            line = out_of_memory(run)
+        else:  # torch notices a worker's death wherever the main process happens to be
+            line = worker_death(error)
+        if line is None:
+            raise
         if run is not None and run.metrics is not None:
             run.metrics.close()
-        line = out_of_memory(run) if isinstance(error, torch.OutOfMemoryError) else error
         say_error(f"fastgn.train: error: {line}")
         return 2
     except KeyboardInterrupt:  # before the first update, or the second time

@@ -8,7 +8,10 @@ import pickle
 import re
 import signal
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -564,9 +567,38 @@ def die(index: int) -> int:
 
 
 def test_a_worker_that_dies_is_one_line():
-    with pytest.raises(UserError, match=r"^DataLoader worker \(pid.* --workers$") as caught:
+    with pytest.raises(UserError, match=r"^DataLoader worker \(pid.*, lower --workers$") as caught:
         list(in_order(die, range(3), workers=1))
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_whose_worker_dies_ends_with_a_line(source, tmp_path):
+    """Wherever it is; and the other worker, which ignores signals, ends as well."""
+    data = write_lists(tmp_path / "data", source, str)
+    (data / "train.txt").write_text(200 * (data / "train.txt").read_text())  # one epoch will do
+    args = run_args(data, tmp_path / "run", "--workers", "2", "--lr", "1e-4")
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen([sys.executable, "-m", "fastgn.train", *args], stderr=file)
+    try:
+        wait_until(lambda: "update 6:" in log.read_text())
+        listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        workers = listing.read_text().split()
+        os.kill(int(workers[0]), signal.SIGKILL)
+        assert process.wait(60) == 2
+    finally:
+        process.kill()
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("fastgn.train: error: DataLoader worker (pid")
+    wait_until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+def wait_until(there: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def run_args(data: Path, output: Path, *more: str) -> list[str]:

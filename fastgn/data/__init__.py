@@ -20,11 +20,10 @@ if sys.argv[:1] == ["-m"]:  # python -m fastgn.data.pack or check, which imports
 from fastgn import config  # its check: ours is a program
 from fastgn.config import Config, UserError
 from fastgn.data.augment import BatchAugment, to_float
-from fastgn.data.batch import WORKER_DIED, Batch, Loader
+from fastgn.data.batch import Batch, Loader, worker_death
 from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
 
 __all__ = [
-    "WORKER_DIED",
     "Batch",
     "Dataset",
     "Loader",
@@ -33,6 +32,7 @@ __all__ = [
     "build_loader",
     "check_classes",
     "load_dataset",
+    "worker_death",
 ]
 
 

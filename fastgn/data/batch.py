@@ -6,10 +6,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastgn.config import UserError
 from fastgn.seeding import Stream, generator
-
-WORKER_DIED = "DataLoader worker"
-"""How torch's RuntimeError begins when a worker process has died."""
 
 
 class Batch(NamedTuple):
@@ -45,3 +43,11 @@ def rank_slice(index: int, batch_size: int, rank: int, ranks: int) -> slice:
     """Where a rank's micro-batch `index` lies in the epoch's order."""
     start = (index * ranks + rank) * batch_size
     return slice(start, start + batch_size)
+
+
+def worker_death(error: RuntimeError) -> UserError | None:
+    """What to say where an error is torch's, of a worker process that has died."""
+    line = str(error).strip(" .")
+    if not line.startswith("DataLoader worker"):
+        return None
+    return UserError(f"{line}: where the memory was short, lower --workers")

@@ -1,8 +1,12 @@
 """The PIL loader: worker processes decode and augment with timm's transforms."""
 
+import atexit
 import contextlib
+import ctypes
 import re
 import signal
+import sys
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastgn.config import AugmentationConfig, UserError
 from fastgn.data.augment import BatchAugment
-from fastgn.data.batch import WORKER_DIED, Batch, epoch_order, rank_slice
+from fastgn.data.batch import Batch, epoch_order, rank_slice, worker_death
 from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
 from fastgn.seeding import Stream, seed_all
@@ -85,17 +89,31 @@ def from_workers(items: Dataset, workers: int, **options: Any) -> Generator[Any,
         **options,
     )
     iterator = iter(loader)
+    live.add(iterator)
     try:
         yield from iterator
     except UserError as error:  # a worker's comes with its traceback in front
         message = str(error).strip().splitlines()[-1]
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
     except RuntimeError as error:
-        if not str(error).startswith(WORKER_DIED):
-            raise
-        raise UserError(f"{str(error).rstrip('. ')}: out of memory? Lower --workers") from None
-    finally:  # workers that ignore signals have to be told to end
-        getattr(iterator, "_shutdown_workers", lambda: None)()
+        raise worker_death(error) or error from None
+    finally:
+        shut_down(iterator)
+
+
+live: weakref.WeakSet = weakref.WeakSet()
+"""Iterators of `from_workers`, which an error elsewhere may leave open."""
+
+
+def shut_down(iterator: Any) -> None:
+    """Tells its workers, which ignore signals, to end: Python's exit would send one, and wait."""
+    getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+@atexit.register
+def shut_down_all() -> None:
+    for iterator in list(live):
+        shut_down(iterator)
 
 
 class Mapped(Dataset):
@@ -121,10 +139,17 @@ def as_it_is(result: Any) -> Any:
     return result
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def start_worker(worker: int) -> None:
     """A signal to the whole process group is the main process's to handle: it saves, then ends
-    the workers."""
+    the workers. They end with it where it is killed."""
     torch.set_num_threads(1)
+    with contextlib.suppress(AttributeError, OSError):  # Linux's prctl: a worker that waits to hand
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # over bytes never looks
+    # the thread that hands over tensors would print that the main process has left
+    sys.excepthook = lambda *error: None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
