@@ -68,6 +68,10 @@ Fraction = Annotated[
 ]
 
 
+Positional = tyro.conf.Positional
+"""Annotated[str, Positional]: an argument without a flag."""
+
+
 def check_pixels(name: str, value: float) -> None:
     """Raises UserError unless value is a distance in 0..1 pixel units."""
     check(
@@ -130,12 +134,15 @@ class DatasetConfig:
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """None: imagefolder when --data-dir is given, else scikit-learn's embedded digits."""
     data_dir: str | None = None
-    """ImageFolder tree; CIFAR-10 as python batches, .npz or image folder (none given:
-    downloaded)."""
+    """ImageFolder tree, lists of files (train.txt, val.txt) or packed shards (fastgn.data.pack);
+    CIFAR-10 as python batches, .npz or image folder (none given: downloaded)."""
     train_split: str = "train"
-    """Folder of training images below an ImageFolder's --data-dir."""
+    """Folder or list of training images below --data-dir."""
     val_split: str = "val"
-    """Folder of validation images below an ImageFolder's --data-dir."""
+    """Folder or list of validation images below --data-dir."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """fail: stop at an image that cannot be read, and name it; skip: take the next one of the
+    split, name it and count it (torch loader)."""
     loader: Literal["auto", "device", "torch"] = "auto"
     """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
     processes. auto: device for digits and cifar10, torch for image folders."""
@@ -646,6 +653,7 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
     """
     box = io.StringIO()
     more: dict[str, Any] = {} if default is None else {"default": default}
+    more["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
     helping = {"-h", "--help"} & set(args)
     try:
         with contextlib.redirect_stderr(box), columns(None if helping else 10_000):
@@ -682,6 +690,10 @@ def unboxed(text: str, kind: type) -> str:
         names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
         flags = [f"--{flag(name)}" for name in names]
         line = f"{unknown[1]} is unknown: {nearest(unknown[1].replace('_', '-'), flags)}"
+    missing = re.match(r"Missing from [\w.]+: (.*)", line)
+    if missing:
+        names = re.findall(r"(?:^|\(required\) )([A-Z-]+) ", missing[1])
+        line = f"missing: {' and '.join(names)} (see --help)"
     choice = re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'", line)
     if choice:
         given, name = choice.groups()

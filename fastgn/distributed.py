@@ -52,6 +52,14 @@ class World:
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=self.control)
         return float(least.item())
 
+    def gather(self, items: list[str]) -> list[str]:
+        """The ranks' items, one rank's after the other's. Host to host."""
+        if self.size == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(parts, items, group=self.control)
+        return [item for part in parts for item in part]
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first rank of each machine runs the block, then the others: one download is

@@ -41,7 +41,7 @@ from fastgn.config import (
     parse_cli,
     run_folder,
 )
-from fastgn.data import Subset, load_dataset
+from fastgn.data import Subset, check_classes, load_dataset
 from fastgn.distributed import World, say_error, session
 from fastgn.metrics import environment
 from fastgn.seeding import Stream, seed_all
@@ -64,7 +64,7 @@ class EvaluateConfig:
     data_dir: str | None = None
     """None: the run's own."""
     val_split: str | None = None
-    """Folder of the images below an ImageFolder's --data-dir; None: the run's own."""
+    """Folder or list of the images below --data-dir; None: the run's own."""
     num_images: int | None = None
     """How many validation images; None takes all. The first ones of digits and CIFAR-10; of a
     folder, which is sorted by class, evenly spaced ones."""
@@ -202,13 +202,7 @@ def subset_of(trained: Trained, cfg: EvaluateConfig, world: World) -> Subset:
     source = dataclasses.replace(trained.cfg.dataset, **values)
     with world.first_alone():
         dataset = load_dataset(source)
-    check(
-        dataset.classes == trained.classes,
-        f"{trained.name} knows {len(trained.classes)} classes "
-        f"({', '.join(trained.classes[:3])}, ...), the "
-        f"data has {len(dataset.classes)} ({', '.join(dataset.classes[:3])}, ...): give its own "
-        "--data-dir",
-    )
+    check_classes(trained.classes, dataset, trained.name)
     return Subset(
         dataset.val,
         cfg.num_images,

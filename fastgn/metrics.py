@@ -33,13 +33,15 @@ COLUMNS = (
     "ramp",
     "images_per_s",
     "data_wait_share",
+    "bad_images",
     "clean_accuracy",
     "pgd10_accuracy",
     "seconds",
 )
 """Of metrics.csv. grad_l1: mean L1 norm of an image's input gradient in normalised units;
-grad_norm: L2 norm of the parameters' gradient before clipping; accuracies in 0..1, on the fixed
-subset; seconds since the process began."""
+grad_norm: L2 norm of the parameters' gradient before clipping; bad_images: replaced since the last
+row, where there were any; accuracies in 0..1, on the fixed subset; seconds since the process
+began."""
 
 
 class Metrics:

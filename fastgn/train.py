@@ -37,7 +37,17 @@ from fastgn.checkpoint import (
     write_json,
 )
 from fastgn.config import Config, StepConfig, UserError, check, parse_config
-from fastgn.data import Batch, Loader, Subset, batch_sizes, build_loader, load_dataset
+from fastgn.data import (
+    Batch,
+    Dataset,
+    Loader,
+    Subset,
+    batch_sizes,
+    build_loader,
+    check_classes,
+    load_dataset,
+    worker_death,
+)
 from fastgn.distributed import World, say_error, session
 from fastgn.ema import ModelEma
 from fastgn.metrics import Metrics, environment, find_wandb, read_rows
@@ -124,6 +134,7 @@ class Run:
         """Of the values, and of how many updates had one: a lazy schedule's penalty has gaps."""
         self.bad_update = torch.full((), -1, device=device)
         self.reset_clock()
+        self.named_bad: set[str] = set()
         self.first_s: float | None = None
         """Of the first update, which compiles; the host's, which waits for nothing else."""
 
@@ -232,6 +243,7 @@ class Run:
             return
         sums, counts = self.world.sum(self.sums.clone())
         means = (sums / counts).tolist()
+        bad = self.say_bad(self.loader, "training")
         seconds = time.perf_counter() - self.began
         if self.metrics is not None:
             self.metrics.log(
@@ -243,10 +255,29 @@ class Run:
                     "ramp": ramp,
                     "images_per_s": self.global_batch * (self.summed - self.resumed) / seconds,
                     "data_wait_share": self.waited / seconds,
+                    **({"bad_images": bad} if bad else {}),
                 },
             )
             self.say_cost()
         self.reset_clock()
+
+    def bad_images(self, source: Loader | Subset) -> list[str]:
+        """A line for each that a source has replaced on any rank since say_bad. Host to host."""
+        if self.cfg.dataset.on_bad_image == "fail":
+            return []
+        return self.world.gather(source.bad_images)
+
+    def say_bad(self, source: Loader | Subset, kind: str) -> int:
+        """How many images a source has replaced since the last call; says so, and names the first
+        few, where some had not been met before."""
+        bad = self.bad_images(source)
+        source.bad_images.clear()
+        new = [line for line in dict.fromkeys(bad) if line not in self.named_bad]
+        self.named_bad |= set(new)
+        if new:
+            more = f"; {len(new) - 3} more, see fastgn.data.check" if len(new) > 3 else ""
+            self.say(f"bad {kind} images, replaced {len(bad)} times: {'; '.join(new[:3])}{more}")
+        return len(bad)
 
     def say_cost(self) -> None:
         """The measured cost beside the predicted, once; after a host sync."""
@@ -284,6 +315,7 @@ class Run:
                 f"epoch {epoch:g}: clean {clean:.1%}, PGD-10 at {eps:.4g} {robust:.1%} "
                 f"({self.subset.name})"
             )
+        self.say_bad(self.subset, "validation")
         self.reset_clock()
 
     def count_correct(self, subset: Subset) -> Tensor | None:
@@ -306,6 +338,7 @@ class Run:
         """A checkpoint, by the first rank. A host sync."""
         self.check_finite()
         sums = self.world.sum(self.sums.clone()) / self.world.size
+        bad = self.bad_images(self.loader)  # since the last row, as the sums
         if self.world.is_main:
             self.checkpoints.save(
                 {
@@ -314,6 +347,7 @@ class Run:
                     "accuracy": self.accuracy,
                     "sums": sums,
                     "summed": self.summed,
+                    "bad_images": bad,
                     "model": self.model.state_dict(),
                     "ema": self.ema.module.state_dict() if self.ema is not None else None,
                     "optimizer": self.optimizer.state_dict(),
@@ -409,7 +443,7 @@ def build(cfg: Config, world: World) -> Run:
     ema = ModelEma(model, cfg.optimizer.model_ema_decay) if cfg.optimizer.model_ema else None
     if state is not None:
         whole = batch_size * accum * world.size
-        restore(cfg, state, dataset.classes, model, ema, optimizer, whole)
+        restore(cfg, state, dataset, model, ema, optimizer, whole)
     planned = None
     if cfg.step.schedule == "auto" or world.device.type == "cuda":
         try:
@@ -437,6 +471,7 @@ def build(cfg: Config, world: World) -> Run:
             device=world.device,
             rank=world.rank,
             ranks=world.size,
+            skip=cfg.dataset.on_bad_image == "skip",
         )
     step = Step(
         model,
@@ -483,6 +518,8 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:
         run.sums += state["sums"].to(world.device)
         run.summed = run.resumed = state["summed"]
+        if world.is_main:
+            loader.bad_images += state.get("bad_images", [])
     if world.is_main:  # after all checks: a refused --resume leaves the run as it was
         write_bytes(folder / "config.toml", cfg.to_toml())
         # what config.toml leaves to the data, the model, the machine and the method
@@ -648,7 +685,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:
 def restore(
     cfg: Config,
     state: dict[str, Any],
-    classes: tuple[str, ...],
+    dataset: Dataset,
     model: models.Classifier,
     ema: ModelEma | None,
     optimizer: torch.optim.Optimizer,
@@ -662,12 +699,7 @@ def restore(
         there.replace_group("architecture", start), "architecture"
     )
     check(not other, f"the checkpoint is of another model: {'; '.join(other)}")
-    check(
-        state["classes"] == list(classes),
-        f"the checkpoint knows {len(state['classes'])} classes "
-        f"({', '.join(state['classes'][:3])}, ...), the data has {len(classes)} "
-        f"({', '.join(classes[:3])}, ...): give its own --data-dir",
-    )
+    check_classes(state["classes"], dataset, "the checkpoint")
     check(
         state["global_batch"] == global_batch,
         f"the checkpoint was made with a global batch of {state['global_batch']}, this run has "
@@ -760,11 +792,17 @@ def main(args: list[str] | None = None) -> int:
             run = build(cfg, world)
             train(run)
     except (UserError, RuntimeError) as error:
-        if not isinstance(error, UserError) and not out_of_memory(error):
+        line: UserError | str | None
+        if isinstance(error, UserError):
+            line = error
+        elif out_of_memory(error):
+            line = too_large(run)
+        else:  # torch notices a worker's death wherever the main process happens to be
+            line = worker_death(error)
+        if line is None:
             raise
         if run is not None and run.metrics is not None:
             run.metrics.close()
-        line = error if isinstance(error, UserError) else too_large(run)
         say_error(f"fastgn.train: error: {line}")
         return 2
     except KeyboardInterrupt:  # before the first update, or the second time

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "distributed": {"config"},
     "checkpoint": {"config"},
     "metrics": {"checkpoint", "config"},
-    "data": {"config", "seeding", "data"},
+    "data": {"checkpoint", "config", "extras", "seeding", "data"},
     "analysis": set(),
 }
 """Module or subpackage of fastgn -> siblings that it may import; train and evaluate compose all."""
@@ -161,9 +161,12 @@ def test_what_torch_alone_is_enough_for(statement: str) -> None:
     assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
 
 
-@pytest.mark.parametrize("program", ["fastgn.train", "fastgn.evaluate"])
+@pytest.mark.parametrize("program", ["fastgn.train", "fastgn.evaluate", "fastgn.data"])
 def test_the_programs_name_the_extra_in_one_line(program: str) -> None:
-    done = run_without_extra(f"import runpy; runpy.run_module('{program}', run_name='__main__')")
+    """Those of fastgn.data by their package, which Python imports first, as `-m`."""
+    module = "fastgn.data.pack" if program == "fastgn.data" else program
+    run = f"import runpy; runpy.run_module('{module}', run_name='__main__')"
+    done = run_without_extra(f"sys.argv[0] = '-m'; {run}")
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]  # torch itself warns where there is no numpy
     assert line.startswith(f"{program}: error: not installed: matplotlib, numpy, ")

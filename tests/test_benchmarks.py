@@ -64,6 +64,7 @@ def test_the_clock_interleaves_and_counts_calls() -> None:
             "predict.py",
             "quickstart.py",
             "scaling.py",
+            "small_data.py",
             "tables.py",
         ),
     ],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import differences
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.mixup import rand_bbox
 from torch import Tensor
 
@@ -634,6 +635,19 @@ def test_random_erasing_stays_within_0_and_1(mode):
         assert float(values.std(1).max()) < 1e-5
     if mode == "const":  # zero in normalised units is the mean colour
         assert torch.allclose(values, torch.full_like(values, 0.45), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(auto_augment.NAME_TO_OP))
+def test_timms_operations_take_every_magnitude(name):
+    """Pillow refuses to keep 0 bits, which timm's strongest posterize asks for: black, as ever."""
+    noise = np.random.default_rng(0).integers(1, 256, (9, 7, 3), np.uint8)
+    for magnitude in range(11):
+        seed_all(0, magnitude)
+        op = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams={})
+        image = op(Image.fromarray(noise))
+        assert image.mode == "RGB" and image.size == (7, 9)
+        if name == "PosterizeIncreasing" and magnitude == 10:
+            assert not np.array(image).any()
 
 
 @pytest.mark.parametrize("padding", [1, 3])

@@ -16,6 +16,8 @@ import torch
 from conftest import TINY_SWIN, differences, tiny_run
 from PIL import Image
 
+import fastgn.data.check as check
+import fastgn.data.pack as pack
 from fastgn import evaluate, objectives, optim, train
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config import OptimizerConfig, UserError
@@ -522,6 +524,43 @@ def test_nvidias_apex_trains_as_adamw(finished, tmp_path, monkeypatch):
         load_checkpoint(find_checkpoint(folder))["model"] for folder in (tmp_path / "run", finished)
     )
     assert differences(mine, theirs) == []
+
+
+# -------------------------------------------------------------------- fastgn.data.pack, check
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "expected"),
+    [
+        (pack, [], "missing: SOURCE and OUTPUT (see --help)"),
+        (pack, ["nowhere", "out"], "--data-dir nowhere: there is no such file or folder"),
+        (pack, [".", "out", "--shard-size", "0"], "--shard-size 0 must be at least 1"),
+        (pack, [".", "out", "--quality", "101"], "--quality 101 must lie in 1 to 100"),
+        (pack, [".", "out"], "train is missing; it should hold one folder of images a class, or"),
+        (check, [], "missing: DATA-DIR (see --help)"),
+        (check, ["."], "train is missing"),
+        (check, [".", "--wrokers", "3"], "--wrokers is unknown: did you mean '--workers'?"),
+    ],
+)
+def test_what_pack_and_check_refuse_is_one_line(
+    module, args, expected, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert module.main(args) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert expected in error_line(said.err, module.__name__)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_that_was_cut_is_named_before_training(tmp_path, capsys):
+    data, output = image_folder(tmp_path / "data"), tmp_path / "packed"
+    assert pack.main([str(data), str(output), "--workers", "0"]) == 0
+    shard = output / "train" / "shard-000000.tar"
+    os.truncate(shard, 3000)
+    line = refused(capsys, folder_run(output, tmp_path / "run"))
+    assert line.startswith(f"{shard} has 3000 bytes, ")
+    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------- fastgn.evaluate

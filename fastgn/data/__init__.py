@@ -5,18 +5,35 @@ today, dali.py when NVIDIA DALI joins them.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastgn.config import Config, UserError, check
-from fastgn.data.augment import BatchAugment, to_float
-from fastgn.data.batch import Batch, Loader
-from fastgn.data.datasets import Arrays, Dataset, Files, load_dataset
+if sys.argv[:1] == ["-m"]:  # python -m fastgn.data.pack or check, which imports this first
+    from fastgn.extras import need_train
 
-__all__ = ["Batch", "Dataset", "Loader", "Subset", "batch_sizes", "build_loader", "load_dataset"]
+    need_train("fastgn.data")
+
+from fastgn import config  # its check: ours is a program
+from fastgn.config import Config, UserError
+from fastgn.data.augment import BatchAugment, to_float
+from fastgn.data.batch import Batch, Loader, worker_death
+from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
+
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Loader",
+    "Subset",
+    "batch_sizes",
+    "build_loader",
+    "check_classes",
+    "load_dataset",
+    "worker_death",
+]
 
 
 def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) -> tuple[int, int]:
@@ -28,25 +45,25 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
         batch = batch or (32 if device.type == "cuda" else 8)
     else:
         per_rank, rest = divmod(data.global_batch_size, ranks)
-        check(
+        config.check(
             rest == 0,
             f"--global-batch-size {data.global_batch_size} does not divide by {ranks} ranks",
         )
         batch = batch or per_rank
-        check(
+        config.check(
             per_rank % batch == 0,
             f"--global-batch-size {data.global_batch_size} does not divide by {ranks} ranks x "
             f"--batch-size {batch}: take a multiple of {ranks * batch}",
         )
         accum = per_rank // batch
     whole = batch * accum * ranks
-    check(
+    config.check(
         whole <= num_images,
         f"a global batch of {batch} images x {accum} accumulated x {ranks} ranks = {whole} "
         f"exceeds the {num_images} training images: lower --batch-size",
     )
     mixing = cfg.augmentation.mixup or cfg.augmentation.cutmix
-    check(
+    config.check(
         not mixing or batch % 2 == 0,
         f"--mixup and --cutmix pair images: --batch-size {batch} is odd",
     )
@@ -90,7 +107,7 @@ def build_loader(
     if kind == "device":
         if not isinstance(split, Arrays):
             raise UserError("--loader device: image folders need --loader torch")
-        check(
+        config.check(
             augmentation.aa is None,
             f"--aa {augmentation.aa} works on PIL images: add --loader torch",
         )
@@ -103,7 +120,8 @@ def build_loader(
     from fastgn.data.torch import TorchLoader
 
     workers = min(cfg.dataset.workers, os.cpu_count() or 1)
-    return TorchLoader(split, augmentation, augment, workers=workers, **common)
+    skip = cfg.dataset.on_bad_image == "skip"
+    return TorchLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
 
 
 class Subset:
@@ -112,7 +130,7 @@ class Subset:
 
     def __init__(
         self,
-        split: Arrays | Files,
+        split: Arrays | Encoded,
         num: int | None,
         *,
         img_size: int,
@@ -122,9 +140,11 @@ class Subset:
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
+        skip: bool = False,
     ):
         """num: how many images; None takes all. The first ones of arrays; of a folder, which is
-        sorted by class, evenly spaced ones."""
+        sorted by class, evenly spaced ones. skip: replace a bad image by the next one of the
+        split, and add a line to bad_images."""
         total = len(split)
         num = total if num is None else min(num, total)
         if isinstance(split, Arrays) or num == total:
@@ -141,6 +161,8 @@ class Subset:
         self.batch_size = batch_size
         self.workers = workers
         self.device = device
+        self.skip = skip
+        self.bad_images: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images in 0..1, labels) on the device."""
@@ -160,4 +182,5 @@ class Subset:
             seed=0,
             workers=min(self.workers, os.cpu_count() or 1),
             device=self.device,
+            bad_images=self.bad_images if self.skip else None,
         )

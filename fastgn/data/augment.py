@@ -3,14 +3,32 @@
 timm does the erasing and the mixing (its RandomErasing and Mixup); the caller seeds the generators.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import auto_augment
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from fastgn.config import AugmentationConfig
 from fastgn.data.batch import Batch
+
+timm_posterize = auto_augment.posterize
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's, with black for its strongest, which keeps 0 bits: Pillow has come to refuse that, in
+    one of 700 images of the paper's recipe."""
+    if bits_to_keep < 1:
+        return Image.new(image.mode, image.size)
+    return timm_posterize(image, bits_to_keep, **options)
+
+
+auto_augment.posterize = posterize  # type: ignore[assignment]
+auto_augment.NAME_TO_OP |= {k: posterize for k in auto_augment.NAME_TO_OP if "Posterize" in k}
 
 
 class BatchAugment:

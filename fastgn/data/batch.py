@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastgn.config import UserError
 from fastgn.seeding import Stream, generator
 
 
@@ -24,6 +25,9 @@ class Loader(Protocol):
     rank) alone: position (epoch, first) is all that a resumed run needs."""
 
     batches_per_epoch: int
+    bad_images: list[str]
+    """A line for each image replaced (--on-bad-image skip) in the batches handed out; who reads it
+    empties it."""
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Micro-batches first, first + 1, ... of an epoch."""
@@ -39,3 +43,11 @@ def rank_slice(index: int, batch_size: int, rank: int, ranks: int) -> slice:
     """Where a rank's micro-batch `index` lies in the epoch's order."""
     start = (index * ranks + rank) * batch_size
     return slice(start, start + batch_size)
+
+
+def worker_death(error: RuntimeError) -> UserError | None:
+    """What to say where an error is torch's, of a worker process that has died."""
+    line = str(error).strip(" .")
+    if not line.startswith("DataLoader worker"):
+        return None
+    return UserError(f"{line}: where the memory was short, lower --workers")

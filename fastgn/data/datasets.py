@@ -1,19 +1,29 @@
-"""Where images come from: arrays in memory, or files below a folder."""
+"""Where images come from: arrays in memory, files below a folder or in a list, or packed shards."""
 
 import dataclasses
-import io
 import os
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fastgn.config import DatasetConfig, UserError, check
+from fastgn.data.images import BadImageError, Encoded, bad_image, decode_image
+from fastgn.data.shards import INDEX, Shards, read_npz
+
+__all__ = [
+    "Arrays",
+    "BadImageError",
+    "Dataset",
+    "Encoded",
+    "Files",
+    "check_classes",
+    "decode_image",
+    "load_dataset",
+]
 
 CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -36,20 +46,13 @@ class Arrays:
         return Image.fromarray(self.images_NCHW[index].permute(1, 2, 0).numpy())
 
 
-class BadImageError(UserError):
-    """An image that cannot be read, named."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Files:
-    """A split that is read image by image."""
+class Files(Encoded):
+    """A split whose images are files of their own."""
 
     paths: Sequence[str]
     labels_N: Tensor
     """int64."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def name(self, index: int) -> str:
         """For messages."""
@@ -60,26 +63,7 @@ class Files:
         try:
             return Path(self.paths[index]).read_bytes()
         except OSError as error:
-            reason = error.strerror or error
-            raise BadImageError(
-                f"{self.name(index)} cannot be read as an image: {reason}"
-            ) from None
-
-    def image(self, index: int) -> Image.Image:
-        """RGB. Raises BadImageError."""
-        return decode_image(self.read(index), self.name(index))
-
-
-def decode_image(content: bytes, name: str) -> Image.Image:
-    """RGB, whatever the format. Raises BadImageError, which calls it `name`."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError:  # whose message names an object in memory
-        reason = "its format is not known"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error)
-    raise BadImageError(f"{name} cannot be read as an image: {reason}")
+            raise bad_image(self.name(index), error.strerror or error) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +71,28 @@ class Dataset:
     """Training and validation images with the same classes."""
 
     name: str
-    train: Arrays | Files
-    val: Arrays | Files
+    train: Arrays | Encoded
+    val: Arrays | Encoded
     classes: tuple[str, ...]
+
+
+def check_classes(known: Sequence[str], dataset: Dataset, who: str) -> None:
+    """Raises UserError, which begins with `who`, unless the data have the known classes in the same
+    order: a label is a number, and would name another class."""
+    classes = dataset.classes
+    check(
+        len(known) == len(classes),
+        f"{who} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data has "
+        f"{len(classes)} ({', '.join(classes[:3])}, ...): give its own --data-dir",
+    )
+    other = next(
+        (i for i, pair in enumerate(zip(known, classes, strict=True)) if len(set(pair)) > 1), None
+    )
+    if other is not None:
+        raise UserError(
+            f"{who} knows class {other} of {len(known)} as {known[other]}, the data has "
+            f"{classes[other]} there: give its own --data-dir"
+        )
 
 
 def load_dataset(cfg: DatasetConfig) -> Dataset:
@@ -152,15 +155,7 @@ def cifar10(data_dir: str | None) -> Dataset:
 
 def from_npz(path: Path) -> tuple[Arrays, Arrays]:
     keys = ("train_images", "train_labels", "test_images", "test_labels")
-    try:
-        with np.load(path) as content:
-            missing = [k for k in keys if k not in content]
-            check(not missing, f"--data-dir {path}: the .npz lacks {', '.join(missing)}")
-            values = [content[k] for k in keys]
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"--data-dir {path} cannot be read as .npz: {error}") from None
+    values = read_npz(path, keys, f"--data-dir {path}")
     splits = []
     for images, labels in (values[:2], values[2:]):
         check(
@@ -206,7 +201,7 @@ def from_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
     return train, val
 
 
-def to_arrays(files: Arrays | Files) -> Arrays:
+def to_arrays(files: Arrays | Encoded) -> Arrays:
     """Decodes every image of a split; they must all have one size."""
     if isinstance(files, Arrays):
         return files
@@ -214,15 +209,17 @@ def to_arrays(files: Arrays | Files) -> Arrays:
     odd = next((i for i, x in enumerate(images) if x.shape != images[0].shape), None)
     if odd is not None:
         raise UserError(
-            f"{files.paths[odd]} is {tuple(images[odd].shape)}, not {tuple(images[0].shape)}"
+            f"{files.name(odd)} is {tuple(images[odd].shape)}, not {tuple(images[0].shape)}"
         )
     return Arrays(torch.stack(images).permute(0, 3, 1, 2).contiguous(), files.labels_N)
 
 
 def imagefolder(root: Path, train_split: str, val_split: str) -> Dataset:
-    """root/<split>/<class>/<image>; the classes of both splits must be the same."""
-    train, classes = files_below(root, train_split, "--train-split")
-    val, val_classes = files_below(root, val_split, "--val-split")
+    """Shards in root/<split>/ (their index is there), or files listed in root/<split>.txt, or
+    root/<split>/<class>/<image>, for each split what is found first; the classes of both must be
+    the same."""
+    train, classes = split_below(root, train_split, "--train-split")
+    val, val_classes = split_below(root, val_split, "--val-split", classes)
     unlike = sorted(set(classes) ^ set(val_classes))
     check(
         not unlike,
@@ -230,23 +227,99 @@ def imagefolder(root: Path, train_split: str, val_split: str) -> Dataset:
         f"{len(val_classes)}; {', '.join(unlike[:3])} {'is' if len(unlike) == 1 else 'are'} in "
         "one alone",
     )
-    return Dataset(root.name, train, val, classes)
+    dataset = Dataset(root.name, train, val, classes)
+    check_classes(val_classes, dataset, f"--data-dir {root}: {val_split}")
+    return dataset
+
+
+def split_below(
+    root: Path, split: str, option: str, known: tuple[str, ...] | None = None
+) -> tuple[Encoded, tuple[str, ...]]:
+    """A split and its classes. known: those of the training images."""
+    folder, listed = root / split, root / f"{split}.txt"
+    found: Encoded
+    if (folder / INDEX).exists():
+        found = Shards.load(folder)
+        classes = found.classes
+    elif listed.exists():
+        found, classes = files_listed(root, listed, known)
+    else:
+        found, classes = files_below(root, split, option)
+    check(
+        len(classes) > 1,
+        f"--data-dir {root}: {folder} has {len(classes)} class; at least 2 are needed",
+    )
+    return found, classes
+
+
+def files_listed(
+    root: Path, path: Path, known: tuple[str, ...] | None
+) -> tuple[Files, tuple[str, ...]]:
+    """A line is `path label`, the path from root; the label is a class's name, or its number, from
+    0. The classes are the lines of root/classes.txt; where there is none, `known`; else the names
+    in the list, sorted, or its numbers."""
+    rows: list[tuple[int, str, str]] = []
+    for number, line in enumerate(lines_of(path), 1):
+        parts = line.rsplit(maxsplit=1)
+        check(len(parts) != 1, f"{path}, line {number}: {line!r} has no label: write `path label`")
+        if parts:
+            rows.append((number, parts[0], parts[1]))
+    check(bool(rows), f"{path} lists no image: a line is `path label`")
+    labels = {label for _, _, label in rows}
+    named = root / "classes.txt"
+    if named.exists():
+        classes = tuple(line.strip() for line in lines_of(named) if line.strip())
+        known_by = str(named)
+    elif known is not None:
+        classes, known_by = known, "the training images"
+    elif all(label.lstrip("-").isdecimal() for label in labels):
+        classes, known_by = tuple(map(str, range(len(labels)))), "the list's number of labels"
+    else:
+        classes, known_by = tuple(sorted(labels)), str(path)
+    numbers = {str(i): i for i in range(len(classes))} | {c: i for i, c in enumerate(classes)}
+    check(len(set(classes)) == len(classes), f"{named} names a class twice")
+    below: dict[str, set[str]] = {}
+    for number, name, label in rows:
+        check(
+            label in numbers,
+            f"{path}, line {number}: label {label} is out of range: {len(classes)} classes by "
+            f"{known_by}, 0 to {len(classes) - 1} or their names",
+        )
+        folder, base = os.path.split(root / name)
+        if folder not in below:  # one listing a folder: a question for each file takes minutes
+            below[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        check(base in below[folder], f"{path}, line {number}: there is no {root / name}")
+    return Files(
+        [str(root / name) for _, name, _ in rows],
+        torch.tensor([numbers[label] for _, _, label in rows]),
+    ), classes
+
+
+def lines_of(path: Path) -> list[str]:
+    try:  # the names of files need not be UTF-8
+        return path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def files_below(root: Path, split: str, option: str) -> tuple[Files, tuple[str, ...]]:
     from torchvision.datasets import ImageFolder
 
     folder = root / split
-    hint = f"it should hold one folder of images a class ({option} names another folder)"
+    hint = (
+        f"it should hold one folder of images a class, or the shards of fastgn.data.pack, or be "
+        f"listed in {split}.txt ({option} names another)"
+    )
     check(folder.is_dir(), f"--data-dir {root}: {folder} is missing; {hint}")
+    check(
+        not any(folder.glob("shard-*.tar")),
+        f"--data-dir {root}: {folder} has shards without {INDEX}: fastgn.data.pack, called again, "
+        "finishes them",
+    )
     try:
         listing = ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise UserError(f"--data-dir {root}: {str(error).splitlines()[0]}; {hint}") from None
-    check(
-        len(listing.classes) > 1,
-        f"--data-dir {root}: {folder} has {len(listing.classes)} class; {hint}",
-    )
     return Files([path for path, _ in listing.samples], torch.tensor(listing.targets)), tuple(
         listing.classes
     )

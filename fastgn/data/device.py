@@ -33,6 +33,7 @@ class DeviceLoader:
         self.images_NCHW = split.images_NCHW.to(device)
         self.labels_N = split.labels_N.to(device)
         self.augment = augment
+        self.bad_images: list[str] = []
         self.img_size = img_size
         self.padding = padding
         self.hflip = hflip

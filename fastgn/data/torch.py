@@ -1,19 +1,25 @@
 """The PIL loader: worker processes decode and augment with timm's transforms."""
 
+import atexit
+import contextlib
+import ctypes
 import re
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastgn.config import AugmentationConfig, UserError
 from fastgn.data.augment import BatchAugment
-from fastgn.data.batch import Batch, epoch_order, rank_slice
-from fastgn.data.datasets import Arrays, Files
+from fastgn.data.batch import Batch, epoch_order, rank_slice, worker_death
+from fastgn.data.datasets import Arrays, Encoded
+from fastgn.data.images import load_or_next
 from fastgn.seeding import Stream, seed_all
 
 Key = tuple[int, int]
@@ -21,58 +27,129 @@ Key = tuple[int, int]
 
 
 class Decoded(Dataset):
-    """Key -> (uint8 3 x H x W, label)."""
+    """Key -> (uint8 3 x H x W, label, a line for each bad image that another stands for)."""
 
-    def __init__(self, split: Arrays | Files, transform: Any, seed: int):
+    def __init__(self, split: Arrays | Encoded, transform: Any, seed: int, skip: bool):
         self.split = split
         self.transform = transform
         self.seed = seed
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
         epoch, index = key
         seed_all(Stream.IMAGE, self.seed, epoch, index)
-        return self.transform(self.split.image(index)), int(self.split.labels_N[index])
+        index, image, bad = load_or_next(self.split.image, index, len(self), self.skip)
+        return self.transform(image), int(self.split.labels_N[index]), bad
+
+
+def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels = default_collate([item[:2] for item in items])
+    return images, labels, [line for _, _, bad in items for line in bad]
 
 
 def decode(
-    split: Arrays | Files,
+    split: Arrays | Encoded,
     transform: Any,
     batches: Iterable[list[Key]],
     *,
     seed: int,
     workers: int,
     device: torch.device,
+    bad_images: list[str] | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images in 0..1, labels) on the device for each list of keys. Raises UserError on a bad
-    image."""
-    loader = DataLoader(
-        Decoded(split, transform, seed),
+    image, or, where there is a list bad_images, replaces it and adds a line to that."""
+    made = from_workers(
+        Decoded(split, transform, seed, skip=bad_images is not None),
+        workers,
         batch_sampler=batches,
-        num_workers=workers,
+        collate_fn=collate,
         pin_memory=device.type == "cuda",
+    )
+    with contextlib.closing(made):
+        for images, labels, bad in made:
+            if bad_images is not None:
+                bad_images += bad
+            images = images.to(device, non_blocking=True).float().div_(255)
+            yield images, labels.to(device, non_blocking=True)
+
+
+def from_workers(items: Dataset, workers: int, **options: Any) -> Generator[Any, None, None]:
+    """DataLoader's results, in order; its workers end with the iterator. Raises UserError: a
+    worker's own, or one that says that a worker has died."""
+    loader = DataLoader(
+        items,
+        num_workers=workers,
         worker_init_fn=start_worker,
         # workers take their seeds from the keys: leave torch's own alone
         generator=torch.Generator(),
+        **options,
     )
     iterator = iter(loader)
+    live.add(iterator)
     try:
-        for images, labels in iterator:
-            images = images.to(device, non_blocking=True).float().div_(255)
-            yield images, labels.to(device, non_blocking=True)
+        yield from iterator
     except UserError as error:  # a worker's comes with its traceback in front
         message = str(error).strip().splitlines()[-1]
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
-    finally:  # workers that ignore signals have to be told to end
-        getattr(iterator, "_shutdown_workers", lambda: None)()
+    except RuntimeError as error:
+        raise worker_death(error) or error from None
+    finally:
+        shut_down(iterator)
+
+
+live: weakref.WeakSet = weakref.WeakSet()
+"""Iterators of `from_workers`, which an error elsewhere may leave open."""
+
+
+def shut_down(iterator: Any) -> None:
+    """Tells its workers, which ignore signals, to end: Python's exit would send one, and wait."""
+    getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+@atexit.register
+def shut_down_all() -> None:
+    for iterator in list(live):
+        shut_down(iterator)
+
+
+class Mapped(Dataset):
+    """Index -> what a function makes of it."""
+
+    def __init__(self, function: Callable[[int], Any]):
+        self.function = function
+
+    def __getitem__(self, index: int) -> Any:
+        return self.function(index)
+
+
+def in_order(
+    function: Callable[[int], Any], indices: Sequence[int], workers: int
+) -> Generator[Any, None, None]:
+    """The function's results for the indices, made in worker processes. Raises UserError."""
+    ahead = {"prefetch_factor": 16} if workers else {}
+    options: dict[str, Any] = {"batch_size": None, "sampler": indices, "collate_fn": as_it_is}
+    return from_workers(Mapped(function), workers, **options, **ahead)
+
+
+def as_it_is(result: Any) -> Any:
+    return result
+
+
+PR_SET_PDEATHSIG = 1
 
 
 def start_worker(worker: int) -> None:
     """A signal to the whole process group is the main process's to handle: it saves, then ends
-    the workers."""
+    the workers. They end with it where it is killed."""
     torch.set_num_threads(1)
+    with contextlib.suppress(AttributeError, OSError):  # Linux's prctl: a worker that waits to hand
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # over bytes never looks
+    # the thread that hands over tensors would print that the main process has left
+    sys.excepthook = lambda *error: None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -82,13 +159,14 @@ class TorchLoader:
 
     def __init__(
         self,
-        split: Arrays | Files,
+        split: Arrays | Encoded,
         cfg: AugmentationConfig,
         augment: BatchAugment,
         *,
         img_size: int,
         hflip: float,
         workers: int,
+        skip: bool,
         batch_size: int,
         batches_per_epoch: int,
         seed: int,
@@ -112,6 +190,8 @@ class TorchLoader:
             raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
         self.augment = augment
         self.workers = workers
+        self.skip = skip
+        self.bad_images: list[str] = []
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.seed, self.rank, self.ranks = seed, rank, ranks
@@ -130,6 +210,7 @@ class TorchLoader:
             seed=self.seed,
             workers=self.workers,
             device=self.device,
+            bad_images=self.bad_images if self.skip else None,
         )
         for index, (images, labels) in zip(indices, decoded, strict=True):
             seed_all(Stream.AUGMENT, self.seed, epoch, index, self.rank)

@@ -1,0 +1,266 @@
+"""Packs images into WebDataset shards with an index, which train from fewer and larger files.
+
+    python -m fastgn.data.pack SOURCE OUTPUT --short-side 256 --quality 90
+
+SOURCE is whatever --data-dir takes; OUTPUT becomes a --data-dir. Without --short-side the bytes
+stay as they are, and so does what a run sees. Once stopped, the same command goes on: whole shards
+stay, each with an index of its own (shard-*.npz, for this program alone), and spoilt ones are made
+again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fastgn.checkpoint import atomic_open
+from fastgn.config import DatasetConfig, Positional, UserError, check, flag, parse_cli
+from fastgn.data.datasets import Encoded, load_dataset
+from fastgn.data.images import BadImageError, decode_image
+from fastgn.data.shards import Shards, sha256_of
+from fastgn.data.torch import in_order
+
+BLOCK = 512
+"""A tar's unit: of a header, and of the padding after a member."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+    """Packs images into WebDataset shards with an index; stopped, the same command goes on."""
+
+    source: Annotated[str, Positional]
+    """Image folders, lists of files or shards: whatever --data-dir takes."""
+    output: Annotated[str, Positional]
+    """The folder for the shards; a --data-dir afterwards."""
+    short_side: int | None = None
+    """Resize larger images to this shorter side in pixels (bicubic) and store them as JPEG; None,
+    and all others: their bytes stay as they are."""
+    quality: int = 90
+    """JPEG quality of what was resized."""
+    shard_size: int = 10_000
+    """Images a shard."""
+    workers: int = 4
+    """Worker processes that decode and encode."""
+    train_split: str = "train"
+    """Folder or list of training images below SOURCE."""
+    val_split: str = "val"
+    """Folder or list of validation images below SOURCE."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """fail: stop at an image that cannot be read; skip: leave it out."""
+
+    def __post_init__(self) -> None:
+        for name in ("short_side", "shard_size"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"--{flag(name)} {value} must be at least 1")
+        check(1 <= self.quality <= 100, f"--quality {self.quality} must lie in 1 to 100")
+        check(self.workers >= 0, f"--workers {self.workers} must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """An image as its shard has it."""
+
+    format: str
+    """The member's ending."""
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Packer:
+    """Image number -> Packed; where skipping, the line that says what is wrong with it."""
+
+    split: Encoded
+    short_side: int | None
+    quality: int
+    skip: bool
+
+    def __call__(self, index: int) -> Packed | str:
+        try:
+            content = self.split.read(index)
+            image = decode_image(content, self.split.name(index))
+        except BadImageError as error:
+            if not self.skip:
+                raise
+            return str(error)
+        short = min(image.size)
+        if self.short_side is None or short <= self.short_side:
+            with Image.open(io.BytesIO(content)) as opened:
+                kind = str(opened.format).lower()
+            return Packed("jpg" if kind in ("jpeg", "mpo") else kind, content)
+        width, height = (max(1, round(side * self.short_side / short)) for side in image.size)
+        out = io.BytesIO()
+        image.resize((width, height), Image.Resampling.BICUBIC).save(
+            out, "JPEG", quality=self.quality
+        )
+        return Packed("jpg", out.getvalue())
+
+
+def key_of(split: Encoded, index: int) -> str:
+    """An image's name in its shard: short, ASCII, and without the dot at which webdataset
+    splits."""
+    if isinstance(split, Shards):
+        return split.key_N[index].decode()
+    stem = re.sub(r"[^\w-]", "_", Path(split.name(index)).stem, flags=re.ASCII)
+    return f"{index:08d}_{stem[:64]}"
+
+
+def recipe_of(cfg: PackConfig, keys: list[str], labels: list[int], classes: tuple[str, ...]) -> str:
+    """A digest of all that decides what the shards hold, but for the images' bytes."""
+    what = (cfg.short_side, cfg.quality, cfg.shard_size, classes, keys, labels)
+    return hashlib.sha256(repr(what).encode()).hexdigest()
+
+
+def member(name: str, content: bytes) -> bytes:
+    """A file of a tar, the same at any time and for any user."""
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
+
+
+def write_shard(
+    folder: Path,
+    name: str,
+    images: Iterable[tuple[str, int, Packed]],
+    classes: tuple[str, ...],
+    recipe: str,
+) -> Shards:
+    """Writes a shard of (key, label, image), then its own index, which it returns."""
+    path = folder / f"{name}.tar"
+    rows: list[tuple[str, int, int, int, int]] = []
+    with atomic_open(path) as file:
+        for key, label, image in images:
+            crc, size = zlib.crc32(image.content), len(image.content)
+            rows.append((key, label, file.tell() + BLOCK, size, crc))
+            file.write(member(f"{key}.{image.format}", image.content))
+            file.write(member(f"{key}.cls", str(label).encode()))
+        file.write(bytes(2 * BLOCK))
+    keys, labels, offsets, sizes, crcs = zip(*rows, strict=True) if rows else ((),) * 5
+    part = Shards(
+        folder,
+        classes,
+        recipe,
+        shards=(path.name,),
+        sha256=(sha256_of(path),),
+        shard_bytes=np.array([path.stat().st_size], np.int64),
+        shard_N=np.zeros(len(rows), np.int32),
+        offset_N=np.array(offsets, np.int64),
+        size_N=np.array(sizes, np.int64),
+        crc_N=np.array(crcs, np.uint32),
+        key_N=np.array(keys, np.bytes_),
+        labels_N=torch.tensor(labels, dtype=torch.int64),
+    )
+    part.save(f"{name}.npz")
+    return part
+
+
+def whole_shard(folder: Path, name: str, recipe: str) -> Shards | None:
+    """A shard's own index where both are there and as they were written. Raises UserError where
+    they are of other images or options."""
+    try:
+        part = Shards.load(folder, f"{name}.npz")
+    except UserError:
+        return None
+    check(
+        part.recipe == recipe,
+        f"{folder} holds shards of other images, or made with other options: give another OUTPUT, "
+        "or remove it",
+    )
+    return part if part.spoilt(0) is None else None
+
+
+def pack(
+    split: Encoded, classes: tuple[str, ...], folder: Path, cfg: PackConfig, bar: tqdm
+) -> tuple[Shards, list[str]]:
+    """Packs a split; returns its index, and a line for each image that was left out. Raises
+    UserError."""
+    numbers = range(len(split))
+    pieces = [numbers[i : i + cfg.shard_size] for i in numbers[:: cfg.shard_size]]
+    keys, labels = [key_of(split, i) for i in numbers], split.labels_N.tolist()
+    recipe = recipe_of(cfg, keys, labels, classes)
+    check(
+        any(folder.glob("shard-*.npz")) or not any(folder.glob("shard-*.tar")),
+        f"{folder} holds shards that fastgn.data.pack has not made: give another OUTPUT",
+    )
+    for left in folder.glob(".shard-*.tmp"):  # by a kill
+        left.unlink(missing_ok=True)
+    names = [f"shard-{number:06d}" for number in range(len(pieces))]
+    parts: list[Shards] = []
+    left_out: list[str] = []
+    found = [whole_shard(folder, name, recipe) for name in names]
+    missing = [i for piece, part in zip(pieces, found, strict=True) if part is None for i in piece]
+    packer = Packer(split, cfg.short_side, cfg.quality, cfg.on_bad_image == "skip")
+    with contextlib.closing(in_order(packer, missing, cfg.workers)) as packed:
+
+        def images(piece: range) -> Iterator[tuple[str, int, Packed]]:
+            for index, image in zip(piece, islice(packed, len(piece)), strict=True):
+                bar.update()
+                if isinstance(image, Packed):
+                    yield keys[index], labels[index], image
+                else:
+                    left_out.append(image)
+
+        for name, piece, part in zip(names, pieces, found, strict=True):
+            if part is None:
+                part = write_shard(folder, name, images(piece), classes, recipe)
+            else:
+                bar.update(len(piece))
+            parts.append(part)
+    index = Shards.join(parts)
+    index.save()
+    return index, left_out
+
+
+def run(cfg: PackConfig) -> None:
+    """Packs both splits and says what became of them. Raises UserError."""
+    output = Path(cfg.output)
+    check(
+        not Path(cfg.source).exists() or output.resolve() != Path(cfg.source).resolve(),
+        f"OUTPUT {output} is SOURCE itself: give another folder",
+    )
+    dataset = load_dataset(
+        DatasetConfig(
+            data="imagefolder",
+            data_dir=cfg.source,
+            train_split=cfg.train_split,
+            val_split=cfg.val_split,
+        )
+    )
+    splits = {cfg.train_split: dataset.train, cfg.val_split: dataset.val}
+    for name, split in splits.items():
+        assert isinstance(split, Encoded)
+        with tqdm(total=len(split), desc=name, unit="image", disable=None) as bar:
+            index, left_out = pack(split, dataset.classes, output / name, cfg, bar)
+        size = int(index.shard_bytes.sum()) / 1e6
+        print(f"{output / name}: {len(index)} images in {len(index.shards)} shards, {size:.1f} MB")
+        if len(index) < len(split):
+            print(f"  {len(split) - len(index)} bad images were left out", *left_out, sep="\n  ")
+
+
+def main(args: list[str] | None = None) -> int:
+    """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
+    try:
+        run(parse_cli(PackConfig, sys.argv[1:] if args is None else args, "fastgn.data.pack"))
+    except UserError as error:
+        print(f"fastgn.data.pack: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastgn.data.pack: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
