@@ -136,11 +136,14 @@ class DatasetConfig:
     """Folder of training images below an ImageFolder's --data-dir."""
     val_split: str = "val"
     """Folder of validation images below an ImageFolder's --data-dir."""
-    loader: Literal["auto", "device", "torch"] = "auto"
+    loader: Literal["auto", "device", "torch", "dali"] = "auto"
     """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
-    processes. auto: device for digits and cifar10, torch for image folders."""
+    processes; dali: NVIDIA DALI, which decodes and augments on the GPU where there is one. auto:
+    device for digits and cifar10; for image folders dali on CUDA where it is installed and knows
+    the augmentation, else torch."""
     workers: int = 4
-    """Worker processes of the torch loader, for each rank."""
+    """Worker processes of the torch loader, for each rank; worker processes and threads of
+    dali."""
     batch_size: int | None = None
     """Images a rank and micro-batch. None: 32 on CUDA, 8 on CPU."""
     grad_accum_steps: int = 1

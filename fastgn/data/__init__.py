@@ -1,7 +1,7 @@
 """Images: one Batch contract, whatever they come from (see batch.py).
 
-A loader is a module of its own that build_loader imports when it is chosen: device.py and torch.py
-today, dali.py when NVIDIA DALI joins them.
+A loader is a module of its own that build_loader imports when it is chosen: device.py, torch.py or
+dali.py.
 """
 
 import os
@@ -100,9 +100,13 @@ def build_loader(
         if padding is None:
             padding = img_size // (16 if dataset.name == "digits" else 8)
         return DeviceLoader(split, augmentation, augment, padding=padding, **common)
+    workers = min(cfg.dataset.workers, os.cpu_count() or 1)
+    if kind == "dali":
+        from fastgn.data.dali import DaliLoader
+
+        return DaliLoader(split, augmentation, augment, workers=workers, **common)
     from fastgn.data.torch import TorchLoader
 
-    workers = min(cfg.dataset.workers, os.cpu_count() or 1)
     return TorchLoader(split, augmentation, augment, workers=workers, **common)
 
 

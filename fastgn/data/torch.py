@@ -14,7 +14,8 @@ from fastgn.config import AugmentationConfig, UserError
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice
 from fastgn.data.datasets import Arrays, Files
-from fastgn.seeding import Stream, seed_all
+from fastgn.data.recipe import train_transform
+from fastgn.seeding import Stream, seed_all, seed_host
 
 Key = tuple[int, int]
 """(epoch, index): all that an augmented image depends on, but for the seed."""
@@ -33,7 +34,7 @@ class Decoded(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         epoch, index = key
-        seed_all(Stream.IMAGE, self.seed, epoch, index)
+        seed_host(Stream.IMAGE, self.seed, epoch, index)
         return self.transform(self.split.image(index)), int(self.split.labels_N[index])
 
 
@@ -97,19 +98,7 @@ class TorchLoader:
         device: torch.device,
     ):
         self.split = split
-        try:
-            self.transform = create_transform(
-                img_size,
-                is_training=True,
-                scale=cfg.scale,
-                hflip=hflip,
-                color_jitter=cfg.color_jitter,
-                auto_augment=cfg.aa,
-                interpolation=cfg.train_interpolation,
-                normalize=False,
-            )
-        except (AssertionError, ValueError) as error:  # timm's, of a policy that it does not know
-            raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
+        self.transform = train_transform(cfg, img_size, hflip)
         self.augment = augment
         self.workers = workers
         self.batch_size = batch_size
