@@ -195,8 +195,8 @@ def signals_blocked() -> Iterator[None]:
 
 @pipeline_def(enable_conditionals=True)
 def augmented(feeder: Feeder, *, threads: int, parallel: bool, device: str) -> Any:
-    """Fed -> (uint8 3 x S x S, labels, complaints); device: DALI's name, cpu or gpu, of where it is
-    done."""
+    """Fed -> (fp32 3 x S x S in 0..1, labels, complaints); device: DALI's name, cpu or gpu, of where
+    it is done."""
     encoded, anchor, shape, bilinear, flipped, kinds, arguments, label, complaint = (
         fn.external_source(
             source=feeder,
@@ -222,35 +222,40 @@ def augmented(feeder: Feeder, *, threads: int, parallel: bool, device: str) -> A
     if device == "cpu":
         resize = Resize(side, threads)
         image = fn.python_function(
-            crop, bilinear, function=resize, batch_processing=True, output_layouts="HWC"
+            crop, bilinear, flipped, function=resize, batch_processing=True, output_layouts="HWC"
         )
     elif bilinear == 1:
         image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_LINEAR)
     else:
         image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC)
-    image = fn.flip(image, horizontal=flipped)
+    if device == "gpu":
+        image = fn.flip(image, horizontal=flipped)
     for layer in range(recipe.layers):
         image = operate(possible, kinds[layer], image, arguments[layer], side, device)
-    return fn.transpose(image, perm=[2, 0, 1]), label, complaint
+    image = fn.crop_mirror_normalize(
+        image, dtype=types.FLOAT, output_layout="CHW", mean=[0.0], std=[255.0]
+    )
+    return image, label, complaint
 
 
 class Resize:
-    """[uint8 H x W x 3], [bilinear, else bicubic] -> [uint8 S x S x 3], antialiased, by torch's CPU
-    kernel: 0.5 ms a crop of ImageNet, PIL takes 1.6 and DALI's CPU operator 3.5."""
+    """[uint8 H x W x 3], [bilinear, else bicubic], [flipped] -> [uint8 S x S x 3], antialiased, by
+    torch's CPU kernel: 0.5 ms a crop of ImageNet, PIL takes 1.6 and DALI's CPU operator 3.5."""
 
     def __init__(self, side: int, threads: int):
         self.side = side
         self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
-    def __call__(self, crops: list[np.ndarray], bilinear: list[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, *batch: list[np.ndarray]) -> list[np.ndarray]:
         each = map if self.pool is None else self.pool.map
-        return list(each(self.one, crops, bilinear))
+        return list(each(self.one, *batch))
 
-    def one(self, crop: np.ndarray, bilinear: np.ndarray) -> np.ndarray:
+    def one(self, crop: np.ndarray, bilinear: np.ndarray, flipped: np.ndarray) -> np.ndarray:
         mode = "bilinear" if bilinear else "bicubic"
         image = torch.from_numpy(crop).permute(2, 0, 1)[None]
         resized = F.interpolate(image, (self.side, self.side), mode=mode, antialias=True)
-        return resized[0].permute(1, 2, 0).contiguous().numpy()
+        result = resized[0].permute(1, 2, 0)
+        return (result.flip(1) if flipped else result.contiguous()).numpy()
 
 
 # Operations on uint8 S x S x 3, PIL's to within 1 but for interpolation. Bytes are kept as bytes and
@@ -494,9 +499,8 @@ class DaliLoader:
                 self.close()
                 raise UserError(text)
         self._next = position + 1
-        images_BCHW = torch.from_dlpack(images.as_tensor()).float().div_(255)
-        labels_B = torch.from_dlpack(labels.as_tensor()).to(self.device, copy=True)
-        return images_BCHW, labels_B
+        images_BCHW, labels_B = (torch.from_dlpack(x.as_tensor()) for x in (images, labels))
+        return images_BCHW, labels_B.to(self.device)
 
     def _stream(self) -> dict[str, Any]:
         """Outputs are ordered with torch's work, without a wait by the host."""
