@@ -4,6 +4,7 @@ A loader is a module of its own that build_loader imports when it is chosen: dev
 dali.py.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgn.config import Config, UserError, check
+from fastgn.config import AugmentationConfig, Config, UserError, check
 from fastgn.data.augment import BatchAugment, to_float
 from fastgn.data.batch import Batch, Loader
 from fastgn.data.datasets import Arrays, Dataset, Files, load_dataset
@@ -71,6 +72,8 @@ def build_loader(
     kind = cfg.dataset.loader
     if kind == "auto":
         kind = "device" if isinstance(split, Arrays) else "torch"
+        if kind == "torch" and device.type == "cuda" and dali_takes(augmentation, img_size):
+            kind = "dali"
     hflip = augmentation.hflip
     if hflip is None:
         hflip = 0.0 if dataset.name == "digits" else 0.5
@@ -89,7 +92,7 @@ def build_loader(
     augment = BatchAugment(augmentation, len(dataset.classes), mean, std, device)
     if kind == "device":
         if not isinstance(split, Arrays):
-            raise UserError("--loader device: image folders need --loader torch")
+            raise UserError("--loader device: image folders need --loader torch or dali")
         check(
             augmentation.aa is None,
             f"--aa {augmentation.aa} works on PIL images: add --loader torch",
@@ -108,6 +111,21 @@ def build_loader(
     from fastgn.data.torch import TorchLoader
 
     return TorchLoader(split, augmentation, augment, workers=workers, **common)
+
+
+def dali_takes(augmentation: AugmentationConfig, img_size: int) -> bool:
+    """Whether DALI is installed and does what is asked."""
+    from fastgn.data.recipe import Recipe
+
+    try:
+        installed = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+    try:
+        Recipe(augmentation, img_size, 0.5)
+    except UserError:
+        return False
+    return installed
 
 
 class Subset:

@@ -4,16 +4,14 @@ the CPU or on the GPU.
 Worker processes read the files and draw with timm's own objects (recipe.py); DALI takes bytes and
 numbers. So one seed gives the PIL loader's pictures but for resampling and rounding, and a position
 is all that a resumed run needs: DALI's readers, its shuffling and its random operators are not
-used.
+used. Nor are its own worker processes: when one of them dies, DALI waits for it for ever.
 """
 
-import contextlib
-import os
-import signal
-import threading
+import atexit
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from fastgn.config import AugmentationConfig, UserError
 from fastgn.data.augment import BatchAugment
@@ -28,17 +27,18 @@ from fastgn.data.batch import Batch, epoch_order, rank_slice
 from fastgn.data.datasets import Arrays, BadImageError, Files, decode_image
 from fastgn.data.jpeg import plain_size
 from fastgn.data.recipe import ARGUMENTS, FILL, Kind, Recipe
+from fastgn.data.torch import start_worker
 from fastgn.seeding import Stream, seed_all, seed_host
 
 try:
     from nvidia.dali import fn, math, pipeline_def, types
+    from nvidia.dali.pipeline import do_not_convert
 except ImportError:
     raise UserError(
         "--loader dali: NVIDIA DALI is not installed: pip install 'fastgn[dali]', which takes "
         "nvidia-dali-cuda130 (fastgn[dali-cuda120]: nvidia-dali-cuda120)"
     ) from None
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
 AHEAD = 2
 """Batches that DALI makes before they are asked for."""
 
@@ -47,86 +47,83 @@ AHEAD = 2
 
 
 class Fed(NamedTuple):
-    """A batch as DALI takes it."""
+    """A batch before it is decoded."""
 
-    encoded: list[np.ndarray]
-    """uint8; a file's bytes, or a PPM of what is not a plain JPEG."""
-    anchors: np.ndarray
+    encoded: Tensor
+    """uint8: one after the other, files' bytes, or a PPM of what is not a plain JPEG."""
+    lengths: Tensor
+    """int64 B, of each one's bytes."""
+    anchors: Tensor
     """int32 B x 2, row and column of the crop."""
-    shapes: np.ndarray
+    shapes: Tensor
     """int32 B x 2, height and width of the crop."""
-    bilinear: np.ndarray
+    bilinear: Tensor
     """int32 B: how the crop is resized; bicubic otherwise."""
-    flipped: np.ndarray
+    flipped: Tensor
     """int32 B."""
-    kinds: np.ndarray
+    kinds: Tensor
     """int32 B x layers, of recipe.Kind."""
-    arguments: np.ndarray
+    arguments: Tensor
     """fp32 B x layers x ARGUMENTS."""
-    labels: np.ndarray
+    labels: Tensor
     """int64 B."""
-    complaints: list[np.ndarray]
-    """uint8: what is wrong with an image, in UTF-8; mostly empty."""
+    complaints: list[str]
+    """What is wrong with images of the batch; mostly empty."""
 
 
-class Feeder:
-    """Number of a batch since the pipeline's start -> Fed."""
+class Feeder(Dataset):
+    """Position (epoch x batches_per_epoch + index) -> Fed."""
 
     def __init__(
         self,
         split: Files,
         recipe: Recipe,
         *,
-        start: int,
         batch_size: int,
         batches_per_epoch: int,
         seed: int,
         rank: int,
         ranks: int,
     ):
-        """start: the first batch's position, epoch x batches_per_epoch + index."""
         self.split = split
         self.recipe = recipe
-        self.start = start
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.seed, self.rank, self.ranks = seed, rank, ranks
-        self._order: tuple[int, Tensor] | None = None
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """A feeder is pickled for a worker process alone."""
-        return in_worker, (self.__dict__ | {"_order": None},)
+        self._order = (-1, torch.empty(0))
 
     def keys(self, position: int) -> list[tuple[int, int]]:
         """(epoch, image) of a batch's images."""
         epoch, index = divmod(position, self.batches_per_epoch)
-        if self._order is None or self._order[0] != epoch:
+        if self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self.split), self.seed, epoch))
         chosen = self._order[1][rank_slice(index, self.batch_size, self.rank, self.ranks)]
         return [(epoch, image) for image in chosen.tolist()]
 
-    def __call__(self, number: int) -> Fed:
-        size, layers = self.batch_size, self.recipe.layers
+    def __getitem__(self, position: int) -> Fed:
+        size, layers = self.batch_size, max(1, self.recipe.layers)
         fed = Fed(
-            [],
-            np.zeros((size, 2), np.int32),
-            np.ones((size, 2), np.int32),
-            np.zeros(size, np.int32),
-            np.zeros(size, np.int32),
-            np.zeros((size, layers), np.int32),
-            np.zeros((size, layers, ARGUMENTS), np.float32),
-            np.zeros(size, np.int64),
+            torch.empty(0),
+            torch.zeros(size, dtype=torch.int64),
+            torch.zeros(size, 2, dtype=torch.int32),
+            torch.ones(size, 2, dtype=torch.int32),
+            torch.zeros(size, dtype=torch.int32),
+            torch.zeros(size, dtype=torch.int32),
+            torch.zeros(size, layers, dtype=torch.int32),
+            torch.zeros(size, layers, ARGUMENTS),
+            torch.zeros(size, dtype=torch.int64),
             [],
         )
-        for place, (epoch, image) in enumerate(self.keys(self.start + number)):
-            complaint = b""
+        contents = []
+        for place, (epoch, image) in enumerate(self.keys(position)):
             try:
                 content = self.fill(fed, place, epoch, image)
             except BadImageError as error:  # told where the batch is taken, with no traceback
-                content, complaint = BLACK, str(error).encode(errors="replace")
-            fed.encoded.append(np.frombuffer(content, np.uint8))
-            fed.complaints.append(np.frombuffer(complaint, np.uint8))
-        return fed
+                content = BLACK
+                fed.complaints.append(str(error))
+            fed.lengths[place] = len(content)
+            contents.append(np.frombuffer(content, np.uint8))
+        return fed._replace(encoded=torch.from_numpy(np.concatenate(contents)))
 
     def fill(self, fed: Fed, place: int, epoch: int, image: int) -> bytes:
         """An image's encoded bytes; what is done to it goes into fed. Raises BadImageError: what
@@ -140,73 +137,79 @@ class Feeder:
         seed_host(Stream.IMAGE, self.seed, epoch, image)
         drawn = self.recipe.draw(*size)
         if decoded is None:
-            fed.anchors[place] = drawn.top, drawn.left
+            fed.anchors[place] = torch.tensor((drawn.top, drawn.left))
         else:
             box = (drawn.left, drawn.top, drawn.left + drawn.width, drawn.top + drawn.height)
             content = ppm(decoded.crop(box))
-        fed.shapes[place] = drawn.height, drawn.width
+        fed.shapes[place] = torch.tensor((drawn.height, drawn.width))
         fed.bilinear[place], fed.flipped[place] = drawn.bilinear, drawn.flipped
         for layer, (kind, arguments) in enumerate(drawn.layers):
-            fed.kinds[place, layer] = kind
-            fed.arguments[place, layer, : len(arguments)] = arguments
-        fed.labels[place] = int(self.split.labels_N[image])
+            fed.kinds[place, layer] = int(kind)
+            fed.arguments[place, layer, : len(arguments)] = torch.tensor(arguments)
+        fed.labels[place] = self.split.labels_N[image]
         return content
 
 
 def ppm(image: Image.Image) -> bytes:
+    """Exact, and quick to decode."""
     return b"P6 %d %d 255\n" % image.size + image.tobytes()
 
 
 BLACK = ppm(Image.new("RGB", (1, 1)))
 
 
-def in_worker(state: dict[str, Any]) -> Feeder:
-    """Makes a feeder out of its pickled attributes, in a process that DALI has started."""
-    torch.set_num_threads(1)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    feeder = Feeder.__new__(Feeder)
-    feeder.__dict__.update(state)
-    return feeder
+class Source:
+    """Gives DALI batch after batch, and keeps what it does not need, in their order."""
 
+    def __init__(self, feeder: Feeder, position: int, workers: int):
+        """position: of the first batch."""
+        loader = DataLoader(
+            feeder,
+            batch_size=None,
+            sampler=itertools.count(position),
+            num_workers=workers,
+            worker_init_fn=start_worker,
+            # workers take their seeds from the keys: leave torch's own alone
+            generator=torch.Generator(),
+        )
+        self.iterator = iter(loader)
+        self.given: deque[tuple[Tensor, list[str]]] = deque()
+        """(labels, complaints) of the batches that DALI has taken."""
+        self.broken: str | None = None
+        """Why there are no more."""
+        # workers that ignore signals have to be told to end, before Python waits for them
+        atexit.register(self.close)
 
-def end_with(parent: int) -> None:
-    """Ends this process when its parent says so or is gone. A signal from elsewhere, as to the
-    whole process group, is the main process's to handle: it saves, then ends the workers."""
-    while os.getppid() == parent:
-        received = signal.sigtimedwait([signal.SIGTERM], 1)  # blocked: see signals_blocked
-        if received is not None and received.si_pid == parent:
-            break
-    os._exit(1)
+    def __call__(self) -> tuple[Any, ...]:
+        """Fed without what is kept, as arrays."""
+        try:
+            fed = next(self.iterator)
+        except RuntimeError as error:
+            self.broken = str(error).strip().splitlines()[0]
+            raise
+        self.given.append((fed.labels, fed.complaints))
+        encoded = [x.numpy() for x in fed.encoded.split(fed.lengths.tolist())]
+        return encoded, *(x.numpy() for x in fed[2:-2])
 
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """For what starts meanwhile, threads and processes, these signals stay blocked."""
-    resource_tracker.ensure_running()  # as it starts, it would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def close(self) -> None:
+        """Ends the worker processes."""
+        getattr(self.iterator, "_shutdown_workers", lambda: None)()
+        atexit.unregister(self.close)
 
 
 # ------------------------------------------------------------------------------------ the pipeline
 
 
 @pipeline_def(enable_conditionals=True)
-def augmented(feeder: Feeder, *, threads: int, parallel: bool, device: str) -> Any:
-    """Fed -> (fp32 3 x S x S in 0..1, labels, complaints); device: DALI's name, cpu or gpu, of where
-    it is done."""
-    encoded, anchor, shape, bilinear, flipped, kinds, arguments, label, complaint = (
-        fn.external_source(
-            source=feeder,
-            num_outputs=len(Fed._fields),
-            batch=True,
-            parallel=parallel,
-            prefetch_queue_depth=max(AHEAD, threads) if parallel else None,
-            dtype=[types.UINT8, *[types.INT32] * 5, types.FLOAT, types.INT64, types.UINT8],
-            ndim=[1, 1, 1, 0, 0, 1, 2, 0, 1],
-        )
+def augmented(source: Source, recipe: Recipe, *, threads: int, device: str) -> Any:
+    """Source's batches -> fp32 3 x S x S in 0..1; device: DALI's name, cpu or gpu, of where it is
+    done."""
+    encoded, anchor, shape, bilinear, flipped, kinds, arguments = fn.external_source(
+        source=source,
+        num_outputs=7,
+        batch=True,
+        dtype=[types.UINT8, *[types.INT32] * 5, types.FLOAT],
+        ndim=[1, 1, 1, 0, 0, 1, 2],
     )
     crop = fn.decoders.image_slice(
         encoded,
@@ -217,7 +220,6 @@ def augmented(feeder: Feeder, *, threads: int, parallel: bool, device: str) -> A
         output_type=types.RGB,
         device="mixed" if device == "gpu" else "cpu",
     )
-    recipe = feeder.recipe
     side, possible = recipe.img_size, sorted(recipe.kinds)
     if device == "cpu":
         resize = Resize(side, threads)
@@ -235,7 +237,7 @@ def augmented(feeder: Feeder, *, threads: int, parallel: bool, device: str) -> A
     image = fn.crop_mirror_normalize(
         image, dtype=types.FLOAT, output_layout="CHW", mean=[0.0], std=[255.0]
     )
-    return image, label, complaint
+    return image
 
 
 class Resize:
@@ -258,8 +260,8 @@ class Resize:
         return (result.flip(1) if flipped else result.contiguous()).numpy()
 
 
-# Operations on uint8 S x S x 3, PIL's to within 1 but for interpolation. Bytes are kept as bytes and
-# never broadcast where that can be: DALI's floats take several times as long on a CPU.
+# Operations on uint8 S x S x 3, PIL's to within 1 but for interpolation. Bytes are kept as bytes,
+# and not broadcast, where that can be: DALI's floats take several times as long on a CPU.
 
 
 def operate(
@@ -277,6 +279,7 @@ def operate(
     return result
 
 
+@do_not_convert
 def none(image: Any, arguments: Any, side: int, device: str) -> Any:
     return image
 
@@ -322,10 +325,12 @@ def extreme(reduction: Any, image: Any) -> Any:
     return reduction(image, axes=[0, 1], keep_dims=True)
 
 
+@do_not_convert
 def bicubic(image: Any, arguments: Any, side: int, device: str) -> Any:
     return warp(image, arguments, side, device, types.INTERP_CUBIC)
 
 
+@do_not_convert
 def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
     return warp(image, arguments, side, device, types.INTERP_LINEAR)
 
@@ -349,6 +354,7 @@ def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any)
     return ((warped ^ fill) & inside) ^ fill
 
 
+@do_not_convert
 def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
     """ImageOps.autocontrast."""
     low, high = (extreme(r, image) for r in (fn.reductions.min, fn.reductions.max))
@@ -358,6 +364,7 @@ def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
     return to_bytes((image - low) * scale, FLOOR)
 
 
+@do_not_convert
 def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     """ImageOps.equalize counts the pixels below a value, DALI those up to it: of the negative,
     these are the pixels that are not below. What remains is PIL's step, a whole number."""
@@ -370,36 +377,44 @@ def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     return table * (byte(1) - few) + image * few
 
 
+@do_not_convert
 def invert(image: Any, arguments: Any, side: int, device: str) -> Any:
     return byte(255) - image
 
 
+@do_not_convert
 def posterize(image: Any, arguments: Any, side: int, device: str) -> Any:
     return image & fn.cast(first(arguments, device), dtype=types.UINT8)
 
 
+@do_not_convert
 def solarize(image: Any, arguments: Any, side: int, device: str) -> Any:
     return image ^ ((image >= fn.cast(first(arguments, device), dtype=types.INT32)) * byte(255))
 
 
+@do_not_convert
 def solarize_add(image: Any, arguments: Any, side: int, device: str) -> Any:
     """At most 128 is added."""
     return image + (image < byte(128)) * fn.cast(first(arguments, device), dtype=types.UINT8)
 
 
+@do_not_convert
 def color(image: Any, arguments: Any, side: int, device: str) -> Any:
     return blend(grey(image), image, first(arguments, device))
 
 
+@do_not_convert
 def contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
     mean = extreme(fn.reductions.mean, grey(image))
     return blend(math.floor(mean + 0.5), image, first(arguments, device))
 
 
+@do_not_convert
 def brightness(image: Any, arguments: Any, side: int, device: str) -> Any:
     return to_bytes(image, FLOOR, arguments[0])
 
 
+@do_not_convert
 def sharpness(image: Any, arguments: Any, side: int, device: str) -> Any:
     """PIL blurs all but the outermost pixels."""
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -449,25 +464,25 @@ class DaliLoader:
         ranks: int,
         device: torch.device,
     ):
-        """workers: processes that read and draw, and threads that decode and augment; with 0 the
-        main process does it all."""
+        """workers: threads that decode and augment, and half as many processes that read and draw,
+        0.4 ms an image; with 0 the main process does it all."""
         if isinstance(split, Arrays):
             raise UserError("--loader dali decodes files: arrays need --loader device")
-        self.split = split
-        self.recipe = Recipe(cfg, img_size, hflip)
+        self.feeder = Feeder(
+            split,
+            Recipe(cfg, img_size, hflip),
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            seed=seed,
+            rank=rank,
+            ranks=ranks,
+        )
         self.augment = augment
         self.workers = workers
         self.batches_per_epoch = batches_per_epoch
-        self.seed, self.rank, self.ranks = seed, rank, ranks
+        self.seed, self.rank = seed, rank
         self.device = device
-        self._feed = {
-            "batch_size": batch_size,
-            "batches_per_epoch": batches_per_epoch,
-            "seed": seed,
-            "rank": rank,
-            "ranks": ranks,
-        }
-        self._feeder: Feeder | None = None
+        self._source: Source | None = None
         self._pipeline: Any = None
         self._next = -1
 
@@ -479,28 +494,36 @@ class DaliLoader:
             yield self.augment(images, labels)
 
     def close(self) -> None:
-        """Ends the worker processes; the next epoch starts others."""
-        self._pipeline, self._next = None, -1
+        """Ends the worker processes; the next batch asked for starts others."""
+        self._pipeline = None
+        if self._source is not None:
+            self._source.close()
+        self._source, self._next = None, -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_source", None) is not None:
+            self.close()
 
     def _take(self, position: int) -> tuple[Tensor, Tensor]:
         """(images in 0..1, labels) on the device. The pipeline goes on from epoch to epoch, and
         starts anew where another position than the next one is asked for."""
-        if self._pipeline is None or position != self._next:
+        if self._source is None or position != self._next:
             self.close()
             self._start(position)
+        assert self._source is not None
         try:
-            images, labels, complaints = self._pipeline.run(**self._stream())
+            (images,) = self._pipeline.run(**self._stream())
         except RuntimeError as error:
-            self._pipeline = None
-            raise self._explain(error, position) from None
-        for place in range(len(complaints)):
-            text = np.asarray(complaints[place]).tobytes().decode()
-            if text:
-                self.close()
-                raise UserError(text)
+            failure = self._explain(error, position)
+            self.close()
+            raise failure from None
+        labels_B, complaints = self._source.given.popleft()
+        if complaints:
+            self.close()
+            raise UserError(complaints[0])
         self._next = position + 1
-        images_BCHW, labels_B = (torch.from_dlpack(x.as_tensor()) for x in (images, labels))
-        return images_BCHW, labels_B.to(self.device)
+        images_BCHW = torch.from_dlpack(images.as_tensor())
+        return images_BCHW, labels_B.to(self.device, non_blocking=True)
 
     def _stream(self) -> dict[str, Any]:
         """Outputs are ordered with torch's work, without a wait by the host."""
@@ -509,37 +532,35 @@ class DaliLoader:
         return {"cuda_stream": torch.cuda.current_stream(self.device)}
 
     def _start(self, position: int) -> None:
-        self._feeder = Feeder(self.split, self.recipe, start=position, **self._feed)
         cuda = self.device.type == "cuda"
-        index = self.device.index if self.device.index is not None else 0
-        with signals_blocked():
-            self._pipeline = augmented(
-                self._feeder,
-                threads=max(1, self.workers),
-                parallel=self.workers > 0,
-                device="gpu" if cuda else "cpu",
-                batch_size=self._feed["batch_size"],
-                num_threads=max(1, self.workers),
-                device_id=index if cuda else None,
-                py_num_workers=max(1, self.workers),
-                py_start_method="spawn",
-                prefetch_queue_depth=AHEAD,
-            )
-            self._pipeline.build()
+        threads = max(1, self.workers)
+        self._source = Source(self.feeder, position, (self.workers + 1) // 2)
+        self._pipeline = augmented(
+            self._source,
+            self.feeder.recipe,
+            threads=threads,
+            device="gpu" if cuda else "cpu",
+            batch_size=self.feeder.batch_size,
+            num_threads=threads,
+            device_id=(self.device.index or 0) if cuda else None,
+            prefetch_queue_depth=AHEAD,
+        )
+        self._pipeline.build()
 
     def _explain(self, error: RuntimeError, position: int) -> UserError:
-        """Of an error within DALI, which names no file: the batch's image that it comes from."""
-        assert self._feeder is not None
-        reason = reason_of(error)
-        keys = [k for p in range(AHEAD + 1) for k in self._feeder.keys(position + p)]
+        """Of an error within DALI, which names no file: the image that it comes from."""
+        assert self._source is not None
+        if self._source.broken is not None:
+            return UserError(f"--loader dali: {self._source.broken}")
+        keys = [k for p in range(AHEAD + 1) for k in self.feeder.keys(position + p)]
         for _, image in keys:
             try:
-                self.split.image(image)
+                self.feeder.split.image(image)
             except BadImageError as bad:
                 return bad
         return UserError(
-            f"--loader dali: {reason} (in a batch that begins with {self.split.name(keys[0][1])}, "
-            "all of whose images PIL decodes: try --loader torch)"
+            f"--loader dali: {reason_of(error)} (in a batch that begins with "
+            f"{self.feeder.split.name(keys[0][1])}; PIL decodes all of it: try --loader torch)"
         )
 
 

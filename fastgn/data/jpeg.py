@@ -20,7 +20,8 @@ def plain_size(content: bytes) -> tuple[int, int] | None:
     bytes after the end."""
     if not content.startswith(START_OF_IMAGE) or not content.endswith(END_OF_IMAGE):
         return None
-    position, size, components, adobe_transform = 2, None, (), None
+    position, size, adobe_transform = 2, None, None
+    components: tuple[int, ...] = ()
     while position + 4 <= len(content):
         if content[position] != 0xFF:
             return None

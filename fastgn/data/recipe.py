@@ -98,7 +98,7 @@ def train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) -> Any
     return transform
 
 
-def operations(step: Any) -> list[auto_augment.AugmentOp]:
+def operations(step: Any) -> list[Any]:
     """Of one of timm's policies; none of another step."""
     if isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
         return list(step.ops)
@@ -121,7 +121,6 @@ class Recipe:
 
     def __init__(self, cfg: AugmentationConfig, img_size: int, hflip: float):
         """Raises UserError on an operation that Kind does not have."""
-        self._made_of = (cfg, img_size, hflip)
         transform = train_transform(cfg, img_size, hflip)
         # the last one makes a tensor and draws nothing
         self.steps: Sequence[Any] = transform.transforms[:-1]
@@ -139,10 +138,6 @@ class Recipe:
                 self.layers += 3
             elif not isinstance(step, (RandomResizedCropAndInterpolation, RandomHorizontalFlip)):
                 raise UserError(refusal(str(cfg.aa), type(step).__name__))
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        """For another process: made anew there."""
-        return type(self), self._made_of
 
     def _record(self, policy: Any, name: str) -> None:
         """Lets timm's policy draw as ever, and write down what it would have done."""
