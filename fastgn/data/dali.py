@@ -47,25 +47,25 @@ AHEAD = 2
 
 
 class Fed(NamedTuple):
-    """A batch before it is decoded."""
+    """A batch before it is decoded. Arrays within the Feeder, tensors from it."""
 
-    encoded: Tensor
+    encoded: Any
     """uint8: one after the other, files' bytes, or a PPM of what is not a plain JPEG."""
-    lengths: Tensor
+    lengths: Any
     """int64 B, of each one's bytes."""
-    anchors: Tensor
+    anchors: Any
     """int32 B x 2, row and column of the crop."""
-    shapes: Tensor
+    shapes: Any
     """int32 B x 2, height and width of the crop."""
-    bilinear: Tensor
+    bilinear: Any
     """int32 B: how the crop is resized; bicubic otherwise."""
-    flipped: Tensor
+    flipped: Any
     """int32 B."""
-    kinds: Tensor
+    kinds: Any
     """int32 B x layers, of recipe.Kind."""
-    arguments: Tensor
+    arguments: Any
     """fp32 B x layers x ARGUMENTS."""
-    labels: Tensor
+    labels: Any
     """int64 B."""
     complaints: list[str]
     """What is wrong with images of the batch; mostly empty."""
@@ -103,15 +103,15 @@ class Feeder(Dataset):
     def __getitem__(self, position: int) -> Fed:
         size, layers = self.batch_size, max(1, self.recipe.layers)
         fed = Fed(
-            torch.empty(0),
-            torch.zeros(size, dtype=torch.int64),
-            torch.zeros(size, 2, dtype=torch.int32),
-            torch.ones(size, 2, dtype=torch.int32),
-            torch.zeros(size, dtype=torch.int32),
-            torch.zeros(size, dtype=torch.int32),
-            torch.zeros(size, layers, dtype=torch.int32),
-            torch.zeros(size, layers, ARGUMENTS),
-            torch.zeros(size, dtype=torch.int64),
+            np.zeros(0, np.uint8),
+            np.zeros(size, np.int64),
+            np.zeros((size, 2), np.int32),
+            np.ones((size, 2), np.int32),
+            np.zeros(size, np.int32),
+            np.zeros(size, np.int32),
+            np.zeros((size, layers), np.int32),
+            np.zeros((size, layers, ARGUMENTS), np.float32),
+            np.zeros(size, np.int64),
             [],
         )
         contents = []
@@ -123,7 +123,8 @@ class Feeder(Dataset):
                 fed.complaints.append(str(error))
             fed.lengths[place] = len(content)
             contents.append(np.frombuffer(content, np.uint8))
-        return fed._replace(encoded=torch.from_numpy(np.concatenate(contents)))
+        arrays = (np.concatenate(contents), *fed[1:-1])
+        return Fed(*map(torch.from_numpy, arrays), fed.complaints)
 
     def fill(self, fed: Fed, place: int, epoch: int, image: int) -> bytes:
         """An image's encoded bytes; what is done to it goes into fed. Raises BadImageError: what
@@ -137,16 +138,16 @@ class Feeder(Dataset):
         seed_host(Stream.IMAGE, self.seed, epoch, image)
         drawn = self.recipe.draw(*size)
         if decoded is None:
-            fed.anchors[place] = torch.tensor((drawn.top, drawn.left))
+            fed.anchors[place] = drawn.top, drawn.left
         else:
             box = (drawn.left, drawn.top, drawn.left + drawn.width, drawn.top + drawn.height)
             content = ppm(decoded.crop(box))
-        fed.shapes[place] = torch.tensor((drawn.height, drawn.width))
+        fed.shapes[place] = drawn.height, drawn.width
         fed.bilinear[place], fed.flipped[place] = drawn.bilinear, drawn.flipped
         for layer, (kind, arguments) in enumerate(drawn.layers):
-            fed.kinds[place, layer] = int(kind)
-            fed.arguments[place, layer, : len(arguments)] = torch.tensor(arguments)
-        fed.labels[place] = self.split.labels_N[image]
+            fed.kinds[place, layer] = kind
+            fed.arguments[place, layer, : len(arguments)] = arguments
+        fed.labels[place] = int(self.split.labels_N[image])
         return content
 
 
