@@ -123,8 +123,8 @@ class Feeder(Dataset):
                 fed.complaints.append(str(error))
             fed.lengths[place] = len(content)
             contents.append(np.frombuffer(content, np.uint8))
-        arrays = (np.concatenate(contents), *fed[1:-1])
-        return Fed(*map(torch.from_numpy, arrays), fed.complaints)
+        arrays: list[Any] = [np.concatenate(contents), *fed[1:-1]]
+        return Fed._make([*map(torch.from_numpy, arrays), fed.complaints])
 
     def fill(self, fed: Fed, place: int, epoch: int, image: int) -> bytes:
         """An image's encoded bytes; what is done to it goes into fed. Raises BadImageError: what
