@@ -412,7 +412,7 @@ def test_a_killed_worker_is_one_line(photographs):
     next(batches)
     for process in children() - before:
         os.kill(process, signal.SIGKILL)
-    with pytest.raises(UserError, match="--loader dali: .*killed") as caught:
+    with pytest.raises(UserError, match="--loader dali: DataLoader worker") as caught:
         list(batches)
     assert "\n" not in str(caught.value) and children() == before
 

@@ -92,10 +92,15 @@ def train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) -> Any
     except (AssertionError, ValueError) as error:
         raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
     for step in transform.transforms:
-        for op in operations(step):
-            if op.aug_fn is auto_augment.posterize:
-                op.aug_fn = posterize
+        forgive_posterize(step)
     return transform
+
+
+def forgive_posterize(step: Any) -> None:
+    """Puts `posterize` into a step of timm's transform that has timm's."""
+    for op in operations(step):
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = posterize
 
 
 def operations(step: Any) -> list[Any]:
