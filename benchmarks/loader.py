@@ -271,18 +271,28 @@ def measure(
             "enough": statistics.fmean(r.images / r.seconds for r in these) >= need
             if need
             else None,
-            "rounds": [r.images / r.seconds for r in these],
+            "rounds": [
+                {"images_per_s": r.images / r.seconds, "cpu_ms_an_image": 1e3 * r.cpu_s / r.images}
+                for r in these
+            ],
         }
         for case, these, those in zip(cases, free, paced, strict=True)
     ]
 
 
-def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, float] | None:
-    """Of two loaders' images a second, round by round."""
+def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str, float]] | None:
+    """How many times a loader is as fast as another, and how many times less CPU time it takes,
+    round by round."""
     found = {row["loader"]: row["rounds"] for row in rows}
     if not {name, base} <= found.keys():
         return None
-    return summary([x / y for x, y in zip(found[name], found[base], strict=True)])
+    pairs = list(zip(found[name], found[base], strict=True))
+    speeds = [x["images_per_s"] / y["images_per_s"] for x, y in pairs]
+    cpu = [y["cpu_ms_an_image"] / x["cpu_ms_an_image"] for x, y in pairs]
+    return {
+        "images_per_s": summary(speeds) | {"median": statistics.median(speeds)},
+        "cpu_ms_an_image": summary(cpu) | {"median": statistics.median(cpu)},
+    }
 
 
 def warmup(case: Case, workers: int) -> int:
@@ -392,7 +402,11 @@ def main() -> int:
     content |= {"need_unknown": why, "batches_per_round": args.batches}
     write_json(output, content | environment())
     for ratio, value in content["ratios"].items():
-        print(f"{ratio}: {value['mean']:.2f} ± {value['std']:.2f} (n = {value['n']})")
+        speed, cpu = value["images_per_s"], value["cpu_ms_an_image"]
+        print(
+            f"{ratio}: {speed['mean']:.2f} ± {speed['std']:.2f} times as fast, "
+            f"{cpu['mean']:.2f} ± {cpu['std']:.2f} times less CPU time (n = {cpu['n']})"
+        )
     print(f"{'; '.join(map(line_of, rows))} -> {output}")
     return 0
 

@@ -14,7 +14,8 @@ from fastgn.data.batch import Batch
 
 
 class BatchAugment:
-    """(images in 0..1, labels) -> Batch: erasing, mixup or cutmix, smoothing."""
+    """(images in 0..1, which it may write to, labels) -> Batch: erasing, mixup or cutmix,
+    smoothing."""
 
     def __init__(
         self,
@@ -44,9 +45,10 @@ class BatchAugment:
 
     def __call__(self, images_BCHW: Tensor, labels_B: Tensor) -> Batch:
         if self.erase is not None:
-            normalised = self.erase((images_BCHW - self.mean) / self.std)
+            # in place, for fresh memory costs a CPU as much as the arithmetic
+            normalised = self.erase(images_BCHW.sub_(self.mean).div_(self.std))
             # timm's noise is normal and may leave 0..1, which attacks and the contract count on
-            images_BCHW = (normalised * self.std + self.mean).clamp(0, 1)
+            images_BCHW = normalised.mul_(self.std).add_(self.mean).clamp_(0, 1)
         if self.mix is not None:
             return Batch(*self.mix(images_BCHW, labels_B))
         if self.smoothing:
