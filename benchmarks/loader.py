@@ -2,21 +2,28 @@
 
     python benchmarks/loader.py --need 2000  # images a second that the step takes
     python benchmarks/loader.py --cost benchmarks/results/cost_nvidia_h200.json
+    python benchmarks/loader.py --data-dir FOLDER --sheet sheet.png  # of any images below it
 
-`device`: CIFAR-10's number and size of arrays, with its augmentation. `torch`: JPEGs of ImageNet's
-usual sizes, made here and read from the page cache, at 224 pixels with the paper's augmentation:
-decoding and augmenting count, the disk does not. Both are `data.build_loader`'s own.
+`device`: CIFAR-10's number and size of arrays, with its augmentation. The others: JPEGs at 224
+pixels with the paper's augmentation, from the page cache: decoding and augmenting count, the disk
+does not. The files are those below --data-dir, or ones of ImageNet's usual sizes, made here.
+`torch` and `dali` are `data.build_loader`'s own, `timm` is timm's create_loader with the same
+recipe, as timm's training script has it.
 
-A round is a number of batches in the middle of an epoch, workers running and their queues drained.
-First the consumer takes every batch at once, which gives images a second; then it works as long on
-a batch as --need allows, and the share of its time that it waits is what training would lose.
+The loaders take turns, round after round. A round is a number of batches in the middle of an epoch,
+workers running and their queues drained. First the consumer takes every batch at once, which gives
+images a second, and CPU seconds an image of all processes; then it works as long on a batch as
+--need allows, and the share of its time that it waits is what training would lose.
 
-Writes benchmarks/results/loader_<device>.json; on a CPU into runs/ alone, for its times are those
-of one machine.
+--sheet draws 32 of the images twice, the PIL loader's and DALI's side by side.
+
+Writes benchmarks/results/loader_<device>.json; on a CPU its times are those of one machine, and the
+ratios alone mean something.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -30,20 +37,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from PIL import Image
 from timing import summary, synchronize
+from timm.data import create_loader
+from timm.data.mixup import Mixup
 
 from fastgn.checkpoint import write_bytes, write_json
 from fastgn.config import AugmentationConfig, Config, DatasetConfig, UserError, check
 from fastgn.data import build_loader
 from fastgn.data.batch import Batch
 from fastgn.data.datasets import Arrays, Dataset, Files
+from fastgn.data.recipe import forgive_posterize
 from fastgn.metrics import environment
 
 ROOT = Path(__file__).parent.parent
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500))
 """Width and height of the most frequent ImageNet images."""
 PAPER = AugmentationConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0)
+LOADERS = ("device", "torch", "timm", "dali")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
 
 
@@ -87,19 +99,27 @@ def arrays_case(number: int) -> Case:
     return Case("device", f"{number} arrays, 32 x 32", dataset, augmentation, 32)
 
 
-def jpeg_case(folder: Path, number: int, epoch: int) -> Case:
+def files_below(folder: Path) -> list[Path]:
+    """Raises UserError where there is none."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
+    check(bool(paths), f"--data-dir {folder}: there are no JPEGs below it")
+    return paths
+
+
+def files_case(loader: str, paths: list[Path], epoch: int) -> Case:
     """An epoch as long as the measurement, over few files."""
-    paths = [str(path) for path in jpeg_folder(folder, number)]
-    kib = statistics.fmean(Path(path).stat().st_size for path in paths) / 1024
-    listed = (paths * (epoch // number + 1))[:epoch]
+    kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
+    listed = (list(map(str, paths)) * (epoch // len(paths) + 1))[:epoch]
     split = Files(listed, torch.arange(epoch) % 1000)
     dataset = Dataset("jpeg", split, split, tuple(map(str, range(1000))))
-    images = f"{number} JPEGs, {kib:.0f} KiB in the mean"
-    return Case("torch", images, dataset, PAPER, 224)
+    images = f"{len(paths)} JPEGs, {kib:.0f} KiB in the mean"
+    return Case(loader, images, dataset, PAPER, 224)
 
 
 def iterator(case: Case, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
-    """One epoch of the trainer's own loader."""
+    """One epoch of the trainer's own loader, or of timm's."""
+    if case.loader == "timm":
+        return timm_batches(case, batch_size, workers, device)
     data = DatasetConfig(loader=case.loader, workers=workers)
     loader = build_loader(
         dataclasses.replace(Config(), dataset=data, augmentation=case.augmentation),
@@ -116,6 +136,52 @@ def iterator(case: Case, batch_size: int, workers: int, device: torch.device) ->
     return loader.epoch(0)
 
 
+class TimmImages(torch.utils.data.Dataset):
+    """What timm's create_loader takes: it sets `transform`."""
+
+    transform: Any = None
+
+    def __init__(self, split: Files):
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.split.image(index)), int(self.split.labels_N[index])
+
+
+def timm_batches(
+    case: Case, batch_size: int, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """timm's loader and its mixing. Erasing is the workers' on a CPU, the device's on CUDA."""
+    cfg = case.augmentation
+    assert isinstance(case.dataset.train, Files)
+    loader = create_loader(
+        TimmImages(case.dataset.train),
+        case.img_size,
+        batch_size,
+        is_training=True,
+        use_prefetcher=device.type == "cuda",
+        re_prob=cfg.reprob,
+        re_mode=cfg.remode,
+        scale=cfg.scale,
+        hflip=0.5,
+        color_jitter=cfg.color_jitter,
+        auto_augment=cfg.aa,
+        interpolation=cfg.train_interpolation,
+        num_workers=workers,
+        persistent_workers=False,
+        pin_memory=device.type == "cuda",
+        device=device,
+    )
+    for step in getattr(loader.dataset.transform, "transforms", ()):
+        forgive_posterize(step)
+    mix = Mixup(cfg.mixup, cfg.cutmix, switch_prob=0.5, label_smoothing=0.1, num_classes=1000)
+    for images, labels in loader:
+        yield Batch(*mix(images, labels.to(device)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Round:
     """What a consumer saw."""
@@ -123,6 +189,7 @@ class Round:
     images: int
     seconds: float
     waited_s: float
+    cpu_s: float
 
 
 def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
@@ -130,6 +197,7 @@ def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
     is."""
     images, waited_s = 0, 0.0
     synchronize()
+    cpu = cpu_seconds()
     began = time.perf_counter()
     for _ in range(number):
         asked = time.perf_counter()
@@ -138,11 +206,32 @@ def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
         waited_s += time.perf_counter() - asked
         images += len(batch.images_BCHW)
         time.sleep(work_s)
-    return Round(images, time.perf_counter() - began, waited_s)
+    seconds = time.perf_counter() - began
+    return Round(images, seconds, waited_s, cpu_seconds() - cpu)
+
+
+def cpu_seconds() -> float:
+    """Of this process and those below it that live, threads included (Linux)."""
+    parents, used = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has just ended
+            continue
+        number = int(path.parent.name)
+        parents[number] = int(fields[1])
+        used[number] = int(fields[11]) + int(fields[12])
+    total, me = 0, os.getpid()
+    for number in used:
+        above = number
+        while above not in (me, 0):
+            above = parents.get(above, 0)
+        total += used[number] if above else 0
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def measure(
-    case: Case,
+    cases: list[Case],
     *,
     batch_size: int,
     workers: int,
@@ -150,33 +239,82 @@ def measure(
     rounds: int,
     need: float | None,
     device: torch.device,
-) -> dict[str, Any]:
-    """A loader's row. need: images a second that the consumer would take."""
-    source = iterator(case, batch_size, workers, device)
+) -> list[dict[str, Any]]:
+    """A row a loader. need: images a second that the consumer would take."""
+    sources = [iterator(case, batch_size, workers, device) for case in cases]
+    free: list[list[Round]] = [[] for _ in cases]
+    paced: list[list[Round]] = [[] for _ in cases]
+    work_s = batch_size / need if need else 0
     try:
-        consume(source, warmup(case, workers), 0)
-        free = [consume(source, batches, 0) for _ in range(rounds)]
-        work_s = batch_size / need if need else 0
-        paced = [consume(source, batches, work_s) for _ in range(rounds)] if need else []
+        for number in range(rounds + 1):
+            for source, case, these, those in zip(sources, cases, free, paced, strict=True):
+                consume(source, warmup(case, workers), 0)
+                if not number:
+                    continue  # what is compiled and cached
+                these.append(consume(source, batches, 0))
+                if need:
+                    those.append(consume(source, batches, work_s))
     finally:
-        source.close()  # ends its workers
-    rates = summary([r.images / r.seconds for r in free])
+        for source in sources:
+            source.close()  # type: ignore[attr-defined]
+    return [
+        {
+            "loader": case.loader,
+            "images": case.images,
+            "img_size": case.img_size,
+            "batch_size": batch_size,
+            "workers": 0 if case.loader == "device" else workers,
+            "images_per_s": summary([r.images / r.seconds for r in these]),
+            "cpu_ms_an_image": summary([1e3 * r.cpu_s / r.images for r in these]),
+            "need_images_per_s": need,
+            "wait_share": summary([r.waited_s / r.seconds for r in those]) if those else None,
+            "enough": statistics.fmean(r.images / r.seconds for r in these) >= need
+            if need
+            else None,
+            "rounds": [
+                {"images_per_s": r.images / r.seconds, "cpu_ms_an_image": 1e3 * r.cpu_s / r.images}
+                for r in these
+            ],
+        }
+        for case, these, those in zip(cases, free, paced, strict=True)
+    ]
+
+
+def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str, float]] | None:
+    """How many times a loader is as fast as another, and how many times less CPU time it takes,
+    round by round."""
+    found = {row["loader"]: row["rounds"] for row in rows}
+    if not {name, base} <= found.keys():
+        return None
+    pairs = list(zip(found[name], found[base], strict=True))
+    speeds = [x["images_per_s"] / y["images_per_s"] for x, y in pairs]
+    cpu = [y["cpu_ms_an_image"] / x["cpu_ms_an_image"] for x, y in pairs]
     return {
-        "loader": case.loader,
-        "images": case.images,
-        "img_size": case.img_size,
-        "batch_size": batch_size,
-        "workers": workers if case.loader == "torch" else 0,
-        "images_per_s": rates,
-        "need_images_per_s": need,
-        "wait_share": summary([r.waited_s / r.seconds for r in paced]) if paced else None,
-        "enough": rates["mean"] >= need if need else None,
+        "images_per_s": summary(speeds) | {"median": statistics.median(speeds)},
+        "cpu_ms_an_image": summary(cpu) | {"median": statistics.median(cpu)},
     }
 
 
 def warmup(case: Case, workers: int) -> int:
     """Batches until the queues hold nothing that the workers made before anyone asked."""
-    return 2 * workers + 2 if case.loader == "torch" else 2
+    return 2 if case.loader == "device" else 2 * workers + 4
+
+
+def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
+    """Eight rows of four pairs: left by PIL, right by DALI."""
+    pair = []
+    for loader in ("torch", "dali"):
+        plain = AugmentationConfig(aa=PAPER.aa)
+        case = dataclasses.replace(files_case(loader, paths, 32), augmentation=plain)
+        pair.append(next(iterator(case, 32, 0, device)).images_BCHW.cpu())
+    together = torch.stack(pair, 1).flatten(0, 1)
+    grid = torchvision.utils.make_grid(together, nrow=8, padding=4, pad_value=1.0)
+    pixels = (255 * grid).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    write_bytes(file, out.getvalue())
+    difference = (255 * (pair[0] - pair[1])).abs().mean((1, 2, 3))
+    print(f"{file}: mean difference {difference.mean():.2f} of 255, worst {difference.max():.2f}")
 
 
 def need_of(cost: Path) -> float:
@@ -195,12 +333,16 @@ def need_of(cost: Path) -> float:
 def main() -> int:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loaders", nargs="+", choices=("device", "torch"), default=None)
+    parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=None)
+    parser.add_argument("--data-dir", type=Path, help="JPEGs to read")
+    parser.add_argument("--sheet", type=Path, help="PNG of 32 images by PIL and DALI; nothing else")
     needs = parser.add_mutually_exclusive_group()
     needs.add_argument("--need", type=float, metavar="IMAGES_PER_S", help="what the step takes")
     needs.add_argument("--cost", type=Path, help="benchmarks/cost.py's JSON, for the same")
     parser.add_argument("--batch-size", type=int, default=64 if cuda else 16)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the torch loader")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="of every loader but device"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=30 if cuda else 4, help="a round")
     parser.add_argument("--files", type=int, default=512 if cuda else 64, help="JPEGs to make")
@@ -229,35 +371,59 @@ def main() -> int:
         print(f"loader.py: error: {error}", file=sys.stderr)
         return 2
 
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for loader in args.loaders or ("device", "torch"):
-            taken = (2 * args.rounds + 1) * args.batches + 2 * workers + 4
-            if loader == "torch":
-                case = jpeg_case(Path(folder), args.files, taken * args.batch_size)
-            else:
-                case = arrays_case(max(50_000, taken * args.batch_size))
-            row = measure(
-                case,
-                batch_size=args.batch_size,
-                workers=workers,
-                batches=args.batches,
-                rounds=args.rounds,
-                need=need,
-                device=device,
-            )
-            rows.append(row)
-            content = {"device": name, "meaningful_times": cuda and not args.smoke, "rows": rows}
-            content |= {"need_unknown": why, "batches_per_round": args.batches}
-            write_json(output, content | environment())
-            print(line_of(row), flush=True)
+        try:
+            below = files_below(args.data_dir) if args.data_dir else None
+        except UserError as error:
+            print(f"loader.py: error: {error}", file=sys.stderr)
+            return 2
+        paths = below or jpeg_folder(Path(folder), args.files)
+        if args.sheet:
+            sheet(paths, args.sheet, device)
+            return 0
+        taken = (args.rounds + 1) * (2 * workers + 4) + 2 * args.rounds * args.batches
+        epoch = taken * args.batch_size
+        cases = [
+            arrays_case(max(50_000, epoch)) if x == "device" else files_case(x, paths, epoch)
+            for x in args.loaders or installed()
+        ]
+        rows = measure(
+            cases,
+            batch_size=args.batch_size,
+            workers=workers,
+            batches=args.batches,
+            rounds=args.rounds,
+            need=need,
+            device=device,
+        )
+    ratios = {f"dali over {x}": over(rows, "dali", x) for x in ("torch", "timm")}
+    content = {"device": name, "meaningful_times": cuda and not args.smoke, "rows": rows}
+    content |= {"ratios": {k: v for k, v in ratios.items() if v}}
+    content |= {"need_unknown": why, "batches_per_round": args.batches}
+    write_json(output, content | environment())
+    for ratio, value in content["ratios"].items():
+        speed, cpu = value["images_per_s"], value["cpu_ms_an_image"]
+        print(
+            f"{ratio}: {speed['mean']:.2f} ± {speed['std']:.2f} times as fast, "
+            f"{cpu['mean']:.2f} ± {cpu['std']:.2f} times less CPU time (n = {cpu['n']})"
+        )
     print(f"{'; '.join(map(line_of, rows))} -> {output}")
     return 0
 
 
+def installed() -> list[str]:
+    """The loaders that can run here."""
+    try:
+        found = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        found = False
+    return [x for x in LOADERS if x != "dali" or found]
+
+
 def line_of(row: dict[str, Any]) -> str:
     rate, waits = row["images_per_s"], row["wait_share"]
-    text = f"{row['loader']}: {rate['mean']:.0f} ± {rate['std']:.0f} images/s"
+    text = f"{row['loader']}: {rate['mean']:.0f} ± {rate['std']:.0f} images/s, "
+    text += f"{row['cpu_ms_an_image']['mean']:.2f} CPU ms an image"
     if waits is not None:
         text += f" of {row['need_images_per_s']:.0f} needed, waits {100 * waits['mean']:.0f} %"
     return text

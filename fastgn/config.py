@@ -142,12 +142,15 @@ class DatasetConfig:
     """Folder or list of validation images below --data-dir."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """fail: stop at an image that cannot be read, and name it; skip: take the next one of the
-    split, name it and count it (torch loader)."""
-    loader: Literal["auto", "device", "torch"] = "auto"
+    split, name it and count it (torch and dali loaders)."""
+    loader: Literal["auto", "device", "torch", "dali"] = "auto"
     """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
-    processes. auto: device for digits and cifar10, torch for image folders."""
+    processes; dali: NVIDIA DALI, which decodes and augments on the GPU where there is one. auto:
+    device for digits and cifar10; for image folders dali on CUDA where it is installed and knows
+    the augmentation, else torch."""
     workers: int = 4
-    """Worker processes of the torch loader, for each rank."""
+    """Worker processes of the torch loader, for each rank; threads of dali, which has half as many
+    worker processes."""
     batch_size: int | None = None
     """Images a rank and micro-batch. None: 32 on CUDA, 8 on CPU."""
     grad_accum_steps: int = 1
@@ -171,15 +174,15 @@ class AugmentationConfig:
     """What is done to training images. The defaults are timm's, but for mixing, which is off."""
 
     aa: str | None = None
-    """timm's auto-augment policy, such as rand-m9-mstd0.5-inc1 (torch loader)."""
+    """timm's auto-augment policy, such as rand-m9-mstd0.5-inc1 (torch and dali loaders)."""
     color_jitter: float = 0.4
-    """Colour jitter (torch loader; timm leaves it out where --aa is given)."""
+    """Colour jitter (torch and dali loaders; timm leaves it out where --aa is given)."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """Area range of the random resized crop (torch loader)."""
+    """Area range of the random resized crop (torch and dali loaders)."""
     train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
-    """Interpolation of the random resized crop (torch loader)."""
+    """Interpolation of the random resized crop (torch and dali loaders)."""
     crop_pct: float = 0.875
-    """Share of the resized image's side that the centre crop of evaluation keeps (torch loader)."""
+    """Share of the resized image's side that the centre crop of evaluation keeps (image files)."""
     crop_padding: int | None = None
     """Random shift in pixels (device loader); None: 1/8 of the side for cifar10, 1/16 for
     digits."""

@@ -28,10 +28,17 @@ def derive(stream: Stream, *key: int) -> int:
 
 def seed_all(stream: Stream, *key: int) -> None:
     """Seeds Python's, NumPy's and torch's generators (every device's) from a key."""
+    seed_host(stream, *key)
+    torch.manual_seed(derive(stream, *key))
+
+
+def seed_host(stream: Stream, *key: int) -> None:
+    """The same without the devices' generators: 0.05 ms, where torch.manual_seed takes 0.3 in a
+    process that does not use CUDA."""
     seed = derive(stream, *key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def generator(stream: Stream, *key: int) -> torch.Generator:

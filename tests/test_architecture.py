@@ -36,7 +36,7 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "fastgn_kernels": {"models.py"},
-    "timm": {"models.py", "data/augment.py", "data/torch.py"},
+    "timm": {"models.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
     "nvidia": {"data/dali.py"},
     "matplotlib": {"analysis/figures.py"},
     "tyro": {"config.py"},

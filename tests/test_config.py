@@ -219,7 +219,7 @@ REFUSED = [
     ("--eval-images", "-1", "--eval-images -1 must be at least 0"),
     ("--eval-eps", "2", "--eval-eps 2 is out of range"),
     ("--method", "gradnrom", "--method 'gradnrom': did you mean 'gradnorm'?"),
-    ("--loader", "dalli", "--loader 'dalli': valid: auto, device, torch"),
+    ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
     ("--epochs", "3.5", "3.5"),
     ("--eps", "four", "'four' is not a number; write 0.0157 or 4/255"),

@@ -1,9 +1,10 @@
 """Images: one Batch contract, whatever they come from (see batch.py).
 
-A loader is a module of its own that build_loader imports when it is chosen: device.py and torch.py
-today, dali.py when NVIDIA DALI joins them.
+A loader is a module of its own that build_loader imports when it is chosen: device.py, torch.py or
+dali.py.
 """
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ if sys.argv[:1] == ["-m"]:  # python -m fastgn.data.pack or check, which imports
     need_train("fastgn.data")
 
 from fastgn import config  # its check: ours is a program
-from fastgn.config import Config, UserError
+from fastgn.config import AugmentationConfig, Config, UserError
 from fastgn.data.augment import BatchAugment, to_float
 from fastgn.data.batch import Batch, Loader, worker_death
 from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
@@ -88,6 +89,8 @@ def build_loader(
     kind = cfg.dataset.loader
     if kind == "auto":
         kind = "device" if isinstance(split, Arrays) else "torch"
+        if kind == "torch" and device.type == "cuda" and dali_takes(augmentation, img_size):
+            kind = "dali"
     hflip = augmentation.hflip
     if hflip is None:
         hflip = 0.0 if dataset.name == "digits" else 0.5
@@ -106,7 +109,7 @@ def build_loader(
     augment = BatchAugment(augmentation, len(dataset.classes), mean, std, device)
     if kind == "device":
         if not isinstance(split, Arrays):
-            raise UserError("--loader device: image folders need --loader torch")
+            raise UserError("--loader device: image folders need --loader torch or dali")
         config.check(
             augmentation.aa is None,
             f"--aa {augmentation.aa} works on PIL images: add --loader torch",
@@ -117,11 +120,30 @@ def build_loader(
         if padding is None:
             padding = img_size // (16 if dataset.name == "digits" else 8)
         return DeviceLoader(split, augmentation, augment, padding=padding, **common)
-    from fastgn.data.torch import TorchLoader
-
     workers = min(cfg.dataset.workers, os.cpu_count() or 1)
     skip = cfg.dataset.on_bad_image == "skip"
+    if kind == "dali":
+        from fastgn.data.dali import DaliLoader
+
+        return DaliLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
+    from fastgn.data.torch import TorchLoader
+
     return TorchLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
+
+
+def dali_takes(augmentation: AugmentationConfig, img_size: int) -> bool:
+    """Whether DALI is installed and does what is asked."""
+    from fastgn.data.recipe import Recipe
+
+    try:
+        installed = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+    try:
+        Recipe(augmentation, img_size, 0.5)
+    except UserError:
+        return False
+    return installed
 
 
 class Subset:

@@ -3,12 +3,8 @@
 timm does the erasing and the mixing (its RandomErasing and Mixup); the caller seeds the generators.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data import auto_augment
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -16,23 +12,10 @@ from torch import Tensor
 from fastgn.config import AugmentationConfig
 from fastgn.data.batch import Batch
 
-timm_posterize = auto_augment.posterize
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """timm's, with black for its strongest, which keeps 0 bits: Pillow has come to refuse that, in
-    one of 700 images of the paper's recipe."""
-    if bits_to_keep < 1:
-        return Image.new(image.mode, image.size)
-    return timm_posterize(image, bits_to_keep, **options)
-
-
-auto_augment.posterize = posterize  # type: ignore[assignment]
-auto_augment.NAME_TO_OP |= {k: posterize for k in auto_augment.NAME_TO_OP if "Posterize" in k}
-
 
 class BatchAugment:
-    """(images in 0..1, labels) -> Batch: erasing, mixup or cutmix, smoothing."""
+    """(images in 0..1, which it may write to, labels) -> Batch: erasing, mixup or cutmix,
+    smoothing."""
 
     def __init__(
         self,
@@ -62,9 +45,10 @@ class BatchAugment:
 
     def __call__(self, images_BCHW: Tensor, labels_B: Tensor) -> Batch:
         if self.erase is not None:
-            normalised = self.erase((images_BCHW - self.mean) / self.std)
+            # in place, for fresh memory costs a CPU as much as the arithmetic
+            normalised = self.erase(images_BCHW.sub_(self.mean).div_(self.std))
             # timm's noise is normal and may leave 0..1, which attacks and the contract count on
-            images_BCHW = (normalised * self.std + self.mean).clamp(0, 1)
+            images_BCHW = normalised.mul_(self.std).add_(self.mean).clamp_(0, 1)
         if self.mix is not None:
             return Batch(*self.mix(images_BCHW, labels_B))
         if self.smoothing:

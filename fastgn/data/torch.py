@@ -20,7 +20,8 @@ from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice, worker_death
 from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
-from fastgn.seeding import Stream, seed_all
+from fastgn.data.recipe import train_transform
+from fastgn.seeding import Stream, seed_all, seed_host
 
 Key = tuple[int, int]
 """(epoch, index): all that an augmented image depends on, but for the seed."""
@@ -40,7 +41,7 @@ class Decoded(Dataset):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
         epoch, index = key
-        seed_all(Stream.IMAGE, self.seed, epoch, index)
+        seed_host(Stream.IMAGE, self.seed, epoch, index)
         index, image, bad = load_or_next(self.split.image, index, len(self), self.skip)
         return self.transform(image), int(self.split.labels_N[index]), bad
 
@@ -97,6 +98,9 @@ def from_workers(items: Dataset, workers: int, **options: Any) -> Generator[Any,
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
     except RuntimeError as error:
         raise worker_death(error) or error from None
+    except (ConnectionError, EOFError):  # what it had handed over went with it
+        dead = RuntimeError("DataLoader worker has died")
+        raise worker_death(dead) or dead from None
     finally:
         shut_down(iterator)
 
@@ -175,19 +179,7 @@ class TorchLoader:
         device: torch.device,
     ):
         self.split = split
-        try:
-            self.transform = create_transform(
-                img_size,
-                is_training=True,
-                scale=cfg.scale,
-                hflip=hflip,
-                color_jitter=cfg.color_jitter,
-                auto_augment=cfg.aa,
-                interpolation=cfg.train_interpolation,
-                normalize=False,
-            )
-        except (AssertionError, ValueError) as error:  # timm's, of a policy that it does not know
-            raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
+        self.transform = train_transform(cfg, img_size, hflip)
         self.augment = augment
         self.workers = workers
         self.skip = skip

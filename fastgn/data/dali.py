@@ -1,0 +1,579 @@
+"""The DALI loader: what the PIL loader does to an image, decoded and augmented by NVIDIA DALI on
+the CPU or on the GPU.
+
+Worker processes read the files and draw with timm's own objects (recipe.py); DALI takes bytes and
+numbers. So one seed gives the PIL loader's pictures but for resampling and rounding, and a position
+is all that a resumed run needs: DALI's readers, its shuffling and its random operators are not
+used. Nor are its own worker processes: when one of them dies, DALI waits for it for ever.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastgn.config import AugmentationConfig, UserError
+from fastgn.data.augment import BatchAugment
+from fastgn.data.batch import Batch, epoch_order, rank_slice
+from fastgn.data.datasets import Arrays
+from fastgn.data.images import BadImageError, Encoded, decode_image, load_or_next
+from fastgn.data.jpeg import plain_size
+from fastgn.data.recipe import ARGUMENTS, FILL, Kind, Recipe
+from fastgn.data.torch import as_it_is, from_workers
+from fastgn.seeding import Stream, seed_all, seed_host
+
+try:
+    from nvidia.dali import fn, math, pipeline_def, types
+    from nvidia.dali.pipeline import do_not_convert
+except ImportError:
+    raise UserError(
+        "--loader dali: NVIDIA DALI is not installed: pip install 'fastgn[dali]', which takes "
+        "nvidia-dali-cuda130 (fastgn[dali-cuda120]: nvidia-dali-cuda120)"
+    ) from None
+
+AHEAD = 2
+"""Batches that DALI makes before they are asked for."""
+
+
+# ------------------------------------------------------------------------- in the worker processes
+
+
+class Fed(NamedTuple):
+    """A batch before it is decoded. Arrays within the Feeder, tensors from it."""
+
+    encoded: Any
+    """uint8: one after the other, files' bytes, or a PPM of what is not a plain JPEG."""
+    lengths: Any
+    """int64 B, of each one's bytes."""
+    anchors: Any
+    """int32 B x 2, row and column of the crop."""
+    shapes: Any
+    """int32 B x 2, height and width of the crop."""
+    bilinear: Any
+    """int32 B: how the crop is resized; bicubic otherwise."""
+    flipped: Any
+    """int32 B."""
+    kinds: Any
+    """int32 B x layers, of recipe.Kind."""
+    arguments: Any
+    """fp32 B x layers x ARGUMENTS."""
+    labels: Any
+    """int64 B."""
+    complaints: list[str]
+    """Why the batch cannot be used; mostly empty."""
+    replaced: list[str]
+    """A line for each bad image that another stands for; mostly empty."""
+
+
+class Feeder(Dataset):
+    """Position (epoch x batches_per_epoch + index) -> Fed."""
+
+    def __init__(
+        self,
+        split: Encoded,
+        recipe: Recipe,
+        *,
+        skip: bool,
+        batch_size: int,
+        batches_per_epoch: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+    ):
+        self.split = split
+        self.recipe = recipe
+        self.skip = skip
+        self.batch_size = batch_size
+        self.batches_per_epoch = batches_per_epoch
+        self.seed, self.rank, self.ranks = seed, rank, ranks
+        self._order = (-1, torch.empty(0))
+
+    def keys(self, position: int) -> list[tuple[int, int]]:
+        """(epoch, image) of a batch's images."""
+        epoch, index = divmod(position, self.batches_per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.split), self.seed, epoch))
+        chosen = self._order[1][rank_slice(index, self.batch_size, self.rank, self.ranks)]
+        return [(epoch, image) for image in chosen.tolist()]
+
+    def __getitem__(self, position: int) -> Fed:
+        size, layers = self.batch_size, max(1, self.recipe.layers)
+        fed = Fed(
+            np.zeros(0, np.uint8),
+            np.zeros(size, np.int64),
+            np.zeros((size, 2), np.int32),
+            np.ones((size, 2), np.int32),
+            np.zeros(size, np.int32),
+            np.zeros(size, np.int32),
+            np.zeros((size, layers), np.int32),
+            np.zeros((size, layers, ARGUMENTS), np.float32),
+            np.zeros(size, np.int64),
+            [],
+            [],
+        )
+        contents = []
+        for place, (epoch, image) in enumerate(self.keys(position)):
+            try:
+                content = self.fill(fed, place, epoch, image)
+            except BadImageError as error:  # told where the batch is taken, with no traceback
+                content = BLACK
+                fed.complaints.append(str(error))
+            fed.lengths[place] = len(content)
+            contents.append(np.frombuffer(content, np.uint8))
+        arrays: list[Any] = [np.concatenate(contents), *fed[1:-2]]
+        return Fed._make([*map(torch.from_numpy, arrays), fed.complaints, fed.replaced])
+
+    def fill(self, fed: Fed, place: int, epoch: int, image: int) -> bytes:
+        """An image's encoded bytes, or of the one that stands for it; what is done to it goes into
+        fed. Raises BadImageError."""
+        seed_host(Stream.IMAGE, self.seed, epoch, image)
+        image, (content, decoded, size), bad = load_or_next(
+            self.read, image, len(self.split), self.skip
+        )
+        fed.replaced.extend(bad)
+        drawn = self.recipe.draw(*size)
+        if decoded is None:
+            fed.anchors[place] = drawn.top, drawn.left
+        else:
+            box = (drawn.left, drawn.top, drawn.left + drawn.width, drawn.top + drawn.height)
+            content = ppm(decoded.crop(box))
+        fed.shapes[place] = drawn.height, drawn.width
+        fed.bilinear[place], fed.flipped[place] = drawn.bilinear, drawn.flipped
+        for layer, (kind, arguments) in enumerate(drawn.layers):
+            fed.kinds[place, layer] = kind
+            fed.arguments[place, layer, : len(arguments)] = arguments
+        fed.labels[place] = int(self.split.labels_N[image])
+        return content
+
+    def read(self, image: int) -> tuple[bytes, Image.Image | None, tuple[int, int]]:
+        """(bytes, the picture where DALI might see another than PIL, its width and height). Raises
+        BadImageError."""
+        content = self.split.read(image)
+        size = plain_size(content)
+        if size is not None and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
+            return content, None, size
+        decoded = decode_image(content, self.split.name(image))
+        return content, decoded, decoded.size
+
+
+def ppm(image: Image.Image) -> bytes:
+    """Exact, and quick to decode."""
+    return b"P6 %d %d 255\n" % image.size + image.tobytes()
+
+
+BLACK = ppm(Image.new("RGB", (1, 1)))
+
+
+class Source:
+    """Gives DALI batch after batch, and keeps what it does not need, in their order."""
+
+    def __init__(self, feeder: Feeder, position: int, workers: int):
+        """position: of the first batch."""
+        positions = itertools.count(position)
+        options: dict[str, Any] = {"sampler": positions, "collate_fn": as_it_is}
+        self.batches = from_workers(feeder, workers, batch_size=None, **options)
+        self.given: deque[tuple[Tensor, list[str], list[str]]] = deque()
+        """(labels, complaints, replaced) of the batches that DALI has taken."""
+        self.broken: str | None = None
+        """Why there are no more."""
+
+    def __call__(self) -> tuple[Any, ...]:
+        """Fed without what is kept, as arrays."""
+        try:
+            fed = next(self.batches)
+        except (RuntimeError, UserError) as error:
+            self.broken = str(error).strip().splitlines()[0]
+            raise
+        self.given.append((fed.labels, fed.complaints, fed.replaced))
+        encoded = [x.numpy() for x in fed.encoded.split(fed.lengths.tolist())]
+        return encoded, *(x.numpy() for x in fed[2:-3])
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        self.batches.close()
+
+
+# ------------------------------------------------------------------------------------ the pipeline
+
+
+@pipeline_def(enable_conditionals=True)
+def augmented(source: Source, recipe: Recipe, *, threads: int, device: str) -> Any:
+    """Source's batches -> fp32 3 x S x S in 0..1; device: DALI's name, cpu or gpu, of where it is
+    done."""
+    encoded, anchor, shape, bilinear, flipped, kinds, arguments = fn.external_source(
+        source=source,
+        num_outputs=7,
+        batch=True,
+        dtype=[types.UINT8, *[types.INT32] * 5, types.FLOAT],
+        ndim=[1, 1, 1, 0, 0, 1, 2],
+    )
+    crop = fn.decoders.image_slice(
+        encoded,
+        start=anchor,
+        shape=shape,
+        axis_names="HW",
+        adjust_orientation=False,  # as PIL has it
+        output_type=types.RGB,
+        device="mixed" if device == "gpu" else "cpu",
+    )
+    side, possible = recipe.img_size, sorted(recipe.kinds)
+    if device == "cpu":
+        resize = Resize(side, threads)
+        image = fn.python_function(
+            crop, bilinear, flipped, function=resize, batch_processing=True, output_layouts="HWC"
+        )
+    elif bilinear == 1:
+        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_LINEAR)
+    else:
+        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC)
+    if device == "gpu":
+        image = fn.flip(image, horizontal=flipped)
+    for layer in range(recipe.layers):
+        image = operate(possible, kinds[layer], image, arguments[layer], side, device)
+    image = fn.crop_mirror_normalize(
+        image, dtype=types.FLOAT, output_layout="CHW", mean=[0.0], std=[255.0]
+    )
+    return image
+
+
+class Resize:
+    """[uint8 H x W x 3], [bilinear, else bicubic], [flipped] -> [uint8 S x S x 3], antialiased, by
+    torch's CPU kernel: 0.5 ms a crop of ImageNet, PIL takes 1.6 and DALI's CPU operator 3.5."""
+
+    def __init__(self, side: int, threads: int):
+        self.side = side
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def __call__(self, *batch: list[np.ndarray]) -> list[np.ndarray]:
+        each = map if self.pool is None else self.pool.map
+        return list(each(self.one, *batch))
+
+    def one(self, crop: np.ndarray, bilinear: np.ndarray, flipped: np.ndarray) -> np.ndarray:
+        mode = "bilinear" if bilinear else "bicubic"
+        image = torch.from_numpy(crop).permute(2, 0, 1)[None]
+        resized = F.interpolate(image, (self.side, self.side), mode=mode, antialias=True)
+        result = resized[0].permute(1, 2, 0)
+        return (result.flip(1) if flipped else result.contiguous()).numpy()
+
+
+# Operations on uint8 S x S x 3, PIL's to within 1 but for interpolation. Bytes are kept as bytes,
+# and not broadcast, where that can be: DALI's floats take several times as long on a CPU.
+
+
+def operate(
+    possible: list[Kind], kind: Any, image: Any, arguments: Any, side: int, device: str
+) -> Any:
+    """One layer: `kind` (int32), one of those possible. A tree of conditions: DALI runs each
+    operation on its own images."""
+    if len(possible) == 1:
+        return OPERATIONS[possible[0]](image, arguments, side, device)
+    middle = len(possible) // 2
+    if kind < int(possible[middle]):
+        result = operate(possible[:middle], kind, image, arguments, side, device)
+    else:
+        result = operate(possible[middle:], kind, image, arguments, side, device)
+    return result
+
+
+@do_not_convert
+def none(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return image
+
+
+def byte(value: int) -> Any:
+    return types.Constant(value, dtype=types.UINT8)
+
+
+def picture(values: np.ndarray, side: int, device: str) -> Any:
+    """The same uint8 S x S x 3 for every image."""
+    shape = (side, side, 3)
+    return types.Constant(np.broadcast_to(values, shape).astype(np.uint8), device=device)
+
+
+def first(arguments: Any, device: str) -> Any:
+    """A layer's only argument, where the images are."""
+    return arguments[0].gpu() if device == "gpu" else arguments[0]
+
+
+def to_bytes(values: Any, shift: float = 0.0, factor: Any = 1.0) -> Any:
+    """Rounds factor x values + shift."""
+    return fn.brightness_contrast(
+        values, brightness=factor, brightness_shift=shift / 255, dtype=types.UINT8
+    )
+
+
+FLOOR = -0.498
+"""PIL casts a blend's float to a byte; what is 0.002 below a whole number may be its rounding."""
+
+
+def blend(other: Any, image: Any, factor: Any) -> Any:
+    """PIL's Image.blend."""
+    return to_bytes(other * (1 - factor) + image * factor, FLOOR)
+
+
+def grey(image: Any) -> Any:
+    """PIL's mode L, S x S x 1."""
+    return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+
+
+def extreme(reduction: Any, image: Any) -> Any:
+    """A statistic of each channel, 1 x 1 x 3."""
+    return reduction(image, axes=[0, 1], keep_dims=True)
+
+
+@do_not_convert
+def bicubic(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return warp(image, arguments, side, device, types.INTERP_CUBIC)
+
+
+@do_not_convert
+def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return warp(image, arguments, side, device, types.INTERP_LINEAR)
+
+
+def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any) -> Any:
+    """PIL's image ends sharply, where the nearest pixel lies outside: a mask shows where that is.
+    DALI's two bicubic kernels are less sharp than PIL's (a = -0.75 or -0.5, not -1)."""
+    last = types.Constant(np.array([[0, 0, 1]], np.float32), device="cpu")
+    matrix = fn.cat(fn.reshape(arguments, shape=[2, 3]), last, axis=0)
+    warped = fn.experimental.warp_perspective(
+        image, matrix=matrix, interp_type=interpolation, border_mode="replicate"
+    )
+    inside = fn.experimental.warp_perspective(
+        picture(np.array(255), side, device),
+        matrix=matrix,
+        interp_type=types.INTERP_NN,
+        border_mode="constant",
+        fill_value=0.0,
+    )
+    fill = picture(np.array(FILL), side, device)
+    return ((warped ^ fill) & inside) ^ fill
+
+
+@do_not_convert
+def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """ImageOps.autocontrast."""
+    low, high = (extreme(r, image) for r in (fn.reductions.min, fn.reductions.max))
+    flat = fn.cast(low == high, dtype=types.UINT8)  # such a channel stays
+    low = low * (byte(1) - flat)
+    scale = 255.0 / (high - low + (byte(255) - high) * flat)
+    return to_bytes((image - low) * scale, FLOOR)
+
+
+@do_not_convert
+def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """ImageOps.equalize counts the pixels below a value, DALI those up to it: of the negative,
+    these are the pixels that are not below. What remains is PIL's step, a whole number."""
+    shares = byte(255) - fn.equalize(byte(255) - image)
+    brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
+    others = side * side - fn.cast(extreme(fn.reductions.sum, brightest), dtype=types.FLOAT)
+    step = math.floor(others / 255.0)
+    few = fn.cast(step == 0.0, dtype=types.UINT8)  # such a channel stays
+    table = to_bytes(shares * (others / 255.0 / (step + few)))
+    return table * (byte(1) - few) + image * few
+
+
+@do_not_convert
+def invert(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return byte(255) - image
+
+
+@do_not_convert
+def posterize(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return image & fn.cast(first(arguments, device), dtype=types.UINT8)
+
+
+@do_not_convert
+def solarize(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return image ^ ((image >= fn.cast(first(arguments, device), dtype=types.INT32)) * byte(255))
+
+
+@do_not_convert
+def solarize_add(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """At most 128 is added."""
+    return image + (image < byte(128)) * fn.cast(first(arguments, device), dtype=types.UINT8)
+
+
+@do_not_convert
+def color(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return blend(grey(image), image, first(arguments, device))
+
+
+@do_not_convert
+def contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
+    mean = extreme(fn.reductions.mean, grey(image))
+    return blend(math.floor(mean + 0.5), image, first(arguments, device))
+
+
+@do_not_convert
+def brightness(image: Any, arguments: Any, side: int, device: str) -> Any:
+    return to_bytes(image, FLOOR, arguments[0])
+
+
+@do_not_convert
+def sharpness(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """PIL blurs all but the outermost pixels."""
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+    blurred = fn.filter(image, types.Constant(kernel, device=device))
+    inner = np.zeros((side, side, 1))
+    inner[1:-1, 1:-1] = 255
+    sharpened = blend(blurred, image, first(arguments, device))
+    return ((sharpened ^ image) & picture(inner, side, device)) ^ image
+
+
+OPERATIONS = {
+    Kind.NONE: none,
+    Kind.BICUBIC: bicubic,
+    Kind.BILINEAR: bilinear,
+    Kind.AUTO_CONTRAST: auto_contrast,
+    Kind.EQUALIZE: equalize,
+    Kind.INVERT: invert,
+    Kind.POSTERIZE: posterize,
+    Kind.SOLARIZE: solarize,
+    Kind.SOLARIZE_ADD: solarize_add,
+    Kind.COLOR: color,
+    Kind.CONTRAST: contrast,
+    Kind.BRIGHTNESS: brightness,
+    Kind.SHARPNESS: sharpness,
+}
+
+
+# -------------------------------------------------------------------------------------- the loader
+
+
+class DaliLoader:
+    """See batch.Loader."""
+
+    def __init__(
+        self,
+        split: Arrays | Encoded,
+        cfg: AugmentationConfig,
+        augment: BatchAugment,
+        *,
+        img_size: int,
+        hflip: float,
+        workers: int,
+        skip: bool,
+        batch_size: int,
+        batches_per_epoch: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+    ):
+        """workers: threads that decode and augment, and half as many processes that read and draw,
+        0.4 ms an image; with 0 the main process does it all."""
+        if isinstance(split, Arrays):
+            raise UserError("--loader dali decodes files: arrays need --loader device")
+        self.feeder = Feeder(
+            split,
+            Recipe(cfg, img_size, hflip),
+            skip=skip,
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            seed=seed,
+            rank=rank,
+            ranks=ranks,
+        )
+        self.augment = augment
+        self.workers = workers
+        self.bad_images: list[str] = []
+        self.batches_per_epoch = batches_per_epoch
+        self.seed, self.rank = seed, rank
+        self.device = device
+        self._source: Source | None = None
+        self._pipeline: Any = None
+        self._next = -1
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """See batch.Loader. Raises UserError on a bad image."""
+        for index in range(first, self.batches_per_epoch):
+            images, labels = self._take(epoch * self.batches_per_epoch + index)
+            seed_all(Stream.AUGMENT, self.seed, epoch, index, self.rank)
+            yield self.augment(images, labels)
+
+    def close(self) -> None:
+        """Ends the worker processes; the next batch asked for starts others."""
+        self._pipeline = None
+        if self._source is not None:
+            self._source.close()
+        self._source, self._next = None, -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_source", None) is not None:
+            self.close()
+
+    def _take(self, position: int) -> tuple[Tensor, Tensor]:
+        """(images in 0..1, labels) on the device. The pipeline goes on from epoch to epoch, and
+        starts anew where another position than the next one is asked for."""
+        if self._source is None or position != self._next:
+            self.close()
+            self._start(position)
+        assert self._source is not None
+        try:
+            (images,) = self._pipeline.run(**self._stream())
+        except (RuntimeError, UserError) as error:
+            failure = self._explain(error, position)
+            self.close()
+            raise failure from None
+        labels_B, complaints, replaced = self._source.given.popleft()
+        if complaints:
+            self.close()
+            raise UserError(complaints[0])
+        self.bad_images += replaced
+        self._next = position + 1
+        images_BCHW = torch.from_dlpack(images.as_tensor())
+        return images_BCHW, labels_B.to(self.device, non_blocking=True)
+
+    def _stream(self) -> dict[str, Any]:
+        """Outputs are ordered with torch's work, without a wait by the host."""
+        if self.device.type != "cuda":
+            return {}
+        return {"cuda_stream": torch.cuda.current_stream(self.device)}
+
+    def _start(self, position: int) -> None:
+        cuda = self.device.type == "cuda"
+        threads = max(1, self.workers)
+        self._source = Source(self.feeder, position, (self.workers + 1) // 2)
+        self._pipeline = augmented(
+            self._source,
+            self.feeder.recipe,
+            threads=threads,
+            device="gpu" if cuda else "cpu",
+            batch_size=self.feeder.batch_size,
+            num_threads=threads,
+            device_id=(self.device.index or 0) if cuda else None,
+            prefetch_queue_depth=AHEAD,
+        )
+        self._pipeline.build()
+
+    def _explain(self, error: Exception, position: int) -> UserError:
+        """Of an error within DALI, which names no file: the image that it comes from."""
+        assert self._source is not None
+        if self._source.broken is not None:
+            return UserError(f"--loader dali: {self._source.broken}")
+        keys = [k for p in range(AHEAD + 1) for k in self.feeder.keys(position + p)]
+        for _, image in keys:
+            try:
+                self.feeder.split.image(image)
+            except BadImageError as bad:
+                return bad
+        return UserError(
+            f"--loader dali: {reason_of(error)} (in a batch that begins with "
+            f"{self.feeder.split.name(keys[0][1])}; PIL decodes all of it: try --loader torch)"
+        )
+
+
+def reason_of(error: Exception) -> str:
+    """DALI's message without its trace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    after = [i for i, line in enumerate(lines) if line.startswith("encountered:")]
+    return lines[min(after[0] + 1, len(lines) - 1)] if after else lines[0]
