@@ -375,6 +375,31 @@ def test_a_jpeg_that_looks_right_and_is_not(photographs, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_bad_images_are_replaced_as_by_the_pil_loader(photographs, tmp_path):
+    """One that a worker finds, one that DALI does: the next one stands in, of its own class, and
+    both loaders say the same."""
+    content = Path(photographs.train.paths[2]).read_bytes()
+    tables, frame = content.index(b"\xff\xdb"), content.index(b"\xff\xc0")
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "rotten.jpg").write_bytes(content[:tables] + content[frame:])
+    paths = [*photographs.train.paths[:6], str(tmp_path / "cut.jpg"), str(tmp_path / "rotten.jpg")]
+    found = {}
+    for kind in ("torch", "dali"):
+        keys = {"on_bad_image": "skip", "color_jitter": 0.0, "batch_size": 4}
+        loader = loader_of(dataset_of(paths), kind, **keys)
+        batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+        found[kind] = torch.cat([b.targets for b in batches]), sorted(loader.bad_images)
+        images = torch.cat([b.images_BCHW for b in batches])
+        if kind == "torch":
+            expected = images
+        loader.__dict__.get("_source") and loader.close()
+    assert torch.equal(found["torch"][0], found["dali"][0])
+    names = [line.split()[0].rpartition("/")[2] for line in found["torch"][1]]
+    # a bad one in whose place another bad one would stand is met on the way, too
+    assert {"cut.jpg", "rotten.jpg"} == set(names) and found["torch"][1] == found["dali"][1]
+    assert (images - expected).abs().mean() < 0.02
+
+
 def test_no_dali_is_one_line(photographs, monkeypatch):
     monkeypatch.delitem(sys.modules, "fastgn.data.dali")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)

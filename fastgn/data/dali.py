@@ -91,6 +91,8 @@ class Feeder(Dataset):
         self.split = split
         self.recipe = recipe
         self.skip = skip
+        self.spoilt: dict[int, str] = {}
+        """Image -> what PIL says of it, where that showed within DALI."""
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.seed, self.rank, self.ranks = seed, rank, ranks
@@ -156,6 +158,8 @@ class Feeder(Dataset):
     def read(self, image: int) -> tuple[bytes, Image.Image | None, tuple[int, int]]:
         """(bytes, the picture where DALI might see another than PIL, its width and height). Raises
         BadImageError."""
+        if image in self.spoilt:
+            raise BadImageError(self.spoilt[image])
         content = self.split.read(image)
         size = plain_size(content)
         if size is not None and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
@@ -521,9 +525,12 @@ class DaliLoader:
         try:
             (images,) = self._pipeline.run(**self._stream())
         except (RuntimeError, UserError) as error:
-            failure = self._explain(error, position)
+            image, failure = self._explain(error, position)
             self.close()
-            raise failure from None
+            if image is None or not self.feeder.skip:
+                raise failure from None
+            self.feeder.spoilt[image] = str(failure)
+            return self._take(position)
         labels_B, complaints, replaced = self._source.given.popleft()
         if complaints:
             self.close()
@@ -555,18 +562,20 @@ class DaliLoader:
         )
         self._pipeline.build()
 
-    def _explain(self, error: Exception, position: int) -> UserError:
-        """Of an error within DALI, which names no file: the image that it comes from."""
+    def _explain(self, error: Exception, position: int) -> tuple[int | None, UserError]:
+        """Of an error within DALI, which names no file: the image that it comes from, and what to
+        say."""
         assert self._source is not None
         if self._source.broken is not None:
-            return UserError(f"--loader dali: {self._source.broken}")
+            return None, UserError(f"--loader dali: {self._source.broken}")
         keys = [k for p in range(AHEAD + 1) for k in self.feeder.keys(position + p)]
         for _, image in keys:
-            try:
-                self.feeder.split.image(image)
-            except BadImageError as bad:
-                return bad
-        return UserError(
+            if image not in self.feeder.spoilt:
+                try:
+                    self.feeder.split.image(image)
+                except BadImageError as bad:
+                    return image, bad
+        return None, UserError(
             f"--loader dali: {reason_of(error)} (in a batch that begins with "
             f"{self.feeder.split.name(keys[0][1])}; PIL decodes all of it: try --loader torch)"
         )
