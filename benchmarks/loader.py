@@ -38,6 +38,7 @@ from typing import Any
 
 import torch
 import torchvision
+from arguments import positive_int
 from PIL import Image
 from timing import summary, synchronize
 from timm.data import create_loader
@@ -339,13 +340,15 @@ def main() -> int:
     needs = parser.add_mutually_exclusive_group()
     needs.add_argument("--need", type=float, metavar="IMAGES_PER_S", help="what the step takes")
     needs.add_argument("--cost", type=Path, help="benchmarks/cost.py's JSON, for the same")
-    parser.add_argument("--batch-size", type=int, default=64 if cuda else 16)
+    parser.add_argument("--batch-size", type=positive_int, default=64 if cuda else 16)
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="of every loader but device"
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batches", type=int, default=30 if cuda else 4, help="a round")
-    parser.add_argument("--files", type=int, default=512 if cuda else 64, help="JPEGs to make")
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--batches", type=positive_int, default=30 if cuda else 4, help="a round")
+    parser.add_argument(
+        "--files", type=positive_int, default=512 if cuda else 64, help="JPEGs to make"
+    )
     parser.add_argument("--smoke", action="store_true", help="toy sizes")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
