@@ -338,7 +338,43 @@ def scaling() -> str:
     return "\n\n".join(tables)
 
 
+def loader() -> str:
+    """What each loader gives, a table a machine."""
+    tables = []
+    for path in sorted(RESULTS.glob("loader_*.json")):
+        record = json.loads(path.read_text())
+        ratios = record.get("ratios", {})
+        gpu = record["meaningful_times"]
+        columns = {
+            "loader": lambda r: r["loader"],
+            "images/s": lambda r, gpu=gpu: plus_minus(r["images_per_s"], ".0f") if gpu else "",
+            "CPU ms an image": lambda r: plus_minus(r["cpu_ms_an_image"], ".1f"),
+            "waiting": lambda r: (
+                f"{100 * r['wait_share']['mean']:.1f} %" if r["wait_share"] else ""
+            ),
+            "dali: times as fast": lambda r, q=ratios: plus_minus(
+                q.get(f"dali over {r['loader']}", {}).get("images_per_s"), ".2f"
+            ),
+            "dali: times less CPU time": lambda r, q=ratios: plus_minus(
+                q.get(f"dali over {r['loader']}", {}).get("cpu_ms_an_image"), ".2f"
+            ),
+        }
+        lines = markdown({n: [cell(r) for r in record["rows"]] for n, cell in columns.items()})
+        row = record["rows"][-1]
+        where = record["device"].replace("cpu", f"{record['hardware']['cpu_count']} CPU cores")
+        lines.append("")
+        lines.append(
+            f"{where}: {row['images']}, {row['img_size']} px, the paper's augmentation, batch "
+            f"{row['batch_size']}, {row['workers']} workers; mean ± deviation over "
+            f"{row['images_per_s']['n']} interleaved rounds; timm: its create_loader; torch "
+            f"{record['versions']['torch']} (`benchmarks/results/{path.name}`)."
+        )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 TABLES = {
+    "loader": loader,
     "quickstart": quickstart,
     "compiled_step": compiled_step,
     "kernels": kernels,

@@ -149,8 +149,8 @@ class DatasetConfig:
     device for digits and cifar10; for image folders dali on CUDA where it is installed and knows
     the augmentation, else torch."""
     workers: int = 4
-    """Worker processes of the torch loader, for each rank; threads of dali, which has half as many
-    worker processes."""
+    """Worker processes of the torch loader, for each rank; threads of dali, which has a quarter as
+    many worker processes."""
     batch_size: int | None = None
     """Images a rank and micro-batch. None: 32 on CUDA, 8 on CPU."""
     grad_accum_steps: int = 1
