@@ -7,7 +7,9 @@ is all that a resumed run needs: DALI's readers, its shuffling and its random op
 used. Nor are its own worker processes: when one of them dies, DALI waits for it for ever.
 """
 
+import atexit
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -497,6 +499,8 @@ class DaliLoader:
         self._source: Source | None = None
         self._pipeline: Any = None
         self._next = -1
+        # workers that ignore signals have to be told to end, before Python waits for them
+        atexit.register(close_if_alive, weakref.ref(self))
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """See batch.Loader. Raises UserError on a bad image."""
@@ -513,7 +517,7 @@ class DaliLoader:
         self._source, self._next = None, -1
 
     def __del__(self) -> None:
-        if getattr(self, "_source", None) is not None:
+        if getattr(self, "_source", None) is not None:  # __init__ may have raised
             self.close()
 
     def _take(self, position: int) -> tuple[Tensor, Tensor]:
@@ -580,6 +584,12 @@ class DaliLoader:
             f"--loader dali: {reason_of(error)} (in a batch that begins with "
             f"{self.feeder.split.name(keys[0][1])}; PIL decodes all of it: try --loader torch)"
         )
+
+
+def close_if_alive(reference: "weakref.ref[DaliLoader]") -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
 
 
 def reason_of(error: Exception) -> str:
