@@ -137,9 +137,6 @@ def roofline(record: Mapping[str, Any]) -> pyplot.Figure:
     labels = ("operations an image, GFLOP", "images a second")
     if by_bytes:
         labels = ("operations a byte (bytes predicted, operations counted)", "TFLOP/s")
-    unknown = list(dict.fromkeys(r["arm"] for r in record["rows"] if r not in shown))
-    if unknown:
-        labels = (f"{labels[0]}\nnot predicted: {', '.join(unknown)}", labels[1])
     axes.set_xlabel(labels[0], fontsize=9)
     axes.set_ylabel(labels[1] + " over natural's" * (not record["meaningful_times"]), fontsize=9)
     axes.grid(which="major", linewidth=0.3)
@@ -147,6 +144,8 @@ def roofline(record: Mapping[str, Any]) -> pyplot.Figure:
     style = {"linestyle": "", "color": "grey"}
     handles = roofs + [pyplot.Line2D([], [], marker=KINDS[k][1], label=k, **style) for k in found]
     names = [f"{number}  {name}" for name, number in numbers.items()]
+    unknown = dict.fromkeys(row["arm"] for row in record["rows"] if row not in shown)
+    names += ["", "bytes not predicted:"] * bool(unknown) + list(unknown)
     handles += [pyplot.Line2D([], [], linestyle="", label=name) for name in names]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=7)
     return figure
