@@ -811,7 +811,7 @@ def run(args: argparse.Namespace) -> None:
                 cost, source = predict_deep(network, arm, GPUS[name], args.whole)
             row = row_of(network, arm, name, cost, source) | {"commit": record["commit"]}
             rows = [r for r in record["rows"] if key_of(r) != key_of(row)] + [row]
-            rows.sort(key=lambda r: list(GPUS).index(r["gpu"]))
+            rows.sort(key=lambda r: (list(GPUS).index(r["gpu"]), METHODS.index(r["method"])))
             compare(rows)
             cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
             record |= {"gpus": cards, "rows": rows}
