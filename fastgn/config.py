@@ -146,8 +146,7 @@ class DatasetConfig:
     loader: Literal["auto", "device", "torch", "dali"] = "auto"
     """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
     processes; dali: NVIDIA DALI, which decodes and augments on the GPU where there is one. auto:
-    device for digits and cifar10; for image folders dali on CUDA where it is installed and knows
-    the augmentation, else torch."""
+    device for digits and cifar10, torch for image folders."""
     workers: int = 4
     """Worker processes of the torch loader, for each rank; threads of dali, which has a quarter as
     many worker processes."""

@@ -4,7 +4,6 @@ A loader is a module of its own that build_loader imports when it is chosen: dev
 dali.py.
 """
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ if sys.argv[:1] == ["-m"]:  # python -m fastgn.data.pack or check, which imports
     need_train("fastgn.data")
 
 from fastgn import config  # its check: ours is a program
-from fastgn.config import AugmentationConfig, Config, UserError
+from fastgn.config import Config, UserError
 from fastgn.data.augment import BatchAugment, to_float
 from fastgn.data.batch import Batch, Loader, worker_death
 from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
@@ -89,8 +88,6 @@ def build_loader(
     kind = cfg.dataset.loader
     if kind == "auto":
         kind = "device" if isinstance(split, Arrays) else "torch"
-        if kind == "torch" and device.type == "cuda" and dali_takes(augmentation, img_size):
-            kind = "dali"
     hflip = augmentation.hflip
     if hflip is None:
         hflip = 0.0 if dataset.name == "digits" else 0.5
@@ -129,21 +126,6 @@ def build_loader(
     from fastgn.data.torch import TorchLoader
 
     return TorchLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
-
-
-def dali_takes(augmentation: AugmentationConfig, img_size: int) -> bool:
-    """Whether DALI is installed and does what is asked."""
-    from fastgn.data.recipe import Recipe
-
-    try:
-        installed = importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # of a parent
-        return False
-    try:
-        Recipe(augmentation, img_size, 0.5)
-    except UserError:
-        return False
-    return installed
 
 
 class Subset:
