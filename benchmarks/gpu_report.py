@@ -249,7 +249,7 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
     options = ("--smoke",) if smoke else ("--cost", folder / timed.files[0])
     command = script("loader", *options, output=files[0])
     what = "images a second of the loaders"
-    parts.append(Part("loader", what, [command], 20, (*trainer, "PIL"), files))
+    parts.append(Part("loader", what, [command], 60, (*trainer, "PIL"), files))
 
     if not smoke:
         graphs = ("--methods", "natural", "gradnorm", "--schedules", "exact", "--cuda-graphs")
