@@ -431,7 +431,17 @@ def closure(distribution: str, seen: set[str]) -> set[str]:
 
 
 ALONE = """
+import importlib.metadata
 import sys
+
+version = importlib.metadata.version
+
+def hidden_version(name):  # torch asks so for optree, which DALI brings
+    if name in {hidden!r}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+importlib.metadata.version = hidden_version
 
 class Hide:
     def __init__(self, finder):
