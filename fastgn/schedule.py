@@ -156,8 +156,8 @@ class Schedule:
     def divisor(self) -> int:
         """What a number of images has to be a multiple of: of 4 for a subset of 0.75 or 0.25."""
         share = self.subset_fraction if self.kind == "subset" else 1.0
-        whole = (n for n in itertools.count(1) if round(share * n) and is_whole(share * n))
-        return next(whole)
+        least = max(1, int(0.999 / share))  # of fewer the share is none: a tiny one takes no search
+        return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
     @property
     def differences(self) -> bool:

@@ -598,6 +598,7 @@ def test_a_subset_is_a_whole_number_of_images() -> None:
     assert [Schedule("subset", subset_fraction=p).divisor for p in (1, 0.5, 0.75, 0.3333)] == [
         *(1, 2, 4, 3)
     ]
+    assert 0.99e9 < Schedule("subset", subset_fraction=1e-9).divisor <= 1e9
     model = classifier(vit)
     model.backbone = TooLarge(model.backbone, 2)
     step = Step(
