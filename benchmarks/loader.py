@@ -355,6 +355,9 @@ def main() -> int:
     if args.smoke:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
 
+    torch.set_num_threads(
+        1
+    )  # as torchrun has it: the loaders have threads or processes of their own
     device = torch.device("cuda" if cuda else "cpu")
     name = torch.cuda.get_device_name() if cuda else "cpu"
     slug = re.sub(r"\W+", "_", name.lower())

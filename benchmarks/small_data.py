@@ -4,8 +4,8 @@
 
 The device loader's batch of CIFAR-10's size (noise for pixels), shifted, flipped and smoothed,
 beside an update of PreActResNet-18 by gradnorm: `train.build`'s own loader and step, in interleaved
-rounds. All other options are fastgn.train's, such as --reprob 0.25 --mixup 0.8: timm's erasing goes
-from image to image, ten times the operators of all the rest. The share is to stay below 5 %.
+rounds. All other options are fastgn.train's, such as --reprob 0.25 --mixup 0.8. On CUDA, and by
+--compile on, the batch is one graph. The share is to stay below 5 %.
 
 Writes benchmarks/results/small_data_<device>.json; on a CPU into runs/ alone.
 """

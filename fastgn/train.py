@@ -438,6 +438,7 @@ def build(cfg: Config, world: World) -> Run:
         rank=world.rank,
         ranks=world.size,
         device=world.device,
+        compiled=compiled,
     )
     optimizer = optim.build_optimizer(cfg.optimizer, model)
     ema = ModelEma(model, cfg.optimizer.model_ema_decay) if cfg.optimizer.model_ema else None

@@ -1,9 +1,11 @@
 """The DALI loader on the CPU backend: PIL's pictures, the loaders' contract, bad images, processes.
 
 How far its pictures are from the PIL loader's: decoded crops are the same to the last bit; resizing
-is PIL's to the rounding between its two passes; then each operation has PIL's formula, but for the
-bicubic kernel of warps. Operations that are not smooth (posterize, solarize, equalize) make much of
-a difference of 1, in few pixels: so means are compared, and the maximum where it says something.
+is PIL's to the rounding between its two passes; then each operation is PIL's (on the CPU) or has
+its formula (by DALI's operators, which a GPU needs and these tests run on the CPU as well), but for
+the bicubic kernel of warps. Operations that are not smooth (posterize, solarize, equalize) make
+much of a difference of 1, in few pixels: so means are compared, and the maximum where it says
+something.
 """
 
 import io
@@ -177,7 +179,14 @@ def pictures() -> dict[str, Image.Image]:
     }
 
 
-def test_each_operation_is_pils(tmp_path, monkeypatch):
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def by_dali(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """The CPU backend's own way, and the GPU's operators on it."""
+    monkeypatch.setattr(dali, "BY_DALI", request.param == "as on a GPU")
+    return dali.BY_DALI
+
+
+def test_each_operation_is_pils(tmp_path, monkeypatch, by_dali):
     """On pixels that no decoder or resize has touched: one image an operation and picture."""
     cases = [(n, p) for n in OPERATIONS for p in pictures()]
     paths = [write(tmp_path / f"{p}.png", image) for p, image in pictures().items()]
@@ -200,13 +209,14 @@ def test_each_operation_is_pils(tmp_path, monkeypatch):
         expected = np.asarray(by_timm(pictures()[which])).astype(int)
         difference = np.abs(images[place] - expected)
         assert difference.mean() <= mean, (name, which, difference.mean())
-        # OpenCV takes positions to 1/32 pixel: at the image's edge, a pixel falls inside or outside
+        # OpenCV takes positions to 1/32 pixel, torch to a float: at the image's edge, a pixel falls
+        # inside or outside
         beyond = 0.001 if OPERATIONS[name][0].kind in WARPS else 0
         assert (difference > largest).mean() <= beyond, (name, which, difference.max())
 
 
 @pytest.mark.parametrize("keys", [{"aa": PAPER}, {"train_interpolation": "random"}], ids=str)
-def test_the_same_pictures_as_the_pil_loader(keys, photographs):
+def test_the_same_pictures_as_the_pil_loader(keys, photographs, by_dali):
     """Two epochs, the whole recipe but for what is done on the device: the same image at the same
     place with the same label, and nearly the same pixels."""
     for epoch in (0, 1):
@@ -226,7 +236,7 @@ def test_the_same_pictures_as_the_pil_loader(keys, photographs):
 
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason=f"there is no {SAMPLE}")
-def test_crops_of_imagenet_are_the_same_to_the_rounding(tmp_path):
+def test_crops_of_imagenet_are_the_same_to_the_rounding(tmp_path, by_dali):
     """48 real files at 224 px, cropped, resized and flipped: PIL's decoder to the last bit, and its
     resize but for the rounding between two passes."""
     with tarfile.open(SAMPLE) as archive:
@@ -242,7 +252,8 @@ def test_crops_of_imagenet_are_the_same_to_the_rounding(tmp_path):
     ):
         means = (pil.images_BCHW - dali_batch.images_BCHW).abs().mean((1, 2, 3)) * 255
         worst = max(worst, float(means.max()))
-        assert float(means.median()) < 0.05
+        # DALI's resize keeps fractions between its passes
+        assert float(means.median()) < (0.25 if by_dali else 0.05)
     assert worst < 0.5
 
 

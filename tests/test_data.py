@@ -63,7 +63,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def loader_of(
-    dataset: Dataset, *, batch_size: int = 8, accum: int = 1, rank: int = 0, ranks: int = 1, **keys
+    dataset: Dataset,
+    *,
+    batch_size: int = 8,
+    accum: int = 1,
+    rank: int = 0,
+    ranks: int = 1,
+    compiled: bool = False,
+    **keys: Any,
 ) -> Loader:
     return build_loader(
         Config().replace(**keys),
@@ -76,6 +83,7 @@ def loader_of(
         rank=rank,
         ranks=ranks,
         device=CPU,
+        compiled=compiled,
     )
 
 
@@ -636,6 +644,56 @@ def test_random_erasing_stays_within_0_and_1(mode):
         assert float(values.std(1).max()) < 1e-5
     if mode == "const":  # zero in normalised units is the mean colour
         assert torch.allclose(values, torch.full_like(values, 0.45), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_a_graphs_erasing_is_the_box_by_box_one(mode):
+    """All images at once: the same boxes for the same seed, 0..1 within, the image outside."""
+    images, labels = torch.rand(32, 3, 16, 16), torch.arange(32) % 5
+    cfg = AugmentationConfig(reprob=0.5, remode=mode, smoothing=0.0)
+    augment = BatchAugment(cfg, 5, MEAN, STD, CPU)
+    seed_all(0, 7)
+    by_box = augment(images.clone(), labels).images_BCHW
+    seed_all(0, 7)
+    drawn = augment.draw(32, 16, 16)
+    at_once = augment.apply(images.clone(), labels, drawn).images_BCHW
+    erased = torch.zeros(32, 1, 16, 16, dtype=torch.bool)
+    for hole, (top, bottom, left, right) in zip(erased, drawn.boxes_B4.tolist(), strict=True):
+        hole[:, top:bottom, left:right] = True
+    assert 6 <= int(erased.flatten(1).any(1).sum()) <= 26
+    for result in (by_box, at_once):
+        assert torch.equal((result != images).any(1, keepdim=True), erased)
+        assert 0 <= float(result.min()) and float(result.max()) <= 1
+    if mode == "const":
+        assert torch.equal(by_box, at_once)
+
+
+@pytest.mark.parametrize("keys", [{"mixup": 0.8}, {"cutmix": 1.0}], ids=str)
+def test_mixing_in_place_is_the_graphs(keys, monkeypatch):
+    images, labels = torch.rand(6, 3, 16, 16), torch.arange(6) % 5
+    seed_all(0, 3)
+    in_place = augmented(images, labels, **keys)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    seed_all(0, 3)
+    graphs = augmented(images, labels, **keys)
+    assert not torch.equal(in_place.images_BCHW, images)
+    assert torch.allclose(in_place.images_BCHW, graphs.images_BCHW, atol=1e-6)
+    assert torch.equal(in_place.targets, graphs.targets)
+
+
+def test_the_device_loader_compiled(arrays):
+    """The same batches as eager, of one graph, whatever is drawn; and no other graph after it."""
+    keys = {"reprob": 0.5, "mixup": 0.8, "cutmix": 1.0, "batch_size": 4}
+    torch._dynamo.reset()
+    eager, compiled = (loader_of(arrays, compiled=c, **keys) for c in (False, True))
+    torch._dynamo.utils.counters.clear()
+    for epoch in range(3):
+        pairs = list(zip(eager.epoch(epoch), compiled.epoch(epoch), strict=True))
+        assert len(pairs) == eager.batches_per_epoch
+        for one, another in pairs:
+            assert torch.allclose(one.images_BCHW, another.images_BCHW, atol=1e-6)
+            assert torch.allclose(one.targets, another.targets, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("name", sorted(auto_augment.NAME_TO_OP))

@@ -82,8 +82,10 @@ def build_loader(
     rank: int,
     ranks: int,
     device: torch.device,
+    compiled: bool = False,
 ) -> Loader:
-    """The training loader; its epochs are whole updates, the remainder is dropped."""
+    """The training loader; its epochs are whole updates, the remainder is dropped. compiled: the
+    device loader's augmentation."""
     split, augmentation = dataset.train, cfg.augmentation
     kind = cfg.dataset.loader
     if kind == "auto":
@@ -116,7 +118,7 @@ def build_loader(
         padding = augmentation.crop_padding
         if padding is None:
             padding = img_size // (16 if dataset.name == "digits" else 8)
-        return DeviceLoader(split, augmentation, augment, padding=padding, **common)
+        return DeviceLoader(split, augment, padding=padding, compiled=compiled, **common)
     workers = min(cfg.dataset.workers, os.cpu_count() or 1)
     skip = cfg.dataset.on_bad_image == "skip"
     if kind == "dali":

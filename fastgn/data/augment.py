@@ -1,16 +1,30 @@
 """What happens to a training batch on the device: shift, flip, erasing, mixing, smoothing.
 
-timm does the erasing and the mixing (its RandomErasing and Mixup); the caller seeds the generators.
+timm draws (its RandomErasing and Mixup; the caller seeds the generators), and what is drawn is done
+to all images at once: timm's erasing goes from image to image, and its batch could not be compiled.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data.mixup import Mixup, mixup_target
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from fastgn.config import AugmentationConfig
 from fastgn.data.batch import Batch
+
+
+class Drawn(NamedTuple):
+    """What is done to a batch, on its device. None is left out."""
+
+    boxes_B4: Tensor | None = None
+    """int64: top, bottom, left and right of what is erased; zeros where nothing is."""
+    fill: Tensor | None = None
+    """fp32 in 0..1, broadcast to the images: what stands in the boxes."""
+    mix_5: Tensor | None = None
+    """fp32: the box that comes from image B - 1 - i, as above, and an image's own share."""
 
 
 class BatchAugment:
@@ -30,30 +44,113 @@ class BatchAugment:
         self.mean, self.std = mean.to(device), std.to(device)
         self.num_classes = num_classes
         self.smoothing = cfg.smoothing
-        self.erase = (
-            RandomErasing(cfg.reprob, mode=cfg.remode, device=str(device)) if cfg.reprob else None
-        )
+        self.device = device
+        self.remode = cfg.remode
+        # its boxes alone are used
+        self.erase = RandomErasing(cfg.reprob, mode="const", device="cpu") if cfg.reprob else None
         self.mix = None
         if cfg.mixup or cfg.cutmix:
-            self.mix = Mixup(
-                mixup_alpha=cfg.mixup,
-                cutmix_alpha=cfg.cutmix,
-                switch_prob=cfg.mixup_switch_prob,
-                label_smoothing=cfg.smoothing,
-                num_classes=num_classes,
-            )
+            self.mix = Mixup(cfg.mixup, cfg.cutmix, switch_prob=cfg.mixup_switch_prob)
 
     def __call__(self, images_BCHW: Tensor, labels_B: Tensor) -> Batch:
+        num, _, height, width = images_BCHW.shape
+        if self.device.type != "cpu":
+            return self.apply(images_BCHW, labels_B, self.draw(num, height, width))
+        # box by box: noise for whole images costs a CPU more than all the rest
+        for image, (top, bottom, left, right) in enumerate(self.draw_boxes(num, height, width)):
+            if bottom > top:
+                hole = images_BCHW[image : image + 1, :, top:bottom, left:right]
+                hole.copy_(self.draw_fill(*hole.shape))
+        mix_5 = self.draw_mix(num, height, width)
+        return self.apply(images_BCHW, labels_B, Drawn(mix_5=mix_5))
+
+    def draw(self, num: int, height: int, width: int) -> Drawn:
+        """For num images, from Python's, NumPy's and torch's generators."""
+        boxes_B4 = fill = None
         if self.erase is not None:
-            # in place, for fresh memory costs a CPU as much as the arithmetic
-            normalised = self.erase(images_BCHW.sub_(self.mean).div_(self.std))
-            # timm's noise is normal and may leave 0..1, which attacks and the contract count on
-            images_BCHW = normalised.mul_(self.std).add_(self.mean).clamp_(0, 1)
-        if self.mix is not None:
-            return Batch(*self.mix(images_BCHW, labels_B))
-        if self.smoothing:
-            return Batch(images_BCHW, mixup_target(labels_B, self.num_classes, 1.0, self.smoothing))
+            boxes_B4 = torch.tensor(self.draw_boxes(num, height, width))
+            boxes_B4 = boxes_B4.to(self.device, non_blocking=True)
+            fill = self.draw_fill(num, 3, height, width)
+        return Drawn(boxes_B4, fill, self.draw_mix(num, height, width))
+
+    def draw_boxes(self, num: int, height: int, width: int) -> list[list[int]]:
+        """Top, bottom, left and right of what is erased of each image; zeros where nothing is."""
+        noted = Noted(num)
+        if self.erase is not None:
+            for noted.image in range(num):
+                self.erase._erase(noted, 3, height, width, torch.float32)
+        return noted.boxes
+
+    def draw_fill(self, *shape: int) -> Tensor:
+        """What stands in the boxes, in 0..1; broadcast to the shape."""
+        if self.remode != "pixel":
+            shape = (*shape[:2], 1, 1)
+        draw = torch.zeros if self.remode == "const" else torch.randn
+        # timm's noise is normal and may leave 0..1, which attacks and the contract count on
+        return draw(shape, device=self.device).mul_(self.std).add_(self.mean).clamp_(0, 1)
+
+    def draw_mix(self, num: int, height: int, width: int) -> Tensor | None:
+        """See Drawn."""
+        if self.mix is None:
+            return None
+        share, cuts = self.mix._params_per_batch()
+        box = (0, 0, 0, 0)
+        if cuts:
+            box, share = cutmix_bbox_and_lam((num, 3, height, width), share)
+        mix_5 = torch.tensor([*map(float, box), share], dtype=torch.float32)
+        return mix_5.to(self.device, non_blocking=True)
+
+    def apply(self, images_BCHW: Tensor, labels_B: Tensor, drawn: Drawn) -> Batch:
+        """Does what is drawn. No wait for the device, and nothing that a graph cannot hold."""
+        height, width = images_BCHW.shape[-2:]
+        share: Tensor | float = 1.0
+        if drawn.boxes_B4 is not None and drawn.fill is not None:
+            erased = inside(drawn.boxes_B4[:, :, None, None, None], height, width)
+            images_BCHW = torch.where(erased, drawn.fill, images_BCHW)
+        if drawn.mix_5 is not None:
+            share = drawn.mix_5[4]
+            box = drawn.mix_5[None, :4, None, None, None]
+            # a box that is empty at the top leaves a share of 1
+            own = torch.where(box[:, 1] > 0, (~inside(box, height, width)).float(), share)
+            images_BCHW = mixed(images_BCHW, own)
+        if drawn.mix_5 is not None or self.smoothing:
+            targets = mixup_target(labels_B, self.num_classes, share, self.smoothing)
+            return Batch(images_BCHW, targets)
         return Batch(images_BCHW, labels_B)
+
+
+def mixed(images_BCHW: Tensor, own: Tensor) -> Tensor:
+    """own (fp32 1 x 1 x 1 x 1 or H x W) of each image and the rest of image B - 1 - i. On a CPU in
+    place, by pairs, in its caches."""
+    if images_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
+        return images_BCHW.flip(0).lerp_(images_BCHW, own)
+    other = 1 - own[0]
+    for i in range(len(images_BCHW) // 2):
+        one, another = images_BCHW[i], images_BCHW[-1 - i]
+        before = one.clone()
+        one.lerp_(another, other)
+        another.lerp_(before, other)
+    return images_BCHW
+
+
+class Noted:
+    """Stands in for the image that timm erases, and notes where."""
+
+    def __init__(self, num: int):
+        self.boxes = [[0, 0, 0, 0] for _ in range(num)]
+        self.image = 0
+
+    def __setitem__(self, where: tuple[slice, slice, slice], value: Tensor) -> None:
+        _, rows, columns = where
+        self.boxes[self.image] = [rows.start, rows.stop, columns.start, columns.stop]
+
+
+def inside(boxes: Tensor, height: int, width: int) -> Tensor:
+    """N x 4 x 1 x 1 x 1 (top, bottom, left, right) -> bool N x 1 x height x width."""
+    top, bottom, left, right = boxes.unbind(1)
+    rows = torch.arange(height, device=boxes.device)[:, None]
+    columns = torch.arange(width, device=boxes.device)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
 def to_float(images_BCHW: Tensor, img_size: int) -> Tensor:

@@ -12,12 +12,11 @@ import itertools
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -26,6 +25,7 @@ from fastgn.config import AugmentationConfig, UserError
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice
 from fastgn.data.datasets import Arrays
+from fastgn.data.host import finished
 from fastgn.data.images import BadImageError, Encoded, decode_image, load_or_next
 from fastgn.data.jpeg import plain_size
 from fastgn.data.recipe import ARGUMENTS, FILL, Kind, Recipe
@@ -42,7 +42,9 @@ except ImportError:
     ) from None
 
 AHEAD = 2
-"""Batches that DALI makes before they are asked for."""
+"""Batches that one pipeline makes before they are asked for."""
+BY_DALI = False
+"""Whether DALI's operators do on a CPU, too, what host.py does there: for tests of them."""
 
 
 # ------------------------------------------------------------------------- in the worker processes
@@ -211,7 +213,7 @@ class Source:
 
 
 @pipeline_def(enable_conditionals=True)
-def augmented(source: Source, recipe: Recipe, *, threads: int, device: str) -> Any:
+def augmented(source: Source, recipe: Recipe, *, device: str) -> Any:
     """Source's batches -> fp32 3 x S x S in 0..1; device: DALI's name, cpu or gpu, of where it is
     done."""
     encoded, anchor, shape, bilinear, flipped, kinds, arguments = fn.external_source(
@@ -230,48 +232,38 @@ def augmented(source: Source, recipe: Recipe, *, threads: int, device: str) -> A
         output_type=types.RGB,
         device="mixed" if device == "gpu" else "cpu",
     )
-    side, possible = recipe.img_size, sorted(recipe.kinds)
-    if device == "cpu":
-        resize = Resize(side, threads)
-        image = fn.python_function(
-            crop, bilinear, flipped, function=resize, batch_processing=True, output_layouts="HWC"
-        )
-    elif bilinear == 1:
-        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_LINEAR)
+    if BY_DALI or device == "gpu":
+        image = operated(recipe, crop, bilinear, flipped, kinds, arguments, device)
     else:
-        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC)
-    if device == "gpu":
-        image = fn.flip(image, horizontal=flipped)
-    for layer in range(recipe.layers):
-        image = operate(possible, kinds[layer], image, arguments[layer], side, device)
+        image = fn.python_function(
+            *(crop, bilinear, flipped, kinds, arguments),
+            function=lambda *batch: list(map(partial(finished, recipe.img_size), *batch)),
+            batch_processing=True,
+            output_layouts="HWC",
+        )
     image = fn.crop_mirror_normalize(
         image, dtype=types.FLOAT, output_layout="CHW", mean=[0.0], std=[255.0]
     )
     return image
 
 
-class Resize:
-    """[uint8 H x W x 3], [bilinear, else bicubic], [flipped] -> [uint8 S x S x 3], antialiased, by
-    torch's CPU kernel: 0.5 ms a crop of ImageNet, PIL takes 1.6 and DALI's CPU operator 3.5."""
-
-    def __init__(self, side: int, threads: int):
-        self.side = side
-        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
-
-    def __call__(self, *batch: list[np.ndarray]) -> list[np.ndarray]:
-        each = map if self.pool is None else self.pool.map
-        return list(each(self.one, *batch))
-
-    def one(self, crop: np.ndarray, bilinear: np.ndarray, flipped: np.ndarray) -> np.ndarray:
-        mode = "bilinear" if bilinear else "bicubic"
-        image = torch.from_numpy(crop).permute(2, 0, 1)[None]
-        resized = F.interpolate(image, (self.side, self.side), mode=mode, antialias=True)
-        result = resized[0].permute(1, 2, 0)
-        return (result.flip(1) if flipped else result.contiguous()).numpy()
+def operated(
+    recipe: Recipe, crop: Any, bilinear: Any, flipped: Any, kinds: Any, arguments: Any, device: str
+) -> Any:
+    """host.finished of a batch, by DALI's operators: on the device."""
+    side, possible = recipe.img_size, sorted(recipe.kinds)
+    if bilinear == 1:
+        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_LINEAR)
+    else:
+        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC)
+    image = fn.flip(image, horizontal=flipped)
+    for layer in range(recipe.layers):
+        image = operate(possible, kinds[layer], image, arguments[layer], side, device)
+    return image
 
 
 # Operations on uint8 S x S x 3, PIL's to within 1 but for interpolation. Bytes are kept as bytes,
-# and not broadcast, where that can be: DALI's floats take several times as long on a CPU.
+# and not broadcast, where that can be: DALI's floats take several times as long.
 
 
 def operate(
@@ -309,11 +301,9 @@ def first(arguments: Any, device: str) -> Any:
     return arguments[0].gpu() if device == "gpu" else arguments[0]
 
 
-def to_bytes(values: Any, shift: float = 0.0, factor: Any = 1.0) -> Any:
-    """Rounds factor x values + shift."""
-    return fn.brightness_contrast(
-        values, brightness=factor, brightness_shift=shift / 255, dtype=types.UINT8
-    )
+def to_bytes(values: Any, shift: float = 0.0) -> Any:
+    """Rounds values + shift."""
+    return fn.brightness_contrast(values, brightness_shift=shift / 255, dtype=types.UINT8)
 
 
 FLOOR = -0.498
@@ -421,7 +411,7 @@ def contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 @do_not_convert
 def brightness(image: Any, arguments: Any, side: int, device: str) -> Any:
-    return to_bytes(image, FLOOR, arguments[0])
+    return fn.brightness_contrast(image, brightness=arguments[0], brightness_shift=FLOOR / 255)
 
 
 @do_not_convert
@@ -497,7 +487,8 @@ class DaliLoader:
         self.seed, self.rank = seed, rank
         self.device = device
         self._source: Source | None = None
-        self._pipeline: Any = None
+        self._pipelines: deque[Any] = deque()
+        """The next one to give a batch comes first."""
         self._next = -1
         # workers that ignore signals have to be told to end, before Python waits for them
         atexit.register(close_if_alive, weakref.ref(self))
@@ -511,7 +502,7 @@ class DaliLoader:
 
     def close(self) -> None:
         """Ends the worker processes; the next batch asked for starts others."""
-        self._pipeline = None
+        self._pipelines.clear()
         if self._source is not None:
             self._source.close()
         self._source, self._next = None, -1
@@ -521,14 +512,18 @@ class DaliLoader:
             self.close()
 
     def _take(self, position: int) -> tuple[Tensor, Tensor]:
-        """(images in 0..1, labels) on the device. The pipeline goes on from epoch to epoch, and
-        starts anew where another position than the next one is asked for."""
+        """(images in 0..1, labels) on the device. The pipelines go on from epoch to epoch, and
+        start anew where another position than the next one is asked for."""
         if self._source is None or position != self._next:
             self.close()
             self._start(position)
         assert self._source is not None
         try:
-            (images,) = self._pipeline.run(**self._stream())
+            pipeline = self._pipelines[0]
+            (images,) = pipeline.share_outputs(**self._stream())
+            pipeline.release_outputs()
+            pipeline.schedule_run()
+            self._pipelines.rotate(-1)
         except (RuntimeError, UserError) as error:
             image, failure = self._explain(error, position)
             self.close()
@@ -552,20 +547,26 @@ class DaliLoader:
         return {"cuda_stream": torch.cuda.current_stream(self.device)}
 
     def _start(self, position: int) -> None:
+        """On CUDA one pipeline, AHEAD batches ahead. On a CPU one of one thread for each worker,
+        and one while the main process feeds: threads of one pipeline wait for each other after
+        every operation on a few images."""
         cuda = self.device.type == "cuda"
-        threads = max(1, self.workers)
+        count = 1 if cuda or not self.workers else self.workers + 1
         self._source = Source(self.feeder, position, self.workers // 4)
-        self._pipeline = augmented(
-            self._source,
-            self.feeder.recipe,
-            threads=threads,
-            device="gpu" if cuda else "cpu",
-            batch_size=self.feeder.batch_size,
-            num_threads=threads,
-            device_id=(self.device.index or 0) if cuda else None,
-            prefetch_queue_depth=AHEAD,
-        )
-        self._pipeline.build()
+        for _ in range(count):
+            pipeline = augmented(
+                self._source,
+                self.feeder.recipe,
+                device="gpu" if cuda else "cpu",
+                batch_size=self.feeder.batch_size,
+                num_threads=max(1, self.workers) if cuda else 1,
+                device_id=(self.device.index or 0) if cuda else None,
+                prefetch_queue_depth=AHEAD if count == 1 else 1,
+            )
+            self._pipelines.append(pipeline)
+        for pipeline in self._pipelines:
+            pipeline.build()
+            pipeline.schedule_run()
 
     def _explain(self, error: Exception, position: int) -> tuple[int | None, UserError]:
         """Of an error within DALI, which names no file: the image that it comes from, and what to
@@ -573,7 +574,8 @@ class DaliLoader:
         assert self._source is not None
         if self._source.broken is not None:
             return None, UserError(f"--loader dali: {self._source.broken}")
-        keys = [k for p in range(AHEAD + 1) for k in self.feeder.keys(position + p)]
+        ahead = max(AHEAD, len(self._pipelines))
+        keys = [k for p in range(ahead + 1) for k in self.feeder.keys(position + p)]
         for _, image in keys:
             if image not in self.feeder.spoilt:
                 try:

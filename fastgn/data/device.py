@@ -1,11 +1,11 @@
-"""Small data sets whole on the device, augmented there: no host work after the epoch's start."""
+"""Small data sets whole on the device, augmented there: one graph a batch where compiled."""
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from fastgn.config import AugmentationConfig
-from fastgn.data.augment import BatchAugment, flip, shift, to_float
+from fastgn.data.augment import BatchAugment, Drawn, flip, shift, to_float
 from fastgn.data.batch import Batch, epoch_order, rank_slice
 from fastgn.data.datasets import Arrays
 from fastgn.seeding import Stream, generator, seed_all
@@ -17,7 +17,6 @@ class DeviceLoader:
     def __init__(
         self,
         split: Arrays,
-        cfg: AugmentationConfig,
         augment: BatchAugment,
         *,
         img_size: int,
@@ -29,6 +28,7 @@ class DeviceLoader:
         rank: int,
         ranks: int,
         device: torch.device,
+        compiled: bool,
     ):
         self.images_NCHW = split.images_NCHW.to(device)
         self.labels_N = split.labels_N.to(device)
@@ -41,6 +41,9 @@ class DeviceLoader:
         self.batches_per_epoch = batches_per_epoch
         self.seed, self.rank, self.ranks = seed, rank, ranks
         self.device = device
+        self.make = (
+            torch.compile(self._make, fullgraph=True, dynamic=False) if compiled else self._make
+        )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """See batch.Loader."""
@@ -51,10 +54,14 @@ class DeviceLoader:
         flipped = (torch.rand(num, generator=draw) < self.hflip).to(self.device)
         for index in range(first, self.batches_per_epoch):
             chosen = order[rank_slice(index, self.batch_size, self.rank, self.ranks)]
-            images = to_float(self.images_NCHW[chosen], self.img_size)
-            if self.padding:
-                images = shift(images, offsets[chosen], self.padding)
-            if self.hflip:
-                images = flip(images, flipped[chosen])
             seed_all(Stream.AUGMENT, self.seed, epoch, index, self.rank)
-            yield self.augment(images, self.labels_N[chosen])
+            drawn = self.augment.draw(self.batch_size, self.img_size, self.img_size)
+            yield self.make(chosen, offsets, flipped, drawn)
+
+    def _make(self, chosen_B: Tensor, offsets_N2: Tensor, flipped_N: Tensor, drawn: Drawn) -> Batch:
+        images = to_float(self.images_NCHW[chosen_B], self.img_size)
+        if self.padding:
+            images = shift(images, offsets_N2[chosen_B], self.padding)
+        if self.hflip:
+            images = flip(images, flipped_N[chosen_B])
+        return self.augment.apply(images, self.labels_N[chosen_B], drawn)
