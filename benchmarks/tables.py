@@ -374,6 +374,16 @@ def loader() -> str:
             f"{record['versions']['torch']} (`benchmarks/results/{path.name}`)."
         )
         tables.append("\n".join(lines))
+    for path in sorted(RESULTS.glob("small_data_*.json")):
+        record = json.loads(path.read_text())
+        share, options = record["share"], " ".join(record["options"])
+        where = record["device"].replace("cpu", f"{record['hardware']['cpu_count']} CPU cores")
+        tables.append(
+            f"`device`, {where}: a batch of {record['batch_size']} images as CIFAR-10's takes "
+            f"{share['mean']:.2%} ± {share['std']:.2%} (n = {share['n']}) of PreActResNet-18's "
+            f"gradnorm update on them, with {options}; torch {record['versions']['torch']} "
+            f"(`benchmarks/results/{path.name}`)."
+        )
     return "\n\n".join(tables)
 
 
