@@ -461,6 +461,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "truncated": (encoded(0, size=(200, 200))[:700], "truncated"),
     "no image": (b"text", "its format is not known"),
     "gigantic": (png_of(30_000, 30_000), "decompression bomb"),
+    "thin": (encoded(0, "PNG", (3, 3001)), "3 x 3001 pixels are too thin to resize"),
     "32-bit": (float_tiff(), "32-bit pixels have no known range"),
 }
 

@@ -26,7 +26,7 @@ from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice
 from fastgn.data.datasets import Arrays
 from fastgn.data.host import finished
-from fastgn.data.images import BadImageError, Encoded, decode_image, load_or_next
+from fastgn.data.images import BadImageError, Encoded, decode_image, load_or_next, thin
 from fastgn.data.jpeg import plain_size
 from fastgn.data.recipe import ARGUMENTS, FILL, Kind, Recipe
 from fastgn.data.torch import as_it_is, from_workers
@@ -166,7 +166,7 @@ class Feeder(Dataset):
             raise BadImageError(self.spoilt[image])
         content = self.split.read(image)
         size = plain_size(content)
-        if size is not None and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
+        if size and not thin(*size) and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
             return content, None, size
         decoded = decode_image(content, self.split.name(image))
         return content, decoded, decoded.size

@@ -14,6 +14,10 @@ from fastgn.config import UserError
 SKIPPED_IN_A_ROW = 100
 """Bad images one after the other that are no accident: a folder or a shard is gone."""
 
+THINNEST = 1000
+"""A longer side over the shorter: to resize the shorter to 256 pixels, as evaluation does, would take
+gigabytes beyond."""
+
 Loaded = TypeVar("Loaded")
 
 
@@ -53,6 +57,11 @@ def bad_image(name: str, reason: object, problem: str = "unreadable") -> BadImag
     return BadImageError(f"{name} cannot be read as an image: {line}", problem)
 
 
+def thin(width: int, height: int) -> bool:
+    """Whether an image's sides differ too much."""
+    return max(width, height) > THINNEST * min(width, height)
+
+
 def decode_image(content: bytes, name: str) -> Image.Image:
     """RGB, whatever the format; the orientation in its EXIF is not followed, as in ImageFolder.
     Raises BadImageError, which calls it `name`."""
@@ -60,6 +69,9 @@ def decode_image(content: bytes, name: str) -> Image.Image:
         raise bad_image(name, "it is empty", "empty")
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if thin(*image.size):
+                width, height = image.size
+                raise bad_image(name, f"{width} x {height} pixels are too thin to resize", "thin")
             if image.mode.startswith("I;16"):  # whose values above 255 PIL turns into white
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):

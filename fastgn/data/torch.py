@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import os
 import re
 import signal
 import sys
@@ -136,7 +137,7 @@ def in_order(
     """The function's results for the indices, made in worker processes. Raises UserError."""
     ahead = {"prefetch_factor": 16} if workers else {}
     options: dict[str, Any] = {"batch_size": None, "sampler": indices, "collate_fn": as_it_is}
-    return from_workers(Mapped(function), workers, **options, **ahead)
+    return from_workers(Mapped(function), min(workers, os.cpu_count() or 1), **options, **ahead)
 
 
 def as_it_is(result: Any) -> Any:
