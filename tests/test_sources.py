@@ -461,8 +461,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "truncated": (encoded(0, size=(200, 200))[:700], "truncated"),
     "no image": (b"text", "its format is not known"),
     "gigantic": (png_of(30_000, 30_000), "decompression bomb"),
-    "thin": (encoded(0, "PNG", (3, 3001)), "3 x 3001 pixels are too thin to resize"),
     "32-bit": (float_tiff(), "32-bit pixels have no known range"),
+    "thin": (encoded(0, "PNG", (3, 3001)), "3 x 3001 pixels are too thin to resize"),
 }
 
 
@@ -683,10 +683,10 @@ def test_each_oddity_has_its_note():
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_check_names_every_bad_image(workers, tmp_path, capsys):
     root, report = tree(tmp_path / "images"), tmp_path / "report.json"
-    bad = {}
-    for i, (problem, (content, _)) in enumerate(BAD.items()):
-        bad[str(root / "train" / "bee" / f"pic.{i if i != 1 else 5}.jpg")] = problem
-        Path([*bad][-1]).write_bytes(content)
+    jpegs = sorted((root / "train").rglob("*.jpg"))
+    bad = {str(path): problem for path, problem in zip(jpegs, BAD, strict=False)}
+    for path, problem in bad.items():
+        Path(path).write_bytes(BAD[problem][0])
     for i, content in enumerate(odd_images().values()):
         (root / "val" / "cat" / f"{i}.jpg").write_bytes(content)
     assert checking.main([str(root), "--workers", workers, "--output", str(report)]) == 1

@@ -15,7 +15,7 @@ SKIPPED_IN_A_ROW = 100
 """Bad images one after the other that are no accident: a folder or a shard is gone."""
 
 THINNEST = 1000
-"""A longer side over the shorter: to resize the shorter to 256 pixels, as evaluation does, would take
+"""A longer side over the shorter: to resize the shorter to 256 pixels, as evaluation does, takes
 gigabytes beyond."""
 
 Loaded = TypeVar("Loaded")
