@@ -8,12 +8,14 @@ much of a difference of 1, in few pixels: so means are compared, and the maximum
 something.
 """
 
+import gc
 import io
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +427,34 @@ def test_no_dali_is_one_line(photographs, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------- processes
+
+
+def test_garbage_collected_in_a_pipelines_own_thread(photographs, monkeypatch):
+    """A loader that is forgotten in a cycle, as an exception's traceback makes one: DALI's threads
+    call Python, and would wait for themselves where they ended its pipelines. They live on until
+    another loader begins."""
+    finished, collected = dali.finished, []
+
+    def collect(*item: Any) -> Any:
+        collected.append(bool(gc.collect()))
+        return finished(*item)
+
+    gc.collect()
+    gc.disable()
+    try:
+        loader = loader_of(photographs, color_jitter=0.0)
+        batches = loader.epoch(0)
+        next(batches)
+        loader.itself, forgotten = loader, weakref.ref(loader)
+        monkeypatch.setattr(dali, "finished", collect)
+        other = loader_of(photographs, color_jitter=0.0, batch_size=2)
+        del loader, batches
+        next(other.epoch(0))
+    finally:
+        gc.enable()
+    assert any(collected) and forgotten() is None and len(dali.KEPT) >= 2
+    other.close()
+    assert all(ref() is not None for ref, _ in dali.KEPT)
 
 
 def children() -> set[int]:

@@ -502,14 +502,16 @@ class DaliLoader:
 
     def close(self) -> None:
         """Ends the worker processes; the next batch asked for starts others."""
-        self._pipelines.clear()
+        self._pipelines = deque()
         if self._source is not None:
             self._source.close()
         self._source, self._next = None, -1
+        sweep()
 
     def __del__(self) -> None:
-        if getattr(self, "_source", None) is not None:  # __init__ may have raised
-            self.close()
+        source = getattr(self, "_source", None)  # __init__ may have raised
+        if source is not None:
+            source.close()
 
     def _take(self, position: int) -> tuple[Tensor, Tensor]:
         """(images in 0..1, labels) on the device. The pipelines go on from epoch to epoch, and
@@ -564,6 +566,8 @@ class DaliLoader:
                 prefetch_queue_depth=AHEAD if count == 1 else 1,
             )
             self._pipelines.append(pipeline)
+        sweep()
+        KEPT.append((weakref.ref(self), self._pipelines))
         for pipeline in self._pipelines:
             pipeline.build()
             pipeline.schedule_run()
@@ -586,6 +590,16 @@ class DaliLoader:
             f"--loader dali: {reason_of(error)} (in a batch that begins with "
             f"{self.feeder.split.name(keys[0][1])}; PIL decodes all of it: try --loader torch)"
         )
+
+
+KEPT: list[tuple["weakref.ref[DaliLoader]", deque[Any]]] = []
+"""All pipelines. Else Python's garbage collector would end those of a forgotten loader, and it may
+run in one of their own threads, as they call Python: the thread would wait for itself."""
+
+
+def sweep() -> None:
+    """Ends the pipelines that no loader has any more."""
+    KEPT[:] = [(ref, x) for ref, x in KEPT if getattr(ref(), "_pipelines", None) is x]
 
 
 def close_if_alive(reference: "weakref.ref[DaliLoader]") -> None:
