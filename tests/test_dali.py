@@ -208,6 +208,8 @@ def test_each_operation_is_pils(tmp_path, monkeypatch, by_dali):
     for place, index in enumerate(order):
         name, which = cases[index]
         _, by_timm, mean, largest = OPERATIONS[name]
+        if name in ("bicubic shear", "bicubic shift") and not by_dali:
+            mean, largest = 0.02, 1  # PIL's own kernel
         expected = np.asarray(by_timm(pictures()[which])).astype(int)
         difference = np.abs(images[place] - expected)
         assert difference.mean() <= mean, (name, which, difference.mean())
