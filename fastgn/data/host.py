@@ -98,7 +98,8 @@ def slid(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
     mixed = pixels[:, :side] * weights[0]
     for k in (1, 2, 3):
         mixed.addcmul_(pixels[:, k : k + side], weights[k])
-    result = mixed.clamp_(0, 255).numpy().astype(np.uint8)
+    # PIL rounds down in double precision: what is just below a whole number may be our rounding
+    result = mixed.add_(0.002).clamp_(0, 255).numpy().astype(np.uint8)
     for y, inside in enumerate(np.ceil(-start - 0.5).astype(int).tolist()):
         if inside > 0:
             result[y, :inside] = FILL
