@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
-from timm.data import auto_augment
 
 from fastgn.data.recipe import FILL, WARPS, Kind
 
@@ -21,7 +20,9 @@ PILLOW: dict[Kind, Callable[[Image.Image, float], Image.Image]] = {
     Kind.INVERT: lambda image, _: ImageOps.invert(image),
     Kind.POSTERIZE: lambda image, mask: image.point([v & int(mask) for v in range(256)] * 3),
     Kind.SOLARIZE: lambda image, least: ImageOps.solarize(image, int(least)),
-    Kind.SOLARIZE_ADD: lambda image, more: auto_augment.solarize_add(image, int(more)),
+    Kind.SOLARIZE_ADD: lambda image, more: image.point(
+        [min(255, v + int(more)) if v < 128 else v for v in range(256)] * 3
+    ),
     Kind.COLOR: lambda image, factor: ImageEnhance.Color(image).enhance(factor),
     Kind.CONTRAST: lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
     Kind.BRIGHTNESS: lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
