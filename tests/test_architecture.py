@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "checkpoint": {"config"},
     "metrics": {"checkpoint", "config"},
     "data": {"checkpoint", "config", "extras", "seeding", "data"},
-    "analysis": set(),
+    "analysis": {"analysis", "attacks", "config"},
 }
 """Module or subpackage of fastgn -> siblings that it may import; train and evaluate compose all."""
 
