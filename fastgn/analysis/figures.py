@@ -1,9 +1,10 @@
 """Pictures, each as the bytes of a PNG: a run's curves; images, gradients and perturbations of
-models."""
+models; models' accuracy against eps and the norms of their gradients."""
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,3 +121,79 @@ def show(axes, image_CHW: Tensor) -> None:
 def signed(axes, values_HW: Tensor, limit: float) -> None:
     axes.imshow(values_HW.cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.set(xticks=[], yticks=[])
+
+
+def draw_robust_curve(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]], subset: str, attack: str = "PGD"
+) -> bytes:
+    """Accuracy against the attack's Linf radius, a line a model.
+
+    curves: {model: robust_curve's rows}; eps in 0..1 pixel units, drawn in 1/255.
+    subset: the images' name, attack the attack's, both for the title.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in curves.items():
+        points = sorted((255 * row["eps"], row["accuracy"]) for row in rows)
+        axes.plot(*zip(*points, strict=True), label=name, marker=".")
+    axes.set_title(f"accuracy under {attack}: {subset}", fontsize=10)
+    axes.set_xlabel("Linf eps (1/255)")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return to_png(figure)
+
+
+def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
+    """The share of images by the L1 norm of their input gradient, a model a colour, with the
+    median dashed.
+
+    norms: {model: one norm an image, in 0..1 pixel units}. Norms of 0, as of a loss that is 0 in
+    fp32, have no place on the log axis: the legend counts them.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    values = {name: np.asarray(norm, dtype=np.float64) for name, norm in norms.items()}
+    positive = np.concatenate([v[v > 0] for v in values.values()] or [np.ones(0)])
+    low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
+    # a bin an eighth of a decade, the same for all, so that the models' shares compare
+    first = np.floor(8 * np.log10(low) - 1e-9)
+    last = np.floor(8 * np.log10(high) + 1e-9) + 1
+    bins = (10 ** (np.arange(first, last + 1) / 8)).tolist()
+    for index, (name, norm) in enumerate(values.items()):
+        colour, zeros, median = f"C{index}", int((norm == 0).sum()), float(np.median(norm))
+        text = f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
+        label = f"{name} (median {text}" + (f", {zeros} are 0)" if zeros else ")")
+        shares = np.full(len(norm), 1 / len(norm))
+        axes.hist(norm, bins, weights=shares, histtype="stepfilled", alpha=0.25, color=colour)
+        axes.hist(norm, bins, weights=shares, histtype="step", color=colour, label=label)
+        if median > 0:
+            axes.axvline(median, color=colour, linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_title("L1 norm of the input gradient (0..1 pixels)", fontsize=10)
+    axes.set_xlabel("L1 norm")
+    axes.set_ylabel("share of the images")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return to_png(figure)
+
+
+def draw_norm_against_epoch(rows: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
+    """The mean L1 norm of the input gradient during training, log scale, a line a run.
+
+    rows: {run: (epoch, norm) pairs}.
+    """
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in rows.items():
+        marker = "." if len(points) < 40 else None
+        axes.plot(*zip(*sorted(points), strict=True), label=name, marker=marker)
+    axes.set_yscale("log")
+    axes.set_title("mean L1 norm of the input gradient", fontsize=10)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("L1 norm")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return to_png(figure)
