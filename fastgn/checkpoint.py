@@ -113,11 +113,33 @@ class Checkpoints:
         os.replace(temporary, name)
 
 
+def foreign_object(error: BaseException) -> str | None:
+    """What torch.load(weights_only=True) met besides tensors and plain values, from its refusal: a
+    class's or function's dotted name. None where the refusal is of another kind.
+
+    A pickle of protocol 4 or later is never torch.save's; its reader stops at the first opcode and
+    so knows no name.
+    """
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    named = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+    if named:
+        return named[1]
+    return "a bare pickle" if "Unsupported operand 149" in str(error) else None
+
+
+def not_run(path: Path, what: str) -> str:
+    """The line for a file that `foreign_object` found something in."""
+    return (
+        f"{path} holds more than tensors ({what}): it was not loaded, for loading it could run code"
+    )
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content, on the CPU. Runs no code from the file.
 
-    Raises UserError: absent, cut short, flipped bits (every checksum in the file is verified), or
-    not a checkpoint of this program.
+    Raises UserError: absent, cut short, flipped bits (every checksum in the file is verified),
+    objects besides tensors and plain values, or not a checkpoint of this program.
     """
     check(path.is_file(), f"{path}: there is no such checkpoint")
     others = [p.name for p in sorted(path.parent.glob("*.pt")) if p != path]
@@ -142,6 +164,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         struct.error,
         pickle.UnpicklingError,
     ) as error:
+        what = foreign_object(error)
+        if what:
+            raise UserError(not_run(path, what) + hint) from None
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is corrupt ({cause}){hint}") from None
     check(

@@ -1,9 +1,11 @@
 """Name -> network: timm's, with the normalisation inside, the activations and kernels chosen and
 every operator twice differentiable."""
 
+import argparse
 import dataclasses
 import inspect
 import pickle
+import re
 import struct
 import warnings
 from collections import Counter
@@ -17,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_act_layer, set_fused_attn
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from fastgn.checkpoint import foreign_object, not_run
 from fastgn.config import ArchitectureConfig, UserError, check, model_kwargs, nearest
 from fastgn.preact_resnet import PreActResNet18
 
@@ -50,6 +54,17 @@ ACTIVATIONS = (
     "celu",
     "selu",
 )
+
+WRAPPINGS = ("ema", "state_dict_ema", "state_dict", "model")
+"""Where files keep the state dict, averaged weights first."""
+OLD_SWIN = "layers.0.downsample.reduction.weight"
+"""In timm 0.6's Swins alone: in timm 1.0's the first stage has no downsampling."""
+SWIN_KEYS = (
+    r"(patch_embed\.(proj|norm)|norm|head|head\.fc|layers\.\d+\.(downsample\.(norm|reduction)"
+    r"|blocks\.\d+\.(norm1|norm2|attn\.(qkv|proj)|mlp\.fc[12])))\.(weight|bias)"
+    r"|layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table"
+)
+"""Regular expression of a Swin's keys, timm 0.6's and 1.0's."""
 
 
 class Classifier(nn.Module):
@@ -173,11 +188,13 @@ def build_model(
         f"--num-classes {cfg.num_classes} does not fit the data, which has {num_classes}",
     )
     name = check_name(cfg)
-    backbone = create(name, cfg, num_classes)
+    backbone, _ = create(name, cfg, num_classes)
     swapped = swap_activations(backbone, cfg.activation) if cfg.activation else 0
     unfused = switch_off_fused_attention(backbone)
     if cfg.initial_checkpoint:
         weights = read_weights(initial_file(Path(cfg.initial_checkpoint)))
+        if isinstance(backbone, SwinTransformer) and any(k.endswith(OLD_SWIN) for k in weights):
+            weights = from_paper(weights)
         load_weights(backbone, weights, f"--initial-checkpoint {cfg.initial_checkpoint}")
     defaults = getattr(backbone, "pretrained_cfg", None) or {}
     side = cfg.img_size or defaults.get("input_size", (3, 224, 224))[-1]
@@ -213,8 +230,10 @@ def check_name(cfg: ArchitectureConfig) -> str:
     return name
 
 
-def create(name: str, cfg: ArchitectureConfig, num_classes: int) -> nn.Module:
-    """The bare network."""
+def create(
+    name: str, cfg: ArchitectureConfig, num_classes: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The bare network, and the arguments that its constructor took. Raises UserError."""
     kwargs = {"num_classes": num_classes, "drop_rate": cfg.drop, **model_kwargs(cfg.model_kwargs)}
     if name in OWN:
         check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
@@ -226,7 +245,7 @@ def create(name: str, cfg: ArchitectureConfig, num_classes: int) -> nn.Module:
         for key in kwargs:
             check(key in known, f"--model-kwargs {key}: unknown to {name}; {nearest(key, known)}")
         try:
-            return OWN[name](**kwargs)
+            return OWN[name](**kwargs), kwargs
         except (TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"--model {cfg.model} cannot be built so: {first_line(error)}"
@@ -238,7 +257,8 @@ def create(name: str, cfg: ArchitectureConfig, num_classes: int) -> nn.Module:
     optional = {k: v for k, v in optional.items() if v is not None and k not in kwargs}
     while True:
         try:
-            return timm.create_model(name, pretrained=cfg.pretrained, **kwargs, **optional)
+            network = timm.create_model(name, pretrained=cfg.pretrained, **kwargs, **optional)
+            return network, kwargs | optional
         except TypeError as error:
             refused = next((k for k in optional if f"'{k}'" in str(error)), None)
             if refused is None:
@@ -302,13 +322,18 @@ def activation_layer(name: str) -> type[nn.Module]:
     return layer
 
 
-def swap_activations(model: nn.Module, name: str) -> int:
-    """Replaces every activation module below `model` in place; returns how many."""
-    layer = activation_layer(name)
-    known = tuple(
+def replaced_classes() -> tuple[type[nn.Module], ...]:
+    """The activations that `swap_activations` replaces: torch's, and timm's of those on offer."""
+    return tuple(
         {activation_layer(n) for n in ACTIVATIONS}
         | {*PIECEWISE_LINEAR, nn.GELU, nn.SiLU, nn.Hardswish}
     )
+
+
+def swap_activations(model: nn.Module, name: str) -> int:
+    """Replaces every activation module below `model` in place; returns how many."""
+    layer = activation_layer(name)
+    known = replaced_classes()
     count = 0
     for parent in model.modules():
         for child_name, child in parent.named_children():
@@ -359,15 +384,21 @@ def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str) -
     backbone.load_state_dict(weights, strict=False)
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """A state dict in timm's keys from .safetensors or torch.save's files; never runs code from
-    it."""
+def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
+    """A state dict in timm's keys from .safetensors or torch.save's files, on the CPU; averaged
+    weights come before the others. Never runs code from the file.
+
+    paper: the file is one of the paper's, or in their form: `from_paper` renames its keys. Raises
+    UserError: unreadable, objects besides tensors and plain values, no state dict.
+    """
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+            content: Any = load_file(file)
+        else:
+            # timm's own training script stores its arguments: a Namespace holds values, no code
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+                warnings.simplefilter("ignore")
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except (
         SafetensorError,
         RuntimeError,
@@ -378,13 +409,22 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         LookupError,
         ValueError,
     ) as error:
+        what = foreign_object(error)
+        if what:
+            raise UserError(not_run(file, what)) from None
         raise UserError(f"{file} cannot be read as weights: {first_line(error)}") from None
-    for key in ("ema", "state_dict_ema", "state_dict", "model"):
+    for key in WRAPPINGS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
     check(isinstance(content, dict), f"{file} holds no state dict")
-    return strip_prefixes(content)
+    weights = strip_prefixes(content)
+    if not paper:
+        return weights
+    try:
+        return from_paper(weights)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def strip_prefixes(weights: dict[str, Any]) -> dict[str, Tensor]:
@@ -394,3 +434,54 @@ def strip_prefixes(weights: dict[str, Any]) -> dict[str, Tensor]:
         if isinstance(value, Tensor):
             out[key.removeprefix("module.").removeprefix("backbone.")] = value
     return out
+
+
+def from_paper(weights: dict[str, Any]) -> dict[str, Tensor]:
+    """A Swin's state dict in timm 1.0's keys from one of the paper's checkpoints, whose keys are
+    timm 0.6's: there a stage ends with the downsampling that now begins the next one, the
+    classifier is `head` and not `head.fc`, and buffers that follow from the shape are stored.
+
+    weights: the state dict, or a dict that holds it as "state_dict_ema", "state_dict", ...; its
+    keys may be those of a network behind a normalisation (`1.`, `model.`, `module.`). timm 1.0's
+    own keys stay as they are. Tensors are passed on, not copied.
+
+    Raises UserError: a key that no Swin has (the first is named), or a normalisation by other than
+    ImageNet's mean and standard deviation, which `Classifier` would not apply.
+    """
+    for key in WRAPPINGS:
+        if isinstance(weights.get(key), dict):
+            weights = weights[key]
+            break
+    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    check(bool(tensors), "no tensor in it")
+    out: dict[str, Tensor] = {}
+    plain = {re.sub(r"^((module|model|backbone|1)\.)+", "", k): k for k in tensors}
+    old = OLD_SWIN in plain
+    for key, given in plain.items():
+        normalisation = re.fullmatch(r"(?:(?:0|normali[sz]e)\.)?(mean|std)", key)
+        if normalisation:
+            check_normalisation(given, tensors[given], normalisation[1])
+            continue
+        if re.search(r"\.(attn_mask|relative_position_index)$", key):
+            continue
+        check(
+            re.fullmatch(SWIN_KEYS, key) is not None,
+            f"{given} is unknown: no Swin of timm 0.6 or 1.0 has it",
+        )
+        if old:
+            key = re.sub(
+                r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key
+            )
+        out[re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)] = tensors[given]
+    return out
+
+
+def check_normalisation(key: str, given: Tensor, kind: str) -> None:
+    """Raises UserError unless `given` is ImageNet's mean or std (kind), of any shape."""
+    values = given.flatten().tolist()
+    expected = IMAGENET_DEFAULT_MEAN if kind == "mean" else IMAGENET_DEFAULT_STD
+    same = len(values) == 3 and all(
+        abs(a - b) < 1e-4 for a, b in zip(values, expected, strict=True)
+    )
+    shown = [round(v, 4) for v in values[:3]]
+    check(same, f"{key} is {shown} and not ImageNet's {list(expected)}")

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "objectives": {"attacks", "config"},
     "schedule": {"attacks", "objectives"},
     "plan": {"config", "objectives", "schedule"},
-    "models": {"config", "preact_resnet"},
+    "models": {"checkpoint", "config", "preact_resnet"},
     "optim": {"config"},
     "ema": set(),
     "distributed": {"config"},

@@ -1,5 +1,6 @@
 """Names, normalisation, activations, attention, kernels, and weights from elsewhere."""
 
+import argparse
 import json
 import math
 import os
@@ -506,7 +507,14 @@ def test_a_malicious_pickle_is_refused_unexecuted(form, tmp_path):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "torch.save")
     line = refused(model="preact_resnet18", initial_checkpoint=str(path))
-    assert line.startswith(f"{path} cannot be read as weights")
+    what = "a bare pickle" if form == "pickle" else f"{os.mkdir.__module__}.mkdir"
+    assert line == (
+        f"{path} holds more than tensors ({what}): it was not loaded, for loading it could run code"
+    )
+    if form == "torch.save":
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(path)
+        assert str(caught.value) == line
     assert not proof.exists()
     # the file would have done it: what is tested is the reader
     with warnings.catch_warnings():
@@ -515,6 +523,129 @@ def test_a_malicious_pickle_is_refused_unexecuted(form, tmp_path):
             path.read_bytes()
         )
     assert proof.exists()
+
+
+def test_what_a_checkpoint_holds_is_named(tmp_path):
+    """A class that does no harm is not run either; timm's own stored arguments are read."""
+    torch.save({"state_dict": {}, "extra": ArchitectureConfig()}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"tensors \(fastgn\.config\.ArchitectureConfig\): it was"):
+        models.read_weights(tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"tensors \(fastgn\.config\.ArchitectureConfig\): it was"):
+        load_checkpoint(tmp_path / "weights.pt")
+    arguments = argparse.Namespace(model="swin", lr=0.1)
+    weights = {"a": torch.ones(2)}
+    torch.save({"state_dict": weights, "args": arguments}, tmp_path / "timm.pth.tar")
+    read = models.read_weights(tmp_path / "timm.pth.tar")
+    assert differences(read, weights) == []
+
+
+# ----------------------------------------------------------------------------- the paper's weights
+
+
+DEEP = {
+    "model_kwargs": (
+        *("patch_size=2", "embed_dim=8", "depths=(1, 2, 1)", "num_heads=(1, 2, 4)"),
+        "window_size=2",
+    ),
+    "img_size": 16,
+}
+"""Three stages: a downsampling that moves has one before it and one behind."""
+
+
+@pytest.fixture(scope="module")
+def swin() -> Classifier:
+    torch.manual_seed(4)
+    model, _ = build_model(ArchitectureConfig(model="swin_t", **DEEP), 5)
+    for value in model.state_dict().values():
+        value.add_(0.1 * torch.randn_like(value))
+    return model.eval()
+
+
+def old_form(swin: Classifier) -> dict[str, Tensor]:
+    """timm 0.6's keys, written down from its module tree: PatchMerging ends stages 0 and 1, the
+    head is a plain Linear, and the windows' indices and masks are among the buffers."""
+    names = {
+        "layers.1.downsample": "layers.0.downsample",
+        "layers.2.downsample": "layers.1.downsample",
+        "head.fc": "head",
+    }
+    out = {}
+    for key, value in swin.backbone.state_dict().items():
+        new = next((key.replace(a, b) for a, b in names.items() if key.startswith(a)), key)
+        assert new not in out
+        out[new] = value
+    for name, buffer in swin.backbone.named_buffers():
+        if name.endswith(("attn_mask", "relative_position_index")):
+            out[name] = buffer
+    assert "layers.0.downsample.reduction.weight" in out
+    assert "layers.1.blocks.1.attn_mask" in out and "head.weight" in out
+    return out
+
+
+def normalised(weights: dict[str, Tensor], wrapper: str) -> dict[str, Tensor]:
+    first, second = {"sequential": ("0", "1"), "named": ("normalize", "model")}[wrapper]
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225))
+    return {f"{first}.mean": mean, f"{first}.std": std} | {
+        f"{second}.{k}": v for k, v in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "form", ["ema", "sequential", "named", "distributed", "distributed sequential", "new keys"]
+)
+def test_the_papers_checkpoints_give_the_same_logits(form, swin, tmp_path):
+    """The files themselves cannot be had: these are a small Swin's, in their form."""
+    old, path = old_form(swin), tmp_path / "last.pth.tar"
+    zeros = {k: torch.zeros_like(v) for k, v in old.items()}
+    content: dict[str, Any] = {
+        "ema": {"state_dict": zeros, "state_dict_ema": old, "args": argparse.Namespace(lr=1.0)},
+        "sequential": normalised(old, "sequential"),
+        "named": {"state_dict": normalised(old, "named")},
+        "distributed": {f"module.{k}": v for k, v in old.items()},
+        "distributed sequential": {
+            f"module.{k}": v for k, v in normalised(old, "sequential").items()
+        },
+        "new keys": normalised(dict(swin.backbone.state_dict()), "sequential"),
+    }[form]
+    torch.save(content, path)
+    images = torch.rand(3, 3, 16, 16)
+    torch.manual_seed(0)
+    model, _ = build_model(ArchitectureConfig(model="swin_t", **DEEP), 5)
+    assert not torch.allclose(model.eval()(images), swin(images), atol=1e-2)
+    models.load_weights(model.backbone, models.read_weights(path, paper=True), str(path))
+    assert torch.equal(model(images), swin(images))
+
+
+def test_timm_1_0s_keys_stay_as_they_are(swin):
+    weights = swin.backbone.state_dict()
+    assert differences(models.from_paper(weights), dict(weights)) == []
+
+
+def test_an_initial_checkpoint_may_be_an_old_swin(swin, tmp_path):
+    torch.save({"state_dict_ema": old_form(swin)}, tmp_path / "old.pth")
+    start = ArchitectureConfig(model="swin_t", **DEEP, initial_checkpoint=str(tmp_path / "old.pth"))
+    model, _ = build_model(start, 5)
+    assert differences(model.backbone.state_dict(), swin.backbone.state_dict()) == []
+
+
+def test_what_is_not_the_papers_is_named(swin, tmp_path):
+    old = old_form(swin)
+    with pytest.raises(UserError, match=r"^1\.absolute_pos_embed is unknown: no Swin of timm"):
+        models.from_paper({"1.absolute_pos_embed": torch.zeros(1), "1.other": torch.zeros(1)})
+    path = tmp_path / "resnet.pt"
+    torch.save({"conv1.weight": torch.zeros(1)}, path)
+    with pytest.raises(UserError) as caught:
+        models.read_weights(path, paper=True)
+    assert str(caught.value).startswith(f"{path}: conv1.weight is unknown")
+    other = normalised(old, "sequential") | {"0.std": torch.tensor((0.5, 0.5, 0.5))}
+    with pytest.raises(UserError, match=r"^0\.std is \[0\.5, 0\.5, 0\.5\] and not ImageNet's"):
+        models.from_paper(other)
+    with pytest.raises(UserError, match="no tensor in it"):
+        models.from_paper({"epoch": 3})
+
+
+# --------------------------------------------------------------------------------------------- hub
 
 
 def test_pretrained_without_a_hub_is_one_line_and_soon(monkeypatch, tmp_path):
