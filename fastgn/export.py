@@ -1,0 +1,327 @@
+"""A trained model for RobustBench, or for any program that has torch and timm but not fastgn.
+
+python -m fastgn.export --checkpoint runs/NAME --robustbench OUT_DIR --eps 4/255
+"""
+
+import dataclasses
+import inspect
+import io
+import json
+import math
+import sys
+from fractions import Fraction as Ratio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":  # before the imports that fail without it
+    from fastgn.extras import need_train
+
+    need_train("fastgn.export")
+
+from fastgn import models
+from fastgn.checkpoint import export_weights, write_bytes, write_json
+from fastgn.config import Fraction, UserError, check, check_pixels, parse_cli
+from fastgn.distributed import say_error
+
+if TYPE_CHECKING:
+    from fastgn.evaluate import Trained
+
+CLASSES = {"cifar10": 10, "imagenet": 1000}
+"""RobustBench's data sets that fastgn trains on -> how many classes a model of theirs has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """A trained model as files that need torch and timm alone, with RobustBench's record of it."""
+
+    checkpoint: str = ""
+    """A run's folder, a checkpoint (.pt) or an export (.safetensors)."""
+    robustbench: str = ""
+    """The folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
+    threat: Literal["Linf", "L2"] = "Linf"
+    """The norm that --eps is measured in."""
+    eps: Fraction = 4 / 255
+    """The threat's radius in 0..1 pixel units."""
+    dataset: Literal["cifar10", "imagenet"] | None = None
+    """RobustBench's name of the data; None: the run's data, where it is one of these."""
+    evaluation: str | None = None
+    """An evaluation.json of fastgn.evaluate to take the accuracies from; None leaves them null."""
+    name: str | None = None
+    """Title of the entry (RobustBench: the paper's); None: the run's name."""
+    link: str | None = None
+    """Address of the paper or of the code."""
+    authors: str | None = None
+    """Their names, with commas between."""
+    venue: str | None = None
+    """Where and when it was published."""
+    architecture: str | None = None
+    """The network as the leaderboard should call it, such as Swin-B; None: --model of the run."""
+    additional_data: bool | None = None
+    """Whether other images or labels than the data set's were used; None: false for a run from
+    scratch, else null."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
+        check(bool(self.robustbench), "--robustbench is missing: name the folder to write")
+        if self.threat == "Linf":
+            check_pixels("--eps", self.eps)
+        check(
+            math.isfinite(self.eps) and self.eps > 0, f"--eps {self.eps:g} must be a radius above 0"
+        )
+
+
+DEFINITION = '''"""{name}: {model}, {classes} classes, images of {side} x {side} pixels.
+
+Needs torch and timm alone. Images are B x 3 x {side} x {side} in 0..1; the normalisation is inside.
+At the evaluation of this model, images that were larger were scaled (bicubic) so that the central
+crop of {side} pixels is {crop_pct:g} of the shorter side.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+{imports}
+MEAN, STD = {mean}, {std}
+ARGUMENTS = {arguments}
+{activation}
+{own}
+class Normalized(nn.Module):
+    """Images in 0..1 to logits. The state dict's keys are the network's, with or without
+    `model.` in front."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        return self.model((images - self.mean) / self.std)
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        named = {{"model." + k.removeprefix("model."): v for k, v in state_dict.items()}}
+        return super().load_state_dict(named, strict=strict, assign=assign)
+
+
+def build():
+    """The network with random weights, in eval mode."""
+    network = {constructor}
+{swap}    return Normalized(network).eval()
+
+
+def load(path=Path(__file__).with_name("weights.pt")):
+    """The trained network on the CPU, in eval mode. path: weights.pt; no code in it is run."""
+    model = build()
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model
+'''
+"""model.py. Its normalisation is a wrapper and its weights have the bare network's keys: that is
+what RobustBench's loader makes of a file, with `model.` in front for ImageNet and without it for
+CIFAR-10."""
+
+SWAP = """    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, KINDS):
+                setattr(parent, name, get_act_layer(ACTIVATION)())
+"""
+
+
+def shortest(values: Tensor) -> tuple[float, ...]:
+    """float32 values as the shortest decimals that are read back as the same float32."""
+    return tuple(float(str(v)) for v in values.detach().cpu().flatten().numpy())
+
+
+def definition(trained: "Trained") -> str:
+    """model.py: Python that builds the network as `models.build_model` does, fastgn not needed.
+
+    A network of fastgn's own brings its source along.
+    """
+    cfg = dataclasses.replace(trained.cfg.architecture, pretrained=False, initial_checkpoint=None)
+    name = models.check_name(cfg)
+    _, arguments = models.create(name, cfg, len(trained.classes))
+    imports, own, activation, swap = "", "", "", ""
+    constructor = f"timm.create_model({name!r}, pretrained=False, **ARGUMENTS)"
+    if name in models.OWN:
+        source = inspect.getsource(sys.modules[models.OWN[name].__module__])
+        lines = source.partition('"""\n\n')[2].splitlines()
+        own = "\n" + "\n".join(x for x in lines if not x.startswith(("import ", "from "))).strip()
+        own += "\n\n"
+        imports += "import torch.nn.functional as F\nfrom torch import Tensor\n"
+        constructor = f"{models.OWN[name].__name__}(**ARGUMENTS)"
+    else:
+        imports += "import timm\n"
+    if cfg.activation:
+        imports += "from timm.layers import get_act_layer\n"
+        plain = sorted({c.__name__ for c in models.replaced_classes() if is_torchs(c)})
+        named = ", ".join(f"get_act_layer({a!r})" for a in models.ACTIVATIONS)
+        activation = (
+            f"ACTIVATION = {cfg.activation!r}\n"
+            f"KINDS = tuple({{{', '.join('nn.' + k for k in plain)},\n    {named}}})\n"
+        )
+        swap = SWAP
+    return DEFINITION.format(
+        name=trained.name.replace("\\", "/").replace('"', "'"),
+        model=cfg.model,
+        classes=len(trained.classes),
+        side=trained.model.img_size,
+        crop_pct=trained.cfg.augmentation.crop_pct,
+        imports=imports,
+        mean=shortest(trained.model.mean),
+        std=shortest(trained.model.std),
+        arguments=repr(arguments),
+        activation=activation,
+        own=own,
+        constructor=constructor,
+        swap=swap,
+    )
+
+
+def is_torchs(kind: type) -> bool:
+    """Whether torch.nn has this class under its own name."""
+    return getattr(torch.nn, kind.__name__, None) is kind
+
+
+def check_same(source: str, trained: "Trained", weights: dict[str, Tensor]) -> None:
+    """Runs model.py's text, and raises UserError where its logits for two random images are not the
+    trained model's: before anything is written."""
+    space: dict[str, Any] = {"__name__": "model", "__file__": "model.py"}
+    exec(compile(source, "model.py", "exec"), space)
+    rebuilt = space["build"]()
+    rebuilt.load_state_dict(weights)
+    side = trained.model.img_size
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine, theirs = rebuilt(images), trained.model.cpu()(images)
+    difference = float((mine - theirs).abs().max())
+    check(
+        difference <= 1e-4 * max(1.0, float(theirs.abs().max())),
+        f"--checkpoint {trained.name}: the exported network's logits differ from the run's by "
+        f"{difference:g}; nothing was written",
+    )
+
+
+def ratio(eps: float) -> str:
+    """eps in RobustBench's spelling: "4/255" where it is a whole number of 255ths, else "0.5"."""
+    n = Ratio(eps * 255).limit_denominator(1000)
+    return f"{n}/255" if n.denominator == 1 and abs(n / 255 - eps) < 1e-9 else f"{eps:g}"
+
+
+def accuracies(cfg: ExportConfig, name: str) -> dict[str, str | None]:
+    """clean_acc and autoattack_acc of the model called `name` in --evaluation, in per cent with two
+    decimals, and a footnote on the images; what was not measured there is null.
+
+    AutoAttack's accuracy is taken at --eps and in the norm of --threat alone. Raises UserError: no
+    such file, not an evaluation, no such model in it.
+    """
+    out: dict[str, str | None] = {"clean_acc": None, "autoattack_acc": None, "footnote": None}
+    if cfg.evaluation is None:
+        return out
+    try:
+        record = json.loads(Path(cfg.evaluation).read_text())
+        entries = {entry["name"]: entry for entry in record["models"]}
+        check(
+            name in entries,
+            f"--evaluation {cfg.evaluation} has no model {name!r}: it has {', '.join(entries)}",
+        )
+        norm = record.get("norm", "Linf")
+        for row in entries[name]["results"]:
+            percent = f"{100 * row['accuracy']:.2f}"
+            if row["attack"] == "clean":
+                out["clean_acc"] = percent
+            elif row["attack"] == "autoattack" and norm == cfg.threat:
+                if math.isclose(row["eps"], cfg.eps, rel_tol=1e-6):
+                    out["autoattack_acc"] = percent
+        if "images" in entries[name]:
+            of = entries[name].get("subset", "")
+            out["footnote"] = f"Accuracies on {entries[name]['images']} images ({of})."
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"--evaluation {cfg.evaluation}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"--evaluation {cfg.evaluation} is not an evaluation.json of fastgn.evaluate"
+        ) from None
+    return out
+
+
+def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
+    """RobustBench's record of a model, its fields in its order; null where nothing is known.
+
+    Raises UserError: --dataset does not fit the model's classes, or see `accuracies`.
+    """
+    own = {"imagefolder": "imagenet"}.get(str(trained.cfg.dataset.data), trained.cfg.dataset.data)
+    dataset = cfg.dataset or own
+    expected = CLASSES.get(str(dataset))
+    if expected is None or expected != len(trained.classes):
+        check(
+            cfg.dataset is None,
+            f"--dataset {cfg.dataset} has {expected} classes, and {trained.name} has "
+            f"{len(trained.classes)}",
+        )
+        dataset = None
+    start = trained.cfg.architecture
+    scratch = not (start.pretrained or start.initial_checkpoint)
+    measured = accuracies(cfg, trained.name)
+    return {
+        "link": cfg.link,
+        "name": cfg.name or trained.name,
+        "authors": cfg.authors,
+        "additional_data": False
+        if cfg.additional_data is None and scratch
+        else cfg.additional_data,
+        "number_forward_passes": 1,
+        "dataset": dataset,
+        "venue": cfg.venue,
+        "architecture": cfg.architecture or start.model,
+        "eps": ratio(cfg.eps),
+        "clean_acc": measured["clean_acc"],
+        "reported": measured["autoattack_acc"],
+        "autoattack_acc": measured["autoattack_acc"],
+        "footnote": measured["footnote"],
+        "unreliable": None,
+    }
+
+
+def run(cfg: ExportConfig) -> None:
+    """Writes the four files, each whole or not at all. Raises UserError."""
+    from fastgn.evaluate import load_trained
+
+    trained = load_trained(cfg.checkpoint, torch.device("cpu"))
+    info = model_info(cfg, trained)
+    source = definition(trained)
+    weights = {k: v.contiguous() for k, v in trained.model.backbone.state_dict().items()}
+    check_same(source, trained, weights)
+    folder = Path(cfg.robustbench)
+    pickled = io.BytesIO()
+    torch.save(weights, pickled)
+    export_weights(
+        folder / "weights.safetensors",
+        weights,
+        {"config": trained.cfg.to_toml(), "classes": list(trained.classes)},
+    )
+    write_bytes(folder / "weights.pt", pickled.getvalue())
+    write_bytes(folder / "model.py", source)
+    write_json(folder / "model_info.json", info)
+    print(f"written: {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    missing = [k for k, v in info.items() if v is None and k not in ("footnote", "unreliable")]
+    if missing:
+        print(f"model_info.json has no {', '.join(missing)} yet")
+
+
+def main(args: list[str] | None = None) -> int:
+    """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
+    try:
+        run(parse_cli(ExportConfig, sys.argv[1:] if args is None else args, "fastgn.export"))
+    except UserError as error:
+        say_error(f"fastgn.export: error: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

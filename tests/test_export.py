@@ -1,0 +1,231 @@
+"""A trained run as files for RobustBench: rebuilt where fastgn cannot be imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_run
+from safetensors.torch import load_file
+
+from fastgn import export, train
+from fastgn.evaluate import load_trained
+
+NAMES = ["model.py", "model_info.json", "weights.pt", "weights.safetensors"]
+REBUILD = """
+import importlib.util, sys
+sys.modules["fastgn"] = sys.modules["fastgn_kernels"] = None
+import torch
+folder = sys.argv[1]
+spec = importlib.util.spec_from_file_location("definition", folder + "/model.py")
+definition = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(definition)
+model = definition.load(*sys.argv[2:])
+assert not model.training
+images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+with torch.no_grad():
+    torch.save(model(images), folder + "/logits.pt")
+"""
+PREACT = ("--model", "preact_resnet18", "--img-size", "16", "--model-kwargs", "width=4")
+
+
+def trained_run(folder: Path, *more: str) -> Path:
+    assert train.main(tiny_run(folder, "--epochs", "1", "--max-updates", "3", *more)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swin_run(tmp_path_factory) -> Path:
+    more = ("--activation", "silu", "--mean", "0.1", "0.2", "0.3", "--std", "0.5", "0.6", "0.7")
+    return trained_run(tmp_path_factory.mktemp("export") / "swin", *more)
+
+
+def exported(run: Path, out: Path, *more: str) -> dict:
+    assert export.main(["--checkpoint", str(run), "--robustbench", str(out), *more]) == 0
+    return json.loads((out / "model_info.json").read_text())
+
+
+def refused(capsys, *args: str) -> str:
+    capsys.readouterr()
+    assert export.main(list(args)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line.removeprefix("fastgn.export: error: ")
+
+
+def rebuilt_logits(folder: Path, *more: str) -> torch.Tensor:
+    """What model.py gives in a process of its own, in which importing fastgn fails."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", REBUILD, str(folder), *more],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "logits.pt", weights_only=True)
+
+
+def own_logits(run: Path) -> torch.Tensor:
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return load_trained(str(run), torch.device("cpu")).model(images)
+
+
+# ---------------------------------------------------------------------------------------- the files
+
+
+def test_an_export_gives_the_same_logits_without_fastgn(swin_run, tmp_path):
+    """Another activation and another normalisation than the network's own: both must come along."""
+    exported(swin_run, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == NAMES
+    expected = own_logits(swin_run)
+    assert float(expected.std()) > 1e-3
+    torch.testing.assert_close(rebuilt_logits(tmp_path / "out"), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_network_of_our_own_brings_its_source_along(tmp_path):
+    run = trained_run(tmp_path / "run", *PREACT)
+    exported(run, tmp_path / "out")
+    expected = own_logits(run)
+    torch.testing.assert_close(rebuilt_logits(tmp_path / "out"), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_weights_are_the_runs_in_both_forms(swin_run, tmp_path):
+    exported(swin_run, tmp_path)
+    own = load_trained(str(swin_run), torch.device("cpu")).model.backbone.state_dict()
+    forms = (
+        load_file(tmp_path / "weights.safetensors"),
+        torch.load(tmp_path / "weights.pt", weights_only=True),
+    )
+    for weights in forms:
+        assert weights.keys() == own.keys()
+        assert all(torch.equal(weights[k], own[k]) for k in own)
+    again = load_trained(str(tmp_path / "weights.safetensors"), torch.device("cpu"))
+    assert len(again.classes) == 10
+
+
+def test_keys_with_robustbenchs_prefix_are_taken_too(swin_run, tmp_path):
+    """Its loader puts `model.` in front of an ImageNet model's keys; one key too many fails."""
+    exported(swin_run, tmp_path)
+    space: dict = {"__name__": "model", "__file__": str(tmp_path / "model.py")}
+    exec((tmp_path / "model.py").read_text(), space)
+    weights = torch.load(tmp_path / "weights.pt", weights_only=True)
+    model = space["build"]()
+    model.load_state_dict({f"model.{k}": v for k, v in weights.items()})
+    assert all(torch.equal(v, weights[k]) for k, v in model.model.state_dict().items())
+    with pytest.raises(RuntimeError, match="another"):
+        model.load_state_dict(weights | {"another": torch.zeros(1)})
+    assert not any(p.endswith(("mean", "std")) for p in model.state_dict())
+
+
+def test_an_export_that_is_not_the_run_is_not_written(swin_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "shortest", lambda values: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(export, "DEFINITION", export.DEFINITION.replace("/ self.std", "* 1.0"))
+    where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out"))
+    line = refused(capsys, *where)
+    assert "logits differ from the run's by" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_normalisation_is_read_back_to_the_last_bit():
+    values = torch.tensor([0.485, 0.1 + 2**-24, 1 / 3])
+    assert torch.equal(torch.tensor(export.shortest(values)), values)
+    assert export.shortest(values)[0] == 0.485
+
+
+# --------------------------------------------------------------------------------------- the record
+
+
+FIELDS = [
+    *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue"),
+    *("architecture", "eps", "clean_acc", "reported", "autoattack_acc", "footnote", "unreliable"),
+]
+
+
+def evaluation(path: Path, norm: str | None = "Linf", **more) -> str:
+    results = [
+        {"attack": "clean", "eps": 0.0, "accuracy": 0.77761},
+        {"attack": "pgd-20", "eps": 4 / 255, "accuracy": 0.6},
+        {"attack": "autoattack", "eps": 2 / 255, "accuracy": 0.7},
+        {"attack": "autoattack", "eps": 4 / 255, "accuracy": 0.5156},
+    ]
+    record = {"models": [{"name": "swin", "results": results} | more]}
+    path.write_text(json.dumps(record | ({"norm": norm} if norm else {})))
+    return str(path)
+
+
+def test_without_an_evaluation_nothing_is_claimed(swin_run, tmp_path):
+    info = exported(swin_run, tmp_path)
+    assert list(info) == FIELDS
+    known = {k: v for k, v in info.items() if v is not None}
+    assert known == {
+        "name": "swin",
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "architecture": "swin_t",
+        "eps": "4/255",
+    }
+
+
+@pytest.mark.parametrize("norm", ["Linf", None])
+def test_accuracies_are_the_evaluations(norm, swin_run, tmp_path):
+    file = evaluation(tmp_path / "e.json", norm, images=48, subset="first 48 of digits")
+    info = exported(swin_run, tmp_path / "out", "--evaluation", file, "--dataset", "cifar10")
+    assert (info["clean_acc"], info["autoattack_acc"]) == ("77.76", "51.56")
+    assert info["reported"] == "51.56" and info["dataset"] == "cifar10"
+    assert info["footnote"] == "Accuracies on 48 images (first 48 of digits)."
+
+
+def test_another_radius_or_norm_is_not_taken_for_this_one(swin_run, tmp_path):
+    file = ("--evaluation", evaluation(tmp_path / "e.json"))
+    info = exported(swin_run, tmp_path / "a", *file, "--eps", "8/255")
+    assert (info["clean_acc"], info["autoattack_acc"], info["eps"]) == ("77.76", None, "8/255")
+    info = exported(swin_run, tmp_path / "b", *file, "--threat", "L2", "--eps", "4/255")
+    assert (info["clean_acc"], info["autoattack_acc"]) == ("77.76", None)
+
+
+def test_what_the_user_says_is_in_the_record(swin_run, tmp_path):
+    said = {"name": "A title", "link": "https://x", "authors": "A, B", "venue": "V 2024"}
+    args = [a for k, v in said.items() for a in (f"--{k}", v)]
+    more = ("--architecture", "Swin-T", "--threat", "L2", "--eps", "0.5", "--additional-data")
+    info = exported(swin_run, tmp_path, *args, *more, "True")
+    assert {k: info[k] for k in said} == said
+    assert (info["architecture"], info["eps"], info["additional_data"]) == ("Swin-T", "0.5", True)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--dataset", "imagenet"], "--dataset imagenet has 1000 classes, and swin has 10"),
+        (["--evaluation", "no.json"], "--evaluation no.json: No such file"),
+        (["--eps", "4"], "--eps 4 is out of range"),
+        (["--eps", "0"], "--eps 0 must be a radius above 0"),
+        (["--checkpoint", "nowhere"], "--checkpoint nowhere: there is no such run or file"),
+        (["--robustbench", ""], "--robustbench is missing"),
+        (["--nam", "x"], "--nam is unknown: did you mean '--name'?"),
+    ],
+)
+def test_mistakes_are_one_line(args, expected, swin_run, tmp_path, capsys):
+    where = ["--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out")]
+    assert expected in refused(capsys, *where, *args)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": [{"name": "swin"}]}'])
+def test_what_is_no_evaluation_is_one_line(content, swin_run, tmp_path, capsys):
+    file = tmp_path / "e.json"
+    file.write_text(content)
+    where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out"))
+    line = refused(capsys, *where, "--evaluation", str(file))
+    assert line == f"--evaluation {file} is not an evaluation.json of fastgn.evaluate"
+
+
+def test_an_evaluation_of_other_models_is_one_line(swin_run, tmp_path, capsys):
+    file = evaluation(tmp_path / "e.json")
+    record = json.loads(Path(file).read_text())
+    record["models"][0]["name"] = "other"
+    Path(file).write_text(json.dumps(record))
+    where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out"))
+    line = refused(capsys, *where, "--evaluation", file)
+    assert line == f"--evaluation {file} has no model 'swin': it has other"
