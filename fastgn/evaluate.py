@@ -4,13 +4,11 @@ python -m fastgn.evaluate --checkpoint runs/NAME --eps 1/255 4/255 --attacks cle
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
-import math
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +20,19 @@ if __name__ == "__main__":  # before the imports that fail without it
 
     need_train("fastgn.evaluate")
 
-from fastgn import attacks, models
-from fastgn.analysis.figures import ModelView, draw_pictures
+from tqdm import tqdm
+
+from fastgn import attacks, data, models
+from fastgn.analysis.figures import (
+    ModelView,
+    draw_gradient_histograms,
+    draw_pictures,
+    draw_robust_curve,
+)
+from fastgn.analysis.outcomes import Attacker, Parts, check_attack, rows_of, timed_part, trust
+from fastgn.analysis.report import html_report, radius
+from fastgn.analysis.sanity import page, sanity_report
+from fastgn.analysis.statistics import gradient_statistics
 from fastgn.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -33,20 +42,18 @@ from fastgn.checkpoint import (
 )
 from fastgn.config import (
     Config,
+    DatasetConfig,
     Fraction,
     UserError,
     check,
     check_pixels,
-    nearest,
     parse_cli,
     run_folder,
 )
 from fastgn.data import Subset, check_classes, load_dataset
+from fastgn.data.datasets import Arrays
 from fastgn.distributed import World, say_error, session
 from fastgn.metrics import environment
-from fastgn.seeding import Stream, seed_all
-
-ATTACKS = ("clean", "fgsm", "pgd-K", "autoattack")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +61,17 @@ class EvaluateConfig:
     """Clean and robust accuracy of trained models, side by side."""
 
     checkpoint: tuple[str, ...] = ()
-    """Runs' folders, checkpoints (.pt) or exports (.safetensors)."""
+    """Runs' folders, checkpoints (.pt) or exports (.safetensors) of fastgn.train; with --model, any
+    file of weights in timm's keys."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """What eps bounds."""
     eps: tuple[Fraction, ...] = (4 / 255,)
-    """Linf radii in 0..1 pixel units."""
+    """Radii in 0..1 pixel units."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
-    """clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start), autoattack (standard)."""
+    """clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start), pgd-KxR (R starts),
+    pgd-K-margin (on the margin in place of the cross-entropy), autoattack (standard),
+    autoattack-plus, autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
+    square."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """None: the data that the run was trained on."""
     data_dir: str | None = None
@@ -68,12 +81,42 @@ class EvaluateConfig:
     num_images: int | None = None
     """How many validation images; None takes all. The first ones of digits and CIFAR-10; of a
     folder, which is sorted by class, evenly spaced ones."""
+    image_list: str | None = None
+    """In place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's validation set), or a
+    file with a line for each image: its number, or the end of its path."""
     batch_size: int = 360
-    """Images attacked at once."""
+    """Images attacked at once, by one rank; its outcomes are saved together."""
     workers: int = 4
     """Worker processes that read image files."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of FGSM's and PGD's gradients; the verdict is the fp32 model's."""
+    model: str | None = None
+    """timm's name of the network, where --checkpoint is a file of weights alone."""
+    model_kwargs: tuple[str, ...] = ()
+    """With --model: arguments of its constructor, each as key=value."""
+    activation: str | None = None
+    """With --model: swaps its activations, as fastgn.train does."""
+    img_size: int | None = None
+    """With --model: side in pixels; None: timm's."""
+    mean: tuple[float, float, float] | None = None
+    """With --model: normalisation; None: timm's."""
+    std: tuple[float, float, float] | None = None
+    """With --model: normalisation; None: timm's."""
+    crop_pct: float = 0.875
+    """With --model: share of the resized image's side that the centre crop keeps (image files)."""
+    from_paper: bool = False
+    """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
+    normalisation around the network)."""
     output: str | None = None
     """The JSON file; None: evaluation.json in the first checkpoint's folder."""
+    report: str | None = None
+    """Also write all of it as one HTML page."""
+    statistics: bool = False
+    """Also gradient statistics, at the last eps: the paper's table 1 and local linearity."""
+    sanity: bool = False
+    """Also the sanity report, at the last eps: whether the attacks can be believed."""
+    analysis_images: int = 256
+    """The first of the images, for --statistics and --sanity."""
     picture: str | None = None
     """Also draw images, input gradients and PGD-20 perturbations (at the last eps) into this
     PNG."""
@@ -88,18 +131,32 @@ class EvaluateConfig:
         check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
         check(bool(self.eps), "--eps is empty: write --eps 4/255")
         for value in self.eps:
-            check_pixels("--eps", value)
+            if self.norm == "Linf":
+                check_pixels("--eps", value)
+            check(value > 0, f"--eps {value:g} must be above 0")
         for name in self.attacks:
-            known = (
-                name in ATTACKS[:2] or name == "autoattack" or re.fullmatch(r"pgd-[1-9]\d*", name)
-            )
-            check(bool(known), f"--attacks {name!r} is unknown: {nearest(name, ATTACKS)}")
-        for field in ("num_images", "batch_size", "picture_images"):
+            check_attack(name)
+        for field in ("num_images", "batch_size", "picture_images", "analysis_images"):
             value = getattr(self, field)
             check(
                 value is None or value > 0,
                 f"--{field.replace('_', '-')} {value} must be at least 1",
             )
+        check(
+            self.image_list is None or self.num_images is None,
+            "--image-list and --num-images both say which images: leave one out",
+        )
+        for field in ("model_kwargs", "activation", "img_size", "mean", "std", "from_paper"):
+            value = getattr(self, field)
+            check(
+                self.model is not None or not value,
+                f"--{field.replace('_', '-')} describes a file of weights alone: add --model NAME, "
+                "or leave it out for what fastgn.train has made",
+            )
+        check(
+            self.model is None or self.data is not None or self.data_dir is not None,
+            "--model: the file says nothing of its data: add --data-dir DIR or --data",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +167,23 @@ class Trained:
     model: models.Classifier
     cfg: Config
     classes: tuple[str, ...]
+
+
+def load_foreign(where: str, cfg: EvaluateConfig, device: torch.device) -> Trained:
+    """A file of weights in timm's keys for the network that --model names, with the data's classes.
+    Raises UserError."""
+    assert cfg.model is not None
+    path = Path(where)
+    check(path.is_file(), f"--checkpoint {where}: there is no such file")
+    there = Config().replace(model=cfg.model, crop_pct=cfg.crop_pct)
+    values = {k: getattr(cfg, k) for k in ("activation", "img_size", "mean", "std", "model_kwargs")}
+    there = there.replace(**{k: v for k, v in values.items() if v is not None})
+    weights = models.read_weights(path, paper=cfg.from_paper)
+    classes = load_dataset(source_of(there, cfg)).classes
+    model, _ = models.build_model(there.architecture, len(classes))
+    models.load_weights(model.backbone, weights, f"--checkpoint {where}")
+    model.to(device).eval().requires_grad_(False)
+    return Trained(path.stem, model, there, tuple(classes))
 
 
 def load_trained(where: str, device: torch.device) -> Trained:
@@ -133,75 +207,18 @@ def load_trained(where: str, device: torch.device) -> Trained:
     return Trained(run_folder(Path(where)).name, model, cfg, tuple(header["classes"]))
 
 
-Attack = Callable[[torch.nn.Module, Tensor, Tensor], Tensor]
-
-
-def attack_named(name: str, eps: float) -> Attack:
-    """fgsm or pgd-K as (model, images, labels) -> attacked images."""
-    if name == "fgsm":
-        return partial(attacks.fgsm, eps=eps)
-    steps = int(name.removeprefix("pgd-"))
-    return partial(attacks.pgd, eps=eps, step_size=2.5 * eps / steps, steps=steps)
-
-
-def autoattacked(
-    model: models.Classifier, images: Subset, eps: float, cfg: EvaluateConfig
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """AutoAttack's (images, labels) in batches; it wants all images at once, and gets them on the
-    CPU."""
-    pairs = [(x.cpu(), y.cpu()) for x, y in images]
-    if not pairs:
-        return
-    whole, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    size, device = cfg.batch_size, images.device
-    adversarial = attacks.autoattack(
-        model, whole, labels, eps=eps, batch_size=size, seed=cfg.seed, device=device
-    )
-    for x, y in zip(adversarial.split(size), labels.split(size), strict=True):
-        yield x.to(device), y.to(device)
-
-
-def evaluate(trained: Trained, images: Subset, cfg: EvaluateConfig, world: World) -> dict[str, Any]:
-    """One model's accuracies over all ranks, as a JSON-ready dict."""
-    results = []
-    for name in cfg.attacks:
-        for eps in (0.0,) if name == "clean" else cfg.eps:
-            seed_all(Stream.EVALUATION, cfg.seed, world.rank)
-            start = time.perf_counter()
-            batches: Iterable[tuple[Tensor, Tensor]] = images
-            attack = None
-            if name == "autoattack":
-                batches = autoattacked(trained.model, images, eps, cfg)
-            elif name != "clean":
-                attack = attack_named(name, eps)
-            correct = attacks.count_correct(trained.model, batches, attack, device=world.device)
-            accuracy = int(world.sum(correct).item()) / images.size
-            seconds = time.perf_counter() - start
-            results.append({"attack": name, "eps": eps, "accuracy": accuracy, "seconds": seconds})
-            if world.is_main:
-                at = "" if name == "clean" else f" at {shown(eps)}"
-                print(
-                    f"{trained.name}: {name}{at} {accuracy:.1%} ({seconds:.1f} s)", file=sys.stderr
-                )
-    return {
-        "name": trained.name,
-        "model": trained.cfg.architecture.model,
-        "method": trained.cfg.objective.method,
-        "images": images.size,
-        "subset": images.name,
-        "results": results,
-    }
-
-
-def subset_of(trained: Trained, cfg: EvaluateConfig, world: World) -> Subset:
-    """The validation images for a model. Raises UserError where their classes are not the
-    model's."""
+def source_of(trained: Config, cfg: EvaluateConfig) -> DatasetConfig:
+    """The run's data, but for what the command line says."""
     values = {
         k: getattr(cfg, k) for k in ("data", "data_dir", "val_split") if getattr(cfg, k) is not None
     }
-    source = dataclasses.replace(trained.cfg.dataset, **values)
-    with world.first_alone():
-        dataset = load_dataset(source)
+    return dataclasses.replace(trained.dataset, **values)
+
+
+def subset_of(trained: Trained, cfg: EvaluateConfig, device: torch.device) -> Subset:
+    """The validation images for a model. Raises UserError where their classes are not the
+    model's."""
+    dataset = load_dataset(source_of(trained.cfg, cfg))
     check_classes(trained.classes, dataset, trained.name)
     return Subset(
         dataset.val,
@@ -210,10 +227,150 @@ def subset_of(trained: Trained, cfg: EvaluateConfig, world: World) -> Subset:
         crop_pct=trained.cfg.augmentation.crop_pct,
         batch_size=cfg.batch_size,
         workers=cfg.workers,
-        device=world.device,
-        rank=world.rank,
-        ranks=world.size,
+        device=device,
+        chosen=listed(cfg.image_list, dataset.val) if cfg.image_list else None,
     )
+
+
+def listed(name: str, split: Any) -> list[int]:
+    """The places in a split that --image-list names. Raises UserError."""
+    if name == "robustbench-imagenet":
+        numbers = (Path(data.__file__).parent / "robustbench_imagenet.txt").read_text().split()
+        lines = [f"ILSVRC2012_val_{int(n):08d}.JPEG" for n in numbers]
+    else:
+        try:
+            lines = Path(name).read_text().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--image-list {name} cannot be read: {error}") from None
+        lines = [line.strip() for line in lines if line.strip()]
+    places: dict[str, int] = {}
+    if not isinstance(split, Arrays):
+        for index in range(len(split)):
+            path = split.name(index)
+            places[path] = places[path.rpartition("/")[2]] = index
+    chosen = []
+    for line in lines:
+        place = places.get(line, places.get(line.rpartition("/")[2]))
+        if place is None and line.isdecimal() and int(line) < len(split):
+            place = int(line)
+        if place is None:
+            raise UserError(f"--image-list {name}: no validation image is called {line}")
+        chosen.append(place)
+    check(bool(chosen), f"--image-list {name} is empty")
+    check(len(set(chosen)) == len(chosen), f"--image-list {name} names an image twice")
+    return chosen
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """Of all that decides on a verdict."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Warnings(logging.Handler):
+    """Keeps what AutoAttack warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = f"AutoAttack: {' '.join(record.getMessage().split())}"
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+def evaluate(
+    trained: Trained, images: Subset, cfg: EvaluateConfig, world: World, output: Path
+) -> dict[str, Any]:
+    """One model's outcomes over all ranks, as a JSON-ready dict: each rank takes every
+    world.size-th batch. What a killed run has saved beside `output` is not done again."""
+    order, size = images.indices, cfg.batch_size
+    pairs = [("clean", 0.0)]
+    pairs += [(name, eps) for name in cfg.attacks if name != "clean" for eps in cfg.eps]
+    parts = Parts(
+        output,
+        [weights_hash(trained.model), cfg.norm, cfg.seed, size, cfg.precision]
+        + [images.name, order, trained.model.img_size, world.device.type],
+    )
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    attacker = Attacker(cfg.norm, cfg.seed, size, world.device, cfg.precision)
+    warned = Warnings()
+    logging.getLogger("auto-attack").addHandler(warned)
+
+    def key(pair: tuple[str, float], batch: int) -> tuple[object, ...]:
+        return pair[0], f"{pair[1]:.8f}", batch
+
+    done: dict[tuple[int, int], dict[str, Any]] = {}
+    mine = range(world.rank, len(batches), world.size)
+    for batch in mine:
+        for index, pair in enumerate(pairs):
+            part = parts.get(*key(pair, batch))
+            if part is not None:
+                done[index, batch] = part | {"row": index}
+    left = [b for b in mine if any((i, b) not in done for i in range(len(pairs)))]
+    images.indices = [place for batch in left for place in batches[batch]]
+    doubts: list[str] = []
+    total = len(mine) * len(pairs)
+    hidden = None if world.is_main else True
+    with tqdm(total=total, desc=trained.name, unit="batch", disable=hidden) as bar:
+        bar.update(len(done))
+        for batch, (x, y) in zip(left, images, strict=True):
+            if batch == left[0]:
+                doubts = trust(trained.model, x, y)
+            clean: list[bool] | None = None
+            for index, pair in enumerate(pairs):
+                if (index, batch) not in done:
+                    began = time.perf_counter()
+                    right = attacker.correct(trained.model, x, y, batches[batch], *pair, clean)
+                    part = timed_part(index, batch, right, began)
+                    parts.put(part, *key(pair, batch))
+                    done[index, batch] = part
+                    bar.update()
+                if index == 0:
+                    clean = [bit == "1" for bit in done[0, batch]["correct"]]
+                bar.set_postfix_str(so_far(done, pairs, index))
+    logging.getLogger("auto-attack").removeHandler(warned)
+    images.indices = order
+    gathered = [json.loads(item) for item in world.gather([json.dumps(p) for p in done.values()])]
+    warnings = world.gather([*doubts, *warned.lines])
+    rows = rows_of(gathered, pairs, len(order))
+    if world.is_main:
+        parts.remove()
+        for row in rows:
+            at = "" if row["attack"] == "clean" else f" at {radius(row['eps'])}"
+            print(f"{trained.name}: {row['attack']}{at} {row['accuracy']:.1%}", file=sys.stderr)
+    if "clean" not in cfg.attacks:
+        rows = rows[1:]
+    return {
+        "name": trained.name,
+        "model": trained.cfg.architecture.model,
+        "method": trained.cfg.objective.method if cfg.model is None else "unknown",
+        "images": len(order),
+        "subset": images.name,
+        "ids": names_of(images),
+        "warnings": sorted(set(warnings)),
+        "results": rows,
+    }
+
+
+def so_far(
+    done: dict[tuple[int, int], dict[str, Any]], pairs: list[tuple[str, float]], index: int
+) -> str:
+    """The accuracy of an attack on this rank's batches until now."""
+    bits = "".join(part["correct"] for (row, _), part in done.items() if row == index)
+    name, eps = pairs[index]
+    return f"{name}{f' {radius(eps)}' if eps else ''} {bits.count('1') / max(1, len(bits)):.1%}"
+
+
+def names_of(images: Subset) -> list[str] | list[int]:
+    """What each image is called: its place in an array, a file's last two parts of a path."""
+    if isinstance(images.split, Arrays):
+        return list(images.indices)
+    return ["/".join(images.split.name(i).split("/")[-2:]) for i in images.indices]
 
 
 def draw(trained: list[Trained], subset: Subset, cfg: EvaluateConfig) -> bytes:
@@ -227,8 +384,8 @@ def draw(trained: list[Trained], subset: Subset, cfg: EvaluateConfig) -> bytes:
     images, labels = images[:count], labels[:count]
     views = []
     for t in trained:
-        seed_all(Stream.EVALUATION, cfg.seed)
-        attacked = attack_named("pgd-20", eps)(t.model, images, labels)
+        attacker = Attacker(cfg.norm, cfg.seed, count, images.device)
+        attacked = attacker(t.model, images, labels, subset.indices[:count], "pgd-20", eps)
         with torch.no_grad():
             before, after = t.model(images).argmax(1), t.model(attacked).argmax(1)
         grad = attacks.input_gradient(t.model, images, labels).images_BCHW
@@ -236,18 +393,12 @@ def draw(trained: list[Trained], subset: Subset, cfg: EvaluateConfig) -> bytes:
     return draw_pictures(images, labels, views, trained[0].classes, eps)
 
 
-def shown(eps: float) -> str:
-    """eps as n/255 where it is one."""
-    n = eps * 255
-    return f"{round(n)}/255" if n >= 1 and math.isclose(n, round(n), rel_tol=1e-6) else f"{eps:g}"
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """The models as columns, attacks and radii as rows."""
     names = [r["name"] for r in results]
     rows = [["attack", "eps", *names]]
     for index, row in enumerate(results[0]["results"]):
-        eps = "" if row["attack"] == "clean" else shown(row["eps"])
+        eps = "" if row["attack"] == "clean" else radius(row["eps"])
         rows.append(
             [row["attack"], eps, *(f"{r['results'][index]['accuracy']:.1%}" for r in results)]
         )
@@ -263,35 +414,117 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def first_batches(subset: Subset, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Of the first `count` images."""
+    order = subset.indices
+    subset.indices = order[:count]
+    batches = list(subset)
+    subset.indices = order
+    return batches
+
+
+def analyse(trained: Trained, subset: Subset, cfg: EvaluateConfig) -> dict[str, Any]:
+    """What --statistics and --sanity ask for."""
+    out: dict[str, Any] = {}
+    if not cfg.statistics and not cfg.sanity:
+        return out
+    batches = first_batches(subset, cfg.analysis_images)
+    if cfg.statistics:
+        out["statistics"] = gradient_statistics(
+            trained.model,
+            batches,
+            eps=cfg.eps[-1],
+            seed=cfg.seed,
+            ids=subset.indices[: cfg.analysis_images],
+        )
+    if cfg.sanity:
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        checks = sanity_report(
+            trained.model,
+            images,
+            labels,
+            eps=cfg.eps[-1],
+            seed=cfg.seed,
+            batch_size=cfg.batch_size,
+            norm=cfg.norm,
+        )
+        print(page(checks, f"{trained.name}: can the attacks be believed?"))
+        out["sanity"] = [dataclasses.asdict(c) for c in checks]
+    return out
+
+
 def run(cfg: EvaluateConfig, world: World) -> None:
-    """Evaluates, prints the table, and writes the JSON and the picture. Raises UserError."""
+    """Evaluates, prints the table, and writes the JSON, the picture and the report. Raises
+    UserError."""
+    check(
+        world.size == 1 or not (cfg.statistics or cfg.sanity),
+        "--statistics and --sanity run in one process: leave torchrun out for them",
+    )
     logger = logging.getLogger("auto-attack")
-    if world.is_main and not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("  autoattack: %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.DEBUG)
-        logger.propagate = False
-    trained = [load_trained(where, world.device) for where in cfg.checkpoint]
-    subsets = [subset_of(t, cfg, world) for t in trained]
-    results = [evaluate(t, s, cfg, world) for t, s in zip(trained, subsets, strict=True)]
-    if not world.is_main:
-        return
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
     output = (
         Path(cfg.output) if cfg.output else run_folder(Path(cfg.checkpoint[0])) / "evaluation.json"
     )
-    record = {"norm": "Linf", "eps_units": "0..1 pixels", "seed": cfg.seed, "ranks": world.size}
-    record |= {"models": results}
-    write_json(output, record | environment())
-    data = f"{results[0]['subset']} validation images"
+    with world.first_alone():
+        trained = [
+            load_foreign(where, cfg, world.device)
+            if cfg.model is not None
+            else load_trained(where, world.device)
+            for where in cfg.checkpoint
+        ]
+        subsets = [subset_of(t, cfg, world.device) for t in trained]
+    results = []
+    for t, subset in zip(trained, subsets, strict=True):
+        result = evaluate(t, subset, cfg, world, output)
+        results.append(result | analyse(t, subset, cfg))
+    if not world.is_main:
+        return
+    record: dict[str, Any] = {"norm": cfg.norm, "eps_units": "0..1 pixels", "seed": cfg.seed}
+    record |= {"ranks": world.size}
+    record |= {"batch_size": cfg.batch_size, "precision": cfg.precision, "models": results}
+    record |= environment()
+    write_json(output, record)
+    images = f"{results[0]['subset']} validation images"
     print(
-        f"\naccuracy on {data}, Linf, eps in 0..1 pixel units, seed "
+        f"\naccuracy on {images}, {cfg.norm}, eps in 0..1 pixel units, seed "
         f"{cfg.seed}\n\n{table(results)}\n"
     )
+    for result in results:
+        for line in result["warnings"]:
+            print(f"warning: {result['name']}: {line}")
     print(f"written: {output}")
     if cfg.picture:
         write_bytes(Path(cfg.picture), draw(trained, subsets[0], cfg))
         print(f"written: {cfg.picture}")
+    if cfg.report:
+        pictures = pictures_of(trained, subsets[0], results, cfg)
+        title = f"Robustness of {', '.join(t.name for t in trained)}"
+        write_bytes(Path(cfg.report), html_report(record, pictures, title=title))
+        print(f"written: {cfg.report}")
+
+
+def pictures_of(
+    trained: list[Trained], subset: Subset, results: list[dict[str, Any]], cfg: EvaluateConfig
+) -> dict[str, bytes]:
+    """Caption -> PNG, for the report."""
+    out = {}
+    if len(cfg.eps) > 2:
+        for name in cfg.attacks:
+            rows = {
+                r["name"]: [x for x in r["results"] if x["attack"] in ("clean", name)]
+                for r in results
+            }
+            if name != "clean":
+                out[f"Accuracy against eps under {name}"] = draw_robust_curve(
+                    rows, results[0]["subset"], name
+                )
+    norms = {r["name"]: r["statistics"]["l1"] for r in results if "statistics" in r}
+    if norms:
+        out["L1 norm of the input gradient, image by image"] = draw_gradient_histograms(norms)
+    if len({t.model.img_size for t in trained}) == 1:
+        out["Images, input gradients and PGD-20 perturbations"] = draw(trained, subset, cfg)
+    return out
 
 
 def main(args: list[str] | None = None) -> int:

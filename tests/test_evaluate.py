@@ -12,6 +12,7 @@ from PIL import Image
 from pyautoattack import AutoAttack
 
 from fastgn import attacks, evaluate
+from fastgn.analysis import outcomes
 from fastgn.analysis.figures import GREEN, RED
 from fastgn.train import main as train_main
 
@@ -43,6 +44,8 @@ def test_table_json_and_order(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("fgsm", 0.05),
         ("pgd-5", 0.0039),
         ("pgd-5", 0.05),
+        ("worst case", 0.0039),
+        ("worst case", 0.05),
     ]
     accuracy = [r["accuracy"] for r in results]
     assert accuracy[0] > 0.4 and accuracy[0] >= accuracy[3] >= accuracy[4]
@@ -52,19 +55,206 @@ def test_table_json_and_order(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         assert word in out
 
 
-def test_autoattack_is_its_authors_image_for_image(run: Path) -> None:
+CPU = torch.device("cpu")
+
+
+def trained_and_images(run: Path, count: int) -> tuple:
+    cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), num_images=count)
+    trained = evaluate.load_trained(str(run), CPU)
+    return trained.model, *next(iter(evaluate.subset_of(trained, cfg, CPU)))
+
+
+def record_of(output: Path, *args: str) -> dict:
+    assert evaluate.main([*args, "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def test_autoattack_is_its_authors_image_for_image(run: Path, tmp_path: Path) -> None:
     """The standard version, at a radius where few images stay, so that it ends in seconds."""
-    cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), num_images=16)
-    trained = evaluate.load_trained(str(run), torch.device("cpu"))
-    world = evaluate.World(0, 1, torch.device("cpu"))
-    images, labels = next(iter(evaluate.subset_of(trained, cfg, world)))
-    options = {"eps": 0.3, "batch_size": 16, "seed": 0, "device": world.device}
-    ours = attacks.autoattack(trained.model, images, labels, **options)
-    theirs, _ = AutoAttack(trained.model, eps=0.3, seed=0).run_standard_evaluation(images, labels)
-    assert torch.equal(ours, theirs)
-    assert (ours - images).abs().max() <= 0.3 + 1e-6
-    right = (trained.model(images).argmax(1) == labels).sum()
-    assert (trained.model(ours).argmax(1) == labels).sum() < right
+    model, images, labels = trained_and_images(run, 16)
+    theirs, _ = AutoAttack(model, eps=0.3, seed=0).run_standard_evaluation(images, labels)
+    options = {"eps": 0.3, "batch_size": 16, "seed": 0, "device": CPU}
+    assert torch.equal(attacks.autoattack(model, images, labels, **options), theirs)
+    args = ["--checkpoint", str(run), "--num-images", "16", "--batch-size", "16", "--eps", "0.3"]
+    record = record_of(tmp_path / "e.json", *args, "--attacks", "autoattack")
+    (row,) = record["models"][0]["results"]
+    right = (model(theirs).argmax(1) == labels).tolist()
+    assert [bit == "1" for bit in row["correct"]] == right
+    assert sum(right) < int((model(images).argmax(1) == labels).sum())
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_its_attacks_one_by_one_are_its_authors(run: Path, tmp_path: Path, norm: str) -> None:
+    eps = {"Linf": 0.005, "L2": 0.1}[norm]
+    model, images, labels = trained_and_images(run, 16)
+    direct = AutoAttack(
+        model, norm=norm, eps=eps, seed=3, version="custom", attacks=["apgd-ce"]
+    ).run_standard_evaluation(images, labels)[0]
+    args = ["--checkpoint", str(run), "--num-images", "16", "--eps", str(eps), "--norm", norm]
+    record = record_of(tmp_path / "e.json", *args, "--attacks", "apgd-ce", "--seed", "3")
+    assert record["norm"] == norm
+    expected = (model(direct).argmax(1) == labels).tolist()
+    bits = record["models"][0]["results"][0]["correct"]
+    assert [bit == "1" for bit in bits] == expected and 0 < sum(expected) < 16
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_pgd_against_a_loop_image_by_image(run: Path, norm: str) -> None:
+    """Madry's PGD as its text has it, from the same start, one image after the other."""
+    model, images, labels = trained_and_images(run, 6)
+    eps, steps = {"Linf": 0.05, "L2": 1.0}[norm], 7
+    attacker = outcomes.Attacker(norm, 0, 6, CPU)
+    got = attacker(model, images, labels, range(6), f"pgd-{steps}", eps)
+    start = attacker.noise(range(6), images.shape[1:], eps, 0)
+    for i in range(6):
+        x, y = images[i : i + 1], labels[i : i + 1]
+        at = (x + start[i]).clamp(0, 1)
+        for _ in range(steps):
+            at.requires_grad_()
+            loss = torch.nn.functional.cross_entropy(model(at), y)
+            (g,) = torch.autograd.grad(loss, at)
+            with torch.no_grad():
+                if norm == "Linf":
+                    at = (at + 2.5 * eps / steps * g.sign()).clamp(x - eps, x + eps)
+                else:
+                    at = at + 2.5 * eps / steps * g / g.norm()
+                    at = x + (at - x) * min(1.0, eps / float((at - x).norm()))
+                at = at.clamp(0, 1)
+        assert torch.allclose(got[i : i + 1], at, atol=1e-5)
+
+
+def test_restarts_and_the_margin(run: Path, tmp_path: Path) -> None:
+    """More starts fool no fewer; the worst case is every attack's at once, image by image."""
+    args = ["--checkpoint", str(run), "--num-images", "96", "--eps", "0.02"]
+    names = ["clean", "pgd-3", "pgd-3x4", "pgd-3-margin"]
+    results = record_of(tmp_path / "e.json", *args, "--attacks", *names)["models"][0]["results"]
+    rows = {r["attack"]: r["correct"] for r in results}
+    assert [*rows] == [*names, outcomes.WORST]
+    assert all(b <= a for a, b in zip(rows["pgd-3"], rows["pgd-3x4"], strict=True))
+    for i, bit in enumerate(rows[outcomes.WORST]):
+        assert (bit == "1") == all(rows[name][i] == "1" for name in names[1:])
+    assert rows["pgd-3"] != rows["clean"] != rows["pgd-3-margin"]
+
+
+def test_a_killed_evaluation_goes_on(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """Only what is missing is attacked again, and nothing of it is left; other settings start
+    anew."""
+    args = ["--checkpoint", str(run), "--num-images", "40", "--batch-size", "10", "--eps", "0.02"]
+    args += ["--attacks", "clean", "pgd-3"]
+    whole = record_of(tmp_path / "whole.json", *args)
+    calls: list[tuple[str, float]] = []
+    real = outcomes.Attacker.correct
+
+    def stop_at(limit: int):
+        def correct(self, model, images, labels, ids, name, eps, clean):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append((name, eps))
+            return real(self, model, images, labels, ids, name, eps, clean)
+
+        return correct
+
+    monkeypatch.setattr(outcomes.Attacker, "correct", stop_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main([*args, "--output", str(tmp_path / "e.json")])
+    assert not (tmp_path / "e.json").exists()
+    monkeypatch.setattr(outcomes.Attacker, "correct", stop_at(100))
+    before = len(calls)
+    record = record_of(tmp_path / "e.json", *args)
+    assert len(calls) - before == 3, "8 in all, 5 of them saved"
+    for one, other in zip(record["models"], whole["models"], strict=True):
+        for row in one["results"] + other["results"]:
+            del row["seconds"]
+        assert one == other
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_list_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    wanted = [7, 3, 200]
+    file = tmp_path / "list.txt"
+    file.write_text("".join(f"{i}\n" for i in wanted))
+    args = ["--checkpoint", str(run), "--attacks", "clean"]
+    everything = record_of(tmp_path / "all.json", *args)["models"][0]["results"][0]["correct"]
+    model = record_of(tmp_path / "e.json", *args, "--image-list", str(file))["models"][0]
+    assert model["ids"] == wanted and model["subset"] == "3 named ones of 360"
+    assert model["results"][0]["correct"] == "".join(everything[i] for i in wanted)
+    for text, expected in (("7\n7\n", "twice"), ("360\n", "called 360"), ("", "is empty")):
+        file.write_text(text)
+        assert evaluate.main([*args, "--image-list", str(file)]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_robustbenchs_list_of_imagenet() -> None:
+    """5,000 different images, found by their names whatever folder they lie in."""
+
+    class Split:
+        def __len__(self) -> int:
+            return 50_000
+
+        def name(self, index: int) -> str:
+            return f"/data/val/n0{index % 1000}/ILSVRC2012_val_{50_000 - index:08d}.JPEG"
+
+    chosen = evaluate.listed("robustbench-imagenet", Split())
+    assert len(set(chosen)) == 5000
+    assert [50_000 - i for i in chosen[:3]] == [15253, 20685, 39611]
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module, change):
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.change(self.inner(images))
+
+
+def test_models_that_cannot_be_judged(run: Path) -> None:
+    model, images, labels = trained_and_images(run, 64)
+    assert outcomes.trust(model, images, labels) == []
+    cases = {
+        "probabilities": lambda z: z.softmax(1),
+        "not finite": lambda z: z / 0,
+        "each time": lambda z: z + torch.randn_like(z),
+    }
+    for expected, change in cases.items():
+        with pytest.raises(evaluate.UserError, match=expected):
+            outcomes.trust(Scaled(model, change).eval(), images, labels)
+    with pytest.raises(evaluate.UserError, match="train mode"):
+        outcomes.trust(Scaled(model, lambda z: z), images, labels)
+    (doubt,) = outcomes.trust(Scaled(model, lambda z: z.roll(1, 1)).eval(), images, labels)
+    assert "by chance" in doubt
+
+
+def test_bf16_gradients_and_the_fp32_verdict(run: Path, tmp_path: Path) -> None:
+    args = ["--checkpoint", str(run), "--num-images", "64", "--eps", "0.02"]
+    args += ["--attacks", "clean", "pgd-5", "--precision"]
+    fp32, bf16 = (
+        record_of(tmp_path / f"{p}.json", *args, p)["models"][0]["results"]
+        for p in ("fp32", "bf16")
+    )
+    assert fp32[0]["correct"] == bf16[0]["correct"]
+    assert abs(fp32[1]["accuracy"] - bf16[1]["accuracy"]) < 0.1
+
+
+def test_weights_of_elsewhere(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A state dict in timm's keys, with what describes it."""
+    trained = evaluate.load_trained(str(run), CPU)
+    file = tmp_path / "weights.pth"
+    torch.save({"state_dict": trained.model.backbone.state_dict()}, file)
+    arch = trained.cfg.architecture
+    args = ["--attacks", "clean", "--num-images", "64"]
+    own = record_of(tmp_path / "own.json", "--checkpoint", str(run), *args)["models"][0]
+    foreign = ["--checkpoint", str(file), "--data", "digits", *args]
+    assert evaluate.main([*foreign, "--mean", "0", "0", "0"]) == 2
+    assert "add --model NAME" in capsys.readouterr().err
+    mean = [str(float(x)) for x in trained.model.mean.flatten()]
+    std = [str(float(x)) for x in trained.model.std.flatten()]
+    described = ["--model", arch.model, "--img-size", str(trained.model.img_size)]
+    described += ["--mean", *mean, "--std", *std]
+    described += ["--activation", arch.activation] if arch.activation else []
+    described += ["--model-kwargs", *arch.model_kwargs] if arch.model_kwargs else []
+    got = record_of(tmp_path / "e.json", *foreign, *described)["models"][0]
+    assert got["results"][0]["correct"] == own["results"][0]["correct"]
 
 
 def test_picture_shows_both_frames(run: Path, tmp_path: Path) -> None:
@@ -88,9 +278,3 @@ def test_a_last_checkpoint_stands_in_for_the_export(run: Path) -> None:
     last = sorted((run / "checkpoints").glob("update_*.pt"))[-1]
     from_checkpoint = evaluate.load_trained(str(last), device).model.state_dict()
     assert all(torch.equal(a, from_checkpoint[k]) for k, a in from_export.items())
-
-
-def test_radius_names() -> None:
-    assert evaluate.shown(4 / 255) == "4/255"
-    assert evaluate.shown(0.025) == "0.025"
-    assert evaluate.shown(0.5 / 255) == "0.00196078"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastgn.analysis import figures, statistics
+from fastgn.analysis import figures, outcomes, statistics
 from fastgn.config import UserError
 
 EPS = 0.03
@@ -117,14 +117,11 @@ def flat(value) -> list[float]:
 def test_the_cut_into_batches_changes_nothing() -> None:
     model, images, labels = data()
 
-    def both(size: int) -> tuple[list[float], list[dict]]:
-        batches = cut(images, labels, size)
-        curve = statistics.robust_curve(model, batches, eps_list=[0, 0.02, 0.05], steps=5, seed=3)
-        return flat(statistics.gradient_statistics(model, batches, eps=EPS, seed=3)), curve
-
-    (one, curve), (four, curve_of_four) = both(16), both(4)
+    one, four = (
+        flat(statistics.gradient_statistics(model, cut(images, labels, size), eps=EPS, seed=3))
+        for size in (16, 4)
+    )
     assert one == pytest.approx(four, rel=1e-8)
-    assert curve == curve_of_four
     other_seed = statistics.gradient_statistics(model, [(images, labels)], eps=EPS, seed=4)
     assert flat(other_seed["linearity"]) != pytest.approx(one[-4:], rel=1e-3)
 
@@ -233,37 +230,26 @@ def constant_images() -> tuple[Tensor, Tensor]:
     return means.expand(-1, 3, 4, 4), torch.tensor(LABELS)
 
 
-def test_robust_curve_of_a_linear_model() -> None:
-    model = Threshold()
+def outcomes_of(model: Threshold, eps: float, steps: int) -> str:
     images, labels = constant_images()
-    rows = statistics.robust_curve(
-        model, cut(images, labels, 4), eps_list=[0.02, 0.0, 0.01, 0.05], steps=10, seed=0
-    )
-    assert [row["eps"] for row in rows] == [0.02, 0.0, 0.01, 0.05]
-    assert [row["correct"] for row in rows] == ["000100", "110110", "010100", "000000"]
-    assert [row["accuracy"] for row in rows] == pytest.approx([1 / 6, 4 / 6, 2 / 6, 0])
-    json.dumps(rows, allow_nan=False)
+    attacker = outcomes.Attacker("Linf", 0, 6, torch.device("cpu"))
+    clean = attacker.correct(model, images, labels, range(6), "clean", 0.0, None)
+    right = attacker.correct(model, images, labels, range(6), f"pgd-{steps}", eps, clean)
+    return "".join("01"[x] for x in right)
+
+
+def test_outcomes_of_a_linear_model() -> None:
+    found = [outcomes_of(Threshold(), eps, 10) for eps in (0.001, 0.01, 0.02, 0.05)]
+    assert found == ["110110", "010100", "000100", "000000"]
 
 
 def test_wrong_images_are_never_attacked() -> None:
     model = Threshold()
-    images, labels = constant_images()
-    statistics.robust_curve(
-        model, cut(images, labels, 3), eps_list=[0, 0.01, 0.02], steps=4, seed=0
-    )
+    outcomes_of(model, 0.02, 4)
     for mean in (0.1, 0.9):
         assert len([m for m in model.seen if abs(m - mean) < 0.05]) == 1
-    # a clean look at each; 4 steps, the attack's and the curve's last look at 4 images, twice
-    assert len(model.seen) == 6 + 2 * 4 * (4 + 2)
-
-
-def test_batches_without_a_correct_image() -> None:
-    images, labels = constant_images()
-    wrong = [2, 5]
-    rows = statistics.robust_curve(
-        Threshold(), cut(images[wrong], labels[wrong], 1), eps_list=[0, 0.02], steps=1, seed=0
-    )
-    assert [row["correct"] for row in rows] == ["00", "00"]
+    # a clean look at each; 4 steps and two looks at the result of 4 images
+    assert len(model.seen) == 6 + 4 * (4 + 2)
 
 
 @pytest.mark.parametrize(
@@ -279,14 +265,8 @@ def test_refusals(more: dict, named: str) -> None:
     eps = more.pop("eps", 0.1)
     with pytest.raises(UserError, match=named):
         statistics.gradient_statistics(Threshold(), cut(images, labels, 4), eps=eps, seed=0, **more)
-    with pytest.raises(UserError, match=named):
-        statistics.robust_curve(
-            Threshold(), cut(images, labels, 4), eps_list=[eps], steps=1, seed=0, **more
-        )
     with pytest.raises(UserError, match="no images"):
         statistics.gradient_statistics(Threshold(), [], eps=0.1, seed=0)
-    with pytest.raises(UserError, match="no images"):
-        statistics.robust_curve(Threshold(), [], eps_list=[0.1], seed=0)
 
 
 # Edges

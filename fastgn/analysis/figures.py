@@ -128,7 +128,7 @@ def draw_robust_curve(
 ) -> bytes:
     """Accuracy against the attack's Linf radius, a line a model.
 
-    curves: {model: robust_curve's rows}; eps in 0..1 pixel units, drawn in 1/255.
+    curves: {model: rows with eps and accuracy}; eps in 0..1 pixel units, drawn in 1/255.
     subset: the images' name, attack the attack's, both for the title.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -121,53 +121,6 @@ def gradient_statistics(
     }
 
 
-def robust_curve(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    eps_list: Sequence[float],
-    steps: int = 100,
-    seed: int,
-    ids: Sequence[int] | None = None,
-) -> list[dict[str, Any]]:
-    """Accuracy under PGD of Linf radius eps, for each eps of the list by itself: an image fooled at
-    one eps may count as correct at a larger one.
-
-    eps lies in 0..1 pixel units; 0 gives the clean accuracy. Steps are of 2.5 eps / steps, from one
-    uniform start that is a function of (seed, an image's id) and grows with eps. Images that the
-    model gets wrong without an attack count as wrong and are not attacked.
-
-    ids: one an image, at least 0; None: 0, 1, ... in order.
-
-    Returns a row for each eps, in the list's order, with the keys eps, accuracy (0..1), correct
-    ("0101...", a digit an image in order).
-
-    Raises UserError on an eps outside 0..1, on no images, and on ids of another number.
-    """
-    for eps in eps_list:
-        check_pixels("eps", eps)
-    correct: list[list[Tensor]] = [[] for _ in eps_list]
-    images = 0
-    for images_BCHW, labels_B, batch_ids in with_ids(batches, ids):
-        images += len(labels_B)
-        clean_B, _ = judge(model, images_BCHW, labels_B)
-        attacked = clean_B.nonzero()[:, 0]
-        some_BCHW, some_labels_B = images_BCHW[attacked], labels_B[attacked]
-        some_ids = [batch_ids[i] for i in attacked.tolist()]
-        for eps, parts in zip(eps_list, correct, strict=True):
-            correct_B = clean_B.clone()
-            if eps > 0 and some_ids:
-                adversarial = attack(model, some_BCHW, some_labels_B, some_ids, eps, steps, seed)
-                correct_B[attacked], _ = judge(model, adversarial, some_labels_B)
-            parts.append(correct_B)
-    check(images > 0, "there are no images to attack")
-    rows = []
-    for eps, parts in zip(eps_list, correct, strict=True):
-        digits = "".join("01"[c] for c in torch.cat(parts).tolist())
-        rows.append({"eps": eps, "accuracy": digits.count("1") / images, "correct": digits})
-    return rows
-
-
 def edge_energy(images_BCHW: Tensor) -> Tensor:
     """Magnitude of the Sobel gradient of the luma: B x H x W, in the images' dtype.
 

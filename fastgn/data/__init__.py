@@ -147,13 +147,16 @@ class Subset:
         rank: int = 0,
         ranks: int = 1,
         skip: bool = False,
+        chosen: list[int] | None = None,
     ):
         """num: how many images; None takes all. The first ones of arrays; of a folder, which is
-        sorted by class, evenly spaced ones. skip: replace a bad image by the next one of the
-        split, and add a line to bad_images."""
+        sorted by class, evenly spaced ones. chosen: the split's indices, in place of num. skip:
+        replace a bad image by the next one of the split, and add a line to bad_images."""
         total = len(split)
         num = total if num is None else min(num, total)
-        if isinstance(split, Arrays) or num == total:
+        if chosen is not None:
+            num, self.name = len(chosen), f"{len(chosen)} named ones of {total}"
+        elif isinstance(split, Arrays) or num == total:
             chosen = list(range(num))
             self.name = f"all {total}" if num == total else f"first {num} of {total}"
         else:

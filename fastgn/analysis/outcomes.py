@@ -1,0 +1,224 @@
+"""Which images a model gets right, attacked or not: image by image, saved as it goes.
+
+A batch of the list is attacked by itself, and what is drawn for an image depends on the seed and
+the image alone. So any number of ranks gives the same outcomes, and a run that was killed goes on.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgn import attacks
+from fastgn.attacks import Norm
+from fastgn.checkpoint import write_json
+from fastgn.config import UserError, nearest
+from fastgn.seeding import Stream, derive
+
+AUTOATTACK: dict[str, attacks.AutoAttackVersion] = {
+    "autoattack": "standard",
+    "autoattack-plus": "plus",
+    "autoattack-rand": "rand",
+}
+PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+"""AutoAttack's attacks one by one."""
+NAMES = ("clean", "fgsm", "pgd-K", "pgd-KxR", "pgd-K-margin", *AUTOATTACK, *PARTS)
+PGD = re.compile(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?(-margin)?")
+WORST = "worst case"
+Precision = Literal["fp32", "bf16"]
+
+
+def check_attack(name: str) -> None:
+    """Raises UserError with the nearest name."""
+    if name not in NAMES or name.startswith("pgd"):
+        if not PGD.fullmatch(name):
+            raise UserError(f"--attacks {name!r} is unknown: {nearest(name, NAMES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attacker:
+    """How images are attacked."""
+
+    norm: Norm
+    seed: int
+    batch_size: int
+    device: torch.device
+    precision: Precision = "fp32"
+    """Of the gradients of FGSM and PGD; what counts is the fp32 model's verdict, always."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        ids: Sequence[int],
+        name: str,
+        eps: float,
+    ) -> Tensor:
+        """The attacked images. ids: their places in the split, which seed what is drawn."""
+        if name in AUTOATTACK or name in PARTS:
+            return attacks.autoattack(
+                model,
+                images_BCHW,
+                labels_B,
+                eps=eps,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                device=self.device,
+                norm=self.norm,
+                version=AUTOATTACK.get(name, "standard"),
+                attacks=[name] if name in PARTS else None,
+            )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if name == "fgsm":
+                return attacks.fgsm(model, images_BCHW, labels_B, eps=eps, norm=self.norm)
+            match = PGD.fullmatch(name)
+            assert match is not None, name
+            steps, restarts, margin = int(match[1]), int(match[2] or 1), match[3]
+            starts = (self.noise(ids, images_BCHW.shape[1:], eps, r) for r in range(restarts))
+            return attacks.restarted_pgd(
+                model,
+                images_BCHW,
+                labels_B,
+                eps=eps,
+                steps=steps,
+                starts=starts,
+                loss=attacks.margin if margin else attacks.cross_entropy,
+                norm=self.norm,
+            )
+
+    def noise(self, ids: Sequence[int], shape: Sequence[int], eps: float, restart: int) -> Tensor:
+        seeds = [derive(Stream.EVALUATION, self.seed, index, restart) for index in ids]
+        return attacks.uniform_noise(seeds, shape, eps, self.norm).to(self.device)
+
+    def correct(
+        self,
+        model: nn.Module,
+        images_BCHW: Tensor,
+        labels_B: Tensor,
+        ids: Sequence[int],
+        name: str,
+        eps: float,
+        clean: list[bool] | None,
+    ) -> list[bool]:
+        """Whether each image is classified rightly after the attack; waits for the device.
+
+        clean: the same without an attack. What is wrong already is not attacked, and neither name
+        nor eps matter where clean is None.
+        """
+        if clean is None:
+            with torch.no_grad():
+                return (model(images_BCHW).argmax(1) == labels_B).tolist()
+        left = [i for i, right in enumerate(clean) if right]
+        if not left:
+            return clean
+        images, labels = images_BCHW[left], labels_B[left]
+        attacked = self(model, images, labels, [ids[i] for i in left], name, eps)
+        added = (attacked - images).flatten(1)
+        size = added.abs().amax(1) if self.norm == "Linf" else added.norm(dim=1)
+        assert float(size.max()) <= eps * 1.001 + 1e-6, f"{name} has left its ball"
+        with torch.no_grad():
+            right = model(attacked).argmax(1) == labels
+        out = list(clean)
+        for i, still in zip(left, right.tolist(), strict=True):
+            out[i] = still
+        return out
+
+
+class Parts:
+    """Outcomes of batches as they come, in a folder beside the output, until all are there."""
+
+    def __init__(self, output: Path, what: Any):
+        """what: all that the outcomes depend on, as JSON; another one has another folder."""
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = output.with_name(f".{output.stem}.{digest}.parts")
+
+    def path(self, *key: object) -> Path:
+        return self.folder / ("_".join(map(str, key)) + ".json")
+
+    def get(self, *key: object) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.path(*key).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def put(self, part: dict[str, Any], *key: object) -> None:
+        write_json(self.path(*key), part)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def rows_of(
+    parts: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, float]], images: int
+) -> list[dict[str, Any]]:
+    """A row for each (attack, eps), from all batches' parts, and one of the worst case for each eps
+    that more than one attack had.
+
+    A part is {"row": index into pairs, "batch": int, "correct": "0101...", "seconds": float}.
+    """
+    rows = []
+    for index, (name, eps) in enumerate(pairs):
+        mine = sorted((p for p in parts if p["row"] == index), key=lambda p: p["batch"])
+        correct = "".join(p["correct"] for p in mine)
+        assert len(correct) == images, f"{name} at {eps}: {len(correct)} outcomes of {images}"
+        seconds = sum(p["seconds"] for p in mine)
+        rows.append(row(name, eps, correct) | {"seconds": seconds})
+    for eps in sorted({eps for _, eps in pairs if eps}):
+        there = [r["correct"] for r in rows if r["eps"] == eps]
+        if len(there) > 1:
+            worst = "".join(
+                "1" if set(column) == {"1"} else "0" for column in zip(*there, strict=True)
+            )
+            rows.append(row(WORST, eps, worst))
+    return rows
+
+
+def row(name: str, eps: float, correct: str) -> dict[str, Any]:
+    accuracy = correct.count("1") / max(1, len(correct))
+    return {"attack": name, "eps": eps, "accuracy": accuracy, "correct": correct}
+
+
+def timed_part(index: int, batch: int, correct: list[bool], began: float) -> dict[str, Any]:
+    """See rows_of."""
+    bits = "".join("1" if right else "0" for right in correct)
+    seconds = time.perf_counter() - began
+    return {"row": index, "batch": batch, "correct": bits, "seconds": seconds}
+
+
+def trust(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list[str]:
+    """What makes a model's figures doubtful, from one batch. Raises UserError where they would mean
+    nothing: a model in train mode, probabilities for logits, an output that is not finite or
+    another one each time."""
+    if any(module.training for module in model.modules()):
+        raise UserError("the model is in train mode: call eval() first")
+    with torch.no_grad():
+        first, second = model(images_BCHW), model(images_BCHW)
+    if not bool(torch.isfinite(first).all()):
+        raise UserError("the model's logits are not finite on clean images")
+    if bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-4).all()):
+        raise UserError(
+            "the model gives probabilities: their softmax hides gradients from attacks; take "
+            "its last softmax off"
+        )
+    if float((first - second).abs().max()) > 1e-3 * max(1.0, float(first.abs().max())):
+        raise UserError(
+            "the model gives other logits for the same images each time: attacks on one draw say "
+            "nothing of the next"
+        )
+    found = []
+    accuracy = float((first.argmax(1) == labels_B).float().mean())
+    if len(labels_B) >= 32 and accuracy < 2 / first.shape[1]:
+        found.append(
+            f"{accuracy:.1%} of the first {len(labels_B)} clean images are right, hardly more than "
+            "by chance: are the normalisation (--mean, --std) and the classes the model's own?"
+        )
+    return found
