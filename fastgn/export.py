@@ -254,8 +254,9 @@ def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
 
     Raises UserError: --dataset does not fit the model's classes, or see `accuracies`.
     """
-    own = {"imagefolder": "imagenet"}.get(str(trained.cfg.dataset.data), trained.cfg.dataset.data)
-    dataset = cfg.dataset or own
+    source = trained.cfg.dataset
+    own = source.data or ("imagefolder" if source.data_dir else "digits")
+    dataset: str | None = cfg.dataset or ("imagenet" if own == "imagefolder" else own)
     expected = CLASSES.get(str(dataset))
     if expected is None or expected != len(trained.classes):
         check(

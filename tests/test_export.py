@@ -1,5 +1,6 @@
 """A trained run as files for RobustBench: rebuilt where fastgn cannot be imported."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -166,6 +167,28 @@ def test_without_an_evaluation_nothing_is_claimed(swin_run, tmp_path):
         "architecture": "swin_t",
         "eps": "4/255",
     }
+
+
+@pytest.mark.parametrize(
+    ("source", "count", "expected"),
+    [
+        ({"data": "cifar10"}, 10, "cifar10"),
+        ({"data": "imagefolder", "data_dir": "x"}, 1000, "imagenet"),
+        ({"data": None, "data_dir": "x"}, 1000, "imagenet"),
+        ({"data": "imagefolder", "data_dir": "x"}, 100, None),
+        ({"data": None}, 10, None),
+    ],
+)
+def test_the_data_set_is_the_runs(source, count, expected, swin_run):
+    trained = load_trained(str(swin_run), torch.device("cpu"))
+    dataset = dataclasses.replace(trained.cfg.dataset, **source)
+    trained = dataclasses.replace(
+        trained,
+        cfg=dataclasses.replace(trained.cfg, dataset=dataset),
+        classes=tuple(map(str, range(count))),
+    )
+    cfg = export.ExportConfig(checkpoint="x", robustbench="y")
+    assert export.model_info(cfg, trained)["dataset"] == expected
 
 
 @pytest.mark.parametrize("norm", ["Linf", None])
