@@ -3,6 +3,7 @@
 python -m fastgn.evaluate --checkpoint runs/NAME --eps 1/255 4/255 --attacks clean pgd-20 autoattack
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ from fastgn import attacks, data, models
 from fastgn.analysis.figures import (
     ModelView,
     draw_gradient_histograms,
+    draw_norm_against_epoch,
     draw_pictures,
     draw_robust_curve,
 )
@@ -34,6 +36,7 @@ from fastgn.analysis.report import html_report, radius
 from fastgn.analysis.sanity import page, sanity_report
 from fastgn.analysis.statistics import gradient_statistics
 from fastgn.checkpoint import (
+    Checkpoints,
     find_checkpoint,
     load_checkpoint,
     read_metadata,
@@ -90,6 +93,9 @@ class EvaluateConfig:
     """Worker processes that read image files."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of FGSM's and PGD's gradients; the verdict is the fp32 model's."""
+    compile: bool = False
+    """Compile the network for FGSM's and PGD's gradients: a minute first, which many images win
+    back."""
     model: str | None = None
     """timm's name of the network, where --checkpoint is a file of weights alone."""
     model_kwargs: tuple[str, ...] = ()
@@ -112,11 +118,14 @@ class EvaluateConfig:
     report: str | None = None
     """Also write all of it as one HTML page."""
     statistics: bool = False
-    """Also gradient statistics, at the last eps: the paper's table 1 and local linearity."""
+    """Also gradient statistics, at the last eps: the paper's table 1 and local linearity; of a
+    run's folder, also the norm at each of its checkpoints."""
     sanity: bool = False
     """Also the sanity report, at the last eps: whether the attacks can be believed."""
     analysis_images: int = 256
     """The first of the images, for --statistics and --sanity."""
+    curve: str | None = None
+    """Also draw accuracy against eps, under the last of the attacks, into this PNG."""
     picture: str | None = None
     """Also draw images, input gradients and PGD-20 perturbations (at the last eps) into this
     PNG."""
@@ -142,6 +151,10 @@ class EvaluateConfig:
                 value is None or value > 0,
                 f"--{field.replace('_', '-')} {value} must be at least 1",
             )
+        check(
+            self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
+            "--curve draws the last of the --attacks over several --eps: give at least 2",
+        )
         check(
             self.image_list is None or self.num_images is None,
             "--image-list and --num-images both say which images: leave one out",
@@ -293,11 +306,11 @@ def evaluate(
     pairs += [(name, eps) for name in cfg.attacks if name != "clean" for eps in cfg.eps]
     parts = Parts(
         output,
-        [weights_hash(trained.model), cfg.norm, cfg.seed, size, cfg.precision]
+        [weights_hash(trained.model), cfg.norm, cfg.seed, size, cfg.precision, cfg.compile]
         + [images.name, order, trained.model.img_size, world.device.type],
     )
     batches = [order[i : i + size] for i in range(0, len(order), size)]
-    attacker = Attacker(cfg.norm, cfg.seed, size, world.device, cfg.precision)
+    attacker = Attacker(cfg.norm, cfg.seed, size, world.device, cfg.precision, cfg.compile)
     warned = Warnings()
     logging.getLogger("auto-attack").addHandler(warned)
 
@@ -423,7 +436,26 @@ def first_batches(subset: Subset, count: int) -> list[tuple[Tensor, Tensor]]:
     return batches
 
 
-def analyse(trained: Trained, subset: Subset, cfg: EvaluateConfig) -> dict[str, Any]:
+def norm_by_epoch(
+    where: Path, trained: Trained, batches: list[tuple[Tensor, Tensor]], train_images: int
+) -> list[tuple[float, float]]:
+    """(epoch, mean L1 norm of the input gradient) of the checkpoints that a run still has, by the
+    weights that it would export."""
+    model, out = copy.deepcopy(trained.model), []
+    for path in Checkpoints(where, 1).all() if where.is_dir() else []:
+        state = load_checkpoint(path)
+        weights = models.strip_prefixes(state["ema"] or state["model"])
+        models.load_weights(model.backbone, weights, str(path))
+        norms = [
+            attacks.input_gradient(model, x, y).images_BCHW.abs().flatten(1).sum(1)
+            for x, y in batches
+        ]
+        epoch = state["update"] * state["global_batch"] / train_images
+        out.append((epoch, float(torch.cat(norms).mean())))
+    return out
+
+
+def analyse(where: str, trained: Trained, subset: Subset, cfg: EvaluateConfig) -> dict[str, Any]:
     """What --statistics and --sanity ask for."""
     out: dict[str, Any] = {}
     if not cfg.statistics and not cfg.sanity:
@@ -437,6 +469,8 @@ def analyse(trained: Trained, subset: Subset, cfg: EvaluateConfig) -> dict[str, 
             seed=cfg.seed,
             ids=subset.indices[: cfg.analysis_images],
         )
+        train_images = len(load_dataset(source_of(trained.cfg, cfg)).train)
+        out["norm_by_epoch"] = norm_by_epoch(Path(where), trained, batches, train_images)
     if cfg.sanity:
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         checks = sanity_report(
@@ -475,9 +509,9 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         ]
         subsets = [subset_of(t, cfg, world.device) for t in trained]
     results = []
-    for t, subset in zip(trained, subsets, strict=True):
+    for where, t, subset in zip(cfg.checkpoint, trained, subsets, strict=True):
         result = evaluate(t, subset, cfg, world, output)
-        results.append(result | analyse(t, subset, cfg))
+        results.append(result | analyse(where, t, subset, cfg))
     if not world.is_main:
         return
     record: dict[str, Any] = {"norm": cfg.norm, "eps_units": "0..1 pixels", "seed": cfg.seed}
@@ -494,6 +528,9 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         for line in result["warnings"]:
             print(f"warning: {result['name']}: {line}")
     print(f"written: {output}")
+    if cfg.curve:
+        write_bytes(Path(cfg.curve), curve_of(results, cfg.attacks[-1]))
+        print(f"written: {cfg.curve}")
     if cfg.picture:
         write_bytes(Path(cfg.picture), draw(trained, subsets[0], cfg))
         print(f"written: {cfg.picture}")
@@ -504,6 +541,12 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         print(f"written: {cfg.report}")
 
 
+def curve_of(results: list[dict[str, Any]], name: str) -> bytes:
+    """All models' accuracies against eps under an attack, and without one."""
+    rows = {r["name"]: [x for x in r["results"] if x["attack"] in ("clean", name)] for r in results}
+    return draw_robust_curve(rows, results[0]["subset"], name)
+
+
 def pictures_of(
     trained: list[Trained], subset: Subset, results: list[dict[str, Any]], cfg: EvaluateConfig
 ) -> dict[str, bytes]:
@@ -511,17 +554,16 @@ def pictures_of(
     out = {}
     if len(cfg.eps) > 2:
         for name in cfg.attacks:
-            rows = {
-                r["name"]: [x for x in r["results"] if x["attack"] in ("clean", name)]
-                for r in results
-            }
             if name != "clean":
-                out[f"Accuracy against eps under {name}"] = draw_robust_curve(
-                    rows, results[0]["subset"], name
-                )
+                out[f"Accuracy against eps under {name}"] = curve_of(results, name)
     norms = {r["name"]: r["statistics"]["l1"] for r in results if "statistics" in r}
     if norms:
         out["L1 norm of the input gradient, image by image"] = draw_gradient_histograms(norms)
+    by_epoch = {
+        r["name"]: r["norm_by_epoch"] for r in results if len(r.get("norm_by_epoch", ())) > 1
+    }
+    if by_epoch:
+        out["Mean L1 norm of the input gradient against epoch"] = draw_norm_against_epoch(by_epoch)
     if len({t.model.img_size for t in trained}) == 1:
         out["Images, input gradients and PGD-20 perturbations"] = draw(trained, subset, cfg)
     return out

@@ -236,6 +236,18 @@ def test_bf16_gradients_and_the_fp32_verdict(run: Path, tmp_path: Path) -> None:
     assert abs(fp32[1]["accuracy"] - bf16[1]["accuracy"]) < 0.1
 
 
+def test_compiled_gradients_and_the_eager_verdict(run: Path, tmp_path: Path) -> None:
+    """Though the number of images that are left to attack differs from batch to batch."""
+    args = ["--checkpoint", str(run), "--num-images", "48", "--batch-size", "16", "--eps", "0.02"]
+    args += ["--attacks", "clean", "pgd-3"]
+    eager = record_of(tmp_path / "eager.json", *args)["models"][0]["results"]
+    compiled = record_of(tmp_path / "c.json", *args, "--compile")["models"][0]["results"]
+    assert eager[0]["correct"] == compiled[0]["correct"]
+    differ = sum(a != b for a, b in zip(eager[1]["correct"], compiled[1]["correct"], strict=True))
+    assert differ <= 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_weights_of_elsewhere(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A state dict in timm's keys, with what describes it."""
     trained = evaluate.load_trained(str(run), CPU)
@@ -270,6 +282,26 @@ def test_picture_shows_both_frames(run: Path, tmp_path: Path) -> None:
     for colour in (GREEN, RED):
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(pixels - rgb).sum(2) == 0).sum() > 100, colour
+
+
+def test_the_report_holds_it_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    report, curve = tmp_path / "report.html", tmp_path / "curve.png"
+    args = ["--checkpoint", str(run), "--num-images", "24", "--attacks", "clean", "pgd-2"]
+    args += ["--eps", "1/255", "4/255", "8/255", "--statistics", "--sanity"]
+    args += ["--analysis-images", "6", "--report", str(report), "--curve", str(curve)]
+    model = record_of(tmp_path / "e.json", *args)["models"][0]
+    text = report.read_text()
+    for row in model["results"]:
+        assert f"{row['accuracy']:.1%}" in text
+    assert text.count("data:image/png;base64,") >= 3
+    assert {"pass"} < {c["verdict"] for c in model["sanity"]} | {"warn"}
+    assert model["statistics"]["images"] == 6
+    (*_, (epoch, norm)) = model["norm_by_epoch"]
+    assert epoch == pytest.approx(6 * 29 * 48 / 1437) and norm > 0
+    assert norm == pytest.approx(model["statistics"]["l1_mean"], rel=1e-3)
+    with Image.open(curve) as picture:
+        assert picture.size[0] > 300
+    assert "PASS" in capsys.readouterr().out
 
 
 def test_a_last_checkpoint_stands_in_for_the_export(run: Path) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from fastgn.analysis.report import radius
+from fastgn.analysis.statistics import edge_correlation, edge_energy
 
 GREEN, RED = "#2a9d4a", "#c8323c"
 
@@ -75,25 +77,33 @@ def draw_pictures(
     classes: Sequence[str],
     eps: float,
 ) -> bytes:
-    """A row an image: the image, then for each model its input gradient (with its L1 norm), the
-    attack's perturbation and the attacked image, framed green where the model is still right and
-    red where not.
+    """A row an image: the image and its edges, then for each model its input gradient (with its L1
+    norm, and how its magnitude goes with the edges), the attack's perturbation and the attacked
+    image, framed green where the model is still right and red where not.
 
-    A gradient's colours reach to its own 99.5th percentile: the norms, which differ by orders of
-    magnitude between models, are printed instead.
+    A model's gradients share one scale, to the median of their 99.5th percentiles: one image's does
+    not drown the others, and between models, where the norms differ by orders of magnitude, they
+    are printed.
     """
-    rows, columns = len(images_BCHW), 1 + 3 * len(views)
+    rows, columns = len(images_BCHW), 2 + 3 * len(views)
     figure = Figure(figsize=(1.35 * columns + 0.2, 1.52 * rows + 0.9), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
+    edges = edge_energy(images_BCHW)
+    summed = [view.grad_BCHW.float().sum(1) for view in views]
+    limits = [float(x.abs().flatten(1).quantile(0.995, dim=1).median()) or 1.0 for x in summed]
+    correlations = [edge_correlation(images_BCHW, view.grad_BCHW) for view in views]
     for row in range(rows):
         show(grid[row][0], images_BCHW[row])
         grid[row][0].set_xlabel(classes[int(labels_B[row])], fontsize=8)
+        grid[row][1].imshow(edges[row].cpu().numpy(), cmap="gray_r")
+        grid[row][1].set(xticks=[], yticks=[])
         for index, view in enumerate(views):
-            gradient, perturbation, attacked = grid[row][1 + 3 * index : 4 + 3 * index]
-            grad = view.grad_BCHW[row].float().sum(0)
-            limit = float(torch.quantile(grad.abs().flatten(), 0.995)) or 1.0
-            signed(gradient, grad, limit)
-            gradient.set_xlabel(f"L1 {float(view.grad_BCHW[row].abs().sum()):.3g}", fontsize=8)
+            gradient, perturbation, attacked = grid[row][2 + 3 * index : 5 + 3 * index]
+            signed(gradient, summed[index][row], limits[index])
+            along = correlations[index][row]
+            edge = "" if along is None else f", edges {along:.2f}"
+            norm = float(view.grad_BCHW[row].abs().sum())
+            gradient.set_xlabel(f"L1 {norm:.3g}{edge}", fontsize=8)
             signed(perturbation, (view.adversarial_BCHW[row] - images_BCHW[row]).mean(0), eps)
             show(attacked, view.adversarial_BCHW[row])
             before, after = int(view.clean_B[row]), int(view.attacked_B[row])
@@ -102,13 +112,14 @@ def draw_pictures(
             for spine in attacked.spines.values():
                 spine.set(color=GREEN if robust else RED, linewidth=3)
     grid[0][0].set_title("image", fontsize=9)
+    grid[0][1].set_title("edges", fontsize=9)
     for index, view in enumerate(views):
         names = (
             f"{view.name}\ninput gradient",
-            f"perturbation\n(±{eps:.3g})",
+            f"perturbation\n(±{radius(eps)})",
             "attacked\n(before → after)",
         )
-        for axes, name in zip(grid[0][1 + 3 * index : 4 + 3 * index], names, strict=True):
+        for axes, name in zip(grid[0][2 + 3 * index : 5 + 3 * index], names, strict=True):
             axes.set_title(name, fontsize=9)
     return to_png(figure)
 

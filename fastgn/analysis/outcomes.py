@@ -53,6 +53,9 @@ class Attacker:
     device: torch.device
     precision: Precision = "fp32"
     """Of the gradients of FGSM and PGD; what counts is the fp32 model's verdict, always."""
+    compile: bool = False
+    """Whether FGSM's and PGD's gradients are the compiled model's; the verdict is not."""
+    compiled: dict[nn.Module, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __call__(
         self,
@@ -77,6 +80,8 @@ class Attacker:
                 version=AUTOATTACK.get(name, "standard"),
                 attacks=[name] if name in PARTS else None,
             )
+        if self.compile:
+            model = self.compiled.setdefault(model, torch.compile(model))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if name == "fgsm":
                 return attacks.fgsm(model, images_BCHW, labels_B, eps=eps, norm=self.norm)
