@@ -387,6 +387,39 @@ def loader() -> str:
     return "\n\n".join(tables)
 
 
+def attacks() -> str:
+    """What an evaluation costs over the attacks alone, a table a run; empty while there is none."""
+    tables = []
+    for path in sorted(RESULTS.glob("attacks_*.json")):
+        record = json.loads(path.read_text())
+        columns = {
+            "attack": lambda r: r["attack"],
+            "over the direct call": lambda r: (
+                f"{100 * r['overhead']['mean']:+.1f} ± {100 * r['overhead']['std']:.1f} %"
+            ),
+            "images/s": lambda r: plus_minus(r.get("images_per_s"), ".0f"),
+            "bf16: times as fast": lambda r: plus_minus(
+                r.get("bf16", {}).get("times_as_fast"), ".2f"
+            ),
+            "bf16: other verdicts": lambda r: (
+                f"{r['bf16']['differing_verdicts']:.2%}" if "bf16" in r else ""
+            ),
+            "withstand": lambda r: f"{r['robust']:.1%}",
+        }
+        rows = record["rows"]
+        lines = markdown({name: [cell(row) for row in rows] for name, cell in columns.items()})
+        lines.append("")
+        lines.append(
+            f"{record['model']} on {record['device'].replace('cpu', 'a CPU')}: {record['number']} "
+            f"images ({record['images']}) of {record['img_size']} px in batches of "
+            f"{record['batch_size']}, Linf, eps {255 * record['eps']:g}/255; mean ± deviation over "
+            f"{rows[0]['overhead']['n']} interleaved rounds; torch {record['versions']['torch']} "
+            f"(`benchmarks/results/{path.name}`)."
+        )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 TABLES = {
     "loader": loader,
     "quickstart": quickstart,

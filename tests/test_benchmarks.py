@@ -57,6 +57,7 @@ def test_the_clock_interleaves_and_counts_calls() -> None:
 @pytest.mark.parametrize(
     "script",
     [
+        "attacks.py",
         *("compiled_step.py", "cost.py", "gpu_report.py", "kernels.py", "loader.py", "memory.py"),
         *(
             "memory_budget.py",
@@ -77,6 +78,23 @@ def test_scripts_say_what_they_do(script: str) -> None:
         timeout=120,
     )
     assert out.returncode == 0 and "usage" in out.stdout
+
+
+def test_attacks_runs_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "attacks_card.json"
+    script = [sys.executable, str(ROOT / "benchmarks" / "attacks.py")]
+    options = ["--smoke", "--attacks", "clean", "pgd-20", "--output", str(output)]
+    out = subprocess.run([*script, *options], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stdout + out.stderr
+    record = json.loads(output.read_text())
+    assert record["meaningful_times"] is torch.cuda.is_available()
+    clean, pgd = record["rows"]
+    assert clean["robust"] == 1 and 0 <= pgd["bf16"]["differing_verdicts"] <= 1
+    assert all(row["overhead"]["n"] == 2 and row["overhead"]["min"] > -1 for row in (clean, pgd))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert "| pgd-20 |" in tables.attacks() and "attacks_card.json" in tables.attacks()
+    out = subprocess.run([*script, "--eps", "7"], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 2 and "--eps: 7 must be above 0" in out.stderr
 
 
 def run_kernels(folder: Path, *options: str) -> tuple[list[str], dict, dict]:
