@@ -6,8 +6,9 @@ clean, PGD-20, AutoAttack's apgd-ce and its standard version: batch by batch thr
 `outcomes.Attacker.correct`, each batch's outcomes saved, as evaluate() does for one model, beside a
 plain loop (clean and PGD) or one call of pyautoattack for all images. That call attacks what an
 attack before has left in full batches, which evaluate's batches, each by itself, do not: their
-price is in the figure. The overhead is to stay below 5 %. Then PGD-20 with gradients in bf16 beside
-fp32: how many times as fast, and the share of verdicts that differ.
+price is in the figure. The overhead is to stay below 5 %. Then PGD-20 with gradients in bf16, and
+with --compile the compiled model's, beside fp32 ones: how many times as fast, and the share of
+verdicts that differ.
 
 --model: autoattack-resnet18, the CIFAR-10 ResNet-18 in pyautoattack (on CUDA, where none is named),
 tiny, three untrained layers (on a CPU), or any name that fastgn.train takes, untrained. Images are
@@ -168,12 +169,13 @@ def parse(cuda: bool) -> argparse.Namespace:
     parser.add_argument("--eps", type=radius, default=1 / 255, help="Linf, in 0..1 pixels")
     parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--calls", type=positive_int, help="a round, of clean and PGD; 5, or 1")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     parser.add_argument("--smoke", action="store_true", help="toy sizes, two rounds")
     parser.add_argument("--output", type=Path, help="JSON")
     args = parser.parse_args()
     if args.smoke:
         args.model, args.images, args.batch_size, args.rounds = "tiny", 4, 2, 2
-        args.img_size, args.data, args.calls = 8, None, 1
+        args.img_size, args.data, args.calls, args.compile = 8, None, 1, False
         args.attacks = [name for name in args.attacks if name != "autoattack"]
     args.calls = args.calls or 5
     return args
@@ -196,14 +198,17 @@ def main() -> int:
     model.to(device)
     with torch.no_grad():
         labels = torch.cat([model(x).argmax(1) for x in images.split(args.batch_size)])
+    others = ("bf16", "compiled") if args.compile else ("bf16",)
     arms: dict[str, Callable[[], object]] = {}
     found: dict[str, str] = {}
     calls = {}
     with tempfile.TemporaryDirectory() as temporary:
 
-        def add(name: str, precision: Precision) -> None:
-            attacker = Attacker("Linf", 0, args.batch_size, device, precision)
-            arm = f"{name}, {precision}"
+        def add(name: str, way: str) -> None:
+            precision: Precision = "bf16" if way == "bf16" else "fp32"
+            compiled = way == "compiled"
+            attacker = Attacker("Linf", 0, args.batch_size, device, precision, compiled)
+            arm = f"{name}, {way}"
 
             def run() -> None:
                 found[arm] = through_evaluate(
@@ -217,8 +222,8 @@ def main() -> int:
                 model, images, labels, name, args.eps, args.batch_size
             )
             add(name, "fp32")
-            if name == PGD:
-                add(name, "bf16")
+            for way in others if name == PGD else ():
+                add(name, way)
         for arm in arms:
             calls[arm] = args.calls if arm.startswith(("clean", PGD)) else 1
         timings = interleaved(arms, rounds=args.rounds, calls=calls, warmup=1)
@@ -235,19 +240,21 @@ def main() -> int:
         if cuda:
             row["images_per_s"] = summary([args.images / s for s in ours.rounds])
             row["direct_images_per_s"] = summary([args.images / s for s in timings[name].rounds])
-        if name == PGD:
-            other = found[f"{name}, bf16"]
+        for way in others if name == PGD else ():
+            other = found[f"{name}, {way}"]
             differ = sum(a != b for a, b in zip(bits, other, strict=True)) / len(bits)
-            speed = ratio(ours, timings[f"{name}, bf16"])
-            row["bf16"] = {"times_as_fast": speed, "differing_verdicts": differ}
+            speed = ratio(ours, timings[f"{name}, {way}"])
+            row[way] = {"times_as_fast": speed, "differing_verdicts": differ}
+            print(
+                f"{name}, {way}: {speed['mean']:.2f} ± {speed['std']:.2f} times as fast, "
+                f"{differ:.2%} other verdicts"
+            )
         rows.append(row)
         value = row["overhead"]
         print(
             f"{name}: {value['mean']:+.1%} ± {value['std']:.1%} (n = {value['n']}) over the direct "
             f"call, to stay below {TARGET:.0%}; {row['robust']:.1%} of the images withstand"
         )
-        if name == PGD:
-            print(f"{name}, bf16: {speed['mean']:.2f} times as fast, {differ:.2%} other verdicts")
     content = {
         "device": card,
         "meaningful_times": cuda,

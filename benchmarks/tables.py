@@ -398,14 +398,15 @@ def attacks() -> str:
                 f"{100 * r['overhead']['mean']:+.1f} ± {100 * r['overhead']['std']:.1f} %"
             ),
             "images/s": lambda r: plus_minus(r.get("images_per_s"), ".0f"),
-            "bf16: times as fast": lambda r: plus_minus(
-                r.get("bf16", {}).get("times_as_fast"), ".2f"
-            ),
-            "bf16: other verdicts": lambda r: (
-                f"{r['bf16']['differing_verdicts']:.2%}" if "bf16" in r else ""
-            ),
             "withstand": lambda r: f"{r['robust']:.1%}",
         }
+        for way in ("bf16", "compiled"):
+            columns[f"{way}: times as fast"] = lambda r, way=way: plus_minus(
+                r.get(way, {}).get("times_as_fast"), ".2f"
+            )
+            columns[f"{way}: other verdicts"] = lambda r, way=way: (
+                f"{r[way]['differing_verdicts']:.2%}" if way in r else ""
+            )
         rows = record["rows"]
         lines = markdown({name: [cell(row) for row in rows] for name, cell in columns.items()})
         lines.append("")

@@ -170,28 +170,34 @@ def restarted_pgd(
     starts: Iterable[Tensor],
     loss: LossFn = cross_entropy,
     norm: Norm = "Linf",
+    judge: nn.Module | None = None,
 ) -> Tensor:
     """PGD with steps of 2.5 eps / steps from each of the starts (what is added to the images): an
-    image keeps the first iterate at the end of a run that is misclassified, else the last run's."""
+    image that is misclassified at the end of a run keeps that iterate and is attacked no more.
+
+    judge: who says so, in fp32; None: the model. A host sync a start.
+    """
     gradient = partial(input_gradient, loss=loss)
-    step_size = 2.5 * eps / steps
-    result = images_BCHW
-    left = torch.ones_like(labels_B, dtype=torch.bool)
+    result = images_BCHW.clone()
+    left = torch.arange(len(labels_B), device=labels_B.device)
     for start in starts:
         attacked = pgd(
             model,
-            images_BCHW,
-            labels_B,
+            images_BCHW[left],
+            labels_B[left],
             eps=eps,
-            step_size=step_size,
+            step_size=2.5 * eps / steps,
             steps=steps,
             gradient=gradient,
             norm=norm,
-            start=start,
+            start=start[left],
         )
-        result = torch.where(left[:, None, None, None], attacked, result)
-        with torch.no_grad():
-            left = left & (model(result).argmax(1) == labels_B)
+        result[left] = attacked
+        with torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
+            right = (judge or model)(attacked).argmax(1) == labels_B[left]
+        left = left[right]
+        if not len(left):
+            break
     return result
 
 
@@ -228,9 +234,13 @@ def autoattack(
     """The adversarial images of AutoAttack (Croce & Hein 2020), its authors' code, on the images'
     device; batches are attacked on `device`. Unfooled images come back as they were.
 
-    attacks: some of apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, in place of a version's.
+    attacks: some of apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, in place of a version's. With K
+    classes the targeted ones try at most K - 1 others.
     """
     from pyautoattack import AutoAttack
+
+    with torch.no_grad():
+        others = model(images_BCHW[:1].to(device)).shape[1] - 1
 
     attack = AutoAttack(
         model,
@@ -241,6 +251,8 @@ def autoattack(
         seed=seed,
         device=device,
     )
+    for targeted in (attack.apgd_targeted, attack.fab):
+        targeted.n_target_classes = min(targeted.n_target_classes, others)
     adversarial_BCHW, _ = attack.run_standard_evaluation(
         images_BCHW.contiguous(), labels_B, batch_size=batch_size
     )

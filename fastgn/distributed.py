@@ -110,7 +110,8 @@ def session(device: str = "auto") -> Iterator[World]:
         timeout=timedelta(minutes=30),
         device_id=chosen if kind == "cuda" else None,
     )
-    control = torch.distributed.new_group(backend="gloo")
+    # an evaluation's ranks meet when the slowest has attacked its last batch
+    control = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     yield World(torch.distributed.get_rank(), size, chosen, cast(Any, control))
     # not after an error: it would fail the others' collectives before say_error has said why
     torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,15 @@ from fastgn.analysis.figures import (
     draw_pictures,
     draw_robust_curve,
 )
-from fastgn.analysis.outcomes import Attacker, Parts, check_attack, rows_of, timed_part, trust
+from fastgn.analysis.outcomes import (
+    AUTOATTACK,
+    Attacker,
+    Parts,
+    check_attack,
+    rows_of,
+    timed_part,
+    trust,
+)
 from fastgn.analysis.report import html_report, radius
 from fastgn.analysis.sanity import page, sanity_report
 from fastgn.analysis.statistics import gradient_statistics
@@ -108,8 +117,9 @@ class EvaluateConfig:
     """With --model: normalisation; None: timm's."""
     std: tuple[float, float, float] | None = None
     """With --model: normalisation; None: timm's."""
-    crop_pct: float = 0.875
-    """With --model: share of the resized image's side that the centre crop keeps (image files)."""
+    crop_pct: float | None = None
+    """With --model: share of the resized image's side that the centre crop keeps (image files);
+    None: timm's."""
     from_paper: bool = False
     """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
     normalisation around the network)."""
@@ -123,7 +133,7 @@ class EvaluateConfig:
     sanity: bool = False
     """Also the sanity report, at the last eps: whether the attacks can be believed."""
     analysis_images: int = 256
-    """The first of the images, for --statistics and --sanity."""
+    """How many of the images, evenly spaced, for --statistics and --sanity."""
     curve: str | None = None
     """Also draw accuracy against eps, under the last of the attacks, into this PNG."""
     picture: str | None = None
@@ -143,8 +153,16 @@ class EvaluateConfig:
             if self.norm == "Linf":
                 check_pixels("--eps", value)
             check(value > 0, f"--eps {value:g} must be above 0")
+        check(bool(self.attacks), "--attacks is empty: write --attacks clean pgd-20")
         for name in self.attacks:
             check_attack(name)
+        for field, values in (("attacks", self.attacks), ("eps", self.eps)):
+            check(len(set(values)) == len(values), f"--{field} names one twice")
+        check(self.seed >= 0, f"--seed {self.seed} must be at least 0")
+        check(
+            self.norm == "Linf" or not self.statistics,
+            "--statistics is of Linf: leave it out with --norm L2",
+        )
         for field in ("num_images", "batch_size", "picture_images", "analysis_images"):
             value = getattr(self, field)
             check(
@@ -159,7 +177,9 @@ class EvaluateConfig:
             self.image_list is None or self.num_images is None,
             "--image-list and --num-images both say which images: leave one out",
         )
-        for field in ("model_kwargs", "activation", "img_size", "mean", "std", "from_paper"):
+        for field in (
+            *("model_kwargs", "activation", "img_size", "mean", "std", "crop_pct", "from_paper"),
+        ):
             value = getattr(self, field)
             check(
                 self.model is not None or not value,
@@ -188,7 +208,7 @@ def load_foreign(where: str, cfg: EvaluateConfig, device: torch.device) -> Train
     assert cfg.model is not None
     path = Path(where)
     check(path.is_file(), f"--checkpoint {where}: there is no such file")
-    there = Config().replace(model=cfg.model, crop_pct=cfg.crop_pct)
+    there = Config().replace(model=cfg.model)
     values = {k: getattr(cfg, k) for k in ("activation", "img_size", "mean", "std", "model_kwargs")}
     there = there.replace(**{k: v for k, v in values.items() if v is not None})
     weights = models.read_weights(path, paper=cfg.from_paper)
@@ -196,6 +216,8 @@ def load_foreign(where: str, cfg: EvaluateConfig, device: torch.device) -> Train
     model, _ = models.build_model(there.architecture, len(classes))
     models.load_weights(model.backbone, weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
+    timms = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("crop_pct")
+    there = there.replace(crop_pct=cfg.crop_pct or timms or there.augmentation.crop_pct)
     return Trained(path.stem, model, there, tuple(classes))
 
 
@@ -256,31 +278,56 @@ def listed(name: str, split: Any) -> list[int]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--image-list {name} cannot be read: {error}") from None
         lines = [line.strip() for line in lines if line.strip()]
-    places: dict[str, int] = {}
+    places: dict[str, list[int]] = {}
     if not isinstance(split, Arrays):
         for index in range(len(split)):
-            path = split.name(index)
-            places[path] = places[path.rpartition("/")[2]] = index
+            parts = split.name(index).split("/")
+            for k in range(len(parts)):
+                places.setdefault("/".join(parts[k:]), []).append(index)
     chosen = []
     for line in lines:
-        place = places.get(line, places.get(line.rpartition("/")[2]))
-        if place is None and line.isdecimal() and int(line) < len(split):
-            place = int(line)
-        if place is None:
-            raise UserError(f"--image-list {name}: no validation image is called {line}")
-        chosen.append(place)
+        found = places.get(line, [])
+        if not found and line.isdecimal() and int(line) < len(split):
+            found = [int(line)]
+        check(bool(found), f"--image-list {name}: no validation image is called {line}")
+        check(
+            len(found) == 1,
+            f"--image-list {name}: {len(found)} validation images are called {line}; write more "
+            "of the path",
+        )
+        chosen += found
     check(bool(chosen), f"--image-list {name} is empty")
     check(len(set(chosen)) == len(chosen), f"--image-list {name} names an image twice")
     return chosen
 
 
 def weights_hash(model: torch.nn.Module) -> str:
-    """Of all that decides on a verdict."""
+    """SHA-256 of the weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def decides(trained: Trained, images: Subset, cfg: EvaluateConfig, device: str) -> list[Any]:
+    """All that outcomes depend on, but for the attacks: as JSON."""
+    digest = hashlib.sha256()
+    for index in images.indices:
+        if isinstance(images.split, Arrays):
+            digest.update(images.split.images_NCHW[index].numpy().tobytes())
+        else:
+            path = Path(images.split.name(index))
+            size = path.stat().st_size if path.is_file() else 0
+            digest.update(f"{path} {size}".encode())
+        digest.update(str(int(images.split.labels_N[index])).encode())
+    model = trained.model
+    return [
+        *(weights_hash(model), repr(trained.cfg.architecture), trained.cfg.augmentation.crop_pct),
+        *(model.mean.flatten().tolist(), model.std.flatten().tolist(), model.img_size),
+        *(images.indices, digest.hexdigest(), device, environment()["versions"]),
+        *(cfg.norm, cfg.seed, cfg.batch_size, cfg.precision, cfg.compile),
+    ]
 
 
 class Warnings(logging.Handler):
@@ -298,17 +345,14 @@ class Warnings(logging.Handler):
 
 def evaluate(
     trained: Trained, images: Subset, cfg: EvaluateConfig, world: World, output: Path
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Parts]:
     """One model's outcomes over all ranks, as a JSON-ready dict: each rank takes every
-    world.size-th batch. What a killed run has saved beside `output` is not done again."""
+    world.size-th batch. What a killed run has saved beside `output`, in the parts, is not done
+    again."""
     order, size = images.indices, cfg.batch_size
     pairs = [("clean", 0.0)]
     pairs += [(name, eps) for name in cfg.attacks if name != "clean" for eps in cfg.eps]
-    parts = Parts(
-        output,
-        [weights_hash(trained.model), cfg.norm, cfg.seed, size, cfg.precision, cfg.compile]
-        + [images.name, order, trained.model.img_size, world.device.type],
-    )
+    parts = Parts(output, decides(trained, images, cfg, world.device.type))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     attacker = Attacker(cfg.norm, cfg.seed, size, world.device, cfg.precision, cfg.compile)
     warned = Warnings()
@@ -326,20 +370,20 @@ def evaluate(
                 done[index, batch] = part | {"row": index}
     left = [b for b in mine if any((i, b) not in done for i in range(len(pairs)))]
     images.indices = [place for batch in left for place in batches[batch]]
-    doubts: list[str] = []
     total = len(mine) * len(pairs)
     hidden = None if world.is_main else True
     with tqdm(total=total, desc=trained.name, unit="batch", disable=hidden) as bar:
         bar.update(len(done))
         for batch, (x, y) in zip(left, images, strict=True):
-            if batch == left[0]:
-                doubts = trust(trained.model, x, y)
             clean: list[bool] | None = None
             for index, pair in enumerate(pairs):
                 if (index, batch) not in done:
+                    warned.lines.clear()
+                    if index == batch == 0:
+                        warned.lines += trust(trained.model, x, y)
                     began = time.perf_counter()
                     right = attacker.correct(trained.model, x, y, batches[batch], *pair, clean)
-                    part = timed_part(index, batch, right, began)
+                    part = timed_part(index, batch, right, began, warned.lines)
                     parts.put(part, *key(pair, batch))
                     done[index, batch] = part
                     bar.update()
@@ -349,25 +393,26 @@ def evaluate(
     logging.getLogger("auto-attack").removeHandler(warned)
     images.indices = order
     gathered = [json.loads(item) for item in world.gather([json.dumps(p) for p in done.values()])]
-    warnings = world.gather([*doubts, *warned.lines])
+    warnings = {line for part in gathered for line in part.get("warnings", ())}
     rows = rows_of(gathered, pairs, len(order))
     if world.is_main:
-        parts.remove()
         for row in rows:
             at = "" if row["attack"] == "clean" else f" at {radius(row['eps'])}"
             print(f"{trained.name}: {row['attack']}{at} {row['accuracy']:.1%}", file=sys.stderr)
     if "clean" not in cfg.attacks:
         rows = rows[1:]
-    return {
+    result = {
         "name": trained.name,
+        "weights_sha256": weights_hash(trained.model),
         "model": trained.cfg.architecture.model,
         "method": trained.cfg.objective.method if cfg.model is None else "unknown",
         "images": len(order),
         "subset": images.name,
         "ids": names_of(images),
-        "warnings": sorted(set(warnings)),
+        "warnings": sorted(warnings),
         "results": rows,
     }
+    return result, parts
 
 
 def so_far(
@@ -392,13 +437,12 @@ def draw(trained: list[Trained], subset: Subset, cfg: EvaluateConfig) -> bytes:
     check(
         len(sizes) == 1, f"--picture: the models take images of different sizes ({sorted(sizes)})"
     )
-    eps, count = cfg.eps[-1], cfg.picture_images
-    images, labels = next(iter(subset))
-    images, labels = images[:count], labels[:count]
+    eps, subset = cfg.eps[-1], some(subset, cfg.picture_images)
+    images, labels = (torch.cat(parts) for parts in zip(*subset, strict=True))
     views = []
     for t in trained:
-        attacker = Attacker(cfg.norm, cfg.seed, count, images.device)
-        attacked = attacker(t.model, images, labels, subset.indices[:count], "pgd-20", eps)
+        attacker = Attacker(cfg.norm, cfg.seed, len(images), images.device)
+        attacked = attacker(t.model, images, labels, subset.indices, "pgd-20", eps)
         with torch.no_grad():
             before, after = t.model(images).argmax(1), t.model(attacked).argmax(1)
         grad = attacks.input_gradient(t.model, images, labels).images_BCHW
@@ -427,13 +471,13 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def first_batches(subset: Subset, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Of the first `count` images."""
-    order = subset.indices
-    subset.indices = order[:count]
-    batches = list(subset)
-    subset.indices = order
-    return batches
+def some(subset: Subset, count: int) -> Subset:
+    """At most `count` of the images, evenly spaced: a folder's are sorted by class."""
+    fewer = copy.copy(subset)
+    total = len(subset.indices)
+    count = min(count, total)
+    fewer.indices = [subset.indices[i * total // count] for i in range(count)]
+    return fewer
 
 
 def norm_by_epoch(
@@ -460,14 +504,15 @@ def analyse(where: str, trained: Trained, subset: Subset, cfg: EvaluateConfig) -
     out: dict[str, Any] = {}
     if not cfg.statistics and not cfg.sanity:
         return out
-    batches = first_batches(subset, cfg.analysis_images)
+    subset = some(subset, cfg.analysis_images)
+    batches = list(subset)
     if cfg.statistics:
         out["statistics"] = gradient_statistics(
             trained.model,
             batches,
             eps=cfg.eps[-1],
             seed=cfg.seed,
-            ids=subset.indices[: cfg.analysis_images],
+            ids=subset.indices,
         )
         train_images = len(load_dataset(source_of(trained.cfg, cfg)).train)
         out["norm_by_epoch"] = norm_by_epoch(Path(where), trained, batches, train_images)
@@ -487,6 +532,35 @@ def analyse(where: str, trained: Trained, subset: Subset, cfg: EvaluateConfig) -
     return out
 
 
+def check_target(path: Path) -> None:
+    """Raises UserError where a file cannot be written there: before hours of attacks."""
+    check(not path.is_dir(), f"{path} is a folder: name a file")
+    parent = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    check(
+        parent.is_dir() and os.access(parent, os.W_OK),
+        f"{path} cannot be written: {parent} is no folder that can be written to",
+    )
+
+
+def check_few_classes(classes: int, names: tuple[str, ...]) -> None:
+    """Raises UserError: AutoAttack's DLR losses need a third or fourth best logit."""
+    needy = [n for n in names if n in ("apgd-dlr", "apgd-t", *AUTOATTACK)]
+    check(
+        classes >= 4 or not needy,
+        f"--attacks {' '.join(needy)}: its DLR loss needs 4 classes, the data has {classes}; take "
+        "apgd-ce, fab, square and pgd-K-margin",
+    )
+
+
+def with_own_names(trained: list[Trained], checkpoints: tuple[str, ...]) -> list[Trained]:
+    """Models of one name by their whole paths."""
+    names = [t.name for t in trained]
+    return [
+        dataclasses.replace(t, name=where) if names.count(t.name) > 1 else t
+        for t, where in zip(trained, checkpoints, strict=True)
+    ]
+
+
 def run(cfg: EvaluateConfig, world: World) -> None:
     """Evaluates, prints the table, and writes the JSON, the picture and the report. Raises
     UserError."""
@@ -500,6 +574,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     output = (
         Path(cfg.output) if cfg.output else run_folder(Path(cfg.checkpoint[0])) / "evaluation.json"
     )
+    for target in (output, *(Path(x) for x in (cfg.report, cfg.curve, cfg.picture) if x)):
+        check_target(target)
     with world.first_alone():
         trained = [
             load_foreign(where, cfg, world.device)
@@ -507,11 +583,20 @@ def run(cfg: EvaluateConfig, world: World) -> None:
             else load_trained(where, world.device)
             for where in cfg.checkpoint
         ]
+        trained = with_own_names(trained, cfg.checkpoint)
         subsets = [subset_of(t, cfg, world.device) for t in trained]
-    results = []
+    sources = {(x.data, x.data_dir, x.val_split) for x in (source_of(t.cfg, cfg) for t in trained)}
+    check(
+        len(sources) == 1,
+        "the checkpoints were trained on different data: name one by --data or --data-dir, or "
+        "evaluate them one by one",
+    )
+    check_few_classes(len(trained[0].classes), cfg.attacks)
+    results, saved = [], []
     for where, t, subset in zip(cfg.checkpoint, trained, subsets, strict=True):
-        result = evaluate(t, subset, cfg, world, output)
-        results.append(result | analyse(where, t, subset, cfg))
+        result, parts = evaluate(t, subset, cfg, world, output)
+        saved.append(parts)
+        results.append(result | {"checkpoint": where} | analyse(where, t, subset, cfg))
     if not world.is_main:
         return
     record: dict[str, Any] = {"norm": cfg.norm, "eps_units": "0..1 pixels", "seed": cfg.seed}
@@ -519,6 +604,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     record |= {"batch_size": cfg.batch_size, "precision": cfg.precision, "models": results}
     record |= environment()
     write_json(output, record)
+    for parts in saved:
+        parts.remove()
     images = f"{results[0]['subset']} validation images"
     print(
         f"\naccuracy on {images}, {cfg.norm}, eps in 0..1 pixel units, seed "
@@ -529,7 +616,7 @@ def run(cfg: EvaluateConfig, world: World) -> None:
             print(f"warning: {result['name']}: {line}")
     print(f"written: {output}")
     if cfg.curve:
-        write_bytes(Path(cfg.curve), curve_of(results, cfg.attacks[-1]))
+        write_bytes(Path(cfg.curve), curve_of(results, cfg.attacks[-1], cfg.norm))
         print(f"written: {cfg.curve}")
     if cfg.picture:
         write_bytes(Path(cfg.picture), draw(trained, subsets[0], cfg))
@@ -541,10 +628,10 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         print(f"written: {cfg.report}")
 
 
-def curve_of(results: list[dict[str, Any]], name: str) -> bytes:
+def curve_of(results: list[dict[str, Any]], name: str, norm: str) -> bytes:
     """All models' accuracies against eps under an attack, and without one."""
     rows = {r["name"]: [x for x in r["results"] if x["attack"] in ("clean", name)] for r in results}
-    return draw_robust_curve(rows, results[0]["subset"], name)
+    return draw_robust_curve(rows, results[0]["subset"], name, norm)
 
 
 def pictures_of(
@@ -555,7 +642,7 @@ def pictures_of(
     if len(cfg.eps) > 2:
         for name in cfg.attacks:
             if name != "clean":
-                out[f"Accuracy against eps under {name}"] = curve_of(results, name)
+                out[f"Accuracy against eps under {name}"] = curve_of(results, name, cfg.norm)
     norms = {r["name"]: r["statistics"]["l1"] for r in results if "statistics" in r}
     if norms:
         out["L1 norm of the input gradient, image by image"] = draw_gradient_histograms(norms)
@@ -579,6 +666,9 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         say_error(f"fastgn.evaluate: error: {error}")
         return 2
+    except KeyboardInterrupt:
+        say_error("fastgn.evaluate: stopped; say the same again to go on")
+        return 130
     return 0
 
 

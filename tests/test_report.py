@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fastgn.analysis import report
 from fastgn.analysis.report import html_report, radius, wilson
 from fastgn.config import UserError
 
@@ -34,8 +35,13 @@ RECORD: dict[str, Any] = {
                 {"attack": "pgd-20", "eps": 4 / 255, "accuracy": 40 / 64, "seconds": 2.0},
                 {"attack": "worst case", "eps": 4 / 255, "accuracy": 39 / 64, "seconds": 0.0},
             ],
-            "statistics": {"mean_l1": 37.21, "count_failed": 24, "channel_l1": [10.5, 12.5]},
-            "curve": [{"eps": 0.5 / 255, "accuracy": 0.875}, {"eps": 1.0, "accuracy": 0.0}],
+            "statistics": {
+                "mean_l1": 37.21,
+                "count_failed": 24,
+                "channel_l1": [10.5, 12.5],
+                "linearity": {"uniform": {"error": 0.25}},
+                "l1": [1.0] * 5,
+            },
             "sanity": [
                 {"name": "falls with eps", "verdict": "pass", "detail": ""},
                 {"name": "steps converge", "verdict": "warn", "detail": "62.5%, then 61%"},
@@ -118,7 +124,7 @@ def bare() -> dict[str, Any]:
 def test_every_part_is_there() -> None:
     page = parsed()
     assert page.values("section", "id") == [
-        *("accuracy", "statistics", "curve", "sanity", "pictures", "warnings", "about")
+        *("accuracy", "statistics", "sanity", "pictures", "warnings", "about")
     ]
     assert page.values("html", "lang") == ["en"] and page.tags.count("h1") == 1
     for text in ("Two models", "first 64 of 360", "L∞", "4/255", "0123456789ab-dirty", "2 × H100"):
@@ -134,14 +140,22 @@ def test_every_accuracy_is_in_its_row_and_column() -> None:
     assert rows[2] == ["pgd-20", "4/255", "62.5% 50.3–73.3", "–"]
     assert rows[3] == ["square", "4/255", "–", "0.0% 0.0–5.7"]
     assert rows[4] == ["worst case", "4/255", "60.9% 48.7–71.9", "–"], "the worst case comes last"
-    assert ["0.5/255", "87.5% 77.2–93.5", "–"] in rows
-    assert ["1", "0.0% 0.0–5.7", "–"] in rows
 
 
-def test_statistics_show_scalars_and_skip_lists() -> None:
+@pytest.mark.parametrize(
+    ("eps", "shown"),
+    [(4 / 255, "4/255"), (0.5 / 255, "0.5/255"), (0.025, "0.025"), (0.5, "0.5"), (1.0, "1")],
+)
+def test_radii(eps: float, shown: str) -> None:
+    assert report.radius(eps) == shown
+
+
+def test_statistics_show_numbers_and_skip_long_lists() -> None:
     page = parsed()
     assert ["mean L1", "37.21", "–"] in page.rows and ["count failed", "24", "–"] in page.rows
-    assert "channel" not in page.text and "1001" not in page.text
+    assert ["channel L1 1", "12.5", "–"] in page.rows
+    assert ["linearity uniform error", "0.25", "–"] in page.rows
+    assert not [row for row in page.rows if row[0] == "L1"] and "1001" not in page.text
 
 
 def test_verdicts_are_words() -> None:
@@ -207,7 +221,7 @@ def test_what_the_record_lacks_is_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "empty", [{"statistics": {"counts": [1, 2]}}, {"curve": []}, {"sanity": []}, {"warnings": []}]
+    "empty", [{"statistics": {"l1": [1.0] * 5}}, {"sanity": []}, {"warnings": []}]
 )
 def test_an_empty_part_has_no_heading(empty: dict[str, Any]) -> None:
     record = bare()

@@ -135,20 +135,24 @@ def signed(axes, values_HW: Tensor, limit: float) -> None:
 
 
 def draw_robust_curve(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], subset: str, attack: str = "PGD"
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    subset: str,
+    attack: str = "PGD",
+    norm: str = "Linf",
 ) -> bytes:
-    """Accuracy against the attack's Linf radius, a line a model.
+    """Accuracy against the attack's radius, a line a model.
 
-    curves: {model: rows with eps and accuracy}; eps in 0..1 pixel units, drawn in 1/255.
+    curves: {model: rows with eps and accuracy}; eps in 0..1 pixel units, of Linf drawn in 1/255.
     subset: the images' name, attack the attack's, both for the title.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
+    unit = 255 if norm == "Linf" else 1
     for name, rows in curves.items():
-        points = sorted((255 * row["eps"], row["accuracy"]) for row in rows)
+        points = sorted((unit * row["eps"], row["accuracy"]) for row in rows)
         axes.plot(*zip(*points, strict=True), label=name, marker=".")
     axes.set_title(f"accuracy under {attack}: {subset}", fontsize=10)
-    axes.set_xlabel("Linf eps (1/255)")
+    axes.set_xlabel("Linf eps (1/255)" if norm == "Linf" else f"{norm} eps")
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1)
     axes.set_xlim(left=0)

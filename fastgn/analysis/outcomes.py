@@ -80,8 +80,11 @@ class Attacker:
                 version=AUTOATTACK.get(name, "standard"),
                 attacks=[name] if name in PARTS else None,
             )
+        judge = model
         if self.compile:
-            model = self.compiled.setdefault(model, torch.compile(model))
+            if model not in self.compiled:
+                self.compiled[model] = torch.compile(model)
+            model = self.compiled[model]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if name == "fgsm":
                 return attacks.fgsm(model, images_BCHW, labels_B, eps=eps, norm=self.norm)
@@ -98,6 +101,7 @@ class Attacker:
                 starts=starts,
                 loss=attacks.margin if margin else attacks.cross_entropy,
                 norm=self.norm,
+                judge=judge,
             )
 
     def noise(self, ids: Sequence[int], shape: Sequence[int], eps: float, restart: int) -> Tensor:
@@ -129,7 +133,11 @@ class Attacker:
         attacked = self(model, images, labels, [ids[i] for i in left], name, eps)
         added = (attacked - images).flatten(1)
         size = added.abs().amax(1) if self.norm == "Linf" else added.norm(dim=1)
-        assert float(size.max()) <= eps * 1.001 + 1e-6, f"{name} has left its ball"
+        if not float(size.max()) <= eps * 1.001 + 1e-6:
+            raise UserError(
+                f"{name} has moved an image by {float(size.max()):g} with eps {eps:g}: the model's "
+                "gradients may not be finite"
+            )
         with torch.no_grad():
             right = model(attacked).argmax(1) == labels
         out = list(clean)
@@ -192,11 +200,15 @@ def row(name: str, eps: float, correct: str) -> dict[str, Any]:
     return {"attack": name, "eps": eps, "accuracy": accuracy, "correct": correct}
 
 
-def timed_part(index: int, batch: int, correct: list[bool], began: float) -> dict[str, Any]:
+def timed_part(
+    index: int, batch: int, correct: list[bool], began: float, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
     """See rows_of."""
     bits = "".join("1" if right else "0" for right in correct)
     seconds = time.perf_counter() - began
-    return {"row": index, "batch": batch, "correct": bits, "seconds": seconds}
+    return {"row": index, "batch": batch, "correct": bits, "seconds": seconds} | (
+        {"warnings": list(warnings)} if warnings else {}
+    )
 
 
 def trust(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list[str]:
@@ -219,11 +231,18 @@ def trust(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list[str]:
             "the model gives other logits for the same images each time: attacks on one draw say "
             "nothing of the next"
         )
+    grad_BCHW = attacks.input_gradient(model, images_BCHW, labels_B).images_BCHW
+    if not bool(torch.isfinite(grad_BCHW).all()):
+        raise UserError("the gradients with respect to clean images are not finite")
     found = []
+    if not bool(grad_BCHW.any()):
+        found.append("no gradient reaches the images: attacks that need one say nothing")
+    num, classes = first.shape
     accuracy = float((first.argmax(1) == labels_B).float().mean())
-    if len(labels_B) >= 32 and accuracy < 2 / first.shape[1]:
+    chance = 1 / classes + 2 * (1 / classes * (1 - 1 / classes) / num) ** 0.5
+    if num >= 32 and accuracy < chance:
         found.append(
-            f"{accuracy:.1%} of the first {len(labels_B)} clean images are right, hardly more than "
-            "by chance: are the normalisation (--mean, --std) and the classes the model's own?"
+            f"{accuracy:.1%} of the first {num} clean images are right, hardly more than by "
+            "chance: are the normalisation (--mean, --std) and the classes the model's own?"
         )
     return found

@@ -3,7 +3,7 @@
 import base64
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from string import Template
 from typing import Any
@@ -147,7 +147,6 @@ def html_report(record: Record, pictures: Mapping[str, bytes], *, title: str) ->
     parts = (
         accuracies(record, models),
         statistics(models),
-        curves(record, models),
         sanity(models),
         figures(pictures),
         warnings(models),
@@ -172,11 +171,9 @@ def wilson(accuracy: float, n: int) -> tuple[float, float]:
 
 
 def radius(eps: float) -> str:
-    """eps below 1 as n/255 where n is whole or a half, else as a plain number."""
-    n = round(eps * 510) / 2
-    return (
-        f"{n:g}/255" if 0 < n < 255 and math.isclose(n, eps * 255, rel_tol=1e-6) else f"{eps:.4g}"
-    )
+    """eps as n/255 where n is whole and at most 64, or 0.5; else as a plain number."""
+    n = round(eps * 255) or 0.5
+    return f"{n:g}/255" if n <= 64 and math.isclose(n, eps * 255, rel_tol=1e-6) else f"{eps:.4g}"
 
 
 # ------------------------------------------------------------------------------- sections
@@ -225,7 +222,7 @@ def accuracies(record: Record, models: Sequence[Record]) -> str:
 
 def statistics(models: Sequence[Record]) -> str:
     columns: list[dict[Key, str]] = [
-        {(label(k),): value(v) for k, v in (m.get("statistics") or {}).items() if is_scalar(v)}
+        {(label(k),): value(v) for k, v in flat(m.get("statistics") or {}) if is_scalar(v)}
         for m in models
     ]
     rows = unique(key for column in columns for key in column)
@@ -233,17 +230,15 @@ def statistics(models: Sequence[Record]) -> str:
     return section("statistics", "Input gradients", body) if rows else ""
 
 
-def curves(record: Record, models: Sequence[Record]) -> str:
-    points = [{p["eps"]: p["accuracy"] for p in m.get("curve") or ()} for m in models]
-    radii = sorted({eps for column in points for eps in column})
-    columns: list[dict[Key, str]] = [
-        {(radius(eps),): score(accuracy, m["images"]) for eps, accuracy in column.items()}
-        for m, column in zip(models, points, strict=True)
-    ]
-    rows = unique((radius(eps),) for eps in radii)
-    body = number_table("curve", ("ε",), rows, columns, map(model_head, models))
-    note = f"Accuracy against the radius of {norm(record)} attacks, with 95% Wilson intervals."
-    return section("curve", "Robustness curve", body, note) if rows else ""
+def flat(values: Record) -> Iterator[tuple[str, Any]]:
+    """Nested values by their keys one after the other; of lists, those of up to 4 numbers."""
+    for key, item in values.items():
+        if isinstance(item, Mapping):
+            yield from flat({f"{key} {inner}": x for inner, x in item.items()})
+        elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) <= 4:
+            yield from ((f"{key} {i}", x) for i, x in enumerate(item))
+        else:
+            yield key, item
 
 
 def sanity(models: Sequence[Record]) -> str:
