@@ -338,8 +338,10 @@ class Bench:
         if arm.why_not is None:
             with self.attempt(arm, "launches", needed=False):
                 found = launches(lambda: self.cycle(arm), arm.spec.compile)
-                count = found.count / arm.spec.cycle if found.count else None
-                arm.launches = {"what": found.what, "count": count}
+                count, busy_s = (
+                    None if x is None else x / arm.spec.cycle for x in (found.count, found.busy_s)
+                )
+                arm.launches = {"what": found.what, "count": count, "busy_s": busy_s}
 
     def allocated(self) -> int:
         if self.device.type != "cuda":

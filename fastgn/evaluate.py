@@ -91,8 +91,8 @@ class EvaluateConfig:
     val_split: str | None = None
     """Folder or list of the images below --data-dir; None: the run's own."""
     num_images: int | None = None
-    """How many validation images; None takes all. The first ones of digits and CIFAR-10; of a
-    folder, which is sorted by class, evenly spaced ones."""
+    """How many validation images; None takes all. The first ones; of a split sorted by
+    class, as a folder is, evenly spaced ones."""
     image_list: str | None = None
     """In place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's validation set), or a
     file with a line for each image: its number, or the end of its path."""

@@ -508,9 +508,10 @@ class Step:
                 torch._foreach_copy_(now, before)
 
     def _update(self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor, update: int) -> Loss:
-        for parameter, grad in zip(self._weights, self._kept_grads, strict=False):
-            if parameter.grad is None:
-                parameter.grad = grad.zero_()
+        if self._kept_grads and not any(p.grad is not None for p in self._weights):
+            torch._foreach_zero_(self._kept_grads)
+            for parameter, grad in zip(self._weights, self._kept_grads, strict=True):
+                parameter.grad = grad
         parts = [
             part
             for images_BCHW, targets in batches
@@ -604,6 +605,8 @@ class Step:
 
     def _forward(self, name: str, *inputs: Any) -> Loss:
         self._tried.add(name)
+        if self._kept_grads:  # even where an earlier forward has found no memory for its backward
+            torch.compiler.cudagraph_mark_step_begin()
         # an update that may be thrown away stays on its own rank
         return (self._loss if self._proven else self._losses)(name, *inputs)
 
@@ -678,10 +681,12 @@ class Step:
 
 
 def compilations() -> str:
-    """How many graphs this process has compiled, forward and backward, and found in the cache."""
+    """How many graphs this process has compiled, forward and backward, and found in the cache; and
+    how many calls could not be CUDA graphs."""
     counters = torch._dynamo.utils.counters["inductor"]
     made, found = (counters[f"fxgraph_cache_{what}"] for what in ("miss", "hit"))
-    return f"{made} graphs compiled, {found} found compiled"
+    skipped = f", {counters['cudagraph_skips']} no CUDA graphs" * bool(counters["cudagraph_skips"])
+    return f"{made} graphs compiled, {found} found compiled{skipped}"
 
 
 def graph_count() -> int:

@@ -760,6 +760,8 @@ def test_cuda_graphs_leave_the_gradient_alone(kind: str, count: int) -> None:
     """Over three updates of one or two micro-batches: a replayed graph writes where it wrote
     before, and neither gradients nor losses must live there."""
     found = []
+    skipped = torch._dynamo.utils.counters["inductor"]
+    before = skipped["cudagraph_skips"]
     schedule = Schedule() if kind == "pgd_at" else Schedule(kind, lazy_interval=2)
     method = "pgd_at" if kind == "pgd_at" else "gradnorm"
     for cuda_graphs in (False, True):
@@ -775,6 +777,7 @@ def test_cuda_graphs_leave_the_gradient_alone(kind: str, count: int) -> None:
         found.append((gradients(model), torch.stack(losses).nan_to_num()))
     for ours, plain in zip(*found, strict=True):
         assert relative(ours, plain) < 1e-4
+    assert skipped["cudagraph_skips"] == before
 
 
 # the host does not wait for the device

@@ -130,6 +130,11 @@ def build_loader(
     return TorchLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
 
 
+def is_by_class(split: Any) -> bool:
+    """Whether its first images are all of one class: a folder's, and arrays read from one."""
+    return not isinstance(split, Arrays) or bool((split.labels_N.diff() >= 0).all())
+
+
 class Subset:
     """Validation images for evaluation, the same at every call, sharded over ranks, never
     augmented."""
@@ -149,14 +154,14 @@ class Subset:
         skip: bool = False,
         chosen: list[int] | None = None,
     ):
-        """num: how many images; None takes all. The first ones of arrays; of a folder, which is
-        sorted by class, evenly spaced ones. chosen: the split's indices, in place of num. skip:
+        """num: how many images; None takes all. The first ones; of a split sorted by class, as a
+        folder is, evenly spaced ones. chosen: the split's indices, in place of num. skip:
         replace a bad image by the next one of the split, and add a line to bad_images."""
         total = len(split)
         num = total if num is None else min(num, total)
         if chosen is not None:
             num, self.name = len(chosen), f"{len(chosen)} named ones of {total}"
-        elif isinstance(split, Arrays) or num == total:
+        elif num == total or not is_by_class(split):
             chosen = list(range(num))
             self.name = f"all {total}" if num == total else f"first {num} of {total}"
         else:
