@@ -208,11 +208,9 @@ def without_penalty(objective: Objective) -> Objective:
     """The cross-entropy of `objective`, with its weight."""
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
-        plain = natural(model, images_BCHW, targets)
-        # not a penalty of 0: it is not taken
-        return plain._replace(
-            total=objective.ce_weight * plain.total, penalty=torch.full_like(plain.ce, torch.nan)
-        )
+        ce = natural(model, images_BCHW, targets).ce
+        none = torch.full_like(ce, torch.nan)  # not a penalty of 0: it is not taken
+        return Loss(objective.ce_weight * ce, ce, none, none)
 
     return Objective(loss, ce_weight=objective.ce_weight)
 
