@@ -653,7 +653,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--budgets", nargs="+", type=float, default=(), help="activation memory, more exact arms")
     add("--kernels", choices=("auto", "triton", "reference"), default="auto")
     add("--compile", choices=("on", "off"), default="on" if gpu else "off")
-    add("--cuda-graphs", action="store_true")
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="of the compiled arms; default: as fastgn.train, on CUDA",
+    )
     add("--rounds", type=int, default=3)
     add("--round-seconds", type=float, default=1.0 if gpu else 0.3, help="of an arm in a round")
     add("--minutes", type=float, default=math.inf, help="arms are left out that would exceed these")

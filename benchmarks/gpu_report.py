@@ -7,9 +7,9 @@ A bare machine with torch, triton, timm and numpy runs it from the checkout, not
 
 Each part is a process of its own with a time limit: one that breaks or hangs leaves the others.
 Parts come in the order of their value, and begin while --budget-s lasts: 530 s keep a call below
-nine minutes. The first ones are meant for that, the rest for a second call. What needs no clock
-runs at the same time, and its compiled steps are found by what follows in the compiler's cache on
-disk, in the folder; what is timed runs alone.
+nine minutes. The first ones are meant for that, the rest for a second call. What is timed runs
+alone, and so do its compilations: beside others they take many times as long. What needs no clock
+runs at the same time.
 
 After each part the folder holds what there is: report.json (each part's commands, seconds, exit
 status, last lines and files), the parts' own JSON and pictures, and logs/. Names are those of
@@ -106,7 +106,6 @@ class Machine:
     capability: tuple[int, int] | None
     """None: no GPU."""
     smoke: bool
-    memory_gib: float = 0.0
 
     @property
     def slug(self) -> str:
@@ -134,8 +133,7 @@ def this_machine(smoke: bool) -> Machine:
     if not torch.cuda.is_available():
         return Machine("cpu", None, smoke)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return Machine(name, capability, smoke, memory)
+    return Machine(name, capability, smoke)
 
 
 def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
@@ -167,41 +165,19 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
         return Part(f"cost_{precision}{suffix}", what, [command], limit_s, trainer, files)
 
     best, *others = machine.precisions
-    least = ("--schedules", "exact", "--methods", "natural", "gradnorm", "pgd_at")
-    few = (*least, "gradnorm-paper")
-
-    # the compiler's output is judged without a GPU; one process a file: most of it is compiling
-    files = sorted(p.name for p in ROOT.glob("tests/kernels/test_*.py"))
-    correct = [tests(f"tests/kernels/{name}") for name in files if name != "test_builds.py"]
-    if smoke:
-        correct = [tests("tests/kernels/test_checks.py")]
-    what = "every op against its twin"
-    parts = [Part("kernel_tests", what, correct, 170, ("pytest", "numpy"))]
-
-    # its steps at batch 64 are those that are timed next: what compiles them
-    files = (f"memory_{'toy' if smoke else 'swin_b'}_{machine.slug}.json",)
-    options = ("--smoke",) if smoke else ("--precision", best, "--minutes", 2.4, "--workers", 3)
-    curve = script("memory", *options, output=files[0])
-    what = "peak memory over the batch size"
-    parts.append(Part("memory", what, [curve], 170, trainer, files, beside=True))
-
-    if not smoke:
-        # as many at once as their activations have room for
-        steps = [(best, "pgd_at")]
-        if machine.memory_gib > 120 and "fp32" in others:
-            steps += [("fp32", "natural"), ("fp32", "gradnorm")]
-        commands = [
-            cost(p, f"logs/{p}_{m}.json", "--methods", m, "--schedules", "exact", "--first-step")
-            for p, m in steps
-        ]
-        what = "more steps compiled into the cache on disk"
-        parts.append(Part("compile", what, commands, 170, trainer, beside=True))
+    few = ("--schedules", "exact", "--methods", "natural", "gradnorm", "pgd_at", "gradnorm-paper")
 
     options = ("--rounds", 2, "--methods", "natural", "gradnorm")
-    timed = timed_cost(best, 190, *(options if smoke else (*few, "pgd_at-paper")))
-    parts.append(timed)
-    if not smoke:
-        parts += [timed_cost(p, 120, *few) for p in others if p == "fp32"]
+    timed = timed_cost(best, 290, *(options if smoke else (*few, "pgd_at-paper")))
+    parts = [timed]
+
+    # the compiler's output is judged without a GPU; most of the time is Triton's compiler
+    many = ("-n", min(12, os.cpu_count() or 1)) if importlib.util.find_spec("xdist") else ()
+    correct = tests("tests/kernels", "--ignore", "tests/kernels/test_builds.py", *map(str, many))
+    if smoke:
+        correct = tests("tests/kernels/test_checks.py")
+    what = "every op against its twin"
+    parts.append(Part("kernel_tests", what, [correct], 180, ("pytest", "numpy")))
 
     files = (f"kernels_{machine.slug}.json", f"kernels_{machine.slug}.png")
     size = ("--ops", "cross_entropy_index", "--stages", 4, "--batch-size", 2, "--rounds", 2)
@@ -230,6 +206,27 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
             )
         )
 
+    files = (f"attacks_{machine.slug}.json",)
+    size = ("--smoke",) if smoke else ("--images", 1000, "--batch-size", 500, "--eps", "8/255")
+    command = script("attacks", *size, output=files[0])
+    what = "what an evaluation costs over its attacks"
+    parts.append(Part("attacks", what, [command], 150, (*trainer, "pyautoattack"), files))
+
+    if not smoke:
+        parts += [timed_cost(p, 200, *few) for p in others if p == "fp32"]
+
+    files = (f"small_data_{machine.slug}.json",)
+    size = ("--images", 64, "--batch-size", 4, "--rounds", 1, "--calls", 1) if smoke else ()
+    command = script("small_data", *size, output=files[0])
+    what = "the share of small data in an update"
+    parts.append(Part("small_data", what, [command], 150, (*trainer, "tyro", "tomli_w"), files))
+
+    files = (f"memory_{'toy' if smoke else 'swin_b'}_{machine.slug}.json",)
+    options = ("--smoke",) if smoke else ("--precision", best, "--minutes", 3.2, "--workers", 3)
+    curve = script("memory", *options, output=files[0])
+    what = "peak memory over the batch size"
+    parts.append(Part("memory", what, [curve], 200, trainer, files))
+
     files = (f"precision_{machine.slug}.json",)
     size = ("--seeds", 2, "--fd-steps", 0.01)
     if smoke:
@@ -242,8 +239,8 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
     if not smoke:
         what = "saving memory by recomputing"
         budgets = (*("--methods", "natural", "gradnorm", "--schedules", "exact"), "--budgets")
-        parts.append(timed_cost(best, 150, *budgets, 0.7, 0.5, suffix="_budgets"))
-        parts += [timed_cost(p, 120, *few) for p in others if p == "tf32"]
+        parts.append(timed_cost(best, 250, *budgets, 0.7, 0.5, suffix="_budgets"))
+        parts += [timed_cost(p, 200, *few) for p in others if p == "tf32"]
 
     files = (f"loader_{machine.slug}.json",)
     options = ("--smoke",) if smoke else ("--cost", folder / timed.files[0])
@@ -252,9 +249,9 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
     parts.append(Part("loader", what, [command], 60, (*trainer, "PIL"), files))
 
     if not smoke:
-        graphs = ("--methods", "natural", "gradnorm", "--schedules", "exact", "--cuda-graphs")
-        parts.append(timed_cost(best, 120, *graphs, suffix="_graphs"))
-        parts += [timed_cost(p, 120, *few) for p in others if p not in ("fp32", "tf32")]
+        graphs = ("--methods", "natural", "gradnorm", "--schedules", "exact", "--no-cuda-graphs")
+        parts.append(timed_cost(best, 150, *graphs, suffix="_no_graphs"))
+        parts += [timed_cost(p, 200, *few) for p in others if p not in ("fp32", "tf32")]
         rest = ("finite-difference", "central-difference", "lazy", "subset")
         every = ("--methods", "natural", "gradnorm", "fgsm_rs", "pgd_at", "--schedules", *rest)
         parts.append(timed_cost(best, 300, *every, suffix="_schedules"))

@@ -148,6 +148,11 @@ COST_COLUMNS = {
     "launches": lambda r: (
         f"{r['launches']['count']:.0f}" if r.get("launches") and r["launches"]["count"] else ""
     ),
+    "GPU busy": lambda r: (
+        f"{100 * r['launches']['busy_s'] / r['seconds_a_batch']['mean']:.0f} %"
+        if r.get("seconds_a_batch") and (r.get("launches") or {}).get("busy_s")
+        else ""
+    ),
     "paper: passes": lambda r: f"{r['paper']['passes']}" if r["paper"] else "",
     "paper: s a batch": lambda r: f"{r['paper']['seconds_a_batch']:.3f}" if r["paper"] else "",
     "paper: over natural": lambda r: over_paper(r, "natural"),
@@ -168,6 +173,9 @@ def cost_table(record: dict) -> str:
     if record["rows"]:
         device, rounds = record["device"].replace("cpu", "CPU"), record["rounds"]
         notes.append(f"{device}, mean ± deviation over {rounds} interleaved rounds")
+        if record["meaningful_times"]:
+            graphs = "CUDA graphs" if record["cuda_graphs"] else "no CUDA graphs"
+            notes.append(f"{graphs} in the compiled arms")
         launched = {row["launches"]["what"] for row in rows if row.get("launches")}
         notes += [f"launches: {what}" for what in sorted(launched)]
         if not record["meaningful_times"]:
@@ -257,6 +265,7 @@ def predict_table(record: dict, measured: list[dict]) -> str:
 def predict() -> str:
     """What arms would cost on cards that were not there; empty while there is no prediction."""
     measured = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cost_*.json"))]
+    measured.sort(key=lambda record: record["cuda_graphs"])  # where both are there, what trains
     paths = sorted(RESULTS.glob("predict_*.json"))
     return "\n\n".join(predict_table(json.loads(p.read_text()), measured) for p in paths)
 

@@ -309,8 +309,9 @@ class StepConfig:
     precision: Literal["fp32", "tf32", "bf16", "bf16-pure"] = "fp32"
     """fp32; tf32 products (CUDA); bf16: autocast with fp32 weights; bf16-pure: weights and
     activations in bf16 within the step, fp32 for the weights updated and for statistics."""
-    cuda_graphs: bool = False
-    """Replay each compiled graph as one launch: for small batches, where the host is the limit."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay each compiled graph as one launch, so that no slow host holds the GPU up. auto: in one
+    process on CUDA; on with several has not been tried."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """triton: activations, LayerNorms and Swin's window attention by fastgn_kernels; reference: by
     PyTorch's operators. auto: triton for CUDA, reference on CPU."""
@@ -333,8 +334,8 @@ class StepConfig:
             "--schedule exact-eager is never compiled: leave out --compile on, or take exact",
         )
         check(
-            not self.cuda_graphs or (self.compile != "off" and self.schedule != "exact-eager"),
-            "--cuda-graphs replays compiled graphs: leave out --compile off and exact-eager",
+            self.cuda_graphs != "on" or (self.compile != "off" and self.schedule != "exact-eager"),
+            "--cuda-graphs on replays compiled graphs: leave out --compile off and exact-eager",
         )
         check(
             1e-6 <= self.fd_step < math.inf,

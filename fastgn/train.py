@@ -394,8 +394,9 @@ def build(cfg: Config, world: World) -> Run:
     reason = unsupported(cfg.step.precision, world.device)
     check(reason is None, f"--precision {reason}: use --precision fp32")
     check(
-        not cfg.step.cuda_graphs or world.device.type == "cuda",
-        f"--cuda-graphs needs a CUDA device, and this run is on {world.device.type}: leave it out",
+        cfg.step.cuda_graphs != "on" or world.device.type == "cuda",
+        f"--cuda-graphs on needs a CUDA device, and this run is on {world.device.type}: leave it "
+        "out",
     )
     compiled, budget = is_compiled(cfg.step, world.device), cfg.step.activation_memory_budget
     check(
@@ -482,7 +483,7 @@ def build(cfg: Config, world: World) -> Run:
         precision=cfg.step.precision,
         activation_memory_budget=(automatic or cfg.step).activation_memory_budget,
         micro_batch=automatic.micro_batch if automatic is not None else None,
-        cuda_graphs=cfg.step.cuda_graphs,
+        cuda_graphs=has_cuda_graphs(cfg.step, world),
         accumulation=cfg.step.accumulation,
         train_in_eval_mode=cfg.step.train_in_eval_mode,
         attack_weight_grads=cfg.objective.attack_weight_grads,
@@ -560,6 +561,12 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
     return cfg.schedule != "exact-eager" and (cfg.compile == "on" or automatic)
 
 
+def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
+    """Whether the configured step replays CUDA graphs."""
+    wanted = cfg.cuda_graphs == "on" or (cfg.cuda_graphs == "auto" and world.size == 1)
+    return wanted and world.device.type == "cuda" and is_compiled(cfg, world.device)
+
+
 def schedule_of(cfg: StepConfig) -> Schedule:
     """The configured schedule; `auto` plans how an exact one fits the device."""
     return Schedule(
@@ -604,7 +611,7 @@ def make_plan(
     # AdamW's two averages; copies of the gradients by DistributedDataParallel and by CUDA graphs;
     # the images, and those of the next update
     state_bytes = 0 if optimizer.state else 2 * trained
-    state_bytes += ((world.size > 1) + cfg.step.cuda_graphs) * trained
+    state_bytes += ((world.size > 1) + has_cuda_graphs(cfg.step, world)) * trained
     state_bytes += 2 * batch_size * accum * 3 * model.img_size**2 * 4
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
     fixed = None

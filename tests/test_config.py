@@ -187,7 +187,7 @@ REFUSED = [
     ("--gn-weight", "-1", "--gn-weight -1.0 must be at least 0"),
     ("--activation-memory-budget", "0", "--activation-memory-budget 0.0 must lie in (0, 1]"),
     ("--compile on --schedule", "exact-eager", "--schedule exact-eager is never compiled"),
-    ("--cuda-graphs --compile", "off", "--cuda-graphs replays compiled graphs"),
+    ("--cuda-graphs on --compile", "off", "--cuda-graphs on replays compiled graphs"),
     ("--fd-step", "0", "--fd-step 0.0 must be finite and at least 1e-6"),
     ("--fd-step", "1e-7", "--fd-step 1e-07 must be finite and at least 1e-6"),
     ("--fd-step", "inf", "--fd-step inf must be finite and at least 1e-6"),
