@@ -5,7 +5,9 @@ Shapes: B images, C channels, H x W pixels. Images lie in 0..1, eps is in the sa
 the norm, Linf or L2, of what is added.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -257,6 +259,31 @@ def autoattack(
         images_BCHW.contiguous(), labels_B, batch_size=batch_size
     )
     return adversarial_BCHW
+
+
+@contextlib.contextmanager
+def autoattack_warnings() -> Iterator[list[str]]:
+    """Collects what AutoAttack warns of in here, each once, whatever its logger is set to."""
+    lines: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line = " ".join(record.getMessage().split())
+            if line not in lines:
+                lines.append(line)
+
+    logger, handler = logging.getLogger("auto-attack"), Collect(logging.WARNING)
+    level, disabled = logger.level, logger.disabled
+    logger.addHandler(handler)
+    logger.disabled = False
+    if logger.getEffectiveLevel() > logging.WARNING:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.disabled = disabled
 
 
 def count_correct(

@@ -570,6 +570,38 @@ FIELDS: dict[str, str] = {
 """Recipe key -> the group that it belongs to."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ForeignConfig:
+    """What describes a network of which a file holds the weights alone."""
+
+    model: str | None = None
+    """timm's name of the network, where --checkpoint is a file of weights alone."""
+    model_kwargs: tuple[str, ...] = ()
+    """With --model: arguments of its constructor, each as key=value."""
+    activation: str | None = None
+    """With --model: swaps its activations, as fastgn.train does."""
+    img_size: int | None = None
+    """With --model: side in pixels; None: timm's."""
+    mean: tuple[float, float, float] | None = None
+    """With --model: normalisation; None: timm's."""
+    std: tuple[float, float, float] | None = None
+    """With --model: normalisation; None: timm's."""
+    crop_pct: float | None = None
+    """With --model: share of the resized image's side that the centre crop keeps (image files);
+    None: timm's."""
+    from_paper: bool = False
+    """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
+    normalisation around the network)."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(ForeignConfig):
+            check(
+                self.model is not None or not getattr(self, field.name),
+                f"--{field.name.replace('_', '-')} describes a file of weights alone: add --model "
+                "NAME, or leave it out for what fastgn.train has made",
+            )
+
+
 def flag(name: str) -> str:
     return name.replace("_", "-")
 

@@ -55,6 +55,7 @@ from fastgn.checkpoint import (
 from fastgn.config import (
     Config,
     DatasetConfig,
+    ForeignConfig,
     Fraction,
     UserError,
     check,
@@ -62,14 +63,14 @@ from fastgn.config import (
     parse_cli,
     run_folder,
 )
-from fastgn.data import Subset, check_classes, load_dataset
+from fastgn.data import Subset, check_classes, load_validation
 from fastgn.data.datasets import Arrays
 from fastgn.distributed import World, say_error, session
 from fastgn.metrics import environment
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(ForeignConfig):
     """Clean and robust accuracy of trained models, side by side."""
 
     checkpoint: tuple[str, ...] = ()
@@ -105,24 +106,6 @@ class EvaluateConfig:
     compile: bool = False
     """Compile the network for FGSM's and PGD's gradients: a minute first, which many images win
     back."""
-    model: str | None = None
-    """timm's name of the network, where --checkpoint is a file of weights alone."""
-    model_kwargs: tuple[str, ...] = ()
-    """With --model: arguments of its constructor, each as key=value."""
-    activation: str | None = None
-    """With --model: swaps its activations, as fastgn.train does."""
-    img_size: int | None = None
-    """With --model: side in pixels; None: timm's."""
-    mean: tuple[float, float, float] | None = None
-    """With --model: normalisation; None: timm's."""
-    std: tuple[float, float, float] | None = None
-    """With --model: normalisation; None: timm's."""
-    crop_pct: float | None = None
-    """With --model: share of the resized image's side that the centre crop keeps (image files);
-    None: timm's."""
-    from_paper: bool = False
-    """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
-    normalisation around the network)."""
     output: str | None = None
     """The JSON file; None: evaluation.json in the first checkpoint's folder."""
     report: str | None = None
@@ -147,6 +130,7 @@ class EvaluateConfig:
     """Of every attack."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
         check(bool(self.eps), "--eps is empty: write --eps 4/255")
         for value in self.eps:
@@ -177,15 +161,6 @@ class EvaluateConfig:
             self.image_list is None or self.num_images is None,
             "--image-list and --num-images both say which images: leave one out",
         )
-        for field in (
-            *("model_kwargs", "activation", "img_size", "mean", "std", "crop_pct", "from_paper"),
-        ):
-            value = getattr(self, field)
-            check(
-                self.model is not None or not value,
-                f"--{field.replace('_', '-')} describes a file of weights alone: add --model NAME, "
-                "or leave it out for what fastgn.train has made",
-            )
         check(
             self.model is None or self.data is not None or self.data_dir is not None,
             "--model: the file says nothing of its data: add --data-dir DIR or --data",
@@ -202,9 +177,10 @@ class Trained:
     classes: tuple[str, ...]
 
 
-def load_foreign(where: str, cfg: EvaluateConfig, device: torch.device) -> Trained:
-    """A file of weights in timm's keys for the network that --model names, with the data's classes.
-    Raises UserError."""
+def load_foreign(
+    where: str, cfg: ForeignConfig, classes: tuple[str, ...], device: torch.device
+) -> Trained:
+    """A file of weights in timm's keys for the network that --model names. Raises UserError."""
     assert cfg.model is not None
     path = Path(where)
     check(path.is_file(), f"--checkpoint {where}: there is no such file")
@@ -212,13 +188,12 @@ def load_foreign(where: str, cfg: EvaluateConfig, device: torch.device) -> Train
     values = {k: getattr(cfg, k) for k in ("activation", "img_size", "mean", "std", "model_kwargs")}
     there = there.replace(**{k: v for k, v in values.items() if v is not None})
     weights = models.read_weights(path, paper=cfg.from_paper)
-    classes = load_dataset(source_of(there, cfg)).classes
     model, _ = models.build_model(there.architecture, len(classes))
     models.load_weights(model.backbone, weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
     timms = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("crop_pct")
     there = there.replace(crop_pct=cfg.crop_pct or timms or there.augmentation.crop_pct)
-    return Trained(path.stem, model, there, tuple(classes))
+    return Trained(path.stem, model, there, classes)
 
 
 def load_trained(where: str, device: torch.device) -> Trained:
@@ -253,17 +228,17 @@ def source_of(trained: Config, cfg: EvaluateConfig) -> DatasetConfig:
 def subset_of(trained: Trained, cfg: EvaluateConfig, device: torch.device) -> Subset:
     """The validation images for a model. Raises UserError where their classes are not the
     model's."""
-    dataset = load_dataset(source_of(trained.cfg, cfg))
-    check_classes(trained.classes, dataset, trained.name)
+    val, classes = load_validation(source_of(trained.cfg, cfg))
+    check_classes(trained.classes, classes, trained.name)
     return Subset(
-        dataset.val,
+        val,
         cfg.num_images,
         img_size=trained.model.img_size,
         crop_pct=trained.cfg.augmentation.crop_pct,
         batch_size=cfg.batch_size,
         workers=cfg.workers,
         device=device,
-        chosen=listed(cfg.image_list, dataset.val) if cfg.image_list else None,
+        chosen=listed(cfg.image_list, val) if cfg.image_list else None,
     )
 
 
@@ -330,19 +305,6 @@ def decides(trained: Trained, images: Subset, cfg: EvaluateConfig, device: str) 
     ]
 
 
-class Warnings(logging.Handler):
-    """Keeps what AutoAttack warns of."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = f"AutoAttack: {' '.join(record.getMessage().split())}"
-        if line not in self.lines:
-            self.lines.append(line)
-
-
 def evaluate(
     trained: Trained, images: Subset, cfg: EvaluateConfig, world: World, output: Path
 ) -> tuple[dict[str, Any], Parts]:
@@ -355,8 +317,12 @@ def evaluate(
     parts = Parts(output, decides(trained, images, cfg, world.device.type))
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     attacker = Attacker(cfg.norm, cfg.seed, size, world.device, cfg.precision, cfg.compile)
-    warned = Warnings()
-    logging.getLogger("auto-attack").addHandler(warned)
+    if world.is_main and len(batches) < world.size:
+        print(
+            f"warning: {len(order)} images are {len(batches)} batches of {size} for {world.size} "
+            "processes: the others have nothing to do; lower --batch-size",
+            file=sys.stderr,
+        )
 
     def key(pair: tuple[str, float], batch: int) -> tuple[object, ...]:
         return pair[0], f"{pair[1]:.8f}", batch
@@ -372,25 +338,27 @@ def evaluate(
     images.indices = [place for batch in left for place in batches[batch]]
     total = len(mine) * len(pairs)
     hidden = None if world.is_main else True
-    with tqdm(total=total, desc=trained.name, unit="batch", disable=hidden) as bar:
+    with (
+        attacks.autoattack_warnings() as warned,
+        tqdm(total=total, desc=trained.name, unit="batch", disable=hidden) as bar,
+    ):
         bar.update(len(done))
         for batch, (x, y) in zip(left, images, strict=True):
             clean: list[bool] | None = None
             for index, pair in enumerate(pairs):
                 if (index, batch) not in done:
-                    warned.lines.clear()
-                    if index == batch == 0:
-                        warned.lines += trust(trained.model, x, y)
+                    warned.clear()
+                    doubts = trust(trained.model, x, y) if index == batch == 0 else []
                     began = time.perf_counter()
                     right = attacker.correct(trained.model, x, y, batches[batch], *pair, clean)
-                    part = timed_part(index, batch, right, began, warned.lines)
+                    doubts += [f"AutoAttack: {line}" for line in warned]
+                    part = timed_part(index, batch, right, began, doubts)
                     parts.put(part, *key(pair, batch))
                     done[index, batch] = part
                     bar.update()
                 if index == 0:
                     clean = [bit == "1" for bit in done[0, batch]["correct"]]
                 bar.set_postfix_str(so_far(done, pairs, index))
-    logging.getLogger("auto-attack").removeHandler(warned)
     images.indices = order
     gathered = [json.loads(item) for item in world.gather([json.dumps(p) for p in done.values()])]
     warnings = {line for part in gathered for line in part.get("warnings", ())}
@@ -481,21 +449,22 @@ def some(subset: Subset, count: int) -> Subset:
 
 
 def norm_by_epoch(
-    where: Path, trained: Trained, batches: list[tuple[Tensor, Tensor]], train_images: int
+    where: Path, trained: Trained, batches: list[tuple[Tensor, Tensor]]
 ) -> list[tuple[float, float]]:
     """(epoch, mean L1 norm of the input gradient) of the checkpoints that a run still has, by the
     weights that it would export."""
     model, out = copy.deepcopy(trained.model), []
     for path in Checkpoints(where, 1).all() if where.is_dir() else []:
         state = load_checkpoint(path)
+        if "epoch" not in state:  # made by an older version
+            continue
         weights = models.strip_prefixes(state["ema"] or state["model"])
         models.load_weights(model.backbone, weights, str(path))
         norms = [
             attacks.input_gradient(model, x, y).images_BCHW.abs().flatten(1).sum(1)
             for x, y in batches
         ]
-        epoch = state["update"] * state["global_batch"] / train_images
-        out.append((epoch, float(torch.cat(norms).mean())))
+        out.append((state["epoch"], float(torch.cat(norms).mean())))
     return out
 
 
@@ -514,8 +483,7 @@ def analyse(where: str, trained: Trained, subset: Subset, cfg: EvaluateConfig) -
             seed=cfg.seed,
             ids=subset.indices,
         )
-        train_images = len(load_dataset(source_of(trained.cfg, cfg)).train)
-        out["norm_by_epoch"] = norm_by_epoch(Path(where), trained, batches, train_images)
+        out["norm_by_epoch"] = norm_by_epoch(Path(where), trained, batches)
     if cfg.sanity:
         images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
         checks = sanity_report(
@@ -578,7 +546,7 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         check_target(target)
     with world.first_alone():
         trained = [
-            load_foreign(where, cfg, world.device)
+            load_foreign(where, cfg, load_validation(source_of(Config(), cfg))[1], world.device)
             if cfg.model is not None
             else load_trained(where, world.device)
             for where in cfg.checkpoint

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # before the imports that fail without it
 
 from fastgn import models
 from fastgn.checkpoint import export_weights, write_bytes, write_json
-from fastgn.config import Fraction, UserError, check, check_pixels, parse_cli
+from fastgn.config import ForeignConfig, Fraction, UserError, check, check_pixels, parse_cli
 from fastgn.distributed import say_error
 
 if TYPE_CHECKING:
@@ -34,11 +34,12 @@ CLASSES = {"cifar10": 10, "imagenet": 1000}
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(ForeignConfig):
     """A trained model as files that need torch and timm alone, with RobustBench's record of it."""
 
     checkpoint: str = ""
-    """A run's folder, a checkpoint (.pt) or an export (.safetensors)."""
+    """A run's folder, a checkpoint (.pt) or an export (.safetensors); with --model, any file of
+    weights in timm's keys."""
     robustbench: str = ""
     """The folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
     threat: Literal["Linf", "L2"] = "Linf"
@@ -64,6 +65,11 @@ class ExportConfig:
     scratch, else null."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.model is None or self.dataset is not None,
+            "--model: the file says nothing of its data: add --dataset imagenet or cifar10",
+        )
         check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
         check(bool(self.robustbench), "--robustbench is missing: name the folder to write")
         if self.threat == "Linf":
@@ -210,13 +216,16 @@ def ratio(eps: float) -> str:
     return f"{n}/255" if n.denominator == 1 and abs(n / 255 - eps) < 1e-9 else f"{eps:g}"
 
 
-def accuracies(cfg: ExportConfig, name: str) -> dict[str, str | None]:
-    """clean_acc and autoattack_acc of the model called `name` in --evaluation, in per cent with two
-    decimals, and a footnote on the images; what was not measured there is null.
+def accuracies(cfg: ExportConfig, trained: "Trained") -> dict[str, str | None]:
+    """clean_acc and autoattack_acc of the model in --evaluation, in per cent with two decimals, and
+    a footnote on the images; what was not measured there is null.
 
     AutoAttack's accuracy is taken at --eps and in the norm of --threat alone. Raises UserError: no
-    such file, not an evaluation, no such model in it.
+    such file, not an evaluation, no such model in it, or one with other weights.
     """
+    from fastgn.evaluate import weights_hash
+
+    name = trained.name
     out: dict[str, str | None] = {"clean_acc": None, "autoattack_acc": None, "footnote": None}
     if cfg.evaluation is None:
         return out
@@ -226,6 +235,11 @@ def accuracies(cfg: ExportConfig, name: str) -> dict[str, str | None]:
         check(
             name in entries,
             f"--evaluation {cfg.evaluation} has no model {name!r}: it has {', '.join(entries)}",
+        )
+        check(
+            entries[name].get("weights_sha256") in (None, weights_hash(trained.model)),
+            f"--evaluation {cfg.evaluation}: its {name} had other weights than --checkpoint "
+            f"{cfg.checkpoint}: evaluate that one",
         )
         norm = record.get("norm", "Linf")
         for row in entries[name]["results"]:
@@ -266,8 +280,8 @@ def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
         )
         dataset = None
     start = trained.cfg.architecture
-    scratch = not (start.pretrained or start.initial_checkpoint)
-    measured = accuracies(cfg, trained.name)
+    scratch = cfg.model is None and not (start.pretrained or start.initial_checkpoint)
+    measured = accuracies(cfg, trained)
     return {
         "link": cfg.link,
         "name": cfg.name or trained.name,
@@ -290,9 +304,14 @@ def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
 
 def run(cfg: ExportConfig) -> None:
     """Writes the four files, each whole or not at all. Raises UserError."""
-    from fastgn.evaluate import load_trained
+    from fastgn.evaluate import load_foreign, load_trained
 
-    trained = load_trained(cfg.checkpoint, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    if cfg.model is None:
+        trained = load_trained(cfg.checkpoint, cpu)
+    else:
+        classes = tuple(map(str, range(CLASSES[str(cfg.dataset)])))
+        trained = load_foreign(cfg.checkpoint, cfg, classes, cpu)
     info = model_info(cfg, trained)
     source = definition(trained)
     weights = {k: v.contiguous() for k, v in trained.model.backbone.state_dict().items()}

@@ -160,7 +160,10 @@ def find_wandb() -> Any:
 
 def environment() -> dict[str, Any]:
     """Versions, commit and hardware, for a run's or a measurement's record."""
-    names = ("fastgn", "torch", "timm", "triton", "numpy", "pyautoattack")
+    names = (
+        *("fastgn", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "scikit-learn"),
+        "pyautoattack",
+    )
     versions = {"python": platform.python_version()}
     for name in names:
         try:

@@ -343,6 +343,7 @@ class Run:
             self.checkpoints.save(
                 {
                     "update": self.update,
+                    "epoch": self.update / self.updates_per_epoch,
                     "best": self.best,
                     "accuracy": self.accuracy,
                     "sums": sums,
@@ -707,7 +708,7 @@ def restore(
         there.replace_group("architecture", start), "architecture"
     )
     check(not other, f"the checkpoint is of another model: {'; '.join(other)}")
-    check_classes(state["classes"], dataset, "the checkpoint")
+    check_classes(state["classes"], dataset.classes, "the checkpoint")
     check(
         state["global_batch"] == global_batch,
         f"the checkpoint was made with a global batch of {state['global_batch']}, this run has "

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import tiny_run
 from safetensors.torch import load_file
 
 from fastgn import export, train
-from fastgn.evaluate import load_trained
+from fastgn.evaluate import load_trained, weights_hash
 
 NAMES = ["model.py", "model_info.json", "weights.pt", "weights.safetensors"]
 REBUILD = """
@@ -233,6 +234,34 @@ def test_mistakes_are_one_line(args, expected, swin_run, tmp_path, capsys):
     where = ["--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out")]
     assert expected in refused(capsys, *where, *args)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_other_weights_is_one_line(swin_run, tmp_path, capsys):
+    trained = load_trained(str(swin_run), torch.device("cpu"))
+    own = evaluation(tmp_path / "own.json", weights_sha256=weights_hash(trained.model))
+    assert exported(swin_run, tmp_path / "a", "--evaluation", own)["clean_acc"] == "77.76"
+    other = evaluation(tmp_path / "other.json", weights_sha256="0" * 64)
+    where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "b"))
+    line = refused(capsys, *where, "--evaluation", other)
+    assert line.startswith(f"--evaluation {other}: its swin had other weights than --checkpoint")
+
+
+def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys):
+    network = timm.create_model("resnet10t", num_classes=10)
+    file = tmp_path / "weights.pth"
+    torch.save({"state_dict": network.state_dict()}, file)
+    args = ("--model", "resnet10t", "--img-size", "32", "--mean", "0", "0", "0")
+    args += ("--std", "1", "1", "1")
+    info = exported(file, tmp_path / "out", *args, "--dataset", "cifar10")
+    assert (info["dataset"], info["architecture"]) == ("cifar10", "resnet10t")
+    assert info["additional_data"] is None, "nobody knows"
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    space = {"__name__": "model", "__file__": str(tmp_path / "out" / "model.py")}
+    exec((tmp_path / "out" / "model.py").read_text(), space)
+    with torch.no_grad():
+        torch.testing.assert_close(space["load"]()(images), network.eval()(images))
+    line = refused(capsys, "--checkpoint", str(file), "--robustbench", str(tmp_path / "b"), *args)
+    assert line == ("--model: the file says nothing of its data: add --dataset imagenet or cifar10")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": [{"name": "swin"}]}'])

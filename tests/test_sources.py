@@ -721,9 +721,9 @@ def test_check_of_sound_data_and_of_shards(source, packed, shards, capsys):
 
 
 def test_classes_must_be_the_known_ones_in_order(source):
-    dataset = dataset_at(source)
-    check_classes(CLASSES, dataset, "the model")
+    classes = dataset_at(source).classes
+    check_classes(CLASSES, classes, "the model")
     with pytest.raises(UserError, match=r"the model knows 2 classes \(ant, bee, ...\), the data h"):
-        check_classes(CLASSES[:2], dataset, "the model")
+        check_classes(CLASSES[:2], classes, "the model")
     with pytest.raises(UserError, match="the model knows class 1 of 3 as cat, the data has bee"):
-        check_classes(("ant", "cat", "bee"), dataset, "the model")
+        check_classes(("ant", "cat", "bee"), classes, "the model")

@@ -10,8 +10,6 @@ Shapes: B images, C channels, H x W pixels, K classes. Images lie in 0..1, eps i
 
 import contextlib
 import dataclasses
-import json
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -132,11 +130,6 @@ def sanity_report(
             _precision(target, adversarial),
         ]
     return checks
-
-
-def to_json(checks: Sequence[Check]) -> str:
-    """The checks as JSON text: a list of objects with Check's fields."""
-    return json.dumps([dataclasses.asdict(c) for c in checks], indent=2, allow_nan=False)
 
 
 def page(checks: Sequence[Check], title: str) -> str:
@@ -502,31 +495,6 @@ def _margin(target: _Target, cross_entropy_R: Tensor, margin_R: Tensor) -> Check
     )
 
 
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def _autoattack_warnings() -> Iterator[list[str]]:
-    logger, handler = logging.getLogger("auto-attack"), _Messages()
-    level, disabled = logger.level, logger.disabled
-    logger.addHandler(handler)
-    logger.disabled = False
-    if logger.getEffectiveLevel() > logging.WARNING:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield handler.lines
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.disabled = disabled
-
-
 def _apgd(target: _Target, apgd_images: int) -> list[Check]:
     """APGD against PGD of as many steps, and what AutoAttack itself warned of."""
     name = "cross-entropy PGD no worse than APGD"
@@ -536,7 +504,7 @@ def _apgd(target: _Target, apgd_images: int) -> list[Check]:
     # DLR first: AutoAttack looks for zero gradients there alone. With three classes DLR is constant
     # for an image whose label comes last, and the warning means nothing.
     dlr = target.classes >= 4
-    with _autoattack_warnings() as lines:
+    with attacks.autoattack_warnings() as lines:
         apgd_R = part.autoattack(["apgd-dlr", "apgd-ce"] if dlr else ["apgd-ce"])
     pgd_R = part.withstood(part.pgd(STEPS[-1], restarts=RESTARTS))
     pgd, apgd = part.share(pgd_R), part.share(apgd_R)

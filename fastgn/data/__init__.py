@@ -21,7 +21,14 @@ from fastgn import config  # its check: ours is a program
 from fastgn.config import Config, UserError
 from fastgn.data.augment import BatchAugment, to_float
 from fastgn.data.batch import Batch, Loader, worker_death
-from fastgn.data.datasets import Arrays, Dataset, Encoded, check_classes, load_dataset
+from fastgn.data.datasets import (
+    Arrays,
+    Dataset,
+    Encoded,
+    check_classes,
+    load_dataset,
+    load_validation,
+)
 
 __all__ = [
     "Batch",
@@ -32,6 +39,7 @@ __all__ = [
     "build_loader",
     "check_classes",
     "load_dataset",
+    "load_validation",
     "worker_death",
 ]
 

@@ -76,10 +76,9 @@ class Dataset:
     classes: tuple[str, ...]
 
 
-def check_classes(known: Sequence[str], dataset: Dataset, who: str) -> None:
-    """Raises UserError, which begins with `who`, unless the data have the known classes in the same
-    order: a label is a number, and would name another class."""
-    classes = dataset.classes
+def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> None:
+    """Raises UserError, which begins with `who`, unless the data's classes are the known ones, in
+    the same order: a label is a number, and would name another class."""
     check(
         len(known) == len(classes),
         f"{who} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data has "
@@ -113,6 +112,22 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
         case _:
             check(cfg.data_dir is not None, "--data imagefolder needs --data-dir")
             return imagefolder(Path(str(cfg.data_dir)), cfg.train_split, cfg.val_split)
+
+
+def load_validation(cfg: DatasetConfig) -> tuple[Arrays | Encoded, tuple[str, ...]]:
+    """The configured validation images and their classes. A folder needs no training images; where
+    it has them, both must have the same classes. Raises UserError."""
+    root = Path(str(cfg.data_dir))
+    folder = cfg.data_dir is not None and cfg.data in (None, "imagefolder")
+    if folder and root.exists() and not is_there(root, cfg.train_split):
+        return split_below(root, cfg.val_split, "--val-split")
+    dataset = load_dataset(cfg)
+    return dataset.val, dataset.classes
+
+
+def is_there(root: Path, split: str) -> bool:
+    """Whether a folder has a split, in whatever form."""
+    return (root / split).exists() or (root / f"{split}.txt").exists()
 
 
 def digits() -> Dataset:
@@ -227,9 +242,8 @@ def imagefolder(root: Path, train_split: str, val_split: str) -> Dataset:
         f"{len(val_classes)}; {', '.join(unlike[:3])} {'is' if len(unlike) == 1 else 'are'} in "
         "one alone",
     )
-    dataset = Dataset(root.name, train, val, classes)
-    check_classes(val_classes, dataset, f"--data-dir {root}: {val_split}")
-    return dataset
+    check_classes(val_classes, classes, f"--data-dir {root}: {val_split}")
+    return Dataset(root.name, train, val, classes)
 
 
 def split_below(
