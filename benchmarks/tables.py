@@ -430,7 +430,27 @@ def attacks() -> str:
     return "\n\n".join(tables)
 
 
+def headline() -> str:
+    """What it is for, in one measurement: the exact step against the paper's way of running it."""
+    path = RESULTS / "cost_swin_b_nvidia_h200_bf16.json"
+    if not path.exists():
+        return ""
+    record = json.loads(path.read_text())
+    rows = {(row["arm"], row["precision"]): row for row in record["rows"]}
+    ours, paper = rows["gradnorm exact", "bf16"], rows["gradnorm-paper", "fp32"]
+    return (
+        f"Measured: Swin-B at {record['img_size']} px, batch {record['batch']}, bf16, one "
+        f"{record['device']}: {ours['images_per_s']:.0f} images/s, "
+        f"{plus_minus(ours['time_over']['natural'], '.2f')} times natural training's time, "
+        f"{plus_minus(ours['times_as_fast_as']['gradnorm-paper, fp32'], '.1f')} times the speed and "
+        f"{ours['joules_an_image']['mean'] / paper['joules_an_image']['mean']:.2f} times the energy of "
+        f"the paper's way (eager, fp32) on the same card; n = {record['rounds']} "
+        f"(`benchmarks/results/{path.name}`, [more](#what-a-step-costs))."
+    )
+
+
 TABLES = {
+    "headline": headline,
     "loader": loader,
     "quickstart": quickstart,
     "compiled_step": compiled_step,
