@@ -438,13 +438,14 @@ def headline() -> str:
     record = json.loads(path.read_text())
     rows = {(row["arm"], row["precision"]): row for row in record["rows"]}
     ours, paper = rows["gradnorm exact", "bf16"], rows["gradnorm-paper", "fp32"]
+    speed = ours["times_as_fast_as"]["gradnorm-paper, fp32"]
+    energy = ours["joules_an_image"]["mean"] / paper["joules_an_image"]["mean"]
     return (
         f"Measured: Swin-B at {record['img_size']} px, batch {record['batch']}, bf16, one "
         f"{record['device']}: {ours['images_per_s']:.0f} images/s, "
         f"{plus_minus(ours['time_over']['natural'], '.2f')} times natural training's time, "
-        f"{plus_minus(ours['times_as_fast_as']['gradnorm-paper, fp32'], '.1f')} times the speed and "
-        f"{ours['joules_an_image']['mean'] / paper['joules_an_image']['mean']:.2f} times the energy of "
-        f"the paper's way (eager, fp32) on the same card; n = {record['rounds']} "
+        f"{plus_minus(speed, '.2f')} times the speed and {energy:.2f} times the energy of the "
+        f"paper's way (eager, fp32) on the same card; n = {record['rounds']} "
         f"(`benchmarks/results/{path.name}`, [more](#what-a-step-costs))."
     )
 
