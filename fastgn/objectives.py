@@ -164,7 +164,8 @@ def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "h
         return noisy_BK.softmax(1)
     if sampling != "hard":
         raise ValueError(f"sampling {sampling!r} should be hard or relaxed")
-    return F.one_hot(noisy_BK.argmax(1), logits_BK.shape[1]).to(logits_BK.dtype)
+    # F.one_hot looks at its input's range on the host
+    return torch.zeros_like(noisy_BK).scatter(1, noisy_BK.argmax(1, keepdim=True), 1.0)
 
 
 def edge(

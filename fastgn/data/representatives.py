@@ -1,6 +1,7 @@
 """What pag's input gradients are to point to: a picture of each class, from the training images."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgn.config import Config, check
@@ -52,6 +53,7 @@ def class_representatives(
     sums = torch.zeros(classes, 3, img_size, img_size, device=device)
     counts = torch.zeros(classes, device=device)
     for images_BCHW, labels_B in source:
-        sums.index_add_(0, labels_B, images_BCHW)
-        counts += labels_B.bincount(minlength=classes)
+        members_KB = F.one_hot(labels_B, classes).T.float()  # index_add_ adds in any order
+        sums += (members_KB @ images_BCHW.flatten(1)).view_as(sums)
+        counts += members_KB.sum(1)
     return sums / counts[:, None, None, None].clamp_min(1), None
