@@ -167,7 +167,9 @@ def test_what_a_schedule_holds() -> None:
     assert held["lazy"] == pytest.approx(held["gradnorm"], abs=8), "the ramp times the interval"
     assert held["natural"] < held["subset"] < held["gradnorm"]
     double = {name for name in METHODS if counted(name).double_backward}
-    assert double == {"gradnorm", "lazy", "subset"}
+    assert double == {"gradnorm", "lazy", "subset", "edge", "pag", "gradnorm+fgsm"}
+    assert held["gradnorm+fgsm"] == held["gradnorm"], "of the updates with the penalty"
+    assert 1.5 * held["natural"] < held["trades"], "two forwards are swept back together"
 
 
 def test_nothing_is_allocated_and_the_model_is_left_alone() -> None:
