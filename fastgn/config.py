@@ -21,12 +21,17 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 import tyro
 
-METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs")
+from fastgn.objectives import METHODS, build_objective
+
+if TYPE_CHECKING:
+    Method = str
+else:  # the command line's choices
+    Method = Literal[tuple(METHODS)]
 
 
 class UserError(ValueError):
@@ -224,13 +229,30 @@ class AugmentationConfig:
 class ObjectiveConfig:
     """What is minimised. Source of the defaults: arXiv 2409.20139, equation 2."""
 
-    method: Literal["natural", "gradnorm", "pgd_at", "fgsm_rs"] = "gradnorm"
+    method: Method = "gradnorm"
     """natural: cross-entropy; gradnorm: plus the L1 norm of its input gradient, by double backprop;
-    pgd_at: cross-entropy at PGD's images; fgsm_rs: the same after one step from a random start."""
+    pgd_at: cross-entropy at PGD's images; fgsm_rs: the same after one step from a random start;
+    trades: cross-entropy plus the divergence at PGD's images; edge: plus how far input gradients
+    lie off the edges; pag: plus how far they point off a class's representative; gradnorm+fgsm:
+    gradnorm on a share of the updates, fgsm_rs on the rest."""
     ce_weight: float = 0.8
     """gradnorm: weight of the cross-entropy."""
     gn_weight: float = 1.2
     """gradnorm: weight of the penalty."""
+    gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
+    """gradnorm: the norm of each image's gradient."""
+    gn_of: Literal["loss", "logit"] = "loss"
+    """gradnorm: whose gradient: the cross-entropy's, or the true class's logit's."""
+    gn_channel_weights: tuple[float, float, float] | None = None
+    """gradnorm: factors of the gradient's channels, red, green, blue; None: 1 each."""
+    gn_threshold: float = 0.0
+    """gradnorm: only what an image's norm exceeds this by is penalised; in normalised units, before
+    eps / sigma."""
+    gn_start: Fraction = 0.0
+    """gradnorm: take loss and gradient at a random point, uniform within this Linf radius of the
+    image in 0..1 pixel units; 0: at the image."""
+    gn_share: float = 0.5
+    """gradnorm+fgsm: share of the updates with the penalty, evenly spread; 1: all."""
     eps: Fraction = 4 / 255
     """gradnorm: the penalty's radius in 0..1 pixel units."""
     sigma: float = 0.225
@@ -239,13 +261,33 @@ class ObjectiveConfig:
     ramp_epochs: float = 5.0
     """Epochs over which the penalty's weight, or the attack's step, grows linearly to its full
     value."""
+    ramp_start: Fraction = 0.0
+    """Share of the full value that it grows from."""
+    edge_weight: float = 19.0
+    """edge: weight of the penalty, at full ramp (the paper's grows from 1 to it in 200 epochs)."""
+    edge_temperature: float = 0.5
+    """edge: a class is drawn from softmax(logits / this)."""
+    edge_sampling: Literal["hard", "relaxed"] = "hard"
+    """edge: the input gradient of one drawn class, or of all, weighted by a Gumbel-softmax draw."""
+    edge_map: Literal["gradient", "saliency"] = "gradient"
+    """edge: the gradient's L2 norm over a pixel's channels, or its largest magnitude."""
+    pag_weight: float = 15.0
+    """pag: weight of the penalty (its authors' code: 1.5 times 10)."""
+    pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
+    """pag: what a class's gradient points to: the mean of its training images, the image's nearest
+    neighbour among them (data that the device can hold), or one of them, drawn by the seed."""
+    pag_images: int = 100
+    """pag: image files that each class mean is taken over, drawn by the seed; of cifar10 and digits
+    it is all."""
+    trades_beta: float = 6.0
+    """trades: weight of the divergence."""
     attack_eps: Fraction = 4 / 255
-    """pgd_at, fgsm_rs: Linf radius in 0..1 pixel units."""
+    """pgd_at, trades, fgsm_rs: Linf radius in 0..1 pixel units."""
     attack_step: Fraction | None = None
-    """pgd_at, fgsm_rs: step in pixel units; None: 2 eps / attack_it for pgd_at, 1.25 eps for
-    fgsm_rs."""
+    """pgd_at, trades, fgsm_rs: step in pixel units; None: 2 eps / attack_it, for fgsm_rs
+    1.25 eps."""
     attack_it: int = 3
-    """pgd_at: steps."""
+    """pgd_at, trades: steps."""
     attack_select: Literal["last", "best", "paper"] = "last"
     """pgd_at: train on the last iterate, or on the best of all (one forward more). paper: best,
     with the extra forward on un-normalised images, as the paper's code has it."""
@@ -262,20 +304,53 @@ class ObjectiveConfig:
         check(0 < self.sigma < math.inf, f"--sigma {self.sigma} must be positive and finite")
         check(self.attack_it > 0, f"--attack-it {self.attack_it} must be at least 1")
         check(self.ramp_epochs >= 0, f"--ramp-epochs {self.ramp_epochs} must be at least 0")
-        for name in ("ce_weight", "gn_weight"):
+        for name in (
+            *("ce_weight", "gn_weight", "gn_threshold"),
+            *("edge_weight", "pag_weight", "trades_beta"),
+        ):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"--{flag(name)} {value} must be at least 0, and finite")
+        check_pixels("--gn-start", self.gn_start)
+        weights = self.gn_channel_weights
+        check(
+            weights is None or (min(weights) >= 0 and 0 < sum(weights) < math.inf),
+            f"--gn-channel-weights {' '.join(map(str, weights or ()))} must be finite and at least "
+            "0, and not all 0",
+        )
+        check(
+            0 < self.gn_share <= 1,
+            f"--gn-share {self.gn_share} must lie in (0, 1]; for no penalty take --method fgsm_rs",
+        )
+        check(0 <= self.ramp_start <= 1, f"--ramp-start {self.ramp_start} must lie in [0, 1]")
+        check(
+            0 < self.edge_temperature < math.inf,
+            f"--edge-temperature {self.edge_temperature} must be positive and finite",
+        )
+        check(self.pag_images > 0, f"--pag-images {self.pag_images} must be at least 1")
+        check(
+            self.method != "trades" or self.attack_select != "paper",
+            "--attack-select paper is a quirk of the paper's PGD-3: with --method trades take best "
+            "or last",
+        )
+
+    @property
+    def gn_variant(self) -> bool:
+        """Whether gradnorm's penalty is another than the L1 norm of the loss's gradient."""
+        return bool(
+            self.gn_norm != "l1"
+            or self.gn_of != "loss"
+            or self.gn_channel_weights
+            or self.gn_threshold
+            or self.gn_start
+        )
 
     @property
     def step_size(self) -> float:
         """The attack's step in pixel units, the method's default filled in."""
         if self.attack_step is not None:
             return self.attack_step
-        return (
-            1.25 * self.attack_eps
-            if self.method == "fgsm_rs"
-            else 2 * self.attack_eps / self.attack_it
-        )
+        one_step = self.method in ("fgsm_rs", "gradnorm+fgsm")
+        return 1.25 * self.attack_eps if one_step else 2 * self.attack_eps / self.attack_it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,10 +571,22 @@ class Config:
 
     def __post_init__(self) -> None:
         schedule, objective = self.step.schedule, self.objective
+        built = build_objective(objective)
+        exact = schedule in ("auto", "exact", "exact-eager")
         check(
-            objective.method == "gradnorm" or schedule in ("auto", "exact", "exact-eager"),
+            exact or built.needs_input_gradient,
             f"--schedule {schedule} is a way to take gradnorm's penalty, and --method "
             f"{objective.method} has none: leave it out",
+        )
+        check(
+            exact or built.rest is None,
+            f"--schedule {schedule}: --method {objective.method} takes turns already, at "
+            "--gn-share; take --schedule exact, or --method gradnorm",
+        )
+        check(
+            built.differences or schedule not in ("finite-difference", "central-difference"),
+            f"--schedule {schedule} takes the L1 norm of the loss's gradient alone, and the "
+            f"penalty of {objective.method} with these options is another: take --schedule exact",
         )
         check(
             schedule != "central-difference" or objective.ce_weight >= 1e-6,
@@ -512,7 +599,7 @@ class Config:
         """Linf radius of the PGD-10 watched during training, in 0..1 pixel units."""
         if self.run.eval_eps is not None:
             return self.run.eval_eps
-        adversarial = self.objective.method in ("pgd_at", "fgsm_rs")
+        adversarial = build_objective(self.objective).perturb is not None
         return self.objective.attack_eps if adversarial else self.objective.eps
 
     def replace(self, **values: Any) -> "Config":

@@ -4,7 +4,8 @@ targets are class indices (int64 B) or probabilities (B x K: mixup, cutmix, smoo
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ class Loss(NamedTuple):
     ce: Tensor
     """Mean cross-entropy of the images trained on."""
     penalty: Tensor
-    """(eps / sigma) times grad_l1; 0 for methods without it."""
+    """What is added to the cross-entropy, before its weight: for gradnorm (eps / sigma) times
+    grad_l1; 0 for methods without one."""
     grad_l1: Tensor
     """Mean L1 norm of each image's input gradient, in the units of `images`; NaN where not
     computed."""
@@ -53,6 +55,10 @@ def gradnorm(
     gn_weight: float | Tensor = 1.2,
     eps: float = 4 / 255,
     sigma: float = 0.225,
+    norm: str = "l1",
+    of: str = "loss",
+    channel_weights: Sequence[float] | None = None,
+    threshold: float = 0.0,
 ) -> Loss:
     """ce_weight * CE + gn_weight * (eps / sigma) * mean_i || d CE_i / d x_i ||_1, differentiated
     exactly.
@@ -61,14 +67,203 @@ def gradnorm(
     radius eps into those units, for 0..1 pixels use sigma=1. CE_i is image i's own loss. In train
     mode BatchNorm couples the images, and what is penalised is the gradient of the summed loss.
     Images that do not require grad are taken as a fresh leaf. Source: arXiv 2409.20139, equation 2.
+
+    Variants: norm 'l2' or 'l2_squared' (double backpropagation, Drucker & LeCun 1992; Ross &
+    Doshi-Velez 2018) in place of 'l1'; of 'logit', the true class's, its expectation under soft
+    targets, in place of 'loss'; channel_weights: factors of the gradient's C channels;
+    threshold: only what an image's norm exceeds this by is penalised, in the norm's units. Loss
+    .grad_l1 is the plain L1 norm whatever the variant.
     """
     if not images_BCHW.requires_grad:
         images_BCHW = images_BCHW.detach().requires_grad_()
-    ce = cross_entropy(model(images_BCHW), targets)
-    (grad_BCHW,) = torch.autograd.grad(ce, images_BCHW, create_graph=True)
-    grad_l1 = grad_BCHW.to(ce.dtype).abs().sum()  # the batch size cancels against the mean
-    penalty = (eps / sigma) * grad_l1
+    logits_BK = model(images_BCHW)
+    ce = cross_entropy(logits_BK, targets)
+    score = ce if of == "loss" else true_logit(logits_BK, targets)
+    (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
+    grad_BCHW = grad_BCHW.to(ce.dtype)
+    # the batch size cancels against the mean
+    size = grad_l1 = grad_BCHW.abs().sum()
+    if norm != "l1" or channel_weights is not None or threshold:
+        own_BCHW = len(images_BCHW) * grad_BCHW
+        if channel_weights is not None:  # no tensor of them: its copy would wait for the device
+            channels = own_BCHW.unbind(1)
+            weighted = [w * x for w, x in zip(channel_weights, channels, strict=True)]
+            own_BCHW = torch.stack(weighted, 1)
+        size = (image_norms(own_BCHW, norm) - threshold).clamp_min(0).mean()
+    penalty = (eps / sigma) * size
     return Loss(ce_weight * ce + gn_weight * penalty, ce, penalty, grad_l1)
+
+
+def true_logit(logits_BK: Tensor, targets: Tensor) -> Tensor:
+    """The batch's mean, in fp32 or wider; of soft targets, the expected one."""
+    logits_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32))
+    if targets.is_floating_point():
+        return (targets * logits_BK).sum(1).mean()
+    return logits_BK.gather(1, targets[:, None]).mean()
+
+
+def image_norms(x_BCHW: Tensor, norm: str) -> Tensor:
+    """Each image's, B. The derivative at 0 is 0."""
+    match norm:
+        case "l1":
+            return x_BCHW.abs().sum((1, 2, 3))
+        case "l2":
+            return torch.linalg.vector_norm(x_BCHW, dim=(1, 2, 3))
+        case "l2_squared":
+            return x_BCHW.square().sum((1, 2, 3))
+    raise ValueError(f"norm {norm!r} should be l1, l2 or l2_squared")
+
+
+GAUSSIAN = [math.exp(-(i**2) / 2) for i in range(-4, 5)]
+GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
+"""sigma 1 pixel, cut off at 4."""
+
+
+def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
+    """Along rows (dim 2) or columns (dim 3); the border pixels are repeated outwards. Sums of
+    shifted images, so that autocast leaves the dtype alone."""
+    reach = len(taps) // 2
+    padding = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
+    padded = F.pad(x_BCHW, padding, mode="replicate")
+    first, *others = (t * padded.narrow(dim, i, x_BCHW.shape[dim]) for i, t in enumerate(taps) if t)
+    return sum(others, first)
+
+
+def edge_energy(images_BCHW: Tensor) -> Tensor:
+    """Where an image has edges: B x 1 x H x W, in the images' dtype and units.
+
+    A Gaussian blur (sigma 1 pixel), Sobel's 3 x 3 filters along rows and columns, the root of their
+    squares' sum over directions and channels, and the blur again. Borders are repeated, as
+    scipy.ndimage's mode 'nearest'. Source: arXiv 2409.20139, its edge regularisation.
+    """
+
+    def blur(x: Tensor) -> Tensor:
+        return correlate(correlate(x, GAUSSIAN, 2), GAUSSIAN, 3)
+
+    x = blur(images_BCHW)
+    slopes = [
+        correlate(correlate(x, (-1.0, 0.0, 1.0), dim), (1.0, 2.0, 1.0), 5 - dim) for dim in (2, 3)
+    ]
+    return blur(torch.linalg.vector_norm(torch.cat(slopes, 1), dim=1, keepdim=True))
+
+
+def over_rms(x_B1HW: Tensor) -> Tensor:
+    """Each image over its root mean square; 0 stays 0."""
+    pixels = x_B1HW[0].numel()
+    norms = torch.linalg.vector_norm(x_B1HW, dim=(1, 2, 3), keepdim=True)
+    return x_B1HW / (norms / math.sqrt(pixels)).clamp_min(1e-12)
+
+
+def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "hard") -> Tensor:
+    """Weights of the classes, B x K, without gradient. 'hard': one-hot, a class drawn from
+    softmax(logits / temperature) by the largest of its logits plus Gumbel noise; 'relaxed': the
+    softmax of that sum (Jang et al. 2017, Maddison et al. 2017)."""
+    logits_BK = logits_BK.detach() / temperature
+    noisy_BK = logits_BK - torch.log(-torch.log(torch.rand_like(logits_BK)))
+    if sampling == "relaxed":
+        return noisy_BK.softmax(1)
+    if sampling != "hard":
+        raise ValueError(f"sampling {sampling!r} should be hard or relaxed")
+    # F.one_hot looks at its input's range on the host
+    return torch.zeros_like(noisy_BK).scatter(1, noisy_BK.argmax(1, keepdim=True), 1.0)
+
+
+def edge(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    *,
+    weight: float | Tensor = 1.0,
+    temperature: float = 0.5,
+    sampling: str = "hard",
+    map: str = "gradient",
+) -> Loss:
+    """CE + weight * MSE(m, e): input gradients that lie where the image has edges.
+
+    images: those that the edges are of, 0..1 pixels for a model that normalises. e is edge_energy,
+    m a map of the gradient of sum_k w_k f_k with draw_classes' weights w, held fixed; both are
+    divided by their root mean square, image by image, and the mean is over pixels and images. map:
+    'gradient', the root of the squares' sum over channels; 'saliency', the largest magnitude over
+    channels (Simonyan et al. 2014). What it costs is gradnorm's. Source: arXiv 2409.20139.
+    """
+    if map not in ("gradient", "saliency"):
+        raise ValueError(f"map {map!r} should be gradient or saliency")
+    if not images_BCHW.requires_grad:
+        images_BCHW = images_BCHW.detach().requires_grad_()
+    logits_BK = model(images_BCHW)
+    ce = cross_entropy(logits_BK, targets)
+    logits_BK = logits_BK.to(ce.dtype)
+    score = (draw_classes(logits_BK, temperature, sampling) * logits_BK).sum()
+    (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
+    grad_BCHW = grad_BCHW.to(ce.dtype)
+    if map == "saliency":
+        map_B1HW = grad_BCHW.abs().amax(1, keepdim=True)
+    else:
+        map_B1HW = torch.linalg.vector_norm(grad_BCHW, dim=1, keepdim=True)
+    edges_B1HW = edge_energy(images_BCHW.detach().to(ce.dtype))
+    penalty = (over_rms(map_B1HW) - over_rms(edges_B1HW)).square().mean()
+    return Loss(ce + weight * penalty, ce, penalty, torch.full_like(ce, torch.nan))
+
+
+class Representatives(NamedTuple):
+    """What pag's gradients are to point to, in the units of the images."""
+
+    images_NCHW: Tensor
+    """One a class, in the classes' order, where labels_N is None."""
+    labels_N: Tensor | None = None
+    """int64; each image is given its nearest neighbour of a class."""
+
+
+def nearest_of_class(images_BCHW: Tensor, classes_B: Tensor, among: Representatives) -> Tensor:
+    """For each image the one of its class in `among` at the least L2 distance; without labels the
+    class's only one. B x C x H x W."""
+    candidates_NCHW, labels_N = among
+    if labels_N is None:
+        return candidates_NCHW[classes_B]
+    with torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
+        candidates_ND = candidates_NCHW.flatten(1)
+        # |r - x|^2 but for |x|^2, which is the same for all
+        products_BN = images_BCHW.to(candidates_ND.dtype).flatten(1) @ candidates_ND.T
+        distances_BN = candidates_ND.square().sum(1) - 2 * products_BN
+        others_BN = classes_B[:, None] != labels_N
+        return candidates_NCHW[distances_BN.masked_fill(others_BN, torch.inf).argmin(1)]
+
+
+def pag(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    representatives: Representatives,
+    *,
+    weight: float | Tensor = 1.0,
+) -> Loss:
+    """CE + weight * mean_i (1 - cos(d f_c(x_i) / d x_i, r_c - x_i)): perceptually aligned
+    gradients.
+
+    c is drawn uniformly from the classes for every image, whatever its target, and r_c is the
+    representative of c (see nearest_of_class). images: in the units of the representatives, 0..1
+    pixels for a model that normalises. Where r_c is the image itself the cosine counts as 0. What
+    it costs is gradnorm's. Source: arXiv 2207.11378, equation 4, of whose sum over classes one term
+    is drawn.
+    """
+    if not images_BCHW.requires_grad:
+        images_BCHW = images_BCHW.detach().requires_grad_()
+    logits_BK = model(images_BCHW)
+    ce = cross_entropy(logits_BK, targets)
+    classes_B = draw_classes(torch.zeros_like(logits_BK, dtype=ce.dtype)).argmax(1)
+    score = logits_BK.to(ce.dtype).gather(1, classes_B[:, None]).sum()
+    (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
+    here_BCHW = images_BCHW.detach()
+    guide_BCHW = nearest_of_class(here_BCHW, classes_B, representatives) - here_BCHW
+    cosine_B = (unit(grad_BCHW.to(ce.dtype)) * unit(guide_BCHW.to(ce.dtype))).sum((1, 2, 3))
+    penalty = 1 - cosine_B.mean()
+    return Loss(ce + weight * penalty, ce, penalty, torch.full_like(ce, torch.nan))
+
+
+def unit(x_BCHW: Tensor) -> Tensor:
+    """Each image at an L2 norm of 1; 0 stays 0."""
+    norms = torch.linalg.vector_norm(x_BCHW, dim=(1, 2, 3), keepdim=True)
+    return x_BCHW / norms.clamp_min(1e-12)
 
 
 def pgd_at(
@@ -103,6 +298,62 @@ def fgsm_rs(
     return pgd_at(model, images_BCHW, targets, eps=eps, step_size=step_size, steps=1)
 
 
+def trades(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    *,
+    beta: float = 6.0,
+    eps: float = 4 / 255,
+    step_size: float | Tensor = 8 / 255 / 3,
+    steps: int = 3,
+) -> Loss:
+    """CE(x) + beta * KL(p(x) || p(x_adv)) with x_adv by trades_attack (Zhang et al. 2019, arXiv
+    1901.08573, equation 5). images: 0..1 pixels. Put the model in eval mode for the attack where it
+    has BatchNorm or dropout: then call trades_attack and trades_loss."""
+    attacked = trades_attack(model, images_BCHW, eps=eps, step_size=step_size, steps=steps)
+    return trades_loss(model, torch.cat([images_BCHW, attacked]), targets, beta=beta)
+
+
+def trades_attack(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    *,
+    eps: float,
+    step_size: float | Tensor,
+    steps: int,
+    select: str = "last",
+    gradient: attacks.GradientFn = attacks.input_gradient,
+) -> Tensor:
+    """PGD on KL(p(x) || p(x')) from a uniform start. With p(x) fixed this is the cross-entropy with
+    the targets p(x), less their entropy: the same gradient."""
+    with torch.no_grad():
+        logits_BK = model(images_BCHW)
+        own_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32)).softmax(1)
+    return attacks.pgd(
+        model,
+        images_BCHW,
+        own_BK,
+        eps=eps,
+        step_size=step_size,
+        steps=steps,
+        select=select,
+        gradient=gradient,
+    )
+
+
+def trades_loss(
+    model: nn.Module, both_2BCHW: Tensor, targets: Tensor, *, beta: float = 6.0
+) -> Loss:
+    """See trades; both: the images, then their adversarial ones, which go through the network one
+    after the other. The gradient flows through p(x) as well."""
+    here_BK, there_BK = (model(part) for part in both_2BCHW.chunk(2))
+    ce = cross_entropy(here_BK, targets)
+    log_here_BK, log_there_BK = (x.to(ce.dtype).log_softmax(1) for x in (here_BK, there_BK))
+    kl = F.kl_div(log_there_BK, log_here_BK, reduction="batchmean", log_target=True)
+    return Loss(ce + beta * kl, ce, kl, torch.full_like(ce, torch.nan))
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """A method as the step runs it: perturb the images, if at all, then minimise the loss there.
@@ -117,26 +368,72 @@ class Objective:
     """(model, images, targets, ramp, gradient=...) -> images; None trains on the images as they
     are."""
     needs_input_gradient: bool = False
-    """Whether `loss` differentiates with respect to the images."""
+    """Whether `loss` differentiates with respect to the images. Then it is ce_weight * CE plus a
+    penalty that ramp multiplies."""
     ce_weight: float = 1.0
     """Of the cross-entropy in `loss`."""
     penalty_weight: float = 0.0
     """Of the penalty in `loss`, at full ramp."""
     penalty_scale: float = 0.0
     """The penalty's factor before grad_l1: eps / sigma."""
+    differences: bool = False
+    """Whether the penalty is that and no more, which a finite difference of the cross-entropy
+    takes."""
+    forwards: int = 1
+    """That `loss` runs, each swept back as well."""
     attack_steps: int = 0
     """Gradients that `perturb` takes."""
     attack_forwards: int = 0
     """Forwards that `perturb` runs beside those of its gradients."""
+    rest: "Objective | None" = None
+    """What the updates minimise whose turn this is not."""
+    share: float = 1.0
+    """Of the updates, whose turn it is where there is a rest."""
+
+    def has_turn(self, update: int) -> bool:
+        """The update's number decides alone; turns are spread evenly, from update 0 on."""
+        if self.rest is None:
+            return True
+        return math.ceil((update + 1) * self.share) > math.ceil(update * self.share)
 
 
-def build_objective(cfg: "ObjectiveConfig") -> Objective:
-    """The configured method on a model with `normalize` and `backbone`."""
+Builder = Callable[["ObjectiveConfig", Representatives | None], Objective]
 
-    def natural_loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+METHODS: dict[str, Builder] = {}
+"""--method's choices: name -> what builds it. A new one is a function here and a recipe."""
+
+
+def method(name: str) -> Callable[[Builder], Builder]:
+    """Registers a builder."""
+
+    def register(builder: Builder) -> Builder:
+        METHODS[name] = builder
+        return builder
+
+    return register
+
+
+def build_objective(
+    cfg: "ObjectiveConfig", representatives: Representatives | None = None
+) -> Objective:
+    """The configured method on a model with `normalize` and `backbone`. representatives: pag's,
+    which its loss cannot do without."""
+    return METHODS[cfg.method](cfg, representatives)
+
+
+@method("natural")
+def build_natural(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         return natural(model, images, targets)
 
-    def gradnorm_loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+    return Objective(loss)
+
+
+@method("gradnorm")
+def build_gradnorm(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        if cfg.gn_start:
+            images = attacks.random_start(images, cfg.gn_start)
         return gradnorm(
             model.backbone,
             model.normalize(images),
@@ -145,7 +442,34 @@ def build_objective(cfg: "ObjectiveConfig") -> Objective:
             gn_weight=cfg.gn_weight * ramp,
             eps=cfg.eps,
             sigma=cfg.sigma,
+            norm=cfg.gn_norm,
+            of=cfg.gn_of,
+            channel_weights=cfg.gn_channel_weights,
+            threshold=cfg.gn_threshold,
         )
+
+    return Objective(
+        loss,
+        needs_input_gradient=True,
+        ce_weight=cfg.ce_weight,
+        penalty_weight=cfg.gn_weight,
+        penalty_scale=cfg.eps / cfg.sigma,
+        differences=not cfg.gn_variant,
+    )
+
+
+@method("pgd_at")
+def build_pgd_at(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    return adversarial(cfg, steps=cfg.attack_it, select=cfg.attack_select)
+
+
+@method("fgsm_rs")
+def build_fgsm_rs(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    return adversarial(cfg, steps=1, select="last")
+
+
+def adversarial(cfg: "ObjectiveConfig", steps: int, select: str) -> Objective:
+    """The cross-entropy at the attacked images."""
 
     def perturb(
         model: Any,
@@ -160,30 +484,85 @@ def build_objective(cfg: "ObjectiveConfig") -> Objective:
             targets,
             eps=cfg.attack_eps,
             step_size=cfg.step_size * ramp,
-            steps=cfg.attack_it if cfg.method == "pgd_at" else 1,
-            select=cfg.attack_select if cfg.method == "pgd_at" else "last",
+            steps=steps,
+            select=select,
             raw_model=model.backbone,
             gradient=gradient,
         )
 
-    match cfg.method:
-        case "natural":
-            return Objective(natural_loss)
-        case "gradnorm":
-            return Objective(
-                gradnorm_loss,
-                needs_input_gradient=True,
-                ce_weight=cfg.ce_weight,
-                penalty_weight=cfg.gn_weight,
-                penalty_scale=cfg.eps / cfg.sigma,
-            )
-        case "pgd_at":
-            extra = 0 if cfg.attack_select == "last" else 1
-            return Objective(
-                natural_loss, perturb, attack_steps=cfg.attack_it, attack_forwards=extra
-            )
-        case "fgsm_rs":
-            return Objective(natural_loss, perturb, attack_steps=1)
+    return Objective(
+        build_natural(cfg, None).loss,
+        perturb,
+        attack_steps=steps,
+        attack_forwards=0 if select == "last" else 1,
+    )
+
+
+@method("trades")
+def build_trades(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        return trades_loss(model, images, targets, beta=cfg.trades_beta)
+
+    def perturb(
+        model: Any,
+        images: Tensor,
+        targets: Tensor,
+        ramp: Tensor,
+        gradient: attacks.GradientFn,
+    ) -> Tensor:
+        attacked = trades_attack(
+            model,
+            images,
+            eps=cfg.attack_eps,
+            step_size=cfg.step_size * ramp,
+            steps=cfg.attack_it,
+            select=cfg.attack_select,
+            gradient=gradient,
+        )
+        return torch.cat([images, attacked])
+
+    return Objective(
+        loss,
+        perturb,
+        forwards=2,
+        attack_steps=cfg.attack_it,
+        attack_forwards=1 if cfg.attack_select == "last" else 2,
+    )
+
+
+@method("edge")
+def build_edge(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        return edge(
+            model,
+            images,
+            targets,
+            weight=cfg.edge_weight * ramp,
+            temperature=cfg.edge_temperature,
+            sampling=cfg.edge_sampling,
+            map=cfg.edge_map,
+        )
+
+    return Objective(loss, needs_input_gradient=True, penalty_weight=cfg.edge_weight)
+
+
+@method("pag")
+def build_pag(cfg: "ObjectiveConfig", representatives: Representatives | None) -> Objective:
+    def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        assert representatives is not None, "pag needs its classes' representatives"
+        return pag(model, images, targets, representatives, weight=cfg.pag_weight * ramp)
+
+    return Objective(loss, needs_input_gradient=True, penalty_weight=cfg.pag_weight)
+
+
+@method("gradnorm+fgsm")
+def build_gradnorm_fgsm(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    penalised, attacked = build_gradnorm(cfg, None), build_fgsm_rs(cfg, None)
+    if cfg.gn_share == 1:
+        return penalised
+    # its rows have no penalty, and not one of 0
+    attacked = dataclasses.replace(attacked, loss=without_penalty(attacked).loss)
+    return dataclasses.replace(penalised, rest=attacked, share=cfg.gn_share)
 
 
 def on_subset(objective: Objective, fraction: float) -> Objective:
@@ -215,15 +594,16 @@ def without_penalty(objective: Objective) -> Objective:
     return Objective(loss, ce_weight=objective.ce_weight)
 
 
-def piecewise_linear_warning(method: str, counts: dict[str, int]) -> str | None:
-    """The line to warn with when gradnorm meets activations without a second derivative, else None.
+def piecewise_linear_warning(cfg: "ObjectiveConfig", counts: dict[str, int]) -> str | None:
+    """The line to warn with when a method that differentiates twice meets activations without a
+    second derivative, else None.
 
     counts: {class name: how many} of the model's piecewise-linear activations.
     """
-    if method != "gradnorm" or not counts:
+    if not build_objective(cfg).needs_input_gradient or not counts:
         return None
     found = ", ".join(f"{n} {name}" for name, n in counts.items())
     return (
-        f"gradnorm gets almost no signal through piecewise-linear activations ({found}): their "
+        f"{cfg.method} gets almost no signal through piecewise-linear activations ({found}): their "
         "second derivative is 0. Replace them with --activation gelu (or silu)."
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgn.config import OptimizerConfig, UserError
+from fastgn.config import ObjectiveConfig, OptimizerConfig, UserError
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -79,7 +79,10 @@ def lr_at(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float
     return cfg.min_lr + 0.5 * (peak - cfg.min_lr) * (1 + math.cos(math.pi * epoch / cfg.epochs))
 
 
-def ramp_at(ramp_epochs: float, update: int, updates_per_epoch: int) -> float:
-    """alpha = clip(fractional epoch / ramp_epochs, 0, 1): the method's strength at an update (from
-    0)."""
-    return 1.0 if ramp_epochs == 0 else min(update / updates_per_epoch / ramp_epochs, 1.0)
+def ramp_at(cfg: ObjectiveConfig, update: int, updates_per_epoch: int) -> float:
+    """alpha, the method's strength at an update (from 0): clip(fractional epoch / ramp_epochs, 0,
+    1), of the way from ramp_start to 1."""
+    grown = 1.0
+    if cfg.ramp_epochs:
+        grown = min(update / updates_per_epoch / cfg.ramp_epochs, 1.0)
+    return cfg.ramp_start + (1 - cfg.ramp_start) * grown

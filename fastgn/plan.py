@@ -9,6 +9,7 @@ measured rates.
 import contextlib
 import copy
 import dataclasses
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -262,8 +263,8 @@ def step_cost(
 
     device_type: whose autocast it is to be. Gradients are taken to be there throughout, as from a
     second micro-batch on. Memory is the line through a few images and batch_size: the peak of a
-    step is the largest of several lines, so between the two the line lies on it or above. A lazy
-    schedule's is that of its update with the penalty.
+    step is the largest of several lines, so between the two the line lies on it or above. Of
+    updates that take turns it is the largest one's.
     """
     step = schedule.divisor
     few = -(-2 // step) * step
@@ -272,6 +273,9 @@ def step_cost(
     updates = {0: 1.0}
     if schedule.kind == "lazy" and schedule.lazy_interval > 1:
         updates = {0: 1 / schedule.lazy_interval, 1: 1 - 1 / schedule.lazy_interval}
+    if objective.rest is not None:
+        other = next(u for u in itertools.count(1) if not objective.has_turn(u))
+        updates = {0: objective.share, other: 1 - objective.share}
     cuda_autocast = device_type == "cuda" and precision == "bf16"
 
     def count(images: int, update: int) -> Meter:

@@ -192,7 +192,12 @@ def count_passes(
 
     attack_weight_grads: see config.ObjectiveConfig.
     """
-    plain, exact = (2.0, 3.0), (5.0, 6.0)
+    if objective.rest is not None:
+        alone = dataclasses.replace(objective, rest=None)
+        turns = (objective.share, alone), (1 - objective.share, objective.rest)
+        counts = [(s, count_passes(o, schedule, attack_weight_grads)) for s, o in turns]
+        return Passes(*(sum(s * passes[i] for s, passes in counts) for i in (0, 1)))
+    plain, exact = (2.0 * objective.forwards, 3.0 * objective.forwards), (5.0, 6.0)
     share = 1.0 if objective.needs_input_gradient else 0.0
     if schedule.kind == "lazy":
         share /= schedule.lazy_interval
@@ -392,6 +397,10 @@ class Step:
         exact = schedule.kind in ("exact", "exact-eager")
         if not exact and not objective.needs_input_gradient:
             raise ValueError(f"schedule {schedule}: this objective has no penalty to schedule")
+        if schedule.differences and not objective.differences:
+            raise ValueError(f"schedule {schedule} takes the L1 norm of the loss's gradient alone")
+        if not exact and objective.rest is not None:
+            raise ValueError(f"schedule {schedule}: this objective takes turns already")
         if schedule.kind == "central-difference" and not objective.ce_weight:
             raise ValueError("central-difference finds its direction by the cross-entropy's sweep")
         if precision not in PRECISIONS:
@@ -437,11 +446,12 @@ class Step:
             positions = (0,) if differentiates else ()
             return compile_double_backward(module, differentiate=positions, **options)
 
+        self._parts = self._objectives()
         self._attack = compiled(AttackGradient(model, precision), True)
         self._losses = LossModules(
             {
                 name: compiled(LossModule(model, part, precision), part.needs_input_gradient)
-                for name, part in self._objectives().items()
+                for name, part in self._parts.items()
             }
         )
         self._loss: nn.Module = self._losses
@@ -452,7 +462,7 @@ class Step:
             )
 
     def _objectives(self) -> dict[str, Objective]:
-        """The losses that the schedule takes turns with."""
+        """The losses that the schedule, or the objective, takes turns with."""
         objective, schedule = self.objective, self.schedule
         if schedule.differences:
 
@@ -464,6 +474,8 @@ class Step:
             return {"penalty": objective, "plain": without_penalty(objective)}
         if schedule.kind == "subset":
             return {"penalty": on_subset(objective, schedule.subset_fraction)}
+        if objective.rest is not None:
+            return {"penalty": objective, "plain": objective.rest}
         return {"penalty": objective}
 
     def __call__(
@@ -472,9 +484,10 @@ class Step:
         """Adds to the parameters' .grad; returns the detached mean of the micro-batches' losses.
 
         batches: (images_BCHW in 0..1, targets) on the device, all of one size; ramp: scalar tensor
-        there, in 0..1; update: its number, which a lazy schedule goes by.
+        there, in 0..1; update: its number, which a lazy schedule and turns go by.
         """
-        if self.distributed and (self.objective.perturb is not None or not self._proven):
+        attacks = any(part.perturb is not None for part in self._parts.values())
+        if self.distributed and (attacks or not self._proven):
             for buffer in self._statistics:  # each rank's own until DDP's forward: not soon enough
                 torch.distributed.broadcast(buffer, src=0)
         held = any(p.grad is not None for p in self._weights)
@@ -517,11 +530,12 @@ class Step:
             for images_BCHW, targets in batches
             for part in zip(*(self._split(x) for x in (images_BCHW, targets)), strict=True)
         ]
+        perturb = self._parts[self._turn(update)].perturb
         divisor = len(parts) if self.accumulation == "mean" else len(parts) // len(batches)
         sums: Tensor | None = None
         for index, (images_BCHW, targets) in enumerate(parts):
-            if self.objective.perturb is not None:
-                images_BCHW = self._perturbed(images_BCHW, targets, ramp)
+            if perturb is not None:
+                images_BCHW = self._perturbed(perturb, images_BCHW, targets, ramp)
             self.model.train(not self.train_in_eval_mode)
             last = index == len(parts) - 1
             run = self._difference if self.schedule.differences else self._double_backward
@@ -532,6 +546,13 @@ class Step:
                 torch.cuda.synchronize(self.device)
         assert sums is not None, "a step needs at least one micro-batch"
         return Loss(*(sums / len(parts)).unbind())
+
+    def _turn(self, update: int) -> str:
+        """The name of the loss that an update has."""
+        if self.schedule.differences:
+            return "point"
+        lazy = self.schedule.kind == "lazy" and update % self.schedule.lazy_interval != 0
+        return "plain" if lazy or not self.objective.has_turn(update) else "penalty"
 
     def _split(self, batch: Tensor) -> Sequence[Tensor]:
         size = self.micro_batch or len(batch)
@@ -553,11 +574,9 @@ class Step:
         divisor: int,
         last: bool,
     ) -> Loss:
-        name = "penalty"
+        name = self._turn(update)
         if self.schedule.kind == "lazy":
-            interval = self.schedule.lazy_interval
-            name = "plain" if update % interval else "penalty"
-            ramp = ramp * interval
+            ramp = ramp * self.schedule.lazy_interval
         if self.objective.needs_input_gradient and not self._compiled:
             images_BCHW = images_BCHW.detach().requires_grad_()
         with self._sync(last):
@@ -643,12 +662,13 @@ class Step:
             "same global batch"
         )
 
-    def _perturbed(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Tensor:
+    def _perturbed(
+        self, perturb: Callable[..., Tensor], images_BCHW: Tensor, targets: Tensor, ramp: Tensor
+    ) -> Tensor:
         """The attack sees the network as a user would, in eval mode, and leaves BatchNorm alone."""
-        assert self.objective.perturb is not None
         self.model.eval()
         with autocast(self.device.type, self.precision):
-            return self.objective.perturb(
+            return perturb(
                 in_precision(self.model, self.precision),
                 images_BCHW,
                 targets,

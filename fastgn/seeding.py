@@ -16,6 +16,7 @@ class Stream(IntEnum):
     IMAGE = 2
     STEP = 3
     EVALUATION = 4
+    REPRESENTATIVES = 5
 
 
 def derive(stream: Stream, *key: int) -> int:

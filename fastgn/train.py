@@ -48,10 +48,11 @@ from fastgn.data import (
     load_dataset,
     worker_death,
 )
+from fastgn.data.representatives import class_representatives
 from fastgn.distributed import World, say_error, session
 from fastgn.ema import ModelEma
 from fastgn.metrics import Metrics, environment, find_wandb, read_rows
-from fastgn.objectives import build_objective, piecewise_linear_warning
+from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
 from fastgn.schedule import Schedule, Step, compilations, out_of_memory, unsupported
 from fastgn.seeding import Stream, seed_all
@@ -69,7 +70,7 @@ def train(run: "Run") -> None:
             for batches in run.updates_of(epoch):
                 seed_all(Stream.STEP, cfg.run.seed, run.update, world.rank)
                 lr = optim.lr_at(cfg.optimizer, run.update, run.updates_per_epoch, run.peak_lr)
-                ramp = optim.ramp_at(cfg.objective.ramp_epochs, run.update, run.updates_per_epoch)
+                ramp = optim.ramp_at(cfg.objective, run.update, run.updates_per_epoch)
 
                 loss = run.step(batches, run.ramp.fill_(ramp), run.update)
                 grad_norm = run.apply_gradients(lr)
@@ -215,7 +216,7 @@ class Run:
         tries = ["a lower --lr", "--clip-grad 1.0"]
         if self.cfg.step.precision != "fp32":
             tries.append("--precision fp32")
-        if self.cfg.objective.method == "gradnorm":
+        if self.step.objective.needs_input_gradient:
             tries.append("a longer --ramp-epochs")
         raise UserError(
             f"the loss or gradient of update {bad} is not finite; {good}; try {', '.join(tries)}"
@@ -447,11 +448,25 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:
         whole = batch_size * accum * world.size
         restore(cfg, state, dataset, model, ema, optimizer, whole)
+    representatives = None
+    if cfg.objective.method == "pag":
+        representatives = Representatives(
+            *class_representatives(
+                cfg, dataset, img_size=model.img_size, batch_size=batch_size, device=world.device
+            )
+        )
     planned = None
     if cfg.step.schedule == "auto" or world.device.type == "cuda":
         try:
             planned = make_plan(
-                cfg, world, model, optimizer, len(dataset.classes), batch_size, accum
+                cfg,
+                world,
+                model,
+                optimizer,
+                len(dataset.classes),
+                batch_size,
+                accum,
+                representatives,
             )
         except RuntimeError as error:  # an operator that cannot be counted without data
             if out_of_memory(error):
@@ -478,7 +493,7 @@ def build(cfg: Config, world: World) -> Run:
         )
     step = Step(
         model,
-        build_objective(cfg.objective),
+        build_objective(cfg.objective, representatives),
         schedule=schedule_of(cfg.step),
         compile=compiled,
         precision=cfg.step.precision,
@@ -586,12 +601,19 @@ def make_plan(
     num_classes: int,
     batch_size: int,
     accum: int,
+    representatives: Representatives | None,
 ) -> Plan:
     """What an update costs, predicted; for `auto`, with the micro-batch and budget to run it with.
     The same on all ranks: that of the device with the least memory, at the slowest rates. Raises
     UserError where nothing fits."""
+    if representatives is not None:  # the step is counted on the CPU, and on no data
+        images, labels = representatives
+        representatives = Representatives(
+            torch.empty_like(images, device="cpu"),
+            None if labels is None else torch.empty_like(labels, device="cpu"),
+        )
     objective, schedule, device = (
-        build_objective(cfg.objective),
+        build_objective(cfg.objective, representatives),
         schedule_of(cfg.step),
         world.device,
     )
@@ -659,7 +681,7 @@ def announce(
             f"warning: --clip-grad {cfg.step.clip_grad:g} takes from the updates with the penalty "
             f"what makes it {cfg.step.lazy_interval} times as strong"
         )
-    warning = piecewise_linear_warning(cfg.objective.method, report.piecewise_linear)
+    warning = piecewise_linear_warning(cfg.objective, report.piecewise_linear)
     if warning:
         run.say(f"warning: {warning}")
 

@@ -15,7 +15,7 @@ KERNELS = ROOT / "kernels" / "fastgn_kernels"
 
 MAY_IMPORT = {
     "__init__": {"schedule"},
-    "config": set(),
+    "config": {"objectives"},
     "extras": set(),
     "seeding": set(),
     "attacks": set(),

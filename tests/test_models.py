@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastgn import evaluate, models, train
 from fastgn.checkpoint import find_checkpoint, load_checkpoint
-from fastgn.config import ArchitectureConfig, UserError
+from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError
 from fastgn.models import Classifier, ModelReport, build_model, multiply_patches
 from fastgn.objectives import gradnorm, piecewise_linear_warning
 from fastgn.preact_resnet import PreActResNet18
@@ -227,12 +227,12 @@ def test_an_unknown_activation_names_the_nearest():
 def test_gradnorm_warns_of_piecewise_linear_activations():
     _, report = tiny("resnet18")
     assert report.piecewise_linear == {"ReLU": 17}
-    warning = piecewise_linear_warning("gradnorm", report.piecewise_linear)
+    warning = piecewise_linear_warning(ObjectiveConfig("gradnorm"), report.piecewise_linear)
     assert warning is not None and "17 ReLU" in warning and "--activation gelu" in warning
-    assert piecewise_linear_warning("natural", report.piecewise_linear) is None
+    assert piecewise_linear_warning(ObjectiveConfig("natural"), report.piecewise_linear) is None
     _, smooth = tiny("resnet18", activation="gelu")
     assert smooth.piecewise_linear == {}
-    assert piecewise_linear_warning("gradnorm", smooth.piecewise_linear) is None
+    assert piecewise_linear_warning(ObjectiveConfig("gradnorm"), smooth.piecewise_linear) is None
 
 
 # ---------------------------------------------------------------------------------- fused attention

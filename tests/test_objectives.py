@@ -3,17 +3,32 @@ definitions."""
 
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.config import ObjectiveConfig
+from fastgn.config import ObjectiveConfig, load_recipe, parse_config, recipe_names
 from fastgn.models import Classifier, swap_activations, switch_off_fused_attention
-from fastgn.objectives import build_objective, fgsm_rs, gradnorm, natural, pgd_at
+from fastgn.objectives import (
+    METHODS,
+    Representatives,
+    build_objective,
+    draw_classes,
+    edge,
+    edge_energy,
+    fgsm_rs,
+    gradnorm,
+    natural,
+    pag,
+    pgd_at,
+    trades,
+)
 
 CE_WEIGHT, GN_WEIGHT, EPS, SIGMA = 0.7, 1.3, 3 / 255, 0.21
 
@@ -296,3 +311,297 @@ def test_configured_objective_equals_the_pure_function() -> None:
 def test_default_step_sizes() -> None:
     assert math.isclose(ObjectiveConfig(method="pgd_at").step_size, 8 / 255 / 3)
     assert math.isclose(ObjectiveConfig(method="fgsm_rs").step_size, 5 / 255)
+
+
+# Methods beside gradnorm, against their formulas written out
+
+
+def test_every_method_is_a_choice_with_a_recipe() -> None:
+    """But for pgd_at and fgsm_rs, which the paper's and no recipe have."""
+    recipes = {load_recipe(name).objective.method for name in recipe_names()}
+    assert recipes >= set(METHODS) - {"fgsm_rs"}
+    for name in METHODS:
+        assert parse_config(["--method", name]).objective.method == name
+
+
+VARIANTS = {
+    "l2": {"norm": "l2"},
+    "l2 squared": {"norm": "l2_squared"},
+    "logit": {"of": "logit"},
+    "logit, l2": {"of": "logit", "norm": "l2"},
+    "channels": {"channel_weights": (0.5, 2.0, 1.0)},
+    "threshold": {"threshold": 1.0},
+    "l2, channels, threshold": {
+        **{"norm": "l2", "channel_weights": (0.5, 2.0, 1.0), "threshold": 0.05},
+    },
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("soft", [True, False])
+def test_gradnorm_variants(name: str, soft: bool) -> None:
+    """One image at a time, by double backprop of the formula."""
+    options = VARIANTS[name]
+    model = made(swin)
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    targets = soft_targets(4) if soft else torch.tensor([0, 3, 4, 1])
+    probabilities = targets if soft else F.one_hot(targets, 5).double()
+    weights = torch.tensor(options.get("channel_weights", (1.0, 1.0, 1.0))).double()
+
+    sizes, total = [], torch.zeros((), dtype=torch.float64)
+    for image, target in zip(images, probabilities, strict=True):
+        x = image[None].clone().requires_grad_()
+        logits = model(x)
+        ce = soft_ce(logits, target[None]).sum()
+        score = (target * logits[0]).sum() if options.get("of") == "logit" else ce
+        (g,) = torch.autograd.grad(score, x, create_graph=True)
+        g = g * weights[None, :, None, None]
+        squares = (g * g).sum()
+        norms = {"l1": (g * g.detach().sign()).sum(), "l2": squares.sqrt(), "l2_squared": squares}
+        sizes.append(norms[options.get("norm", "l1")])
+    if "threshold" in options:  # between the images' norms, so that some count and some do not
+        ordered = sorted(size.item() for size in sizes)
+        options = options | {"threshold": (ordered[1] + ordered[2]) / 2}
+    threshold = options.get("threshold", 0.0)
+    penalty = sum(size - threshold for size in sizes if size > threshold) / 4
+    ce = soft_ce(model(images), probabilities).mean()
+    total = CE_WEIGHT * ce + GN_WEIGHT * EPS / SIGMA * penalty
+
+    weights_of = {"ce_weight": CE_WEIGHT, "gn_weight": GN_WEIGHT, "eps": EPS, "sigma": SIGMA}
+    loss = gradnorm(model, images, targets, **weights_of, **options)
+    plain = gradnorm(model, images, targets, **weights_of)
+    assert math.isclose(loss.penalty.item(), EPS / SIGMA * penalty.item(), rel_tol=1e-10)
+    assert math.isclose(loss.total.item(), total.item(), rel_tol=1e-10)
+    found = gradients(loss.total, model)
+    assert relative(found, gradients(total, model)) < 1e-9
+    assert relative(found, gradients(plain.total, model)) > 1e-4, "the option does something"
+
+
+def test_the_random_start_moves_the_point_of_loss_and_gradient() -> None:
+    backbone = made(swin)
+    model = Classifier(backbone, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 16).double()
+    pixels, targets = torch.rand(2, 3, 16, 16, dtype=torch.float64), soft_targets(2)
+    torch.manual_seed(7)
+    noise = torch.empty_like(pixels).uniform_(-0.1, 0.1)
+    moved = model.normalize((pixels + noise).clamp(0, 1))
+    want = gradnorm(backbone, moved.detach(), targets)
+    there = gradnorm(backbone, model.normalize(pixels).detach(), targets)
+    loss = build_objective(ObjectiveConfig(gn_start=0.1)).loss
+    torch.manual_seed(7)
+    ramp = torch.tensor(1.0, dtype=torch.float64)
+    got = loss(model, pixels.clone().requires_grad_(), targets, ramp)
+    found = gradients(got.total, model)
+    assert math.isclose(got.ce.item(), want.ce.item(), rel_tol=1e-12)
+    assert relative(found, gradients(want.total, model)) < 1e-10
+    assert relative(found, gradients(there.total, model)) > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 24), (1, 1, 5, 7)])
+def test_edge_energy_equals_scipys_filters(shape: tuple) -> None:
+    images = torch.rand(*shape, dtype=torch.float64)
+    want = np.zeros((shape[0], *shape[2:]))
+    for index, image in enumerate(images.numpy()):
+        for channel in image:
+            blurred = ndimage.gaussian_filter(channel, 1.0, mode="nearest")
+            for axis in (0, 1):
+                want[index] += ndimage.sobel(blurred, axis, mode="nearest") ** 2
+        want[index] = ndimage.gaussian_filter(np.sqrt(want[index]), 1.0, mode="nearest")
+    found = edge_energy(images)
+    assert found.shape == (shape[0], 1, *shape[2:])
+    np.testing.assert_allclose(found[:, 0].numpy(), want, rtol=1e-10, atol=1e-12)
+
+
+def test_edge_energy_keeps_its_dtype_and_finds_a_step() -> None:
+    images = torch.zeros(1, 3, 16, 16)
+    images[..., 8:] = 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        energy = edge_energy(images)
+    assert energy.dtype == torch.float32
+    assert energy[0, 0].sum(0).argmax().item() in (7, 8)
+    assert edge_energy(torch.full((1, 3, 8, 8), 0.3)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("sampling", ["hard", "relaxed"])
+def test_classes_are_drawn_from_the_softmax_at_a_temperature(sampling: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([1.0, 0.0, -1.0, 0.5]).expand(40_000, 4)
+    weights = draw_classes(logits, 0.5, sampling)
+    assert torch.allclose(weights.sum(1), torch.ones(len(weights)))
+    largest = weights.argmax(1).bincount(minlength=4) / len(weights)
+    assert torch.allclose(largest, (logits[0] / 0.5).softmax(0), atol=0.01)
+    certain = (weights.amax(1) == 1).float().mean()
+    assert certain == 1 if sampling == "hard" else certain < 0.5
+
+
+@pytest.mark.parametrize("sampling", ["hard", "relaxed"])
+@pytest.mark.parametrize("map", ["gradient", "saliency"])
+def test_edge_is_its_formula(sampling: str, map: str) -> None:
+    model = made(swin)
+    images, targets = torch.rand(3, 3, 16, 16, dtype=torch.float64), soft_targets(3)
+    torch.manual_seed(2)
+    gumbel = -torch.log(-torch.log(torch.rand(3, 5, dtype=torch.float64)))
+
+    total = torch.zeros((), dtype=torch.float64)
+    for image, target, noise in zip(images, targets, gumbel, strict=True):
+        x = image[None].clone().requires_grad_()
+        logits = model(x)[0]
+        noisy = logits.detach() / 0.3 + noise
+        score = logits[noisy.argmax()] if sampling == "hard" else noisy.softmax(0) @ logits
+        (g,) = torch.autograd.grad(score, x, create_graph=True)
+        m = g[0].abs().max(0).values if map == "saliency" else (g[0] ** 2).sum(0).sqrt()
+        e = edge_energy(image[None])[0, 0]
+        m, e = m / (m**2).mean().sqrt(), e / (e**2).mean().sqrt()
+        total = (
+            total + (soft_ce(logits[None], target[None]).sum() + 7.0 * ((m - e) ** 2).mean()) / 3
+        )
+
+    options = {"weight": 7.0, "temperature": 0.3, "sampling": sampling, "map": map}
+    torch.manual_seed(2)
+    loss = edge(model, images, targets, **options)
+    assert math.isclose(loss.total.item(), total.item(), rel_tol=1e-10)
+    assert math.isclose(loss.total.item(), loss.ce.item() + 7 * loss.penalty.item(), rel_tol=1e-10)
+    found = gradients(loss.total, model)
+    assert relative(found, gradients(total, model)) < 1e-9
+    assert relative(found, gradients(natural(model, images, targets).total, model)) > 1e-2
+    other = {"sampling": "hard" if sampling == "relaxed" else "relaxed"}
+    other_map = {"map": "gradient" if map == "saliency" else "saliency"}
+    for change in (other, other_map, {"temperature": 30.0}):
+        torch.manual_seed(2)
+        changed = edge(model, images, targets, **options | change)
+        assert relative(gradients(changed.total, model), found) > 1e-4, change
+
+
+def test_a_flat_image_and_a_dead_gradient_give_no_nan() -> None:
+    model = made(swin)
+    with torch.no_grad():
+        for parameter in model.patch_embed.proj.parameters():
+            parameter.zero_()
+    images, targets = torch.full((2, 3, 16, 16), 0.5, dtype=torch.float64), soft_targets(2)
+    guides = Representatives(images[:1].expand(5, -1, -1, -1))
+    losses = edge(model, images, targets), pag(model, images, targets, guides)
+    for loss in losses:
+        assert gradients(loss.total, model).isfinite().all()
+    assert losses[1].penalty == 1, "no gradient, and no way to go"
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+@pytest.mark.parametrize("soft", [True, False])
+def test_pag_is_its_formula(nearest: bool, soft: bool) -> None:
+    model = made(swin)
+    images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    targets = soft_targets(4) if soft else torch.tensor([0, 3, 4, 1])
+    probabilities = targets if soft else F.one_hot(targets, 5).double()
+    candidates = torch.rand(15 if nearest else 5, 3, 16, 16, dtype=torch.float64)
+    labels = torch.randint(0, 5, (15,)).index_copy(0, torch.arange(5), torch.arange(5))
+    torch.manual_seed(4)
+    classes = (-torch.log(-torch.log(torch.rand(4, 5, dtype=torch.float64)))).argmax(1).tolist()
+
+    total = torch.zeros((), dtype=torch.float64)
+    for image, target, drawn in zip(images, probabilities, classes, strict=True):
+        x = image[None].clone().requires_grad_()
+        logits = model(x)[0]
+        (g,) = torch.autograd.grad(logits[drawn], x, create_graph=True)
+        guide = candidates[drawn]
+        if nearest:
+            guide = min(candidates[labels == drawn], key=lambda r: float((r - image).norm()))
+        guide = (guide - image).flatten()
+        cosine = (g.flatten() @ guide) / (g.norm() * guide.norm())
+        total = total + (soft_ce(logits[None], target[None]).sum() + 3.0 * (1 - cosine)) / 4
+
+    among = Representatives(candidates, labels if nearest else None)
+    torch.manual_seed(4)
+    loss = pag(model, images, targets, among, weight=3.0)
+    assert math.isclose(loss.total.item(), total.item(), rel_tol=1e-10)
+    found = gradients(loss.total, model)
+    assert relative(found, gradients(total, model)) < 1e-9
+    assert relative(found, gradients(natural(model, images, targets).total, model)) > 1e-2
+    torch.manual_seed(4)
+    changed = pag(model, images, targets, Representatives(1 - candidates, among[1]), weight=3.0)
+    assert relative(gradients(changed.total, model), found) > 1e-2
+
+
+def test_pag_draws_every_class_alike() -> None:
+    torch.manual_seed(0)
+    drawn = draw_classes(torch.zeros(50_000, 5)).mean(0)
+    assert torch.allclose(drawn, torch.full((5,), 0.2), atol=0.01)
+
+
+def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Of each image, by its definition."""
+    p, q = p_logits.softmax(1), q_logits.softmax(1)
+    return (p * (p / q).log()).sum(1)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_trades_is_its_formula(soft: bool) -> None:
+    model = made(swin)
+    images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    targets = soft_targets(3) if soft else torch.tensor([0, 3, 4])
+    probabilities = targets if soft else F.one_hot(targets, 5).double()
+    torch.manual_seed(6)
+    x = (images + torch.empty_like(images).uniform_(-0.1, 0.1)).clamp(0, 1)
+    for _ in range(2):
+        x.requires_grad_()
+        (g,) = torch.autograd.grad(kl(model(images).detach(), model(x)).sum(), x)
+        x = torch.clamp(x.detach() + 0.04 * g.sign(), images - 0.1, images + 0.1).clamp(0, 1)
+    assert (x - images).abs().max() <= 0.1 + 1e-12
+    ce = soft_ce(model(images), probabilities).mean()
+    total = ce + 4.0 * kl(model(images), model(x)).mean()
+
+    options = {"beta": 4.0, "eps": 0.1, "step_size": 0.04, "steps": 2}
+    torch.manual_seed(6)
+    loss = trades(model, images, targets, **options)
+    assert math.isclose(loss.total.item(), total.item(), rel_tol=1e-10)
+    assert math.isclose(loss.ce.item(), ce.item(), rel_tol=1e-12)
+    found = gradients(loss.total, model)
+    assert relative(found, gradients(total, model)) < 1e-9
+    for change in ({"beta": 1.0}, {"eps": 0.02}, {"steps": 1}, {"step_size": 0.01}):
+        torch.manual_seed(6)
+        changed = trades(model, images, targets, **options | change)
+        assert relative(gradients(changed.total, model), found) > 1e-4, change
+
+
+def test_configured_methods_equal_the_pure_functions() -> None:
+    model = Classifier(made(swin), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 16).double()
+    pixels, targets = torch.rand(2, 3, 16, 16, dtype=torch.float64), soft_targets(2)
+    among = Representatives(torch.rand(5, 3, 16, 16, dtype=torch.float64))
+    ramp = torch.tensor(0.25, dtype=torch.float64)
+    cases = [
+        (
+            ObjectiveConfig("edge", edge_weight=8.0, edge_temperature=2.0, edge_map="saliency"),
+            lambda: edge(model, pixels, targets, weight=2.0, temperature=2.0, map="saliency"),
+        ),
+        (
+            ObjectiveConfig("pag", pag_weight=8.0),
+            lambda: pag(model, pixels, targets, among, weight=2.0),
+        ),
+        (
+            ObjectiveConfig("trades", trades_beta=2.0, attack_eps=0.1, attack_it=2),
+            lambda: trades(
+                model, pixels, targets, beta=2.0, eps=0.1, step_size=0.1 * 0.25, steps=2
+            ),
+        ),
+    ]
+    for cfg, pure in cases:
+        built, images = build_objective(cfg, among), pixels.clone()
+        torch.manual_seed(8)
+        if built.perturb is not None:
+            images = built.perturb(model, images, targets, ramp, gradient=attacks.input_gradient)
+        got = built.loss(model, images, targets, ramp)
+        torch.manual_seed(8)
+        want = pure()
+        assert relative(gradients(got.total, model), gradients(want.total, model)) < 1e-12
+        assert torch.isclose(got.penalty, want.penalty, rtol=1e-12), cfg.method
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda *a: gradnorm(*a, norm="l3"), "norm 'l3' should be l1, l2 or l2_squared"),
+        (lambda *a: edge(*a, sampling="soft"), "sampling 'soft' should be hard or relaxed"),
+        (lambda *a: edge(*a, map="energy"), "map 'energy' should be gradient or saliency"),
+    ],
+)
+def test_unknown_options_are_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(made(swin), torch.rand(2, 3, 16, 16, dtype=torch.float64), soft_targets(2))

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from fastgn.config import OptimizerConfig
+from fastgn.config import ObjectiveConfig, OptimizerConfig, load_recipe
 from fastgn.ema import ModelEma
 from fastgn.optim import build_optimizer, decay_groups, lr_at, peak_lr, ramp_at
 from fastgn.preact_resnet import PreActResNet18
@@ -74,8 +74,16 @@ def test_peak_lr_scales_with_the_global_batch() -> None:
 def test_ramp_is_the_papers() -> None:
     """alpha = clip(0.2 * fractional epoch, 0, 1): full from epoch 5."""
     for update in (0, 3, 17, 49, 50, 70):
-        assert ramp_at(5.0, update, 10) == pytest.approx(min(0.2 * update / 10, 1.0))
-    assert ramp_at(0.0, 0, 10) == 1.0
+        assert ramp_at(ObjectiveConfig(), update, 10) == pytest.approx(min(0.2 * update / 10, 1.0))
+    assert ramp_at(ObjectiveConfig(ramp_epochs=0.0), 0, 10) == 1.0
+
+
+def test_ramp_of_the_edge_recipe_is_the_papers() -> None:
+    """alpha = min(1 + 0.09 * epoch, 19)."""
+    cfg = load_recipe("swin_b_edge").objective
+    for epoch in (0, 1, 50, 99, 200, 300):
+        alpha = cfg.edge_weight * ramp_at(cfg, 10 * epoch, 10)
+        assert alpha == pytest.approx(min(1 + 0.09 * epoch, 19))
 
 
 def test_ema_follows_weights_and_buffers_in_fp32() -> None:

@@ -92,6 +92,10 @@ METHODS: dict[str, tuple[dict[str, Any], Schedule]] = {
     "central-difference": ({}, Schedule("central-difference")),
     "lazy": ({}, Schedule("lazy", lazy_interval=3)),
     "subset": ({}, Schedule("subset", subset_fraction=0.25)),
+    "edge": ({"method": "edge"}, Schedule()),
+    "pag": ({"method": "pag"}, Schedule()),
+    "trades": ({"method": "trades"}, Schedule()),
+    "gradnorm+fgsm": ({"method": "gradnorm+fgsm", "gn_share": 1 / 3}, Schedule()),
 }
 
 
@@ -100,7 +104,7 @@ def test_flops_are_those_of_real_updates(name: str) -> None:
     values, schedule = METHODS[name]
     model = classifier(swin)
     step = Step(model, objective(**values), schedule=schedule, compile=False)
-    updates = 3 if name == "lazy" else 1
+    updates = 3 if name in ("lazy", "gradnorm+fgsm") else 1
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
     with counter:
@@ -163,7 +167,9 @@ def test_what_a_schedule_holds() -> None:
     assert held["lazy"] == pytest.approx(held["gradnorm"], abs=8), "the ramp times the interval"
     assert held["natural"] < held["subset"] < held["gradnorm"]
     double = {name for name in METHODS if counted(name).double_backward}
-    assert double == {"gradnorm", "lazy", "subset"}
+    assert double == {"gradnorm", "lazy", "subset", "edge", "pag", "gradnorm+fgsm"}
+    assert held["gradnorm+fgsm"] == held["gradnorm"], "of the updates with the penalty"
+    assert 1.5 * held["natural"] < held["trades"], "two forwards are swept back together"
 
 
 def test_nothing_is_allocated_and_the_model_is_left_alone() -> None:

@@ -96,6 +96,8 @@ def setting(name: str, folder: Path) -> list[str]:
         ("pgd_at", (3, 5, 8)),
         ("gradnorm_batchnorm", (1, 3, 5, 8)),
         ("pgd_at_batchnorm", (2, 5, 6)),
+        ("pag_batchnorm", (3,)),
+        ("gradnorm+fgsm_batchnorm", (3, 6)),
     ],
 )
 def test_stopping_and_resuming_changes_no_bit(

@@ -2,6 +2,7 @@
 losses."""
 
 import contextlib
+import dataclasses
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,7 +24,16 @@ from fastgn import compile_double_backward, train
 from fastgn.config import ArchitectureConfig, ObjectiveConfig, parse_config
 from fastgn.distributed import World
 from fastgn.models import Classifier, build_model
-from fastgn.objectives import Objective, build_objective, gradnorm, natural
+from fastgn.objectives import (
+    METHODS as ALL_METHODS,
+)
+from fastgn.objectives import (
+    Objective,
+    Representatives,
+    build_objective,
+    gradnorm,
+    natural,
+)
 from fastgn.schedule import (
     SCHEDULES,
     Schedule,
@@ -35,6 +45,10 @@ from fastgn.schedule import (
 )
 
 IMAGES = {swin: 16, vit: 16, resnet: 32}
+
+
+REPRESENTATIVES = Representatives(torch.rand(5, 3, 16, 16, generator=torch.Generator()))
+"""Of pag, for images of 16 px."""
 
 
 def classifier(build, dtype: torch.dtype = torch.float32) -> Classifier:
@@ -56,7 +70,7 @@ def batches_for(build, count: int, dtype: torch.dtype = torch.float32) -> list:
 
 
 def objective(**values) -> Objective:
-    return build_objective(ObjectiveConfig(**values))
+    return build_objective(ObjectiveConfig(**values), REPRESENTATIVES)
 
 
 @pytest.fixture(autouse=True)
@@ -228,6 +242,11 @@ def test_flops_of_a_step_in_units_of_a_forward() -> None:
     assert flops(model, batch, method="gradnorm") / unit == pytest.approx(6, rel=0.12)
     assert flops(model, batch, method="pgd_at") / unit == pytest.approx(9, rel=0.12)
     assert flops(model, batch, method="fgsm_rs") / unit == pytest.approx(5, rel=0.12)
+    for method in ("edge", "pag"):
+        assert flops(model, batch, method=method) / unit == pytest.approx(6, rel=0.12)
+    assert flops(model, batch, method="trades") / unit == pytest.approx(13, rel=0.12)
+    turns = [flops(model, batch, method="gradnorm+fgsm", update=u) / unit for u in (0, 1)]
+    assert turns == pytest.approx([6, 5], rel=0.12)
     paper = {"method": "pgd_at", "attack_select": "paper", "attack_weight_grads": True}
     assert flops(model, batch, **paper) / unit == pytest.approx(13, rel=0.12)
 
@@ -347,6 +366,134 @@ def test_a_subset_has_its_own_penalty_and_all_images_the_cross_entropy() -> None
     assert relative(whole, exact) < 1e-12
 
 
+NEW = {
+    "edge": {"method": "edge"},
+    "edge, relaxed saliency": {
+        **{"method": "edge", "edge_sampling": "relaxed", "edge_map": "saliency"},
+    },
+    "pag": {"method": "pag"},
+    "trades": {"method": "trades", "attack_eps": 0.1},
+    "l2 of the logit": {"gn_norm": "l2", "gn_of": "logit", "gn_weight": 50.0},
+    "all options": {
+        **{"gn_norm": "l2_squared", "gn_channel_weights": (1.0, 2.0, 0.5), "gn_threshold": 1e-3},
+        **{"gn_start": 0.1, "gn_weight": 50.0},
+    },
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_compiled_methods_equal_eager_with_one_graph(name: str, no_codegen) -> None:
+    """With the same draws: this backend's are eager's. Another seed trains on another class, target
+    or start."""
+    found = {}
+    for flag, seed in ((False, 3), (True, 3), (False, 4)):
+        model = classifier(vit)
+        step = Step(model, objective(**NEW[name]), compile=flag)
+        batches = batches_for(vit, 1)
+        torch.manual_seed(seed)
+        loss = step(batches, torch.tensor(0.7))
+        found[flag, seed] = gradients(model), loss
+    (eager, there), (compiled, here) = found[False, 3], found[True, 3]
+    assert relative(compiled, eager) < 1e-4
+    assert torch.isclose(here.total, there.total, rtol=1e-5)
+    assert torch.isclose(here.penalty, there.penalty, rtol=1e-4)
+    assert graph_count() == (2 if name == "trades" else 1), "the attack's step, and the loss"
+    drawn = name != "l2 of the logit"
+    assert torch.equal(eager, found[False, 4][0]) is not drawn
+
+
+def test_compiled_nearest_neighbours_equal_eager(no_codegen) -> None:
+    among = Representatives(torch.rand(20, 3, 16, 16), torch.arange(20) % 5)
+    found = []
+    for flag in (False, True):
+        model = classifier(vit)
+        step = Step(model, build_objective(ObjectiveConfig(method="pag"), among), compile=flag)
+        batches = batches_for(vit, 1)
+        torch.manual_seed(3)
+        step(batches, torch.tensor(0.7))
+        found.append(gradients(model))
+    assert relative(found[1], found[0]) < 1e-4
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_gradnorm_and_fgsm_take_turns(compile: bool, no_codegen) -> None:
+    """Each update is the one method's or the other's to the last digits, also where compiled;
+    turns depend on the update's number alone, and the attacked updates have no penalty to log."""
+    values = {"gn_weight": 3.0, "attack_eps": 0.05}
+    both = objective(method="gradnorm+fgsm", gn_share=0.4, **values)
+    turns = [both.has_turn(u) for u in range(20)]
+    assert turns[:5] == [True, False, True, False, False] and sum(turns) == 8
+    model = classifier(vit)
+    step = Step(model, both, compile=compile)
+    batches = batches_for(vit, 1)
+    for update in range(4):
+        alone = classifier(vit)
+        method = "gradnorm" if turns[update] else "fgsm_rs"
+        for stepped, steps in (
+            (model, step),
+            (alone, Step(alone, objective(method=method, **values), compile=False)),
+        ):
+            stepped.zero_grad()
+            torch.manual_seed(update)
+            loss = steps(batches, torch.tensor(0.5), update)
+            if stepped is model:
+                assert bool(loss.penalty.isnan()) is not turns[update]
+        assert relative(gradients(model), gradients(alone)) < 1e-5
+
+
+def test_the_turns_of_a_share_of_1_are_gradnorms() -> None:
+    assert objective(method="gradnorm+fgsm", gn_share=1.0).rest is None
+
+
+@pytest.mark.parametrize("method", ["edge", "pag"])
+@pytest.mark.parametrize("kind", ["lazy", "subset"])
+def test_other_penalties_can_be_lazy_or_partial(method: str, kind: str) -> None:
+    """lazy: an update with the penalty has it k times, by that much further from plain training;
+    subset: the penalty of the first images alone."""
+    torch.manual_seed(0)
+    plain, _ = scheduled("exact", method="natural")
+    model, (images, targets) = model_and_batch()
+    built = build_objective(
+        ObjectiveConfig(method=method), Representatives(REPRESENTATIVES.images_NCHW.double())
+    )
+    steps = {
+        "exact": Step(model, built, compile=False),
+        "lazy": Step(model, built, schedule=Schedule("lazy"), compile=False),
+        "subset": Step(model, built, schedule=Schedule("subset"), compile=False),
+    }
+
+    def run(name: str, batch: tuple, update: int = 0) -> Tensor:
+        model.zero_grad()
+        torch.manual_seed(5)
+        steps[name]([batch], torch.tensor(0.5, dtype=torch.float64), update)
+        return gradients(model)
+
+    exact = run("exact", (images, targets))
+    if kind == "lazy":
+        assert relative(run("lazy", (images, targets)) - plain, 4 * (exact - plain)) < 1e-9
+        assert relative(run("lazy", (images, targets), 1), plain) < 1e-12
+        return
+    half = run("exact", (images[:2], targets[:2]))
+    model.zero_grad()
+    natural(model, images[:2], targets[:2]).total.backward()
+    penalty = half - gradients(model)
+    assert relative(run("subset", (images, targets)) - plain, penalty) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ({"method": "edge"}, "finite-difference", "L1 norm of the loss's gradient alone"),
+        ({"gn_threshold": 0.1}, "central-difference", "L1 norm of the loss's gradient alone"),
+        ({"method": "gradnorm+fgsm"}, "lazy", "this objective takes turns already"),
+        ({"method": "trades"}, "subset", "this objective has no penalty"),
+    ],
+)
+def test_schedules_that_do_not_fit_are_refused(values: dict, kind: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"schedule {kind} .*{message}"):
+        Step(classifier(vit), objective(**values), schedule=Schedule(kind), compile=False)
+
+
 @pytest.mark.parametrize("kind", ["finite-difference", "lazy", "subset"])
 def test_a_schedule_needs_a_penalty(kind: str) -> None:
     with pytest.raises(ValueError, match=f"schedule {kind} .*: this objective has no penalty"):
@@ -400,6 +547,11 @@ METHODS = {
         *(Schedule(), 5, 4),
     ),
     "fgsm-rs": ({"method": "fgsm_rs"}, Schedule(), 2, 2),
+    "edge": ({"method": "edge"}, Schedule(), 1, 2),
+    "pag": ({"method": "pag"}, Schedule(), 1, 2),
+    "l2": ({"gn_norm": "l2", "gn_start": 0.01}, Schedule(), 1, 2),
+    "trades": ({"method": "trades"}, Schedule(), 6, 4),
+    "gradnorm+fgsm, its penalty": ({"method": "gradnorm+fgsm"}, Schedule(), 1, 2),
 }
 """Values of the objective, schedule, forwards and calls of autograd: a double backward is one call
 and, as the paper counts, two passes."""
@@ -417,7 +569,9 @@ def test_nothing_is_forwarded_or_swept_twice(name: str, monkeypatch: pytest.Monk
     step([batch], torch.tensor(1.0, dtype=torch.float64))
     assert (counts.forwards, counts.sweeps) == (forwards, sweeps)
     double = 2 if step.objective.needs_input_gradient and not schedule.differences else 0
-    assert count_passes(step.objective, schedule, wasteful).paper == forwards + sweeps + double
+    double += step.objective.forwards - 1  # one call sweeps back through all of a loss's forwards
+    alone = dataclasses.replace(step.objective, rest=None)
+    assert count_passes(alone, schedule, wasteful).paper == forwards + sweeps + double
 
 
 PAPER_PASSES = {
@@ -428,6 +582,11 @@ PAPER_PASSES = {
     "pgd-3": (8, 9),
     "pgd-3 as in the paper": (9, 13),
     "fgsm-rs": (4, 5),
+    "edge": (5, 6),
+    "pag": (5, 6),
+    "l2": (5, 6),
+    "trades": (11, 13),
+    "gradnorm+fgsm, its penalty": (4.5, 5.5),
 }
 """(passes in the paper's convention, forwards' worth of operations): METHOD of arXiv 2409.20139,
 table 3, for natural, exact and pgd-3."""
@@ -820,7 +979,7 @@ def update(run: train.Run, batches: list) -> None:
     run.accumulate(torch.stack([*loss, grad_norm]))
 
 
-KINDS = ["natural", "pgd_at", "fgsm_rs", *SCHEDULES]
+KINDS = [m for m in ALL_METHODS if m != "gradnorm"] + [*SCHEDULES]
 
 
 def flags_of(kind: str) -> tuple[str, ...]:

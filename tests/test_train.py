@@ -84,6 +84,35 @@ def test_swin_b_takes_gradnorm_steps_at_224_px(tmp_path: Path) -> None:
     assert len(header.classes) == 200
 
 
+@pytest.mark.parametrize(
+    ("flags", "penalised"),
+    [
+        ("--method edge", True),
+        ("--method pag", True),
+        ("--method pag --pag-representative nearest-neighbour", True),
+        ("--method trades --attack-eps 0.1", True),
+        ("--method gradnorm+fgsm", True),
+        ("--method gradnorm --gn-norm l2 --gn-of logit --gn-start 4/255", True),
+        ("--method fgsm_rs", False),
+    ],
+)
+def test_digits_train_with_each_method(flags: str, penalised: bool, tmp_path: Path) -> None:
+    """Its penalty is logged, above 0; a run of the same seed is the same, another's is not."""
+    args = [*flags.split(), "--max-updates", "6", "--log-interval", "3", "--ramp-epochs", "0"]
+    seeds = {"run": "0", "same": "0", "other": "1"}
+    for name, seed in seeds.items():
+        assert main(tiny_run(tmp_path / name, *args, "--seed", seed)) == 0
+    run, same, other = (
+        [r for r in read_rows(tmp_path / name / "metrics.csv") if "ce" in r] for name in seeds
+    )
+    assert len(run) == 2
+    for row in run:
+        assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+        assert (row["penalty"] > 0) is penalised
+    losses = [[row["loss"] for row in rows] for rows in (run, same, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "run"
     assert main(tiny_run(folder, "--max-updates", "4", "--log-interval", "2")) == 0

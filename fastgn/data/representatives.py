@@ -1,0 +1,59 @@
+"""What pag's input gradients are to point to: a picture of each class, from the training images."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgn.config import Config, check
+from fastgn.data import Subset
+from fastgn.data.datasets import Arrays, Dataset
+from fastgn.seeding import Stream, generator
+
+LARGEST_BYTES = 2**31
+"""Of the images that nearest-neighbour keeps on the device."""
+
+
+def class_representatives(
+    cfg: Config, dataset: Dataset, *, img_size: int, batch_size: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Images fp32 in 0..1 on the device, never augmented, the same on every rank. One a class, K x
+    3 x H x W, and None; or for nearest-neighbour all N training images and their labels. Raises
+    UserError where there are too many, or none of a class."""
+    kind, split, classes = cfg.objective.pag_representative, dataset.train, len(dataset.classes)
+    draw = generator(Stream.REPRESENTATIVES, cfg.run.seed)
+    by_class = [(split.labels_N == index).nonzero()[:, 0] for index in range(classes)]
+    for name, members in zip(dataset.classes, by_class, strict=True):
+        check(len(members) > 0, f"--method pag: class {name} has no training image to stand for it")
+    small = isinstance(split, Arrays)
+    if kind == "nearest-neighbour":
+        size = len(split) * 3 * img_size**2 * 4
+        check(
+            small and size <= LARGEST_BYTES,
+            f"--pag-representative nearest-neighbour keeps all {len(split)} training images on the "
+            f"device, {size / 2**30:.3g} GiB at {img_size} px: it takes cifar10 and digits, up to "
+            f"{LARGEST_BYTES / 2**30:g} GiB; use class-mean or random-image",
+        )
+    elif kind == "random-image" or not small:
+        most = 1 if kind == "random-image" else cfg.objective.pag_images
+        by_class = [m[torch.randperm(len(m), generator=draw)[:most]] for m in by_class]
+    source = Subset(
+        split,
+        None,
+        img_size=img_size,
+        crop_pct=cfg.augmentation.crop_pct,
+        batch_size=batch_size,
+        workers=cfg.dataset.workers,
+        device=device,
+        skip=cfg.dataset.on_bad_image == "skip",
+        chosen=torch.cat(by_class).tolist(),
+    )
+    if kind == "nearest-neighbour":
+        images, labels = zip(*source, strict=True)
+        return torch.cat(images), torch.cat(labels)
+    sums = torch.zeros(classes, 3, img_size, img_size, device=device)
+    counts = torch.zeros(classes, device=device)
+    for images_BCHW, labels_B in source:
+        members_KB = F.one_hot(labels_B, classes).T.float()  # index_add_ adds in any order
+        sums += (members_KB @ images_BCHW.flatten(1)).view_as(sums)
+        counts += members_KB.sum(1)
+    return sums / counts[:, None, None, None].clamp_min(1), None
