@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "checkpoint": {"config"},
     "metrics": {"checkpoint", "config"},
     "data": {"checkpoint", "config", "extras", "seeding", "data"},
-    "analysis": {"analysis", "attacks", "checkpoint", "config", "seeding"},
+    "analysis": {"analysis", "attacks", "checkpoint", "config", "objectives", "seeding"},
 }
 """Module or subpackage of fastgn -> siblings that it may import; those of COMPOSE are not in it."""
 

@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastgn import attacks
 from fastgn.analysis import figures, outcomes, statistics
 from fastgn.config import UserError
+from fastgn.objectives import edge_energy
 
 EPS = 0.03
 
@@ -106,6 +108,12 @@ def test_conditional_means_add_up() -> None:
     total += got["pgd10_succeeds"] * got["l1_mean_pgd10_succeeds"]
     assert total == pytest.approx(16 * got["l1_mean"])
     assert sum(got["channel_l1_mean"]) == pytest.approx(got["l1_mean"])
+    for whole, channels in zip(got["l1"], got["channel_l1"], strict=True):
+        assert sum(channels) == pytest.approx(whole)
+    grad = attacks.input_gradient(model, images, labels).images_BCHW
+    along = statistics.edge_correlation(images, grad)
+    assert got["edge_correlation"] == pytest.approx(along)
+    assert got["edge_correlation_mean"] == pytest.approx(sum(along) / len(along))
 
 
 def flat(value) -> list[float]:
@@ -272,34 +280,12 @@ def test_refusals(more: dict, named: str) -> None:
 # Edges
 
 
-def test_edge_energy_equals_scipys_sobel() -> None:
-    ndimage = pytest.importorskip("scipy.ndimage")
-    images = torch.rand(3, 3, 7, 5, dtype=torch.float64)
-    got = statistics.edge_energy(images.transpose(2, 3))
-    assert got.shape == (3, 5, 7)
-    for energy, image in zip(got, images.numpy().transpose(0, 1, 3, 2), strict=True):
-        luma = 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
-        want = np.hypot(ndimage.sobel(luma, 0), ndimage.sobel(luma, 1))
-        assert np.allclose(energy.numpy(), want, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("channel", "weight"), [(0, 0.299), (1, 0.587), (2, 0.114)])
-def test_edge_energy_of_a_ramp(channel: int, weight: float) -> None:
-    images = torch.zeros(2, 3, 6, 6, dtype=torch.float64)
-    images[0, channel] = 0.1 * torch.arange(6)
-    images[1, channel] = images[0, channel].T
-    inside = statistics.edge_energy(images)[:, 1:-1, 1:-1]
-    assert torch.allclose(inside, torch.full_like(inside, 8 * 0.1 * weight))
-    grey = statistics.edge_energy(images[:, channel : channel + 1])[:, 1:-1, 1:-1]
-    assert torch.allclose(grey, torch.full_like(grey, 8 * 0.1))
-
-
 def test_edge_correlation_equals_numpys() -> None:
     images, grads = torch.rand(4, 3, 6, 9), torch.randn(4, 3, 6, 9)
     images[2] = 0.3
     grads[3] = -0.7
     got = statistics.edge_correlation(images, grads)
-    edges = statistics.edge_energy(images).double()
+    edges = edge_energy(images.double())[:, 0]
     for index in (0, 1):
         sizes = np.abs(grads[index].double().numpy()).sum(0)
         want = np.corrcoef(edges[index].numpy().ravel(), sizes.ravel())[0, 1]

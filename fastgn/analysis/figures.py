@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastgn.analysis.report import radius
-from fastgn.analysis.statistics import edge_correlation, edge_energy
+from fastgn.analysis.statistics import edge_correlation
+from fastgn.objectives import edge_energy
 
 GREEN, RED = "#2a9d4a", "#c8323c"
 
@@ -91,11 +92,13 @@ def draw_pictures(
     edges = edge_energy(images_BCHW)
     summed = [view.grad_BCHW.float().sum(1) for view in views]
     limits = [float(x.abs().flatten(1).quantile(0.995, dim=1).median()) or 1.0 for x in summed]
+    added = [(view.adversarial_BCHW - images_BCHW).mean(1) for view in views]
+    largest = max(float(x.abs().max()) for x in added) or eps  # of Linf about eps, of L2 far less
     correlations = [edge_correlation(images_BCHW, view.grad_BCHW) for view in views]
     for row in range(rows):
         show(grid[row][0], images_BCHW[row])
         grid[row][0].set_xlabel(classes[int(labels_B[row])], fontsize=8)
-        grid[row][1].imshow(edges[row].cpu().numpy(), cmap="gray_r")
+        grid[row][1].imshow(edges[row, 0].cpu().numpy(), cmap="gray_r")
         grid[row][1].set(xticks=[], yticks=[])
         for index, view in enumerate(views):
             gradient, perturbation, attacked = grid[row][2 + 3 * index : 5 + 3 * index]
@@ -104,7 +107,7 @@ def draw_pictures(
             edge = "" if along is None else f", edges {along:.2f}"
             norm = float(view.grad_BCHW[row].abs().sum())
             gradient.set_xlabel(f"L1 {norm:.3g}{edge}", fontsize=8)
-            signed(perturbation, (view.adversarial_BCHW[row] - images_BCHW[row]).mean(0), eps)
+            signed(perturbation, added[index][row], largest)
             show(attacked, view.adversarial_BCHW[row])
             before, after = int(view.clean_B[row]), int(view.attacked_B[row])
             robust = after == int(labels_B[row])

@@ -3,7 +3,7 @@ linear its loss is nearby, its accuracy against eps, and how its gradients follo
 
 Shapes: B images, C channels, H x W pixels. Models map images in 0..1 to logits, in eval mode.
 Batches are (images B x C x H x W, labels int64 B) on the model's device. What the functions return
-goes through json.dumps, edge_energy's tensor aside; None stands for the mean of nothing.
+goes through json.dumps; None stands for the mean of nothing.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,19 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgn import attacks
 from fastgn.config import check, check_pixels
+from fastgn.objectives import edge_energy
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """Per cent."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Of R, G and B (ITU-R BT.601)."""
 
 PGD_START, UNIFORM = 0, 1
 """What noise is for; part of its key."""
@@ -57,6 +54,9 @@ def gradient_statistics(
     channel_l1_mean: C means over images of the L1 norm of g within a channel; they sum to l1_mean
     channel_signed_mean: C means over images of the sum of g within a channel, in the same units
     l1: the L1 norm for each image, in order
+    channel_l1: the same within each channel: a list of C for each image
+    edge_correlation: edge_correlation for each image (None: a constant image or gradient), and
+    edge_correlation_mean, over those that have one
     linearity: {"uniform", "pgd10": {"error", "relative_error"}}, at x + d for d uniform in the eps
         ball and for PGD-10's d, both within 0..1. error: mean of |L(x + d) - L(x) - d . g| in nats,
         the quantity whose maximum over the ball is the local linearity measure of Qin et al. 2019
@@ -79,6 +79,7 @@ def gradient_statistics(
             "clean": clean_B,
             "l1": grad_BCHW.abs().sum((2, 3), dtype=torch.float64),
             "signed": grad_BCHW.sum((2, 3), dtype=torch.float64),
+            "edges": correlations(images_BCHW, grad_BCHW),
         }
         for name, point_BCHW in points.items():
             correct_B, moved_loss_B = judge(model, point_BCHW, labels_B)
@@ -111,6 +112,9 @@ def gradient_statistics(
         "channel_l1_mean": all_["l1"].mean(0).tolist(),
         "channel_signed_mean": all_["signed"].mean(0).tolist(),
         "l1": l1.tolist(),
+        "channel_l1": all_["l1"].tolist(),
+        "edge_correlation": listed(all_["edges"]),
+        "edge_correlation_mean": mean(all_["edges"][~all_["edges"].isnan()]),
         "linearity": {
             name: {
                 "error": mean(all_[f"{name}_error"]),
@@ -121,34 +125,24 @@ def gradient_statistics(
     }
 
 
-def edge_energy(images_BCHW: Tensor) -> Tensor:
-    """Magnitude of the Sobel gradient of the luma: B x H x W, in the images' dtype.
-
-    Images lie in 0..1 and have three channels, or one, which is then the luma. The filters are not
-    normalised: a ramp of s a pixel gives 8 s. Pixels beyond the border repeat it.
-    """
-    channels = images_BCHW.shape[1]
-    assert channels in (1, 3), f"{channels} channels, not 1 or 3"
-    weights = images_BCHW.new_tensor(LUMA if channels == 3 else (1.0,))
-    luma_BHW = (images_BCHW * weights[:, None, None]).sum(1)
-    padded = F.pad(luma_BHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    down = padded[:, 2:] - padded[:, :-2]
-    across = padded[:, :, 2:] - padded[:, :, :-2]
-    vertical = down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]
-    horizontal = across[:, :-2] + 2 * across[:, 1:-1] + across[:, 2:]
-    return torch.hypot(vertical, horizontal)
-
-
 def edge_correlation(images_BCHW: Tensor, grad_BCHW: Tensor) -> list[float | None]:
-    """For each image, Pearson's correlation over its pixels between edge_energy and the input
-    gradient's absolute values summed over channels: in -1..1, None where either is constant."""
-    edges = edge_energy(images_BCHW).double().flatten(1)
+    """For each image, Pearson's correlation over its pixels between objectives.edge_energy and the
+    input gradient's absolute values summed over channels: in -1..1, None where either is
+    constant."""
+    return listed(correlations(images_BCHW, grad_BCHW).cpu())
+
+
+def correlations(images_BCHW: Tensor, grad_BCHW: Tensor) -> Tensor:
+    """edge_correlation as B numbers, NaN for None."""
+    edges = edge_energy(images_BCHW.double()).flatten(1)
+    edges = edges * (edges.amax(1, keepdim=True) > 1e-9)  # a constant image's are rounding alone
     sizes = grad_BCHW.double().abs().sum(1).flatten(1)
-    edges_unit, sizes_unit = standardised(edges), standardised(sizes)
-    return [
-        None if torch.isnan(r) else float(r.clamp(-1, 1))
-        for r in (edges_unit * sizes_unit).sum(1).cpu()
-    ]
+    return (standardised(edges) * standardised(sizes)).sum(1).clamp(-1, 1)
+
+
+def listed(values: Tensor) -> list[float | None]:
+    """NaN has no place in JSON."""
+    return [None if x != x else x for x in values.tolist()]
 
 
 def standardised(values_BN: Tensor) -> Tensor:
