@@ -59,7 +59,9 @@ class Failed(Exception):  # noqa: N818 - one arm's end, not the study's
 
 
 def evaluation_file(trial: Trial, folder: Path, flags: Sequence[str]) -> Path:
-    return folder / f"evaluation_{digest(list(flags))}.json"
+    # a list of images has a name that says all
+    content = [Path(f).name if f.endswith(".txt") else f for f in flags]
+    return folder / f"evaluation_{digest(content)}.json"
 
 
 def missing(trial: Trial, work: Path) -> bool:
