@@ -76,7 +76,7 @@ def setting(data: str, smoke: bool) -> Setting:
     if smoke:
         return Setting(base.replace(eval_images=16), 1, 1, 0.025, 2, 16)
     if small:
-        return Setting(base, 10, 15, 0.025, 30, 360)
+        return Setting(base, 8, 12, 0.1, 30, 360)
     return Setting(base, 10, 10, 4 / 255, 500, 1000)
 
 
@@ -90,7 +90,7 @@ def properties(name: str) -> dict[str, float]:
     if slope.requires_grad:
         (bend,) = torch.autograd.grad(slope.sum(), x)
     mass, square = float(bend.abs().sum() * STEP), float(bend.square().sum() * STEP)
-    change = float(slope.diff().abs().sum())
+    change = float(slope.detach().diff().abs().sum())
     return {
         "width": mass**2 / square if square else 0.0,
         "largest": float(bend.abs().max()),

@@ -284,7 +284,7 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
             f"sqlite:///{path}",
             heartbeat_interval=HEARTBEAT_S,
             grace_period=3 * HEARTBEAT_S,
-            failed_trial_callback=optuna.storages.RetryFailedTrialCallback(),
+            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
         )
         pareto = cfg.objective == "pareto"
         study = optuna.create_study(
