@@ -450,6 +450,115 @@ def headline() -> str:
     )
 
 
+def percent(value: dict | None) -> str:
+    """An accuracy's mean, and its deviation where there are several."""
+    if value is None:
+        return ""
+    text = f"{100 * value['mean']:.1f}"
+    return f"{text} ± {100 * value['std']:.1f}" if value["n"] > 1 else text
+
+
+def accuracy_columns(rows: list[dict]) -> dict[str, list[str]]:
+    """A column an attack and eps, clean and AutoAttack first."""
+    order = {"clean": 0, "autoattack": 1}
+    keys = {(order.get(a["attack"], 2), a["attack"], a["eps"]) for r in rows for a in r["accuracy"]}
+    out = {}
+    for _, attack, eps in sorted(keys):
+        name = {"autoattack": "AutoAttack", "pgd-20": "PGD-20"}.get(attack, attack)
+        out[f"{name} {eps:.4g}" if eps else f"{name}, %"] = [
+            percent(
+                next(
+                    (
+                        a["accuracy"]
+                        for a in row["accuracy"]
+                        if (a["attack"], a["eps"]) == (attack, eps)
+                    ),
+                    None,
+                )
+            )
+            for row in rows
+        ]
+    return out
+
+
+def over_seeds(record: dict) -> str:
+    count = record["seeds"]
+    return f"{count} seeds, mean ± deviation" if count > 1 else "1 seed"
+
+
+def robustness() -> str:
+    """Every arm at equal passes and at equal time, a table a run; empty while there is none."""
+    tables = []
+    for path in sorted(RESULTS.glob("robustness_*.json")):
+        record = json.loads(path.read_text())
+        rows = [row for row in record["rows"] if row["accuracy"]]
+        several = len(record["networks"]) > 1
+        both = {"passes", "time"}
+        columns = {
+            "network": [row["network"] if several else "" for row in rows],
+            "arm": [row["arm"] for row in rows],
+            "equal": ["both" if set(row["budgets"]) == both else row["budgets"][0] for row in rows],
+            "epochs": [str(row["epochs"]) for row in rows],
+            "operations an update": [f"{row['units']:.3g}" for row in rows],
+            "time over natural": [f"{row['seconds_over']:.2f}" for row in rows],
+            "s": [plus_minus(row.get("seconds"), ".0f") for row in rows],
+            "kJ": [
+                f"{row['joules']['mean'] / 1e3:.1f}" if row.get("joules") else "" for row in rows
+            ],
+        }
+        lines = markdown(columns | accuracy_columns(rows))
+        images = record["images"]
+        notes = [
+            f"{record['data']}, {', '.join(record['networks'])}; "
+            f"{record['device'].replace('cpu', 'CPU')}, {record['precision']} where an arm does "
+            f"not say otherwise; {over_seeds(record)}",
+            f"all from one natural start a seed, for Linf eps {record['eps']:.4g}",
+            "equal: to gradnorm's passes, or to its time",
+            f"AutoAttack on {images['autoattack, each seed its own']} images a seed, each seed's "
+            f"own, the rest on {images['pgd-20']}",
+            f"time: {record['time']}",
+        ]
+        notes += [] if record["complete"] else ["not all of it has run yet"]
+        failed = [f"{r['arm']} (seed {f['seed']})" for r in record["rows"] for f in r["failed"]]
+        notes += [f"failed: {', '.join(failed)}"] if failed else []
+        source = f"torch {record['versions']['torch']} (`benchmarks/results/{path.name}`)."
+        answers = [
+            f"- {note['question']} {'; '.join(note['answers'])}." for note in record["notes"]
+        ]
+        tables.append("\n".join([*lines, "", "; ".join([*notes, source]), "", *answers]).rstrip())
+    return "\n\n".join(tables)
+
+
+def activations() -> str:
+    """gradnorm by activation, a table a run; empty while there is none."""
+    tables = []
+    for path in sorted(RESULTS.glob("activations_*.json")):
+        record = json.loads(path.read_text())
+        rows = sorted(record["rows"], key=lambda r: (r["width"], r["activation"]))
+        columns = {
+            "activation": [row["activation"] for row in rows],
+            "width of the bend": [f"{row['width']:.2g}" for row in rows],
+            "largest f''": [f"{row['largest']:.2g}" for row in rows],
+            "share in kinks": [f"{row['kink']:.0%}" for row in rows],
+            **accuracy_columns(rows),
+            "cross-entropy": [f"{row['ce_after']['mean']:.2f}" for row in rows],
+            "penalty, of the start's": [f"{row['penalty_ratio']['mean']:.1%}" for row in rows],
+            "objective, of the start's": [f"{row['objective_ratio']['mean']:.1%}" for row in rows],
+        }
+        images = record["images"]
+        notes = [
+            f"{record['network']}, {record['data']}, {record['device'].replace('cpu', 'CPU')}, "
+            f"{record['precision']}, {over_seeds(record)}",
+            f"{record['epochs']['natural']} natural epochs, then {record['epochs']['gradnorm']} of "
+            f"gradnorm at eps {record['eps']:.4g}",
+            f"AutoAttack on {images['autoattack']} images, the rest on {images['pgd']}",
+            *record["notes"][0]["answers"],
+        ]
+        source = f"torch {record['versions']['torch']} (`benchmarks/results/{path.name}`)."
+        tables.append("\n".join([*markdown(columns), "", "; ".join([*notes, source])]))
+    return "\n\n".join(tables)
+
+
 TABLES = {
     "headline": headline,
     "loader": loader,
@@ -460,6 +569,8 @@ TABLES = {
     "predict": predict,
     "precision": precision,
     "scaling": scaling,
+    "robustness": robustness,
+    "activations": activations,
 }
 
 

@@ -98,7 +98,8 @@ class ArchitectureConfig:
     initial_checkpoint: str | None = None
     """Start from a local file (.safetensors, .pt, .pth) or from a finished run's folder."""
     activation: str | None = None
-    """Replace every activation by this one (gelu, silu, relu, ...); None keeps the model's own."""
+    """Replace every activation by this one (gelu, silu, relu, ..., or with a number leaky_relu:0.3,
+    elu:1, softplus:10); None keeps the model's own."""
     img_size: int | None = None
     """Side of the square input in pixels; None takes the model's own."""
     num_classes: int | None = None

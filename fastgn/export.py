@@ -132,7 +132,7 @@ CIFAR-10."""
 SWAP = """    for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, KINDS):
-                setattr(parent, name, get_act_layer(ACTIVATION)())
+                setattr(parent, name, ACTIVATION(**ACTIVATION_ARGUMENTS))
 """
 
 
@@ -163,9 +163,12 @@ def definition(trained: "Trained") -> str:
     if cfg.activation:
         imports += "from timm.layers import get_act_layer\n"
         plain = sorted({c.__name__ for c in models.replaced_classes() if is_torchs(c)})
-        named = ", ".join(f"get_act_layer({a!r})" for a in models.ACTIVATIONS)
+        named = ", ".join(f"get_act_layer({a!r})" for a in models.ACTIVATIONS if a != "softplus")
+        layer, keywords = models.parse_activation(cfg.activation)
+        kind = cfg.activation.partition(":")[0]
+        made = "nn.Softplus" if layer is torch.nn.Softplus else f"get_act_layer({kind!r})"
         activation = (
-            f"ACTIVATION = {cfg.activation!r}\n"
+            f"ACTIVATION, ACTIVATION_ARGUMENTS = {made}, {keywords!r}\n"
             f"KINDS = tuple({{{', '.join('nn.' + k for k in plain)},\n    {named}}})\n"
         )
         swap = SWAP

@@ -4,6 +4,7 @@ every operator twice differentiable."""
 import argparse
 import dataclasses
 import inspect
+import math
 import pickle
 import re
 import struct
@@ -23,7 +24,14 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from fastgn.checkpoint import foreign_object, not_run
-from fastgn.config import ArchitectureConfig, UserError, check, model_kwargs, nearest
+from fastgn.config import (
+    ArchitectureConfig,
+    UserError,
+    check,
+    model_kwargs,
+    nearest,
+    parse_number,
+)
 from fastgn.preact_resnet import PreActResNet18
 
 ALIASES = {
@@ -53,7 +61,11 @@ ACTIVATIONS = (
     "elu",
     "celu",
     "selu",
+    "tanh",
+    "softplus",
 )
+ACTIVATION_ARGUMENT = {"leaky_relu": "negative_slope", "elu": "alpha", "softplus": "beta"}
+"""What the number in an activation such as softplus:10 is."""
 
 WRAPPINGS = ("ema", "state_dict_ema", "state_dict", "model")
 """Where files keep the state dict, averaged weights first."""
@@ -224,7 +236,7 @@ def check_name(cfg: ArchitectureConfig) -> str:
             f"{nearest(name, [*ALIASES, *OWN, *timm.list_models()])}"
         )
     if cfg.activation:
-        activation_layer(cfg.activation)
+        parse_activation(cfg.activation)
     if cfg.initial_checkpoint:
         initial_file(Path(cfg.initial_checkpoint))
     return name
@@ -315,11 +327,26 @@ def probe(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> None:
 
 
 def activation_layer(name: str) -> type[nn.Module]:
-    """Name -> class. Raises UserError with the nearest name."""
+    """Name, without a number -> class. Raises UserError with the nearest name."""
     check(name in ACTIVATIONS, f"--activation {name!r} is unknown: {nearest(name, ACTIVATIONS)}")
-    layer = get_act_layer(name)
+    layer = nn.Softplus if name == "softplus" else get_act_layer(name)
     assert layer is not None
     return layer
+
+
+def parse_activation(text: str) -> tuple[type[nn.Module], dict[str, float]]:
+    """NAME or NAME:NUMBER -> the class and its arguments. Raises UserError."""
+    name, colon, number = text.partition(":")
+    layer = activation_layer(name)
+    if not colon:
+        return layer, {}
+    kinds = ", ".join(f"{k} ({v})" for k, v in ACTIVATION_ARGUMENT.items())
+    check(name in ACTIVATION_ARGUMENT, f"--activation {text}: a number goes with {kinds} alone")
+    value = parse_number(number)
+    least = "at least" if name == "leaky_relu" else "above"
+    right = value >= 0 if name == "leaky_relu" else value > 0
+    check(right and math.isfinite(value), f"--activation {text}: {number} must be {least} 0")
+    return layer, {ACTIVATION_ARGUMENT[name]: value}
 
 
 def replaced_classes() -> tuple[type[nn.Module], ...]:
@@ -332,13 +359,13 @@ def replaced_classes() -> tuple[type[nn.Module], ...]:
 
 def swap_activations(model: nn.Module, name: str) -> int:
     """Replaces every activation module below `model` in place; returns how many."""
-    layer = activation_layer(name)
+    layer, arguments = parse_activation(name)
     known = replaced_classes()
     count = 0
     for parent in model.modules():
         for child_name, child in parent.named_children():
             if isinstance(child, known):
-                setattr(parent, child_name, layer())
+                setattr(parent, child_name, layer(**arguments))
                 count += 1
     check(count > 0, f"--activation {name}: the network has no activation module to replace")
     return count

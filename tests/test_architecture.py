@@ -34,14 +34,15 @@ MAY_IMPORT = {
 }
 """Module or subpackage of fastgn -> siblings that it may import; those of COMPOSE are not in it."""
 
-COMPOSE = {"train": set(), "evaluate": set(), "export": {"evaluate"}}
+COMPOSE = {"train": set(), "evaluate": set(), "export": {"evaluate"}, "sweep": {"train"}}
 """They may import all of it, and of one another what stands here."""
 
 ONLY_IN = {
     "fastgn_kernels": {"models.py"},
     "timm": {"models.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
     "nvidia": {"data/dali.py"},
-    "matplotlib": {"analysis/figures.py"},
+    "matplotlib": {"analysis/figures.py", "analysis/pareto.py"},
+    "optuna": {"sweep.py"},
     "tyro": {"config.py"},
     "pyautoattack": {"attacks.py"},
     "apex": set(),

@@ -213,6 +213,15 @@ def test_every_activation_on_offer_can_be_built(name):
     assert bool(report.piecewise_linear) == (name in ("relu", "leaky_relu"))
 
 
+def test_an_activation_takes_its_number():
+    model, report = tiny("preact_resnet18", activation="softplus:10")
+    (beta,) = {m.beta for m in model.modules() if isinstance(m, nn.Softplus)}
+    assert beta == 10 and report.swapped_activations == 17
+    assert "gelu:2: a number goes with" in refused(model="resnet18", activation="gelu:2")
+    assert "must be above 0" in refused(model="resnet18", activation="softplus:0")
+    assert "is not a number" in refused(model="resnet18", activation="elu:x")
+
+
 def test_hard_activations_are_replaced_too():
     cfg = ArchitectureConfig(model="mobilenetv3_small_050", activation="gelu", img_size=32)
     model, _ = build_model(cfg, 5)
