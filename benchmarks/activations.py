@@ -62,6 +62,7 @@ class Setting:
     images: int
     """AutoAttack's."""
     pgd_images: int
+    attack: str = "autoattack"
 
 
 def setting(data: str, smoke: bool) -> Setting:
@@ -74,7 +75,7 @@ def setting(data: str, smoke: bool) -> Setting:
     )
     base = base.replace(**{"img_size": 16} if small else {})
     if smoke:
-        return Setting(base.replace(eval_images=16), 1, 1, 0.025, 2, 16)
+        return Setting(base.replace(eval_images=16), 1, 1, 0.025, 2, 16, "apgd-ce")
     if small:
         return Setting(base, 8, 12, 0.1, 30, 360)
     return Setting(base, 10, 10, 4 / 255, 500, 1000)
@@ -138,8 +139,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     panels = figure.subplots(1, 3)
     eps = record["eps"]
     columns = (
-        (f"accuracy under AutoAttack at {eps:.4g}", lambda r: robust(r)["mean"]),
-        ("clean accuracy", lambda r: clean(r)["mean"]),
+        (f"accuracy under AutoAttack at {eps:.4g}", lambda r: r["robust_mean"]["mean"]),
+        ("clean accuracy", lambda r: r["clean_mean"]["mean"]),
         ("training objective after / before", lambda r: r["objective_ratio"]["mean"]),
     )
     for axes, (label, value) in zip(panels, columns, strict=True):
@@ -158,14 +159,6 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 def of(row: Mapping[str, Any], attack: str) -> dict[str, float]:
     return next(r["accuracy"] for r in row["accuracy"] if r["attack"] == attack)
-
-
-def robust(row: Mapping[str, Any]) -> dict[str, float]:
-    return of(row, "autoattack")
-
-
-def clean(row: Mapping[str, Any]) -> dict[str, float]:
-    return of(row, "clean")
 
 
 def answers_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -207,10 +200,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     output = output_for(f"activations_{args.data}_{device}.json", parser, args, free)
     suffix = "_smoke" if args.smoke else ""
     work = (args.work or ROOT / "runs" / f"activations_{args.data}{suffix}").absolute()
-    pgd = "pgd-2" if args.smoke else "pgd-20"
     evaluations = (
-        ("--attacks", "clean", pgd, "--eps", repr(s.eps), "--num-images", str(s.pgd_images)),
-        ("--attacks", "autoattack", "--eps", repr(s.eps), "--num-images", str(s.images)),
+        ("--attacks", "clean", "pgd-20", "--eps", repr(s.eps), "--num-images", str(s.pgd_images)),
+        ("--attacks", s.attack, "--eps", repr(s.eps), "--num-images", str(s.images)),
     )
     plan = []
     for seed in range(args.seeds):
@@ -272,7 +264,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             for key in ("ce", "penalty"):
                 row[f"{key}_after"] = summary([x["after"][key] for x in seeds])
                 row[f"{key}_before"] = summary([x["before"][key] for x in seeds])
-            row |= {"clean_mean": clean(row), "robust_mean": robust(row)}
+            row |= {"clean_mean": of(row, "clean"), "robust_mean": of(row, s.attack)}
             record["rows"].append(row | {"seeds": seeds})
     record["complete"] = finished
     record["notes"] = [
@@ -310,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--minutes", type=positive_float, default=1e6, help="then it stops; the same call goes on")
     add("--processes", type=positive_int, default=1 if gpu else 2)
     add("--work", type=Path, help="where finished trainings are kept; default: runs/activations_*")
-    add("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
+    add("--smoke", action="store_true", help="toy sizes and APGD-CE alone, to see that it runs")
     add("--output", type=Path, help="JSON")
     add("--plot", type=Path, help="PNG")
     args = parser.parse_args(argv)

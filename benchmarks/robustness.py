@@ -88,6 +88,7 @@ class Study:
     """AutoAttack's; each seed has its own."""
     pgd_images: int
     """PGD-20's."""
+    attack: str = "autoattack"
     ramp_share: float = 0.25
     """Of the epochs, however many an arm has."""
     warmup_share: float = 0.05
@@ -160,6 +161,7 @@ def smoke(study: Study) -> Study:
         eval_eps=study.eval_eps[:1],
         images=2,
         pgd_images=16,
+        attack="apgd-ce",
     )
 
 
@@ -289,13 +291,13 @@ def image_list(work: Path, seed: int, count: int, total: int) -> Path:
 
 
 def evaluations_of(
-    study: Study, budgets: Sequence[str], images: Path, toy: bool
+    study: Study, budgets: Sequence[str], images: Path
 ) -> tuple[tuple[str, ...], ...]:
     """fastgn.evaluate's flags, a file each: PGD-20 first, for it takes a hundredth of the time."""
-    all_eps, pgd = map(repr, study.eval_eps), "pgd-2" if toy else "pgd-20"
+    all_eps, pgd = map(repr, study.eval_eps), "pgd-20"
     chosen = study.eval_eps if "passes" in budgets else study.eval_eps[:1]
     quick = ("--attacks", "clean", pgd, "--eps", *all_eps, "--num-images", str(study.pgd_images))
-    auto = ("--attacks", "autoattack", "--image-list", str(images), "--eps")
+    auto = ("--attacks", study.attack, "--image-list", str(images), "--eps")
     return (quick, *((*auto, repr(eps)) for eps in chosen))
 
 
@@ -516,7 +518,7 @@ def parser_of() -> argparse.ArgumentParser:
     add("--minutes", type=positive_float, default=1e6, help="then it stops; the same call goes on")
     add("--processes", type=positive_int, default=1 if gpu else 2)
     add("--work", type=Path, help="where finished trainings are kept; default: runs/robustness_*")
-    add("--smoke", action="store_true", help="toy sizes, to see that all of it runs")
+    add("--smoke", action="store_true", help="toy sizes and APGD-CE alone, to see that it runs")
     add("--output", type=Path, help="JSON")
     add("--plot", type=Path, help="PNG; _cost and _epoch are appended to its name")
     return parser
@@ -583,7 +585,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
                     which = [b for b, e in budgets[arm].items() if e == epochs]
                     cfg = for_epochs(configs[arm], study, epochs).replace(seed=seed)
                     name = f"{arm}_s{seed}_e{epochs}"
-                    flags = evaluations_of(study, which, lists[seed], args.smoke)
+                    flags = evaluations_of(study, which, lists[seed])
                     trial = Trial(name, cfg, flags, start)
                     plan.append((network, arm, epochs, which, trial))
     record: dict[str, Any] = {

@@ -90,7 +90,7 @@ def test_the_record_holds_every_arm_with_accuracy_cost_and_history(done: Path) -
     assert natural["epochs"] == 4 and natural["units"] == 3 and natural["total_units"] == 12
     assert [h["epoch"] for h in natural["seeds"][0]["history"]] == [1, 2, 3, 4]
     attacks = {(a["attack"], a["images"]) for a in natural["accuracy"]}
-    assert attacks == {("clean", 16), ("pgd-2", 16), ("autoattack", 2)}
+    assert attacks == {("clean", 16), ("pgd-20", 16), ("apgd-ce", 2)}
     for row in record["rows"]:
         for a in row["accuracy"]:
             assert 0 <= a["accuracy"]["mean"] <= 1 and a["accuracy"]["n"] == 1

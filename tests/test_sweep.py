@@ -1,0 +1,183 @@
+"""fastgn.sweep: what it refuses, what it keeps, prunes and goes on with."""
+
+import importlib.util
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from conftest import TINY_SWIN
+
+pytest.importorskip("optuna")
+
+from fastgn import sweep, train
+from fastgn.analysis.pareto import front_of
+from fastgn.config import Config, load_recipe, parse_config
+
+SPACE = ("--space", "gn_weight=0.1:10:log", "attack_it=1:4", "smoothing=0,0.1")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of 29 updates, judged after each."""
+    run = ("--batch-size", "48", "--epochs", "2", "--warmup-epochs", "0", "--eval-images", "48")
+    cfg: Config = parse_config([*TINY_SWIN, *run, "--lr", "0.003", "--log-interval", "29"])
+    path = tmp_path_factory.mktemp("sweep") / "tiny.toml"
+    path.write_text(cfg.to_toml())
+    return path
+
+
+def command(recipe: Path, study: Path, *more: str) -> list[str]:
+    return ["--recipe", str(recipe), "--study", str(study), *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (("--space", "gn_wieght=1:2"), "unknown field 'gn_wieght', did you mean 'gn_weight'?"),
+        (("--space", "gn_weight=2:1"), "2 must be below 1"),
+        (("--space", "gn_weight=0:1:log"), "a logarithmic range begins above 0, not 0"),
+        (("--space", "gn_weight=-1:1"), "--gn-weight -1.0 must be at least 0"),
+        (("--space", "gn_weight=1:x"), "'x' is not a number"),
+        (("--space", "gn_weight=1:2:lin"), "write FIELD=LOW:HIGH or FIELD=LOW:HIGH:log"),
+        (("--space", "attack_it=1:2.5"), "attack_it is whole"),
+        (("--space", "method=gradnorm,gradnrom"), "did you mean 'gradnorm'?"),
+        (("--space", "output=a,b"), "output is no field to tune"),
+        (("--space", "eval_images=1:9"), "by it trials are judged"),
+        (("--space", "eps=0.01:0.03"), "moves the radius that trials are judged at"),
+        (("--space", "lr=1e-3:1e-2", "--set", "eval_images=0"), "judged by --eval-images"),
+        (("--space", "lr=1e-3:1e-2", "--trials", "0"), "--trials 0 must be at least 1"),
+        ((), "--space is empty"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_work(
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    more: tuple[str, ...],
+    line: str,
+) -> None:
+    assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert line in said and not list(tmp_path.iterdir())
+
+
+def test_without_optuna_it_says_what_to_install(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "optuna" else find(n))
+    assert sweep.main(command(recipe, tmp_path / "s.db", "--space", "lr=1e-3:1e-2")) == 2
+    assert "needs the package optuna: pip install 'fastgn[sweep]'" in capsys.readouterr().err
+
+
+def test_a_study_goes_on_and_writes_its_best_recipe(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = command(recipe, tmp_path / "s.db", "--trials", "2", *SPACE, "--set", "epochs=1")
+    assert sweep.main(args) == 0
+    first = json.loads((tmp_path / "s.json").read_text())
+    assert [t["state"] for t in first["trials"]] == ["complete"] * 2
+    values = [t["values"] for t in first["trials"]]
+    assert all(0.1 <= v["gn_weight"] <= 10 and v["attack_it"] in (1, 2, 3, 4) for v in values)
+    best = first["trials"][first["best"]]
+    assert best["robust"] == max(t["robust"] for t in first["trials"])
+    written = load_recipe(str(tmp_path / "s_best.toml"))
+    assert written.objective.gn_weight == best["values"]["gn_weight"]
+    assert written.optimizer.epochs == 1 and written.run.output is None
+    assert (tmp_path / "s.png").stat().st_size > 5_000
+
+    monkeypatch.setattr(train, "build", lambda *a: pytest.fail("trained again"))
+    assert sweep.main(args) == 0  # it has its two trials
+    assert json.loads((tmp_path / "s.json").read_text())["trials"] == first["trials"]
+    capsys.readouterr()
+    assert sweep.main([*args, "--objective", "pareto"]) == 2
+    assert sweep.main([*args, "--clean-floor", "0.5"]) == 2
+    assert "was begun with another objective" in capsys.readouterr().err
+
+
+def test_an_interrupted_trial_is_tried_again_and_goes_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = command(recipe, tmp_path / "s.db", "--trials", "1", "--space", "lr=1e-3:1e-2:log")
+    save, starts = train.Run.save, []
+
+    def save_and_interrupt(run: train.Run) -> None:
+        save(run)
+        if not starts:
+            starts.append(run.update)
+            train.signal.raise_signal(train.signal.SIGINT)
+
+    monkeypatch.setattr(train.Run, "save", save_and_interrupt)
+    assert sweep.main([*args]) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["trials"] == []
+    build = train.build
+
+    def build_and_note(*args: object) -> train.Run:
+        run = build(*args)
+        starts.append(run.update)
+        return run
+
+    monkeypatch.setattr(train, "build", build_and_note)
+    assert sweep.main([*args]) == 0
+    (trial,) = json.loads((tmp_path / "s.json").read_text())["trials"]
+    assert trial["state"] == "complete" and trial["number"] == 1
+    assert starts[0] < 58 and starts[1] >= starts[0]  # from its checkpoint, not from scratch
+    assert len(list((tmp_path / "s").iterdir())) == 1
+
+
+def test_a_poor_trial_is_pruned_and_not_trained_to_its_end(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two: its accuracies are made lower than the first one's."""
+    evaluate, runs = train.Run.evaluate, []
+
+    def pretended(run: train.Run) -> None:
+        evaluate(run)
+        if run not in runs:
+            runs.append(run)
+        robust = 0.5 / len(runs)
+        run.accuracy = {"clean_accuracy": 0.9, "pgd10_accuracy": robust}
+
+    monkeypatch.setattr(train.Run, "evaluate", pretended)
+    more = ("--trials", "2", "--startup-trials", "1", "--space", "lr=1e-3:1e-2:log")
+    assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
+    first, second = json.loads((tmp_path / "s.json").read_text())["trials"]
+    assert (first["state"], second["state"]) == ("complete", "pruned")
+    assert runs[0].update == 58 and runs[1].update == 29
+    assert second["robust"] == 0.25
+
+
+def test_two_objectives_are_not_pruned_and_have_a_front(recipe: Path, tmp_path: Path) -> None:
+    more = ("--objective", "pareto", "--trials", "2", "--space", "gn_weight=0.1:10:log")
+    more += ("--set", "epochs=1", "--startup-trials", "1")
+    assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
+    record = json.loads((tmp_path / "s.json").read_text())
+    assert [t["state"] for t in record["trials"]] == ["complete", "complete"]
+    assert front_of([(0.9, 0.1), (0.8, 0.3), (0.8, 0.2), (0.7, 0.3)]) == [1, 0]
+
+
+def test_a_trial_that_diverges_counts_and_does_not_end_the_study(
+    recipe: Path, tmp_path: Path
+) -> None:
+    more = ("--trials", "1", "--space", "lr=1e30:1e32:log")
+    assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
+    record = json.loads((tmp_path / "s.json").read_text())
+    (trial,) = record["trials"]
+    assert trial["state"] == "fail" and "not finite" in trial["failed"] and record["best"] is None
+
+
+def test_a_file_that_is_no_study_is_one_line(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "s.db").write_text("no database at all, but long enough to be looked at" * 50)
+    assert sweep.main(command(recipe, tmp_path / "s.db", "--space", "lr=1e-3:1e-2")) == 2
+    assert "cannot be opened" in capsys.readouterr().err
+    with pytest.raises(sqlite3.DatabaseError):
+        sqlite3.connect(tmp_path / "s.db").execute("select 1 from studies")
+
+
+def test_score_puts_the_floor_first() -> None:
+    assert sweep.score(0.8, 0.5, 0.7) == 0.5
+    assert sweep.score(0.6, 0.9, 0.7) == pytest.approx(-0.1)
+    assert sweep.score(0.7, 0.0, 0.7) == 0
