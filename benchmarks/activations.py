@@ -144,14 +144,17 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         ("training objective after / before", lambda r: r["objective_ratio"]["mean"]),
     )
     for axes, (label, value) in zip(panels, columns, strict=True):
+        kinks = 0
         for row in record["rows"]:
             kinked = row["kink"] > 0.5
-            at = (max(row["width"], 0.02), value(row))
+            at = (max(row["width"], 0.02 / 2.5**kinks), value(row))
+            kinks += kinked
             axes.plot(*at, "o", color="tab:red" if kinked else "tab:blue")
             text = {"textcoords": "offset points", "xytext": (4, 3), "fontsize": 7}
             axes.annotate(row["activation"], at, **text)
         axes.set_xscale("log")
-        axes.set(xlabel="width of the bend (0.02: a kink, width 0)", title=label)
+        axes.set(xlabel="width of the bend (red: kinks, of width 0, side by side)", title=label)
+        axes.margins(x=0.12)
         axes.grid(alpha=0.3)
     figure.suptitle(f"gradnorm by activation: {record['network']}, {record['data']}")
     write_bytes(path, to_png(figure))
