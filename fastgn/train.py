@@ -663,7 +663,8 @@ def announce(
         run.say(f"no --data-dir: training on scikit-learn's embedded digits at {size} px")
     run.say(
         f"{cfg.objective.method} on {data} at {size} px, {run.world.size} x "
-        f"{run.world.device.type}, {cfg.step.precision}, {'compiled' if compiled else 'eager'}: "
+        f"{run.world.device.type}, {cfg.step.precision}, {'compiled' if compiled else 'eager'}"
+        f"{', CUDA graphs' if has_cuda_graphs(cfg.step, run.world) else ''}: "
         f"{run.last_update} updates of {run.batch_size} images x {run.grad_accum_steps} "
         f"accumulated x {run.world.size} ranks, peak lr {run.peak_lr:.3g} -> {run.folder}"
     )
