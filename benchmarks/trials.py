@@ -24,7 +24,7 @@ from fastgn.checkpoint import write_bytes, write_json
 from fastgn.config import Config
 from fastgn.metrics import read_rows
 
-LOCAL = {"output": None, "initial_checkpoint": None, "data_dir": None, "resume": None}
+LOCAL = ("output", "initial_checkpoint", "resume")
 """Where things lie, which decides nothing."""
 
 
@@ -40,7 +40,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """The folder's name: of the trial and all that its weights depend on."""
+        """The folder's name: of the trial and what its weights depend on, but for the code."""
         values = {k: v for k, v in self.cfg.flat().items() if k not in LOCAL}
         content = [values, self.start.key if self.start else None]
         return f"{self.name}_{digest(content)}"
@@ -88,9 +88,12 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
                     run_evaluation(trial, folder, flags)
     except KeyboardInterrupt:
         raise Stopped from None
-    except Failed as error:  # the same call would fail again
-        write_json(folder / "failed.json", {"failed": str(error)})
-        return str(error)
+    except Stopped:
+        raise
+    except Exception as error:  # one arm's end, whatever it was; the same call would fail again
+        line = " ".join((str(error) or type(error).__name__).split())[:300]
+        write_json(folder / "failed.json", {"failed": line})
+        return line
     finally:
         torch.compiler.reset()  # of one model; a process makes dozens
         gc.collect()
@@ -209,7 +212,8 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
     if not (folder / "model.safetensors").exists():
         return None
     rows = read_rows(folder / "metrics.csv")
-    cost = json.loads((folder / "cost.json").read_text())
+    there = folder / "cost.json"  # a kill may have come before it
+    cost = json.loads(there.read_text()) if there.exists() else []
     out: dict[str, Any] = {
         "failed": None,
         "seconds": sum(part["seconds"] for part in cost),

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 import time
 import warnings
@@ -123,7 +124,10 @@ def key_value(flag: str, text: str) -> tuple[str, str]:
     name = name.replace("-", "_")
     check(bool(equals and value), f"{flag} {text!r} should be FIELD=...")
     check(name in FIELDS, f"{flag} {text}: unknown field {name!r}, {nearest(name, FIELDS)}")
-    check(name not in NOT_SWEPT, f"{flag} {text}: {name} is no field to tune")
+    check(
+        flag != "--space" or name not in NOT_SWEPT,
+        f"{flag} {text}: {name} is no field to tune",
+    )
     return name, value
 
 
@@ -310,10 +314,10 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
             + ": name another file",
         )
         study.set_user_attr(key, value)
-    begun = len(study.get_trials(deepcopy=False))  # the same seed would draw the same again
-    study.sampler = optuna.samplers.TPESampler(
-        seed=cfg.seed + begun, n_startup_trials=cfg.startup_trials
-    )
+    # the same seed would draw the same again, and so would another process on the study
+    begun = len(study.get_trials(deepcopy=False))
+    seed = cfg.seed if begun == 0 else cfg.seed + begun + os.getpid()
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=cfg.startup_trials)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=cfg.startup_trials)
     return study
 
@@ -370,12 +374,16 @@ def sweep(cfg: SweepConfig) -> int:
                 bar.write(line_of(trial), file=sys.stderr)
             report(study, cfg, base)
 
+        def enough(study: Any, trial: Any) -> None:
+            if len(finished(study)) >= cfg.trials:  # with those of other processes
+                study.stop()
+
         if done < cfg.trials:
             study.optimize(
                 objective,
                 n_trials=cfg.trials - done,
                 catch=(Interrupted, UserError),
-                callbacks=[said],
+                callbacks=[said, enough],
             )
     best = report(study, cfg, base)
     print(best)
