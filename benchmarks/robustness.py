@@ -63,6 +63,9 @@ SEVERAL = math.lcm(*(arm.get("lazy_interval", 1) for arm in ARMS.values()))
 """Updates a call of the clock: a lazy schedule's take different times."""
 SAME = 0.1
 """Budgets whose epochs differ by less share a training."""
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom: the mean of three seeds has to be
+4.3 standard errors from 0, not 2."""
 NO_MEANING = "CPU: times mean something as ratios within this run alone"
 
 
@@ -351,8 +354,9 @@ def compare(
         text = f"{attack} {mean:+.1f}"
         if n > 1:
             std = statistics.stdev(points)
-            beyond = abs(mean) > 2 * std / math.sqrt(n)
-            text += f" ± {std:.1f} points ({'beyond' if beyond else 'within'} two standard errors)"
+            t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 2.0
+            shown = abs(mean) > t * std / math.sqrt(n)
+            text += f" ± {std:.1f} points ({'shown' if shown else 'not shown'} at 95 %)"
         said.append(text)
     return f"{arm} against {other} at equal {budget}: {', '.join(said)}" if said else None
 
