@@ -601,7 +601,7 @@ def make_plan(
     num_classes: int,
     batch_size: int,
     accum: int,
-    representatives: Representatives | None,
+    representatives: Representatives | None = None,
 ) -> Plan:
     """What an update costs, predicted; for `auto`, with the micro-batch and budget to run it with.
     The same on all ranks: that of the device with the least memory, at the slowest rates. Raises
