@@ -562,6 +562,7 @@ def activations() -> str:
 TABLES = {
     "headline": headline,
     "loader": loader,
+    "attacks": attacks,
     "quickstart": quickstart,
     "compiled_step": compiled_step,
     "kernels": kernels,
