@@ -30,10 +30,9 @@ from typing import Any
 
 import torch
 import trials
-from arguments import ROOT, output_for, positive_float, positive_int
+from arguments import ROOT, output_for, positive_int
 from robustness import statistics_of
 from timing import summary
-from torch import Tensor
 from trials import Trial
 
 from fastgn.checkpoint import write_bytes, write_json
@@ -117,7 +116,7 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
         values = {"ce_weight": o.ce_weight, "gn_weight": o.gn_weight}
         loss = gradnorm(model.backbone, model.normalize(x), y, **values, eps=o.eps, sigma=o.sigma)
         rows.append(len(x) * torch.stack(loss).detach())
-    total: Tensor = sum(rows) / images.size  # type: ignore[assignment]
+    total = torch.stack(rows).sum(0) / images.size
     return dict(zip(("objective", "ce", "penalty", "grad_l1"), total.tolist(), strict=True))
 
 
@@ -193,7 +192,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     s = setting(args.data, args.smoke)
     cfg = s.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {})
-    precision = "bf16" if gpu and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    precision = trials.device_precision()
     cfg = cfg.replace(precision=precision, eps=s.eps, eval_eps=s.eps)
     names = tuple(dict.fromkeys(args.activations))
     found = {name: properties(name) for name in names}
@@ -201,8 +200,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     device = "cuda" if gpu else "cpu"
     free = {"data_dir", "minutes", "processes", "work", "plot", "data"}
     output = output_for(f"activations_{args.data}_{device}.json", parser, args, free)
-    suffix = "_smoke" if args.smoke else ""
-    work = (args.work or ROOT / "runs" / f"activations_{args.data}{suffix}").absolute()
+    work = trials.work_folder(args, "activations")
     evaluations = (
         ("--attacks", "clean", "pgd-20", "--eps", repr(s.eps), "--num-images", str(s.pgd_images)),
         ("--attacks", s.attack, "--eps", repr(s.eps), "--num-images", str(s.images)),
@@ -293,20 +291,14 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Its exit status: 2 for a mistake of the user's, 1 where every training failed."""
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--data", choices=("digits", "cifar10"), default="digits")
-    add("--data-dir", help="CIFAR-10's, as fastgn.train takes it")
+    trials.add_arguments(parser)
     add("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]")
     add("--seeds", type=positive_int, default=1, help="how many, from 0")
-    add("--minutes", type=positive_float, default=1e6, help="then it stops; the same call goes on")
-    add("--processes", type=positive_int, default=1 if gpu else 2)
-    add("--work", type=Path, help="where finished trainings are kept; default: runs/activations_*")
-    add("--smoke", action="store_true", help="toy sizes and APGD-CE alone, to see that it runs")
-    add("--output", type=Path, help="JSON")
     add("--plot", type=Path, help="PNG")
     args = parser.parse_args(argv)
     try:

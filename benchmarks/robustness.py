@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import trials
-from arguments import ROOT, output_for, positive_float, positive_int
+from arguments import ROOT, output_for, positive_int
 from timing import interleaved, summary
 from trials import Trial, digest
 
@@ -512,18 +512,13 @@ def parser_of() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", choices=STUDIES, default="digits")
-    add("--data-dir", help="CIFAR-10's, as fastgn.train takes it")
+    trials.add_arguments(parser)
     add("--methods", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}; default: the data's")
     add("--networks", nargs="+", type=int, metavar="N", help="the data's first, second, ...")
     add("--seeds", type=positive_int, default=1 if gpu else 3, help="how many, from 0")
     add("--epochs", type=positive_int, help="of gradnorm; the others' follow")
     add("--images", type=positive_int, help="that AutoAttack attacks")
     add("--rounds", type=positive_int, default=15, help="of the clock")
-    add("--minutes", type=positive_float, default=1e6, help="then it stops; the same call goes on")
-    add("--processes", type=positive_int, default=1 if gpu else 2)
-    add("--work", type=Path, help="where finished trainings are kept; default: runs/robustness_*")
-    add("--smoke", action="store_true", help="toy sizes and APGD-CE alone, to see that it runs")
-    add("--output", type=Path, help="JSON")
     add("--plot", type=Path, help="PNG; _cost and _epoch are appended to its name")
     return parser
 
@@ -545,16 +540,14 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     for number in args.networks or ():
         check(1 <= number <= len(networks), f"--networks {number}: there are {len(networks)}")
     networks = [n for i, n in enumerate(networks, 1) if i in (args.networks or [i])]
-    precision = "bf16" if gpu and torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+    precision = trials.device_precision()
     arms = known_arms(args.methods, study, study.base)
     reference = reference_of(arms, precision)
     free = {"data_dir", "minutes", "processes", "work", "plot", "data"} | (
         {"seeds"} if args.seeds >= parser.get_default("seeds") else set()
     )
     output = output_for(f"robustness_{args.data}_{device}.json", parser, args, free)
-    suffix = "_smoke" if args.smoke else ""
-    work = args.work or ROOT / "runs" / f"robustness_{args.data}{suffix}"
-    work = work.absolute()
+    work = trials.work_folder(args, "robustness")
     picture = args.plot or ROOT / "runs" / f"{output.stem}.png"
 
     total = len(load_dataset(study.base.dataset).val)

@@ -1,6 +1,7 @@
 """Trainings with their evaluations, each made once: what is finished is found again by all that it
 depends on, what was stopped goes on. By fastgn.train and fastgn.evaluate themselves."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import ROOT, positive_float, positive_int
 from energy import Meter, NoMeterError
 from tqdm import tqdm
 
@@ -88,9 +90,7 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
                     run_evaluation(trial, folder, flags)
     except KeyboardInterrupt:
         raise Stopped from None
-    except Stopped:
-        raise
-    except Exception as error:  # one arm's end, whatever it was; the same call would fail again
+    except (Failed, RuntimeError) as error:  # one arm's end: the same call would fail again
         line = " ".join((str(error) or type(error).__name__).split())[:300]
         write_json(folder / "failed.json", {"failed": line})
         return line
@@ -157,6 +157,28 @@ def until(deadline: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every script of trials."""
+    add = parser.add_argument
+    add("--data-dir", help="CIFAR-10's, as fastgn.train takes it")
+    add("--minutes", type=positive_float, default=1e6, help="then it stops; the same call goes on")
+    add("--processes", type=positive_int, default=1 if torch.cuda.is_available() else 2)
+    add("--work", type=Path, help="where finished trainings are kept; default: below runs/")
+    add("--smoke", action="store_true", help="toy sizes and APGD-CE alone, to see that it runs")
+    add("--output", type=Path, help="JSON")
+
+
+def work_folder(args: argparse.Namespace, script: str) -> Path:
+    name = f"{script}_{args.data}{'_smoke' if args.smoke else ''}"
+    return (args.work or ROOT / "runs" / name).absolute()
+
+
+def device_precision() -> str:
+    """bf16 where the GPU has it."""
+    modern = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return "bf16" if modern else "fp32"
+
+
 def one_thread() -> None:
     torch.set_num_threads(1)
 
@@ -212,12 +234,13 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
     if not (folder / "model.safetensors").exists():
         return None
     rows = read_rows(folder / "metrics.csv")
-    there = folder / "cost.json"  # a kill may have come before it
-    cost = json.loads(there.read_text()) if there.exists() else []
+    there = folder / "cost.json"
+    cost = json.loads(there.read_text()) if there.exists() else []  # a kill may have come before it
+    measured = bool(cost) and all("joules" in part for part in cost)
     out: dict[str, Any] = {
         "failed": None,
-        "seconds": sum(part["seconds"] for part in cost),
-        "joules": sum(p["joules"] for p in cost) if all("joules" in p for p in cost) else None,
+        "seconds": sum(part["seconds"] for part in cost) if cost else None,
+        "joules": sum(part["joules"] for part in cost) if measured else None,
         "history": [
             {"epoch": r["epoch"], "clean": r["clean_accuracy"], "pgd10": r["pgd10_accuracy"]}
             for r in rows

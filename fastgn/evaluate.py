@@ -545,8 +545,9 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     for target in (output, *(Path(x) for x in (cfg.report, cfg.curve, cfg.picture) if x)):
         check_target(target)
     with world.first_alone():
+        classes = load_validation(source_of(Config(), cfg))[1] if cfg.model is not None else ()
         trained = [
-            load_foreign(where, cfg, load_validation(source_of(Config(), cfg))[1], world.device)
+            load_foreign(where, cfg, classes, world.device)
             if cfg.model is not None
             else load_trained(where, world.device)
             for where in cfg.checkpoint

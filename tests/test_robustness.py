@@ -139,6 +139,36 @@ def test_a_trial_that_fails_is_recorded_and_not_tried_again(tmp_path: Path) -> N
     assert trials.result(trial, tmp_path) == {"failed": failure}
 
 
+def test_what_the_compiler_raises_is_one_arms_end_and_a_full_disk_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = trials.Trial("odd", STUDY.base)
+
+    def raises(error: Exception):
+        def train(*_):
+            raise error
+
+        monkeypatch.setattr(trials.train, "main", train)
+
+    raises(OSError("no space left"))
+    with pytest.raises(OSError, match="no space"):
+        trials.run_trial(trial, tmp_path, float("inf"))
+    assert trials.missing(trial, tmp_path)
+    raises(RuntimeError("no such\nlowering"))
+    assert trials.run_trial(trial, tmp_path, float("inf")) == "no such lowering"
+    assert not trials.missing(trial, tmp_path)
+
+
+def test_a_cost_that_a_kill_has_lost_is_none(tmp_path: Path) -> None:
+    trial = trials.Trial("cut", STUDY.base)
+    folder = tmp_path / trial.key
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "metrics.csv").write_text("update,epoch,loss\n1,1,0.5\n")
+    found = trials.result(trial, tmp_path)
+    assert found["seconds"] is None and found["joules"] is None
+
+
 def test_each_seed_has_its_own_images(tmp_path: Path) -> None:
     lists = [
         robustness.image_list(tmp_path, seed, 30, 360).read_text().split() for seed in range(3)
