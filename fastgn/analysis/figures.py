@@ -119,7 +119,7 @@ def draw_pictures(
     for index, view in enumerate(views):
         names = (
             f"{view.name}\ninput gradient",
-            f"perturbation\n(±{radius(eps)})",
+            f"perturbation\n(±{radius(largest)})",
             "attacked\n(before → after)",
         )
         for axes, name in zip(grid[0][2 + 3 * index : 5 + 3 * index], names, strict=True):
