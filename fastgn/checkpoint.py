@@ -113,6 +113,11 @@ class Checkpoints:
         os.replace(temporary, name)
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its class's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def foreign_object(error: BaseException) -> str | None:
     """What torch.load(weights_only=True) met besides tensors and plain values, from its refusal: a
     class's or function's dotted name. None where the refusal is of another kind.
@@ -167,8 +172,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         what = foreign_object(error)
         if what:
             raise UserError(not_run(path, what) + hint) from None
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is corrupt ({cause}){hint}") from None
+        raise UserError(f"{path} is corrupt ({first_line(error)}){hint}") from None
     check(
         isinstance(state, dict) and state.get("format") == FORMAT,
         f"{path} is not a checkpoint of fastgn.train, format {FORMAT}",

@@ -67,6 +67,7 @@ from fastgn.data import Subset, check_classes, load_validation
 from fastgn.data.datasets import Arrays
 from fastgn.distributed import World, say_error, session
 from fastgn.metrics import environment
+from fastgn.weights import load_weights, read_weights, strip_prefixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +188,9 @@ def load_foreign(
     there = Config().replace(model=cfg.model)
     values = {k: getattr(cfg, k) for k in ("activation", "img_size", "mean", "std", "model_kwargs")}
     there = there.replace(**{k: v for k, v in values.items() if v is not None})
-    weights = models.read_weights(path, paper=cfg.from_paper)
+    weights = read_weights(path, paper=cfg.from_paper)
     model, _ = models.build_model(there.architecture, len(classes))
-    models.load_weights(model.backbone, weights, f"--checkpoint {where}")
+    load_weights(model.backbone, weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
     timms = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("crop_pct")
     there = there.replace(crop_pct=cfg.crop_pct or timms or there.augmentation.crop_pct)
@@ -205,14 +206,14 @@ def load_trained(where: str, device: torch.device) -> Trained:
         path = path / "model.safetensors"
     if path.suffix == ".safetensors":
         header = read_metadata(path)
-        weights: dict[str, Tensor] = models.read_weights(path)
+        weights: dict[str, Tensor] = read_weights(path)
     else:
         header = load_checkpoint(find_checkpoint(path))
-        weights = models.strip_prefixes(header["ema"] or header["model"])
+        weights = strip_prefixes(header["ema"] or header["model"])
     cfg = Config.from_toml(header["config"])
     architecture = dataclasses.replace(cfg.architecture, pretrained=False, initial_checkpoint=None)
     model, _ = models.build_model(architecture, len(header["classes"]))
-    models.load_weights(model.backbone, weights, f"--checkpoint {where}")
+    load_weights(model.backbone, weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
     return Trained(run_folder(Path(where)).name, model, cfg, tuple(header["classes"]))
 
@@ -458,8 +459,8 @@ def norm_by_epoch(
         state = load_checkpoint(path)
         if "epoch" not in state:  # made by an older version
             continue
-        weights = models.strip_prefixes(state["ema"] or state["model"])
-        models.load_weights(model.backbone, weights, str(path))
+        weights = strip_prefixes(state["ema"] or state["model"])
+        load_weights(model.backbone, weights, str(path))
         norms = [
             attacks.input_gradient(model, x, y).images_BCHW.abs().flatten(1).sum(1)
             for x, y in batches

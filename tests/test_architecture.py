@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "objectives": {"attacks", "config"},
     "schedule": {"attacks", "objectives"},
     "plan": {"config", "objectives", "schedule"},
-    "models": {"checkpoint", "config", "preact_resnet"},
+    "models": {"checkpoint", "config", "preact_resnet", "weights"},
+    "weights": {"checkpoint", "config"},
     "optim": {"config"},
     "ema": set(),
     "distributed": {"config"},
@@ -39,7 +40,7 @@ COMPOSE = {"train": set(), "evaluate": set(), "export": {"evaluate"}, "sweep": {
 
 ONLY_IN = {
     "fastgn_kernels": {"models.py"},
-    "timm": {"models.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
+    "timm": {"models.py", "weights.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
     "nvidia": {"data/dali.py"},
     "matplotlib": {"analysis/figures.py", "analysis/pareto.py"},
     "optuna": {"sweep.py"},

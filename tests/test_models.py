@@ -25,6 +25,7 @@ from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError
 from fastgn.models import Classifier, ModelReport, build_model, multiply_patches
 from fastgn.objectives import gradnorm, piecewise_linear_warning
 from fastgn.preact_resnet import PreActResNet18
+from fastgn.weights import from_paper, load_weights, read_weights
 
 TINY: dict[str, dict[str, Any]] = {
     "swin_t": {
@@ -538,13 +539,13 @@ def test_what_a_checkpoint_holds_is_named(tmp_path):
     """A class that does no harm is not run either; timm's own stored arguments are read."""
     torch.save({"state_dict": {}, "extra": ArchitectureConfig()}, tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"tensors \(fastgn\.config\.ArchitectureConfig\): it was"):
-        models.read_weights(tmp_path / "weights.pt")
+        read_weights(tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"tensors \(fastgn\.config\.ArchitectureConfig\): it was"):
         load_checkpoint(tmp_path / "weights.pt")
     arguments = argparse.Namespace(model="swin", lr=0.1)
     weights = {"a": torch.ones(2)}
     torch.save({"state_dict": weights, "args": arguments}, tmp_path / "timm.pth.tar")
-    read = models.read_weights(tmp_path / "timm.pth.tar")
+    read = read_weights(tmp_path / "timm.pth.tar")
     assert differences(read, weights) == []
 
 
@@ -622,13 +623,13 @@ def test_the_papers_checkpoints_give_the_same_logits(form, swin, tmp_path):
     torch.manual_seed(0)
     model, _ = build_model(ArchitectureConfig(model="swin_t", **DEEP), 5)
     assert not torch.allclose(model.eval()(images), swin(images), atol=1e-2)
-    models.load_weights(model.backbone, models.read_weights(path, paper=True), str(path))
+    load_weights(model.backbone, read_weights(path, paper=True), str(path))
     assert torch.equal(model(images), swin(images))
 
 
 def test_timm_1_0s_keys_stay_as_they_are(swin):
     weights = swin.backbone.state_dict()
-    assert differences(models.from_paper(weights), dict(weights)) == []
+    assert differences(from_paper(weights), dict(weights)) == []
 
 
 def test_an_initial_checkpoint_may_be_an_old_swin(swin, tmp_path):
@@ -641,17 +642,17 @@ def test_an_initial_checkpoint_may_be_an_old_swin(swin, tmp_path):
 def test_what_is_not_the_papers_is_named(swin, tmp_path):
     old = old_form(swin)
     with pytest.raises(UserError, match=r"^1\.absolute_pos_embed is unknown: no Swin of timm"):
-        models.from_paper({"1.absolute_pos_embed": torch.zeros(1), "1.other": torch.zeros(1)})
+        from_paper({"1.absolute_pos_embed": torch.zeros(1), "1.other": torch.zeros(1)})
     path = tmp_path / "resnet.pt"
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError) as caught:
-        models.read_weights(path, paper=True)
+        read_weights(path, paper=True)
     assert str(caught.value).startswith(f"{path}: conv1.weight is unknown")
     other = normalised(old, "sequential") | {"0.std": torch.tensor((0.5, 0.5, 0.5))}
     with pytest.raises(UserError, match=r"^0\.std is \[0\.5, 0\.5, 0\.5\] and not ImageNet's"):
-        models.from_paper(other)
+        from_paper(other)
     with pytest.raises(UserError, match="no tensor in it"):
-        models.from_paper({"epoch": 3})
+        from_paper({"epoch": 3})
 
 
 # --------------------------------------------------------------------------------------------- hub
