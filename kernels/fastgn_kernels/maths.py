@@ -5,6 +5,7 @@ bodies run the same source with PyTorch's functions under Triton's names (`in_py
 there is one place to write an activation and one row in `TABLE` to add.
 """
 
+import builtins
 import functools
 import types
 from collections.abc import Callable
@@ -308,8 +309,10 @@ _PYTORCH: dict[str, Any] = {
 
 @functools.cache
 def in_pytorch(function: Any) -> Callable[..., torch.Tensor]:
-    """The same source over torch tensors."""
-    names = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)} | _PYTORCH
+    """Returns a Triton function's source as a function of torch tensors."""
+    constants = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)}
+    # an operator that imports something when it first runs looks here for the builtins
+    names = constants | _PYTORCH | {"__builtins__": builtins}
     for helper in (logistic, log_one_plus_exp):
         names[helper.fn.__name__] = types.FunctionType(helper.fn.__code__, names)
     return types.FunctionType(function.fn.__code__, names)
