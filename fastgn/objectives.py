@@ -114,27 +114,42 @@ def image_norms(x_BCHW: Tensor, norm: str) -> Tensor:
     raise ValueError(f"norm {norm!r} should be l1, l2 or l2_squared")
 
 
-GAUSSIAN = [math.exp(-(i**2) / 2) for i in range(-4, 5)]
+def bessel(order: int) -> float:
+    """Returns the modified Bessel function of the first kind I_order(1)."""
+    factorial = math.factorial
+    return sum(0.5 ** (2 * k + order) / factorial(k) / factorial(k + order) for k in range(9))
+
+
+GAUSSIAN = [bessel(abs(i)) for i in range(-3, 4)]
 GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
-"""sigma 1 pixel, cut off at 4."""
+"""Taps of the discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels."""
 
 
 def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
-    """Along rows (dim 2) or columns (dim 3); the border pixels are repeated outwards. Sums of
-    shifted images, so that autocast leaves the dtype alone."""
+    """Correlates along rows (dim 2) or columns (dim 3), with the image mirrored at its border
+    pixels. Adds shifted images, so that autocast leaves the dtype alone."""
     reach = len(taps) // 2
-    padding = (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0)
-    padded = F.pad(x_BCHW, padding, mode="replicate")
+    padded = mirror(x_BCHW, reach, dim)
     first, *others = (t * padded.narrow(dim, i, x_BCHW.shape[dim]) for i, t in enumerate(taps) if t)
     return sum(others, first)
 
 
-def edge_energy(images_BCHW: Tensor) -> Tensor:
-    """Where an image has edges: B x 1 x H x W, in the images' dtype and units.
+def mirror(x_BCHW: Tensor, reach: int, dim: int) -> Tensor:
+    """Extends the images by `reach` pixels on both sides, as numpy.pad's mode 'reflect' does."""
+    while reach:  # one reflection adds at most the side less one pixel
+        step = min(reach, max(x_BCHW.shape[dim] - 1, 1))
+        mode = "replicate" if x_BCHW.shape[dim] == 1 else "reflect"
+        x_BCHW = F.pad(x_BCHW, (0, 0, step, step) if dim == 2 else (step, step, 0, 0), mode=mode)
+        reach -= step
+    return x_BCHW
 
-    A Gaussian blur (sigma 1 pixel), Sobel's 3 x 3 filters along rows and columns, the root of their
-    squares' sum over directions and channels, and the blur again. Borders are repeated, as
-    scipy.ndimage's mode 'nearest'. Source: arXiv 2409.20139, its edge regularisation.
+
+def edge_energy(images_BCHW: Tensor) -> Tensor:
+    """Returns where an image has edges: B x 1 x H x W, in the images' dtype and units.
+
+    The image is blurred by a Gaussian of sigma 1 pixel. Sobel's 3 x 3 filters along rows and
+    columns follow, then the root of their squares' sum over directions and channels, then the blur
+    again. Each filter mirrors its input at the border. Source: the code of arXiv 2409.20139.
     """
 
     def blur(x: Tensor) -> Tensor:
@@ -147,25 +162,29 @@ def edge_energy(images_BCHW: Tensor) -> Tensor:
     return blur(torch.linalg.vector_norm(torch.cat(slopes, 1), dim=1, keepdim=True))
 
 
-def over_rms(x_B1HW: Tensor) -> Tensor:
-    """Each image over its root mean square; 0 stays 0."""
-    pixels = x_B1HW[0].numel()
-    norms = torch.linalg.vector_norm(x_B1HW, dim=(1, 2, 3), keepdim=True)
-    return x_B1HW / (norms / math.sqrt(pixels)).clamp_min(1e-12)
+def over_rms(x_BCHW: Tensor, rms: str) -> Tensor:
+    """Divides by the root mean square of all elements of the 'batch', or of each 'image'; 0 stays
+    0."""
+    dims = (0, 1, 2, 3) if rms == "batch" else (1, 2, 3)
+    return x_BCHW / x_BCHW.square().mean(dims, keepdim=True).clamp_min(1e-24).sqrt()
 
 
 def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "hard") -> Tensor:
-    """Weights of the classes, B x K, without gradient. 'hard': one-hot, a class drawn from
-    softmax(logits / temperature) by the largest of its logits plus Gumbel noise; 'relaxed': the
-    softmax of that sum (Jang et al. 2017, Maddison et al. 2017)."""
-    logits_BK = logits_BK.detach() / temperature
-    noisy_BK = logits_BK - torch.log(-torch.log(torch.rand_like(logits_BK)))
+    """Returns random weights of the classes, B x K.
+
+    'hard' gives 1 to one class, which is drawn from softmax(logits / temperature), and 0 to the
+    others. 'relaxed' gives softmax((logits + Gumbel noise) / temperature), through which gradients
+    flow to the logits (Jang et al. 2017, Maddison et al. 2017).
+    """
+    gumbel_BK = -torch.log(-torch.log(torch.rand_like(logits_BK)))
     if sampling == "relaxed":
-        return noisy_BK.softmax(1)
+        return ((logits_BK + gumbel_BK) / temperature).softmax(1)
     if sampling != "hard":
         raise ValueError(f"sampling {sampling!r} should be hard or relaxed")
+    # the class with the largest sum is distributed as the softmax
+    drawn_B1 = (logits_BK.detach() / temperature + gumbel_BK).argmax(1, keepdim=True)
     # F.one_hot looks at its input's range on the host
-    return torch.zeros_like(noisy_BK).scatter(1, noisy_BK.argmax(1, keepdim=True), 1.0)
+    return torch.zeros_like(gumbel_BK).scatter(1, drawn_B1, 1.0)
 
 
 def edge(
@@ -177,31 +196,40 @@ def edge(
     temperature: float = 0.5,
     sampling: str = "hard",
     map: str = "gradient",
+    of: str = "logit",
+    rms: str = "batch",
 ) -> Loss:
-    """CE + weight * MSE(m, e): input gradients that lie where the image has edges.
+    """CE + weight * MSE(G / rms(G), E / rms(E)): signed input gradients that equal the image's
+    edges.
 
-    images: those that the edges are of, 0..1 pixels for a model that normalises. e is edge_energy,
-    m a map of the gradient of sum_k w_k f_k with draw_classes' weights w, held fixed; both are
-    divided by their root mean square, image by image, and the mean is over pixels and images. map:
-    'gradient', the root of the squares' sum over channels; 'saliency', the largest magnitude over
-    channels (Simonyan et al. 2014). What it costs is gradnorm's. Source: arXiv 2409.20139.
+    images: in the units that `model` takes, of which the edges are taken as well. G is the gradient
+    of sum_k w_k f_k, with weights w from draw_classes, or for of 'loss' that of the cross-entropy.
+    E is edge_energy, the same for all channels. The mean is over images, channels and pixels. An
+    edge is never negative, so that the gradient's sign counts. map 'saliency' replaces G by its
+    largest magnitude over channels (Simonyan et al. 2014). rms says whether one root mean square
+    serves the batch, as in the paper's code, or each image has its own. The cost is gradnorm's.
+    Source: arXiv 2409.20139 and its code.
     """
-    if map not in ("gradient", "saliency"):
-        raise ValueError(f"map {map!r} should be gradient or saliency")
+    for name, value, choices in (
+        ("map", map, ("gradient", "saliency")),
+        ("of", of, ("logit", "loss")),
+        ("rms", rms, ("batch", "image")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} should be {choices[0]} or {choices[1]}")
     if not images_BCHW.requires_grad:
         images_BCHW = images_BCHW.detach().requires_grad_()
     logits_BK = model(images_BCHW)
-    ce = cross_entropy(logits_BK, targets)
-    logits_BK = logits_BK.to(ce.dtype)
-    score = (draw_classes(logits_BK, temperature, sampling) * logits_BK).sum()
+    ce = score = cross_entropy(logits_BK, targets)
+    if of == "logit":
+        logits_BK = logits_BK.to(ce.dtype)
+        score = (draw_classes(logits_BK, temperature, sampling) * logits_BK).sum()
     (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
     grad_BCHW = grad_BCHW.to(ce.dtype)
     if map == "saliency":
-        map_B1HW = grad_BCHW.abs().amax(1, keepdim=True)
-    else:
-        map_B1HW = torch.linalg.vector_norm(grad_BCHW, dim=1, keepdim=True)
+        grad_BCHW = grad_BCHW.abs().amax(1, keepdim=True)
     edges_B1HW = edge_energy(images_BCHW.detach().to(ce.dtype))
-    penalty = (over_rms(map_B1HW) - over_rms(edges_B1HW)).square().mean()
+    penalty = (over_rms(grad_BCHW, rms) - over_rms(edges_B1HW, rms)).square().mean()
     return Loss(ce + weight * penalty, ce, penalty, torch.full_like(ce, torch.nan))
 
 
@@ -534,8 +562,8 @@ def build_trades(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective
 def build_edge(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         return edge(
-            model,
-            images,
+            model.backbone,
+            model.normalize(images),
             targets,
             weight=cfg.edge_weight * ramp,
             temperature=cfg.edge_temperature,
