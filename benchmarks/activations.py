@@ -132,7 +132,7 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
 def draw(record: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    from fastgn.analysis.figures import to_png
+    from fastgn.analysis.canvas import log_axis, to_png
 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     panels = figure.subplots(1, 3)
@@ -143,17 +143,17 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         ("training objective after / before", lambda r: r["objective_ratio"]["mean"]),
     )
     for axes, (label, value) in zip(panels, columns, strict=True):
-        kinks = 0
+        kinks, widths = 0, []
         for row in record["rows"]:
             kinked = row["kink"] > 0.5
             at = (max(row["width"], 0.02 / 2.5**kinks), value(row))
             kinks += kinked
+            widths.append(at[0])
             axes.plot(*at, "o", color="tab:red" if kinked else "tab:blue")
             text = {"textcoords": "offset points", "xytext": (4, 3), "fontsize": 7}
             axes.annotate(row["activation"], at, **text)
-        axes.set_xscale("log")
+        log_axis(axes, "x", [min(widths) / 1.3, max(widths) * 1.3])
         axes.set(xlabel="width of the bend (red: kinks, of width 0, side by side)", title=label)
-        axes.margins(x=0.12)
         axes.grid(alpha=0.3)
     figure.suptitle(f"gradnorm by activation: {record['network']}, {record['data']}")
     write_bytes(path, to_png(figure))

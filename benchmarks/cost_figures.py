@@ -1,6 +1,5 @@
 """Pictures of a record of cost.py's."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from fastgn.analysis.canvas import to_png
 from fastgn.checkpoint import write_bytes
 
 COLOURS = ("#3182bd", "#d95f02", "#756bb1", "#31a354")
@@ -41,10 +41,8 @@ def draw(record: Mapping[str, Any], path: Path) -> list[Path]:
     written = {path: bars(record), path.with_stem(f"{path.stem}_roofline"): roofline(record)}
     for target, figure in written.items():
         figure.suptitle(title, fontsize=9)
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=150)
+        write_bytes(target, to_png(figure, dpi=150))
         pyplot.close(figure)
-        write_bytes(target, content.getvalue())
     return list(written)
 
 

@@ -434,7 +434,7 @@ def draw(record: Mapping[str, Any], path: Path) -> list[Path]:
     (AutoAttack, marks), in time and in passes; and accuracy against epoch."""
     from matplotlib.figure import Figure
 
-    from fastgn.analysis.figures import to_png
+    from fastgn.analysis.canvas import to_png
 
     networks = [n for n in record["networks"] if any(r["network"] == n for r in record["rows"])]
     if not networks:

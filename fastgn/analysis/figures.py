@@ -2,33 +2,33 @@
 models; models' accuracy against eps and the norms of their gradients."""
 
 import dataclasses
-import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
+from fastgn.analysis.canvas import log_axis, short, to_png
 from fastgn.analysis.report import radius
 from fastgn.analysis.statistics import edge_correlation
 from fastgn.objectives import edge_energy
 
-GREEN, RED = "#2a9d4a", "#c8323c"
-
-
-def to_png(figure: Figure, dpi: int = 110) -> bytes:
-    out = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(out, format="png", dpi=dpi)
-    return out.getvalue()
+GREEN, RED, GREY = "#2a9d4a", "#c8323c", "#9a9a9a"
+FRAMES = {
+    GREEN: "still right",
+    RED: "right before the attack, wrong after it",
+    GREY: "wrong before the attack",
+}
+"""Colours of the frames of attacked images, and what they mean."""
 
 
 def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
     """A run's loss, penalty and accuracy against epochs, from metrics.csv's rows."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(short(title, 100))
     panels = figure.subplots(1, 3)
     groups = (
         ("loss", {"loss": "total", "ce": "cross-entropy", "penalty": "penalty"}),
@@ -37,7 +37,8 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
     )
     for axes, (name, columns) in zip(panels, groups, strict=True):
         for column, label in columns.items():
-            points = [(r["epoch"], r[column]) for r in rows if column in r and "epoch" in r]
+            there = (r for r in rows if math.isfinite(r.get(column, math.nan)) and "epoch" in r)
+            points = [(r["epoch"], r[column]) for r in there]
             if any(y != 0 for _, y in points):
                 axes.plot(
                     *zip(*points, strict=True),
@@ -53,6 +54,8 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
             axes.text(
                 0.5, 0.5, "not computed\nby this method", ha="center", transform=axes.transAxes
             )
+    norms = [norm for line in panels[1].lines for norm in line.get_ydata()]
+    panels[1].set_ylim(0, 1.1 * max(norms, default=1))  # a norm that hardly changes looks flat
     panels[2].set_ylim(0, 1)
     return to_png(figure)
 
@@ -80,14 +83,15 @@ def draw_pictures(
 ) -> bytes:
     """A row an image: the image and its edges, then for each model its input gradient (with its L1
     norm, and how its magnitude goes with the edges), the attack's perturbation and the attacked
-    image, framed green where the model is still right and red where not.
+    image, in a frame that says what the attack has changed (FRAMES).
 
     A model's gradients share one scale, to the median of their 99.5th percentiles: one image's does
     not drown the others, and between models, where the norms differ by orders of magnitude, they
     are printed.
     """
     rows, columns = len(images_BCHW), 2 + 3 * len(views)
-    figure = Figure(figsize=(1.35 * columns + 0.2, 1.52 * rows + 0.9), layout="constrained")
+    names = [short(name, 12) for name in classes]
+    figure = Figure(figsize=(1.35 * columns + 0.2, 1.52 * rows + 1.1), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     edges = edge_energy(images_BCHW)
     summed = [view.grad_BCHW.float().sum(1) for view in views]
@@ -97,7 +101,8 @@ def draw_pictures(
     correlations = [edge_correlation(images_BCHW, view.grad_BCHW) for view in views]
     for row in range(rows):
         show(grid[row][0], images_BCHW[row])
-        grid[row][0].set_xlabel(classes[int(labels_B[row])], fontsize=8)
+        label = int(labels_B[row])
+        grid[row][0].set_xlabel(names[label], fontsize=8)
         grid[row][1].imshow(edges[row, 0].cpu().numpy(), cmap="gray_r")
         grid[row][1].set(xticks=[], yticks=[])
         for index, view in enumerate(views):
@@ -110,20 +115,25 @@ def draw_pictures(
             signed(perturbation, added[index][row], largest)
             show(attacked, view.adversarial_BCHW[row])
             before, after = int(view.clean_B[row]), int(view.attacked_B[row])
-            robust = after == int(labels_B[row])
-            attacked.set_xlabel(f"{classes[before]} → {classes[after]}", fontsize=8)
+            colour = GREY if before != label else GREEN if after == label else RED
+            attacked.set_xlabel(f"{names[before]} → {names[after]}", fontsize=8)
             for spine in attacked.spines.values():
-                spine.set(color=GREEN if robust else RED, linewidth=3)
+                spine.set(color=colour, linewidth=3)
     grid[0][0].set_title("image", fontsize=9)
     grid[0][1].set_title("edges", fontsize=9)
     for index, view in enumerate(views):
-        names = (
-            f"{view.name}\ninput gradient",
+        heads = (
+            f"{short(view.name, 20)}\ninput gradient",
             f"perturbation\n(±{radius(largest)})",
             "attacked\n(before → after)",
         )
-        for axes, name in zip(grid[0][2 + 3 * index : 5 + 3 * index], names, strict=True):
-            axes.set_title(name, fontsize=9)
+        for axes, head in zip(grid[0][2 + 3 * index : 5 + 3 * index], heads, strict=True):
+            axes.set_title(head, fontsize=9)
+    frames = [
+        Patch(facecolor="none", edgecolor=colour, linewidth=2, label=meaning)
+        for colour, meaning in FRAMES.items()
+    ]
+    figure.legend(handles=frames, loc="outside lower center", fontsize=8, ncols=3, frameon=False)
     return to_png(figure)
 
 
@@ -153,7 +163,7 @@ def draw_robust_curve(
     unit = 255 if norm == "Linf" else 1
     for name, rows in curves.items():
         points = sorted((unit * row["eps"], row["accuracy"]) for row in rows)
-        axes.plot(*zip(*points, strict=True), label=name, marker=".")
+        axes.plot(*zip(*points, strict=True), label=short(name), marker=".")
     axes.set_title(f"accuracy under {attack}: {subset}", fontsize=10)
     axes.set_xlabel("Linf eps (1/255)" if norm == "Linf" else f"{norm} eps")
     axes.set_ylabel("accuracy")
@@ -183,13 +193,13 @@ def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
     for index, (name, norm) in enumerate(values.items()):
         colour, zeros, median = f"C{index}", int((norm == 0).sum()), float(np.median(norm))
         text = f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
-        label = f"{name} (median {text}" + (f", {zeros} are 0)" if zeros else ")")
+        label = f"{short(name)} (median {text}" + (f", {zeros} are 0)" if zeros else ")")
         shares = np.full(len(norm), 1 / len(norm))
         axes.hist(norm, bins, weights=shares, histtype="stepfilled", alpha=0.25, color=colour)
         axes.hist(norm, bins, weights=shares, histtype="step", color=colour, label=label)
         if median > 0:
             axes.axvline(median, color=colour, linestyle="--", linewidth=1)
-    axes.set_xscale("log")
+    log_axis(axes, "x", positive)
     axes.set_title("L1 norm of the input gradient (0..1 pixels)", fontsize=10)
     axes.set_xlabel("L1 norm")
     axes.set_ylabel("share of the images")
@@ -201,14 +211,14 @@ def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
 def draw_norm_against_epoch(rows: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
     """The mean L1 norm of the input gradient during training, log scale, a line a run.
 
-    rows: {run: (epoch, norm) pairs}.
+    rows: {run: (epoch, norm) pairs}. A norm of 0 has no place on the log axis.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in rows.items():
         marker = "." if len(points) < 40 else None
-        axes.plot(*zip(*sorted(points), strict=True), label=name, marker=marker)
-    axes.set_yscale("log")
+        axes.plot(*zip(*sorted(points), strict=True), label=short(name), marker=marker)
+    log_axis(axes, "y", [norm for points in rows.values() for _, norm in points])
     axes.set_title("mean L1 norm of the input gradient", fontsize=10)
     axes.set_xlabel("epoch")
     axes.set_ylabel("L1 norm")

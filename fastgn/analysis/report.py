@@ -16,6 +16,39 @@ Z = 1.959964
 NORMS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 VERDICTS = ("pass", "warn", "fail")
 NONE = "–"
+COLOURS = ("red", "green", "blue")
+WORDS = {
+    "images": "images analysed",
+    "eps": "ε",
+    "misclassified": "images that are wrong without an attack",
+    "l1_mean": "mean L1 norm",
+    "l1_mean_pgd10_fails": "mean L1 norm of images that withstand PGD-10",
+    "l1_mean_pgd10_succeeds": "mean L1 norm of the other images",
+    "pgd10_fails": "images that withstand PGD-10",
+    "pgd10_succeeds": "images that do not",
+    "l1_quantiles 0": "smallest L1 norm",
+    **{f"l1_quantiles {q}": f"L1 norm, {q} % of the images are below" for q in (5, 25, 75, 95)},
+    "l1_quantiles 50": "median L1 norm",
+    "l1_quantiles 100": "largest L1 norm",
+    **{f"channel_l1_mean {i}": f"mean L1 norm in {c}" for i, c in enumerate(COLOURS)},
+    **{
+        f"channel_signed_mean {i}": f"mean sum of the gradient in {c}"
+        for i, c in enumerate(COLOURS)
+    },
+    "edge_correlation_mean": "mean correlation of the gradient's magnitude with the edges",
+    "linearity uniform error": "error of the linear loss at random points (nats)",
+    "linearity uniform relative_error": "the same over the mean change of the loss",
+    "linearity pgd10 error": "error of the linear loss at PGD-10's points (nats)",
+    "linearity pgd10 relative_error": "the same over the mean change of the loss under PGD-10",
+    "cpu_count": "CPU cores",
+    "gpus": "GPUs",
+    "cuda": "CUDA",
+    "batch_size": "images attacked at once",
+    "ranks": "processes",
+}
+"""Keys of the record -> what a reader is told."""
+ONE_PER_IMAGE = ("l1", "channel_l1", "edge_correlation")
+"""Statistics that are lists over the images."""
 
 # Dark colours are for screens alone, so that paper stays white. The policy forbids every request.
 PAGE = Template("""<!DOCTYPE html>
@@ -152,11 +185,12 @@ def html_report(record: Record, pictures: Mapping[str, bytes], *, title: str) ->
         warnings(models),
         about(record, models),
     )
-    return PAGE.substitute(
+    page = PAGE.substitute(
         title=escape(title),
         summary=summary(record, models),
         sections="\n".join(filter(None, parts)),
     )
+    return page.encode(errors="replace").decode()  # names of files may hold half a surrogate pair
 
 
 def wilson(accuracy: float, n: int) -> tuple[float, float]:
@@ -235,8 +269,9 @@ def flat(values: Record) -> Iterator[tuple[str, Any]]:
     for key, item in values.items():
         if isinstance(item, Mapping):
             yield from flat({f"{key} {inner}": x for inner, x in item.items()})
-        elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) <= 4:
-            yield from ((f"{key} {i}", x) for i, x in enumerate(item))
+        elif isinstance(item, Sequence) and not isinstance(item, str):
+            if len(item) <= 4 and key not in ONE_PER_IMAGE:
+                yield from ((f"{key} {i}", x) for i, x in enumerate(item))
         else:
             yield key, item
 
@@ -365,10 +400,10 @@ def norm(record: Record) -> str:
 
 
 def label(key: str) -> str:
-    """mean_l1_failed -> mean L1 failed."""
-    words = key.replace("_", " ").split()
-    upper = {"l1": "L1", "l2": "L2", "linf": "L∞", "cpu": "CPU", "gpus": "GPUs", "cuda": "CUDA"}
-    return " ".join(upper.get(word, word) for word in words)
+    """Returns a key in words: those of WORDS, else mean_l1_failed -> mean L1 failed."""
+    upper = {"l1": "L1", "l2": "L2", "linf": "L∞", "cpu": "CPU"}
+    spelled = " ".join(upper.get(word, word) for word in key.replace("_", " ").split())
+    return WORDS.get(key, spelled)
 
 
 def is_scalar(item: Any) -> bool:

@@ -1,0 +1,72 @@
+"""What all figures share: text that is drawn as it is written, and readable logarithmic axes."""
+
+import io
+import math
+import warnings
+from collections.abc import Iterable
+from typing import Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+
+def to_png(figure: Figure, dpi: int = 110) -> bytes:
+    """Returns a figure as a PNG.
+
+    All texts are drawn as they are written, because names of runs and classes may hold any
+    character and `$` would begin a formula.
+    """
+    FigureCanvasAgg(figure)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_usetex(False)
+        text.set_text(printable(text.get_text()))
+    out = io.BytesIO()
+    plain = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
+    with plain, warnings.catch_warnings():
+        # a character that the font lacks, such as an emoji, is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(out, format="png", dpi=dpi)
+    return out.getvalue()
+
+
+def printable(text: str) -> str:
+    """Returns the text with a question mark for each character that cannot be shown, such as an
+    escape or half of a surrogate pair. Line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def short(name: str, limit: int = 40) -> str:
+    """Returns a name on one line of at most `limit` characters, its middle left out if longer.
+
+    A leading underscore gets a space before it, because matplotlib leaves labels that begin with
+    an underscore out of legends.
+    """
+    name = printable(name).replace("\n", "?").strip() or "unnamed"
+    if len(name) > limit:
+        head = limit // 2
+        name = f"{name[:head]}…{name[head + 1 - limit :]}"
+    return f" {name}" if name.startswith("_") else name
+
+
+def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
+    """Makes one axis logarithmic over the values, with plain numbers at ticks that do not overlap.
+
+    The limits are at least a factor of 10 apart, so that values which hardly differ look as if
+    they hardly differ. Values that are not above 0 or not finite have no place on the axis.
+    """
+    shown = [v for v in values if 0 < v < math.inf] or [1.0]
+    middle = math.sqrt(min(shown)) * math.sqrt(max(shown))
+    low = min(min(shown) / 1.1, middle / math.sqrt(10))
+    high = max(max(shown) * 1.1, middle * math.sqrt(10))
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axes.set(**{f"{which}lim": (low, high)})
+    axes.set(**{f"{which}scale": "log"})
+    steps = (1, 2, 5) if high / low <= 1000 else (1,)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
