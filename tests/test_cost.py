@@ -594,6 +594,7 @@ class FakeNvml(types.ModuleType):
     def __init__(self, counter: bool = True):
         super().__init__("pynvml")
         self.counter = counter
+        self.millijoules = self.samples = 0
         self.asked: list[str] = []
 
     def nvmlInit(self) -> None:  # noqa: N802
@@ -606,9 +607,10 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetTotalEnergyConsumption(self, card: str) -> int:  # noqa: N802
         if not self.counter:
             raise self.NVMLError("Not Supported")
-        return int(1e3 * 300 * time.perf_counter())  # millijoules
+        return self.millijoules
 
     def nvmlDeviceGetPowerUsage(self, card: str) -> int:  # noqa: N802
+        self.samples += 1
         return 300_000  # milliwatts
 
 
@@ -626,13 +628,15 @@ def test_joules(counter: bool, card: None, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     meter = energy.Meter()
     assert nvml.asked == ["GPU-abc"] and ("counter" in meter.source) is counter
+    nvml.samples = 0
+    seconds = itertools.count()  # a second goes by between two samples
+    monkeypatch.setattr(energy, "time", types.SimpleNamespace(perf_counter=seconds.__next__))
     with meter.measuring() as reading:
-        start = time.perf_counter()
-        time.sleep(0.1)
-        seconds = time.perf_counter() - start
+        nvml.millijoules += 45_000
+        while not counter and nvml.samples < 4:
+            time.sleep(0.001)
         assert reading.joules is None
-    # the sampler's thread may begin late and end late
-    assert reading.joules == pytest.approx(300 * seconds, rel=0.02 if counter else 0.5)
+    assert reading.joules == (45 if counter else 300 * (nvml.samples - 1))
 
 
 def test_no_meter_says_why(card: None, monkeypatch: pytest.MonkeyPatch) -> None:

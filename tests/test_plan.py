@@ -389,9 +389,9 @@ def test_what_a_plan_prints() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rates_of_this_device(precision: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # not the wall's: other programs may hold the machine up
     rates = planner.device_rates(torch.device("cpu"), precision)
-    assert time.perf_counter() - start < 5, "tenths of a second on an idle machine"
+    assert time.process_time() - start < 5, "tenths of a second on an idle machine"
     assert 1e7 < rates.flops_per_s < 1e15
     assert 1e7 < rates.bytes_per_s < 1e13
     assert 1e-7 < rates.launch_s < 1e-2

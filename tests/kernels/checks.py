@@ -7,8 +7,9 @@ CUDA, ``TRITON_INTERPRET=1 pytest tests/kernels`` the Triton bodies on a CPU.
 """
 
 import contextlib
+import ctypes
 import gc
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,9 +248,13 @@ def check_opcheck(custom_op: Any, args: Sequence[Any]) -> None:
     torch.library.opcheck(custom_op, tuple(args))
 
 
-def resident_bytes() -> int:
-    """Memory of this process that has been touched."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def touched_bytes() -> int:
+    """Returns how much anonymous memory this process has touched and still holds, swapped or not.
+
+    Pages of files, such as torch's libraries, do not count: a busy machine takes them away.
+    """
+    status = Path("/proc/self/status").read_text()
+    return sum(1024 * int(kb) for kb in re.findall(r"^(?:RssAnon|VmSwap):\s*(\d+)", status, re.M))
 
 
 @contextlib.contextmanager
@@ -282,9 +287,10 @@ def last_program_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def little_memory(limit: int = 1 << 30) -> Iterator[None]:
-    """Fails where the block commits more than `limit` bytes that it still holds."""
-    gc.collect()  # what earlier tests left must not be freed inside
-    before = resident_bytes()
+    """Fails if the block touches more than `limit` bytes that it still holds at its end."""
+    gc.collect()  # what earlier tests left must not be given back inside the block
+    ctypes.CDLL(None).malloc_trim(0)
+    before = touched_bytes()
     yield
-    used = resident_bytes() - before
+    used = touched_bytes() - before
     assert used < limit, f"{used / 2**30:.1f} GiB were touched"

@@ -1,6 +1,9 @@
 """The checks refuse what is wrong: without this, that an op passes them says little."""
 
+import ctypes
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -125,10 +128,24 @@ def test_an_interpreted_run_is_of_the_triton_body() -> None:
     assert len(launches) == 3
 
 
-def test_touched_memory_is_counted() -> None:
+@pytest.mark.parametrize("given_back", ["nothing", "heap", "pages of a file"])
+def test_touched_memory_is_counted(given_back: str, tmp_path: Path) -> None:
+    """Whatever else the process gives back to the system inside the block."""
+    blocks = [ctypes.create_string_buffer(bytes(100_000)) for _ in range(3000)]
+    top = ctypes.create_string_buffer(bytes(100_000))
+    del blocks  # free() keeps them: they lie below one that is in use
+    (tmp_path / "file").write_bytes(bytes(1 << 28))
+    with open(tmp_path / "file") as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    assert not any(mapped[i] for i in range(0, 1 << 28, mmap.PAGESIZE))
     with pytest.raises(AssertionError, match="GiB were touched"), checks.little_memory(1 << 26):
         held = torch.ones(1 << 25)
+        if given_back == "heap":
+            ctypes.CDLL(None).malloc_trim(0)
+        elif given_back == "pages of a file":
+            mapped.madvise(mmap.MADV_DONTNEED)
     assert held[-1] == 1
+    del top
 
 
 def test_layouts_are_what_they_are_called() -> None:
