@@ -170,13 +170,15 @@ def restarted_pgd(
     eps: float,
     steps: int,
     starts: Iterable[Tensor],
+    step_size: float | None = None,
     loss: LossFn = cross_entropy,
     norm: Norm = "Linf",
     judge: nn.Module | None = None,
 ) -> Tensor:
-    """PGD with steps of 2.5 eps / steps from each of the starts (what is added to the images): an
-    image that is misclassified at the end of a run keeps that iterate and is attacked no more.
+    """Runs PGD from each of the starts, which are what is added to the images. An image that is
+    misclassified at the end of a run keeps that iterate and is attacked no more.
 
+    step_size: None means 2.5 eps / steps.
     judge: who says so, in fp32; None: the model. A host sync a start.
     """
     gradient = partial(input_gradient, loss=loss)
@@ -188,7 +190,7 @@ def restarted_pgd(
             images_BCHW[left],
             labels_B[left],
             eps=eps,
-            step_size=2.5 * eps / steps,
+            step_size=2.5 * eps / steps if step_size is None else step_size,
             steps=steps,
             gradient=gradient,
             norm=norm,

@@ -83,9 +83,9 @@ class EvaluateConfig(ForeignConfig):
     """Radii in 0..1 pixel units."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
     """clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start), pgd-KxR (R starts),
-    pgd-K-margin (on the margin in place of the cross-entropy), autoattack (standard),
-    autoattack-plus, autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
-    square."""
+    pgd-K-margin (on the margin in place of the cross-entropy), pgd-K@STEP (the step itself, such as
+    1/255, or a part of eps, such as eps/4), autoattack (standard), autoattack-plus,
+    autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """None: the data that the run was trained on."""
     data_dir: str | None = None

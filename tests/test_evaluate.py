@@ -100,13 +100,22 @@ def test_its_attacks_one_by_one_are_its_authors(run: Path, tmp_path: Path, norm:
     assert [bit == "1" for bit in bits] == expected and 0 < sum(expected) < 16
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_pgd_against_a_loop_image_by_image(run: Path, norm: str) -> None:
+@pytest.mark.parametrize(
+    ("norm", "named", "step"),
+    [
+        ("Linf", "", 2.5 * 0.05 / 7),
+        ("L2", "", 2.5 * 1.0 / 7),
+        ("Linf", "@1/255", 1 / 255),
+        ("Linf", "@eps/4", 0.05 / 4),
+        ("L2", "@0.3", 0.3),
+    ],
+)
+def test_pgd_against_a_loop_image_by_image(run: Path, norm: str, named: str, step: float) -> None:
     """Madry's PGD as its text has it, from the same start, one image after the other."""
     model, images, labels = trained_and_images(run, 6)
     eps, steps = {"Linf": 0.05, "L2": 1.0}[norm], 7
     attacker = outcomes.Attacker(norm, 0, 6, CPU)
-    got = attacker(model, images, labels, range(6), f"pgd-{steps}", eps)
+    got = attacker(model, images, labels, range(6), f"pgd-{steps}{named}", eps)
     start = attacker.noise(range(6), images.shape[1:], eps, 0)
     for i in range(6):
         x, y = images[i : i + 1], labels[i : i + 1]
@@ -117,9 +126,9 @@ def test_pgd_against_a_loop_image_by_image(run: Path, norm: str) -> None:
             (g,) = torch.autograd.grad(loss, at)
             with torch.no_grad():
                 if norm == "Linf":
-                    at = (at + 2.5 * eps / steps * g.sign()).clamp(x - eps, x + eps)
+                    at = (at + step * g.sign()).clamp(x - eps, x + eps)
                 else:
-                    at = at + 2.5 * eps / steps * g / g.norm()
+                    at = at + step * g / g.norm()
                     at = x + (at - x) * min(1.0, eps / float((at - x).norm()))
                 at = at.clamp(0, 1)
         assert torch.allclose(got[i : i + 1], at, atol=1e-5)
