@@ -60,7 +60,8 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgn.config import ArchitectureConfig, ObjectiveConfig, OptimizerConfig, UserError, check
+from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig, OptimizerConfig
+from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model, kernels_for, use_kernels
 from fastgn.objectives import Objective, build_objective

@@ -28,7 +28,8 @@ import torch
 from arguments import positive_float, positive_int
 from records import earlier, write_record
 
-from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError, check
+from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model, check_name, kernels_for
 from fastgn.objectives import build_objective

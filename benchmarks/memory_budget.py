@@ -23,7 +23,7 @@ import torch
 from records import earlier, write_record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgn.config import ArchitectureConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import build_objective

@@ -34,9 +34,10 @@ from records import earlier, write_record
 from timing import summary
 from torch import Tensor, nn
 
-from fastgn.config import ArchitectureConfig, DatasetConfig, ObjectiveConfig, UserError
+from fastgn.config.groups import ArchitectureConfig, DatasetConfig, ObjectiveConfig
 from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, cifar10, load_dataset
+from fastgn.errors import UserError
 from fastgn.metrics import environment
 from fastgn.models import build_model, kernels_for
 from fastgn.objectives import build_objective

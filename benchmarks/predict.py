@@ -44,7 +44,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError, check
+from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import build_objective

@@ -33,9 +33,10 @@ from timing import interleaved, summary
 from trials import Trial, digest
 
 from fastgn.checkpoint import write_bytes, write_json
-from fastgn.config import Config, UserError, check, load_recipe, nearest
-from fastgn.data import load_dataset
+from fastgn.config import Config, load_recipe
+from fastgn.data.datasets import load_dataset
 from fastgn.distributed import session
+from fastgn.errors import UserError, check, nearest
 from fastgn.metrics import environment
 from fastgn.objectives import build_objective
 from fastgn.schedule import count_passes

@@ -42,7 +42,8 @@ import torch
 from timing import interleaved
 
 from fastgn.checkpoint import write_json
-from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError, check
+from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import build_model
 from fastgn.objectives import build_objective

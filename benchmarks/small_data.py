@@ -22,9 +22,10 @@ import torch
 from timing import interleaved, summary
 
 from fastgn.checkpoint import write_json
-from fastgn.config import UserError, parse_config
-from fastgn.data import Batch
+from fastgn.config.cli import parse_config
+from fastgn.data.batch import Batch
 from fastgn.distributed import session
+from fastgn.errors import UserError
 from fastgn.metrics import environment
 from fastgn.train import Run, build
 

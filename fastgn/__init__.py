@@ -1,12 +1,31 @@
-"""fastgn: gradient-norm regularisation at speed."""
+"""fastgn: gradient-norm regularisation at speed.
 
-from importlib.metadata import PackageNotFoundError, version
+Names are imported when they are first used: ``import fastgn`` alone imports no torch.
+"""
 
-from fastgn.schedule import compile_double_backward
+from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("fastgn")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from fastgn.schedule import compile_double_backward
 
-__all__ = ["compile_double_backward", "__version__"]
+__all__ = ["__version__", "compile_double_backward"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name (PEP 562). Raises AttributeError for any other."""
+    if name == "compile_double_backward":
+        from fastgn.schedule import compile_double_backward
+
+        return compile_double_backward
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fastgn")
+        except PackageNotFoundError:  # run from a source tree that was not installed
+            return "0+unknown"
+    raise AttributeError(f"module 'fastgn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

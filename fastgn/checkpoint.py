@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from fastgn.config import UserError, check, run_folder
+from fastgn.config import run_folder
+from fastgn.errors import UserError, check
 
 FORMAT = 1
 """Of the checkpoint's content; raised when an older reader could not use it."""

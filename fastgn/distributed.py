@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import sys
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, cast
@@ -12,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastgn.config import check
+from fastgn.errors import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +113,3 @@ def session(device: str = "auto") -> Iterator[World]:
     yield World(torch.distributed.get_rank(), size, chosen, cast(Any, control))
     # not after an error: it would fail the others' collectives before say_error has said why
     torch.distributed.destroy_process_group()
-
-
-def say_error(line: str) -> None:
-    """Prints a mistake to stderr, once for all ranks.
-
-    torchrun ends every rank as soon as one has left with an error, so the first has to leave before
-    the others. One that is alone in its mistake, with an image that it cannot read, outlives the
-    wait and speaks for itself.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)
-    print(line, file=sys.stderr, flush=True)

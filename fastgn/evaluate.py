@@ -12,16 +12,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+    from fastgn.extras import begin
+
+    begin("fastgn.evaluate")
 
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":  # before the imports that fail without it
-    from fastgn.extras import need_train
-
-    need_train("fastgn.evaluate")
-
 from tqdm import tqdm
 
 from fastgn import attacks, data, models
@@ -32,15 +31,7 @@ from fastgn.analysis.figures import (
     draw_pictures,
     draw_robust_curve,
 )
-from fastgn.analysis.outcomes import (
-    AUTOATTACK,
-    Attacker,
-    Parts,
-    check_attack,
-    rows_of,
-    timed_part,
-    trust,
-)
+from fastgn.analysis.outcomes import Attacker, Parts, rows_of, timed_part, trust
 from fastgn.analysis.report import html_report, radius
 from fastgn.analysis.sanity import page, sanity_report
 from fastgn.analysis.statistics import gradient_statistics
@@ -52,120 +43,16 @@ from fastgn.checkpoint import (
     write_bytes,
     write_json,
 )
-from fastgn.config import (
-    Config,
-    DatasetConfig,
-    ForeignConfig,
-    Fraction,
-    UserError,
-    check,
-    check_pixels,
-    parse_cli,
-    run_folder,
-)
-from fastgn.data import Subset, check_classes, load_validation
-from fastgn.data.datasets import Arrays
-from fastgn.distributed import World, say_error, session
+from fastgn.config import Config, run_folder
+from fastgn.config.cli import parse_cli
+from fastgn.config.groups import DatasetConfig
+from fastgn.config.programs import AUTOATTACK, EvaluateConfig, ForeignConfig
+from fastgn.data.datasets import Arrays, check_classes, load_validation
+from fastgn.data.subset import Subset
+from fastgn.distributed import World, session
+from fastgn.errors import UserError, check, say_error
 from fastgn.metrics import environment
 from fastgn.weights import load_weights, read_weights, strip_prefixes
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateConfig(ForeignConfig):
-    """Clean and robust accuracy of trained models, side by side."""
-
-    checkpoint: tuple[str, ...] = ()
-    """Runs' folders, checkpoints (.pt) or exports (.safetensors) of fastgn.train; with --model, any
-    file of weights in timm's keys."""
-    norm: Literal["Linf", "L2"] = "Linf"
-    """What eps bounds."""
-    eps: tuple[Fraction, ...] = (4 / 255,)
-    """Radii in 0..1 pixel units."""
-    attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
-    """clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start), pgd-KxR (R starts),
-    pgd-K-margin (on the margin in place of the cross-entropy), pgd-K@STEP (the step itself, such as
-    1/255, or a part of eps, such as eps/4), autoattack (standard), autoattack-plus,
-    autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square."""
-    data: Literal["digits", "cifar10", "imagefolder"] | None = None
-    """None: the data that the run was trained on."""
-    data_dir: str | None = None
-    """None: the run's own."""
-    val_split: str | None = None
-    """Folder or list of the images below --data-dir; None: the run's own."""
-    num_images: int | None = None
-    """How many validation images; None takes all. The first ones; of a split sorted by
-    class, as a folder is, evenly spaced ones."""
-    image_list: str | None = None
-    """In place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's validation set), or a
-    file with a line for each image: its number, or the end of its path."""
-    batch_size: int = 360
-    """Images attacked at once, by one rank; its outcomes are saved together."""
-    workers: int = 4
-    """Worker processes that read image files."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of FGSM's and PGD's gradients; the verdict is the fp32 model's."""
-    compile: bool = False
-    """Compile the network for FGSM's and PGD's gradients: a minute first, which many images win
-    back."""
-    output: str | None = None
-    """The JSON file; None: evaluation.json in the first checkpoint's folder."""
-    report: str | None = None
-    """Also write all of it as one HTML page."""
-    statistics: bool = False
-    """Also gradient statistics, at the last eps: the paper's table 1 and local linearity; of a
-    run's folder, also the norm at each of its checkpoints."""
-    sanity: bool = False
-    """Also the sanity report, at the last eps: whether the attacks can be believed."""
-    analysis_images: int = 256
-    """How many of the images, evenly spaced, for --statistics and --sanity."""
-    curve: str | None = None
-    """Also draw accuracy against eps, under the last of the attacks, into this PNG."""
-    picture: str | None = None
-    """Also draw images, input gradients and PGD-20 perturbations (at the last eps) into this
-    PNG."""
-    picture_images: int = 8
-    """Rows of the picture."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda where there is one, else cpu."""
-    seed: int = 0
-    """Of every attack."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
-        check(bool(self.eps), "--eps is empty: write --eps 4/255")
-        for value in self.eps:
-            if self.norm == "Linf":
-                check_pixels("--eps", value)
-            check(value > 0, f"--eps {value:g} must be above 0")
-        check(bool(self.attacks), "--attacks is empty: write --attacks clean pgd-20")
-        for name in self.attacks:
-            check_attack(name)
-        for field, values in (("attacks", self.attacks), ("eps", self.eps)):
-            check(len(set(values)) == len(values), f"--{field} names one twice")
-        check(self.seed >= 0, f"--seed {self.seed} must be at least 0")
-        check(
-            self.norm == "Linf" or not self.statistics,
-            "--statistics is of Linf: leave it out with --norm L2",
-        )
-        for field in ("num_images", "batch_size", "picture_images", "analysis_images"):
-            value = getattr(self, field)
-            check(
-                value is None or value > 0,
-                f"--{field.replace('_', '-')} {value} must be at least 1",
-            )
-        check(
-            self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
-            "--curve draws the last of the --attacks over several --eps: give at least 2",
-        )
-        check(
-            self.image_list is None or self.num_images is None,
-            "--image-list and --num-images both say which images: leave one out",
-        )
-        check(
-            self.model is None or self.data is not None or self.data_dir is not None,
-            "--model: the file says nothing of its data: add --data-dir DIR or --data",
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,72 +11,27 @@ import math
 import sys
 from fractions import Fraction as Ratio
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+    from fastgn.extras import begin
+
+    begin("fastgn.export")
 
 import torch
 from torch import Tensor
 
-if __name__ == "__main__":  # before the imports that fail without it
-    from fastgn.extras import need_train
-
-    need_train("fastgn.export")
-
 from fastgn import models
 from fastgn.checkpoint import export_weights, write_bytes, write_json
-from fastgn.config import ForeignConfig, Fraction, UserError, check, check_pixels, parse_cli
-from fastgn.distributed import say_error
+from fastgn.config.cli import parse_cli
+from fastgn.config.programs import ExportConfig
+from fastgn.errors import UserError, check, say_error
 
 if TYPE_CHECKING:
     from fastgn.evaluate import Trained
 
 CLASSES = {"cifar10": 10, "imagenet": 1000}
 """RobustBench's data sets that fastgn trains on -> how many classes a model of theirs has."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportConfig(ForeignConfig):
-    """A trained model as files that need torch and timm alone, with RobustBench's record of it."""
-
-    checkpoint: str = ""
-    """A run's folder, a checkpoint (.pt) or an export (.safetensors); with --model, any file of
-    weights in timm's keys."""
-    robustbench: str = ""
-    """The folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
-    threat: Literal["Linf", "L2"] = "Linf"
-    """The norm that --eps is measured in."""
-    eps: Fraction = 4 / 255
-    """The threat's radius in 0..1 pixel units."""
-    dataset: Literal["cifar10", "imagenet"] | None = None
-    """RobustBench's name of the data; None: the run's data, where it is one of these."""
-    evaluation: str | None = None
-    """An evaluation.json of fastgn.evaluate to take the accuracies from; None leaves them null."""
-    name: str | None = None
-    """Title of the entry (RobustBench: the paper's); None: the run's name."""
-    link: str | None = None
-    """Address of the paper or of the code."""
-    authors: str | None = None
-    """Their names, with commas between."""
-    venue: str | None = None
-    """Where and when it was published."""
-    architecture: str | None = None
-    """The network as the leaderboard should call it, such as Swin-B; None: --model of the run."""
-    additional_data: bool | None = None
-    """Whether other images or labels than the data set's were used; None: false for a run from
-    scratch, else null."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self.model is None or self.dataset is not None,
-            "--model: the file says nothing of its data: add --dataset imagenet or cifar10",
-        )
-        check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
-        check(bool(self.robustbench), "--robustbench is missing: name the folder to write")
-        if self.threat == "Linf":
-            check_pixels("--eps", self.eps)
-        check(
-            math.isfinite(self.eps) and self.eps > 0, f"--eps {self.eps:g} must be a radius above 0"
-        )
 
 
 DEFINITION = '''"""{name}: {model}, {classes} classes, images of {side} x {side} pixels.

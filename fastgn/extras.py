@@ -1,4 +1,8 @@
-"""Imported first by the programs: what `pip install fastgn` alone, for the kernels, leaves out."""
+"""How a program begins, before the imports that take seconds.
+
+`pip install fastgn` alone, for the kernels, leaves out what the programs need: that is said in one
+line. So is a mistake on the command line.
+"""
 
 import importlib.util
 import sys
@@ -20,8 +24,8 @@ TRAIN = (
 """Modules of the extra `train`."""
 
 
-def need_train(program: str) -> None:
-    """Ends the program with status 2 and one line unless the extra `train` is installed."""
+def begin(program: str) -> None:
+    """Ends the program here if its extra is not installed, for --help, or for a mistaken flag."""
     missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -29,3 +33,6 @@ def need_train(program: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    from fastgn.config.cli import answer_early
+
+    answer_early(program)

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from fastgn.checkpoint import write_bytes
-from fastgn.config import UserError
+from fastgn.errors import UserError
 
 COLUMNS = (
     "update",

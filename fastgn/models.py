@@ -17,14 +17,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from fastgn.checkpoint import first_line
-from fastgn.config import (
-    ArchitectureConfig,
-    UserError,
-    check,
-    model_kwargs,
-    nearest,
-    parse_number,
-)
+from fastgn.config.groups import ArchitectureConfig, model_kwargs
+from fastgn.errors import UserError, check, nearest, parse_number
 from fastgn.preact_resnet import PreActResNet18
 from fastgn.weights import OLD_SWIN, from_paper, load_weights, read_weights
 

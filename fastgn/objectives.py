@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgn import attacks
 
 if TYPE_CHECKING:  # config needs the extra `train`; objectives, and `import fastgn`, torch alone
-    from fastgn.config import ObjectiveConfig
+    from fastgn.config.groups import ObjectiveConfig
 
 
 class Loss(NamedTuple):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgn.config import ObjectiveConfig, OptimizerConfig, UserError
+from fastgn.config.groups import ObjectiveConfig, OptimizerConfig
+from fastgn.errors import UserError
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

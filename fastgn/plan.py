@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fastgn.config import check
+from fastgn.errors import check
 from fastgn.objectives import Objective
 from fastgn.schedule import Passes, Schedule, Step, count_passes, matmul_precision
 

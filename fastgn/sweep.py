@@ -21,70 +21,29 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-if __name__ == "__main__":  # before the imports that fail without it
-    from fastgn.extras import need_train
+if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+    from fastgn.extras import begin
 
-    need_train("fastgn.sweep")
+    begin("fastgn.sweep")
 
 from tqdm import tqdm
 
 from fastgn import train
 from fastgn.analysis.pareto import draw_pareto, front_of
 from fastgn.checkpoint import write_bytes, write_json
-from fastgn.config import (
-    FIELDS,
-    Config,
-    UserError,
-    check,
-    load_recipe,
-    nearest,
-    parse_cli,
-    parse_number,
-)
-from fastgn.distributed import say_error, session
+from fastgn.config import FIELDS, Config, load_recipe
+from fastgn.config.cli import parse_cli
+from fastgn.config.programs import SweepConfig
+from fastgn.distributed import session
+from fastgn.errors import UserError, check, nearest, parse_number, say_error
 from fastgn.metrics import environment
 
 HEARTBEAT_S = 60
 """A trial whose process has said nothing for three of them was killed: its values are tried
 again."""
 NOT_SWEPT = ("recipe", "output", "resume", "device", "data", "data_dir", "log_wandb")
-
-
-@dataclasses.dataclass(frozen=True)
-class SweepConfig:
-    """Tunes a recipe's fields with Optuna, by fastgn.train's own runs."""
-
-    recipe: str = "quickstart_gradnorm"
-    """A recipe's name or a TOML file: what every trial starts from."""
-    space: tuple[str, ...] = ()
-    """What is tried: FIELD=LOW:HIGH, FIELD=LOW:HIGH:log, or FIELD=A,B,C."""
-    set: tuple[str, ...] = ()
-    """Fields that differ from the recipe in every trial, each as FIELD=VALUE."""
-    trials: int = 30
-    """Of the study in all: those that it holds already count."""
-    study: str = "runs/sweep.db"
-    """The study's SQLite file; beside it go .json, .png, _best.toml and the trials' runs."""
-    objective: Literal["robust", "pareto"] = "robust"
-    """robust: the accuracy under PGD-10, above --clean-floor; poor trials are pruned. pareto: it
-    and the clean accuracy together; Optuna cannot prune with two objectives."""
-    clean_floor: float = 0.0
-    """robust: a trial with less clean accuracy (0..1) counts as worse than any with more; pareto:
-    which trials may be the best one."""
-    prune: bool = True
-    """robust: stop a trial that is worse than the median of the others at the same epoch."""
-    startup_trials: int = 5
-    """Random ones first, of which none is pruned."""
-    seed: int = 0
-    """Of Optuna's choices; the runs' own is a field, seed."""
-
-    def __post_init__(self) -> None:
-        check(bool(self.space), "--space is empty: write --space gn_weight=0.1:10:log")
-        for name in ("trials", "startup_trials"):
-            value = getattr(self, name)
-            check(value > 0, f"--{name.replace('_', '-')} {value} must be at least 1")
-        check(0 <= self.clean_floor <= 1, f"--clean-floor {self.clean_floor} must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+    from fastgn.extras import begin
+
+    begin("fastgn.train")
+
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":  # before the imports that fail without it
-    from fastgn.extras import need_train
-
-    need_train("fastgn.train")
 
 from fastgn import attacks, models, optim
 from fastgn.analysis.figures import draw_curves
@@ -36,21 +36,17 @@ from fastgn.checkpoint import (
     write_bytes,
     write_json,
 )
-from fastgn.config import Config, StepConfig, UserError, check, parse_config
-from fastgn.data import (
-    Batch,
-    Dataset,
-    Loader,
-    Subset,
-    batch_sizes,
-    build_loader,
-    check_classes,
-    load_dataset,
-    worker_death,
-)
+from fastgn.config import Config
+from fastgn.config.cli import parse_config
+from fastgn.config.groups import StepConfig
+from fastgn.data.batch import Batch, Loader, worker_death
+from fastgn.data.datasets import Dataset, check_classes, load_dataset
+from fastgn.data.loader import batch_sizes, build_loader
 from fastgn.data.representatives import class_representatives
-from fastgn.distributed import World, say_error, session
+from fastgn.data.subset import Subset
+from fastgn.distributed import World, session
 from fastgn.ema import ModelEma
+from fastgn.errors import UserError, check, say_error
 from fastgn.metrics import Metrics, environment, find_wandb, read_rows
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost

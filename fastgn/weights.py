@@ -15,7 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from fastgn.checkpoint import first_line, foreign_object, not_run
-from fastgn.config import UserError, check
+from fastgn.errors import UserError, check
 
 WRAPPINGS = ("ema", "state_dict_ema", "state_dict", "model")
 """Where files keep the state dict, averaged weights first."""

@@ -9,16 +9,10 @@ from typing import Any
 import pytest
 
 from fastgn import config
-from fastgn.config import (
-    FIELDS,
-    Config,
-    ObjectiveConfig,
-    UserError,
-    load_recipe,
-    model_kwargs,
-    parse_config,
-    recipe_names,
-)
+from fastgn.config import FIELDS, Config, load_recipe, recipe_names
+from fastgn.config.cli import parse_config
+from fastgn.config.groups import ObjectiveConfig, model_kwargs
+from fastgn.errors import UserError
 from fastgn.optim import peak_lr
 
 PAPER = [name for name in recipe_names() if name.startswith("paper_")]

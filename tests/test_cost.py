@@ -29,7 +29,7 @@ import step_profile  # noqa: E402
 import tables  # noqa: E402
 from timing import Marks, interleaved, once  # noqa: E402
 
-from fastgn.config import ArchitectureConfig  # noqa: E402
+from fastgn.config.groups import ArchitectureConfig  # noqa: E402
 from fastgn.models import Classifier, build_model, use_kernels  # noqa: E402
 from fastgn.objectives import gradnorm  # noqa: E402
 from fastgn.schedule import Schedule, Step  # noqa: E402

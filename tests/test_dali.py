@@ -26,10 +26,12 @@ from conftest import differences
 from PIL import Image
 from timm.data import auto_augment
 
-from fastgn.config import Config, DatasetConfig, UserError
-from fastgn.data import Dataset, build_loader, load_dataset
-from fastgn.data.datasets import Files
+from fastgn.config import Config
+from fastgn.config.groups import DatasetConfig
+from fastgn.data.datasets import Dataset, Files, load_dataset
+from fastgn.data.loader import build_loader
 from fastgn.data.recipe import FILL, WARPS, Drawn, Kind, Layer
+from fastgn.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed: fastgn[dali]")
 

@@ -14,12 +14,15 @@ from timm.data import auto_augment
 from timm.data.mixup import rand_bbox
 from torch import Tensor
 
-from fastgn.config import AugmentationConfig, Config, DatasetConfig, UserError
-from fastgn.data import Batch, Dataset, Loader, Subset, batch_sizes, build_loader, load_dataset
+from fastgn.config import Config
+from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.augment import BatchAugment, flip, shift, to_float
-from fastgn.data.batch import epoch_order, rank_slice
-from fastgn.data.datasets import CIFAR10_CLASSES, Arrays, Files
+from fastgn.data.batch import Batch, Loader, epoch_order, rank_slice
+from fastgn.data.datasets import CIFAR10_CLASSES, Arrays, Dataset, Files, load_dataset
+from fastgn.data.loader import batch_sizes, build_loader
 from fastgn.data.recipe import forgive_posterize
+from fastgn.data.subset import Subset
+from fastgn.errors import UserError
 from fastgn.seeding import seed_all
 
 CPU = torch.device("cpu")

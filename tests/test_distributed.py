@@ -25,7 +25,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from fastgn import attacks, checkpoint, distributed, evaluate, models, train
 from fastgn.checkpoint import find_checkpoint, load_checkpoint
-from fastgn.config import UserError, parse_config
+from fastgn.config.cli import parse_config
+from fastgn.errors import UserError
 from fastgn.metrics import read_rows
 from fastgn.objectives import build_objective
 from fastgn.schedule import Schedule, Step

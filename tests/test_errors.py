@@ -20,7 +20,8 @@ import fastgn.data.check as check
 import fastgn.data.pack as pack
 from fastgn import evaluate, objectives, optim, train
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
-from fastgn.config import OptimizerConfig, UserError
+from fastgn.config.groups import OptimizerConfig
+from fastgn.errors import UserError
 from fastgn.metrics import Metrics
 
 TINY_MODEL = TINY_SWIN[: TINY_SWIN.index("--data")]

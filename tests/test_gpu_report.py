@@ -25,8 +25,8 @@ import precision  # noqa: E402
 import tables  # noqa: E402
 from gpu_report import Machine, Part  # noqa: E402
 
-from fastgn.config import UserError  # noqa: E402
-from fastgn.data import Batch  # noqa: E402
+from fastgn.data.batch import Batch  # noqa: E402
+from fastgn.errors import UserError  # noqa: E402
 
 H200 = Machine("NVIDIA H200", (9, 0), smoke=False)
 V100 = Machine("Tesla V100", (7, 0), smoke=False)

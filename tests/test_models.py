@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fastgn import evaluate, models, train
 from fastgn.checkpoint import find_checkpoint, load_checkpoint
-from fastgn.config import ArchitectureConfig, ObjectiveConfig, UserError
+from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.errors import UserError
 from fastgn.models import Classifier, ModelReport, build_model, multiply_patches
 from fastgn.objectives import gradnorm, piecewise_linear_warning
 from fastgn.preact_resnet import PreActResNet18

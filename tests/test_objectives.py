@@ -13,7 +13,9 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.config import ObjectiveConfig, load_recipe, parse_config, recipe_names
+from fastgn.config import load_recipe, recipe_names
+from fastgn.config.cli import parse_config
+from fastgn.config.groups import ObjectiveConfig
 from fastgn.models import Classifier, swap_activations, switch_off_fused_attention
 from fastgn.objectives import (
     METHODS,

@@ -7,7 +7,8 @@ import timm
 import torch
 from torch import nn
 
-from fastgn.config import ObjectiveConfig, OptimizerConfig, load_recipe
+from fastgn.config import load_recipe
+from fastgn.config.groups import ObjectiveConfig, OptimizerConfig
 from fastgn.ema import ModelEma
 from fastgn.optim import build_optimizer, decay_groups, lr_at, peak_lr, ramp_at
 from fastgn.preact_resnet import PreActResNet18

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn import plan as planner
-from fastgn.config import UserError
+from fastgn.errors import UserError
 from fastgn.plan import BUDGETS, MARGIN, Meter, Rates, StepCost, autocast_as_on_cuda, step_cost
 from fastgn.schedule import Passes, Schedule, Step
 

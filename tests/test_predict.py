@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgn.config import ObjectiveConfig
+from fastgn.config.groups import ObjectiveConfig
 from fastgn.objectives import build_objective, gradnorm
 from fastgn.schedule import Schedule, Step
 

@@ -11,10 +11,11 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment
 from torchvision.transforms import functional
 
-from fastgn.config import AugmentationConfig, UserError
+from fastgn.config.groups import AugmentationConfig
 from fastgn.data import recipe
 from fastgn.data.jpeg import plain_size
 from fastgn.data.recipe import Drawn, Kind, Layer, Recipe, train_transform
+from fastgn.errors import UserError
 from fastgn.seeding import Stream, seed_host
 
 PAPER = "rand-m9-mstd0.5-inc1"

@@ -12,7 +12,7 @@ import torch
 from fastgn.analysis import report
 from fastgn.analysis.report import html_report, radius, wilson
 from fastgn.analysis.statistics import gradient_statistics
-from fastgn.config import UserError
+from fastgn.errors import UserError
 
 VOID = {"meta", "img", "br", "wbr", "link", "hr", "input"}
 LOADS = {"src", "href", "srcset", "data", "action", "poster", "background", "formaction"}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastgn.config import Config, UserError
-from fastgn.data import load_dataset
+from fastgn.config import Config
 from fastgn.data import representatives as room
-from fastgn.data.datasets import Arrays, Dataset
+from fastgn.data.datasets import Arrays, Dataset, load_dataset
 from fastgn.data.representatives import class_representatives
+from fastgn.errors import UserError
 
 
 def made(cfg: Config, dataset: Dataset, img_size: int):

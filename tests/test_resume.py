@@ -20,7 +20,8 @@ from test_errors import folder_run, image_folder
 
 from fastgn import attacks, metrics, train
 from fastgn.checkpoint import Checkpoints, atomic_open, find_checkpoint, load_checkpoint
-from fastgn.config import Config, UserError
+from fastgn.config import Config
+from fastgn.errors import UserError
 from fastgn.evaluate import load_trained
 from fastgn.metrics import read_rows
 from fastgn.seeding import Stream, derive

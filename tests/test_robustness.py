@@ -15,7 +15,8 @@ import robustness  # noqa: E402
 import tables  # noqa: E402
 import trials  # noqa: E402
 
-from fastgn.config import METHODS, UserError  # noqa: E402
+from fastgn.config import METHODS  # noqa: E402
+from fastgn.errors import UserError  # noqa: E402
 
 STUDY = robustness.digits()
 

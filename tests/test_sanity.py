@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fastgn.analysis.sanity import Check, _gap, page, sanity_report
-from fastgn.config import UserError
+from fastgn.errors import UserError
 
 EPS = 0.1
 

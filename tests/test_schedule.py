@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn import compile_double_backward, train
-from fastgn.config import ArchitectureConfig, ObjectiveConfig, parse_config
+from fastgn.config.cli import parse_config
+from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.distributed import World
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import (

@@ -29,13 +29,25 @@ import fastgn.data.check as checking
 import fastgn.data.pack as packing
 from fastgn import train
 from fastgn.checkpoint import load_checkpoint
-from fastgn.config import Config, DatasetConfig, UserError
-from fastgn.data import Dataset, Subset, build_loader, check_classes, load_dataset
+from fastgn.config import Config
+from fastgn.config.groups import DatasetConfig
 from fastgn.data.batch import epoch_order
-from fastgn.data.datasets import Arrays, BadImageError, Encoded, Files, decode_image
+from fastgn.data.datasets import (
+    Arrays,
+    BadImageError,
+    Dataset,
+    Encoded,
+    Files,
+    check_classes,
+    decode_image,
+    load_dataset,
+)
 from fastgn.data.images import SKIPPED_IN_A_ROW, load_or_next
+from fastgn.data.loader import build_loader
 from fastgn.data.shards import INDEX, OPEN_SHARDS, Shards
+from fastgn.data.subset import Subset
 from fastgn.data.torch import in_order
+from fastgn.errors import UserError
 from fastgn.metrics import read_rows
 
 CPU = torch.device("cpu")

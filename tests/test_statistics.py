@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastgn import attacks
 from fastgn.analysis import figures, outcomes, statistics
-from fastgn.config import UserError
+from fastgn.errors import UserError
 from fastgn.objectives import edge_energy
 
 EPS = 0.03

@@ -11,7 +11,8 @@ pytest.importorskip("optuna")
 
 from fastgn import sweep, train
 from fastgn.analysis.pareto import front_of
-from fastgn.config import Config, load_recipe, parse_config
+from fastgn.config import Config, load_recipe
+from fastgn.config.cli import parse_config
 
 SPACE = ("--space", "gn_weight=0.1:10:log", "attack_it=1:4", "smoothing=0,0.1")
 

@@ -7,8 +7,6 @@ the image alone. So any number of ranks gives the same outcomes, and a run that 
 import dataclasses
 import hashlib
 import json
-import math
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,49 +19,12 @@ from torch import Tensor, nn
 from fastgn import attacks
 from fastgn.attacks import Norm
 from fastgn.checkpoint import write_json
-from fastgn.config import UserError, nearest, parse_number
+from fastgn.config.programs import AUTOATTACK, PARTS, PGD, pgd_step
+from fastgn.errors import UserError
 from fastgn.seeding import Stream, derive
 
-AUTOATTACK: dict[str, attacks.AutoAttackVersion] = {
-    "autoattack": "standard",
-    "autoattack-plus": "plus",
-    "autoattack-rand": "rand",
-}
-PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-"""AutoAttack's attacks one by one."""
-NAMES = ("clean", "fgsm", "pgd-K", "pgd-KxR", "pgd-K-margin", "pgd-K@STEP", *AUTOATTACK, *PARTS)
-PGD = re.compile(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?(-margin)?(?:@(.+))?")
 WORST = "worst case"
 Precision = Literal["fp32", "bf16"]
-
-
-def check_attack(name: str) -> None:
-    """Raises UserError with the nearest name if there is no such attack."""
-    if name in NAMES and not name.startswith("pgd"):
-        return
-    match = PGD.fullmatch(name)
-    if not match:
-        raise UserError(f"--attacks {name!r} is unknown: {nearest(name, NAMES)}")
-    try:
-        valid = 0 < pgd_step(match, 1.0) < math.inf
-    except UserError:
-        valid = False
-    if not valid:
-        raise UserError(
-            f"--attacks {name!r}: the step after @ should be a positive number, as in "
-            "pgd-100@1/255, or a part of eps, as in pgd-100@eps/4"
-        )
-
-
-def pgd_step(match: re.Match[str], eps: float) -> float:
-    """Returns PGD's step, in eps's units: the one after @, or 2.5 eps over the number of steps.
-    Raises UserError if the text after @ is not a number."""
-    text = match[4]
-    if text is None:
-        return 2.5 * eps / int(match[1])
-    if text.startswith("eps/"):
-        return eps * parse_number(f"1/{text.removeprefix('eps/')}")
-    return parse_number(text)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from html import escape
 from string import Template
 from typing import Any
 
-from fastgn.config import check
+from fastgn.errors import check
 
 Z = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""

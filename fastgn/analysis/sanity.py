@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.config import check
+from fastgn.errors import check
 
 Verdict = Literal["pass", "warn", "fail"]
 

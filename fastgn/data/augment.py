@@ -12,7 +12,7 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from fastgn.config import AugmentationConfig
+from fastgn.config.groups import AugmentationConfig
 from fastgn.data.batch import Batch
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastgn.config import UserError
+from fastgn.errors import UserError
 from fastgn.seeding import Stream, generator
 
 

@@ -14,41 +14,30 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
+
+if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+    from fastgn.extras import begin
+
+    begin("fastgn.data.check")
 
 from PIL import Image
 from tqdm import tqdm
 
 from fastgn.checkpoint import write_json
-from fastgn.config import DatasetConfig, Positional, UserError, check, parse_cli
+from fastgn.config.cli import parse_cli
+from fastgn.config.groups import DatasetConfig
+from fastgn.config.programs import CheckConfig
 from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import in_order
+from fastgn.errors import UserError
 
 TINY_PX = 32
 """A shorter side below this is worth a note."""
 ORIENTATION = 0x0112
 """EXIF's tag."""
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckConfig:
-    """Decodes every image of a data set and names the bad ones; exit status 1 where there are."""
-
-    data_dir: Annotated[str, Positional]
-    """Image folders, lists of files or shards: whatever --data-dir takes."""
-    workers: int = 4
-    """Worker processes that decode."""
-    train_split: str = "train"
-    """Folder or list of training images."""
-    val_split: str = "val"
-    """Folder or list of validation images."""
-    output: str | None = None
-    """Also write the report into this JSON file."""
-
-    def __post_init__(self) -> None:
-        check(self.workers >= 0, f"--workers {self.workers} must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

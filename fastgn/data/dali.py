@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastgn.config import AugmentationConfig, UserError
+from fastgn.config.groups import AugmentationConfig
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice
 from fastgn.data.datasets import Arrays
@@ -30,6 +30,7 @@ from fastgn.data.images import BadImageError, Encoded, decode_image, load_or_nex
 from fastgn.data.jpeg import plain_size
 from fastgn.data.recipe import ARGUMENTS, FILL, Kind, Recipe
 from fastgn.data.torch import as_it_is, from_workers
+from fastgn.errors import UserError
 from fastgn.seeding import Stream, seed_all, seed_host
 
 try:

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastgn.config import DatasetConfig, UserError, check
+from fastgn.config.groups import DatasetConfig
 from fastgn.data.images import BadImageError, Encoded, bad_image, decode_image
 from fastgn.data.shards import INDEX, Shards, read_npz
+from fastgn.errors import UserError, check
 
 __all__ = [
     "Arrays",

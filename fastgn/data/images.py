@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastgn.config import UserError
+from fastgn.errors import UserError
 
 SKIPPED_IN_A_ROW = 100
 """Bad images one after the other that are no accident: a folder or a shard is gone."""

@@ -19,7 +19,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+
+if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+    from fastgn.extras import begin
+
+    begin("fastgn.data.pack")
 
 import numpy as np
 import torch
@@ -27,46 +31,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from fastgn.checkpoint import atomic_open
-from fastgn.config import DatasetConfig, Positional, UserError, check, flag, parse_cli
+from fastgn.config.cli import parse_cli
+from fastgn.config.groups import DatasetConfig
+from fastgn.config.programs import PackConfig
 from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image
 from fastgn.data.shards import Shards, sha256_of
 from fastgn.data.torch import in_order
+from fastgn.errors import UserError, check
 
 BLOCK = 512
 """A tar's unit: of a header, and of the padding after a member."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PackConfig:
-    """Packs images into WebDataset shards with an index; stopped, the same command goes on."""
-
-    source: Annotated[str, Positional]
-    """Image folders, lists of files or shards: whatever --data-dir takes."""
-    output: Annotated[str, Positional]
-    """The folder for the shards; a --data-dir afterwards."""
-    short_side: int | None = None
-    """Resize larger images to this shorter side in pixels (bicubic) and store them as JPEG; None,
-    and all others: their bytes stay as they are."""
-    quality: int = 90
-    """JPEG quality of what was resized."""
-    shard_size: int = 10_000
-    """Images a shard."""
-    workers: int = 4
-    """Worker processes that decode and encode."""
-    train_split: str = "train"
-    """Folder or list of training images below SOURCE."""
-    val_split: str = "val"
-    """Folder or list of validation images below SOURCE."""
-    on_bad_image: Literal["fail", "skip"] = "fail"
-    """fail: stop at an image that cannot be read; skip: leave it out."""
-
-    def __post_init__(self) -> None:
-        for name in ("short_side", "shard_size"):
-            value = getattr(self, name)
-            check(value is None or value > 0, f"--{flag(name)} {value} must be at least 1")
-        check(1 <= self.quality <= 100, f"--quality {self.quality} must lie in 1 to 100")
-        check(self.workers >= 0, f"--workers {self.workers} must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ from timm.data import auto_augment, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomHorizontalFlip
 
-from fastgn.config import AugmentationConfig, UserError
+from fastgn.config.groups import AugmentationConfig
+from fastgn.errors import UserError
 
 FILL = (124, 116, 104)
 """Colour beyond the edges of a rotated, sheared or shifted image: timm's, ImageNet's mean."""

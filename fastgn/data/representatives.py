@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgn.config import Config, check
-from fastgn.data import Subset
+from fastgn.config import Config
 from fastgn.data.datasets import Arrays, Dataset
+from fastgn.data.subset import Subset
+from fastgn.errors import check
 from fastgn.seeding import Stream, generator
 
 LARGEST_BYTES = 2**31

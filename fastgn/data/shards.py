@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastgn.checkpoint import atomic_open
-from fastgn.config import UserError, check
 from fastgn.data.images import Encoded, bad_image
+from fastgn.errors import UserError, check
 
 INDEX = "index.npz"
 """The index's name, in the folder of its shards."""

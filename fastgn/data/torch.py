@@ -16,12 +16,13 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fastgn.config import AugmentationConfig, UserError
+from fastgn.config.groups import AugmentationConfig
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice, worker_death
 from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
 from fastgn.data.recipe import train_transform
+from fastgn.errors import UserError
 from fastgn.seeding import Stream, seed_all, seed_host
 
 Key = tuple[int, int]

@@ -1,0 +1,191 @@
+"""The configuration of a run: every option of ``python -m fastgn.train``, and recipes.
+
+A recipe is a command line written down, in TOML. Later sources win: field defaults < recipe <
+command line. Nothing here imports torch, so that a mistake is answered at once.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+import tyro
+
+from fastgn.config.groups import (
+    ArchitectureConfig,
+    AugmentationConfig,
+    DatasetConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    StepConfig,
+)
+from fastgn.errors import UserError, check, nearest, parse_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Trains an image classifier; see the groups below. Example: --recipe quickstart_gradnorm"""
+
+    architecture: tyro.conf.OmitArgPrefixes[ArchitectureConfig] = dataclasses.field(
+        default_factory=ArchitectureConfig
+    )
+    dataset: tyro.conf.OmitArgPrefixes[DatasetConfig] = dataclasses.field(
+        default_factory=DatasetConfig
+    )
+    augmentation: tyro.conf.OmitArgPrefixes[AugmentationConfig] = dataclasses.field(
+        default_factory=AugmentationConfig
+    )
+    objective: tyro.conf.OmitArgPrefixes[ObjectiveConfig] = dataclasses.field(
+        default_factory=ObjectiveConfig
+    )
+    step: tyro.conf.OmitArgPrefixes[StepConfig] = dataclasses.field(default_factory=StepConfig)
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = dataclasses.field(
+        default_factory=OptimizerConfig
+    )
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        schedule, objective = self.step.schedule, self.objective
+        exact = schedule in ("auto", "exact", "exact-eager")
+        check(
+            exact or objective.has_penalty,
+            f"--schedule {schedule} is a way to take gradnorm's penalty, and --method "
+            f"{objective.method} has none: leave it out",
+        )
+        check(
+            exact or not objective.takes_turns,
+            f"--schedule {schedule}: --method {objective.method} takes turns already, at "
+            "--gn-share; take --schedule exact, or --method gradnorm",
+        )
+        check(
+            objective.allows_differences
+            or schedule not in ("finite-difference", "central-difference"),
+            f"--schedule {schedule} takes the L1 norm of the loss's gradient alone, and the "
+            f"penalty of {objective.method} with these options is another: take --schedule exact",
+        )
+        check(
+            schedule != "central-difference" or objective.ce_weight >= 1e-6,
+            "--schedule central-difference finds its direction in the cross-entropy's sweep: give "
+            "--ce-weight above 0, or finite-difference",
+        )
+
+    @property
+    def eval_eps(self) -> float:
+        """Linf radius of the PGD-10 watched during training, in 0..1 pixel units."""
+        if self.run.eval_eps is not None:
+            return self.run.eval_eps
+        attacked = self.objective.has_attack
+        return self.objective.attack_eps if attacked else self.objective.eps
+
+    def replace(self, **values: Any) -> "Config":
+        """A copy with flat keys (those of recipes) replaced. Raises UserError on an unknown key."""
+        groups: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            check(name in FIELDS, f"unknown key {key!r}: {nearest(name, FIELDS)}")
+            groups.setdefault(FIELDS[name], {})[name] = coerce(name, value)
+        return dataclasses.replace(
+            self,
+            **{g: dataclasses.replace(getattr(self, g), **v) for g, v in groups.items()},
+        )
+
+    def replace_group(self, group: str, values: dict[str, Any]) -> "Config":
+        """A copy with fields of one group replaced, None included."""
+        return dataclasses.replace(
+            self, **{group: dataclasses.replace(getattr(self, group), **values)}
+        )
+
+    def flat(self) -> dict[str, Any]:
+        """{key: value} over all groups, unset (None) keys left out."""
+        pairs = {k: getattr(getattr(self, group), k) for k, group in FIELDS.items()}
+        return {k: v for k, v in pairs.items() if v is not None}
+
+    def changed(self, other: "Config", group: str) -> list[str]:
+        """'key: ours, not theirs' for every key of a group in which two configs differ."""
+        mine, theirs = getattr(self, group), getattr(other, group)
+        pairs = (
+            (f.name, getattr(mine, f.name), getattr(theirs, f.name))
+            for f in dataclasses.fields(mine)
+        )
+        return [f"{name}: {ours!r}, not {there!r}" for name, ours, there in pairs if ours != there]
+
+    @staticmethod
+    def from_toml(text: str) -> "Config":
+        """The defaults with a recipe's text laid over them. Raises UserError."""
+        try:
+            return Config().replace(**tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"not TOML: {error}") from None
+
+    def to_toml(self) -> str:
+        """The resolved config as a recipe."""
+        return tomli_w.dumps(
+            {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat().items()}
+        )
+
+
+FIELDS: dict[str, str] = {
+    field.name: group.name
+    for group in dataclasses.fields(Config)
+    for field in dataclasses.fields(group.default_factory)  # type: ignore[arg-type]
+}
+"""Recipe key -> the group that it belongs to."""
+
+
+def coerce(name: str, value: Any) -> Any:
+    """A recipe's value as its field's type. Raises UserError where it does not fit."""
+    group = typing.get_type_hints(Config, include_extras=False)[FIELDS[name]]
+    hint = typing.get_type_hints(group)[name]
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    options = tuple(o for o in options if o is not type(None))
+    kind = options[0]
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        check(value in choices, f"{name} = {value!r}: {nearest(str(value), choices)}")
+        return value
+    if origin is tuple:
+        items, want = value, typing.get_args(kind)
+        fits = isinstance(items, (list, tuple)) and (want[-1] is ... or len(items) == len(want))
+        count = "" if want[-1] is ... else f" of {len(want)} values"
+        check(fits, f"{name} = {value!r} should be a list{count}")
+        return tuple(str(v) if want[0] is str else parse_number(v) for v in items)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return parse_number(value)
+    right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+    check(right, f"{name} = {value!r} should be of type {kind.__name__}")
+    return value
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files("fastgn").joinpath("recipes").iterdir()
+    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+
+
+def load_recipe(name_or_file: str) -> Config:
+    """The defaults with a recipe laid over them. Raises UserError: unknown name, key or value."""
+    path = Path(name_or_file)
+    if path.suffix == ".toml":
+        check(path.is_file(), f"--recipe {name_or_file}: there is no such file")
+        text = path.read_text(errors="replace")
+    else:
+        names = recipe_names()
+        check(name_or_file in names, f"--recipe {name_or_file!r}: {nearest(name_or_file, names)}")
+        text = resources.files("fastgn").joinpath("recipes", f"{name_or_file}.toml").read_text()
+    try:
+        return Config.from_toml(text)
+    except UserError as error:
+        raise UserError(f"--recipe {name_or_file}: {error}") from None
+
+
+def run_folder(path: Path) -> Path:
+    """The run that a path names: its folder, or a file in it or in its checkpoints/."""
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == "checkpoints" else folder

@@ -1,0 +1,140 @@
+"""Command lines: tyro's, with every refusal as one line, answered before torch is imported."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+import re
+import signal
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from fastgn.config import FIELDS, Config, load_recipe, run_folder
+from fastgn.config.fields import flag
+from fastgn.config.programs import (
+    CheckConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PackConfig,
+    SweepConfig,
+)
+from fastgn.errors import UserError, check, nearest, say_error
+
+PROGRAMS: dict[str, type] = {
+    "fastgn.evaluate": EvaluateConfig,
+    "fastgn.export": ExportConfig,
+    "fastgn.sweep": SweepConfig,
+    "fastgn.data.pack": PackConfig,
+    "fastgn.data.check": CheckConfig,
+}
+"""Each program beside fastgn.train, whose command line is parse_config's."""
+
+
+def answer_early(program: str) -> None:
+    """Parses the program's command line, and ends the program for --help or a mistake.
+
+    What was parsed is thrown away: the program parses it again, which takes a tenth of a second.
+    """
+    args = sys.argv[1:]
+    try:
+        if program in PROGRAMS:
+            parse_cli(PROGRAMS[program], args, program)
+        else:
+            parse_config(args)
+    except UserError as error:
+        say_error(f"{program}: error: {error}")
+        sys.exit(2)
+
+
+def flag_value(args: Sequence[str], name: str) -> str | None:
+    """The value of --name in a command line, before it is parsed as a whole."""
+    for index, arg in enumerate(args):
+        if arg == f"--{name}" and index + 1 < len(args):
+            return args[index + 1]
+        if arg.startswith(f"--{name}="):
+            return arg.partition("=")[2]
+    return None
+
+
+Parsed = typing.TypeVar("Parsed")
+
+
+def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any = None) -> Parsed:
+    """tyro's command line for a dataclass, its refusals as one line instead of a box.
+
+    Raises UserError on whatever tyro refuses; --help exits with 0.
+    """
+    box = io.StringIO()
+    more: dict[str, Any] = {} if default is None else {"default": default}
+    more["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
+    helping = {"-h", "--help"} & set(args)
+    if helping:  # `--help | head` ends the program quietly
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        with contextlib.redirect_stderr(box), columns(None if helping else 10_000):
+            return tyro.cli(kind, args=list(args), prog=prog, **more)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise UserError(unboxed(box.getvalue(), kind))
+
+
+@contextlib.contextmanager
+def columns(width: int | None) -> Iterator[None]:
+    """The terminal's width as tyro sees it: a narrow box would break words in two."""
+    before = os.environ.get("COLUMNS")
+    if width is not None:
+        os.environ["COLUMNS"] = str(width)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def unboxed(text: str, kind: type) -> str:
+    """What tyro says in the first part of its box, as one line."""
+    # borderless and with rules of "-" where stdout's encoding is not exactly "utf-8"
+    lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
+    inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
+    line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))
+    line = re.sub(r"^Error parsing [\w.-]+: (?=--)", "", line).removeprefix("Error parsing ")
+    unknown = re.match(r"Unrecognized options: (--[\w-]+)", line)
+    if unknown:
+        names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
+        flags = [f"--{flag(name)}" for name in names]
+        line = f"{unknown[1]} is unknown: {nearest(unknown[1].replace('_', '-'), flags)}"
+    missing = re.match(r"Missing from [\w.]+: (.*)", line)
+    if missing:
+        names = re.findall(r"(?:^|\(required\) )([A-Z-]+) ", missing[1])
+        line = f"missing: {' and '.join(names)} (see --help)"
+    choice = re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'", line)
+    if choice:
+        given, name = choice.groups()
+        valid = re.findall(r"'([^']*)'", line)[2:]
+        line = f"{name} {given!r}: {nearest(given, valid)}"
+    return line
+
+
+def parse_config(args: Sequence[str] | None = None) -> Config:
+    """The command line's config: recipe first, then flags. ``--resume RUN`` without a recipe starts
+    from the config that RUN saved. Raises UserError."""
+    args = list(sys.argv[1:] if args is None else args)
+    recipe, resume = flag_value(args, "recipe"), flag_value(args, "resume")
+    default = Config()
+    if recipe is not None:
+        default = load_recipe(recipe)
+    elif resume not in (None, "auto"):
+        folder = run_folder(Path(str(resume)))
+        check(
+            (folder / "config.toml").is_file(), f"--resume {resume}: no run there (no config.toml)"
+        )
+        default = load_recipe(str(folder / "config.toml")).replace(output=str(folder))
+    return parse_cli(Config, args, "fastgn.train", default)

@@ -1,0 +1,143 @@
+"""What a field of an options dataclass may hold: numeric ranges, fractions, positional arguments.
+
+A numeric field declares its range beside its default, and nothing else has to check it:
+
+    epochs: Annotated[int, Range(1, 100_000)] = 100
+"""
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import tyro
+
+from fastgn.errors import check, parse_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The smallest and the largest value that a numeric option takes. NaN and inf never fit."""
+
+    low: float
+    high: float
+    above: bool = False
+    """Whether `low` itself is left out."""
+    below: bool = False
+    """Whether `high` itself is left out."""
+    hint: str = ""
+    """What the message adds for a value that does not fit."""
+
+    def __post_init__(self) -> None:
+        assert -math.inf < self.low < self.high < math.inf, "both ends of a range are finite"
+
+    def __contains__(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.above else 'at least'} {number(self.low)}"
+        return f"{low} and {'below' if self.below else 'at most'} {number(self.high)}"
+
+
+PROBABILITY = Range(0, 1)
+RATE = Range(0, 1, below=True)
+"""A share that never reaches 1, such as a dropout rate."""
+PIXELS = Range(0, 1, hint="eps counts in 0..1 pixel units, write 4/255")
+"""A distance between images whose pixels lie in 0..1."""
+RADIUS = dataclasses.replace(PIXELS, above=True)
+WEIGHT = Range(0, 1e6)
+"""A factor of a term of the loss."""
+SEED = Range(0, 2**63 - 1)
+IMAGES = Range(1, 2**31 - 1)
+"""A number of images in a data set."""
+BATCH = Range(1, 2**20)
+"""A number of images that are in memory at once."""
+WORKERS = Range(0, 1024)
+
+Fraction = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|N/M",
+        instance_from_str=lambda args: parse_number(args[0]),
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [number(value)],
+    ),
+]
+"""A number that may be written as a fraction, such as 4/255."""
+
+Positional = tyro.conf.Positional
+"""Annotated[str, Positional]: an argument without a flag."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A group of options that checks its numeric fields against their ranges."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError if a number, or one in a tuple, lies outside its field's range."""
+        for name, allowed in ranges(type(self)).items():
+            for value in numbers_in(getattr(self, name)):
+                given = f"--{flag(name)} {number(value)}"
+                hint = f": {allowed.hint}" if allowed.hint else ""
+                check(value in allowed, f"{given} is out of range: it must be {allowed}{hint}")
+
+
+@functools.cache
+def ranges(kind: type) -> dict[str, Range]:
+    """Returns the range of each numeric field of an options dataclass.
+
+    Raises AssertionError if a numeric field has none: then nothing would check it.
+    """
+    found = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        parts = list(annotations_of(hint))
+        allowed = [part for part in parts if isinstance(part, Range)]
+        numeric = bool({int, float} & {p for p in parts if isinstance(p, type)})
+        assert len(allowed) == numeric, f"{kind.__name__}.{name} needs one Range, not {allowed}"
+        if allowed:
+            found[name] = allowed[0]
+    return found
+
+
+def annotations_of(hint: Any) -> Iterator[Any]:
+    """Yields the plain types and the metadata that a type hint is made of."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        yield from hint.__metadata__
+        yield from annotations_of(hint.__origin__)
+    elif origin in (typing.Union, types.UnionType, tuple):
+        for argument in typing.get_args(hint):
+            yield from annotations_of(argument)
+    else:
+        yield hint
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Yields the value if it is a number, or the numbers of a tuple."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield item
+
+
+def number(value: float) -> str:
+    """Returns a number as a user would write it: 4/255 for 0.01568627450980392."""
+    if isinstance(value, float) and 0 < abs(value) <= 1 and len(f"{value:g}") > 5:
+        for denominator in (255, 510):
+            numerator = value * denominator
+            if abs(numerator - round(numerator)) < 1e-9:
+                return f"{round(numerator)}/{denominator}"
+    if isinstance(value, float):
+        return repr(int(value)) if value.is_integer() and abs(value) < 1e6 else repr(value)
+    return str(value)
+
+
+def flag(name: str) -> str:
+    """Returns a field's name as its flag spells it."""
+    return name.replace("_", "-")

@@ -1,0 +1,447 @@
+"""The groups of options of a training run: frozen dataclasses, checked when they are made.
+
+Every field is a flag of ``python -m fastgn.train`` and a key of a recipe. Names are those of timm,
+or of ARES for the attacks, wherever one exists.
+"""
+
+import ast
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastgn.config.fields import (
+    BATCH,
+    IMAGES,
+    PIXELS,
+    PROBABILITY,
+    RATE,
+    SEED,
+    WEIGHT,
+    WORKERS,
+    Fraction,
+    Options,
+    Range,
+)
+from fastgn.config.policy import check_policy
+from fastgn.errors import check, nearest
+
+MEAN = Range(-10, 10)
+STD = Range(1e-3, 1e3)
+CROP = Range(0.05, 1)
+"""The share of an image's side that a centre crop keeps."""
+EPOCHS = Range(0, 100_000)
+UPDATES = Range(1, 2**40)
+LEARNING_RATE = Range(0, 10, above=True)
+FD_STEP = Range(1e-6, 10, hint="below 1e-6 fp32 rounds the difference away; 1e-3 is good")
+
+Method = Literal[
+    "natural", "gradnorm", "pgd_at", "fgsm_rs", "trades", "edge", "pag", "gradnorm+fgsm"
+]
+METHODS: tuple[str, ...] = typing.get_args(Method)
+PENALTY_METHODS = ("gradnorm", "edge", "pag", "gradnorm+fgsm")
+ATTACK_METHODS = ("pgd_at", "fgsm_rs", "trades")
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchitectureConfig(Options):
+    """The network."""
+
+    model: str = "swin_b"
+    """Any timm model name, or swin_t, swin_s, swin_b, swin_l, resnet50, preact_resnet18 (CIFAR)."""
+    model_kwargs: tuple[str, ...] = ()
+    """Arguments of the model's constructor, each as key=value (timm's --model-kwargs)."""
+    pretrained: bool = False
+    """Start from timm's weights, fetched from the hub."""
+    initial_checkpoint: str | None = None
+    """Start from a local file (.safetensors, .pt, .pth) or from a finished run's folder."""
+    activation: str | None = None
+    """Replace every activation by this one (gelu, silu, relu, ..., or with a number leaky_relu:0.3,
+    elu:1, softplus:10); None keeps the model's own."""
+    img_size: Annotated[int | None, Range(1, 4096)] = None
+    """Side of the square input in pixels; None takes the model's own."""
+    num_classes: Annotated[int | None, Range(2, 1_000_000)] = None
+    """Checked against the data; None takes the data's."""
+    drop: Annotated[float, RATE] = 0.0
+    """Dropout rate of the head."""
+    drop_path: Annotated[float, RATE] = 0.0
+    """Stochastic depth rate."""
+    mean: Annotated[tuple[float, float, float] | None, MEAN] = None
+    """Per-channel mean of the normalisation inside the model; None takes the model's own."""
+    std: Annotated[tuple[float, float, float] | None, STD] = None
+    """Per-channel standard deviation of the normalisation; None takes the model's own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        model_kwargs(self.model_kwargs)
+        check(
+            not (self.pretrained and self.initial_checkpoint),
+            "--pretrained and --initial-checkpoint both give the weights to start from: take one",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetConfig(Options):
+    """The images, and how they are grouped."""
+
+    data: Literal["digits", "cifar10", "imagefolder"] | None = None
+    """None: imagefolder when --data-dir is given, else scikit-learn's embedded digits."""
+    data_dir: str | None = None
+    """ImageFolder tree, lists of files (train.txt, val.txt) or packed shards (fastgn.data.pack);
+    CIFAR-10 as python batches, .npz or image folder (none given: downloaded)."""
+    train_split: str = "train"
+    """Folder or list of training images below --data-dir."""
+    val_split: str = "val"
+    """Folder or list of validation images below --data-dir."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """fail: stop at an image that cannot be read, and name it; skip: take the next one of the
+    split, name it and count it (torch and dali loaders)."""
+    loader: Literal["auto", "device", "torch", "dali"] = "auto"
+    """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
+    processes; dali: NVIDIA DALI, which decodes and augments on the GPU where there is one. auto:
+    device for digits and cifar10, torch for image folders."""
+    workers: Annotated[int, WORKERS] = 4
+    """Worker processes of the torch loader, for each rank; threads of dali, which has a quarter as
+    many worker processes."""
+    batch_size: Annotated[int | None, BATCH] = None
+    """Images a rank and micro-batch. None: 32 on CUDA, 8 on CPU."""
+    grad_accum_steps: Annotated[int, BATCH] = 1
+    """Micro-batches accumulated into one update."""
+    global_batch_size: Annotated[int | None, IMAGES] = None
+    """Images an update over all ranks; sets grad_accum_steps, and must divide evenly."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.global_batch_size is None or self.grad_accum_steps == 1,
+            "--global-batch-size sets --grad-accum-steps: give one of the two",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationConfig(Options):
+    """What is done to training images. The defaults are timm's, but for mixing, which is off."""
+
+    aa: str | None = None
+    """timm's auto-augment policy, such as rand-m9-mstd0.5-inc1 (torch and dali loaders)."""
+    color_jitter: Annotated[float, Range(0, 10)] = 0.4
+    """Colour jitter (torch and dali loaders; timm leaves it out where --aa is given)."""
+    scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
+    """Area range of the random resized crop (torch and dali loaders)."""
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """Interpolation of the random resized crop (torch and dali loaders)."""
+    crop_pct: Annotated[float, CROP] = 0.875
+    """Share of the resized image's side that the centre crop of evaluation keeps (image files)."""
+    crop_padding: Annotated[int | None, Range(0, 4096)] = None
+    """Random shift in pixels (device loader); None: 1/8 of the side for cifar10, 1/16 for
+    digits."""
+    hflip: Annotated[float | None, PROBABILITY] = None
+    """Probability of a horizontal flip; None: 0.5, but 0 for digits."""
+    reprob: Annotated[float, PROBABILITY] = 0.0
+    """Random erasing's probability."""
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    """Random erasing's fill: zero, one colour, or noise in every pixel."""
+    mixup: Annotated[float, Range(0, 100)] = 0.0
+    """Alpha of mixup; 0 turns it off."""
+    cutmix: Annotated[float, Range(0, 100)] = 0.0
+    """Alpha of cutmix; 0 turns it off."""
+    mixup_switch_prob: Annotated[float, PROBABILITY] = 0.5
+    """Probability of cutmix where both are on."""
+    smoothing: Annotated[float, RATE] = 0.1
+    """Label smoothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.scale
+        check(low <= high, f"--scale {low} {high}: the lower end comes first")
+        if self.aa is not None:
+            check_policy(self.aa)
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig(Options):
+    """What is minimised. Source of the defaults: arXiv 2409.20139, equation 2."""
+
+    method: Method = "gradnorm"
+    """natural: cross-entropy; gradnorm: plus the L1 norm of its input gradient, by double backprop;
+    pgd_at: cross-entropy at PGD's images; fgsm_rs: the same after one step from a random start;
+    trades: cross-entropy plus the divergence at PGD's images; edge: plus how far input gradients
+    lie off the edges; pag: plus how far they point off a class's representative; gradnorm+fgsm:
+    gradnorm on a share of the updates, fgsm_rs on the rest."""
+    ce_weight: Annotated[float, WEIGHT] = 0.8
+    """gradnorm: weight of the cross-entropy."""
+    gn_weight: Annotated[float, WEIGHT] = 1.2
+    """gradnorm: weight of the penalty."""
+    gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
+    """gradnorm: the norm of each image's gradient."""
+    gn_of: Literal["loss", "logit"] = "loss"
+    """gradnorm: whose gradient: the cross-entropy's, or the true class's logit's."""
+    gn_channel_weights: Annotated[tuple[float, float, float] | None, WEIGHT] = None
+    """gradnorm: factors of the gradient's channels, red, green, blue; None: 1 each."""
+    gn_threshold: Annotated[float, Range(0, 1e9)] = 0.0
+    """gradnorm: only what an image's norm exceeds this by is penalised; in normalised units, before
+    eps / sigma."""
+    gn_start: Annotated[Fraction, PIXELS] = 0.0
+    """gradnorm: take loss and gradient at a random point, uniform within this Linf radius of the
+    image in 0..1 pixel units; 0: at the image."""
+    gn_share: Annotated[
+        float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
+    ] = 0.5
+    """gradnorm+fgsm: share of the updates with the penalty, evenly spread; 1: all."""
+    eps: Annotated[Fraction, PIXELS] = 4 / 255
+    """gradnorm: the penalty's radius in 0..1 pixel units."""
+    sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
+    """gradnorm: pixel units in one normalised unit; one number for all channels, as in the
+    paper."""
+    ramp_epochs: Annotated[float, EPOCHS] = 5.0
+    """Epochs over which the penalty's weight, or the attack's step, grows linearly to its full
+    value."""
+    ramp_start: Annotated[Fraction, PROBABILITY] = 0.0
+    """Share of the full value that it grows from."""
+    edge_weight: Annotated[float, WEIGHT] = 19.0
+    """edge: weight of the penalty, at full ramp (the paper's grows from 1 to it in 200 epochs)."""
+    edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
+    """edge: a class is drawn from softmax(logits / this)."""
+    edge_sampling: Literal["hard", "relaxed"] = "hard"
+    """edge: the input gradient of one drawn class, or of all, weighted by a Gumbel-softmax draw."""
+    edge_map: Literal["gradient", "saliency"] = "gradient"
+    """edge: the gradient's L2 norm over a pixel's channels, or its largest magnitude."""
+    pag_weight: Annotated[float, WEIGHT] = 15.0
+    """pag: weight of the penalty (its authors' code: 1.5 times 10)."""
+    pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
+    """pag: what a class's gradient points to: the mean of its training images, the image's nearest
+    neighbour among them (data that the device can hold), or one of them, drawn by the seed."""
+    pag_images: Annotated[int, IMAGES] = 100
+    """pag: image files that each class mean is taken over, drawn by the seed; of cifar10 and digits
+    it is all."""
+    trades_beta: Annotated[float, WEIGHT] = 6.0
+    """trades: weight of the divergence."""
+    attack_eps: Annotated[Fraction, PIXELS] = 4 / 255
+    """pgd_at, trades, fgsm_rs: Linf radius in 0..1 pixel units."""
+    attack_step: Annotated[Fraction | None, PIXELS] = None
+    """pgd_at, trades, fgsm_rs: step in pixel units; None: 2 eps / attack_it, for fgsm_rs
+    1.25 eps."""
+    attack_it: Annotated[int, Range(1, 10_000)] = 3
+    """pgd_at, trades: steps."""
+    attack_select: Literal["last", "best", "paper"] = "last"
+    """pgd_at: train on the last iterate, or on the best of all (one forward more). paper: best,
+    with the extra forward on un-normalised images, as the paper's code has it."""
+    attack_weight_grads: bool = False
+    """pgd_at: compute, all-reduce and discard weight gradients at every attack step, as the paper's
+    code does. For cost comparisons alone: the images are the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.method in METHODS, f"--method {self.method!r}: {nearest(self.method, METHODS)}")
+        check(
+            self.gn_channel_weights is None or sum(self.gn_channel_weights) > 0,
+            "--gn-channel-weights 0 0 0 leaves no gradient: give a channel a weight above 0",
+        )
+        check(
+            self.method != "trades" or self.attack_select != "paper",
+            "--attack-select paper is a quirk of the paper's PGD-3: with --method trades take best "
+            "or last",
+        )
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method differentiates the loss with respect to the images."""
+        return self.method in PENALTY_METHODS
+
+    @property
+    def has_attack(self) -> bool:
+        """Whether every update trains on attacked images."""
+        return self.method in ATTACK_METHODS
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether some updates minimise the penalty and the others something else."""
+        return self.method == "gradnorm+fgsm" and self.gn_share < 1
+
+    @property
+    def allows_differences(self) -> bool:
+        """Whether a finite difference of the cross-entropy can stand in for the penalty."""
+        return self.method in ("gradnorm", "gradnorm+fgsm") and not self.gn_variant
+
+    @property
+    def gn_variant(self) -> bool:
+        """Whether gradnorm's penalty is another than the L1 norm of the loss's gradient."""
+        return bool(
+            self.gn_norm != "l1"
+            or self.gn_of != "loss"
+            or self.gn_channel_weights
+            or self.gn_threshold
+            or self.gn_start
+        )
+
+    @property
+    def step_size(self) -> float:
+        """The attack's step in pixel units, the method's default filled in."""
+        if self.attack_step is not None:
+            return self.attack_step
+        one_step = self.method in ("fgsm_rs", "gradnorm+fgsm")
+        return 1.25 * self.attack_eps if one_step else 2 * self.attack_eps / self.attack_it
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig(Options):
+    """How a step runs."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """One compiled graph for the whole step; off: eager double backprop. auto: on for CUDA, off on
+    CPU, where a short run does not win back the time to compile."""
+    schedule: Literal[
+        "auto",
+        "exact",
+        "exact-eager",
+        "finite-difference",
+        "central-difference",
+        "lazy",
+        "subset",
+    ] = "exact"
+    """exact: double backprop, in one graph where compiled; exact-eager: never compiled; auto:
+    exact, in micro-batches and with an activation memory budget that fit the device. Of gradnorm's
+    penalty: finite-difference and central-difference approximate it without double backprop; lazy
+    has it every lazy_interval-th update; subset on a share of the images."""
+    fd_step: Annotated[float, FD_STEP] = 1e-2
+    """finite-difference, central-difference: the step h in normalised units. The larger, the nearer
+    to training on FGSM's images; below 1e-2 bf16 loses the difference (1e-3 is good in fp32)."""
+    lazy_interval: Annotated[int, Range(1, 1_000_000)] = 4
+    """lazy: updates from one with the penalty to the next; it is that many times as strong, which
+    clip_grad undoes in part."""
+    subset_fraction: Annotated[float, Range(0, 1, above=True)] = 0.5
+    """subset: share of the images with the penalty; of batch_size, a whole number of images."""
+    precision: Literal["fp32", "tf32", "bf16", "bf16-pure"] = "fp32"
+    """fp32; tf32 products (CUDA); bf16: autocast with fp32 weights; bf16-pure: weights and
+    activations in bf16 within the step, fp32 for the weights updated and for statistics."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay each compiled graph as one launch, so that no slow host holds the GPU up. auto: in one
+    process on CUDA; on with several has not been tried."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """triton: activations, LayerNorms and Swin's window attention by fastgn_kernels; reference: by
+    PyTorch's operators. auto: triton for CUDA, reference on CPU."""
+    activation_memory_budget: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Share of the activations that the compiled step keeps; the rest is recomputed in the
+    backward."""
+    clip_grad: Annotated[
+        float | None, Range(0, 1e9, above=True, hint="leave it out for no clipping")
+    ] = None
+    """Clip the gradient's global L2 norm to this."""
+    train_in_eval_mode: bool = False
+    """Quirk of the paper's code: train with the model in eval mode, which freezes BatchNorm."""
+    accumulation: Literal["mean", "sum"] = "mean"
+    """Average the micro-batches' losses, or sum them before clipping, as the paper's code does."""
+    sync_micro_batches: bool = False
+    """Quirk of the paper's code: synchronise the device after every micro-batch (for timing
+    alone)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.schedule != "exact-eager" or self.compile != "on",
+            "--schedule exact-eager is never compiled: leave out --compile on, or take exact",
+        )
+        check(
+            self.cuda_graphs != "on" or (self.compile != "off" and self.schedule != "exact-eager"),
+            "--cuda-graphs on replays compiled graphs: leave out --compile off and exact-eager",
+        )
+        if self.schedule == "auto":
+            check(
+                self.accumulation != "sum",
+                "--schedule auto splits the batch itself, and --accumulation sum weighs it by its "
+                "parts: use --accumulation mean, or --schedule exact",
+            )
+            check(
+                self.activation_memory_budget == 1,
+                f"--schedule auto picks the budget: leave out --activation-memory-budget "
+                f"{self.activation_memory_budget}",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Options):
+    """AdamW, cosine with warm-up, and the average of the weights."""
+
+    opt: Literal["adamw", "fusedadamw"] = "adamw"
+    """adamw: torch's (fused on CUDA); fusedadamw: NVIDIA apex's FusedAdam."""
+    epochs: Annotated[int, Range(1, 100_000)] = 100
+    """Passes over the training images."""
+    lr: Annotated[float | None, LEARNING_RATE] = None
+    """Peak learning rate; None: lr_base * global batch / lr_base_size."""
+    lr_base: Annotated[float, LEARNING_RATE] = 6.25e-4
+    """Peak learning rate at a global batch of lr_base_size."""
+    lr_base_size: Annotated[int, IMAGES] = 512
+    """See lr_base."""
+    weight_decay: Annotated[float, Range(0, 100)] = 0.05
+    """Of matrices and convolutions alone: norms, biases and relative-position tables have none."""
+    opt_eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
+    """AdamW's epsilon."""
+    opt_betas: Annotated[tuple[float, float], RATE] = (0.9, 0.999)
+    """AdamW's betas."""
+    warmup_epochs: Annotated[float, EPOCHS] = 5.0
+    """Epochs of linear warm-up."""
+    warmup_lr: Annotated[float, Range(0, 10)] = 1e-5
+    """Learning rate at the first update."""
+    min_lr: Annotated[float, Range(0, 10)] = 1e-5
+    """Learning rate at the end of the cosine."""
+    sched_on_updates: bool = True
+    """Move the learning rate at every update; the paper's code moves it once an epoch."""
+    model_ema: bool = True
+    """Keep an exponential moving average of the weights in fp32; it is what is evaluated and
+    exported."""
+    model_ema_decay: Annotated[float, RATE] = 0.9998
+    """Decay of the average, an update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.warmup_epochs < self.epochs,
+            f"--warmup-epochs {self.warmup_epochs:g} must be fewer than --epochs {self.epochs}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(Options):
+    """The run itself: where, how often, on what."""
+
+    recipe: str | None = None
+    """A recipe's name (fastgn/recipes) or a TOML file; the command line overrides it."""
+    output: str | None = None
+    """The run's folder; None: runs/<time>-<model>-<method>."""
+    resume: str | None = None
+    """A run's folder or one of its checkpoints, continued exactly; 'auto': --output, if it has
+    one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda where there is one, else cpu."""
+    seed: Annotated[int, SEED] = 0
+    """Of everything: all randomness is a function of (seed, step, rank) or (seed, epoch, image)."""
+    max_updates: Annotated[int | None, UPDATES] = None
+    """Stop after this many updates, for trials; the schedule stays that of --epochs."""
+    log_interval: Annotated[int, UPDATES] = 50
+    """Updates between log rows, where alone the host waits for the device."""
+    checkpoint_interval: Annotated[int | None, UPDATES] = None
+    """Updates between checkpoints; None: one an epoch."""
+    checkpoint_hist: Annotated[int, Range(1, 1_000_000)] = 2
+    """Checkpoints kept, the best one aside."""
+    eval_interval: Annotated[int, Range(1, 100_000)] = 1
+    """Epochs between evaluations on the fixed subset."""
+    eval_images: Annotated[int, Range(0, 2**31 - 1)] = 512
+    """Size of the fixed validation subset; 0 turns evaluation off."""
+    eval_eps: Annotated[Fraction | None, PIXELS] = None
+    """Linf radius of the PGD-10 watched during training; None: the method's own radius."""
+    log_wandb: bool = False
+    """Log to Weights & Biases as well."""
+
+
+def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
+    """('depths=(2, 2)', ...) -> {'depths': (2, 2), ...}; a value that is no literal stays a
+    string."""
+    out = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        check(bool(equals and key), f"--model-kwargs {pair!r} should be key=value")
+        try:
+            out[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[key] = value
+    return out

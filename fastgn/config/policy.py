@@ -1,0 +1,62 @@
+"""The names of timm's auto-augmentation policies, checked before timm is imported.
+
+timm itself ignores what it cannot read: `rand-zzz` is `rand` there, and `rand-mnan` a default.
+"""
+
+import re
+
+from fastgn.config.fields import Range
+from fastgn.errors import UserError, check, nearest
+
+AUTOAUGMENT = ("original", "originalr", "v0", "v0r", "3a")
+MAGNITUDE = Range(0, 10)
+SECTIONS: dict[str, dict[str, tuple[type, Range]]] = {
+    "rand": {
+        "m": (int, MAGNITUDE),
+        "n": (int, Range(1, 16)),
+        "p": (float, Range(0, 1)),
+        "mstd": (float, Range(0, 1000)),
+        "mmax": (int, MAGNITUDE),
+        "inc": (int, Range(0, 1)),
+    },
+    "augmix": {
+        "m": (int, MAGNITUDE),
+        "w": (int, Range(1, 16)),
+        "d": (int, Range(1, 16)),
+        "a": (float, Range(0, 100, above=True)),
+        "b": (int, Range(0, 1)),
+        "mstd": (float, Range(0, 1000)),
+    },
+    "autoaugment": {"mstd": (float, Range(0, 1000))},
+}
+"""Kind of policy -> its sections: each is a key and a number of this type, in this range."""
+SETS = ("tweights", "t3a", "t3aw")
+"""RandAugment's sections that name a set of operations."""
+
+
+def check_policy(policy: str) -> None:
+    """Raises UserError unless timm understands every section of an auto-augmentation policy."""
+    name, *sections = policy.split("-")
+    kinds = {"rand": "rand", "augmix": "augmix"} | dict.fromkeys(AUTOAUGMENT, "autoaugment")
+    check(name in kinds, f"--aa {policy}: {nearest(name, kinds)}")
+    known = SECTIONS[kinds[name]]
+    seen = set()
+    for section in sections:
+        if name == "rand" and section in SETS:
+            continue
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section)
+        keys = ", ".join(known)
+        if match is None or match[1] not in known:
+            raise UserError(
+                f"--aa {policy}: section {section!r} should be one of {keys} and a number; "
+                "write rand-m9-mstd0.5-inc1"
+            )
+        key, text = match.groups()
+        kind, allowed = known[key]
+        check(key not in seen, f"--aa {policy}: section {key} stands there twice")
+        seen.add(key)
+        check(
+            (kind is float or "." not in text) and float(text) in allowed,
+            f"--aa {policy}: {key} must be {'a whole number ' if kind is int else ''}{allowed}, "
+            f"not {text}",
+        )

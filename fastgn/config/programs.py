@@ -1,0 +1,308 @@
+"""The options of the other programs: evaluate, export, sweep, data.pack and data.check."""
+
+import dataclasses
+import math
+import re
+from typing import Annotated, Literal
+
+from fastgn.config.fields import (
+    BATCH,
+    IMAGES,
+    PROBABILITY,
+    SEED,
+    WORKERS,
+    Fraction,
+    Options,
+    Positional,
+    Range,
+    flag,
+)
+from fastgn.config.groups import CROP, MEAN, STD
+from fastgn.errors import UserError, check, nearest, parse_number
+
+EVALUATION_EPS = Range(0, 1e4, above=True, hint="eps counts in 0..1 pixel units, write 4/255")
+"""Radii in the L2 norm may exceed 1."""
+AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
+    "autoattack": "standard",
+    "autoattack-plus": "plus",
+    "autoattack-rand": "rand",
+}
+PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+"""AutoAttack's attacks one by one."""
+NAMES = ("clean", "fgsm", "pgd-K", "pgd-KxR", "pgd-K-margin", "pgd-K@STEP", *AUTOATTACK, *PARTS)
+PGD = re.compile(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?(-margin)?(?:@(.+))?")
+PGD_STEPS = Range(1, 100_000)
+PGD_RESTARTS = Range(1, 10_000)
+
+
+def check_attack(name: str) -> None:
+    """Raises UserError with the nearest name if there is no such attack."""
+    if name in NAMES and not name.startswith("pgd"):
+        return
+    match = PGD.fullmatch(name)
+    if not match:
+        raise UserError(f"--attacks {name!r} is unknown: {nearest(name, NAMES)}")
+    for text, allowed, what in ((match[1], PGD_STEPS, "steps"), (match[2], PGD_RESTARTS, "starts")):
+        check(
+            text is None or (len(text) < 10 and int(text) in allowed),
+            f"--attacks {name!r}: the number of {what} must be {allowed}",
+        )
+    try:
+        valid = 0 < pgd_step(match, 1.0) < math.inf
+    except UserError:
+        valid = False
+    if not valid:
+        raise UserError(
+            f"--attacks {name!r}: the step after @ should be a positive number, as in "
+            "pgd-100@1/255, or a part of eps, as in pgd-100@eps/4"
+        )
+
+
+def pgd_step(match: re.Match[str], eps: float) -> float:
+    """Returns PGD's step, in eps's units: the one after @, or 2.5 eps over the number of steps.
+    Raises UserError if the text after @ is not a number."""
+    text = match[4]
+    if text is None:
+        return 2.5 * eps / int(match[1])
+    if text.startswith("eps/"):
+        return eps * parse_number(f"1/{text.removeprefix('eps/')}")
+    return parse_number(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class ForeignConfig(Options):
+    """What describes a network of which a file holds the weights alone."""
+
+    model: str | None = None
+    """timm's name of the network, where --checkpoint is a file of weights alone."""
+    model_kwargs: tuple[str, ...] = ()
+    """With --model: arguments of its constructor, each as key=value."""
+    activation: str | None = None
+    """With --model: swaps its activations, as fastgn.train does."""
+    img_size: Annotated[int | None, Range(1, 4096)] = None
+    """With --model: side in pixels; None: timm's."""
+    mean: Annotated[tuple[float, float, float] | None, MEAN] = None
+    """With --model: normalisation; None: timm's."""
+    std: Annotated[tuple[float, float, float] | None, STD] = None
+    """With --model: normalisation; None: timm's."""
+    crop_pct: Annotated[float | None, CROP] = None
+    """With --model: share of the resized image's side that the centre crop keeps (image files);
+    None: timm's."""
+    from_paper: bool = False
+    """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
+    normalisation around the network)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in dataclasses.fields(ForeignConfig):
+            check(
+                self.model is not None or not getattr(self, field.name),
+                f"--{flag(field.name)} describes a file of weights alone: add --model NAME, or "
+                "leave it out for what fastgn.train has made",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig(ForeignConfig):
+    """Clean and robust accuracy of trained models, side by side."""
+
+    checkpoint: tuple[str, ...] = ()
+    """Runs' folders, checkpoints (.pt) or exports (.safetensors) of fastgn.train; with --model, any
+    file of weights in timm's keys."""
+    norm: Literal["Linf", "L2"] = "Linf"
+    """What eps bounds."""
+    eps: Annotated[tuple[Fraction, ...], EVALUATION_EPS] = (4 / 255,)
+    """Radii in 0..1 pixel units."""
+    attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
+    """clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start), pgd-KxR (R starts),
+    pgd-K-margin (on the margin in place of the cross-entropy), pgd-K@STEP (the step itself, such as
+    1/255, or a part of eps, such as eps/4), autoattack (standard), autoattack-plus,
+    autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square."""
+    data: Literal["digits", "cifar10", "imagefolder"] | None = None
+    """None: the data that the run was trained on."""
+    data_dir: str | None = None
+    """None: the run's own."""
+    val_split: str | None = None
+    """Folder or list of the images below --data-dir; None: the run's own."""
+    num_images: Annotated[int | None, IMAGES] = None
+    """How many validation images; None takes all. The first ones; of a split sorted by
+    class, as a folder is, evenly spaced ones."""
+    image_list: str | None = None
+    """In place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's validation set), or a
+    file with a line for each image: its number, or the end of its path."""
+    batch_size: Annotated[int, BATCH] = 360
+    """Images attacked at once, by one rank; its outcomes are saved together."""
+    workers: Annotated[int, WORKERS] = 4
+    """Worker processes that read image files."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of FGSM's and PGD's gradients; the verdict is the fp32 model's."""
+    compile: bool = False
+    """Compile the network for FGSM's and PGD's gradients: a minute first, which many images win
+    back."""
+    output: str | None = None
+    """The JSON file; None: evaluation.json in the first checkpoint's folder."""
+    report: str | None = None
+    """Also write all of it as one HTML page."""
+    statistics: bool = False
+    """Also gradient statistics, at the last eps: the paper's table 1 and local linearity; of a
+    run's folder, also the norm at each of its checkpoints."""
+    sanity: bool = False
+    """Also the sanity report, at the last eps: whether the attacks can be believed."""
+    analysis_images: Annotated[int, BATCH] = 256
+    """How many of the images, evenly spaced, for --statistics and --sanity."""
+    curve: str | None = None
+    """Also draw accuracy against eps, under the last of the attacks, into this PNG."""
+    picture: str | None = None
+    """Also draw images, input gradients and PGD-20 perturbations (at the last eps) into this
+    PNG."""
+    picture_images: Annotated[int, Range(1, 1000)] = 8
+    """Rows of the picture."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda where there is one, else cpu."""
+    seed: Annotated[int, SEED] = 0
+    """Of every attack."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
+        check(bool(self.eps), "--eps is empty: write --eps 4/255")
+        if self.norm == "Linf":
+            for value in self.eps:
+                check_linf("--eps", value)
+        check(bool(self.attacks), "--attacks is empty: write --attacks clean pgd-20")
+        for name in self.attacks:
+            check_attack(name)
+        for field, values in (("attacks", self.attacks), ("eps", self.eps)):
+            check(len(set(values)) == len(values), f"--{field} names one twice")
+        check(
+            self.norm == "Linf" or not self.statistics,
+            "--statistics is of Linf: leave it out with --norm L2",
+        )
+        check(
+            self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
+            "--curve draws the last of the --attacks over several --eps: give at least 2",
+        )
+        check(
+            self.image_list is None or self.num_images is None,
+            "--image-list and --num-images both say which images: leave one out",
+        )
+        check(
+            self.model is None or self.data is not None or self.data_dir is not None,
+            "--model: the file says nothing of its data: add --data-dir DIR or --data",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig(ForeignConfig):
+    """A trained model as files that need torch and timm alone, with RobustBench's record of it."""
+
+    checkpoint: str = ""
+    """A run's folder, a checkpoint (.pt) or an export (.safetensors); with --model, any file of
+    weights in timm's keys."""
+    robustbench: str = ""
+    """The folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
+    threat: Literal["Linf", "L2"] = "Linf"
+    """The norm that --eps is measured in."""
+    eps: Annotated[Fraction, EVALUATION_EPS] = 4 / 255
+    """The threat's radius in 0..1 pixel units."""
+    dataset: Literal["cifar10", "imagenet"] | None = None
+    """RobustBench's name of the data; None: the run's data, where it is one of these."""
+    evaluation: str | None = None
+    """An evaluation.json of fastgn.evaluate to take the accuracies from; None leaves them null."""
+    name: str | None = None
+    """Title of the entry (RobustBench: the paper's); None: the run's name."""
+    link: str | None = None
+    """Address of the paper or of the code."""
+    authors: str | None = None
+    """Their names, with commas between."""
+    venue: str | None = None
+    """Where and when it was published."""
+    architecture: str | None = None
+    """The network as the leaderboard should call it, such as Swin-B; None: --model of the run."""
+    additional_data: bool | None = None
+    """Whether other images or labels than the data set's were used; None: false for a run from
+    scratch, else null."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.model is None or self.dataset is not None,
+            "--model: the file says nothing of its data: add --dataset imagenet or cifar10",
+        )
+        check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
+        check(bool(self.robustbench), "--robustbench is missing: name the folder to write")
+        if self.threat == "Linf":
+            check_linf("--eps", self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(Options):
+    """Tunes a recipe's fields with Optuna, by fastgn.train's own runs."""
+
+    recipe: str = "quickstart_gradnorm"
+    """A recipe's name or a TOML file: what every trial starts from."""
+    space: tuple[str, ...] = ()
+    """What is tried: FIELD=LOW:HIGH, FIELD=LOW:HIGH:log, or FIELD=A,B,C."""
+    set: tuple[str, ...] = ()
+    """Fields that differ from the recipe in every trial, each as FIELD=VALUE."""
+    trials: Annotated[int, Range(1, 1_000_000)] = 30
+    """Of the study in all: those that it holds already count."""
+    study: str = "runs/sweep.db"
+    """The study's SQLite file; beside it go .json, .png, _best.toml and the trials' runs."""
+    objective: Literal["robust", "pareto"] = "robust"
+    """robust: the accuracy under PGD-10, above --clean-floor; poor trials are pruned. pareto: it
+    and the clean accuracy together; Optuna cannot prune with two objectives."""
+    clean_floor: Annotated[float, PROBABILITY] = 0.0
+    """robust: a trial with less clean accuracy (0..1) counts as worse than any with more; pareto:
+    which trials may be the best one."""
+    prune: bool = True
+    """robust: stop a trial that is worse than the median of the others at the same epoch."""
+    startup_trials: Annotated[int, Range(1, 1_000_000)] = 5
+    """Random ones first, of which none is pruned."""
+    seed: Annotated[int, SEED] = 0
+    """Of Optuna's choices; the runs' own is a field, seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.space), "--space is empty: write --space gn_weight=0.1:10:log")
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig(Options):
+    """Packs images into WebDataset shards with an index; stopped, the same command goes on."""
+
+    source: Annotated[str, Positional]
+    """Image folders, lists of files or shards: whatever --data-dir takes."""
+    output: Annotated[str, Positional]
+    """The folder for the shards; a --data-dir afterwards."""
+    short_side: Annotated[int | None, Range(1, 65_000)] = None
+    """Resize larger images to this shorter side in pixels (bicubic) and store them as JPEG; None,
+    and all others: their bytes stay as they are."""
+    quality: Annotated[int, Range(1, 100)] = 90
+    """JPEG quality of what was resized."""
+    shard_size: Annotated[int, IMAGES] = 10_000
+    """Images a shard."""
+    workers: Annotated[int, WORKERS] = 4
+    """Worker processes that decode and encode."""
+    train_split: str = "train"
+    """Folder or list of training images below SOURCE."""
+    val_split: str = "val"
+    """Folder or list of validation images below SOURCE."""
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    """fail: stop at an image that cannot be read; skip: leave it out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckConfig(Options):
+    """Decodes every image of a data set and names the bad ones; exit status 1 where there are."""
+
+    data_dir: Annotated[str, Positional]
+    """Image folders, lists of files or shards: whatever --data-dir takes."""
+    workers: Annotated[int, WORKERS] = 4
+    """Worker processes that decode."""
+    train_split: str = "train"
+    """Folder or list of training images."""
+    val_split: str = "val"
+    """Folder or list of validation images."""
+    output: str | None = None
+    """Also write the report into this JSON file."""
