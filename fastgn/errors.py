@@ -23,10 +23,12 @@ def check(condition: bool, message: str) -> None:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns a question with the nearest valid names, or all valid names if none is near.
 
-    Where more names than fit into a line are valid and none is near, only their number is given.
+    If one name is very near, it is the only one. If no name is near, and more names are valid than
+    fit into a line, the text gives their number.
     """
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=SUGGESTIONS, cutoff=0.5)
+    names = sorted(set(valid))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    close = close or difflib.get_close_matches(name, names, n=SUGGESTIONS, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     if len(names) > 60:

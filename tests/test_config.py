@@ -2,14 +2,12 @@
 
 import ast
 import dataclasses
-import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastgn import config
-from fastgn.config import FIELDS, Config, load_recipe, recipe_names
+from fastgn.config import FIELDS, Config, groups, load_recipe, recipe_names
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import ObjectiveConfig, model_kwargs
 from fastgn.errors import UserError
@@ -145,52 +143,25 @@ def test_a_name_far_from_all_lists_what_there_is():
 
 
 REFUSED = [
-    ("--drop", "1.0", "--drop 1.0 is not a rate"),
-    ("--drop-path", "-0.1", "--drop-path -0.1 is not a rate"),
-    ("--img-size", "0", "--img-size 0 must be > 0"),
-    ("--num-classes", "1", "--num-classes 1 must be at least 2"),
-    ("--std", "1 0 1", "--std (1.0, 0.0, 1.0) must be positive"),
     ("--model-kwargs", "depth", "--model-kwargs 'depth' should be key=value"),
     ("--pretrained --initial-checkpoint", "w.pt", "--pretrained and --initial-checkpoint both"),
-    ("--batch-size", "0", "--batch-size 0 must be at least 1"),
-    ("--grad-accum-steps", "0", "--grad-accum-steps 0 must be at least 1"),
-    ("--global-batch-size", "-8", "--global-batch-size -8 must be at least 1"),
-    ("--workers", "-1", "--workers -1 must be at least 0"),
     ("--global-batch-size 8 --grad-accum-steps", "2", "give one of the two"),
-    ("--reprob", "1.5", "--reprob 1.5 is not a probability"),
-    ("--mixup-switch-prob", "-1", "--mixup-switch-prob -1.0 is not a probability"),
-    ("--hflip", "2", "--hflip 2.0 is not a probability"),
-    ("--smoothing", "1", "--smoothing 1.0 must lie in [0, 1)"),
-    ("--crop-pct", "0", "--crop-pct 0.0 must lie in (0, 1]"),
-    ("--crop-padding", "-1", "--crop-padding -1 must be at least 0"),
-    ("--mixup", "-0.8", "--mixup -0.8 must be at least 0"),
-    ("--cutmix", "-1", "--cutmix -1.0 must be at least 0"),
-    ("--color-jitter", "-0.4", "--color-jitter -0.4 must be at least 0"),
-    ("--scale", "0.9 0.1", "--scale 0.9 0.1 must satisfy"),
-    ("--eps", "4", "--eps 4 is out of range: eps counts in 0..1 pixel units, write --eps 4/255"),
+    ("--scale", "0.9 0.1", "--scale 0.9 0.1: the lower end comes first"),
+    (
+        "--eps",
+        "4",
+        "it must be at least 0 and at most 1: eps counts in 0..1 pixel",
+    ),
     ("--eps", "nan", "--eps nan is out of range"),
-    ("--eps", "-1/255", "--eps -0.00392157 is out of range"),
-    ("--attack-eps", "8", "--attack-eps 8 is out of range"),
-    ("--attack-step", "2", "--attack-step 2 is out of range"),
-    ("--sigma", "0", "--sigma 0.0 must be positive"),
-    ("--sigma", "inf", "--sigma inf must be positive and finite"),
-    ("--ce-weight", "inf", "--ce-weight inf must be at least 0, and finite"),
-    ("--attack-it", "0", "--attack-it 0 must be at least 1"),
-    ("--ramp-epochs", "-1", "--ramp-epochs -1.0 must be at least 0"),
-    ("--ce-weight", "-1", "--ce-weight -1.0 must be at least 0"),
-    ("--gn-weight", "-1", "--gn-weight -1.0 must be at least 0"),
-    ("--gn-threshold", "-1", "--gn-threshold -1.0 must be at least 0"),
-    ("--gn-start", "4", "--gn-start 4 is out of range: eps counts in 0..1 pixel units"),
-    ("--gn-channel-weights", "1 -1 1", "--gn-channel-weights 1.0 -1.0 1.0 must be finite and at"),
-    ("--gn-channel-weights", "0 0 0", "--gn-channel-weights 0.0 0.0 0.0 must be finite and at"),
-    ("--gn-share", "0", "--gn-share 0.0 must lie in (0, 1]; for no penalty take --method fgsm_rs"),
+    ("--eps", "-1/255", "--eps -1/255 is out of range"),
+    ("--gn-channel-weights", "1 -1 1", "--gn-channel-weights -1 is out of range"),
+    ("--gn-channel-weights", "0 0 0", "--gn-channel-weights 0 0 0 leaves no gradient"),
+    (
+        "--gn-share",
+        "0",
+        "it must be above 0 and at most 1: for no penalty take",
+    ),
     ("--gn-norm", "l3", "--gn-norm 'l3': did you mean"),
-    ("--ramp-start", "1.5", "--ramp-start 1.5 must lie in [0, 1]"),
-    ("--edge-weight", "-1", "--edge-weight -1.0 must be at least 0"),
-    ("--edge-temperature", "0", "--edge-temperature 0.0 must be positive"),
-    ("--pag-weight", "inf", "--pag-weight inf must be at least 0, and finite"),
-    ("--pag-images", "0", "--pag-images 0 must be at least 1"),
-    ("--trades-beta", "-6", "--trades-beta -6.0 must be at least 0"),
     ("--method trades --attack-select", "paper", "with --method trades take best or last"),
     ("--method trades --schedule", "subset", "and --method trades has none: leave it out"),
     ("--method gradnorm+fgsm --schedule", "lazy", "gradnorm+fgsm takes turns already"),
@@ -198,39 +169,22 @@ REFUSED = [
     ("--gn-norm l2 --schedule", "central-difference", "takes the L1 norm of the loss's gradient"),
     ("--gn-of logit --schedule", "finite-difference", "takes the L1 norm of the loss's gradient"),
     ("--method", "trade", "--method 'trade': did you mean 'trades'?"),
-    ("--activation-memory-budget", "0", "--activation-memory-budget 0.0 must lie in (0, 1]"),
     ("--compile on --schedule", "exact-eager", "--schedule exact-eager is never compiled"),
     ("--cuda-graphs on --compile", "off", "--cuda-graphs on replays compiled graphs"),
-    ("--fd-step", "0", "--fd-step 0.0 must be finite and at least 1e-6"),
-    ("--fd-step", "1e-7", "--fd-step 1e-07 must be finite and at least 1e-6"),
-    ("--fd-step", "inf", "--fd-step inf must be finite and at least 1e-6"),
+    ("--fd-step", "0", "--fd-step 0 is out of range"),
+    ("--fd-step", "1e-7", "--fd-step 1e-07 is out of range"),
+    ("--fd-step", "inf", "--fd-step inf is out of range"),
     ("--schedule auto --accumulation", "sum", "use --accumulation mean, or --schedule exact"),
     ("--schedule auto --activation-memory-budget", "0.5", "--schedule auto picks the budget"),
-    ("--lazy-interval", "0", "--lazy-interval 0 must be at least 1"),
-    ("--subset-fraction", "1.5", "--subset-fraction 1.5 must lie in (0, 1]"),
     ("--method pgd_at --schedule", "lazy", "--schedule lazy is a way to take gradnorm's penalty"),
     ("--ce-weight 0 --schedule", "central-difference", "give --ce-weight above 0"),
-    ("--clip-grad", "0", "--clip-grad 0.0 must be positive; leave it out for no clipping"),
-    ("--epochs", "0", "--epochs 0 must be at least 1"),
-    ("--lr", "0", "--lr 0.0 must be positive"),
-    ("--lr-base", "-1", "--lr-base -1.0 must be positive"),
-    ("--lr-base-size", "0", "--lr-base-size 0 must be positive"),
-    ("--opt-eps", "0", "--opt-eps 0.0 must be positive"),
-    ("--opt-betas", "0.9 1.5", "--opt-betas 0.9 1.5 must each lie in [0, 1)"),
-    ("--weight-decay", "-0.1", "--weight-decay -0.1 must be at least 0"),
-    ("--warmup-epochs", "-1", "--warmup-epochs -1.0 must be at least 0"),
-    ("--warmup-lr", "-1", "--warmup-lr -1.0 must be at least 0"),
-    ("--min-lr", "-1", "--min-lr -1.0 must be at least 0"),
-    ("--model-ema-decay", "1", "--model-ema-decay 1.0 must lie in [0, 1)"),
+    (
+        "--clip-grad",
+        "0",
+        "it must be above 0 and at most 1e+09: leave it out",
+    ),
+    ("--epochs", "0", "--epochs 0 is out of range: it must be at least 1 and at most 100000"),
     ("--epochs", "5", "--warmup-epochs 5 must be fewer than --epochs 5"),
-    ("--log-interval", "0", "--log-interval 0 must be at least 1"),
-    ("--checkpoint-interval", "0", "--checkpoint-interval 0 must be at least 1"),
-    ("--checkpoint-hist", "0", "--checkpoint-hist 0 must be at least 1"),
-    ("--eval-interval", "0", "--eval-interval 0 must be at least 1"),
-    ("--max-updates", "0", "--max-updates 0 must be at least 1"),
-    ("--seed", "-1", "--seed -1 must be at least 0"),
-    ("--eval-images", "-1", "--eval-images -1 must be at least 0"),
-    ("--eval-eps", "2", "--eval-eps 2 is out of range"),
     ("--method", "gradnrom", "--method 'gradnrom': did you mean 'gradnorm'?"),
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
@@ -242,32 +196,6 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "value", "expected"), REFUSED)
 def test_what_is_refused_names_the_value(flags, value, expected):
     assert expected in refused(*flags.split(), *value.split())
-
-
-def test_every_check_has_a_case():
-    """A check added to config.py wants a line above: all flags named in checks are there."""
-    source = ast.parse(inspect.getsource(config))
-    births = [
-        node
-        for kind in source.body
-        if isinstance(kind, ast.ClassDef) and kind.name != "ForeignConfig"  # no run's
-        for node in kind.body
-        if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"
-    ]
-    assert len(births) == 8
-    names = {
-        node.attr
-        for birth in births
-        for node in ast.walk(birth)
-        if isinstance(node, ast.Attribute) and node.attr in FIELDS
-    } | {
-        node.value
-        for birth in births
-        for node in ast.walk(birth)
-        if isinstance(node, ast.Constant) and node.value in FIELDS
-    }
-    covered = {part[2:].replace("-", "_") for flags, *_ in REFUSED for part in flags.split()}
-    assert names - covered == set()
 
 
 @pytest.mark.parametrize(
@@ -460,9 +388,9 @@ def test_a_recipe_that_starts_from_another_names_its_output():
 
 
 def dataclass_fields() -> list[tuple[str, str, str | None]]:
-    """(class, field, its docstring) of every dataclass in config.py, from the source."""
+    """(class, field, its docstring) of every group of options, from the source."""
     out = []
-    for node in ast.parse(Path(config.__file__).read_text()).body:
+    for node in ast.parse(Path(groups.__file__).read_text()).body:
         if not isinstance(node, ast.ClassDef) or not node.name.endswith("Config"):
             continue
         for index, item in enumerate(node.body):
@@ -477,10 +405,9 @@ def dataclass_fields() -> list[tuple[str, str, str | None]]:
 
 
 def test_every_field_has_a_docstring():
-    groups = [row for row in dataclass_fields() if row[0] != "Config"]
-    foreign = {field.name for field in dataclasses.fields(config.ForeignConfig)}
-    assert {name for _, name, _ in groups} == {*FIELDS, *foreign}  # nothing was overlooked
-    assert [row[:2] for row in groups if not row[2]] == []
+    rows = dataclass_fields()
+    assert {name for _, name, _ in rows} == {*FIELDS}  # nothing was overlooked
+    assert [row[:2] for row in rows if not row[2]] == []
     for group in dataclasses.fields(Config):
         assert group.default_factory.__doc__, group.name  # the heading of the group in --help
 

@@ -224,7 +224,7 @@ def test_what_the_user_says_is_in_the_record(swin_run, tmp_path):
         (["--dataset", "imagenet"], "--dataset imagenet has 1000 classes, and swin has 10"),
         (["--evaluation", "no.json"], "--evaluation no.json: No such file"),
         (["--eps", "4"], "--eps 4 is out of range"),
-        (["--eps", "0"], "--eps 0 must be a radius above 0"),
+        (["--eps", "0"], "--eps 0 is out of range: it must be above 0"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: there is no such run or file"),
         (["--robustbench", ""], "--robustbench is missing"),
         (["--nam", "x"], "--nam is unknown: did you mean '--name'?"),

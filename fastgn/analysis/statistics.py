@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.config import check_pixels
+from fastgn.config.fields import check_pixels
 from fastgn.errors import check
 from fastgn.objectives import edge_energy
 

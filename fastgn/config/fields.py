@@ -82,15 +82,24 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises UserError if a number, or one in a tuple, lies outside its field's range."""
-        for name, allowed in ranges(type(self)).items():
+        kind: Any = type(self)  # mypy takes a class for its instance, which may have no hash
+        for name, allowed in ranges(kind).items():
             for value in numbers_in(getattr(self, name)):
                 given = f"--{flag(name)} {number(value)}"
                 hint = f": {allowed.hint}" if allowed.hint else ""
                 check(value in allowed, f"{given} is out of range: it must be {allowed}{hint}")
 
 
+def check_pixels(name: str, value: float) -> None:
+    """Raises UserError unless a distance fits images whose pixels lie in 0..1."""
+    check(
+        value in PIXELS,
+        f"{name} {number(value)} is out of range: it must be {PIXELS}: {PIXELS.hint}",
+    )
+
+
 @functools.cache
-def ranges(kind: type) -> dict[str, Range]:
+def ranges(kind: Any) -> dict[str, Range]:
     """Returns the range of each numeric field of an options dataclass.
 
     Raises AssertionError if a numeric field has none: then nothing would check it.
@@ -133,8 +142,8 @@ def number(value: float) -> str:
             numerator = value * denominator
             if abs(numerator - round(numerator)) < 1e-9:
                 return f"{round(numerator)}/{denominator}"
-    if isinstance(value, float):
-        return repr(int(value)) if value.is_integer() and abs(value) < 1e6 else repr(value)
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value)) if abs(value) < 1e6 else f"{value:g}"
     return str(value)
 
 

@@ -324,7 +324,7 @@ class StepConfig(Options):
     """Share of the activations that the compiled step keeps; the rest is recomputed in the
     backward."""
     clip_grad: Annotated[
-        float | None, Range(0, 1e9, above=True, hint="leave it out for no clipping")
+        float | None, Range(0.0, 1e9, above=True, hint="leave it out for no clipping")
     ] = None
     """Clip the gradient's global L2 norm to this."""
     train_in_eval_mode: bool = False

@@ -15,6 +15,7 @@ from fastgn.config.fields import (
     Options,
     Positional,
     Range,
+    check_pixels,
     flag,
 )
 from fastgn.config.groups import CROP, MEAN, STD
@@ -168,7 +169,7 @@ class EvaluateConfig(ForeignConfig):
         check(bool(self.eps), "--eps is empty: write --eps 4/255")
         if self.norm == "Linf":
             for value in self.eps:
-                check_linf("--eps", value)
+                check_pixels("--eps", value)
         check(bool(self.attacks), "--attacks is empty: write --attacks clean pgd-20")
         for name in self.attacks:
             check_attack(name)
@@ -232,7 +233,7 @@ class ExportConfig(ForeignConfig):
         check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
         check(bool(self.robustbench), "--robustbench is missing: name the folder to write")
         if self.threat == "Linf":
-            check_linf("--eps", self.eps)
+            check_pixels("--eps", self.eps)
 
 
 @dataclasses.dataclass(frozen=True)
