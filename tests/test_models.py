@@ -539,9 +539,13 @@ def test_a_malicious_pickle_is_refused_unexecuted(form, tmp_path):
 def test_what_a_checkpoint_holds_is_named(tmp_path):
     """A class that does no harm is not run either; timm's own stored arguments are read."""
     torch.save({"state_dict": {}, "extra": ArchitectureConfig()}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"tensors \(fastgn\.config\.ArchitectureConfig\): it was"):
+    with pytest.raises(
+        UserError, match=r"tensors \(fastgn\.config\.groups\.ArchitectureConfig\): it was"
+    ):
         read_weights(tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"tensors \(fastgn\.config\.ArchitectureConfig\): it was"):
+    with pytest.raises(
+        UserError, match=r"tensors \(fastgn\.config\.groups\.ArchitectureConfig\): it was"
+    ):
         load_checkpoint(tmp_path / "weights.pt")
     arguments = argparse.Namespace(model="swin", lr=0.1)
     weights = {"a": torch.ones(2)}

@@ -15,7 +15,7 @@ import robustness  # noqa: E402
 import tables  # noqa: E402
 import trials  # noqa: E402
 
-from fastgn.config import METHODS  # noqa: E402
+from fastgn.config.groups import METHODS  # noqa: E402
 from fastgn.errors import UserError  # noqa: E402
 
 STUDY = robustness.digits()
