@@ -63,7 +63,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 class Checkpoints:
-    """A run's checkpoints/: the last few, and best.pt."""
+    """A run's checkpoints/: the last few, best.pt, and the epochs that are kept for good."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder / "checkpoints"
@@ -72,8 +72,11 @@ class Checkpoints:
     def path(self, update: int) -> Path:
         return self.folder / f"update_{update:08d}.pt"
 
+    def epoch_path(self, epoch: int) -> Path:
+        return self.folder / f"epoch_{epoch:04d}.pt"
+
     def all(self) -> list[Path]:
-        """Oldest first, best.pt aside."""
+        """Returns update_*.pt, oldest first."""
         found = (
             p for p in self.folder.glob("update_*.pt") if re.fullmatch(r"update_\d+\.pt", p.name)
         )
@@ -83,24 +86,34 @@ class Checkpoints:
         paths = self.all()
         return paths[-1] if paths else None
 
-    def save(self, state: Mapping[str, Any], update: int, *, best: bool = False) -> Path:
-        """Writes update_N.pt, and best.pt as a second name of the same file; removes the oldest,
-        those of a continuation given up for an earlier checkpoint, and what a kill left of others.
+    def save(
+        self,
+        state: Mapping[str, Any],
+        update: int,
+        *,
+        best: bool = False,
+        keep_epoch: int | None = None,
+    ) -> Path:
+        """Writes update_N.pt, with best.pt and epoch_M.pt as further names of the same file if
+        asked for. Removes the oldest update_*.pt, those of a continuation given up for an earlier
+        checkpoint, and what a kill left of others.
         """
         path = self.path(update)
-        for name in ("update_", "best.pt"):
+        for name in ("update_", "epoch_", "best.pt"):
             for left in self.folder.glob(f".{name}*.tmp"):
                 left.unlink(missing_ok=True)
-        # best.pt first: a kill between the two names replays the update that it belongs to
-        first = self.folder / "best.pt" if best else path
+        names = [self.folder / "best.pt"] if best else []
+        names += [] if keep_epoch is None else [self.epoch_path(keep_epoch)]
+        # update_N.pt last: a kill between two names replays the update that they belong to
+        first, *others = [*names, path]
         with atomic_open(first) as file:
             torch.save({"format": FORMAT, **state}, file)
-        if best:
-            self._link(first, path)
+        for other in others:
+            self._link(first, other)
         there = self.all()
         end = there.index(path) + 1
-        for other in there[: max(end - self.keep, 0)] + there[end:]:
-            other.unlink(missing_ok=True)
+        for old in there[: max(end - self.keep, 0)] + there[end:]:
+            old.unlink(missing_ok=True)
         return path
 
     @staticmethod

@@ -1,89 +1,206 @@
-"""AdamW with the right parameters decayed, and the schedule as a pure function of the update."""
+"""The optimizer, the learning rate of each update, and the average of the weights."""
 
 import importlib
+import inspect
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
+from timm.optim import list_optimizers, param_groups_weight_decay
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from fastgn.config.groups import ObjectiveConfig, OptimizerConfig
-from fastgn.errors import UserError
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: matrices and convolutions decay; norms, biases, relative-position
-    tables and whatever the network's own `no_weight_decay` names do not."""
-    exempt: set[str] = set()
-    for name, module in model.named_modules():
-        names: Iterable[str] = getattr(module, "no_weight_decay", set)()
-        exempt |= {f"{name}.{n}" if name else n for n in names}
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        spared = parameter.ndim < 2 or name in exempt or "relative_position_bias_table" in name
-        (plain if spared else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
+from fastgn.config import Config, OptimizerConfig
+from fastgn.errors import UserError, check, nearest
 
 
-def build_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Raises UserError where apex is asked for and NVIDIA's is not there."""
-    groups = decay_groups(model, cfg.weight_decay)
-    on_cuda = next(model.parameters()).is_cuda
-    options: dict[str, Any] = {"lr": cfg.warmup_lr, "betas": cfg.opt_betas, "eps": cfg.opt_eps}
-    if cfg.opt == "fusedadamw":
-        fused_adam = find_fused_adam()
-        if not on_cuda:
-            raise UserError("--opt fusedadamw needs a CUDA device; use --opt adamw")
-        return fused_adam(groups, adam_w_mode=True, **options)
-    return torch.optim.AdamW(groups, fused=on_cuda, **options)
+def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
+    """Raises UserError if timm has no optimizer of this name, or if this program, the machine or
+    the optimizer's own rules do not allow it."""
+    names = list_optimizers()
+    check(cfg.opt in names, f"--opt {cfg.opt!r}: {nearest(cfg.opt.lower(), names)}")
+    info = get_optimizer_info(cfg.opt)
+    for name, given, known in (
+        ("--opt-eps", cfg.opt_eps, info.has_eps),
+        ("--opt-betas", cfg.opt_betas, info.has_betas),
+        ("--momentum", cfg.momentum, info.has_momentum),
+    ):
+        check(known or given is None, f"--opt {cfg.opt} has no {name}: leave {name} out")
+    check(
+        cfg.opt_betas is None or len(cfg.opt_betas) == info.num_betas,
+        f"--opt-betas {' '.join(map(str, cfg.opt_betas or ()))}: --opt {cfg.opt} takes "
+        f"{info.num_betas} of them",
+    )
+    check(
+        not info.second_order,
+        f"--opt {cfg.opt} needs products with the Hessian, which fastgn.train does not compute: "
+        "use --opt adamw",
+    )
+    if isinstance(info.opt_class, str):  # a class of another package, which needs a GPU
+        package, _, name = info.opt_class.rpartition(".")
+        check(
+            package == "apex.optimizers",
+            f"--opt {cfg.opt} belongs to {package.partition('.')[0]}, which fastgn.train does not "
+            "support: use one of timm's own, such as --opt adamw or --opt lion",
+        )
+        check_apex(cfg.opt, name)
+        check(device.type == "cuda", f"--opt {cfg.opt} needs a CUDA device: use --opt adamw")
+        return
+    try:
+        create(cfg, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], peak=1e-3)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--opt {cfg.opt}: {' '.join(str(error).split())}") from None
 
 
-def find_fused_adam() -> Any:
-    """NVIDIA apex's FusedAdam. The package `apex` on PyPI is an unrelated toolkit of 2013."""
+def check_apex(opt: str, name: str) -> None:
+    """Raises UserError unless NVIDIA's apex is installed and has an optimizer class of this name.
+
+    The package `apex` on PyPI is an unrelated toolkit of 2013.
+    """
     try:
         importlib.import_module("apex")
     except Exception:  # the unrelated package fails in its own ways on a current Python
         raise UserError(
-            "--opt fusedadamw needs NVIDIA apex (built from source, github.com/NVIDIA/apex); "
+            f"--opt {opt} needs NVIDIA apex (built from source, github.com/NVIDIA/apex); "
             "--opt adamw uses torch's own fused AdamW"
         ) from None
     try:
-        return importlib.import_module("apex.optimizers").FusedAdam
+        getattr(importlib.import_module("apex.optimizers"), name)
     except (ImportError, AttributeError):
         raise UserError(
-            "--opt fusedadamw: the installed apex is not NVIDIA's (PyPI's apex is unrelated): pip "
+            f"--opt {opt}: the installed apex is not NVIDIA's (PyPI's apex is unrelated): pip "
             "uninstall apex and build NVIDIA's from source, or use --opt adamw"
         ) from None
 
 
+def build_optimizer(cfg: OptimizerConfig, model: nn.Module, peak: float) -> torch.optim.Optimizer:
+    """Returns the configured optimizer of a model's weights.
+
+    peak: the highest learning rate of the run, to which some optimizers relate their weight decay.
+    """
+    return create(cfg, decay_groups(model, cfg.weight_decay), peak)
+
+
+def create(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: float) -> Any:
+    """Returns timm's optimizer of these parameter groups, with PyTorch's fused kernel on CUDA."""
+    values = {"eps": cfg.opt_eps, "betas": cfg.opt_betas, "momentum": cfg.momentum}
+    options: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
+    kind = get_optimizer_class(cfg.opt, bind_defaults=False)
+    if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        options["fused"] = groups[0]["params"][0].is_cuda
+    if "deterministic" in inspect.signature(kind).parameters:
+        # Kron draws random numbers: the same ones on every rank, and again after a resume
+        options["deterministic"] = True
+    return create_optimizer_v2(groups, cfg.opt, lr=peak, **options)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns two parameter groups: matrices and convolutions decay; norms, biases,
+    relative-position tables and what the network's own `no_weight_decay` names do not."""
+    exempt = {n for n, _ in model.named_parameters() if "relative_position_bias_table" in n}
+    for name, module in model.named_modules():
+        names: Iterable[str] = getattr(module, "no_weight_decay", set)()
+        exempt |= {f"{name}.{n}" if name else n for n in names}
+    # a decay of 1 first: timm makes a single group of all parameters if it is 0
+    groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=exempt)
+    return [g | {"weight_decay": weight_decay * g["weight_decay"]} for g in reversed(groups)]
+
+
+def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads an optimizer's state from a checkpoint. The options of its parameter groups stay: the
+    command line may have changed them, and the device."""
+    groups = [
+        theirs | {k: mine[k] for k in optimizer.defaults if k in mine}
+        for theirs, mine in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(saved | {"param_groups": groups})
+
+
+def state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
+    """Returns the memory that the optimizer will keep for a model's weights, in bytes.
+
+    An update of one tensor of each shape tells it, so that it holds for every optimizer.
+    """
+    groups, counts = [], []
+    for group in decay_groups(model, cfg.weight_decay):
+        shapes = Counter((p.shape, p.dtype, p.device) for p in group["params"])
+        tensors = [torch.zeros(s, dtype=d, device=where) for s, d, where in shapes]
+        groups.append(group | {"params": [nn.Parameter(t) for t in tensors]})
+        counts += shapes.values()
+    optimizer = create(cfg, groups, peak=1e-3)
+    parameters = [p for group in groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.compiler.set_stance("force_eager"):  # Kron compiles itself
+        optimizer.step()
+    return sum(
+        count * sum(t.nbytes for t in tree_leaves(optimizer.state[p]) if torch.is_tensor(t))
+        for count, p in zip(counts, parameters, strict=True)
+    )
+
+
 def peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
-    """lr, or lr_base scaled linearly by the images an update."""
-    return cfg.lr if cfg.lr is not None else cfg.lr_base * global_batch / cfg.lr_base_size
+    """Returns lr, or lr_base scaled linearly with the images per update.
+
+    Raises UserError if it is out of range, or if a given --warmup-lr or --min-lr is above it.
+    """
+    peak = cfg.lr if cfg.lr is not None else cfg.lr_base * global_batch / cfg.lr_base_size
+    cfg.check_peak(peak)
+    return peak
 
 
 def lr_at(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float) -> float:
-    """The learning rate of an update (from 0): linear warm-up, then a cosine over all epochs to
-    min_lr (timm's, whose cosine runs from epoch 0)."""
+    """Returns the learning rate of an update, counted from 0: a linear warm-up, then a cosine over
+    all epochs to the lowest rate (timm's, whose cosine begins at epoch 0)."""
+    start, lowest = cfg.outer_rates(peak)
     epoch = (
         update / updates_per_epoch if cfg.sched_on_updates else float(update // updates_per_epoch)
     )
-    if epoch < cfg.warmup_epochs:
-        return cfg.warmup_lr + (peak - cfg.warmup_lr) * epoch / cfg.warmup_epochs
-    return cfg.min_lr + 0.5 * (peak - cfg.min_lr) * (1 + math.cos(math.pi * epoch / cfg.epochs))
+    if epoch < cfg.warmup:
+        return start + (peak - start) * epoch / cfg.warmup
+    return lowest + 0.5 * (peak - lowest) * (1 + math.cos(math.pi * epoch / cfg.epochs))
 
 
-def ramp_at(cfg: ObjectiveConfig, update: int, updates_per_epoch: int) -> float:
-    """alpha, the method's strength at an update (from 0): clip(fractional epoch / ramp_epochs, 0,
-    1), of the way from ramp_start to 1."""
-    grown = 1.0
-    if cfg.ramp_epochs:
-        grown = min(update / updates_per_epoch / cfg.ramp_epochs, 1.0)
-    return cfg.ramp_start + (1 - cfg.ramp_start) * grown
+def ramp_at(cfg: Config, update: int, updates_per_epoch: int) -> float:
+    """Returns alpha, the method's strength at an update, counted from 0: clip(fractional epoch /
+    ramp epochs, 0, 1), as the share of the way from ramp_start to 1."""
+    start, epochs, grown = cfg.objective.ramp_start, cfg.ramp_epochs, 1.0
+    if epochs:
+        grown = min(update / updates_per_epoch / epochs, 1.0)
+    return start + (1 - start) * grown
+
+
+def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
+    """Returns the exponential moving average of a model's weights and buffers in fp32, or None if
+    none is configured."""
+    if not cfg.model_ema:
+        return None
+    # timm goes by names, and would average a weight with several names (CoaT) several times an
+    # update; if it copies the buffers, it goes by weights
+    named = model.state_dict(keep_vars=True).values()
+    shared = len({id(tensor) for tensor in named}) < len(named)
+    average = ModelEmaV3(
+        model,
+        decay=cfg.model_ema_decay,
+        use_warmup=cfg.model_ema_warmup,
+        exclude_buffers=shared,
+    )
+    average.module.float().requires_grad_(False)
+    return average
+
+
+def update_average(
+    cfg: OptimizerConfig, average: ModelEmaV3, model: nn.Module, update: int
+) -> None:
+    """Moves the average towards the weights after an update, counted from 1. No host sync."""
+    average.update(model, step=update if cfg.model_ema_warmup else None)
+
+
+def initial_share(cfg: OptimizerConfig, updates: int) -> float:
+    """Returns the share of the initial weights that is left in the average after some updates: none
+    with the warm-up, whose first decay is 0."""
+    return 0.0 if cfg.model_ema_warmup else cfg.model_ema_decay**updates

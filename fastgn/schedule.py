@@ -356,8 +356,7 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     signs = ("out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-    on_a_cpu = "can't allocate memory"
-    return isinstance(error, RuntimeError) and any(s in str(error) for s in (*signs, on_a_cpu))
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class Step:

@@ -45,7 +45,6 @@ from fastgn.data.loader import batch_sizes, build_loader
 from fastgn.data.representatives import class_representatives
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
-from fastgn.ema import ModelEma
 from fastgn.errors import UserError, check, say_error
 from fastgn.metrics import Metrics, environment, find_wandb, read_rows
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
@@ -66,7 +65,7 @@ def train(run: "Run") -> None:
             for batches in run.updates_of(epoch):
                 seed_all(Stream.STEP, cfg.run.seed, run.update, world.rank)
                 lr = optim.lr_at(cfg.optimizer, run.update, run.updates_per_epoch, run.peak_lr)
-                ramp = optim.ramp_at(cfg.objective, run.update, run.updates_per_epoch)
+                ramp = optim.ramp_at(cfg, run.update, run.updates_per_epoch)
 
                 loss = run.step(batches, run.ramp.fill_(ramp), run.update)
                 grad_norm = run.apply_gradients(lr)
@@ -100,7 +99,7 @@ class Run:
     model: models.Classifier
     step: Step
     optimizer: torch.optim.Optimizer
-    ema: ModelEma | None
+    ema: optim.ModelEmaV3 | None
     loader: Loader
     subset: Subset | None
     classes: tuple[str, ...]
@@ -184,7 +183,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()  # sets to None; apex's takes no argument
         if self.ema is not None:
-            self.ema.update(self.model)
+            optim.update_average(self.cfg.optimizer, self.ema, self.model, self.update + 1)
         return grad_norm
 
     def accumulate(self, row: Tensor) -> None:
@@ -227,8 +226,15 @@ class Run:
         epoch = self.update // self.updates_per_epoch
         return epoch % self.cfg.run.eval_interval == 0 or self.update == self.last_update
 
+    def kept_epoch(self) -> int | None:
+        """Returns the epoch that ends here if its checkpoint is to be kept for good."""
+        epoch, rest = divmod(self.update, self.updates_per_epoch)
+        return epoch if rest == 0 and epoch in self.cfg.run.keep_epochs else None
+
     def checkpoint_due(self) -> bool:
         if self.is_best or self.update == self.last_update:  # best.pt holds what was evaluated
+            return True
+        if self.kept_epoch() is not None:
             return True
         interval = self.cfg.run.checkpoint_interval
         return self.at_border() if interval is None else self.update % interval == 0
@@ -355,6 +361,7 @@ class Run:
                 },
                 self.update,
                 best=self.is_best,
+                keep_epoch=self.kept_epoch(),
             )
         self.is_best = False
         self.world.barrier()
@@ -373,12 +380,29 @@ class Run:
         rows = read_rows(self.folder / "metrics.csv")
         write_bytes(self.folder / "curves.png", draw_curves(rows, title=self.folder.name))
         summary = {"updates": self.update, "global_batch": self.global_batch, "best": self.best}
+        if self.ema is not None:
+            share = optim.initial_share(self.cfg.optimizer, self.update)
+            summary["initial_weights_in_average"] = share
         write_json(self.folder / "summary.json", summary | self.accuracy | environment())
         accuracy = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in self.accuracy.items())
         self.say(
             f"finished: {self.update} updates, {accuracy or 'not evaluated'} -> {self.folder}: "
             "model.safetensors, summary.json, curves.png, metrics.csv"
         )
+        self.say_share("holds", self.update)
+
+    def say_share(self, holds: str, updates: int) -> None:
+        """Says how much of the initial weights is left in their average after some updates, if it
+        is enough to lower its accuracy."""
+        if self.ema is None:
+            return
+        share = optim.initial_share(self.cfg.optimizer, updates)
+        if share > 0.03:
+            self.say(
+                f"warning: after {updates} updates the average of the weights, which is evaluated "
+                f"and exported, {holds} {share:.0%} of the initial weights: use --model-ema-warmup "
+                f"or a lower --model-ema-decay"
+            )
 
     def say(self, line: str) -> None:
         if self.metrics is not None:
@@ -402,8 +426,7 @@ def build(cfg: Config, world: World) -> Run:
         f"--activation-memory-budget {budget} is of compiled steps, and this one is eager: add "
         "--compile on, or leave it out",
     )
-    if cfg.optimizer.opt == "fusedadamw":
-        optim.find_fused_adam()
+    optim.check_optimizer(cfg.optimizer, world.device)
     if cfg.run.log_wandb:
         find_wandb()
     folder, state = open_run(cfg, world)
@@ -412,6 +435,7 @@ def build(cfg: Config, world: World) -> Run:
     with world.first_alone():
         dataset = load_dataset(cfg.dataset)
     batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
+    peak = optim.peak_lr(cfg.optimizer, batch_size * accum * world.size)
     divisor = schedule_of(cfg.step).divisor
     check(
         batch_size % divisor == 0,
@@ -439,8 +463,8 @@ def build(cfg: Config, world: World) -> Run:
         device=world.device,
         compiled=compiled,
     )
-    optimizer = optim.build_optimizer(cfg.optimizer, model)
-    ema = ModelEma(model, cfg.optimizer.model_ema_decay) if cfg.optimizer.model_ema else None
+    optimizer = optim.build_optimizer(cfg.optimizer, model, peak)
+    ema = optim.build_average(cfg.optimizer, model)
     if state is not None:
         whole = batch_size * accum * world.size
         restore(cfg, state, dataset, model, ema, optimizer, whole)
@@ -521,7 +545,7 @@ def build(cfg: Config, world: World) -> Run:
         grad_accum_steps=accum,
         updates_per_epoch=updates_per_epoch,
         last_update=min(total, cfg.run.max_updates or total),
-        peak_lr=optim.peak_lr(cfg.optimizer, batch_size * accum * world.size),
+        peak_lr=peak,
         ramp=torch.zeros((), device=world.device),
         update=state["update"] if state is not None else 0,
         best=state["best"] if state is not None else -1.0,
@@ -536,6 +560,7 @@ def build(cfg: Config, world: World) -> Run:
             loader.bad_images += state.get("bad_images", [])
     if world.is_main:  # after all checks: a refused --resume leaves the run as it was
         write_bytes(folder / "config.toml", cfg.to_toml())
+        warmup_lr, min_lr = cfg.optimizer.outer_rates(run.peak_lr)
         # what config.toml leaves to the data, the model, the machine and the method
         resolved = {
             "data": dataset.name,
@@ -550,6 +575,10 @@ def build(cfg: Config, world: World) -> Run:
             "activation_memory_budget": (automatic or cfg.step).activation_memory_budget,
             "ranks": world.size,
             "lr": run.peak_lr,
+            "warmup_lr": warmup_lr,
+            "min_lr": min_lr,
+            "warmup_epochs": cfg.optimizer.warmup,
+            "ramp_epochs": cfg.ramp_epochs,
             "step_size": cfg.objective.step_size,
             "eval_eps": cfg.eval_eps,
             "compiled": compiled,
@@ -627,9 +656,9 @@ def make_plan(
     flops, bytes_, launch = device_rates(device, cfg.step.precision)
     rates = Rates(world.least(flops), world.least(bytes_), -world.least(-launch))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    # AdamW's two averages; copies of the gradients by DistributedDataParallel and by CUDA graphs;
-    # the images, and those of the next update
-    state_bytes = 0 if optimizer.state else 2 * trained
+    # the optimizer's; copies of the gradients by DistributedDataParallel and by CUDA graphs; the
+    # images, and those of the next update
+    state_bytes = 0 if optimizer.state else optim.state_bytes(cfg.optimizer, model)
     state_bytes += ((world.size > 1) + has_cuda_graphs(cfg.step, world)) * trained
     state_bytes += 2 * batch_size * accum * 3 * model.img_size**2 * 4
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -678,6 +707,13 @@ def announce(
             f"warning: --clip-grad {cfg.step.clip_grad:g} takes from the updates with the penalty "
             f"what makes it {cfg.step.lazy_interval} times as strong"
         )
+    run.say_share("will hold", run.last_update)
+    if cfg.ramp_epochs > cfg.optimizer.epochs:
+        full = optim.ramp_at(cfg, run.last_update, run.updates_per_epoch)
+        run.say(
+            f"warning: --ramp-epochs {cfg.ramp_epochs:g} is longer than the run: the strength of "
+            f"{cfg.objective.method} ends at {full:.2g} of the full one"
+        )
     warning = piecewise_linear_warning(cfg.objective, report.piecewise_linear)
     if warning:
         run.say(f"warning: {warning}")
@@ -715,7 +751,7 @@ def restore(
     state: dict[str, Any],
     dataset: Dataset,
     model: models.Classifier,
-    ema: ModelEma | None,
+    ema: optim.ModelEmaV3 | None,
     optimizer: torch.optim.Optimizer,
     global_batch: int,
 ) -> None:
@@ -735,6 +771,11 @@ def restore(
         "same",
     )
     check(
+        there.optimizer.opt == cfg.optimizer.opt,
+        f"the checkpoint is of --opt {there.optimizer.opt}, whose state --opt {cfg.optimizer.opt} "
+        "cannot continue: leave out --opt, or start another run by --initial-checkpoint",
+    )
+    check(
         (ema is None) == (state["ema"] is None),
         f"the checkpoint has {'no ' if ema is not None else 'an '}average of the weights: add "
         f"{'--no-model-ema' if ema is not None else '--model-ema'}",
@@ -742,12 +783,7 @@ def restore(
     model.load_state_dict(state["model"])
     if ema is not None:
         ema.module.load_state_dict(state["ema"])
-    # what this run says of the groups holds: the command line may have changed it, and the device
-    saved = state["optimizer"]["param_groups"]
-    for group, mine in zip(saved, optimizer.param_groups, strict=True):
-        names = ("weight_decay", "betas", "eps", "fused")
-        group.update({k: mine[k] for k in names if k in mine})
-    optimizer.load_state_dict(state["optimizer"])
+    optim.load_state(optimizer, state["optimizer"])
 
 
 class Interrupt:

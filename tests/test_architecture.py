@@ -27,7 +27,6 @@ MAY_IMPORT = {
     "models": {"checkpoint", "config", "errors", "preact_resnet", "weights"},
     "weights": {"checkpoint", "config", "errors"},
     "optim": {"config", "errors"},
-    "ema": set(),
     "distributed": {"config", "errors"},
     "checkpoint": {"config", "errors"},
     "metrics": {"checkpoint", "config", "errors"},
@@ -41,7 +40,7 @@ COMPOSE = {"train": set(), "evaluate": set(), "export": {"evaluate"}, "sweep": {
 
 ONLY_IN = {
     "fastgn_kernels": {"models.py"},
-    "timm": {"models.py", "weights.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
+    "timm": {"models.py", "optim.py", "weights.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
     "nvidia": {"data/dali.py"},
     "matplotlib": {"analysis/canvas.py", "analysis/figures.py", "analysis/pareto.py"},
     "optuna": {"sweep.py"},

@@ -33,7 +33,7 @@ def test_the_defaults_are_the_papers_objective():
     assert cfg == Config()
     objective = cfg.objective
     assert (objective.method, objective.ce_weight, objective.gn_weight) == ("gradnorm", 0.8, 1.2)
-    assert (objective.eps, objective.sigma, objective.ramp_epochs) == (4 / 255, 0.225, 5.0)
+    assert (objective.eps, objective.sigma, cfg.ramp_epochs) == (4 / 255, 0.225, 5.0)
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_defaults():
@@ -184,7 +184,10 @@ REFUSED = [
         "it must be above 0 and at most 1e+09: leave it out",
     ),
     ("--epochs", "0", "--epochs 0 is out of range: it must be at least 1 and at most 100000"),
-    ("--epochs", "5", "--warmup-epochs 5 must be fewer than --epochs 5"),
+    ("--epochs 5 --warmup-epochs", "5", "--warmup-epochs 5 must be fewer than --epochs 5"),
+    ("--lr 1e-6 --min-lr", "1e-5", "--min-lr 1e-05 is above --lr 1e-06: leave --min-lr out"),
+    ("--epochs 30 --keep-epochs", "10 50", "--keep-epochs 50 is after the last of --epochs 30"),
+    ("--keep-epochs", "0", "--keep-epochs 0 is out of range"),
     ("--method", "gradnrom", "--method 'gradnrom': did you mean 'gradnorm'?"),
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),

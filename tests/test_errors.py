@@ -512,16 +512,18 @@ def test_nvidias_apex_needs_cuda(tmp_path, capsys, monkeypatch):
     install(monkeypatch, "apex")
     install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
     args = tiny_run(tmp_path / "run", "--opt", "fusedadamw", "--device", "cpu")
-    assert "--opt fusedadamw needs a CUDA device; use --opt adamw" in refused(capsys, args)
+    assert "--opt fusedadamw needs a CUDA device: use --opt adamw" in refused(capsys, args)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nvidias_apex_trains_as_adamw(finished, tmp_path, monkeypatch):
     """As on CUDA, but for the device: the loop calls nothing that apex's optimizer lacks."""
 
-    def build_optimizer(cfg: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-        options = {"lr": cfg.warmup_lr, "betas": cfg.opt_betas, "eps": cfg.opt_eps}
-        return FusedAdam(optim.decay_groups(model, cfg.weight_decay), adam_w_mode=True, **options)
+    def build_optimizer(
+        cfg: OptimizerConfig, model: torch.nn.Module, peak: float
+    ) -> torch.optim.Optimizer:
+        groups = optim.decay_groups(model, cfg.weight_decay)
+        return FusedAdam(groups, adam_w_mode=True, lr=peak)
 
     monkeypatch.setattr(optim, "build_optimizer", build_optimizer)
     assert train.main(tiny_run(tmp_path / "run", "--max-updates", "2")) == 0

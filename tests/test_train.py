@@ -467,7 +467,7 @@ def test_what_a_run_says_it_took(tmp_path: Path, capfd: pytest.CaptureFixture) -
 def test_a_plan_is_of_the_whole_update(tmp_path: Path) -> None:
     cfg = train.parse_config([*tiny_run(tmp_path / "run"), "--batch-size", "8"])
     model, _ = train.models.build_model(cfg.architecture, 10)
-    optimizer = train.optim.build_optimizer(cfg.optimizer, model)
+    optimizer = train.optim.build_optimizer(cfg.optimizer, model, 1e-3)
     world = train.World(0, 1, torch.device("cpu"))
     made = train.make_plan(cfg, world, model, optimizer, 10, 8, accum=4)
     assert (made.micro_batch, made.micro_batches) == (8, 4)

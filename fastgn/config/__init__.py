@@ -23,6 +23,7 @@ from fastgn.config.groups import (
     OptimizerConfig,
     RunConfig,
     StepConfig,
+    brief_epochs,
 )
 from fastgn.errors import UserError, check, nearest, parse_number
 
@@ -73,6 +74,11 @@ class Config:
             "--schedule central-difference finds its direction in the cross-entropy's sweep: give "
             "--ce-weight above 0, or finite-difference",
         )
+        last = max(self.run.keep_epochs, default=1)
+        check(
+            last <= self.optimizer.epochs,
+            f"--keep-epochs {last} is after the last of --epochs {self.optimizer.epochs}",
+        )
 
     @property
     def eval_eps(self) -> float:
@@ -81,6 +87,12 @@ class Config:
             return self.run.eval_eps
         attacked = self.objective.has_attack
         return self.objective.attack_eps if attacked else self.objective.eps
+
+    @property
+    def ramp_epochs(self) -> float:
+        """Epochs over which the method's strength grows, with the default filled in."""
+        given = self.objective.ramp_epochs
+        return brief_epochs(self.optimizer.epochs) if given is None else given
 
     def replace(self, **values: Any) -> "Config":
         """A copy with flat keys (those of recipes) replaced. Raises UserError on an unknown key."""
@@ -155,7 +167,12 @@ def coerce(name: str, value: Any) -> Any:
         fits = isinstance(items, (list, tuple)) and (want[-1] is ... or len(items) == len(want))
         count = "" if want[-1] is ... else f" of {len(want)} values"
         check(fits, f"{name} = {value!r} should be a list{count}")
-        return tuple(str(v) if want[0] is str else parse_number(v) for v in items)
+        return tuple(str(v) if want[0] is str else coerce_scalar(name, v, want[0]) for v in items)
+    return coerce_scalar(name, value, kind)
+
+
+def coerce_scalar(name: str, value: Any, kind: type) -> Any:
+    """A value of a recipe's key, or of its list, as a type. Raises UserError if it does not fit."""
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return parse_number(value)
     right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))

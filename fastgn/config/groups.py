@@ -22,6 +22,8 @@ from fastgn.config.fields import (
     Fraction,
     Options,
     Range,
+    flag,
+    number,
 )
 from fastgn.config.policy import check_policy
 from fastgn.errors import check, nearest
@@ -33,6 +35,8 @@ CROP = Range(0.05, 1)
 EPOCHS = Range(0, 100_000)
 UPDATES = Range(1, 2**40)
 LEARNING_RATE = Range(0, 10, above=True)
+OUTER_RATE = Range(0, 10)
+"""A learning rate at the beginning or the end of a run."""
 FD_STEP = Range(1e-6, 10, hint="below 1e-6 fp32 rounds the difference away; 1e-3 is good")
 
 Method = Literal[
@@ -193,9 +197,9 @@ class ObjectiveConfig(Options):
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
     """gradnorm: pixel units in one normalised unit; one number for all channels, as in the
     paper."""
-    ramp_epochs: Annotated[float, EPOCHS] = 5.0
+    ramp_epochs: Annotated[float | None, EPOCHS] = None
     """Epochs over which the penalty's weight, or the attack's step, grows linearly to its full
-    value."""
+    value. None: 5, but at most a tenth of --epochs."""
     ramp_start: Annotated[Fraction, PROBABILITY] = 0.0
     """Share of the full value that it grows from."""
     edge_weight: Annotated[float, WEIGHT] = 19.0
@@ -360,10 +364,11 @@ class StepConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Options):
-    """AdamW, cosine with warm-up, and the average of the weights."""
+    """The optimizer, the schedule of its learning rate, and the average of the weights."""
 
-    opt: Literal["adamw", "fusedadamw"] = "adamw"
-    """adamw: torch's (fused on CUDA); fusedadamw: NVIDIA apex's FusedAdam."""
+    opt: str = "adamw"
+    """An optimizer of timm, such as adamw, sgd (with Nesterov's momentum), momentum or lion.
+    fusedadamw and the like are NVIDIA apex's."""
     epochs: Annotated[int, Range(1, 100_000)] = 100
     """Passes over the training images."""
     lr: Annotated[float | None, LEARNING_RATE] = None
@@ -374,30 +379,66 @@ class OptimizerConfig(Options):
     """See lr_base."""
     weight_decay: Annotated[float, Range(0, 100)] = 0.05
     """Of matrices and convolutions alone: norms, biases and relative-position tables have none."""
-    opt_eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
-    """AdamW's epsilon."""
-    opt_betas: Annotated[tuple[float, float], RATE] = (0.9, 0.999)
-    """AdamW's betas."""
-    warmup_epochs: Annotated[float, EPOCHS] = 5.0
-    """Epochs of linear warm-up."""
-    warmup_lr: Annotated[float, Range(0, 10)] = 1e-5
-    """Learning rate at the first update."""
-    min_lr: Annotated[float, Range(0, 10)] = 1e-5
-    """Learning rate at the end of the cosine."""
+    opt_eps: Annotated[float | None, Range(0, 1, above=True)] = None
+    """The optimizer's epsilon. None: its own (adamw: 1e-8)."""
+    opt_betas: Annotated[tuple[float, ...] | None, RATE] = None
+    """The optimizer's betas. None: its own (adamw: 0.9 0.999)."""
+    momentum: Annotated[float | None, RATE] = None
+    """Momentum of sgd and the like. None: 0.9."""
+    warmup_epochs: Annotated[float | None, EPOCHS] = None
+    """Epochs of linear warm-up. None: 5, but at most a tenth of --epochs."""
+    warmup_lr: Annotated[float | None, OUTER_RATE] = None
+    """Learning rate at the first update. None: 1e-5, but at most a 50th of the peak."""
+    min_lr: Annotated[float | None, OUTER_RATE] = None
+    """Learning rate at the end of the cosine. None: 1e-5, but at most a 50th of the peak."""
     sched_on_updates: bool = True
     """Move the learning rate at every update; the paper's code moves it once an epoch."""
     model_ema: bool = True
     """Keep an exponential moving average of the weights in fp32; it is what is evaluated and
     exported."""
     model_ema_decay: Annotated[float, RATE] = 0.9998
-    """Decay of the average, an update."""
+    """Decay of the average per update."""
+    model_ema_warmup: bool = True
+    """Let the decay of the average grow to --model-ema-decay, as timm does, so that a short run
+    forgets its initial weights; off: the same decay at every update, as in the paper's code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
-            self.warmup_epochs < self.epochs,
-            f"--warmup-epochs {self.warmup_epochs:g} must be fewer than --epochs {self.epochs}",
+            self.warmup < self.epochs,
+            f"--warmup-epochs {self.warmup:g} must be fewer than --epochs {self.epochs}: give "
+            "fewer, or leave it out",
         )
+        if self.lr is not None:
+            self.check_peak(self.lr)
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up, with the default filled in."""
+        return brief_epochs(self.epochs) if self.warmup_epochs is None else self.warmup_epochs
+
+    def outer_rates(self, peak: float) -> tuple[float, float]:
+        """Returns the learning rates at the first update and at the end of the cosine."""
+        default = min(1e-5, peak / 50)
+        start = default if self.warmup_lr is None else self.warmup_lr
+        return start, default if self.min_lr is None else self.min_lr
+
+    def check_peak(self, peak: float) -> None:
+        """Raises UserError if a peak is out of range, or if the rate would begin or end above it."""
+        given = (
+            f"--lr {number(self.lr)}"
+            if self.lr is not None
+            else f"the peak learning rate {peak:.3g} (--lr-base {number(self.lr_base)} times the "
+            f"images per update, over --lr-base-size {self.lr_base_size})"
+        )
+        check(peak in LEARNING_RATE, f"{given} is out of range: it must be {LEARNING_RATE}")
+        for name in ("min_lr", "warmup_lr"):
+            value = getattr(self, name)
+            check(
+                value is None or value <= peak or (name == "warmup_lr" and not self.warmup),
+                f"--{flag(name)} {number(value or 0)} is above {given}: leave --{flag(name)} out, "
+                "or give a higher --lr",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,7 +463,10 @@ class RunConfig(Options):
     checkpoint_interval: Annotated[int | None, UPDATES] = None
     """Updates between checkpoints; None: one an epoch."""
     checkpoint_hist: Annotated[int, Range(1, 1_000_000)] = 2
-    """Checkpoints kept, the best one aside."""
+    """Number of checkpoints kept, beside the best one and those of --keep-epochs."""
+    keep_epochs: Annotated[tuple[int, ...], Range(1, 100_000)] = ()
+    """Keep the checkpoints at the end of these epochs for good, as checkpoints/epoch_0050.pt, so
+    that other runs can start from them (--initial-checkpoint)."""
     eval_interval: Annotated[int, Range(1, 100_000)] = 1
     """Epochs between evaluations on the fixed subset."""
     eval_images: Annotated[int, Range(0, 2**31 - 1)] = 512
@@ -431,6 +475,12 @@ class RunConfig(Options):
     """Linf radius of the PGD-10 watched during training; None: the method's own radius."""
     log_wandb: bool = False
     """Log to Weights & Biases as well."""
+
+
+def brief_epochs(epochs: int) -> float:
+    """Returns the length in epochs that warm-up and ramp have by default: the paper's 5, but at
+    most a tenth of the run."""
+    return min(5.0, epochs / 10)
 
 
 def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
