@@ -8,8 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info
-from timm.optim import list_optimizers, param_groups_weight_decay
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_weight_decay,
+)
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -21,7 +26,7 @@ from fastgn.errors import UserError, check, nearest
 def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
     """Raises UserError if timm has no optimizer of this name, or if this program, the machine or
     the optimizer's own rules do not allow it."""
-    names = list_optimizers()
+    names = [str(name) for name in list_optimizers()]
     check(cfg.opt in names, f"--opt {cfg.opt!r}: {nearest(cfg.opt.lower(), names)}")
     info = get_optimizer_info(cfg.opt)
     for name, given, known in (
@@ -125,7 +130,8 @@ def state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
 
     An update of one tensor of each shape tells it, so that it holds for every optimizer.
     """
-    groups, counts = [], []
+    groups: list[dict[str, Any]] = []
+    counts: list[int] = []
     for group in decay_groups(model, cfg.weight_decay):
         shapes = Counter((p.shape, p.dtype, p.device) for p in group["params"])
         tensors = [torch.zeros(s, dtype=d, device=where) for s, d, where in shapes]

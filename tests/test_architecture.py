@@ -40,7 +40,14 @@ COMPOSE = {"train": set(), "evaluate": set(), "export": {"evaluate"}, "sweep": {
 
 ONLY_IN = {
     "fastgn_kernels": {"models.py"},
-    "timm": {"models.py", "optim.py", "weights.py", "data/augment.py", "data/recipe.py", "data/torch.py"},
+    "timm": {
+        "models.py",
+        "optim.py",
+        "weights.py",
+        "data/augment.py",
+        "data/recipe.py",
+        "data/torch.py",
+    },
     "nvidia": {"data/dali.py"},
     "matplotlib": {"analysis/canvas.py", "analysis/figures.py", "analysis/pareto.py"},
     "optuna": {"sweep.py"},

@@ -424,7 +424,7 @@ class OptimizerConfig(Options):
         return start, default if self.min_lr is None else self.min_lr
 
     def check_peak(self, peak: float) -> None:
-        """Raises UserError if a peak is out of range, or if the rate would begin or end above it."""
+        """Raises UserError if a peak is out of range, or below the first or the last rate."""
         given = (
             f"--lr {number(self.lr)}"
             if self.lr is not None
