@@ -1,5 +1,6 @@
 """The optimizers, the schedule, the ramp, and the average of the weights."""
 
+import fnmatch
 import json
 import math
 from pathlib import Path
@@ -214,6 +215,35 @@ def test_norms_biases_and_relative_position_tables_are_not_decayed(build) -> Non
     assert plain == spared
     assert [g["weight_decay"] for g in decay_groups(model, 0.05)] == [0.05, 0.0]
     assert [len(g["params"]) for g in decay_groups(model, 0.0)] == [len(decayed), len(plain)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"),
+        *("deit_tiny_patch16_224", "beit_base_patch16_224", "coat_lite_tiny", "convnext_atto"),
+        *("resnet50", "xcit_nano_12_p16_224"),
+    ],
+)
+def test_what_a_network_exempts_does_not_decay(name: str) -> None:
+    """Vectors, position tables and what `no_weight_decay` of a network or of its parts names,
+    which may be patterns (xcit's `pos_embed.*`)."""
+    with torch.device("meta"):
+        model = nn.Sequential(timm.create_model(name))  # as behind a normalisation
+    exempt = set()
+    for where, module in model.named_modules():
+        names = getattr(module, "no_weight_decay", set)()
+        exempt |= {f"{where}.{n}" if where else n for n in names}
+    spared = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim < 2
+        or "relative_position_bias_table" in n
+        or any(fnmatch.fnmatch(n, pattern) for pattern in exempt)
+    ]
+    decayed, plain = decay_groups(model, 0.05)
+    assert {id(p) for p in plain["params"]} == {id(p) for p in spared}
+    assert len(plain["params"]) + len(decayed["params"]) == len(list(model.parameters()))
 
 
 def test_decay_reaches_the_update() -> None:
