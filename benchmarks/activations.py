@@ -31,11 +31,12 @@ from typing import Any
 import torch
 import trials
 from arguments import ROOT, output_for, positive_int
+from records import write_record
 from robustness import statistics_of
 from timing import summary
 from trials import Trial
 
-from fastgn.checkpoint import write_bytes, write_json
+from fastgn.checkpoint import write_bytes
 from fastgn.config import Config
 from fastgn.data.datasets import load_dataset
 from fastgn.data.subset import Subset
@@ -276,7 +277,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             "answers": answers_of(record["rows"]),
         }
     ]
-    write_json(output, record)
+    output = write_record(output, record)
     if record["rows"]:
         picture = args.plot or ROOT / "runs" / f"{output.stem}.png"
         draw(record, picture)

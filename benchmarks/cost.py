@@ -25,6 +25,7 @@ arm's figures are averages over its cycle.
 Writes benchmarks/results/cost_<model>_<device>.json after every arm and round, and pictures into
 runs/. A run without all the default arms, or under other conditions (CONDITIONS, fewer rounds),
 leaves that file alone: unless --output is given it goes to runs/cost_<model>_<device>_partial.json.
+Until the last round, the figures of a run go to <file>.incomplete if there is a complete file.
 On a CPU counts are exact, times are ratios of one run, and seconds mean nothing.
 """
 
@@ -50,6 +51,7 @@ from typing import Any
 
 import torch
 from energy import Meter, NoMeterError
+from records import write_record
 from step_profile import by_operator, launches, marked
 from tables import cost_table
 from timing import Marks, Timing, interleaved, once, synchronize
@@ -58,7 +60,6 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgn.checkpoint import write_json
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig, OptimizerConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
@@ -72,6 +73,7 @@ from fastgn.schedule import (
     Step,
     count_passes,
     matmul_precision,
+    out_of_memory,
     unsupported,
 )
 
@@ -89,6 +91,8 @@ SMALL_SWIN = (
 """Of the run without a GPU, at 32 pixels."""
 CONDITIONS = ("model_kwargs", "img_size", "classes", "batch", "kernels", "cuda_graphs", "minutes")
 """Options whose default the kept results were measured with."""
+LARGEST = 2**31
+"""What no number of images, classes, rounds or seconds reaches."""
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
 PROFILE_S = 2.0
 """What profiling an arm takes beside its rounds, about."""
@@ -687,7 +691,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "minutes",
     ):
         value = getattr(args, name)
-        check(value > 0, f"--{name.replace('_', '-')} {value} must be positive")
+        flag = f"--{name.replace('_', '-')} {value}"
+        check(value > 0, f"{flag} must be positive")
+        check(value < LARGEST or name == "minutes", f"{flag} must be below {LARGEST}")
     for value in (args.subset_fraction, *args.budgets):
         check(0 < value <= 1, f"--subset-fraction and --budgets lie in (0, 1], {value} does not")
     return args
@@ -784,7 +790,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         beside_prediction(record)
         if gpu and args.name == "swin_b" and network.img_size == 224:
             record["targets"] = targets(record["rows"])
-        write_json(output, record)
+        write_record(output, record)
 
     for spec in wanted:
         start = time.perf_counter()
@@ -834,8 +840,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(parse(argv), argv)
     except UserError as error:
-        print(f"cost.py: error: {error}", file=sys.stderr)
-        return 2
+        line = str(error)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        line = "out of memory before the first arm: lower --batch or --img-size"
+    print(f"cost.py: error: {line}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -43,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -346,21 +346,6 @@ def commit_of_checkout() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically; fastgn.checkpoint's needs more than torch."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """{} where there is none, or none that is whole."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 class Report:

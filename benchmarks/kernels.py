@@ -25,7 +25,6 @@ import functools
 import gc
 import importlib.util
 import itertools
-import json
 import math
 import os
 import platform
@@ -48,19 +47,14 @@ from fastgn_kernels import (
     reference,
     window_attention_qkvpacked,
 )
+from records import write_record
 from timing import Timing, cold
 from torch import Tensor
 
 try:
-    from fastgn.checkpoint import write_json
     from fastgn.metrics import environment
 except ImportError as error:  # a borrowed card has no trainer: say less of it, but run
     LACKING = str(error)
-
-    def write_json(path: Path, content: Any) -> None:
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        os.replace(part, path)
 
     def environment() -> dict[str, Any]:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -613,6 +607,7 @@ def plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False
     from matplotlib import pyplot
 
     shown: dict[str, dict[str, Any]] = {}
@@ -699,7 +694,6 @@ def main() -> int:
         return time.perf_counter() - began > 60 * args.minutes
 
     def save(complete: bool) -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "device": card,
             "meaningful_times": gpu,
@@ -718,7 +712,7 @@ def main() -> int:
             "seconds": time.perf_counter() - began,
             "rows": bench.rows,
         }
-        write_json(output, content | record)
+        write_record(output, content | record)
 
     print(HEADER)
     for together in (False, True):  # what takes longest, torch.compile, comes last

@@ -16,7 +16,6 @@ are there already. On a CPU, where no allocator counts, predictions alone and in
 import argparse
 import concurrent.futures
 import dataclasses
-import json
 import multiprocessing
 import re
 import sys
@@ -27,8 +26,8 @@ from typing import Any
 
 import torch
 from arguments import positive_float, positive_int
+from records import earlier, write_record
 
-from fastgn.checkpoint import write_json
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
@@ -211,7 +210,7 @@ def main() -> int:
             if row["method"] in costs:
                 row["predicted_bytes"] = predicted_bytes(costs[row["method"]], row)
         complete = len(rows) == len(have) + len(tasks)
-        write_json(output, head | {"complete": complete, "rows": rows} | record)
+        write_record(output, head | {"complete": complete, "rows": rows} | record)
 
     def take(task: Task, result: dict[str, Any] | StepCost) -> None:
         if isinstance(result, StepCost):
@@ -276,10 +275,7 @@ def in_processes(
 
 def taken_over(output: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of an interrupted run that asked for the same."""
-    try:
-        record = json.loads(output.read_text())
-    except (OSError, ValueError):
-        return []
+    record = earlier(output)
     if any(record.get(name) != value for name, value in head.items()):
         return []
     return [row for row in record["rows"] if row["failed"] is None]

@@ -12,6 +12,7 @@ benchmarks/results/memory_budget.json, the source of the constants in fastgn/pla
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import earlier, write_record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgn.checkpoint import write_json
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
@@ -97,20 +98,21 @@ def main() -> None:
         module = importlib.import_module(f"fastgn_kernels.{name}")
         module.inlines = lambda: False  # type: ignore[attr-defined]
     where = {k: getattr(args, k) for k in ("model", "model_kwargs", "swap", "batch_size")}
-    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    for precision in args.precisions:
-        for method in args.methods:
-            eager: dict[str, float] = {}
-            for budget in (None, *BUDGETS):
-                case = where | {"method": method, "precision": precision, "budget": budget}
-                with autocast_as_on_cuda() if precision == "bf16" else contextlib.nullcontext():
-                    counted = count(model, method, precision, args.batch_size, budget)
-                eager = eager or counted
-                ratios = {f"{k}_to_eager": counted[k] / eager[k] for k in counted}
-                rows = [r for r in rows if any(r[k] != case[k] for k in case)]
-                rows.append(case | counted | ratios)
-                print(json.dumps(rows[-1]), flush=True)
-                write_json(args.output, {"rows": rows, **environment()})
+    rows = earlier(args.output).get("rows", [])
+    cases = list(itertools.product(args.precisions, args.methods))
+    for precision, method in cases:
+        eager: dict[str, float] = {}
+        for budget in (None, *BUDGETS):
+            case = where | {"method": method, "precision": precision, "budget": budget}
+            with autocast_as_on_cuda() if precision == "bf16" else contextlib.nullcontext():
+                counted = count(model, method, precision, args.batch_size, budget)
+            eager = eager or counted
+            ratios = {f"{k}_to_eager": counted[k] / eager[k] for k in counted}
+            rows = [r for r in rows if any(r[k] != case[k] for k in case)]
+            rows.append(case | counted | ratios)
+            print(json.dumps(rows[-1]), flush=True)
+            last = (precision, method, budget) == (*cases[-1], BUDGETS[-1])
+            write_record(args.output, {"complete": last, "rows": rows, **environment()})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import importlib.util
 import itertools
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,10 +30,10 @@ from typing import Any
 
 import torch
 from arguments import output_for, positive_float, positive_int
+from records import earlier, write_record
 from timing import summary
 from torch import Tensor, nn
 
-from fastgn.checkpoint import write_json
 from fastgn.config.groups import ArchitectureConfig, DatasetConfig, ObjectiveConfig
 from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, cifar10, load_dataset
@@ -235,11 +234,8 @@ def taken_over(
     output: Path, same: dict[str, Any], todo: Sequence[Arm], updates: int
 ) -> list[dict[str, Any]]:
     """The cases of an interrupted call that asked for the same."""
-    try:
-        record = json.loads(output.read_text())
-    except (OSError, ValueError):
-        return []
-    if record["complete"] or any(record.get(key) != value for key, value in same.items()):
+    record = earlier(output)
+    if record.get("complete", True) or any(record.get(key) != value for key, value in same.items()):
         return []
     return [
         {"commit": record["commit"]} | case
@@ -295,7 +291,7 @@ def main() -> int:
 
     def save(complete: bool) -> None:
         content = head | {"complete": complete, "left_out": notes + more, "cases": cases}
-        write_json(output, content | record)
+        write_record(output, content | record)
 
     for images, split in splits.items():
         methods = [None] if split is None else ["natural", "gradnorm"]

@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import json
 import sys
 import time
 import types
@@ -38,13 +37,13 @@ from unittest import mock
 
 import torch
 from arguments import output_for
+from records import read_json, unfinished, write_record
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgn.checkpoint import write_json
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
@@ -773,12 +772,12 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def kept_rows(record: dict[str, Any], output: Path) -> list[dict[str, Any]]:
     """Those that an earlier call has written there of the same network, by the same versions."""
-    try:
-        before = json.loads(output.read_text())
-    except (OSError, ValueError):
-        return []
     same = ("model", "model_kwargs", "img_size", "classes", "batch", "tried", "versions")
-    return before["rows"] if all(before.get(k) == record[k] for k in same) else []
+    for path in (unfinished(output), output):
+        before = read_json(path)
+        if all(before.get(k) == record[k] for k in same):
+            return before["rows"]
+    return []
 
 
 def run(args: argparse.Namespace) -> None:
@@ -800,31 +799,32 @@ def run(args: argparse.Namespace) -> None:
         "batch": args.batch_size,
         "tried": args.trial,
         "gpus": {},
+        "complete": False,
         **environment(),
         "rows": [],
     }
     record["rows"] = kept_rows(record, output)
     trial = {name: value == "True" for name, _, value in (t.partition("=") for t in args.trial)}
-    for name in args.gpus:
-        for arm in arms_of(args, GPUS[name]):
-            began = time.perf_counter()
-            with torch._functorch.config.patch(trial):
-                cost, source = predict_deep(network, arm, GPUS[name], args.whole)
-            row = row_of(network, arm, name, cost, source) | {"commit": record["commit"]}
-            rows = [r for r in record["rows"] if key_of(r) != key_of(row)] + [row]
-            rows.sort(key=lambda r: (list(GPUS).index(r["gpu"]), METHODS.index(r["method"])))
-            compare(rows)
-            cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
-            record |= {"gpus": cards, "rows": rows}
-            write_json(output, record)
-            print(
-                f"prediction, {GPUS[name].name}: {arm.name}, {arm.precision}, {arm.kernels} "
-                f"kernels: {cost.generated:.0f} + {cost.extern:.0f} launches, "
-                f"{row['bytes_an_image'] / 1e6:.0f} MB and {row['flops_an_image'] / 1e9:.1f} GFLOP "
-                f"an image, {row['images_per_s']:.0f} images/s at the roofline; "
-                f"{time.perf_counter() - began:.0f} s to lower",
-                flush=True,
-            )
+    wanted = [(name, arm) for name in args.gpus for arm in arms_of(args, GPUS[name])]
+    for index, (name, arm) in enumerate(wanted):
+        began = time.perf_counter()
+        with torch._functorch.config.patch(trial):
+            cost, source = predict_deep(network, arm, GPUS[name], args.whole)
+        row = row_of(network, arm, name, cost, source) | {"commit": record["commit"]}
+        rows = [r for r in record["rows"] if key_of(r) != key_of(row)] + [row]
+        rows.sort(key=lambda r: (list(GPUS).index(r["gpu"]), METHODS.index(r["method"])))
+        compare(rows)
+        cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
+        record |= {"gpus": cards, "complete": index + 1 == len(wanted), "rows": rows}
+        write_record(output, record)
+        print(
+            f"prediction, {GPUS[name].name}: {arm.name}, {arm.precision}, {arm.kernels} "
+            f"kernels: {cost.generated:.0f} + {cost.extern:.0f} launches, "
+            f"{row['bytes_an_image'] / 1e6:.0f} MB and {row['flops_an_image'] / 1e9:.1f} GFLOP "
+            f"an image, {row['images_per_s']:.0f} images/s at the roofline; "
+            f"{time.perf_counter() - began:.0f} s to lower",
+            flush=True,
+        )
     print(f"{len(record['rows'])} predictions -> {output}")
 
 

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+from records import write_record
 
-from fastgn.checkpoint import write_json
 from fastgn.metrics import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -69,7 +69,8 @@ def main() -> None:
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory() as folder:
             seeds.append(one_seed(seed, Path(folder)))
-        write_json(path, {"device": device, "seeds": seeds, **environment()})  # each as it is done
+        record = {"device": device, "complete": seed + 1 == args.seeds, "seeds": seeds}
+        write_record(path, record | environment())  # each as it is done
     print(path)
 
 

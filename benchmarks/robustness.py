@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import trials
 from arguments import ROOT, output_for, positive_int
+from records import write_record
 from timing import interleaved, summary
 from trials import Trial, digest
 
@@ -608,7 +609,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         **environment(),
     }
 
-    def save(complete: bool) -> None:
+    def save(complete: bool) -> Path:
         rows: dict[tuple[str, str, int], dict[str, Any]] = {}
         for network, arm, epochs, which, trial in plan:
             found = trials.result(trial, work)
@@ -636,7 +637,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         record["rows"] = [row for row in rows.values() if row["seeds"] or row["failed"]]
         record["complete"] = complete
         record["notes"] = notes_of(record)
-        write_json(output, record)
+        return write_record(output, record)
 
     options = {"processes": args.processes, "deadline": deadline}
     every = [trial for *_, trial in plan]
@@ -647,11 +648,11 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     else:  # a start right before what needs it, so that a call that stops has whole arms
         order = [t for trial in every for t in (trial.start, trial)]
         finished = trials.run_all(order, work, **options)
-    save(finished)
+    written = save(finished)
     for path in draw(record, picture):
         print(f"picture: {path}")
     left = sum(trials.missing(t, work) for t in every)
-    print(f"{len(every) - left} of {len(every)} trainings finished -> {output}")
+    print(f"{len(every) - left} of {len(every)} trainings finished -> {written}")
     if not finished:
         print("stopped: say the same again to go on")
     failed = [(r["arm"], f) for r in record["rows"] for f in r["failed"]]

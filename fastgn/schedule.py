@@ -356,7 +356,8 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     signs = ("out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    on_a_cpu = "can't allocate memory"
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in (*signs, on_a_cpu))
 
 
 class Step:

@@ -1,10 +1,12 @@
 """The README's tables are those of benchmarks/results, and the clock measures what it says."""
 
+import ast
 import json
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import records  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
 from timing import cold, interleaved  # noqa: E402
@@ -84,6 +87,43 @@ def test_scripts_say_what_they_do(script: str) -> None:
         timeout=120,
     )
     assert out.returncode == 0 and "usage" in out.stdout
+
+
+def writes(tree: ast.AST, inside: bool = False) -> Iterator[int]:
+    """Lines that call write_json in a loop or in a function within a function: as a run goes."""
+    for node in ast.iter_child_nodes(tree):
+        loop = isinstance(node, (ast.For, ast.While))
+        nested = isinstance(tree, ast.FunctionDef) and isinstance(node, ast.FunctionDef)
+        if inside and isinstance(node, ast.Call) and getattr(node.func, "id", "") == "write_json":
+            yield node.lineno
+        yield from writes(node, inside or loop or nested)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.stem)
+def test_what_is_written_as_a_run_goes_is_a_record(path: Path) -> None:
+    """By records.write_record, which leaves a complete record alone until there is another."""
+    assert not list(writes(ast.parse(path.read_text())))
+
+
+def test_an_incomplete_record_replaces_only_an_incomplete_one(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    beside = records.unfinished(path)
+    for complete, value, where in (
+        (False, 1, path),
+        (False, 2, path),
+        (True, 3, path),
+        (False, 4, beside),
+        (False, 5, beside),
+    ):
+        assert records.write_record(path, {"complete": complete, "value": value}) == where
+        assert records.earlier(path)["value"] == value
+    assert json.loads(path.read_text())["value"] == 3
+    records.write_record(path, {"complete": True, "value": 6})
+    assert json.loads(path.read_text())["value"] == 6 and [*tmp_path.iterdir()] == [path]
+    path.write_text('{"made": "before records said whether they are complete"}')
+    assert records.write_record(path, {"complete": False}) == beside
+    path.write_text("{cut short")
+    assert records.write_record(path, {"complete": False}) == path
 
 
 def test_attacks_runs_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,11 +267,33 @@ def test_results_are_on_disk_after_every_arm_and_round(
     def write(path: Path, record: dict) -> None:
         seen.append((len(record["rows"]), len(record["not_timed"]), record["complete"]))
 
-    monkeypatch.setattr(cost, "write_json", write)
+    monkeypatch.setattr(cost, "write_record", write)
     files = ("--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
     assert cost.main([*files, *TINY, "--methods", "natural", "fgsm_rs"]) == 0
     assert seen[:4] == [(0, 1, False), (0, 2, False), (2, 0, False), (2, 0, False)]
     assert seen[-1] == (2, 0, True)
+
+
+@without_gpu
+def test_a_run_that_is_ended_early_leaves_a_complete_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "x.json"
+    args = ["--output", str(kept), "--plot", str(tmp_path / "x.png"), *TINY, "--rounds", "1"]
+    assert cost.main([*args, "--methods", "natural"]) == 0
+    before = kept.read_bytes()
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cost.Bench, "time", end)
+        cost.main([*args, "--methods", "natural", "fgsm_rs"])
+    assert kept.read_bytes() == before
+    assert json.loads((tmp_path / "x.json.incomplete").read_text())["complete"] is False
+    assert cost.main([*args, "--methods", "natural", "fgsm_rs"]) == 0
+    assert len(json.loads(kept.read_text())["rows"]) == 2
+    assert not (tmp_path / "x.json.incomplete").exists()
 
 
 def test_only_a_whole_run_replaces_a_kept_one(
@@ -326,6 +348,8 @@ def test_how_a_run_is_unlike_a_kept_one(options: list[str], unlike: list[str]) -
     ("options", "line"),
     [
         (["--batch", "0"], "--batch 0 must be positive"),
+        (["--batch", str(10**15)], "--batch 1000000000000000 must be below"),
+        (["--round-seconds", "inf"], "--round-seconds inf must be below"),
         (["--budgets", "0.5", "1.5"], "1.5 does not"),
         (["--model", "swim_b"], "--model 'swim_b' is unknown"),
         (["--lazy-interval", "-1"], "--lazy-interval -1 must be positive"),

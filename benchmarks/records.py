@@ -1,0 +1,53 @@
+"""How measurements are kept: whole files, and never less in the place of more.
+
+A script writes its record after each measurement, so that one that is ended early has lost nothing.
+But a record that is not complete never takes the place of a complete one.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically. Unlike fastgn.checkpoint's, it needs no more than Python."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a file's content, {} if there is none or none that is whole."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def unfinished(path: Path) -> Path:
+    """Returns where the record of a run that has not ended is: beside a complete record."""
+    return path.with_name(f"{path.name}.incomplete")
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """Returns what an earlier call has measured: of one that was ended early, else the record."""
+    return read_json(unfinished(path)) or read_json(path)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> Path:
+    """Writes a record and returns where.
+
+    A record with "complete": false goes to `unfinished(path)` if the file at `path` is complete.
+    Files from before that key are complete.
+    """
+    there = read_json(path)
+    if not record["complete"] and there and there.get("complete", True):
+        path = unfinished(path)
+    elif record["complete"]:
+        unfinished(path).unlink(missing_ok=True)
+    write_json(path, record)
+    return path
