@@ -393,8 +393,8 @@ class Objective:
 
     loss: Callable[[Any, Tensor, Tensor, Tensor], Loss]
     perturb: Callable[..., Tensor] | None = None
-    """(model, images, targets, ramp, gradient=...) -> images; None trains on the images as they
-    are."""
+    """(model, images, targets, ramp, gradient=...) -> images, with the ramp of the attack's step.
+    None trains on the images as they are."""
     needs_input_gradient: bool = False
     """Whether `loss` differentiates with respect to the images. Then it is ce_weight * CE plus a
     penalty that ramp multiplies."""
@@ -476,8 +476,10 @@ def build_gradnorm(cfg: "ObjectiveConfig", _: Representatives | None) -> Objecti
             threshold=cfg.gn_threshold,
         )
 
-    return Objective(
-        loss,
+    attack = build_pgd_at(cfg, None) if cfg.gn_attacked else Objective(loss)
+    return dataclasses.replace(
+        attack,
+        loss=loss,
         needs_input_gradient=True,
         ce_weight=cfg.ce_weight,
         penalty_weight=cfg.gn_weight,
@@ -569,6 +571,8 @@ def build_edge(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
             temperature=cfg.edge_temperature,
             sampling=cfg.edge_sampling,
             map=cfg.edge_map,
+            of=cfg.edge_of,
+            rms=cfg.edge_rms,
         )
 
     return Objective(loss, needs_input_gradient=True, penalty_weight=cfg.edge_weight)
@@ -585,11 +589,11 @@ def build_pag(cfg: "ObjectiveConfig", representatives: Representatives | None) -
 
 @method("gradnorm+fgsm")
 def build_gradnorm_fgsm(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
-    penalised, attacked = build_gradnorm(cfg, None), build_fgsm_rs(cfg, None)
+    penalised = build_gradnorm(cfg, None)
     if cfg.gn_share == 1:
         return penalised
     # its rows have no penalty, and not one of 0
-    attacked = dataclasses.replace(attacked, loss=without_penalty(attacked).loss)
+    attacked = without_penalty(build_fgsm_rs(cfg, None))
     return dataclasses.replace(penalised, rest=attacked, share=cfg.gn_share)
 
 
@@ -612,14 +616,20 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
 
 
 def without_penalty(objective: Objective) -> Objective:
-    """The cross-entropy of `objective`, with its weight."""
+    """The cross-entropy of `objective`, with its weight and at the same images."""
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         ce = natural(model, images_BCHW, targets).ce
         none = torch.full_like(ce, torch.nan)  # not a penalty of 0: it is not taken
         return Loss(objective.ce_weight * ce, ce, none, none)
 
-    return Objective(loss, ce_weight=objective.ce_weight)
+    return Objective(
+        loss,
+        objective.perturb,
+        ce_weight=objective.ce_weight,
+        attack_steps=objective.attack_steps,
+        attack_forwards=objective.attack_forwards,
+    )
 
 
 def piecewise_linear_warning(cfg: "ObjectiveConfig", counts: dict[str, int]) -> str | None:

@@ -172,12 +172,23 @@ def lr_at(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float
 
 
 def ramp_at(cfg: Config, update: int, updates_per_epoch: int) -> float:
-    """Returns alpha, the method's strength at an update, counted from 0: clip(fractional epoch /
+    """Returns alpha, the penalty's strength at an update, counted from 0: clip(fractional epoch /
     ramp epochs, 0, 1), as the share of the way from ramp_start to 1."""
-    start, epochs, grown = cfg.objective.ramp_start, cfg.ramp_epochs, 1.0
-    if epochs:
-        grown = min(update / updates_per_epoch / epochs, 1.0)
-    return start + (1 - start) * grown
+    return grown(cfg.objective.ramp_start, cfg.ramp_epochs, update / updates_per_epoch)
+
+
+def attack_ramp_at(cfg: Config, update: int, updates_per_epoch: int) -> float:
+    """Returns the attack's step at an update, counted from 0, as a share of its full size."""
+    own, epoch = cfg.objective.attack_ramp_epochs, update / updates_per_epoch
+    if not cfg.objective.attack_ramp_on_updates:
+        epoch //= 1
+    return grown(cfg.objective.ramp_start, cfg.ramp_epochs if own is None else own, epoch)
+
+
+def grown(start: float, epochs: float, epoch: float) -> float:
+    """Returns what has grown linearly from `start` to 1 over so many epochs, at a fractional
+    epoch."""
+    return start + (1 - start) * (min(epoch / epochs, 1.0) if epochs else 1.0)
 
 
 def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:

@@ -470,7 +470,7 @@ class Step:
             def at_point(model: Any, normalized: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
                 return natural(model.backbone, normalized, targets)
 
-            return {"point": Objective(at_point)}
+            return {"point": Objective(at_point, objective.perturb)}
         if schedule.kind == "lazy" and schedule.lazy_interval > 1:
             return {"penalty": objective, "plain": without_penalty(objective)}
         if schedule.kind == "subset":
@@ -480,13 +480,19 @@ class Step:
         return {"penalty": objective}
 
     def __call__(
-        self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor, update: int = 0
+        self,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        ramp: Tensor,
+        update: int = 0,
+        attack_ramp: Tensor | None = None,
     ) -> Loss:
         """Adds to the parameters' .grad; returns the detached mean of the micro-batches' losses.
 
         batches: (images_BCHW in 0..1, targets) on the device, all of one size; ramp: scalar tensor
-        there, in 0..1; update: its number, which a lazy schedule and turns go by.
+        there, in 0..1; update: its number, which a lazy schedule and turns go by; attack_ramp: the
+        same for an attack's step, None means `ramp`.
         """
+        attack_ramp = ramp if attack_ramp is None else attack_ramp
         attacks = any(part.perturb is not None for part in self._parts.values())
         if self.distributed and (attacks or not self._proven):
             for buffer in self._statistics:  # each rank's own until DDP's forward: not soon enough
@@ -500,7 +506,7 @@ class Step:
             reason = None
             try:
                 with matmul_precision(self.precision):
-                    loss = self._update(batches, ramp, update)
+                    loss = self._update(batches, ramp, update, attack_ramp)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -521,7 +527,13 @@ class Step:
             for now, before in self._kept_statistics:
                 torch._foreach_copy_(now, before)
 
-    def _update(self, batches: Sequence[tuple[Tensor, Tensor]], ramp: Tensor, update: int) -> Loss:
+    def _update(
+        self,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        ramp: Tensor,
+        update: int,
+        attack_ramp: Tensor,
+    ) -> Loss:
         if self._kept_grads and not any(p.grad is not None for p in self._weights):
             torch._foreach_zero_(self._kept_grads)
             for parameter, grad in zip(self._weights, self._kept_grads, strict=True):
@@ -536,7 +548,7 @@ class Step:
         sums: Tensor | None = None
         for index, (images_BCHW, targets) in enumerate(parts):
             if perturb is not None:
-                images_BCHW = self._perturbed(perturb, images_BCHW, targets, ramp)
+                images_BCHW = self._perturbed(perturb, images_BCHW, targets, attack_ramp)
             self.model.train(not self.train_in_eval_mode)
             last = index == len(parts) - 1
             run = self._difference if self.schedule.differences else self._double_backward

@@ -65,16 +65,19 @@ def train(run: "Run") -> None:
             for batches in run.updates_of(epoch):
                 seed_all(Stream.STEP, cfg.run.seed, run.update, world.rank)
                 lr = optim.lr_at(cfg.optimizer, run.update, run.updates_per_epoch, run.peak_lr)
-                ramp = optim.ramp_at(cfg, run.update, run.updates_per_epoch)
+                at = cfg, run.update, run.updates_per_epoch
+                ramp, attack_ramp = optim.ramp_at(*at), optim.attack_ramp_at(*at)
 
-                loss = run.step(batches, run.ramp.fill_(ramp), run.update)
+                run.ramp.fill_(ramp)
+                run.attack_ramp.fill_(attack_ramp)
+                loss = run.step(batches, run.ramp, run.update, run.attack_ramp)
                 grad_norm = run.apply_gradients(lr)
                 run.update += 1
                 run.accumulate(torch.stack([*loss, grad_norm]))
 
                 border = run.at_border()
                 if border or run.update % cfg.run.log_interval == 0:
-                    run.log(lr, ramp)
+                    run.log(lr, ramp if cfg.objective.has_penalty else attack_ramp)
                 if border and run.evaluation_due():
                     run.evaluate()
                 # last, so that a checkpoint lacks nothing of what its update had to do
@@ -110,7 +113,7 @@ class Run:
     last_update: int
     peak_lr: float
     ramp: Tensor
-    """The method's strength as a tensor, so that its change recompiles nothing."""
+    """The penalty's strength as a tensor, so that its change recompiles nothing."""
     metrics: Metrics | None = None
     """None on all ranks but the first."""
     update: int = 0
@@ -129,6 +132,8 @@ class Run:
         self.sums = torch.zeros(2, len(SUMS), device=device)
         """Of the values, and of how many updates had one: a lazy schedule's penalty has gaps."""
         self.bad_update = torch.full((), -1, device=device)
+        self.attack_ramp = torch.ones_like(self.ramp)
+        """The attack's step as a share of its full size, a tensor for the same reason."""
         self.reset_clock()
         self.named_bad: set[str] = set()
         self.first_s: float | None = None

@@ -310,6 +310,26 @@ def test_configured_objective_equals_the_pure_function() -> None:
     assert relative(gradients(got.total, model), gradients(want.total, model)) < 1e-12
 
 
+def test_gradnorm_at_attacked_images_is_gradnorm_there() -> None:
+    backbone = made(swin)
+    model = Classifier(backbone, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 16).double()
+    pixels, targets = torch.rand(2, 3, 16, 16, dtype=torch.float64), soft_targets(2)
+    cfg = ObjectiveConfig(gn_attacked=True, attack_eps=0.1, attack_it=2, attack_select="best")
+    built = build_objective(cfg)
+    assert built.perturb is not None and (built.attack_steps, built.attack_forwards) == (2, 1)
+    ramp = torch.tensor(0.5, dtype=torch.float64)
+    torch.manual_seed(3)
+    images = built.perturb(model, pixels, targets, ramp, gradient=attacks.input_gradient)
+    torch.manual_seed(3)
+    want = attacks.pgd(model, pixels, targets, eps=0.1, step_size=0.05, steps=2, select="best")
+    assert torch.equal(images, want) and not torch.equal(images, pixels)
+    got = built.loss(model, images, targets, ramp)
+    normalized = model.normalize(want).detach()
+    there = gradnorm(backbone, normalized, targets, gn_weight=1.2 * 0.5)
+    assert relative(gradients(got.total, model), gradients(there.total, model)) < 1e-12
+    assert build_objective(ObjectiveConfig()).perturb is None
+
+
 def test_default_step_sizes() -> None:
     assert math.isclose(ObjectiveConfig(method="pgd_at").step_size, 8 / 255 / 3)
     assert math.isclose(ObjectiveConfig(method="fgsm_rs").step_size, 5 / 255)
@@ -656,6 +676,12 @@ def test_configured_methods_equal_the_pure_functions() -> None:
             ),
         ),
     ]
+    cases.append(
+        (
+            ObjectiveConfig("edge", edge_weight=8.0, edge_of="loss", edge_rms="image"),
+            lambda: edge(backbone, normalized, targets, weight=2.0, of="loss", rms="image"),
+        )
+    )
     for cfg, pure in cases:
         built, images = build_objective(cfg, among), pixels.clone()
         torch.manual_seed(8)

@@ -18,6 +18,7 @@ from fastgn.checkpoint import Checkpoints, load_checkpoint
 from fastgn.config import Config, OptimizerConfig, load_recipe, recipe_names
 from fastgn.errors import UserError
 from fastgn.optim import (
+    attack_ramp_at,
     build_average,
     build_optimizer,
     check_optimizer,
@@ -339,6 +340,18 @@ def test_ramp_is_the_papers() -> None:
     for update in (0, 3, 17, 49, 50, 70):
         assert ramp_at(Config(), update, 10) == pytest.approx(min(0.2 * update / 10, 1.0))
     assert ramp_at(Config().replace(ramp_epochs=0.0), 0, 10) == 1.0
+
+
+def test_the_attacks_ramp_has_its_own_length_and_may_wait_for_the_epoch() -> None:
+    """The paper's code: the step times min(epoch, 5) / 5 with the whole epoch, 0 in the first."""
+    both = Config().replace(ramp_epochs=20.0, attack_ramp_epochs=5.0, ramp_start=0.0)
+    paper, same = both.replace(attack_ramp_on_updates=False), Config().replace(ramp_start=0.25)
+    for update in (0, 3, 9, 10, 19, 20, 49, 50, 70, 300):
+        assert attack_ramp_at(paper, update, 10) == pytest.approx(min(update // 10, 5) / 5)
+        assert attack_ramp_at(both, update, 10) == pytest.approx(min(update / 50, 1))
+        assert ramp_at(paper, update, 10) == pytest.approx(min(0.05 * update / 10, 1))
+        assert attack_ramp_at(same, update, 10) == ramp_at(same, update, 10)
+    assert attack_ramp_at(Config().replace(attack_ramp_epochs=0.0), 0, 10) == 1
 
 
 def test_ramp_of_the_edge_recipe_is_the_papers() -> None:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn import compile_double_backward, train
+from fastgn.attacks import pgd
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.distributed import World
@@ -372,8 +373,12 @@ NEW = {
     "edge, relaxed saliency": {
         **{"method": "edge", "edge_sampling": "relaxed", "edge_map": "saliency"},
     },
+    "edge of the loss, an rms per image": {
+        **{"method": "edge", "edge_of": "loss", "edge_rms": "image"},
+    },
     "pag": {"method": "pag"},
     "trades": {"method": "trades", "attack_eps": 0.1},
+    "gradnorm at attacked images": {"gn_attacked": True, "attack_eps": 0.1, "gn_weight": 50.0},
     "l2 of the logit": {"gn_norm": "l2", "gn_of": "logit", "gn_weight": 50.0},
     "all options": {
         **{"gn_norm": "l2_squared", "gn_channel_weights": (1.0, 2.0, 0.5), "gn_threshold": 1e-3},
@@ -398,8 +403,9 @@ def test_compiled_methods_equal_eager_with_one_graph(name: str, no_codegen) -> N
     assert relative(compiled, eager) < 1e-4
     assert torch.isclose(here.total, there.total, rtol=1e-5)
     assert torch.isclose(here.penalty, there.penalty, rtol=1e-4)
-    assert graph_count() == (2 if name == "trades" else 1), "the attack's step, and the loss"
-    drawn = name != "l2 of the logit"
+    attacks = name in ("trades", "gradnorm at attacked images")
+    assert graph_count() == (2 if attacks else 1), "the attack's step, and the loss"
+    drawn = name not in ("l2 of the logit", "edge of the loss, an rms per image")
     assert torch.equal(eager, found[False, 4][0]) is not drawn
 
 
@@ -481,6 +487,37 @@ def test_other_penalties_can_be_lazy_or_partial(method: str, kind: str) -> None:
     assert relative(run("subset", (images, targets)) - plain, penalty) < 1e-9
 
 
+ATTACKED = {"gn_attacked": True, "attack_eps": 0.1, "attack_it": 2, "gn_weight": 50.0}
+
+
+@pytest.mark.parametrize("kind", ["exact", "finite-difference", "lazy", "subset"])
+def test_every_schedule_is_at_the_attacked_images(kind: str) -> None:
+    """As without an attack on the images that the attack has made, in all of a lazy schedule's
+    updates. The attack's step has a ramp of its own."""
+    model, (images, targets) = model_and_batch()
+    attacked, plain = objective(**ATTACKED), objective(gn_weight=50.0)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    attack_ramp = torch.tensor(0.25, dtype=torch.float64)
+    torch.manual_seed(5)
+    there = pgd(*(model.eval(), images, targets), eps=0.1, step_size=0.25 * 0.1, steps=2)
+    assert (there - images).abs().max() > 0.02
+    for update in (0, 1):
+        found = []
+        for built, batch in ((attacked, (images, targets)), (plain, (there, targets))):
+            model.zero_grad()
+            step = Step(model, built, schedule=Schedule(kind), compile=False)
+            torch.manual_seed(5)
+            step([batch], half, update, attack_ramp)
+            found.append(gradients(model))
+        assert relative(found[0], found[1]) < 1e-9
+        model.zero_grad()
+        torch.manual_seed(5)
+        Step(model, attacked, schedule=Schedule(kind), compile=False)(
+            [(images, targets)], half, update
+        )
+        assert relative(gradients(model), found[0]) > 1e-4, "the attack's own ramp counts"
+
+
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
@@ -552,6 +589,7 @@ METHODS = {
     "pag": ({"method": "pag"}, Schedule(), 1, 2),
     "l2": ({"gn_norm": "l2", "gn_start": 0.01}, Schedule(), 1, 2),
     "trades": ({"method": "trades"}, Schedule(), 6, 4),
+    "gradnorm at attacked images": ({"gn_attacked": True}, Schedule(), 4, 5),
     "gradnorm+fgsm, its penalty": ({"method": "gradnorm+fgsm"}, Schedule(), 1, 2),
 }
 """Values of the objective, schedule, forwards and calls of autograd: a double backward is one call
@@ -587,6 +625,7 @@ PAPER_PASSES = {
     "pag": (5, 6),
     "l2": (5, 6),
     "trades": (11, 13),
+    "gradnorm at attacked images": (11, 12),
     "gradnorm+fgsm, its penalty": (4.5, 5.5),
 }
 """(passes in the paper's convention, forwards' worth of operations): METHOD of arXiv 2409.20139,

@@ -188,6 +188,9 @@ class ObjectiveConfig(Options):
     gn_start: Annotated[Fraction, PIXELS] = 0.0
     """gradnorm: take loss and gradient at a random point, uniform within this Linf radius of the
     image in 0..1 pixel units; 0: at the image."""
+    gn_attacked: bool = False
+    """gradnorm: take cross-entropy and penalty at the images of PGD, which the attack_ options
+    describe, in place of the images themselves."""
     gn_share: Annotated[
         float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
     ] = 0.5
@@ -202,14 +205,22 @@ class ObjectiveConfig(Options):
     value. None: 5, but at most a tenth of --epochs."""
     ramp_start: Annotated[Fraction, PROBABILITY] = 0.0
     """Share of the full value that it grows from."""
+    edge_of: Literal["logit", "loss"] = "logit"
+    """edge: take the gradient of a sampled class's logit, or that of the cross-entropy."""
     edge_weight: Annotated[float, WEIGHT] = 19.0
     """edge: weight of the penalty, at full ramp (the paper's grows from 1 to it in 200 epochs)."""
     edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
-    """edge: a class is drawn from softmax(logits / this)."""
+    """edge: temperature at which a class is sampled from the logits' softmax."""
     edge_sampling: Literal["hard", "relaxed"] = "hard"
-    """edge: the input gradient of one drawn class, or of all, weighted by a Gumbel-softmax draw."""
+    """edge: hard takes the logit of one class, drawn from softmax(logits / temperature). relaxed
+    takes the logits' sum weighted by softmax((logits + Gumbel noise) / temperature), and its
+    gradient goes through the weights."""
     edge_map: Literal["gradient", "saliency"] = "gradient"
-    """edge: the gradient's L2 norm over a pixel's channels, or its largest magnitude."""
+    """edge: compare the signed gradient in all channels with the edges, or its largest magnitude
+    over the channels."""
+    edge_rms: Literal["batch", "image"] = "batch"
+    """edge: divide gradients and edges by their root mean square over a micro-batch, as the paper's
+    code does, or over each image."""
     pag_weight: Annotated[float, WEIGHT] = 15.0
     """pag: weight of the penalty (its authors' code: 1.5 times 10)."""
     pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
@@ -221,15 +232,22 @@ class ObjectiveConfig(Options):
     trades_beta: Annotated[float, WEIGHT] = 6.0
     """trades: weight of the divergence."""
     attack_eps: Annotated[Fraction, PIXELS] = 4 / 255
-    """pgd_at, trades, fgsm_rs: Linf radius in 0..1 pixel units."""
+    """pgd_at, trades, fgsm_rs, gn_attacked: Linf radius in 0..1 pixel units."""
     attack_step: Annotated[Fraction | None, PIXELS] = None
-    """pgd_at, trades, fgsm_rs: step in pixel units; None: 2 eps / attack_it, for fgsm_rs
-    1.25 eps."""
+    """pgd_at, trades, fgsm_rs, gn_attacked: step in pixel units; None: 2 eps / attack_it, for
+    fgsm_rs 1.25 eps."""
     attack_it: Annotated[int, Range(1, 10_000)] = 3
-    """pgd_at, trades: steps."""
+    """pgd_at, trades, gn_attacked: number of steps."""
     attack_select: Literal["last", "best", "paper"] = "last"
-    """pgd_at: train on the last iterate, or on the best of all (one forward more). paper: best,
-    with the extra forward on un-normalised images, as the paper's code has it."""
+    """pgd_at, trades, gn_attacked: train on the last iterate, or on the best of all (one forward
+    more). paper: best, with the extra forward on un-normalised images, as the paper's code has
+    it."""
+    attack_ramp_epochs: Annotated[float | None, EPOCHS] = None
+    """Epochs over which the attack's step grows to its full size. None means those of
+    --ramp-epochs."""
+    attack_ramp_on_updates: bool = True
+    """Let the attack's step grow at every update. The paper's code lets it grow once an epoch, so
+    that it is 0 in the first."""
     attack_weight_grads: bool = False
     """pgd_at: compute, all-reduce and discard weight gradients at every attack step, as the paper's
     code does. For cost comparisons alone: the images are the same."""
@@ -240,6 +258,15 @@ class ObjectiveConfig(Options):
         check(
             self.gn_channel_weights is None or sum(self.gn_channel_weights) > 0,
             "--gn-channel-weights 0 0 0 leaves no gradient: give a channel a weight above 0",
+        )
+        check(
+            not self.gn_attacked or self.method == "gradnorm",
+            f"--gn-attacked is an option of --method gradnorm: leave it out with {self.method}",
+        )
+        check(
+            not (self.gn_attacked and self.gn_start),
+            f"--gn-start {number(self.gn_start)} and --gn-attacked both move the images: give one "
+            "of the two",
         )
         check(
             self.method != "trades" or self.attack_select != "paper",
@@ -255,7 +282,7 @@ class ObjectiveConfig(Options):
     @property
     def has_attack(self) -> bool:
         """Whether every update trains on attacked images."""
-        return self.method in ATTACK_METHODS
+        return self.method in ATTACK_METHODS or self.gn_attacked
 
     @property
     def takes_turns(self) -> bool:
