@@ -1,0 +1,284 @@
+"""Every option of every program: what its range takes, what it refuses, and how soon that is said.
+
+Values are drawn from each field's declared range and beyond it, as flags and as TOML.
+"""
+
+import dataclasses
+import math
+import resource
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+import tomli_w
+from conftest import tiny_run
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fastgn import train
+from fastgn.config import FIELDS, Config
+from fastgn.config.cli import PROGRAMS, parse_cli
+from fastgn.config.fields import Options, Range, annotations_of, flag, number, ranges
+from fastgn.config.groups import METHODS, ObjectiveConfig
+from fastgn.errors import UserError
+from fastgn.objectives import METHODS as BUILDERS
+from fastgn.objectives import build_objective
+
+GROUPS = [field.default_factory for field in dataclasses.fields(Config)]
+NEEDED = {
+    "fastgn.evaluate": ["--checkpoint", "runs/x"],
+    "fastgn.export": ["--checkpoint", "runs/x", "--robustbench", "out"],
+    "fastgn.sweep": ["--space", "lr=1e-3:1e-2"],
+    "fastgn.data.pack": ["source", "output"],
+    "fastgn.data.check": ["source"],
+}
+NUMERIC = [("fastgn.train", name) for group in GROUPS for name in ranges(group)]
+NUMERIC += [(program, name) for program, kind in PROGRAMS.items() for name in ranges(kind)]
+SETTINGS = settings(
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),
+)
+
+
+def options_of(program: str, name: str) -> Any:
+    """Returns the dataclass that a program's field belongs to."""
+    if program != "fastgn.train":
+        return PROGRAMS[program]
+    return next(group for group in GROUPS if name in ranges(group))
+
+
+def parsed(program: str, *args: str) -> Any:
+    kind = Config if program == "fastgn.train" else PROGRAMS[program]
+    return parse_cli(kind, [*NEEDED.get(program, []), *args], program)
+
+
+def kinds_of(program: str, name: str) -> tuple[type, int]:
+    """Returns a field's number type and how many numbers it takes on the command line."""
+    hint = typing.get_type_hints(options_of(program, name), include_extras=True)[name]
+    parts = list(annotations_of(hint))
+    kind = int if int in parts else float
+    return kind, sum(part in (int, float) for part in parts if isinstance(part, type))
+
+
+def around(allowed: Range, kind: type) -> st.SearchStrategy[float]:
+    """Draws numbers inside a range, at its ends and far outside it; NaN and infinity included."""
+    if kind is int:
+        low, high = math.ceil(allowed.low), math.floor(allowed.high)
+        ends = st.sampled_from([low - 1, low, high, high + 1, 0, -1, 10**30, -(10**30)])
+        return ends | st.integers(low, high) | st.integers()
+    ends = [allowed.low, allowed.high, 0.0, -1.0, math.nan, math.inf, -math.inf, 1e308, -1e308]
+    ends += [math.nextafter(e, d) for e in ends[:2] for d in (-math.inf, math.inf)]
+    return st.sampled_from(ends) | st.floats(allowed.low, allowed.high) | st.floats()
+
+
+@st.composite
+def numeric_flags(draw: st.DrawFn) -> tuple[str, str, float]:
+    program, name = draw(st.sampled_from(NUMERIC))
+    allowed = ranges(options_of(program, name))[name]
+    return program, name, draw(around(allowed, kinds_of(program, name)[0]))
+
+
+@settings(SETTINGS, max_examples=200)
+@given(numeric_flags())
+def test_a_numeric_flag_takes_its_range_and_nothing_else(drawn: tuple[str, str, float]) -> None:
+    program, name, value = drawn
+    allowed = ranges(options_of(program, name))[name]
+    try:
+        parsed(program, f"--{flag(name)}", *[repr(value)] * kinds_of(program, name)[1])
+    except UserError as error:
+        line = str(error)
+        assert "\n" not in line and f"--{flag(name)}" in line, line
+        if value not in allowed:
+            assert f"--{flag(name)} {number(value)} is out of range" in line
+    else:
+        assert value in allowed
+
+
+@pytest.mark.parametrize("name", [name for program, name in NUMERIC if program == "fastgn.train"])
+def test_every_numeric_key_of_a_recipe_takes_its_range_and_nothing_else(name: str) -> None:
+    allowed = ranges(options_of("fastgn.train", name))[name]
+    kind, count = kinds_of("fastgn.train", name)
+    hint = typing.get_type_hints(options_of("fastgn.train", name))[name]
+    is_tuple = "tuple" in str(hint)
+
+    @SETTINGS
+    @given(around(allowed, kind))
+    def check(value: float) -> None:
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return  # TOML's integers have 64 bits
+        try:
+            Config.from_toml(tomli_w.dumps({name: [value] * count if is_tuple else value}))
+        except UserError as error:
+            assert "\n" not in str(error) and flag(name) in str(error).replace("_", "-")
+        else:
+            assert value in allowed
+
+    check()
+
+
+TOML = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+).filter(lambda value: value is not None)
+
+
+@SETTINGS
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)) | st.text(), TOML, max_size=3))
+def test_a_recipe_of_any_toml_is_a_config_or_one_line(values: dict[str, Any]) -> None:
+    def without_none(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: without_none(v) for k, v in value.items() if v is not None}
+        if isinstance(value, list):
+            return [without_none(v) for v in value if v is not None]
+        return value
+
+    try:
+        text = tomli_w.dumps(without_none(values))
+    except (UnicodeEncodeError, ValueError):
+        return
+    try:
+        assert isinstance(Config.from_toml(text), Config)
+    except UserError as error:
+        assert "\n" not in str(error) and str(error).isprintable()
+
+
+def test_a_numeric_field_without_a_range_is_found_at_once() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Planted(Options):
+        good: Annotated[int, Range(1, 2)] = 1
+        bad: float = 0.5
+
+    with pytest.raises(AssertionError, match=r"Planted\.bad needs one Range"):
+        Planted()
+
+
+def test_every_program_checks_its_fields() -> None:
+    """A class of options that overrides the check without calling it would let all through."""
+    for kind in [*GROUPS, *PROGRAMS.values()]:
+        assert issubclass(kind, Options)
+        for name, allowed in ranges(kind).items():
+            options = object.__new__(kind)
+            for field in dataclasses.fields(kind):
+                object.__setattr__(options, field.name, field.default)
+            object.__setattr__(options, name, allowed.high * 2 + 1)
+            with pytest.raises(UserError, match=f"--{flag(name)} .* is out of range"):
+                options.__post_init__()
+
+
+# --------------------------------------------------------------------------------- what is accepted
+
+
+TRAINED = sorted(
+    {name for group in GROUPS for name in ranges(group)}
+    # the network, the images and the length of a run are the test's own
+    - {"img_size", "num_classes", "batch_size", "grad_accum_steps", "global_batch_size", "epochs"}
+    - {"warmup_epochs", "max_updates", "eval_images", "workers", "attack_it"}
+    - {"activation_memory_budget"}  # compiled steps alone have it
+)
+
+
+def inside(name: str) -> st.SearchStrategy[float]:
+    allowed, (kind, _) = (
+        ranges(options_of("fastgn.train", name))[name],
+        kinds_of("fastgn.train", name),
+    )
+    if kind is int:
+        return st.integers(math.ceil(allowed.low), math.floor(allowed.high))
+    return st.floats(
+        allowed.low, allowed.high, exclude_min=allowed.above, exclude_max=allowed.below
+    )
+
+
+@st.composite
+def accepted_flags(draw: st.DrawFn) -> list[str]:
+    """Draws a method and some options inside their ranges, until the command line takes them."""
+    method = draw(st.sampled_from(METHODS))
+    args = ["--method", method]
+    for name in draw(st.lists(st.sampled_from(TRAINED), min_size=3, max_size=8, unique=True)):
+        _, count = kinds_of("fastgn.train", name)
+        values = sorted(draw(inside(name)) for _ in range(count))
+        args += [f"--{flag(name)}", *map(repr, values)]
+    return args
+
+
+@settings(SETTINGS, max_examples=30)
+@given(accepted_flags())
+def test_what_is_accepted_trains(tmp_path_factory: pytest.TempPathFactory, args: list[str]) -> None:
+    """Thirty draws: each trains an update and exports, or its refusal is one line."""
+    folder = tmp_path_factory.mktemp("drawn") / "run"
+    line = [*tiny_run(folder, "--max-updates", "1", "--eval-images", "8"), *args]
+    try:
+        parsed("fastgn.train", *line)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return
+    assert train.main(line) == 0, args
+    assert (folder / "model.safetensors").is_file()
+
+
+# ----------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_the_options_say_of_a_method_is_what_it_builds(method: str) -> None:
+    for share in (0.5, 1.0):
+        cfg = ObjectiveConfig(method=method, gn_share=share)
+        built = build_objective(cfg)
+        assert cfg.has_penalty == built.needs_input_gradient
+        assert cfg.has_attack == (built.perturb is not None)
+        assert cfg.takes_turns == (built.rest is not None)
+        assert cfg.allows_differences == built.differences
+    assert set(BUILDERS) == set(METHODS)
+
+
+# ----------------------------------------------------------------------------------------- how soon
+
+
+def cpu_seconds(*command: str, code: int = 0) -> float:
+    """Returns the least CPU time of two runs of a command, which must end with a status."""
+    spent = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == code, done.stderr
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(spent)
+
+
+def test_mistakes_and_help_cost_less_than_a_third_of_importing_torch() -> None:
+    torch_s = cpu_seconds("-c", "import torch")
+    for program in ("fastgn.train", *PROGRAMS):
+        assert cpu_seconds("-m", program, "--help") <= 0.3 * torch_s, program
+        assert cpu_seconds("-m", program, "--nosuch", "1", code=2) <= 0.3 * torch_s, program
+
+
+@pytest.mark.parametrize("statement", ["import fastgn", "import fastgn.config.cli, fastgn.errors"])
+def test_no_torch_until_a_name_is_used(statement: str) -> None:
+    heavy = "{'torch', 'timm', 'numpy', 'PIL'}"
+    code = f"import sys; {statement}; assert not {heavy} & set(sys.modules), sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_names_of_the_package_are_there_when_asked_for() -> None:
+    code = "import fastgn; fastgn.__version__; assert callable(fastgn.compile_double_backward)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_into_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m fastgn.train --help | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+@pytest.mark.parametrize("module", sorted(Path(train.__file__).parent.glob("config/*.py")))
+def test_the_config_package_imports_nothing_heavy(module: Path) -> None:
+    text = module.read_text()
+    assert not any(f"import {name}" in text for name in ("torch", "timm", "numpy"))
