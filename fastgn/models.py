@@ -5,7 +5,6 @@ import dataclasses
 import inspect
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,6 +16,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from fastgn.checkpoint import first_line
+from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
 from fastgn.errors import UserError, check, nearest, parse_number
 from fastgn.preact_resnet import PreActResNet18
@@ -181,7 +181,7 @@ def build_model(
     swapped = swap_activations(backbone, cfg.activation) if cfg.activation else 0
     unfused = switch_off_fused_attention(backbone)
     if cfg.initial_checkpoint:
-        weights = read_weights(initial_file(Path(cfg.initial_checkpoint)))
+        weights = read_weights(initial_file(cfg.initial_checkpoint))
         if isinstance(backbone, SwinTransformer) and any(k.endswith(OLD_SWIN) for k in weights):
             weights = from_paper(weights)
         load_weights(backbone, weights, f"--initial-checkpoint {cfg.initial_checkpoint}")
@@ -204,8 +204,8 @@ def build_model(
 
 
 def check_name(cfg: ArchitectureConfig) -> str:
-    """The network's full name. Raises UserError where name, activation or start cannot be: the
-    checks that need no data."""
+    """The network's full name. Raises UserError where name or activation cannot be: the checks that
+    need no data."""
     name = ALIASES.get(cfg.model, cfg.model)
     if name not in OWN and not timm.is_model(name):
         raise UserError(
@@ -214,8 +214,6 @@ def check_name(cfg: ArchitectureConfig) -> str:
         )
     if cfg.activation:
         parse_activation(cfg.activation)
-    if cfg.initial_checkpoint:
-        initial_file(Path(cfg.initial_checkpoint))
     return name
 
 
@@ -351,18 +349,3 @@ def switch_off_fused_attention(model: nn.Module) -> int:
     for module in fused:
         module.fused_attn = False  # type: ignore[assignment]
     return len(fused)
-
-
-def initial_file(path: Path) -> Path:
-    """The weights that --initial-checkpoint names: a file, or a finished run's export."""
-    file = path / "model.safetensors" if path.is_dir() else path
-    check(
-        file.is_file(),
-        f"--initial-checkpoint {path}: "
-        + (
-            "the run has not finished (no model.safetensors)"
-            if path.is_dir()
-            else "there is no such file"
-        ),
-    )
-    return file

@@ -36,7 +36,7 @@ from fastgn.checkpoint import (
     write_bytes,
     write_json,
 )
-from fastgn.config import Config
+from fastgn.config import Config, initial_file
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import StepConfig
 from fastgn.data.batch import Batch, Loader, worker_death
@@ -435,6 +435,8 @@ def build(cfg: Config, world: World) -> Run:
     if cfg.run.log_wandb:
         find_wandb()
     folder, state = open_run(cfg, world)
+    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs it no more
+        initial_file(cfg.architecture.initial_checkpoint)
     # config.toml is a recipe: one that resumes would write into this run from another --output
     cfg = cfg.replace_group("run", {"resume": None})
     with world.first_alone():

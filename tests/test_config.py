@@ -2,13 +2,14 @@
 
 import ast
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastgn.config import FIELDS, Config, groups, load_recipe, recipe_names
-from fastgn.config.cli import parse_config
+from fastgn.config import FIELDS, Config, groups, initial_file, load_recipe, recipe_names
+from fastgn.config.cli import answer_early, parse_config
 from fastgn.config.groups import ObjectiveConfig, model_kwargs
 from fastgn.errors import UserError
 from fastgn.optim import peak_lr
@@ -437,3 +438,34 @@ def test_help_shows_every_flag(capsys):
     assert left.value.code == 0
     shown = capsys.readouterr().out
     assert [n for n in FIELDS if f"--{n.replace('_', '-')}" not in shown] == []
+
+
+def test_a_missing_start_names_the_recipe_that_makes_it(tmp_path, monkeypatch, capsys):
+    """Before torch is imported, and wherever the program runs."""
+    monkeypatch.chdir(tmp_path)
+    for start in ("runs/quickstart_natural", "runs/quickstart_natural/checkpoints/epoch_0010.pt"):
+        with pytest.raises(UserError) as caught:
+            initial_file(start)
+        assert str(caught.value) == (
+            f"--initial-checkpoint {start}: there is no such file or run below {tmp_path}; make it "
+            "first: python -m fastgn.train --recipe quickstart_natural"
+        )
+    Path("runs/quickstart_natural").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"not finished .* quickstart_natural --resume auto$"):
+        initial_file("runs/quickstart_natural")
+    with pytest.raises(UserError, match="^--initial-checkpoint /no/such: there is no such file or"):
+        initial_file("/no/such")
+    with pytest.raises(UserError, match="there is no such file or run"):
+        initial_file("a" * 5000)
+    monkeypatch.setattr(sys, "argv", ["train", "--recipe", "quickstart_gradnorm"])
+    with pytest.raises(SystemExit):
+        answer_early("fastgn.train")
+    assert "--recipe quickstart_natural" in capsys.readouterr().err
+
+
+def test_every_start_of_a_recipe_is_another_recipes_output():
+    for name in recipe_names():
+        start = load_recipe(name).architecture.initial_checkpoint
+        if start is not None:
+            with pytest.raises(UserError, match="; make it first: python -m fastgn.train --recipe"):
+                initial_file(start)

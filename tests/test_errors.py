@@ -130,7 +130,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown kernels": (["--kernels", "tritan"], "--kernels 'tritan': did you mean 'triton'?"),
     "missing initial checkpoint": (
         ["--initial-checkpoint", "nowhere/weights.pt"],
-        "--initial-checkpoint nowhere/weights.pt: there is no such file",
+        "--initial-checkpoint nowhere/weights.pt: there is no such file or run below /",
     ),
     "resuming nothing": (["--resume", "nowhere/run"], "nowhere/run: no run there"),
     "resuming nothing with a recipe": (

@@ -467,6 +467,8 @@ def test_kept_epochs_stay_and_others_start_from_them(tmp_path: Path) -> None:
     began = load_checkpoint(Checkpoints(tmp_path / "next", 1).path(1))["model"]
     for name, tensor in kept["ema"].items():
         assert torch.allclose(began[name], tensor, atol=1e-6), name
+    (folder / "epoch_0001.pt").unlink()  # a resumed run needs its start no more
+    assert train.main(["--resume", str(tmp_path / "next"), "--max-updates", "2"]) == 0
 
 
 def test_a_kept_epoch_beyond_the_run_is_refused() -> None:

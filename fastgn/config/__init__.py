@@ -5,6 +5,7 @@ command line. Nothing here imports torch, so that a mistake is answered at once.
 """
 
 import dataclasses
+import os
 import tomllib
 import types
 import typing
@@ -200,6 +201,30 @@ def load_recipe(name_or_file: str) -> Config:
         return Config.from_toml(text)
     except UserError as error:
         raise UserError(f"--recipe {name_or_file}: {error}") from None
+
+
+def initial_file(start: str) -> Path:
+    """Returns the file of weights that --initial-checkpoint names: itself, or a finished run's.
+
+    Raises UserError if there is none, and names the recipe that makes it if one does.
+    """
+    path = Path(start)
+    unfinished = os.path.isdir(path)
+    file = path / "model.safetensors" if unfinished else path
+    if os.path.isfile(file):
+        return file
+    makers = [
+        f"python -m fastgn.train --recipe {name}{' --resume auto' if unfinished else ''}"
+        for name in recipe_names()
+        if (output := load_recipe(name).run.output) and Path(output) in (path, *path.parents)
+    ]
+    problem = (
+        "this run has not finished (no model.safetensors)"
+        if unfinished
+        else f"there is no such file or run{'' if path.is_absolute() else f' below {Path.cwd()}'}"
+    )
+    remedy = f"; make it first: {makers[0]}" if makers else ""
+    raise UserError(f"--initial-checkpoint {start}: {problem}{remedy}")
 
 
 def run_folder(path: Path) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from fastgn.config import FIELDS, Config, load_recipe, run_folder
+from fastgn.config import FIELDS, Config, initial_file, load_recipe, run_folder
 from fastgn.config.fields import flag
 from fastgn.config.programs import (
     CheckConfig,
@@ -46,7 +46,9 @@ def answer_early(program: str) -> None:
         if program in PROGRAMS:
             parse_cli(PROGRAMS[program], args, program)
         else:
-            parse_config(args)
+            cfg = parse_config(args)
+            if cfg.architecture.initial_checkpoint and cfg.run.resume is None:
+                initial_file(cfg.architecture.initial_checkpoint)
     except UserError as error:
         say_error(f"{program}: error: {error}")
         sys.exit(2)
