@@ -1,10 +1,11 @@
 """Mistakes of the user: how they are raised, worded and printed."""
 
+import contextlib
 import difflib
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 SUGGESTIONS = 5
 """Number of near names that a message shows."""
@@ -61,3 +62,32 @@ def say_error(line: str) -> None:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
     print(line, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Returns the text with a question mark for each character that cannot be shown, such as an
+    escape or half of a surrogate pair. Line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def print_line(line: str) -> None:
+    """Prints a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def passed_over(
+    what: str, report: Callable[[str], None] | None = print_line
+) -> Iterator[list[Exception]]:
+    """Runs something that a run or an evaluation can do without, such as a picture.
+
+    If it fails, the error is reported in one line and is in the list that this gives.
+    """
+    failure: list[Exception] = []
+    try:
+        yield failure
+    except Exception as error:
+        failure.append(error)
+        if report is not None:
+            line = (str(error).strip().splitlines() or [""])[0]
+            report(f"warning: {what} failed and is left out: {type(error).__name__}: {line}")

@@ -1,6 +1,5 @@
 """Watching a run: the progress bar, metrics.csv, TensorBoard, W&B, and what the run ran on."""
 
-import contextlib
 import csv
 import importlib
 import importlib.metadata
@@ -8,6 +7,8 @@ import io
 import math
 import os
 import platform
+import re
+import secrets
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from fastgn.checkpoint import write_bytes
-from fastgn.errors import UserError
+from fastgn.errors import UserError, passed_over, print_line
 
 COLUMNS = (
     "update",
@@ -45,80 +46,195 @@ began."""
 
 
 class Metrics:
-    """Rows to a run's metrics.csv and TensorBoard (and W&B), and a progress bar on a terminal.
+    """A run's rows, in metrics.csv, TensorBoard and W&B, and its progress on the terminal.
 
-    A resumed run drops the rows that its checkpoint had not reached.
+    A resumed run drops the rows that its checkpoint had not reached. None of it may fail a run:
+    what cannot be written is said in one line, and tried again or left out.
     """
 
-    def __init__(
-        self, folder: Path, *, total: int, start: int = 0, wandb_config: Mapping | None = None
-    ):
-        from torch.utils.tensorboard import SummaryWriter
+    LINE_S = 30.0
+    """Seconds without a line after which one tells the progress, if there is no bar."""
 
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total: int,
+        updates_per_epoch: int,
+        start: int = 0,
+        wandb_config: Mapping | None = None,
+    ):
+        """total: updates of the run; start: those that are done. Raises UserError if the folder
+        cannot be written to."""
         self.path = folder / "metrics.csv"
-        rows = [r for r in read_rows(self.path) if r["update"] <= start] if start else []
-        write_bytes(self.path, render(rows))
-        self.file = open(self.path, "a", newline="")
-        self.board = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=start + 1 if start else 0
-        )
-        self.wandb = None
+        self.rows = [r for r in read_rows(self.path) if r["update"] <= start] if start else []
+        self.size: int | None = None
+        """Bytes of metrics.csv as it was left; None if it has to be written again."""
+        self.write_rows()
+        self.total, self.updates_per_epoch, self.update = total, updates_per_epoch, start
+        self.board = self.wandb = None
+        with passed_over("TensorBoard"):
+            self.board = open_board(folder, start)
         if wandb_config is not None:
-            options = {"project": "fastgn", "name": folder.name, "dir": str(folder)}
-            self.wandb = find_wandb().init(**options, config=dict(wandb_config))
-        self.began = time.perf_counter()
-        self.bar = tqdm(
-            total=total,
-            initial=start,
-            unit="update",
-            disable=None,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+            with passed_over("W&B"):
+                self.wandb = open_wandb(folder, wandb_config)
+        self.began = self.said = time.perf_counter()
+        self.first: tuple[int, float] | None = None
+        """(update, time) after the first update, which may have compiled the step."""
+        self.bar = open_bar(total=total, initial=start, unit="update", mininterval=0.5)
         self.closed = False
 
     def log(self, update: int, values: Mapping[str, float]) -> None:
-        """One row; NaN and absent values stay empty."""
+        """Adds values to the row of an update; NaN and absent values stay empty."""
         row = {k: v for k, v in values.items() if not math.isnan(v)}
         row |= {"update": update, "seconds": time.perf_counter() - self.began}
-        try:
-            self.file.write(render([row], header=False).decode())
-            self.file.flush()
-            for key, value in row.items():
-                if key != "update":
-                    self.board.add_scalar(key, value, update)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from None
+        is_new = not self.rows or self.rows[-1]["update"] != update
+        self.rows += [row] if is_new else []
+        self.rows[-1] |= row
+        self.keep_rows(is_new)
+        if self.board is not None:
+            with passed_over("TensorBoard", self.print) as failure:
+                rows = [row]
+                if not Path(self.board.log_dir).is_dir():
+                    self.print(f"{self.board.log_dir} was removed: it is written again")
+                    self.board, rows = open_board(self.path.parent, 0), self.rows
+                add_scalars(self.board, rows)
+            self.board = None if failure else self.board
         if self.wandb is not None:
-            self.wandb.log(row, step=update)
+            with passed_over("W&B", self.print) as failure:
+                self.wandb.log(row, step=update)
+            self.wandb = None if failure else self.wandb
         shown: dict[str, str] = {
             k: f"{row[k]:.4g}" for k in ("loss", "ce", "penalty", "grad_l1") if k in row
         }
         if "images_per_s" in row:
             shown["img/s"] = f"{row['images_per_s']:.0f}"
         if shown:
-            self.bar.set_postfix(shown, refresh=False)
-        if self.bar.disable and shown:
-            self.print(f"update {update}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+            epoch = {"epoch": f"{self.update / self.updates_per_epoch:.3g}"}
+            self.bar.set_postfix(epoch | shown, refresh=False)
+            self.print_progress(": " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+
+    def keep_rows(self, is_new: bool) -> None:
+        """Appends the last row to metrics.csv, or writes all of them: if the last one has changed,
+        or if the file is not as it was left."""
+        size = self.path.stat().st_size if self.path.is_file() else None
+        changed = self.size is not None and size != self.size
+        with passed_over("metrics.csv", self.print if self.size is not None else None) as failure:
+            if is_new and size == self.size is not None:
+                with open(self.path, "ab") as file:
+                    file.write(render(self.rows[-1:], header=False))
+                self.size = self.path.stat().st_size
+            else:
+                self.write_rows()
+        if failure:
+            self.size = None
+        elif changed:
+            self.print(f"{self.path} was removed or changed: all of its rows are written again")
+
+    def write_rows(self) -> None:
+        write_bytes(self.path, render(self.rows))
+        self.size = self.path.stat().st_size
 
     def advance(self) -> None:
+        """Counts an update. Waits for no device."""
+        self.update += 1
         self.bar.update(1)
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = self.update, now
+            self.print_progress(f": the first one took {spell_time(now - self.began)}")
+        elif now - self.said > self.LINE_S:
+            self.print_progress()
+
+    def print_progress(self, text: str = "") -> None:
+        """Prints where the run is, if there is no bar that shows it."""
+        if not self.bar.disable:
+            return
+        self.said = time.perf_counter()
+        parts = [f"update {self.update}/{self.total}"]
+        per_epoch = self.updates_per_epoch
+        parts.append(f"epoch {self.update / per_epoch:.3g}/{self.total / per_epoch:.3g}")
+        if self.first is not None and self.update > self.first[0]:
+            update_s = (self.said - self.first[1]) / (self.update - self.first[0])
+            parts.append(f"{spell_time(update_s)} per update")
+            parts.append(f"{spell_time(update_s * (self.total - self.update))} left")
+        self.print(", ".join(parts) + text)
 
     def print(self, line: str) -> None:
-        """A line above the bar."""
-        self.bar.write(line, file=sys.stderr) if not self.bar.disable else print(
-            line, file=sys.stderr
-        )
+        """Prints a line above the bar."""
+        if self.bar.disable:
+            print_line(line)
+        else:
+            self.bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self.bar.close()
-            for out in (self.file, self.board):
-                with contextlib.suppress(OSError):  # a full disk: `log` or a checkpoint has said so
-                    out.close()
-            if self.wandb is not None:
+        """Ends the bar and what else is open; metrics.csv is there afterwards."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.size is None or not self.path.is_file():
+            self.keep_rows(is_new=False)
+        self.bar.close()
+        if self.board is not None:
+            with passed_over("TensorBoard"):
+                self.board.close()
+        if self.wandb is not None:
+            with passed_over("W&B"):
                 self.wandb.finish()
+
+
+def open_bar(**options: Any) -> tqdm:
+    """Returns a progress bar on stderr, which is hidden unless stderr is a terminal.
+
+    Some terminals, such as a container's, give a width of 0, and tqdm would show nothing there.
+    """
+    try:
+        width = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError, AttributeError):  # no terminal
+        width = 0
+    shape = {"dynamic_ncols": True} if width else {"ncols": 80}
+    return tqdm(**{"disable": None} | shape | options)
+
+
+def spell_time(seconds: float) -> str:
+    """Returns a time as a reader says it: 0.21 s, 45 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def open_board(folder: Path, start: int) -> Any:
+    """Returns TensorBoard's writer of a run; a resumed run's later points are dropped."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
+
+
+def add_scalars(board: Any, rows: list[dict[str, float]]) -> None:
+    """Writes rows into TensorBoard, a curve a column."""
+    for row in rows:
+        for key, value in row.items():
+            if key != "update":
+                board.add_scalar(key, value, row["update"])
+    board.flush()  # so that a folder that is removed later takes nothing along
+
+
+def open_wandb(folder: Path, config: Mapping) -> Any:
+    """Returns W&B's run of this folder: the one that it had before, whose id the folder holds, or
+    a new one."""
+    path = folder / "wandb_id.txt"
+    known = path.read_text(errors="replace").strip() if path.is_file() else ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
+        known = secrets.token_hex(8)
+        write_bytes(path, f"{known}\n")
+    options = {"project": "fastgn", "name": folder.name, "dir": str(folder)}
+    return find_wandb().init(**options, id=known, resume="allow", config=dict(config))
 
 
 def render(rows: list[dict[str, Any]], header: bool = True) -> bytes:
@@ -133,7 +249,8 @@ def render(rows: list[dict[str, Any]], header: bool = True) -> bytes:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """metrics.csv's rows; empty cells are absent. A last line cut short by a kill is dropped."""
+    """Returns metrics.csv's rows, one an update; empty cells are absent. A last line that a kill
+    has cut short is dropped. Older files have a row of their own for an evaluation."""
     rows: list[dict[str, float]] = []
     if not path.is_file():
         return rows
@@ -146,7 +263,10 @@ def read_rows(path: Path) -> list[dict[str, float]]:
             except (TypeError, ValueError):
                 continue
             values["update"] = int(values["update"])
-            rows.append(values)
+            if rows and rows[-1]["update"] == values["update"]:
+                rows[-1] |= values
+            else:
+                rows.append(values)
     return rows
 
 

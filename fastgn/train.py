@@ -45,8 +45,8 @@ from fastgn.data.loader import batch_sizes, build_loader
 from fastgn.data.representatives import class_representatives
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, say_error
-from fastgn.metrics import Metrics, environment, find_wandb, read_rows
+from fastgn.errors import UserError, check, passed_over, say_error
+from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
 from fastgn.schedule import Schedule, Step, compilations, out_of_memory, unsupported
@@ -382,17 +382,22 @@ class Run:
             "update": self.update,
         }
         export_weights(self.folder / "model.safetensors", backbone.state_dict(), metadata)
-        rows = read_rows(self.folder / "metrics.csv")
-        write_bytes(self.folder / "curves.png", draw_curves(rows, title=self.folder.name))
         summary = {"updates": self.update, "global_batch": self.global_batch, "best": self.best}
         if self.ema is not None:
             share = optim.initial_share(self.cfg.optimizer, self.update)
             summary["initial_weights_in_average"] = share
         write_json(self.folder / "summary.json", summary | self.accuracy | environment())
+        if self.metrics is not None:
+            with passed_over("curves.png", self.say):
+                picture = draw_curves(self.metrics.rows, title=self.folder.name)
+                write_bytes(self.folder / "curves.png", picture)
+            self.metrics.close()
         accuracy = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in self.accuracy.items())
+        names = ("model.safetensors", "summary.json", "curves.png", "metrics.csv")
+        there = [name for name in names if (self.folder / name).is_file()]
         self.say(
             f"finished: {self.update} updates, {accuracy or 'not evaluated'} -> {self.folder}: "
-            "model.safetensors, summary.json, curves.png, metrics.csv"
+            f"{', '.join(there)}"
         )
         self.say_share("holds", self.update)
 
@@ -596,6 +601,7 @@ def build(cfg: Config, world: World) -> Run:
         run.metrics = Metrics(
             folder,
             total=run.last_update,
+            updates_per_epoch=updates_per_epoch,
             start=run.update,
             wandb_config=cfg.flat() if cfg.run.log_wandb else None,
         )

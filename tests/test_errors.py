@@ -22,7 +22,6 @@ from fastgn import evaluate, objectives, optim, train
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config.groups import OptimizerConfig
 from fastgn.errors import UserError
-from fastgn.metrics import Metrics
 
 TINY_MODEL = TINY_SWIN[: TINY_SWIN.index("--data")]
 
@@ -381,16 +380,6 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoints(run_copy, full_disk
     assert line.startswith(f"{run_copy}/checkpoints/update_00000003.pt cannot be written")
     assert contents(run_copy / "checkpoints") == before
     assert half_written(run_copy) == []
-
-
-def test_metrics_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
-    metrics = Metrics(tmp_path, total=1)
-    metrics.file.close()
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(metrics, "file", full)
-        with pytest.raises(UserError, match=r"metrics.csv cannot be written: No space left"):
-            metrics.log(1, {"loss": 1.0})
-        metrics.close()
 
 
 def test_an_output_that_is_a_file(tmp_path, capsys):

@@ -594,7 +594,7 @@ def test_a_run_whose_worker_dies_ends_with_a_line(source, tmp_path):
     with open(log, "w") as file:
         process = subprocess.Popen([sys.executable, "-m", "fastgn.train", *args], stderr=file)
     try:
-        wait_until(lambda: "update 6:" in log.read_text())
+        wait_until(lambda: "update 6/" in log.read_text())
         listing = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers = listing.read_text().split()
         os.kill(int(workers[0]), signal.SIGKILL)

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from fastgn.errors import printable
+
 
 def to_png(figure: Figure, dpi: int = 110) -> bytes:
     """Returns a figure as a PNG.
@@ -32,12 +34,6 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(out, format="png", dpi=dpi)
     return out.getvalue()
-
-
-def printable(text: str) -> str:
-    """Returns the text with a question mark for each character that cannot be shown, such as an
-    escape or half of a surrogate pair. Line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def short(name: str, limit: int = 40) -> str:

@@ -1,0 +1,264 @@
+"""A run's rows and progress: whole whatever happens to the files, and never the end of a run."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import shutil
+import struct
+import sys
+import termios
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tiny_run
+
+from fastgn import metrics, train
+from fastgn.metrics import Metrics, read_rows, spell_time
+
+
+class FakeWandb(types.ModuleType):
+    """What the trainer calls of W&B, noted down; one of its calls may fail."""
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__("wandb")
+        self.broken = broken
+        self.begun: list[dict[str, Any]] = []
+        self.steps: list[int] = []
+        self.finished = 0
+
+    def fail(self, call: str) -> None:
+        if call == self.broken:
+            raise ConnectionError(f"{call} did not reach the server\nsecond line")
+
+    def init(self, **options: Any) -> "FakeWandb":
+        self.fail("init")
+        self.begun.append(options)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.fail("log")
+        self.steps.append(step)
+
+    def finish(self) -> None:
+        self.fail("finish")
+        self.finished += 1
+
+
+def opened(folder: Path, start: int = 0, **more: Any) -> Metrics:
+    return Metrics(folder, total=100, updates_per_epoch=10, start=start, **more)
+
+
+def updates(folder: Path) -> list[float]:
+    return [row["update"] for row in read_rows(folder / "metrics.csv")]
+
+
+def test_an_evaluation_joins_the_row_of_its_update(tmp_path: Path) -> None:
+    log = opened(tmp_path)
+    for update in (5, 10, 15):
+        log.log(update, {"epoch": update / 10, "loss": 2.0})
+        if update == 10:
+            log.log(update, {"epoch": 1.0, "clean_accuracy": 0.5})
+            (five, ten) = read_rows(tmp_path / "metrics.csv")
+            assert five.keys() == {"update", "epoch", "loss", "seconds"}
+            assert ten["loss"] == 2.0 and ten["clean_accuracy"] == 0.5
+    log.close()
+    assert updates(tmp_path) == [5, 10, 15]
+    log = opened(tmp_path, start=10)
+    log.log(10, {"pgd10_accuracy": 0.25})
+    log.close()
+    (_, ten) = read_rows(tmp_path / "metrics.csv")
+    assert (ten["loss"], ten["clean_accuracy"], ten["pgd10_accuracy"]) == (2.0, 0.5, 0.25)
+
+
+def test_rows_of_older_files_are_joined(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    rows = [{"update": 3, "loss": 1.5}, {"update": 3, "clean_accuracy": 0.5}]
+    file.write_bytes(metrics.render([row | {"seconds": 1.0} for row in rows]))
+    assert read_rows(file) == [{"update": 3, "loss": 1.5, "clean_accuracy": 0.5, "seconds": 1.0}]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize("change", [Path.unlink, cut, lambda file: shutil.rmtree(file.parent)])
+def test_a_changed_file_is_written_again(
+    change: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Removed or cut short while the run goes on, or its whole folder removed."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    log = opened(folder)
+    for update in range(1, 5):
+        if update == 3:
+            change(folder / "metrics.csv")
+        log.log(update, {"loss": 1.0})
+    assert updates(folder) == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("was removed or changed") == 1
+    (folder / "metrics.csv").unlink()
+    log.close()
+    assert updates(folder) == [1, 2, 3, 4]
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_what_cannot_be_written_is_said_once_and_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    log = opened(tmp_path)
+    log.log(1, {"loss": 1.0})
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(metrics, "write_bytes", full)
+        patch.setattr(metrics, "open", full, raising=False)
+        for update in (2, 3):
+            log.log(update, {"loss": 1.0})
+    said = capsys.readouterr().err
+    assert said.count("warning: metrics.csv failed") == 1 and "No space left" in said
+    log.log(4, {"loss": 1.0})
+    log.close()
+    assert updates(tmp_path) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("where", ["made", "used"])
+def test_a_tensorboard_that_fails_is_left_out(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    if where == "made":
+        (tmp_path / "tensorboard").touch()
+    log = opened(tmp_path)
+    if where == "used":
+        monkeypatch.setattr(type(log.board), "add_scalar", lambda *_: 1 / 0)
+    for update in (1, 2):
+        log.log(update, {"loss": 1.0})
+    log.close()
+    assert capsys.readouterr().err.count("warning: TensorBoard failed and is left out") == 1
+    assert updates(tmp_path) == [1, 2]
+
+
+def test_a_resumed_run_goes_on_in_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for start in (0, 5):
+        log = opened(tmp_path / "run", start, wandb_config={"seed": 1})
+        log.log(start + 1, {"loss": 1.0})
+        log.close()
+    opened(tmp_path / "other", wandb_config={}).close()
+    first, second, other = wandb.begun
+    assert first == second and first["resume"] == "allow" and first["id"] != other["id"]
+    assert wandb.steps == [1, 6] and wandb.finished == 3
+    (tmp_path / "run" / "wandb_id.txt").write_text("../no id\n")
+    opened(tmp_path / "run", wandb_config={}).close()
+    assert re.fullmatch(r"\w{16}", wandb.begun[-1]["id"])
+
+
+@pytest.mark.parametrize("call", ["init", "log", "finish"])
+def test_a_wandb_that_fails_is_left_out(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb(call))
+    log = opened(tmp_path, wandb_config={})
+    for update in (1, 2):
+        log.log(update, {"loss": 1.0})
+    log.close()
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert said == [
+        f"warning: W&B failed and is left out: ConnectionError: {call} did not reach the server"
+    ]
+    assert updates(tmp_path) == [1, 2]
+
+
+def test_progress_has_total_epoch_rate_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """From the first update on, and at least every 30 seconds, though no row is due."""
+    clock = [1000.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    log = opened(tmp_path)
+    for update in range(1, 21):
+        clock[0] += 60.0 if update == 1 else 4.0
+        log.advance()
+        if update == 20:
+            log.log(20, {"loss": 1.25, "images_per_s": 12.4})
+    log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "update 1/100, epoch 0.1/10: the first one took 1 min 0 s",
+        "update 9/100, epoch 0.9/10, 4 s per update, 6 min 4 s left",
+        "update 17/100, epoch 1.7/10, 4 s per update, 5 min 32 s left",
+        "update 20/100, epoch 2/10, 4 s per update, 5 min 20 s left: loss 1.25, img/s 12",
+    ]
+
+
+@pytest.mark.parametrize("columns", [0, 100])
+def test_a_terminal_shows_a_bar(
+    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that does not know how wide it is."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
+    with open(its, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        log = opened(tmp_path)
+        log.advance()
+        log.log(1, {"loss": 1.25})
+        log.bar.refresh()
+        log.close()
+    shown = b""
+    with contextlib.suppress(OSError):  # the end
+        while part := os.read(ours, 10_000):
+            shown += part
+    os.close(ours)
+    assert b"1/100" in shown and b"epoch=0.1" in shown and b"update 1/100" not in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.123, "0.12 s"), (9.5, "9.5 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s")]
+    + [(7500, "2 h 5 min")],
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert spell_time(seconds) == text
+
+
+# ----------------------------------------------------------------------------------- whole runs
+
+
+def finished(folder: Path, capsys: pytest.CaptureFixture, *more: str) -> str:
+    """The last line of a run that ends well."""
+    assert train.main(tiny_run(folder, "--max-updates", "2", "--eval-images", "0", *more)) == 0
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_dollar_in_a_runs_name_is_no_formula(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    line = finished(tmp_path / "_$x_\\frac{$", capsys)
+    assert line.endswith(": model.safetensors, summary.json, curves.png, metrics.csv")
+
+
+def test_a_finished_run_names_only_files_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A picture that fails is passed over; a metrics.csv that was removed is there again."""
+    folder, draw = tmp_path / "run", train.draw_curves
+
+    def remove_and_draw(*args: Any, **options: Any) -> bytes:
+        (folder / "metrics.csv").unlink()
+        with contextlib.suppress(TypeError):
+            draw(*args, **options)
+        raise ValueError("no such font\nin two lines")
+
+    monkeypatch.setattr(train, "draw_curves", remove_and_draw)
+    assert finished(folder, capsys).endswith(": model.safetensors, summary.json, metrics.csv")
+    assert updates(folder) == [2]
+    (folder / "model.safetensors").unlink()
+    assert train.main(["--resume", str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "warning: curves.png failed and is left out: ValueError: no such font\n" in said
