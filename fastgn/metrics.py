@@ -186,13 +186,14 @@ class Metrics:
 def open_bar(**options: Any) -> tqdm:
     """Returns a progress bar on stderr, which is hidden unless stderr is a terminal.
 
-    Some terminals, such as a container's, give a width of 0, and tqdm would show nothing there.
+    Some terminals, such as a container's, say that they have no columns and no rows. There tqdm
+    would show nothing.
     """
     try:
-        width = os.get_terminal_size(sys.stderr.fileno()).columns
+        known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
     except (OSError, ValueError, AttributeError):  # no terminal
-        width = 0
-    shape = {"dynamic_ncols": True} if width else {"ncols": 80}
+        known = False
+    shape = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
     return tqdm(**{"disable": None} | shape | options)
 
 

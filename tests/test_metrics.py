@@ -196,13 +196,13 @@ def test_progress_has_total_epoch_rate_and_time_left(
     ]
 
 
-@pytest.mark.parametrize("columns", [0, 100])
+@pytest.mark.parametrize("size", [(0, 0), (0, 100), (30, 100)])
 def test_a_terminal_shows_a_bar(
-    columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that does not know how wide it is."""
+    """Also one that does not know how large it is."""
     ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 0, columns, 0, 0))
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     with open(its, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         log = opened(tmp_path)
