@@ -360,7 +360,9 @@ SAID: dict[str, dict[str, Any]] = {
     "swin_b_gradnorm": IMAGENET
     | GRADNORM
     | {"model": "swin_b", "precision": "bf16", "train_in_eval_mode": False}
-    | {"accumulation": "mean", "sched_on_updates": True, "sync_micro_batches": False},
+    | {"accumulation": "mean", "sched_on_updates": True, "sync_micro_batches": False}
+    # the paper's, until --epochs or the batch is changed
+    | {"ramp_epochs": None, "warmup_epochs": None, "min_lr": None, "opt_eps": None},
 }
 
 
@@ -461,6 +463,14 @@ def test_a_missing_start_names_the_recipe_that_makes_it(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit):
         answer_early("fastgn.train")
     assert "--recipe quickstart_natural" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [(), ("--recipe", "swin_b_gradnorm")])
+def test_a_short_run_needs_no_other_flag(recipe):
+    """Warm-up and ramp follow --epochs, and the first and last rate follow the peak."""
+    cfg = parse_config([*recipe, "--epochs", "2", "--batch-size", "8"])
+    assert cfg.optimizer.warmup == cfg.ramp_epochs == pytest.approx(0.2)
+    assert max(cfg.optimizer.outer_rates(peak_lr(cfg.optimizer, 8))) < 1e-6
 
 
 def test_every_start_of_a_recipe_is_another_recipes_output():
