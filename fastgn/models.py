@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastgn.checkpoint import first_line
 from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
-from fastgn.errors import UserError, check, nearest, parse_number
+from fastgn.errors import SUGGESTIONS, UserError, check, nearest, parse_number
 from fastgn.preact_resnet import PreActResNet18
 from fastgn.weights import OLD_SWIN, from_paper, load_weights, read_weights
 
@@ -208,10 +208,14 @@ def check_name(cfg: ArchitectureConfig) -> str:
     need no data."""
     name = ALIASES.get(cfg.model, cfg.model)
     if name not in OWN and not timm.is_model(name):
-        raise UserError(
-            f"--model {cfg.model!r} is unknown: "
-            f"{nearest(name, [*ALIASES, *OWN, *timm.list_models()])}"
-        )
+        matches = timm.list_models(name) if set(name) & set("*?[") else []
+        if matches:
+            raise UserError(
+                f"--model {cfg.model!r} matches {len(matches)} networks, such as "
+                f"{', '.join(matches[:SUGGESTIONS])}: name one, or see --list models {cfg.model!r}"
+            )
+        valid = [*ALIASES, *OWN, *timm.list_models()]
+        raise UserError(f"--model {cfg.model!r} is unknown: {nearest(name, valid)}")
     if cfg.activation:
         parse_activation(cfg.activation)
     return name

@@ -16,7 +16,8 @@ KERNELS = ROOT / "kernels" / "fastgn_kernels"
 MAY_IMPORT = {
     "__init__": {"schedule"},
     "errors": set(),
-    "config": {"config", "errors"},
+    "config": {"config", "errors", "listing"},
+    "listing": {"config", "errors", "models"},
     "extras": {"config"},
     "seeding": set(),
     "attacks": set(),
@@ -41,6 +42,7 @@ COMPOSE = {"train": set(), "evaluate": set(), "export": {"evaluate"}, "sweep": {
 ONLY_IN = {
     "fastgn_kernels": {"models.py"},
     "timm": {
+        "listing.py",
         "models.py",
         "optim.py",
         "weights.py",

@@ -18,12 +18,13 @@ from conftest import tiny_run
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fastgn import train
+from fastgn import models, train
 from fastgn.config import FIELDS, Config
-from fastgn.config.cli import PROGRAMS, parse_cli
+from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
 from fastgn.config.fields import Options, Range, annotations_of, flag, number, ranges
 from fastgn.config.groups import METHODS, ObjectiveConfig
 from fastgn.errors import UserError
+from fastgn.listing import KINDS
 from fastgn.objectives import METHODS as BUILDERS
 from fastgn.objectives import build_objective
 
@@ -199,7 +200,7 @@ def inside(name: str) -> st.SearchStrategy[float]:
 @st.composite
 def accepted_flags(draw: st.DrawFn) -> list[str]:
     """Draws a method and some options inside their ranges, until the command line takes them."""
-    method = draw(st.sampled_from(METHODS))
+    method = draw(st.sampled_from(sorted(METHODS)))
     args = ["--method", method]
     for name in draw(st.lists(st.sampled_from(TRAINED), min_size=3, max_size=8, unique=True)):
         _, count = kinds_of("fastgn.train", name)
@@ -236,6 +237,44 @@ def test_what_the_options_say_of_a_method_is_what_it_builds(method: str) -> None
         assert cfg.takes_turns == (built.rest is not None)
         assert cfg.allows_differences == built.differences
     assert set(BUILDERS) == set(METHODS)
+
+
+# -------------------------------------------------------------------------- what there is to choose
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_listed_name_is_taken(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        parse_config(["--list", kind])
+    assert left.value.code == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert len(names) == len(set(names)) > 5
+    if kind in ("recipes", "methods"):
+        for name in names:
+            parse_config([f"--{kind.removesuffix('s')}", name])
+    elif kind == "activations":
+        assert set(names) == set(models.ACTIVATIONS)
+    elif kind == "models":
+        assert {"swin_b", "preact_resnet18", "resnet50"} <= set(names)
+    else:
+        assert {"adamw", "sgd", "momentum", "lion"} <= set(names)
+
+
+def test_a_pattern_lists_what_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--list", "models", "*swin*tiny*"])
+    assert "swin_tiny_patch4_window7_224\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--list models nosuch: no name matches"):
+        parse_config(["--list", "models", "nosuch"])
+    with pytest.raises(UserError, match="--list 'recipe': did you mean 'recipes'"):
+        parse_config(["--list", "recipe"])
+
+
+@pytest.mark.parametrize("name", ["swim_b", "*swin*", "no such network at all", "resnet5", "vit"])
+def test_an_unknown_model_is_a_short_line(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        models.check_name(Config().replace(model=name).architecture)
+    assert name in str(caught.value) and len(str(caught.value)) < 320
 
 
 # ----------------------------------------------------------------------------------------- how soon

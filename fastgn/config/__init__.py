@@ -31,7 +31,9 @@ from fastgn.errors import UserError, check, nearest, parse_number
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains an image classifier; see the groups below. Example: --recipe quickstart_gradnorm"""
+    """Trains an image classifier. Example: --recipe quickstart_gradnorm. To see what there is to
+    choose from: --list recipes, models, methods, activations or optimizers, and a pattern such as
+    '*swin*' if you like."""
 
     architecture: tyro.conf.OmitArgPrefixes[ArchitectureConfig] = dataclasses.field(
         default_factory=ArchitectureConfig

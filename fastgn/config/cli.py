@@ -102,33 +102,57 @@ def columns(width: int | None) -> Iterator[None]:
 
 
 def unboxed(text: str, kind: type) -> str:
-    """What tyro says in the first part of its box, as one line."""
+    """Returns what tyro says in the first part of its box, as one line in our own words."""
     # borderless and with rules of "-" where stdout's encoding is not exactly "utf-8"
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
     line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))
     line = re.sub(r"^Error parsing [\w.-]+: (?=--)", "", line).removeprefix("Error parsing ")
-    unknown = re.match(r"Unrecognized options: (--[\w-]+)", line)
-    if unknown:
+    if found := re.match(r"Unrecognized options: (--[\w-]+)", line):
         names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
         flags = [f"--{flag(name)}" for name in names]
-        line = f"{unknown[1]} is unknown: {nearest(unknown[1].replace('_', '-'), flags)}"
-    missing = re.match(r"Missing from [\w.]+: (.*)", line)
-    if missing:
-        names = re.findall(r"(?:^|\(required\) )([A-Z-]+) ", missing[1])
-        line = f"missing: {' and '.join(names)} (see --help)"
-    choice = re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'", line)
-    if choice:
-        given, name = choice.groups()
+        return f"{found[1]} is unknown: {nearest(found[1].replace('_', '-'), flags)}"
+    if found := re.match(r"Unrecognized options: (.*)", line):
+        return f"{found[1]!r} belongs to no flag: remove it, or see --help for the flags"
+    if found := re.match(r"Missing from [\w.]+: (.*)", line):
+        names = re.findall(r"(?:^|\(required\) )([A-Z-]+) ", found[1])
+        return f"missing: {' and '.join(names)} (see --help)"
+    if found := re.match(r"Missing value for argument '(--[\w-]+)'", line):
+        return f"{found[1]} has no value: write {found[1]} VALUE"
+    if found := re.match(r"invalid choice '(.*)' for argument '(--[\w-]+)'", line):
         valid = re.findall(r"'([^']*)'", line)[2:]
-        line = f"{name} {given!r}: {nearest(given, valid)}"
+        return f"{found[2]} {found[1]!r}: {nearest(found[1], valid)}"
+    if found := re.match(r"(--[\w-]+): no type matching (.*) could be .* from \[(.*)\]", line):
+        given = " ".join(re.findall(r"'([^']*)'", found[3]))
+        whole = "whole " if "INT" in found[2] else ""
+        count = found[2].count("FLOAT") + found[2].count("INT")
+        wanted = f"{count} {whole}numbers" if count > 1 else f"a {whole}number"
+        return f"{found[1]} {given!r} should be {wanted}"
+    if found := re.match(r"(--[\w-]+): invalid literal for int\(\) with base 10: '(.*)'", line):
+        return f"{found[1]} {found[2]!r} should be a whole number"
+    if found := re.match(r"(--[\w-]+): could not convert string to float: '(.*)'", line):
+        return f"{found[1]} {found[2]!r} should be a number"
     return line
+
+
+def print_names(args: Sequence[str]) -> typing.NoReturn:
+    """Prints the names that `--list KIND [PATTERN]` asks for, and exits. Raises UserError."""
+    from fastgn.listing import KINDS, listing
+
+    kinds = ", ".join(KINDS)
+    check(len(args) in (1, 2), f"--list takes one of {kinds}, and a pattern such as '*swin*'")
+    check(args[0] in KINDS, f"--list {args[0]!r}: {nearest(args[0], KINDS)}")
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(listing(*args))
+    sys.exit(0)
 
 
 def parse_config(args: Sequence[str] | None = None) -> Config:
     """The command line's config: recipe first, then flags. ``--resume RUN`` without a recipe starts
     from the config that RUN saved. Raises UserError."""
     args = list(sys.argv[1:] if args is None else args)
+    if "--list" in args:
+        print_names(args[args.index("--list") + 1 :])
     recipe, resume = flag_value(args, "recipe"), flag_value(args, "resume")
     default = Config()
     if recipe is not None:

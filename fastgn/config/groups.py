@@ -6,9 +6,8 @@ or of ARES for the attacks, wherever one exists.
 
 import ast
 import dataclasses
-import typing
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastgn.config.fields import (
     BATCH,
@@ -39,10 +38,21 @@ OUTER_RATE = Range(0, 10)
 """A learning rate at the beginning or the end of a run."""
 FD_STEP = Range(1e-6, 10, hint="below 1e-6 fp32 rounds the difference away; 1e-3 is good")
 
-Method = Literal[
-    "natural", "gradnorm", "pgd_at", "fgsm_rs", "trades", "edge", "pag", "gradnorm+fgsm"
-]
-METHODS: tuple[str, ...] = typing.get_args(Method)
+METHODS = {
+    "natural": "cross-entropy",
+    "gradnorm": "cross-entropy plus the L1 norm of its input gradient, by double backprop",
+    "pgd_at": "cross-entropy at PGD's images",
+    "fgsm_rs": "cross-entropy after one attack step from a random start",
+    "trades": "cross-entropy plus the divergence between predictions for images and attacked ones",
+    "edge": "cross-entropy plus the distance of a logit's input gradient from the image's edges",
+    "pag": "cross-entropy plus the angle of input gradients to a representative of the class",
+    "gradnorm+fgsm": "gradnorm on a share of the updates, fgsm_rs on the others",
+}
+"""Each method and what an update minimises."""
+if TYPE_CHECKING:
+    Method = str
+else:  # the choices of the command line
+    Method = Literal[tuple(METHODS)]
 PENALTY_METHODS = ("gradnorm", "edge", "pag", "gradnorm+fgsm")
 ATTACK_METHODS = ("pgd_at", "fgsm_rs", "trades")
 
@@ -124,7 +134,8 @@ class DatasetConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationConfig(Options):
-    """What is done to training images. The defaults are timm's, but for mixing, which is off."""
+    """What is done to training images. The defaults are those of timm's script, except that the
+    random crop is always bicubic."""
 
     aa: str | None = None
     """timm's auto-augment policy, such as rand-m9-mstd0.5-inc1 (torch and dali loaders)."""
@@ -167,11 +178,7 @@ class ObjectiveConfig(Options):
     """What is minimised. Source of the defaults: arXiv 2409.20139, equation 2."""
 
     method: Method = "gradnorm"
-    """natural: cross-entropy; gradnorm: plus the L1 norm of its input gradient, by double backprop;
-    pgd_at: cross-entropy at PGD's images; fgsm_rs: the same after one step from a random start;
-    trades: cross-entropy plus the divergence at PGD's images; edge: plus how far input gradients
-    lie off the edges; pag: plus how far they point off a class's representative; gradnorm+fgsm:
-    gradnorm on a share of the updates, fgsm_rs on the rest."""
+    """What an update minimises. `--list methods` explains each method."""
     ce_weight: Annotated[float, WEIGHT] = 0.8
     """gradnorm: weight of the cross-entropy."""
     gn_weight: Annotated[float, WEIGHT] = 1.2

@@ -1,0 +1,62 @@
+"""What there is to choose from: recipes, models, methods, activations and optimizers, by name."""
+
+import fnmatch
+from collections.abc import Callable
+from importlib import resources
+
+from fastgn.config import recipe_names
+from fastgn.config.groups import METHODS
+from fastgn.errors import check
+
+
+def recipes() -> dict[str, str]:
+    """Returns each recipe and the first line of its comment."""
+    folder = resources.files("fastgn").joinpath("recipes")
+    first = {n: folder.joinpath(f"{n}.toml").read_text().split("\n")[0] for n in recipe_names()}
+    return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in first.items()}
+
+
+def models() -> dict[str, str]:
+    """Returns timm's networks, our own, and the short names."""
+    import timm  # takes seconds
+
+    from fastgn.models import ALIASES, OWN
+
+    own = {name: f"short for {full}" for name, full in ALIASES.items()}
+    return own | dict.fromkeys(OWN, "for CIFAR") | dict.fromkeys(timm.list_models(), "")
+
+
+def activations() -> dict[str, str]:
+    """Returns what --activation takes, and the number that may follow."""
+    from fastgn.models import ACTIVATION_ARGUMENT, ACTIVATIONS
+
+    arguments = ACTIVATION_ARGUMENT.items()
+    notes = {name: f"or {name}:NUMBER, its {what}" for name, what in arguments}
+    return {name: notes.get(name, "") for name in ACTIVATIONS}
+
+
+def optimizers() -> dict[str, str]:
+    """Returns timm's optimizers."""
+    from timm.optim import list_optimizers
+
+    return dict.fromkeys(map(str, list_optimizers()), "")
+
+
+KINDS: dict[str, Callable[[], dict[str, str]]] = {
+    "recipes": recipes,
+    "models": models,
+    "methods": lambda: METHODS,
+    "activations": activations,
+    "optimizers": optimizers,
+}
+
+
+def listing(kind: str, pattern: str = "*") -> str:
+    """Returns the names of a kind that match a pattern such as '*swin*', one a line, with notes.
+
+    Raises UserError if no name matches.
+    """
+    found = {n: note for n, note in KINDS[kind]().items() if fnmatch.fnmatch(n, pattern)}
+    check(bool(found), f"--list {kind} {pattern}: no name matches")
+    width = min(40, max(map(len, found)))
+    return "\n".join(f"{name:{width}}  {note}".rstrip() for name, note in found.items())
