@@ -721,6 +721,11 @@ def announce(
             f"what makes it {cfg.step.lazy_interval} times as strong"
         )
     run.say_share("will hold", run.last_update)
+    if cfg.optimizer.warmup >= cfg.optimizer.epochs:
+        run.say(
+            f"warning: --warmup-epochs {cfg.optimizer.warmup:g} does not end before the run: the "
+            "learning rate never reaches its peak"
+        )
     if cfg.ramp_epochs > cfg.optimizer.epochs:
         full = optim.ramp_at(cfg, run.last_update, run.updates_per_epoch)
         run.say(

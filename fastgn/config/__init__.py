@@ -186,23 +186,53 @@ def coerce_scalar(name: str, value: Any, kind: type) -> Any:
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
     files = resources.files("fastgn").joinpath("recipes").iterdir()
-    return sorted(f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml"))
+    names = [f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")]
+    return sorted(name for name in names if not name.startswith("_"))  # `_` marks a shared part
 
 
 def load_recipe(name_or_file: str) -> Config:
     """The defaults with a recipe laid over them. Raises UserError: unknown name, key or value."""
-    path = Path(name_or_file)
-    if path.suffix == ".toml":
-        check(path.is_file(), f"--recipe {name_or_file}: there is no such file")
-        text = path.read_text(errors="replace")
-    else:
+    if not name_or_file.endswith(".toml"):
         names = recipe_names()
         check(name_or_file in names, f"--recipe {name_or_file!r}: {nearest(name_or_file, names)}")
-        text = resources.files("fastgn").joinpath("recipes", f"{name_or_file}.toml").read_text()
     try:
-        return Config.from_toml(text)
+        return Config().replace(**recipe_values(name_or_file))
     except UserError as error:
         raise UserError(f"--recipe {name_or_file}: {error}") from None
+
+
+def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Returns a recipe's keys and values, laid over those of the recipe that its `base` names.
+
+    A base is a recipe of the package, or a file whose path is relative to the file that names it.
+    extended_by: the recipes that led here. Raises UserError if a recipe extends itself, or if it
+    cannot be read.
+    """
+    path, missing = Path(name_or_file), "there is no such file"
+    if path.suffix != ".toml":
+        path = Path(str(resources.files("fastgn").joinpath("recipes", f"{name_or_file}.toml")))
+        missing = nearest(name_or_file, recipe_names())
+    # Path.is_file would raise an OSError for a name that is too long
+    check(os.path.isfile(path), missing)
+    path = path.resolve()
+    check(path not in extended_by, "it extends itself")
+    try:
+        values = tomllib.loads(path.read_text(errors="replace"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"not TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"it cannot be read: {error.strerror}") from None
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    check(isinstance(base, str), f"base = {base!r} should be the name of a recipe, or a file")
+    if base.endswith(".toml"):
+        base = str(path.parent / base)
+    try:
+        return recipe_values(base, (*extended_by, path)) | values
+    except UserError as error:
+        raise UserError(f"base = {base!r}: {error}") from None
 
 
 def initial_file(start: str) -> Path:

@@ -438,11 +438,6 @@ class OptimizerConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.warmup < self.epochs,
-            f"--warmup-epochs {self.warmup:g} must be fewer than --epochs {self.epochs}: give "
-            "fewer, or leave it out",
-        )
         if self.lr is not None:
             self.check_peak(self.lr)
 
