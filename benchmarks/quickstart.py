@@ -3,12 +3,14 @@
     python benchmarks/quickstart.py --seeds 3
 
 Runs the commands of `make train` for each seed and writes
-benchmarks/results/quickstart_<device>.json.
+benchmarks/results/quickstart_<device>.json. If it is ended early, the same call goes on with the
+first seed that it has not finished.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -16,7 +18,7 @@ import time
 from pathlib import Path
 
 import torch
-from records import write_record
+from records import read_json, unfinished, write_record
 
 from fastgn.metrics import environment
 
@@ -32,31 +34,39 @@ EVALUATE = (
 )
 
 
-def timed(*args: str) -> float:
-    """Seconds of a command that must succeed, one thread a process as in `make train`."""
-    start = time.perf_counter()
+def timed(*args: str) -> dict[str, float]:
+    """Runs a command that must succeed, with one thread per process as in `make train`.
+
+    Returns its seconds, and the CPU seconds of all its processes, which other programs on the
+    machine change less.
+    """
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *args], check=True, env=environment)
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_s}
 
 
 def one_seed(seed: int, folder: Path) -> dict:
-    seconds, runs = {}, {m: str(folder / m) for m in METHODS}
+    parts, runs = {}, {m: str(folder / m) for m in METHODS}
     for method in METHODS:
         start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []
-        seconds[f"train_{method}"] = timed(
+        parts[f"train_{method}"] = timed(
             *TRAIN,
             *("--recipe", f"quickstart_{method}", "--seed", str(seed), "--output", runs[method]),
             *start,
         )
     output = folder / "evaluation.json"
     attacks = ("--eps", "0.025", "--attacks", "clean", "pgd-20", "autoattack")
-    seconds["evaluate"] = timed(
+    parts["evaluate"] = timed(
         *EVALUATE,
         *("--checkpoint", *runs.values(), *attacks, "--output", str(output), "--seed", str(seed)),
     )
     models = json.loads(output.read_text())["models"]
-    return {"seed": seed, "seconds": seconds, "models": models}
+    kinds = ("seconds", "cpu_seconds")
+    times = {kind: {name: part[kind] for name, part in parts.items()} for kind in kinds}
+    return {"seed": seed, **times, "models": models}
 
 
 def main() -> None:
@@ -65,8 +75,8 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = RESULTS / f"quickstart_{device}.json"
-    seeds = []
-    for seed in range(args.seeds):
+    seeds = read_json(unfinished(path)).get("seeds", [])
+    for seed in range(len(seeds), args.seeds):
         with tempfile.TemporaryDirectory() as folder:
             seeds.append(one_seed(seed, Path(folder)))
         record = {"device": device, "complete": seed + 1 == args.seeds, "seeds": seeds}
