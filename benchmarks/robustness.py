@@ -106,7 +106,10 @@ def digits() -> Study:
     kwargs = [k for k in base.architecture.model_kwargs if not k.startswith("depths")]
     return Study(
         networks={"Swin": {"model_kwargs": [*kwargs, "depths=(1, 1)"]}},
-        base=base.replace(eval_images=360, checkpoint_hist=1),
+        base=base.replace(
+            **{"lr": 4e-3, "smoothing": 0.0, "model_ema_decay": 0.98, "ramp_epochs": 5.0},
+            **{"eval_images": 360, "checkpoint_hist": 1},
+        ),
         arms=tuple(ARMS),
         start={"epochs": 30, "warmup_epochs": 2.0},
         epochs=15,
