@@ -36,12 +36,12 @@ from robustness import statistics_of
 from timing import summary
 from trials import Trial
 
-from fastgn.checkpoint import write_bytes
 from fastgn.config import Config
 from fastgn.data.datasets import load_dataset
 from fastgn.data.subset import Subset
 from fastgn.errors import UserError, check
 from fastgn.evaluate import load_trained
+from fastgn.files import write_bytes
 from fastgn.metrics import environment
 from fastgn.models import parse_activation
 from fastgn.objectives import gradnorm

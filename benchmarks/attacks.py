@@ -39,9 +39,9 @@ from torch import Tensor, nn
 
 from fastgn import models
 from fastgn.analysis.outcomes import Attacker, Parts, Precision, rows_of, timed_part
-from fastgn.checkpoint import write_json
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError
+from fastgn.files import write_json
 from fastgn.metrics import environment
 
 TARGET = 0.05

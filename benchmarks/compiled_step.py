@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from timing import interleaved
 
-from fastgn.checkpoint import write_json
 from fastgn.config import load_recipe
+from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models import build_model
 from fastgn.objectives import build_objective

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from fastgn.analysis.canvas import to_png
-from fastgn.checkpoint import write_bytes
+from fastgn.files import write_bytes
 
 COLOURS = ("#3182bd", "#d95f02", "#756bb1", "#31a354")
 """Of precisions."""

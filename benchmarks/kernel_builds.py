@@ -38,7 +38,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from fastgn.checkpoint import write_json
+from fastgn.files import write_json
 from fastgn.metrics import environment
 
 RESULT = Path(__file__).parent / "results" / "kernel_builds.json"

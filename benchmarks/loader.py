@@ -44,7 +44,6 @@ from timing import summary, synchronize
 from timm.data import create_loader
 from timm.data.mixup import Mixup
 
-from fastgn.checkpoint import write_bytes, write_json
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.batch import Batch
@@ -52,6 +51,7 @@ from fastgn.data.datasets import Arrays, Dataset, Files
 from fastgn.data.loader import build_loader
 from fastgn.data.recipe import forgive_posterize
 from fastgn.errors import UserError, check
+from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment
 
 ROOT = Path(__file__).parent.parent

@@ -32,11 +32,11 @@ from records import write_record
 from timing import interleaved, summary
 from trials import Trial, digest
 
-from fastgn.checkpoint import write_bytes, write_json
 from fastgn.config import Config, load_recipe
 from fastgn.data.datasets import load_dataset
 from fastgn.distributed import session
 from fastgn.errors import UserError, check, nearest
+from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment
 from fastgn.objectives import build_objective
 from fastgn.schedule import count_passes

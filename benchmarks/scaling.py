@@ -41,9 +41,9 @@ from typing import Any
 import torch
 from timing import interleaved
 
-from fastgn.checkpoint import write_json
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError, check
+from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models import build_model
 from fastgn.objectives import build_objective

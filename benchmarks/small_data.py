@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from timing import interleaved, summary
 
-from fastgn.checkpoint import write_json
 from fastgn.config.cli import parse_config
 from fastgn.data.batch import Batch
 from fastgn.distributed import session
 from fastgn.errors import UserError
+from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.train import Run, build
 

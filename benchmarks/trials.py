@@ -22,8 +22,8 @@ from energy import Meter, NoMeterError
 from tqdm import tqdm
 
 from fastgn import evaluate, train
-from fastgn.checkpoint import write_bytes, write_json
 from fastgn.config import Config
+from fastgn.files import write_bytes, write_json
 from fastgn.metrics import read_rows
 
 LOCAL = ("output", "initial_checkpoint", "resume")

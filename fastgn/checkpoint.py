@@ -1,65 +1,140 @@
-"""Files that are whole or absent: checkpoints, exports, and any other file of a run."""
+"""A run's checkpoints and exports: what they hold, declared once and checked at each reading."""
 
-import contextlib
-import json
+import dataclasses
 import os
-import pickle
 import re
-import struct
-import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from fastgn.config import run_folder
+from fastgn.config import Config, run_folder
 from fastgn.errors import UserError, check
+from fastgn.files import (
+    METADATA,
+    atomic_open,
+    parse_json,
+    read_archive,
+    read_safetensors,
+    write_safetensors,
+)
 
 FORMAT = 1
 """Of the checkpoint's content; raised when an older reader could not use it."""
 
+REQUIRED = object()
+"""Default of a key that a file must have."""
 
-@contextlib.contextmanager
-def atomic_open(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` only when all of it is on the disk.
 
-    Raises UserError when the disk is full or refuses; nothing half-written stays behind.
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a file may hold under a key."""
+
+    what: str
+    """Completes "should be ..."."""
+    fits: Callable[[Any], bool]
+    default: Any = REQUIRED
+    """What an older version's file, without the key, is read as."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold exactly, and no truth value."""
+    return type(value) in (int, float) and abs(value) < 2**53
+
+
+def whole(least: int, default: Any = REQUIRED) -> Key:
+    return Key(
+        f"a whole number of at least {least}",
+        lambda v: type(v) is int and least <= v < 2**53,
+        default,
+    )
+
+
+def is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def is_optimizer(value: Any) -> bool:
+    """Whether a value is shaped as an optimizer's state_dict: moments by the number of their
+    parameter, and groups that list these numbers."""
+    if not isinstance(value, dict) or not value.keys() >= {"state", "param_groups"}:
+        return False
+    state, groups = value["state"], value["param_groups"]
+    return (
+        isinstance(state, dict)
+        and all(type(k) is int and isinstance(v, dict) for k, v in state.items())
+        and isinstance(groups, list)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+        and all(type(number) is int for g in groups for number in g["params"])
+    )
+
+
+TEXTS = "a list of different texts"
+
+CONFIG = Key("a recipe's text", lambda v: isinstance(v, str))
+CLASSES = Key(
+    f"{TEXTS}, at least 2",
+    lambda v: isinstance(v, list) and is_texts(v) and len(set(v)) == len(v) > 1,
+)
+CHECKPOINT = {
+    "format": whole(1),
+    "update": whole(0),
+    "epoch": Key("a finite number", is_number, None),
+    "best": Key("a finite number", is_number),
+    "accuracy": Key(
+        "finite numbers by name",
+        lambda v: (
+            isinstance(v, dict) and all(isinstance(k, str) and is_number(x) for k, x in v.items())
+        ),
+    ),
+    "sums": Key("a tensor of numbers", lambda v: isinstance(v, Tensor) and v.is_floating_point()),
+    "summed": whole(0),
+    "bad_images": Key("a list of texts", lambda v: isinstance(v, list) and is_texts(v), []),
+    "model": Key("tensors by name", is_state_dict),
+    "ema": Key("tensors by name, or None", lambda v: v is None or is_state_dict(v)),
+    "optimizer": Key("an optimizer's state", is_optimizer),
+    "global_batch": whole(1),
+    "config": CONFIG,
+    "classes": CLASSES,
+}
+"""All that a checkpoint holds: a key that is not here can be neither written nor read."""
+EXPORT = {"config": CONFIG, "classes": CLASSES, "update": whole(0, None)}
+"""All that the header of an export holds."""
+
+
+def is_texts(values: list[Any]) -> bool:
+    return all(isinstance(v, str) for v in values)
+
+
+def checked(content: Any, keys: Mapping[str, Key], where: str) -> dict[str, Any]:
+    """Returns what a file holds, with the defaults of keys that an older version did not write.
+
+    Raises UserError, which begins with `where`: a key that is missing, of another kind, or of a
+    newer version.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in RuntimeError
-        cause = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else str(error).split("\n")[0]
-        )
-        raise UserError(
-            f"{path} cannot be written: {cause}; what was there before is untouched"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what cannot be had
-            temporary.unlink()
-
-
-def write_bytes(path: Path, content: bytes | str) -> None:
-    """Writes a whole file atomically."""
-    with atomic_open(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically, indented, keys in the order given."""
-    write_bytes(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    check(isinstance(content, dict), f"{where} holds a {type(content).__name__}, not named values")
+    unknown = next((k for k in content if k not in keys), None)
+    check(
+        unknown is None,
+        f"{where} holds {str(unknown)[:80]!r}, which this version of fastgn does not know: a newer "
+        "one has written it; update fastgn",
+    )
+    out = {}
+    for name, key in keys.items():
+        value = content.get(name, key.default)
+        check(value is not REQUIRED, f"{where} is damaged: it lacks {name!r}")
+        fits = (name not in content and value is key.default) or key.fits(value)
+        check(fits, f"{where} is damaged: {name!r} should be {key.what}")
+        out[name] = value
+    return out
 
 
 class Checkpoints:
@@ -98,6 +173,7 @@ class Checkpoints:
         asked for. Removes the oldest update_*.pt, those of a continuation given up for an earlier
         checkpoint, and what a kill left of others.
         """
+        assert state.keys() <= CHECKPOINT.keys(), "a new key is declared in CHECKPOINT"
         path = self.path(update)
         for name in ("update_", "epoch_", "best.pt"):
             for left in self.folder.glob(f".{name}*.tmp"):
@@ -118,79 +194,42 @@ class Checkpoints:
 
     @staticmethod
     def _link(path: Path, name: Path) -> None:
-        temporary = name.with_name(f".{name.name}.tmp")
-        temporary.unlink(missing_ok=True)
+        temporary = name.with_name(f".{name.name}.{secrets.token_hex(8)}.tmp")
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
-            write_bytes(temporary, path.read_bytes())
+            with open(path, "rb") as source, atomic_open(name) as file:
+                shutil.copyfileobj(source, file)
+            return
         os.replace(temporary, name)
 
 
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its class's name where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def foreign_object(error: BaseException) -> str | None:
-    """What torch.load(weights_only=True) met besides tensors and plain values, from its refusal: a
-    class's or function's dotted name. None where the refusal is of another kind.
-
-    A pickle of protocol 4 or later is never torch.save's; its reader stops at the first opcode and
-    so knows no name.
-    """
-    if not isinstance(error, pickle.UnpicklingError):
-        return None
-    named = re.search(r"\bGLOBAL ([\w.]+)", str(error))
-    if named:
-        return named[1]
-    return "a bare pickle" if "Unsupported operand 149" in str(error) else None
-
-
-def not_run(path: Path, what: str) -> str:
-    """The line for a file that `foreign_object` found something in."""
-    return (
-        f"{path} holds more than tensors ({what}): it was not loaded, for loading it could run code"
-    )
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU. Runs no code from the file.
+    """Returns a checkpoint's content, on the CPU, with all of CHECKPOINT's keys. Runs no code from
+    the file.
 
     Raises UserError: absent, cut short, flipped bits (every checksum in the file is verified),
-    objects besides tensors and plain values, or not a checkpoint of this program.
+    objects besides tensors and plain values, another version's, or not a checkpoint of this
+    program.
     """
     check(path.is_file(), f"{path}: there is no such checkpoint")
-    others = [p.name for p in sorted(path.parent.glob("*.pt")) if p != path]
-    hint = f"; others there: {', '.join(others)}" if others else ""
     try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-            # torch's reader leaves tensors unfilled where a flipped bit makes an entry a folder
-            bad = bad or next((i.filename for i in archive.infolist() if i.external_attr), None)
-        check(bad is None, f"{path} is corrupt (checksum of {bad}){hint}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        struct.error,
-        pickle.UnpicklingError,
-    ) as error:
-        what = foreign_object(error)
-        if what:
-            raise UserError(not_run(path, what) + hint) from None
-        raise UserError(f"{path} is corrupt ({first_line(error)}){hint}") from None
+        content = read_archive(path)
+    except UserError as error:
+        others = ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path)
+        raise UserError(f"{error}{f'; others there: {others}' if others else ''}") from None
+    found = content.get("format") if isinstance(content, dict) else None
     check(
-        isinstance(state, dict) and state.get("format") == FORMAT,
+        type(found) is int and found >= 1,
         f"{path} is not a checkpoint of fastgn.train, format {FORMAT}",
     )
+    check(
+        found == FORMAT,
+        f"{path} is of format {found}, and this version of fastgn reads format {FORMAT}: update "
+        "fastgn",
+    )
+    state = checked(content, CHECKPOINT, str(path))
+    config_of(state, path)
     return state
 
 
@@ -206,19 +245,56 @@ def find_checkpoint(where: Path) -> Path:
 
 
 def export_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Weights as safetensors with the metadata's values as JSON in the header (key 'fastgn')."""
-    tensors = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
-    write_bytes(path, to_safetensors(tensors, metadata={"fastgn": json.dumps(metadata)}))
+    """Writes weights as safetensors, with EXPORT's keys in the header."""
+    assert metadata.keys() <= EXPORT.keys(), "a new key is declared in EXPORT"
+    write_safetensors(path, weights, metadata)
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """What export_weights put into the header. Raises UserError where it did not."""
-    from safetensors import SafetensorError, safe_open
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A trained network as a checkpoint or an export has it."""
 
+    config: Config
+    classes: tuple[str, ...]
+    weights: dict[str, Tensor]
+    """The average where there is one. Keys are timm's, or those of a Classifier."""
+    unfinished: str | None
+    """How far the run had come, in a line, if the file is a checkpoint; None for an export, which a
+    run writes at its end."""
+
+
+def read_saved(path: Path) -> Saved:
+    """Returns the network that an export (.safetensors) or a checkpoint holds. Raises UserError."""
+    exported = path.suffix == ".safetensors"
+    if exported:
+        weights, metadata = read_safetensors(path)
+        check(
+            METADATA in metadata,
+            f"{path} was not exported by fastgn.train: it carries no config; name its network by "
+            "--model",
+        )
+        where = f"the header of {path}"
+        header = checked(parse_json(metadata[METADATA], where), EXPORT, where)
+    else:
+        header = load_checkpoint(path)
+        weights = header["ema"] or header["model"]
+    config = config_of(header, path)
+    unfinished = None if exported else position(header, config.optimizer.epochs)
+    return Saved(config, tuple(header["classes"]), weights, unfinished)
+
+
+def position(state: Mapping[str, Any], epochs: int) -> str | None:
+    """Returns a line that says where in its run a checkpoint was made; None if at the end."""
+    epoch = state["epoch"]
+    if epoch is not None and epoch >= epochs:
+        return None
+    of = f" (epoch {epoch:.3g} of {epochs})" if epoch is not None else ""
+    return f"these are the weights of update {state['update']}{of}, before the run's end"
+
+
+def config_of(header: Mapping[str, Any], path: Path) -> Config:
+    """Returns the config that a checkpoint or an export was made with. Raises UserError."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from None
-    check("fastgn" in header, f"{path} was not exported by fastgn.train: it carries no config")
-    return json.loads(header["fastgn"])
+        return Config.from_toml(header["config"])
+    except UserError as error:
+        raise UserError(f"{path}: its config: {error}") from None

@@ -12,7 +12,19 @@ SUGGESTIONS = 5
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line that names the value given and what would be right."""
+    """A mistake of the user: one line that names the value given and what would be right.
+
+    Names of files, classes and runs may hold anything, so characters that would break the line or
+    steer the terminal are shown as their escapes.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(escaped(message))
+
+
+def escaped(text: str) -> str:
+    """Returns a text in which all that a terminal does not show as it is stands as an escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def check(condition: bool, message: str) -> None:
@@ -50,6 +62,11 @@ def parse_number(text: str | float) -> float:
     except ValueError:
         raise UserError(f"{text!r} is not a number; write 0.0157 or 4/255") from None
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its class's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def say_error(line: str) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -39,9 +38,7 @@ from fastgn.checkpoint import (
     Checkpoints,
     find_checkpoint,
     load_checkpoint,
-    read_metadata,
-    write_bytes,
-    write_json,
+    read_saved,
 )
 from fastgn.config import Config, run_folder
 from fastgn.config.cli import parse_cli
@@ -51,8 +48,9 @@ from fastgn.data.datasets import Arrays, check_classes, load_validation
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
 from fastgn.errors import UserError, check, say_error
+from fastgn.files import check_target, parse_json, write_bytes, write_json
 from fastgn.metrics import environment
-from fastgn.weights import load_weights, read_weights, strip_prefixes
+from fastgn.weights import load_weights, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +61,8 @@ class Trained:
     model: models.Classifier
     cfg: Config
     classes: tuple[str, ...]
+    unfinished: str | None = None
+    """How far the run had come, in a line, if the weights are not those of its end."""
 
 
 def load_foreign(
@@ -77,7 +77,13 @@ def load_foreign(
     there = there.replace(**{k: v for k, v in values.items() if v is not None})
     weights = read_weights(path, paper=cfg.from_paper)
     model, _ = models.build_model(there.architecture, len(classes))
-    load_weights(model.backbone, weights, f"--checkpoint {where}")
+    adapted = load_weights(model, weights, f"--checkpoint {where}", adapt=cfg.adapt_weights)
+    check(
+        not adapted.anew,
+        f"--checkpoint {where} has another number of classes than the data: {adapted}",
+    )
+    if adapted:
+        print(f"{where}: {adapted}", file=sys.stderr)
     model.to(device).eval().requires_grad_(False)
     timms = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("crop_pct")
     there = there.replace(crop_pct=cfg.crop_pct or timms or there.augmentation.crop_pct)
@@ -91,18 +97,15 @@ def load_trained(where: str, device: torch.device) -> Trained:
     check(path.exists(), f"--checkpoint {where}: there is no such run or file")
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
-    if path.suffix == ".safetensors":
-        header = read_metadata(path)
-        weights: dict[str, Tensor] = read_weights(path)
-    else:
-        header = load_checkpoint(find_checkpoint(path))
-        weights = strip_prefixes(header["ema"] or header["model"])
-    cfg = Config.from_toml(header["config"])
-    architecture = dataclasses.replace(cfg.architecture, pretrained=False, initial_checkpoint=None)
-    model, _ = models.build_model(architecture, len(header["classes"]))
-    load_weights(model.backbone, weights, f"--checkpoint {where}")
+    saved = read_saved(path if path.suffix == ".safetensors" else find_checkpoint(path))
+    try:
+        model, _ = models.build_model(saved.config.architecture.started(), len(saved.classes))
+    except UserError as error:
+        raise UserError(f"--checkpoint {where}: {error}") from None
+    load_weights(model, saved.weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
-    return Trained(run_folder(Path(where)).name, model, cfg, tuple(header["classes"]))
+    name = run_folder(Path(where)).name
+    return Trained(name, model, saved.config, saved.classes, saved.unfinished)
 
 
 def source_of(trained: Config, cfg: EvaluateConfig) -> DatasetConfig:
@@ -248,7 +251,10 @@ def evaluate(
                     clean = [bit == "1" for bit in done[0, batch]["correct"]]
                 bar.set_postfix_str(so_far(done, pairs, index))
     images.indices = order
-    gathered = [json.loads(item) for item in world.gather([json.dumps(p) for p in done.values()])]
+    gathered = [
+        parse_json(item, "a rank's outcomes")
+        for item in world.gather([json.dumps(p) for p in done.values()])
+    ]
     warnings = {line for part in gathered for line in part.get("warnings", ())}
     rows = rows_of(gathered, pairs, len(order))
     if world.is_main:
@@ -344,10 +350,9 @@ def norm_by_epoch(
     model, out = copy.deepcopy(trained.model), []
     for path in Checkpoints(where, 1).all() if where.is_dir() else []:
         state = load_checkpoint(path)
-        if "epoch" not in state:  # made by an older version
+        if state["epoch"] is None:  # made by an older version
             continue
-        weights = strip_prefixes(state["ema"] or state["model"])
-        load_weights(model.backbone, weights, str(path))
+        load_weights(model, state["ema"] or state["model"], str(path))
         norms = [
             attacks.input_gradient(model, x, y).images_BCHW.abs().flatten(1).sum(1)
             for x, y in batches
@@ -386,16 +391,6 @@ def analyse(where: str, trained: Trained, subset: Subset, cfg: EvaluateConfig) -
         print(page(checks, f"{trained.name}: can the attacks be believed?"))
         out["sanity"] = [dataclasses.asdict(c) for c in checks]
     return out
-
-
-def check_target(path: Path) -> None:
-    """Raises UserError where a file cannot be written there: before hours of attacks."""
-    check(not path.is_dir(), f"{path} is a folder: name a file")
-    parent = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-    check(
-        parent.is_dir() and os.access(parent, os.W_OK),
-        f"{path} cannot be written: {parent} is no folder that can be written to",
-    )
 
 
 def check_few_classes(classes: int, names: tuple[str, ...]) -> None:
@@ -441,6 +436,9 @@ def run(cfg: EvaluateConfig, world: World) -> None:
             for where in cfg.checkpoint
         ]
         trained = with_own_names(trained, cfg.checkpoint)
+    for t in trained:
+        if t.unfinished and world.is_main:
+            print(f"{t.name}: {t.unfinished}", file=sys.stderr)
         subsets = [subset_of(t, cfg, world.device) for t in trained]
     sources = {(x.data, x.data_dir, x.val_split) for x in (source_of(t.cfg, cfg) for t in trained)}
     check(

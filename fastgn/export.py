@@ -3,12 +3,14 @@
 python -m fastgn.export --checkpoint runs/NAME --robustbench OUT_DIR --eps 4/255
 """
 
-import dataclasses
+import ast
 import inspect
 import io
-import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
 from fractions import Fraction as Ratio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,23 +24,25 @@ import torch
 from torch import Tensor
 
 from fastgn import models
-from fastgn.checkpoint import export_weights, write_bytes, write_json
+from fastgn.checkpoint import export_weights, is_number
 from fastgn.config.cli import parse_cli
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, say_error
+from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
     from fastgn.evaluate import Trained
 
+FILES = ("model.py", "model_info.json", "weights.pt", "weights.safetensors")
 CLASSES = {"cifar10": 10, "imagenet": 1000}
 """RobustBench's data sets that fastgn trains on -> how many classes a model of theirs has."""
 
 
-DEFINITION = '''"""{name}: {model}, {classes} classes, images of {side} x {side} pixels.
+DEFINITION = '''"""A network that fastgn has trained, for any program that has torch and timm.
 
-Needs torch and timm alone. Images are B x 3 x {side} x {side} in 0..1; the normalisation is inside.
-At the evaluation of this model, images that were larger were scaled (bicubic) so that the central
-crop of {side} pixels is {crop_pct:g} of the shorter side.
+Images are B x 3 x SIDE x SIDE in 0..1; the normalisation is inside. At the evaluation of this
+model, images that were larger were scaled (bicubic) so that the central crop of SIDE pixels is
+CROP_PCT of the shorter side.
 """
 
 from pathlib import Path
@@ -46,6 +50,8 @@ from pathlib import Path
 import torch
 from torch import nn
 {imports}
+NAME, NETWORK = {name}, {model}
+CLASSES, SIDE, CROP_PCT = {classes}, {side}, {crop_pct}
 MEAN, STD = {mean}, {std}
 ARGUMENTS = {arguments}
 {activation}
@@ -96,16 +102,28 @@ def shortest(values: Tensor) -> tuple[float, ...]:
     return tuple(float(str(v)) for v in values.detach().cpu().flatten().numpy())
 
 
+def literal(value: Any) -> str:
+    """Returns Python text that is read back as `value` and cannot be anything but a value: all that
+    comes from a checkpoint passes through here on its way into model.py. Raises UserError."""
+    text = repr(value)
+    try:
+        same = ast.literal_eval(text) == value
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        same = False
+    check(same, f"{text[:80]} cannot be written into model.py: it is no plain value")
+    return text
+
+
 def definition(trained: "Trained") -> str:
     """model.py: Python that builds the network as `models.build_model` does, fastgn not needed.
 
     A network of fastgn's own brings its source along.
     """
-    cfg = dataclasses.replace(trained.cfg.architecture, pretrained=False, initial_checkpoint=None)
+    cfg = trained.cfg.architecture.started()
     name = models.check_name(cfg)
     _, arguments = models.create(name, cfg, len(trained.classes))
     imports, own, activation, swap = "", "", "", ""
-    constructor = f"timm.create_model({name!r}, pretrained=False, **ARGUMENTS)"
+    constructor = f"timm.create_model({literal(name)}, pretrained=False, **ARGUMENTS)"
     if name in models.OWN:
         source = inspect.getsource(sys.modules[models.OWN[name].__module__])
         lines = source.partition('"""\n\n')[2].splitlines()
@@ -121,22 +139,22 @@ def definition(trained: "Trained") -> str:
         named = ", ".join(f"get_act_layer({a!r})" for a in models.ACTIVATIONS if a != "softplus")
         layer, keywords = models.parse_activation(cfg.activation)
         kind = cfg.activation.partition(":")[0]
-        made = "nn.Softplus" if layer is torch.nn.Softplus else f"get_act_layer({kind!r})"
+        made = "nn.Softplus" if layer is torch.nn.Softplus else f"get_act_layer({literal(kind)})"
         activation = (
-            f"ACTIVATION, ACTIVATION_ARGUMENTS = {made}, {keywords!r}\n"
+            f"ACTIVATION, ACTIVATION_ARGUMENTS = {made}, {literal(keywords)}\n"
             f"KINDS = tuple({{{', '.join('nn.' + k for k in plain)},\n    {named}}})\n"
         )
         swap = SWAP
     return DEFINITION.format(
-        name=trained.name.replace("\\", "/").replace('"', "'"),
-        model=cfg.model,
-        classes=len(trained.classes),
-        side=trained.model.img_size,
-        crop_pct=trained.cfg.augmentation.crop_pct,
+        name=literal(trained.name),
+        model=literal(cfg.model),
+        classes=literal(len(trained.classes)),
+        side=literal(trained.model.img_size),
+        crop_pct=literal(trained.cfg.augmentation.crop_pct),
         imports=imports,
-        mean=shortest(trained.model.mean),
-        std=shortest(trained.model.std),
-        arguments=repr(arguments),
+        mean=literal(shortest(trained.model.mean)),
+        std=literal(shortest(trained.model.std)),
+        arguments=literal(arguments),
         activation=activation,
         own=own,
         constructor=constructor,
@@ -149,22 +167,66 @@ def is_torchs(kind: type) -> bool:
     return getattr(torch.nn, kind.__name__, None) is kind
 
 
-def check_same(source: str, trained: "Trained", weights: dict[str, Tensor]) -> None:
-    """Runs model.py's text, and raises UserError where its logits for two random images are not the
-    trained model's: before anything is written."""
-    space: dict[str, Any] = {"__name__": "model", "__file__": "model.py"}
-    exec(compile(source, "model.py", "exec"), space)
-    rebuilt = space["build"]()
-    rebuilt.load_state_dict(weights)
+def check_same(source: str, pickled: bytes, trained: "Trained") -> None:
+    """Runs model.py's text on weights.pt's bytes, and raises UserError where its logits for two
+    random images are not the trained model's: before anything is written.
+
+    It runs in a process and a folder of its own, without fastgn: that shows that the files are
+    enough, and keeps what they do away from this process.
+    """
     side = trained.model.img_size
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        mine, theirs = rebuilt(images), trained.model.cpu()(images)
+        theirs = trained.model.cpu()(images)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "model.py").write_text(source, encoding="utf-8")
+        (folder / "weights.pt").write_bytes(pickled)
+        torch.save(images, folder / "images.pt")
+        rebuild(folder)
+        mine = read_archive(folder / "logits.pt")
     difference = float((mine - theirs).abs().max())
     check(
         difference <= 1e-4 * max(1.0, float(theirs.abs().max())),
         f"--checkpoint {trained.name}: the exported network's logits differ from the run's by "
         f"{difference:g}; nothing was written",
+    )
+
+
+REBUILD = """
+import sys
+sys.path += sys.argv[1:]
+sys.modules["fastgn"] = sys.modules["fastgn_kernels"] = None
+import runpy
+import torch
+model = runpy.run_path("model.py")["load"]()
+with torch.no_grad():
+    torch.save(model(torch.load("images.pt", weights_only=True)), "logits.pt")
+"""
+REBUILD_LIMIT_S = 600
+KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+"""Environment variables that the process with the rebuilt network sees; tokens are not among
+them."""
+
+
+def rebuild(folder: Path) -> None:
+    """Runs model.py of a folder on images.pt there, in an isolated Python, and writes logits.pt.
+    Raises UserError."""
+    command = [sys.executable, "-I", "-c", REBUILD, *filter(None, sys.path)]
+    env = {k: os.environ[k] for k in KEPT if k in os.environ} | {"HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, timeout=REBUILD_LIMIT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"the exported network gave no logits within {REBUILD_LIMIT_S} s; nothing was written"
+        ) from None
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    check(
+        done.returncode == 0,
+        "the exported network cannot be rebuilt without fastgn "
+        f"({said[-1] if said else 'it was killed'}); nothing was written",
     )
 
 
@@ -187,38 +249,63 @@ def accuracies(cfg: ExportConfig, trained: "Trained") -> dict[str, str | None]:
     out: dict[str, str | None] = {"clean_acc": None, "autoattack_acc": None, "footnote": None}
     if cfg.evaluation is None:
         return out
-    try:
-        record = json.loads(Path(cfg.evaluation).read_text())
-        entries = {entry["name"]: entry for entry in record["models"]}
-        check(
-            name in entries,
-            f"--evaluation {cfg.evaluation} has no model {name!r}: it has {', '.join(entries)}",
-        )
-        check(
-            entries[name].get("weights_sha256") in (None, weights_hash(trained.model)),
-            f"--evaluation {cfg.evaluation}: its {name} had other weights than --checkpoint "
-            f"{cfg.checkpoint}: evaluate that one",
-        )
-        norm = record.get("norm", "Linf")
-        for row in entries[name]["results"]:
-            percent = f"{100 * row['accuracy']:.2f}"
-            if row["attack"] == "clean":
-                out["clean_acc"] = percent
-            elif row["attack"] == "autoattack" and norm == cfg.threat:
-                if math.isclose(row["eps"], cfg.eps, rel_tol=1e-6):
-                    out["autoattack_acc"] = percent
-        if "images" in entries[name]:
-            of = entries[name].get("subset", "")
-            out["footnote"] = f"Accuracies on {entries[name]['images']} images ({of})."
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(f"--evaluation {cfg.evaluation}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"--evaluation {cfg.evaluation} is not an evaluation.json of fastgn.evaluate"
-        ) from None
+    record = read_evaluation(Path(cfg.evaluation))
+    entries = {entry["name"]: entry for entry in record["models"]}
+    check(
+        name in entries,
+        f"--evaluation {cfg.evaluation} has no model {name!r}: it has {', '.join(entries)}",
+    )
+    entry = entries[name]
+    check(
+        entry.get("weights_sha256") in (None, weights_hash(trained.model)),
+        f"--evaluation {cfg.evaluation}: its {name} had other weights than --checkpoint "
+        f"{cfg.checkpoint}: evaluate that one",
+    )
+    for row in entry["results"]:
+        percent = f"{100 * row['accuracy']:.2f}"
+        if row["attack"] == "clean":
+            out["clean_acc"] = percent
+        elif row["attack"] == "autoattack" and record.get("norm", "Linf") == cfg.threat:
+            if math.isclose(row["eps"], cfg.eps, rel_tol=1e-6):
+                out["autoattack_acc"] = percent
+    if "images" in entry:
+        out["footnote"] = f"Accuracies on {entry['images']} images ({entry.get('subset', '')})."
     return out
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Returns what fastgn.evaluate has written. Raises UserError unless all that `accuracies` takes
+    from it is there and of its kind."""
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"--evaluation {error}") from None
+
+    def is_row(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and isinstance(row.get("attack"), str)
+            and is_number(row.get("eps"))
+            and is_number(row.get("accuracy"))
+            and 0 <= row["accuracy"] <= 1
+        )
+
+    def is_entry(entry: Any) -> bool:
+        return (
+            isinstance(entry, dict)
+            and isinstance(entry.get("name"), str)
+            and isinstance(entry.get("results"), list)
+            and all(map(is_row, entry["results"]))
+            and type(entry.get("images", 0)) is int
+            and isinstance(entry.get("subset", ""), str)
+        )
+
+    entries = record.get("models") if isinstance(record, dict) else None
+    check(
+        isinstance(entries, list) and all(map(is_entry, entries)),
+        f"--evaluation {path} is not an evaluation.json of fastgn.evaluate",
+    )
+    return record
 
 
 def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
@@ -264,28 +351,28 @@ def run(cfg: ExportConfig) -> None:
     """Writes the four files, each whole or not at all. Raises UserError."""
     from fastgn.evaluate import load_foreign, load_trained
 
-    cpu = torch.device("cpu")
+    cpu, folder = torch.device("cpu"), Path(cfg.robustbench)
+    for file in FILES:
+        check_target(folder / file)
     if cfg.model is None:
         trained = load_trained(cfg.checkpoint, cpu)
     else:
         classes = tuple(map(str, range(CLASSES[str(cfg.dataset)])))
         trained = load_foreign(cfg.checkpoint, cfg, classes, cpu)
+    if trained.unfinished:
+        print(f"{trained.name}: {trained.unfinished}", file=sys.stderr)
     info = model_info(cfg, trained)
     source = definition(trained)
     weights = {k: v.contiguous() for k, v in trained.model.backbone.state_dict().items()}
-    check_same(source, trained, weights)
-    folder = Path(cfg.robustbench)
     pickled = io.BytesIO()
     torch.save(weights, pickled)
-    export_weights(
-        folder / "weights.safetensors",
-        weights,
-        {"config": trained.cfg.to_toml(), "classes": list(trained.classes)},
-    )
+    check_same(source, pickled.getvalue(), trained)
+    metadata = {"config": trained.cfg.to_toml(), "classes": list(trained.classes)}
+    export_weights(folder / "weights.safetensors", weights, metadata)
     write_bytes(folder / "weights.pt", pickled.getvalue())
     write_bytes(folder / "model.py", source)
     write_json(folder / "model_info.json", info)
-    print(f"written: {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    print(f"written: {folder}: {', '.join(FILES)}")
     missing = [k for k, v in info.items() if v is None and k not in ("footnote", "unreliable")]
     if missing:
         print(f"model_info.json has no {', '.join(missing)} yet")

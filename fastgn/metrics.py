@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastgn.checkpoint import write_bytes
 from fastgn.errors import UserError, passed_over, print_line
+from fastgn.files import write_bytes
 
 COLUMNS = (
     "update",

@@ -2,8 +2,11 @@
 every operator twice differentiable."""
 
 import dataclasses
+import difflib
 import inspect
 import math
+import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -12,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_act_layer, set_fused_attn
+from timm.models import build_model_with_cfg, model_entrypoint
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from fastgn.checkpoint import first_line
 from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
-from fastgn.errors import SUGGESTIONS, UserError, check, nearest, parse_number
+from fastgn.errors import SUGGESTIONS, UserError, check, first_line, nearest, parse_number
 from fastgn.preact_resnet import PreActResNet18
-from fastgn.weights import OLD_SWIN, from_paper, load_weights, read_weights
+from fastgn.weights import OLD_SWIN, Adapted, from_paper, load_weights, read_weights
 
 ALIASES = {
     "swin_t": "swin_tiny_patch4_window7_224",
@@ -94,9 +97,13 @@ class ModelReport:
     """Kind -> how many run fastgn_kernels; None: they were not asked for."""
     not_fused: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name -> why a module that looks like one of those does not."""
+    adapted: Adapted | None = None
+    """How the initial weights were made to fit; None if the network starts from none."""
 
     def lines(self, cfg: ArchitectureConfig) -> list[str]:
         out = [f"{cfg.model}: {self.parameters / 1e6:.2f} M parameters"]
+        if self.adapted:
+            out.append(f"initial weights: {self.adapted}")
         if cfg.activation:
             out.append(f"{self.swapped_activations} activations replaced by {cfg.activation}")
         if self.unfused_attentions:
@@ -180,11 +187,6 @@ def build_model(
     backbone, _ = create(name, cfg, num_classes)
     swapped = swap_activations(backbone, cfg.activation) if cfg.activation else 0
     unfused = switch_off_fused_attention(backbone)
-    if cfg.initial_checkpoint:
-        weights = read_weights(initial_file(cfg.initial_checkpoint))
-        if isinstance(backbone, SwinTransformer) and any(k.endswith(OLD_SWIN) for k in weights):
-            weights = from_paper(weights)
-        load_weights(backbone, weights, f"--initial-checkpoint {cfg.initial_checkpoint}")
     defaults = getattr(backbone, "pretrained_cfg", None) or {}
     side = cfg.img_size or defaults.get("input_size", (3, 224, 224))[-1]
     model = Classifier(
@@ -194,9 +196,16 @@ def build_model(
         side,
     )
     probe(model, cfg, num_classes)
+    adapted = None
+    if cfg.initial_checkpoint:
+        weights = read_weights(initial_file(cfg.initial_checkpoint))
+        if isinstance(backbone, SwinTransformer) and any(k.endswith(OLD_SWIN) for k in weights):
+            weights = from_paper(weights)
+        source = f"--initial-checkpoint {cfg.initial_checkpoint}"
+        adapted = load_weights(model, weights, source, adapt=cfg.adapt_weights)
     kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
     count = sum(p.numel() for p in backbone.parameters())
-    report = ModelReport(count, swapped, unfused, dict(kinds))
+    report = ModelReport(count, swapped, unfused, dict(kinds), adapted=adapted)
     if kernels == "triton":  # last: the swap changes classes, which the lines above look at
         fused, not_fused = use_kernels(backbone)
         report = dataclasses.replace(report, fused=fused, not_fused=not_fused)
@@ -207,7 +216,9 @@ def check_name(cfg: ArchitectureConfig) -> str:
     """The network's full name. Raises UserError where name or activation cannot be: the checks that
     need no data."""
     name = ALIASES.get(cfg.model, cfg.model)
-    if name not in OWN and not timm.is_model(name):
+    # timm looks no further than the first dot, and what stands behind it reaches generated code
+    plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
+    if name not in OWN and not (plain and timm.is_model(name)):
         matches = timm.list_models(name) if set(name) & set("*?[") else []
         if matches:
             raise UserError(
@@ -225,16 +236,15 @@ def create(
     name: str, cfg: ArchitectureConfig, num_classes: int
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The bare network, and the arguments that its constructor took. Raises UserError."""
-    kwargs = {"num_classes": num_classes, "drop_rate": cfg.drop, **model_kwargs(cfg.model_kwargs)}
+    given = model_kwargs(cfg.model_kwargs)
+    check_kwargs(name, given)
+    kwargs = {"num_classes": num_classes, "drop_rate": cfg.drop, **given}
     if name in OWN:
         check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
         check(
             not cfg.drop_path,
             f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
         )
-        known = inspect.signature(OWN[name]).parameters
-        for key in kwargs:
-            check(key in known, f"--model-kwargs {key}: unknown to {name}; {nearest(key, known)}")
         try:
             return OWN[name](**kwargs), kwargs
         except (TypeError, ValueError, RuntimeError) as error:
@@ -269,6 +279,52 @@ def create(
         except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
             what = "--pretrained" if cfg.pretrained else f"--model {cfg.model}"
             raise UserError(f"{what}: {first_line(error)}") from None
+
+
+NEVER_GIVEN = ("features_only", "out_indices", "device", "dtype", "kwargs")
+"""What some networks' constructors take and a classifier on a device of ours must not be given."""
+
+
+def constructor_arguments(name: str) -> set[str]:
+    """Returns the arguments that the classes of a network take, its blocks' included.
+
+    Those of timm's own factories are not among them: they name files and folders to load from.
+    """
+    if name in OWN:
+        return set(inspect.signature(OWN[name]).parameters)
+    module = sys.modules[model_entrypoint(name.partition(".")[0]).__module__]
+    classes = [c for c in vars(module).values() if inspect.isclass(c)]
+    found = {"bn_eps", "bn_momentum"}  # taken by the builders of EfficientNets
+    for kind in {k for c in classes for k in c.__mro__ if k.__module__.startswith("timm.models.")}:
+        found |= set(inspect.signature(kind).parameters)
+    factories = set(inspect.signature(timm.create_model).parameters)
+    factories |= set(inspect.signature(build_model_with_cfg).parameters)
+    return found - factories - set(NEVER_GIVEN)
+
+
+def check_kwargs(name: str, given: dict[str, Any]) -> None:
+    """Raises UserError unless --model-kwargs are plain values for a network's constructor. A file
+    that a stranger made says them too, and they must not make timm open another one."""
+    known = constructor_arguments(name) if given else set()
+    for key, value in given.items():
+        close = difflib.get_close_matches(key, sorted(known), n=1)
+        check(
+            key in known,
+            f"--model-kwargs {key}: the constructor of {name} takes no such argument"
+            + (f"; did you mean {close[0]!r}?" if close else ""),
+        )
+        check(is_plain(value), f"--model-kwargs {key}: {value!r:.80} is no plain value")
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is None, a text, a truth value, a finite number, or lists of these."""
+    if isinstance(value, (tuple, list)):
+        return all(is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and is_plain(v) for k, v in value.items())
+    if isinstance(value, (int, float)):
+        return math.isfinite(value) and abs(value) < 2**31
+    return value is None or isinstance(value, str)
 
 
 def look_for_hub() -> None:

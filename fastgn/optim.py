@@ -1,5 +1,6 @@
 """The optimizer, the learning rate of each update, and the average of the weights."""
 
+import dataclasses
 import importlib
 import inspect
 import math
@@ -115,18 +116,62 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     return [g | {"weight_decay": weight_decay * g["weight_decay"]} for g in reversed(groups)]
 
 
-def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def load_state(
+    cfg: OptimizerConfig, model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> str | None:
     """Loads an optimizer's state from a checkpoint. The options of its parameter groups stay: the
-    command line may have changed them, and the device."""
+    command line may have changed them, and the device.
+
+    Returns None, or why the state does not belong to the model's weights; then nothing is loaded.
+    """
+    mine, theirs = optimizer.param_groups, saved["param_groups"]
+    if [len(g["params"]) for g in mine] != [len(g["params"]) for g in theirs]:
+        return "its groups have other numbers of weights"
+    numbers = [n for g in theirs for n in g["params"]]
+    weights = dict(zip(numbers, (p for g in mine for p in g["params"]), strict=True))
+    if len(weights) != len(numbers) or not saved["state"].keys() <= weights.keys():
+        return "it numbers the weights in another way"
+    expected = first_states(cfg, model)
+    for number, state in saved["state"].items():
+        shape = weights[number].shape
+        known = [s for s in expected if s.shape == shape]
+        for name, value in state.items():
+            shapes = [shapes_in(s.state[name]) for s in known if name in s.state]
+            fits = shapes_in(value) in (shapes or [[None], [torch.Size(())], [shape]])
+            if not fits:
+                return f"{name} of weight {number}, which is {tuple(shape)}, is of another shape"
     groups = [
-        theirs | {k: mine[k] for k in optimizer.defaults if k in mine}
-        for theirs, mine in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+        there | {k: here[k] for k in optimizer.defaults if k in here}
+        for there, here in zip(theirs, mine, strict=True)
     ]
     optimizer.load_state_dict(saved | {"param_groups": groups})
+    return None
 
 
-def state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
-    """Returns the memory that the optimizer will keep for a model's weights, in bytes.
+def shapes_in(value: Any) -> list[torch.Size | str | None]:
+    """Returns the shapes of the tensors in an optimizer's state; a number's is that of a scalar."""
+    return [
+        leaf.shape
+        if torch.is_tensor(leaf)
+        else torch.Size(())
+        if isinstance(leaf, (int, float))
+        else type(leaf).__name__
+        for leaf in tree_leaves(value)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstState:
+    """What an optimizer keeps for a weight after its first update."""
+
+    shape: torch.Size
+    count: int
+    """Number of the model's weights that are alike."""
+    state: dict[str, Any]
+
+
+def first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
+    """Returns what the optimizer will keep for each kind of a model's weights.
 
     An update of one tensor of each shape tells it, so that it holds for every optimizer.
     """
@@ -143,9 +188,17 @@ def state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
         parameter.grad = torch.zeros_like(parameter)
     with torch.compiler.set_stance("force_eager"):  # Kron compiles itself
         optimizer.step()
-    return sum(
-        count * sum(t.nbytes for t in tree_leaves(optimizer.state[p]) if torch.is_tensor(t))
+    return [
+        FirstState(p.shape, count, dict(optimizer.state[p]))
         for count, p in zip(counts, parameters, strict=True)
+    ]
+
+
+def state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
+    """Returns the memory that the optimizer will keep for a model's weights, in bytes."""
+    return sum(
+        first.count * sum(t.nbytes for t in tree_leaves(first.state) if torch.is_tensor(t))
+        for first in first_states(cfg, model)
     )
 
 

@@ -32,12 +32,12 @@ from tqdm import tqdm
 
 from fastgn import train
 from fastgn.analysis.pareto import draw_pareto, front_of
-from fastgn.checkpoint import write_bytes, write_json
 from fastgn.config import FIELDS, Config, load_recipe
 from fastgn.config.cli import parse_cli
 from fastgn.config.programs import SweepConfig
 from fastgn.distributed import session
 from fastgn.errors import UserError, check, nearest, parse_number, say_error
+from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment
 
 HEARTBEAT_S = 60

@@ -33,8 +33,6 @@ from fastgn.checkpoint import (
     export_weights,
     find_checkpoint,
     load_checkpoint,
-    write_bytes,
-    write_json,
 )
 from fastgn.config import Config, initial_file
 from fastgn.config.cli import parse_config
@@ -46,11 +44,13 @@ from fastgn.data.representatives import class_representatives
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
 from fastgn.errors import UserError, check, passed_over, say_error
+from fastgn.files import write_bytes, write_json
 from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
 from fastgn.schedule import Schedule, Step, compilations, out_of_memory, unsupported
 from fastgn.seeding import Stream, seed_all
+from fastgn.weights import mismatch
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
 """What is summed on the device between log rows."""
@@ -458,7 +458,7 @@ def build(cfg: Config, world: World) -> Run:
         batch_size, accum = batch_size * accum, 1
     architecture = cfg.architecture
     if state is not None:  # its weights come from the checkpoint
-        architecture = dataclasses.replace(architecture, pretrained=False, initial_checkpoint=None)
+        architecture = architecture.started()
     seed_all(Stream.STEP, cfg.run.seed)
     model, report = models.build_model(architecture, len(dataset.classes), kernels)
     model.to(world.device)
@@ -566,10 +566,15 @@ def build(cfg: Config, world: World) -> Run:
     )
     step.report = run.say
     if state is not None:
+        check(
+            state["sums"].shape == run.sums.shape,
+            f"the checkpoint is damaged: sums: {tuple(state['sums'].shape)} in place of "
+            f"{tuple(run.sums.shape)}",
+        )
         run.sums += state["sums"].to(world.device)
         run.summed = run.resumed = state["summed"]
         if world.is_main:
-            loader.bad_images += state.get("bad_images", [])
+            loader.bad_images += state["bad_images"]
     if world.is_main:  # after all checks: a refused --resume leaves the run as it was
         write_bytes(folder / "config.toml", cfg.to_toml())
         warmup_lr, min_lr = cfg.optimizer.outer_rates(run.peak_lr)
@@ -776,10 +781,10 @@ def restore(
     """Loads a checkpoint into what was built. Raises UserError where it is another model's or
     run's."""
     there = Config.from_toml(state["config"])
-    start = {"pretrained": False, "initial_checkpoint": None}
-    other = cfg.replace_group("architecture", start).changed(
-        there.replace_group("architecture", start), "architecture"
+    mine, theirs = (
+        dataclasses.replace(c, architecture=c.architecture.started()) for c in (cfg, there)
     )
+    other = mine.changed(theirs, "architecture")
     check(not other, f"the checkpoint is of another model: {'; '.join(other)}")
     check_classes(state["classes"], dataset.classes, "the checkpoint")
     check(
@@ -798,10 +803,13 @@ def restore(
         f"the checkpoint has {'no ' if ema is not None else 'an '}average of the weights: add "
         f"{'--no-model-ema' if ema is not None else '--model-ema'}",
     )
-    model.load_state_dict(state["model"])
-    if ema is not None:
-        ema.module.load_state_dict(state["ema"])
-    optim.load_state(optimizer, state["optimizer"])
+    averaged = [("ema", ema.module)] if ema is not None else []
+    for key, module in [("model", model), *averaged]:
+        problem = mismatch(state[key], module.state_dict())
+        check(problem is None, f"the checkpoint is damaged: {key}: {problem}")
+        module.load_state_dict(state[key])
+    problem = optim.load_state(cfg.optimizer, model, optimizer, state["optimizer"])
+    check(problem is None, f"the checkpoint is damaged: optimizer: {problem}")
 
 
 class Interrupt:
@@ -844,6 +852,7 @@ def keep_compiled() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = root / "fastgn" / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # what lies in it is run: refused where it is another user's
     except (OSError, RuntimeError):  # no home, or none to write to
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))

@@ -1,23 +1,22 @@
 """State dicts of networks: read from files of all kinds, renamed to timm's keys, loaded."""
 
-import argparse
-import pickle
+import dataclasses
 import re
-import struct
-import warnings
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from fastgn.checkpoint import first_line, foreign_object, not_run
-from fastgn.errors import UserError, check
+from fastgn.errors import UserError, check, first_line
+from fastgn.files import read_archive, read_safetensors
 
-WRAPPINGS = ("ema", "state_dict_ema", "state_dict", "model")
+WRAPPINGS = (
+    *("ema", "state_dict_ema", "model_ema", "ema_state_dict", "params_ema"),
+    *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
+)
 """Where files keep the state dict, averaged weights first."""
 OLD_SWIN = "layers.0.downsample.reduction.weight"
 """In timm 0.6's Swins alone: in timm 1.0's the first stage has no downsampling."""
@@ -27,59 +26,187 @@ SWIN_KEYS = (
     r"|layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table"
 )
 """Regular expression of a Swin's keys, timm 0.6's and 1.0's."""
+NORMALISATION = re.compile(r"(?:.*\.)?(mean|mu|std|sigma)")
+"""Keys of a normalisation that a network was saved with."""
 
 
-def load_weights(backbone: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Loads a state dict in timm's keys. Raises UserError where it is another network's."""
-    own = backbone.state_dict()
-    missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """What was done to weights so that they fit the network."""
+
+    anew: tuple[str, ...] = ()
+    """Keys of the head, which keep the network's own random start."""
+    resized: tuple[str, ...] = ()
+    """Keys of position tables and the like that were interpolated to another image size."""
+
+    def __bool__(self) -> bool:
+        return bool(self.anew or self.resized)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.anew:
+            parts.append(f"{', '.join(self.anew)} start anew, for another number of classes")
+        if self.resized:
+            parts.append(
+                f"{len(self.resized)} tables resized to the image size, such as {self.resized[0]}"
+            )
+        return "; ".join(parts)
+
+
+class Normalised(Protocol):
+    """A network with its normalisation: models.Classifier."""
+
+    backbone: nn.Module
+    mean: Tensor
+    std: Tensor
+
+
+def load_weights(
+    model: Normalised, weights: dict[str, Tensor], source: str, *, adapt: bool = False
+) -> Adapted:
+    """Loads a state dict in timm's keys into a network, behind whatever prefix all keys share.
+
+    adapt: resizes position tables to the network's image size, by timm's own filter, and lets a
+    head for another number of classes start anew. Raises UserError, which begins with `source`, if
+    the weights belong to another network, or to one behind another normalisation.
+    """
+    own = model.backbone.state_dict()
+    weights = strip_shared_prefix(check_normalisations(model, weights, source), own)
+    adapted = Adapted()
+    if adapt:
+        weights, adapted = adapt_weights(model.backbone, weights, own, source)
+    problem = mismatch(weights, own, adapted.anew)
+    if problem:
+        fits = not adapt and bool(adaptable(weights, own))
+        hint = "; --adapt-weights makes them fit, where --initial-checkpoint is given"
+        raise UserError(f"{source} is of another network: {problem}{hint if fits else ''}")
+    model.backbone.load_state_dict(weights, strict=False)
+    return adapted
+
+
+def mismatch(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: Collection[str] = ()
+) -> str | None:
+    """Returns why a state dict does not fit a network, with a key of each; None if it does.
+
+    optional: keys that may be missing, beside counters of batches.
+    """
+    missing = [
+        k
+        for k in own
+        if k not in weights and k not in optional and not k.endswith("num_batches_tracked")
+    ]
     extra = [k for k in weights if k not in own]
-    shapes = [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    if shapes and not (missing or extra):
-        key = shapes[0]
-        detail = f"{key} is {tuple(weights[key].shape)} there, {tuple(own[key].shape)} here"
-    else:
-        example = (missing + extra + [""])[0]
-        detail = f"{len(missing)} keys are missing, {len(extra)} unknown, such as {example}"
-    check(not (missing or extra or shapes), f"{source} is of another network: {detail}")
-    backbone.load_state_dict(weights, strict=False)
+    if missing and extra:
+        return (
+            f"{len(missing)} keys are missing, {len(extra)} unknown: the file has {extra[0][:80]} "
+            f"where the network has {missing[0]}"
+        )
+    if missing or extra:
+        example = (missing + extra)[0][:80]
+        return f"{len(missing)} keys are missing, {len(extra)} unknown, such as {example}"
+    for key, mine in own.items():
+        given = weights.get(key, mine)
+        if given.shape != mine.shape:
+            return f"{key} is {tuple(given.shape)} there, {tuple(mine.shape)} here"
+        if given.is_complex() != mine.is_complex():
+            return f"{key} is {given.dtype} there, {mine.dtype} here"
+    return None
+
+
+def strip_shared_prefix(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the weights without the prefixes, such as `module._orig_mod.` or `1.`, that all of
+    their keys share and that no key of the network has."""
+    weights = dict(weights)
+    while weights and not weights.keys() & own.keys():
+        if len({key.partition(".")[0] for key in weights}) > 1:
+            break
+        if not all("." in key for key in weights):
+            break
+        weights = {key.partition(".")[2]: value for key, value in weights.items()}
+    return weights
+
+
+def check_normalisations(
+    model: Normalised, weights: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """Returns the weights without the mean and standard deviation of a normalisation around the
+    network. Raises UserError if they are not those that the model applies."""
+    out = {}
+    for key, value in weights.items():
+        kind = NORMALISATION.fullmatch(key)
+        if kind is None or value.numel() not in (1, 3) or key in model.backbone.state_dict():
+            out[key] = value
+            continue
+        name = "mean" if kind[1] in ("mean", "mu") else "std"
+        mine = getattr(model, name).flatten().float().cpu()
+        check(
+            bool(((value.flatten().float() - mine).abs() < 1e-4).all()),
+            f"{source}: {key} is {shown(value)}, and the network's {name} is {shown(mine)}: add "
+            f"--{name} {' '.join(map(str, shown(value) * (3 // value.numel())))}",
+        )
+    return out
+
+
+def shown(values: Tensor) -> list[float]:
+    return [round(v, 4) for v in values.flatten().tolist()[:3]]
+
+
+def adaptable(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Returns the keys that differ in shape alone, if no other key differs."""
+    same = weights.keys() <= own.keys()
+    return [k for k in weights if same and weights[k].shape != own[k].shape]
+
+
+def adapt_weights(
+    backbone: nn.Module, weights: dict[str, Tensor], own: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], Adapted]:
+    """Returns weights that fit the network's image size and number of classes, and what was done.
+    Raises UserError if timm's filter refuses them."""
+    module = sys.modules[type(backbone).__module__]
+    resize = getattr(module, "checkpoint_filter_fn", None)
+    before = weights
+    if resize is not None:
+        try:
+            weights = dict(resize(dict(weights), backbone))
+        except Exception as error:  # timm's filters take for granted that the network is the same
+            raise UserError(f"{source} cannot be adapted: {first_line(error)}") from None
+    resized = [k for k in weights if k in before and weights[k].shape != before[k].shape]
+    classes = getattr(backbone, "num_classes", None)
+    anew = [
+        k
+        for k, mine in own.items()
+        if mine.dim() > 0
+        and len(mine) == classes
+        and (k not in weights or is_other_head(weights[k], mine))
+    ]
+    weights = {k: v for k, v in weights.items() if k not in anew}
+    return weights, Adapted(tuple(anew), tuple(resized))
+
+
+def is_other_head(given: Tensor, mine: Tensor) -> bool:
+    """Whether two tensors of a classifier differ in the number of classes alone."""
+    return (
+        given.dim() == mine.dim() and given.shape[1:] == mine.shape[1:] and len(given) != len(mine)
+    )
 
 
 def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
-    """A state dict in timm's keys from .safetensors or torch.save's files, on the CPU; averaged
-    weights come before the others. Never runs code from the file.
+    """Returns a state dict from .safetensors or torch.save's files, on the CPU; averaged weights
+    come before the others. Never runs code from the file.
 
     paper: the file is one of the paper's, or in their form: `from_paper` renames its keys. Raises
-    UserError: unreadable, objects besides tensors and plain values, no state dict.
+    UserError: unreadable, damaged, objects besides tensors and plain values, no state dict.
     """
-    try:
-        if file.suffix == ".safetensors":
-            content: Any = load_file(file)
-        else:
-            # timm's own training script stores its arguments: a Namespace holds values, no code
-            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-                warnings.simplefilter("ignore")
-                content = torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        struct.error,
-        LookupError,
-        ValueError,
-    ) as error:
-        what = foreign_object(error)
-        if what:
-            raise UserError(not_run(file, what)) from None
-        raise UserError(f"{file} cannot be read as weights: {first_line(error)}") from None
-    for key in WRAPPINGS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    check(isinstance(content, dict), f"{file} holds no state dict")
-    weights = strip_prefixes(content)
+    if file.suffix == ".safetensors":
+        content: Any = read_safetensors(file)[0]
+    else:
+        content = read_archive(file, legacy=True)
+    weights = find_state_dict(content)
+    names = f": it has {', '.join(map(str, content))[:80]}" if isinstance(content, dict) else ""
+    check(bool(weights), f"{file} holds no state dict{names}")
     if not paper:
         return weights
     try:
@@ -88,13 +215,16 @@ def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
         raise UserError(f"{file}: {error}") from None
 
 
-def strip_prefixes(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """timm's keys from those of a Classifier or of a DistributedDataParallel; tensors alone."""
-    out = {}
-    for key, value in weights.items():
-        if isinstance(value, Tensor):
-            out[key.removeprefix("module.").removeprefix("backbone.")] = value
-    return out
+def find_state_dict(content: Any) -> dict[str, Tensor]:
+    """Returns the tensors by name that a file holds at its top or below one of WRAPPINGS; {} if it
+    has none."""
+    if not isinstance(content, dict):
+        return {}
+    for key in WRAPPINGS:
+        found = find_state_dict(content.get(key))
+        if found:
+            return found
+    return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def from_paper(weights: dict[str, Any]) -> dict[str, Tensor]:
@@ -109,11 +239,7 @@ def from_paper(weights: dict[str, Any]) -> dict[str, Tensor]:
     Raises UserError: a key that no Swin has (the first is named), or a normalisation by other than
     ImageNet's mean and standard deviation, which `Classifier` would not apply.
     """
-    for key in WRAPPINGS:
-        if isinstance(weights.get(key), dict):
-            weights = weights[key]
-            break
-    tensors = {k: v for k, v in weights.items() if isinstance(v, Tensor)}
+    tensors = find_state_dict(weights)
     check(bool(tensors), "no tensor in it")
     out: dict[str, Tensor] = {}
     plain = {re.sub(r"^((module|model|backbone|1)\.)+", "", k): k for k in tensors}

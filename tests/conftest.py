@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastgn.config import Config
+
 torch.set_num_threads(1)
 
 TINY_SWIN = (
@@ -52,3 +54,24 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For runs that several tests look at and none changes."""
     return tmp_path_factory.mktemp("shared")
+
+
+def small_state(update: int, /, **values: Any) -> dict[str, Any]:
+    """All that a checkpoint holds, of a network with one weight."""
+    weights = {"weight": torch.full((3,), float(update))}
+    state = {
+        "update": update,
+        "epoch": update / 10,
+        "best": 0.5,
+        "accuracy": {"clean_accuracy": 0.5},
+        "sums": torch.zeros(2, 5),
+        "summed": 0,
+        "bad_images": [],
+        "model": weights,
+        "ema": None,
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"params": [0]}]},
+        "global_batch": 8,
+        "config": Config().to_toml(),
+        "classes": ["a", "b"],
+    }
+    return state | values

@@ -16,7 +16,7 @@ KERNELS = ROOT / "kernels" / "fastgn_kernels"
 MAY_IMPORT = {
     "__init__": {"schedule"},
     "errors": set(),
-    "config": {"config", "errors", "listing"},
+    "config": {"config", "errors", "files", "listing"},
     "listing": {"config", "errors", "models"},
     "extras": {"config"},
     "seeding": set(),
@@ -25,14 +25,15 @@ MAY_IMPORT = {
     "objectives": {"attacks", "config"},
     "schedule": {"attacks", "objectives"},
     "plan": {"config", "errors", "objectives", "schedule"},
-    "models": {"checkpoint", "config", "errors", "preact_resnet", "weights"},
-    "weights": {"checkpoint", "config", "errors"},
+    "models": {"config", "errors", "preact_resnet", "weights"},
+    "weights": {"config", "errors", "files"},
+    "files": {"errors"},
     "optim": {"config", "errors"},
     "distributed": {"config", "errors"},
-    "checkpoint": {"config", "errors"},
-    "metrics": {"checkpoint", "config", "errors"},
-    "data": {"checkpoint", "config", "data", "errors", "extras", "seeding"},
-    "analysis": {"analysis", "attacks", "checkpoint", "config", "errors", "objectives", "seeding"},
+    "checkpoint": {"config", "errors", "files"},
+    "metrics": {"config", "errors", "files"},
+    "data": {"config", "data", "errors", "extras", "files", "seeding"},
+    "analysis": {"analysis", "attacks", "config", "errors", "files", "objectives", "seeding"},
 }
 """Module or subpackage of fastgn -> siblings that it may import; those of COMPOSE are not in it."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SWIN, differences, tiny_run
+from conftest import TINY_SWIN, differences, small_state, tiny_run
 from PIL import Image
 
 import fastgn.data.check as check
@@ -322,7 +322,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_found(where, run_copy, capsys):
 
 def test_no_flipped_or_missing_byte_goes_unnoticed_or_unexplained(tmp_path):
     """Over a whole small checkpoint, its zip directory included: the right content or UserError."""
-    state = {"update": 3, "model": {"weight": torch.arange(8.0)}}
+    state = small_state(3, model={"weight": torch.arange(8.0)})
     path = Checkpoints(tmp_path, 2).save(state, 3)
     content = path.read_bytes()
     spoilt = [content[:n] for n in range(0, len(content), 7)]
@@ -588,7 +588,7 @@ def test_evaluating_what_is_no_run(tmp_path, capsys):
     for where, expected in (
         (tmp_path / "nowhere", "there is no such run or file"),
         (tmp_path, "no checkpoint below it"),
-        (weights, "is not a safetensors file"),
+        (weights, "no safetensors file"),
     ):
         assert evaluate.main(["--checkpoint", str(where)]) == 2
         line = error_line(capsys.readouterr().err, "fastgn.evaluate")

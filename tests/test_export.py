@@ -222,7 +222,7 @@ def test_what_the_user_says_is_in_the_record(swin_run, tmp_path):
     ("args", "expected"),
     [
         (["--dataset", "imagenet"], "--dataset imagenet has 1000 classes, and swin has 10"),
-        (["--evaluation", "no.json"], "--evaluation no.json: No such file"),
+        (["--evaluation", "no.json"], "--evaluation no.json cannot be read: No such file"),
         (["--eps", "4"], "--eps 4 is out of range"),
         (["--eps", "0"], "--eps 0 is out of range: it must be above 0"),
         (["--checkpoint", "nowhere"], "--checkpoint nowhere: there is no such run or file"),
@@ -264,7 +264,7 @@ def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys):
     assert line == ("--model: the file says nothing of its data: add --dataset imagenet or cifar10")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"models": [{"name": "swin"}]}'])
+@pytest.mark.parametrize("content", ["1", "[]", "{}", '{"models": [{"name": "swin"}]}'])
 def test_what_is_no_evaluation_is_one_line(content, swin_run, tmp_path, capsys):
     file = tmp_path / "e.json"
     file.write_text(content)

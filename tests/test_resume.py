@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import differences, tiny_run
+from conftest import differences, small_state, tiny_run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_errors import folder_run, image_folder
 
 from fastgn import attacks, metrics, train
-from fastgn.checkpoint import Checkpoints, atomic_open, find_checkpoint, load_checkpoint
+from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config import Config
 from fastgn.errors import UserError
 from fastgn.evaluate import load_trained
+from fastgn.files import atomic_open
 from fastgn.metrics import read_rows
 from fastgn.seeding import Stream, derive
 
@@ -380,14 +381,10 @@ def test_the_last_checkpoints_and_the_best_are_kept(unbroken: Path) -> None:
     assert not list(unbroken.rglob("*.tmp"))
 
 
-def tiny_state(update: int) -> dict[str, Any]:
-    return {"update": update, "weights": torch.full((3,), float(update))}
-
-
 def test_best_survives_all_later_checkpoints(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for update in range(1, 7):
-        checkpoints.save(tiny_state(update), update, best=update in (1, 3))
+        checkpoints.save(small_state(update), update, best=update in (1, 3))
     assert [p.name for p in checkpoints.all()] == ["update_00000005.pt", "update_00000006.pt"]
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["update"] == 3
     assert len(list(checkpoints.folder.iterdir())) == 3
@@ -401,7 +398,7 @@ def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path: P
     (checkpoints.folder / ".update_00000001.pt.12345.tmp").write_bytes(b"half")
     (checkpoints.folder / ".best.pt.tmp").write_bytes(b"half")
     assert checkpoints.last() is None
-    written = checkpoints.save(tiny_state(2), 2)
+    written = checkpoints.save(small_state(2), 2)
     assert list(checkpoints.folder.iterdir()) == [written]
 
 
@@ -427,9 +424,9 @@ def test_a_pickle_bomb_does_not_go_off(
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(tiny_state(1), 1)
-    path = checkpoints.save({"weights": torch.arange(4096)}, 2)
-    assert load_checkpoint(path)["weights"][-1] == 4095
+    checkpoints.save(small_state(1), 1)
+    path = checkpoints.save(small_state(2, model={"weight": torch.arange(4096)}), 2)
+    assert load_checkpoint(path)["model"]["weight"][-1] == 4095
     content = bytearray(path.read_bytes())
     match damage:
         case "cut":

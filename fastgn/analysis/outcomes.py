@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fastgn import attacks
 from fastgn.attacks import Norm
-from fastgn.checkpoint import write_json
 from fastgn.config.programs import AUTOATTACK, PARTS, PGD, pgd_step
 from fastgn.errors import UserError
+from fastgn.files import read_json, write_json
 from fastgn.seeding import Stream, derive
 
 WORST = "worst case"
@@ -144,9 +144,10 @@ class Parts:
 
     def get(self, *key: object) -> dict[str, Any] | None:
         try:
-            return json.loads(self.path(*key).read_text())
-        except (OSError, ValueError):
+            part = read_json(self.path(*key))
+        except UserError:
             return None
+        return part if isinstance(part, dict) else None
 
     def put(self, part: dict[str, Any], *key: object) -> None:
         write_json(self.path(*key), part)

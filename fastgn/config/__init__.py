@@ -26,7 +26,8 @@ from fastgn.config.groups import (
     StepConfig,
     brief_epochs,
 )
-from fastgn.errors import UserError, check, nearest, parse_number
+from fastgn.errors import UserError, check, first_line, nearest, parse_number
+from fastgn.files import read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +133,7 @@ class Config:
     @staticmethod
     def from_toml(text: str) -> "Config":
         """The defaults with a recipe's text laid over them. Raises UserError."""
-        try:
-            return Config().replace(**tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise UserError(f"not TOML: {error}") from None
+        return Config().replace(**parse_toml(text))
 
     def to_toml(self) -> str:
         """The resolved config as a recipe."""
@@ -216,13 +214,7 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     check(os.path.isfile(path), missing)
     path = path.resolve()
     check(path not in extended_by, "it extends itself")
-    try:
-        values = tomllib.loads(path.read_text(errors="replace"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"not TOML: {error}") from None
-    except OSError as error:
-        raise UserError(f"it cannot be read: {error.strerror}") from None
-    values = {key.replace("-", "_"): value for key, value in values.items()}
+    values = {key.replace("-", "_"): value for key, value in parse_toml(read_text(path)).items()}
     base = values.pop("base", None)
     if base is None:
         return values
@@ -233,6 +225,16 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
         return recipe_values(base, (*extended_by, path)) | values
     except UserError as error:
         raise UserError(f"base = {base!r}: {error}") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Returns the keys and values of a recipe's text. Raises UserError."""
+    try:
+        values = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"not TOML: {first_line(error)}") from None
+    check("self" not in values, "unknown key 'self'")
+    return values
 
 
 def initial_file(start: str) -> Path:

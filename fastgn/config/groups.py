@@ -69,6 +69,9 @@ class ArchitectureConfig(Options):
     """Start from timm's weights, fetched from the hub."""
     initial_checkpoint: str | None = None
     """Start from a local file (.safetensors, .pt, .pth) or from a finished run's folder."""
+    adapt_weights: bool = False
+    """Make the initial weights fit: position tables are resized to the image size, and a head for
+    another number of classes starts anew."""
     activation: str | None = None
     """Replace every activation by this one (gelu, silu, relu, ..., or with a number leaky_relu:0.3,
     elu:1, softplus:10); None keeps the model's own."""
@@ -91,6 +94,12 @@ class ArchitectureConfig(Options):
         check(
             not (self.pretrained and self.initial_checkpoint),
             "--pretrained and --initial-checkpoint both give the weights to start from: take one",
+        )
+
+    def started(self) -> "ArchitectureConfig":
+        """Returns the same network without what it starts from: its weights come from a run."""
+        return dataclasses.replace(
+            self, pretrained=False, initial_checkpoint=None, adapt_weights=False
         )
 
 
@@ -521,6 +530,6 @@ def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
         check(bool(equals and key), f"--model-kwargs {pair!r} should be key=value")
         try:
             out[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             out[key] = value
     return out

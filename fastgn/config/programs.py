@@ -92,6 +92,8 @@ class ForeignConfig(Options):
     from_paper: bool = False
     """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
     normalisation around the network)."""
+    adapt_weights: bool = False
+    """With --model: resize the file's position tables to the network's image size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # a mistake is answered before the imports that take
 from PIL import Image
 from tqdm import tqdm
 
-from fastgn.checkpoint import write_json
 from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import CheckConfig
@@ -33,6 +32,7 @@ from fastgn.data.images import BadImageError, decode_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import in_order
 from fastgn.errors import UserError
+from fastgn.files import write_json
 
 TINY_PX = 32
 """A shorter side below this is worth a note."""

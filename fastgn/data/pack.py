@@ -30,7 +30,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fastgn.checkpoint import atomic_open
 from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import PackConfig
@@ -39,6 +38,7 @@ from fastgn.data.images import BadImageError, decode_image
 from fastgn.data.shards import Shards, sha256_of
 from fastgn.data.torch import in_order
 from fastgn.errors import UserError, check
+from fastgn.files import atomic_open
 
 BLOCK = 512
 """A tar's unit: of a header, and of the padding after a member."""

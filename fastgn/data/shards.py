@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgn.checkpoint import atomic_open
 from fastgn.data.images import Encoded, bad_image
 from fastgn.errors import UserError, check
+from fastgn.files import atomic_open
 
 INDEX = "index.npz"
 """The index's name, in the folder of its shards."""
