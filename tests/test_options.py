@@ -150,6 +150,19 @@ def test_a_recipe_of_any_toml_is_a_config_or_one_line(values: dict[str, Any]) ->
         assert "\n" not in str(error) and str(error).isprintable()
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        "--picture a.png --curve ./a.png --eps 1/255 2/255",
+        "--output runs/x",
+        "--report x/../y --output y",
+    ],
+)
+def test_no_file_is_written_over_another(args: str) -> None:
+    with pytest.raises(UserError, match="would overwrite the file of --"):
+        parsed("fastgn.evaluate", *args.split())
+
+
 def test_a_numeric_field_without_a_range_is_found_at_once() -> None:
     @dataclasses.dataclass(frozen=True)
     class Planted(Options):

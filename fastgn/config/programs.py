@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastgn.config.fields import (
@@ -68,6 +70,22 @@ def pgd_step(match: re.Match[str], eps: float) -> float:
     if text.startswith("eps/"):
         return eps * parse_number(f"1/{text.removeprefix('eps/')}")
     return parse_number(text)
+
+
+def check_written(written: dict[str, str | None], read: Sequence[str]) -> None:
+    """Raises UserError if two of the files to write are the same one, or if one is read as well.
+
+    written: name of a field and the path that it gives.
+    """
+    taken = {os.path.realpath(path): "--checkpoint" for path in read}
+    for name, path in written.items():
+        if path is not None:
+            real = os.path.realpath(path)
+            other = taken.setdefault(real, f"--{flag(name)}")
+            check(
+                other == f"--{flag(name)}",
+                f"--{flag(name)} {path} would overwrite the file of {other}: name another file",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +198,11 @@ class EvaluateConfig(ForeignConfig):
         check(
             self.norm == "Linf" or not self.statistics,
             "--statistics is of Linf: leave it out with --norm L2",
+        )
+        check_written(
+            {"output": self.output, "report": self.report}
+            | {"curve": self.curve, "picture": self.picture},
+            self.checkpoint,
         )
         check(
             self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
