@@ -24,6 +24,7 @@ from tqdm import tqdm
 from fastgn import evaluate, train
 from fastgn.config import Config
 from fastgn.files import write_bytes, write_json
+from fastgn.lock import lock_folder
 from fastgn.metrics import read_rows
 
 LOCAL = ("output", "initial_checkpoint", "resume")
@@ -191,7 +192,19 @@ def run_all(
     deadline: float = float("inf"),
     said: Callable[[str], None] = print,
 ) -> bool:
-    """What is left of all trials, so many at a time; False where the time was over before."""
+    """What is left of all trials, so many at a time; False where the time was over before. Raises
+    UserError where another process is at work in the folder."""
+    with lock_folder(work, f"--work {work}"):
+        return _run_all(trials, work, processes, deadline, said)
+
+
+def _run_all(
+    trials: Sequence[Trial],
+    work: Path,
+    processes: int,
+    deadline: float,
+    said: Callable[[str], None],
+) -> bool:
     left = [t for t in {t.key: t for t in trials}.values() if missing(t, work)]
     stopped = False
     with tqdm(total=len(left), unit="trial", disable=None) as bar:

@@ -170,14 +170,11 @@ class Checkpoints:
         keep_epoch: int | None = None,
     ) -> Path:
         """Writes update_N.pt, with best.pt and epoch_M.pt as further names of the same file if
-        asked for. Removes the oldest update_*.pt, those of a continuation given up for an earlier
-        checkpoint, and what a kill left of others.
+        asked for. Removes the oldest update_*.pt, and those of a continuation given up for an
+        earlier checkpoint.
         """
         assert state.keys() <= CHECKPOINT.keys(), "a new key is declared in CHECKPOINT"
         path = self.path(update)
-        for name in ("update_", "epoch_", "best.pt"):
-            for left in self.folder.glob(f".{name}*.tmp"):
-                left.unlink(missing_ok=True)
         names = [self.folder / "best.pt"] if best else []
         names += [] if keep_epoch is None else [self.epoch_path(keep_epoch)]
         # update_N.pt last: a kill between two names replays the update that they belong to
@@ -191,6 +188,11 @@ class Checkpoints:
         for old in there[: max(end - self.keep, 0)] + there[end:]:
             old.unlink(missing_ok=True)
         return path
+
+    def remove_leftovers(self) -> None:
+        """Removes what kills have left half-written. Only the holder of the run's lock may."""
+        for left in self.folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
 
     @staticmethod
     def _link(path: Path, name: Path) -> None:

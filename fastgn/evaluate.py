@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
 from fastgn.errors import UserError, check, say_error
 from fastgn.files import check_target, parse_json, write_bytes, write_json
+from fastgn.lock import lock_file
 from fastgn.metrics import environment
 from fastgn.weights import load_weights, read_weights
 
@@ -427,6 +429,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     )
     for target in (output, *(Path(x) for x in (cfg.report, cfg.curve, cfg.picture) if x)):
         check_target(target)
+        if world.is_main:
+            world.held.enter_context(lock_file(target, str(target)))
     with world.first_alone():
         classes = load_validation(source_of(Config(), cfg))[1] if cfg.model is not None else ()
         trained = [
@@ -516,7 +520,9 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
-        with session(cfg.device) as world:
+        # ranks meet when the slowest has attacked its last batch
+        week = timedelta(days=7)
+        with session(cfg.device, rank_timeout=cfg.rank_timeout, meeting_timeout=week) as world:
             run(cfg, world)
     except UserError as error:
         say_error(f"fastgn.evaluate: error: {error}")

@@ -35,9 +35,10 @@ from fastgn.analysis.pareto import draw_pareto, front_of
 from fastgn.config import FIELDS, Config, load_recipe
 from fastgn.config.cli import parse_cli
 from fastgn.config.programs import SweepConfig
-from fastgn.distributed import session
+from fastgn.distributed import World, session
 from fastgn.errors import UserError, check, nearest, parse_number, say_error
 from fastgn.files import write_bytes, write_json
+from fastgn.lock import HeldError
 from fastgn.metrics import environment
 
 HEARTBEAT_S = 60
@@ -201,7 +202,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
             contextlib.redirect_stderr(log),
             session(config.run.device) as world,
         ):
-            run = train.build(config, world)
+            run = build_when_free(config, world)
             watch(run, trial, cfg, optuna)
             train.train(run)
     except KeyboardInterrupt:  # before the first update
@@ -215,6 +216,16 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
     trial.set_user_attr("clean", clean)
     trial.set_user_attr("robust", robust)
     return (clean, robust) if cfg.objective == "pareto" else score(clean, robust, cfg.clean_floor)
+
+
+def build_when_free(config: Config, world: World) -> train.Run:
+    """Builds a trial's run once no other process of the study tries the same values: it then goes
+    on with what that one has left."""
+    while True:
+        try:
+            return train.build(config, world)
+        except HeldError:
+            time.sleep(1)
 
 
 def watch(run: train.Run, trial: Any, cfg: SweepConfig, optuna: Any) -> None:

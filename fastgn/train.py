@@ -42,9 +42,10 @@ from fastgn.data.datasets import Dataset, check_classes, load_dataset
 from fastgn.data.loader import batch_sizes, build_loader
 from fastgn.data.representatives import class_representatives
 from fastgn.data.subset import Subset
-from fastgn.distributed import World, session
+from fastgn.distributed import World, has_agent_store, remembered, restarts, session
 from fastgn.errors import UserError, check, passed_over, say_error
 from fastgn.files import write_bytes, write_json
+from fastgn.lock import lock_folder, remove_leftovers
 from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
@@ -742,31 +743,55 @@ def announce(
         run.say(f"warning: {warning}")
 
 
+RUN_FILES = (
+    *("config.toml", "environment.json", "metrics.csv", "model.safetensors", "curves.png"),
+    "summary.json",
+)
+"""What a run writes beside its checkpoints."""
+
+
 def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:
-    """The run's folder, and the state to continue from if any. A run that is there is never
-    overwritten."""
+    """Returns the run's folder, which only this run may write to from here on, and the state to
+    continue from if any.
+
+    Raises UserError if another process writes there, or if a run is there that is not continued.
+    """
+    found = choose_folder(cfg, world) if world.is_main else None
+    folder, path = world.share(found)
+    return folder, load_checkpoint(path) if path is not None else None
+
+
+def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
+    """Returns the run's folder, locked, and the checkpoint to continue from. Only the first rank
+    looks: another one could find it later, and with one checkpoint more."""
     name = cfg.run.output or (
         f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{cfg.architecture.model}-{cfg.objective.method}"
     )
-    folder = Path(name)
-    if world.size > 1:  # all ranks must name the same second
-        names = [name]
-        torch.distributed.broadcast_object_list(names, src=0)
-        folder = Path(names[0])
-    there = Checkpoints(folder, 1).last()
+    restarted = restarts() > 0
+    check(
+        not restarted or cfg.run.output is not None or has_agent_store(),
+        "a rank that is started again finds its run only if --output names the run's folder",
+    )
+    folder = Path(name if cfg.run.output is not None else remembered("output", name))
+    if cfg.run.resume not in (None, "auto"):
+        find_checkpoint(Path(cfg.run.resume))  # before a folder is made for nothing
+    flag = "--output" if cfg.run.resume in (None, "auto") else "--resume"
+    world.held.enter_context(lock_folder(folder, f"{flag} {folder}"))
+    checkpoints = Checkpoints(folder, 1)
+    remove_leftovers(folder, RUN_FILES)
+    checkpoints.remove_leftovers()
+    there = checkpoints.last()
     if cfg.run.resume == "auto":
         check(cfg.run.output is not None, "--resume auto needs --output, the run's folder")
-        path = there
-    elif cfg.run.resume is not None:
-        path = find_checkpoint(Path(cfg.run.resume))
-    else:
-        check(
-            there is None and not (folder / "model.safetensors").exists(),
-            f"--output {folder} holds a run already: --resume {folder} continues it, another "
-            "--output starts a new one",
-        )
-        path = None
-    return folder, load_checkpoint(path) if path is not None else None
+        return folder, there
+    if cfg.run.resume is not None:
+        return folder, find_checkpoint(Path(cfg.run.resume))
+    check(
+        restarted or (there is None and not (folder / "model.safetensors").exists()),
+        f"--output {folder} holds a run already: --resume {folder} continues it, another "
+        "--output starts a new one",
+    )
+    return folder, there
 
 
 def restore(
@@ -879,7 +904,7 @@ def main(args: list[str] | None = None) -> int:
     keep_compiled()
     try:
         cfg = parse_config(args)
-        with session(cfg.run.device) as world:
+        with session(cfg.run.device, rank_timeout=cfg.run.rank_timeout) as world:
             run = build(cfg, world)
             train(run)
     except (UserError, RuntimeError) as error:

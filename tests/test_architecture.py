@@ -29,10 +29,12 @@ MAY_IMPORT = {
     "weights": {"config", "errors", "files"},
     "files": {"errors"},
     "optim": {"config", "errors"},
-    "distributed": {"config", "errors"},
+    "distributed": {"errors", "heartbeat"},
+    "heartbeat": set(),
+    "lock": {"errors"},
     "checkpoint": {"config", "errors", "files"},
     "metrics": {"config", "errors", "files"},
-    "data": {"config", "data", "errors", "extras", "files", "seeding"},
+    "data": {"config", "data", "errors", "extras", "files", "lock", "seeding"},
     "analysis": {"analysis", "attacks", "config", "errors", "files", "objectives", "seeding"},
 }
 """Module or subpackage of fastgn -> siblings that it may import; those of COMPOSE are not in it."""

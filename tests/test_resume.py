@@ -390,16 +390,35 @@ def test_best_survives_all_later_checkpoints(tmp_path: Path) -> None:
     assert len(list(checkpoints.folder.iterdir())) == 3
 
 
-def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+def test_what_kills_have_left_goes_at_the_next_start(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     with pytest.raises(KeyboardInterrupt), atomic_open(checkpoints.path(1)):
         raise KeyboardInterrupt
     assert list(checkpoints.folder.iterdir()) == []
-    (checkpoints.folder / ".update_00000001.pt.12345.tmp").write_bytes(b"half")
-    (checkpoints.folder / ".best.pt.tmp").write_bytes(b"half")
-    assert checkpoints.last() is None
+    folder = tmp_path / "run"
+    left = [folder / "checkpoints" / ".update_00000001.pt.12345.tmp"]
+    left += [folder / "checkpoints" / ".best.pt.tmp", folder / ".metrics.csv.12345.tmp"]
+    others = folder / ".evaluation.json.12345.tmp"  # of a program with a lock of its own
+    (folder / "checkpoints").mkdir(parents=True)
+    for path in (*left, others):
+        path.write_bytes(b"half")
+    assert Checkpoints(folder, 1).last() is None
+    assert train.main(tiny_run(folder, "--max-updates", "1")) == 0
+    assert not any(path.exists() for path in left) and others.exists()
+
+
+def test_a_checkpoint_leaves_what_another_process_is_writing(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.folder.mkdir()
+    theirs = checkpoints.folder / ".update_00000001.pt.12345.tmp"
+    theirs.write_bytes(b"half")
     written = checkpoints.save(small_state(2), 2)
-    assert list(checkpoints.folder.iterdir()) == [written]
+    assert set(checkpoints.folder.iterdir()) == {written, theirs}
+
+
+def test_all_files_of_a_run_are_known(unbroken: Path) -> None:
+    """Or what a kill has left of one would stay for ever."""
+    assert {p.name for p in unbroken.iterdir() if p.is_file()} == set(train.RUN_FILES)
 
 
 class Bomb:
@@ -461,7 +480,8 @@ def test_the_export_is_the_averaged_model(unbroken: Path) -> None:
     assert not from_export.model.training
 
     args = train.parse_config(["--resume", str(unbroken)])
-    run = train.build(args, train.World(0, 1, torch.device("cpu")))
+    with train.session("cpu") as world:
+        run = train.build(args, world)
     assert run.subset is not None and run.ema is not None
     images, labels = next(iter(run.subset))
     wanted = run.ema.module(images)

@@ -1005,7 +1005,9 @@ def everything_on(folder: Path, method: str, *more: str) -> train.Run:
     args += ["--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.5", "--precision", "bf16", *more]
     cfg = parse_config([*args, "--grad-accum-steps", "2"])
     device = torch.device("cuda" if cfg.run.device == "cuda" else "cpu")
-    run = train.build(cfg, World(0, 1, device))
+    world = World(0, 1, device)
+    run = train.build(cfg, world)
+    world.held.close()  # one test builds the same run again
     groups = [{k: g[k] for k in ("params", "weight_decay")} for g in run.optimizer.param_groups]
     run.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     return run

@@ -59,6 +59,8 @@ IMAGES = Range(1, 2**31 - 1)
 BATCH = Range(1, 2**20)
 """A number of images that are in memory at once."""
 WORKERS = Range(0, 1024)
+MINUTES = Range(0, 10_000, above=True)
+"""How long something is waited for."""
 
 Fraction = Annotated[
     float,

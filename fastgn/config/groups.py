@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastgn.config.fields import (
     BATCH,
     IMAGES,
+    MINUTES,
     PIXELS,
     PROBABILITY,
     RATE,
@@ -492,6 +493,8 @@ class RunConfig(Options):
     one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda where there is one, else cpu."""
+    rank_timeout: Annotated[float, MINUTES] = 5.0
+    """Minutes without a sign of life from one of torchrun's ranks, after which the job ends."""
     seed: Annotated[int, SEED] = 0
     """Of everything: all randomness is a function of (seed, step, rank) or (seed, epoch, image)."""
     max_updates: Annotated[int | None, UPDATES] = None

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from fastgn.config.fields import (
     BATCH,
     IMAGES,
+    MINUTES,
     PROBABILITY,
     SEED,
     WORKERS,
@@ -180,6 +181,8 @@ class EvaluateConfig(ForeignConfig):
     """Rows of the picture."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda where there is one, else cpu."""
+    rank_timeout: Annotated[float, MINUTES] = 5.0
+    """Minutes without a sign of life from one of torchrun's ranks, after which the job ends."""
     seed: Annotated[int, SEED] = 0
     """Of every attack."""
 

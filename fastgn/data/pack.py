@@ -39,6 +39,7 @@ from fastgn.data.shards import Shards, sha256_of
 from fastgn.data.torch import in_order
 from fastgn.errors import UserError, check
 from fastgn.files import atomic_open
+from fastgn.lock import lock_folder
 
 BLOCK = 512
 """A tar's unit: of a header, and of the padding after a member."""
@@ -169,7 +170,7 @@ def pack(
         any(folder.glob("shard-*.npz")) or not any(folder.glob("shard-*.tar")),
         f"{folder} holds shards that fastgn.data.pack has not made: give another OUTPUT",
     )
-    for left in folder.glob(".shard-*.tmp"):  # by a kill
+    for left in folder.glob(".*.tmp"):  # by a kill: the caller holds the folder's lock
         left.unlink(missing_ok=True)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]
     parts: list[Shards] = []
@@ -213,15 +214,22 @@ def run(cfg: PackConfig) -> None:
             val_split=cfg.val_split,
         )
     )
-    splits = {cfg.train_split: dataset.train, cfg.val_split: dataset.val}
-    for name, split in splits.items():
-        assert isinstance(split, Encoded)
-        with tqdm(total=len(split), desc=name, unit="image", disable=None) as bar:
-            index, left_out = pack(split, dataset.classes, output / name, cfg, bar)
-        size = int(index.shard_bytes.sum()) / 1e6
-        print(f"{output / name}: {len(index)} images in {len(index.shards)} shards, {size:.1f} MB")
-        if len(index) < len(split):
-            print(f"  {len(split) - len(index)} bad images were left out", *left_out, sep="\n  ")
+    with lock_folder(output, f"OUTPUT {output}"):
+        splits = {cfg.train_split: dataset.train, cfg.val_split: dataset.val}
+        for name, split in splits.items():
+            assert isinstance(split, Encoded)
+            with tqdm(total=len(split), desc=name, unit="image", disable=None) as bar:
+                index, left_out = pack(split, dataset.classes, output / name, cfg, bar)
+            print(f"{output / name}: {summary(index)}")
+            bad = len(split) - len(index)
+            if bad:
+                print(f"  {bad} bad images were left out", *left_out, sep="\n  ")
+
+
+def summary(index: Shards) -> str:
+    """Returns how much there is of a packed split."""
+    size = int(index.shard_bytes.sum()) / 1e6
+    return f"{len(index)} images in {len(index.shards)} shards, {size:.1f} MB"
 
 
 def main(args: list[str] | None = None) -> int:
