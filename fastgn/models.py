@@ -23,6 +23,7 @@ from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
 from fastgn.errors import SUGGESTIONS, UserError, check, first_line, nearest, parse_number
 from fastgn.preact_resnet import PreActResNet18
+from fastgn.second_order import find_operators, replace_operators
 from fastgn.weights import OLD_SWIN, Adapted, from_paper, load_weights, read_weights
 
 ALIASES = {
@@ -93,6 +94,8 @@ class ModelReport:
     unfused_attentions: int
     piecewise_linear: dict[str, int]
     """Class name -> how many are left: operators that gradnorm gets no signal through."""
+    replaced_operators: dict[str, int]
+    """Operator that cannot be differentiated twice everywhere -> number of calls replaced."""
     fused: dict[str, int] | None = None
     """Kind -> how many run fastgn_kernels; None: they were not asked for."""
     not_fused: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -111,6 +114,9 @@ class ModelReport:
                 f"{self.unfused_attentions} fused attentions switched off: they have no double "
                 "backward"
             )
+        if self.replaced_operators:
+            calls = ", ".join(f"{n} {name}" for name, n in self.replaced_operators.items())
+            out.append(f"replaced because their second derivative is missing or NaN: {calls}")
         if self.fused is not None:
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.fused.items())
             out.append(f"kernels: {kinds or 'no module has one'}")
@@ -195,7 +201,12 @@ def build_model(
         cfg.std or defaults.get("std") or IMAGENET_DEFAULT_STD,
         side,
     )
-    probe(model, cfg, num_classes)
+    kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
+    count = sum(p.numel() for p in backbone.parameters())
+    fused, not_fused = use_kernels(backbone) if kernels == "triton" else (None, {})
+    with find_operators(backbone) as finder:  # after the kernels, which some no longer call
+        probe(model, cfg, num_classes)
+    replaced = replace_operators(finder)
     adapted = None
     if cfg.initial_checkpoint:
         weights = read_weights(initial_file(cfg.initial_checkpoint))
@@ -203,12 +214,9 @@ def build_model(
             weights = from_paper(weights)
         source = f"--initial-checkpoint {cfg.initial_checkpoint}"
         adapted = load_weights(model, weights, source, adapt=cfg.adapt_weights)
-    kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
-    count = sum(p.numel() for p in backbone.parameters())
-    report = ModelReport(count, swapped, unfused, dict(kinds), adapted=adapted)
-    if kernels == "triton":  # last: the swap changes classes, which the lines above look at
-        fused, not_fused = use_kernels(backbone)
-        report = dataclasses.replace(report, fused=fused, not_fused=not_fused)
+    report = ModelReport(
+        count, swapped, unfused, dict(kinds), replaced, fused, not_fused, adapted
+    )
     return model, report
 
 
