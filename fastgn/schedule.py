@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastgn.attacks import Gradient, leaf_gradient
 from fastgn.objectives import Loss, Objective, natural, on_subset, without_penalty
@@ -37,12 +38,12 @@ COMPILER = {
 def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
     """One zero, expanded to `shape`, that requires grad because `token` does, and whose own
     gradient nobody computes."""
-    return token.new_zeros(1).expand(shape)
+    return token.new_zeros(()).expand(shape)
 
 
 @zero.register_fake
 def _zero_fake(token: Tensor, shape: Sequence[int]) -> Tensor:
-    return token.new_empty(1).expand(shape)
+    return token.new_empty(()).expand(shape)
 
 
 zero.register_autograd(lambda ctx, grad: (None, None))
@@ -56,38 +57,48 @@ def leaf(x: Tensor, token: Tensor) -> Tensor:
 
 
 class DoubleBackward(nn.Module):
-    """See compile_double_backward. `module` is the wrapped one; its parameters are this one's."""
+    """See compile_double_backward. `module` is the wrapped one; its parameters are this one's.
+
+    A copy, and what is read from a pickle, has weights and a compiled graph of its own.
+    """
 
     def __init__(
-        self, module: nn.Module, differentiate: Sequence[int] | None, budget: float, options: dict
+        self,
+        module: nn.Module,
+        differentiate: Sequence[int | str] | None,
+        budget: float,
+        options: dict[str, Any],
     ):
         super().__init__()
         self.module = module
+        self._differentiate = differentiate
         self._budget = budget
+        self._options = options
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what belongs to this object alone."""
+        self._compiled: Callable[..., Any] | None = None
         self._tokens: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-        def needs_leaf(index: int, value: Any) -> bool:
-            wanted = differentiate is None or index in differentiate
-            if not wanted or not isinstance(value, Tensor) or value.requires_grad:
-                return False
-            return value.is_floating_point()
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_compiled": None, "_tokens": {}}
 
-        def on_leaves(tokens: list[Tensor], *inputs: Any) -> Any:
-            left, leaves = iter(tokens), list(inputs)
-            for index, x in enumerate(inputs):
-                if needs_leaf(index, x):
-                    token = next(left)
-                    before = [j for j in range(index) if inputs[j] is x and needs_leaf(j, x)]
-                    # a tensor given twice is one variable
-                    leaves[index] = leaves[before[0]] if before else leaf(x, token)
-            return module(*leaves)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
 
-        self._needs_leaf = needs_leaf
-        # not a submodule: its parameters would stand in the state dict a second time
-        self._compiled = torch.compile(on_leaves, fullgraph=True, dynamic=False, **options)
-
-    def forward(self, *inputs: Any) -> Any:
-        tokens = [self._token(x) for i, x in enumerate(inputs) if self._needs_leaf(i, x)]
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        needed = self._needed(inputs, named)
+        tokens = [
+            self._token(x) if needs else None
+            for x, needs in zip(tree_leaves((inputs, named)), needed, strict=True)
+        ]
+        if self._compiled is None:
+            # not a submodule: its parameters would stand in the state dict a second time
+            self._compiled = torch.compile(
+                self._on_leaves, fullgraph=True, dynamic=False, **self._options
+            )
         with (
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
@@ -97,7 +108,32 @@ class DoubleBackward(nn.Module):
                 ban_recompute_used_far_apart=False,
             ),
         ):
-            return self._compiled(tokens, *inputs)
+            return self._compiled(tokens, inputs, named)
+
+    def _needed(self, inputs: tuple, named: dict[str, Any]) -> list[bool]:
+        """Returns for each leaf of the inputs, nested or not, whether it is differentiated by and
+        does not require grad."""
+        needed = []
+        for key, value in itertools.chain(enumerate(inputs), named.items()):
+            wanted = self._differentiate is None or key in self._differentiate
+            needed += [
+                wanted and isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad
+                for x in tree_leaves(value)
+            ]
+        return needed
+
+    def _on_leaves(self, tokens: list[Tensor | None], inputs: tuple, named: dict[str, Any]) -> Any:
+        flat, structure = tree_flatten((inputs, named))
+        leaves: list[Any] = []
+        for index, (x, token) in enumerate(zip(flat, tokens, strict=True)):
+            if token is None:
+                leaves.append(x)
+                continue
+            before = [j for j in range(index) if flat[j] is x and tokens[j] is not None]
+            # a tensor given twice is one variable
+            leaves.append(leaves[before[0]] if before else leaf(x, token))
+        inputs, named = tree_unflatten(leaves, structure)
+        return self.module(*inputs, **named)
 
     def _token(self, x: Tensor) -> Tensor:
         key = x.device, x.dtype
@@ -109,20 +145,22 @@ class DoubleBackward(nn.Module):
 def compile_double_backward(
     module: nn.Module,
     *,
-    differentiate: Sequence[int] | None = None,
+    differentiate: Sequence[int | str] | None = None,
     activation_memory_budget: float = 1.0,
     **options: Any,
 ) -> nn.Module:
     """Compiles a loss that itself differentiates: gradient penalties, physics-informed residuals,
     forces.
 
-    module: its forward(*tensors) returns the loss (a tensor, or a tuple with it), calling
-    ``torch.autograd.grad(..., create_graph=True)`` on the way. The result is called in the same way
+    module: its forward returns the loss (a tensor, or a tuple with it), calling
+    ``torch.autograd.grad(..., create_graph=True)`` on the way. Its inputs are tensors, or lists,
+    tuples and dictionaries of them, by position or by keyword. The result is called in the same way
     and trained with an ordinary ``.backward()``; wrap it in DistributedDataParallel, not the other
-    way round.
-    differentiate: positions of the inputs that `module` differentiates with respect to; None means
-    every floating-point input. Those that do not require grad are replaced by copies that do, whose
-    own gradient the backward does not compute; where one does, its .grad is filled as usual.
+    way round. A copy.deepcopy of it, such as AveragedModel's, has weights of its own.
+    differentiate: positions and keywords of the inputs that `module` differentiates with respect
+    to; None means every floating-point tensor in the inputs. Those that do not require grad are
+    replaced by copies that do, whose own gradient the backward does not compute; where one does,
+    its .grad is filled as usual.
     activation_memory_budget: share of the saved activations to keep, the rest is recomputed.
     options: passed on to torch.compile.
 
