@@ -8,6 +8,7 @@ taken outside raises; the whole loss has to be inside.
 import contextlib
 import dataclasses
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -396,6 +397,12 @@ def out_of_memory(error: BaseException) -> bool:
     signs = ("out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     on_a_cpu = "can't allocate memory"
     return isinstance(error, RuntimeError) and any(s in str(error) for s in (*signs, on_a_cpu))
+
+
+def missing_derivative(error: BaseException) -> str | None:
+    """Returns the operator that an update could not be differentiated twice because of, if any."""
+    missing = re.search(r"derivative for (?:aten::)?(\w+) is not implemented", str(error))
+    return missing[1].removesuffix("_backward") if missing else None
 
 
 class Step:

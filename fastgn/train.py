@@ -49,7 +49,14 @@ from fastgn.lock import lock_folder, remove_leftovers
 from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
-from fastgn.schedule import Schedule, Step, compilations, out_of_memory, unsupported
+from fastgn.schedule import (
+    Schedule,
+    Step,
+    compilations,
+    missing_derivative,
+    out_of_memory,
+    unsupported,
+)
 from fastgn.seeding import Stream, seed_all
 from fastgn.weights import mismatch
 
@@ -898,6 +905,19 @@ def too_large(run: Run | None) -> str:
     )
 
 
+def not_differentiable(cfg: Config, operator: str) -> str:
+    """Returns the line for a network with an operator that has no second derivative."""
+    method = cfg.objective.method
+    tries = ["another --model"]
+    if build_objective(cfg.objective).differences:
+        tries.insert(0, "--schedule finite-difference")
+    return (
+        f"--model {cfg.architecture.model} calls {operator}, which has no second derivative, and "
+        f"--method {method} with --schedule {cfg.step.schedule} needs one: try "
+        f"{' or '.join(tries)}"
+    )
+
+
 def main(args: list[str] | None = None) -> int:
     """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
     run: Run | None = None
@@ -913,6 +933,8 @@ def main(args: list[str] | None = None) -> int:
             line = error
         elif out_of_memory(error):
             line = too_large(run)
+        elif run is not None and (operator := missing_derivative(error)) is not None:
+            line = not_differentiable(run.cfg, operator)
         else:  # torch notices a worker's death wherever the main process happens to be
             line = worker_death(error)
         if line is None:

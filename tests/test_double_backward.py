@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from fastgn.objectives import Loss, Objective, gradnorm, natural
+from fastgn.config.groups import ObjectiveConfig
+from fastgn.objectives import build_objective
 from fastgn.schedule import LossModule, LossModules, compile_double_backward
 
 # traced and differentiated as for Inductor, but no code is generated
@@ -146,16 +147,13 @@ class Network(nn.Module):
         return self.backbone(images_BCHW)
 
 
-def plain(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
-    return natural(model, images_BCHW, targets)
-
-
 def test_copies_of_a_schedules_losses():
     torch._dynamo.reset()
+    methods = {"penalty": "gradnorm", "plain": "natural"}
     losses = LossModules(
         {
-            "penalty": compiled(LossModule(Network(), Objective(gradnorm), "fp32")),
-            "plain": compiled(LossModule(Network(), Objective(plain), "fp32")),
+            name: compiled(LossModule(Network(), build_objective(ObjectiveConfig(method)), "fp32"))
+            for name, method in methods.items()
         }
     )
     batch = torch.rand(2, 3, 2, 2), torch.tensor([0, 2]), torch.ones(())

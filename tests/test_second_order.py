@@ -2,6 +2,7 @@
 them."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgn import second_order
+from fastgn import schedule, second_order, train
 from fastgn.config import ArchitectureConfig
 from fastgn.models import build_model
 from fastgn.objectives import gradnorm
+from fastgn.preact_resnet import PreActResNet18
 from fastgn.schedule import compile_double_backward
 from fastgn.second_order import find_operators, replace_operators
 
@@ -256,3 +258,32 @@ def test_twins_run_in_a_compiled_step(operator):
     for parameter, grad in zip(model.parameters(), exact, strict=True):
         assert parameter.grad is not None and grad.isfinite().all()
         torch.testing.assert_close(parameter.grad, grad)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_any_other_operator_without_a_second_derivative_is_one_line(
+    how, tmp_path, monkeypatch, capsys
+):
+    """On a CPU PyTorch's fused attention is one."""
+    torch._dynamo.reset()
+    plain = PreActResNet18.forward
+
+    def forward(self: PreActResNet18, x: Tensor) -> Tensor:
+        return plain(self, F.scaled_dot_product_attention(x, x, x))
+
+    monkeypatch.setattr(PreActResNet18, "forward", forward)
+    if how == "compiled":
+        compiled = functools.partial(compile_double_backward, backend="aot_eager")
+        monkeypatch.setattr(schedule, "compile_double_backward", compiled)
+    run = ["--model", "preact_resnet18", "--model-kwargs", "width=4", "--img-size", "8"]
+    run += ["--data", "digits", "--batch-size", "4", "--max-updates", "1", "--eval-images", "0"]
+    run += ["--compile", "on" if how == "compiled" else "off", "--output", str(tmp_path / "run")]
+    assert train.main(run) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert line == (
+        "fastgn.train: error: --model preact_resnet18 calls "
+        "_scaled_dot_product_flash_attention_for_cpu, which has no second derivative, and --method gradnorm with --schedule exact needs one: try --schedule "
+        "finite-difference or another --model"
+    )
+    difference = ["--schedule", "finite-difference", "--output", str(tmp_path / "difference")]
+    assert train.main([*run, *difference]) == 0
