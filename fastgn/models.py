@@ -164,7 +164,8 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
 
     multiply_patches(backbone)
-    return swap_modules(backbone)
+    swapped = swap_modules(backbone)
+    return swapped.counts, swapped.left
 
 
 def kernels_for(choice: str, device: torch.device) -> str:

@@ -282,8 +282,9 @@ def test_any_other_operator_without_a_second_derivative_is_one_line(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert line == (
         "fastgn.train: error: --model preact_resnet18 calls "
-        "_scaled_dot_product_flash_attention_for_cpu, which has no second derivative, and --method gradnorm with --schedule exact needs one: try --schedule "
-        "finite-difference or another --model"
+        "_scaled_dot_product_flash_attention_for_cpu, which has no second derivative, and "
+        "--method gradnorm with --schedule exact needs one: try --schedule finite-difference or "
+        "another --model"
     )
     difference = ["--schedule", "finite-difference", "--output", str(tmp_path / "difference")]
     assert train.main([*run, *difference]) == 0

@@ -1,25 +1,36 @@
 """The ops as nn.Modules, and `swap_modules`, which puts them into a network that is there.
 
-A swapped module is the same object with another class: weights, buffers, state-dict keys, flags and
-hooks are not copied but kept, a module in two places stays one, and optimizers notice nothing.
-timm's classes are known by name, so that timm is needed only by those who use it.
+A swapped module is the same object, and its new class is a subclass of the class that it had:
+weights, buffers, state-dict keys, flags and hooks are not copied but kept, a module in two places
+stays one, and optimizers and isinstance notice nothing. Under torch.fx and torch.jit and on nested
+tensors no op can run: there the module runs the forward of the class that it had. timm's classes
+are known by name, so that timm is needed only by those who use it.
 """
 
 import functools
+import types
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
+from fastgn_kernels import reference
 from fastgn_kernels.activations import activation, gelu
 from fastgn_kernels.layer_norm import layer_norm
 from fastgn_kernels.maths import TABLE
+from fastgn_kernels.survey import survey
 from fastgn_kernels.window_attention import LARGEST, window_attention_qkvpacked
 
 FAMILIES = ("activation", "layer_norm", "window_attention")
 """What `swap_modules` knows."""
+
+
+def needs_plain(x: Any) -> bool:
+    """Returns whether no op can run on `x`, but PyTorch's operators can."""
+    return isinstance(x, torch.fx.Proxy) or x.is_nested
 
 
 class FusedActivation(nn.Module):
@@ -36,7 +47,18 @@ class FusedActivation(nn.Module):
         self.kind = kind
         self.parameter = parameter
 
+    def plain(self, x: Tensor) -> Tensor:
+        """Computes the same by PyTorch's operators."""
+        return reference.activation(x, self.kind, parameter=self.parameter)
+
     def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.plain(x)
+        else:  # torch.jit compiles what does not stand in an else
+            return self.plain(x) if needs_plain(x) else self.fused(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """Computes the activation by its op."""
         if self.kind == "softplus" and x.is_cuda and torch.is_autocast_enabled("cuda"):
             x = x.to(torch.promote_types(x.dtype, torch.float32))  # as autocast has F.softplus
         return activation(x, self.kind, parameter=self.parameter)
@@ -100,9 +122,22 @@ class FusedLayerNorm(nn.LayerNorm):
         if len(self.normalized_shape) != 1:
             raise ValueError(f"FusedLayerNorm: {self.normalized_shape} should be one dimension")
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, residual: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def plain(self, x: Tensor) -> Tensor:
+        """Computes the normalisation by PyTorch's operators."""
+        return nn.LayerNorm.forward(self, x)
+
+    # without a return type, for which torch.jit would take the pair
+    def forward(self, x: Tensor, residual: Tensor | None = None):  # type: ignore[no-untyped-def]
+        if torch.jit.is_scripting():
+            return self.plain(x)
+        else:
+            if not needs_plain(x):
+                return self.fused(x, residual)
+            total = x if residual is None else x + residual
+            return self.plain(total) if residual is None else (self.plain(total), total)
+
+    def fused(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Computes the normalisation by its op."""
         if x.shape[-1:] != self.normalized_shape:  # without weights the op would not know
             raise ValueError(
                 f"FusedLayerNorm: x is {tuple(x.shape)}, its last dimension should be "
@@ -121,17 +156,23 @@ class FusedWindowAttention(nn.Module):
     forward(x, mask): x (windows, N, C), mask (windows an image, N, N) or None, as there.
     """
 
-    replaced: Any
-
-    # timm's, declared for the type checker
-    num_heads: int
-    scale: float
-    qkv: nn.Module
-    proj: nn.Module
-    proj_drop: nn.Module
-    _get_rel_pos_bias: Callable[[], Tensor]
+    if TYPE_CHECKING:  # timm's; torch.jit would take them for declarations of its own
+        num_heads: int
+        scale: float
+        qkv: nn.Module
+        proj: nn.Module
+        proj_drop: nn.Module
+        plain: Callable[..., Tensor]
+        _get_rel_pos_bias: Callable[[], Tensor]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            return self.plain(x, mask)
+        else:
+            return self.plain(x, mask) if needs_plain(x) else self.fused(x, mask)
+
+    def fused(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Computes the attention by its op."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self._get_rel_pos_bias().squeeze(0)
         out = window_attention_qkvpacked(qkv, bias, mask, self.scale)
@@ -147,30 +188,52 @@ class FusedWindowAttention(nn.Module):
             )
         super().set_window_size(window_size)  # type: ignore[misc]
 
-    def __reduce__(self) -> Any:
-        # pickle finds a class by its name, and a subclass made at run time has none
-        return _new_window_attention, (self.replaced,), self.__dict__
-
 
 @functools.cache
-def _window_attention_over(replaced: Any) -> Any:
-    """FusedWindowAttention as a subclass of timm's class."""
-    bases = (FusedWindowAttention, replaced)
-    return type("FusedWindowAttention", bases, {"replaced": replaced, "__module__": __name__})
+def _in_place_of(replaced: Any, fused: Any) -> Any:
+    """Returns a subclass of both, for a module that is swapped: it runs as `fused` and is still
+    found as `replaced`."""
+
+    def __reduce__(self: nn.Module) -> Any:  # noqa: N807 - a method of the class below
+        # pickle finds a class by its name, and a subclass made at run time has none
+        return _new, (replaced, fused), vars(self)
+
+    # torch.jit knows a method by its function's name
+    forward = replaced.forward
+    plain = types.FunctionType(
+        forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
+    )
+    # torch.fx looks at a class's module and keeps the classes of torch.nn whole
+    names = {"__module__": replaced.__module__, "__reduce__": __reduce__, "plain": plain}
+    return type(fused.__name__, (fused, replaced), names)
 
 
-def _new_window_attention(replaced: Any) -> nn.Module:
-    cls = _window_attention_over(replaced)
+def _new(replaced: Any, fused: Any) -> nn.Module:
+    cls = _in_place_of(replaced, fused)
     return cls.__new__(cls)
 
 
 class Swapped(NamedTuple):
-    """What `swap_modules` did."""
+    """What `swap_modules` did. Printed, it is a report."""
 
     counts: dict[str, int]
     """Kind of activation, layer_norm or window_attention -> modules replaced."""
     left: dict[str, str]
     """Name of a module -> why it stays as it was, though it looks like one that is replaced."""
+    missed: dict[str, str]
+    """Name of a module -> what it computes that no swap of modules reaches."""
+    modules: int
+    """Number of modules looked at."""
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
+        lines = [f"{self.modules} modules, replaced: {kinds or 'none, the network is as it was'}"]
+        for what, reasons in (("left", self.left), ("not reached", self.missed)):
+            for reason, count in Counter(reasons.values()).items():
+                first = next(name for name, r in reasons.items() if r == reason)
+                more = f" and {count - 1} more" if count > 1 else ""
+                lines.append(f"{what}: {first}{more}: {reason}")
+        return "\n".join(lines)
 
 
 class _RefusedError(Exception):
@@ -214,8 +277,7 @@ def _window_attention(module: Any) -> _New:
         inner = vars(getattr(module, name))
         if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
             raise _RefusedError(f"its {name} has hooks")
-    cls: Any = type(module)
-    return "window_attention", _window_attention_over(cls), {}
+    return "window_attention", FusedWindowAttention, {}
 
 
 _TORCH = "torch.nn.modules.activation."
@@ -282,7 +344,9 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
     over one dimension and the window attentions (timm's Swin) that have a fused op.
 
     only: the families to replace, of `FAMILIES`. What cannot be replaced faithfully stays as it
-    was, and the result says why; that goes for subclasses, whose maths may be another. An
+    was, and the result says why; that goes for subclasses, whose maths may be another. The result
+    also names what no swap of modules reaches, such as activations that a forward calls as
+    functions; print it. An
     activation that worked in place no longer does: a network that read what it overwrote is the
     only one to notice. Under autocast, the LayerNorms of timm's Swin and ViT that feed a linear
     layer give its dtype, see `FusedLayerNorm.before_linear`. Swap before compiling; a second call
@@ -311,9 +375,17 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
         except _RefusedError as reason:
             left[name or type(module).__name__] = str(reason)
             continue
-        module.__class__ = cls
+        module.__class__ = _in_place_of(type(module), cls)
         vars(module).update(attributes)
         if kind == "layer_norm" and module in before_linear:
             module.before_linear = True
         counts[kind] += 1
-    return Swapped(dict(counts), left)
+
+    def is_known(module: nn.Module) -> bool:
+        known = any(_name(cls) in _KNOWN for cls in type(module).__mro__)
+        return known or isinstance(module, _FUSED)
+
+    missed = {
+        name: reason for name, (family, reason) in survey(model, is_known).items() if family in only
+    }
+    return Swapped(dict(counts), left, missed, sum(1 for _ in model.modules()))

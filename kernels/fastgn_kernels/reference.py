@@ -24,8 +24,10 @@ def activation(
         return F.silu(u)
     if kind == "quick_gelu":
         return u * torch.sigmoid(1.702 * u)
-    if kind == "mish":
-        return F.mish(u)
+    if kind == "mish":  # the second derivative of F.mish is NaN from 89 on
+        wide = u.to(torch.promote_types(u.dtype, torch.float32))
+        # beyond the threshold softplus is linear to the last bit of float64
+        return (wide * F.softplus(wide, threshold=40).tanh()).to(u.dtype)
     if kind == "softplus":
         return F.softplus(u, beta=1.0 if parameter is None else parameter)
     if kind == "elu":

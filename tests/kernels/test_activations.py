@@ -7,10 +7,12 @@ from collections.abc import Callable
 import checks
 import pytest
 import torch
-from checks import DEVICE, LAYOUTS, SHAPES, random
+from checks import DEVICE, LAYOUTS, SHAPES, not_interpreted, random
 from fastgn_kernels import ACTIVATIONS, activation, activations, gelu, reference, silu
 from torch import Tensor
 from torch.testing import assert_close
+
+from fastgn.schedule import compile_double_backward
 
 pytestmark = [
     # numpy's, on the way to a limit or to a NaN that is meant
@@ -315,3 +317,43 @@ def test_beyond_2_to_the_31_elements(shape: tuple[int, ...], order: int) -> None
     y, gx, ggy, second = map(float, orders(of_kind(reference.activation, "gelu"), u, gy, gy))
     right = [[y], [gx, gx], [ggy, second, second]][order]
     assert ours == pytest.approx(right if bias is not None else right[: order or 1], rel=1e-3)
+
+
+def large_second(function: Callable, kind: str) -> tuple[Tensor, Tensor]:
+    """First and second derivative at values where an exponential over- or underflows."""
+    x = torch.tensor([-1e5, -200.0, -90.0, 88.5, 89.5, 200.0, 1e5], device=DEVICE)
+
+    def derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
+        (gx,) = torch.autograd.grad(function(x, kind).square().sum(), x, create_graph=True)
+        return gx, torch.autograd.grad(gx.sum(), x)[0]
+
+    return derivatives(x.requires_grad_())
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_derivatives_are_right_at_large_values(kind):
+    """Of the op and of what it becomes in a compiled region, where F.mish would have NaN."""
+    double = lambda x, kind: reference.activation(x.double(), kind)  # noqa: E731
+    exact = large_second(double, kind)
+    for function in (activation, reference.activation):
+        for found, right in zip(large_second(function, kind), exact, strict=True):
+            assert right.isfinite().all()
+            torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+
+
+@not_interpreted
+def test_mish_in_a_compiled_region_has_its_second_derivative_at_large_values():
+    torch._dynamo.reset()
+
+    class Penalty(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            (gx,) = torch.autograd.grad(activation(x, "mish").sum(), x, create_graph=True)
+            return gx.square().sum()
+
+    x = torch.tensor([-1.0, 1.0, 89.5, 1e4], device=DEVICE, requires_grad=True)
+    compile_double_backward(Penalty(), backend="aot_eager")(x).backward()
+    grad = x.grad.clone()
+    x.grad = None
+    Penalty()(x).backward()
+    torch.testing.assert_close(grad, x.grad)
+    assert grad.isfinite().all() and grad[:2].abs().min() > 0

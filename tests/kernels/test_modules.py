@@ -100,7 +100,7 @@ def test_every_activation_is_replaced_by_its_own(make, kind):
     module = make()
     x = 2 * random(5, 7)
     theirs = two_orders(make(), x)
-    assert swap_modules(module) == ({kind: 1}, {})
+    assert swap_modules(module)[:2] == ({kind: 1}, {})
     assert isinstance(module, FusedActivation) and module.kind == kind
     assert "fastgn::activation" in ops_called(module, x)
     for ours, exact in zip(two_orders(module, x), theirs, strict=True):
@@ -203,7 +203,10 @@ def test_a_swapped_swin_has_the_loss_and_gradients_of_its_own(window):
     plain = swin(window_size=window)
     swapped = copy.deepcopy(plain)
     norms = sum(isinstance(m, nn.LayerNorm) for m in plain.modules())
-    assert swap_modules(swapped) == ({"layer_norm": norms, "window_attention": 3, "gelu": 3}, {})
+    assert swap_modules(swapped)[:2] == (
+        {"layer_norm": norms, "window_attention": 3, "gelu": 3},
+        {},
+    )
     assert {"fastgn::activation", "fastgn::layer_norm", "fastgn::window_attention"} <= ops_called(
         swapped, images()
     )
@@ -384,7 +387,8 @@ def test_a_swapped_swin_can_be_copied(copied):
     swap_modules(model)
     other = copied(model)
     kinds = [type(m) for m in model.modules()]
-    assert [type(m) for m in other.modules()] == kinds and FusedLayerNorm in kinds
+    assert [type(m) for m in other.modules()] == kinds
+    assert any(issubclass(kind, FusedLayerNorm) for kind in kinds)
     assert torch.equal(other(images()), model(images()))
     with torch.no_grad():
         for parameter in other.parameters():
@@ -429,7 +433,7 @@ def test_only_what_is_asked_for_is_replaced(only, counts):
     assert swap_modules(model, only).counts == counts
     rest = {"gelu": 3, "layer_norm": 9, "window_attention": 3}
     assert swap_modules(model).counts == {k: v for k, v in rest.items() if k not in counts}
-    assert swap_modules(model) == ({}, {})
+    assert swap_modules(model)[:2] == ({}, {})
 
 
 @pytest.mark.parametrize("only", ["layernorm", ("activation", "attention")])
@@ -490,7 +494,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_what_cannot_be_replaced_faithfully_is_left_and_named(make, reason):
     module = make()
     before = type(module)
-    counts, left = swap_modules(nn.ModuleDict({"it": module, "other": nn.Tanh()}))
+    counts, left, *_ = swap_modules(nn.ModuleDict({"it": module, "other": nn.Tanh()}))
     assert type(module) is before
     assert counts == {"tanh": 1} and set(left) == {"it"}
     assert reason in left["it"]
@@ -502,7 +506,7 @@ def test_what_has_no_op_is_not_touched():
         nn.CELU(), activations.Mish(), nn.BatchNorm1d(3), nn.GroupNorm(1, 3), nn.Linear(3, 3)
     )
     kinds = [type(m) for m in model.modules()]
-    assert swap_modules(model) == ({}, {})
+    assert swap_modules(model)[:2] == ({}, {})
     assert [type(m) for m in model.modules()] == kinds
 
 

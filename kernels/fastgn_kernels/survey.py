@@ -1,0 +1,134 @@
+"""What `swap_modules` does not reach in a network: functions that are called, and unknown classes.
+
+A swap replaces modules. Activations and attention that a forward calls as functions stay PyTorch's,
+and so do classes of other libraries. `survey` names them by what the code of each module's class
+refers to; it runs nothing.
+"""
+
+import dis
+import functools
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SDPA = (
+    "which has no second derivative in its fused forms; "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward gives it one"
+)
+
+FUNCTIONS: dict[Any, str] = {
+    F.scaled_dot_product_attention: "window_attention",
+    F.multi_head_attention_forward: "window_attention",
+    F.layer_norm: "layer_norm",
+    torch.layer_norm: "layer_norm",
+} | dict.fromkeys(
+    (
+        *(F.gelu, F.silu, F.mish, F.softplus, F.elu, F.elu_, F.relu, F.relu_, F.leaky_relu),
+        *(F.leaky_relu_, F.tanh, F.sigmoid, torch.relu, torch.relu_, torch.tanh, torch.tanh_),
+        *(torch.sigmoid, torch.sigmoid_),
+    ),
+    "activation",
+)
+"""Function that an op could replace -> the family of `swap_modules` that it belongs to."""
+
+LOOK_ALIKES = (
+    ("window_attention", re.compile("attention", re.IGNORECASE)),
+    ("layer_norm", re.compile("layer_?norm", re.IGNORECASE)),
+    (
+        "activation",
+        re.compile(r"activation|gelu|silu|swish|mish|softplus|gate\b|[a-z]?elu\b", re.IGNORECASE),
+    ),
+)
+"""Family -> what the names of its classes look like, in this order."""
+
+TORCH = "torch.nn.modules."
+
+
+def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
+    """Returns name -> (family, what is not reached) for the modules that call a function of
+    `FUNCTIONS`, or whose class looks like one with an op and is not `known`."""
+    found = {}
+    for name, module in model.named_modules():
+        if known(module):
+            continue
+        reason = _reason(module)
+        if reason is not None:
+            found[name or type(module).__name__] = reason
+    return found
+
+
+def _reason(module: nn.Module) -> tuple[str, str] | None:
+    cls = type(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return "window_attention", f"its attention is a function, {SDPA}"
+    calls = [f for f in _called(cls) if f in FUNCTIONS] if cls.__module__[:8] != "torch.nn" else []
+    if getattr(module, "fused_attn", True) is False:  # timm's switch
+        calls = [f for f in calls if f is not F.scaled_dot_product_attention]
+    held = [f for f in _held(module) if f in FUNCTIONS or _by_name(f)]
+    for function, verb in [(f, "calls") for f in calls] + [(f, "holds") for f in held]:
+        family = FUNCTIONS.get(function) or "activation"
+        more = f", {SDPA}" if function is F.scaled_dot_product_attention else ""
+        return family, f"it {verb} {function.__name__} as a function{more}"
+    for family, pattern in LOOK_ALIKES:
+        if pattern.search(cls.__name__):
+            return family, f"{cls.__module__}.{cls.__qualname__} has no op here"
+    return None
+
+
+def _held(module: nn.Module) -> Iterator[Any]:
+    """Yields the functions among a module's attributes, also those in lists and in partials."""
+    for name, value in vars(module).items():
+        if name.startswith("_"):  # hooks
+            continue
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, functools.partial):
+                item = item.func
+            if isinstance(item, (types.FunctionType, types.BuiltinFunctionType)):
+                yield item
+
+
+def _by_name(function: Any) -> bool:
+    """Whether a function of another library is an activation by its name, as shifted_softplus."""
+    return LOOK_ALIKES[-1][1].search(function.__name__.replace("_", " ")) is not None
+
+
+@functools.cache
+def _called(cls: type) -> tuple[Any, ...]:
+    """Returns the functions that the methods of a class refer to, itself or by its helpers."""
+    found: dict[Any, None] = {}
+    waiting: list[types.FunctionType] = []
+    for base in cls.__mro__:
+        if base.__module__.startswith(("torch.nn.", "builtins")):
+            break
+        waiting += [v for v in vars(base).values() if isinstance(v, types.FunctionType)]
+    seen = set()
+    while waiting:
+        function = waiting.pop(0)
+        if function in seen:
+            continue
+        seen.add(function)
+        for value in _referred(function):
+            if value in FUNCTIONS:
+                found[value] = None
+            elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
+                waiting.append(value)
+    return tuple(found)
+
+
+def _referred(function: types.FunctionType) -> Iterator[Any]:
+    """Yields what a function's code takes from its module: F.gelu is an attribute of a global."""
+    value: Any = None
+    for step in dis.get_instructions(function):
+        if step.opname == "LOAD_GLOBAL":
+            value = function.__globals__.get(str(step.argval))
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
+            value = getattr(value, str(step.argval), None)
+        elif step.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL"):
+            value = None
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
+            yield value
