@@ -149,7 +149,7 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 
 
 @functools.cache
-def with_twins(plain: type[nn.Module]) -> type[nn.Module]:
+def with_twins(plain: Any) -> Any:
     """Returns the class of a module whose operators are replaced; it keeps the name it had."""
     if plain in CLASSES:
         return CLASSES[plain]
@@ -157,7 +157,7 @@ def with_twins(plain: type[nn.Module]) -> type[nn.Module]:
     return type(plain.__name__, (WithTwins, plain), names)
 
 
-def _new(plain: type[nn.Module]) -> nn.Module:
+def _new(plain: Any) -> nn.Module:
     cls = with_twins(plain)
     return cls.__new__(cls)
 
@@ -211,6 +211,7 @@ def replace_operators(finder: Finder) -> dict[str, int]:
     for module, calls in finder.found.items():
         if isinstance(module, WithTwins):  # a twin is made of other operators
             continue
-        module.__class__ = with_twins(type(module))
+        plain: Any = type(module)
+        module.__class__ = with_twins(plain)
         total += calls
     return dict(total)

@@ -11,7 +11,7 @@ import functools
 import types
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -127,7 +127,7 @@ class FusedLayerNorm(nn.LayerNorm):
         return nn.LayerNorm.forward(self, x)
 
     # without a return type, for which torch.jit would take the pair
-    def forward(self, x: Tensor, residual: Tensor | None = None):  # type: ignore[no-untyped-def]
+    def forward(self, x: Tensor, residual: Tensor | None = None):
         if torch.jit.is_scripting():
             return self.plain(x)
         else:
@@ -375,7 +375,8 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
         except _RefusedError as reason:
             left[name or type(module).__name__] = str(reason)
             continue
-        module.__class__ = _in_place_of(type(module), cls)
+        replaced, fused = cast(Any, type(module)), cast(Any, cls)
+        module.__class__ = _in_place_of(replaced, fused)
         vars(module).update(attributes)
         if kind == "layer_norm" and module in before_linear:
             module.before_linear = True

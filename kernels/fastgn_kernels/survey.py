@@ -63,7 +63,7 @@ def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tu
 
 
 def _reason(module: nn.Module) -> tuple[str, str] | None:
-    cls = type(module)
+    cls: Any = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return "window_attention", f"its attention is a function, {SDPA}"
     calls = [f for f in _called(cls) if f in FUNCTIONS] if cls.__module__[:8] != "torch.nn" else []

@@ -179,7 +179,7 @@ def test_the_compiled_use_has_the_gradients_of_plain_pytorch(
 def test_swap_modules_prints_what_the_readme_says() -> None:
     heading = "In a network that is there"
     promised = re.findall(r"^print\(.*\)  # (.*)$", blocks()[heading], re.MULTILINE)
-    assert len(promised) == 2
+    assert len(promised) == 3
     assert run(heading)["printed"].splitlines() == promised
 
 
