@@ -215,9 +215,7 @@ def build_model(
             weights = from_paper(weights)
         source = f"--initial-checkpoint {cfg.initial_checkpoint}"
         adapted = load_weights(model, weights, source, adapt=cfg.adapt_weights)
-    report = ModelReport(
-        count, swapped, unfused, dict(kinds), replaced, fused, not_fused, adapted
-    )
+    report = ModelReport(count, swapped, unfused, dict(kinds), replaced, fused, not_fused, adapted)
     return model, report
 
 
