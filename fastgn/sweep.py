@@ -37,7 +37,7 @@ from fastgn.config.cli import parse_cli
 from fastgn.config.programs import SweepConfig
 from fastgn.distributed import World, session
 from fastgn.errors import UserError, check, nearest, parse_number, say_error
-from fastgn.files import write_bytes, write_json
+from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
 from fastgn.metrics import environment
 
@@ -314,6 +314,9 @@ def sweep(cfg: SweepConfig) -> int:
     optuna = find_optuna()
     base = base_config(cfg)
     space = space_of(cfg, base)
+    path = Path(cfg.study)
+    for name in (path.name, f"{path.stem}.json", f"{path.stem}.png", f"{path.stem}_best.toml"):
+        check_target(path.with_name(name))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from timm.models import list_models
 from torch import Tensor, nn
 
-from fastgn import evaluate, export, files, models, train
+from fastgn import evaluate, export, files, models, sweep, train
 from fastgn.checkpoint import (
     CHECKPOINT,
     EXPORT,
@@ -36,6 +36,7 @@ from fastgn.checkpoint import (
 from fastgn.config import Config
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.config.programs import EvaluateConfig
+from fastgn.data import check
 from fastgn.errors import UserError
 from fastgn.evaluate import Trained
 from fastgn.models import build_model
@@ -352,6 +353,22 @@ def test_an_export_refuses_its_target_at_once(run, tmp_path, capsys, monkeypatch
     path = special(tmp_path / "model.py", "link")
     assert export.main(["--checkpoint", str(run), "--robustbench", str(tmp_path)]) == 2
     assert one_line(capsys, "fastgn.export").startswith(f"{path} is a symbolic link")
+
+
+def test_a_check_refuses_its_target_at_once(tmp_path, capsys):
+    path = special(tmp_path / "report.json", "pipe")
+    assert check.main([str(tmp_path / "nowhere"), "--output", str(path)]) == 2
+    assert one_line(capsys, "fastgn.data.check").startswith(f"{path} is a named pipe")
+
+
+@pytest.mark.parametrize("name", ["s.db", "s.json", "s.png", "s_best.toml"])
+def test_a_sweep_refuses_its_targets_at_once(name, tmp_path, capsys):
+    pytest.importorskip("optuna")
+    path = special(tmp_path / name, "dangling")
+    args = ["--study", str(tmp_path / "s.db"), "--space", "lr=1e-3:1e-2:log"]
+    assert sweep.main(args) == 2
+    assert one_line(capsys, "fastgn.sweep").startswith(f"{path} is a symbolic link")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_temporary_names_are_new_each_time(tmp_path, monkeypatch):
@@ -858,3 +875,17 @@ def test_a_network_with_shared_weights_ends_its_run(tmp_path):
     images = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.model(images), model.eval()(images))
+
+
+def test_an_unfinished_run_says_its_update(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "check_same", lambda *args: None)
+    middle = run / "checkpoints" / "update_00000002.pt"
+    line = "run: these are the weights of update 2 (epoch 0.069 of 1), before the run's end"
+    args = ["--checkpoint", str(middle), "--robustbench", str(tmp_path / "out")]
+    assert export.main(args) == 0
+    assert capsys.readouterr().err.splitlines() == [line]
+    assert export.main(["--checkpoint", str(run), *args[2:]]) == 0
+    assert capsys.readouterr().err == ""
+    more = ["--attacks", "clean", "--num-images", "8", "--output", str(tmp_path / "e.json")]
+    assert evaluate.main(["--checkpoint", str(middle), *more]) == 0
+    assert line in capsys.readouterr().err.splitlines()

@@ -32,7 +32,7 @@ from fastgn.data.images import BadImageError, decode_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import in_order
 from fastgn.errors import UserError
-from fastgn.files import write_json
+from fastgn.files import check_target, write_json
 
 TINY_PX = 32
 """A shorter side below this is worth a note."""
@@ -171,6 +171,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         cfg = parse_cli(CheckConfig, args, "fastgn.data.check")
+        if cfg.output:
+            check_target(Path(cfg.output))
         report = inspect(cfg)
         print(shown(report))
         if cfg.output:
