@@ -464,7 +464,9 @@ def accuracy_columns(rows: list[dict]) -> dict[str, list[str]]:
     keys = {(order.get(a["attack"], 2), a["attack"], a["eps"]) for r in rows for a in r["accuracy"]}
     out = {}
     for _, attack, eps in sorted(keys):
-        name = {"autoattack": "AutoAttack", "pgd-20": "PGD-20"}.get(attack, attack)
+        name = {"autoattack": "AutoAttack", "apgd-ce+t": "APGD-CE+T", "pgd-20": "PGD-20"}.get(
+            attack, attack
+        )
         out[f"{name} {eps:.4g}" if eps else f"{name}, %"] = [
             percent(
                 next(
@@ -491,7 +493,8 @@ def robustness() -> str:
     tables = []
     for path in sorted(RESULTS.glob("robustness_*.json")):
         record = json.loads(path.read_text())
-        rows = [row for row in record["rows"] if row["accuracy"]]
+        old = record.get("superseded", {})
+        rows = [row for row in record["rows"] if row["accuracy"] and row["arm"] not in old]
         several = len(record["networks"]) > 1
         both = {"passes", "time"}
         columns = {
@@ -518,6 +521,7 @@ def robustness() -> str:
             f"own, the rest on {images['pgd-20']}",
             f"time: {record['time']}",
         ]
+        notes += [f"left out: {arm} ({why})" for arm, why in old.items()]
         notes += [] if record["complete"] else ["not all of it has run yet"]
         failed = [f"{r['arm']} (seed {f['seed']})" for r in record["rows"] for f in r["failed"]]
         notes += [f"failed: {', '.join(failed)}"] if failed else []
@@ -527,6 +531,29 @@ def robustness() -> str:
         ]
         tables.append("\n".join([*lines, "", "; ".join([*notes, source]), "", *answers]).rstrip())
     return "\n\n".join(tables)
+
+
+def edge() -> str:
+    """Edge regularisation beside natural training; empty while there is no record."""
+    path = RESULTS / "edge_digits_cpu.json"
+    if not path.exists():
+        return ""
+    record = json.loads(path.read_text())
+    shown = ("clean", "pgd-20", "apgd-ce+t")
+    rows = [
+        row | {"accuracy": [a for a in row["accuracy"] if a["attack"] in shown]}
+        for row in record["rows"]
+    ]
+    columns = {"arm": [row["arm"] for row in rows]} | accuracy_columns(rows)
+    epochs = record["epochs"]
+    notes = (
+        f"{record['data']}, a Swin of 16 pixels, {over_seeds(record)}; {record['images']} held-out "
+        f"images; {epochs['start']} natural epochs, then {epochs['arm']} of each arm; weight of "
+        "the edges: 1 + 0.09 per epoch, or 19 from the first epoch on; APGD-CE+T: images that are "
+        "right after APGD-CE and after targeted APGD; torch "
+        f"{record['versions']['torch']} (`benchmarks/results/{path.name}`)."
+    )
+    return "\n".join([*markdown(columns), "", notes])
 
 
 def activations() -> str:
@@ -571,6 +598,7 @@ TABLES = {
     "precision": precision,
     "scaling": scaling,
     "robustness": robustness,
+    "edge": edge,
     "activations": activations,
 }
 
