@@ -260,6 +260,8 @@ class Saved:
     classes: tuple[str, ...]
     weights: dict[str, Tensor]
     """The average where there is one. Keys are timm's, or those of a Classifier."""
+    update: int
+    """Updates of the run that the weights have."""
     unfinished: str | None
     """How far the run had come, in a line, if the file is a checkpoint; None for an export, which a
     run writes at its end."""
@@ -281,14 +283,14 @@ def read_saved(path: Path) -> Saved:
         header = load_checkpoint(path)
         weights = header["ema"] or header["model"]
     config = config_of(header, path)
-    unfinished = None if exported else position(header, config.optimizer.epochs)
-    return Saved(config, tuple(header["classes"]), weights, unfinished)
+    unfinished = None if exported else position(header, config)
+    return Saved(config, tuple(header["classes"]), weights, header["update"], unfinished)
 
 
-def position(state: Mapping[str, Any], epochs: int) -> str | None:
+def position(state: Mapping[str, Any], config: Config) -> str | None:
     """Returns a line that says where in its run a checkpoint was made; None if at the end."""
-    epoch = state["epoch"]
-    if epoch is not None and epoch >= epochs:
+    epoch, epochs, limit = state["epoch"], config.optimizer.epochs, config.run.max_updates
+    if (epoch is not None and epoch >= epochs) or (limit is not None and state["update"] >= limit):
         return None
     of = f" (epoch {epoch:.3g} of {epochs})" if epoch is not None else ""
     return f"these are the weights of update {state['update']}{of}, before the run's end"

@@ -3,13 +3,16 @@
 python -m fastgn.evaluate --checkpoint runs/NAME --eps 1/255 4/255 --attacks clean pgd-20 autoattack
 """
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ if __name__ == "__main__":  # a mistake is answered before the imports that take
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgn import attacks, data, models
 from fastgn.analysis.figures import (
@@ -31,9 +33,9 @@ from fastgn.analysis.figures import (
     draw_pictures,
     draw_robust_curve,
 )
-from fastgn.analysis.outcomes import Attacker, Parts, rows_of, timed_part, trust
+from fastgn.analysis.outcomes import Attacker, Parts, is_part, rows_of, timed_part, trust
 from fastgn.analysis.report import html_report, radius
-from fastgn.analysis.sanity import page, sanity_report
+from fastgn.analysis.sanity import STAGES, Check, page, sanity_report
 from fastgn.analysis.statistics import gradient_statistics
 from fastgn.checkpoint import (
     Checkpoints,
@@ -46,12 +48,13 @@ from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import AUTOATTACK, EvaluateConfig, ForeignConfig
 from fastgn.data.datasets import Arrays, check_classes, load_validation
-from fastgn.data.subset import Subset
+from fastgn.data.subset import Subset, images_at_once
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, say_error
+from fastgn.errors import UserError, check, passed_over, printable, say_error
 from fastgn.files import check_target, parse_json, write_bytes, write_json
 from fastgn.lock import lock_file
-from fastgn.metrics import environment
+from fastgn.metrics import environment, open_bar
+from fastgn.schedule import out_of_memory
 from fastgn.weights import load_weights, read_weights
 
 
@@ -63,6 +66,8 @@ class Trained:
     model: models.Classifier
     cfg: Config
     classes: tuple[str, ...]
+    update: int | None = None
+    """Updates of the run that the weights have; None if the file does not say."""
     unfinished: str | None = None
     """How far the run had come, in a line, if the weights are not those of its end."""
 
@@ -106,8 +111,14 @@ def load_trained(where: str, device: torch.device) -> Trained:
         raise UserError(f"--checkpoint {where}: {error}") from None
     load_weights(model, saved.weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
-    name = run_folder(Path(where)).name
-    return Trained(name, model, saved.config, saved.classes, saved.unfinished)
+    name = printable(run_folder(Path(where)).name)
+    unfinished = saved.unfinished
+    last = Checkpoints(Path(where), 1).last() if Path(where).is_dir() else None
+    if last is not None and int(last.stem.split("_")[1]) > saved.update:
+        unfinished = (
+            f"these are the weights of update {saved.update}; the run has gone on to {last}"
+        )
+    return Trained(name, model, saved.config, saved.classes, saved.update, unfinished)
 
 
 def source_of(trained: Config, cfg: EvaluateConfig) -> DatasetConfig:
@@ -118,21 +129,26 @@ def source_of(trained: Config, cfg: EvaluateConfig) -> DatasetConfig:
     return dataclasses.replace(trained.dataset, **values)
 
 
-def subset_of(trained: Trained, cfg: EvaluateConfig, device: torch.device) -> Subset:
-    """The validation images for a model. Raises UserError where their classes are not the
-    model's."""
+def subset_of(
+    trained: Trained, cfg: EvaluateConfig, device: torch.device, ranks: int = 1
+) -> Subset:
+    """Returns the validation images for a model, in batches for so many ranks. Raises UserError if
+    their classes are not the model's."""
     val, classes = load_validation(source_of(trained.cfg, cfg))
     check_classes(trained.classes, classes, trained.name)
-    return Subset(
+    subset = Subset(
         val,
         cfg.num_images,
         img_size=trained.model.img_size,
         crop_pct=trained.cfg.augmentation.crop_pct,
-        batch_size=cfg.batch_size,
+        batch_size=cfg.batch_size or 1,
         workers=cfg.workers,
         device=device,
         chosen=listed(cfg.image_list, val) if cfg.image_list else None,
     )
+    if cfg.batch_size is None:
+        subset.batch_size = images_at_once(subset.size, ranks, subset.img_size, device)
+    return subset
 
 
 def listed(name: str, split: Any) -> list[int]:
@@ -194,7 +210,7 @@ def decides(trained: Trained, images: Subset, cfg: EvaluateConfig, device: str) 
         *(weights_hash(model), repr(trained.cfg.architecture), trained.cfg.augmentation.crop_pct),
         *(model.mean.flatten().tolist(), model.std.flatten().tolist(), model.img_size),
         *(images.indices, digest.hexdigest(), device, environment()["versions"]),
-        *(cfg.norm, cfg.seed, cfg.batch_size, cfg.precision, cfg.compile),
+        *(cfg.norm, cfg.seed, images.batch_size, cfg.precision, cfg.compile),
     ]
 
 
@@ -204,7 +220,7 @@ def evaluate(
     """One model's outcomes over all ranks, as a JSON-ready dict: each rank takes every
     world.size-th batch. What a killed run has saved beside `output`, in the parts, is not done
     again."""
-    order, size = images.indices, cfg.batch_size
+    order, size = images.indices, images.batch_size
     pairs = [("clean", 0.0)]
     pairs += [(name, eps) for name in cfg.attacks if name != "clean" for eps in cfg.eps]
     parts = Parts(output, decides(trained, images, cfg, world.device.type))
@@ -225,7 +241,7 @@ def evaluate(
     for batch in mine:
         for index, pair in enumerate(pairs):
             part = parts.get(*key(pair, batch))
-            if part is not None:
+            if part is not None and is_part(part, len(batches[batch])):
                 done[index, batch] = part | {"row": index}
     left = [b for b in mine if any((i, b) not in done for i in range(len(pairs)))]
     images.indices = [place for batch in left for place in batches[batch]]
@@ -233,7 +249,7 @@ def evaluate(
     hidden = None if world.is_main else True
     with (
         attacks.autoattack_warnings() as warned,
-        tqdm(total=total, desc=trained.name, unit="batch", disable=hidden) as bar,
+        open_bar(total=total, desc=trained.name, unit="batch", disable=hidden) as bar,
     ):
         bar.update(len(done))
         for batch, (x, y) in zip(left, images, strict=True):
@@ -268,12 +284,13 @@ def evaluate(
     result = {
         "name": trained.name,
         "weights_sha256": weights_hash(trained.model),
+        "update": trained.update,
         "model": trained.cfg.architecture.model,
         "method": trained.cfg.objective.method if cfg.model is None else "unknown",
         "images": len(order),
         "subset": images.name,
         "ids": names_of(images),
-        "warnings": sorted(warnings),
+        "warnings": ([trained.unfinished] if trained.unfinished else []) + sorted(warnings),
         "results": rows,
     }
     return result, parts
@@ -297,10 +314,6 @@ def names_of(images: Subset) -> list[str] | list[int]:
 
 def draw(trained: list[Trained], subset: Subset, cfg: EvaluateConfig) -> bytes:
     """The picture of the first images for all models, which must take the same images."""
-    sizes = {t.model.img_size for t in trained}
-    check(
-        len(sizes) == 1, f"--picture: the models take images of different sizes ({sorted(sizes)})"
-    )
     eps, subset = cfg.eps[-1], some(subset, cfg.picture_images)
     images, labels = (torch.cat(parts) for parts in zip(*subset, strict=True))
     views = []
@@ -344,54 +357,75 @@ def some(subset: Subset, count: int) -> Subset:
     return fewer
 
 
-def norm_by_epoch(
-    where: Path, trained: Trained, batches: list[tuple[Tensor, Tensor]]
-) -> list[tuple[float, float]]:
-    """(epoch, mean L1 norm of the input gradient) of the checkpoints that a run still has, by the
-    weights that it would export."""
-    model, out = copy.deepcopy(trained.model), []
-    for path in Checkpoints(where, 1).all() if where.is_dir() else []:
-        state = load_checkpoint(path)
-        if state["epoch"] is None:  # made by an older version
-            continue
-        load_weights(model, state["ema"] or state["model"], str(path))
-        norms = [
-            attacks.input_gradient(model, x, y).images_BCHW.abs().flatten(1).sum(1)
-            for x, y in batches
-        ]
-        out.append((state["epoch"], float(torch.cat(norms).mean())))
-    return out
+def norm_at(path: Path, trained: Trained, batches: list[tuple[Tensor, Tensor]]) -> Any:
+    """Returns [epoch, mean L1 norm of the input gradient] of a checkpoint, by the weights that it
+    would export; None if an older version has made it."""
+    state = load_checkpoint(path)
+    if state["epoch"] is None:
+        return None
+    model = copy.deepcopy(trained.model)
+    load_weights(model, state["ema"] or state["model"], str(path))
+    norms = [
+        attacks.input_gradient(model, x, y).images_BCHW.abs().flatten(1).sum(1) for x, y in batches
+    ]
+    return [state["epoch"], float(torch.cat(norms).mean())]
 
 
-def analyse(where: str, trained: Trained, subset: Subset, cfg: EvaluateConfig) -> dict[str, Any]:
-    """What --statistics and --sanity ask for."""
+def analyse(
+    where: str, trained: Trained, subset: Subset, cfg: EvaluateConfig, parts: Parts
+) -> dict[str, Any]:
+    """Returns what --statistics and --sanity ask for. Each part of it is kept as it ends, and what
+    an evaluation that was killed has kept is not made again."""
+    size, subset = subset.batch_size, some(subset, cfg.analysis_images)
+    eps, ids = cfg.eps[-1], subset.indices
+    paths = Checkpoints(Path(where), 1).all() if cfg.statistics and Path(where).is_dir() else []
+    total = cfg.statistics * (1 + len(paths)) + cfg.sanity * len(STAGES)
     out: dict[str, Any] = {}
-    if not cfg.statistics and not cfg.sanity:
+    if not total:
         return out
-    subset = some(subset, cfg.analysis_images)
+    print(f"{trained.name}: analysing {len(ids)} images", file=sys.stderr)
     batches = list(subset)
-    if cfg.statistics:
-        out["statistics"] = gradient_statistics(
-            trained.model,
-            batches,
-            eps=cfg.eps[-1],
-            seed=cfg.seed,
-            ids=subset.indices,
-        )
-        out["norm_by_epoch"] = norm_by_epoch(Path(where), trained, batches)
+    with open_bar(total=total, desc=f"{trained.name}: analysis", unit="part") as bar:
+
+        def made(make: Callable[[], Any], *key: object) -> Any:
+            bar.set_postfix_str(str(key[0]))
+            part = parts.made(make, *key, f"{eps:.8f}", len(ids))
+            bar.update()
+            return part
+
+        if cfg.statistics:
+            out["statistics"] = made(
+                lambda: gradient_statistics(
+                    trained.model, batches, eps=eps, seed=cfg.seed, ids=ids
+                ),
+                "statistics",
+            )
+            norms = []
+            for path in paths:
+                file = path.stat()
+                key = ("norm", path.stem, file.st_mtime_ns, file.st_size)
+                norms.append(made(functools.partial(norm_at, path, trained, batches), *key))
+            out["norm_by_epoch"] = [norm for norm in norms if norm is not None]
+        if cfg.sanity:
+
+            def keep(name: str, make: Callable[[], list[Check]]) -> list[Check]:
+                found = made(lambda: [dataclasses.asdict(c) for c in make()], "sanity", name)
+                return [Check(**fields) for fields in found]
+
+            images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+            checks = sanity_report(
+                trained.model,
+                images,
+                labels,
+                eps=eps,
+                seed=cfg.seed,
+                batch_size=size,
+                norm=cfg.norm,
+                keep=keep,
+            )
+            out["sanity"] = [dataclasses.asdict(c) for c in checks]
     if cfg.sanity:
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        checks = sanity_report(
-            trained.model,
-            images,
-            labels,
-            eps=cfg.eps[-1],
-            seed=cfg.seed,
-            batch_size=cfg.batch_size,
-            norm=cfg.norm,
-        )
         print(page(checks, f"{trained.name}: can the attacks be believed?"))
-        out["sanity"] = [dataclasses.asdict(c) for c in checks]
     return out
 
 
@@ -440,10 +474,7 @@ def run(cfg: EvaluateConfig, world: World) -> None:
             for where in cfg.checkpoint
         ]
         trained = with_own_names(trained, cfg.checkpoint)
-    for t in trained:
-        if t.unfinished and world.is_main:
-            print(f"{t.name}: {t.unfinished}", file=sys.stderr)
-        subsets = [subset_of(t, cfg, world.device) for t in trained]
+        subsets = [subset_of(t, cfg, world.device, world.size) for t in trained]
     sources = {(x.data, x.data_dir, x.val_split) for x in (source_of(t.cfg, cfg) for t in trained)}
     check(
         len(sources) == 1,
@@ -451,20 +482,27 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         "evaluate them one by one",
     )
     check_few_classes(len(trained[0].classes), cfg.attacks)
+    sizes = sorted({t.model.img_size for t in trained})
+    check(
+        cfg.picture is None or len(sizes) == 1,
+        f"--picture: the models take images of different sizes ({sizes})",
+    )
+    size = min(subset.batch_size for subset in subsets)
+    for subset in subsets:  # the same for all models, so that the record has one
+        subset.batch_size = size
     results, saved = [], []
-    for where, t, subset in zip(cfg.checkpoint, trained, subsets, strict=True):
-        result, parts = evaluate(t, subset, cfg, world, output)
-        saved.append(parts)
-        results.append(result | {"checkpoint": where} | analyse(where, t, subset, cfg))
+    with room_for(size):
+        for where, t, subset in zip(cfg.checkpoint, trained, subsets, strict=True):
+            result, parts = evaluate(t, subset, cfg, world, output)
+            saved.append(parts)
+            results.append(result | {"checkpoint": where})
     if not world.is_main:
         return
     record: dict[str, Any] = {"norm": cfg.norm, "eps_units": "0..1 pixels", "seed": cfg.seed}
     record |= {"ranks": world.size}
-    record |= {"batch_size": cfg.batch_size, "precision": cfg.precision, "models": results}
+    record |= {"batch_size": size, "precision": cfg.precision, "models": results}
     record |= environment()
-    write_json(output, record)
-    for parts in saved:
-        parts.remove()
+    write_json(output, record)  # before the analyses, which may take as long again
     images = f"{results[0]['subset']} validation images"
     print(
         f"\naccuracy on {images}, {cfg.norm}, eps in 0..1 pixel units, seed "
@@ -473,18 +511,53 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     for result in results:
         for line in result["warnings"]:
             print(f"warning: {result['name']}: {line}")
-    print(f"written: {output}")
-    if cfg.curve:
-        write_bytes(Path(cfg.curve), curve_of(results, cfg.attacks[-1], cfg.norm))
-        print(f"written: {cfg.curve}")
-    if cfg.picture:
-        write_bytes(Path(cfg.picture), draw(trained, subsets[0], cfg))
-        print(f"written: {cfg.picture}")
-    if cfg.report:
-        pictures = pictures_of(trained, subsets[0], results, cfg)
+    print(f"written: {output}", flush=True)
+    if cfg.statistics or cfg.sanity:
+        with room_for(size):
+            for index, where in enumerate(cfg.checkpoint):
+                analysis = analyse(where, trained[index], subsets[index], cfg, saved[index])
+                results[index].update(analysis)
+                write_json(output, record)
+        print(f"written: {output}, with the analyses")
+    for parts in saved:
+        parts.remove()
+    draw_all(trained, subsets[0], record, cfg)
+
+
+@contextlib.contextmanager
+def room_for(batch_size: int) -> Iterator[None]:
+    """Raises UserError if so many images at once do not fit the device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory with {batch_size} images at once: add a lower --batch-size"
+        ) from None
+
+
+def draw_all(
+    trained: list[Trained], subset: Subset, record: dict[str, Any], cfg: EvaluateConfig
+) -> None:
+    """Writes the curve, the picture and the report that were asked for; one that fails is said and
+    passed over."""
+    results = record["models"]
+
+    def report() -> str:
         title = f"Robustness of {', '.join(t.name for t in trained)}"
-        write_bytes(Path(cfg.report), html_report(record, pictures, title=title))
-        print(f"written: {cfg.report}")
+        return html_report(record, pictures_of(trained, subset, results, cfg), title=title)
+
+    for path, make in (
+        (cfg.curve, lambda: curve_of(results, cfg.attacks[-1], cfg.norm)),
+        (cfg.picture, lambda: draw(trained, subset, cfg)),
+        (cfg.report, report),
+    ):
+        if path:
+            with passed_over(path) as failure:
+                write_bytes(Path(path), make())
+            if not failure:
+                print(f"written: {path}")
 
 
 def curve_of(results: list[dict[str, Any]], name: str, norm: str) -> bytes:
@@ -498,20 +571,28 @@ def pictures_of(
 ) -> dict[str, bytes]:
     """Caption -> PNG, for the report."""
     out = {}
-    if len(cfg.eps) > 2:
+    if len(cfg.eps) > 1:
         for name in cfg.attacks:
             if name != "clean":
-                out[f"Accuracy against eps under {name}"] = curve_of(results, name, cfg.norm)
+                caption = f"Accuracy against eps under {name}"
+                with passed_over(caption):
+                    out[caption] = curve_of(results, name, cfg.norm)
     norms = {r["name"]: r["statistics"]["l1"] for r in results if "statistics" in r}
     if norms:
-        out["L1 norm of the input gradient, image by image"] = draw_gradient_histograms(norms)
+        caption = "L1 norm of the input gradient, image by image"
+        with passed_over(caption):
+            out[caption] = draw_gradient_histograms(norms)
     by_epoch = {
         r["name"]: r["norm_by_epoch"] for r in results if len(r.get("norm_by_epoch", ())) > 1
     }
     if by_epoch:
-        out["Mean L1 norm of the input gradient against epoch"] = draw_norm_against_epoch(by_epoch)
+        caption = "Mean L1 norm of the input gradient against epoch"
+        with passed_over(caption):
+            out[caption] = draw_norm_against_epoch(by_epoch)
     if len({t.model.img_size for t in trained}) == 1:
-        out["Images, input gradients and PGD-20 perturbations"] = draw(trained, subset, cfg)
+        caption = "Images, input gradients and PGD-20 perturbations"
+        with passed_over(caption):
+            out[caption] = draw(trained, subset, cfg)
     return out
 
 
@@ -528,7 +609,7 @@ def main(args: list[str] | None = None) -> int:
         say_error(f"fastgn.evaluate: error: {error}")
         return 2
     except KeyboardInterrupt:
-        say_error("fastgn.evaluate: stopped; say the same again to go on")
+        say_error("fastgn.evaluate: stopped; run the same command again to continue")
         return 130
     return 0
 

@@ -4,14 +4,17 @@ A batch of the list is attacked by itself, and what is drawn for an image depend
 the image alone. So any number of ranks gives the same outcomes, and a run that was killed goes on.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +135,11 @@ class Attacker:
 
 
 class Parts:
-    """Outcomes of batches as they come, in a folder beside the output, until all are there."""
+    """Outcomes of batches and analyses as they come, in a folder beside the output, until all are
+    there."""
+
+    KEPT_S = 7 * 86400
+    """Seconds after which parts that nobody has added to are those of an abandoned evaluation."""
 
     def __init__(self, output: Path, what: Any):
         """what: all that the outcomes depend on, as JSON; another one has another folder."""
@@ -140,7 +147,7 @@ class Parts:
         self.folder = output.with_name(f".{output.stem}.{digest}.parts")
 
     def path(self, *key: object) -> Path:
-        return self.folder / ("_".join(map(str, key)) + ".json")
+        return self.folder / (quote("_".join(map(str, key)), safe="@") + ".json")
 
     def get(self, *key: object) -> dict[str, Any] | None:
         try:
@@ -152,8 +159,26 @@ class Parts:
     def put(self, part: dict[str, Any], *key: object) -> None:
         write_json(self.path(*key), part)
 
+    def made(self, make: Callable[[], Any], *key: object) -> Any:
+        """Returns what `make` returned in an earlier call of this evaluation, else calls it and
+        keeps what it returns: anything that JSON can hold."""
+        part = self.get(*key)
+        if part is None or "made" not in part:
+            part = {"made": make()}
+            self.put(part, *key)
+        return part["made"]
+
     def remove(self) -> None:
+        """Removes these parts, and those of abandoned evaluations of the same output."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        name = self.folder.name.split(".")
+        for other in self.folder.parent.glob(".*.parts"):
+            same = re.fullmatch(r"[0-9a-f]{16}", other.name.split(".")[-2])
+            if not same or other.name.split(".")[:-2] != name[:-2]:
+                continue
+            with contextlib.suppress(OSError):  # gone already
+                if time.time() - other.stat().st_mtime > self.KEPT_S:
+                    shutil.rmtree(other, ignore_errors=True)
 
 
 def rows_of(
@@ -179,6 +204,15 @@ def rows_of(
             )
             rows.append(row(WORST, eps, worst))
     return rows
+
+
+def is_part(part: dict[str, Any] | None, images: int) -> bool:
+    """Whether this is a part as rows_of takes it, of a batch of so many images."""
+    if part is None:
+        return False
+    correct, seconds = part.get("correct"), part.get("seconds")
+    right = isinstance(correct, str) and len(correct) == images and set(correct) <= {"0", "1"}
+    return right and isinstance(seconds, float) and isinstance(part.get("batch"), int)
 
 
 def row(name: str, eps: float, correct: str) -> dict[str, Any]:

@@ -152,8 +152,9 @@ class EvaluateConfig(ForeignConfig):
     image_list: str | None = None
     """In place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's validation set), or a
     file with a line for each image: its number, or the end of its path."""
-    batch_size: Annotated[int, BATCH] = 360
-    """Images attacked at once, by one rank; its outcomes are saved together."""
+    batch_size: Annotated[int | None, BATCH] = None
+    """Images attacked at once, by one rank; its outcomes are saved together. None: at most 360, and
+    so many that each rank has as much to do as the others."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that read image files."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -10,6 +10,21 @@ from torch import Tensor
 from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, Encoded
 
+IMAGES_AT_ONCE = 360
+"""Most images that are attacked at once unless the user says otherwise."""
+
+
+def images_at_once(images: int, ranks: int, img_size: int, device: torch.device) -> int:
+    """Returns the batch size of an evaluation, so that each rank has as much to do as the others.
+
+    images: of all ranks. A CPU takes fewer large images at once: a GPU has its memory for them.
+    """
+    limit = IMAGES_AT_ONCE
+    if device.type == "cpu":
+        limit = max(8, min(limit, limit * 64**2 // img_size**2))
+    batches = ranks * -(-images // (ranks * limit))
+    return -(-images // batches)
+
 
 def is_by_class(split: Any) -> bool:
     """Whether its first images are all of one class: a folder's, and arrays read from one."""

@@ -1,0 +1,236 @@
+"""An evaluation that is killed loses nothing, and what it writes first is what took longest."""
+
+import functools
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_run
+
+from fastgn import evaluate
+from fastgn.analysis import outcomes
+from fastgn.data.subset import images_at_once
+from fastgn.train import main as train_main
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+KILLS = int(os.environ.get("FASTGN_KILLS", "3"))
+"""How often the evaluation is killed; the test has also passed with 10."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("evaluate") / "tiny"
+    more = ("--epochs", "2", "--method", "natural", "--no-model-ema", "--eval-images", "0")
+    assert train_main(tiny_run(folder, *more)) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fewer_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Square, whose 5,000 queries an image take longer than all else together."""
+    report = functools.partial(evaluate.sanity_report, square_images=0, apgd_images=2)
+    monkeypatch.setattr(evaluate, "sanity_report", report)
+
+
+def arguments(run: Path, output: Path, *more: str) -> list[str]:
+    args = ["--checkpoint", str(run), "--num-images", "24", "--batch-size", "8", "--eps", "0.02"]
+    args += ["--attacks", "clean", "pgd-3", "--statistics", "--sanity", "--analysis-images", "6"]
+    return [*args, "--output", str(output), *more]
+
+
+def results(output: Path) -> list[dict[str, Any]]:
+    """The record's models, without the seconds of their attacks."""
+    models = json.loads(output.read_text())["models"]
+    for model in models:
+        for row in model["results"]:
+            row.pop("seconds", None)
+    return models
+
+
+def in_a_process(args: list[str], log: Path) -> int:
+    """Starts the evaluation in a fork, which notes each part that it has made; returns its id."""
+    child = os.fork()
+    if child:
+        return child
+    put = outcomes.Parts.put
+
+    def note(parts: outcomes.Parts, part: dict[str, Any], *key: object) -> None:
+        put(parts, part, *key)
+        with open(log, "a") as file:
+            file.write(f"{parts.path(*key).name}\n")
+
+    outcomes.Parts.put = note  # type: ignore[method-assign]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os._exit(evaluate.main(args))
+
+
+def test_a_killed_evaluation_makes_every_part_once(run: Path, tmp_path: Path) -> None:
+    """By SIGKILL, at random moments of the attacks and of the analyses."""
+    whole, log = tmp_path / "whole.json", tmp_path / "log"
+    began = time.monotonic()
+    assert os.waitpid(in_a_process(arguments(run, whole), log), 0)[1] == 0
+    seconds = time.monotonic() - began
+    parts = log.read_text().split("\n")
+    log.unlink()
+    assert len(set(parts)) == len(parts) > 6 + 3 + 10, "attacks, statistics, sanity"
+
+    output, draw, killed = tmp_path / "e.json", random.Random(0), 0
+    while killed < KILLS:
+        child = in_a_process(arguments(run, output), log)
+        time.sleep(draw.uniform(0.1, 1) * seconds / KILLS)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert killed or not output.exists(), "ended before it could be killed"
+        if (tmp_path / "e.json").exists() and "sanity" in results(output)[0]:
+            break
+    assert os.waitpid(in_a_process(arguments(run, output), log), 0)[1] == 0
+    made = log.read_text().split("\n")
+    assert len(set(made)) == len(made) and killed == KILLS
+    assert set(made) <= set(parts) and len(set(parts) - set(made)) <= KILLS, "noted after it is put"
+    assert results(output) == results(whole)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_the_table_and_the_record_come_before_the_analyses(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    output = tmp_path / "e.json"
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "gradient_statistics", stop)
+        assert evaluate.main(arguments(run, output)) == 130
+    said = capsys.readouterr()
+    assert "accuracy on first 24 of 360 validation images" in said.out
+    assert "run the same command again to continue" in said.err
+    (model,) = results(output)
+    assert len(model["results"]) == 2 and "statistics" not in model
+    monkeypatch.setattr(outcomes.Attacker, "correct", stop)
+    assert evaluate.main(arguments(run, output)) == 0, "the attacks are not made again"
+    assert {"statistics", "norm_by_epoch", "sanity"} < results(output)[0].keys()
+
+
+def test_parts_of_abandoned_evaluations_are_cleared(run: Path, tmp_path: Path) -> None:
+    """Those of the same output that nobody has added to for a week, and no others."""
+    week = time.time() - outcomes.Parts.KEPT_S
+    folders = {
+        ".e.0123456789abcdef.parts": week - 60,
+        ".e.fedcba9876543210.parts": week + 3600,
+        ".other.0123456789abcdef.parts": week - 60,
+        ".e.notes.parts": week - 60,
+    }
+    for name, changed in folders.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "clean.json").touch()
+        os.utime(tmp_path / name, (changed, changed))
+    args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean"]
+    assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"e.json", *list(folders)[1:]}
+
+
+@pytest.mark.parametrize("spoilt", ["[]", '{"correct": "11"}', '{"correct": 7, "seconds": ""}'])
+def test_a_spoilt_part_is_made_again(run: Path, tmp_path: Path, spoilt: str) -> None:
+    args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean"]
+    cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), num_images=8)
+    trained = evaluate.load_trained(str(run), CPU)
+    subset = evaluate.subset_of(trained, cfg, CPU)
+    output = tmp_path / "e.json"
+    parts = outcomes.Parts(output, evaluate.decides(trained, subset, cfg, "cpu"))
+    parts.folder.mkdir()
+    parts.path("clean", f"{0:.8f}", 0).write_text(spoilt)
+    assert evaluate.main([*args, "--output", str(output)]) == 0
+    assert len(results(output)[0]["results"][0]["correct"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "img_size", "device", "size"),
+    [
+        (360, 1, 16, CPU, 360),
+        (360, 2, 16, CPU, 180),  # the quickstart's, once one batch for two processes
+        (360, 7, 16, CPU, 52),
+        (5000, 8, 224, CUDA, 313),
+        (5000, 1, 224, CPU, 29),
+        (3, 8, 224, CUDA, 1),
+        (1, 1, 4096, CPU, 1),
+    ],
+)
+def test_batches_follow_images_and_ranks(
+    images: int, ranks: int, img_size: int, device: torch.device, size: int
+) -> None:
+    assert images_at_once(images, ranks, img_size, device) == size
+    shares = [-(-images // size) // ranks + (r < -(-images // size) % ranks) for r in range(ranks)]
+    assert max(shares) - min(shares) <= 1
+
+
+def test_the_record_says_which_batch_was_used(run: Path, tmp_path: Path) -> None:
+    args = ["--checkpoint", str(run), "--num-images", "20", "--attacks", "clean"]
+    for more, size in (((), 20), (("--batch-size", "7"), 7)):
+        assert evaluate.main([*args, *more, "--output", str(tmp_path / "e.json")]) == 0
+        assert json.loads((tmp_path / "e.json").read_text())["batch_size"] == size
+
+
+def test_an_unfinished_run_says_its_update(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """And an export says that its run has gone on."""
+    first = run / "checkpoints" / "update_00000029.pt"
+    args = ["--num-images", "8", "--attacks", "clean", "--output", str(tmp_path / "e.json")]
+    for where, update, warning in (
+        (first, 29, "these are the weights of update 29 (epoch 1 of 2), before the run's end"),
+        (run, 58, None),
+    ):
+        assert evaluate.main(["--checkpoint", str(where), *args]) == 0
+        (model,) = results(tmp_path / "e.json")
+        assert model["update"] == update and model["warnings"] == ([warning] if warning else [])
+        assert (f"warning: {model['name']}: {warning}" in capsys.readouterr().out) == bool(warning)
+    later = run / "checkpoints" / "update_00000087.pt"
+    later.write_bytes(first.read_bytes())
+    try:
+        assert evaluate.main(["--checkpoint", str(run), *args]) == 0
+        (line,) = results(tmp_path / "e.json")[0]["warnings"]
+        assert line == f"these are the weights of update 58; the run has gone on to {later}"
+    finally:
+        later.unlink()
+
+
+def test_a_picture_that_fails_is_passed_over(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The curve of two radii is in the page all the same."""
+
+    def fail(*_: object) -> bytes:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(evaluate, "draw_pictures", fail)
+    picture, report = tmp_path / "picture.png", tmp_path / "report.html"
+    args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean", "pgd-2"]
+    args += ["--eps", "0.01", "0.02", "--picture", str(picture), "--report", str(report)]
+    assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 0
+    said = capsys.readouterr()
+    assert f"warning: {picture} failed and is left out: ValueError: no such font" in said.err
+    assert not picture.exists() and f"written: {picture}" not in said.out
+    assert "Accuracy against eps under pgd-2" in report.read_text()
+    assert report.read_text().count("data:image/png") == 1
+
+
+def test_out_of_memory_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(outcomes.Attacker, "correct", full)
+    args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean"]
+    assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 2
+    line = "fastgn.evaluate: error: out of memory with 8 images at once: add a lower --batch-size"
+    assert capsys.readouterr().err.splitlines()[-1] == line
