@@ -19,8 +19,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
@@ -28,18 +27,16 @@ if __name__ == "__main__":  # a mistake is answered before the imports that take
 
     begin("fastgn.sweep")
 
-from tqdm import tqdm
-
 from fastgn import train
 from fastgn.analysis.pareto import draw_pareto, front_of
 from fastgn.config import FIELDS, Config, load_recipe
 from fastgn.config.cli import parse_cli
 from fastgn.config.programs import SweepConfig
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, nearest, parse_number, say_error
+from fastgn.errors import UserError, check, nearest, parse_number, passed_over, say_error
 from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
-from fastgn.metrics import environment
+from fastgn.metrics import environment, open_bar
 
 HEARTBEAT_S = 60
 """A trial whose process has said nothing for three of them was killed: its values are tried
@@ -191,7 +188,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
     config = base.replace(**values)
     # of the values: what was interrupted goes on when they are tried again
     name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
-    folder = Path(cfg.study).with_suffix("") / name
+    folder = cfg.database.with_suffix("") / name
     trial.set_user_attr("folder", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     config = config.replace_group("run", {"output": str(folder), "resume": "auto"})
@@ -203,7 +200,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
             session(config.run.device) as world,
         ):
             run = build_when_free(config, world)
-            watch(run, trial, cfg, optuna)
+            run.on_evaluation = watcher(trial, cfg, optuna)
             train.train(run)
     except KeyboardInterrupt:  # before the first update
         raise Interrupted from None
@@ -228,14 +225,13 @@ def build_when_free(config: Config, world: World) -> train.Run:
             time.sleep(1)
 
 
-def watch(run: train.Run, trial: Any, cfg: SweepConfig, optuna: Any) -> None:
-    """Lets Optuna see each evaluation of a run, and end it."""
+def watcher(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[train.Run], None] | None:
+    """Returns what reports each evaluation of a run to Optuna, and ends a run that is worse than
+    the others; None if no run is to be ended."""
     if cfg.objective == "pareto" or not cfg.prune:
-        return
-    evaluate = run.evaluate
+        return None
 
-    def evaluate_and_report() -> None:
-        evaluate()
+    def report(run: train.Run) -> None:
         epoch = run.update // run.updates_per_epoch
         clean, robust = run.accuracy["clean_accuracy"], run.accuracy["pgd10_accuracy"]
         with warnings.catch_warnings():  # of an epoch that an interrupted process had reported
@@ -246,12 +242,12 @@ def watch(run: train.Run, trial: Any, cfg: SweepConfig, optuna: Any) -> None:
             trial.set_user_attr("robust", robust)
             raise optuna.TrialPruned
 
-    run.evaluate = evaluate_and_report  # type: ignore[method-assign]
+    return report
 
 
 def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
     """The study, begun or gone on with. Raises UserError where it is another one's."""
-    path = Path(cfg.study)
+    path = cfg.database
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         storage = optuna.storages.RDBStorage(
@@ -286,7 +282,7 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
         study.set_user_attr(key, value)
     # the same seed would draw the same again, and so would another process on the study
     begun = len(study.get_trials(deepcopy=False))
-    seed = cfg.seed if begun == 0 else cfg.seed + begun + os.getpid()
+    seed = (cfg.seed if begun == 0 else cfg.seed + begun + os.getpid()) % 2**32  # numpy's range
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=cfg.startup_trials)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=cfg.startup_trials)
     return study
@@ -314,7 +310,7 @@ def sweep(cfg: SweepConfig) -> int:
     optuna = find_optuna()
     base = base_config(cfg)
     space = space_of(cfg, base)
-    path = Path(cfg.study)
+    path = cfg.database
     for name in (path.name, f"{path.stem}.json", f"{path.stem}.png", f"{path.stem}_best.toml"):
         check_target(path.with_name(name))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -323,7 +319,7 @@ def sweep(cfg: SweepConfig) -> int:
     study = open_study(cfg, base, optuna)
     done = len(finished(study))
     interrupted = False
-    with tqdm(total=cfg.trials, initial=done, unit="trial", disable=None) as bar:
+    with open_bar(total=cfg.trials, initial=done, unit="trial") as bar:
 
         def objective(trial: Any) -> Any:
             began = time.perf_counter()
@@ -345,7 +341,8 @@ def sweep(cfg: SweepConfig) -> int:
             if "failed" in trial.user_attrs or trial.state.name != "FAIL":
                 bar.update()
                 bar.write(line_of(trial), file=sys.stderr)
-            report(study, cfg, base)
+            with passed_over("the report"):
+                report(study, cfg, base)
 
         def enough(study: Any, trial: Any) -> None:
             if len(finished(study)) >= cfg.trials:  # with those of other processes
@@ -361,7 +358,7 @@ def sweep(cfg: SweepConfig) -> int:
     best = report(study, cfg, base)
     print(best)
     if interrupted:
-        print("stopped; say the same again to go on")
+        print("stopped; run the same command again to continue")
     return 0
 
 
@@ -399,7 +396,7 @@ def report(study: Any, cfg: SweepConfig, base: Config) -> str:
         row = {"number": trial.number, "state": trial.state.name.lower(), "values": trial.params}
         rows.append(row | {k: attrs.get(k) for k in ("clean", "robust", "seconds", "failed")})
     best = best_of(rows, cfg)
-    path = Path(cfg.study)
+    path = cfg.database
     record = {
         "recipe": cfg.recipe,
         "set": list(cfg.set),
@@ -414,8 +411,9 @@ def report(study: Any, cfg: SweepConfig, base: Config) -> str:
     }
     write_json(path.with_suffix(".json"), record)
     complete = [r for r in rows if r["state"] == "complete"]
-    picture = draw_pareto(complete, record["best"], f"{path.stem}: {len(complete)} trials")
-    write_bytes(path.with_suffix(".png"), picture)
+    with passed_over("the picture"):
+        picture = draw_pareto(complete, record["best"], f"{path.stem}: {len(complete)} trials")
+        write_bytes(path.with_suffix(".png"), picture)
     if best is None:
         return f"no trial is complete yet with clean accuracy of at least {cfg.clean_floor:.0%}"
     recipe = path.with_name(f"{path.stem}_best.toml")
@@ -439,7 +437,7 @@ def main(args: list[str] | None = None) -> int:
         say_error(f"fastgn.sweep: error: {error}")
         return 2
     except KeyboardInterrupt:  # between trials
-        say_error("fastgn.sweep: stopped; say the same again to go on")
+        say_error("fastgn.sweep: stopped; run the same command again to continue")
         return 130
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -132,6 +132,8 @@ class Run:
     """Whether the weights of this moment are the best."""
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of the last evaluation."""
+    on_evaluation: Callable[["Run"], None] | None = None
+    """Called after each evaluation; what it raises ends the run."""
     plan: Plan | None = None
     """What an update was predicted to cost; None once the measured cost has been said."""
 
@@ -333,6 +335,8 @@ class Run:
             )
         self.say_bad(self.subset, "validation")
         self.reset_clock()
+        if self.on_evaluation is not None:
+            self.on_evaluation(self)
 
     def count_correct(self, subset: Subset) -> Tensor | None:
         """This rank's images classified correctly, clean and under PGD-10; None where so many at a

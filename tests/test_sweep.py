@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_SWIN
+from torch import Tensor
 
 pytest.importorskip("optuna")
 
@@ -13,6 +15,7 @@ from fastgn import sweep, train
 from fastgn.analysis.pareto import front_of
 from fastgn.config import Config, load_recipe
 from fastgn.config.cli import parse_config
+from fastgn.data.subset import Subset
 
 SPACE = ("--space", "gn_weight=0.1:10:log", "attack_it=1:4", "smoothing=0,0.1")
 
@@ -48,6 +51,10 @@ def command(recipe: Path, study: Path, *more: str) -> list[str]:
         (("--space", "lr=1e-3:1e-2", "--set", "eval_images=0"), "judged by --eval-images"),
         (("--space", "lr=1e-3:1e-2", "--trials", "0"), "--trials 0 is out of range"),
         ((), "--space is empty"),
+        (("--space", "lr=1e-3:1e-2", "--study", "a.json"), "--study a.json should end in .db"),
+        (("--space", "lr=1e-3:1e-2", "--study", "a.sqlite"), "a.sqlite should end in .db"),
+        (("--space", "lr=1e-3:1e-2", "--study", "a?b.db"), "has no ?, # or %"),
+        (("--space", "lr=1e-3:1e-2", "--seed", "-1"), "--seed -1 is out of range"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(
@@ -130,16 +137,14 @@ def test_a_poor_trial_is_pruned_and_not_trained_to_its_end(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two: its accuracies are made lower than the first one's."""
-    evaluate, runs = train.Run.evaluate, []
+    runs: list[train.Run] = []
 
-    def pretended(run: train.Run) -> None:
-        evaluate(run)
+    def pretended(run: train.Run, subset: Subset) -> Tensor:
         if run not in runs:
             runs.append(run)
-        robust = 0.5 / len(runs)
-        run.accuracy = {"clean_accuracy": 0.9, "pgd10_accuracy": robust}
+        return subset.size * torch.tensor([0.75, 0.5 / len(runs)])
 
-    monkeypatch.setattr(train.Run, "evaluate", pretended)
+    monkeypatch.setattr(train.Run, "count_correct", pretended)
     more = ("--trials", "2", "--startup-trials", "1", "--space", "lr=1e-3:1e-2:log")
     assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
     first, second = json.loads((tmp_path / "s.json").read_text())["trials"]
@@ -174,6 +179,18 @@ def test_a_file_that_is_no_study_is_one_line(
     (tmp_path / "s.db").write_text("no database at all, but long enough to be looked at" * 50)
     assert sweep.main(command(recipe, tmp_path / "s.db", "--space", "lr=1e-3:1e-2")) == 2
     assert "cannot be opened" in capsys.readouterr().err
+
+
+def test_a_study_without_an_ending_does_not_meet_its_own_files(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """And Optuna's seed may be as large as every other one."""
+    more = ("--trials", "1", "--space", "lr=1e-3:1e-2", "--set", "epochs=1", "--seed", str(2**62))
+    for _ in range(2):
+        assert sweep.main(command(recipe, tmp_path / "mysweep", *more)) == 0
+    names = ("mysweep", "mysweep.db", "mysweep.json", "mysweep.png", "mysweep_best.toml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(names)
+    assert (tmp_path / "mysweep").is_dir() and (tmp_path / "mysweep.db").is_file()
 
 
 def test_score_puts_the_floor_first() -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastgn.config.fields import (
@@ -278,7 +279,8 @@ class SweepConfig(Options):
     trials: Annotated[int, Range(1, 1_000_000)] = 30
     """Of the study in all: those that it holds already count."""
     study: str = "runs/sweep.db"
-    """The study's SQLite file; beside it go .json, .png, _best.toml and the trials' runs."""
+    """The study's SQLite file, whose name ends in .db; beside it go .json, .png, _best.toml and the
+    folder of the trials' runs."""
     objective: Literal["robust", "pareto"] = "robust"
     """robust: the accuracy under PGD-10, above --clean-floor; poor trials are pruned. pareto: it
     and the clean accuracy together; Optuna cannot prune with two objectives."""
@@ -295,6 +297,21 @@ class SweepConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.space), "--space is empty: write --space gn_weight=0.1:10:log")
+        # the sweep's other files are named after the study: no other ending may meet them
+        check(
+            self.database.suffix == ".db",
+            f"--study {self.study} should end in .db: write {self.database.with_suffix('.db')}",
+        )
+        check(
+            not set("?#%") & set(self.study),
+            f"--study {self.study}: a database's name has no ?, # or %: choose another name",
+        )
+
+    @property
+    def database(self) -> Path:
+        """The study's file: --study, with .db added if it has no ending."""
+        path = Path(self.study)
+        return path if path.suffix else path.with_name(f"{path.name}.db")
 
 
 @dataclasses.dataclass(frozen=True)
