@@ -405,6 +405,9 @@ class Run:
                 write_bytes(self.folder / "curves.png", picture)
             self.metrics.close()
         accuracy = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in self.accuracy.items())
+        if not (self.folder / "config.toml").is_file():
+            self.say(f"{self.folder / 'config.toml'} was removed: it is written again")
+            write_bytes(self.folder / "config.toml", self.cfg.to_toml())
         names = ("model.safetensors", "summary.json", "curves.png", "metrics.csv")
         there = [name for name in names if (self.folder / name).is_file()]
         self.say(

@@ -251,13 +251,14 @@ def test_a_finished_run_names_only_files_that_are_there(
 
     def remove_and_draw(*args: Any, **options: Any) -> bytes:
         (folder / "metrics.csv").unlink()
+        (folder / "config.toml").unlink()
         with contextlib.suppress(TypeError):
             draw(*args, **options)
         raise ValueError("no such font\nin two lines")
 
     monkeypatch.setattr(train, "draw_curves", remove_and_draw)
     assert finished(folder, capsys).endswith(": model.safetensors, summary.json, metrics.csv")
-    assert updates(folder) == [2]
+    assert updates(folder) == [2] and (folder / "config.toml").is_file()
     (folder / "model.safetensors").unlink()
     assert train.main(["--resume", str(folder)]) == 0
     said = capsys.readouterr().err

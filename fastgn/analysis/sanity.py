@@ -53,8 +53,10 @@ class Check:
 
 
 Keep = Callable[[str, Callable[[], list[Check]]], list[Check]]
-STAGES = ("model", "radii", "iterations", "restarts", "single step")
-STAGES += ("noise", "black box", "margin", "APGD", "precision")
+STAGES = (
+    *("model", "radii", "iterations", "restarts", "single step"),
+    *("noise", "black box", "margin", "APGD", "precision"),
+)
 """Parts that the report is made of, each of a check or a few."""
 
 
