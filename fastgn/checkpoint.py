@@ -260,8 +260,8 @@ class Saved:
     classes: tuple[str, ...]
     weights: dict[str, Tensor]
     """The average where there is one. Keys are timm's, or those of a Classifier."""
-    update: int
-    """Updates of the run that the weights have."""
+    update: int | None
+    """Updates of the run that the weights have; None if an older version did not say."""
     unfinished: str | None
     """How far the run had come, in a line, if the file is a checkpoint; None for an export, which a
     run writes at its end."""

@@ -112,13 +112,11 @@ def load_trained(where: str, device: torch.device) -> Trained:
     load_weights(model, saved.weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
     name = printable(run_folder(Path(where)).name)
-    unfinished = saved.unfinished
+    update, unfinished = saved.update, saved.unfinished
     last = Checkpoints(Path(where), 1).last() if Path(where).is_dir() else None
-    if last is not None and int(last.stem.split("_")[1]) > saved.update:
-        unfinished = (
-            f"these are the weights of update {saved.update}; the run has gone on to {last}"
-        )
-    return Trained(name, model, saved.config, saved.classes, saved.update, unfinished)
+    if last is not None and update is not None and int(last.stem.split("_")[1]) > update:
+        unfinished = f"these are the weights of update {update}; the run has gone on to {last}"
+    return Trained(name, model, saved.config, saved.classes, update, unfinished)
 
 
 def source_of(trained: Config, cfg: EvaluateConfig) -> DatasetConfig:
