@@ -81,12 +81,6 @@ def say_error(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """Returns the text with a question mark for each character that cannot be shown, such as an
-    escape or half of a surrogate pair. Line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-
-
 def print_line(line: str) -> None:
     """Prints a line to stderr."""
     print(line, file=sys.stderr, flush=True)
@@ -106,5 +100,5 @@ def passed_over(
     except Exception as error:
         failure.append(error)
         if report is not None:
-            line = (str(error).strip().splitlines() or [""])[0]
-            report(f"warning: {what} failed and is left out: {type(error).__name__}: {line}")
+            line = f"{what} failed and is left out: {type(error).__name__}: {first_line(error)}"
+            report(escaped(f"warning: {line}"))

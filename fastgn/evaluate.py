@@ -50,7 +50,7 @@ from fastgn.config.programs import AUTOATTACK, EvaluateConfig, ForeignConfig
 from fastgn.data.datasets import Arrays, check_classes, load_validation
 from fastgn.data.subset import Subset, images_at_once
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, passed_over, printable, say_error
+from fastgn.errors import UserError, check, escaped, passed_over, say_error
 from fastgn.files import check_target, parse_json, write_bytes, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
@@ -111,7 +111,7 @@ def load_trained(where: str, device: torch.device) -> Trained:
         raise UserError(f"--checkpoint {where}: {error}") from None
     load_weights(model, saved.weights, f"--checkpoint {where}")
     model.to(device).eval().requires_grad_(False)
-    name = printable(run_folder(Path(where)).name)
+    name = escaped(run_folder(Path(where)).name)
     update, unfinished = saved.update, saved.unfinished
     last = Checkpoints(Path(where), 1).last() if Path(where).is_dir() else None
     if last is not None and update is not None and int(last.stem.split("_")[1]) > update:
