@@ -360,7 +360,7 @@ def test_evaluate_counts_the_same_on_two_ranks(
 ) -> None:
     one, _, _ = runs
     names = ["clean", "fgsm", "pgd-3", "apgd-ce"]
-    args = ["--checkpoint", str(one), "--attacks", *names, "--eps", "4/255"]
+    args = ["--checkpoint", str(one), "--attacks", *names, "--eps", "16/255"]
     args += ["--num-images", "51", "--batch-size", "10", "--picture", str(tmp_path / "e.png")]
     args += ["--output"]
     assert evaluate.main([*args, str(tmp_path / "one.json")]) == 0

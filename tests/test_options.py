@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fastgn import models, train
 from fastgn.config import FIELDS, Config
 from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
-from fastgn.config.fields import Options, Range, annotations_of, flag, number, ranges
+from fastgn.config.fields import Options, Range, annotations_of, flag, number, paths, ranges
 from fastgn.config.groups import METHODS, ObjectiveConfig
 from fastgn.errors import UserError
 from fastgn.listing import KINDS
@@ -184,6 +184,44 @@ def test_every_program_checks_its_fields() -> None:
             object.__setattr__(options, name, allowed.high * 2 + 1)
             with pytest.raises(UserError, match=f"--{flag(name)} .* is out of range"):
                 options.__post_init__()
+
+
+NO_PATHS = set(
+    "model model_kwargs activation aa opt attacks name link authors venue architecture space set "
+    "list".split()
+)
+"""Options of text that name no file and no folder."""
+
+
+@pytest.mark.parametrize("kind", [*GROUPS, *PROGRAMS.values()], ids=lambda kind: kind.__name__)
+def test_every_path_is_checked_before_it_is_used(kind: Any) -> None:
+    """The system refuses these in a traceback, each call in its own."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    texts = {name for name, hint in hints.items() if str in annotations_of(hint)}
+    assert texts - NO_PATHS == set(paths(kind)), "a file or folder is declared Annotated[str, PATH]"
+    for name in paths(kind):
+        for bad in ("x" * 256, "a/" + "é" * 128, "a\0b", "a/" * 2048, "\udcff"):
+            options = object.__new__(kind)
+            for field in dataclasses.fields(kind):
+                object.__setattr__(
+                    options,
+                    field.name,
+                    "x" if field.default is dataclasses.MISSING else field.default,
+                )
+            many = isinstance(getattr(options, name), tuple)
+            object.__setattr__(options, name, (bad,) if many else bad)
+            with pytest.raises(UserError, match=f"^--{flag(name)} .* is no path: ") as refusal:
+                options.__post_init__()
+            str(refusal.value).encode()
+
+
+def test_the_longest_names_are_paths() -> None:
+    assert parse_config(["--output", "é" * 127 + "/" + "x" * 255]).run.output
+
+
+def test_a_run_that_is_no_path_is_refused() -> None:
+    with pytest.raises(UserError, match="--resume 'xx.* is no path: no name in it"):
+        parse_config(["--resume", "x" * 300])
 
 
 # --------------------------------------------------------------------------------- what is accepted

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from fastgn.config import FIELDS, Config, initial_file, load_recipe, run_folder
-from fastgn.config.fields import flag
+from fastgn.config.fields import check_path, flag
 from fastgn.config.programs import (
     CheckConfig,
     EvaluateConfig,
@@ -158,6 +158,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
     if recipe is not None:
         default = load_recipe(recipe)
     elif resume not in (None, "auto"):
+        check_path("--resume", str(resume))
         folder = run_folder(Path(str(resume)))
         check(
             (folder / "config.toml").is_file(), f"--resume {resume}: no run there (no config.toml)"

@@ -62,6 +62,32 @@ WORKERS = Range(0, 1024)
 MINUTES = Range(0, 10_000, above=True)
 """How long something is waited for."""
 
+
+@dataclasses.dataclass(frozen=True)
+class PathRule:
+    """What the text of a path must be like, wherever it leads: the system refuses others."""
+
+    part_bytes: int = 255
+    whole_bytes: int = 4095
+
+    def refusal(self, text: str) -> str | None:
+        """Returns what is wrong with a path, or None."""
+        try:
+            content = text.encode()
+        except UnicodeEncodeError:
+            return "it is not UTF-8"
+        if b"\0" in content:
+            return "it has a null character in it"
+        if max(map(len, content.split(b"/"))) > self.part_bytes:
+            return f"no name in it may be longer than {self.part_bytes} bytes"
+        if len(content) > self.whole_bytes:
+            return f"it must be at most {self.whole_bytes} bytes long"
+        return None
+
+
+PATH = PathRule()
+"""Annotated[str, PATH]: the option is a file or a folder."""
+
 Fraction = Annotated[
     float,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -83,13 +109,26 @@ class Options:
     """A group of options that checks its numeric fields against their ranges."""
 
     def __post_init__(self) -> None:
-        """Raises UserError if a number, or one in a tuple, lies outside its field's range."""
+        """Raises UserError if a number, or one in a tuple, lies outside its field's range, or if a
+        path is none."""
         kind: Any = type(self)  # mypy takes a class for its instance, which may have no hash
         for name, allowed in ranges(kind).items():
             for value in numbers_in(getattr(self, name)):
                 given = f"--{flag(name)} {number(value)}"
                 hint = f": {allowed.hint}" if allowed.hint else ""
                 check(value in allowed, f"{given} is out of range: it must be {allowed}{hint}")
+        for name in paths(kind):
+            value = getattr(self, name)
+            for text in value if isinstance(value, tuple) else (value,):
+                if text is not None:
+                    check_path(f"--{flag(name)}", text)
+
+
+def check_path(name: str, text: str) -> None:
+    """Raises UserError unless a text can be a path."""
+    reason = PATH.refusal(text)
+    shown = repr(text) if len(text) < 60 else f"{text[:40]!r}..."
+    check(reason is None, f"{name} {shown} is no path: {reason}")
 
 
 def check_pixels(name: str, value: float) -> None:
@@ -115,6 +154,13 @@ def ranges(kind: Any) -> dict[str, Range]:
         if allowed:
             found[name] = allowed[0]
     return found
+
+
+@functools.cache
+def paths(kind: Any) -> list[str]:
+    """Returns the fields of an options dataclass that are files or folders."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return [name for name, hint in hints.items() if PATH in annotations_of(hint)]
 
 
 def annotations_of(hint: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from fastgn.config.fields import (
     BATCH,
     IMAGES,
     MINUTES,
+    PATH,
     PIXELS,
     PROBABILITY,
     RATE,
@@ -68,7 +69,7 @@ class ArchitectureConfig(Options):
     """Arguments of the model's constructor, each as key=value (timm's --model-kwargs)."""
     pretrained: bool = False
     """Start from timm's weights, fetched from the hub."""
-    initial_checkpoint: str | None = None
+    initial_checkpoint: Annotated[str | None, PATH] = None
     """Start from a local file (.safetensors, .pt, .pth) or from a finished run's folder."""
     adapt_weights: bool = False
     """Make the initial weights fit: position tables are resized to the image size, and a head for
@@ -110,12 +111,12 @@ class DatasetConfig(Options):
 
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """None: imagefolder when --data-dir is given, else scikit-learn's embedded digits."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, PATH] = None
     """ImageFolder tree, lists of files (train.txt, val.txt) or packed shards (fastgn.data.pack);
     CIFAR-10 as python batches, .npz or image folder (none given: downloaded)."""
-    train_split: str = "train"
+    train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images below --data-dir."""
-    val_split: str = "val"
+    val_split: Annotated[str, PATH] = "val"
     """Folder or list of validation images below --data-dir."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """fail: stop at an image that cannot be read, and name it; skip: take the next one of the
@@ -484,11 +485,11 @@ class OptimizerConfig(Options):
 class RunConfig(Options):
     """The run itself: where, how often, on what."""
 
-    recipe: str | None = None
+    recipe: Annotated[str | None, PATH] = None
     """A recipe's name (fastgn/recipes) or a TOML file; the command line overrides it."""
-    output: str | None = None
+    output: Annotated[str | None, PATH] = None
     """The run's folder; None: runs/<time>-<model>-<method>."""
-    resume: str | None = None
+    resume: Annotated[str | None, PATH] = None
     """A run's folder or one of its checkpoints, continued exactly; 'auto': --output, if it has
     one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

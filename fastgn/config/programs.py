@@ -12,6 +12,7 @@ from fastgn.config.fields import (
     BATCH,
     IMAGES,
     MINUTES,
+    PATH,
     PROBABILITY,
     SEED,
     WORKERS,
@@ -129,7 +130,7 @@ class ForeignConfig(Options):
 class EvaluateConfig(ForeignConfig):
     """Clean and robust accuracy of trained models, side by side."""
 
-    checkpoint: tuple[str, ...] = ()
+    checkpoint: Annotated[tuple[str, ...], PATH] = ()
     """Runs' folders, checkpoints (.pt) or exports (.safetensors) of fastgn.train; with --model, any
     file of weights in timm's keys."""
     norm: Literal["Linf", "L2"] = "Linf"
@@ -143,14 +144,14 @@ class EvaluateConfig(ForeignConfig):
     autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """None: the data that the run was trained on."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, PATH] = None
     """None: the run's own."""
-    val_split: str | None = None
+    val_split: Annotated[str | None, PATH] = None
     """Folder or list of the images below --data-dir; None: the run's own."""
     num_images: Annotated[int | None, IMAGES] = None
     """How many validation images; None takes all. The first ones; of a split sorted by
     class, as a folder is, evenly spaced ones."""
-    image_list: str | None = None
+    image_list: Annotated[str | None, PATH] = None
     """In place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's validation set), or a
     file with a line for each image: its number, or the end of its path."""
     batch_size: Annotated[int | None, BATCH] = None
@@ -163,9 +164,9 @@ class EvaluateConfig(ForeignConfig):
     compile: bool = False
     """Compile the network for FGSM's and PGD's gradients: a minute first, which many images win
     back."""
-    output: str | None = None
+    output: Annotated[str | None, PATH] = None
     """The JSON file; None: evaluation.json in the first checkpoint's folder."""
-    report: str | None = None
+    report: Annotated[str | None, PATH] = None
     """Also write all of it as one HTML page."""
     statistics: bool = False
     """Also gradient statistics, at the last eps: the paper's table 1 and local linearity; of a
@@ -174,9 +175,9 @@ class EvaluateConfig(ForeignConfig):
     """Also the sanity report, at the last eps: whether the attacks can be believed."""
     analysis_images: Annotated[int, BATCH] = 256
     """How many of the images, evenly spaced, for --statistics and --sanity."""
-    curve: str | None = None
+    curve: Annotated[str | None, PATH] = None
     """Also draw accuracy against eps, under the last of the attacks, into this PNG."""
-    picture: str | None = None
+    picture: Annotated[str | None, PATH] = None
     """Also draw images, input gradients and PGD-20 perturbations (at the last eps) into this
     PNG."""
     picture_images: Annotated[int, Range(1, 1000)] = 8
@@ -227,10 +228,10 @@ class EvaluateConfig(ForeignConfig):
 class ExportConfig(ForeignConfig):
     """A trained model as files that need torch and timm alone, with RobustBench's record of it."""
 
-    checkpoint: str = ""
+    checkpoint: Annotated[str, PATH] = ""
     """A run's folder, a checkpoint (.pt) or an export (.safetensors); with --model, any file of
     weights in timm's keys."""
-    robustbench: str = ""
+    robustbench: Annotated[str, PATH] = ""
     """The folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
     threat: Literal["Linf", "L2"] = "Linf"
     """The norm that --eps is measured in."""
@@ -238,7 +239,7 @@ class ExportConfig(ForeignConfig):
     """The threat's radius in 0..1 pixel units."""
     dataset: Literal["cifar10", "imagenet"] | None = None
     """RobustBench's name of the data; None: the run's data, where it is one of these."""
-    evaluation: str | None = None
+    evaluation: Annotated[str | None, PATH] = None
     """An evaluation.json of fastgn.evaluate to take the accuracies from; None leaves them null."""
     name: str | None = None
     """Title of the entry (RobustBench: the paper's); None: the run's name."""
@@ -270,7 +271,7 @@ class ExportConfig(ForeignConfig):
 class SweepConfig(Options):
     """Tunes a recipe's fields with Optuna, by fastgn.train's own runs."""
 
-    recipe: str = "quickstart_gradnorm"
+    recipe: Annotated[str, PATH] = "quickstart_gradnorm"
     """A recipe's name or a TOML file: what every trial starts from."""
     space: tuple[str, ...] = ()
     """What is tried: FIELD=LOW:HIGH, FIELD=LOW:HIGH:log, or FIELD=A,B,C."""
@@ -278,7 +279,7 @@ class SweepConfig(Options):
     """Fields that differ from the recipe in every trial, each as FIELD=VALUE."""
     trials: Annotated[int, Range(1, 1_000_000)] = 30
     """Of the study in all: those that it holds already count."""
-    study: str = "runs/sweep.db"
+    study: Annotated[str, PATH] = "runs/sweep.db"
     """The study's SQLite file, whose name ends in .db; beside it go .json, .png, _best.toml and the
     folder of the trials' runs."""
     objective: Literal["robust", "pareto"] = "robust"
@@ -318,9 +319,9 @@ class SweepConfig(Options):
 class PackConfig(Options):
     """Packs images into WebDataset shards with an index; stopped, the same command goes on."""
 
-    source: Annotated[str, Positional]
+    source: Annotated[str, Positional, PATH]
     """Image folders, lists of files or shards: whatever --data-dir takes."""
-    output: Annotated[str, Positional]
+    output: Annotated[str, Positional, PATH]
     """The folder for the shards; a --data-dir afterwards."""
     short_side: Annotated[int | None, Range(1, 65_000)] = None
     """Resize larger images to this shorter side in pixels (bicubic) and store them as JPEG; None,
@@ -331,9 +332,9 @@ class PackConfig(Options):
     """Images a shard."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that decode and encode."""
-    train_split: str = "train"
+    train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images below SOURCE."""
-    val_split: str = "val"
+    val_split: Annotated[str, PATH] = "val"
     """Folder or list of validation images below SOURCE."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """fail: stop at an image that cannot be read; skip: leave it out."""
@@ -343,13 +344,13 @@ class PackConfig(Options):
 class CheckConfig(Options):
     """Decodes every image of a data set and names the bad ones; exit status 1 where there are."""
 
-    data_dir: Annotated[str, Positional]
+    data_dir: Annotated[str, Positional, PATH]
     """Image folders, lists of files or shards: whatever --data-dir takes."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that decode."""
-    train_split: str = "train"
+    train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images."""
-    val_split: str = "val"
+    val_split: Annotated[str, PATH] = "val"
     """Folder or list of validation images."""
-    output: str | None = None
+    output: Annotated[str | None, PATH] = None
     """Also write the report into this JSON file."""
