@@ -4,15 +4,22 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import tiny_run
-from test_distributed import start_two
+from conftest import differences, tiny_run
+from test_distributed import TORCHRUN, free_port, start_two
+from test_errors import contents, error_line, image_folder
 
-from fastgn import train
+from fastgn import distributed, evaluate, lock, train
+from fastgn.checkpoint import find_checkpoint, load_checkpoint
+from fastgn.data import pack
+from fastgn.errors import UserError
 from fastgn.metrics import read_rows
 
 ENDLESS = ("--epochs", "100000", "--batch-size", "24", "--log-interval", "1", "--eval-images", "0")
@@ -81,3 +88,163 @@ def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+# -------------------------------------------------------------------------------------------- locks
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """Another process that holds `folder` and `file.json`."""
+    code = (
+        "import time\nfrom pathlib import Path\nfrom fastgn.lock import lock_file, lock_folder\n"
+        "with lock_folder(Path('folder'), 'f'), lock_file(Path('file.json'), 'f'):\n"
+        "    print('held', flush=True)\n    time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "pack"])
+def test_a_program_leaves_what_another_process_writes_to(
+    program: str,
+    holder: subprocess.Popen,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    shared_folder: Path,
+) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file.json"
+    match program:
+        case "train":
+            name, status = "fastgn.train", train.main(tiny_run(folder))
+        case "evaluate":
+            run = shared_folder / "jobs"
+            if not run.exists():
+                assert train.main(tiny_run(run, "--max-updates", "1")) == 0
+                capsys.readouterr()
+            args = ["--checkpoint", str(run), "--attacks", "clean", "--output", str(file)]
+            name, status = "fastgn.evaluate", evaluate.main(args)
+        case _:
+            data = image_folder(tmp_path / "data")
+            name, status = "fastgn.data.pack", pack.main([str(data), str(folder)])
+    assert status == 2
+    line = error_line(capsys.readouterr().err, name)
+    assert f"is in use by process {holder.pid} on host " in line
+    assert contents(folder).keys() == {".lock"} and not file.exists()
+
+
+def test_a_lock_goes_with_its_process(holder: subprocess.Popen, tmp_path: Path) -> None:
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "folder" / ".lock").exists(), "a kill leaves the file, and not the lock"
+    with lock.lock_folder(tmp_path / "folder", "--output folder"):
+        with pytest.raises(lock.HeldError, match="--output folder is in use by this process"):
+            with lock.lock_folder(tmp_path / "folder", "--output folder"):
+                pass
+    assert not (tmp_path / "folder").exists() or not list((tmp_path / "folder").iterdir())
+
+
+def test_what_a_lock_has_made_goes_with_it(tmp_path: Path) -> None:
+    with lock.lock_folder(tmp_path / "a" / "b", "--output"):
+        assert (tmp_path / "a" / "b" / ".lock").is_file()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_starts_in_one_folder(tmp_path: Path) -> None:
+    """One goes on undisturbed, the other leaves with one line."""
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    often = ("--checkpoint-interval", "1", "--log-interval", "1")
+    command = [sys.executable, "-m", "fastgn.train", *tiny_run(folder, *often)]
+    pipe = subprocess.PIPE
+    both = [subprocess.Popen(command, stderr=pipe, stdout=pipe, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    winner = next(i for i in range(2) if both[i].returncode == 0)
+    line = error_line(said[1 - winner], "fastgn.train")
+    taken = f"is in use by process {both[winner].pid} " in line
+    assert taken or "holds a run already" in line  # it may have been done before
+    assert train.main(tiny_run(alone, *often)) == 0
+    states = [load_checkpoint(find_checkpoint(f)) for f in (folder, alone)]
+    keys = ("update", "model", "ema", "optimizer", "best")
+    assert differences(*({k: state[k] for k in keys} for state in states)) == []
+
+
+@pytest.mark.parametrize("below", ["file/run", "/proc/nowhere/run"])
+def test_a_folder_that_cannot_be_is_one_line(
+    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = tmp_path / below
+    assert train.main(tiny_run(output)) == 2
+    line = error_line(capsys.readouterr().err, "fastgn.train")
+    assert line.startswith(f"--output {output} cannot be written: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("reason", [28, 13])  # no space left, permission denied
+def test_a_folder_that_takes_nothing_is_one_line(
+    reason: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    assert train.main(tiny_run(tmp_path / "run")) == 2
+    assert os.strerror(reason) in error_line(capsys.readouterr().err, "fastgn.train")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------- torchrun's variables
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two without "),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 LOCAL_RANK=0 MASTER_PORT=1 make no sense"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1 "),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 make no"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x "),
+    ],
+)
+def test_variables_that_torchrun_would_not_set(
+    given: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rest = {"LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in ({**rest, **given} if "RANK" in given else given).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said), distributed.session("cpu"):
+        pass
+
+
+def test_torchruns_restarts_continue_the_run(tmp_path: Path) -> None:
+    """Without --output and --resume, as it was first started."""
+    args = tiny_run(tmp_path, "--checkpoint-interval", "1", "--log-interval", "1")
+    args = args[: args.index("--output")] + args[args.index("--output") + 2 :]
+    command = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "1", "--master-port"]
+    command += [str(free_port()), "-m", "fastgn.train", *args]
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("runs/*/checkpoints/update_*.pt")):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        (folder,) = (tmp_path / "runs").iterdir()
+        worker = (folder / ".lock").read_text().split()[1]
+        os.kill(int(worker), signal.SIGKILL)
+        assert process.wait(120) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [folder.name]
+    assert "resumed at update " in log.read_text()
+    assert load_checkpoint(find_checkpoint(folder))["update"] == 29
