@@ -92,8 +92,8 @@ def load_foreign(
     if adapted:
         print(f"{where}: {adapted}", file=sys.stderr)
     model.to(device).eval().requires_grad_(False)
-    timms = (getattr(model.backbone, "pretrained_cfg", None) or {}).get("crop_pct")
-    there = there.replace(crop_pct=cfg.crop_pct or timms or there.augmentation.crop_pct)
+    model.crop_pct = cfg.crop_pct or model.crop_pct
+    there = there.replace(crop_pct=model.crop_pct)
     return Trained(path.stem, model, there, classes)
 
 
@@ -110,6 +110,7 @@ def load_trained(where: str, device: torch.device) -> Trained:
     except UserError as error:
         raise UserError(f"--checkpoint {where}: {error}") from None
     load_weights(model, saved.weights, f"--checkpoint {where}")
+    model.crop_pct = saved.config.augmentation.crop_pct or model.crop_pct
     model.to(device).eval().requires_grad_(False)
     name = escaped(run_folder(Path(where)).name)
     update, unfinished = saved.update, saved.unfinished
@@ -138,7 +139,7 @@ def subset_of(
         val,
         cfg.num_images,
         img_size=trained.model.img_size,
-        crop_pct=trained.cfg.augmentation.crop_pct,
+        crop_pct=trained.model.crop_pct,
         batch_size=cfg.batch_size or 1,
         workers=cfg.workers,
         device=device,
@@ -205,7 +206,7 @@ def decides(trained: Trained, images: Subset, cfg: EvaluateConfig, device: str) 
         digest.update(str(int(images.split.labels_N[index])).encode())
     model = trained.model
     return [
-        *(weights_hash(model), repr(trained.cfg.architecture), trained.cfg.augmentation.crop_pct),
+        *(weights_hash(model), repr(trained.cfg.architecture), trained.model.crop_pct),
         *(model.mean.flatten().tolist(), model.std.flatten().tolist(), model.img_size),
         *(images.indices, digest.hexdigest(), device, environment()["versions"]),
         *(cfg.norm, cfg.seed, images.batch_size, cfg.precision, cfg.compile),

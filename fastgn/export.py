@@ -150,7 +150,7 @@ def definition(trained: "Trained") -> str:
         model=literal(cfg.model),
         classes=literal(len(trained.classes)),
         side=literal(trained.model.img_size),
-        crop_pct=literal(trained.cfg.augmentation.crop_pct),
+        crop_pct=literal(trained.model.crop_pct),
         imports=imports,
         mean=literal(shortest(trained.model.mean)),
         std=literal(shortest(trained.model.std)),

@@ -1,6 +1,7 @@
 """Name -> network: timm's, with the normalisation inside, the activations and kernels chosen and
 every operator twice differentiable."""
 
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -13,11 +14,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_act_layer, set_fused_attn
 from timm.models import build_model_with_cfg, model_entrypoint
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
@@ -64,17 +66,25 @@ class Classifier(nn.Module):
     """0..1 pixels -> logits: the normalisation is part of the network, so attacks work in pixels.
 
     normalize: images_BCHW in 0..1 to the backbone's units. backbone: timm's network, timm's keys.
+    img_size: side of the images in pixels. crop_pct: share of a resized image's side that the
+    network's own preprocessing keeps.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], img_size: int
+        self,
+        backbone: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        img_size: int,
+        crop_pct: float = DEFAULT_CROP_PCT,
     ):
         super().__init__()
         self.backbone = backbone
         self.img_size = img_size
+        self.crop_pct = crop_pct
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -201,6 +211,7 @@ def build_model(
         cfg.mean or defaults.get("mean") or IMAGENET_DEFAULT_MEAN,
         cfg.std or defaults.get("std") or IMAGENET_DEFAULT_STD,
         side,
+        defaults.get("crop_pct") or DEFAULT_CROP_PCT,
     )
     kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
     count = sum(p.numel() for p in backbone.parameters())
@@ -254,10 +265,8 @@ def create(
         )
         try:
             return OWN[name](**kwargs), kwargs
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"--model {cfg.model} cannot be built so: {first_line(error)}"
-            ) from None
+        except Exception as error:  # whatever a constructor makes of odd arguments
+            raise UserError(f"{described(cfg)} cannot be built: {first_line(error)}") from None
     if cfg.pretrained:
         look_for_hub()
     # Always given where it is taken: Swin's own default drop_path is 0.1
@@ -270,9 +279,7 @@ def create(
         except TypeError as error:
             refused = next((k for k in optional if f"'{k}'" in str(error)), None)
             if refused is None:
-                raise UserError(
-                    f"--model {cfg.model} cannot be built so: {first_line(error)}"
-                ) from None
+                raise UserError(f"{described(cfg)} cannot be built: {first_line(error)}") from None
             check(
                 refused != "drop_path_rate" or not cfg.drop_path,
                 f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
@@ -283,9 +290,16 @@ def create(
                 f"--pretrained: no weights of {name} from the hub ({first_line(error)}); fetch "
                 "them elsewhere and give --initial-checkpoint FILE"
             ) from None
-        except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
-            what = "--pretrained" if cfg.pretrained else f"--model {cfg.model}"
+        except Exception as error:  # whatever a constructor makes of odd arguments
+            what = "--pretrained" if cfg.pretrained else f"{described(cfg)} cannot be built"
             raise UserError(f"{what}: {first_line(error)}") from None
+
+
+def described(cfg: ArchitectureConfig) -> str:
+    """Returns the flags that a network is made by."""
+    if not cfg.model_kwargs:
+        return f"--model {cfg.model}"
+    return f"--model {cfg.model} --model-kwargs {' '.join(cfg.model_kwargs)}"
 
 
 NEVER_GIVEN = ("features_only", "out_indices", "device", "dtype", "kwargs")
@@ -349,19 +363,39 @@ def probe(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> None:
     """One image through the network, so that a wrong size fails here and in one line."""
     images = torch.zeros(1, 3, model.img_size, model.img_size)
     training = model.training
+    channels = model_kwargs(cfg.model_kwargs).get("in_chans", 3)
+    check(
+        channels == 3, f"--model-kwargs in_chans={channels}: images have 3 channels; leave it out"
+    )
     try:
         with torch.no_grad():
-            shape = model.eval()(images).shape
-    except (RuntimeError, AssertionError) as error:
+            logits: Any = model.eval()(images)
+    except Exception as error:  # whatever a network makes of a size that it was not made for
         raise UserError(
-            f"--img-size {model.img_size} does not suit {cfg.model}: {first_line(error)}"
+            f"--img-size {model.img_size} does not suit {described(cfg)}: {first_line(error)}"
         ) from None
     finally:
         model.train(training)
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     check(
-        shape == (1, num_classes),
-        f"{cfg.model} gives {tuple(shape)} and not 1 x {num_classes} logits",
+        given == (1, num_classes),
+        f"{described(cfg)} gives {given} and not 1 x {num_classes} logits",
     )
+
+
+def check_batch(model: Classifier, cfg: ArchitectureConfig, batch_size: int) -> None:
+    """Raises UserError if BatchNorm gets one value per channel, of which there is no variance."""
+    if batch_size > 1 or not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            trial(torch.zeros(1, 3, model.img_size, model.img_size))
+    except ValueError:
+        raise UserError(
+            f"--batch-size 1: BatchNorm in --model {cfg.model} at {model.img_size} px gets one "
+            "value per channel and has no variance to divide by: use --batch-size 2 or more"
+        ) from None
 
 
 def activation_layer(name: str) -> type[nn.Module]:

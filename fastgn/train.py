@@ -45,6 +45,7 @@ from fastgn.data.subset import Subset
 from fastgn.distributed import World, has_agent_store, remembered, restarts, session
 from fastgn.errors import UserError, check, passed_over, say_error
 from fastgn.files import write_bytes, write_json
+from fastgn.hub import timm_config
 from fastgn.lock import lock_folder, remove_leftovers
 from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
@@ -394,6 +395,13 @@ class Run:
             "update": self.update,
         }
         export_weights(self.folder / "model.safetensors", backbone.state_dict(), metadata)
+        try:
+            config = timm_config(
+                self.cfg.architecture, backbone.state_dict(), self.classes, self.model.crop_pct
+            )
+            write_json(self.folder / "config.json", config)
+        except UserError as reason:
+            self.say(f"no config.json for timm: {reason}")
         summary = {"updates": self.update, "global_batch": self.global_batch, "best": self.best}
         if self.ema is not None:
             share = optim.initial_share(self.cfg.optimizer, self.update)
@@ -408,7 +416,7 @@ class Run:
         if not (self.folder / "config.toml").is_file():
             self.say(f"{self.folder / 'config.toml'} was removed: it is written again")
             write_bytes(self.folder / "config.toml", self.cfg.to_toml())
-        names = ("model.safetensors", "summary.json", "curves.png", "metrics.csv")
+        names = ("model.safetensors", "config.json", "summary.json", "curves.png", "metrics.csv")
         there = [name for name in names if (self.folder / name).is_file()]
         self.say(
             f"finished: {self.update} updates, {accuracy or 'not evaluated'} -> {self.folder}: "
@@ -476,6 +484,10 @@ def build(cfg: Config, world: World) -> Run:
         architecture = architecture.started()
     seed_all(Stream.STEP, cfg.run.seed)
     model, report = models.build_model(architecture, len(dataset.classes), kernels)
+    if not cfg.step.train_in_eval_mode:
+        models.check_batch(model, architecture, batch_size)
+    model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
+    cfg = cfg.replace(crop_pct=model.crop_pct)  # what the run records, for its evaluations
     model.to(world.device)
     loader = build_loader(
         cfg,
@@ -499,7 +511,12 @@ def build(cfg: Config, world: World) -> Run:
     if cfg.objective.method == "pag":
         representatives = Representatives(
             *class_representatives(
-                cfg, dataset, img_size=model.img_size, batch_size=batch_size, device=world.device
+                cfg,
+                dataset,
+                img_size=model.img_size,
+                crop_pct=model.crop_pct,
+                batch_size=batch_size,
+                device=world.device,
             )
         )
     planned = None
@@ -530,7 +547,7 @@ def build(cfg: Config, world: World) -> Run:
             dataset.val,
             cfg.run.eval_images,
             img_size=model.img_size,
-            crop_pct=cfg.augmentation.crop_pct,
+            crop_pct=model.crop_pct,
             batch_size=automatic.micro_batch if automatic is not None else batch_size,
             workers=cfg.dataset.workers,
             device=world.device,

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "second_order": set(),
     "plan": {"config", "errors", "objectives", "schedule"},
     "models": {"config", "errors", "preact_resnet", "second_order", "weights"},
+    "hub": {"config", "errors", "models"},
     "weights": {"config", "errors", "files"},
     "files": {"errors"},
     "optim": {"config", "errors"},
@@ -46,6 +47,7 @@ COMPOSE = {"train": set(), "evaluate": set(), "export": {"evaluate"}, "sweep": {
 ONLY_IN = {
     "fastgn_kernels": {"models.py"},
     "timm": {
+        "hub.py",
         "listing.py",
         "models.py",
         "optim.py",

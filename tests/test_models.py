@@ -394,7 +394,7 @@ SWIN = TINY["swin_t"]["model_kwargs"]
             "--model-kwargs widht: the constructor of preact_resnet18 takes no such argument; did "
             "you mean 'width'?",
         ),
-        ({"model": "preact_resnet18", "model_kwargs": ("width=four",)}, "cannot be built so"),
+        ({"model": "preact_resnet18", "model_kwargs": ("width=four",)}, "cannot be built: "),
         ({"model": "preact_resnet18", "pretrained": True}, "--pretrained: there are no weights"),
         ({"model": "resnet18.nobody_in1k"}, "Invalid pretrained tag (nobody_in1k)"),
     ],

@@ -16,7 +16,7 @@ from fastgn.errors import UserError
 
 def made(cfg: Config, dataset: Dataset, img_size: int):
     return class_representatives(
-        cfg, dataset, img_size=img_size, batch_size=7, device=torch.device("cpu")
+        cfg, dataset, img_size=img_size, crop_pct=0.875, batch_size=7, device=torch.device("cpu")
     )
 
 

@@ -156,8 +156,9 @@ class AugmentationConfig(Options):
     """Area range of the random resized crop (torch and dali loaders)."""
     train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Interpolation of the random resized crop (torch and dali loaders)."""
-    crop_pct: Annotated[float, CROP] = 0.875
-    """Share of the resized image's side that the centre crop of evaluation keeps (image files)."""
+    crop_pct: Annotated[float | None, CROP] = None
+    """Share of the resized image's side that the centre crop of evaluation keeps (image files);
+    None means the model's own."""
     crop_padding: Annotated[int | None, Range(0, 4096)] = None
     """Random shift in pixels (device loader); None: 1/8 of the side for cifar10, 1/16 for
     digits."""

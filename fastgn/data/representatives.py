@@ -15,7 +15,13 @@ LARGEST_BYTES = 2**31
 
 
 def class_representatives(
-    cfg: Config, dataset: Dataset, *, img_size: int, batch_size: int, device: torch.device
+    cfg: Config,
+    dataset: Dataset,
+    *,
+    img_size: int,
+    crop_pct: float,
+    batch_size: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
     """Images fp32 in 0..1 on the device, never augmented, the same on every rank. One a class, K x
     3 x H x W, and None; or for nearest-neighbour all N training images and their labels. Raises
@@ -41,7 +47,7 @@ def class_representatives(
         split,
         None,
         img_size=img_size,
-        crop_pct=cfg.augmentation.crop_pct,
+        crop_pct=crop_pct,
         batch_size=batch_size,
         workers=cfg.dataset.workers,
         device=device,

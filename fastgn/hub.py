@@ -1,0 +1,78 @@
+"""A run's folder as timm reads one: config.json beside model.safetensors.
+
+With it, timm.create_model('local-dir:RUN', pretrained=True) gives the network with its weights, and
+timm.data.resolve_data_config its preprocessing.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from fastgn.config.groups import ArchitectureConfig
+from fastgn.errors import UserError, check, first_line
+from fastgn.models import OWN, build_model, check_name, create
+
+KEPT = ("first_conv", "classifier", "fixed_input_size")
+"""What a network's own pretrained_cfg says of its structure."""
+
+
+def timm_config(
+    cfg: ArchitectureConfig,
+    weights: Mapping[str, Tensor],
+    classes: Sequence[str],
+    crop_pct: float,
+) -> dict[str, Any]:
+    """Returns the content of config.json for a network with these weights, in timm's keys.
+
+    Raises UserError if timm's arguments cannot express the network. To know that, the function
+    builds the network as timm would from them, and compares the logits of one image.
+    """
+    name = check_name(cfg)
+    check(name not in OWN, f"{name} is not one of timm's networks")
+    cfg = cfg.started()
+    ours, _ = build_model(cfg, len(classes))
+    network, arguments = create(name, cfg, len(classes))
+    del arguments["num_classes"]
+    if cfg.activation:
+        arguments["act_layer"] = cfg.activation
+    try:  # as JSON keeps them
+        arguments = json.loads(json.dumps(arguments))
+        theirs = timm.create_model(name, num_classes=len(classes), **arguments)
+    except Exception as error:  # whatever a constructor makes of an argument that it does not know
+        reason = first_line(error)
+        raise UserError(f"timm's arguments cannot express {describe(cfg)} ({reason})") from None
+    for backbone in (ours.backbone, theirs):
+        backbone.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
+    image = ours.normalize(torch.rand(1, 3, ours.img_size, ours.img_size))
+    with torch.no_grad():
+        expected, found = ours.eval().backbone(image), theirs.eval()(image)
+    check(
+        expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-3, atol=1e-4),
+        f"timm's arguments cannot express {describe(cfg)}",
+    )
+    known = network.pretrained_cfg
+    return {
+        "architecture": name.partition(".")[0],
+        "num_classes": len(classes),
+        "label_names": list(classes),
+        "model_args": arguments,
+        "pretrained_cfg": {k: known[k] for k in KEPT if known.get(k) is not None}
+        | {
+            "num_classes": len(classes),
+            "input_size": [3, ours.img_size, ours.img_size],
+            "mean": ours.mean.flatten().tolist(),
+            "std": ours.std.flatten().tolist(),
+            "crop_pct": crop_pct,
+            "crop_mode": "center",
+            "interpolation": "bicubic",
+        },
+    }
+
+
+def describe(cfg: ArchitectureConfig) -> str:
+    """Returns the network's name, with its activation if that is not its own."""
+    return f"{cfg.model} with activation {cfg.activation}" if cfg.activation else cfg.model
