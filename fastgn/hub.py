@@ -54,7 +54,7 @@ def timm_config(
         expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-3, atol=1e-4),
         f"timm's arguments cannot express {describe(cfg)}",
     )
-    known = network.pretrained_cfg
+    known: Any = network.pretrained_cfg
     return {
         "architecture": name.partition(".")[0],
         "num_classes": len(classes),

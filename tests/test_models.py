@@ -380,7 +380,7 @@ SWIN = TINY["swin_t"]["model_kwargs"]
         ({"model": "swin_t", "img_size": 16, "num_classes": 7}, "--num-classes 7 does not fit"),
         ({"model": "swin_t", "model_kwargs": ("embed_dimm=8",)}, "embed_dimm"),
         ({"model": "swin_t", "model_kwargs": (*SWIN, "depths=two"), "img_size": 16}, "cannot be"),
-        ({"model": "swin_t", "model_kwargs": ("patch_size=0",)}, "--model swin_t: "),
+        ({"model": "swin_t", "model_kwargs": ("patch_size=0",)}, "patch_size=0 cannot be built: "),
         (
             {"model": "swin_t", "model_kwargs": ("pretrained=True",)},
             "--model-kwargs pretrained: the",

@@ -119,7 +119,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture)
     names = {p.relative_to(folder).parts[0] for p in folder.rglob("*")}
     assert names == {
         *("config.toml", "environment.json", "metrics.csv", "tensorboard", "checkpoints"),
-        *("model.safetensors", "summary.json", "curves.png"),
+        *("model.safetensors", "config.json", "summary.json", "curves.png"),
     }
     assert (folder / "metrics.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
     assert list((folder / "tensorboard").glob("events.*"))
