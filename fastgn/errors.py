@@ -18,8 +18,8 @@ class UserError(ValueError):
     steer the terminal are shown as their escapes.
     """
 
-    def __init__(self, message: str):
-        super().__init__(escaped(message))
+    def __str__(self) -> str:  # the argument stays as it is: torch puts a worker's traceback there
+        return escaped(super().__str__())
 
 
 def escaped(text: str) -> str:
