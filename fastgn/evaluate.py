@@ -48,6 +48,7 @@ from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import AUTOATTACK, EvaluateConfig, ForeignConfig
 from fastgn.data.datasets import Arrays, check_classes, load_validation
+from fastgn.data.lists import read_lines
 from fastgn.data.subset import Subset, images_at_once
 from fastgn.distributed import World, session
 from fastgn.errors import UserError, check, escaped, passed_over, say_error
@@ -142,6 +143,7 @@ def subset_of(
         crop_pct=trained.model.crop_pct,
         batch_size=cfg.batch_size or 1,
         workers=cfg.workers,
+        worker_timeout=cfg.worker_timeout,
         device=device,
         chosen=listed(cfg.image_list, val) if cfg.image_list else None,
     )
@@ -156,11 +158,8 @@ def listed(name: str, split: Any) -> list[int]:
         numbers = (Path(data.__file__).parent / "robustbench_imagenet.txt").read_text().split()
         lines = [f"ILSVRC2012_val_{int(n):08d}.JPEG" for n in numbers]
     else:
-        try:
-            lines = Path(name).read_text().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--image-list {name} cannot be read: {error}") from None
-        lines = [line.strip() for line in lines if line.strip()]
+        lines = [line.strip() for line in read_lines(Path(name), f"--image-list {name}")]
+        lines = [line for line in lines if line]
     places: dict[str, list[int]] = {}
     if not isinstance(split, Arrays):
         for index in range(len(split)):

@@ -175,8 +175,8 @@ def test_the_real_cifar10_sample():
         ({"test_labels": None}, "lacks test_labels"),
         ({"train_images": np.zeros((20, 32, 32, 3))}, "uint8 N x H x W x 3, not float64"),
         ({"train_images": np.zeros((20, 3, 32, 32), np.uint8)}, "N x H x W x 3, not uint8"),
-        ({"train_labels": np.arange(19) % 10}, "20 images, 19 labels"),
-        ({"test_labels": np.arange(1, 11)}, "labels run from 1 to 10"),
+        ({"train_labels": np.arange(19) % 10}, "20 train images, 19 labels"),
+        ({"test_labels": np.arange(1, 11)}, "label 10 is out of range"),
     ],
 )
 def test_an_npz_that_is_not_cifar10(changes, expected, tmp_path):

@@ -241,7 +241,7 @@ def test_a_class_folder_without_images(tmp_path, capsys):
     data = image_folder(tmp_path / "data")
     (data / "train" / "c").mkdir()
     line = refused(capsys, folder_run(data, tmp_path / "run"))
-    assert "Found no valid file for the classes c" in line
+    assert "train has no image for the classes c: add images" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -61,6 +61,8 @@ BATCH = Range(1, 2**20)
 WORKERS = Range(0, 1024)
 MINUTES = Range(0, 10_000, above=True)
 """How long something is waited for."""
+WORKER_TIMEOUT = Range(0.1, 604_800)
+"""Seconds, at most a week."""
 
 
 @dataclasses.dataclass(frozen=True)

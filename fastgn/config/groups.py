@@ -19,6 +19,7 @@ from fastgn.config.fields import (
     RATE,
     SEED,
     WEIGHT,
+    WORKER_TIMEOUT,
     WORKERS,
     Fraction,
     Options,
@@ -124,10 +125,14 @@ class DatasetConfig(Options):
     loader: Literal["auto", "device", "torch", "dali"] = "auto"
     """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
     processes; dali: NVIDIA DALI, which decodes and augments on the GPU where there is one. auto:
-    device for digits and cifar10, torch for image folders."""
+    device for digits and cifar10; for image folders dali on a GPU, if it is installed and its first
+    batch is torch's, and torch otherwise."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes of the torch loader, for each rank; threads of dali, which has a quarter as
     many worker processes."""
+    worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
+    """Seconds to wait for a batch of the worker processes, before the run ends: their disk or
+    network stands still."""
     batch_size: Annotated[int | None, BATCH] = None
     """Images a rank and micro-batch. None: 32 on CUDA, 8 on CPU."""
     grad_accum_steps: Annotated[int, BATCH] = 1
@@ -493,6 +498,9 @@ class RunConfig(Options):
     resume: Annotated[str | None, PATH] = None
     """A run's folder or one of its checkpoints, continued exactly; 'auto': --output, if it has
     one."""
+    allow_changed_data: bool = False
+    """Continue a run though its images, their labels or --seed have changed since the
+    checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda where there is one, else cpu."""
     rank_timeout: Annotated[float, MINUTES] = 5.0

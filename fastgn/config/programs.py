@@ -15,6 +15,7 @@ from fastgn.config.fields import (
     PATH,
     PROBABILITY,
     SEED,
+    WORKER_TIMEOUT,
     WORKERS,
     Fraction,
     Options,
@@ -159,6 +160,8 @@ class EvaluateConfig(ForeignConfig):
     so many that each rank has as much to do as the others."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that read image files."""
+    worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
+    """Seconds to wait for what the worker processes make, before the program ends."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of FGSM's and PGD's gradients; the verdict is the fp32 model's."""
     compile: bool = False
@@ -332,6 +335,8 @@ class PackConfig(Options):
     """Images a shard."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that decode and encode."""
+    worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
+    """Seconds to wait for what the worker processes make, before the program ends."""
     train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images below SOURCE."""
     val_split: Annotated[str, PATH] = "val"
@@ -348,6 +353,8 @@ class CheckConfig(Options):
     """Image folders, lists of files or shards: whatever --data-dir takes."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that decode."""
+    worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
+    """Seconds to wait for what the worker processes make, before the program ends."""
     train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images."""
     val_split: Annotated[str, PATH] = "val"

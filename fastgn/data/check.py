@@ -8,7 +8,6 @@ DIR is whatever --data-dir takes. Exit status 1: some images would stop a run (o
 
 import contextlib
 import dataclasses
-import io
 import sys
 import warnings
 from collections import defaultdict
@@ -28,10 +27,10 @@ from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import CheckConfig
 from fastgn.data.datasets import Encoded, load_dataset
-from fastgn.data.images import BadImageError, decode_image
+from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import in_order
-from fastgn.errors import UserError
+from fastgn.errors import UserError, escaped
 from fastgn.files import check_target, write_json
 
 TINY_PX = 32
@@ -80,7 +79,7 @@ class Inspector:
 
 def oddities(content: bytes) -> list[str]:
     """What makes an image that decodes unlike a photograph's plain JPEG."""
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(content) as image:
         orientation = 1
         with contextlib.suppress(Exception):  # of EXIF that PIL cannot read: nothing follows it
             orientation = image.getexif().get(ORIENTATION, 1)
@@ -132,7 +131,7 @@ def inspect(cfg: CheckConfig) -> dict[str, Any]:
         if isinstance(split, Shards):
             jobs.append((inspector.shard, range(len(split.shards)), "shard"))
         for work, numbers, unit in jobs:
-            found = in_order(work, numbers, cfg.workers)
+            found = in_order(work, numbers, cfg.workers, cfg.worker_timeout)
             for finding in tqdm(found, name, len(numbers), unit=unit, disable=None):
                 if finding.problem is not None:
                     bad.append(
@@ -147,6 +146,7 @@ def inspect(cfg: CheckConfig) -> dict[str, Any]:
         "classes": len(dataset.classes),
         "bad": bad,
         "notes": dict(notes),
+        "left_out": list(dataset.notes),
     }
 
 
@@ -159,10 +159,10 @@ def shown(report: dict[str, Any]) -> str:
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     lines.append(f"bad: {counts}" if bad else "bad: none, every image can be read")
     lines += [f"  {row['line']}" for row in bad]
+    lines += report["left_out"]
     for note, row in report["notes"].items():
         lines.append(f"{note}: {row['count']} ({NOTES[note]}), such as {row['first'][0]}")
-    # a file's name need not be Unicode
-    return "\n".join(lines).encode(errors="backslashreplace").decode()
+    return "\n".join(map(escaped, lines))
 
 
 def main(args: list[str] | None = None) -> int:

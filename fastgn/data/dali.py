@@ -184,11 +184,11 @@ BLACK = ppm(Image.new("RGB", (1, 1)))
 class Source:
     """Gives DALI batch after batch, and keeps what it does not need, in their order."""
 
-    def __init__(self, feeder: Feeder, position: int, workers: int):
+    def __init__(self, feeder: Feeder, position: int, workers: int, worker_timeout: float):
         """position: of the first batch."""
         positions = itertools.count(position)
         options: dict[str, Any] = {"sampler": positions, "collate_fn": as_it_is}
-        self.batches = from_workers(feeder, workers, batch_size=None, **options)
+        self.batches = from_workers(feeder, workers, worker_timeout, batch_size=None, **options)
         self.given: deque[tuple[Tensor, list[str], list[str]]] = deque()
         """(labels, complaints, replaced) of the batches that DALI has taken."""
         self.broken: str | None = None
@@ -458,6 +458,7 @@ class DaliLoader:
         img_size: int,
         hflip: float,
         workers: int,
+        worker_timeout: float,
         skip: bool,
         batch_size: int,
         batches_per_epoch: int,
@@ -483,6 +484,7 @@ class DaliLoader:
         )
         self.augment = augment
         self.workers = workers
+        self.worker_timeout = worker_timeout
         self.bad_images: list[str] = []
         self.batches_per_epoch = batches_per_epoch
         self.seed, self.rank = seed, rank
@@ -555,7 +557,7 @@ class DaliLoader:
         every operation on a few images."""
         cuda = self.device.type == "cuda"
         count = 1 if cuda or not self.workers else self.workers + 1
-        self._source = Source(self.feeder, position, self.workers // 4)
+        self._source = Source(self.feeder, position, self.workers // 4, self.worker_timeout)
         for _ in range(count):
             pipeline = augmented(
                 self._source,

@@ -1,18 +1,23 @@
 """Where images come from: arrays in memory, files below a folder or in a list, or packed shards."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastgn.config.groups import DatasetConfig
+from fastgn.data.arrays import Arrays, decode_all, read_arrays
+from fastgn.data.folders import find_images
 from fastgn.data.images import BadImageError, Encoded, bad_image, decode_image
-from fastgn.data.shards import INDEX, Shards, read_npz
+from fastgn.data.lists import read_list
+from fastgn.data.regular import open_regular
+from fastgn.data.shards import INDEX, Shards
 from fastgn.errors import UserError, check
 
 __all__ = [
@@ -32,28 +37,14 @@ CIFAR10_CLASSES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrays:
-    """A split small enough for memory."""
-
-    images_NCHW: Tensor
-    """uint8, RGB."""
-    labels_N: Tensor
-    """int64."""
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images_NCHW[index].permute(1, 2, 0).numpy())
-
-
-@dataclasses.dataclass(frozen=True)
 class Files(Encoded):
     """A split whose images are files of their own."""
 
     paths: Sequence[str]
     labels_N: Tensor
     """int64."""
+    root: str = ""
+    """The folder that names of images begin at, wherever it lies today."""
 
     def name(self, index: int) -> str:
         """For messages."""
@@ -62,7 +53,8 @@ class Files(Encoded):
     def read(self, index: int) -> bytes:
         """The encoded image. Raises BadImageError."""
         try:
-            return Path(self.paths[index]).read_bytes()
+            with open_regular(self.paths[index]) as file:
+                return file.read()
         except OSError as error:
             raise bad_image(self.name(index), error.strerror or error) from None
 
@@ -75,6 +67,8 @@ class Dataset:
     train: Arrays | Encoded
     val: Arrays | Encoded
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Lines for the user: what was left out of folders, and what lists have twice."""
 
 
 def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> None:
@@ -96,34 +90,53 @@ def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> Non
 
 
 def load_dataset(cfg: DatasetConfig) -> Dataset:
-    """The configured images. Raises UserError where they are missing, empty or do not fit
-    together."""
+    """Returns the configured images. Raises UserError if they are missing, cannot be read, or do
+    not fit together."""
     kind = cfg.data or ("imagefolder" if cfg.data_dir else "digits")
-    if cfg.data_dir is not None:
-        check(kind != "digits", f"--data-dir {cfg.data_dir}: digits are embedded, leave it out")
-        check(
-            Path(cfg.data_dir).exists(),
-            f"--data-dir {cfg.data_dir}: there is no such file or folder",
-        )
-    match kind:
-        case "digits":
-            return digits()
-        case "cifar10":
-            return cifar10(cfg.data_dir)
-        case _:
-            check(cfg.data_dir is not None, "--data imagefolder needs --data-dir")
-            return imagefolder(Path(str(cfg.data_dir)), cfg.train_split, cfg.val_split)
+    with naming(cfg):
+        if cfg.data_dir is not None:
+            check(kind != "digits", f"--data-dir {cfg.data_dir}: digits are embedded, leave it out")
+            check(
+                Path(cfg.data_dir).exists(),
+                f"--data-dir {cfg.data_dir}: there is no such file or folder",
+            )
+        match kind:
+            case "digits":
+                return digits()
+            case "cifar10":
+                return cifar10(cfg.data_dir)
+            case _:
+                check(cfg.data_dir is not None, "--data imagefolder needs --data-dir")
+                return imagefolder(Path(str(cfg.data_dir)), cfg.train_split, cfg.val_split)
 
 
 def load_validation(cfg: DatasetConfig) -> tuple[Arrays | Encoded, tuple[str, ...]]:
-    """The configured validation images and their classes. A folder needs no training images; where
-    it has them, both must have the same classes. Raises UserError."""
+    """Returns the configured validation images and their classes.
+
+    A folder needs no training images. If it has them, both must have the same classes. Raises
+    UserError.
+    """
     root = Path(str(cfg.data_dir))
-    folder = cfg.data_dir is not None and cfg.data in (None, "imagefolder")
-    if folder and root.exists() and not is_there(root, cfg.train_split):
-        return split_below(root, cfg.val_split, "--val-split")
+    with naming(cfg):
+        folder = cfg.data_dir is not None and cfg.data in (None, "imagefolder")
+        if folder and root.exists() and not is_there(root, cfg.train_split):
+            found = find_split(root, cfg.val_split, "--val-split")
+            return found.images, found.classes
     dataset = load_dataset(cfg)
     return dataset.val, dataset.classes
+
+
+@contextlib.contextmanager
+def naming(cfg: DatasetConfig) -> Iterator[None]:
+    """Turns what the file system refuses, such as a folder that may not be read or a name that is
+    too long, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        where = "" if error.filename in (None, cfg.data_dir) else f" {error.filename}"
+        raise UserError(
+            f"--data-dir {cfg.data_dir}:{where} cannot be read: {error.strerror or error}"
+        ) from None
 
 
 def is_there(root: Path, split: str) -> bool:
@@ -154,8 +167,9 @@ def cifar10(data_dir: str | None) -> Dataset:
     """CIFAR-10 from an .npz (train_images uint8 NHWC, train_labels, test_images, test_labels), from
     the python batches, from an image folder (train/<class>/, test/<class>/), or downloaded."""
     path = Path(data_dir) if data_dir else None
+    notes: tuple[str, ...] = ()
     if path is not None and path.suffix == ".npz":
-        train, val = from_npz(path)
+        train, val = read_arrays(path, ("train", "test"), 10, f"--data-dir {path}")
     elif path is not None and (path / "train").is_dir():
         folder = imagefolder(path, "train", "test")
         check(
@@ -163,42 +177,22 @@ def cifar10(data_dir: str | None) -> Dataset:
             f"--data-dir {path}: CIFAR-10 has the classes {', '.join(CIFAR10_CLASSES)}; found "
             f"{', '.join(folder.classes)} (--data imagefolder takes any)",
         )
-        train, val = to_arrays(folder.train), to_arrays(folder.val)
+        train, val, notes = decode_all(folder.train), decode_all(folder.val), folder.notes
     else:
         train, val = from_torchvision(path)
-    return Dataset("cifar10", train, val, CIFAR10_CLASSES)
-
-
-def from_npz(path: Path) -> tuple[Arrays, Arrays]:
-    keys = ("train_images", "train_labels", "test_images", "test_labels")
-    values = read_npz(path, keys, f"--data-dir {path}")
-    splits = []
-    for images, labels in (values[:2], values[2:]):
-        check(
-            images.dtype == np.uint8 and images.ndim == 4 and images.shape[3] == 3,
-            f"--data-dir {path}: images should be uint8 N x H x W x 3, not {images.dtype} "
-            f"{images.shape}",
-        )
-        check(
-            len(images) == len(labels) > 0,
-            f"--data-dir {path}: {len(images)} images, {len(labels)} labels",
-        )
-        check(
-            0 <= labels.min() and labels.max() < 10,
-            f"--data-dir {path}: labels run from {labels.min()} to {labels.max()}, CIFAR-10 has "
-            "0 to 9",
-        )
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        splits.append(Arrays(pixels, torch.from_numpy(labels.astype(np.int64))))
-    return splits[0], splits[1]
+    return Dataset("cifar10", train, val, CIFAR10_CLASSES, notes)
 
 
 def from_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
-    """The python batches, below `path` or downloaded to the user's cache."""
+    """Returns CIFAR-10's python batches, below `path` or downloaded to the user's cache.
+
+    They are pickles, and could run code: torchvision compares their checksums with those of the
+    originals before it opens one.
+    """
     from torchvision.datasets import CIFAR10
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastgn"
-    root = path or cache
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = path or Path(cache) / "fastgn"
     if path is not None and (path / "data_batch_1").is_file():
         root = path.parent
     try:
@@ -217,109 +211,59 @@ def from_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
     return train, val
 
 
-def to_arrays(files: Arrays | Encoded) -> Arrays:
-    """Decodes every image of a split; they must all have one size."""
-    if isinstance(files, Arrays):
-        return files
-    images = [torch.from_numpy(np.array(files.image(i))) for i in range(len(files))]
-    odd = next((i for i, x in enumerate(images) if x.shape != images[0].shape), None)
-    if odd is not None:
-        raise UserError(
-            f"{files.name(odd)} is {tuple(images[odd].shape)}, not {tuple(images[0].shape)}"
-        )
-    return Arrays(torch.stack(images).permute(0, 3, 1, 2).contiguous(), files.labels_N)
-
-
 def imagefolder(root: Path, train_split: str, val_split: str) -> Dataset:
-    """Shards in root/<split>/ (their index is there), or files listed in root/<split>.txt, or
-    root/<split>/<class>/<image>, for each split what is found first; the classes of both must be
-    the same."""
-    train, classes = split_below(root, train_split, "--train-split")
-    val, val_classes = split_below(root, val_split, "--val-split", classes)
-    unlike = sorted(set(classes) ^ set(val_classes))
+    """Finds both splits of a folder. Raises UserError unless their classes are the same."""
+    train = find_split(root, train_split, "--train-split")
+    val = find_split(root, val_split, "--val-split", train.classes)
+    unlike = sorted(set(train.classes) ^ set(val.classes))
     check(
         not unlike,
-        f"--data-dir {root}: {train_split} has {len(classes)} classes, {val_split} has "
-        f"{len(val_classes)}; {', '.join(unlike[:3])} {'is' if len(unlike) == 1 else 'are'} in "
+        f"--data-dir {root}: {train_split} has {len(train.classes)} classes, {val_split} has "
+        f"{len(val.classes)}; {', '.join(unlike[:3])} {'is' if len(unlike) == 1 else 'are'} in "
         "one alone",
     )
-    check_classes(val_classes, classes, f"--data-dir {root}: {val_split}")
-    return Dataset(root.name, train, val, classes)
+    check_classes(val.classes, train.classes, f"--data-dir {root}: {val_split}")
+    notes = (*train.notes, *val.notes)
+    return Dataset(root.name, train.images, val.images, train.classes, notes)
 
 
-def split_below(
-    root: Path, split: str, option: str, known: tuple[str, ...] | None = None
-) -> tuple[Encoded, tuple[str, ...]]:
-    """A split and its classes. known: those of the training images."""
+class Split(NamedTuple):
+    """A split of a folder."""
+
+    images: Encoded
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """See Dataset."""
+
+
+def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | None = None) -> Split:
+    """Finds shards in root/<split>/ (their index is there), or files listed in root/<split>.txt, or
+    root/<split>/<class>/<image>: what is there first, in this order.
+
+    option: what names another split. known: the classes of the training images.
+
+    Raises UserError if there is none of them, or less than one image or two classes.
+    """
     folder, listed = root / split, root / f"{split}.txt"
-    found: Encoded
     if (folder / INDEX).exists():
-        found = Shards.load(folder)
-        classes = found.classes
+        shards = Shards.load(folder)
+        found = Split(shards, shards.classes)
     elif listed.exists():
-        found, classes = files_listed(root, listed, known)
+        rows = read_list(root, listed, known)
+        images = Files(rows.paths, torch.tensor(rows.labels), str(root))
+        found = Split(images, rows.classes, tuple(rows.notes))
     else:
-        found, classes = files_below(root, split, option)
+        found = files_below(root, split, option)
+    check(len(found.images) > 0, f"--data-dir {root}: {folder} has no image")
     check(
-        len(classes) > 1,
-        f"--data-dir {root}: {folder} has {len(classes)} class; at least 2 are needed",
+        len(found.classes) > 1,
+        f"--data-dir {root}: {folder} has {len(found.classes)} class; at least 2 are needed",
     )
-    return found, classes
+    return found
 
 
-def files_listed(
-    root: Path, path: Path, known: tuple[str, ...] | None
-) -> tuple[Files, tuple[str, ...]]:
-    """A line is `path label`, the path from root; the label is a class's name, or its number, from
-    0. The classes are the lines of root/classes.txt; where there is none, `known`; else the names
-    in the list, sorted, or its numbers."""
-    rows: list[tuple[int, str, str]] = []
-    for number, line in enumerate(lines_of(path), 1):
-        parts = line.rsplit(maxsplit=1)
-        check(len(parts) != 1, f"{path}, line {number}: {line!r} has no label: write `path label`")
-        if parts:
-            rows.append((number, parts[0], parts[1]))
-    check(bool(rows), f"{path} lists no image: a line is `path label`")
-    labels = {label for _, _, label in rows}
-    named = root / "classes.txt"
-    if named.exists():
-        classes = tuple(line.strip() for line in lines_of(named) if line.strip())
-        known_by = str(named)
-    elif known is not None:
-        classes, known_by = known, "the training images"
-    elif all(label.lstrip("-").isdecimal() for label in labels):
-        classes, known_by = tuple(map(str, range(len(labels)))), "the list's number of labels"
-    else:
-        classes, known_by = tuple(sorted(labels)), str(path)
-    numbers = {str(i): i for i in range(len(classes))} | {c: i for i, c in enumerate(classes)}
-    check(len(set(classes)) == len(classes), f"{named} names a class twice")
-    below: dict[str, set[str]] = {}
-    for number, name, label in rows:
-        check(
-            label in numbers,
-            f"{path}, line {number}: label {label} is out of range: {len(classes)} classes by "
-            f"{known_by}, 0 to {len(classes) - 1} or their names",
-        )
-        folder, base = os.path.split(root / name)
-        if folder not in below:  # one listing a folder: a question for each file takes minutes
-            below[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        check(base in below[folder], f"{path}, line {number}: there is no {root / name}")
-    return Files(
-        [str(root / name) for _, name, _ in rows],
-        torch.tensor([numbers[label] for _, _, label in rows]),
-    ), classes
-
-
-def lines_of(path: Path) -> list[str]:
-    try:  # the names of files need not be UTF-8
-        return path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def files_below(root: Path, split: str, option: str) -> tuple[Files, tuple[str, ...]]:
-    from torchvision.datasets import ImageFolder
-
+def files_below(root: Path, split: str, option: str) -> Split:
+    """Finds the images of root/<split>/<class>/. Raises UserError if there are none."""
     folder = root / split
     hint = (
         f"it should hold one folder of images a class, or the shards of fastgn.data.pack, or be "
@@ -331,10 +275,7 @@ def files_below(root: Path, split: str, option: str) -> tuple[Files, tuple[str, 
         f"--data-dir {root}: {folder} has shards without {INDEX}: fastgn.data.pack, called again, "
         "finishes them",
     )
-    try:
-        listing = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"--data-dir {root}: {str(error).splitlines()[0]}; {hint}") from None
-    return Files([path for path, _ in listing.samples], torch.tensor(listing.targets)), tuple(
-        listing.classes
-    )
+    tree = find_images(folder, f"--data-dir {root}")
+    check(bool(tree.classes), f"--data-dir {root}: {folder} has no folder in it; {hint}")
+    images = Files(tree.paths, torch.tensor(tree.labels), str(root))
+    return Split(images, tuple(tree.classes), tuple(tree.note(folder)))

@@ -1,6 +1,7 @@
 """One encoded image: how it becomes RGB, and what happens where it cannot."""
 
 import abc
+import functools
 import io
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,6 +18,9 @@ SKIPPED_IN_A_ROW = 100
 THINNEST = 1000
 """A longer side over the shorter: to resize the shorter to 256 pixels, as evaluation does, takes
 gigabytes beyond."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "TGA")
+"""The readers of PIL that an image may need. Others start a program (EPS)."""
 
 Loaded = TypeVar("Loaded")
 
@@ -57,6 +61,18 @@ def bad_image(name: str, reason: object, problem: str = "unreadable") -> BadImag
     return BadImageError(f"{name} cannot be read as an image: {line}", problem)
 
 
+def open_image(content: bytes) -> Image.Image:
+    """Opens an encoded image, whatever its name says it is. Raises what PIL raises."""
+    return Image.open(io.BytesIO(content), formats=known_formats())
+
+
+@functools.cache
+def known_formats() -> tuple[str, ...]:
+    """Returns those of FORMATS that this version of PIL has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def thin(width: int, height: int) -> bool:
     """Whether an image's sides differ too much."""
     return max(width, height) > THINNEST * min(width, height)
@@ -68,9 +84,11 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     if not content:
         raise bad_image(name, "it is empty", "empty")
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            if thin(*image.size):
-                width, height = image.size
+        with open_image(content) as image:
+            width, height = image.size
+            if width < 1 or height < 1:
+                raise bad_image(name, f"{width} x {height} pixels are none", "no pixels")
+            if thin(width, height):
                 raise bad_image(name, f"{width} x {height} pixels are too thin to resize", "thin")
             if image.mode.startswith("I;16"):  # whose values above 255 PIL turns into white
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")

@@ -5,6 +5,7 @@ dali.py.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastgn.config import Config
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Loader
 from fastgn.data.datasets import Arrays, Dataset
+from fastgn.data.trial import dali_or_pil, wants_dali
 from fastgn.errors import UserError, check
 
 
@@ -64,13 +66,21 @@ def build_loader(
     ranks: int,
     device: torch.device,
     compiled: bool = False,
+    agree: Callable[[bool], bool] = bool,
+    notes: list[str] | None = None,
 ) -> Loader:
-    """The training loader; its epochs are whole updates, the remainder is dropped. compiled: the
-    device loader's augmentation."""
+    """Returns the training loader. Its epochs are whole updates, and the remainder is dropped.
+
+    compiled: whether the device loader compiles its augmentation. agree: returns whether any rank
+    passes True. notes: takes a line for the user if `auto` could not have what it is meant to.
+
+    Raises UserError if the loader does not fit the data or the augmentation.
+    """
     split, augmentation = dataset.train, cfg.augmentation
-    kind = cfg.dataset.loader
+    kind: str = cfg.dataset.loader
     if kind == "auto":
         kind = "device" if isinstance(split, Arrays) else "torch"
+        kind = "try dali" if kind == "torch" and wants_dali(device) else kind
     hflip = augmentation.hflip
     if hflip is None:
         hflip = 0.0 if dataset.name == "digits" else 0.5
@@ -99,13 +109,31 @@ def build_loader(
         padding = augmentation.crop_padding
         if padding is None:
             padding = img_size // (16 if dataset.name == "digits" else 8)
+        check(
+            padding <= img_size,
+            f"--crop-padding {padding} shifts images of {img_size} px out of sight: at most "
+            f"{img_size}",
+        )
         return DeviceLoader(split, augment, padding=padding, compiled=compiled, **common)
-    workers = min(cfg.dataset.workers, os.cpu_count() or 1)
-    skip = cfg.dataset.on_bad_image == "skip"
-    if kind == "dali":
+    common |= {
+        "workers": min(cfg.dataset.workers, os.cpu_count() or 1),
+        "worker_timeout": cfg.dataset.worker_timeout,
+        "skip": cfg.dataset.on_bad_image == "skip",
+    }
+
+    def make_dali() -> Loader:
         from fastgn.data.dali import DaliLoader
 
-        return DaliLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
-    from fastgn.data.torch import TorchLoader
+        return DaliLoader(split, augmentation, augment, **common)
 
-    return TorchLoader(split, augmentation, augment, workers=workers, skip=skip, **common)
+    def make_torch() -> Loader:
+        from fastgn.data.torch import TorchLoader
+
+        return TorchLoader(split, augmentation, augment, **common)
+
+    if kind == "try dali":
+        loader, line = dali_or_pil(make_dali, make_torch, agree)
+        if notes is not None and line is not None:
+            notes.append(line)
+        return loader
+    return make_dali() if kind == "dali" else make_torch()

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import os
 import re
 import sys
 import tarfile
@@ -34,10 +35,10 @@ from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import PackConfig
 from fastgn.data.datasets import Encoded, load_dataset
-from fastgn.data.images import BadImageError, decode_image
+from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards, sha256_of
 from fastgn.data.torch import in_order
-from fastgn.errors import UserError, check
+from fastgn.errors import UserError, check, escaped
 from fastgn.files import atomic_open
 from fastgn.lock import lock_folder
 
@@ -73,7 +74,7 @@ class Packer:
             return str(error)
         short = min(image.size)
         if self.short_side is None or short <= self.short_side:
-            with Image.open(io.BytesIO(content)) as opened:
+            with open_image(content) as opened:
                 kind = str(opened.format).lower()
             return Packed("jpg" if kind in ("jpeg", "mpo") else kind, content)
         width, height = (max(1, round(side * self.short_side / short)) for side in image.size)
@@ -178,7 +179,8 @@ def pack(
     found = [whole_shard(folder, name, recipe) for name in names]
     missing = [i for piece, part in zip(pieces, found, strict=True) if part is None for i in piece]
     packer = Packer(split, cfg.short_side, cfg.quality, cfg.on_bad_image == "skip")
-    with contextlib.closing(in_order(packer, missing, cfg.workers)) as packed:
+    made = in_order(packer, missing, cfg.workers, cfg.worker_timeout)
+    with contextlib.closing(made) as packed:
 
         def images(piece: range) -> Iterator[tuple[str, int, Packed]]:
             for index, image in zip(piece, islice(packed, len(piece)), strict=True):
@@ -199,13 +201,31 @@ def pack(
     return index, left_out
 
 
+def check_apart(cfg: PackConfig) -> None:
+    """Raises UserError unless all folders that are written lie in OUTPUT, and neither in one that
+    is read nor around it: shards there would be taken for the source's."""
+    source, output = Path(cfg.source).resolve(), Path(cfg.output).resolve()
+    splits = {"train": cfg.train_split, "val": cfg.val_split}
+    for option, split in splits.items():
+        check(
+            Path(os.path.normpath(output / split)).is_relative_to(output),
+            f"--{option}-split {split} lies outside of OUTPUT: give its name below SOURCE",
+        )
+    check(output != source, f"OUTPUT {cfg.output} is SOURCE itself: give another folder")
+    for name in splits.values():
+        written = (output / name).resolve()
+        for read in ((source / split).resolve() for split in splits.values()):
+            check(
+                not (written.is_relative_to(read) or read.is_relative_to(written)),
+                f"OUTPUT {cfg.output}: its {name} would lie in or around {read}, which is read: "
+                "give a folder outside of SOURCE",
+            )
+
+
 def run(cfg: PackConfig) -> None:
     """Packs both splits and says what became of them. Raises UserError."""
     output = Path(cfg.output)
-    check(
-        not Path(cfg.source).exists() or output.resolve() != Path(cfg.source).resolve(),
-        f"OUTPUT {output} is SOURCE itself: give another folder",
-    )
+    check_apart(cfg)
     dataset = load_dataset(
         DatasetConfig(
             data="imagefolder",
@@ -214,16 +234,18 @@ def run(cfg: PackConfig) -> None:
             val_split=cfg.val_split,
         )
     )
+    for note in dataset.notes:
+        print(escaped(note))
     with lock_folder(output, f"OUTPUT {output}"):
         splits = {cfg.train_split: dataset.train, cfg.val_split: dataset.val}
         for name, split in splits.items():
             assert isinstance(split, Encoded)
             with tqdm(total=len(split), desc=name, unit="image", disable=None) as bar:
                 index, left_out = pack(split, dataset.classes, output / name, cfg, bar)
-            print(f"{output / name}: {summary(index)}")
+            print(escaped(f"{output / name}: {summary(index)}"))
             bad = len(split) - len(index)
             if bad:
-                print(f"  {bad} bad images were left out", *left_out, sep="\n  ")
+                print(f"  {bad} bad images were left out", *map(escaped, left_out), sep="\n  ")
 
 
 def summary(index: Shards) -> str:

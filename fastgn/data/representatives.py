@@ -50,6 +50,7 @@ def class_representatives(
         crop_pct=crop_pct,
         batch_size=batch_size,
         workers=cfg.dataset.workers,
+        worker_timeout=cfg.dataset.worker_timeout,
         device=device,
         skip=cfg.dataset.on_bad_image == "skip",
         chosen=torch.cat(by_class).tolist(),

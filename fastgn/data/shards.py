@@ -8,7 +8,7 @@ costs one read at an offset. fastgn.data.pack writes both.
 import dataclasses
 import hashlib
 import os
-import zipfile
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgn.data.arrays import class_labels
 from fastgn.data.images import Encoded, bad_image
+from fastgn.data.npz import LABELS, Field, read_npz
+from fastgn.data.regular import open_regular
 from fastgn.errors import UserError, check
 from fastgn.files import atomic_open
 
@@ -84,7 +87,7 @@ class Shards(Encoded):
         if shard not in self.files:
             if len(self.files) >= OPEN_SHARDS:
                 self.files.pop(next(iter(self.files)))
-            self.files[shard] = open(self._path(shard), "rb", buffering=0)
+            self.files[shard] = open_regular(self._path(shard))
         return self.files[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,30 +119,21 @@ class Shards(Encoded):
 
     @staticmethod
     def load(folder: Path, name: str = INDEX) -> "Shards":
-        """Raises UserError: an index that is spoilt, or a shard that is not there or of another
-        size."""
+        """Reads an index, and looks at the size of each shard.
+
+        Raises UserError, which names the index, unless all of it fits together and each shard is in
+        its folder.
+        """
         path = folder / name
-        texts = ("classes", "recipe", "shards", "sha256")
-        values = read_npz(path, (*texts, "labels_N", *ARRAYS), str(path))
-        classes, recipe, shards, sha256, labels, *rest = values
-        arrays: dict[str, Any] = dict(zip(ARRAYS, rest, strict=True))
-        index = Shards(
-            folder,
-            tuple(classes.tolist()),
-            recipe.item(),
-            tuple(shards.tolist()),
-            tuple(sha256.tolist()),
-            **arrays,
-            labels_N=torch.from_numpy(labels),
-        )
-        lengths = {len(array) for array in (labels, *rest[1:])}
-        right = len(lengths) == 1 and len(shards) == len(sha256) == len(index.shard_bytes)
-        check(right, f"{path} is spoilt: its arrays are not of one length")
-        outside = labels[(labels < 0) | (labels >= len(classes))]
-        if len(outside):
-            raise UserError(
-                f"{path}: label {outside[0]} is out of range, it has {len(classes)} classes"
-            )
+        values = read_npz(path, FIELDS, str(path))
+        labels = values.pop("labels_N")
+        texts: dict[str, Any] = {
+            name: tuple(values.pop(name)) for name in ("classes", "shards", "sha256")
+        }
+        labels_N = class_labels(labels, len(texts["classes"]), str(path))
+        index = Shards(folder, **texts, **values, labels_N=labels_N)
+        wrong = index._wrong()
+        check(wrong is None, f"{path} is spoilt: {wrong}")
         for shard, size in enumerate(index.shard_bytes.tolist()):
             where = index._path(shard)
             try:
@@ -150,6 +144,31 @@ class Shards(Encoded):
                 ) from None
             check(found == size, f"{where} has {found} bytes, {path} says {size}: pack it again")
         return index
+
+    def _wrong(self) -> str | None:
+        """Returns what does not fit together in the index itself, or None."""
+        counts = {len(self.shards), len(self.sha256), len(self.shard_bytes)}
+        lengths = {len(self), *(len(getattr(self, name)) for name in ARRAYS[1:])}
+        if len(counts) != 1 or len(lengths) != 1:
+            return "its arrays are not of one length"
+        if len(set(self.classes)) < len(self.classes):
+            return "it names a class twice"
+        for name in self.shards:
+            if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+                return f"{name!r} is no name of a shard in its folder"
+        for digest in self.sha256:
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                return f"{digest!r} is no SHA-256"
+        if not len(self):
+            return None
+        if self.shard_N.min() < 0 or self.shard_N.max() >= len(self.shards):
+            return f"an image lies in shard {self.shard_N.max()} of {len(self.shards)}"
+        room_N = self.shard_bytes[self.shard_N] - self.offset_N
+        if self.offset_N.min() < 0 or self.size_N.min() < 0 or (self.size_N > room_N).any():
+            return "an image lies outside its shard"
+        if not are_keys(self.key_N):
+            return "a key has more than letters, digits, _ and -"
+        return None
 
     @staticmethod
     def join(parts: Sequence["Shards"]) -> "Shards":
@@ -170,31 +189,34 @@ class Shards(Encoded):
 
 
 ARRAYS = ("shard_bytes", "shard_N", "offset_N", "size_N", "crc_N", "key_N")
-"""Fields of Shards that are NumPy arrays."""
+"""Fields of Shards that are NumPy arrays; all but the first have an entry an image."""
+FIELDS = {
+    "classes": Field("text"),
+    "recipe": Field("text", ("",)),
+    "shards": Field("text"),
+    "sha256": Field("text"),
+    "shard_bytes": Field("int64"),
+    "shard_N": Field("int32"),
+    "offset_N": Field("int64"),
+    "size_N": Field("int64"),
+    "crc_N": Field("uint32"),
+    "key_N": Field("bytes"),
+    "labels_N": LABELS,
+}
+"""What each array of an index must be."""
 
 
 def sha256_of(path: Path) -> str:
     """Of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_npz(path: Path, keys: Sequence[str], where: str) -> list[np.ndarray]:
-    """Raises UserError, which begins with `where`; the file's own checksums are looked at."""
-    try:
-        with np.load(path) as content:
-            missing = [key for key in keys if key not in content]
-            check(not missing, f"{where}: the .npz lacks {', '.join(missing)}")
-            return [content[key] for key in keys]
-    except UserError:
-        raise
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        AttributeError,
-        NotImplementedError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{where} cannot be read as .npz: {error}") from None
+def are_keys(key_N: np.ndarray) -> bool:
+    """Returns whether all keys consist of ASCII letters, digits, _ and -, and none is empty."""
+    codes = np.frombuffer(key_N.tobytes(), np.uint8).reshape(len(key_N), -1)
+    used = codes != 0  # NumPy fills up with zeros
+    allowed = np.zeros(256, bool)
+    allowed[[*b"-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]] = True
+    gaps = used[:, 1:] & ~used[:, :-1]
+    return bool(codes.size and used[:, 0].all() and not gaps.any() and allowed[codes[used]].all())

@@ -44,6 +44,7 @@ class Subset:
         crop_pct: float,
         batch_size: int,
         workers: int,
+        worker_timeout: float = 600.0,
         device: torch.device,
         rank: int = 0,
         ranks: int = 1,
@@ -70,6 +71,7 @@ class Subset:
         self.crop_pct = crop_pct
         self.batch_size = batch_size
         self.workers = workers
+        self.worker_timeout = worker_timeout
         self.device = device
         self.skip = skip
         self.bad_images: list[str] = []
@@ -93,4 +95,5 @@ class Subset:
             workers=min(self.workers, os.cpu_count() or 1),
             device=self.device,
             bad_images=self.bad_images if self.skip else None,
+            worker_timeout=self.worker_timeout,
         )

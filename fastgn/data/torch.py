@@ -15,6 +15,7 @@ import torch
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
 
 from fastgn.config.groups import AugmentationConfig
 from fastgn.data.augment import BatchAugment
@@ -62,12 +63,14 @@ def decode(
     workers: int,
     device: torch.device,
     bad_images: list[str] | None,
+    worker_timeout: float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(images in 0..1, labels) on the device for each list of keys. Raises UserError on a bad
     image, or, where there is a list bad_images, replaces it and adds a line to that."""
     made = from_workers(
         Decoded(split, transform, seed, skip=bad_images is not None),
         workers,
+        worker_timeout,
         batch_sampler=batches,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
@@ -80,12 +83,18 @@ def decode(
             yield images, labels.to(device, non_blocking=True)
 
 
-def from_workers(items: Dataset, workers: int, **options: Any) -> Generator[Any, None, None]:
-    """DataLoader's results, in order; its workers end with the iterator. Raises UserError: a
-    worker's own, or one that says that a worker has died."""
+def from_workers(
+    items: Dataset, workers: int, worker_timeout: float, **options: Any
+) -> Generator[Any, None, None]:
+    """Yields DataLoader's results, in order; its workers end with the iterator.
+
+    Raises UserError: a worker's own, or one that says that a worker has died, or has made nothing
+    for worker_timeout seconds.
+    """
     loader = DataLoader(
         items,
         num_workers=workers,
+        timeout=worker_timeout if workers else 0,
         worker_init_fn=start_worker,
         # workers take their seeds from the keys: leave torch's own alone
         generator=torch.Generator(),
@@ -96,9 +105,11 @@ def from_workers(items: Dataset, workers: int, **options: Any) -> Generator[Any,
     try:
         yield from iterator
     except UserError as error:  # a worker's comes with its traceback in front
-        message = str(error).strip().splitlines()[-1]
+        message = str(error.args[0]).strip().splitlines()[-1]
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
     except RuntimeError as error:
+        if str(error).startswith("DataLoader timed out"):
+            raise end_stalled(iterator, worker_timeout) from None
         raise worker_death(error) or error from None
     except (ConnectionError, EOFError):  # what it had handed over went with it
         dead = RuntimeError("DataLoader worker has died")
@@ -114,6 +125,24 @@ live: weakref.WeakSet = weakref.WeakSet()
 def shut_down(iterator: Any) -> None:
     """Tells its workers, which ignore signals, to end: Python's exit would send one, and wait."""
     getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+def end_stalled(iterator: Any, worker_timeout: float) -> UserError:
+    """Kills an iterator's workers, and returns what to say of the one that was waited for.
+
+    Workers ignore all other signals, and Python would wait for them at its end.
+    """
+    number = iterator._task_info[iterator._rcvd_idx][0]
+    # else torch would report that they died, wherever the main process happens to be
+    signal_handling._remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+    for worker in iterator._workers:
+        worker.kill()
+    return UserError(
+        f"worker process {iterator._workers[number].pid} of the data loader has made nothing for "
+        f"{worker_timeout:g} s, and was ended: the disk or network may stand still; "
+        "--worker-timeout sets how long to wait"
+    )
 
 
 @atexit.register
@@ -133,12 +162,16 @@ class Mapped(Dataset):
 
 
 def in_order(
-    function: Callable[[int], Any], indices: Sequence[int], workers: int
+    function: Callable[[int], Any],
+    indices: Sequence[int],
+    workers: int,
+    worker_timeout: float,
 ) -> Generator[Any, None, None]:
-    """The function's results for the indices, made in worker processes. Raises UserError."""
+    """Yields the function's results for the indices, made in worker processes. Raises UserError."""
     ahead = {"prefetch_factor": 16} if workers else {}
     options: dict[str, Any] = {"batch_size": None, "sampler": indices, "collate_fn": as_it_is}
-    return from_workers(Mapped(function), min(workers, os.cpu_count() or 1), **options, **ahead)
+    workers = min(workers, os.cpu_count() or 1)
+    return from_workers(Mapped(function), workers, worker_timeout, **options, **ahead)
 
 
 def as_it_is(result: Any) -> Any:
@@ -172,6 +205,7 @@ class TorchLoader:
         img_size: int,
         hflip: float,
         workers: int,
+        worker_timeout: float,
         skip: bool,
         batch_size: int,
         batches_per_epoch: int,
@@ -184,6 +218,7 @@ class TorchLoader:
         self.transform = train_transform(cfg, img_size, hflip)
         self.augment = augment
         self.workers = workers
+        self.worker_timeout = worker_timeout
         self.skip = skip
         self.bad_images: list[str] = []
         self.batch_size = batch_size
@@ -205,6 +240,7 @@ class TorchLoader:
             workers=self.workers,
             device=self.device,
             bad_images=self.bad_images if self.skip else None,
+            worker_timeout=self.worker_timeout,
         )
         for index, (images, labels) in zip(indices, decoded, strict=True):
             seed_all(Stream.AUGMENT, self.seed, epoch, index, self.rank)

@@ -1,0 +1,92 @@
+"""Splits that are arrays in memory."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastgn.data.images import Encoded
+from fastgn.data.npz import IMAGES, LABELS, read_npz
+from fastgn.errors import UserError, check
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """A split small enough for memory. Raises UserError unless images and labels are what the
+    fields say."""
+
+    images_NCHW: Tensor
+    """uint8, RGB."""
+    labels_N: Tensor
+    """int64."""
+
+    def __post_init__(self) -> None:
+        images, labels = self.images_NCHW, self.labels_N
+        check(
+            images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3,
+            f"images should be uint8 N x 3 x H x W, not {images.dtype} {tuple(images.shape)}",
+        )
+        check(images.numel() > 0, f"images of {tuple(images.shape)} have no pixels")
+        check(
+            labels.dtype == torch.int64 and labels.shape == images.shape[:1],
+            f"labels of {len(images)} images should be int64 of that length, not {labels.dtype} "
+            f"{tuple(labels.shape)}",
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def image(self, index: int) -> Image.Image:
+        """Returns an image as PIL has it."""
+        return Image.fromarray(self.images_NCHW[index].permute(1, 2, 0).numpy())
+
+
+def class_labels(labels: np.ndarray, classes: int, where: str) -> Tensor:
+    """Returns integers (N) or (N, 1) as labels: int64 N.
+
+    Raises UserError, which begins with `where`, if one is no class's number.
+    """
+    labels = labels.reshape(-1)
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise UserError(
+            f"{where}: label {outside[0]} is out of range: {classes} classes are 0 to {classes - 1}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def read_arrays(path: Path, splits: tuple[str, ...], classes: int, where: str) -> list[Arrays]:
+    """Reads {split}_images (uint8 NHWC) and {split}_labels (integers) of each split from an .npz.
+
+    Raises UserError, which begins with `where`, if they are not that or do not fit together.
+    """
+    fields = {f"{split}_images": IMAGES for split in splits}
+    fields |= {f"{split}_labels": LABELS for split in splits}
+    values = read_npz(path, fields, where)
+    found = []
+    for split in splits:
+        images, labels = values[f"{split}_images"], values[f"{split}_labels"]
+        check(
+            len(images) == len(labels) > 0,
+            f"{where}: {len(images)} {split} images, {len(labels)} labels",
+        )
+        check(images.size > 0, f"{where}: {split} images of {images.shape[1:3]} have no pixels")
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        found.append(Arrays(pixels, class_labels(labels, classes, where)))
+    return found
+
+
+def decode_all(split: Arrays | Encoded) -> Arrays:
+    """Decodes every image of a split. Raises UserError unless all have one size."""
+    if isinstance(split, Arrays):
+        return split
+    images = [torch.from_numpy(np.array(split.image(i))) for i in range(len(split))]
+    odd = next((i for i, x in enumerate(images) if x.shape != images[0].shape), None)
+    if odd is not None:
+        raise UserError(
+            f"{split.name(odd)} is {tuple(images[odd].shape)}, not {tuple(images[0].shape)}"
+        )
+    return Arrays(torch.stack(images).permute(0, 3, 1, 2).contiguous(), split.labels_N)

@@ -1,0 +1,168 @@
+"""Finds the images of a split that is a folder with one folder a class.
+
+The order is that of torchvision's ImageFolder: classes by name, then folders by path, then files by
+name.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fastgn.errors import UserError, check
+
+ENDINGS = frozenset(
+    ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tga "
+    ".tif .tiff .webp".split()
+)
+"""Endings of image files, in small letters: images.FORMATS reads them all."""
+NO_CLASSES = frozenset(("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"))
+"""Folders of file servers and archives, which hold other things or thumbnails."""
+NAMED_REASONS = 5
+"""Reasons that a line shows, the most frequent ones."""
+
+
+class Tree(NamedTuple):
+    """The images below a folder."""
+
+    classes: list[str]
+    """Names of the folders below it, sorted."""
+    paths: list[str]
+    labels: list[int]
+    """Index of each image's class."""
+    left_out: Counter[str]
+    """Why files and folders were left out -> how many."""
+
+    def note(self, folder: Path) -> list[str]:
+        """Returns a line about what was left out, if anything was."""
+        if not self.left_out:
+            return []
+        common = self.left_out.most_common(NAMED_REASONS)
+        reasons = [f"{count} {reason}" for reason, count in common]
+        rest = self.left_out.total() - sum(count for _, count in common)
+        reasons += [f"{rest} for other reasons"] if rest else []
+        return [f"left out below {folder}: {', '.join(reasons)}"]
+
+
+class Walk:
+    """One pass over a split's folders, which visits each real folder once.
+
+    Real folders come first, so that a link never takes the images of another class.
+    """
+
+    def __init__(self, folder: Path, option: str) -> None:
+        """option: what messages begin with."""
+        self.option = option
+        self.left_out: Counter[str] = Counter()
+        self.real_root = os.path.realpath(folder)
+        self.roots = [entry.path for entry in self.entries(str(folder)) if self.is_class(entry)]
+        self.roots.sort()
+        self.seen: dict[str, str] = {}
+        """Real path of a folder -> the path that it was first met by."""
+        for path in self.roots:
+            first = self.seen.setdefault(os.path.realpath(path), path)
+            check(
+                first == path,
+                f"{self.option}: {path} and {first} are the same folder, and would be two classes",
+            )
+
+    def entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """Lists a folder. Raises UserError if it cannot be read."""
+        try:
+            with os.scandir(folder) as found:
+                return sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(
+                f"{self.option}: {folder} cannot be read: {error.strerror or error}"
+            ) from None
+
+    def is_hidden(self, entry: os.DirEntry[str]) -> bool:
+        """Returns whether a file or folder is no part of the data, by its name; counts those."""
+        hidden = entry.name.startswith(".") or entry.name in NO_CLASSES
+        self.left_out["hidden"] += hidden
+        return hidden
+
+    def is_class(self, entry: os.DirEntry[str]) -> bool:
+        """Returns whether an entry of the split's folder is a class's folder; counts others."""
+        if self.is_hidden(entry):
+            return False
+        folder = is_folder(entry)
+        self.left_out["outside the folders of classes"] += not folder
+        return folder
+
+    def images(self) -> Iterator[tuple[int, str, str]]:
+        """Yields (class, folder, name of an image in it)."""
+        waiting, links = [*enumerate(self.roots)], list[tuple[int, str]]()
+        while waiting or links:
+            if not waiting:  # all real folders have been visited
+                number, path = links.pop(0)
+                if not self.is_new(path):
+                    self.left_out["linked folders that are there already"] += 1
+                    continue
+                waiting.append((number, path))
+            number, folder = waiting.pop()
+            for entry in self.entries(folder):
+                if self.is_hidden(entry):
+                    continue
+                if not is_folder(entry):
+                    if self.is_image(entry):
+                        yield number, folder, entry.name
+                elif entry.is_symlink():
+                    links.append((number, entry.path))
+                elif self.is_new(entry.path):
+                    waiting.append((number, entry.path))
+                else:
+                    self.left_out["linked folders that are there already"] += 1
+
+    def is_new(self, path: str) -> bool:
+        """Returns whether a folder has not been met, and does not hold the whole split."""
+        real = os.path.realpath(path)
+        above = os.path.join(self.real_root, "").startswith(os.path.join(real, ""))
+        return not above and self.seen.setdefault(real, path) == path
+
+    def is_image(self, entry: os.DirEntry[str]) -> bool:
+        """Returns whether an entry is a file with an image's ending; counts others."""
+        ending = os.path.splitext(entry.name)[1].lower()
+        if ending not in ENDINGS:
+            self.left_out[f"with the ending {ending}" if ending else "without an ending"] += 1
+            return False
+        try:
+            regular = entry.is_file()
+        except OSError:
+            regular = False
+        self.left_out["that are no regular files, or links to nothing"] += not regular
+        return regular
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Returns whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def find_images(folder: Path, option: str) -> Tree:
+    """Finds a split's images in its classes' folders.
+
+    Raises UserError, which begins with `option`, if a folder cannot be read, if a class has no
+    image, or if two classes are one folder.
+    """
+    walk = Walk(folder, option)
+    classes = [os.path.basename(path) for path in walk.roots]
+    found = sorted(walk.images())
+    labels = [number for number, _, _ in found]
+    tree = Tree(
+        classes, [os.path.join(path, name) for _, path, name in found], labels, +walk.left_out
+    )
+    empty = sorted(set(range(len(classes))) - set(labels))
+    if empty:
+        names = ", ".join(classes[number] for number in empty[:5])
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        reasons = "".join(f"; {line}" for line in tree.note(folder))
+        raise UserError(
+            f"{option}: {folder} has no image for the classes {names}{more}: add images, or remove "
+            f"the folders{reasons}"
+        )
+    return tree

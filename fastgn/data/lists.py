@@ -1,0 +1,168 @@
+"""Reads lists of images: a line is `path label`, the label a class's name or its number, from 0."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from fastgn.data.regular import open_regular
+from fastgn.errors import UserError, check
+
+
+class Listed(NamedTuple):
+    """The images of a list."""
+
+    classes: tuple[str, ...]
+    paths: list[str]
+    labels: list[int]
+    """Index of each image's class."""
+    notes: list[str]
+    """Lines about images that are listed more than once."""
+
+
+class Row(NamedTuple):
+    """A line of a list."""
+
+    number: int
+    """From 1."""
+    name: str
+    """The image's path from the root."""
+    label: str
+
+
+def read_list(root: Path, path: Path, known: tuple[str, ...] | None) -> Listed:
+    """Reads a list of images whose paths begin at `root`.
+
+    The classes are the lines of root/classes.txt. Without that file they are `known`. If that is
+    None too, they are the names in the list, sorted, or its numbers.
+
+    Raises UserError, which names file and line, if a line or a label does not fit, or if an image
+    is not there.
+    """
+    rows: list[Row] = []
+    for number, line in enumerate(read_lines(path), 1):
+        parts = line.rsplit(maxsplit=1)
+        check(len(parts) != 1, f"{path}, line {number}: {line!r} has no label: write `path label`")
+        if parts:
+            rows.append(Row(number, *parts))
+    check(bool(rows), f"{path} lists no image: a line is `path label`")
+    classes, known_by = classes_of(root, path, rows, known)
+    numbers = read_labels(path, rows, classes, known_by)
+    check_there(root, path, rows)
+    paths = [str(root / row.name) for row in rows]
+    labels = [numbers[row.label] for row in rows]
+    return Listed(classes, paths, labels, find_repeated(path, rows, paths, labels))
+
+
+def read_lines(path: Path, who: str | None = None) -> list[str]:
+    """Returns a text file's lines. Raises UserError, which begins with `who` or the file's name, if
+    it cannot be read."""
+    who = who or str(path)
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(
+            f"{who} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    check(
+        not content.startswith((b"\xff\xfe", b"\xfe\xff")),
+        f"{who} is text in UTF-16: save it as UTF-8",
+    )
+    # the names of files need not be UTF-8
+    return content.decode("utf-8-sig", errors="surrogateescape").split("\n")
+
+
+def classes_of(
+    root: Path, path: Path, rows: Sequence[Row], known: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], str]:
+    """Returns a list's classes, and what gives them. Raises UserError if a class has two lines."""
+    named = root / "classes.txt"
+    labels = {row.label for row in rows}
+    if named.exists():
+        classes = tuple(line.strip() for line in read_lines(named) if line.strip())
+        check(len(set(classes)) == len(classes), f"{named} names a class twice")
+        return classes, str(named)
+    if known is not None:
+        return known, "the training images"
+    if all(label.lstrip("-").isdecimal() for label in labels):
+        return tuple(map(str, range(len(labels)))), "the list's number of labels"
+    return tuple(sorted(labels)), str(path)
+
+
+def read_labels(
+    path: Path, rows: Sequence[Row], classes: Sequence[str], known_by: str
+) -> dict[str, int]:
+    """Returns label -> index of its class. All labels of a list are names, or all are numbers.
+
+    Raises UserError, which names a line, if they are neither.
+    """
+    by_name = {name: index for index, name in enumerate(classes)}
+    by_number = {str(index): index for index in range(len(classes))}
+    for row in rows:
+        check(
+            row.label in by_name or row.label in by_number,
+            f"{path}, line {row.number}: label {row.label} is out of range: {len(classes)} classes "
+            f"by {known_by}, 0 to {len(classes) - 1} or their names",
+        )
+    unnamed = next((row for row in rows if row.label not in by_name), None)
+    if unnamed is None:
+        return by_name
+    named = next((row for row in rows if row.label in by_name), None)
+    digits = next((name for name in classes if name.isdecimal()), None)
+    check(
+        named is None,
+        f"{path}, line {unnamed.number}: label {unnamed.label} is the number of a class, but line "
+        f"{named.number if named else 0} has a class's name ({named.label if named else ''}): "
+        "write all labels as names",
+    )
+    check(
+        digits is None,
+        f"{path}, line {unnamed.number}: label {unnamed.label} is no class's name, and as names of "
+        f"classes are numbers themselves ({digits}) it may not stand for a class's place: write "
+        "all labels as names",
+    )
+    return by_number
+
+
+def check_there(root: Path, path: Path, rows: Sequence[Row]) -> None:
+    """Raises UserError, which names a line, unless all images are there."""
+    below: dict[str, set[str]] = {}
+    for row in rows:
+        folder, base = os.path.split(root / row.name)
+        if folder not in below:  # one listing a folder: a question for each file takes minutes
+            try:
+                below[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            except OSError as error:
+                raise UserError(
+                    f"{path}, line {row.number}: {folder} cannot be read: {error.strerror or error}"
+                ) from None
+        check(base in below[folder], f"{path}, line {row.number}: there is no {root / row.name}")
+
+
+def find_repeated(
+    path: Path, rows: Sequence[Row], paths: Sequence[str], labels: Sequence[int]
+) -> list[str]:
+    """Returns a line about images that are listed more than once, if there are any.
+
+    Raises UserError, which names both lines, if such an image has two labels.
+    """
+    first: dict[str, int] = {}
+    repeated: list[int] = []
+    for index, name in enumerate(paths):
+        before = first.setdefault(name, index)
+        if before == index:
+            continue
+        repeated.append(index)
+        check(
+            labels[before] == labels[index],
+            f"{path}, line {rows[index].number}: {name} has label {rows[index].label}, in line "
+            f"{rows[before].number} it has {rows[before].label}",
+        )
+    if not repeated:
+        return []
+    example = repeated[0]
+    return [
+        f"{path} lists {len(repeated)} of {len(rows)} images a second time or more, such as "
+        f"{paths[example]} in lines {rows[first[paths[example]]].number} and {rows[example].number}"
+    ]

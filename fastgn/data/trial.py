@@ -1,0 +1,83 @@
+"""Decides whether `--loader auto` takes DALI: only if its first batch is PIL's."""
+
+import contextlib
+import importlib.util
+from collections.abc import Callable
+
+import torch
+
+from fastgn.data.batch import Batch, Loader
+
+MEAN_DIFFERENCE = 1.6 / 255
+"""How far an image of DALI's may be from PIL's, in the mean of its values: one that is solarized,
+posterized or equalized makes much of a difference of 1/255."""
+MEDIAN_DIFFERENCE = 0.5 / 255
+"""The same of a batch's image in the middle."""
+
+
+def wants_dali(device: torch.device) -> bool:
+    """Returns whether DALI is worth a trial: on a GPU, if it is installed."""
+    with contextlib.suppress(ModuleNotFoundError):  # no package of NVIDIA's at all
+        return device.type == "cuda" and importlib.util.find_spec("nvidia.dali") is not None
+    return False
+
+
+def dali_or_pil(
+    make_dali: Callable[[], Loader],
+    make_pil: Callable[[], Loader],
+    agree: Callable[[bool], bool] = bool,
+) -> tuple[Loader, str | None]:
+    """Returns DALI's loader if its first batch is PIL's, and PIL's loader with the reason if not.
+
+    agree: whether any rank says so; all ranks take the same loader.
+
+    Raises UserError where PIL's loader does.
+    """
+    pil = make_pil()
+    with contextlib.closing(pil.epoch(0)) as batches:  # type: ignore[type-var]
+        expected = next(batches)
+    dali, fault = try_dali(make_dali, expected)
+    elsewhere = agree(fault is not None) and fault is None
+    if dali is not None and fault is None and not elsewhere:
+        dali.bad_images.clear()
+        return dali, None
+    with contextlib.suppress(Exception):
+        getattr(dali, "close", bool)()
+    pil.bad_images.clear()
+    reason = "it failed on another rank" if elsewhere else fault
+    return pil, f"--loader auto takes torch, because DALI did not pass its trial: {reason}"
+
+
+def try_dali(make_dali: Callable[[], Loader], expected: Batch) -> tuple[Loader | None, str | None]:
+    """Returns DALI's loader, and why its first batch is not the expected one, or None."""
+    loader = None
+    try:
+        loader = make_dali()
+        return loader, difference(next(iter(loader.epoch(0))), expected)
+    except Exception as error:  # whatever DALI, its driver or its decoder raises
+        line = (str(error).strip().splitlines() or [""])[0]
+        return loader, f"{type(error).__name__}: {line}"
+
+
+def difference(found: Batch, expected: Batch) -> str | None:
+    """Returns how a batch differs from the expected one, or None if it is the same but for
+    rounding."""
+    for name, mine, theirs in zip(("images", "targets"), found, expected, strict=True):
+        if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            return (
+                f"its {name} are {mine.dtype} {tuple(mine.shape)}, not {theirs.dtype} "
+                f"{tuple(theirs.shape)}"
+            )
+        if not bool(torch.isfinite(mine).all()):
+            return f"its {name} are not finite"
+    if not torch.allclose(found.targets.float(), expected.targets.float(), atol=1e-6):
+        return "its targets are others"
+    means_B = (found.images_BCHW - expected.images_BCHW).abs().mean((1, 2, 3))
+    worst, middle = float(means_B.max()), float(means_B.median())
+    if worst > MEAN_DIFFERENCE or middle > MEDIAN_DIFFERENCE:
+        return (
+            f"its images are {worst * 255:.1f}/255 from PIL's at most and {middle * 255:.1f}/255 "
+            f"in the middle, more than {MEAN_DIFFERENCE * 255:.1f} and "
+            f"{MEDIAN_DIFFERENCE * 255:.1f}"
+        )
+    return None
