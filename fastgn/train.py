@@ -8,6 +8,7 @@ The loop is `train`; `build` makes what it runs on.
 """
 
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -39,6 +40,7 @@ from fastgn.config.cli import parse_config
 from fastgn.config.groups import StepConfig
 from fastgn.data.batch import Batch, Loader, worker_death
 from fastgn.data.datasets import Dataset, check_classes, load_dataset
+from fastgn.data.identity import Identity, changes_since, identity_of
 from fastgn.data.loader import batch_sizes, build_loader
 from fastgn.data.representatives import class_representatives
 from fastgn.data.subset import Subset
@@ -115,6 +117,8 @@ class Run:
     loader: Loader
     subset: Subset | None
     classes: tuple[str, ...]
+    data: Identity
+    """What tells the images from others, for the checkpoints."""
     checkpoints: Checkpoints
     batch_size: int
     grad_accum_steps: int
@@ -376,6 +380,7 @@ class Run:
                     "global_batch": self.global_batch,
                     "config": self.cfg.to_toml(),
                     "classes": list(self.classes),
+                    "data": self.data,
                 },
                 self.update,
                 best=self.is_best,
@@ -465,10 +470,13 @@ def build(cfg: Config, world: World) -> Run:
     folder, state = open_run(cfg, world)
     if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs it no more
         initial_file(cfg.architecture.initial_checkpoint)
+    allow_changed_data = cfg.run.allow_changed_data
     # config.toml is a recipe: one that resumes would write into this run from another --output
-    cfg = cfg.replace_group("run", {"resume": None})
+    cfg = cfg.replace_group("run", {"resume": None, "allow_changed_data": False})
     with world.first_alone():
         dataset = load_dataset(cfg.dataset)
+    identity = identity_of(dataset)
+    check_ranks(world, identity)
     batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
     peak = optim.peak_lr(cfg.optimizer, batch_size * accum * world.size)
     divisor = schedule_of(cfg.step).divisor
@@ -489,6 +497,7 @@ def build(cfg: Config, world: World) -> Run:
     model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
     cfg = cfg.replace(crop_pct=model.crop_pct)  # what the run records, for its evaluations
     model.to(world.device)
+    notes = list(dataset.notes)
     loader = build_loader(
         cfg,
         dataset,
@@ -501,12 +510,15 @@ def build(cfg: Config, world: World) -> Run:
         ranks=world.size,
         device=world.device,
         compiled=compiled,
+        agree=world.any,
+        notes=notes,
     )
     optimizer = optim.build_optimizer(cfg.optimizer, model, peak)
     ema = optim.build_average(cfg.optimizer, model)
     if state is not None:
         whole = batch_size * accum * world.size
         restore(cfg, state, dataset, model, ema, optimizer, whole)
+        notes += changed_data(cfg, state, identity, allow_changed_data)
     representatives = None
     if cfg.objective.method == "pag":
         representatives = Representatives(
@@ -550,6 +562,7 @@ def build(cfg: Config, world: World) -> Run:
             crop_pct=model.crop_pct,
             batch_size=automatic.micro_batch if automatic is not None else batch_size,
             workers=cfg.dataset.workers,
+            worker_timeout=cfg.dataset.worker_timeout,
             device=world.device,
             rank=world.rank,
             ranks=world.size,
@@ -584,6 +597,7 @@ def build(cfg: Config, world: World) -> Run:
         loader=loader,
         subset=subset,
         classes=dataset.classes,
+        data=identity,
         checkpoints=Checkpoints(folder, cfg.run.checkpoint_hist),
         batch_size=batch_size,
         grad_accum_steps=accum,
@@ -642,7 +656,7 @@ def build(cfg: Config, world: World) -> Run:
             start=run.update,
             wandb_config=cfg.flat() if cfg.run.log_wandb else None,
         )
-        announce(run, report, dataset.name, compiled, state)
+        announce(run, report, dataset.name, compiled, state, notes)
     return run
 
 
@@ -728,9 +742,14 @@ def make_plan(
 
 
 def announce(
-    run: Run, report: models.ModelReport, data: str, compiled: bool, state: dict[str, Any] | None
+    run: Run,
+    report: models.ModelReport,
+    data: str,
+    compiled: bool,
+    state: dict[str, Any] | None,
+    notes: list[str],
 ) -> None:
-    """What is about to run, in a few lines."""
+    """Says what is about to run, in a few lines. notes: lines about the images and the loader."""
     cfg, size = run.cfg, run.model.img_size
     for line in report.lines(cfg.architecture):
         run.say(line)
@@ -743,6 +762,8 @@ def announce(
         f"{run.last_update} updates of {run.batch_size} images x {run.grad_accum_steps} "
         f"accumulated x {run.world.size} ranks, peak lr {run.peak_lr:.3g} -> {run.folder}"
     )
+    for line in notes:
+        run.say(line)
     if state is not None:
         groups = ("dataset", "augmentation", "objective", "step", "optimizer")
         there = Config.from_toml(state["config"])
@@ -866,6 +887,36 @@ def restore(
         module.load_state_dict(state[key])
     problem = optim.load_state(cfg.optimizer, model, optimizer, state["optimizer"])
     check(problem is None, f"the checkpoint is damaged: optimizer: {problem}")
+
+
+def changed_data(
+    cfg: Config, state: dict[str, Any], identity: Identity, allowed: bool
+) -> list[str]:
+    """Returns a line about what of the images and of their order is not the checkpoint's, if there
+    is anything. Raises UserError unless that is allowed."""
+    changes = changes_since(state.get("data"), identity)
+    seed = Config.from_toml(state["config"]).run.seed
+    if seed != cfg.run.seed:
+        changes.append(f"--seed {seed} is now {cfg.run.seed}")
+    if not changes:
+        return []
+    line = f"other data than the checkpoint's: {', '.join(changes)}"
+    check(
+        allowed,
+        f"{line}: give the same --data-dir and --seed, or add --allow-changed-data to go on with "
+        "these",
+    )
+    return [line]
+
+
+def check_ranks(world: World, identity: Identity) -> None:
+    """Raises UserError unless all ranks see the same images: each takes its part of one list."""
+    seen = world.gather([json.dumps(identity)])
+    other = next((rank for rank, data in enumerate(seen) if data != seen[0]), None)
+    check(
+        other is None,
+        f"rank {other} sees other images than rank 0: every machine needs the same --data-dir",
+    )
 
 
 class Interrupt:
