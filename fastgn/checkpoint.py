@@ -77,6 +77,16 @@ def is_optimizer(value: Any) -> bool:
     )
 
 
+def is_identity(value: Any) -> bool:
+    """Whether a value says of splits by name what data/identity.py does: numbers and digests."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(split, dict)
+        and all(isinstance(k, str) and type(v) in (int, str) for k, v in split.items())
+        for name, split in value.items()
+    )
+
+
 TEXTS = "a list of different texts"
 
 CONFIG = Key("a recipe's text", lambda v: isinstance(v, str))
@@ -104,6 +114,7 @@ CHECKPOINT = {
     "global_batch": whole(1),
     "config": CONFIG,
     "classes": CLASSES,
+    "data": Key("what is known of each split's images", is_identity, None),
 }
 """All that a checkpoint holds: a key that is not here can be neither written nor read."""
 EXPORT = {"config": CONFIG, "classes": CLASSES, "update": whole(0, None)}

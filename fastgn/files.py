@@ -6,7 +6,9 @@ line that begins with the file's name. docs/security.md says what they promise.
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -99,13 +101,25 @@ def check_regular(path: Path) -> None:
 # ------------------------------------------------------------------------------------------ reading
 
 
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """Opens a plain file for reading, without a buffer.
+
+    A named pipe without a writer would be waited for, and a device may never end.
+
+    Raises OSError if the file cannot be opened or is of another kind.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file", os.fspath(path))
+    return open(descriptor, "rb", buffering=0)
+
+
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """A plain file for reading. Raises UserError: absent, a folder, a device, unreadable."""
     try:
-        # a named pipe without a writer would be waited for
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            check(stat.S_ISREG(os.fstat(file.fileno()).st_mode), f"{path} is not a file")
+        with io.BufferedReader(open_regular(path)) as file:
             yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None

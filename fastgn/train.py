@@ -894,7 +894,7 @@ def changed_data(
 ) -> list[str]:
     """Returns a line about what of the images and of their order is not the checkpoint's, if there
     is anything. Raises UserError unless that is allowed."""
-    changes = changes_since(state.get("data"), identity)
+    changes = changes_since(state["data"], identity)
     seed = Config.from_toml(state["config"]).run.seed
     if seed != cfg.run.seed:
         changes.append(f"--seed {seed} is now {cfg.run.seed}")

@@ -720,7 +720,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         with pytest.raises(UserError, match=f"^{path} cannot be read: No such file"):
             read(path)
         os.mkfifo(path)  # would be waited for
-        with pytest.raises(UserError, match=f"^{path} is not a file"):
+        with pytest.raises(UserError, match=f"^{path} cannot be read: it is not a file"):
             read(path)
 
 

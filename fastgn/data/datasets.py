@@ -16,9 +16,9 @@ from fastgn.data.arrays import Arrays, decode_all, read_arrays
 from fastgn.data.folders import find_images
 from fastgn.data.images import BadImageError, Encoded, bad_image, decode_image
 from fastgn.data.lists import read_list
-from fastgn.data.regular import open_regular
 from fastgn.data.shards import INDEX, Shards
 from fastgn.errors import UserError, check
+from fastgn.files import open_regular
 
 __all__ = [
     "Arrays",

@@ -61,12 +61,13 @@ def sizes_of(split: Encoded) -> Iterator[int]:
                 yield -1
 
 
-def changes_since(before: Any, now: Identity) -> list[str]:
+def changes_since(before: Identity | None, now: Identity) -> list[str]:
     """Returns what of the data is not as a checkpoint has it, a phrase for each split that differs.
 
     Only what both know is compared: files and the shards packed from them are the same images.
+    before: None for a checkpoint of an older version, which has nothing of its data.
     """
-    if not isinstance(before, dict) or not all(isinstance(x, dict) for x in before.values()):
+    if before is None:
         return ["the checkpoint does not say which images it was made with"]
     found = []
     for name, split in now.items():

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgn.data.regular import open_regular
 from fastgn.errors import UserError, check
+from fastgn.files import open_regular
 
 
 class Listed(NamedTuple):

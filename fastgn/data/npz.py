@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastgn.data.regular import open_regular
 from fastgn.errors import UserError, check
+from fastgn.files import open_regular
 
 INFLATED_BYTES = 2**28
 """Arrays of this many bytes together are always read. Larger ones may have INFLATED_TIMES the bytes

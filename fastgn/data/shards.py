@@ -21,9 +21,8 @@ from torch import Tensor
 from fastgn.data.arrays import class_labels
 from fastgn.data.images import Encoded, bad_image
 from fastgn.data.npz import LABELS, Field, read_npz
-from fastgn.data.regular import open_regular
 from fastgn.errors import UserError, check
-from fastgn.files import atomic_open
+from fastgn.files import atomic_open, open_regular
 
 INDEX = "index.npz"
 """The index's name, in the folder of its shards."""
