@@ -69,6 +69,7 @@ def test_the_clock_interleaves_and_counts_calls(monkeypatch: pytest.MonkeyPatch)
         "attacks.py",
         *("compiled_step.py", "cost.py", "gpu_report.py", "kernels.py", "loader.py", "memory.py"),
         *(
+            "kills.py",
             "memory_budget.py",
             "precision.py",
             "predict.py",
