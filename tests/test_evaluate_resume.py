@@ -20,7 +20,7 @@ from fastgn.train import main as train_main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KILLS = int(os.environ.get("FASTGN_KILLS", "3"))
-"""How often the evaluation is killed; the test has also passed with 10."""
+"""How often the evaluation is killed."""
 
 
 @pytest.fixture(scope="module")
