@@ -208,6 +208,7 @@ def test_a_header_says_what_to_run_before(name: str) -> None:
     header = "".join(line for line in text_of(name).splitlines(True) if line.startswith("#"))
     header = " ".join(header.replace("#", " ").split())
     assert header.startswith("arXiv 2409.20139"), "what it is"
+    assert text_of(name).splitlines()[0].endswith("."), "--list shows the first line"
     start = load_recipe(name).architecture.initial_checkpoint
     if start is None:
         return
