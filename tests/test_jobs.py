@@ -242,7 +242,7 @@ def test_torchruns_restarts_continue_the_run(tmp_path: Path) -> None:
         (folder,) = (tmp_path / "runs").iterdir()
         worker = (folder / ".lock").read_text().split()[1]
         os.kill(int(worker), signal.SIGKILL)
-        assert process.wait(120) == 0, log.read_text()
+        assert process.wait(300) == 0, log.read_text()
     finally:
         process.kill()
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [folder.name]
