@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastgn.attacks import Gradient, leaf_gradient
+from fastgn.diagnosis import Diagnosis
 from fastgn.objectives import Loss, Objective, natural, on_subset, without_penalty
 
 SCHEDULES = ("exact", "exact-eager", "finite-difference", "central-difference", "lazy", "subset")
@@ -604,6 +605,32 @@ class Step:
                 torch.cuda.synchronize(self.device)
         assert sums is not None, "a step needs at least one micro-batch"
         return Loss(*(sums / len(parts)).unbind())
+
+    def diagnose(
+        self,
+        batches: Sequence[tuple[Tensor, Tensor]],
+        ramp: Tensor,
+        update: int,
+        attack_ramp: Tensor,
+    ) -> str | None:
+        """Computes an update's losses and gradients once more, eagerly, and keeps none of them.
+
+        Returns the layer in which a value or a derivative stops being finite, or None if all are.
+        """
+        part = self._parts[self._turn(update)]
+        module = LossModule(self.model, part, self.precision)
+        for whole in batches:
+            for images_BCHW, targets in zip(*(self._split(x) for x in whole), strict=True):
+                if part.perturb is not None:
+                    images_BCHW = self._perturbed(part.perturb, images_BCHW, targets, attack_ramp)
+                if self.schedule.differences:
+                    images_BCHW = self.model.normalize(images_BCHW)  # type: ignore[operator]
+                self.model.train(not self.train_in_eval_mode)
+                inputs = images_BCHW.detach().requires_grad_(), targets, ramp
+                found = Diagnosis().run(self.model, lambda: module(*inputs).total)  # noqa: B023
+                if found is not None:
+                    return found
+        return None
 
     def _turn(self, update: int) -> str:
         """The name of the loss that an update has."""

@@ -68,7 +68,8 @@ SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
 
 
 def train(run: "Run") -> None:
-    """The loop. The host waits for the device in `log`, `evaluate` and `save` alone."""
+    """The loop. The host waits for the device in `log`, `evaluate` and `save` alone, and after the
+    first update."""
     cfg, world = run.cfg, run.world
     with Interrupt() as interrupt:
         while run.update < run.last_update:
@@ -82,6 +83,8 @@ def train(run: "Run") -> None:
                 run.ramp.fill_(ramp)
                 run.attack_ramp.fill_(attack_ramp)
                 loss = run.step(batches, run.ramp, run.update, run.attack_ramp)
+                if run.first_s is None:
+                    run.check_first(batches)
                 grad_norm = run.apply_gradients(lr)
                 run.update += 1
                 run.accumulate(torch.stack([*loss, grad_norm]))
@@ -235,6 +238,28 @@ class Run:
             tries.append("a longer --ramp-epochs")
         raise UserError(
             f"the loss or gradient of update {bad} is not finite; {good}; try {', '.join(tries)}"
+        )
+
+    def check_first(self, batches: list[Batch]) -> None:
+        """Raises UserError if a gradient of the process's first update is not finite.
+
+        The weights are still sound then, so that the layer at fault can be found. A host sync.
+        """
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+            return
+        seed_all(Stream.STEP, self.cfg.run.seed, self.update, self.world.rank)
+        found = self.step.diagnose(batches, self.ramp, self.update, self.attack_ramp)
+        named = self.world.gather([found] if found is not None else [])
+        what = named[0] if named else "no layer alone is at fault, so their sum is too large"
+        tries = ["another --model or --initial-checkpoint"]
+        if self.step.objective.differences:
+            tries.insert(0, "--schedule finite-difference")
+        if self.cfg.step.precision != "fp32":
+            tries.insert(0, "--precision fp32")
+        raise UserError(
+            f"the gradient of update {self.update + 1}, the first one here, is not finite: {what}; "
+            f"try {' or '.join(tries)}"
         )
 
     def at_border(self) -> bool:
