@@ -110,7 +110,9 @@ def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
     server.set_forkserver_preload(["fastgn.train"])
     draw = random.Random(seed)
 
-    def run(name: str, kill_after_s: float | None = None) -> int | None:
+    def run(name: str, kill_after_s: float | None = None) -> float | None:
+        """Returns the seconds that a process took, or None if it was killed."""
+        began = time.monotonic()
         process = server.Process(
             target=train_quietly, args=(str(work / name), str(work / f"{name}.log"))
         )
@@ -119,14 +121,12 @@ def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
         if process.is_alive():
             process.kill()
         process.join()
-        code = process.exitcode
-        assert code in (0, -9), (work / f"{name}.log").read_text()
-        return code
+        assert process.exitcode in (0, -9), (work / f"{name}.log").read_text()
+        return None if process.exitcode else time.monotonic() - began
 
     run("warm-up")  # the server's own imports
-    began = time.monotonic()
-    run("unbroken")
-    life_s = time.monotonic() - began
+    life_s = run("unbroken")
+    assert life_s is not None
     wanted = contents(work / "unbroken")
     moments: list[dict[str, Any]] = []
     found: list[str] = []
@@ -135,10 +135,14 @@ def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
         while len(moments) < kills:
             runs += 1
             name = f"run{runs}"
+            fresh = True
             while True:
                 after_s = draw.uniform(0, life_s) if len(moments) < kills else None
-                if run(name, after_s) == 0:
+                took_s = run(name, after_s)
+                if took_s is not None:
+                    life_s = took_s if fresh else life_s  # other programs make it faster or slower
                     break
+                fresh = False
                 what, update = phase(work / name)
                 moments.append({"run": runs, "seconds": after_s, "update": update, "while": what})
                 bar.update()
