@@ -545,12 +545,15 @@ def edge() -> str:
         for row in record["rows"]
     ]
     columns = {"arm": [row["arm"] for row in rows]} | accuracy_columns(rows)
-    epochs = record["epochs"]
+    epochs, training = record["epochs"], record["training"]
+    weight = 19  # --edge-weight, which the record does not name
+    start = weight * training["ramp_start"]
+    growth = (weight - start) / training["ramp_epochs"]
     notes = (
         f"{record['data']}, a Swin of 16 pixels, {over_seeds(record)}; {record['images']} held-out "
         f"images; {epochs['start']} natural epochs, then {epochs['arm']} of each arm; weight of "
-        "the edges: 1 + 0.09 per epoch, or 19 from the first epoch on; APGD-CE+T: images that are "
-        "right after APGD-CE and after targeted APGD; torch "
+        f"the edges: {start:.3g} + {growth:.3g} per epoch, or {weight} from the first epoch on; "
+        "APGD-CE+T: images that are right after APGD-CE and after targeted APGD; torch "
         f"{record['versions']['torch']} (`benchmarks/results/{path.name}`)."
     )
     return "\n".join([*markdown(columns), "", notes])
