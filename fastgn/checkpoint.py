@@ -24,7 +24,8 @@ from fastgn.files import (
 )
 
 FORMAT = 1
-"""Of the checkpoint's content; raised when an older reader could not use it."""
+"""Version of the checkpoint's content. It goes up if an older reader could not use the
+new content."""
 
 REQUIRED = object()
 """Default of a key that a file must have."""
@@ -35,7 +36,7 @@ class Key:
     """What a file may hold under a key."""
 
     what: str
-    """Completes "should be ..."."""
+    """Expected content, for the error message 'X should be <what>'."""
     fits: Callable[[Any], bool]
     default: Any = REQUIRED
     """What an older version's file, without the key, is read as."""
@@ -78,7 +79,7 @@ def is_optimizer(value: Any) -> bool:
 
 
 def is_identity(value: Any) -> bool:
-    """Whether a value says of splits by name what data/identity.py does: numbers and digests."""
+    """Whether a value has the form that data/identity.py gives: per split, numbers and digests."""
     return isinstance(value, dict) and all(
         isinstance(name, str)
         and isinstance(split, dict)
@@ -270,7 +271,8 @@ class Saved:
     config: Config
     classes: tuple[str, ...]
     weights: dict[str, Tensor]
-    """The average where there is one. Keys are timm's, or those of a Classifier."""
+    """Averaged weights if the run kept them, otherwise the weights. Keys are timm's, or those of a
+    Classifier."""
     update: int | None
     """Updates of the run that the weights have; None if an older version did not say."""
     unfinished: str | None

@@ -110,7 +110,10 @@ def literal(value: Any) -> str:
         same = ast.literal_eval(text) == value
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         same = False
-    check(same, f"{text[:80]} cannot be written into model.py: it is no plain value")
+    check(
+        same,
+        f"{text[:80]} cannot be written into model.py: it must be a number, text, list or None",
+    )
     return text
 
 

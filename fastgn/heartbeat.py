@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import torch
 
 STEPS = 10
-"""Signs of life within the limit."""
+"""Heartbeats sent per time limit."""
 LONGEST_INTERVAL_S = 2.0
+"""Longest time between two heartbeats, in seconds."""
 
 
 class Heartbeat:
@@ -42,20 +43,20 @@ class Heartbeat:
         self.agent = agent
         self.interval_s = min(limit_s / STEPS, LONGEST_INTERVAL_S)
         self.meetings = 0
-        """Collectives between hosts that this rank has come to: where one stands still."""
+        """Number of control collectives that this rank has entered."""
         self.heard: dict[int, list[str]] = {}
         """Rank -> [count, meetings, missing, name] as last read."""
         self.silent_s = dict.fromkeys(self.others, 0.0)
-        """Seconds since a rank's count has last changed."""
+        """Rank -> seconds since its count last changed."""
         self.rounds = 0
-        """Times that the store has answered."""
+        """Number of times that the store has answered."""
         self.alone = False
         """Whether the process that holds the store has ended."""
         self.missing: list[int] = []
         """Ranks for which the job ends."""
         self.over = threading.Event()
         self.told = threading.Event()
-        """Set when `missing` is to be published at once."""
+        """Set to send `missing` to the other ranks at once."""
 
     def __enter__(self) -> "Heartbeat":
         for target in (self._beat, self._judge):
@@ -68,11 +69,11 @@ class Heartbeat:
             self.told.set()
 
     def name(self, rank: int) -> str:
-        """Returns a rank with its process, as far as it is known."""
+        """Returns 'rank R', with its process and host if known."""
         return f"rank {rank}" + (f" ({self.heard[rank][3]})" if rank in self.heard else "")
 
     def host(self) -> str:
-        """Returns what holds the store, by name."""
+        """Returns the name of the process that serves the store."""
         return "torchrun itself" if self.agent else self.name(0)
 
     def _beat(self) -> None:
@@ -160,5 +161,5 @@ def _write(line: str) -> None:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether an error is of the connection between ranks."""
+    """Whether an error means that the connection between ranks was lost."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)

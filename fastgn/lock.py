@@ -19,8 +19,8 @@ from fastgn.errors import UserError, check
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that has no locks."""
 HELD: set[tuple[int, int]] = set()
-"""(device, inode) of the locks of this process: POSIX's would let it take one twice, and closing
-the second would release the first."""
+"""(device, inode) of each lock that this process holds. POSIX would let a process take a lock
+twice, and closing the second would release the first."""
 
 
 class HeldError(UserError):

@@ -334,7 +334,10 @@ def check_kwargs(name: str, given: dict[str, Any]) -> None:
             f"--model-kwargs {key}: the constructor of {name} takes no such argument"
             + (f"; did you mean {close[0]!r}?" if close else ""),
         )
-        check(is_plain(value), f"--model-kwargs {key}: {value!r:.80} is no plain value")
+        check(
+            is_plain(value),
+            f"--model-kwargs {key}: {value!r:.80} must be a number, text, list or None",
+        )
 
 
 def is_plain(value: Any) -> bool:

@@ -39,6 +39,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
     From 40 on softplus is linear to the last bit of float64.
     """
+    # the formula of kernels/reference.py, written again because the packages are separate
     x = widened(input)
     return (x * F.softplus(x, threshold=40).tanh()).to(input.dtype)
 
@@ -114,7 +115,7 @@ class Twins(TorchFunctionMode):
 
 
 class WithTwins:
-    """What `replace_operators` puts before a module's own class."""
+    """Mixin that replace_operators adds as a base class."""
 
     plain: Any
     """The module's own class."""

@@ -486,8 +486,8 @@ def build(cfg: Config, world: World) -> Run:
     compiled, budget = is_compiled(cfg.step, world.device), cfg.step.activation_memory_budget
     check(
         compiled or budget == 1,
-        f"--activation-memory-budget {budget} is of compiled steps, and this one is eager: add "
-        "--compile on, or leave it out",
+        f"--activation-memory-budget {budget} works only with --compile on, and this step "
+        "is eager: add --compile on, or leave it out",
     )
     optim.check_optimizer(cfg.optimizer, world.device)
     if cfg.run.log_wandb:

@@ -45,7 +45,9 @@ class Adapted:
     def __str__(self) -> str:
         parts = []
         if self.anew:
-            parts.append(f"{', '.join(self.anew)} start anew, for another number of classes")
+            parts.append(
+                f"{', '.join(self.anew)} are initialised at random, for another number of classes"
+            )
         if self.resized:
             parts.append(
                 f"{len(self.resized)} tables resized to the image size, such as {self.resized[0]}"
@@ -54,7 +56,7 @@ class Adapted:
 
 
 class Normalised(Protocol):
-    """A network with its normalisation: models.Classifier."""
+    """What load_weights needs of a model (a models.Classifier)."""
 
     backbone: nn.Module
     mean: Tensor
@@ -66,9 +68,9 @@ def load_weights(
 ) -> Adapted:
     """Loads a state dict in timm's keys into a network, behind whatever prefix all keys share.
 
-    adapt: resizes position tables to the network's image size, by timm's own filter, and lets a
-    head for another number of classes start anew. Raises UserError, which begins with `source`, if
-    the weights belong to another network, or to one behind another normalisation.
+    adapt: resizes position tables to the network's image size, by timm's own filter, and keeps
+    the random head if the number of classes differs. Raises UserError, which begins with `source`,
+    if the weights belong to another network, or to one behind another normalisation.
     """
     own = model.backbone.state_dict()
     weights = strip_shared_prefix(check_normalisations(model, weights, source), own)

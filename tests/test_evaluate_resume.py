@@ -156,7 +156,7 @@ def test_a_spoilt_part_is_made_again(run: Path, tmp_path: Path, spoilt: str) -> 
     ("images", "ranks", "img_size", "device", "size"),
     [
         (360, 1, 16, CPU, 360),
-        (360, 2, 16, CPU, 180),  # the quickstart's, once one batch for two processes
+        (360, 2, 16, CPU, 180),  # as many images as the quickstart has
         (360, 7, 16, CPU, 52),
         (5000, 8, 224, CUDA, 313),
         (5000, 1, 224, CPU, 29),

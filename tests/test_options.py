@@ -210,7 +210,8 @@ def test_every_path_is_checked_before_it_is_used(kind: Any) -> None:
                 )
             many = isinstance(getattr(options, name), tuple)
             object.__setattr__(options, name, (bad,) if many else bad)
-            with pytest.raises(UserError, match=f"^--{flag(name)} .* is no path: ") as refusal:
+            message = f"^--{flag(name)} .* is not a valid path: "
+            with pytest.raises(UserError, match=message) as refusal:
                 options.__post_init__()
             str(refusal.value).encode()
 
@@ -220,7 +221,7 @@ def test_the_longest_names_are_paths() -> None:
 
 
 def test_a_run_that_is_no_path_is_refused() -> None:
-    with pytest.raises(UserError, match="--resume 'xx.* is no path: no name in it"):
+    with pytest.raises(UserError, match="--resume 'xx.* is not a valid path: no name in it"):
         parse_config(["--resume", "x" * 300])
 
 

@@ -135,8 +135,8 @@ class Attacker:
 
 
 class Parts:
-    """Outcomes of batches and analyses as they come, in a folder beside the output, until all are
-    there."""
+    """Results of batches and analyses, saved one by one beside the output until the evaluation
+    ends."""
 
     KEPT_S = 7 * 86400
     """Seconds after which parts that nobody has added to are those of an abandoned evaluation."""
@@ -207,7 +207,7 @@ def rows_of(
 
 
 def is_part(part: dict[str, Any] | None, images: int) -> bool:
-    """Whether this is a part as rows_of takes it, of a batch of so many images."""
+    """Whether a saved part is valid for a batch of this size."""
     if part is None:
         return False
     correct, seconds = part.get("correct"), part.get("seconds")

@@ -130,7 +130,7 @@ def check_path(name: str, text: str) -> None:
     """Raises UserError unless a text can be a path."""
     reason = PATH.refusal(text)
     shown = repr(text) if len(text) < 60 else f"{text[:40]!r}..."
-    check(reason is None, f"{name} {shown} is no path: {reason}")
+    check(reason is None, f"{name} {shown} is not a valid path: {reason}")
 
 
 def check_pixels(name: str, value: float) -> None:

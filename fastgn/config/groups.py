@@ -74,22 +74,22 @@ class ArchitectureConfig(Options):
     """Start from a local file (.safetensors, .pt, .pth) or from a finished run's folder."""
     adapt_weights: bool = False
     """Make the initial weights fit: position tables are resized to the image size, and a head for
-    another number of classes starts anew."""
+    another number of classes is initialised at random."""
     activation: str | None = None
     """Replace every activation by this one (gelu, silu, relu, ..., or with a number leaky_relu:0.3,
     elu:1, softplus:10); None keeps the model's own."""
     img_size: Annotated[int | None, Range(1, 4096)] = None
-    """Side of the square input in pixels; None takes the model's own."""
+    """Side of the square input in pixels. None means the model's own."""
     num_classes: Annotated[int | None, Range(2, 1_000_000)] = None
-    """Checked against the data; None takes the data's."""
+    """Number of classes, which must be that of the data. None means that of the data."""
     drop: Annotated[float, RATE] = 0.0
     """Dropout rate of the head."""
     drop_path: Annotated[float, RATE] = 0.0
     """Stochastic depth rate."""
     mean: Annotated[tuple[float, float, float] | None, MEAN] = None
-    """Per-channel mean of the normalisation inside the model; None takes the model's own."""
+    """Per-channel mean of the normalisation inside the model. None means the model's own."""
     std: Annotated[tuple[float, float, float] | None, STD] = None
-    """Per-channel standard deviation of the normalisation; None takes the model's own."""
+    """Per-channel standard deviation of the normalisation. None means the model's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +111,8 @@ class DatasetConfig(Options):
     """The images, and how they are grouped."""
 
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
-    """None: imagefolder when --data-dir is given, else scikit-learn's embedded digits."""
+    """Kind of data set. None means imagefolder if --data-dir is given, else scikit-learn's embedded
+    digits."""
     data_dir: Annotated[str | None, PATH] = None
     """ImageFolder tree, lists of files (train.txt, val.txt) or packed shards (fastgn.data.pack);
     CIFAR-10 as python batches, .npz or image folder (none given: downloaded)."""
@@ -134,11 +135,12 @@ class DatasetConfig(Options):
     """Seconds to wait for a batch of the worker processes, before the run ends: their disk or
     network stands still."""
     batch_size: Annotated[int | None, BATCH] = None
-    """Images a rank and micro-batch. None: 32 on CUDA, 8 on CPU."""
+    """Images per rank and micro-batch. None means 32 on CUDA and 8 on CPU."""
     grad_accum_steps: Annotated[int, BATCH] = 1
     """Micro-batches accumulated into one update."""
     global_batch_size: Annotated[int | None, IMAGES] = None
-    """Images an update over all ranks; sets grad_accum_steps, and must divide evenly."""
+    """Images per update over all ranks. It sets grad_accum_steps, and must be a multiple of
+    the images per micro-batch over all ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,22 +167,22 @@ class AugmentationConfig(Options):
     """Share of the resized image's side that the centre crop of evaluation keeps (image files);
     None means the model's own."""
     crop_padding: Annotated[int | None, Range(0, 4096)] = None
-    """Random shift in pixels (device loader); None: 1/8 of the side for cifar10, 1/16 for
+    """Random shift in pixels (device loader). None means 1/8 of the side for cifar10, and 1/16 for
     digits."""
     hflip: Annotated[float | None, PROBABILITY] = None
-    """Probability of a horizontal flip; None: 0.5, but 0 for digits."""
+    """Probability of a horizontal flip. None means 0.5, but 0 for digits."""
     reprob: Annotated[float, PROBABILITY] = 0.0
-    """Random erasing's probability."""
+    """Probability of random erasing."""
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    """Random erasing's fill: zero, one colour, or noise in every pixel."""
+    """Fill of random erasing: zero, one random colour, or noise in every pixel."""
     mixup: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of mixup; 0 turns it off."""
     cutmix: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of cutmix; 0 turns it off."""
     mixup_switch_prob: Annotated[float, PROBABILITY] = 0.5
-    """Probability of cutmix where both are on."""
+    """Probability of cutmix in place of mixup if both are on."""
     smoothing: Annotated[float, RATE] = 0.1
-    """Label smoothing."""
+    """Strength of label smoothing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,34 +205,35 @@ class ObjectiveConfig(Options):
     gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
     """gradnorm: the norm of each image's gradient."""
     gn_of: Literal["loss", "logit"] = "loss"
-    """gradnorm: whose gradient: the cross-entropy's, or the true class's logit's."""
+    """gradnorm: the penalised gradient is that of the cross-entropy, or of the true class's
+    logit."""
     gn_channel_weights: Annotated[tuple[float, float, float] | None, WEIGHT] = None
-    """gradnorm: factors of the gradient's channels, red, green, blue; None: 1 each."""
+    """gradnorm: factors of the gradient's channels red, green and blue. None means 1 for each."""
     gn_threshold: Annotated[float, Range(0, 1e9)] = 0.0
-    """gradnorm: only what an image's norm exceeds this by is penalised; in normalised units, before
-    eps / sigma."""
+    """gradnorm: only the part of the norm above this value is penalised. It is in normalised units,
+    before eps / sigma."""
     gn_start: Annotated[Fraction, PIXELS] = 0.0
     """gradnorm: take loss and gradient at a random point, uniform within this Linf radius of the
-    image in 0..1 pixel units; 0: at the image."""
+    image in 0..1 pixel units. 0 means at the image itself."""
     gn_attacked: bool = False
     """gradnorm: take cross-entropy and penalty at the images of PGD, which the attack_ options
     describe, in place of the images themselves."""
     gn_share: Annotated[
         float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
     ] = 0.5
-    """gradnorm+fgsm: share of the updates with the penalty, evenly spread; 1: all."""
+    """gradnorm+fgsm: share of the updates with the penalty, evenly spread. 1 means all updates."""
     eps: Annotated[Fraction, PIXELS] = 4 / 255
     """gradnorm: the penalty's radius in 0..1 pixel units."""
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
-    """gradnorm: pixel units in one normalised unit; one number for all channels, as in the
+    """gradnorm: pixel units per normalised unit. One number serves all channels, as in the
     paper."""
     ramp_epochs: Annotated[float | None, EPOCHS] = None
     """Epochs over which the penalty's weight, or the attack's step, grows linearly to its full
-    value. None: 5, but at most a tenth of --epochs."""
+    value. None means 5, but at most a tenth of --epochs."""
     ramp_start: Annotated[Fraction, PROBABILITY] = 0.0
-    """Share of the full value that it grows from."""
+    """Strength at the start of the ramp, as a share of the full strength."""
     edge_of: Literal["logit", "loss"] = "logit"
-    """edge: take the gradient of a sampled class's logit, or that of the cross-entropy."""
+    """edge: the compared gradient is that of a sampled class's logit, or of the cross-entropy."""
     edge_weight: Annotated[float, WEIGHT] = 19.0
     """edge: weight of the penalty, at full ramp (the paper's grows from 1 to it in 200 epochs)."""
     edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
@@ -248,18 +251,19 @@ class ObjectiveConfig(Options):
     pag_weight: Annotated[float, WEIGHT] = 15.0
     """pag: weight of the penalty (its authors' code: 1.5 times 10)."""
     pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
-    """pag: what a class's gradient points to: the mean of its training images, the image's nearest
-    neighbour among them (data that the device can hold), or one of them, drawn by the seed."""
+    """pag: the image that a class's gradient should point to. It is the mean of the class's
+    training images, the nearest of them (only data that the device can hold), or one drawn by the
+    seed."""
     pag_images: Annotated[int, IMAGES] = 100
-    """pag: image files that each class mean is taken over, drawn by the seed; of cifar10 and digits
-    it is all."""
+    """pag: number of image files, drawn by the seed, from which each class mean is computed. For
+    cifar10 and digits it is computed from all images."""
     trades_beta: Annotated[float, WEIGHT] = 6.0
     """trades: weight of the divergence."""
     attack_eps: Annotated[Fraction, PIXELS] = 4 / 255
     """pgd_at, trades, fgsm_rs, gn_attacked: Linf radius in 0..1 pixel units."""
     attack_step: Annotated[Fraction | None, PIXELS] = None
-    """pgd_at, trades, fgsm_rs, gn_attacked: step in pixel units; None: 2 eps / attack_it, for
-    fgsm_rs 1.25 eps."""
+    """pgd_at, trades, fgsm_rs, gn_attacked: step in pixel units. None means 2 eps / attack_it, and
+    1.25 eps for fgsm_rs."""
     attack_it: Annotated[int, Range(1, 10_000)] = 3
     """pgd_at, trades, gn_attacked: number of steps."""
     attack_select: Literal["last", "best", "paper"] = "last"
@@ -340,11 +344,11 @@ class ObjectiveConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig(Options):
-    """How a step runs."""
+    """How an update is computed."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """One compiled graph for the whole step; off: eager double backprop. auto: on for CUDA, off on
-    CPU, where a short run does not win back the time to compile."""
+    """on: compile the whole step into one graph; off: eager double backprop. auto: on for CUDA, and
+    off on CPU because compiling takes longer than it saves in a short run."""
     schedule: Literal[
         "auto",
         "exact",
@@ -359,13 +363,15 @@ class StepConfig(Options):
     penalty: finite-difference and central-difference approximate it without double backprop; lazy
     has it every lazy_interval-th update; subset on a share of the images."""
     fd_step: Annotated[float, FD_STEP] = 1e-2
-    """finite-difference, central-difference: the step h in normalised units. The larger, the nearer
-    to training on FGSM's images; below 1e-2 bf16 loses the difference (1e-3 is good in fp32)."""
+    """finite-difference, central-difference: the step h in normalised units. The larger h is, the
+    more the result is like training on FGSM's images. Below 1e-2 bf16 rounds the difference away
+    (1e-3 is good in fp32)."""
     lazy_interval: Annotated[int, Range(1, 1_000_000)] = 4
-    """lazy: updates from one with the penalty to the next; it is that many times as strong, which
-    clip_grad undoes in part."""
+    """lazy: number of updates from one with the penalty to the next. The penalty is that many times
+    as strong, which clip_grad undoes in part."""
     subset_fraction: Annotated[float, Range(0, 1, above=True)] = 0.5
-    """subset: share of the images with the penalty; of batch_size, a whole number of images."""
+    """subset: share of the images with the penalty. The share of batch_size must be a whole
+    number of images."""
     precision: Literal["fp32", "tf32", "bf16", "bf16-pure"] = "fp32"
     """fp32; tf32 products (CUDA); bf16: autocast with fp32 weights; bf16-pure: weights and
     activations in bf16 within the step, fp32 for the weights updated and for statistics."""
@@ -376,12 +382,11 @@ class StepConfig(Options):
     """triton: activations, LayerNorms and Swin's window attention by fastgn_kernels; reference: by
     PyTorch's operators. auto: triton for CUDA, reference on CPU."""
     activation_memory_budget: Annotated[float, Range(0, 1, above=True)] = 1.0
-    """Share of the activations that the compiled step keeps; the rest is recomputed in the
-    backward."""
+    """Share of the activations that the compiled step keeps. The backward recomputes the rest."""
     clip_grad: Annotated[
         float | None, Range(0.0, 1e9, above=True, hint="leave it out for no clipping")
     ] = None
-    """Clip the gradient's global L2 norm to this."""
+    """Clip the gradient's global L2 norm to this value. None means no clipping."""
     train_in_eval_mode: bool = False
     """Quirk of the paper's code: train with the model in eval mode, which freezes BatchNorm."""
     accumulation: Literal["mean", "sum"] = "mean"
@@ -423,30 +428,31 @@ class OptimizerConfig(Options):
     epochs: Annotated[int, Range(1, 100_000)] = 100
     """Passes over the training images."""
     lr: Annotated[float | None, LEARNING_RATE] = None
-    """Peak learning rate; None: lr_base * global batch / lr_base_size."""
+    """Peak learning rate. None means lr_base * global batch / lr_base_size."""
     lr_base: Annotated[float, LEARNING_RATE] = 6.25e-4
     """Peak learning rate at a global batch of lr_base_size."""
     lr_base_size: Annotated[int, IMAGES] = 512
-    """See lr_base."""
+    """Global batch size at which --lr-base is the peak learning rate."""
     weight_decay: Annotated[float, Range(0, 100)] = 0.05
-    """Of matrices and convolutions alone: norms, biases and relative-position tables have none."""
+    """Weight decay of matrices and convolutions. Norms, biases and relative-position tables have
+    none."""
     opt_eps: Annotated[float | None, Range(0, 1, above=True)] = None
-    """The optimizer's epsilon. None: its own (adamw: 1e-8)."""
+    """Epsilon of the optimizer. None means its own default (adamw: 1e-8)."""
     opt_betas: Annotated[tuple[float, ...] | None, RATE] = None
-    """The optimizer's betas. None: its own (adamw: 0.9 0.999)."""
+    """Betas of the optimizer. None means its own defaults (adamw: 0.9 0.999)."""
     momentum: Annotated[float | None, RATE] = None
-    """Momentum of sgd and the like. None: 0.9."""
+    """Momentum of sgd and similar optimizers. None means 0.9."""
     warmup_epochs: Annotated[float | None, EPOCHS] = None
-    """Epochs of linear warm-up. None: 5, but at most a tenth of --epochs."""
+    """Epochs of linear warm-up. None means 5, but at most a tenth of --epochs."""
     warmup_lr: Annotated[float | None, OUTER_RATE] = None
-    """Learning rate at the first update. None: 1e-5, but at most a 50th of the peak."""
+    """Learning rate at the first update. None means 1e-5, but at most a 50th of the peak."""
     min_lr: Annotated[float | None, OUTER_RATE] = None
-    """Learning rate at the end of the cosine. None: 1e-5, but at most a 50th of the peak."""
+    """Learning rate at the end of the cosine. None means 1e-5, but at most a 50th of the peak."""
     sched_on_updates: bool = True
     """Move the learning rate at every update; the paper's code moves it once an epoch."""
     model_ema: bool = True
-    """Keep an exponential moving average of the weights in fp32; it is what is evaluated and
-    exported."""
+    """Keep an exponential moving average of the weights in fp32, which is then what is evaluated
+    and exported."""
     model_ema_decay: Annotated[float, RATE] = 0.9998
     """Decay of the average per update."""
     model_ema_warmup: bool = True
@@ -489,12 +495,12 @@ class OptimizerConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Options):
-    """The run itself: where, how often, on what."""
+    """The run: its folder, device, seed, and how often it logs, saves and evaluates."""
 
     recipe: Annotated[str | None, PATH] = None
     """A recipe's name (fastgn/recipes) or a TOML file; the command line overrides it."""
     output: Annotated[str | None, PATH] = None
-    """The run's folder; None: runs/<time>-<model>-<method>."""
+    """The run's folder. None means runs/<time>-<model>-<method>."""
     resume: Annotated[str | None, PATH] = None
     """A run's folder or one of its checkpoints, continued exactly; 'auto': --output, if it has
     one."""
@@ -502,17 +508,18 @@ class RunConfig(Options):
     """Continue a run though its images, their labels or --seed have changed since the
     checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda where there is one, else cpu."""
+    """Device to run on. auto: cuda if there is one, else cpu."""
     rank_timeout: Annotated[float, MINUTES] = 5.0
     """Minutes without a sign of life from one of torchrun's ranks, after which the job ends."""
     seed: Annotated[int, SEED] = 0
-    """Of everything: all randomness is a function of (seed, step, rank) or (seed, epoch, image)."""
+    """Seed of all randomness. What is drawn depends only on (seed, step, rank) or (seed, epoch,
+    image)."""
     max_updates: Annotated[int | None, UPDATES] = None
     """Stop after this many updates, for trials; the schedule stays that of --epochs."""
     log_interval: Annotated[int, UPDATES] = 50
-    """Updates between log rows, where alone the host waits for the device."""
+    """Updates between log rows. Logging makes the host wait for the device."""
     checkpoint_interval: Annotated[int | None, UPDATES] = None
-    """Updates between checkpoints; None: one an epoch."""
+    """Updates between checkpoints. None means one checkpoint per epoch."""
     checkpoint_hist: Annotated[int, Range(1, 1_000_000)] = 2
     """Number of checkpoints kept, beside the best one and those of --keep-epochs."""
     keep_epochs: Annotated[tuple[int, ...], Range(1, 100_000)] = ()

@@ -53,7 +53,7 @@ def check_policy(policy: str) -> None:
             )
         key, text = match.groups()
         kind, allowed = known[key]
-        check(key not in seen, f"--aa {policy}: section {key} stands there twice")
+        check(key not in seen, f"--aa {policy}: section {key} is given twice")
         seen.add(key)
         check(
             (kind is float or "." not in text) and float(text) in allowed,

@@ -94,23 +94,23 @@ def check_written(written: dict[str, str | None], read: Sequence[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ForeignConfig(Options):
-    """What describes a network of which a file holds the weights alone."""
+    """Describes a network if a file holds only its weights."""
 
     model: str | None = None
-    """timm's name of the network, where --checkpoint is a file of weights alone."""
+    """timm's name of the network, needed if --checkpoint is a file of weights alone."""
     model_kwargs: tuple[str, ...] = ()
-    """With --model: arguments of its constructor, each as key=value."""
+    """With --model: arguments of the network's constructor, each as key=value."""
     activation: str | None = None
-    """With --model: swaps its activations, as fastgn.train does."""
+    """With --model: activation that replaces all of the network's, as in fastgn.train."""
     img_size: Annotated[int | None, Range(1, 4096)] = None
-    """With --model: side in pixels; None: timm's."""
+    """With --model: side of the square input in pixels. None means timm's."""
     mean: Annotated[tuple[float, float, float] | None, MEAN] = None
-    """With --model: normalisation; None: timm's."""
+    """With --model: mean of the normalisation for each channel. None means timm's."""
     std: Annotated[tuple[float, float, float] | None, STD] = None
-    """With --model: normalisation; None: timm's."""
+    """With --model: standard deviation of the normalisation for each channel. None means timm's."""
     crop_pct: Annotated[float | None, CROP] = None
-    """With --model: share of the resized image's side that the centre crop keeps (image files);
-    None: timm's."""
+    """With --model: share of the resized image's side that the centre crop keeps (image files).
+    None means timm's."""
     from_paper: bool = False
     """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
     normalisation around the network)."""
@@ -135,62 +135,63 @@ class EvaluateConfig(ForeignConfig):
     """Runs' folders, checkpoints (.pt) or exports (.safetensors) of fastgn.train; with --model, any
     file of weights in timm's keys."""
     norm: Literal["Linf", "L2"] = "Linf"
-    """What eps bounds."""
+    """Norm of the perturbation, which eps bounds."""
     eps: Annotated[tuple[Fraction, ...], EVALUATION_EPS] = (4 / 255,)
-    """Radii in 0..1 pixel units."""
+    """Radii of the attacks in 0..1 pixel units."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
     """clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start), pgd-KxR (R starts),
     pgd-K-margin (on the margin in place of the cross-entropy), pgd-K@STEP (the step itself, such as
     1/255, or a part of eps, such as eps/4), autoattack (standard), autoattack-plus,
     autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
-    """None: the data that the run was trained on."""
+    """Kind of data set. None means that of the run's training."""
     data_dir: Annotated[str | None, PATH] = None
-    """None: the run's own."""
+    """Folder or file of the data. None means that of the run."""
     val_split: Annotated[str | None, PATH] = None
-    """Folder or list of the images below --data-dir; None: the run's own."""
+    """Folder or list of the images below --data-dir. None means that of the run."""
     num_images: Annotated[int | None, IMAGES] = None
-    """How many validation images; None takes all. The first ones; of a split sorted by
-    class, as a folder is, evenly spaced ones."""
+    """Number of validation images. They are the first ones, or evenly spaced ones if the split is
+    sorted by class, as a folder is. None means all."""
     image_list: Annotated[str | None, PATH] = None
-    """In place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's validation set), or a
-    file with a line for each image: its number, or the end of its path."""
+    """List of the images, in place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's
+    validation set), or a file with the number of an image, or the end of its path, in each line."""
     batch_size: Annotated[int | None, BATCH] = None
-    """Images attacked at once, by one rank; its outcomes are saved together. None: at most 360, and
-    so many that each rank has as much to do as the others."""
+    """Images that one rank attacks at once, whose outcomes are saved together. None means at most
+    360, chosen so that all ranks have equal work."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that read image files."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
     """Seconds to wait for what the worker processes make, before the program ends."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of FGSM's and PGD's gradients; the verdict is the fp32 model's."""
+    """Precision of the gradients of FGSM and PGD. The verdict is always the fp32 model's."""
     compile: bool = False
-    """Compile the network for FGSM's and PGD's gradients: a minute first, which many images win
-    back."""
+    """Compile the network for FGSM's and PGD's gradients. Compiling takes about a minute, which
+    pays off only for many images."""
     output: Annotated[str | None, PATH] = None
-    """The JSON file; None: evaluation.json in the first checkpoint's folder."""
+    """The JSON file to write. None means evaluation.json in the first checkpoint's folder."""
     report: Annotated[str | None, PATH] = None
-    """Also write all of it as one HTML page."""
+    """Also write all results as one HTML page."""
     statistics: bool = False
-    """Also gradient statistics, at the last eps: the paper's table 1 and local linearity; of a
-    run's folder, also the norm at each of its checkpoints."""
+    """Also compute gradient statistics at the last eps: the paper's table 1 and local linearity. If
+    --checkpoint is a run's folder, also compute the norm at each of its checkpoints."""
     sanity: bool = False
-    """Also the sanity report, at the last eps: whether the attacks can be believed."""
+    """Also make the sanity report at the last eps, which says whether the attacks can be
+    believed."""
     analysis_images: Annotated[int, BATCH] = 256
-    """How many of the images, evenly spaced, for --statistics and --sanity."""
+    """Number of images, evenly spaced, for --statistics and --sanity."""
     curve: Annotated[str | None, PATH] = None
     """Also draw accuracy against eps, under the last of the attacks, into this PNG."""
     picture: Annotated[str | None, PATH] = None
     """Also draw images, input gradients and PGD-20 perturbations (at the last eps) into this
     PNG."""
     picture_images: Annotated[int, Range(1, 1000)] = 8
-    """Rows of the picture."""
+    """Number of rows of --picture."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """cuda where there is one, else cpu."""
+    """Device to run on. auto: cuda if there is one, else cpu."""
     rank_timeout: Annotated[float, MINUTES] = 5.0
     """Minutes without a sign of life from one of torchrun's ranks, after which the job ends."""
     seed: Annotated[int, SEED] = 0
-    """Of every attack."""
+    """Seed of every attack."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +207,7 @@ class EvaluateConfig(ForeignConfig):
             check(len(set(values)) == len(values), f"--{field} names one twice")
         check(
             self.norm == "Linf" or not self.statistics,
-            "--statistics is of Linf: leave it out with --norm L2",
+            "--statistics supports only --norm Linf: leave it out with --norm L2",
         )
         check_written(
             {"output": self.output, "report": self.report}
@@ -241,22 +242,23 @@ class ExportConfig(ForeignConfig):
     eps: Annotated[Fraction, EVALUATION_EPS] = 4 / 255
     """The threat's radius in 0..1 pixel units."""
     dataset: Literal["cifar10", "imagenet"] | None = None
-    """RobustBench's name of the data; None: the run's data, where it is one of these."""
+    """RobustBench's name of the data. None means the run's data, if that is one of these."""
     evaluation: Annotated[str | None, PATH] = None
     """An evaluation.json of fastgn.evaluate to take the accuracies from; None leaves them null."""
     name: str | None = None
-    """Title of the entry (RobustBench: the paper's); None: the run's name."""
+    """Title of the entry, which for RobustBench is the paper's. None means the run's name."""
     link: str | None = None
     """Address of the paper or of the code."""
     authors: str | None = None
-    """Their names, with commas between."""
+    """Names of the authors, with commas between."""
     venue: str | None = None
-    """Where and when it was published."""
+    """Where and when the paper was published."""
     architecture: str | None = None
-    """The network as the leaderboard should call it, such as Swin-B; None: --model of the run."""
+    """The network as the leaderboard should call it, such as Swin-B. None means --model of the
+    run."""
     additional_data: bool | None = None
-    """Whether other images or labels than the data set's were used; None: false for a run from
-    scratch, else null."""
+    """Whether other images or labels than the data set's were used. None means false for a
+    run from scratch, and null for others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,13 +277,13 @@ class SweepConfig(Options):
     """Tunes a recipe's fields with Optuna, by fastgn.train's own runs."""
 
     recipe: Annotated[str, PATH] = "quickstart_gradnorm"
-    """A recipe's name or a TOML file: what every trial starts from."""
+    """Name of a recipe, or a TOML file, from which every trial starts."""
     space: tuple[str, ...] = ()
-    """What is tried: FIELD=LOW:HIGH, FIELD=LOW:HIGH:log, or FIELD=A,B,C."""
+    """Values to try, each as FIELD=LOW:HIGH, FIELD=LOW:HIGH:log, or FIELD=A,B,C."""
     set: tuple[str, ...] = ()
     """Fields that differ from the recipe in every trial, each as FIELD=VALUE."""
     trials: Annotated[int, Range(1, 1_000_000)] = 30
-    """Of the study in all: those that it holds already count."""
+    """Total number of trials. Those already in the study count."""
     study: Annotated[str, PATH] = "runs/sweep.db"
     """The study's SQLite file, whose name ends in .db; beside it go .json, .png, _best.toml and the
     folder of the trials' runs."""
@@ -294,9 +296,9 @@ class SweepConfig(Options):
     prune: bool = True
     """robust: stop a trial that is worse than the median of the others at the same epoch."""
     startup_trials: Annotated[int, Range(1, 1_000_000)] = 5
-    """Random ones first, of which none is pruned."""
+    """Number of trials with random values at the beginning, of which none is pruned."""
     seed: Annotated[int, SEED] = 0
-    """Of Optuna's choices; the runs' own is a field, seed."""
+    """Seed of Optuna's choices. Each run has its own, the field `seed`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,12 +329,12 @@ class PackConfig(Options):
     output: Annotated[str, Positional, PATH]
     """The folder for the shards; a --data-dir afterwards."""
     short_side: Annotated[int | None, Range(1, 65_000)] = None
-    """Resize larger images to this shorter side in pixels (bicubic) and store them as JPEG; None,
-    and all others: their bytes stay as they are."""
+    """Resize larger images to this shorter side in pixels (bicubic) and store them as JPEG. The
+    bytes of all others stay as they are. None means that all do."""
     quality: Annotated[int, Range(1, 100)] = 90
-    """JPEG quality of what was resized."""
+    """JPEG quality of resized images."""
     shard_size: Annotated[int, IMAGES] = 10_000
-    """Images a shard."""
+    """Images per shard."""
     workers: Annotated[int, WORKERS] = 4
     """Worker processes that decode and encode."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
@@ -347,7 +349,8 @@ class PackConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class CheckConfig(Options):
-    """Decodes every image of a data set and names the bad ones; exit status 1 where there are."""
+    """Decodes every image of a data set and names the bad ones. The exit status is 1 if it
+    finds one."""
 
     data_dir: Annotated[str, Positional, PATH]
     """Image folders, lists of files or shards: whatever --data-dir takes."""

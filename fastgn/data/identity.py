@@ -62,7 +62,7 @@ def sizes_of(split: Encoded) -> Iterator[int]:
 
 
 def changes_since(before: Identity | None, now: Identity) -> list[str]:
-    """Returns what of the data is not as a checkpoint has it, a phrase for each split that differs.
+    """Returns how the data differ from the checkpoint's, one phrase per split.
 
     Only what both know is compared: files and the shards packed from them are the same images.
     before: None for a checkpoint of an older version, which has nothing of its data.

@@ -9,10 +9,11 @@ import torch
 from fastgn.data.batch import Batch, Loader
 
 MEAN_DIFFERENCE = 1.6 / 255
-"""How far an image of DALI's may be from PIL's, in the mean of its values: one that is solarized,
-posterized or equalized makes much of a difference of 1/255."""
+"""Largest mean absolute difference allowed between DALI's image and PIL's.
+
+Solarize, posterize and equalize can turn a difference of 1/255 into a large one."""
 MEDIAN_DIFFERENCE = 0.5 / 255
-"""The same of a batch's image in the middle."""
+"""The same limit for the median image of a batch."""
 
 
 def wants_dali(device: torch.device) -> bool:
@@ -29,9 +30,9 @@ def dali_or_pil(
 ) -> tuple[Loader, str | None]:
     """Returns DALI's loader if its first batch is PIL's, and PIL's loader with the reason if not.
 
-    agree: whether any rank says so; all ranks take the same loader.
+    agree: returns True on all ranks if it is given True on any rank.
 
-    Raises UserError where PIL's loader does.
+    Raises UserError if PIL's loader does.
     """
     pil = make_pil()
     with contextlib.closing(pil.epoch(0)) as batches:  # type: ignore[type-var]
