@@ -76,8 +76,8 @@ class ArchitectureConfig(Options):
     """Make the initial weights fit: position tables are resized to the image size, and a head for
     another number of classes is initialised at random."""
     activation: str | None = None
-    """Replace every activation by this one (gelu, silu, relu, ..., or with a number leaky_relu:0.3,
-    elu:1, softplus:10); None keeps the model's own."""
+    """Activation that replaces every other (gelu, silu, relu, ..., or with a number
+    leaky_relu:0.3, elu:1, softplus:10). None means the model's own."""
     img_size: Annotated[int | None, Range(1, 4096)] = None
     """Side of the square input in pixels. None means the model's own."""
     num_classes: Annotated[int | None, Range(2, 1_000_000)] = None
@@ -114,8 +114,9 @@ class DatasetConfig(Options):
     """Kind of data set. None means imagefolder if --data-dir is given, else scikit-learn's embedded
     digits."""
     data_dir: Annotated[str | None, PATH] = None
-    """ImageFolder tree, lists of files (train.txt, val.txt) or packed shards (fastgn.data.pack);
-    CIFAR-10 as python batches, .npz or image folder (none given: downloaded)."""
+    """Folder of the data: an ImageFolder tree, lists of files (train.txt, val.txt) or packed
+    shards (fastgn.data.pack). For CIFAR-10: python batches, .npz or image folder; if None, it
+    is downloaded."""
     train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images below --data-dir."""
     val_split: Annotated[str, PATH] = "val"
@@ -124,20 +125,21 @@ class DatasetConfig(Options):
     """fail: stop at an image that cannot be read, and name it; skip: take the next one of the
     split, name it and count it (torch and dali loaders)."""
     loader: Literal["auto", "device", "torch", "dali"] = "auto"
-    """device: the whole set as tensors on the device, augmented there; torch: PIL in worker
-    processes; dali: NVIDIA DALI, which decodes and augments on the GPU where there is one. auto:
-    device for digits and cifar10; for image folders dali on a GPU, if it is installed and its first
-    batch is torch's, and torch otherwise."""
+    """Loader of the training images. device: keep the whole set as tensors on the device and
+    augment it there; torch: use PIL in worker processes; dali: use NVIDIA DALI, which decodes
+    and augments on the GPU if there is one. auto: device for digits and cifar10; for image
+    folders dali on a GPU, if it is installed and its first batch is the same as torch's, and
+    torch otherwise."""
     workers: Annotated[int, WORKERS] = 4
-    """Worker processes of the torch loader, for each rank; threads of dali, which has a quarter as
-    many worker processes."""
+    """Number of worker processes of the torch loader, per rank. For dali it is the number of
+    threads, with a quarter as many worker processes."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
-    """Seconds to wait for a batch of the worker processes, before the run ends: their disk or
-    network stands still."""
+    """Seconds to wait for a batch of the worker processes before the run ends, because their
+    disk or network has stopped."""
     batch_size: Annotated[int | None, BATCH] = None
     """Images per rank and micro-batch. None means 32 on CUDA and 8 on CPU."""
     grad_accum_steps: Annotated[int, BATCH] = 1
-    """Micro-batches accumulated into one update."""
+    """Number of micro-batches accumulated into one update."""
     global_batch_size: Annotated[int | None, IMAGES] = None
     """Images per update over all ranks. It sets grad_accum_steps, and must be a multiple of
     the images per micro-batch over all ranks."""
@@ -158,14 +160,15 @@ class AugmentationConfig(Options):
     aa: str | None = None
     """timm's auto-augment policy, such as rand-m9-mstd0.5-inc1 (torch and dali loaders)."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.4
-    """Colour jitter (torch and dali loaders; timm leaves it out where --aa is given)."""
+    """Strength of the colour jitter (torch and dali loaders; timm leaves it out if --aa is
+    given)."""
     scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
     """Area range of the random resized crop (torch and dali loaders)."""
     train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Interpolation of the random resized crop (torch and dali loaders)."""
     crop_pct: Annotated[float | None, CROP] = None
-    """Share of the resized image's side that the centre crop of evaluation keeps (image files);
-    None means the model's own."""
+    """Share of the resized image's side that the centre crop of evaluation keeps (image
+    files). None means the model's own."""
     crop_padding: Annotated[int | None, Range(0, 4096)] = None
     """Random shift in pixels (device loader). None means 1/8 of the side for cifar10, and 1/16 for
     digits."""
@@ -203,7 +206,7 @@ class ObjectiveConfig(Options):
     gn_weight: Annotated[float, WEIGHT] = 1.2
     """gradnorm: weight of the penalty."""
     gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
-    """gradnorm: the norm of each image's gradient."""
+    """gradnorm: norm of each image's gradient that is penalised."""
     gn_of: Literal["loss", "logit"] = "loss"
     """gradnorm: the penalised gradient is that of the cross-entropy, or of the true class's
     logit."""
@@ -235,7 +238,8 @@ class ObjectiveConfig(Options):
     edge_of: Literal["logit", "loss"] = "logit"
     """edge: the compared gradient is that of a sampled class's logit, or of the cross-entropy."""
     edge_weight: Annotated[float, WEIGHT] = 19.0
-    """edge: weight of the penalty, at full ramp (the paper's grows from 1 to it in 200 epochs)."""
+    """edge: weight of the penalty at full strength. The paper's grows from 1 to this in 200
+    epochs."""
     edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
     """edge: temperature at which a class is sampled from the logits' softmax."""
     edge_sampling: Literal["hard", "relaxed"] = "hard"
@@ -252,8 +256,8 @@ class ObjectiveConfig(Options):
     """pag: weight of the penalty (its authors' code: 1.5 times 10)."""
     pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
     """pag: the image that a class's gradient should point to. It is the mean of the class's
-    training images, the nearest of them (only data that the device can hold), or one drawn by the
-    seed."""
+    training images, the one of them nearest to the image (only data that the device can
+    hold), or one of them drawn by the seed."""
     pag_images: Annotated[int, IMAGES] = 100
     """pag: number of image files, drawn by the seed, from which each class mean is computed. For
     cifar10 and digits it is computed from all images."""
@@ -358,10 +362,11 @@ class StepConfig(Options):
         "lazy",
         "subset",
     ] = "exact"
-    """exact: double backprop, in one graph where compiled; exact-eager: never compiled; auto:
-    exact, in micro-batches and with an activation memory budget that fit the device. Of gradnorm's
-    penalty: finite-difference and central-difference approximate it without double backprop; lazy
-    has it every lazy_interval-th update; subset on a share of the images."""
+    """Way to compute the penalty. exact: double backprop, in one graph if compiled;
+    exact-eager: never compiled; auto: exact, in micro-batches and with an activation memory
+    budget that fit the device. finite-difference and central-difference approximate
+    gradnorm's penalty without double backprop; lazy has the penalty in every lazy_interval-th
+    update; subset has it on a share of the images."""
     fd_step: Annotated[float, FD_STEP] = 1e-2
     """finite-difference, central-difference: the step h in normalised units. The larger h is, the
     more the result is like training on FGSM's images. Below 1e-2 bf16 rounds the difference away
@@ -373,14 +378,16 @@ class StepConfig(Options):
     """subset: share of the images with the penalty. The share of batch_size must be a whole
     number of images."""
     precision: Literal["fp32", "tf32", "bf16", "bf16-pure"] = "fp32"
-    """fp32; tf32 products (CUDA); bf16: autocast with fp32 weights; bf16-pure: weights and
-    activations in bf16 within the step, fp32 for the weights updated and for statistics."""
+    """Precision of the training step. fp32; tf32: fp32 with tf32 products (CUDA); bf16:
+    autocast with fp32 weights; bf16-pure: weights and activations in bf16 within the step,
+    fp32 for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Replay each compiled graph as one launch, so that no slow host holds the GPU up. auto: in one
-    process on CUDA; on with several has not been tried."""
+    """Replay each compiled graph as one launch, so that a slow host does not hold the GPU up.
+    auto: on for one process on CUDA. With several processes, on has not been tried."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """triton: activations, LayerNorms and Swin's window attention by fastgn_kernels; reference: by
-    PyTorch's operators. auto: triton for CUDA, reference on CPU."""
+    """Kernels of the network. triton: compute activations, LayerNorms and Swin's window
+    attention with fastgn_kernels; reference: use PyTorch's operators. auto: triton for CUDA,
+    reference on CPU."""
     activation_memory_budget: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of the activations that the compiled step keeps. The backward recomputes the rest."""
     clip_grad: Annotated[
@@ -390,7 +397,8 @@ class StepConfig(Options):
     train_in_eval_mode: bool = False
     """Quirk of the paper's code: train with the model in eval mode, which freezes BatchNorm."""
     accumulation: Literal["mean", "sum"] = "mean"
-    """Average the micro-batches' losses, or sum them before clipping, as the paper's code does."""
+    """Average the losses of the micro-batches, or sum them before clipping as the paper's
+    code does."""
     sync_micro_batches: bool = False
     """Quirk of the paper's code: synchronise the device after every micro-batch (for timing
     alone)."""
@@ -423,10 +431,10 @@ class OptimizerConfig(Options):
     """The optimizer, the schedule of its learning rate, and the average of the weights."""
 
     opt: str = "adamw"
-    """An optimizer of timm, such as adamw, sgd (with Nesterov's momentum), momentum or lion.
-    fusedadamw and the like are NVIDIA apex's."""
+    """Name of one of timm's optimizers, such as adamw, sgd (with Nesterov's momentum),
+    momentum or lion. fusedadamw and similar names are NVIDIA apex's."""
     epochs: Annotated[int, Range(1, 100_000)] = 100
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     lr: Annotated[float | None, LEARNING_RATE] = None
     """Peak learning rate. None means lr_base * global batch / lr_base_size."""
     lr_base: Annotated[float, LEARNING_RATE] = 6.25e-4
@@ -449,7 +457,7 @@ class OptimizerConfig(Options):
     min_lr: Annotated[float | None, OUTER_RATE] = None
     """Learning rate at the end of the cosine. None means 1e-5, but at most a 50th of the peak."""
     sched_on_updates: bool = True
-    """Move the learning rate at every update; the paper's code moves it once an epoch."""
+    """Move the learning rate at every update. The paper's code moves it once an epoch."""
     model_ema: bool = True
     """Keep an exponential moving average of the weights in fp32, which is then what is evaluated
     and exported."""
@@ -502,10 +510,10 @@ class RunConfig(Options):
     output: Annotated[str | None, PATH] = None
     """The run's folder. None means runs/<time>-<model>-<method>."""
     resume: Annotated[str | None, PATH] = None
-    """A run's folder or one of its checkpoints, continued exactly; 'auto': --output, if it has
-    one."""
+    """A run's folder or one of its checkpoints, which is continued exactly. 'auto' means the
+    folder of --output, if it has a checkpoint."""
     allow_changed_data: bool = False
-    """Continue a run though its images, their labels or --seed have changed since the
+    """Continue a run even if its images, their labels or --seed have changed since the
     checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to run on. auto: cuda if there is one, else cpu."""
@@ -530,7 +538,7 @@ class RunConfig(Options):
     eval_images: Annotated[int, Range(0, 2**31 - 1)] = 512
     """Size of the fixed validation subset; 0 turns evaluation off."""
     eval_eps: Annotated[Fraction | None, PIXELS] = None
-    """Linf radius of the PGD-10 watched during training; None: the method's own radius."""
+    """Linf radius of the PGD-10 watched during training. None means the method's own radius."""
     log_wandb: bool = False
     """Log to Weights & Biases as well."""
 

@@ -139,10 +139,11 @@ class EvaluateConfig(ForeignConfig):
     eps: Annotated[tuple[Fraction, ...], EVALUATION_EPS] = (4 / 255,)
     """Radii of the attacks in 0..1 pixel units."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
-    """clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start), pgd-KxR (R starts),
-    pgd-K-margin (on the margin in place of the cross-entropy), pgd-K@STEP (the step itself, such as
-    1/255, or a part of eps, such as eps/4), autoattack (standard), autoattack-plus,
-    autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square."""
+    """Attacks to run: clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start),
+    pgd-KxR (R starts), pgd-K-margin (on the margin in place of the cross-entropy), pgd-K@STEP
+    (the step itself, such as 1/255, or a part of eps, such as eps/4), autoattack (standard),
+    autoattack-plus, autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab,
+    fab-t, square."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """Kind of data set. None means that of the run's training."""
     data_dir: Annotated[str | None, PATH] = None
@@ -236,7 +237,7 @@ class ExportConfig(ForeignConfig):
     """A run's folder, a checkpoint (.pt) or an export (.safetensors); with --model, any file of
     weights in timm's keys."""
     robustbench: Annotated[str, PATH] = ""
-    """The folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
+    """Folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
     threat: Literal["Linf", "L2"] = "Linf"
     """The norm that --eps is measured in."""
     eps: Annotated[Fraction, EVALUATION_EPS] = 4 / 255
@@ -244,7 +245,7 @@ class ExportConfig(ForeignConfig):
     dataset: Literal["cifar10", "imagenet"] | None = None
     """RobustBench's name of the data. None means the run's data, if that is one of these."""
     evaluation: Annotated[str | None, PATH] = None
-    """An evaluation.json of fastgn.evaluate to take the accuracies from; None leaves them null."""
+    """An evaluation.json of fastgn.evaluate that has the accuracies. None leaves them null."""
     name: str | None = None
     """Title of the entry, which for RobustBench is the paper's. None means the run's name."""
     link: str | None = None
@@ -288,11 +289,12 @@ class SweepConfig(Options):
     """The study's SQLite file, whose name ends in .db; beside it go .json, .png, _best.toml and the
     folder of the trials' runs."""
     objective: Literal["robust", "pareto"] = "robust"
-    """robust: the accuracy under PGD-10, above --clean-floor; poor trials are pruned. pareto: it
-    and the clean accuracy together; Optuna cannot prune with two objectives."""
+    """What to optimise. robust: the accuracy under PGD-10, above --clean-floor; poor trials
+    are pruned. pareto: that and the clean accuracy together; Optuna cannot prune with two
+    objectives."""
     clean_floor: Annotated[float, PROBABILITY] = 0.0
-    """robust: a trial with less clean accuracy (0..1) counts as worse than any with more; pareto:
-    which trials may be the best one."""
+    """Lowest clean accuracy (0..1). robust: a trial below it counts as worse than any above
+    it; pareto: a trial below it cannot be the best."""
     prune: bool = True
     """robust: stop a trial that is worse than the median of the others at the same epoch."""
     startup_trials: Annotated[int, Range(1, 1_000_000)] = 5

@@ -11,9 +11,10 @@ from fastgn.data.batch import Batch, Loader
 MEAN_DIFFERENCE = 1.6 / 255
 """Largest mean absolute difference allowed between DALI's image and PIL's.
 
-Solarize, posterize and equalize can turn a difference of 1/255 into a large one."""
+Solarize, posterize and equalize can turn a difference of 1/255 into a large one.
+"""
 MEDIAN_DIFFERENCE = 0.5 / 255
-"""The same limit for the median image of a batch."""
+"""Largest such difference allowed for the median image of a batch."""
 
 
 def wants_dali(device: torch.device) -> bool:
