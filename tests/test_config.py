@@ -223,12 +223,22 @@ def test_what_is_refused_names_the_value(flags, value, expected):
         ('model_kwargs = "depth=2"', "model_kwargs = 'depth=2' should be a list"),
         ("[objective]\neps = 0.1", "unknown key 'objective'"),
         ("eps = ", "not TOML"),
+        (f"epochs = {'9' * 5000}", "not TOML"),
+        (f"epochs = 0x{'f' * 5000}", "not TOML"),
     ],
 )
 def test_what_a_recipe_cannot_say(text, expected):
     with pytest.raises(UserError) as caught:
         Config.from_toml(text)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_long_chain_of_recipes_is_refused_in_one_line(tmp_path):
+    for number in range(1200):
+        (tmp_path / f"{number}.toml").write_text(f'base = "{number + 1}.toml"\n')
+    with pytest.raises(UserError, match="more than 8 recipes extend one another") as caught:
+        load_recipe(str(tmp_path / "0.toml"))
+    assert "\n" not in str(caught.value)
 
 
 def test_configs_are_frozen():

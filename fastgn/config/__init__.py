@@ -199,6 +199,10 @@ def load_recipe(name_or_file: str) -> Config:
         raise UserError(f"--recipe {name_or_file}: {error}") from None
 
 
+BASES = 8
+"""Largest number of recipes that may be between a recipe and the first one that it extends."""
+
+
 def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Returns a recipe's keys and values, laid over those of the recipe that its `base` names.
 
@@ -214,6 +218,7 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     check(os.path.isfile(path), missing)
     path = path.resolve()
     check(path not in extended_by, "it extends itself")
+    check(len(extended_by) <= BASES, f"more than {BASES} recipes extend one another")
     values = {key.replace("-", "_"): value for key, value in parse_toml(read_text(path)).items()}
     base = values.pop("base", None)
     if base is None:
@@ -231,7 +236,8 @@ def parse_toml(text: str) -> dict[str, Any]:
     """Returns the keys and values of a recipe's text. Raises UserError."""
     try:
         values = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        repr(values)  # fails if a number has too many digits for a message that shows it
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not TOML: {first_line(error)}") from None
     check("self" not in values, "unknown key 'self'")
     return values
