@@ -138,7 +138,14 @@ def test_parts_of_abandoned_evaluations_are_cleared(run: Path, tmp_path: Path) -
     assert left == {"e.json", *list(folders)[1:]}
 
 
-@pytest.mark.parametrize("spoilt", ["[]", '{"correct": "11"}', '{"correct": 7, "seconds": ""}'])
+WHOLE = '"correct": "11111111", "seconds": 1.0, "batch": 0'
+SPOILT = (
+    *("[]", '{"correct": "11"}', '{"correct": 7, "seconds": ""}'),
+    *(f'{{{WHOLE}, "warnings": 5}}', f'{{{WHOLE}, "warnings": [[]]}}'),
+)
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
 def test_a_spoilt_part_is_made_again(run: Path, tmp_path: Path, spoilt: str) -> None:
     args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean"]
     cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), num_images=8)
@@ -147,9 +154,27 @@ def test_a_spoilt_part_is_made_again(run: Path, tmp_path: Path, spoilt: str) -> 
     output = tmp_path / "e.json"
     parts = outcomes.Parts(output, evaluate.decides(trained, subset, cfg, "cpu"))
     parts.folder.mkdir()
-    parts.path("clean", f"{0:.8f}", 0).write_text(spoilt)
+    parts.path("clean", "0.0", 0).write_text(spoilt)
     assert evaluate.main([*args, "--output", str(output)]) == 0
     assert len(results(output)[0]["results"][0]["correct"]) == 8
+
+
+def test_two_close_radii_have_parts_of_their_own(run: Path, tmp_path: Path) -> None:
+    made: list[tuple[str, float]] = []
+
+    class Counting(outcomes.Attacker):
+        def correct(self, model: Any, x: Any, y: Any, ids: Any, name: str, eps: float, clean: Any):
+            made.append((name, eps))
+            return super().correct(model, x, y, ids, name, eps, clean)
+
+    args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "fgsm"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "Attacker", Counting)
+        patch.setattr(outcomes.Parts, "remove", lambda parts: None)
+        for eps in ("0.01", "0.010000001"):
+            output = ["--output", str(tmp_path / "e.json")]
+            assert evaluate.main([*args, "--eps", eps, *output]) == 0
+    assert made == [("clean", 0.0), ("fgsm", 0.01), ("fgsm", 0.010000001)]
 
 
 @pytest.mark.parametrize(

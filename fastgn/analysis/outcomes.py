@@ -211,8 +211,12 @@ def is_part(part: dict[str, Any] | None, images: int) -> bool:
     if part is None:
         return False
     correct, seconds = part.get("correct"), part.get("seconds")
-    right = isinstance(correct, str) and len(correct) == images and set(correct) <= {"0", "1"}
-    return right and isinstance(seconds, float) and isinstance(part.get("batch"), int)
+    warnings = part.get("warnings", [])
+    return (
+        (isinstance(correct, str) and len(correct) == images and set(correct) <= {"0", "1"})
+        and (isinstance(seconds, float) and isinstance(part.get("batch"), int))
+        and (isinstance(warnings, list) and all(isinstance(line, str) for line in warnings))
+    )
 
 
 def row(name: str, eps: float, correct: str) -> dict[str, Any]:
