@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
 SUGGESTIONS = 5
 """Number of near names that a message shows."""
@@ -78,12 +79,12 @@ def say_error(line: str) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
-    print(line, file=sys.stderr, flush=True)
+    print_line(line)
 
 
-def print_line(line: str) -> None:
-    """Prints a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+def print_line(line: str, file: TextIO | None = None) -> None:
+    """Prints a line to stderr or to `file`, with escapes for all that a terminal would obey."""
+    print(escaped(line), file=file or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -101,4 +102,4 @@ def passed_over(
         failure.append(error)
         if report is not None:
             line = f"{what} failed and is left out: {type(error).__name__}: {first_line(error)}"
-            report(escaped(f"warning: {line}"))
+            report(f"warning: {line}")

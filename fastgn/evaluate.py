@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ from fastgn.data.datasets import Arrays, check_classes, load_validation
 from fastgn.data.lists import read_lines
 from fastgn.data.subset import Subset, images_at_once
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, escaped, passed_over, say_error
+from fastgn.errors import UserError, check, escaped, passed_over, print_line, say_error
 from fastgn.files import check_target, parse_json, write_bytes, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
@@ -91,11 +92,11 @@ def load_foreign(
         f"--checkpoint {where} has another number of classes than the data: {adapted}",
     )
     if adapted:
-        print(f"{where}: {adapted}", file=sys.stderr)
+        print_line(f"{where}: {adapted}")
     model.to(device).eval().requires_grad_(False)
     model.crop_pct = cfg.crop_pct or model.crop_pct
     there = there.replace(crop_pct=model.crop_pct)
-    return Trained(path.stem, model, there, classes)
+    return Trained(escaped(path.stem), model, there, classes)
 
 
 def load_trained(where: str, device: torch.device) -> Trained:
@@ -201,7 +202,7 @@ def decides(trained: Trained, images: Subset, cfg: EvaluateConfig, device: str) 
         else:
             path = Path(images.split.name(index))
             size = path.stat().st_size if path.is_file() else 0
-            digest.update(f"{path} {size}".encode())
+            digest.update(b"%b %d" % (os.fsencode(path), size))
         digest.update(str(int(images.split.labels_N[index])).encode())
     model = trained.model
     return [
@@ -225,14 +226,13 @@ def evaluate(
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     attacker = Attacker(cfg.norm, cfg.seed, size, world.device, cfg.precision, cfg.compile)
     if world.is_main and len(batches) < world.size:
-        print(
+        print_line(
             f"warning: {len(order)} images are {len(batches)} batches of {size} for {world.size} "
-            "processes: the others have nothing to do; lower --batch-size",
-            file=sys.stderr,
+            "processes: the others have nothing to do; lower --batch-size"
         )
 
     def key(pair: tuple[str, float], batch: int) -> tuple[object, ...]:
-        return pair[0], f"{pair[1]:.8f}", batch
+        return pair[0], repr(pair[1]), batch
 
     done: dict[tuple[int, int], dict[str, Any]] = {}
     mine = range(world.rank, len(batches), world.size)
@@ -276,7 +276,7 @@ def evaluate(
     if world.is_main:
         for row in rows:
             at = "" if row["attack"] == "clean" else f" at {radius(row['eps'])}"
-            print(f"{trained.name}: {row['attack']}{at} {row['accuracy']:.1%}", file=sys.stderr)
+            print_line(f"{trained.name}: {row['attack']}{at} {row['accuracy']:.1%}")
     if "clean" not in cfg.attacks:
         rows = rows[1:]
     result = {
@@ -381,13 +381,13 @@ def analyse(
     out: dict[str, Any] = {}
     if not total:
         return out
-    print(f"{trained.name}: analysing {len(ids)} images", file=sys.stderr)
+    print_line(f"{trained.name}: analysing {len(ids)} images")
     batches = list(subset)
     with open_bar(total=total, desc=f"{trained.name}: analysis", unit="part") as bar:
 
         def made(make: Callable[[], Any], *key: object) -> Any:
             bar.set_postfix_str(str(key[0]))
-            part = parts.made(make, *key, f"{eps:.8f}", len(ids))
+            part = parts.made(make, *key, repr(eps), len(ids))
             bar.update()
             return part
 
@@ -441,7 +441,7 @@ def with_own_names(trained: list[Trained], checkpoints: tuple[str, ...]) -> list
     """Models of one name by their whole paths."""
     names = [t.name for t in trained]
     return [
-        dataclasses.replace(t, name=where) if names.count(t.name) > 1 else t
+        dataclasses.replace(t, name=escaped(where)) if names.count(t.name) > 1 else t
         for t, where in zip(trained, checkpoints, strict=True)
     ]
 
@@ -508,15 +508,15 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     )
     for result in results:
         for line in result["warnings"]:
-            print(f"warning: {result['name']}: {line}")
-    print(f"written: {output}", flush=True)
+            print_line(f"warning: {result['name']}: {line}", sys.stdout)
+    print_line(f"written: {output}", sys.stdout)
     if cfg.statistics or cfg.sanity:
         with room_for(size):
             for index, where in enumerate(cfg.checkpoint):
                 analysis = analyse(where, trained[index], subsets[index], cfg, saved[index])
                 results[index].update(analysis)
                 write_json(output, record)
-        print(f"written: {output}, with the analyses")
+        print_line(f"written: {output}, with the analyses", sys.stdout)
     for parts in saved:
         parts.remove()
     draw_all(trained, subsets[0], record, cfg)
@@ -555,7 +555,7 @@ def draw_all(
             with passed_over(path) as failure:
                 write_bytes(Path(path), make())
             if not failure:
-                print(f"written: {path}")
+                print_line(f"written: {path}", sys.stdout)
 
 
 def curve_of(results: list[dict[str, Any]], name: str, norm: str) -> bytes:

@@ -27,7 +27,7 @@ from fastgn import models
 from fastgn.checkpoint import export_weights, is_number
 from fastgn.config.cli import parse_cli
 from fastgn.config.programs import ExportConfig
-from fastgn.errors import UserError, check, say_error
+from fastgn.errors import UserError, check, print_line, say_error
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ def run(cfg: ExportConfig) -> None:
         classes = tuple(map(str, range(CLASSES[str(cfg.dataset)])))
         trained = load_foreign(cfg.checkpoint, cfg, classes, cpu)
     if trained.unfinished:
-        print(f"{trained.name}: {trained.unfinished}", file=sys.stderr)
+        print_line(f"{trained.name}: {trained.unfinished}")
     info = model_info(cfg, trained)
     source = definition(trained)
     weights = {k: v.contiguous() for k, v in trained.model.backbone.state_dict().items()}
@@ -375,7 +375,7 @@ def run(cfg: ExportConfig) -> None:
     write_bytes(folder / "weights.pt", pickled.getvalue())
     write_bytes(folder / "model.py", source)
     write_json(folder / "model_info.json", info)
-    print(f"written: {folder}: {', '.join(FILES)}")
+    print_line(f"written: {folder}: {', '.join(FILES)}", sys.stdout)
     missing = [k for k, v in info.items() if v is None and k not in ("footnote", "unreliable")]
     if missing:
         print(f"model_info.json has no {', '.join(missing)} yet")

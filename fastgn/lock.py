@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fastgn.errors import UserError, check
+from fastgn.errors import UserError, check, print_line
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that has no locks."""
@@ -103,7 +103,7 @@ def _acquire(path: Path, name: str) -> int | None:
                 ) from None
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"warning: {name}: {path} cannot be locked, because the file system has no locks")
+            print_line(f"warning: {name}: {path} cannot be locked: the file system has no locks")
             return None
         HELD.add(_identity(os.fstat(descriptor)))
         if not _is_at(descriptor, path):  # the holder before has removed it in the meantime

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fastgn.errors import UserError, passed_over, print_line
+from fastgn.errors import UserError, escaped, passed_over, print_line
 from fastgn.files import write_bytes
 
 COLUMNS = (
@@ -161,11 +161,11 @@ class Metrics:
         self.print(", ".join(parts) + text)
 
     def print(self, line: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line above the bar, with escapes for all that a terminal would obey."""
         if self.bar.disable:
             print_line(line)
         else:
-            self.bar.write(line, file=sys.stderr)
+            self.bar.write(escaped(line), file=sys.stderr)
 
     def close(self) -> None:
         """Ends the bar and what else is open; metrics.csv is there afterwards."""

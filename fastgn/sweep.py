@@ -33,7 +33,16 @@ from fastgn.config import FIELDS, Config, load_recipe
 from fastgn.config.cli import parse_cli
 from fastgn.config.programs import SweepConfig
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, nearest, parse_number, passed_over, say_error
+from fastgn.errors import (
+    UserError,
+    check,
+    escaped,
+    nearest,
+    parse_number,
+    passed_over,
+    print_line,
+    say_error,
+)
 from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
 from fastgn.metrics import environment, open_bar
@@ -340,7 +349,7 @@ def sweep(cfg: SweepConfig) -> int:
         def said(study: Any, trial: Any) -> None:
             if "failed" in trial.user_attrs or trial.state.name != "FAIL":
                 bar.update()
-                bar.write(line_of(trial), file=sys.stderr)
+                bar.write(escaped(line_of(trial)), file=sys.stderr)
             with passed_over("the report"):
                 report(study, cfg, base)
 
@@ -356,7 +365,7 @@ def sweep(cfg: SweepConfig) -> int:
                 callbacks=[said, enough],
             )
     best = report(study, cfg, base)
-    print(best)
+    print_line(best, sys.stdout)
     if interrupted:
         print("stopped; run the same command again to continue")
     return 0

@@ -20,10 +20,11 @@ from odd import (
     train_a_few,
     write_tree,
 )
+from test_errors import folder_run, image_folder
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing
-from fastgn import train
+from fastgn import evaluate, train
 from fastgn.data.datasets import Dataset, Files
 from fastgn.data.images import BadImageError, decode_image
 from fastgn.errors import UserError
@@ -419,3 +420,20 @@ def test_each_ending_is_of_a_format_that_is_read(kind):
 def test_control_characters_of_any_name_are_escaped():
     error = UserError("a\nb\x1b[31m\udcff\u202e\ufeff and ümlaut")
     assert str(error) == r"a\nb\x1b[31m\udcff\u202e\ufeff and ümlaut"
+
+
+def test_classes_that_are_not_utf8_are_trained_evaluated_and_shown_as_escapes(tmp_path, capsys):
+    names = [os.fsdecode(b"\xff"), "b"]
+    data = image_folder(tmp_path / "data", names, names)  # type: ignore[arg-type]
+    (data / "train" / "b" / "x.\x1b[31mred").write_text("left out")
+    output = tmp_path / "run\nsecond line"
+    short = ("--max-updates", "1", "--method", "natural", "--no-model-ema", "--eval-images", "0")
+    assert train.main(folder_run(data, output, *short)) == 0
+    report = tmp_path / "re\x1bport.html"
+    args = ["--checkpoint", str(output), "--attacks", "clean", "--workers", "0"]
+    assert evaluate.main([*args, "--report", str(report)]) == 0
+    assert report.is_file() and (output / "evaluation.json").is_file()
+    said = capsys.readouterr()
+    shown = said.out + said.err
+    assert "run\\nsecond line" in shown and "ending .\\x1b[31mred" in shown
+    assert all(line.isprintable() for line in shown.splitlines()), shown

@@ -30,7 +30,7 @@ from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import in_order
-from fastgn.errors import UserError, escaped
+from fastgn.errors import UserError, escaped, print_line
 from fastgn.files import check_target, write_json
 
 TINY_PX = 32
@@ -177,7 +177,7 @@ def main(args: list[str] | None = None) -> int:
         print(shown(report))
         if cfg.output:
             write_json(Path(cfg.output), report)
-            print(f"written: {cfg.output}")
+            print_line(f"written: {cfg.output}", sys.stdout)
     except UserError as error:
         print(f"fastgn.data.check: error: {error}", file=sys.stderr)
         return 2
