@@ -17,9 +17,11 @@ from fastgn.errors import UserError, check
 from fastgn.files import (
     METADATA,
     atomic_open,
+    check_regular,
     parse_json,
     read_archive,
     read_safetensors,
+    remove_file,
     write_safetensors,
 )
 
@@ -163,9 +165,11 @@ class Checkpoints:
         return self.folder / f"epoch_{epoch:04d}.pt"
 
     def all(self) -> list[Path]:
-        """Returns update_*.pt, oldest first."""
+        """Returns update_*.pt, oldest first. Folders of such a name are left out."""
         found = (
-            p for p in self.folder.glob("update_*.pt") if re.fullmatch(r"update_\d+\.pt", p.name)
+            p
+            for p in self.folder.glob("update_*.pt")
+            if re.fullmatch(r"update_\d+\.pt", p.name) and p.is_file()
         )
         return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
 
@@ -198,16 +202,17 @@ class Checkpoints:
         there = self.all()
         end = there.index(path) + 1
         for old in there[: max(end - self.keep, 0)] + there[end:]:
-            old.unlink(missing_ok=True)
+            remove_file(old)
         return path
 
     def remove_leftovers(self) -> None:
         """Removes what kills have left half-written. Only the holder of the run's lock may."""
         for left in self.folder.glob(".*.tmp"):
-            left.unlink(missing_ok=True)
+            remove_file(left)
 
     @staticmethod
     def _link(path: Path, name: Path) -> None:
+        check_regular(name)
         temporary = name.with_name(f".{name.name}.{secrets.token_hex(8)}.tmp")
         try:
             os.link(path, temporary)
@@ -247,14 +252,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def find_checkpoint(where: Path) -> Path:
-    """The checkpoint that --resume names: a file, or the last one of a run's folder."""
+def find_checkpoint(where: Path, flag: str = "--resume") -> Path:
+    """Returns the checkpoint that a flag names: a file, or the last one of a run's folder."""
     if where.is_file():
         return where
-    check(where.is_dir(), f"--resume {where}: there is no such run or checkpoint")
+    check(where.is_dir(), f"{flag} {where}: there is no such run or checkpoint")
     last = Checkpoints(run_folder(where / "config.toml"), 1).last()
     if last is None:
-        raise UserError(f"--resume {where}: no checkpoint below it")
+        raise UserError(f"{flag} {where}: no checkpoint below it")
     return last
 
 

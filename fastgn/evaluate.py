@@ -106,7 +106,9 @@ def load_trained(where: str, device: torch.device) -> Trained:
     check(path.exists(), f"--checkpoint {where}: there is no such run or file")
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
-    saved = read_saved(path if path.suffix == ".safetensors" else find_checkpoint(path))
+    saved = read_saved(
+        path if path.suffix == ".safetensors" else find_checkpoint(path, "--checkpoint")
+    )
     try:
         model, _ = models.build_model(saved.config.architecture.started(), len(saved.classes))
     except UserError as error:

@@ -34,6 +34,20 @@ DIGEST = "fastgn_sha256"
 # ------------------------------------------------------------------------------------------ writing
 
 
+class RecordingFile(io.FileIO):
+    """Keeps the error of a failed write, whose reason torch.save does not pass on."""
+
+    failure: OSError | None = None
+    """The last error, such as that of a full disk."""
+
+    def write(self, content: Any, /) -> int | None:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
 @contextlib.contextmanager
 def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears at `path` only when all of it is on the disk.
@@ -44,18 +58,21 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     check_regular(path)
     # the name cannot be guessed, so that nobody can put a link there first
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
+    raw: RecordingFile | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with open(os.open(temporary, flags, 0o666), "wb") as file:
+        raw = RecordingFile(os.open(temporary, flags, 0o666), "wb")
+        with io.BufferedWriter(raw) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps a failed write in RuntimeError
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else None
+        reason = raw.failure if raw is not None and raw.failure is not None else error
+        cause = reason.strerror if isinstance(reason, OSError) and reason.strerror else None
         raise UserError(
-            f"{path} cannot be written: {cause or first_line(error)}; what was there before is "
+            f"{path} cannot be written: {cause or first_line(reason)}; what was there before is "
             "untouched"
         ) from None
     finally:
@@ -72,6 +89,12 @@ def write_bytes(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON atomically, indented, keys in the order given."""
     write_bytes(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file if it is there. Leaves a folder of that name alone."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+        path.unlink()
 
 
 def check_target(path: Path) -> None:

@@ -10,17 +10,23 @@ import fcntl
 import os
 import re
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastgn.errors import UserError, check, print_line
+from fastgn.files import remove_file
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that has no locks."""
 HELD: set[tuple[int, int]] = set()
 """(device, inode) of each lock that this process holds. POSIX would let a process take a lock
 twice, and closing the second would release the first."""
+
+
+ATTEMPTS = 100
+"""Tries to create a lock, each of which a holder that leaves may spoil."""
 
 
 class HeldError(UserError):
@@ -54,7 +60,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     ours = re.compile(rf"\.(?:{'|'.join(re.escape(name[:40]) for name in names)})\.[^.]*\.tmp")
     for left in folder.glob(".*.tmp"):
         if ours.fullmatch(left.name):
-            left.unlink(missing_ok=True)
+            remove_file(left)
 
 
 @contextlib.contextmanager
@@ -83,14 +89,21 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 def _acquire(path: Path, name: str) -> int | None:
     """Returns the locked file's descriptor, or None on a file system without locks."""
-    while True:
+    for attempt in range(ATTEMPTS):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            if _identity(os.stat(path, follow_symlinks=False)) in HELD:
+            status = os.stat(path, follow_symlinks=False)
+            check(
+                stat.S_ISREG(status.st_mode),
+                f"{name} cannot be written: its lock, {path}, is no plain file: remove it",
+            )
+            if _identity(status) in HELD:
                 raise HeldError(f"{name} is in use by this process already: give another one")
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # a holder that leaves has just removed the folder
+            if attempt == ATTEMPTS - 1:  # or files cannot be created there, as in /proc
+                raise
             continue
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,6 +129,7 @@ def _acquire(path: Path, name: str) -> int | None:
             _release(descriptor, path)
             raise
         return descriptor
+    raise HeldError(f"{name} is in use by {_holder(path)}: wait until it has ended")
 
 
 def _release(descriptor: int, path: Path) -> None:

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "optim": {"config", "errors"},
     "distributed": {"errors", "heartbeat"},
     "heartbeat": set(),
-    "lock": {"errors"},
+    "lock": {"errors", "files"},
     "checkpoint": {"config", "errors", "files"},
     "metrics": {"config", "errors", "files"},
     "data": {"config", "data", "errors", "extras", "files", "lock", "seeding"},

@@ -72,6 +72,7 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
 
     Raises UserError on whatever tyro refuses; --help exits with 0.
     """
+    check_working_folder()
     box = io.StringIO()
     more: dict[str, Any] = {} if default is None else {"default": default}
     more["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
@@ -85,6 +86,14 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
         if not stop.code:
             raise
     raise UserError(unboxed(box.getvalue(), kind))
+
+
+def check_working_folder() -> None:
+    """Raises UserError if the working directory was removed: no relative path can be found then."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise UserError("the working directory was removed: change to another one") from None
 
 
 @contextlib.contextmanager
@@ -151,6 +160,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
     """The command line's config: recipe first, then flags. ``--resume RUN`` without a recipe starts
     from the config that RUN saved. Raises UserError."""
     args = list(sys.argv[1:] if args is None else args)
+    check_working_folder()
     if "--list" in args:
         print_names(args[args.index("--list") + 1 :])
     recipe, resume = flag_value(args, "recipe"), flag_value(args, "resume")

@@ -39,7 +39,7 @@ from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards, sha256_of
 from fastgn.data.torch import in_order
 from fastgn.errors import UserError, check, escaped
-from fastgn.files import atomic_open
+from fastgn.files import atomic_open, remove_file
 from fastgn.lock import lock_folder
 
 BLOCK = 512
@@ -172,7 +172,7 @@ def pack(
         f"{folder} holds shards that fastgn.data.pack has not made: give another OUTPUT",
     )
     for left in folder.glob(".*.tmp"):  # by a kill: the caller holds the folder's lock
-        left.unlink(missing_ok=True)
+        remove_file(left)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]
     parts: list[Shards] = []
     left_out: list[str] = []
