@@ -12,7 +12,7 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically. Unlike fastgn.checkpoint's, it needs no more than Python."""
+    """Writes JSON atomically. Unlike fastgn.files, this works on a machine without fastgn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastgn.errors import UserError, check
+from fastgn.errors import UserError, check, first_line
 from fastgn.heartbeat import Heartbeat, is_lost
 
 MEETING_TIMEOUT = timedelta(minutes=30)
@@ -219,7 +219,7 @@ def connect(limit: timedelta, *, serve: bool = False) -> torch.distributed.TCPSt
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"MASTER_ADDR={host} MASTER_PORT={port}: the first rank's store cannot be "
-            f"{'served' if serve else 'reached'} there: {str(error).splitlines()[0]}"
+            f"{'served' if serve else 'reached'} there: {first_line(error)}"
         ) from None
 
 

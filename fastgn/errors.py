@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
 SUGGESTIONS = 5
@@ -37,17 +37,74 @@ def check(condition: bool, message: str) -> None:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns a question with the nearest valid names, or all valid names if none is near.
 
-    If one name is very near, it is the only one. If no name is near, and more names are valid than
-    fit into a line, the text gives their number.
+    Names that a slip of the fingers explains stand alone, and so does one that is very near.
+    Otherwise names that begin with the text come first, then those that contain it, or of which one
+    abbreviates the other, and then those that look like it. If no name is near, and more names are
+    valid than fit into a line, the text gives their number.
     """
     names = sorted(set(valid))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    close = close or difflib.get_close_matches(name, names, n=SUGGESTIONS, cutoff=0.5)
+    close = find_mistyped(name, names) or find_similar(name, names)
     if close:
-        return f"did you mean {' or '.join(map(repr, close))}?"
+        return f"did you mean {' or '.join(map(repr, close[:SUGGESTIONS]))}?"
     if len(names) > 60:
         return f"none of the {len(names)} valid names is like it"
     return f"valid: {', '.join(names)}"
+
+
+def find_mistyped(name: str, names: Sequence[str]) -> list[str]:
+    """Returns the names that are the fewest edits away: at most two, or one in a short name."""
+    text = simplify(name)
+    allowed = 2 if len(text) > 5 else 1
+    found = {
+        n: count_edits(text, simplify(n))
+        for n in names
+        if abs(len(simplify(n)) - len(text)) <= allowed
+    }
+    least = min(found.values(), default=allowed + 1)
+    return [n for n, count in found.items() if count == least <= allowed and least < len(text)]
+
+
+def find_similar(name: str, names: Sequence[str]) -> list[str]:
+    """Returns the names that are like a text, the best first; only the best if it is very near."""
+    text = simplify(name)
+    ratios = {n: difflib.SequenceMatcher(None, simplify(n), text).ratio() for n in names}
+
+    def rank(n: str) -> int:
+        if len(text) > 1 and simplify(n).startswith(text):
+            return 0
+        abbreviates = len(text) > 1 and (
+            join_initials(text) == simplify(n) or join_initials(simplify(n)) == text
+        )
+        if abbreviates or (len(text) > 2 and text in simplify(n)):
+            return 1
+        return 2 if ratios[n] >= 0.6 else 3
+
+    close = sorted((n for n in names if rank(n) < 3), key=lambda n: (rank(n), -ratios[n]))
+    return close[:1] if close and ratios[close[0]] >= 0.85 else close
+
+
+def simplify(name: str) -> str:
+    """Returns a name as names are compared: without a flag's dashes, in small letters."""
+    return name.lstrip("-").lower().replace("_", "-")
+
+
+def join_initials(name: str) -> str:
+    """Returns the first letters of the words of a plain name."""
+    return "".join(word[0] for word in name.split("-") if word)
+
+
+def count_edits(left: str, right: str) -> int:
+    """Returns how many letters must be put in, left out, changed or swapped with the next to make
+    one text the other."""
+    before: list[int] = []
+    row = list(range(len(right) + 1))
+    for i, a in enumerate(left):
+        before, above, row = row, before, [i + 1]
+        for j, b in enumerate(right):
+            row.append(min(before[j + 1] + 1, row[j] + 1, before[j] + (a != b)))
+            if i and j and (a, left[i - 1]) == (right[j - 1], b):
+                row[-1] = min(row[-1], above[j - 1] + 1)
+    return row[-1]
 
 
 def parse_number(text: str | float) -> float:

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from fastgn.errors import first_line
+
 STEPS = 10
 """Heartbeats sent per time limit."""
 LONGEST_INTERVAL_S = 2.0
@@ -147,11 +149,11 @@ class Heartbeat:
                 names = self.host() if self.alone else " and ".join(map(self.name, silent))
                 return f"ended before the other ranks: {names}"
             time.sleep(self.interval_s / STEPS)
+        reason = first_line(error)
         late = [r for r, heard in self.heard.items() if int(heard[1]) < self.meetings]
-        first_line = (str(error).splitlines() or ["no reason given"])[0]
         if late:
-            return f"behind the other ranks: {' and '.join(map(self.name, late))}: {first_line}"
-        return f"a connection between ranks was lost: {first_line}"
+            return f"behind the other ranks: {' and '.join(map(self.name, late))}: {reason}"
+        return f"a connection between ranks was lost: {reason}"
 
 
 def _write(line: str) -> None:

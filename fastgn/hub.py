@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError, check, first_line
+from fastgn.files import parse_json
 from fastgn.models import OWN, build_model, check_name, create
 
 KEPT = ("first_conv", "classifier", "fixed_input_size")
@@ -34,19 +35,20 @@ def timm_config(
     name = check_name(cfg)
     check(name not in OWN, f"{name} is not one of timm's networks")
     cfg = cfg.started()
+    loaded = {k: v.detach().cpu() for k, v in weights.items()}
     ours, _ = build_model(cfg, len(classes))
+    ours.backbone.load_state_dict(loaded)
     network, arguments = create(name, cfg, len(classes))
     del arguments["num_classes"]
     if cfg.activation:
         arguments["act_layer"] = cfg.activation
     try:  # as JSON keeps them
-        arguments = json.loads(json.dumps(arguments))
+        arguments = parse_json(json.dumps(arguments), "model_args")
         theirs = timm.create_model(name, num_classes=len(classes), **arguments)
+        theirs.load_state_dict(loaded)
     except Exception as error:  # whatever a constructor makes of an argument that it does not know
         reason = first_line(error)
         raise UserError(f"timm's arguments cannot express {describe(cfg)} ({reason})") from None
-    for backbone in (ours.backbone, theirs):
-        backbone.load_state_dict({k: v.detach().cpu() for k, v in weights.items()})
     image = ours.normalize(torch.rand(1, 3, ours.img_size, ours.img_size))
     with torch.no_grad():
         expected, found = ours.eval().backbone(image), theirs.eval()(image)

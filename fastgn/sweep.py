@@ -37,6 +37,7 @@ from fastgn.errors import (
     UserError,
     check,
     escaped,
+    first_line,
     nearest,
     parse_number,
     passed_over,
@@ -273,8 +274,7 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
             directions=["maximize"] * (2 if pareto else 1),
         )
     except storage_errors() as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--study {path} cannot be opened: {reason}") from None
+        raise UserError(f"--study {path} cannot be opened: {first_line(error)}") from None
     what = {
         "recipe": base.to_toml(),
         "space": " ".join(sorted(cfg.space)),

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,31 @@ def test_resuming_what_is_no_run(tmp_path):
 # ---------------------------------------------------------------------------------- what is refused
 
 
+@pytest.mark.parametrize(
+    ("args", "near"),
+    [
+        ("--recipe swin_b", ["swin_b_pag", "swin_b_edge", "swin_b_trades", "swin_b_gradnorm"]),
+        ("--recipe SWIN_B_PAG", ["swin_b_pag"]),
+        ("--sched 1", ["--schedule", "--sched-on-updates"]),
+        ("--warmup 1", ["--warmup-lr", "--warmup-epochs", "--model-ema-warmup"]),
+        ("--learning-rate 1", ["--lr"]),
+        ("--wd 1", ["--weight-decay"]),
+        ("--batch_sise 1", ["--batch-size"]),
+        ("--gn-norm l3", ["l1", "l2"]),
+    ],
+)
+def test_the_nearest_names_come_first(args, near):
+    found = re.findall(r"'([^']*)'", refused(*args.split()).partition("did you mean")[2])
+    assert found[: len(near)] == near and len(found) <= 5
+    assert len(found) == 5 or args != "--recipe swin_b"
+
+
+@pytest.mark.parametrize("flag", ["--nosuch", "--x", "--zzzzzz"])
+def test_nothing_is_suggested_for_what_is_like_nothing(flag):
+    line = refused(flag, "1")
+    assert re.fullmatch(rf"{flag} is unknown: none of the \d+ valid names is like it", line)
+
+
 def test_unknown_names_come_with_the_nearest(tmp_path):
     line = refused("--recipe", "quickstart_gradnrm")
     assert line == "--recipe 'quickstart_gradnrm': did you mean 'quickstart_gradnorm'?"
@@ -196,6 +222,9 @@ REFUSED = [
     ("--epochs 30 --keep-epochs", "10 50", "--keep-epochs 50 is after the last of --epochs 30"),
     ("--keep-epochs", "0", "--keep-epochs 0 is out of range"),
     ("--method", "gradnrom", "--method 'gradnrom': did you mean 'gradnorm'?"),
+    ("--loader torch --aa", "rand-zzz", "--aa rand-zzz: section 'zzz' should be one of m, n, p, "),
+    ("--loader torch --aa", "rand-mnan", "--aa rand-mnan: section 'mnan' should be one of m, n"),
+    ("--loader torch --aa", "rand-m9-", "--aa rand-m9-: section '' should be one of m, n, p, "),
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
     ("--epochs", "3.5", "3.5"),

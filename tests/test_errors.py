@@ -119,7 +119,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "auto-augment on the device": (["--aa", "rand-m9-mstd0.5-inc1"], "add --loader torch"),
     "unknown auto-augment policy": (
         ["--aa", "original9", "--loader", "torch"],
-        "--aa original9: did you mean 'original'?",
+        "--aa original9: did you mean 'original' or 'originalr'?",
     ),
     "wrong model argument": (["--model-kwargs", "embed_dimm=8"], "embed_dimm"),
     "kernels of a GPU on a CPU": (

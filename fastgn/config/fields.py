@@ -50,7 +50,6 @@ RATE = Range(0, 1, below=True)
 """A share that never reaches 1, such as a dropout rate."""
 PIXELS = Range(0, 1, hint="eps counts in 0..1 pixel units, write 4/255")
 """A distance between images whose pixels lie in 0..1."""
-RADIUS = dataclasses.replace(PIXELS, above=True)
 WEIGHT = Range(0, 1e6)
 """A factor of a term of the loss."""
 SEED = Range(0, 2**63 - 1)

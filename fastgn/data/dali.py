@@ -30,7 +30,7 @@ from fastgn.data.images import BadImageError, Encoded, decode_image, load_or_nex
 from fastgn.data.jpeg import plain_size
 from fastgn.data.recipe import ARGUMENTS, FILL, Kind, Recipe
 from fastgn.data.torch import as_it_is, from_workers
-from fastgn.errors import UserError
+from fastgn.errors import UserError, first_line
 from fastgn.seeding import Stream, seed_all, seed_host
 
 try:
@@ -199,7 +199,7 @@ class Source:
         try:
             fed = next(self.batches)
         except (RuntimeError, UserError) as error:
-            self.broken = str(error).strip().splitlines()[0]
+            self.broken = first_line(error)
             raise
         self.given.append((fed.labels, fed.complaints, fed.replaced))
         encoded = [x.numpy() for x in fed.encoded.split(fed.lengths.tolist())]

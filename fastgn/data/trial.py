@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from fastgn.data.batch import Batch, Loader
+from fastgn.errors import first_line
 
 MEAN_DIFFERENCE = 1.6 / 255
 """Largest mean absolute difference allowed between DALI's image and PIL's.
@@ -57,8 +58,7 @@ def try_dali(make_dali: Callable[[], Loader], expected: Batch) -> tuple[Loader |
         loader = make_dali()
         return loader, difference(next(iter(loader.epoch(0))), expected)
     except Exception as error:  # whatever DALI, its driver or its decoder raises
-        line = (str(error).strip().splitlines() or [""])[0]
-        return loader, f"{type(error).__name__}: {line}"
+        return loader, f"{type(error).__name__}: {first_line(error)}"
 
 
 def difference(found: Batch, expected: Batch) -> str | None:

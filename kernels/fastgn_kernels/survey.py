@@ -46,8 +46,6 @@ LOOK_ALIKES = (
 )
 """Family -> what the names of its classes look like, in this order."""
 
-TORCH = "torch.nn.modules."
-
 
 def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
     """Returns name -> (family, what is not reached) for the modules that call a function of
