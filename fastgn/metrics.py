@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from fastgn.errors import UserError, escaped, passed_over, print_line
-from fastgn.files import write_bytes
+from fastgn.files import opened, write_bytes
 
 COLUMNS = (
     "update",
@@ -39,10 +39,12 @@ COLUMNS = (
     "pgd10_accuracy",
     "seconds",
 )
-"""Of metrics.csv. grad_l1: mean L1 norm of an image's input gradient in normalised units;
+"""Columns of metrics.csv. grad_l1: mean L1 norm of an image's input gradient in normalised units;
 grad_norm: L2 norm of the parameters' gradient before clipping; bad_images: replaced since the last
 row, where there were any; accuracies in 0..1, on the fixed subset; seconds since the process
 began."""
+SPOILT = "metrics.csv.spoilt"
+"""Name of the copy of a metrics.csv that had lines which are no rows."""
 
 
 class Metrics:
@@ -67,7 +69,7 @@ class Metrics:
         """total: updates of the run; start: those that are done. Raises UserError if the folder
         cannot be written to."""
         self.path = folder / "metrics.csv"
-        self.rows = [r for r in read_rows(self.path) if r["update"] <= start] if start else []
+        self.rows = [r for r in recover_rows(self.path) if r["update"] <= start] if start else []
         self.size: int | None = None
         """Bytes of metrics.csv as it was left; None if it has to be written again."""
         self.write_rows()
@@ -250,25 +252,72 @@ def render(rows: list[dict[str, Any]], header: bool = True) -> bytes:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """Returns metrics.csv's rows, one an update; empty cells are absent. A last line that a kill
-    has cut short is dropped. Older files have a row of their own for an evaluation."""
-    rows: list[dict[str, float]] = []
-    if not path.is_file():
-        return rows
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if None in row.values() or row.get("seconds") == "":
-                continue
-            try:
-                values = {k: float(v) for k, v in row.items() if v}
-            except (TypeError, ValueError):
-                continue
-            values["update"] = int(values["update"])
-            if rows and rows[-1]["update"] == values["update"]:
-                rows[-1] |= values
-            else:
-                rows.append(values)
+    """Returns the rows of metrics.csv, of which some may be left out, see `parse_rows`.
+
+    Raises UserError if the file cannot be read.
+    """
+    return parse_rows(read_content(path))[0]
+
+
+def recover_rows(path: Path) -> list[dict[str, float]]:
+    """Returns the rows of metrics.csv for a run that goes on and writes the file again.
+
+    If other lines are in it, they are left out, a line says so, and the file is kept beside. Raises
+    UserError if the file cannot be read.
+    """
+    content = read_content(path)
+    rows, spoilt = parse_rows(content)
+    if spoilt:
+        write_bytes(path.with_name(SPOILT), content)
+        what = (
+            "1 line is no whole row and is"
+            if spoilt == 1
+            else f"{spoilt} lines are no rows and are"
+        )
+        print_line(f"{path}: {what} left out; the file as it was is {SPOILT} beside it")
     return rows
+
+
+def read_content(path: Path) -> bytes:
+    """Returns what a file holds, nothing if there is none."""
+    if not path.exists():
+        return b""
+    with opened(path) as file:
+        return file.read()
+
+
+def parse_rows(content: bytes) -> tuple[list[dict[str, float]], int]:
+    """Returns the rows of metrics.csv, one per update, and the number of lines that are no rows.
+
+    Empty cells are absent. A last line without its end, which a kill has cut short, does not count.
+    Older files have a row of their own for an evaluation, which joins the row of its update.
+    """
+    header, *lines = content.decode("utf-8-sig", errors="replace").split("\n")[:-1] or [""]
+    columns = header.rstrip("\r").split(",")
+    rows: list[dict[str, float]] = []
+    spoilt = 0
+    for line in lines:
+        row = parse_row(columns, line.rstrip("\r").split(","))
+        if row is None:
+            spoilt += 1
+        elif rows and rows[-1]["update"] == row["update"]:
+            rows[-1] |= row
+        else:
+            rows.append(row)
+    return rows, spoilt
+
+
+def parse_row(columns: list[str], cells: list[str]) -> dict[str, float] | None:
+    """Returns a row of metrics.csv, or None if the cells are none."""
+    named = dict(zip(columns, cells, strict=False))
+    if not len(named) == len(columns) == len(cells) or not named.keys() <= set(COLUMNS):
+        return None
+    try:
+        row = {column: float(cell) for column, cell in named.items() if cell}
+        update = int(named["update"])
+    except (KeyError, ValueError):
+        return None
+    return row | {"update": update} if update >= 0 else None
 
 
 def find_wandb() -> Any:

@@ -49,7 +49,7 @@ from fastgn.errors import UserError, check, passed_over, say_error
 from fastgn.files import write_bytes, write_json
 from fastgn.hub import timm_config
 from fastgn.lock import lock_folder, remove_leftovers
-from fastgn.metrics import Metrics, environment, find_wandb
+from fastgn.metrics import SPOILT, Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
 from fastgn.schedule import (
@@ -425,13 +425,14 @@ class Run:
             "update": self.update,
         }
         export_weights(self.folder / "model.safetensors", backbone.state_dict(), metadata)
-        try:
-            config = timm_config(
-                self.cfg.architecture, backbone.state_dict(), self.classes, self.model.crop_pct
-            )
-            write_json(self.folder / "config.json", config)
-        except UserError as reason:
-            self.say(f"no config.json for timm: {reason}")
+        with passed_over("config.json for timm", self.say):  # such as a network out of memory
+            try:
+                config = timm_config(
+                    self.cfg.architecture, backbone.state_dict(), self.classes, self.model.crop_pct
+                )
+                write_json(self.folder / "config.json", config)
+            except UserError as reason:
+                self.say(f"no config.json for timm: {reason}")
         summary = {"updates": self.update, "global_batch": self.global_batch, "best": self.best}
         if self.ema is not None:
             share = optim.initial_share(self.cfg.optimizer, self.update)
@@ -822,9 +823,9 @@ def announce(
 
 RUN_FILES = (
     *("config.toml", "environment.json", "metrics.csv", "model.safetensors", "curves.png"),
-    "summary.json",
+    *("summary.json", "config.json", "wandb_id.txt", SPOILT),
 )
-"""What a run writes beside its checkpoints."""
+"""What a run may write beside its checkpoints."""
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import tiny_run
 from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_data_config
 
@@ -125,3 +126,17 @@ def test_one_image_at_a_time_through_batchnorm_is_one_line(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert line.startswith("fastgn.train: error: --batch-size 1: BatchNorm in --model resnet18 at")
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_no_error_of_timms_network_ends_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("CUDA out of memory\nTried to allocate")
+
+    monkeypatch.setattr("fastgn.hub.build_model", fail)
+    assert train.main(tiny_run(tmp_path / "run", "--max-updates", "1", "--eval-images", "0")) == 0
+    said = capsys.readouterr().err.splitlines()
+    line = "warning: config.json for timm failed and is left out: RuntimeError: CUDA out of memory"
+    assert line in said and said[-1].startswith("finished: 1 updates")
+    assert (tmp_path / "run" / "summary.json").is_file()

@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 from conftest import tiny_run
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastgn import metrics, train
-from fastgn.metrics import Metrics, read_rows, spell_time
+from fastgn.errors import UserError
+from fastgn.metrics import COLUMNS, SPOILT, Metrics, read_rows, spell_time
 
 
 class FakeWandb(types.ModuleType):
@@ -80,6 +83,108 @@ def test_rows_of_older_files_are_joined(tmp_path: Path) -> None:
     rows = [{"update": 3, "loss": 1.5}, {"update": 3, "clean_accuracy": 0.5}]
     file.write_bytes(metrics.render([row | {"seconds": 1.0} for row in rows]))
     assert read_rows(file) == [{"update": 3, "loss": 1.5, "clean_accuracy": 0.5, "seconds": 1.0}]
+
+
+GOOD = [{"update": update, "loss": 1.5, "seconds": 2.0} for update in (1, 2, 3)]
+"""Rows of a run that goes on from update 3."""
+
+
+def resume(folder: Path, content: bytes) -> list[float]:
+    """Returns the updates that a run of update 3 has in its metrics.csv after another one, and
+    checks that a file with other lines is kept as it was."""
+    file = folder / "metrics.csv"
+    file.write_bytes(content)
+    log = opened(folder, start=3)
+    log.log(4, {"loss": 1.0})
+    log.close()
+    if (folder / SPOILT).exists():
+        assert (folder / SPOILT).read_bytes() == content
+    assert file.read_bytes() == metrics.render(read_rows(file))
+    return updates(folder)
+
+
+ROW = b"3" + b"," * (len(COLUMNS) - 1) + b"2.0"
+HEADER = ",".join(COLUMNS).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (b"\xff" + ROW, "1 line is no whole row and is"),
+        (b"nan" + ROW[1:], "1 line is no whole row and is"),
+        (b"inf" + ROW[1:], "1 line is no whole row and is"),
+        (b"-1" + ROW[1:], "1 line is no whole row and is"),
+        (b"2.5" + ROW[1:], "1 line is no whole row and is"),
+        (b"9" * 5000 + ROW[1:], "1 line is no whole row and is"),
+        (ROW + b"x" * 200_000, "1 line is no whole row and is"),
+        (ROW + b",1", "1 line is no whole row and is"),
+        (b'"', "1 line is no whole row and is"),
+        (b"\0\r\n\x1b[2J", "2 lines are no rows and are"),
+    ],
+)
+def test_lines_that_are_no_rows_are_left_out_and_kept_aside(
+    line: bytes, what: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    head, *rows = metrics.render(GOOD).splitlines(keepends=True)
+    assert resume(tmp_path, b"".join([head, rows[0], line, b"\r\n", *rows[1:]])) == [1, 2, 3, 4]
+    said = capsys.readouterr().err.splitlines()[0]
+    file = tmp_path / "metrics.csv"
+    assert said == f"{file}: {what} left out; the file as it was is {SPOILT} beside it"
+    assert (tmp_path / SPOILT).exists()
+
+
+@pytest.mark.parametrize("header", [b"", b"loss,seconds", HEADER + b",x", HEADER + b",update"])
+def test_a_file_without_our_columns_has_no_rows(header: bytes, tmp_path: Path) -> None:
+    body = metrics.render(GOOD, header=False)
+    assert resume(tmp_path, header + b"\r\n" + body) == [4]
+    assert (tmp_path / SPOILT).exists()
+
+
+def test_what_a_kill_has_cut_short_is_left_out_in_silence(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = metrics.render(GOOD)
+    for size in range(len(content)):
+        (tmp_path / "metrics.csv").write_bytes(content[:size])
+        whole = max(content[:size].count(b"\n") - 1, 0)
+        rows = metrics.recover_rows(tmp_path / "metrics.csv")
+        assert [row["update"] for row in rows] == [1, 2, 3][:whole]
+    assert not (tmp_path / SPOILT).exists()
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_metrics_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.csv")  # would be waited for
+    with pytest.raises(UserError, match=r"metrics\.csv cannot be read: it is not a file$"):
+        opened(tmp_path, start=3)
+
+
+texts = st.lists(
+    st.sampled_from(
+        [*(n.encode() for n in COLUMNS), HEADER, ROW, b",", b"\r\n", b"\n", b'"', b"nan", b"inf"]
+    )
+    | st.integers().map(lambda n: str(n).encode())
+    | st.binary(max_size=4),
+    max_size=30,
+).map(b"".join)
+
+
+@given(start=st.sampled_from([b"", HEADER + b"\r\n", metrics.render(GOOD)]), text=texts)
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_any_file_is_read_as_rows(start: bytes, text: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_bytes(start + text)
+    rows = read_rows(file)
+    assert all(row.keys() <= set(COLUMNS) and type(row["update"]) is int for row in rows)
+    if start.endswith(b"2\r\n"):
+        assert [row["update"] for row in rows][:3] == [1, 2, 3]
+    file.write_bytes(metrics.render(rows))
+    assert len(read_rows(file)) == len(rows)
 
 
 def cut(file: Path) -> None:
@@ -151,6 +256,7 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path: Path, monkeypatch: pytest.Monk
         log.log(start + 1, {"loss": 1.0})
         log.close()
     opened(tmp_path / "other", wandb_config={}).close()
+    assert {p.name for p in (tmp_path / "run").iterdir() if p.is_file()} <= set(train.RUN_FILES)
     first, second, other = wandb.begun
     assert first == second and first["resume"] == "allow" and first["id"] != other["id"]
     assert wandb.steps == [1, 6] and wandb.finished == 3
