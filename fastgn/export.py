@@ -330,6 +330,8 @@ def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
     start = trained.cfg.architecture
     scratch = cfg.model is None and not (start.pretrained or start.initial_checkpoint)
     measured = accuracies(cfg, trained)
+    position = f"Unfinished: {trained.unfinished}." if trained.unfinished else None
+    notes = [note for note in (position, measured["footnote"]) if note is not None]
     return {
         "link": cfg.link,
         "name": cfg.name or trained.name,
@@ -345,7 +347,7 @@ def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
         "clean_acc": measured["clean_acc"],
         "reported": measured["autoattack_acc"],
         "autoattack_acc": measured["autoattack_acc"],
-        "footnote": measured["footnote"],
+        "footnote": " ".join(notes) or None,
         "unreliable": None,
     }
 
@@ -371,6 +373,7 @@ def run(cfg: ExportConfig) -> None:
     torch.save(weights, pickled)
     check_same(source, pickled.getvalue(), trained)
     metadata = {"config": trained.cfg.to_toml(), "classes": list(trained.classes)}
+    metadata |= {} if trained.update is None else {"update": trained.update}
     export_weights(folder / "weights.safetensors", weights, metadata)
     write_bytes(folder / "weights.pt", pickled.getvalue())
     write_bytes(folder / "model.py", source)
