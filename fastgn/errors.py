@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 import os
 import sys
 import time
@@ -113,8 +114,10 @@ def parse_number(text: str | float) -> float:
     Raises UserError if the text is neither.
     """
     try:
-        numerator, _, denominator = str(text).partition("/")
+        numerator, slash, denominator = str(text).partition("/")
         value = float(numerator) / float(denominator or 1)
+        if slash and not (math.isfinite(float(numerator)) and math.isfinite(float(denominator))):
+            raise ValueError  # 4/inf would be 0
     except ZeroDivisionError:
         raise UserError(f"{text!r} divides by 0; write 0.0157 or 4/255") from None
     except ValueError:

@@ -164,6 +164,50 @@ def test_no_file_is_written_over_another(args: str) -> None:
         parsed("fastgn.evaluate", *args.split())
 
 
+def texts_of(kind: Any) -> list[str]:
+    """Returns the fields of an options dataclass that hold a text, or several, and not by default
+    an empty one."""
+    hints = {name: str(hint) for name, hint in typing.get_type_hints(kind).items()}
+    return [
+        field.name
+        for field in dataclasses.fields(kind)
+        if "str" in hints[field.name] and "Literal" not in hints[field.name] and field.default != ""
+    ]
+
+
+@pytest.mark.parametrize("kind", [*GROUPS, *PROGRAMS.values()])
+def test_an_empty_text_is_no_default(kind: Any) -> None:
+    """As an unset variable of the shell gives it."""
+    assert texts_of(kind) or kind.__name__ in ("StepConfig", "ObjectiveConfig")
+    for name in texts_of(kind):
+        options = object.__new__(kind)
+        for field in dataclasses.fields(kind):
+            object.__setattr__(options, field.name, field.default)
+        several = "tuple" in str(typing.get_type_hints(kind)[name])
+        object.__setattr__(options, name, ("",) if several else "")
+        with pytest.raises(UserError, match=f"--{flag(name)} has an empty value"):
+            Options.__post_init__(options)
+
+
+def test_the_last_of_two_flags_counts_everywhere() -> None:
+    args = ["--recipe", "quickstart_natural", "--recipe=quickstart_gradnorm"]
+    cfg = parse_config(args)
+    assert (cfg.run.recipe, cfg.objective.method) == ("quickstart_gradnorm", "gradnorm")
+
+
+@pytest.mark.parametrize("text", ["4/inf", "inf/inf", "nan/2", "1/nan", "-1/inf"])
+def test_a_fraction_has_two_finite_parts(text: str) -> None:
+    with pytest.raises(UserError, match="is not a number"):
+        parsed("fastgn.train", f"--eps={text}")
+
+
+def test_one_key_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.toml"
+    path.write_text("min-lr = 1e-6\nmin_lr = 1e-7\n")
+    with pytest.raises(UserError, match="a key stands there twice"):
+        parse_config(["--recipe", str(path)])
+
+
 def test_a_numeric_field_without_a_range_is_found_at_once() -> None:
     @dataclasses.dataclass(frozen=True)
     class Planted(Options):

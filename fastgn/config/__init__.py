@@ -219,7 +219,9 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     path = path.resolve()
     check(path not in extended_by, "it extends itself")
     check(len(extended_by) <= BASES, f"more than {BASES} recipes extend one another")
-    values = {key.replace("-", "_"): value for key, value in parse_toml(read_text(path)).items()}
+    read = parse_toml(read_text(path))
+    values = {key.replace("-", "_"): value for key, value in read.items()}
+    check(len(values) == len(read), "a key stands there twice, with - and with _")
     base = values.pop("base", None)
     if base is None:
         return values

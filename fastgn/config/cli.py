@@ -55,13 +55,15 @@ def answer_early(program: str) -> None:
 
 
 def flag_value(args: Sequence[str], name: str) -> str | None:
-    """The value of --name in a command line, before it is parsed as a whole."""
+    """Returns the value of --name in a command line, before it is parsed as a whole. The last one
+    counts, as it does for tyro."""
+    value = None
     for index, arg in enumerate(args):
         if arg == f"--{name}" and index + 1 < len(args):
-            return args[index + 1]
-        if arg.startswith(f"--{name}="):
-            return arg.partition("=")[2]
-    return None
+            value = args[index + 1]
+        elif arg.startswith(f"--{name}="):
+            value = arg.partition("=")[2]
+    return value
 
 
 Parsed = typing.TypeVar("Parsed")

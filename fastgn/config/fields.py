@@ -110,14 +110,21 @@ class Options:
     """A group of options that checks its numeric fields against their ranges."""
 
     def __post_init__(self) -> None:
-        """Raises UserError if a number, or one in a tuple, lies outside its field's range, or if a
-        path is none."""
+        """Raises UserError if a number, or one in a tuple, lies outside its field's range, if a
+        path is none, or if a text is empty."""
         kind: Any = type(self)  # mypy takes a class for its instance, which may have no hash
         for name, allowed in ranges(kind).items():
             for value in numbers_in(getattr(self, name)):
                 given = f"--{flag(name)} {number(value)}"
                 hint = f": {allowed.hint}" if allowed.hint else ""
                 check(value in allowed, f"{given} is out of range: it must be {allowed}{hint}")
+        for field in dataclasses.fields(self):  # `--output "$UNSET"` is no choice of the default
+            value = getattr(self, field.name)
+            empty = value == "" and field.default != ""
+            check(
+                not (empty or (isinstance(value, tuple) and "" in value)),
+                f"--{flag(field.name)} has an empty value: give one, or leave the flag out",
+            )
         for name in paths(kind):
             value = getattr(self, name)
             for text in value if isinstance(value, tuple) else (value,):
