@@ -372,8 +372,12 @@ def run(cfg: ExportConfig) -> None:
     pickled = io.BytesIO()
     torch.save(weights, pickled)
     check_same(source, pickled.getvalue(), trained)
-    metadata = {"config": trained.cfg.to_toml(), "classes": list(trained.classes)}
-    metadata |= {} if trained.update is None else {"update": trained.update}
+    metadata: dict[str, Any] = {
+        "config": trained.cfg.to_toml(),
+        "classes": list(trained.classes),
+    }
+    if trained.update is not None:
+        metadata["update"] = trained.update
     export_weights(folder / "weights.safetensors", weights, metadata)
     write_bytes(folder / "weights.pt", pickled.getvalue())
     write_bytes(folder / "model.py", source)
