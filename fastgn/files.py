@@ -40,7 +40,7 @@ class RecordingFile(io.FileIO):
     failure: OSError | None = None
     """The last error, such as that of a full disk."""
 
-    def write(self, content: Any, /) -> int | None:
+    def write(self, content: Any, /) -> int:
         try:
             return super().write(content)
         except OSError as error:
