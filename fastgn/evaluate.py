@@ -47,6 +47,7 @@ from fastgn.checkpoint import (
 from fastgn.config import Config, run_folder
 from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
+from fastgn.config.outputs import check_outside_data
 from fastgn.config.programs import AUTOATTACK, EvaluateConfig, ForeignConfig
 from fastgn.data.datasets import Arrays, check_classes, load_validation
 from fastgn.data.lists import read_lines
@@ -458,10 +459,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
     logger = logging.getLogger("auto-attack")
     logger.propagate = False
     logger.setLevel(logging.WARNING)
-    output = (
-        Path(cfg.output) if cfg.output else run_folder(Path(cfg.checkpoint[0])) / "evaluation.json"
-    )
-    for target in (output, *(Path(x) for x in (cfg.report, cfg.curve, cfg.picture) if x)):
+    output, *_ = targets = [Path(path) for path in cfg.written.values() if path is not None]
+    for target in targets:
         check_target(target)
         if world.is_main:
             world.held.enter_context(lock_file(target, str(target)))
@@ -481,6 +480,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         "the checkpoints were trained on different data: name one by --data or --data-dir, or "
         "evaluate them one by one",
     )
+    source = source_of(trained[0].cfg, cfg)
+    check_outside_data(cfg.written, source.data_dir, (source.train_split, source.val_split))
     check_few_classes(len(trained[0].classes), cfg.attacks)
     sizes = sorted({t.model.img_size for t in trained})
     check(

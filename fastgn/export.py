@@ -26,6 +26,7 @@ from torch import Tensor
 from fastgn import models
 from fastgn.checkpoint import export_weights, is_number
 from fastgn.config.cli import parse_cli
+from fastgn.config.outputs import check_written
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, print_line, say_error
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
@@ -359,6 +360,8 @@ def run(cfg: ExportConfig) -> None:
     cpu, folder = torch.device("cpu"), Path(cfg.robustbench)
     for file in FILES:
         check_target(folder / file)
+        read = [("--checkpoint", cfg.checkpoint), ("--evaluation", cfg.evaluation)]
+        check_written({f"--robustbench {cfg.robustbench}: its file": folder / file}, read)
     if cfg.model is None:
         trained = load_trained(cfg.checkpoint, cpu)
     else:

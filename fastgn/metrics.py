@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fastgn.config.outputs import SPOILT
 from fastgn.errors import UserError, escaped, passed_over, print_line
 from fastgn.files import opened, write_bytes
 
@@ -43,8 +44,6 @@ COLUMNS = (
 grad_norm: L2 norm of the parameters' gradient before clipping; bad_images: replaced since the last
 row, where there were any; accuracies in 0..1, on the fixed subset; seconds since the process
 began."""
-SPOILT = "metrics.csv.spoilt"
-"""Name of the copy of a metrics.csv that had lines which are no rows."""
 
 
 class Metrics:

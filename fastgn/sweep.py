@@ -320,8 +320,18 @@ def sweep(cfg: SweepConfig) -> int:
     base = base_config(cfg)
     space = space_of(cfg, base)
     path = cfg.database
-    for name in (path.name, f"{path.stem}.json", f"{path.stem}.png", f"{path.stem}_best.toml"):
-        check_target(path.with_name(name))
+    for target in cfg.written:
+        check_target(target)
+        check(
+            path.exists() or not target.exists(),
+            f"--study {path} would overwrite {target}, which is no file of this study: choose "
+            "another name",
+        )
+    runs = path.with_suffix("")
+    check(
+        runs.is_dir() or not os.path.lexists(runs),
+        f"--study {path}: {runs}, where its runs should go, is no folder: choose another name",
+    )
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

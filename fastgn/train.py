@@ -38,6 +38,7 @@ from fastgn.checkpoint import (
 from fastgn.config import Config, initial_file
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import StepConfig
+from fastgn.config.outputs import RUN_FILES, check_outside_data, holds_run
 from fastgn.data.batch import Batch, Loader, worker_death
 from fastgn.data.datasets import Dataset, check_classes, load_dataset
 from fastgn.data.identity import Identity, changes_since, identity_of
@@ -46,10 +47,10 @@ from fastgn.data.representatives import class_representatives
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, has_agent_store, remembered, restarts, session
 from fastgn.errors import UserError, check, passed_over, say_error
-from fastgn.files import write_bytes, write_json
+from fastgn.files import check_target, write_bytes, write_json
 from fastgn.hub import timm_config
 from fastgn.lock import lock_folder, remove_leftovers
-from fastgn.metrics import SPOILT, Metrics, environment, find_wandb
+from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
 from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
 from fastgn.schedule import (
@@ -493,7 +494,7 @@ def build(cfg: Config, world: World) -> Run:
     optim.check_optimizer(cfg.optimizer, world.device)
     if cfg.run.log_wandb:
         find_wandb()
-    folder, state = open_run(cfg, world)
+    folder, source, state = open_run(cfg, world)
     if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs it no more
         initial_file(cfg.architecture.initial_checkpoint)
     allow_changed_data = cfg.run.allow_changed_data
@@ -543,7 +544,7 @@ def build(cfg: Config, world: World) -> Run:
     ema = optim.build_average(cfg.optimizer, model)
     if state is not None:
         whole = batch_size * accum * world.size
-        restore(cfg, state, dataset, model, ema, optimizer, whole)
+        restore(cfg, state, dataset, model, ema, optimizer, whole, str(source))
         notes += changed_data(cfg, state, identity, allow_changed_data)
     representatives = None
     if cfg.objective.method == "pag":
@@ -640,7 +641,7 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:
         check(
             state["sums"].shape == run.sums.shape,
-            f"the checkpoint is damaged: sums: {tuple(state['sums'].shape)} in place of "
+            f"{source} is damaged: sums: {tuple(state['sums'].shape)} in place of "
             f"{tuple(run.sums.shape)}",
         )
         run.sums += state["sums"].to(world.device)
@@ -648,7 +649,6 @@ def build(cfg: Config, world: World) -> Run:
         if world.is_main:
             loader.bad_images += state["bad_images"]
     if world.is_main:  # after all checks: a refused --resume leaves the run as it was
-        write_bytes(folder / "config.toml", cfg.to_toml())
         warmup_lr, min_lr = cfg.optimizer.outer_rates(run.peak_lr)
         # what config.toml leaves to the data, the model, the machine and the method
         resolved = {
@@ -675,6 +675,7 @@ def build(cfg: Config, world: World) -> Run:
             "device": world.device.type,
         }
         write_json(folder / "environment.json", environment() | {"resolved": resolved})
+        write_bytes(folder / "config.toml", cfg.to_toml())
         run.metrics = Metrics(
             folder,
             total=run.last_update,
@@ -821,22 +822,15 @@ def announce(
         run.say(f"warning: {warning}")
 
 
-RUN_FILES = (
-    *("config.toml", "environment.json", "metrics.csv", "model.safetensors", "curves.png"),
-    *("summary.json", "config.json", "wandb_id.txt", SPOILT),
-)
-"""What a run may write beside its checkpoints."""
-
-
-def open_run(cfg: Config, world: World) -> tuple[Path, dict[str, Any] | None]:
-    """Returns the run's folder, which only this run may write to from here on, and the state to
-    continue from if any.
+def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, dict[str, Any] | None]:
+    """Returns the run's folder, which only this run may write to from here on, and the checkpoint
+    and its state to continue from if any.
 
     Raises UserError if another process writes there, or if a run is there that is not continued.
     """
     found = choose_folder(cfg, world) if world.is_main else None
     folder, path = world.share(found)
-    return folder, load_checkpoint(path) if path is not None else None
+    return folder, path, load_checkpoint(path) if path is not None else None
 
 
 def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
@@ -854,22 +848,33 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
     if cfg.run.resume not in (None, "auto"):
         find_checkpoint(Path(cfg.run.resume))  # before a folder is made for nothing
     flag = "--output" if cfg.run.resume in (None, "auto") else "--resume"
+    splits = cfg.dataset.train_split, cfg.dataset.val_split
+    check_outside_data({flag: folder}, cfg.dataset.data_dir, splits)
     world.held.enter_context(lock_folder(folder, f"{flag} {folder}"))
+    for file in (*RUN_FILES, "checkpoints/best.pt"):
+        check_target(folder / file)
     checkpoints = Checkpoints(folder, 1)
     remove_leftovers(folder, RUN_FILES)
     checkpoints.remove_leftovers()
-    there = checkpoints.last()
+    there = found = checkpoints.last()
+    continues = restarted
     if cfg.run.resume == "auto":
         check(cfg.run.output is not None, "--resume auto needs --output, the run's folder")
-        return folder, there
-    if cfg.run.resume is not None:
-        return folder, find_checkpoint(Path(cfg.run.resume))
+        continues = True
+    elif cfg.run.resume is not None:
+        found = find_checkpoint(Path(cfg.run.resume))
+        continues |= folder.resolve() in found.resolve().parents
     check(
-        restarted or (there is None and not (folder / "model.safetensors").exists()),
+        continues or (there is None and not (folder / "model.safetensors").exists()),
         f"--output {folder} holds a run already: --resume {folder} continues it, another "
         "--output starts a new one",
     )
-    return folder, there
+    config = folder / "config.toml"
+    check(  # each run writes environment.json before
+        not config.exists() or holds_run(folder) or (folder / "environment.json").exists(),
+        f"--output {folder} would overwrite {config}, which no run has made: give another --output",
+    )
+    return folder, found
 
 
 def restore(
@@ -880,9 +885,10 @@ def restore(
     ema: optim.ModelEmaV3 | None,
     optimizer: torch.optim.Optimizer,
     global_batch: int,
+    where: str,
 ) -> None:
-    """Loads a checkpoint into what was built. Raises UserError where it is another model's or
-    run's."""
+    """Loads a checkpoint, the file `where`, into what was built. Raises UserError if it is another
+    model's or run's."""
     there = Config.from_toml(state["config"])
     mine, theirs = (
         dataclasses.replace(c, architecture=c.architecture.started()) for c in (cfg, there)
@@ -909,10 +915,10 @@ def restore(
     averaged = [("ema", ema.module)] if ema is not None else []
     for key, module in [("model", model), *averaged]:
         problem = mismatch(state[key], module.state_dict())
-        check(problem is None, f"the checkpoint is damaged: {key}: {problem}")
+        check(problem is None, f"{where} is damaged: {key}: {problem}")
         module.load_state_dict(state[key])
     problem = optim.load_state(cfg.optimizer, model, optimizer, state["optimizer"])
-    check(problem is None, f"the checkpoint is damaged: optimizer: {problem}")
+    check(problem is None, f"{where} is damaged: optimizer: {problem}")
 
 
 def changed_data(

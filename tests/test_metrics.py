@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgn import metrics, train
+from fastgn.config.outputs import RUN_FILES, SPOILT
 from fastgn.errors import UserError
-from fastgn.metrics import COLUMNS, SPOILT, Metrics, read_rows, spell_time
+from fastgn.metrics import COLUMNS, Metrics, read_rows, spell_time
 
 
 class FakeWandb(types.ModuleType):
@@ -256,7 +257,7 @@ def test_a_resumed_run_goes_on_in_wandb(tmp_path: Path, monkeypatch: pytest.Monk
         log.log(start + 1, {"loss": 1.0})
         log.close()
     opened(tmp_path / "other", wandb_config={}).close()
-    assert {p.name for p in (tmp_path / "run").iterdir() if p.is_file()} <= set(train.RUN_FILES)
+    assert {p.name for p in (tmp_path / "run").iterdir() if p.is_file()} <= set(RUN_FILES)
     first, second, other = wandb.begun
     assert first == second and first["resume"] == "allow" and first["id"] != other["id"]
     assert wandb.steps == [1, 6] and wandb.finished == 3

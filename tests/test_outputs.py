@@ -2,16 +2,19 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_state
+from conftest import small_state, tiny_run
 
-from fastgn import evaluate, lock, sweep, train
-from fastgn.checkpoint import Checkpoints
+from fastgn import evaluate, export, lock, sweep, train
+from fastgn.checkpoint import Checkpoints, load_checkpoint
+from fastgn.config.outputs import RUN_FILES
+from fastgn.config.programs import CheckConfig, EvaluateConfig
 from fastgn.data import check, pack
 from fastgn.errors import UserError
 
@@ -116,3 +119,160 @@ def test_a_write_that_fails_says_why(tmp_path):
 def test_a_folder_without_a_run_is_named_by_its_flag(tmp_path, capsys):
     assert evaluate.main(["--checkpoint", str(tmp_path)]) == 2
     assert f"error: --checkpoint {tmp_path}: no checkpoint below it" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- inputs that are no outputs
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A folder that looks like a run's."""
+    folder = tmp_path / "run"
+    Checkpoints(folder, 1).save(small_state(1), 1, best=True)
+    for name in ("config.toml", "metrics.csv", "model.safetensors"):
+        (folder / name).write_text("")
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """A folder with the names of a data set's files."""
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+        (tmp_path / "data" / split / "cat" / "0.png").write_text("")
+    (tmp_path / "data" / "images.npz").write_text("")
+    return tmp_path / "data"
+
+
+def refuses(main, args: list[str], expected: str, tmp_path: Path, capsys) -> None:
+    """Checks that a program refuses in one line, and leaves everything as it was."""
+    before = snapshot(tmp_path)
+    assert main(args) == 2
+    line = capsys.readouterr().err
+    assert expected in line and line.count("\n") == 1
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("flag", ["output", "report", "picture"])
+@pytest.mark.parametrize(
+    "name",
+    ["config.toml", "metrics.csv", "model.safetensors"]
+    + ["checkpoints/best.pt", "checkpoints/update_00000001.pt", "checkpoints/new.json"],
+)
+def test_an_evaluation_replaces_nothing_of_a_run(flag, name, run, tmp_path, capsys):
+    args = ["--checkpoint", str(run), f"--{flag}", str(run / name)]
+    expected = f"--{flag} {run / name} would overwrite a file of the run there"
+    refuses(evaluate.main, args, expected, tmp_path, capsys)
+
+
+def test_an_evaluation_may_write_new_files_into_a_run(run):
+    config = EvaluateConfig(checkpoint=(str(run),), report=str(run / "report.html"))
+    assert config.written["--output"] == str(run / "evaluation.json")
+    with pytest.raises(UserError, match="--report .* would overwrite the file of --output"):
+        EvaluateConfig(checkpoint=(str(run),), report=str(run / "evaluation.json"))
+
+
+@pytest.mark.parametrize("flag", ["image-list", "data-dir"])
+def test_an_evaluation_replaces_nothing_that_it_reads(flag, tmp_path, capsys):
+    path = tmp_path / "read"
+    path.write_text("1")
+    args = ["--checkpoint", "run", f"--{flag}", str(path), "--output", str(path)]
+    refuses(evaluate.main, args, f"would overwrite the file of --{flag}", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["train/cat/0.png", "train/index.npz", "val/x.json", "images.npz"])
+def test_no_report_replaces_data(name, data_dir, tmp_path, capsys):
+    path = str(data_dir / name)
+    expected = f"--output {path} "
+    refuses(check.main, [str(data_dir), "--output", path], expected, tmp_path, capsys)
+    args = ["--checkpoint", "run", "--data-dir", str(data_dir), "--output", path]
+    if not name.startswith("train"):  # which an evaluation knows of only from the run
+        refuses(evaluate.main, args, expected, tmp_path, capsys)
+
+
+def test_a_report_may_lie_beside_the_splits(data_dir):
+    CheckConfig(data_dir=str(data_dir), output=str(data_dir / "report.json"))
+
+
+def test_an_export_replaces_nothing_that_it_reads(tmp_path, capsys):
+    for flag, name in (("checkpoint", "weights.safetensors"), ("evaluation", "model_info.json")):
+        path = tmp_path / name
+        path.write_text("")
+        args = ["--checkpoint", "run", f"--{flag}", str(path), "--robustbench", str(tmp_path)]
+        expected = f"{path} would overwrite the file of --{flag}"
+        args = args[2:] if flag == "checkpoint" else args
+        refuses(export.main, args, expected, tmp_path, capsys)
+
+
+def test_a_sweep_replaces_no_file_that_is_not_its_own(tmp_path, capsys):
+    study = ["--study", str(tmp_path / "s.db"), "--space", "lr=1e-3:1e-2"]
+    recipe = tmp_path / "s_best.toml"
+    recipe.write_text("")
+    expected = f"its file {recipe} would overwrite the file of --recipe"
+    refuses(sweep.main, [*study, "--recipe", str(recipe)], expected, tmp_path, capsys)
+    pytest.importorskip("optuna")
+    refuses(sweep.main, study, f"would overwrite {recipe}, which is no file of", tmp_path, capsys)
+    recipe.unlink()
+    (tmp_path / "s").write_text("mine")
+    expected = f"{tmp_path / 's'}, where its runs should go, is no folder"
+    refuses(sweep.main, study, expected, tmp_path, capsys)
+
+
+def test_training_writes_into_no_split(data_dir, tmp_path, capsys):
+    args = ["--data-dir", str(data_dir), "--output"]
+    for name in ("train", "val/run"):
+        expected = f"--output {data_dir / name} lies in {data_dir / name.split('/')[0]}, where"
+        refuses(train.main, [*args, str(data_dir / name)], expected, tmp_path, capsys)
+
+
+def test_a_recipe_is_not_replaced_by_the_run(tmp_path, capsys):
+    recipe = tmp_path / "config.toml"
+    recipe.write_text("epochs = 1")
+    expected = f"--output {tmp_path} would overwrite {recipe}, which no run has made"
+    for more in ([], ["--resume", "auto"]):
+        args = ["--recipe", str(recipe), "--output", str(tmp_path), *more]
+        refuses(train.main, args, expected, tmp_path, capsys)
+
+
+# -------------------------------------------------------------------------------- trained with care
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert train.main(tiny_run(folder, "--max-updates", "1")) == 0
+    return folder
+
+
+def test_resuming_elsewhere_leaves_another_run_alone(trained, run, tmp_path, capsys):
+    args = ["--resume", str(trained), "--output", str(run)]
+    expected = f"--output {run} holds a run already: --resume {run} continues it"
+    refuses(train.main, args, expected, tmp_path, capsys)
+
+
+def test_a_run_goes_on_by_its_own_recipe(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    args = ["--recipe", str(copy / "config.toml"), "--output", str(copy), "--resume", "auto"]
+    assert train.main([*args, "--max-updates", "2"]) == 0
+    assert Checkpoints(copy, 1).last().name == "update_00000002.pt"
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_refused_target_leaves_the_run_as_it_was(name, trained, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(copy / "checkpoints" / "best.pt")
+    args = ["--recipe", str(trained / "config.toml"), "--output", str(copy), "--resume", "auto"]
+    refuses(train.main, args, f"{copy / name} is a symbolic link", tmp_path, capsys)
+
+
+def test_a_damaged_checkpoint_is_named(trained, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    path = Checkpoints(copy, 1).last()
+    state = load_checkpoint(path)
+    torch.save(state | {"sums": torch.zeros(1, 1)}, path)
+    assert train.main(["--resume", str(copy)]) == 2
+    assert f"error: {path} is damaged: sums: " in capsys.readouterr().err

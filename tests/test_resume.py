@@ -21,10 +21,11 @@ from test_errors import folder_run, image_folder
 from fastgn import attacks, metrics, train
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config import Config
+from fastgn.config.outputs import RUN_FILES, SPOILT
 from fastgn.errors import UserError
 from fastgn.evaluate import load_trained
 from fastgn.files import atomic_open
-from fastgn.metrics import SPOILT, read_rows
+from fastgn.metrics import read_rows
 from fastgn.seeding import Stream, derive
 
 REGULARISED = (
@@ -419,7 +420,7 @@ def test_a_checkpoint_leaves_what_another_process_is_writing(tmp_path: Path) -> 
 def test_all_files_of_a_run_are_known(unbroken: Path) -> None:
     """Or what a kill has left of one would stay for ever."""
     there = {p.name for p in unbroken.iterdir() if p.is_file()}
-    assert there == set(train.RUN_FILES) - {"wandb_id.txt", SPOILT}
+    assert there == set(RUN_FILES) - {"wandb_id.txt", SPOILT}
 
 
 class Bomb:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from fastgn.config import run_folder
 from fastgn.config.fields import (
     BATCH,
     IMAGES,
@@ -25,6 +24,7 @@ from fastgn.config.fields import (
     flag,
 )
 from fastgn.config.groups import CROP, MEAN, STD
+from fastgn.config.outputs import check_outside_data, check_written
 from fastgn.errors import UserError, check, nearest, parse_number
 
 EVALUATION_EPS = Range(0, 1e4, above=True, hint="eps counts in 0..1 pixel units, write 4/255")
@@ -74,22 +74,6 @@ def pgd_step(match: re.Match[str], eps: float) -> float:
     if text.startswith("eps/"):
         return eps * parse_number(f"1/{text.removeprefix('eps/')}")
     return parse_number(text)
-
-
-def check_written(written: dict[str, str | None], read: Sequence[str]) -> None:
-    """Raises UserError if two of the files to write are the same one, or if one is read as well.
-
-    written: name of a field and the path that it gives.
-    """
-    taken = {os.path.realpath(path): "--checkpoint" for path in read}
-    for name, path in written.items():
-        if path is not None:
-            real = os.path.realpath(path)
-            other = taken.setdefault(real, f"--{flag(name)}")
-            check(
-                other == f"--{flag(name)}",
-                f"--{flag(name)} {path} would overwrite the file of {other}: name another file",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,11 +194,10 @@ class EvaluateConfig(ForeignConfig):
             self.norm == "Linf" or not self.statistics,
             "--statistics supports only --norm Linf: leave it out with --norm L2",
         )
-        check_written(
-            {"output": self.output, "report": self.report}
-            | {"curve": self.curve, "picture": self.picture},
-            self.checkpoint,
-        )
+        read = [("--image-list", self.image_list), ("--data-dir", self.data_dir)]
+        read += [("--checkpoint", path) for path in self.checkpoint]
+        check_written(self.written, read)
+        check_outside_data(self.written, self.data_dir, (self.val_split or "val",))
         check(
             self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
             "--curve draws the last of the --attacks over several --eps: give at least 2",
@@ -227,6 +210,13 @@ class EvaluateConfig(ForeignConfig):
             self.model is None or self.data is not None or self.data_dir is not None,
             "--model: the file says nothing of its data: add --data-dir DIR or --data",
         )
+
+    @property
+    def written(self) -> dict[str, str | None]:
+        """Option -> the file that it writes."""
+        output = self.output or str(run_folder(Path(self.checkpoint[0])) / "evaluation.json")
+        more = {"--report": self.report, "--curve": self.curve, "--picture": self.picture}
+        return {"--output": output} | more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,12 +304,21 @@ class SweepConfig(Options):
             not set("?#%") & set(self.study),
             f"--study {self.study}: a database's name has no ?, # or %: choose another name",
         )
+        for path in self.written:
+            check_written({f"--study {self.study}: its file": path}, [("--recipe", self.recipe)])
 
     @property
     def database(self) -> Path:
         """The study's file: --study, with .db added if it has no ending."""
         path = Path(self.study)
         return path if path.suffix else path.with_name(f"{path.name}.db")
+
+    @property
+    def written(self) -> tuple[Path, ...]:
+        """The study's file, and those that are written beside it."""
+        path = self.database
+        beside = (f"{path.stem}.json", f"{path.stem}.png", f"{path.stem}_best.toml")
+        return path, *(path.with_name(name) for name in beside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,3 +365,9 @@ class CheckConfig(Options):
     """Folder or list of validation images."""
     output: Annotated[str | None, PATH] = None
     """Also write the report into this JSON file."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        written = {"--output": self.output}
+        check_written(written, [("DATA-DIR", self.data_dir)])
+        check_outside_data(written, self.data_dir, (self.train_split, self.val_split))
