@@ -354,8 +354,9 @@ def test_what_cannot_be_written_is_said_first(
 ) -> None:
     args = ["--checkpoint", str(run), "--eps", "0.01", "0.02", "--attacks", "clean", "pgd-2"]
     assert evaluate.main([*args, flag, str(tmp_path)]) == 2
-    assert capsys.readouterr().err == (
-        f"fastgn.evaluate: error: {tmp_path} is a folder: name a file\n"
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"fastgn.evaluate: error: {tmp_path} is a folder") and "\n" not in said[:-1]
     )
     (tmp_path / "file").touch()
     assert evaluate.main([*args, flag, str(tmp_path / "file" / "below")]) == 2
