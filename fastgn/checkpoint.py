@@ -115,6 +115,7 @@ CHECKPOINT = {
     "ema": Key("tensors by name, or None", lambda v: v is None or is_state_dict(v)),
     "optimizer": Key("an optimizer's state", is_optimizer),
     "global_batch": whole(1),
+    "ranks": whole(1, None),
     "config": CONFIG,
     "classes": CLASSES,
     "data": Key("what is known of each split's images", is_identity, None),

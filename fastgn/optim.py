@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import (
@@ -117,10 +117,17 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def load_state(
-    cfg: OptimizerConfig, model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+    cfg: OptimizerConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    updates: int,
 ) -> str | None:
     """Loads an optimizer's state from a checkpoint. The options of its parameter groups stay: the
     command line may have changed them, and the device.
+
+    updates: number of updates that the optimizer has made. From the first one on, it keeps
+    something for each weight that has a gradient.
 
     Returns None, or why the state does not belong to the model's weights; then nothing is loaded.
     """
@@ -140,12 +147,54 @@ def load_state(
             fits = shapes_in(value) in (shapes or [[None], [torch.Size(())], [shape]])
             if not fits:
                 return f"{name} of weight {number}, which is {tuple(shape)}, is of another shape"
+            if not is_sound(name, value):
+                return f"{name} of weight {number} has a value that no training gives it"
+    lacking = {
+        number: weight
+        for number, weight in weights.items()
+        if updates > 0 and not has_all(saved["state"].get(number, {}), weight.shape, expected)
+    }
+    if lacking:
+        unused = unused_weights(model)
+        number = next((n for n, weight in lacking.items() if id(weight) not in unused), None)
+        if number is not None:
+            return f"it lacks what {cfg.opt} keeps of weight {number}"
     groups = [
         there | {k: here[k] for k in optimizer.defaults if k in here}
         for there, here in zip(theirs, mine, strict=True)
     ]
     optimizer.load_state_dict(saved | {"param_groups": groups})
     return None
+
+
+def is_sound(name: str, value: Any) -> bool:
+    """Whether all numbers in an optimizer's state are finite, and no square or count is below 0."""
+    signed = name != "step" and not name.endswith("exp_avg_sq")
+    for leaf in tree_leaves(value):
+        if torch.is_tensor(leaf):
+            if not bool(leaf.isfinite().all()) or not (signed or bool((leaf >= 0).all())):
+                return False
+        elif isinstance(leaf, (int, float)) and not (abs(leaf) < 2**53 and (signed or leaf >= 0)):
+            return False
+    return True
+
+
+def has_all(state: dict[str, Any], shape: torch.Size, expected: list["FirstState"]) -> bool:
+    """Whether a weight's state has all that the optimizer keeps of a weight of its shape."""
+    return any(first.state.keys() <= state.keys() for first in expected if first.shape == shape)
+
+
+def unused_weights(model: nn.Module) -> set[int]:
+    """Returns the ids of the weights that do not reach a classifier's output."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    size, device = cast(int, model.img_size), weights[0].device
+    trained = [m for m in model.modules() if m.training]
+    model.eval()
+    output = model(torch.zeros(1, 3, size, size, device=device))
+    grads = torch.autograd.grad(output.sum(), weights, allow_unused=True)
+    for module in trained:
+        module.training = True
+    return {id(weight) for weight, grad in zip(weights, grads, strict=True) if grad is None}
 
 
 def shapes_in(value: Any) -> list[torch.Size | str | None]:

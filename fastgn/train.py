@@ -62,7 +62,7 @@ from fastgn.schedule import (
     unsupported,
 )
 from fastgn.seeding import Stream, seed_all
-from fastgn.weights import mismatch
+from fastgn.weights import are_finite, changed_by_training, mismatch
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
 """What is summed on the device between log rows."""
@@ -228,8 +228,18 @@ class Run:
     def check_finite(self) -> None:
         """Raises UserError once an update was not finite. A host sync."""
         bad = int(self.bad_update.item())
-        if bad < 0:
-            return
+        if bad >= 0:
+            raise self.not_finite(f"the loss or gradient of update {bad}")
+
+    def check_weights(self) -> None:
+        """Raises UserError if a weight or an average is not finite, on any rank. A host sync."""
+        modules = [self.model] if self.ema is None else [self.model, self.ema.module]
+        sound = all(are_finite(changed_by_training(module).values()) for module in modules)
+        if self.world.any(not sound):
+            raise self.not_finite(f"a weight after update {self.update}")
+
+    def not_finite(self, what: str) -> UserError:
+        """Returns the mistake of a run whose numbers have overflowed."""
         last = self.checkpoints.last()
         good = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
         tries = ["a lower --lr", "--clip-grad 1.0"]
@@ -237,9 +247,7 @@ class Run:
             tries.append("--precision fp32")
         if self.step.objective.needs_input_gradient:
             tries.append("a longer --ramp-epochs")
-        raise UserError(
-            f"the loss or gradient of update {bad} is not finite; {good}; try {', '.join(tries)}"
-        )
+        return UserError(f"{what} is not finite; {good}; try {', '.join(tries)}")
 
     def check_first(self, batches: list[Batch]) -> None:
         """Raises UserError if a gradient of the process's first update is not finite.
@@ -388,6 +396,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint, by the first rank. A host sync."""
         self.check_finite()
+        self.check_weights()
         sums = self.world.sum(self.sums.clone()) / self.world.size
         bad = self.bad_images(self.loader)  # since the last row, as the sums
         if self.world.is_main:
@@ -404,6 +413,7 @@ class Run:
                     "ema": self.ema.module.state_dict() if self.ema is not None else None,
                     "optimizer": self.optimizer.state_dict(),
                     "global_batch": self.global_batch,
+                    "ranks": self.world.size,
                     "config": self.cfg.to_toml(),
                     "classes": list(self.classes),
                     "data": self.data,
@@ -545,7 +555,8 @@ def build(cfg: Config, world: World) -> Run:
     if state is not None:
         whole = batch_size * accum * world.size
         restore(cfg, state, dataset, model, ema, optimizer, whole, str(source))
-        notes += changed_data(cfg, state, identity, allow_changed_data)
+        changes = changed_data(cfg, state, identity, allow_changed_data)
+        notes += changes
     representatives = None
     if cfg.objective.method == "pag":
         representatives = Representatives(
@@ -612,7 +623,6 @@ def build(cfg: Config, world: World) -> Run:
         agree=world.any,
     )
     updates_per_epoch = loader.batches_per_epoch // accum
-    total = updates_per_epoch * cfg.optimizer.epochs
     run = Run(
         cfg=cfg,
         world=world,
@@ -629,7 +639,7 @@ def build(cfg: Config, world: World) -> Run:
         batch_size=batch_size,
         grad_accum_steps=accum,
         updates_per_epoch=updates_per_epoch,
-        last_update=min(total, cfg.run.max_updates or total),
+        last_update=last_update_of(cfg, updates_per_epoch),
         peak_lr=peak,
         ramp=torch.zeros((), device=world.device),
         update=state["update"] if state is not None else 0,
@@ -644,6 +654,8 @@ def build(cfg: Config, world: World) -> Run:
             f"{source} is damaged: sums: {tuple(state['sums'].shape)} in place of "
             f"{tuple(run.sums.shape)}",
         )
+        check_position(run, source, state, same_data=not changes)
+        notes += forget_best(run, state)
         run.sums += state["sums"].to(world.device)
         run.summed = run.resumed = state["summed"]
         if world.is_main:
@@ -685,6 +697,64 @@ def build(cfg: Config, world: World) -> Run:
         )
         announce(run, report, dataset.name, compiled, state, notes)
     return run
+
+
+def last_update_of(cfg: Config, updates_per_epoch: int) -> int:
+    """Returns the number of updates of a whole run."""
+    total = updates_per_epoch * cfg.optimizer.epochs
+    return min(total, cfg.run.max_updates or total)
+
+
+def check_position(run: Run, path: Path | None, state: dict[str, Any], same_data: bool) -> None:
+    """Raises UserError if a checkpoint's update or epoch is none of its own run, or is after the
+    end of this one.
+
+    same_data: whether its epochs are as long as this run's.
+    """
+    own, update, epoch = Config.from_toml(state["config"]), run.update, state["epoch"]
+    check(
+        epoch is None or 0 <= epoch <= own.optimizer.epochs,
+        f"{path} is damaged: epoch {epoch} is not within its --epochs {own.optimizer.epochs}",
+    )
+    if same_data:
+        last, here = last_update_of(own, run.updates_per_epoch), update / run.updates_per_epoch
+        check(update <= last, f"{path} is damaged: update {update} is after its run's last, {last}")
+        check(
+            epoch is None or epoch == here,
+            f"{path} is damaged: epoch {epoch} is not that of update {update}, which is {here:g}",
+        )
+    check(
+        update <= run.last_update,
+        f"nothing is left to do: {path} is of update {update}, and this run ends at update "
+        f"{run.last_update}: give a higher --max-updates or --epochs, or an earlier checkpoint",
+    )
+
+
+def forget_best(run: Run, state: dict[str, Any]) -> list[str]:
+    """Forgets the best accuracy so far if the next evaluation cannot be compared with it. Returns
+    a line that says so, if it does."""
+
+    def judged_by(cfg: Config, data: Identity | None) -> dict[str, Any]:
+        natural = cfg.objective.method == "natural"
+        return {
+            "--eval-images": cfg.run.eval_images,
+            "accuracy": "clean" if natural else f"at --eval-eps {cfg.eval_eps}",
+            "validation images": (data or {}).get("validation"),
+        }
+
+    if run.subset is None or run.best < 0 or run.update == run.last_update:
+        return []
+    before = judged_by(Config.from_toml(state["config"]), state["data"])
+    now = judged_by(run.cfg, run.data)
+    changes = [
+        f"other {name}" if isinstance(now[name], dict) else f"{name} {was} is now {now[name]}"
+        for name, was in before.items()
+        if was != now[name]
+    ]
+    if not changes:
+        return []
+    run.best = -1.0
+    return [f"best.pt is chosen anew from here on: {', '.join(changes)}"]
 
 
 def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
@@ -795,6 +865,8 @@ def announce(
         groups = ("dataset", "augmentation", "objective", "step", "optimizer")
         there = Config.from_toml(state["config"])
         changes = [change for group in groups for change in cfg.changed(there, group)]
+        if state["ranks"] not in (None, run.world.size):
+            changes.append(f"ranks: {run.world.size}, not {state['ranks']}")
         run.say("; ".join([f"resumed at update {run.update}", *changes]))
     for line in run.plan.lines() if run.plan is not None else []:
         run.say(line)
@@ -917,7 +989,11 @@ def restore(
         problem = mismatch(state[key], module.state_dict())
         check(problem is None, f"{where} is damaged: {key}: {problem}")
         module.load_state_dict(state[key])
-    problem = optim.load_state(cfg.optimizer, model, optimizer, state["optimizer"])
+        check(
+            are_finite(changed_by_training(module).values()),
+            f"{where} is damaged: {key}: a weight is not finite",
+        )
+    problem = optim.load_state(cfg.optimizer, model, optimizer, state["optimizer"], state["update"])
     check(problem is None, f"{where} is damaged: optimizer: {problem}")
 
 

@@ -1,12 +1,14 @@
 """State dicts of networks: read from files of all kinds, renamed to timm's keys, loaded."""
 
 import dataclasses
+import math
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
@@ -84,6 +86,20 @@ def load_weights(
         raise UserError(f"{source} is of another network: {problem}{hint if fits else ''}")
     model.backbone.load_state_dict(weights, strict=False)
     return adapted
+
+
+def changed_by_training(module: nn.Module) -> dict[str, Tensor]:
+    """Returns a network's weights by name, and the statistics that its BatchNorms keep. Other
+    buffers may hold an infinity on purpose, such as a mask."""
+    statistics = {name: t for name, t in module.named_buffers() if "running_" in name}
+    found = dict(module.named_parameters()) | statistics
+    return {name: t.detach() for name, t in found.items() if t.numel()}
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all values are finite, by one reduction per device. A host sync."""
+    largest = torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)
+    return bool(largest.isfinite())
 
 
 def mismatch(

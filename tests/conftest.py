@@ -71,7 +71,9 @@ def small_state(update: int, /, **values: Any) -> dict[str, Any]:
         "ema": None,
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"params": [0]}]},
         "global_batch": 8,
+        "ranks": 1,
         "config": Config().to_toml(),
         "classes": ["a", "b"],
+        "data": {"training": {"images": 8}},
     }
     return state | values

@@ -109,7 +109,7 @@ def test_every_optimizer_trains_and_resumes_or_says_why_not(name: str, tmp_path:
         optimizer = build_optimizer(cfg, second, 1e-3)
         state = load_checkpoint(path)
         second.load_state_dict(state["model"])
-        assert load_state(cfg, second, optimizer, state["optimizer"]) is None
+        assert load_state(cfg, second, optimizer, state["optimizer"], 3) is None
         updates(second, optimizer, 3, 6)
     assert differences(whole.state_dict(), second.state_dict()) == []
     changed = differences(dict(whole.named_parameters()), dict(network().named_parameters()))

@@ -354,6 +354,64 @@ def test_an_earlier_checkpoint_takes_the_run_back(tmp_path: Path) -> None:
     assert last_state(folder)["update"] == 6
 
 
+def test_weights_that_are_not_finite_are_neither_kept_nor_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An overflow in the last update is in no loss."""
+    apply = train.Run.apply_gradients
+
+    def overflow(run: train.Run, lr: float) -> torch.Tensor:
+        norm = apply(run, lr)
+        next(run.model.parameters()).data[0] = torch.inf
+        return norm
+
+    monkeypatch.setattr(train.Run, "apply_gradients", overflow)
+    folder = tmp_path / "run"
+    assert train.main(tiny_run(folder, "--max-updates", "1", "--no-model-ema")) == 2
+    assert "a weight after update 1 is not finite" in capsys.readouterr().err
+    assert not (folder / "model.safetensors").exists() and not Checkpoints(folder, 1).all()
+
+
+def test_an_end_before_the_checkpoint_leaves_the_run_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert train.main(tiny_run(folder, "--max-updates", "2")) == 0
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert train.main(["--resume", str(folder), "--max-updates", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "nothing is left to do" in said
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ((), None),
+        (("--eval-images", "24"), "--eval-images 48 is now 24"),
+        (("--eval-eps", "0.1"), "accuracy at --eval-eps 0.01 is now at --eval-eps 0.1"),
+    ],
+)
+def test_the_best_is_chosen_anew_if_accuracies_cannot_be_compared(
+    more: tuple[str, ...],
+    said: str | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    assert train.main(tiny_run(folder, "--max-updates", "1", "--eval-eps", "0.01")) == 0
+    path = find_checkpoint(folder)
+    state = load_checkpoint(path)
+    torch.save(state | {"best": 2.0, "ranks": 2}, path)  # better than all that follow
+    capsys.readouterr()
+    assert train.main(["--resume", str(folder), "--max-updates", "2", *more]) == 0
+    shown = capsys.readouterr().err
+    assert "ranks: 1, not 2" in shown
+    assert (said or "") in shown and ("best.pt is chosen anew" in shown) == (said is not None)
+    assert (last_state(folder)["best"] == 2.0) == (said is None)
+
+
 def test_checkpoint_holds_everything(unbroken: Path) -> None:
     state = last_state(unbroken)
     assert state["update"] == 42 and state["global_batch"] == 96

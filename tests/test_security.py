@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -557,7 +558,7 @@ def test_a_missing_key_is_named(key, tmp_path):
     state = small_state(1)
     del state[key]
     path = save_state(tmp_path / "update_00000001.pt", state)
-    if key in ("epoch", "bad_images"):  # older versions did not write them
+    if key in ("epoch", "bad_images", "data", "ranks"):  # older versions did not write them
         assert not load_checkpoint(path)[key]
     else:
         assert refused_state(path) == f"{path} is damaged: it lacks '{key}'"
@@ -600,6 +601,7 @@ FINE = {
     ("bad_images", "empty list"),
     ("bad_images", "doubled"),
     ("ema", "None"),
+    ("data", "empty dict"),
 }
 """What is not wrong after all."""
 
@@ -702,6 +704,19 @@ UNFIT = {
     "moments of another shape": lambda s: first_moments(s).update({"exp_avg": torch.zeros(2, 9)}),
     "moments that are text": lambda s: first_moments(s).update({"exp_avg": "x"}),
     "moments of nobody": lambda s: s["optimizer"]["state"].update({10**6: {}}),
+    "a weight that is not finite": lambda s: s["model"]["backbone.head.fc.bias"].fill_(math.nan),
+    "an average that is not finite": lambda s: s["ema"]["backbone.head.fc.bias"].fill_(math.inf),
+    "moments that are not finite": lambda s: first_moments(s)["exp_avg"].fill_(math.nan),
+    "a negative square": lambda s: first_moments(s)["exp_avg_sq"].fill_(-1),
+    "a negative step": lambda s: first_moments(s)["step"].fill_(-1),
+    "no moments": lambda s: s["optimizer"]["state"].clear(),
+    "no moments of one weight": lambda s: s["optimizer"]["state"].pop(3),
+    "no squares of one weight": lambda s: first_moments(s).pop("exp_avg_sq"),
+    "an update after the run's end": lambda s: s.update(update=10, epoch=10 / 29),
+    "an update that is no epoch's": set_key("update", 2),
+    "an enormous update": set_key("update", 2**52),
+    "an epoch before the run": set_key("epoch", -5),
+    "an epoch after the run": set_key("epoch", 99.0),
     "a group less": lambda s: s["optimizer"]["param_groups"].pop(),
     "a group of others": lambda s: s["optimizer"]["param_groups"][0]["params"].pop(),
     "sums of another shape": set_key("sums", torch.zeros(2, 4)),
