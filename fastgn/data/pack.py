@@ -5,7 +5,8 @@
 SOURCE is whatever --data-dir takes; OUTPUT becomes a --data-dir. Without --short-side the bytes
 stay as they are, and so does what a run sees. Once stopped, the same command goes on: whole shards
 stay, each with an index of its own (shard-*.npz, for this program alone), and spoilt ones are made
-again.
+again. Images of SOURCE whose bytes have changed under the same names since then are not noticed:
+remove OUTPUT first.
 """
 
 import contextlib
