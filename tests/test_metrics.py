@@ -347,7 +347,7 @@ def test_a_dollar_in_a_runs_name_is_no_formula(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     line = finished(tmp_path / "_$x_\\frac{$", capsys)
-    assert line.endswith(": model.safetensors, summary.json, curves.png, metrics.csv")
+    assert line.endswith(": model.safetensors, config.json, summary.json, curves.png, metrics.csv")
 
 
 def test_a_finished_run_names_only_files_that_are_there(
@@ -364,7 +364,9 @@ def test_a_finished_run_names_only_files_that_are_there(
         raise ValueError("no such font\nin two lines")
 
     monkeypatch.setattr(train, "draw_curves", remove_and_draw)
-    assert finished(folder, capsys).endswith(": model.safetensors, summary.json, metrics.csv")
+    assert finished(folder, capsys).endswith(
+        ": model.safetensors, config.json, summary.json, metrics.csv"
+    )
     assert updates(folder) == [2] and (folder / "config.toml").is_file()
     (folder / "model.safetensors").unlink()
     assert train.main(["--resume", str(folder)]) == 0

@@ -500,7 +500,7 @@ def test_what_holds_no_state_dict(tmp_path):
 
 def test_a_run_that_has_not_finished(tmp_path):
     line = refused(model="preact_resnet18", initial_checkpoint=str(tmp_path))
-    assert "the run has not finished (no model.safetensors)" in line
+    assert "this run has not finished (no model.safetensors)" in line
 
 
 class Malicious:
