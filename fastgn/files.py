@@ -215,7 +215,22 @@ def write_safetensors(
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
     header = {METADATA: json.dumps(metadata)}
-    write_bytes(path, save(tensors, metadata=header | {DIGEST: digest_of(tensors, header)}))
+    header[DIGEST] = digest_of(tensors, header)
+    write_bytes(path, in_order(save(tensors, metadata=header)))
+
+
+def in_order(content: bytes) -> bytes:
+    """Returns a safetensors file with its metadata in alphabetical order.
+
+    The library writes several keys in an order that differs from call to call. Here the same
+    weights give the same bytes.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def digest_of(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> str:

@@ -522,6 +522,18 @@ def test_no_flipped_bit_changes_a_weight(name, tmp_path):
     assert refused > 150
 
 
+def test_the_same_weights_give_the_same_file(tmp_path: Path) -> None:
+    weights = {name: torch.randn(3, 5) for name in ("b", "a", "é")}
+    contents = set()
+    for index in range(8):  # with the library's own order each key comes first in half of them
+        path = tmp_path / f"{index}.safetensors"
+        files.write_safetensors(path, weights, {"classes": ["ü"]})
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+    read, _ = files.read_safetensors(path)
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+
+
 @pytest.mark.parametrize("key", ["config", "classes"])
 def test_the_digest_covers_the_header(key, run, tmp_path):
     """Another config or another order of classes gives a wrong model, too."""
