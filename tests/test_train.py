@@ -230,11 +230,11 @@ def test_a_run_is_logged_to_wandb(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     assert main(tiny_run(folder, "--max-updates", "4", "--log-interval", "2")) == 0
     assert wandb.begun == [], "only when asked for"
-    more = ("--max-updates", "8", "--log-wandb", "--seed", "3")
+    more = ("--max-updates", "8", "--log-wandb", "--weight-decay", "0.03")
     assert main(["--resume", str(folder), *more]) == 0
     (begun,) = wandb.begun
     assert (begun["project"], begun["name"], begun["dir"]) == ("fastgn", "run", str(folder))
-    assert begun["config"]["seed"] == 3 and begun["config"]["model"] == "swin_t"
+    assert begun["config"]["weight_decay"] == 0.03 and begun["config"]["model"] == "swin_t"
     rows = [r for r in read_rows(folder / "metrics.csv") if r["update"] > 4]
     assert [r["step"] for r in wandb.rows] == [6, 8, 8] and [r["update"] for r in rows] == [6, 8]
     logged = {r["step"]: {} for r in wandb.rows}
