@@ -399,7 +399,7 @@ def test_an_evaluation_follows_the_device(
 
 def test_what_a_step_cannot_do_is_said_before_it_runs(tmp_path: Path, capfd) -> None:
     for args, line in (
-        (("--activation-memory-budget", "0.5"), "--activation-memory-budget 0.5 is of compiled"),
+        (("--activation-memory-budget", "0.5"), "--activation-memory-budget 0.5 works only"),
         (
             ("--schedule", "subset", "--subset-fraction", "0.3"),
             "--subset-fraction 0.3 of --batch-size 48 is no whole number of images: take a "
