@@ -35,13 +35,13 @@ REQUIRED = object()
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a file may hold under a key."""
+    """The value that a file may hold under a key."""
 
     what: str
     """Expected content, for the error message 'X should be <what>'."""
     fits: Callable[[Any], bool]
     default: Any = REQUIRED
-    """What an older version's file, without the key, is read as."""
+    """The value that stands in for the key in a file of an older version."""
 
 
 def is_number(value: Any) -> bool:

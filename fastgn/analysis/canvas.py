@@ -1,4 +1,4 @@
-"""What all figures share: text that is drawn as it is written, and readable logarithmic axes."""
+"""Shared parts of all figures: text drawn as it is written, and readable logarithmic axes."""
 
 import io
 import math
