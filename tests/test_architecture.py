@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "seeding": set(),
     "attacks": set(),
     "preact_resnet": set(),
-    "objectives": {"attacks", "config"},
+    "objectives": {"attacks", "config", "objectives"},
     "schedule": {"attacks", "diagnosis", "objectives"},
     "second_order": set(),
     "plan": {"config", "errors", "objectives", "schedule"},

@@ -18,10 +18,11 @@ from PIL import Image
 
 import fastgn.data.check as check
 import fastgn.data.pack as pack
-from fastgn import evaluate, objectives, optim, train
+from fastgn import evaluate, optim, train
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config.groups import OptimizerConfig
 from fastgn.errors import UserError
+from fastgn.objectives.methods import gradnorm
 
 TINY_MODEL = TINY_SWIN[: TINY_SWIN.index("--data")]
 
@@ -413,14 +414,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(
     """The third update's loss, found only at the next log row or checkpoint, is named by number."""
     calls = 0
     number = {"first": 1, "third": 3}[bad]
-    real = objectives.cross_entropy
+    real = gradnorm.cross_entropy
 
     def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return real(logits, targets) * (torch.nan if calls == number else 1.0)
 
-    monkeypatch.setattr(objectives, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(gradnorm, "cross_entropy", cross_entropy)
     run = tmp_path / "run"
     more = ("--max-updates", "6", "--checkpoint-interval", "2", "--precision", "bf16")
     line = refused(capsys, tiny_run(run, *more))

@@ -1,0 +1,72 @@
+"""What an update minimises: the methods of --method, each as a pure function, and their registry.
+
+Names are imported when they are first used: the command line reads this package without torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastgn.objectives.base import (
+        Loss,
+        Objective,
+        Representatives,
+        cross_entropy,
+        draw_classes,
+        on_subset,
+        without_penalty,
+    )
+    from fastgn.objectives.methods.adversarial import fgsm_rs, pgd_at
+    from fastgn.objectives.methods.edge import edge, edge_energy
+    from fastgn.objectives.methods.gradnorm import gradnorm
+    from fastgn.objectives.methods.natural import natural
+    from fastgn.objectives.methods.pag import pag
+    from fastgn.objectives.methods.trades import trades, trades_attack, trades_loss
+    from fastgn.objectives.registry import METHODS, build_objective, piecewise_linear_warning
+
+__all__ = [
+    "METHODS",
+    "Loss",
+    "Objective",
+    "Representatives",
+    "build_objective",
+    "cross_entropy",
+    "draw_classes",
+    "edge",
+    "edge_energy",
+    "fgsm_rs",
+    "gradnorm",
+    "natural",
+    "on_subset",
+    "pag",
+    "pgd_at",
+    "piecewise_linear_warning",
+    "trades",
+    "trades_attack",
+    "trades_loss",
+    "without_penalty",
+]
+
+HOMES = {
+    "base": "Loss Objective Representatives cross_entropy draw_classes on_subset without_penalty",
+    "methods.adversarial": "fgsm_rs pgd_at",
+    "methods.edge": "edge edge_energy",
+    "methods.gradnorm": "gradnorm",
+    "methods.natural": "natural",
+    "methods.pag": "pag",
+    "methods.trades": "trades trades_attack trades_loss",
+    "registry": "METHODS build_objective piecewise_linear_warning",
+}
+"""Module of this package -> the public names that it defines."""
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name (PEP 562). Raises AttributeError for any other."""
+    for module, names in HOMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"fastgn.objectives.{module}"), name)
+    raise AttributeError(f"module 'fastgn.objectives' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

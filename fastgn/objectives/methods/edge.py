@@ -1,0 +1,132 @@
+"""Cross-entropy plus the distance of a logit's input gradient from the image's edges."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgn.objectives.base import Loss, Objective, Representatives, cross_entropy, draw_classes
+
+if TYPE_CHECKING:
+    from fastgn.config.groups import ObjectiveConfig
+
+
+def bessel(order: int) -> float:
+    """Returns the modified Bessel function of the first kind I_order(1)."""
+    factorial = math.factorial
+    return sum(0.5 ** (2 * k + order) / factorial(k) / factorial(k + order) for k in range(9))
+
+
+GAUSSIAN = [bessel(abs(i)) for i in range(-3, 4)]
+GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
+"""Taps of the discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels."""
+
+
+def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
+    """Correlates along rows (dim 2) or columns (dim 3), with the image mirrored at its border
+    pixels. Adds shifted images, so that autocast leaves the dtype alone."""
+    reach = len(taps) // 2
+    padded = mirror(x_BCHW, reach, dim)
+    first, *others = (t * padded.narrow(dim, i, x_BCHW.shape[dim]) for i, t in enumerate(taps) if t)
+    return sum(others, first)
+
+
+def mirror(x_BCHW: Tensor, reach: int, dim: int) -> Tensor:
+    """Extends the images by `reach` pixels on both sides, as numpy.pad's mode 'reflect' does."""
+    while reach:  # one reflection adds at most the side less one pixel
+        step = min(reach, max(x_BCHW.shape[dim] - 1, 1))
+        mode = "replicate" if x_BCHW.shape[dim] == 1 else "reflect"
+        x_BCHW = F.pad(x_BCHW, (0, 0, step, step) if dim == 2 else (step, step, 0, 0), mode=mode)
+        reach -= step
+    return x_BCHW
+
+
+def edge_energy(images_BCHW: Tensor) -> Tensor:
+    """Returns where an image has edges: B x 1 x H x W, in the images' dtype and units.
+
+    The image is blurred by a Gaussian of sigma 1 pixel. Sobel's 3 x 3 filters along rows and
+    columns follow, then the root of their squares' sum over directions and channels, then the blur
+    again. Each filter mirrors its input at the border. Source: the code of arXiv 2409.20139.
+    """
+
+    def blur(x: Tensor) -> Tensor:
+        return correlate(correlate(x, GAUSSIAN, 2), GAUSSIAN, 3)
+
+    x = blur(images_BCHW)
+    slopes = [
+        correlate(correlate(x, (-1.0, 0.0, 1.0), dim), (1.0, 2.0, 1.0), 5 - dim) for dim in (2, 3)
+    ]
+    return blur(torch.linalg.vector_norm(torch.cat(slopes, 1), dim=1, keepdim=True))
+
+
+def over_rms(x_BCHW: Tensor, rms: str) -> Tensor:
+    """Divides by the root mean square of all elements of the 'batch', or of each 'image'; 0 stays
+    0."""
+    dims = (0, 1, 2, 3) if rms == "batch" else (1, 2, 3)
+    return x_BCHW / x_BCHW.square().mean(dims, keepdim=True).clamp_min(1e-24).sqrt()
+
+
+def edge(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    *,
+    weight: float | Tensor = 1.0,
+    temperature: float = 0.5,
+    sampling: str = "hard",
+    map: str = "gradient",
+    of: str = "logit",
+    rms: str = "batch",
+) -> Loss:
+    """CE + weight * MSE(G / rms(G), E / rms(E)): signed input gradients that equal the image's
+    edges.
+
+    images: in the units that `model` takes, of which the edges are taken as well. G is the gradient
+    of sum_k w_k f_k, with weights w from draw_classes, or for of 'loss' that of the cross-entropy.
+    E is edge_energy, the same for all channels. The mean is over images, channels and pixels. An
+    edge is never negative, so that the gradient's sign counts. map 'saliency' replaces G by its
+    largest magnitude over channels (Simonyan et al. 2014). rms says whether one root mean square
+    serves the batch, as in the paper's code, or each image has its own. The cost is gradnorm's.
+    Source: arXiv 2409.20139 and its code.
+    """
+    for name, value, choices in (
+        ("map", map, ("gradient", "saliency")),
+        ("of", of, ("logit", "loss")),
+        ("rms", rms, ("batch", "image")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} should be {choices[0]} or {choices[1]}")
+    if not images_BCHW.requires_grad:
+        images_BCHW = images_BCHW.detach().requires_grad_()
+    logits_BK = model(images_BCHW)
+    ce = score = cross_entropy(logits_BK, targets)
+    if of == "logit":
+        logits_BK = logits_BK.to(ce.dtype)
+        score = (draw_classes(logits_BK, temperature, sampling) * logits_BK).sum()
+    (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
+    grad_BCHW = grad_BCHW.to(ce.dtype)
+    if map == "saliency":
+        grad_BCHW = grad_BCHW.abs().amax(1, keepdim=True)
+    edges_B1HW = edge_energy(images_BCHW.detach().to(ce.dtype))
+    penalty = (over_rms(grad_BCHW, rms) - over_rms(edges_B1HW, rms)).square().mean()
+    return Loss(ce + weight * penalty, ce, penalty, torch.full_like(ce, torch.nan))
+
+
+def build_edge(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        return edge(
+            model.backbone,
+            model.normalize(images),
+            targets,
+            weight=cfg.edge_weight * ramp,
+            temperature=cfg.edge_temperature,
+            sampling=cfg.edge_sampling,
+            map=cfg.edge_map,
+            of=cfg.edge_of,
+            rms=cfg.edge_rms,
+        )
+
+    return Objective(loss, needs_input_gradient=True, penalty_weight=cfg.edge_weight)

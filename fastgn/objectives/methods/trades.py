@@ -1,0 +1,100 @@
+"""Cross-entropy plus the divergence between predictions for images and attacked ones."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgn import attacks
+from fastgn.objectives.base import Loss, Objective, Representatives, cross_entropy
+
+if TYPE_CHECKING:
+    from fastgn.config.groups import ObjectiveConfig
+
+
+def trades(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    *,
+    beta: float = 6.0,
+    eps: float = 4 / 255,
+    step_size: float | Tensor = 8 / 255 / 3,
+    steps: int = 3,
+) -> Loss:
+    """CE(x) + beta * KL(p(x) || p(x_adv)) with x_adv by trades_attack (Zhang et al. 2019, arXiv
+    1901.08573, equation 5). images: 0..1 pixels. Put the model in eval mode for the attack where it
+    has BatchNorm or dropout: then call trades_attack and trades_loss."""
+    attacked = trades_attack(model, images_BCHW, eps=eps, step_size=step_size, steps=steps)
+    return trades_loss(model, torch.cat([images_BCHW, attacked]), targets, beta=beta)
+
+
+def trades_attack(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    *,
+    eps: float,
+    step_size: float | Tensor,
+    steps: int,
+    select: str = "last",
+    gradient: attacks.GradientFn = attacks.input_gradient,
+) -> Tensor:
+    """PGD on KL(p(x) || p(x')) from a uniform start. With p(x) fixed this is the cross-entropy with
+    the targets p(x), less their entropy: the same gradient."""
+    with torch.no_grad():
+        logits_BK = model(images_BCHW)
+        own_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32)).softmax(1)
+    return attacks.pgd(
+        model,
+        images_BCHW,
+        own_BK,
+        eps=eps,
+        step_size=step_size,
+        steps=steps,
+        select=select,
+        gradient=gradient,
+    )
+
+
+def trades_loss(
+    model: nn.Module, both_2BCHW: Tensor, targets: Tensor, *, beta: float = 6.0
+) -> Loss:
+    """See trades; both: the images, then their adversarial ones, which go through the network one
+    after the other. The gradient flows through p(x) as well."""
+    here_BK, there_BK = (model(part) for part in both_2BCHW.chunk(2))
+    ce = cross_entropy(here_BK, targets)
+    log_here_BK, log_there_BK = (x.to(ce.dtype).log_softmax(1) for x in (here_BK, there_BK))
+    kl = F.kl_div(log_there_BK, log_here_BK, reduction="batchmean", log_target=True)
+    return Loss(ce + beta * kl, ce, kl, torch.full_like(ce, torch.nan))
+
+
+def build_trades(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+    def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+        return trades_loss(model, images, targets, beta=cfg.trades_beta)
+
+    def perturb(
+        model: Any,
+        images: Tensor,
+        targets: Tensor,
+        ramp: Tensor,
+        gradient: attacks.GradientFn,
+    ) -> Tensor:
+        attacked = trades_attack(
+            model,
+            images,
+            eps=cfg.attack_eps,
+            step_size=cfg.step_size * ramp,
+            steps=cfg.attack_it,
+            select=cfg.attack_select,
+            gradient=gradient,
+        )
+        return torch.cat([images, attacked])
+
+    return Objective(
+        loss,
+        perturb,
+        forwards=2,
+        attack_steps=cfg.attack_it,
+        attack_forwards=1 if cfg.attack_select == "last" else 2,
+    )
