@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import torch
+from fastgn.step.double_backward import graph_count
+from fastgn.step.step import Step
 from timing import interleaved
 
 from fastgn.config import load_recipe
@@ -21,7 +23,6 @@ from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models import build_model
 from fastgn.objectives import build_objective
-from fastgn.schedule import Step, graph_count
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -51,6 +51,10 @@ from typing import Any
 
 import torch
 from energy import Meter, NoMeterError
+from fastgn.step.precision import PRECISIONS, matmul_precision, unsupported
+from fastgn.step.retry import out_of_memory
+from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
+from fastgn.step.step import Step
 from records import write_record
 from step_profile import by_operator, launches, marked
 from tables import cost_table
@@ -66,16 +70,6 @@ from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model, kernels_for, use_kernels
 from fastgn.objectives import Objective, build_objective
 from fastgn.optim import build_optimizer
-from fastgn.schedule import (
-    PRECISIONS,
-    SCHEDULES,
-    Schedule,
-    Step,
-    count_passes,
-    matmul_precision,
-    out_of_memory,
-    unsupported,
-)
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -26,6 +26,11 @@ from typing import Any
 
 import torch
 from arguments import positive_float, positive_int
+from fastgn.step.cost import StepCost, step_cost
+from fastgn.step.plan import EAGER, relations
+from fastgn.step.precision import PRECISIONS
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 from records import earlier, write_record
 
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
@@ -33,8 +38,6 @@ from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model, check_name, kernels_for
 from fastgn.objectives import build_objective
-from fastgn.plan import EAGER, StepCost, relations, step_cost
-from fastgn.schedule import PRECISIONS, Schedule, Step
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 1000

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
+from fastgn.step.plan import BUDGETS
+from fastgn.step.step import Step
 from records import earlier, write_record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,8 +30,6 @@ from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import build_objective
-from fastgn.plan import BUDGETS, Meter, autocast_as_on_cuda, fake_copy
-from fastgn.schedule import Step
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("fp32", "bf16", "bf16-pure")

@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 from arguments import output_for, positive_float, positive_int
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 from records import earlier, write_record
 from timing import summary
 from torch import Tensor, nn
@@ -41,7 +43,6 @@ from fastgn.errors import UserError
 from fastgn.metrics import environment
 from fastgn.models import build_model, kernels_for
 from fastgn.objectives import build_objective
-from fastgn.schedule import Schedule, Step
 from fastgn.seeding import Stream, generator, seed_all
 
 SIDE, CLASSES = 32, 10

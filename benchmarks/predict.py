@@ -37,6 +37,11 @@ from unittest import mock
 
 import torch
 from arguments import output_for
+from fastgn.step.cost import step_cost
+from fastgn.step.double_backward import DoubleBackward
+from fastgn.step.precision import PRECISIONS
+from fastgn.step.schedule import SCHEDULES, Schedule
+from fastgn.step.step import Step
 from records import read_json, unfinished, write_record
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -49,8 +54,6 @@ from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import build_objective
-from fastgn.plan import step_cost
-from fastgn.schedule import PRECISIONS, SCHEDULES, DoubleBackward, Schedule, Step
 
 CUDA = torch.device("cuda:0")
 

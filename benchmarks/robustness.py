@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import trials
 from arguments import ROOT, output_for, positive_int
+from fastgn.step.schedule import count_passes
 from records import write_record
 from timing import interleaved, summary
 from trials import Trial, digest
@@ -39,7 +40,6 @@ from fastgn.errors import UserError, check, nearest
 from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment
 from fastgn.objectives import build_objective
-from fastgn.schedule import count_passes
 from fastgn.train import build, schedule_of
 
 ARMS: dict[str, dict[str, Any]] = {

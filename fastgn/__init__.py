@@ -6,7 +6,7 @@ Names are imported when they are first used: ``import fastgn`` alone imports no 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgn.schedule import compile_double_backward
+    from fastgn.step.double_backward import compile_double_backward
 
 __all__ = ["__version__", "compile_double_backward"]
 
@@ -14,7 +14,7 @@ __all__ = ["__version__", "compile_double_backward"]
 def __getattr__(name: str) -> Any:
     """Imports a public name (PEP 562). Raises AttributeError for any other."""
     if name == "compile_double_backward":
-        from fastgn.schedule import compile_double_backward
+        from fastgn.step.double_backward import compile_double_backward
 
         return compile_double_backward
     if name == "__version__":

@@ -57,7 +57,7 @@ from fastgn.errors import UserError, check, escaped, passed_over, print_line, sa
 from fastgn.files import check_target, parse_json, write_bytes, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
-from fastgn.schedule import out_of_memory
+from fastgn.step.retry import out_of_memory
 from fastgn.weights import load_weights, read_weights
 
 

@@ -25,7 +25,9 @@ from torch.utils.flop_counter import flop_registry
 
 from fastgn.errors import check
 from fastgn.objectives import Objective
-from fastgn.schedule import Passes, Schedule, Step, count_passes, matmul_precision
+from fastgn.step.precision import matmul_precision
+from fastgn.step.schedule import Passes, Schedule, count_passes
+from fastgn.step.step import Step
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
 """Activation memory budgets that were measured."""

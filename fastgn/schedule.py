@@ -22,8 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastgn.attacks import Gradient, leaf_gradient
-from fastgn.diagnosis import Diagnosis
 from fastgn.objectives import Loss, Objective, natural, on_subset, without_penalty
+from fastgn.step.diagnosis import Diagnosis
 
 SCHEDULES = ("exact", "exact-eager", "finite-difference", "central-difference", "lazy", "subset")
 PRECISIONS = ("fp32", "tf32", "bf16", "bf16-pure")

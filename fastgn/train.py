@@ -52,16 +52,15 @@ from fastgn.hub import timm_config
 from fastgn.lock import lock_folder, remove_leftovers
 from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.objectives import Representatives, build_objective, piecewise_linear_warning
-from fastgn.plan import Plan, Rates, device_rates, free_memory, plan, step_cost
-from fastgn.schedule import (
-    Schedule,
-    Step,
-    compilations,
-    missing_derivative,
-    out_of_memory,
-    unsupported,
-)
 from fastgn.seeding import Stream, seed_all
+from fastgn.step.cost import step_cost
+from fastgn.step.diagnosis import missing_derivative
+from fastgn.step.double_backward import compilations
+from fastgn.step.plan import Plan, Rates, device_rates, free_memory, plan
+from fastgn.step.precision import unsupported
+from fastgn.step.retry import out_of_memory
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 from fastgn.weights import are_finite, changed_by_training, mismatch
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")

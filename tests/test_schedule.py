@@ -12,6 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_run
+from fastgn.step.double_backward import graph_count
+from fastgn.step.precision import matmul_precision, unsupported
+from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
+from fastgn.step.step import Step
 from test_objectives import made, relative, resnet, soft_targets, swin, vit
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -35,15 +39,6 @@ from fastgn.objectives import (
     build_objective,
     gradnorm,
     natural,
-)
-from fastgn.schedule import (
-    SCHEDULES,
-    Schedule,
-    Step,
-    count_passes,
-    graph_count,
-    matmul_precision,
-    unsupported,
 )
 
 IMAGES = {swin: 16, vit: 16, resnet: 32}

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from fastgn.step.double_backward import compile_double_backward
 from torch import Tensor, nn
 
 from fastgn import schedule, second_order, train
@@ -18,7 +19,6 @@ from fastgn.config import ArchitectureConfig
 from fastgn.models import build_model
 from fastgn.objectives import gradnorm
 from fastgn.preact_resnet import PreActResNet18
-from fastgn.schedule import compile_double_backward
 from fastgn.second_order import find_operators, replace_operators
 
 OPERATORS: dict[str, tuple[Callable, Callable]] = {

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_run
+from fastgn.step.double_backward import graph_count
 from PIL import Image
 
 from fastgn import train
 from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
-from fastgn.schedule import graph_count
 from fastgn.train import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -43,7 +43,10 @@ def test_cifar10_trains_with_each_method(method: str, tmp_path: Path) -> None:
         "50",
     ]
     args += ["--epochs", "1", "--warmup-epochs", "0", "--lr", "0.003", "--max-updates", "40"]
-    args += ["--ramp-epochs", "5"]  # as long as the paper's: the loss of attacked images falls later
+    args += [
+        "--ramp-epochs",
+        "5",
+    ]  # as long as the paper's: the loss of attacked images falls later
     args += ["--log-interval", "10", "--eval-images", "50", "--output", str(tmp_path / "run")]
     assert main(args) == 0
     rows = [r for r in read_rows(tmp_path / "run" / "metrics.csv") if "ce" in r]

@@ -12,7 +12,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fastgn_kernels import ACTIVATIONS, activation, window_attention_qkvpacked
+from fastgn_kernels import (
+    ACTIVATIONS,
+    activation,
+    layer_norm_kernels,
+    window_attention_qkvpacked,
+)
 from fastgn_kernels.dispatch import LAUNCH
 
 ROOT = Path(__file__).parents[2]
@@ -96,9 +101,10 @@ def test_every_op_has_its_row() -> None:
 
 def test_layer_norms_tiles_are_all_built() -> None:
     """Every tile that a width from 65 to 1024 takes, and the widest."""
-    module = sys.modules["fastgn_kernels.layer_norm"]  # the package's attribute is the function
-    built = [module._tile(columns) for columns in kernel_builds.LAYER_NORMS]
-    assert all(module._tile(columns) in built for columns in (*range(65, 1025), module.LARGEST))
+    largest = sys.modules["fastgn_kernels.layer_norm"].LARGEST  # the attribute is the function
+    built = [layer_norm_kernels._tile(columns) for columns in kernel_builds.LAYER_NORMS]
+    widths = (*range(65, 1025), largest)
+    assert all(layer_norm_kernels._tile(columns) in built for columns in widths)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 # the package's attribute of that name is the function
 module = sys.modules["fastgn_kernels.layer_norm"]
+kernels = sys.modules["fastgn_kernels.layer_norm_kernels"]
 
 pytestmark = [
     # numpy's, on the way to a NaN that is meant
@@ -115,7 +116,7 @@ def test_one_output_is_the_references(used: int) -> None:
 
 def test_several_strips_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that each sum over several tiles: with 3, one more tile than the others for some."""
-    monkeypatch.setattr(module, "strips", lambda rows, rows_per_block, columns: 3)
+    monkeypatch.setattr(kernels, "strips", lambda rows, rows_per_block, columns: 3)
     for shape in ((61, 1030), (3, 1030), (2, 1030)):
         checks.check_against_reference(op, twin, inputs("residual", *shape), tolerance=1e-9)
 
@@ -123,7 +124,7 @@ def test_several_strips_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_beyond_the_largest_take_the_plain_body() -> None:
     with pytest.MonkeyPatch.context() as patches:
         for order in ("fwd", "bwd", "bwd_bwd"):
-            patches.delattr(module, f"_layer_norm_{order}_kernel")
+            patches.delattr(kernels, f"_layer_norm_{order}_kernel")
         xs = inputs("residual", 2, module.LARGEST + 1)
         checks.check_against_reference(op, twin, xs, tolerance=1e-9)
 
@@ -475,7 +476,7 @@ def test_beyond_2_to_the_31_elements(order: int) -> None:
     columns = module.LARGEST
     # whole rounds of all programs, so that the last program has the last row
     rows = 1056 * (2**31 // columns // 1056 + 1)
-    assert rows * columns > 2**31 and module.strips(rows, 1, 1) == 1056
+    assert rows * columns > 2**31 and kernels.strips(rows, 1, 1) == 1056
     half = lambda *shape, seed: random(*shape, seed=seed, dtype=torch.float16)  # noqa: E731
     with checks.little_memory(), checks.last_program_alone():
         x, residual, gy, v = (torch.empty(rows, columns, dtype=torch.float16) for _ in range(4))

@@ -16,6 +16,7 @@ import timm
 import torch
 import triton
 from checks import DEVICE, random
+from fastgn.step.double_backward import compile_double_backward
 from fastgn_kernels import activation, dispatch, layer_norm, reference, window_attention_qkvpacked
 from fastgn_kernels.modules import swap_modules
 from timm.layers import set_fused_attn
@@ -26,8 +27,6 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-
-from fastgn.schedule import compile_double_backward
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

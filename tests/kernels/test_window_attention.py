@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 # the package's attribute of that name is the function
 module = sys.modules["fastgn_kernels.window_attention"]
+kernels = sys.modules["fastgn_kernels.window_attention_kernels"]
 
 pytestmark = [
     # numpy's, on the way to a NaN that is meant
@@ -115,19 +116,19 @@ def test_several_windows_a_strip(
 ) -> None:
     """Each window finds its own mask, and the bias' gradient has every window's part, whatever
     windows a program has, and when some have one more than others."""
-    monkeypatch.setattr(module, "_grid", functools.partial(module._grid, programs=programs))
+    monkeypatch.setattr(kernels, "_grid", functools.partial(kernels._grid, programs=programs))
     mask = masks(count, 5)
     xs = inputs(windows, heads, 5, 4)
-    assert module._grid(xs[0], mask) == (heads, strips)
+    assert kernels._grid(xs[0], mask) == (heads, strips)
     checks.check_against_reference(op(mask), twin(mask), xs)
 
 
 def test_there_are_no_more_strips_than_windows() -> None:
     for windows, heads, count in itertools.product((1, 3, 64, 4096), (1, 4, 32, 2000), (0, 1)):
         mask = masks(count, 1)
-        grid = module._grid(torch.empty(3, windows, heads, 1, 1), mask)
+        grid = kernels._grid(torch.empty(3, windows, heads, 1, 1), mask)
         assert grid[0] == heads and 1 <= grid[1] <= windows
-    assert module._grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
+    assert kernels._grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
@@ -327,11 +328,11 @@ def test_a_linear_layers_output_is_not_copied() -> None:
 
     def three_orders() -> list[Tensor]:
         qkv = linear.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
-        assert module._packed(qkv).data_ptr() == linear.data_ptr()
+        assert kernels._packed(qkv).data_ptr() == linear.data_ptr()
         o = window_attention_qkvpacked(qkv, bias)
         flat = o.transpose(1, 2).flatten(2)
         assert flat.data_ptr() == o.data_ptr()
-        assert module._single(o).data_ptr() == o.data_ptr()
+        assert kernels._single(o).data_ptr() == o.data_ptr()
         (g,) = torch.autograd.grad(flat, linear, go, create_graph=True)
         return [flat, g, *torch.autograd.grad(g, (go, linear), v)]
 
@@ -491,7 +492,7 @@ def test_second_derivatives_of_one_gradient(used: int) -> None:
 
 def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # a GPU has several windows a strip as it is
-        monkeypatch.setattr(module, "_grid", functools.partial(module._grid, programs=8))
+        monkeypatch.setattr(kernels, "_grid", functools.partial(kernels._grid, programs=8))
     shape = (12, 2, 9, 8) if DEVICE == "cpu" else (4096, 4, 49, 32)
     mask = masks(2, shape[2])
     xs = [x.half() for x in inputs(*shape)]
@@ -538,7 +539,7 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
     """Of queries, keys and values together."""
     tokens, dim = 64, 64
     programs = 1056 * 16  # more than on a GPU, so that the last has few windows to go through
-    monkeypatch.setattr(module, "_grid", functools.partial(module._grid, programs=programs))
+    monkeypatch.setattr(kernels, "_grid", functools.partial(kernels._grid, programs=programs))
     # whole rounds of all programs, so that the last program has the last window
     windows = programs * (2**31 // (3 * tokens * dim) // programs + 1)
     assert 3 * windows * tokens * dim > 2**31
@@ -546,7 +547,7 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
     with checks.little_memory(), checks.last_program_alone():
         qkv, vqkv = (place(windows, tokens, 3, 1, dim).permute(2, 0, 3, 1, 4) for _ in range(2))
         go = place(windows, tokens, 1, dim).transpose(1, 2)
-        assert module._grid(qkv, None) == (1, programs)
+        assert kernels._grid(qkv, None) == (1, programs)
         for seed, t in enumerate((qkv, vqkv)):
             t[:, -1] = random(3, 1, tokens, dim, seed=seed, dtype=torch.float16)
         go[-1] = random(1, tokens, dim, seed=3, dtype=torch.float16)
