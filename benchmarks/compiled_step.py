@@ -14,8 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from fastgn.step.double_backward import graph_count
-from fastgn.step.step import Step
 from timing import interleaved
 
 from fastgn.config import load_recipe
@@ -23,6 +21,8 @@ from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models import build_model
 from fastgn.objectives import build_objective
+from fastgn.step.double_backward import graph_count
+from fastgn.step.step import Step
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -5,7 +5,7 @@
     python benchmarks/cost.py --model swin_b --counts-only  # passes and operations, on any machine
     python benchmarks/cost.py --model resnet50 --methods natural gradnorm --schedules exact lazy
 
-An arm is a method, a schedule and a precision. Its call is a whole update: fastgn.schedule.Step on
+An arm is a method, a schedule and a precision. Its call is a whole update: fastgn.step.step.Step on
 random images and soft targets, then fastgn.optim's AdamW at learning rate 0, so that all arms work
 on the same weights; there is one model for all. Rounds are interleaved, spread is over them, and a
 ratio is the mean of each round's own.
@@ -51,10 +51,6 @@ from typing import Any
 
 import torch
 from energy import Meter, NoMeterError
-from fastgn.step.precision import PRECISIONS, matmul_precision, unsupported
-from fastgn.step.retry import out_of_memory
-from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
-from fastgn.step.step import Step
 from records import write_record
 from step_profile import by_operator, launches, marked
 from tables import cost_table
@@ -70,6 +66,10 @@ from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model, kernels_for, use_kernels
 from fastgn.objectives import Objective, build_objective
 from fastgn.optim import build_optimizer
+from fastgn.step.precision import PRECISIONS, matmul_precision, unsupported
+from fastgn.step.retry import out_of_memory
+from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
+from fastgn.step.step import Step
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,4 +1,4 @@
-"""Peak memory of a step over the batch size, and what fastgn.plan predicted.
+"""Peak memory of a step over the batch size, and what fastgn.step.cost predicted.
 
     python benchmarks/memory.py  # a GPU: Swin-B in bf16, batches of 16 to 128
 
@@ -26,11 +26,6 @@ from typing import Any
 
 import torch
 from arguments import positive_float, positive_int
-from fastgn.step.cost import StepCost, step_cost
-from fastgn.step.plan import EAGER, relations
-from fastgn.step.precision import PRECISIONS
-from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 from records import earlier, write_record
 
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
@@ -38,6 +33,11 @@ from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model, check_name, kernels_for
 from fastgn.objectives import build_objective
+from fastgn.step.cost import StepCost, step_cost
+from fastgn.step.plan import EAGER, relations
+from fastgn.step.precision import PRECISIONS
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 1000
@@ -89,7 +89,7 @@ Todo = tuple[Callable[[Task], Any], Task]
 
 
 def count(task: Task) -> StepCost:
-    """What fastgn.plan knows of a method's step, up to the task's batch. Seconds for Swin-B."""
+    """What fastgn.step.cost knows of a method's step, up to the task's batch. Seconds for Swin-B."""
     model = task.network(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return step_cost(
         model,

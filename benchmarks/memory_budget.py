@@ -6,7 +6,7 @@
 Counted on fake tensors below the compiler's partitioner (backend aot_eager_decomp_partition), which
 decides what the forward keeps for the backward; code generation, which fuses operators and so frees
 temporaries sooner, comes after it: peaks are upper bounds. Adds its rows to
-benchmarks/results/memory_budget.json, the source of the constants in fastgn/plan.py.
+benchmarks/results/memory_budget.json, the source of the constants in fastgn/step/plan.py.
 """
 
 import argparse
@@ -20,9 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
-from fastgn.step.plan import BUDGETS
-from fastgn.step.step import Step
 from records import earlier, write_record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,6 +27,9 @@ from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import build_objective
+from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
+from fastgn.step.plan import BUDGETS
+from fastgn.step.step import Step
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("fp32", "bf16", "bf16-pure")

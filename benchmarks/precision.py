@@ -30,8 +30,6 @@ from typing import Any
 
 import torch
 from arguments import output_for, positive_float, positive_int
-from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 from records import earlier, write_record
 from timing import summary
 from torch import Tensor, nn
@@ -44,6 +42,8 @@ from fastgn.metrics import environment
 from fastgn.models import build_model, kernels_for
 from fastgn.objectives import build_objective
 from fastgn.seeding import Stream, generator, seed_all
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 
 SIDE, CLASSES = 32, 10
 FD_STEPS = (0.07, 0.01, 0.001)

@@ -3,7 +3,7 @@
     python benchmarks/predict.py  # Swin-B on an H200, an A100 and a V100; minutes an arm
     python benchmarks/predict.py --gpus h200 --methods gradnorm --depths 2 2 2 2
 
-The real `fastgn.schedule.Step` runs one update (of a lazy schedule, one cycle) on tensors without
+The real `fastgn.step.step.Step` runs one update (of a lazy schedule, one cycle) on tensors without
 data on a pretend GPU. Dynamo, AOTAutograd's partitioner and Inductor do what they would do on that
 card, up to the scheduler that decides what is one kernel; no code is generated and nothing runs. So
 the activations saved between forward and backward count, and so do the optimisations of fastgn.
@@ -37,11 +37,6 @@ from unittest import mock
 
 import torch
 from arguments import output_for
-from fastgn.step.cost import step_cost
-from fastgn.step.double_backward import DoubleBackward
-from fastgn.step.precision import PRECISIONS
-from fastgn.step.schedule import SCHEDULES, Schedule
-from fastgn.step.step import Step
 from records import read_json, unfinished, write_record
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -54,6 +49,11 @@ from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models import Classifier, build_model
 from fastgn.objectives import build_objective
+from fastgn.step.cost import step_cost
+from fastgn.step.double_backward import DoubleBackward
+from fastgn.step.precision import PRECISIONS
+from fastgn.step.schedule import SCHEDULES, Schedule
+from fastgn.step.step import Step
 
 CUDA = torch.device("cuda:0")
 
@@ -678,7 +678,7 @@ def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None
 
 def eager(network: Network, arm: Arm) -> dict[str, float]:
     """The same update by PyTorch's operators, run one by one: how many, and the bytes an image that
-    they read and write, counted (fastgn.plan)."""
+    they read and write, counted (fastgn.step.cost)."""
     counted = step_cost(
         network.build("reference"),
         build_objective(ObjectiveConfig(method=arm.method)),

@@ -4,7 +4,7 @@
     python benchmarks/robustness.py --data cifar10 --data-dir DIR --minutes 9    # again: goes on
 
 All arms start from the same natural weights of their seed. Each gets the epochs that cost as much
-as gradnorm's: once counted in passes (operations in forwards, fastgn.schedule.count_passes), once
+as gradnorm's: once counted in passes (operations in forwards, fastgn.step.schedule.count_passes), once
 in time, by seconds an update that one interleaved run of all arms has measured. On a CPU times mean
 something as ratios within that run alone. A training or evaluation that is finished is kept in
 --work and not made again, an interrupted one goes on.
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import trials
 from arguments import ROOT, output_for, positive_int
-from fastgn.step.schedule import count_passes
 from records import write_record
 from timing import interleaved, summary
 from trials import Trial, digest
@@ -40,6 +39,7 @@ from fastgn.errors import UserError, check, nearest
 from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment
 from fastgn.objectives import build_objective
+from fastgn.step.schedule import count_passes
 from fastgn.train import build, schedule_of
 
 ARMS: dict[str, dict[str, Any]] = {

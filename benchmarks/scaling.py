@@ -39,8 +39,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 from timing import interleaved
 
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
@@ -49,6 +47,8 @@ from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models import build_model
 from fastgn.objectives import build_objective
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 
 RESULTS = Path(__file__).parent / "results"
 

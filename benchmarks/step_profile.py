@@ -21,7 +21,7 @@ OPERATORS = 30
 
 @contextlib.contextmanager
 def marked(marks: Marks, backbone: nn.Module | None, objective: Objective) -> Iterator[None]:
-    """Marks the passes of a fastgn.schedule.Step that runs in here.
+    """Marks the passes of a fastgn.step.step.Step that runs in here.
 
     backbone: an eager step's network. Its passes are F, the forwards; B, the gradients of images,
     an attack's among them; J, the double backward down to the logits; B', the rest of it, or the

@@ -14,19 +14,17 @@ PACKAGE = ROOT / "fastgn"
 KERNELS = ROOT / "kernels" / "fastgn_kernels"
 
 MAY_IMPORT = {
-    "__init__": {"schedule"},
+    "__init__": {"step"},
     "errors": set(),
     "config": {"config", "errors", "files", "listing"},
     "listing": {"config", "errors", "models"},
     "extras": {"config"},
-    "diagnosis": set(),
     "seeding": set(),
     "attacks": set(),
     "preact_resnet": set(),
     "objectives": {"attacks", "config", "objectives"},
-    "schedule": {"attacks", "diagnosis", "objectives"},
+    "step": {"attacks", "errors", "objectives", "step"},
     "second_order": set(),
-    "plan": {"config", "errors", "objectives", "schedule"},
     "models": {"config", "errors", "preact_resnet", "second_order", "weights"},
     "hub": {"config", "errors", "files", "models"},
     "weights": {"config", "errors", "files"},

@@ -27,13 +27,13 @@ import cost_figures  # noqa: E402
 import energy  # noqa: E402
 import step_profile  # noqa: E402
 import tables  # noqa: E402
-from fastgn.step.schedule import Schedule  # noqa: E402
-from fastgn.step.step import Step  # noqa: E402
 from timing import Marks, interleaved, once  # noqa: E402
 
 from fastgn.config.groups import ArchitectureConfig  # noqa: E402
 from fastgn.models import Classifier, build_model, use_kernels  # noqa: E402
 from fastgn.objectives import gradnorm  # noqa: E402
+from fastgn.step.schedule import Schedule  # noqa: E402
+from fastgn.step.step import Step  # noqa: E402
 
 TINY = (
     *("--model", "vit_tiny_patch16_224", "--img-size", "16", "--classes", "5", "--batch", "4"),

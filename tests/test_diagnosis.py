@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_run
-from fastgn.step.diagnosis import Diagnosis
 from torch import Tensor, nn
 
 from fastgn import models, train
+from fastgn.step.diagnosis import Diagnosis
 
 
 class Normalized(nn.Module):

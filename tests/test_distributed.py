@@ -19,8 +19,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_SWIN, differences, tiny_run
-from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -31,6 +29,8 @@ from fastgn.config.cli import parse_config
 from fastgn.errors import UserError
 from fastgn.metrics import read_rows
 from fastgn.objectives import build_objective
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastgn.step.double_backward import compile_double_backward
-from fastgn.step.losses import LossModule, LossModules
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from fastgn.config.groups import ObjectiveConfig
 from fastgn.objectives import build_objective
+from fastgn.step.double_backward import compile_double_backward
+from fastgn.step.losses import LossModule, LossModules
 
 # traced and differentiated as for Inductor, but no code is generated
 compiled = functools.partial(compile_double_backward, backend="aot_eager")

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from fastgn.step import plan as planner
-from fastgn.step.cost import StepCost, step_cost
-from fastgn.step.meter import Meter, autocast_as_on_cuda
-from fastgn.step.plan import BUDGETS, MARGIN, Rates
-from fastgn.step.schedule import Passes, Schedule
-from fastgn.step.step import Step
 from test_objectives import soft_targets, swin
 from test_schedule import NoModules, classifier, objective
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn.errors import UserError
+from fastgn.step import plan as planner
+from fastgn.step.cost import StepCost, step_cost
+from fastgn.step.meter import Meter, autocast_as_on_cuda
+from fastgn.step.plan import BUDGETS, MARGIN, Rates
+from fastgn.step.schedule import Passes, Schedule
+from fastgn.step.step import Step
 
 ROOT = Path(__file__).parent.parent
 

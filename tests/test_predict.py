@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn.config.groups import ObjectiveConfig
 from fastgn.objectives import build_objective, gradnorm
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
 
 pytest.importorskip("triton")  # Linux alone
 

@@ -12,10 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_run
-from fastgn.step.double_backward import graph_count
-from fastgn.step.precision import matmul_precision, unsupported
-from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
-from fastgn.step.step import Step
 from test_objectives import made, relative, resnet, soft_targets, swin, vit
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -40,6 +36,10 @@ from fastgn.objectives import (
     gradnorm,
     natural,
 )
+from fastgn.step.double_backward import graph_count
+from fastgn.step.precision import matmul_precision, unsupported
+from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
+from fastgn.step.step import Step
 
 IMAGES = {swin: 16, vit: 16, resnet: 32}
 

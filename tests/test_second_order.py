@@ -11,15 +11,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from fastgn.step.double_backward import compile_double_backward
 from torch import Tensor, nn
 
-from fastgn import schedule, second_order, train
+from fastgn import second_order, train
 from fastgn.config import ArchitectureConfig
 from fastgn.models import build_model
 from fastgn.objectives import gradnorm
 from fastgn.preact_resnet import PreActResNet18
 from fastgn.second_order import find_operators, replace_operators
+from fastgn.step.double_backward import compile_double_backward
 
 OPERATORS: dict[str, tuple[Callable, Callable]] = {
     "hardsigmoid": (F.hardsigmoid, second_order.hardsigmoid),
@@ -274,7 +274,7 @@ def test_any_other_operator_without_a_second_derivative_is_one_line(
     monkeypatch.setattr(PreActResNet18, "forward", forward)
     if how == "compiled":
         compiled = functools.partial(compile_double_backward, backend="aot_eager")
-        monkeypatch.setattr(schedule, "compile_double_backward", compiled)
+        monkeypatch.setattr("fastgn.step.step.compile_double_backward", compiled)
     run = ["--model", "preact_resnet18", "--model-kwargs", "width=4", "--img-size", "8"]
     run += ["--data", "digits", "--batch-size", "4", "--max-updates", "1", "--eval-images", "0"]
     run += ["--compile", "on" if how == "compiled" else "off", "--output", str(tmp_path / "run")]

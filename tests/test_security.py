@@ -77,7 +77,7 @@ READERS: dict[str, set[str]] = {
     "Image.open": {"data/images.py"},
     "open": {"files.py", "checkpoint.py", "metrics.py", "sweep.py"},
     "os.open": {"files.py", "lock.py"},
-    "*.read_text": {"evaluate.py", "listing.py", "lock.py", "metrics.py", "plan.py"},
+    "*.read_text": {"evaluate.py", "listing.py", "lock.py", "metrics.py", "step/plan.py"},
     "*.read_bytes": set(),
 }
 """What opens a file or takes it apart, and the modules that may use it; * stands for any value.

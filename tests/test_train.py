@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_run
-from fastgn.step.double_backward import graph_count
 from PIL import Image
 
 from fastgn import train
 from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
+from fastgn.step.double_backward import graph_count
 from fastgn.train import main
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

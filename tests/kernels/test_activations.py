@@ -8,10 +8,11 @@ import checks
 import pytest
 import torch
 from checks import DEVICE, LAYOUTS, SHAPES, not_interpreted, random
-from fastgn.step.double_backward import compile_double_backward
 from fastgn_kernels import ACTIVATIONS, activation, activations, gelu, reference, silu
 from torch import Tensor
 from torch.testing import assert_close
+
+from fastgn.step.double_backward import compile_double_backward
 
 pytestmark = [
     # numpy's, on the way to a limit or to a NaN that is meant

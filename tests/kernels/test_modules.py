@@ -14,7 +14,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from checks import DEVICE, not_interpreted, ops_called, random, recording_backend, relative
-from fastgn.step.double_backward import compile_double_backward
 from fastgn_kernels.modules import (
     FAMILIES,
     FusedActivation,
@@ -32,6 +31,7 @@ from timm.models.swin_transformer import WindowAttention
 from torch import Tensor, nn
 
 from fastgn.objectives import gradnorm
+from fastgn.step.double_backward import compile_double_backward
 
 
 @pytest.fixture(autouse=True)

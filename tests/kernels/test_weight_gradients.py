@@ -16,7 +16,6 @@ import timm
 import torch
 import triton
 from checks import DEVICE, random
-from fastgn.step.double_backward import compile_double_backward
 from fastgn_kernels import activation, dispatch, layer_norm, reference, window_attention_qkvpacked
 from fastgn_kernels.modules import swap_modules
 from timm.layers import set_fused_attn
@@ -27,6 +26,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+from fastgn.step.double_backward import compile_double_backward
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -1,5 +1,6 @@
 """Names the layer in which a loss, or one of its derivatives, stops being finite."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -98,3 +99,9 @@ def are_finite(values: Any) -> bool:
     """Returns whether every number in the floating-point tensors of nested values is finite."""
     leaves = (x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
     return all(bool(torch.isfinite(x).all()) for x in leaves)
+
+
+def missing_derivative(error: BaseException) -> str | None:
+    """Returns the operator that an update could not be differentiated twice because of, if any."""
+    missing = re.search(r"derivative for (?:aten::)?(\w+) is not implemented", str(error))
+    return missing[1].removesuffix("_backward") if missing else None

@@ -1,0 +1,1 @@
+"""How one update is computed: its passes, compilation, precision, memory and cost."""
