@@ -108,7 +108,7 @@ def kernels() -> str:
 
 
 def plus_minus(value: dict | None, form: str) -> str:
-    """Mean and deviation as benchmarks/cost.py records them."""
+    """Mean and deviation as benchmarks/step/cost.py records them."""
     return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
 
 
@@ -162,7 +162,7 @@ COST_COLUMNS = {
 
 
 def cost_table(record: dict) -> str:
-    """One run of benchmarks/cost.py."""
+    """One run of benchmarks/step/cost.py."""
     failed = [row for row in record["not_timed"] if row["failed"]]
     rows = record["rows"] + [row for row in record["not_timed"] if row not in failed]
     columns = {name: [cell(row) for row in rows] for name, cell in COST_COLUMNS.items()}
@@ -204,8 +204,8 @@ def cost() -> str:
 
 
 def predict_table(record: dict, measured: list[dict]) -> str:
-    """One run of benchmarks/predict.py, and beside it what benchmarks/cost.py measured on a card of
-    the same name. measured: its records."""
+    """One run of predict.py, and beside it what cost.py measured on a card of the same name.
+    measured: its records."""
     same = ("model", "img_size", "batch", "kernels")
     found = {
         (r["device"], *(r[k] for k in same), row["arm"], row["precision"]): row

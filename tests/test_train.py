@@ -43,10 +43,8 @@ def test_cifar10_trains_with_each_method(method: str, tmp_path: Path) -> None:
         "50",
     ]
     args += ["--epochs", "1", "--warmup-epochs", "0", "--lr", "0.003", "--max-updates", "40"]
-    args += [
-        "--ramp-epochs",
-        "5",
-    ]  # as long as the paper's: the loss of attacked images falls later
+    # as long as the paper's: the loss of attacked images falls later
+    args += ["--ramp-epochs", "5"]
     args += ["--log-interval", "10", "--eval-images", "50", "--output", str(tmp_path / "run")]
     assert main(args) == 0
     rows = [r for r in read_rows(tmp_path / "run" / "metrics.csv") if "ce" in r]

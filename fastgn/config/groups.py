@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastgn.config.fields import (
+from fastgn.config.policy import check_policy
+from fastgn.errors import check, nearest
+from fastgn.fields import (
     BATCH,
     IMAGES,
     MINUTES,
@@ -27,8 +29,6 @@ from fastgn.config.fields import (
     flag,
     number,
 )
-from fastgn.config.policy import check_policy
-from fastgn.errors import check, nearest
 
 MEAN = Range(-10, 10)
 STD = Range(1e-3, 1e3)

@@ -4,9 +4,7 @@ import contextlib
 import functools
 import importlib
 import re
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -27,11 +25,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.kernels import builds as kernel_builds
 from fastgn.step.double_backward import compile_double_backward
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import kernel_builds  # noqa: E402
 
 close = functools.partial(assert_close, rtol=1e-9, atol=1e-9)
 

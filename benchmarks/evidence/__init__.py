@@ -1,0 +1,1 @@
+"""Accuracy under attack, and proofs that the programs do what they promise."""

@@ -1,0 +1,132 @@
+"""Edge regularisation beside natural training: accuracy on attacked digits.
+
+    python -m benchmarks.evidence.edge                # the same call again continues
+
+For each seed, all arms start from the same natural weights and train for the same number of epochs.
+PGD-20 and AutoAttack's APGD-CE and APGD-T then attack all held-out images. An image survives
+APGD-CE+T if it survives both.
+
+Writes benchmarks/results/edge_digits_<device>.json.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common.arguments import output_for, positive_int
+from benchmarks.common.records import write_record
+from benchmarks.evidence import trials
+from benchmarks.evidence.robustness import digits, statistics_of
+from benchmarks.evidence.trials import Trial
+from fastgn.config import Config
+from fastgn.metrics import environment
+
+ARMS: dict[str, dict[str, Any]] = {
+    "natural": {"method": "natural"},
+    "edge": {"method": "edge"},
+    "edge, an RMS per image": {"method": "edge", "edge_rms": "image"},
+    "edge, its largest weight at once": {"method": "edge", "ramp_epochs": 0.0},
+}
+"""Name of an arm and the fields of fastgn.train's config in which it differs."""
+START_EPOCHS, EPOCHS, EPS = 30, 15, 0.025
+TRAINING = {
+    **{"smoothing": 0.1, "eval_eps": EPS, "eval_interval": EPOCHS, "warmup_epochs": 1.0},
+    **{"ramp_start": 1 / 19, "ramp_epochs": 200.0},  # the paper's weight: 1 + 0.09 * epoch
+}
+"""Fields of fastgn.train's config that all arms share."""
+FLAGS = (
+    *("--attacks", "clean", "pgd-20", "apgd-ce", "apgd-t"),
+    *("--eps", repr(EPS), "--num-images", "360"),
+)
+"""Flags of fastgn.evaluate."""
+
+
+def base_config(smoke: bool) -> tuple[Config, dict[str, Any]]:
+    """Returns the config that all arms share, and the network's part of it."""
+    study = digits()
+    network = next(iter(study.networks.values()))
+    cfg = study.base.replace(**network, **TRAINING)
+    return (cfg.replace(eval_images=16) if smoke else cfg), network
+
+
+def survivors(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the accuracy under APGD-CE+T from one model's evaluation."""
+    (model,) = evaluation["models"]
+    bits = [r["correct"] for r in model["results"] if r["attack"] in ("apgd-ce", "apgd-t")]
+    assert len(bits) == 2, "both attacks were run"
+    right = sum(a == b == "1" for a, b in zip(*bits, strict=True))
+    images = len(bits[0])
+    return {"attack": "apgd-ce+t", "eps": EPS, "accuracy": right / images, "images": images}
+
+
+def row_of(arm: str, runs: Sequence[tuple[int, Trial]], work: Path) -> dict[str, Any]:
+    """Returns an arm's part of the record: each finished seed, and accuracy over the seeds."""
+    seeds, failed = [], []
+    for seed, trial in runs:
+        found = trials.result(trial, work)
+        if found is None:
+            continue
+        if found["failed"]:
+            failed.append({"seed": seed, "why": found["failed"]})
+            continue
+        (flags,) = trial.evaluations
+        path = trials.evaluation_file(trial, work / trial.key, flags)
+        if path.exists():
+            rows = [*found["accuracy"], survivors(json.loads(path.read_text()))]
+            seeds.append({"seed": seed, "accuracy": rows, "final": found["final"]})
+    return {"arm": arm, "seeds": seeds, "failed": failed, "accuracy": statistics_of(seeds)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 if any training failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    trials.add_arguments(parser)
+    parser.add_argument("--seeds", type=positive_int, default=3, help="how many, from 0")
+    parser.set_defaults(data="digits")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    free = {"minutes", "processes", "work", "data"}
+    output = output_for(f"edge_digits_{device}.json", parser, args, free)
+    work = trials.work_folder(args, "edge")
+    base, network = base_config(args.smoke)
+    epochs = {"start": 2, "arm": 2} if args.smoke else {"start": START_EPOCHS, "arm": EPOCHS}
+    flags = (*FLAGS[:-1], "8") if args.smoke else FLAGS
+
+    plan: dict[str, list[tuple[int, Trial]]] = {arm: [] for arm in ARMS}
+    starts = []
+    for seed in range(args.seeds):
+        natural = base.replace(seed=seed, method="natural", epochs=epochs["start"])
+        start = Trial(f"start_s{seed}", natural)
+        starts.append(start)
+        for index, (arm, values) in enumerate(ARMS.items()):
+            cfg = base.replace(**values, seed=seed, epochs=epochs["arm"])
+            plan[arm].append((seed, Trial(f"arm{index}_s{seed}", cfg, (flags,), start)))
+
+    every = [trial for runs in plan.values() for _, trial in runs]
+    options = {"processes": args.processes, "deadline": time.time() + 60 * args.minutes}
+    finished = trials.run_all(starts, work, **options) and trials.run_all(every, work, **options)
+    rows = [row_of(arm, runs, work) for arm, runs in plan.items()]
+    record = {
+        "script": "benchmarks/evidence/edge.py",
+        "network": network,
+        **{"data": "digits", "device": device, "precision": "fp32"},
+        **{"eps": EPS, "epochs": epochs, "training": TRAINING, "arms": ARMS},
+        **{"images": int(flags[-1]), "seeds": args.seeds, "complete": finished},
+        "rows": [row for row in rows if row["seeds"] or row["failed"]],
+        **environment(),
+    }
+    output = write_record(output, record)
+    print(f"{output}{'' if finished else ': not complete, run the same command again'}")
+    return int(any(row["failed"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Kills trainings at random moments until each has finished, and compares them with one that was
+left alone.
+
+    python -m benchmarks.evidence.kills  # about 10 minutes on a CPU
+
+A run trains a toy Swin on the digits for 42 updates, with a checkpoint every third one. Each of its
+processes is killed by SIGKILL at a moment drawn uniformly from the life of an undisturbed one, from
+start-up to the last file, and the next process continues with --resume auto. A run is over when a
+process ends by itself. What it then holds must be the same to the last bit: weights, their average,
+the optimizer's state, best.pt, the export, and metrics.csv but for the clock's columns.
+
+The processes are forked by a server that has imported fastgn.train once: real processes and real
+kills, without six seconds of imports each.
+
+Writes benchmarks/results/kills_cpu.json.
+"""
+
+import argparse
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from benchmarks.common.arguments import RESULTS, positive_int
+from fastgn import train
+from fastgn.checkpoint import Checkpoints, load_checkpoint
+from fastgn.files import write_json
+from fastgn.metrics import environment, read_rows
+
+ARGUMENTS = (
+    *("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8"),
+    *("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2", "--data", "digits"),
+    *("--batch-size", "96", "--epochs", "3", "--warmup-epochs", "0", "--lr", "0.003"),
+    *("--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--drop-path", "0.1"),
+    *("--eval-images", "48", "--log-interval", "4", "--checkpoint-interval", "3"),
+)
+"""42 updates in epochs of 14: neither log rows, checkpoints nor epochs fall together."""
+STATE = ("update", "best", "accuracy", "sums", "summed", "model", "ema", "optimizer")
+"""What a checkpoint holds besides the configuration."""
+CLOCK = ("images_per_s", "data_wait_share", "seconds")
+"""metrics.csv's columns that depend on the machine's speed."""
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Returns what a finished run has to share with another of the same configuration."""
+    last = Checkpoints(folder, 1).last()
+    assert last is not None, f"{folder} has no checkpoint"
+    rows = read_rows(folder / "metrics.csv")
+    found: dict[str, Any] = {
+        "metrics.csv": [{k: v for k, v in row.items() if k not in CLOCK} for row in rows],
+        "model.safetensors": load_file(folder / "model.safetensors"),
+        "files": sorted(p.name for p in folder.iterdir()),
+        "checkpoints": sorted(p.name for p in (folder / "checkpoints").iterdir()),
+    }
+    for path in (last, folder / "checkpoints" / "best.pt"):
+        state = load_checkpoint(path)
+        found[path.name] = {key: state[key] for key in STATE}
+    return found
+
+
+def differences(mine: Any, other: Any, where: str = "") -> list[str]:
+    """Returns where two nested values are not the same to the last bit."""
+    if type(mine) is not type(other):
+        return [where]
+    if isinstance(mine, torch.Tensor):
+        return [] if mine.dtype == other.dtype and torch.equal(mine, other) else [where]
+    if isinstance(mine, dict):
+        if mine.keys() != other.keys():
+            return [where]
+        return [d for k in mine for d in differences(mine[k], other[k], f"{where}/{k}")]
+    if isinstance(mine, list) and len(mine) == len(other):
+        pairs = enumerate(zip(mine, other, strict=True))
+        return [d for i, pair in pairs for d in differences(*pair, f"{where}/{i}")]
+    return [] if mine == other else [where]
+
+
+def phase(folder: Path) -> tuple[str, int]:
+    """Returns what a killed process was doing, as its files tell, and its last saved update."""
+    checkpoints = Checkpoints(folder, 1)
+    last = checkpoints.last()
+    update = int(last.stem.split("_")[1]) if last else 0
+    if any(checkpoints.folder.glob(".*.tmp")):
+        return "writing a checkpoint", update
+    if not (folder / "config.toml").exists():
+        return "start-up of a new run", update
+    return ("finishing" if update == 42 else "resuming or training"), update
+
+
+def train_quietly(folder: str, log: str) -> None:
+    """Trains or continues a run, its output appended to a file, and ends the process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    sys.exit(train.main([*ARGUMENTS, "--output", folder, "--resume", "auto"]))
+
+
+def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Returns the record of so many kills, over as many runs as they take."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["fastgn.train"])
+    draw = random.Random(seed)
+
+    def run(name: str, kill_after_s: float | None = None) -> float | None:
+        """Returns the seconds that a process took, or None if it was killed."""
+        began = time.monotonic()
+        process = server.Process(
+            target=train_quietly, args=(str(work / name), str(work / f"{name}.log"))
+        )
+        process.start()
+        process.join(kill_after_s)
+        if process.is_alive():
+            process.kill()
+        process.join()
+        assert process.exitcode in (0, -9), (work / f"{name}.log").read_text()
+        return None if process.exitcode else time.monotonic() - began
+
+    run("warm-up")  # the server's own imports
+    life_s = run("unbroken")
+    assert life_s is not None
+    wanted = contents(work / "unbroken")
+    moments: list[dict[str, Any]] = []
+    found: list[str] = []
+    runs = 0
+    with tqdm(total=kills, unit="kill", disable=None) as bar:
+        while len(moments) < kills:
+            runs += 1
+            name = f"run{runs}"
+            fresh = True
+            while True:
+                after_s = draw.uniform(0, life_s) if len(moments) < kills else None
+                took_s = run(name, after_s)
+                if took_s is not None:
+                    life_s = took_s if fresh else life_s  # other programs make it faster or slower
+                    break
+                fresh = False
+                what, update = phase(work / name)
+                moments.append({"run": runs, "seconds": after_s, "update": update, "while": what})
+                bar.update()
+            found += differences(contents(work / name), wanted, name)
+    return {
+        "kills": len(moments),
+        "runs": runs,
+        "different": found,
+        "seed": seed,
+        "undisturbed_s": life_s,
+        "processes": "forked by a server that has imported fastgn.train",
+        "arguments": list(ARGUMENTS),
+        "moments": moments,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the record; returns 1 if a run that was killed differs from the undisturbed one."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--kills", type=positive_int, default=50, help="SIGKILLs in all (50)")
+    add("--seed", type=int, default=0, help="seed of the moments (0)")
+    add("--output", type=Path, default=RESULTS / "kills_cpu.json")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        record = study(Path(folder), args.kills, args.seed)
+    write_json(args.output, record | environment())
+    result = f"{len(record['different'])} differences" if record["different"] else "all the same"
+    print(f"{record['kills']} kills in {record['runs']} runs: {result} -> {args.output}")
+    return int(bool(record["different"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Speed and machine code of the kernels."""

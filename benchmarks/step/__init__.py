@@ -1,0 +1,1 @@
+"""What an update costs: time, memory, bytes, and the accuracy of its gradient."""

@@ -1,0 +1,279 @@
+"""robustness.py: budgets, what is made once, the record and the table from it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.evidence import robustness, trials
+from fastgn.config.groups import METHODS
+from fastgn.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+STUDY = robustness.digits()
+
+
+def run(folder: Path, *more: str) -> int:
+    files = ("--output", str(folder / "out.json"), "--work", str(folder / "work"))
+    size = ("--smoke", "--seeds", "1", "--rounds", "1", "--processes", "1")
+    return robustness.main([*size, *files, "--plot", str(folder / "plot.png"), *more])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("robustness")
+    assert run(folder, "--methods", "natural", "gradnorm") == 0
+    return folder
+
+
+def test_budgets_are_those_counted_by_hand() -> None:
+    """gradnorm has 15 epochs of 6 forwards: 90. natural 90 / 3 = 30, PGD-3 90 / 9 = 10, a lazy
+    penalty every 4th time 90 / 3.75 = 24; in time at 2, 1.02, 3 and 1 to natural's 1: 30 / 1 and so
+    on, and those within 5 % share a training."""
+    arms = ("gradnorm", "natural", "pgd_at", "gradnorm-lazy4")
+    units = {
+        a: robustness.units_of(robustness.arm_config(STUDY, "Swin", a, "fp32"))[1] for a in arms
+    }
+    assert units == {"gradnorm": 6, "natural": 3, "pgd_at": 9, "gradnorm-lazy4": 3.75}
+    seconds = {"gradnorm": 2.0, "natural": 1.02, "pgd_at": 2.0, "gradnorm-lazy4": 1.0}
+    assert robustness.budgets_of(STUDY, units, seconds, "gradnorm") == {
+        "gradnorm": {"passes": 15, "time": 15},
+        "natural": {"passes": 30, "time": 30},  # 29.4 in time
+        "pgd_at": {"passes": 10, "time": 15},
+        "gradnorm-lazy4": {"passes": 24, "time": 30},
+    }
+    assert robustness.epochs_for(2, 1e9, 1.0) == 1
+
+
+def test_each_arm_is_a_line_that_config_accepts() -> None:
+    there = {n for n, fields in robustness.ARMS.items() if fields["method"] in METHODS}
+    known = robustness.known_arms(None, STUDY, STUDY.base)
+    assert set(known) == there >= {"natural", "gradnorm", "pgd_at", "fgsm_rs"}
+    for arm in known:
+        cfg = robustness.for_epochs(robustness.arm_config(STUDY, "Swin", arm, "fp32"), STUDY, 1)
+        assert cfg.objective.eps == cfg.objective.attack_eps == cfg.eval_eps == 0.025
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (("--methods", "gradnrom"), "--methods 'gradnrom': did you mean 'gradnorm'?"),
+        (("--networks", "2"), "--networks 2: there are 1"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, more: tuple[str, ...], line: str
+) -> None:
+    assert run(tmp_path, *more) == 2
+    assert line in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+
+
+def test_an_arm_that_config_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(robustness.ARMS, "new", {"method": "newer"})
+    with pytest.raises(UserError, match="--methods new: method = 'newer'"):
+        robustness.known_arms(["new"], STUDY, STUDY.base)
+
+
+def test_the_record_holds_every_arm_with_accuracy_cost_and_history(done: Path) -> None:
+    record = json.loads((done / "out.json").read_text())
+    assert record["complete"] and record["reference"] == "gradnorm"
+    rows = {(r["arm"], b): r for r in record["rows"] for b in r["budgets"]}
+    assert rows.keys() == {(a, b) for a in ("natural", "gradnorm") for b in ("passes", "time")}
+    natural = rows["natural", "passes"]
+    assert natural["epochs"] == 4 and natural["units"] == 3 and natural["total_units"] == 12
+    assert [h["epoch"] for h in natural["seeds"][0]["history"]] == [1, 2, 3, 4]
+    attacks = {(a["attack"], a["images"]) for a in natural["accuracy"]}
+    assert attacks == {("clean", 16), ("pgd-20", 16), ("apgd-ce", 2)}
+    for row in record["rows"]:
+        for a in row["accuracy"]:
+            assert 0 <= a["accuracy"]["mean"] <= 1 and a["accuracy"]["n"] == 1
+    assert record["meaningful_times"] or "seconds" not in natural
+    for name in ("plot_cost.png", "plot_epoch.png"):
+        assert (done / name).stat().st_size > 10_000
+
+
+def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("run again")
+
+    before = json.loads((done / "out.json").read_text())["rows"]
+    monkeypatch.setattr(trials.train, "main", never)
+    monkeypatch.setattr(trials.evaluate, "main", never)
+    assert run(done, "--methods", "natural", "gradnorm") == 0
+    assert json.loads((done / "out.json").read_text())["rows"] == before
+
+
+def test_when_the_time_is_over_it_stops_and_later_goes_on(tmp_path: Path) -> None:
+    """Killed by --minutes in a training or evaluation, or between them."""
+    arm = ("--methods", "natural")
+    assert run(tmp_path, *arm, "--minutes", "1e-6") == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert not record["complete"] and record["rows"] == []
+    assert run(tmp_path, *arm) == 0
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["complete"] and len(record["rows"]) in (1, 2)
+
+
+def test_a_training_interrupted_by_the_deadline_has_saved(tmp_path: Path) -> None:
+    cfg = STUDY.base.replace(epochs=500, warmup_epochs=0.0, eval_images=0)
+    trial = trials.Trial("long", cfg)
+    with pytest.raises(trials.Stopped):
+        trials.run_trial(trial, tmp_path, trials.time.time() + 2)
+    folder = tmp_path / trial.key
+    assert list((folder / "checkpoints").glob("update_*.pt"))
+    assert not (folder / "model.safetensors").exists() and trials.result(trial, tmp_path) is None
+
+
+def test_a_trial_that_fails_is_recorded_and_not_tried_again(tmp_path: Path) -> None:
+    trial = trials.Trial("bad", STUDY.base.replace(model="swin_x"))
+    failure = trials.run_trial(trial, tmp_path, float("inf"))
+    assert failure is not None and "swin_x" in failure
+    assert not trials.missing(trial, tmp_path)
+    assert trials.result(trial, tmp_path) == {"failed": failure}
+
+
+def test_what_the_compiler_raises_is_one_arms_end_and_a_full_disk_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = trials.Trial("odd", STUDY.base)
+
+    def raises(error: Exception):
+        def train(*_):
+            raise error
+
+        monkeypatch.setattr(trials.train, "main", train)
+
+    raises(OSError("no space left"))
+    with pytest.raises(OSError, match="no space"):
+        trials.run_trial(trial, tmp_path, float("inf"))
+    assert trials.missing(trial, tmp_path)
+    raises(RuntimeError("no such\nlowering"))
+    assert trials.run_trial(trial, tmp_path, float("inf")) == "no such lowering"
+    assert not trials.missing(trial, tmp_path)
+
+
+def test_a_cost_that_a_kill_has_lost_is_none(tmp_path: Path) -> None:
+    trial = trials.Trial("cut", STUDY.base)
+    folder = tmp_path / trial.key
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "metrics.csv").write_text("update,epoch,loss\n1,1,0.5\n")
+    found = trials.result(trial, tmp_path)
+    assert found["seconds"] is None and found["joules"] is None
+
+
+def test_each_seed_has_its_own_images(tmp_path: Path) -> None:
+    lists = [
+        robustness.image_list(tmp_path, seed, 30, 360).read_text().split() for seed in range(3)
+    ]
+    assert all(len(set(one)) == 30 and max(map(int, one)) < 360 for one in lists)
+    assert len({i for one in lists for i in one}) == 90
+    assert len(robustness.image_list(tmp_path, 2, 500, 360).read_text().split()) == 360
+
+
+def fake_record() -> dict:
+    """Two seeds of two arms; gradnorm 10 points above FGSM's on both."""
+
+    def row(arm: str, budgets: list[str], robust: list[float]) -> dict:
+        seeds = [
+            {
+                "seed": s,
+                "history": [],
+                "accuracy": [
+                    {"attack": "clean", "eps": 0.0, "images": 100, "accuracy": 0.9},
+                    {"attack": "autoattack", "eps": 0.1, "images": 50, "accuracy": value},
+                ],
+            }
+            for s, value in enumerate(robust)
+        ]
+        shared = {"network": "Net", "epochs": 3, "passes": 5, "units": 6.0, "seconds_over": 2.0}
+        return shared | {
+            **{"arm": arm, "budgets": budgets, "radius": None, "seeds": seeds, "failed": []},
+            "accuracy": robustness.statistics_of(seeds),
+        }
+
+    record = {
+        "rows": [
+            row("gradnorm", ["passes", "time"], [0.6, 0.7]),
+            row("fgsm_rs", ["time"], [0.5, 0.6]),
+        ],
+        **{"networks": ["Net"], "reference": "gradnorm", "eps": 0.1, "eval_eps": [0.1], "seeds": 2},
+        **{
+            "data": "digits",
+            "device": "cpu",
+            "precision": "fp32",
+            "time": "some",
+            "complete": True,
+        },
+        "images": {"autoattack, each seed its own": 50, "pgd-20": 100},
+        "versions": {"torch": "2"},
+    }
+    return record | {"notes": robustness.notes_of(record)}
+
+
+def test_the_notes_compare_on_the_same_seeds() -> None:
+    (note,) = fake_record()["notes"]
+    assert note["question"].startswith("Where does gradnorm stand")
+    text, cost = note["answers"]
+    assert text == (
+        "gradnorm against fgsm_rs at equal time: clean +0.0 ± 0.0 points (not shown at "
+        "95 %), autoattack +10.0 ± 0.0 points (shown at 95 %)"
+    )
+    assert cost.startswith("an update of gradnorm takes 1.00 of fgsm_rs's time")
+
+
+def test_three_seeds_show_less_than_two_standard_errors_suggest() -> None:
+    """Differences of 2, 4 and 9 points: mean 5, standard error 2.08, t 2.40 of the 4.30 needed."""
+    rows = [
+        {
+            **{"arm": arm, "budgets": ["time"]},
+            "seeds": [
+                {"accuracy": [{"attack": "clean", "eps": 0.0, "accuracy": value}]}
+                for value in values
+            ],
+        }
+        for arm, values in {"a": [0.52, 0.54, 0.59], "b": [0.5] * 3}.items()
+    ]
+    text = robustness.compare(rows, "a", "b", "time", 0.1)
+    assert text == "a against b at equal time: clean +5.0 ± 3.6 points (not shown at 95 %)"
+
+
+def test_the_table_is_made_from_the_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.robustness() == ""
+    (tmp_path / "robustness_digits_cpu.json").write_text(json.dumps(fake_record()))
+    lines = tables.robustness().splitlines()
+    assert lines[0] == (
+        "| arm | equal | epochs | operations an update | time over natural | clean, % "
+        "| AutoAttack 0.1 |"
+    )
+    assert lines[2] == "| gradnorm | both | 3 | 6 | 2.00 | 90.0 ± 0.0 | 65.0 ± 7.1 |"
+    assert lines[3].startswith("| fgsm_rs | time | 3 |")
+
+
+def test_cifar10_at_toy_size_by_the_script_itself(tmp_path: Path) -> None:
+    """--data cifar10 --smoke on noise, the two processes of a CPU; --methods of what there is."""
+    from benchmarks.data.small_data import noise
+
+    data = noise(tmp_path, 512)
+    script = [sys.executable, "-m", "benchmarks.evidence.robustness", "--smoke", "--seeds", "1"]
+    options = ["--data", "cifar10", "--data-dir", str(data), "--methods", "fgsm_rs"]
+    files = ["--output", str(tmp_path / "out.json"), "--work", str(tmp_path / "work")]
+    more = ["--plot", str(tmp_path / "p.png"), "--rounds", "1"]
+    done = subprocess.run(
+        [*script, *options, *files, *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["complete"] and [r["arm"] for r in record["rows"]] == ["fgsm_rs"]
+    assert record["eval_eps"] == [4 / 255]

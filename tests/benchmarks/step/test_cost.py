@@ -1,0 +1,830 @@
+"""The cost suite: what it counts is exact, what it times is what it says, one arm's failure is its
+own."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_objectives import made, soft_targets, swin
+from torch import Tensor, nn
+
+from benchmarks import tables
+from benchmarks.common import energy
+from benchmarks.common.timing import Marks, interleaved, once
+from benchmarks.step import cost, cost_figures
+from benchmarks.step import profiler as step_profile
+from fastgn.config.groups import ArchitectureConfig
+from fastgn.models import Classifier, build_model, use_kernels
+from fastgn.objectives import gradnorm
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
+
+TINY = (
+    *("--model", "vit_tiny_patch16_224", "--img-size", "16", "--classes", "5", "--batch", "4"),
+    *("--model-kwargs", "patch_size=8", "embed_dim=16", "depth=1", "num_heads=2"),
+    *("--rounds", "2", "--round-seconds", "0.001"),
+)
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what the script does on a CPU")
+
+
+def run(folder: Path, *options: str) -> dict:
+    files = ["--output", str(folder / "cost_x.json"), "--plot", str(folder / "cost_x.png")]
+    assert cost.main([*files, *options]) == 0
+    return json.loads((folder / "cost_x.json").read_text())
+
+
+def by_arm(record: dict) -> dict[str, dict]:
+    return {row["arm"]: row for row in record["rows"] + record["not_timed"]}
+
+
+def network() -> Classifier:
+    return Classifier(made(swin, torch.float32), (0.5,) * 3, (0.25,) * 3, 16)
+
+
+# ------------------------------------------------------------------------------------ without a GPU
+
+
+@pytest.fixture(scope="module")
+def every_arm(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, Path]:
+    """A run of them all: record, what was printed, folder."""
+    folder = tmp_path_factory.mktemp("cost")
+    with contextlib.redirect_stdout(io.StringIO()) as lines:
+        record = run(folder, *TINY, "--rounds", "3", "--markdown")
+    return record, lines.getvalue(), folder
+
+
+@without_gpu
+def test_a_run_on_a_cpu(every_arm: tuple[dict, str, Path]) -> None:
+    record, printed, folder = every_arm
+    assert printed.startswith(cost.NO_MEANING)
+    assert record["complete"] and not record["meaningful_times"] and record["meaning"]
+    assert record["not_timed"] == record["skipped"] == []
+    assert {"versions", "commit", "hardware", "device", "script"} <= record.keys()
+    for row in record["rows"]:
+        assert not row["compiled"] and row["micro_batch"] == record["batch"]
+        assert not {"seconds_a_batch", "first_step_s"} & row.keys(), "seconds of a CPU have no name"
+        seconds = row["meaningless_seconds_a_batch"]
+        assert len(seconds["rounds"]) == record["rounds"] == 3 and min(seconds["rounds"]) > 0
+        assert row["peak_bytes"] is row["joules_an_image"] is row["images_per_s"] is None
+        assert row["launches"]["what"] == "aten operators dispatched"
+        assert row["flop_utilisation"] > 0
+    for name in ("cost_x.png", "cost_x_roofline.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+UNITS = {
+    "natural": (2, 3),
+    "gradnorm exact": (5, 6),
+    "pgd_at": (8, 9),
+    "pgd_at-paper": (9, 13),
+    "gradnorm finite-difference 0.01": (4, 6),
+    "gradnorm central-difference 0.01": (6, 9),
+    "gradnorm lazy 4": (2.75, 3.75),
+    "gradnorm subset 0.5": (3.5, 4.5),
+    "gradnorm-paper": (5, 6),
+    "fgsm_rs": (4, 5),
+}
+"""Arm -> passes as the paper counts them, and operations in forwards."""
+
+
+def test_operations_of_an_update() -> None:
+    """Of the network that a bare command line takes: natural : exact gradnorm : fair PGD-3 : the
+    paper's PGD-3 : finite difference = 3 : 6 : 9 : 13 : 6."""
+    kwargs = ArchitectureConfig(model="swin_t", model_kwargs=cost.SMALL_SWIN, img_size=32)
+    counter = cost.Counter(build_model(kwargs, 10)[0], 2, 10)
+    difference = Schedule("finite-difference")
+    arms = [cost.Spec(name, "fp32") for name in ("natural", "gradnorm", "pgd_at", "pgd_at-paper")]
+    for spec in [*arms, cost.Spec("gradnorm", "fp32", difference)]:
+        forwards = UNITS[spec.name][1]
+        assert counter.update(spec) / counter.forward == pytest.approx(forwards, rel=0.02)
+
+
+@without_gpu
+def test_passes_beside_the_papers(every_arm: tuple[dict, str, Path]) -> None:
+    rows = by_arm(every_arm[0])
+    assert rows.keys() == UNITS.keys()
+    for name, (passes, forwards) in UNITS.items():
+        assert rows[name]["passes"] == passes, name
+        assert rows[name]["forwards_by_schedule"] == forwards, name
+        # a network so small that the patch embedding and the products of the attention weigh more
+        assert rows[name]["forwards_by_count"] == pytest.approx(forwards, rel=0.2), name
+    assert rows["pgd_at"]["paper"] == rows["pgd_at-paper"]["paper"]
+    assert rows["gradnorm exact"]["paper"]["time_over"]["pgd_at"] == pytest.approx(0.628, abs=1e-3)
+    assert rows["gradnorm lazy 4"]["paper"] is rows["fgsm_rs"]["paper"] is None
+
+
+def test_the_recorded_operations_of_swin_b() -> None:
+    """Within 2 %, at the size that the README speaks of."""
+    record = json.loads((tables.RESULTS / "cost_swin_b_counts.json").read_text())
+    assert (record["model"], record["img_size"]) == ("swin_b", 224)
+    rows = by_arm(record)
+    for name, (_, forwards) in UNITS.items():
+        assert rows[name]["forwards_by_count"] == pytest.approx(forwards, rel=0.02)
+    assert record["forward_flops_an_image"] == pytest.approx(30.86e9, rel=1e-3)
+
+
+@without_gpu
+def test_ratios_are_those_of_the_rounds(every_arm: tuple[dict, str, Path]) -> None:
+    rows = by_arm(every_arm[0])
+
+    def rounds(name: str) -> list[float]:
+        return rows[name]["meaningless_seconds_a_batch"]["rounds"]
+
+    for name, row in rows.items():
+        for other, recorded in row["time_over"].items():
+            pairs = zip(rounds(name), rounds(other), strict=True)
+            ratios = [mine / theirs for mine, theirs in pairs]
+            assert recorded["mean"] == pytest.approx(statistics.fmean(ratios))
+            assert recorded["std"] == pytest.approx(statistics.stdev(ratios), abs=1e-12)
+        assert row["time_over"].keys() == {"natural", "pgd_at", "pgd_at-paper"}
+    speed = rows["gradnorm exact"]["times_as_fast_as"]["gradnorm-paper, fp32"]["mean"]
+    pairs = zip(rounds("gradnorm-paper"), rounds("gradnorm exact"), strict=True)
+    assert speed == pytest.approx(statistics.fmean(theirs / mine for theirs, mine in pairs))
+    assert rows["natural"]["time_over"]["natural"] == {"mean": 1, "std": 0}
+    used = rows["pgd_at"]["flops_an_image"] * 4 / statistics.fmean(rounds("pgd_at"))
+    rate = every_arm[0]["gemm"]["fp32"]["flops_per_s"]
+    assert rows["pgd_at"]["flop_utilisation"] == pytest.approx(used / rate)
+
+
+@without_gpu
+def test_markdown_is_the_readme_table(
+    every_arm: tuple[dict, str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, printed, folder = every_arm
+    monkeypatch.setattr(tables, "RESULTS", folder)
+    table = tables.cost()
+    assert table in printed
+    lines = table.splitlines()
+    assert lines[0].startswith("| arm | passes | GFLOP an image | in forwards | time over natural")
+    assert not any(word in lines[0] for word in ("| s a batch", "images/s", "GiB", "J an image"))
+    exact = next(line for line in lines if line.startswith("| gradnorm exact |"))
+    ratio = by_arm(record)["gradnorm exact"]["time_over"]["natural"]
+    assert f"| {ratio['mean']:.2f} ± {ratio['std']:.2f} |" in exact
+    assert "| 5 | 1.848 | 2.47 | 0.63 |" in exact, "the paper's column"
+    assert "CPU" in lines[-1] and "fp32" in lines[-1]
+
+
+@without_gpu
+def test_an_arm_that_fails_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Once where it is built, once in the middle of a round."""
+    step, updates = cost.Spec.step, []
+
+    def broken(spec: cost.Spec, model: Classifier, **options) -> Step:
+        made_step = step(spec, model, **options)
+        if "compile" in options:  # to be counted
+            return made_step
+        if spec.method == "fgsm_rs":
+            raise RuntimeError("no such luck\nand a second line")
+        if spec.method == "pgd_at":
+            call = made_step.__call__
+
+            def late(*args):
+                updates.append(1)
+                if len(updates) > 6:  # first, warm, timed, dispatched, then the rounds
+                    raise torch.OutOfMemoryError("out of memory")
+                return call(*args)
+
+            return LateStep(made_step, late)
+        return made_step
+
+    monkeypatch.setattr(cost.Spec, "step", broken)
+    methods = ("--methods", "natural", "gradnorm", "pgd_at", "fgsm_rs", "--schedules", "exact")
+    record = run(tmp_path, *TINY, *methods, "--rounds", "4")
+    rows = {row["arm"]: row for row in record["rows"]}
+    failed = {row["arm"]: row["failed"] for row in record["not_timed"]}
+    assert rows.keys() == {"natural", "gradnorm exact"} and record["complete"]
+    assert all(len(r["meaningless_seconds_a_batch"]["rounds"]) == 4 for r in rows.values())
+    assert failed == {
+        "fgsm_rs": "first step: RuntimeError: no such luck",
+        "pgd_at": "timed step: OutOfMemoryError: out of memory",
+    }
+    assert "pgd_at" not in rows["gradnorm exact"]["time_over"]
+    assert (
+        "FAILED: fgsm_rs, fp32: first step: RuntimeError: no such luck" in capsys.readouterr().out
+    )
+    assert "failed: fgsm_rs, fp32: first step" in tables.cost_table(record)
+
+
+@without_gpu
+def test_what_a_cpu_cannot_compute_in_is_not_timed(tmp_path: Path) -> None:
+    """Counted all the same, and the arms of another precision are timed."""
+    record = run(tmp_path, *TINY, "--methods", "natural", "--precision", "fp32", "tf32")
+    assert [row["precision"] for row in record["rows"]] == ["fp32"]
+    (row,) = record["not_timed"]
+    assert row["precision"] == "tf32" and row["forwards_by_count"] == pytest.approx(3, rel=0.2)
+    assert row["failed"] == "tf32 exists on CUDA alone, not on cpu"
+    assert record["gemm"].keys() == {"fp32"}
+
+
+@without_gpu
+def test_no_arm_that_can_be_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = ["--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
+    options = [*files, *TINY, "--methods", "natural", "--precision", "tf32"]
+    assert cost.main(options) == 2
+    said = capsys.readouterr()
+    assert said.err == (
+        "cost.py: error: --precision leaves no arm to measure: "
+        "tf32 exists on CUDA alone, not on cpu\n"
+    )
+    assert said.out == "" and list(tmp_path.iterdir()) == []
+    assert cost.main([*options, "--counts-only"]) == 0, "counts need no device"
+
+
+class LateStep:
+    """A step whose calls are another's."""
+
+    def __init__(self, step: Step, call):
+        self.__dict__.update(step.__dict__)
+        self.call = call
+
+    def __call__(self, *args):
+        return self.call(*args)
+
+
+@without_gpu
+def test_results_are_on_disk_after_every_arm_and_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def write(path: Path, record: dict) -> None:
+        seen.append((len(record["rows"]), len(record["not_timed"]), record["complete"]))
+
+    monkeypatch.setattr(cost, "write_record", write)
+    files = ("--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
+    assert cost.main([*files, *TINY, "--methods", "natural", "fgsm_rs"]) == 0
+    assert seen[:4] == [(0, 1, False), (0, 2, False), (2, 0, False), (2, 0, False)]
+    assert seen[-1] == (2, 0, True)
+
+
+@without_gpu
+def test_a_run_that_is_ended_early_leaves_a_complete_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "x.json"
+    args = ["--output", str(kept), "--plot", str(tmp_path / "x.png"), *TINY, "--rounds", "1"]
+    assert cost.main([*args, "--methods", "natural"]) == 0
+    before = kept.read_bytes()
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cost.Bench, "time", end)
+        cost.main([*args, "--methods", "natural", "fgsm_rs"])
+    assert kept.read_bytes() == before
+    assert json.loads((tmp_path / "x.json.incomplete").read_text())["complete"] is False
+    assert cost.main([*args, "--methods", "natural", "fgsm_rs"]) == 0
+    assert len(json.loads(kept.read_text())["rows"]) == 2
+    assert not (tmp_path / "x.json.incomplete").exists()
+
+
+def test_only_a_whole_run_replaces_a_kept_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its pictures too."""
+    folders = {"ROOT": tmp_path, "RESULTS": tmp_path / "results"}
+    for name, folder in folders.items():
+        monkeypatch.setattr(cost, name, folder)
+    drawn: list[str] = []
+    monkeypatch.setattr(cost_figures, "draw", lambda _, path: drawn.append(path.name) or [])
+    kept = tmp_path / "results" / "cost_vit_tiny_patch16_224_counts.json"
+    kept.parent.mkdir()
+    kept.write_text("kept")
+    assert cost.main([*TINY, "--methods", "natural", "--counts-only"]) == 0
+    partial = tmp_path / "runs" / "cost_vit_tiny_patch16_224_counts_partial.json"
+    assert json.loads(partial.read_text())["file"] == partial.name
+    assert kept.read_text() == "kept"
+    said = capsys.readouterr().out
+    assert f"written to {partial}" in said and "--model-kwargs" in said and "no gradnorm" in said
+
+    monkeypatch.setattr(cost, "unlike_kept", lambda args: [])
+    assert cost.main([*TINY, "--methods", "natural", "--counts-only"]) == 0
+    assert json.loads(kept.read_text())["file"] == kept.name
+    assert drawn == [f"{partial.stem}.png", f"{kept.stem}.png"]
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("options", "unlike"),
+    [
+        ([], []),
+        (["--model", "swin_b", "--counts-only", "--markdown"], []),
+        (["--precision", "fp32", "bf16", "--budgets", "0.5", "--rounds", "5"], []),
+        (["--methods", *reversed(cost.METHODS)], []),
+        (["--precision", "bf16"], ["no natural, fp32"]),
+        (["--methods", "natural"], ["no gradnorm exact, fp32"]),
+        (["--schedules", "exact", "lazy"], ["no gradnorm finite-difference 0.01, fp32"]),
+        (["--lazy-interval", "8"], ["no gradnorm lazy 4, fp32"]),
+        (["--compile", "on"], ["no natural, fp32"]),
+        (["--model-kwargs", "depths=(1, 1)"], ["--model-kwargs"]),
+        (["--batch", "2", "--img-size", "64"], ["--img-size", "--batch"]),
+        (["--kernels", "triton", "--cuda-graphs"], ["--kernels", "--cuda-graphs"]),
+        (["--minutes", "9", "--rounds", "1"], ["--minutes", "--rounds"]),
+    ],
+)
+def test_how_a_run_is_unlike_a_kept_one(options: list[str], unlike: list[str]) -> None:
+    assert cost.unlike_kept(cost.parse(options)) == unlike
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--batch", "0"], "--batch 0 must be positive"),
+        (["--batch", str(10**15)], "--batch 1000000000000000 must be below"),
+        (["--round-seconds", "inf"], "--round-seconds inf must be below"),
+        (["--budgets", "0.5", "1.5"], "1.5 does not"),
+        (["--model", "swim_b"], "--model 'swim_b' is unknown"),
+        (["--lazy-interval", "-1"], "--lazy-interval -1 must be positive"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    options: list[str], line: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert cost.main(options) == 2
+    said = capsys.readouterr().err.strip()
+    assert line in said and len(said.splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------- arms
+
+
+def names(*options: str) -> list[str]:
+    return [f"{s.key}{', compiled' * s.compile}" for s in cost.specs(cost.parse(options))]
+
+
+def test_which_arms_there_are() -> None:
+    """The most telling first; the paper's way uncompiled, and in fp32 whatever was asked for."""
+    chosen = ("--methods", *cost.METHODS, "--schedules", "lazy", "exact-eager", "exact")
+    assert names("--compile", "on", "--precision", "bf16", *chosen, "--budgets", "0.5") == [
+        "natural, bf16, compiled",
+        "gradnorm exact, bf16, compiled",
+        "pgd_at, bf16, compiled",
+        "gradnorm-paper, bf16",
+        "gradnorm-paper, fp32",
+        "pgd_at-paper, bf16",
+        "fgsm_rs, bf16, compiled",
+        "gradnorm exact, budget 0.5, bf16, compiled",
+        "gradnorm exact-eager, bf16",
+        "gradnorm lazy 4, bf16, compiled",
+    ]
+    eager = names("--compile", "off", "--precision", "fp32", *chosen)
+    assert "gradnorm exact-eager, fp32" not in eager and eager.count("gradnorm-paper, fp32") == 1
+    assert not any("compiled" in name for name in eager)
+
+
+def test_the_papers_way() -> None:
+    model = network()
+    step = cost.Spec("pgd_at-paper", "fp32").step(model)
+    assert step.train_in_eval_mode and step.sync_micro_batches and step.attack_weight_grads
+    assert step.accumulation == "sum" and step.objective.attack_forwards == 1
+    fair = cost.Spec("pgd_at", "fp32").step(model)
+    assert not (fair.train_in_eval_mode or fair.sync_micro_batches or fair.attack_weight_grads)
+    assert fair.objective.attack_forwards == 0 and fair.objective.attack_steps == 3
+
+
+def test_arms_share_weights_and_leave_them_alone() -> None:
+    """Also where their modules are the kernels': and the paper's way keeps PyTorch's."""
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    bench = cost.Bench(model, 5, 4, "triton")
+    shared = {id(p) for p in model.parameters()}
+    assert {id(p) for p in bench.network.parameters()} == shared
+    kinds = [
+        {kind.__module__ for m in n.modules() for kind in type(m).__mro__}
+        for n in (bench.plain, bench.network)
+    ]
+    assert "fastgn_kernels.modules" not in kinds[0] and "fastgn_kernels.modules" in kinds[1]
+    trained = network()
+    use_kernels(trained.backbone)
+    assert [type(m) for m in bench.network.modules()] == [type(m) for m in trained.modules()]
+    assert "fastgn.models" in {type(m).__module__ for m in bench.network.backbone.modules()}
+    assert bench.step(cost.Spec("gradnorm", "fp32")).model is bench.network
+    assert bench.step(cost.Spec("gradnorm-paper", "fp32")).model is bench.plain
+    bench.update(bench.step(cost.Spec("gradnorm", "fp32")))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    state = bench.optimizer.state[next(model.parameters())]
+    assert state["step"] == 2 and state["exp_avg"].abs().sum() > 0, "AdamW did its work"
+
+
+def test_counting_takes_no_memory_of_a_batch() -> None:
+    """4096 images, whose activations would not fit: and an image's operations do not depend on
+    how many there are."""
+    model = network()
+    many, few = (cost.Counter(model, batch, 5) for batch in (4096, 4))
+    spec = cost.Spec("gradnorm", "bf16", Schedule("lazy"))
+    assert many.update(spec) == pytest.approx(few.update(spec), rel=1e-3)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------- the clock
+
+
+class Twice(torch.autograd.Function):
+    """The identity, 10 ms long; its backward takes 20, the backward of that 40."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return Once.apply(grad)
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        time.sleep(0.04)
+        return grad
+
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3 * 16 * 16, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.gelu(Twice.apply(self.first(x.flatten(1)))))
+
+
+@without_gpu
+def test_passes_are_told_apart_and_sum_to_the_step() -> None:
+    """J is the only sweep that goes backward through what B did."""
+    torch.manual_seed(0)
+    bench = cost.Bench(Classifier(Slow(), (0.5,) * 3, (0.25,) * 3, 16), 5, 2, "reference")
+    apply = bench.apply_gradients
+    bench.apply_gradients = lambda: (time.sleep(0.03), apply())
+    spec = cost.Spec("gradnorm", "fp32")
+    arm = cost.Arm(spec, 1.0, bench.step(spec))
+    found = {}
+    whole = once(lambda: found.update(bench.passes(arm, updates=1)))
+    floor = {"F": 0.01, "B": 0.02, "J": 0.04, "B'": 0.02, "optimizer": 0.03}
+    assert list(found) == list(floor)
+    for name, seconds in floor.items():
+        assert seconds <= found[name], name
+    assert sum(floor.values()) <= sum(found.values()) <= whole
+    spec = cost.Spec("pgd_at-paper", "fp32")
+    attacked = bench.passes(cost.Arm(spec, 1.0, bench.step(spec)), updates=1)
+    assert list(attacked) == ["F", "B", "B'", "optimizer"]
+    assert attacked["F"] >= 5 * 0.01 and 3 * 0.02 <= attacked["B"] and 0.02 <= attacked["B'"]
+
+
+def test_the_logits_gradient_parts_j_from_the_last_backward() -> None:
+    """Every node that B made runs before it, and every node between the logits and the images that
+    the forward made runs after it."""
+    model = made(swin, torch.float32)
+    seen: dict[str, list] = {"forward": [], "order": []}
+
+    def nodes(root, known=()) -> set:
+        found, todo = set(), [root]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in found and node not in known:
+                found.add(node)
+                todo += [parent for parent, _ in node.next_functions]
+        return found
+
+    images = torch.rand(2, 3, 16, 16).requires_grad_()
+    logits = model(images)
+    forward = nodes(logits.grad_fn)
+    model.forward = lambda x: logits
+    loss = gradnorm(model, images, soft_targets(2, dtype=torch.float32))
+    ce = nodes(loss.ce.grad_fn, forward)  # between the logits and the loss: neither's
+    second = nodes(loss.penalty.grad_fn, forward | ce)
+    for node in forward | second:
+        node.register_prehook(lambda grads, node=node: seen["order"].append(node))
+    logits.register_hook(lambda grad: seen["order"].append("logits"))
+    loss.total.backward()
+    order = [n for n in seen["order"] if n == "logits" or "AccumulateGrad" not in n.name()]
+    cut = order.index("logits")
+    assert len(second) > 50 and len(forward) > 50
+    assert set(order[:cut]) == {n for n in second if "AccumulateGrad" not in n.name()}
+    assert set(order[cut + 1 :]) == {n for n in forward if "AccumulateGrad" not in n.name()}
+
+
+@without_gpu
+def test_marks_add_up_by_name() -> None:
+    marks = Marks()
+    for name, seconds in (("a", 0.01), ("b", 0.02), ("a", 0.01)):
+        time.sleep(seconds)
+        marks(name)
+    spent = marks.seconds()
+    assert list(spent) == ["a", "b"] and spent["a"] >= 0.02 and spent["b"] >= 0.02
+
+
+def test_each_arm_has_its_own_calls_and_watchers() -> None:
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def watch(name: str):
+        order.append(f"<{name}")
+        yield
+        order.append(f"{name}>")
+
+    arms = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    calls = {"a": 1, "b": 2}
+    timings = interleaved(arms, rounds=2, calls=calls, warmup=0, during=watch)
+    assert order == 2 * ["<a", "a", "a>", "<b", "b", "b", "b>"]
+    assert len(timings["b"].rounds) == 2
+
+
+@without_gpu
+def test_operators_and_dispatches_are_those_of_the_call() -> None:
+    x = torch.rand(64, 64)
+    product = lambda: (x @ x).sum()  # noqa: E731
+    assert step_profile.launches(product, compiled=False).count == 2
+    assert step_profile.launches(product, compiled=True).count is None
+    rows = step_profile.by_operator(lambda: [x.exp() for _ in range(3)])["operators"]
+    (exp,) = [row for row in rows if row["name"] == "aten::exp"]
+    assert exp["calls"] == 3 and len(rows) <= step_profile.OPERATORS
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+
+
+def test_only_kernels_count_as_launches() -> None:
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(name: str, where=cuda, **more):
+        return types.SimpleNamespace(name=name, device_type=where, **more)
+
+    assert step_profile.is_kernel(event("triton_poi_fused_0"))
+    assert not step_profile.is_kernel(event("aten::mm", cpu))
+    assert not step_profile.is_kernel(event("Memcpy DtoD (Device -> Device)"))
+    assert not step_profile.is_kernel(event("Torch-Compiled Region", is_user_annotation=True))
+
+
+# ----------------------------------------------------------------------------------------- compiled
+
+
+@without_gpu
+def test_compiled_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for code generation, as on a GPU: more losses than torch.compile takes of one function
+    left to itself, their two graphs' times, and the eager arm beside them."""
+    backend = partial(torch.compile, backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", backend)
+    torch._dynamo.reset()
+    try:
+        methods = ("--methods", "natural", "gradnorm", "pgd_at", "--schedules", "exact")
+        record = run(
+            tmp_path, *TINY, "--compile", "on", *methods, "exact-eager", "--budgets", "0.5"
+        )
+    finally:
+        torch._dynamo.reset()
+    rows = by_arm(record)
+    assert record["not_timed"] == []
+    compiled = {name for name, row in rows.items() if row["compiled"]}
+    assert compiled == rows.keys() - {"gradnorm exact-eager"}
+    passes = {name: set(row["time_of_passes"]) for name, row in rows.items()}
+    assert passes["gradnorm exact"] == {"F + B", "J + B'", "optimizer"}
+    assert passes["natural"] == {"F", "B'", "optimizer"}
+    assert passes["pgd_at"] == {"F + B", "B'", "optimizer"}
+    assert passes["gradnorm exact-eager"] == {"F", "B", "J", "B'", "optimizer"}
+    assert rows["gradnorm exact"]["launches"]["count"] is None
+    assert rows["gradnorm exact"]["times_as_fast_as"].keys() == {"gradnorm exact-eager, fp32"}
+    units = [rows[f"gradnorm {kind}"]["flops_an_image"] for kind in ("exact", "exact-eager")]
+    assert units[0] == units[1] == rows["gradnorm exact, budget 0.5"]["flops_an_image"]
+
+
+# ------------------------------------------------------------------------------------------- energy
+
+
+class FakeNvml(types.ModuleType):
+    """A card of 300 W."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, counter: bool = True):
+        super().__init__("pynvml")
+        self.counter = counter
+        self.millijoules = self.samples = 0
+        self.asked: list[str] = []
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        self.asked.append(uuid)
+        return "card"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, card: str) -> int:  # noqa: N802
+        if not self.counter:
+            raise self.NVMLError("Not Supported")
+        return self.millijoules
+
+    def nvmlDeviceGetPowerUsage(self, card: str) -> int:  # noqa: N802
+        self.samples += 1
+        return 300_000  # milliwatts
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    properties = {3: types.SimpleNamespace(uuid="abc")}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+
+
+@pytest.mark.parametrize("counter", [True, False])
+def test_joules(counter: bool, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml(counter)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    meter = energy.Meter()
+    assert nvml.asked == ["GPU-abc"] and ("counter" in meter.source) is counter
+    nvml.samples = 0
+    seconds = itertools.count()  # a second goes by between two samples
+    monkeypatch.setattr(energy, "time", types.SimpleNamespace(perf_counter=seconds.__next__))
+    with meter.measuring() as reading:
+        nvml.millijoules += 45_000
+        while not counter and nvml.samples < 4:
+            time.sleep(0.001)
+        assert reading.joules is None
+    assert reading.joules == (45 if counter else 300 * (nvml.samples - 1))
+
+
+def test_no_meter_says_why(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(energy.NoMeterError, match="pip install nvidia-ml-py"):
+        energy.Meter()
+    broken = FakeNvml()
+    broken.nvmlInit = lambda: (_ for _ in ()).throw(broken.NVMLError("Driver Not Loaded"))
+    monkeypatch.setitem(sys.modules, "pynvml", broken)
+    with pytest.raises(energy.NoMeterError, match="NVML: Driver Not Loaded"):
+        energy.Meter()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(energy.NoMeterError, match="no GPU"):
+        energy.Meter()
+
+
+# ------------------------------------------------------------------------------------------- a card
+
+
+def on_a_card(folder: Path) -> dict:
+    """A record as of an H200: a CPU's, its numbers replaced."""
+    record = run(folder, *TINY, "--methods", "natural", "gradnorm", "--schedules", "exact")
+    record |= {"meaningful_times": True, "device": "NVIDIA H200", "kernels": "triton"}
+    record["gemm"] = {"bf16": {"side": 8192, "flops_per_s": 7e14}}
+    for index, row in enumerate(record["rows"], 1):
+        row["seconds_a_batch"] = {"mean": 0.01 * index, "std": 0.001, "rounds": [0.01 * index]}
+        row["images_per_s"] = 4 / (0.01 * index)
+        row["peak_bytes"] = {"total": index << 30}
+        row["joules_an_image"] = {"mean": 0.5 * index, "std": 0.01}
+        row |= {"precision": "bf16", "compiled": True}
+    return record
+
+
+@without_gpu
+def test_a_table_and_pictures_of_a_card(tmp_path: Path) -> None:
+    record = on_a_card(tmp_path)
+    table = tables.cost_table(record).splitlines()
+    assert "| s a batch | images/s |" in table[0] and "| peak GiB | J an image |" in table[0]
+    assert table[3].startswith("| gradnorm exact, compiled | 5 |")
+    assert "| 0.0200 ± 0.0010 | 200 |" in table[3] and "| 2.0 | 1.000 ± 0.010 |" in table[3]
+    assert "NVIDIA H200" in table[-1] and "bf16" in table[-1] and "CPU" not in table[-1]
+    assert [p.name for p in cost_figures.draw(record, tmp_path / "h.png")] == [
+        "h.png",
+        "h_roofline.png",
+    ]
+    by_operations = (tmp_path / "h_roofline.png").read_bytes()
+    start = {"arm": "natural", "precision": "bf16", "failed": None, "cold_s": 90, "warm_s": 20}
+    last = tables.cost_table(record | {"start_times": [start]}).splitlines()[-1]
+    assert "natural, bf16: 4.5 times as long with an empty compiler's cache" in last
+    assert "(90 and 20 s)" in last
+
+    foretold = {
+        "gpus": {"h200": {"name": "NVIDIA H200", "bytes_per_s": 4.3e12}, "a100": {"name": "A100"}},
+        "img_size": record["img_size"],
+        "batch": record["batch"],
+        "model_kwargs": record["architecture"]["model_kwargs"],
+        "rows": [
+            {"arm": arm, "precision": "bf16", "gpu": gpu, "kernels": kernels, "bytes_an_image": n}
+            | {"eager": {"bytes_an_image": 70}}
+            for n, (arm, gpu, kernels) in enumerate(
+                itertools.product(
+                    ("natural", "gradnorm exact"), ("h200", "a100"), ("reference", "triton")
+                )
+            )
+        ],
+    }
+    (tmp_path / f"predict_{record['model']}.json").write_text(json.dumps(foretold))
+    other = record | {"device": "NVIDIA A10"}
+    cost.beside_prediction(other, tmp_path)
+    assert "bytes_per_s" not in other, "another card's"
+    file = tmp_path / f"predict_{record['model']}.json"
+    file.write_text(json.dumps(foretold | {"model_kwargs": ["depth=9"]}))
+    cost.beside_prediction(record, tmp_path)
+    assert "bytes_per_s" not in record, "another network's"
+    file.write_text(json.dumps(foretold))
+    cost.beside_prediction(record, tmp_path)
+    assert [row["predicted_bytes_an_image"] for row in record["rows"]] == [1, 5]
+    cost_figures.draw(record, tmp_path / "h.png")
+    assert (tmp_path / "h_roofline.png").read_bytes() != by_operations
+
+
+@without_gpu
+def test_without_natural_there_is_no_unit_to_draw_in(tmp_path: Path) -> None:
+    record = run(tmp_path, *TINY, "--methods", "gradnorm", "--schedules", "exact")
+    assert record["rows"][0]["time_over"] == {} and not (tmp_path / "cost_x.png").exists()
+
+
+@without_gpu
+def test_what_minutes_have_no_room_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = ["--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
+    assert cost.main([*files, *TINY, "--methods", "natural", "--minutes", "1e-6"]) == 1
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record["skipped"] == ["natural, fp32: --minutes 1e-06 had no room for it"]
+    assert record["rows"] == record["not_timed"] == [] and record["complete"]
+
+
+@without_gpu
+def test_start_times_are_of_processes_that_share_a_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    asked = []
+
+    def process(command, env, **options):
+        asked.append((command, env["TORCHINDUCTOR_CACHE_DIR"]))
+        folder = Path(env["TORCHINDUCTOR_CACHE_DIR"])
+        warm = (folder / "kept").exists()
+        (folder / "kept").touch()
+        return types.SimpleNamespace(returncode=0, stdout=f"said\n{1.5 if warm else 30}\n")
+
+    monkeypatch.setattr(cost.subprocess, "run", process)
+    specs = [
+        cost.Spec("natural", "fp32", compile=True),
+        cost.Spec("gradnorm", "bf16", compile=True),
+        cost.Spec("gradnorm-paper", "fp32"),
+        cost.Spec("gradnorm", "fp32", Schedule("lazy"), compile=True),
+    ]
+    rows = cost.start_times([cost.Arm(spec, 1.0) for spec in specs], TINY, True)
+    assert [(row["arm"], row["precision"]) for row in rows] == [
+        ("natural", "fp32"),
+        ("gradnorm exact", "bf16"),
+    ]
+    assert all((row["cold_s"], row["warm_s"]) == (30, 1.5) for row in rows)
+    folders = [folder for _, folder in asked]
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    capsys.readouterr()
+    assert cost.main(asked[0][0][2:]) == 0, "the command is one that this script takes"
+    assert float(capsys.readouterr().out) > 0
+
+
+PEAK = "peak memory over natural, of the budgets that cost less than 5 % of the speed"
+
+
+def test_targets_are_judged() -> None:
+    row = {"arm": "gradnorm exact", "precision": "bf16", "compiled": True, "images_per_s": 1300}
+    row["times_as_fast_as"] = {"gradnorm-paper, fp32": {"mean": 7.9}}
+    row["time_over"] = {"natural": {"mean": 2.2}, "pgd_at": {"mean": 0.69}}
+    row["peak_bytes"] = {"total": 16}
+    natural = {"arm": "natural", "precision": "bf16", "peak_bytes": {"total": 10}}
+    met = {t["target"]: t["met"] for t in cost.targets([row, natural])}
+    assert met == {
+        "images a second": True,
+        "images a second, then": False,
+        "time over natural": True,
+        "time over fair PGD-3": False,
+        "speed over the paper's way, fp32": False,
+        PEAK: False,
+    }
+    budget = row | {"arm": "gradnorm exact, budget 0.5", "peak_bytes": {"total": 14}}
+    for rate, is_met in ((1240, True), (1230, False)):
+        found = cost.targets([row, natural, budget | {"images_per_s": rate}])
+        assert {t["target"]: t["met"] for t in found}[PEAK] == is_met
+    assert cost.targets([natural]) == cost.targets([row | {"compiled": False}]) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cost_on_a_gpu(tmp_path: Path) -> None:
+    methods = ("--methods", "natural", "gradnorm", "gradnorm-paper", "--schedules", "exact")
+    record = run(tmp_path, *TINY, *methods, "--precision", "fp32", "--kernels", "reference")
+    assert record["meaningful_times"] and not record["not_timed"]
+    for row in record["rows"]:
+        assert row["images_per_s"] > 0 and row["launches"]["count"] > 10
+        peak = row["peak_bytes"]
+        assert peak["total"] == peak["shared"] + peak["own"] + peak["step"] and peak["step"] > 0
+    rows = by_arm(record)
+    assert rows["gradnorm-paper"]["time_of_passes"].keys() == {"F", "B", "J", "B'", "optimizer"}
+    assert rows["gradnorm-paper"]["kernels"] and rows["gradnorm exact"]["operators"]
+    assert math.isclose(rows["natural"]["time_over"]["natural"]["mean"], 1)

@@ -1,0 +1,183 @@
+"""scaling.py: the formula by hand, mistakes in one line, and the check end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.step import scaling
+from benchmarks.step.scaling import Links, all_reduce_seconds, update_seconds
+
+SMALL = ("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8")
+SMALL += ("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2")
+
+
+def links(**changes: Any) -> Links:
+    """100 MB/s in a node and 50 between nodes, without latency."""
+    values = {"intra_bytes_per_s": 100e6, "inter_bytes_per_s": 50e6, "intra_latency_s": 0.0}
+    return Links(**values | {"inter_latency_s": 0.0} | changes)
+
+
+def test_one_gpu_has_no_communication():
+    slow = links(intra_latency_s=1.0, inter_latency_s=1.0)
+    assert update_seconds(1, 0.5, 3, 400e6, slow, 0.0) == 1.5
+
+
+def test_a_ring_moves_twice_all_but_one_nth_over_its_slowest_link():
+    assert all_reduce_seconds(2, 10e6, links()) == pytest.approx(0.1)
+    assert all_reduce_seconds(8, 10e6, links()) == pytest.approx(2 * 7 / 8 * 0.1)
+    assert all_reduce_seconds(16, 10e6, links()) == pytest.approx(2 * 15 / 16 * 0.2)
+    fast_network = links(inter_bytes_per_s=1e12)
+    assert all_reduce_seconds(16, 10e6, fast_network) == pytest.approx(2 * 15 / 16 * 0.1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "hops_near", "hops_far"),
+    [(2, 2, 0), (8, 14, 0), (9, 14, 2), (16, 28, 2), (64, 112, 14)],
+)
+def test_each_bucket_waits_for_its_hops(gpus, hops_near, hops_far):
+    free = {"intra_bytes_per_s": float("inf"), "inter_bytes_per_s": float("inf")}
+    waiting = links(**free, intra_latency_s=1.0, inter_latency_s=100.0)
+    assert all_reduce_seconds(gpus, 1000, waiting) == hops_near + 100 * hops_far
+    three = (1 << 20) + 2 * (25 << 20)  # a bucket of 1 MiB, two of 25
+    assert all_reduce_seconds(gpus, three, waiting) == 3 * (hops_near + 100 * hops_far)
+
+
+def test_half_the_bandwidth_adds_the_all_reduce_without_overlap():
+    case = (4, 0.5, 1, 10e6)
+    half = links(intra_bytes_per_s=50e6)
+    added = update_seconds(*case, half, 0.0) - update_seconds(*case, links(), 0.0)
+    assert added == pytest.approx(2 * 3 / 4 * 10e6 / 100e6)
+
+
+def test_overlap_hides_no_more_than_its_share_of_the_last_micro_batch():
+    all_reduce = 0.1
+    assert update_seconds(2, 0.06, 4, 10e6, links(), 0.5) == pytest.approx(0.24 + all_reduce - 0.03)
+    assert update_seconds(2, 0.6, 4, 10e6, links(), 0.5) == pytest.approx(2.4)
+
+
+def test_days_are_images_over_the_rate():
+    assert scaling.days(1_281_167, 1) * 86400 == pytest.approx(1)
+    assert scaling.days(1000, 100) == pytest.approx(1.48283, rel=1e-5)
+
+
+def predicted(tmp_path: Path, *argv: str) -> dict:
+    output = tmp_path / "made.json"
+    assert scaling.main([*argv, "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def test_accumulation_divides_communication_and_fast_links_scale_linearly(tmp_path, capsys):
+    flags = (*SMALL, "--images-per-s", "1000", "--batch", "10", "--gpus", "1", "16")
+    once = predicted(tmp_path, *flags)
+    four = predicted(tmp_path, *flags, "--grad-accum-steps", "4")
+    for record, global_batch in ((once, 160), (four, 640)):
+        one, many = record["rows"]
+        assert (one["images_per_s"], one["efficiency"]) == pytest.approx((1000, 1))
+        assert (many["nodes"], many["global_batch"]) == (2, global_batch)
+        assert many["images_per_s"] == pytest.approx(global_batch / many["update_s"])
+        assert many["days"] == pytest.approx(128_116_700 / many["images_per_s"] / 86400)
+    exposed = [r["rows"][1]["update_s"] - n * 0.01 for r, n in ((once, 1), (four, 4))]
+    assert exposed[0] == pytest.approx(exposed[1])
+    assert exposed[0] == pytest.approx(once["rows"][1]["all_reduce_s"])
+    assert once["prediction"] and "prediction" in capsys.readouterr().out
+    # 28 hops in the two nodes and 2 between them, a bucket
+    assert once["rows"][1]["all_reduce_s"] == pytest.approx(
+        28 * 3.4e-6 + 2 * 14e-6 + 2 * 15 / 16 * once["gradient_bytes"] / 50e9
+    )
+
+
+def record_of(tmp_path: Path, **more: Any) -> Path:
+    rows = [
+        {"arm": "natural", "method": "natural", "schedule": None, "images_per_s": 900.0},
+        {"arm": "slow", "method": "gradnorm", "schedule": "exact", "images_per_s": 200.0},
+        {"arm": "fast", "method": "gradnorm", "schedule": "exact", "images_per_s": 300.0},
+        {"arm": "lazy", "method": "gradnorm", "schedule": "lazy 4", "images_per_s": 700.0},
+        {"arm": "failed", "method": "gradnorm", "schedule": "exact", "images_per_s": None},
+    ]
+    kwargs = list(SMALL[SMALL.index("--model-kwargs") + 1 :])
+    record = {
+        "device": "NVIDIA A100-SXM4-80GB", "meaningful_times": True, "img_size": 16, "classes": 10,
+        "architecture": {"model": "swin_t", "model_kwargs": kwargs}, "batch": 32,
+        "model": "swin_t", "model_kwargs": kwargs,
+        "rows": [row | {"precision": "bf16", "gpu": "v100"} for row in rows],
+    }  # fmt: skip
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record | more))
+    return path
+
+
+def test_a_record_gives_the_fastest_exact_gradnorm_and_its_own_network(tmp_path):
+    measured = predicted(tmp_path, "--cost", str(record_of(tmp_path)), "--gpus", "1")
+    assert (measured["images_per_s_of_one_gpu"], measured["batch"]) == (300, 32)
+    assert measured["links"]["intra_bytes_per_s"] == 300e9  # the A100 that it names
+    assert "measured on NVIDIA A100" in measured["source"]
+    assert measured["gradient_bytes"] < 100_000
+    flags = ("--predict", str(record_of(tmp_path)), "--card", "v100", "--gpus", "1")
+    assert "from a prediction" in predicted(tmp_path, *flags)["source"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((), "--images-per-s"),
+        (("--images-per-s", "0"), "--images-per-s 0.0 must be positive"),
+        (("--images-per-s", "nan"), "--images-per-s nan"),
+        (("--images-per-s", "9", "--gpus", "2", "0"), "--gpus 0"),
+        (("--images-per-s", "9", "--inter-node", "-1"), "--inter-node -1.0"),
+        (("--images-per-s", "9", "--intra-node", "0"), "--intra-node 0.0"),
+        (("--images-per-s", "9", "--overlap", "1.5"), "--overlap 1.5"),
+        (("--images-per-s", "9", "--model", "swin_bb"), "swin_bb"),
+        (("--check", "--rounds", "1"), "--rounds 1"),
+        (("--cost", "nowhere.json"), "nowhere.json"),
+        (("--predict", "RECORD"), "--card h200"),
+        (("--cost", "CPU"), "mean nothing"),
+        (("--cost", "EMPTY"), "no images_per_s of exact gradnorm"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_no_file(argv, said, tmp_path, capsys):
+    made = {
+        "RECORD": lambda: record_of(tmp_path),
+        "CPU": lambda: record_of(tmp_path, meaningful_times=False),
+        "EMPTY": lambda: record_of(tmp_path, rows=[]),
+    }
+    argv = [str(made[a]()) if a in made else a for a in argv]
+    output = tmp_path / "made.json"
+    assert scaling.main([*argv, "--output", str(output)]) == 2
+    line = capsys.readouterr().err
+    assert said in line and line.count("\n") == 1
+    assert not output.exists()
+
+
+def test_the_check_compares_its_prediction_with_rounds_of_known_times():
+    """10 MB in 0.1 s, and 0.01 s a tiny one; a step of 0.3 s. Two buckets are two latencies."""
+    seconds = {
+        "alone": [0.3, 0.3],
+        "alone, in step": [0.36, 0.36],
+        "latency": [0.01, 0.01],
+        "all_reduce": [0.11, 0.11],
+        "together": [0.42, 0.84],
+        "together, 2 micro-batches": [0.72, 0.72],
+    }
+    result = scaling.compare({"gradient_bytes": 10_000_000, "seconds": seconds})
+    ratios = {
+        (row["grad_accum_steps"], row["model"]): row["predicted_over_measured"]["mean"]
+        for row in result["rows"]
+    }
+    assert ratios[1, "no overlap"] == pytest.approx((1 + 0.5) / 2)
+    assert ratios[2, "no overlap"] == pytest.approx(1)
+    assert ratios[2, "no overlap, the slower process"] == pytest.approx(0.77 / 0.72)
+    assert ratios[2, "overlap of the last backward"] == pytest.approx(0.62 / 0.72)
+    assert ratios[2, "no communication"] == pytest.approx(0.6 / 0.72)
+    assert result["all_reduce_over_compute"]["mean"] == pytest.approx(0.12 / 0.3)
+
+
+def test_the_check_end_to_end(tmp_path):
+    """Two real processes; how near the prediction comes depends on what else the machine does."""
+    record = predicted(tmp_path, "--check", "--rounds", "2", "--calls", "1", "--batch", "1")
+    assert [row["grad_accum_steps"] for row in record["rows"]] == [1] * 4 + [2] * 4
+    for row in record["rows"]:
+        assert row["predicted_over_measured"]["n"] == 2
+        assert 0 < row["predicted_over_measured"]["mean"] < 20
+    assert record["gradient_bytes"] > 1 << 20  # more than one bucket

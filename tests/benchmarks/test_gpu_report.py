@@ -1,0 +1,553 @@
+"""The GPU's report: parts fail alone, stop in time and are not repeated; a toy run of every part;
+what loader.py and precision.py count."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_report, tables
+from benchmarks.data import loader
+from benchmarks.gpu_report import Machine, Part
+from benchmarks.step import memory, precision
+from fastgn.data.batch import Batch
+from fastgn.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+H200 = Machine("NVIDIA H200", (9, 0), smoke=False)
+V100 = Machine("Tesla V100", (7, 0), smoke=False)
+
+
+def part(name: str, code: str, limit_s: float = 30, **more: Any) -> Part:
+    return Part(name, "a test's", [["-c", code]], limit_s, **more)
+
+
+def carry_out(folder: Path, *parts: Part, sources: str = "a", **options: Any) -> dict[str, dict]:
+    """report.json's parts by name, after one call."""
+    folder.mkdir(exist_ok=True)
+    report = gpu_report.Report(folder, H200, sources, commit=None)
+    options = {"began": time.monotonic(), "budget_s": 300, "limit_s": None} | options
+    status = gpu_report.carry_out(report, parts, **options)
+    entries = {e["name"]: e for e in json.loads((folder / "report.json").read_text())["parts"]}
+    bad = [p.name for p in parts if entries[p.name]["status"] in ("failed", "timed out")]
+    assert status == bool(bad)
+    return entries
+
+
+def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys) -> None:
+    child = tmp_path / "child"
+    hang = (
+        "import signal, subprocess, sys, time\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, signal.SIG_IGN)\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(child)!r}, 'w').write(str(p.pid))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(600)"
+    )
+    report = tmp_path / "r" / "report.json"
+    seen = f"import json; print([p['name'] for p in json.load(open('{report}'))['parts']])"
+    entries = carry_out(
+        tmp_path / "r",
+        part("breaks", "print('working')\nraise OSError('the disk is gone')"),
+        part("dies", "import os; os.kill(os.getpid(), 9)"),
+        part("hangs", hang, limit_s=3),
+        part("lacks", "raise SystemExit(1)", needs=["json", "unheard_of"]),
+        part("works", f"open('{tmp_path}/r/file', 'w').write('x')\n{seen}", files=["file", "none"]),
+    )
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "breaks": "failed",
+        "dies": "failed",
+        "hangs": "timed out",
+        "lacks": "skipped",
+        "works": "ok",
+    }
+    assert entries["breaks"]["exit_statuses"] == [1]
+    (lines,) = entries["breaks"]["last_lines"]
+    assert lines[0] == "working" and lines[-1] == "OSError: the disk is gone"
+    assert entries["dies"]["exit_statuses"] == [-signal.SIGKILL]
+    assert entries["hangs"]["exit_statuses"] == [None]
+    assert entries["hangs"]["last_lines"] == [["begun"]] and 3 <= entries["hangs"]["seconds"] < 15
+    stat = Path("/proc") / child.read_text() / "stat"  # its own child's
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert entries["lacks"]["reason"] == "not installed: unheard_of"
+    assert entries["works"]["files"] == ["file"]
+    # on disk when the next part began
+    assert entries["works"]["last_lines"] == [["['breaks', 'dies', 'hangs', 'lacks']"]]
+    printed = capsys.readouterr().out
+    assert "OSError: the disk is gone" in printed and "not installed: unheard_of" in printed
+
+
+def test_what_succeeded_is_not_done_again(tmp_path: Path) -> None:
+    counts = tmp_path / "counts"
+    once = part("once", f"open('{counts}', 'a').write('1')")
+    again = part("again", f"open('{counts}', 'a').write('2'); raise SystemExit(1)")
+    carry_out(tmp_path / "r", once, again)
+    entries = carry_out(tmp_path / "r", once, again)
+    assert counts.read_text() == "122" and entries["once"]["status"] == "ok"
+    carry_out(tmp_path / "r", once, sources="b")
+    assert counts.read_text() == "1221"
+    other = part("once", f"open('{counts}', 'a').write('3')")
+    assert list(carry_out(tmp_path / "r", other, sources="b")) == ["once", "again"]
+    assert counts.read_text() == "12213"
+
+
+def test_a_folder_that_was_moved_goes_on(tmp_path: Path) -> None:
+    """By way of the archive, which holds all but the compiler's cache."""
+
+    def writes(folder: Path) -> Part:
+        code = f"open('{folder}/file', 'w').write('x'); open('{tmp_path}/counts', 'a').write('1')"
+        return part("writes", code, files=["file"])
+
+    (tmp_path / "r" / "cache").mkdir(parents=True)
+    archive = tmp_path / "r.tar.gz"
+    report = gpu_report.Report(tmp_path / "r", H200, "a", None, archive)
+    options = {"began": time.monotonic(), "budget_s": 300, "limit_s": None}
+    gpu_report.carry_out(report, [writes(tmp_path / "r")], **options)
+    with tarfile.open(archive) as tar:
+        assert {"r/file", "r/report.json", "r/logs"} < set(tar.getnames())
+        assert "r/cache" not in tar.getnames()
+        tar.extractall(tmp_path / "elsewhere", filter="data")
+    there = tmp_path / "elsewhere" / "r"
+    carry_out(there, writes(there))
+    assert (tmp_path / "counts").read_text() == "1"
+
+
+def test_a_record_is_told_its_commit(tmp_path: Path) -> None:
+    code = f"open('{tmp_path}/r/x.json', 'w').write('{{\"commit\": null}}')"
+    report = gpu_report.Report(tmp_path / "r", H200, "a", "abc")
+    (tmp_path / "r").mkdir()
+    report.run([part("writes", code, files=["x.json"])], 30, dict(os.environ))
+    assert json.loads((tmp_path / "r" / "x.json").read_text()) == {"commit": "abc"}
+
+
+def test_what_failed_before_a_limit_is_said(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "import time\ndef test_bad():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(600)\n"
+    )
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_x.py")]
+    entries = carry_out(tmp_path / "r", Part("tests", "", [command], 20))
+    assert entries["tests"]["status"] == "timed out"
+    assert any("assert 1 == 2" in line for line in entries["tests"]["last_lines"][0])
+
+
+def test_a_file_of_other_sources_is_no_result(tmp_path: Path) -> None:
+    code = (
+        f"import os, pathlib; p = pathlib.Path('{tmp_path}/r/file'); print(p.exists()); p.touch()"
+    )
+    writes = part("writes", code + "; raise SystemExit(1)", files=["file"])
+    said = [
+        carry_out(tmp_path / "r", writes, sources=sources)["writes"]["last_lines"][0][0]
+        for sources in ("a", "a", "b")
+    ]
+    assert said == ["False", "True", "False"]  # the second call goes on with what the first left
+
+
+def test_no_part_begins_when_the_budget_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_report, "LEAST_S", 1)
+    slow = part("slow", "import time; time.sleep(600)", limit_s=60)
+    late = part("late", "")
+    began = time.monotonic()
+    entries = carry_out(tmp_path / "r", slow, late, budget_s=3)
+    # cut short by the budget and not by its own limit
+    assert entries["slow"]["status"] == "timed out" and time.monotonic() - began < 30
+    assert entries["late"]["status"] == "skipped"
+    assert entries["late"]["reason"].startswith("no time left: 0 of ")
+    entries = carry_out(tmp_path / "r", late)
+    assert entries["late"]["status"] == "ok"
+    entries = carry_out(tmp_path / "r", late, sources="b", budget_s=0.5)
+    assert entries["late"]["status"] == "ok", "a call without time forgets nothing"
+
+
+def test_parts_beside_each_other_and_a_parts_own_commands_run_at_once(tmp_path: Path) -> None:
+    def meet(mine: str, *others: str) -> str:
+        wait = f"""
+import pathlib, time
+folder = pathlib.Path('{tmp_path}')
+(folder / '{mine}').touch()
+until = time.monotonic() + 20
+while not all((folder / other).exists() for other in {others!r}):
+    assert time.monotonic() < until
+    time.sleep(0.02)
+"""
+        return wait
+
+    pair = [["-c", meet("a", "b", "c")], ["-c", meet("b", "a", "c")]]
+    breaks = part("breaks", meet("c", "a", "b") + "raise SystemExit(4)", beside=True)
+    entries = carry_out(tmp_path / "r", Part("pair", "", pair, 30), breaks)
+    assert entries["pair"]["exit_statuses"] == [0, 0] and entries["pair"]["status"] == "ok"
+    assert entries["breaks"]["exit_statuses"] == [4] and entries["breaks"]["status"] == "failed"
+
+
+# ----------------------------------------------------------------------------------------- machines
+
+
+@pytest.mark.parametrize("machine", [H200, V100], ids=["h200", "v100"])
+def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
+    parts = gpu_report.parts_for(machine, Path("/folder"), "abc")
+    names = [p.name for p in parts]
+    assert len(set(names)) == len(names)
+    assert {"kernel_tests", "kernels", "memory", "precision", "loader", "gpu_tests"} < set(names)
+    for command in (c for p in parts for c in p.commands):
+        assert command[0] == "-m"
+        if command[1] == "pytest":
+            assert all((ROOT / x).exists() for x in command if x.startswith("tests/"))
+            continue
+        source = (ROOT / f"{command[1].replace('.', '/')}.py").read_text()
+        for option in (x for x in command if x.startswith("--")):
+            names = option, option.replace("--no-", "--")
+            assert any(f'"{n}"' in source for n in names), f"{command[1]} has no {option}"
+    files = [file for p in parts for file in p.files]
+    assert len(set(files)) == len(files)
+
+
+def precisions(machine: Machine) -> set[str]:
+    """Those that a machine's commands name."""
+    parts = gpu_report.parts_for(machine, Path("/folder"), None)
+    commands = [command for p in parts for command in p.commands]
+    return {c[c.index("--precision") + 1] for c in commands if "--precision" in c}
+
+
+def test_before_sm_80_float32_takes_the_place_of_bfloat16_and_says_so() -> None:
+    assert precisions(H200) == {"fp32", "tf32", "bf16", "bf16-pure"} and not H200.notes
+    assert precisions(V100) == {"fp32"}
+    (note,) = V100.notes
+    assert "sm_70" in note and "neither bf16 nor tf32" in note
+
+
+def test_the_first_parts_fit_nine_minutes() -> None:
+    parts = gpu_report.parts_for(H200, Path("/folder"), None)
+    least = parts[: [p.name for p in parts].index("kernels") + 1]
+    assert [p.name for p in least] == ["cost_bf16", "kernel_tests", "kernels"]
+    assert sum(p.limit_s for p in least) <= 530 and not any(p.beside for p in least)
+
+
+def test_what_is_judged_is_asked_for() -> None:
+    """The arms that the targets compare have room in the first bf16 part, by what a step took to
+    prepare on a slow machine, and the budgets stand in a part of their own."""
+    parts = {p.name: p for p in gpu_report.parts_for(H200, Path("/folder"), None)}
+    (command,) = parts["cost_bf16"].commands
+    assert {"natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper"} < set(command)
+    assert float(command[command.index("--minutes") + 1]) > 2.3
+    assert "--budgets" in parts["cost_bf16_budgets"].commands[0]
+    assert "--no-cuda-graphs" in parts["cost_bf16_no_graphs"].commands[0]
+    assert "fgsm_rs" in parts["cost_bf16_schedules"].commands[0]
+
+
+def test_a_prediction_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    row = {"method": "gradnorm", "schedule": "exact", "precision": "bf16", "images_per_s": 2000.0}
+    ours = {"kernels": "triton", "gpu": "h200"}
+    others = [
+        {"kernels": "reference"},
+        {"gpu": "a100"},
+        {"schedule": "lazy 4"},
+        {"method": "pgd_at"},
+    ]
+    rows = [row | ours, *(row | ours | {"images_per_s": 7.0} | other for other in others)]
+    gpus = {"h200": {"name": "NVIDIA H200"}, "a100": {"name": "NVIDIA A100"}}
+    predicted = {"batch": 64, "gpus": gpus, "rows": rows}
+    (tmp_path / "predict_swin_b.json").write_text(json.dumps(predicted))
+    arm = row | {"arm": "gradnorm exact", "compiled": True, "images_per_s": 500.0}
+    natural = arm | {"arm": "natural", "method": "natural", "schedule": None}
+    measured = {"model": "swin_b", "batch": 64, "kernels": "triton"}
+    measured["rows"] = [arm, natural, arm | {"compiled": False}, arm | {"images_per_s": None}]
+    file = tmp_path / "cost_swin_b_nvidia_h200_bf16.json"
+    file.write_text(json.dumps(measured))
+    (line,) = gpu_report.beside_predictions(tmp_path, "NVIDIA H200", tmp_path)
+    assert "500 images/s measured, 2000 predicted" in line and "(25 %)" in line
+    assert not gpu_report.beside_predictions(tmp_path, "Tesla V100", tmp_path)
+    file.write_text(json.dumps(measured | {"batch": 32}))
+    assert not gpu_report.beside_predictions(tmp_path, "NVIDIA H200", tmp_path)
+
+
+def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys, *options: str) -> str:
+    """The one line of a call that begins nothing."""
+    arguments = ["gpu_report.py", "--output", str(folder / "r"), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu_report.main() == 2 and not (folder / "r").exists()
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what it says without a GPU")
+def test_refusals_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    line = refusal(tmp_path, monkeypatch, capsys)
+    assert line == "gpu_report.py: error: no GPU here; --smoke runs toy sizes"
+    line = refusal(tmp_path, monkeypatch, capsys, "--smoke", "--parts", "cots_fp32")
+    assert line.startswith("gpu_report.py: error: --parts cots_fp32: cost_fp32, kernel_tests, ")
+    line = refusal(tmp_path, monkeypatch, capsys, "--smoke", "--budget-s", "-5")
+    assert line == "gpu_report.py: error: --budget-s -5: no part begins with less than 20"
+    (tmp_path / "r").touch()
+    arguments = ["gpu_report.py", "--smoke", "--output", str(tmp_path / "r" / "x")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu_report.main() == 2
+    assert capsys.readouterr().err.endswith("/r/x: Not a directory\n")
+
+
+def report(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_report", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_stand_ins_are_enough_to_import_the_trainer(tmp_path: Path) -> None:
+    """First on the path here, so that they are what is imported."""
+    for name, code in gpu_report.STAND_INS.items():
+        (tmp_path / f"{name}.py").write_text(code.lstrip())
+    code = """
+import sys
+import tyro
+import fastgn.data, fastgn.metrics, fastgn.models, fastgn.optim
+from fastgn.config import Config, load_recipe
+assert load_recipe("paper_swin_b_gradnorm").objective.gn_weight == Config().objective.gn_weight
+try:
+    tyro.cli(Config)
+except RuntimeError as error:
+    print(error)
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    # the hub's client, which wants more of tqdm, complains above
+    assert done.stdout.splitlines()[-1] == "tyro is not installed"
+
+
+# -------------------------------------------------------------------------------------- a toy run
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole --smoke run."""
+    folder = tmp_path_factory.mktemp("toy")
+    done = report("--smoke", "--output", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def one(folder: Path, pattern: str) -> dict[str, Any]:
+    (path,) = folder.glob(pattern)
+    return json.loads(path.read_text())
+
+
+def test_smoke_runs_every_part(toy: Path) -> None:
+    entries = one(toy, "report.json")["parts"]
+    names = {p.name for p in gpu_report.parts_for(Machine("cpu", None, True), toy, None)}
+    assert {entry["name"] for entry in entries} == names
+    timed = {"cost_fp32", "kernels", "attacks", "small_data", "memory", "precision", "loader"}
+    assert names == {"kernel_tests", *timed}
+    for entry in entries:
+        assert entry["status"] == "ok", entry
+        records = [file for file in entry["files"] if file.endswith(".json")]
+        assert len(records) == (entry["name"] != "kernel_tests"), entry
+
+
+def test_memory_predicts_every_row(toy: Path) -> None:
+    record = one(toy, "memory_*.json")
+    rows = {(row["arm"], row["batch"]): row["predicted_bytes"] for row in record["rows"]}
+    assert len(rows) == 10 and record["complete"]
+    assert rows["natural", 4] > rows["natural", 2] > 0
+    assert rows["gradnorm exact-eager", 4] > rows["natural", 4]
+    assert rows["gradnorm exact, budget 0.5", 4] != rows["gradnorm exact", 4]
+
+
+def test_precision_of_the_step(toy: Path) -> None:
+    """float32 is near float64, bfloat16 as far as its 8 bits make it, a difference nearer for both
+    points than for one."""
+    (case,) = one(toy, "precision_*.json")["cases"]
+    assert case["network"] == "tiny Swin" and case["images"] == "random"
+    arms = {row["arm"]: row for row in case["arms"]}
+    fd, central = ("finite-difference 0.01", "central-difference 0.01")
+    names = {f"{kind}, {p}" for kind in ("exact", fd, central) for p in ("fp32", "bf16")}
+    assert names <= arms.keys()
+
+    def error(name: str, part: str = "whole") -> float:
+        spread = arms[name][part]["relative_error"]
+        assert spread["n"] == 1 and spread["min"] == spread["mean"] == spread["max"]
+        return spread["mean"]
+
+    assert 1e-9 < error("exact, fp32") < 1e-5
+    for name in ("exact, bf16", "exact, bf16-pure"):
+        assert 1e-3 < error(name) < 0.1
+        assert 0.99 < arms[name]["whole"]["cosine"]["mean"] < 1
+    assert error("exact, fp32") < error(f"{central}, fp32", "penalty")
+    assert error(f"{central}, fp32", "penalty") < 0.3 * error(f"{fd}, fp32", "penalty") < 0.03
+    assert error("exact, bf16", "penalty") < error(f"{fd}, bf16", "penalty")
+
+
+def test_the_loaders_toy_record(toy: Path) -> None:
+    record = one(toy, "loader_*.json")
+    assert [row["loader"] for row in record["rows"]] == loader.installed()
+    assert {"device", "torch", "timm"} <= set(loader.installed())
+    assert record["meaningful_times"] is False
+    for row in record["rows"]:
+        assert row["images_per_s"]["n"] == 2 and row["images_per_s"]["min"] > 0
+        assert row["wait_share"] is row["enough"] is None
+
+
+# ------------------------------------------------------------------------------ loader, precision
+
+
+def slow_batches(seconds: float, size: int):
+    while True:
+        time.sleep(seconds)
+        yield Batch(torch.zeros(size, 3, 2, 2), torch.zeros(size, dtype=torch.int64))
+
+
+def test_a_consumer_counts_images_and_its_waiting() -> None:
+    source = slow_batches(0.03, size=5)
+    free = loader.consume(source, 4, work_s=0)
+    assert free.images == 20 and free.waited_s <= free.seconds
+    assert 0.12 <= free.waited_s and free.waited_s / free.seconds > 0.6
+    paced = loader.consume(source, 4, work_s=0.06)
+    assert 0.15 < paced.waited_s / paced.seconds < 0.6, "a third, on a machine that is at rest"
+
+
+def test_the_torch_loaders_row(tmp_path: Path) -> None:
+    case = loader.files_case("torch", loader.jpeg_folder(tmp_path, 2), 60)
+    assert len(case.dataset.train) == 60 and len(set(case.dataset.train.paths)) == 2
+    options = {"batch_size": 2, "workers": 0, "batches": 3, "rounds": 2}
+    device = torch.device("cpu")
+    (row,) = loader.measure([case], **options, need=1e6, device=device)
+    assert row["enough"] is False and row["images_per_s"]["n"] == 2
+    assert row["wait_share"]["min"] > 0.5, "no loader makes a million images a second"
+    need = row["images_per_s"]["min"] / 6
+    (row,) = loader.measure([case], **options, need=need, device=device)
+    assert row["enough"] is True
+    assert row["wait_share"]["max"] < 0.5, "a seventh, on a machine that is at rest"
+
+
+def test_jpegs_are_of_imagenets_size() -> None:
+    draw = torch.Generator().manual_seed(0)
+    sizes = [len(loader.jpeg(size, draw)) / 1024 for size in loader.SIZES]
+    assert 80 < sum(sizes) / len(sizes) < 140
+
+
+def test_what_the_step_needs_is_read_from_its_cost(tmp_path: Path) -> None:
+    file = tmp_path / "cost.json"
+    rows = [("natural", 900), ("gradnorm", 300), ("gradnorm", 400), ("gradnorm", None)]
+    rows = [{"method": method, "images_per_s": rate} for method, rate in rows] + [{}]
+    file.write_text(json.dumps({"rows": rows}))
+    assert loader.need_of(file) == 400
+    for content, message in (('{"rows": []}', "no gradnorm row"), ("{", "cannot be read")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=message):
+            loader.need_of(file)
+
+
+def test_distance_of_vectors() -> None:
+    def distance(value: list[float], reference: list[float]) -> dict[str, float]:
+        return precision.distance(
+            *(torch.tensor(x, dtype=torch.float64) for x in (value, reference))
+        )
+
+    assert distance([3, 4], [3, 4]) == {"cosine": 1.0, "relative_error": 0.0}
+    assert distance([6, 8], [3, 4]) == {"cosine": 1.0, "relative_error": 1.0}
+    assert distance([-4, 3], [3, 4])["cosine"] == 0
+    assert distance([0, 5.5], [0, 5])["relative_error"] == pytest.approx(0.1)
+
+
+def test_the_gradient_is_of_all_weights_and_leaves_the_network_alone() -> None:
+    config = precision.NETWORKS["PreActResNet-18, GELU"]
+    torch.manual_seed(0)
+    model, report_ = precision.build_model(
+        precision.dataclasses.replace(config, model_kwargs=("width=2",)), 10
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (batch,) = precision.batches(None, 1, 2, 0, 0, torch.device("cpu"))
+    whole, penalty, ce = (
+        precision.gradient(model, precision.Arm("fp32"), weight, batch)
+        for weight in (0.8, precision.CE_WEIGHTS["penalty"], 1.8)
+    )
+    assert whole.dtype == torch.float64 and len(whole) == report_.parameters
+    natural: Tensor = ce - whole
+    torch.testing.assert_close(whole, 0.8 * natural + penalty, rtol=1e-3, atol=1e-4)
+    assert penalty.norm() > 1e-3 * natural.norm()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_interrupted_precision_run_is_taken_over(tmp_path: Path) -> None:
+    todo = [precision.Arm("fp32"), precision.Arm("bf16")]
+    rows = [{"arm": str(arm)} for arm in todo]
+    cases = [
+        {"updates": 0, "arms": rows},
+        {"updates": 9, "arms": rows, "commit": "old"},
+        {"updates": 8, "arms": rows},
+        {"updates": 9, "arms": rows[:1]},
+    ]
+    same, file = {"device": "cpu", "seeds": 3}, tmp_path / "precision.json"
+
+    def taken_over(**changed: Any) -> list[str]:
+        record = same | {"complete": False, "commit": "new", "cases": cases} | changed
+        file.write_text(json.dumps(record))
+        return [case["commit"] for case in precision.taken_over(file, same, todo, updates=9)]
+
+    assert taken_over() == ["new", "old"]
+    assert taken_over(seeds=2) == taken_over(complete=True) == []
+
+
+def test_an_interrupted_memory_run_is_taken_over(tmp_path: Path) -> None:
+    rows = [{"arm": "natural", "failed": None}, {"arm": "gradnorm exact", "failed": "OSError: x"}]
+    head, file = {"device": "NVIDIA H200", "precision": "bf16"}, tmp_path / "memory.json"
+    assert memory.taken_over(file, head) == []
+    file.write_text(json.dumps(head | {"rows": rows}))
+    assert memory.taken_over(file, head) == rows[:1]
+    assert memory.taken_over(file, head | {"precision": "fp32"}) == []
+
+
+# ------------------------------------------------------------------------------- what is recorded
+
+
+def test_the_table_is_of_the_record(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tables.RESULTS != toy
+    monkeypatch.setattr(tables, "RESULTS", toy)
+    (case,) = one(toy, "precision_*.json")["cases"]
+    header, _, *rows, _, note = tables.precision().split("\n")
+    assert header == "| step | tiny Swin, untrained |" and len(rows) == len(case["arms"])
+    whole = case["arms"][1]["whole"]
+    cell = f"{whole['relative_error']['mean']:.1e} ({whole['cosine']['mean']:.4f})"
+    assert rows[1] == f"| {case['arms'][1]['arm']} | {cell} |"
+    assert "mean over 1 batches of 2" in note
+
+
+def records() -> list[Path]:
+    return sorted(tables.RESULTS.glob("precision_*.json"))
+
+
+@pytest.mark.parametrize("path", records(), ids=lambda p: p.stem)
+def test_the_recorded_precisions(path: Path) -> None:
+    record = json.loads(path.read_text())
+    assert record["complete"] and len(record["cases"]) >= 6
+    for case in record["cases"]:
+        arms = {row["arm"]: row["whole"] for row in case["arms"]}
+        for row in arms.values():
+            assert row["relative_error"]["n"] == record["seeds"] * record["batches"] >= 3
+        assert arms["exact, fp32"]["relative_error"]["max"] < 1e-4
+        # BatchNorm over few small images amplifies what rounding does
+        least = 0.99 if case["network"] == "tiny Swin" else 0.9
+        for name in {"exact, bf16", "exact, bf16-pure"} & arms.keys():
+            assert arms[name]["cosine"]["min"] > least
