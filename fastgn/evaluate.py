@@ -38,12 +38,7 @@ from fastgn.analysis.outcomes import Attacker, Parts, is_part, rows_of, timed_pa
 from fastgn.analysis.report import html_report, radius
 from fastgn.analysis.sanity import STAGES, Check, page, sanity_report
 from fastgn.analysis.statistics import gradient_statistics
-from fastgn.checkpoint import (
-    Checkpoints,
-    find_checkpoint,
-    load_checkpoint,
-    read_saved,
-)
+from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config import Config, run_folder
 from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
@@ -58,6 +53,7 @@ from fastgn.files import check_target, parse_json, write_bytes, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
 from fastgn.step.retry import out_of_memory
+from fastgn.trained import read_saved
 from fastgn.weights import load_weights, read_weights
 
 
@@ -362,14 +358,14 @@ def norm_at(path: Path, trained: Trained, batches: list[tuple[Tensor, Tensor]]) 
     """Returns [epoch, mean L1 norm of the input gradient] of a checkpoint, by the weights that it
     would export; None if an older version has made it."""
     state = load_checkpoint(path)
-    if state["epoch"] is None:
+    if state.epoch is None:
         return None
     model = copy.deepcopy(trained.model)
-    load_weights(model, state["ema"] or state["model"], str(path))
+    load_weights(model, state.ema or state.model, str(path))
     norms = [
         attacks.input_gradient(model, x, y).images_BCHW.abs().flatten(1).sum(1) for x, y in batches
     ]
-    return [state["epoch"], float(torch.cat(norms).mean())]
+    return [state.epoch, float(torch.cat(norms).mean())]
 
 
 def analyse(

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from fastgn import models
-from fastgn.checkpoint import export_weights, is_number
 from fastgn.config.cli import parse_cli
 from fastgn.config.outputs import check_written
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, print_line, say_error
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
+from fastgn.state import ExportHeader, is_number
+from fastgn.trained import export_weights
 
 if TYPE_CHECKING:
     from fastgn.evaluate import Trained
@@ -375,13 +376,8 @@ def run(cfg: ExportConfig) -> None:
     pickled = io.BytesIO()
     torch.save(weights, pickled)
     check_same(source, pickled.getvalue(), trained)
-    metadata: dict[str, Any] = {
-        "config": trained.cfg.to_toml(),
-        "classes": list(trained.classes),
-    }
-    if trained.update is not None:
-        metadata["update"] = trained.update
-    export_weights(folder / "weights.safetensors", weights, metadata)
+    header = ExportHeader(trained.cfg.to_toml(), list(trained.classes), trained.update)
+    export_weights(folder / "weights.safetensors", weights, header)
     write_bytes(folder / "weights.pt", pickled.getvalue())
     write_bytes(folder / "model.py", source)
     write_json(folder / "model_info.json", info)

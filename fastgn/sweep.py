@@ -27,7 +27,6 @@ if __name__ == "__main__":  # a mistake is answered before the imports that take
 
     begin("fastgn.sweep")
 
-from fastgn import train
 from fastgn.analysis.pareto import draw_pareto, front_of
 from fastgn.config import FIELDS, Config, load_recipe
 from fastgn.config.cli import parse_cli
@@ -47,6 +46,9 @@ from fastgn.errors import (
 from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
 from fastgn.metrics import environment, open_bar
+from fastgn.run import Run
+from fastgn.setup import build
+from fastgn.train import train
 
 HEARTBEAT_S = 60
 """A trial whose process has said nothing for three of them was killed: its values are tried
@@ -202,22 +204,21 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
     trial.set_user_attr("folder", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     config = config.replace_group("run", {"output": str(folder), "resume": "auto"})
-    run: train.Run | None = None
+    run: Run | None = None
     try:
         with (
             open(folder / "log.txt", "a") as log,
             contextlib.redirect_stderr(log),
             session(config.run.device) as world,
         ):
-            run = build_when_free(config, world)
-            run.on_evaluation = watcher(trial, cfg, optuna)
-            train.train(run)
+            run = build_when_free(config, world, watcher(trial, cfg, optuna))
+            train(run)
     except KeyboardInterrupt:  # before the first update
         raise Interrupted from None
     finally:
         if run is not None and run.metrics is not None:
             run.metrics.close()
-    if run.update < run.last_update:
+    if run.update < run.resolved.last_update:
         raise Interrupted
     clean, robust = run.accuracy["clean_accuracy"], run.accuracy["pgd10_accuracy"]
     trial.set_user_attr("clean", clean)
@@ -225,29 +226,33 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
     return (clean, robust) if cfg.objective == "pareto" else score(clean, robust, cfg.clean_floor)
 
 
-def build_when_free(config: Config, world: World) -> train.Run:
-    """Builds a trial's run once no other process of the study tries the same values: it then goes
-    on with what that one has left."""
+def build_when_free(
+    config: Config, world: World, on_evaluation: Callable[[Run], None] | None
+) -> Run:
+    """Returns a trial's run, as soon as no other process of the study tries the same values.
+
+    The run then continues from what the other process has left.
+    """
     while True:
         try:
-            return train.build(config, world)
+            return build(config, world, on_evaluation)
         except HeldError:
             time.sleep(1)
 
 
-def watcher(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[train.Run], None] | None:
+def watcher(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], None] | None:
     """Returns what reports each evaluation of a run to Optuna, and ends a run that is worse than
     the others; None if no run is to be ended."""
     if cfg.objective == "pareto" or not cfg.prune:
         return None
 
-    def report(run: train.Run) -> None:
-        epoch = run.update // run.updates_per_epoch
+    def report(run: Run) -> None:
+        epoch = run.update // run.resolved.updates_per_epoch
         clean, robust = run.accuracy["clean_accuracy"], run.accuracy["pgd10_accuracy"]
         with warnings.catch_warnings():  # of an epoch that an interrupted process had reported
             warnings.simplefilter("ignore")
             trial.report(score(clean, robust, cfg.clean_floor), epoch)
-        if run.update < run.last_update and trial.should_prune():
+        if run.update < run.resolved.last_update and trial.should_prune():
             trial.set_user_attr("clean", clean)
             trial.set_user_attr("robust", robust)
             raise optuna.TrialPruned

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastgn.checkpoint import FORMAT, load_checkpoint
 from fastgn.config import Config
+from fastgn.state import TrainState
 
 torch.set_num_threads(1)
 
@@ -56,8 +58,18 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-def small_state(update: int, /, **values: Any) -> dict[str, Any]:
-    """All that a checkpoint holds, of a network with one weight."""
+def read_state(path: Path) -> dict[str, Any]:
+    """Returns the content of a checkpoint by name, as torch.save takes it."""
+    return {"format": FORMAT, **vars(load_checkpoint(path))}
+
+
+def small_state(update: int, /, **values: Any) -> TrainState:
+    """Returns the content of a checkpoint of a network with one weight."""
+    return TrainState(**small_values(update, **values))
+
+
+def small_values(update: int, /, **values: Any) -> dict[str, Any]:
+    """Returns the content of such a checkpoint by name, whether it is valid or not."""
     weights = {"weight": torch.full((3,), float(update))}
     state = {
         "update": update,

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import read_state
 from odd import PICTURE, picture, run_args, write_tree
 
 import fastgn.data.pack as packing
 from fastgn import train
-from fastgn.checkpoint import find_checkpoint, load_checkpoint
+from fastgn.checkpoint import find_checkpoint
 from fastgn.config.groups import DatasetConfig
 from fastgn.data.arrays import Arrays
 from fastgn.data.datasets import Dataset, load_dataset
@@ -113,9 +114,9 @@ def test_a_checkpoint_that_does_not_know_its_data(stopped, tmp_path, capsys):
     root = tmp_path / "copy"
     shutil.copytree(stopped, root)
     path = find_checkpoint(root / "run")
-    state = load_checkpoint(path)
+    state = read_state(path)
     assert state.pop("data")["training"]["images"] == 24
-    torch.save(state, path)
+    torch.save(state)
     assert resume(root) == 2
     assert "does not say which images" in capsys.readouterr().err
 

@@ -18,17 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_SWIN, differences, tiny_run
+from conftest import TINY_SWIN, differences, read_state, tiny_run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from fastgn import attacks, checkpoint, distributed, evaluate, models, train
-from fastgn.checkpoint import find_checkpoint, load_checkpoint
+from fastgn import attacks, checkpoint, distributed, evaluate, models, setup, train
+from fastgn.checkpoint import find_checkpoint
 from fastgn.config.cli import parse_config
 from fastgn.errors import UserError
 from fastgn.metrics import read_rows
 from fastgn.objectives import build_objective
+from fastgn.setup import build
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -287,7 +288,7 @@ def train_on_a_rank(args: list[str]) -> int:
             raise AssertionError("only the first rank writes")
 
         checkpoint.atomic_open = refuse  # type: ignore[assignment]
-        train.Metrics = refuse  # type: ignore[misc,assignment]
+        setup.Metrics = refuse  # type: ignore[misc,assignment]
     return train.main(args)
 
 
@@ -309,10 +310,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str
 
 def test_two_ranks_train_the_run_of_one(runs: tuple[Path, Path, list[str]]) -> None:
     one, two, _ = runs
-    mine, theirs = (load_checkpoint(find_checkpoint(f))["model"] for f in (two, one))
-    moved = relative_error(
-        theirs, load_checkpoint(one / "checkpoints" / "update_00000010.pt")["model"]
-    )
+    mine, theirs = (read_state(find_checkpoint(f))["model"] for f in (two, one))
+    moved = relative_error(theirs, read_state(one / "checkpoints" / "update_00000010.pt")["model"])
     assert moved > 1e-2
     # gradients differ by their rounding, 1e-7, which Adam's division amplifies where they are
     # nearly 0: 4e-6 measured after these 12 updates
@@ -344,9 +343,9 @@ def test_one_rank_resumes_what_two_began(
     folder = tmp_path / "run"
     shutil.copytree(two, folder)
     earlier = folder / "checkpoints" / "update_00000010.pt"
-    assert load_checkpoint(earlier)["summed"] == 1
+    assert read_state(earlier)["summed"] == 1
     assert train.main(["--resume", str(earlier), "--batch-size", "48"]) == 0
-    weights = [load_checkpoint(find_checkpoint(f))["model"] for f in (folder, one)]
+    weights = [read_state(find_checkpoint(f))["model"] for f in (folder, one)]
     assert relative_error(*weights) < 1e-5
     (row,), (want,) = (
         [r for r in read_rows(f / "metrics.csv") if r["update"] == 12 and "loss" in r]
@@ -391,7 +390,7 @@ def fail_on_the_second_rank(args: list[str], mistake: str) -> int:
         def mistaken(*args: Any) -> Any:
             raise UserError(mistake)
 
-        train.load_dataset = mistaken
+        setup.load_dataset = mistaken
     return train.main(args)
 
 
@@ -436,7 +435,7 @@ def test_a_signal_to_torchrun_saves(whole_group: bool, tmp_path: Path) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    last = load_checkpoint(find_checkpoint(folder))["update"]
+    last = read_state(find_checkpoint(folder))["update"]
     assert last == read_rows(folder / "metrics.csv")[-1]["update"]
     said = log.read_text()
     assert said.count(f"stopped at update {last}; continue with --resume {folder}") == 1
@@ -455,7 +454,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
 def evaluate_on_a_rank(args: list[str], folder: str) -> int:
     cfg = parse_config(args)
     with distributed.session("cpu") as world:
-        run = train.build(cfg, world)
+        run = build(cfg, world)
         buffers = dict(run.evaluated_model.named_buffers())
         for buffer in buffers.values():
             buffer += world.rank  # as if each rank had seen other images

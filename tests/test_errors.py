@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SWIN, differences, small_state, tiny_run
+from conftest import TINY_SWIN, differences, read_state, small_state, tiny_run
 from PIL import Image
 
 import fastgn.data.check as check
 import fastgn.data.pack as pack
 from fastgn import evaluate, optim, train
-from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
+from fastgn.checkpoint import Checkpoints, find_checkpoint
 from fastgn.config.groups import OptimizerConfig
 from fastgn.errors import UserError
 from fastgn.objectives.methods import gradnorm
@@ -313,7 +313,7 @@ def test_a_truncated_checkpoint_is_named_with_the_others(run_copy, capsys):
 def test_a_flipped_byte_in_a_checkpoint_is_found(where, run_copy, capsys):
     last = Checkpoints(run_copy, 1).last()
     content = bytearray(last.read_bytes())
-    tensor = load_checkpoint(last)["model"]["backbone.head.fc.weight"].numpy().tobytes()
+    tensor = read_state(last)["model"]["backbone.head.fc.weight"].numpy().tobytes()
     index = content.find(tensor)
     assert index >= 0
     content[index + int(where * len(tensor))] ^= 0x10
@@ -324,7 +324,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_found(where, run_copy, capsys):
 def test_no_flipped_or_missing_byte_goes_unnoticed_or_unexplained(tmp_path):
     """Over a whole small checkpoint, its zip directory included: the right content or UserError."""
     state = small_state(3, model={"weight": torch.arange(8.0)})
-    path = Checkpoints(tmp_path, 2).save(state, 3)
+    path = Checkpoints(tmp_path, 2).save(state)
     content = path.read_bytes()
     spoilt = [content[:n] for n in range(0, len(content), 7)]
     for index in range(0, len(content)):
@@ -335,13 +335,13 @@ def test_no_flipped_or_missing_byte_goes_unnoticed_or_unexplained(tmp_path):
     for version in spoilt:
         path.write_bytes(version)
         try:
-            loaded = load_checkpoint(path)
+            loaded = read_state(path)
         except UserError as error:
             refusals += 1
             assert "\n" not in str(error)
         else:
             assert loaded["update"] == 3 and torch.equal(
-                loaded["model"]["weight"], state["model"]["weight"]
+                loaded["model"]["weight"], state.model["weight"]
             )
     assert refusals > len(spoilt) / 3
 
@@ -403,7 +403,7 @@ def test_a_learning_rate_too_high_is_found_and_named(tmp_path, capsys, monkeypat
     assert f"the loss or gradient of update {update} is not finite" in line
     assert f"the last good checkpoint is {last};" in line
     assert "try a lower --lr, --clip-grad 1.0, a longer --ramp-epochs" in line
-    for value in load_checkpoint(last)["model"].values():
+    for value in read_state(last)["model"].values():
         assert torch.isfinite(value).all()
 
 
@@ -520,7 +520,7 @@ def test_nvidias_apex_trains_as_adamw(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(optim, "build_optimizer", build_optimizer)
     assert train.main(tiny_run(tmp_path / "run", "--max-updates", "2")) == 0
     mine, theirs = (
-        load_checkpoint(find_checkpoint(folder))["model"] for folder in (tmp_path / "run", finished)
+        read_state(find_checkpoint(folder))["model"] for folder in (tmp_path / "run", finished)
     )
     assert differences(mine, theirs) == []
 

@@ -12,12 +12,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import differences, tiny_run
+from conftest import differences, read_state, tiny_run
 from test_distributed import TORCHRUN, free_port, start_two
 from test_errors import contents, error_line, image_folder
 
 from fastgn import distributed, evaluate, lock, train
-from fastgn.checkpoint import find_checkpoint, load_checkpoint
+from fastgn.checkpoint import find_checkpoint
 from fastgn.data import pack
 from fastgn.errors import UserError
 from fastgn.metrics import read_rows
@@ -168,7 +168,7 @@ def test_two_starts_in_one_folder(tmp_path: Path) -> None:
     taken = f"is in use by process {both[winner].pid} " in line
     assert taken or "holds a run already" in line  # it may have been done before
     assert train.main(tiny_run(alone, *often)) == 0
-    states = [load_checkpoint(find_checkpoint(f)) for f in (folder, alone)]
+    states = [read_state(find_checkpoint(f)) for f in (folder, alone)]
     keys = ("update", "model", "ema", "optimizer", "best")
     assert differences(*({k: state[k] for k in keys} for state in states)) == []
 
@@ -247,4 +247,4 @@ def test_torchruns_restarts_continue_the_run(tmp_path: Path) -> None:
         process.kill()
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [folder.name]
     assert "resumed at update " in log.read_text()
-    assert load_checkpoint(find_checkpoint(folder))["update"] == 29
+    assert read_state(find_checkpoint(folder))["update"] == 29

@@ -19,7 +19,7 @@ from conftest import tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastgn import metrics, train
+from fastgn import finish, metrics, train
 from fastgn.config.outputs import RUN_FILES, SPOILT
 from fastgn.errors import UserError
 from fastgn.metrics import COLUMNS, Metrics, read_rows, spell_time
@@ -354,7 +354,7 @@ def test_a_finished_run_names_only_files_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A picture that fails is passed over; a metrics.csv that was removed is there again."""
-    folder, draw = tmp_path / "run", train.draw_curves
+    folder, draw = tmp_path / "run", finish.draw_curves
 
     def remove_and_draw(*args: Any, **options: Any) -> bytes:
         (folder / "metrics.csv").unlink()
@@ -363,7 +363,7 @@ def test_a_finished_run_names_only_files_that_are_there(
             draw(*args, **options)
         raise ValueError("no such font\nin two lines")
 
-    monkeypatch.setattr(train, "draw_curves", remove_and_draw)
+    monkeypatch.setattr(finish, "draw_curves", remove_and_draw)
     assert finished(folder, capsys).endswith(
         ": model.safetensors, config.json, summary.json, metrics.csv"
     )

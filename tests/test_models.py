@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import differences, tiny_run
+from conftest import differences, read_state, tiny_run
 from fastgn_kernels import modules as fused
 from safetensors.torch import save_file
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
 from fastgn import evaluate, models, train
-from fastgn.checkpoint import find_checkpoint, load_checkpoint
+from fastgn.checkpoint import find_checkpoint
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError
 from fastgn.models import Classifier, ModelReport, build_model, multiply_patches
@@ -359,7 +359,7 @@ def test_a_run_with_kernels_is_the_run_without(tmp_path, monkeypatch, capsys):
     for folder, kernels in ((plain, "reference"), (swapped, "triton")):
         resolved = json.loads((folder / "environment.json").read_text())["resolved"]
         assert resolved["kernels"] == kernels
-    mine, theirs = (load_checkpoint(find_checkpoint(folder)) for folder in (swapped, plain))
+    mine, theirs = (read_state(find_checkpoint(folder)) for folder in (swapped, plain))
     assert mine["update"] == theirs["update"] == 3
     for part in ("model", "ema"):
         assert differences(mine[part], theirs[part]) != [], "the kernels did not run"
@@ -528,7 +528,7 @@ def test_a_malicious_pickle_is_refused_unexecuted(form, tmp_path):
     )
     if form == "torch.save":
         with pytest.raises(UserError) as caught:
-            load_checkpoint(path)
+            read_state(path)
         assert str(caught.value) == line
     assert not proof.exists()
     # the file would have done it: what is tested is the reader
@@ -550,7 +550,7 @@ def test_what_a_checkpoint_holds_is_named(tmp_path):
     with pytest.raises(
         UserError, match=r"tensors \(fastgn\.config\.groups\.ArchitectureConfig\): it was"
     ):
-        load_checkpoint(tmp_path / "weights.pt")
+        read_state(tmp_path / "weights.pt")
     arguments = argparse.Namespace(model="swin", lr=0.1)
     weights = {"a": torch.ones(2)}
     torch.save({"state_dict": weights, "args": arguments}, tmp_path / "timm.pth.tar")

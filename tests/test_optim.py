@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import differences, small_state, tiny_run
+from conftest import differences, read_state, small_state, tiny_run
 from timm.optim import get_optimizer_info, list_optimizers
 from torch import nn
 
 from fastgn import train
-from fastgn.checkpoint import Checkpoints, load_checkpoint
+from fastgn.checkpoint import Checkpoints
 from fastgn.config import Config, OptimizerConfig, load_recipe, recipe_names
 from fastgn.errors import UserError
 from fastgn.optim import (
@@ -104,10 +104,10 @@ def test_every_optimizer_trains_and_resumes_or_says_why_not(name: str, tmp_path:
         )
         assert state_bytes(cfg, first) == kept
         both = {"model": first.state_dict(), "optimizer": optimizer.state_dict()}
-        path = Checkpoints(tmp_path, 1).save(small_state(3, **both), 3)
+        path = Checkpoints(tmp_path, 1).save(small_state(3, **both))
         torch.manual_seed(1234)
         optimizer = build_optimizer(cfg, second, 1e-3)
-        state = load_checkpoint(path)
+        state = read_state(path)
         second.load_state_dict(state["model"])
         assert load_state(cfg, second, optimizer, state["optimizer"], 3) is None
         updates(second, optimizer, 3, 6)
@@ -195,7 +195,7 @@ def test_sgd_trains_resumes_and_is_not_continued_by_another(tmp_path, capsys) ->
     assert run("broken", "--max-updates", "2") == 0
     assert train.main(["--resume", str(tmp_path / "broken"), "--max-updates", "4"]) == 0
     whole, broken = (
-        load_checkpoint(Checkpoints(tmp_path / name, 1).path(4)) for name in ("whole", "broken")
+        read_state(Checkpoints(tmp_path / name, 1).path(4)) for name in ("whole", "broken")
     )
     for key in ("model", "ema", "optimizer"):
         assert differences(whole[key], broken[key]) == []
@@ -456,13 +456,13 @@ def test_kept_epochs_stay_and_others_start_from_them(tmp_path: Path) -> None:
     assert {p.name for p in folder.glob("[eu]*")} == {
         *("epoch_0001.pt", "epoch_0002.pt", "update_00000006.pt")
     }
-    kept = load_checkpoint(folder / "epoch_0001.pt")
+    kept = read_state(folder / "epoch_0001.pt")
     assert (kept["update"], kept["epoch"]) == (2, 1.0)
     last = Checkpoints(tmp_path / "run", 1).last()
     assert last is not None and last.name == "update_00000006.pt"
     start = ("--initial-checkpoint", str(folder / "epoch_0001.pt"), "--lr", "1e-10")
     assert train.main(tiny_run(tmp_path / "next", *start, "--max-updates", "1")) == 0
-    began = load_checkpoint(Checkpoints(tmp_path / "next", 1).path(1))["model"]
+    began = read_state(Checkpoints(tmp_path / "next", 1).path(1))["model"]
     for name, tensor in kept["ema"].items():
         assert torch.allclose(began[name], tensor, atol=1e-6), name
     (folder / "epoch_0001.pt").unlink()  # a resumed run needs its start no more

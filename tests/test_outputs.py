@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_state, tiny_run
+from conftest import read_state, small_state, tiny_run
 
 from fastgn import evaluate, export, lock, sweep, train
-from fastgn.checkpoint import Checkpoints, load_checkpoint
+from fastgn.checkpoint import Checkpoints
 from fastgn.config.outputs import RUN_FILES
 from fastgn.config.programs import CheckConfig, EvaluateConfig
 from fastgn.data import check, pack
@@ -89,7 +89,7 @@ def test_folders_with_the_names_of_files_are_left_alone(tmp_path):
     lock.remove_leftovers(tmp_path, ["metrics.csv"])
     assert checkpoints.last() is None
     for update in (2, 3):
-        checkpoints.save(small_state(update), update)
+        checkpoints.save(small_state(update))
     assert [p.name for p in checkpoints.all()] == ["update_00000003.pt"]
     assert all(folder.is_dir() for folder in left)
 
@@ -99,7 +99,7 @@ def test_a_folder_in_place_of_a_checkpoint_is_named(tmp_path):
     path = checkpoints.epoch_path(1)
     path.mkdir(parents=True)
     with pytest.raises(UserError, match=f"^{path} is a folder"):
-        checkpoints.save(small_state(1), 1, best=True, keep_epoch=1)
+        checkpoints.save(small_state(1), best=True, keep_epoch=1)
 
 
 # ----------------------------------------------------------------------------------- unclear lines
@@ -111,7 +111,7 @@ def test_a_write_that_fails_says_why(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
         with pytest.raises(UserError, match="cannot be written: File too large; what was there"):
-            Checkpoints(tmp_path, 1).save(small_state(1, model={"weight": torch.ones(50_000)}), 1)
+            Checkpoints(tmp_path, 1).save(small_state(1, model={"weight": torch.ones(50_000)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -128,7 +128,7 @@ def test_a_folder_without_a_run_is_named_by_its_flag(tmp_path, capsys):
 def run(tmp_path) -> Path:
     """A folder that looks like a run's."""
     folder = tmp_path / "run"
-    Checkpoints(folder, 1).save(small_state(1), 1, best=True)
+    Checkpoints(folder, 1).save(small_state(1), best=True)
     for name in ("config.toml", "metrics.csv", "model.safetensors"):
         (folder / name).write_text("")
     return folder
@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     path = Checkpoints(copy, 1).last()
-    state = load_checkpoint(path)
+    state = read_state(path)
     torch.save(state | {"sums": torch.zeros(1, 1)}, path)
     assert train.main(["--resume", str(copy)]) == 2
     assert f"error: {path} is damaged: sums: " in capsys.readouterr().err

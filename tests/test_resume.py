@@ -13,20 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import differences, small_state, tiny_run
+from conftest import differences, read_state, small_state, tiny_run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_errors import folder_run, image_folder
 
 from fastgn import attacks, metrics, train
-from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
+from fastgn.checkpoint import Checkpoints, find_checkpoint
 from fastgn.config import Config
 from fastgn.config.outputs import RUN_FILES, SPOILT
 from fastgn.errors import UserError
 from fastgn.evaluate import load_trained
 from fastgn.files import atomic_open
+from fastgn.interrupt import Interrupt
 from fastgn.metrics import read_rows
+from fastgn.run import Run
 from fastgn.seeding import Stream, derive
+from fastgn.setup import build
 
 REGULARISED = (
     *("--drop", "0.1", "--mixup", "0.8", "--cutmix", "1.0", "--smoothing", "0.1"),
@@ -37,7 +40,7 @@ CLOCK = ("images_per_s", "data_wait_share", "seconds")
 
 
 def last_state(folder: Path) -> dict[str, Any]:
-    return load_checkpoint(find_checkpoint(folder))
+    return read_state(find_checkpoint(folder))
 
 
 def trained_state(folder: Path) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
         == []
     )
     assert timeless_rows(folder) == timeless_rows(unbroken)
-    best, their_best = (load_checkpoint(f / "checkpoints" / "best.pt") for f in (folder, unbroken))
+    best, their_best = (read_state(f / "checkpoints" / "best.pt") for f in (folder, unbroken))
     assert differences({k: best[k] for k in keys}, {k: their_best[k] for k in keys}) == []
     assert not list(folder.rglob("*.tmp"))
 
@@ -288,7 +291,7 @@ def test_a_later_second_signal_ends_at_once() -> None:
     heard = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
-        with train.Interrupt() as interrupt:
+        with Interrupt() as interrupt:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # passed on by torchrun
             assert interrupt.signal == signal.SIGTERM and not heard
@@ -363,14 +366,14 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An overflow in the last update is in no loss."""
-    apply = train.Run.apply_gradients
+    apply = Run.apply_gradients
 
-    def overflow(run: train.Run, lr: float) -> torch.Tensor:
+    def overflow(run: Run, lr: float) -> torch.Tensor:
         norm = apply(run, lr)
         next(run.model.parameters()).data[0] = torch.inf
         return norm
 
-    monkeypatch.setattr(train.Run, "apply_gradients", overflow)
+    monkeypatch.setattr(Run, "apply_gradients", overflow)
     folder = tmp_path / "run"
     assert train.main(tiny_run(folder, "--max-updates", "1", "--no-model-ema")) == 2
     assert "a weight after update 1 is not finite" in capsys.readouterr().err
@@ -407,7 +410,7 @@ def test_the_best_is_chosen_anew_if_accuracies_cannot_be_compared(
     folder = tmp_path / "run"
     assert train.main(tiny_run(folder, "--max-updates", "1", "--eval-eps", "0.01")) == 0
     path = find_checkpoint(folder)
-    state = load_checkpoint(path)
+    state = read_state(path)
     torch.save(state | {"best": 2.0, "ranks": 2}, path)  # better than all that follow
     capsys.readouterr()
     assert train.main(["--resume", str(folder), "--max-updates", "2", *more]) == 0
@@ -437,7 +440,7 @@ def test_checkpoint_holds_everything(unbroken: Path) -> None:
 def test_the_last_checkpoints_and_the_best_are_kept(unbroken: Path) -> None:
     names = sorted(p.name for p in (unbroken / "checkpoints").iterdir())
     assert names == ["best.pt", "update_00000039.pt", "update_00000042.pt"]
-    best = load_checkpoint(unbroken / "checkpoints" / "best.pt")
+    best = read_state(unbroken / "checkpoints" / "best.pt")
     rows = [r for r in read_rows(unbroken / "metrics.csv") if "pgd10_accuracy" in r]
     reached = {int(r["update"]): round(r["pgd10_accuracy"], 5) for r in rows}
     first_best = next(u for u, a in reached.items() if a == max(reached.values()))
@@ -448,9 +451,9 @@ def test_the_last_checkpoints_and_the_best_are_kept(unbroken: Path) -> None:
 def test_best_survives_all_later_checkpoints(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for update in range(1, 7):
-        checkpoints.save(small_state(update), update, best=update in (1, 3))
+        checkpoints.save(small_state(update), best=update in (1, 3))
     assert [p.name for p in checkpoints.all()] == ["update_00000005.pt", "update_00000006.pt"]
-    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt")["update"] == 3
+    assert read_state(tmp_path / "checkpoints" / "best.pt")["update"] == 3
     assert len(list(checkpoints.folder.iterdir())) == 3
 
 
@@ -476,7 +479,7 @@ def test_a_checkpoint_leaves_what_another_process_is_writing(tmp_path: Path) -> 
     checkpoints.folder.mkdir()
     theirs = checkpoints.folder / ".update_00000001.pt.12345.tmp"
     theirs.write_bytes(b"half")
-    written = checkpoints.save(small_state(2), 2)
+    written = checkpoints.save(small_state(2))
     assert set(checkpoints.folder.iterdir()) == {written, theirs}
 
 
@@ -499,7 +502,7 @@ def test_a_pickle_bomb_does_not_go_off(
     path = tmp_path / "update_00000001.pt"
     torch.save({"format": 1, "bomb": Bomb()}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match="update_00000001.pt"):
-        load_checkpoint(path)
+        read_state(path)
     assert not (tmp_path / "went_off").exists()
     torch.load(path, weights_only=False)  # it would have
     assert (tmp_path / "went_off").exists()
@@ -508,9 +511,9 @@ def test_a_pickle_bomb_does_not_go_off(
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    checkpoints.save(small_state(1), 1)
-    path = checkpoints.save(small_state(2, model={"weight": torch.arange(4096)}), 2)
-    assert load_checkpoint(path)["model"]["weight"][-1] == 4095
+    checkpoints.save(small_state(1))
+    path = checkpoints.save(small_state(2, model={"weight": torch.arange(4096)}))
+    assert read_state(path)["model"]["weight"][-1] == 4095
     content = bytearray(path.read_bytes())
     match damage:
         case "cut":
@@ -523,7 +526,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
         case "other":
             torch.save({"state_dict": {}}, path)
     with pytest.raises(UserError, match="update_00000002.pt") as refusal:
-        load_checkpoint(path)
+        read_state(path)
     assert "\n" not in str(refusal.value)
     if damage != "other":
         assert "others there: update_00000001.pt" in str(refusal.value)
@@ -546,7 +549,7 @@ def test_the_export_is_the_averaged_model(unbroken: Path) -> None:
 
     args = train.parse_config(["--resume", str(unbroken)])
     with train.session("cpu") as world:
-        run = train.build(args, world)
+        run = build(args, world)
     assert run.subset is not None and run.ema is not None
     images, labels = next(iter(run.subset))
     wanted = run.ema.module(images)

@@ -20,7 +20,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgn import compile_double_backward, train
+from fastgn import compile_double_backward
 from fastgn.attacks import pgd
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
@@ -36,6 +36,8 @@ from fastgn.objectives import (
     gradnorm,
     natural,
 )
+from fastgn.run import Run
+from fastgn.setup import build
 from fastgn.step.double_backward import graph_count
 from fastgn.step.precision import matmul_precision, unsupported
 from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
@@ -994,21 +996,21 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def everything_on(folder: Path, method: str, *more: str) -> train.Run:
+def everything_on(folder: Path, method: str, *more: str) -> Run:
     """A run with all that an update can be asked to do, and torch's fused AdamW as on CUDA."""
     args = tiny_run(folder, "--method", method, "--attack-select", "best", "--clip-grad", "1")
     args += ["--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.5", "--precision", "bf16", *more]
     cfg = parse_config([*args, "--grad-accum-steps", "2"])
     device = torch.device("cuda" if cfg.run.device == "cuda" else "cpu")
     world = World(0, 1, device)
-    run = train.build(cfg, world)
+    run = build(cfg, world)
     world.held.close()  # one test builds the same run again
     groups = [{k: g[k] for k in ("params", "weight_decay")} for g in run.optimizer.param_groups]
     run.optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
     return run
 
 
-def update(run: train.Run, batches: list) -> None:
+def update(run: Run, batches: list) -> None:
     """As the loop does it."""
     loss = run.step(batches, run.ramp.fill_(0.5), run.update)
     grad_norm = run.apply_gradients(1e-3)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import differences, small_state, tiny_run
+from conftest import differences, read_state, small_state, small_values, tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -26,13 +26,9 @@ from torch import Tensor, nn
 
 from fastgn import evaluate, export, files, models, sweep, train
 from fastgn.checkpoint import (
-    CHECKPOINT,
-    EXPORT,
     FORMAT,
     Checkpoints,
     find_checkpoint,
-    load_checkpoint,
-    read_saved,
 )
 from fastgn.config import Config
 from fastgn.config.groups import ArchitectureConfig
@@ -41,9 +37,12 @@ from fastgn.data import check
 from fastgn.errors import UserError
 from fastgn.evaluate import Trained
 from fastgn.models import build_model
+from fastgn.state import ExportHeader, TrainState, keys_of
+from fastgn.trained import read_saved
 from fastgn.weights import load_weights, read_weights
 
 PACKAGE = Path(files.__file__).parent
+CHECKPOINT = keys_of(TrainState)
 ROOT = PACKAGE.parent
 
 # ------------------------------------------------------------------------ one reader a kind of file
@@ -463,10 +462,10 @@ def rezip(source: Path, target: Path, kind: int) -> Path:
     return target
 
 
-@pytest.mark.parametrize("read", [load_checkpoint, read_weights])
+@pytest.mark.parametrize("read", [read_state, read_weights])
 def test_an_archive_that_inflates_is_refused_before_it_does(read, tmp_path, monkeypatch):
     state = small_state(1, model={"weight": torch.zeros(5_000_000)})
-    path = Checkpoints(tmp_path, 1).save(state, 1)
+    path = Checkpoints(tmp_path, 1).save(state)
     bomb = rezip(path, path.with_name("update_00000002.pt"), zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < path.stat().st_size / 100
     monkeypatch.setattr(zipfile.ZipFile, "testzip", None)  # nothing is inflated
@@ -476,7 +475,7 @@ def test_an_archive_that_inflates_is_refused_before_it_does(read, tmp_path, monk
 
 def test_entries_that_overlap_are_refused(tmp_path):
     """A small file that claims a large one many times over."""
-    path = Checkpoints(tmp_path, 1).save(small_state(1), 1)
+    path = Checkpoints(tmp_path, 1).save(small_state(1))
     content = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         entry = max(archive.infolist(), key=lambda e: e.file_size)
@@ -485,7 +484,7 @@ def test_entries_that_overlap_are_refused(tmp_path):
     content[header + 20 : header + 28] = (10**9).to_bytes(4, "little") * 2
     path.write_bytes(content)
     with pytest.raises(UserError, match="its entries overlap"):
-        load_checkpoint(path)
+        read_state(path)
 
 
 def flipped(content: bytes, count: int) -> list[bytes]:
@@ -559,19 +558,19 @@ def save_state(path: Path, state: dict[str, Any]) -> Path:
 
 def refused_state(path: Path) -> str:
     with pytest.raises(UserError) as refusal:
-        load_checkpoint(path)
+        read_state(path)
     line = str(refusal.value)
     assert line.startswith(f"{path}") and line.isprintable(), line
     return line
 
 
-@pytest.mark.parametrize("key", sorted(CHECKPOINT.keys() - {"format"}))
+@pytest.mark.parametrize("key", sorted(CHECKPOINT))
 def test_a_missing_key_is_named(key, tmp_path):
-    state = small_state(1)
+    state = small_values(1)
     del state[key]
     path = save_state(tmp_path / "update_00000001.pt", state)
     if key in ("epoch", "bad_images", "data", "ranks"):  # older versions did not write them
-        assert not load_checkpoint(path)[key]
+        assert not read_state(path)[key]
     else:
         assert refused_state(path) == f"{path} is damaged: it lacks '{key}'"
 
@@ -619,14 +618,14 @@ FINE = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("key", sorted(CHECKPOINT.keys() - {"format"}))
+@pytest.mark.parametrize("key", sorted(CHECKPOINT))
 def test_a_key_of_another_kind_is_named(key, tmp_path):
     path = tmp_path / "update_00000001.pt"
     for kind, value in WRONG.items():
         if (key, kind) in FINE:
             continue
         try:
-            save_state(path, small_state(1, **{key: value}))
+            save_state(path, small_values(1, **{key: value}))
         except (pickle.PicklingError, AttributeError):
             continue
         line = refused_state(path)
@@ -634,26 +633,26 @@ def test_a_key_of_another_kind_is_named(key, tmp_path):
 
 
 def test_a_newer_version_is_named(tmp_path):
-    path = save_state(tmp_path / "update_00000001.pt", small_state(1) | {"format": FORMAT + 1})
+    path = save_state(tmp_path / "update_00000001.pt", small_values(1) | {"format": FORMAT + 1})
     later = f"is of format {FORMAT + 1}, and this version of fastgn reads format {FORMAT}"
     assert refused_state(path) == f"{path} {later}: update fastgn"
-    save_state(path, small_state(1, later=1))
+    save_state(path, small_values(1, later=1))
     assert "holds 'later', which this version of fastgn does not know: a newer" in refused_state(
         path
     )
-    with pytest.raises(AssertionError, match="declared in CHECKPOINT"):
-        Checkpoints(tmp_path, 1).save(small_state(1, later=1), 1)
+    with pytest.raises(TypeError, match="later"):  # a key that TrainState does not declare
+        small_state(1, later=1)
 
 
 def test_a_state_that_holds_itself_is_refused(tmp_path):
     loop: list[Any] = []
     loop.append(loop)
-    path = save_state(tmp_path / "update_00000001.pt", small_state(1, bad_images=loop))
+    path = save_state(tmp_path / "update_00000001.pt", small_values(1, bad_images=loop))
     assert "holds itself" in refused_state(path)
     deep: Any = []
     for _ in range(300):
         deep = [deep]
-    save_state(path, small_state(1, bad_images=deep))
+    save_state(path, small_values(1, bad_images=deep))
     assert "nested too deeply" in refused_state(path)
 
 
@@ -676,9 +675,9 @@ values = st.recursive(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_any_value_of_any_key_is_read_or_refused_in_one_line(key, value, tmp_path):
-    path = save_state(tmp_path / "update_00000001.pt", small_state(1) | {key: value})
+    path = save_state(tmp_path / "update_00000001.pt", small_values(1) | {key: value})
     try:
-        state = load_checkpoint(path)
+        state = read_state(path)
     except UserError as error:
         assert str(error).startswith(str(path)) and str(error).isprintable()
     else:
@@ -687,12 +686,12 @@ def test_any_value_of_any_key_is_read_or_refused_in_one_line(key, value, tmp_pat
 
 def damaged(run: Path, folder: Path, change: Any) -> Path:
     """A copy of a run's last checkpoint, changed, in a run's folder of its own."""
-    state = load_checkpoint(find_checkpoint(run))
+    state = read_state(find_checkpoint(run))
     change(state)
     folder.mkdir()
     (folder / "config.toml").write_text((run / "config.toml").read_text())
     checkpoints = Checkpoints(folder, 1)
-    return checkpoints.save({k: v for k, v in state.items() if k != "format"}, state["update"])
+    return checkpoints.save(TrainState(**{k: v for k, v in state.items() if k != "format"}))
 
 
 def first_moments(state: dict[str, Any]) -> dict[str, Any]:
@@ -794,8 +793,8 @@ def test_a_class_behind_numpys_names_is_not_run(tmp_path):
     torch.save(content, tmp_path / "with_numpy.pt")
     assert differences(read_weights(tmp_path / "with_numpy.pt"), {"a": torch.ones(2)}) == []
     with pytest.raises(UserError, match="holds more than tensors"):
-        save_state(tmp_path / "update_00000001.pt", small_state(1, best=np.float64(0.5)))
-        load_checkpoint(tmp_path / "update_00000001.pt")
+        save_state(tmp_path / "update_00000001.pt", small_values(1, best=np.float64(0.5)))
+        read_state(tmp_path / "update_00000001.pt")
     stream = io.BytesIO()
     torch.save({"a": torch.ones(1), "d": np.dtype([("x", "O")])}, stream)
     (tmp_path / "dtype.pt").write_bytes(stream.getvalue())
@@ -934,7 +933,7 @@ def test_a_network_with_shared_weights_ends_its_run(tmp_path):
     path = tmp_path / "model.safetensors"
     config = Config(architecture=cfg)
     metadata = {"config": config.to_toml(), "classes": list("0123456789")}
-    assert metadata.keys() <= EXPORT.keys()
+    assert metadata.keys() <= keys_of(ExportHeader).keys()
     files.write_safetensors(path, weights, metadata)
     again = evaluate.load_trained(str(path), torch.device("cpu"))
     images = torch.rand(1, 3, 32, 32)

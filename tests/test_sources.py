@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SWIN, differences
+from conftest import TINY_SWIN, differences, read_state
 from PIL import Image
 from test_distributed import on_two_ranks
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing
 from fastgn import train
-from fastgn.checkpoint import load_checkpoint
 from fastgn.config import Config
 from fastgn.config.groups import DatasetConfig
 from fastgn.data.batch import epoch_order
@@ -632,7 +631,7 @@ def test_a_run_counts_and_names_what_it_replaces(tmp_path, capsys):
     said = capsys.readouterr().err
     skip = ("--on-bad-image", "skip", "--checkpoint-interval", "1", "--checkpoint-hist", "9")
     assert train.main(run_args(root, runs[1], *skip, "--max-updates", "2")) == 0
-    assert len(load_checkpoint(runs[1] / "checkpoints" / "update_00000001.pt")["bad_images"]) > 0
+    assert len(read_state(runs[1] / "checkpoints" / "update_00000001.pt")["bad_images"]) > 0
     assert train.main(["--resume", str(runs[1] / "checkpoints" / "update_00000001.pt")]) == 0
     assert train.main(["--resume", str(runs[1]), "--max-updates", "8"]) == 0
 

@@ -11,11 +11,14 @@ from torch import Tensor
 
 pytest.importorskip("optuna")
 
-from fastgn import sweep, train
+import signal
+
+from fastgn import sweep
 from fastgn.analysis.pareto import front_of
 from fastgn.config import Config, load_recipe
 from fastgn.config.cli import parse_config
 from fastgn.data.subset import Subset
+from fastgn.run import Run
 
 SPACE = ("--space", "gn_weight=0.1:10:log", "attack_it=1:4", "smoothing=0,0.1")
 
@@ -94,7 +97,7 @@ def test_a_study_goes_on_and_writes_its_best_recipe(
     assert written.optimizer.epochs == 1 and written.run.output is None
     assert (tmp_path / "s.png").stat().st_size > 5_000
 
-    monkeypatch.setattr(train, "build", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(sweep, "build", lambda *a: pytest.fail("trained again"))
     assert sweep.main(args) == 0  # it has its two trials
     assert json.loads((tmp_path / "s.json").read_text())["trials"] == first["trials"]
     capsys.readouterr()
@@ -107,25 +110,25 @@ def test_an_interrupted_trial_is_tried_again_and_goes_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = command(recipe, tmp_path / "s.db", "--trials", "1", "--space", "lr=1e-3:1e-2:log")
-    save, starts = train.Run.save, []
+    save, starts = Run.save, []
 
-    def save_and_interrupt(run: train.Run) -> None:
+    def save_and_interrupt(run: Run) -> None:
         save(run)
         if not starts:
             starts.append(run.update)
-            train.signal.raise_signal(train.signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train.Run, "save", save_and_interrupt)
+    monkeypatch.setattr(Run, "save", save_and_interrupt)
     assert sweep.main([*args]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["trials"] == []
-    build = train.build
+    build = sweep.build
 
-    def build_and_note(*args: object) -> train.Run:
+    def build_and_note(*args: object) -> Run:
         run = build(*args)
         starts.append(run.update)
         return run
 
-    monkeypatch.setattr(train, "build", build_and_note)
+    monkeypatch.setattr(sweep, "build", build_and_note)
     assert sweep.main([*args]) == 0
     (trial,) = json.loads((tmp_path / "s.json").read_text())["trials"]
     assert trial["state"] == "complete" and trial["number"] == 1
@@ -137,14 +140,14 @@ def test_a_poor_trial_is_pruned_and_not_trained_to_its_end(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second of two: its accuracies are made lower than the first one's."""
-    runs: list[train.Run] = []
+    runs: list[Run] = []
 
-    def pretended(run: train.Run, subset: Subset) -> Tensor:
+    def pretended(run: Run, subset: Subset) -> Tensor:
         if run not in runs:
             runs.append(run)
         return subset.size * torch.tensor([0.75, 0.5 / len(runs)])
 
-    monkeypatch.setattr(train.Run, "count_correct", pretended)
+    monkeypatch.setattr(Run, "count_correct", pretended)
     more = ("--trials", "2", "--startup-trials", "1", "--space", "lr=1e-3:1e-2:log")
     assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
     first, second = json.loads((tmp_path / "s.json").read_text())["trials"]

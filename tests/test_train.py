@@ -16,9 +16,13 @@ import torch
 from conftest import tiny_run
 from PIL import Image
 
-from fastgn import train
+from fastgn import models, optim, resolved, train
+from fastgn.distributed import World
 from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
+from fastgn.objectives import build_objective
+from fastgn.resolved import Shard, make_plan
+from fastgn.run import Run
 from fastgn.step.double_backward import graph_count
 from fastgn.train import main
 
@@ -43,8 +47,7 @@ def test_cifar10_trains_with_each_method(method: str, tmp_path: Path) -> None:
         "50",
     ]
     args += ["--epochs", "1", "--warmup-epochs", "0", "--lr", "0.003", "--max-updates", "40"]
-    # as long as the paper's: the loss of attacked images falls later
-    args += ["--ramp-epochs", "5"]
+    args += ["--ramp-epochs", "5"]  # the paper's: the loss of attacked images falls later
     args += ["--log-interval", "10", "--eval-images", "50", "--output", str(tmp_path / "run")]
     assert main(args) == 0
     rows = [r for r in read_rows(tmp_path / "run" / "metrics.csv") if "ce" in r]
@@ -309,14 +312,14 @@ def test_auto_takes_what_fits(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     args = ["--schedule", "auto", "--max-updates", "4", "--log-interval", "2"]
     assert main(tiny_run(whole, *args)) == 0
-    monkeypatch.setattr(train, "free_memory", lambda device: 2 * 2**20)
+    monkeypatch.setattr(resolved, "free_memory", lambda device: 2 * 2**20)
     assert main(tiny_run(parts, *args)) == 0
     folders = (whole, parts)
     sizes = [json.loads((f / "environment.json").read_text())["resolved"] for f in folders]
     assert sizes[1]["micro_batch"] < sizes[0]["micro_batch"]
     rows = [[r["loss"] for r in read_rows(f / "metrics.csv") if "loss" in r] for f in folders]
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
-    monkeypatch.setattr(train, "free_memory", lambda device: 2**10)
+    monkeypatch.setattr(resolved, "free_memory", lambda device: 2**10)
     assert main(tiny_run(tmp_path / "none", *args)) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("fastgn.train: error: --schedule auto: one image at a time needs ")
@@ -325,7 +328,7 @@ def test_auto_takes_what_fits(
 
 def out_of_memory_above(limit: int) -> Callable[..., Any]:
     """models.build_model, of a network with room for `limit` images."""
-    original = train.models.build_model
+    original = models.build_model
 
     def build(*args: Any, **kwargs: Any) -> Any:
         model, report = original(*args, **kwargs)
@@ -348,7 +351,7 @@ def test_a_run_survives_running_out_of_memory(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(tiny_run(whole, *args, "--attack-eps", "1e-9")) == 0
     capfd.readouterr()
-    monkeypatch.setattr(train.models, "build_model", out_of_memory_above(20))
+    monkeypatch.setattr(models, "build_model", out_of_memory_above(20))
     assert main(tiny_run(parts, *args, "--attack-eps", "1e-9")) == 0
     line = "out of memory with 48 images at a time: going on with 24, the same global batch"
     said = capfd.readouterr().err
@@ -356,7 +359,7 @@ def test_a_run_survives_running_out_of_memory(
     rows = [[r["ce"] for r in read_rows(f / "metrics.csv") if "ce" in r] for f in (whole, parts)]
     assert len(rows[0]) == 4 and rows[1] == pytest.approx(rows[0], rel=1e-4)
     monkeypatch.undo()
-    monkeypatch.setattr(train.models, "build_model", out_of_memory_above(0))
+    monkeypatch.setattr(models, "build_model", out_of_memory_above(0))
     assert main(tiny_run(tmp_path / "none", *args)) == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith(
@@ -385,7 +388,7 @@ def test_an_evaluation_follows_the_device(
         model.backbone.register_forward_pre_hook(no_room)
         return model, report
 
-    monkeypatch.setattr(train.models, "build_model", built)
+    monkeypatch.setattr(models, "build_model", built)
     args = ["--max-updates", "2", "--no-model-ema", "--epochs", "1"]
     assert main(tiny_run(tmp_path / "run", *args)) == 0
     said = capfd.readouterr().err
@@ -449,15 +452,15 @@ def test_what_a_run_says_it_took(tmp_path: Path, capfd: pytest.CaptureFixture) -
     args = tiny_run(tmp_path / "run", "--schedule", "auto", "--log-interval", "4")
     assert main([*args, "--max-updates", "2"]) == 0
     capfd.readouterr()
-    original = train.Run.updates_of
+    original = Run.updates_of
 
-    def late(self: train.Run, epoch: int) -> Any:
+    def late(self: Run, epoch: int) -> Any:
         self.waited += 100.0
         self.began -= 100.0
         yield from original(self, epoch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "updates_of", late)
+        patch.setattr(Run, "updates_of", late)
         more = ("--max-updates", "4", "--resume", str(tmp_path / "run"))
         assert main([*args, *more]) == 0
     said = capfd.readouterr().err
@@ -471,9 +474,11 @@ def test_what_a_run_says_it_took(tmp_path: Path, capfd: pytest.CaptureFixture) -
 
 def test_a_plan_is_of_the_whole_update(tmp_path: Path) -> None:
     cfg = train.parse_config([*tiny_run(tmp_path / "run"), "--batch-size", "8"])
-    model, _ = train.models.build_model(cfg.architecture, 10)
-    optimizer = train.optim.build_optimizer(cfg.optimizer, model, 1e-3)
-    world = train.World(0, 1, torch.device("cpu"))
-    made = train.make_plan(cfg, world, model, optimizer, 10, 8, accum=4)
+    model, _ = models.build_model(cfg.architecture, 10)
+    optimizer = optim.build_optimizer(cfg.optimizer, model, 1e-3)
+    world = World(0, 1, torch.device("cpu"))
+    objective = build_objective(cfg.objective)
+    made = make_plan(cfg, world, model, objective, optimizer, 10, Shard(8, 4, ranks=1))
+    assert made is not None
     assert (made.micro_batch, made.micro_batches) == (8, 4)
     assert made.lines()[0].endswith("an update of 32 images")

@@ -28,7 +28,8 @@ from fastgn.distributed import session
 from fastgn.errors import UserError
 from fastgn.files import write_json
 from fastgn.metrics import environment
-from fastgn.train import Run, build
+from fastgn.run import Run
+from fastgn.setup import build
 
 RUN = (
     *("--model", "preact_resnet18", "--activation", "gelu", "--data", "cifar10"),

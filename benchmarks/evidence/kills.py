@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, Any]:
     }
     for path in (last, folder / "checkpoints" / "best.pt"):
         state = load_checkpoint(path)
-        found[path.name] = {key: state[key] for key in STATE}
+        found[path.name] = {key: getattr(state, key) for key in STATE}
     return found
 
 

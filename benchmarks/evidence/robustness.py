@@ -39,8 +39,9 @@ from fastgn.errors import UserError, check, nearest
 from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment
 from fastgn.objectives import build_objective
+from fastgn.resolved import schedule_of
+from fastgn.setup import build
 from fastgn.step.schedule import count_passes
-from fastgn.train import build, schedule_of
 
 ARMS: dict[str, dict[str, Any]] = {
     "natural": {"method": "natural"},

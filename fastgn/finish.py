@@ -1,0 +1,66 @@
+"""The end of a run: the exported weights, the summary and the curves."""
+
+from fastgn import optim
+from fastgn.analysis.figures import draw_curves
+from fastgn.errors import UserError, passed_over
+from fastgn.files import write_bytes, write_json
+from fastgn.hub import timm_config
+from fastgn.metrics import environment
+from fastgn.run import Run
+from fastgn.state import ExportHeader
+from fastgn.trained import export_weights
+
+LISTED = ("model.safetensors", "config.json", "summary.json", "curves.png", "metrics.csv")
+"""Files that the last line of a run names, if they exist."""
+
+
+def finish(run: Run) -> None:
+    """Writes the export, the summary and the curves, on the first rank."""
+    if not run.world.is_main:
+        return
+    weights = run.evaluated_model.backbone.state_dict()
+    header = ExportHeader(run.cfg.to_toml(), list(run.classes), run.update)
+    export_weights(run.folder / "model.safetensors", weights, header)
+    with passed_over("config.json for timm", run.print):  # such as a network out of memory
+        try:
+            config = timm_config(run.cfg.architecture, weights, run.classes, run.model.crop_pct)
+            write_json(run.folder / "config.json", config)
+        except UserError as reason:
+            run.print(f"no config.json for timm: {reason}")
+    summary = {"updates": run.update, "global_batch": run.resolved.global_batch, "best": run.best}
+    if run.ema is not None:
+        share = optim.initial_share(run.cfg.optimizer, run.update)
+        summary["initial_weights_in_average"] = share
+    write_json(run.folder / "summary.json", summary | run.accuracy | environment())
+    if run.metrics is not None:
+        with passed_over("curves.png", run.print):
+            picture = draw_curves(run.metrics.rows, title=run.folder.name)
+            write_bytes(run.folder / "curves.png", picture)
+        run.metrics.close()
+    if not (run.folder / "config.toml").is_file():
+        run.print(f"{run.folder / 'config.toml'} was removed: it is written again")
+        write_bytes(run.folder / "config.toml", run.cfg.to_toml())
+    accuracy = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in run.accuracy.items())
+    written = [name for name in LISTED if (run.folder / name).is_file()]
+    run.print(
+        f"finished: {run.update} updates, {accuracy or 'not evaluated'} -> {run.folder}: "
+        f"{', '.join(written)}"
+    )
+    warn_of_initial_weights(run, "holds", run.update)
+
+
+def warn_of_initial_weights(run: Run, holds: str, updates: int) -> None:
+    """Prints a warning if so much of the initial weights is in their average that it is less
+    accurate.
+
+    holds: the verb, such as "will hold". updates: number of updates after which this is so.
+    """
+    if run.ema is None:
+        return
+    share = optim.initial_share(run.cfg.optimizer, updates)
+    if share > 0.03:
+        run.print(
+            f"warning: after {updates} updates the average of the weights, which is evaluated "
+            f"and exported, {holds} {share:.0%} of the initial weights: use --model-ema-warmup "
+            f"or a lower --model-ema-decay"
+        )

@@ -1,0 +1,74 @@
+"""The folder of a run: which one it is, who may write into it, and what it continues from."""
+
+import time
+from pathlib import Path
+
+from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
+from fastgn.config import Config
+from fastgn.config.outputs import RUN_FILES, check_outside_data, holds_run
+from fastgn.distributed import World, has_agent_store, remembered, restarts
+from fastgn.errors import check
+from fastgn.files import check_target
+from fastgn.lock import lock_folder, remove_leftovers
+from fastgn.state import TrainState
+
+
+def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState | None]:
+    """Returns the run's folder, and the checkpoint to continue from with its content.
+
+    From here on no other process may write into the folder. The checkpoint is None for a new run.
+    Raises UserError if another process writes there, or if the folder holds a run that this one
+    does not continue.
+    """
+    # only the first rank looks: another one could look later, and find one checkpoint more
+    found = choose_folder(cfg, world) if world.is_main else None
+    folder, path = world.share(found)
+    return folder, path, load_checkpoint(path) if path is not None else None
+
+
+def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
+    """Returns the run's folder, which is locked now, and the checkpoint to continue from."""
+    folder = name_folder(cfg)
+    flag = "--output" if cfg.run.resume in (None, "auto") else "--resume"
+    splits = cfg.dataset.train_split, cfg.dataset.val_split
+    check_outside_data({flag: folder}, cfg.dataset.data_dir, splits)
+    world.held.enter_context(lock_folder(folder, f"{flag} {folder}"))
+    for file in (*RUN_FILES, "checkpoints/best.pt"):
+        check_target(folder / file)
+    checkpoints = Checkpoints(folder, 1)
+    remove_leftovers(folder, RUN_FILES)
+    checkpoints.remove_leftovers()
+    last = found = checkpoints.last()
+    continues = restarts() > 0
+    if cfg.run.resume == "auto":
+        check(cfg.run.output is not None, "--resume auto needs --output, the run's folder")
+        continues = True
+    elif cfg.run.resume is not None:
+        found = find_checkpoint(Path(cfg.run.resume))
+        continues |= folder.resolve() in found.resolve().parents
+    check(
+        continues or (last is None and not (folder / "model.safetensors").exists()),
+        f"--output {folder} holds a run already: --resume {folder} continues it, another "
+        "--output starts a new one",
+    )
+    config = folder / "config.toml"
+    check(  # each run writes environment.json before
+        not config.exists() or holds_run(folder) or (folder / "environment.json").exists(),
+        f"--output {folder} would overwrite {config}, which no run has made: give another --output",
+    )
+    return folder, found
+
+
+def name_folder(cfg: Config) -> Path:
+    """Returns the path of the run's folder. A rank that torchrun restarts gets the same one."""
+    check(
+        restarts() == 0 or cfg.run.output is not None or has_agent_store(),
+        "a rank that is started again finds its run only if --output names the run's folder",
+    )
+    if cfg.run.resume not in (None, "auto"):
+        find_checkpoint(Path(cfg.run.resume))  # before a folder is made for nothing
+    if cfg.run.output is not None:
+        return Path(cfg.run.output)
+    started = time.strftime("%Y%m%d-%H%M%S")
+    name = f"runs/{started}-{cfg.architecture.model}-{cfg.objective.method}"
+    return Path(remembered("output", name))

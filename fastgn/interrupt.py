@@ -1,0 +1,46 @@
+"""Signals that ask a run to stop."""
+
+import signal
+import time
+from typing import Any
+
+
+class Interrupt:
+    """Notes SIGINT and SIGTERM, so that the training loop can save a checkpoint and leave.
+
+    Another signal, more than REPEAT_S seconds after the first one, ends the process at once.
+    """
+
+    REPEAT_S = 1.0
+    """Seconds in which a second signal is taken for the same one. A terminal or scheduler sends a
+    signal to all processes, and torchrun passes it on to its ranks once more."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        """Number of the first signal. None means that none has come."""
+        self.noted_s = 0.0
+        """Time of the first signal, by time.monotonic."""
+        self.previous: dict[int, Any] = {}
+        """Signal number -> the handler that was in place before."""
+
+    def __enter__(self) -> "Interrupt":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number: int, frame: object) -> None:
+        """Handles a signal."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self.noted_s = number, now
+        elif now - self.noted_s > self.REPEAT_S:
+            self.restore()
+            signal.raise_signal(number)
+
+    def restore(self) -> None:
+        """Puts the previous handlers back in place."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exc: object) -> None:
+        self.restore()

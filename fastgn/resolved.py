@@ -1,0 +1,289 @@
+"""What every `auto` and every None of a configuration became on this machine, with these data."""
+
+import dataclasses
+import os
+
+import torch
+
+from fastgn import models, optim
+from fastgn.config import Config
+from fastgn.config.groups import StepConfig
+from fastgn.data.datasets import Dataset
+from fastgn.data.loader import batch_sizes
+from fastgn.distributed import World
+from fastgn.errors import check, first_line
+from fastgn.objectives import Objective
+from fastgn.step.cost import step_cost
+from fastgn.step.plan import Plan, Rates, device_rates, free_memory, plan
+from fastgn.step.precision import unsupported
+from fastgn.step.retry import out_of_memory
+from fastgn.step.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """How the images of an update are shared out over the ranks, and over time on each rank."""
+
+    batch_size: int
+    """Number of images per micro-batch of the loader, on each rank."""
+    grad_accum_steps: int
+    """Number of micro-batches per update."""
+    ranks: int
+    """Number of ranks."""
+
+    @property
+    def global_batch(self) -> int:
+        """Number of images per update over all ranks."""
+        return self.batch_size * self.grad_accum_steps * self.ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What a configuration leaves to the data, the model, the machine and the method.
+
+    It is computed once, written into environment.json, and handed to everything that needs it.
+    """
+
+    data: str
+    """Name of the data set."""
+    classes: int
+    """Number of classes."""
+    img_size: int
+    """Side of the network's input in pixels."""
+    mean: list[float]
+    """Mean of each channel, by which the network normalises."""
+    std: list[float]
+    """Standard deviation of each channel, by which the network normalises."""
+    loader: str
+    """Name of the loader's class."""
+    batch_size: int
+    """Number of images per micro-batch of the loader, on each rank."""
+    grad_accum_steps: int
+    """Number of the loader's micro-batches per update."""
+    micro_batch: int
+    """Number of images that go through the network at once."""
+    activation_memory_budget: float
+    """Share of the activations that the compiled step keeps for its backward."""
+    ranks: int
+    """Number of ranks."""
+    lr: float
+    """Peak learning rate."""
+    warmup_lr: float
+    """Learning rate of the first update."""
+    min_lr: float
+    """Learning rate at the end of the run."""
+    warmup_epochs: float
+    """Number of epochs until the learning rate is at its peak."""
+    ramp_epochs: float
+    """Number of epochs until the method has its full strength."""
+    step_size: float
+    """Step of the attack in 0..1 pixel units, at full strength."""
+    eval_eps: float
+    """Linf radius of the evaluation's PGD-10 in 0..1 pixel units."""
+    compiled: bool
+    """Whether torch.compile compiles the step."""
+    cuda_graphs: bool
+    """Whether CUDA graphs replay the compiled step."""
+    kernels: str
+    """Which operators of fastgn_kernels the network uses: triton, or reference for none."""
+    device: str
+    """Type of the device: cuda or cpu."""
+    updates_per_epoch: int
+    """Number of updates per epoch."""
+    last_update: int
+    """Number of updates of the whole run."""
+
+    @property
+    def global_batch(self) -> int:
+        """Number of images per update over all ranks."""
+        return self.batch_size * self.grad_accum_steps * self.ranks
+
+
+def resolve(
+    cfg: Config,
+    world: World,
+    dataset: Dataset,
+    shard: Shard,
+    model: models.Classifier,
+    *,
+    loader: str,
+    batches_per_epoch: int,
+    kernels: str,
+    planned: Plan | None,
+) -> Resolved:
+    """Returns what every `auto` and None of a configuration became.
+
+    loader: name of the loader's class. batches_per_epoch: number of its batches on each rank.
+    planned: the plan of `--schedule auto`; None if the configuration gives micro-batch and budget.
+    """
+    peak = optim.peak_lr(cfg.optimizer, shard.global_batch)
+    warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
+    updates_per_epoch = batches_per_epoch // shard.grad_accum_steps
+    return Resolved(
+        data=dataset.name,
+        classes=len(dataset.classes),
+        img_size=model.img_size,
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
+        loader=loader,
+        batch_size=shard.batch_size,
+        grad_accum_steps=shard.grad_accum_steps,
+        micro_batch=planned.micro_batch if planned is not None else shard.batch_size,
+        activation_memory_budget=(planned or cfg.step).activation_memory_budget,
+        ranks=shard.ranks,
+        lr=peak,
+        warmup_lr=warmup_lr,
+        min_lr=min_lr,
+        warmup_epochs=cfg.optimizer.warmup,
+        ramp_epochs=cfg.ramp_epochs,
+        step_size=cfg.objective.step_size,
+        eval_eps=cfg.eval_eps,
+        compiled=is_compiled(cfg.step, world.device),
+        cuda_graphs=has_cuda_graphs(cfg.step, world),
+        kernels=kernels,
+        device=world.device.type,
+        updates_per_epoch=updates_per_epoch,
+        last_update=last_update_of(cfg, updates_per_epoch),
+    )
+
+
+def last_update_of(cfg: Config, updates_per_epoch: int) -> int:
+    """Returns the number of updates of a whole run."""
+    total = updates_per_epoch * cfg.optimizer.epochs
+    return min(total, cfg.run.max_updates or total)
+
+
+def shard_images(cfg: Config, dataset: Dataset, world: World) -> Shard:
+    """Returns how each update's images are shared out.
+
+    Raises UserError if the numbers of images do not divide as the options ask.
+    """
+    batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
+    optim.peak_lr(cfg.optimizer, batch_size * accum * world.size)  # checks the peak learning rate
+    divisor = schedule_of(cfg.step).divisor
+    check(
+        batch_size % divisor == 0,
+        f"--subset-fraction {cfg.step.subset_fraction:g} of --batch-size {batch_size} is no whole "
+        f"number of images: take a multiple of {divisor}, or another fraction",
+    )
+    if cfg.step.schedule == "auto":  # the step splits it: the data do not depend on the plan
+        batch_size, accum = batch_size * accum, 1
+    return Shard(batch_size, accum, world.size)
+
+
+def check_device(cfg: StepConfig, device: torch.device) -> None:
+    """Raises UserError if a device cannot run the configured step."""
+    reason = unsupported(cfg.precision, device)
+    check(reason is None, f"--precision {reason}: use --precision fp32")
+    check(
+        cfg.cuda_graphs != "on" or device.type == "cuda",
+        f"--cuda-graphs on needs a CUDA device, and this run is on {device.type}: leave it out",
+    )
+    check(
+        is_compiled(cfg, device) or cfg.activation_memory_budget == 1,
+        f"--activation-memory-budget {cfg.activation_memory_budget} works only with --compile on, "
+        "and this step is eager: add --compile on, or leave it out",
+    )
+
+
+def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
+    """Returns whether the configured step is compiled on a device."""
+    automatic = cfg.compile == "auto" and device.type == "cuda"
+    return cfg.schedule != "exact-eager" and (cfg.compile == "on" or automatic)
+
+
+def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
+    """Returns whether the configured step replays CUDA graphs."""
+    wanted = cfg.cuda_graphs == "on" or (cfg.cuda_graphs == "auto" and world.size == 1)
+    return wanted and world.device.type == "cuda" and is_compiled(cfg, world.device)
+
+
+def schedule_of(cfg: StepConfig) -> Schedule:
+    """Returns the configured schedule. `auto` plans how the exact one fits the device."""
+    return Schedule(
+        "exact" if cfg.schedule == "auto" else cfg.schedule,
+        fd_step=cfg.fd_step,
+        lazy_interval=cfg.lazy_interval,
+        subset_fraction=cfg.subset_fraction,
+    )
+
+
+def make_plan(
+    cfg: Config,
+    world: World,
+    model: models.Classifier,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    num_classes: int,
+    shard: Shard,
+) -> Plan | None:
+    """Returns what an update is predicted to cost, the same on all ranks.
+
+    With `--schedule auto` the plan also picks the micro-batch and the activation memory budget, for
+    the device with the least free memory and the slowest rates. The objective is counted on the
+    CPU, without data. None means that the step of a fixed schedule cannot be counted, or need not
+    be because the device is a CPU.
+
+    Raises UserError if nothing fits, or if `--schedule auto` cannot count the step.
+    """
+    if cfg.step.schedule != "auto" and world.device.type != "cuda":
+        return None
+    try:
+        cost = step_cost(
+            model,
+            objective,
+            schedule_of(cfg.step),
+            batch_size=shard.batch_size,
+            img_size=model.img_size,
+            num_classes=num_classes,
+            precision=cfg.step.precision,
+            attack_weight_grads=cfg.objective.attack_weight_grads,
+            device_type=world.device.type,
+        )
+    except RuntimeError as error:  # an operator that cannot be counted without data
+        if out_of_memory(error):
+            raise
+        check(
+            cfg.step.schedule != "auto",
+            f"--schedule auto cannot count {cfg.architecture.model}'s step "
+            f"({first_line(error)}): use --schedule exact",
+        )
+        return None
+    images = shard.batch_size * shard.grad_accum_steps
+    fixed = shard.batch_size, cfg.step.activation_memory_budget
+    on_cuda = world.device.type == "cuda"
+    processes = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return plan(
+        cost,
+        slowest_rates(world, cfg.step.precision),
+        batch_size=images,
+        free_bytes=int(world.least(free_memory(world.device) / processes)),
+        state_bytes=state_bytes(cfg, world, model, optimizer, images),
+        held_bytes=torch.cuda.memory_allocated(world.device) if on_cuda else 0,
+        compiled=is_compiled(cfg.step, world.device),
+        fixed=fixed if cfg.step.schedule != "auto" else None,
+    )
+
+
+def slowest_rates(world: World, precision: str) -> Rates:
+    """Returns the rates of the slowest device. Measures each device."""
+    flops, bytes_, launch = device_rates(world.device, precision)
+    return Rates(world.least(flops), world.least(bytes_), -world.least(-launch))
+
+
+def state_bytes(
+    cfg: Config,
+    world: World,
+    model: models.Classifier,
+    optimizer: torch.optim.Optimizer,
+    images: int,
+) -> int:
+    """Returns the number of bytes that will be allocated beside gradients and activations.
+
+    These are the optimizer's state, the copies of the gradients that DistributedDataParallel and
+    CUDA graphs keep, and the images of this update and the next one.
+    """
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    own = 0 if optimizer.state else optim.state_bytes(cfg.optimizer, model)
+    copies = (world.size > 1) + has_cuda_graphs(cfg.step, world)
+    return own + copies * trained + 2 * images * 3 * model.img_size**2 * 4

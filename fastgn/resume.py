@@ -1,0 +1,171 @@
+"""Continuing from a checkpoint: what has to be the same, what may change, and what is said."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgn import models, optim
+from fastgn.config import Config
+from fastgn.data.datasets import check_classes
+from fastgn.data.identity import Identity, changes_since
+from fastgn.distributed import World
+from fastgn.errors import check
+from fastgn.resolved import Resolved, last_update_of
+from fastgn.state import TrainState
+from fastgn.weights import are_finite, changed_by_training, mismatch
+
+
+def check_ranks(world: World, identity: Identity) -> None:
+    """Raises UserError unless all ranks see the same images. Each takes its part of one list."""
+    seen = world.gather([json.dumps(identity)])
+    other = next((rank for rank, data in enumerate(seen) if data != seen[0]), None)
+    check(
+        other is None,
+        f"rank {other} sees other images than rank 0: every machine needs the same --data-dir",
+    )
+
+
+def check_same_run(cfg: Config, state: TrainState, classes: tuple[str, ...], images: int) -> None:
+    """Raises UserError if a checkpoint belongs to another model, optimizer or list of classes.
+
+    images: number of images per update of this run, which has to be the checkpoint's as well.
+    """
+    there = state.saved_config()
+    mine, theirs = (
+        dataclasses.replace(c, architecture=c.architecture.started()) for c in (cfg, there)
+    )
+    other = mine.changed(theirs, "architecture")
+    check(not other, f"the checkpoint is of another model: {'; '.join(other)}")
+    check_classes(state.classes, classes, "the checkpoint")
+    check(
+        state.global_batch == images,
+        f"the checkpoint was made with a global batch of {state.global_batch}, this run has "
+        f"{images}: set --batch-size, --grad-accum-steps and the ranks so that it is the same",
+    )
+    check(
+        there.optimizer.opt == cfg.optimizer.opt,
+        f"the checkpoint is of --opt {there.optimizer.opt}, whose state --opt {cfg.optimizer.opt} "
+        "cannot continue: leave out --opt, or start another run by --initial-checkpoint",
+    )
+    averaged = cfg.optimizer.model_ema
+    check(
+        averaged == (state.ema is not None),
+        f"the checkpoint has {'no ' if averaged else 'an '}average of the weights: add "
+        f"{'--no-model-ema' if averaged else '--model-ema'}",
+    )
+
+
+def restore(
+    cfg: Config,
+    state: TrainState,
+    path: Path,
+    model: models.Classifier,
+    ema: optim.ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Loads a checkpoint into the model, its average and the optimizer.
+
+    path: the checkpoint's file, for messages. Raises UserError if it is damaged.
+    """
+    loaded: list[tuple[str, Any, torch.nn.Module]] = [("model", state.model, model)]
+    if ema is not None:
+        loaded.append(("ema", state.ema, ema.module))
+    for key, weights, module in loaded:
+        problem = mismatch(weights, module.state_dict())
+        check(problem is None, f"{path} is damaged: {key}: {problem}")
+        module.load_state_dict(weights)
+        check(
+            are_finite(changed_by_training(module).values()),
+            f"{path} is damaged: {key}: a weight is not finite",
+        )
+    problem = optim.load_state(cfg.optimizer, model, optimizer, state.optimizer, state.update)
+    check(problem is None, f"{path} is damaged: optimizer: {problem}")
+
+
+def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bool) -> list[str]:
+    """Returns a line that names how the images, or their order, differ from the checkpoint's.
+
+    The list is empty if nothing differs. Raises UserError if something differs and is not allowed.
+    """
+    changes = changes_since(state.data, identity)
+    seed = state.saved_config().run.seed
+    if seed != cfg.run.seed:
+        changes.append(f"--seed {seed} is now {cfg.run.seed}")
+    if not changes:
+        return []
+    line = f"other data than the checkpoint's: {', '.join(changes)}"
+    check(
+        allowed,
+        f"{line}: give the same --data-dir and --seed, or add --allow-changed-data to go on with "
+        "these",
+    )
+    return [line]
+
+
+def check_position(
+    state: TrainState, path: Path, resolved: Resolved, values: int, same_data: bool
+) -> None:
+    """Raises UserError if a checkpoint's position cannot be one of its run, or is after the end of
+    this one.
+
+    values: number of logged values. same_data: whether an epoch of the checkpoint's run has as many
+    updates as one of this run.
+    """
+    own, update, epoch = state.saved_config(), state.update, state.epoch
+    check(
+        state.sums.shape == (2, values),
+        f"{path} is damaged: sums: {tuple(state.sums.shape)} in place of {(2, values)}",
+    )
+    check(
+        epoch is None or 0 <= epoch <= own.optimizer.epochs,
+        f"{path} is damaged: epoch {epoch} is not within its --epochs {own.optimizer.epochs}",
+    )
+    if same_data:
+        last = last_update_of(own, resolved.updates_per_epoch)
+        here = update / resolved.updates_per_epoch
+        check(update <= last, f"{path} is damaged: update {update} is after its run's last, {last}")
+        check(
+            epoch is None or epoch == here,
+            f"{path} is damaged: epoch {epoch} is not that of update {update}, which is {here:g}",
+        )
+    check(
+        update <= resolved.last_update,
+        f"nothing is left to do: {path} is of update {update}, and this run ends at update "
+        f"{resolved.last_update}: give a higher --max-updates or --epochs, or an earlier "
+        "checkpoint",
+    )
+
+
+def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> list[str]:
+    """Returns what makes the next evaluation's accuracy another quantity than the best one so far.
+
+    The list is empty if both can be compared.
+    """
+
+    def judged_by(config: Config, data: Identity | None) -> dict[str, Any]:
+        natural = config.objective.method == "natural"
+        return {
+            "--eval-images": config.run.eval_images,
+            "accuracy": "clean" if natural else f"at --eval-eps {config.eval_eps}",
+            "validation images": (data or {}).get("validation"),
+        }
+
+    before, now = judged_by(state.saved_config(), state.data), judged_by(cfg, identity)
+    return [
+        f"other {name}" if isinstance(now[name], dict) else f"{name} {was} is now {now[name]}"
+        for name, was in before.items()
+        if was != now[name]
+    ]
+
+
+def changes_line(cfg: Config, state: TrainState, ranks: int) -> str:
+    """Returns the line that says where a run continues, and which options have changed since."""
+    groups = ("dataset", "augmentation", "objective", "step", "optimizer")
+    saved = state.saved_config()
+    changes = [change for group in groups for change in cfg.changed(saved, group)]
+    if state.ranks not in (None, ranks):
+        changes.append(f"ranks: {ranks}, not {state.ranks}")
+    return "; ".join([f"resumed at update {state.update}", *changes])

@@ -1,0 +1,377 @@
+"""A run: what the training loop works on, and what it does between the steps."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fastgn import attacks, failures, models, optim
+from fastgn.checkpoint import Checkpoints
+from fastgn.config import Config
+from fastgn.data.batch import Batch, Loader
+from fastgn.data.identity import Identity
+from fastgn.data.subset import Subset
+from fastgn.distributed import World
+from fastgn.metrics import Metrics
+from fastgn.resolved import Resolved
+from fastgn.seeding import Stream, seed_all
+from fastgn.state import TrainState
+from fastgn.step.double_backward import compilations
+from fastgn.step.plan import Plan
+from fastgn.step.retry import out_of_memory
+from fastgn.step.step import Step
+from fastgn.weights import are_finite, changed_by_training
+
+SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
+"""Names of the values that are summed on the device between log rows."""
+
+
+@dataclasses.dataclass
+class Run:
+    """What the training loop works on, and how far it has come."""
+
+    cfg: Config
+    resolved: Resolved
+    """What every `auto` and None of `cfg` became."""
+    world: World
+    folder: Path
+    """The run's folder."""
+    model: models.Classifier
+    step: Step
+    optimizer: torch.optim.Optimizer
+    ema: optim.ModelEmaV3 | None
+    """The average of the weights. None means that the run keeps none."""
+    loader: Loader
+    """Loader of the training images."""
+    subset: Subset | None
+    """The validation images of each evaluation. None means that the run does not evaluate."""
+    classes: tuple[str, ...]
+    """Names of the classes in the order of the network's outputs."""
+    data: Identity
+    """What tells the images from others, for the checkpoints."""
+    plan: Plan | None = None
+    """What an update was predicted to cost. None once the measured cost has been printed."""
+    on_evaluation: "Callable[[Run], None] | None" = None
+    """Called after each evaluation. An exception that it raises ends the run."""
+    metrics: Metrics | None = None
+    """Log of the run. None on all ranks but the first."""
+    update: int = 0
+    """Number of updates done."""
+    best: float = -1.0
+    """Best accuracy so far: under PGD-10, or clean for the natural method. -1 means none yet."""
+    is_best: bool = False
+    """Whether the current weights have the best accuracy."""
+    accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Accuracies of the last evaluation, in 0..1."""
+
+    def __post_init__(self) -> None:
+        device = self.world.device
+        self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
+        self.ramp = torch.zeros((), device=device)
+        """Strength of the penalty, in 0..1. It is a tensor so that a change recompiles nothing."""
+        self.attack_ramp = torch.ones((), device=device)
+        """Step of the attack as a share of its full size, a tensor for the same reason."""
+        self.sums = torch.zeros(2, len(SUMS), device=device)
+        """Sum of each logged value since the last log row, and the number of updates that had such
+        a value. With --schedule lazy, not all updates have a penalty."""
+        self.bad_update = torch.full((), -1, device=device)
+        """First update whose loss or gradient was not finite. -1 means none."""
+        self.reset_clock()
+        self.named_bad: set[str] = set()
+        """Lines about bad images that have been printed."""
+        self.first_s: float | None = None
+        """Seconds that the host spent on this process's first update, which compiles the step."""
+
+    def reset_clock(self) -> None:
+        """Begins the next log row."""
+        self.sums.zero_()
+        self.summed = 0
+        """Number of updates in `sums`."""
+        self.resumed = 0
+        """Number of the updates in `sums` that an earlier process made, before a resume."""
+        self.waited = 0.0
+        """Seconds that the loop has waited for images."""
+        self.began = time.perf_counter()
+        self.steady = (self.began, 0.0, 0)
+        """(time, waited, summed) after the first update. The later ones take equally long."""
+
+    def continue_from(self, state: TrainState) -> None:
+        """Takes over what a checkpoint says of the run's progress. The weights are loaded apart."""
+        self.update, self.best, self.accuracy = state.update, state.best, state.accuracy
+        self.sums += state.sums.to(self.world.device)
+        self.summed = self.resumed = state.summed
+        if self.world.is_main:
+            self.loader.bad_images += state.bad_images
+
+    def state(self, sums: Tensor, bad_images: list[str]) -> TrainState:
+        """Returns what a checkpoint holds at this moment.
+
+        sums: those of all ranks together, divided by the number of ranks. bad_images: those of all
+        ranks.
+        """
+        return TrainState(
+            update=self.update,
+            epoch=self.update / self.resolved.updates_per_epoch,
+            best=self.best,
+            accuracy=self.accuracy,
+            sums=sums,
+            summed=self.summed,
+            bad_images=bad_images,
+            model=self.model.state_dict(),
+            ema=self.ema.module.state_dict() if self.ema is not None else None,
+            optimizer=self.optimizer.state_dict(),
+            global_batch=self.resolved.global_batch,
+            ranks=self.world.size,
+            config=self.cfg.to_toml(),
+            classes=list(self.classes),
+            data=self.data,
+        )
+
+    @property
+    def images_at_a_time(self) -> int:
+        """Number of images that go through the network at once in a training step."""
+        return self.step.micro_batch or self.resolved.batch_size
+
+    @property
+    def evaluated_model(self) -> models.Classifier:
+        """The model that is evaluated and exported: the average if the run keeps one."""
+        return self.model if self.ema is None else cast(models.Classifier, self.ema.module)
+
+    def updates_of(self, epoch: int) -> Iterator[list[Batch]]:
+        """Yields the micro-batches of each update that is left of an epoch. Times the wait."""
+        accumulated = self.resolved.grad_accum_steps
+        first = (self.update - epoch * self.resolved.updates_per_epoch) * accumulated
+        batches = self.loader.epoch(epoch, first)
+        while True:
+            start = time.perf_counter()
+            group = list(islice(batches, accumulated))
+            self.waited += time.perf_counter() - start
+            if not group:
+                return
+            yield group
+
+    def apply_gradients(self, lr: float) -> Tensor:
+        """Clips the gradients, updates the weights and their average. No host sync.
+
+        Returns the L2 norm of the gradient before clipping.
+        """
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in parameters if p.grad is not None]
+        )
+        if self.cfg.step.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.step.clip_grad, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # sets gradients to None, also in apex, which has no argument
+        if self.ema is not None:
+            optim.update_average(self.cfg.optimizer, self.ema, self.model, self.update + 1)
+        return grad_norm
+
+    def accumulate(self, row: Tensor) -> None:
+        """Adds an update's values to the sums, and notes the first update that was not finite.
+
+        row: the values of SUMS, on the device. No host sync.
+        """
+        present = ~row.isnan()
+        self.sums += torch.stack([row.where(present, 0), present.to(row.dtype)])
+        self.summed += 1
+        if self.first_s is None:
+            now = time.perf_counter()
+            self.first_s = now - self.began
+            self.steady = (now, self.waited, self.summed)
+        finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
+        unseen = self.bad_update < 0
+        self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
+        if self.metrics is not None:
+            self.metrics.advance()
+
+    def check_finite(self) -> None:
+        """Raises UserError if an update so far was not finite. A host sync."""
+        bad = int(self.bad_update.item())
+        if bad >= 0:
+            raise failures.not_finite(self, f"the loss or gradient of update {bad}")
+
+    def check_weights(self) -> None:
+        """Raises UserError if a weight or an average is not finite, on any rank. A host sync."""
+        modules = [self.model] if self.ema is None else [self.model, self.ema.module]
+        sound = all(are_finite(changed_by_training(module).values()) for module in modules)
+        if self.world.any(not sound):
+            raise failures.not_finite(self, f"a weight after update {self.update}")
+
+    def check_first(self, batches: list[Batch]) -> None:
+        """Raises UserError if a gradient of the process's first update is not finite.
+
+        The weights are still sound then, so that the layer at fault can be found. A host sync.
+        """
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+            return
+        seed_all(Stream.STEP, self.cfg.run.seed, self.update, self.world.rank)
+        found = self.step.diagnose(batches, self.ramp, self.update, self.attack_ramp)
+        named = self.world.gather([found] if found is not None else [])
+        what = named[0] if named else "no layer alone is at fault, so their sum is too large"
+        raise failures.first_not_finite(self, what)
+
+    def at_border(self) -> bool:
+        """Returns whether an epoch or the run ends here."""
+        at_end = self.update == self.resolved.last_update
+        return at_end or self.update % self.resolved.updates_per_epoch == 0
+
+    def evaluation_due(self) -> bool:
+        """Returns whether to evaluate at this end of an epoch or of the run."""
+        epoch = self.update // self.resolved.updates_per_epoch
+        at_end = self.update == self.resolved.last_update
+        return at_end or epoch % self.cfg.run.eval_interval == 0
+
+    def kept_epoch(self) -> int | None:
+        """Returns the epoch that ends here if its checkpoint is to be kept for good."""
+        epoch, rest = divmod(self.update, self.resolved.updates_per_epoch)
+        return epoch if rest == 0 and epoch in self.cfg.run.keep_epochs else None
+
+    def checkpoint_due(self) -> bool:
+        """Returns whether to write a checkpoint after this update."""
+        if self.is_best:  # best.pt must hold the weights that were evaluated
+            return True
+        if self.update == self.resolved.last_update or self.kept_epoch() is not None:
+            return True
+        interval = self.cfg.run.checkpoint_interval
+        return self.at_border() if interval is None else self.update % interval == 0
+
+    def log(self, lr: float, ramp: float) -> None:
+        """Writes a row with the means since the last row. A host sync."""
+        self.check_finite()
+        if not self.summed:
+            return
+        sums, counts = self.world.sum(self.sums.clone())
+        means = (sums / counts).tolist()
+        bad = self.report_bad_images(self.loader, "training")
+        seconds = time.perf_counter() - self.began
+        images = self.resolved.global_batch * (self.summed - self.resumed)
+        if self.metrics is not None:
+            self.metrics.log(
+                self.update,
+                dict(zip(SUMS, means, strict=True))
+                | {
+                    "epoch": self.update / self.resolved.updates_per_epoch,
+                    "lr": lr,
+                    "ramp": ramp,
+                    "images_per_s": images / seconds,
+                    "data_wait_share": self.waited / seconds,
+                    **({"bad_images": bad} if bad else {}),
+                },
+            )
+            self.report_cost()
+        self.reset_clock()
+
+    def bad_images(self, source: Loader | Subset) -> list[str]:
+        """Returns a line for each image that was replaced, on any rank, since the last report.
+
+        source: the loader or subset that replaced it. The hosts talk, and wait for no device.
+        """
+        if self.cfg.dataset.on_bad_image == "fail":
+            return []
+        return self.world.gather(source.bad_images)
+
+    def report_bad_images(self, source: Loader | Subset, kind: str) -> int:
+        """Returns the number of images that were replaced since the last call.
+
+        Prints it, with the first few names, if some of the images are new.
+        """
+        bad = self.bad_images(source)
+        source.bad_images.clear()
+        new = [line for line in dict.fromkeys(bad) if line not in self.named_bad]
+        self.named_bad |= set(new)
+        if new:
+            more = f"; {len(new) - 3} more, see fastgn.data.check" if len(new) > 3 else ""
+            self.print(f"bad {kind} images, replaced {len(bad)} times: {'; '.join(new[:3])}{more}")
+        return len(bad)
+
+    def report_cost(self) -> None:
+        """Prints the measured cost of an update beside the predicted one, once.
+
+        Call it after a host sync.
+        """
+        began, waited, summed = self.steady
+        if self.plan is None or self.summed == summed:
+            return
+        device = self.world.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        seconds = time.perf_counter() - began - (self.waited - waited)
+        measured = seconds / (self.summed - summed)
+        self.print(f"first update {self.first_s:.3g} s ({compilations()})")
+        self.print(self.plan.measured(peak, measured))
+        self.plan = None
+
+    def evaluate(self) -> None:
+        """Measures clean and PGD-10 accuracy on the fixed subset, over all ranks. A host sync."""
+        if self.subset is None:
+            return
+        model, eps = self.evaluated_model.eval(), self.cfg.eval_eps
+        for (
+            buffer
+        ) in model.buffers():  # BatchNorm's differ between ranks, and the first's are saved
+            self.world.broadcast(buffer)
+        # a training step of more images did not fit
+        self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
+        while (counts := self.count_correct(self.subset)) is None:
+            self.subset.batch_size //= 2
+        clean, robust = (self.world.sum(counts) / self.subset.size).tolist()
+        self.accuracy = {"clean_accuracy": clean, "pgd10_accuracy": robust}
+        score = clean if self.cfg.objective.method == "natural" else robust
+        self.is_best = score > self.best
+        self.best = max(score, self.best)
+        if self.metrics is not None:
+            epoch = self.update / self.resolved.updates_per_epoch
+            self.metrics.log(self.update, {"epoch": epoch, **self.accuracy})
+            self.metrics.print(
+                f"epoch {epoch:g}: clean {clean:.1%}, PGD-10 at {eps:.4g} {robust:.1%} "
+                f"({self.subset.name})"
+            )
+        self.report_bad_images(self.subset, "validation")
+        self.reset_clock()
+        if self.on_evaluation is not None:
+            self.on_evaluation(self)
+
+    def count_correct(self, subset: Subset) -> Tensor | None:
+        """Returns this rank's numbers of correctly classified images, clean and under PGD-10.
+
+        None means that so many images at once do not fit the device.
+        """
+        model, eps, device = self.evaluated_model, self.cfg.eval_eps, self.world.device
+        pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
+        seed_all(Stream.EVALUATION, self.cfg.run.seed, self.world.rank)
+        try:
+            clean = attacks.count_correct(model, subset, device=device)
+            return torch.stack([clean, attacks.count_correct(model, subset, pgd, device=device)])
+        except RuntimeError as error:
+            if not out_of_memory(error) or subset.batch_size == 1:
+                raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def save(self) -> None:
+        """Writes a checkpoint, on the first rank. A host sync."""
+        self.check_finite()
+        self.check_weights()
+        sums = self.world.sum(self.sums.clone()) / self.world.size
+        bad = self.bad_images(self.loader)  # since the last log row, like the sums
+        if self.world.is_main:
+            self.checkpoints.save(
+                self.state(sums, bad), best=self.is_best, keep_epoch=self.kept_epoch()
+            )
+        self.is_best = False
+        self.world.barrier()
+
+    def print(self, line: str) -> None:
+        """Prints a line, on the first rank."""
+        if self.metrics is not None:
+            self.metrics.print(line)

@@ -1,0 +1,328 @@
+"""Assembling a run: from a configuration to everything that the training loop works on."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastgn import models, optim
+from fastgn.config import Config, initial_file
+from fastgn.data.batch import Loader
+from fastgn.data.datasets import Dataset, load_dataset
+from fastgn.data.identity import identity_of
+from fastgn.data.loader import build_loader
+from fastgn.data.representatives import class_representatives
+from fastgn.data.subset import Subset
+from fastgn.distributed import World
+from fastgn.files import write_bytes, write_json
+from fastgn.finish import warn_of_initial_weights
+from fastgn.folder import open_run
+from fastgn.metrics import Metrics, environment, find_wandb
+from fastgn.objectives import (
+    Objective,
+    Representatives,
+    build_objective,
+    piecewise_linear_warning,
+)
+from fastgn.resolved import (
+    Resolved,
+    Shard,
+    check_device,
+    is_compiled,
+    make_plan,
+    resolve,
+    schedule_of,
+    shard_images,
+)
+from fastgn.resume import (
+    changed_data,
+    changes_line,
+    check_position,
+    check_ranks,
+    check_same_run,
+    incomparable_best,
+    restore,
+)
+from fastgn.run import SUMS, Run
+from fastgn.seeding import Stream, seed_all
+from fastgn.state import TrainState
+from fastgn.step.step import Step
+
+
+def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None = None) -> Run:
+    """Returns everything that the training loop needs, with the cheap checks first.
+
+    on_evaluation: called after each evaluation; an exception that it raises ends the run.
+    Raises UserError. A refused run leaves its folder as it was.
+    """
+    kernels = check_options(cfg, world.device)
+    folder, path, state = open_run(cfg, world)
+    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs it no more
+        initial_file(cfg.architecture.initial_checkpoint)
+    allow_changed_data = cfg.run.allow_changed_data
+    # config.toml is a recipe: one that resumes would write into this run from another --output
+    cfg = cfg.replace_group("run", {"resume": None, "allow_changed_data": False})
+    with world.first_alone():
+        dataset = load_dataset(cfg.dataset)
+    identity = identity_of(dataset)
+    check_ranks(world, identity)
+    shard = shard_images(cfg, dataset, world)
+    cfg, model, report = build_model(cfg, dataset, shard, kernels, world, resumed=state is not None)
+    notes = list(dataset.notes)
+    loader = make_loader(cfg, dataset, model, shard, world, notes)
+    optimizer = optim.build_optimizer(
+        cfg.optimizer, model, optim.peak_lr(cfg.optimizer, shard.global_batch)
+    )
+    ema = optim.build_average(cfg.optimizer, model)
+    changes: list[str] = []
+    if state is not None and path is not None:
+        check_same_run(cfg, state, dataset.classes, shard.global_batch)
+        restore(cfg, state, path, model, ema, optimizer)
+        changes = changed_data(cfg, state, identity, allow_changed_data)
+    objective, without_data = build_objectives(cfg, dataset, model, shard, world)
+    planned = make_plan(cfg, world, model, without_data, optimizer, len(dataset.classes), shard)
+    resolved = resolve(
+        cfg,
+        world,
+        dataset,
+        shard,
+        model,
+        loader=type(loader).__name__,
+        batches_per_epoch=loader.batches_per_epoch,
+        kernels=kernels,
+        planned=planned if cfg.step.schedule == "auto" else None,
+    )
+    run = Run(
+        cfg=cfg,
+        resolved=resolved,
+        world=world,
+        folder=folder,
+        model=model,
+        step=make_step(cfg, resolved, world, model, objective),
+        optimizer=optimizer,
+        ema=ema,
+        loader=loader,
+        subset=make_subset(cfg, dataset, model, resolved, world),
+        classes=dataset.classes,
+        data=identity,
+        plan=planned,
+        on_evaluation=on_evaluation,
+    )
+    run.step.report = run.print
+    if state is not None and path is not None:
+        check_position(state, path, resolved, len(SUMS), same_data=not changes)
+        run.continue_from(state)
+        notes += [*changes, *forget_best(run, state)]
+    if world.is_main:
+        begin_records(run)
+        announce(run, report, notes, state)
+    return run
+
+
+def check_options(cfg: Config, device: torch.device) -> str:
+    """Raises UserError if the model's name, the device, the optimizer or W&B cannot be had.
+
+    Returns which operators of fastgn_kernels the network will use, as models.kernels_for does.
+    """
+    models.check_name(cfg.architecture)
+    kernels = models.kernels_for(cfg.step.kernels, device)
+    check_device(cfg.step, device)
+    optim.check_optimizer(cfg.optimizer, device)
+    if cfg.run.log_wandb:
+        find_wandb()
+    return kernels
+
+
+def build_model(
+    cfg: Config, dataset: Dataset, shard: Shard, kernels: str, world: World, *, resumed: bool
+) -> tuple[Config, models.Classifier, models.ModelReport]:
+    """Returns the network on its device, a report about it, and the configuration with the
+    network's crop filled in, which later evaluations of the run need.
+
+    resumed: whether the weights will come from a checkpoint of the run.
+    """
+    architecture = cfg.architecture.started() if resumed else cfg.architecture
+    seed_all(Stream.STEP, cfg.run.seed)
+    model, report = models.build_model(architecture, len(dataset.classes), kernels)
+    if not cfg.step.train_in_eval_mode:
+        models.check_batch(model, architecture, shard.batch_size)
+    model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
+    model.to(world.device)
+    return cfg.replace(crop_pct=model.crop_pct), model, report
+
+
+def make_loader(
+    cfg: Config,
+    dataset: Dataset,
+    model: models.Classifier,
+    shard: Shard,
+    world: World,
+    notes: list[str],
+) -> Loader:
+    """Returns the loader of the training images. notes: takes lines for the user."""
+    return build_loader(
+        cfg,
+        dataset,
+        img_size=model.img_size,
+        mean=model.mean,
+        std=model.std,
+        batch_size=shard.batch_size,
+        grad_accum_steps=shard.grad_accum_steps,
+        rank=world.rank,
+        ranks=world.size,
+        device=world.device,
+        compiled=is_compiled(cfg.step, world.device),
+        agree=world.any,
+        notes=notes,
+    )
+
+
+def build_objectives(
+    cfg: Config, dataset: Dataset, model: models.Classifier, shard: Shard, world: World
+) -> tuple[Objective, Objective]:
+    """Returns what is minimised, and the same without data on the CPU, for the plan to count."""
+    if cfg.objective.method != "pag":
+        objective = build_objective(cfg.objective)
+        return objective, objective
+    images, labels = class_representatives(
+        cfg,
+        dataset,
+        img_size=model.img_size,
+        crop_pct=model.crop_pct,
+        batch_size=shard.batch_size,
+        device=world.device,
+    )
+    empty = Representatives(
+        torch.empty_like(images, device="cpu"),
+        None if labels is None else torch.empty_like(labels, device="cpu"),
+    )
+    both = Representatives(images, labels), empty
+    with_data, without_data = (build_objective(cfg.objective, r) for r in both)
+    return with_data, without_data
+
+
+def make_step(
+    cfg: Config, resolved: Resolved, world: World, model: models.Classifier, objective: Objective
+) -> Step:
+    """Returns the step of an update as it is configured."""
+    return Step(
+        model,
+        objective,
+        schedule=schedule_of(cfg.step),
+        compile=resolved.compiled,
+        precision=cfg.step.precision,
+        activation_memory_budget=resolved.activation_memory_budget,
+        micro_batch=resolved.micro_batch if cfg.step.schedule == "auto" else None,
+        cuda_graphs=resolved.cuda_graphs,
+        accumulation=cfg.step.accumulation,
+        train_in_eval_mode=cfg.step.train_in_eval_mode,
+        attack_weight_grads=cfg.objective.attack_weight_grads,
+        sync_micro_batches=cfg.step.sync_micro_batches,
+        distributed=world.size > 1,
+        agree=world.any,
+    )
+
+
+def make_subset(
+    cfg: Config, dataset: Dataset, model: models.Classifier, resolved: Resolved, world: World
+) -> Subset | None:
+    """Returns the validation images of each evaluation. None means that there are none."""
+    if not cfg.run.eval_images:
+        return None
+    return Subset(
+        dataset.val,
+        cfg.run.eval_images,
+        img_size=model.img_size,
+        crop_pct=model.crop_pct,
+        batch_size=resolved.micro_batch,
+        workers=cfg.dataset.workers,
+        worker_timeout=cfg.dataset.worker_timeout,
+        device=world.device,
+        rank=world.rank,
+        ranks=world.size,
+        skip=cfg.dataset.on_bad_image == "skip",
+    )
+
+
+def forget_best(run: Run, state: TrainState) -> list[str]:
+    """Forgets the best accuracy if the next evaluation cannot be compared with it.
+
+    Returns a line that says so, if it does.
+    """
+    if run.subset is None or run.best < 0 or run.update == run.resolved.last_update:
+        return []
+    changes = incomparable_best(run.cfg, run.data, state)
+    if not changes:
+        return []
+    run.best = -1.0
+    return [f"best.pt is chosen anew from here on: {', '.join(changes)}"]
+
+
+def begin_records(run: Run) -> None:
+    """Writes environment.json and config.toml, and opens the run's metrics."""
+    resolved: dict[str, Any] = vars(run.resolved)
+    write_json(run.folder / "environment.json", environment() | {"resolved": resolved})
+    write_bytes(run.folder / "config.toml", run.cfg.to_toml())
+    run.metrics = Metrics(
+        run.folder,
+        total=run.resolved.last_update,
+        updates_per_epoch=run.resolved.updates_per_epoch,
+        start=run.update,
+        wandb_config=run.cfg.flat() if run.cfg.run.log_wandb else None,
+    )
+
+
+def announce(
+    run: Run, report: models.ModelReport, notes: list[str], state: TrainState | None
+) -> None:
+    """Prints what is about to run, in a few lines.
+
+    notes: lines about the images and the loader. state: the checkpoint that the run continues.
+    """
+    cfg, resolved = run.cfg, run.resolved
+    for line in report.lines(cfg.architecture):
+        run.print(line)
+    if cfg.dataset.data is None and cfg.dataset.data_dir is None:
+        size = resolved.img_size
+        run.print(f"no --data-dir: training on scikit-learn's embedded digits at {size} px")
+    run.print(
+        f"{cfg.objective.method} on {resolved.data} at {resolved.img_size} px, {resolved.ranks} x "
+        f"{resolved.device}, {cfg.step.precision}, {'compiled' if resolved.compiled else 'eager'}"
+        f"{', CUDA graphs' if resolved.cuda_graphs else ''}: {resolved.last_update} updates of "
+        f"{resolved.batch_size} images x {resolved.grad_accum_steps} accumulated x "
+        f"{resolved.ranks} ranks, peak lr {resolved.lr:.3g} -> {run.folder}"
+    )
+    for line in notes:
+        run.print(line)
+    if state is not None:
+        run.print(changes_line(cfg, state, resolved.ranks))
+    for line in run.plan.lines() if run.plan is not None else []:
+        run.print(line)
+    if resolved.compiled:
+        run.print("the first update compiles the step: seconds to minutes, then cached on disk")
+    warn(run, report)
+
+
+def warn(run: Run, report: models.ModelReport) -> None:
+    """Prints a warning for each option that defeats another one."""
+    cfg = run.cfg
+    if cfg.step.schedule == "lazy" and cfg.step.clip_grad is not None:
+        run.print(
+            f"warning: --clip-grad {cfg.step.clip_grad:g} takes from the updates with the penalty "
+            f"what makes it {cfg.step.lazy_interval} times as strong"
+        )
+    warn_of_initial_weights(run, "will hold", run.resolved.last_update)
+    if cfg.optimizer.warmup >= cfg.optimizer.epochs:
+        run.print(
+            f"warning: --warmup-epochs {cfg.optimizer.warmup:g} does not end before the run: the "
+            "learning rate never reaches its peak"
+        )
+    if cfg.ramp_epochs > cfg.optimizer.epochs:
+        full = optim.ramp_at(cfg, run.resolved.last_update, run.resolved.updates_per_epoch)
+        run.print(
+            f"warning: --ramp-epochs {cfg.ramp_epochs:g} is longer than the run: the strength of "
+            f"{cfg.objective.method} ends at {full:.2g} of the full one"
+        )
+    warning = piecewise_linear_warning(cfg.objective, report.piecewise_linear)
+    if warning:
+        run.print(f"warning: {warning}")

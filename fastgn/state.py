@@ -1,0 +1,204 @@
+"""Everything that a checkpoint or an export holds, declared once and checked at each reading."""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from torch import Tensor
+
+from fastgn.config import Config
+from fastgn.data.identity import Identity
+from fastgn.errors import check
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """The values that a file may hold under one key."""
+
+    what: str
+    """Expected content, for the error message 'X should be <what>'."""
+    fits: Callable[[Any], bool]
+    """Returns whether a value is of that kind."""
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value is a finite number, and not a bool, that a float holds exactly."""
+    return type(value) in (int, float) and abs(value) < 2**53
+
+
+def whole(least: int) -> Key:
+    """Returns the key of a whole number that is not below `least`."""
+    return Key(
+        f"a whole number of at least {least}", lambda v: type(v) is int and least <= v < 2**53
+    )
+
+
+def is_texts(value: Any) -> bool:
+    """Returns whether a value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def is_accuracy(value: Any) -> bool:
+    """Returns whether a value is a dictionary of finite numbers with names."""
+    return isinstance(value, dict) and all(
+        isinstance(k, str) and is_number(x) for k, x in value.items()
+    )
+
+
+def is_state_dict(value: Any) -> bool:
+    """Returns whether a value is a dictionary of tensors with names, and not empty."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def is_optimizer(value: Any) -> bool:
+    """Returns whether a value has the form of an optimizer's state_dict.
+
+    That is, moments by the number of their parameter, and groups that list these numbers.
+    """
+    if not isinstance(value, dict) or not value.keys() >= {"state", "param_groups"}:
+        return False
+    state, groups = value["state"], value["param_groups"]
+    return (
+        isinstance(state, dict)
+        and all(type(k) is int and isinstance(v, dict) for k, v in state.items())
+        and isinstance(groups, list)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+        and all(type(number) is int for g in groups for number in g["params"])
+    )
+
+
+def is_identity(value: Any) -> bool:
+    """Returns whether a value is an Identity: numbers and digests for each split."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(split, dict)
+        and all(isinstance(k, str) and type(v) in (int, str) for k, v in split.items())
+        for name, split in value.items()
+    )
+
+
+NUMBER = Key("a finite number", is_number)
+STATE_DICT = Key("tensors by name", is_state_dict)
+CONFIG = Key("a recipe's text", lambda v: isinstance(v, str))
+CLASSES = Key(
+    "a list of different texts, at least 2", lambda v: is_texts(v) and len(set(v)) == len(v) > 1
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a checkpoint holds. To keep something new, add a field here.
+
+    A field with a default value is missing in the files of an older version.
+    """
+
+    update: Annotated[int, whole(0)]
+    """Number of updates done."""
+    best: Annotated[float, NUMBER]
+    """Best accuracy of the run's evaluations so far, in 0..1; -1 before the first one."""
+    accuracy: Annotated[dict[str, float], Key("finite numbers by name", is_accuracy)]
+    """Accuracies of the last evaluation, in 0..1."""
+    sums: Annotated[
+        Tensor,
+        Key("a tensor of numbers", lambda v: isinstance(v, Tensor) and v.is_floating_point()),
+    ]
+    """Sums of the logged values since the last log row, as in Run.sums."""
+    summed: Annotated[int, whole(0)]
+    """Number of updates in `sums`."""
+    model: Annotated[dict[str, Tensor], STATE_DICT]
+    """state_dict of the network."""
+    ema: Annotated[
+        dict[str, Tensor] | None,
+        Key("tensors by name, or None", lambda v: v is None or is_state_dict(v)),
+    ]
+    """state_dict of the averaged network. None if the run keeps no average."""
+    optimizer: Annotated[dict[str, Any], Key("an optimizer's state", is_optimizer)]
+    """state_dict of the optimizer."""
+    global_batch: Annotated[int, whole(1)]
+    """Number of images per update over all ranks."""
+    config: Annotated[str, CONFIG]
+    """The run's configuration, as TOML."""
+    classes: Annotated[list[str], CLASSES]
+    """Names of the classes in the order of the network's outputs."""
+    epoch: Annotated[float | None, NUMBER] = None
+    """Number of epochs done, with a fraction."""
+    bad_images: Annotated[list[str], Key("a list of texts", is_texts)] = dataclasses.field(
+        default_factory=list
+    )
+    """One line for each unreadable image that was replaced since the last log row."""
+    ranks: Annotated[int | None, whole(1)] = None
+    """Number of ranks of the run."""
+    data: Annotated[Identity | None, Key("what is known of each split's images", is_identity)] = (
+        None
+    )
+    """What tells the run's images from others."""
+
+    def saved_config(self) -> Config:
+        """Returns the configuration of the run that wrote the checkpoint. Raises UserError."""
+        return Config.from_toml(self.config)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportHeader:
+    """Everything that the header of an exported .safetensors file holds."""
+
+    config: Annotated[str, CONFIG]
+    """The run's configuration, as TOML."""
+    classes: Annotated[list[str], CLASSES]
+    """Names of the classes in the order of the network's outputs."""
+    update: Annotated[int | None, whole(0)] = None
+    """Number of updates that the weights have had."""
+
+
+Content = TypeVar("Content", TrainState, ExportHeader)
+
+
+def keys_of(kind: type) -> dict[str, Key]:
+    """Returns the key that each field of TrainState or ExportHeader declares."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
+def read_fields(content: Any, kind: type[Content], where: str) -> Content:
+    """Returns a file's content as a TrainState or an ExportHeader.
+
+    Raises UserError, which begins with `where`, if a key is missing, has a value of another kind,
+    or was added by a newer version.
+    """
+    check(isinstance(content, dict), f"{where} holds a {type(content).__name__}, not named values")
+    keys = keys_of(kind)
+    unknown = next((k for k in content if k not in keys), None)
+    check(
+        unknown is None,
+        f"{where} holds {str(unknown)[:80]!r}, which this version of fastgn does not know: a newer "
+        "one has written it; update fastgn",
+    )
+    for field in dataclasses.fields(kind):
+        may_lack = field.default is not dataclasses.MISSING or (
+            field.default_factory is not dataclasses.MISSING
+        )
+        if field.name not in content:
+            check(may_lack, f"{where} is damaged: it lacks {field.name!r}")
+            continue
+        key = keys[field.name]
+        check(
+            key.fits(content[field.name]),
+            f"{where} is damaged: {field.name!r} should be {key.what}",
+        )
+    return kind(**content)
+
+
+def as_dict(content: TrainState | ExportHeader) -> dict[str, Any]:
+    """Returns the fields by name, as they are written into a file.
+
+    Fields that are None by default are left out if they are None.
+    """
+    fields = {f.name: (getattr(content, f.name), f.default) for f in dataclasses.fields(content)}
+    return {
+        name: v for name, (v, default) in fields.items() if v is not None or default is not None
+    }
