@@ -1,19 +1,15 @@
 """Lines for a run that cannot go on: what happened, what is left, and what to try."""
 
-from typing import TYPE_CHECKING
-
 from fastgn.config import Config
 from fastgn.data.batch import worker_death
 from fastgn.errors import UserError
 from fastgn.objectives import build_objective
+from fastgn.run import Run
 from fastgn.step.diagnosis import missing_derivative
 from fastgn.step.retry import out_of_memory
 
-if TYPE_CHECKING:
-    from fastgn.run import Run
 
-
-def explain(error: RuntimeError, run: "Run | None") -> UserError | str | None:
+def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
     """Returns the line for an error of PyTorch's that the user can do something about, else None.
 
     run: None if the error came before the run was built.
@@ -26,7 +22,7 @@ def explain(error: RuntimeError, run: "Run | None") -> UserError | str | None:
     return worker_death(error)  # PyTorch raises it wherever the main process happens to be
 
 
-def too_large(run: "Run | None") -> str:
+def too_large(run: Run | None) -> str:
     """Returns the line for a step that does not fit, even after its micro-batch was halved."""
     if run is None:
         return "out of memory before the first update: the weights and their optimizer do not fit"
@@ -35,7 +31,7 @@ def too_large(run: "Run | None") -> str:
         tries.append("--activation-memory-budget 0.5")
     return (
         f"out of memory at update {run.update + 1} with {run.images_at_a_time} images at a time; "
-        f"{last_checkpoint(run, 'the last checkpoint')}; try {' or '.join(tries)}"
+        f"{run.last_checkpoint('the last checkpoint')}; try {' or '.join(tries)}"
     )
 
 
@@ -50,36 +46,3 @@ def not_differentiable(cfg: Config, operator: str) -> str:
         f"--method {method} with --schedule {cfg.step.schedule} needs one: try "
         f"{' or '.join(tries)}"
     )
-
-
-def not_finite(run: "Run", what: str) -> UserError:
-    """Returns the error for a run whose numbers have overflowed. what: the value at fault."""
-    tries = ["a lower --lr", "--clip-grad 1.0"]
-    if run.cfg.step.precision != "fp32":
-        tries.append("--precision fp32")
-    if run.step.objective.needs_input_gradient:
-        tries.append("a longer --ramp-epochs")
-    good = last_checkpoint(run, "the last good checkpoint")
-    return UserError(f"{what} is not finite; {good}; try {', '.join(tries)}")
-
-
-def first_not_finite(run: "Run", what: str) -> UserError:
-    """Returns the error for a first update whose gradient is not finite.
-
-    what: the layer at fault, as a clause.
-    """
-    tries = ["another --model or --initial-checkpoint"]
-    if run.step.objective.differences:
-        tries.insert(0, "--schedule finite-difference")
-    if run.cfg.step.precision != "fp32":
-        tries.insert(0, "--precision fp32")
-    return UserError(
-        f"the gradient of update {run.update + 1}, the first one here, is not finite: {what}; try "
-        f"{' or '.join(tries)}"
-    )
-
-
-def last_checkpoint(run: "Run", name: str) -> str:
-    """Returns a clause that says where a run's last checkpoint is. name: what to call it."""
-    last = run.checkpoints.last()
-    return f"{name} is {last}" if last else "no checkpoint had been written"

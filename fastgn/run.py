@@ -11,13 +11,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastgn import attacks, failures, models, optim
+from fastgn import attacks, models, optim
 from fastgn.checkpoint import Checkpoints
 from fastgn.config import Config
 from fastgn.data.batch import Batch, Loader
 from fastgn.data.identity import Identity
 from fastgn.data.subset import Subset
 from fastgn.distributed import World
+from fastgn.errors import UserError
 from fastgn.metrics import Metrics
 from fastgn.resolved import Resolved
 from fastgn.seeding import Stream, seed_all
@@ -197,14 +198,14 @@ class Run:
         """Raises UserError if an update so far was not finite. A host sync."""
         bad = int(self.bad_update.item())
         if bad >= 0:
-            raise failures.not_finite(self, f"the loss or gradient of update {bad}")
+            raise self.not_finite(f"the loss or gradient of update {bad}")
 
     def check_weights(self) -> None:
         """Raises UserError if a weight or an average is not finite, on any rank. A host sync."""
         modules = [self.model] if self.ema is None else [self.model, self.ema.module]
         sound = all(are_finite(changed_by_training(module).values()) for module in modules)
         if self.world.any(not sound):
-            raise failures.not_finite(self, f"a weight after update {self.update}")
+            raise self.not_finite(f"a weight after update {self.update}")
 
     def check_first(self, batches: list[Batch]) -> None:
         """Raises UserError if a gradient of the process's first update is not finite.
@@ -218,7 +219,30 @@ class Run:
         found = self.step.diagnose(batches, self.ramp, self.update, self.attack_ramp)
         named = self.world.gather([found] if found is not None else [])
         what = named[0] if named else "no layer alone is at fault, so their sum is too large"
-        raise failures.first_not_finite(self, what)
+        tries = ["another --model or --initial-checkpoint"]
+        if self.step.objective.differences:
+            tries.insert(0, "--schedule finite-difference")
+        if self.cfg.step.precision != "fp32":
+            tries.insert(0, "--precision fp32")
+        raise UserError(
+            f"the gradient of update {self.update + 1}, the first one here, is not finite: {what}; "
+            f"try {' or '.join(tries)}"
+        )
+
+    def not_finite(self, what: str) -> UserError:
+        """Returns the error for a run whose numbers have overflowed. what: the value at fault."""
+        tries = ["a lower --lr", "--clip-grad 1.0"]
+        if self.cfg.step.precision != "fp32":
+            tries.append("--precision fp32")
+        if self.step.objective.needs_input_gradient:
+            tries.append("a longer --ramp-epochs")
+        good = self.last_checkpoint("the last good checkpoint")
+        return UserError(f"{what} is not finite; {good}; try {', '.join(tries)}")
+
+    def last_checkpoint(self, name: str) -> str:
+        """Returns a clause that says where the last checkpoint is. name: what to call it."""
+        last = self.checkpoints.last()
+        return f"{name} is {last}" if last else "no checkpoint had been written"
 
     def at_border(self) -> bool:
         """Returns whether an epoch or the run ends here."""

@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import pytest
 import tomli_w
 from conftest import tiny_run
-from fastgn.fields import Options, Range, annotations_of, flag, number, paths, ranges
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from fastgn import models, train
 from fastgn.config import FIELDS, Config
 from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
+from fastgn.config.fields import Options, Range, annotations_of, flag, number, paths, ranges
 from fastgn.config.groups import METHODS, ObjectiveConfig
 from fastgn.errors import UserError
 from fastgn.listing import KINDS

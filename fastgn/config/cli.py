@@ -16,6 +16,7 @@ from typing import Any
 import tyro
 
 from fastgn.config import FIELDS, Config, initial_file, load_recipe, run_folder
+from fastgn.config.fields import check_path, flag
 from fastgn.config.programs import (
     CheckConfig,
     EvaluateConfig,
@@ -24,7 +25,6 @@ from fastgn.config.programs import (
     SweepConfig,
 )
 from fastgn.errors import UserError, check, nearest, say_error
-from fastgn.fields import check_path, flag
 
 PROGRAMS: dict[str, type] = {
     "fastgn.evaluate": EvaluateConfig,

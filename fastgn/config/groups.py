@@ -9,9 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastgn.config.policy import check_policy
-from fastgn.errors import check, nearest
-from fastgn.fields import (
+from fastgn.config.fields import (
     BATCH,
     IMAGES,
     MINUTES,
@@ -29,6 +27,8 @@ from fastgn.fields import (
     flag,
     number,
 )
+from fastgn.config.policy import check_policy
+from fastgn.errors import check, nearest
 
 MEAN = Range(-10, 10)
 STD = Range(1e-3, 1e3)

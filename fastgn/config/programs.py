@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from fastgn.config import run_folder
-from fastgn.config.groups import CROP, MEAN, STD
-from fastgn.config.outputs import check_outside_data, check_written
-from fastgn.errors import UserError, check, nearest, parse_number
-from fastgn.fields import (
+from fastgn.config.fields import (
     BATCH,
     IMAGES,
     MINUTES,
@@ -26,6 +23,9 @@ from fastgn.fields import (
     check_pixels,
     flag,
 )
+from fastgn.config.groups import CROP, MEAN, STD
+from fastgn.config.outputs import check_outside_data, check_written
+from fastgn.errors import UserError, check, nearest, parse_number
 
 EVALUATION_EPS = Range(0, 1e4, above=True, hint="eps counts in 0..1 pixel units, write 4/255")
 """Radii in the L2 norm may exceed 1."""
