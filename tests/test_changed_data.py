@@ -116,7 +116,7 @@ def test_a_checkpoint_that_does_not_know_its_data(stopped, tmp_path, capsys):
     path = find_checkpoint(root / "run")
     state = read_state(path)
     assert state.pop("data")["training"]["images"] == 24
-    torch.save(state)
+    torch.save(state, path)
     assert resume(root) == 2
     assert "does not say which images" in capsys.readouterr().err
 
