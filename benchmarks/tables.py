@@ -1,7 +1,7 @@
-"""The README's tables, generated from benchmarks/results/.
+"""Writes the tables of README.md and docs/results.md from the records in benchmarks/results/.
 
-python benchmarks/tables.py            # rewrites README.md between its markers
-python benchmarks/tables.py --check    # fails where README.md and the results differ
+python benchmarks/tables.py            # rewrites both pages between their markers
+python benchmarks/tables.py --check    # fails if a page and the records differ
 """
 
 import argparse
@@ -446,7 +446,7 @@ def headline() -> str:
         f"{plus_minus(ours['time_over']['natural'], '.2f')} times natural training's time, "
         f"{plus_minus(speed, '.2f')} times the speed and {energy:.2f} times the energy of the "
         f"paper's way (eager, fp32) on the same card; n = {record['rounds']} "
-        f"(`benchmarks/results/{path.name}`, [more](#what-a-step-costs))."
+        f"(`benchmarks/results/{path.name}`)."
     )
 
 
@@ -589,8 +589,102 @@ def activations() -> str:
     return "\n\n".join(tables)
 
 
+def cost_summary() -> str:
+    """Returns the README's table of costs: six updates of Swin-B, counted and measured."""
+    counted, graphs, eager = (
+        json.loads((RESULTS / f"cost_swin_b_{name}.json").read_text())
+        for name in ("counts", "nvidia_h200_bf16", "nvidia_h200_bf16_no_graphs")
+    )
+    counts = {row["arm"]: row for row in counted["not_timed"]}
+    timed = [row for record in (graphs, eager) for row in record["rows"]]
+    shown = (
+        ("natural training", "natural", "bf16, compiled"),
+        ("FGSM from a random start", "fgsm_rs", ""),
+        ("**gradient norm, fastgn**", "gradnorm exact", "bf16, compiled"),
+        ("gradient norm, as the paper runs it", "gradnorm-paper", "fp32, eager"),
+        ("PGD-3, without needless work", "pgd_at", ""),
+        ("PGD-3, as the paper runs it", "pgd_at-paper", "bf16, eager"),
+    )
+    columns: dict[str, list[str]] = {}
+    for title, arm, computed in shown:
+        count, paper = counts[arm], counts[arm]["paper"]
+        row = next(
+            (
+                row
+                for row in timed
+                if computed == f"{row['precision']}, {'compiled' if row['compiled'] else 'eager'}"
+                and row["arm"] == arm
+            ),
+            None,
+        )
+        cells = {
+            "one update of": title,
+            "forwards": f"{count['forwards_by_count']:.1f}",
+            "GFLOP per image": f"{count['flops_an_image'] / 1e9:.0f}",
+            "measured in": computed if row else "not measured",
+            "images/s": f"{row['images_per_s']:.0f}" if row else "",
+            "J per image": f"{row['joules_an_image']['mean']:.2f}" if row else "",
+            "paper: s per batch": f"{paper['seconds_a_batch']:.3f}" if paper else "",
+        }
+        for name, cell in cells.items():
+            columns.setdefault(name, []).append(cell)
+    files = ", ".join(f"`{r['file']}`" for r in (counted, graphs, eager))
+    note = (
+        f"Swin-B at {graphs['img_size']} px. Operations are counted; 1 forward is a forward pass. "
+        f"Speed and energy: one {graphs['device']}, batch {graphs['batch']}, mean of "
+        f"{graphs['rounds']} rounds. Paper: Table 3, fp32 on 8 V100 "
+        f"({files} in `benchmarks/results/`)."
+    )
+    return "\n".join([*markdown(columns), "", note])
+
+
+def robustness_summary() -> str:
+    """Returns the README's table of robustness: each method after as many operations."""
+    record = json.loads((RESULTS / "robustness_digits_cpu.json").read_text())
+    arms = {
+        "natural": "natural training",
+        "gradnorm": "gradient norm",
+        "gradnorm-fd": "gradient norm by finite difference",
+        "fgsm_rs": "FGSM from a random start",
+        "pgd_at": "PGD-3 adversarial training",
+        "trades": "TRADES",
+        "gradnorm+fgsm": "gradient norm and FGSM in turn",
+    }
+    rows = [
+        next(r for r in record["rows"] if r["arm"] == arm and "passes" in r["budgets"])
+        for arm in arms
+    ]
+    eps = record["eps"]
+
+    def column(attack: str, eps: float) -> list[str]:
+        return [
+            percent(a["accuracy"])
+            for row in rows
+            for a in row["accuracy"]
+            if (a["attack"], a["eps"]) == (attack, eps)
+        ]
+
+    columns = {
+        "method": list(arms.values()),
+        "forwards per update": [f"{row['units']:.3g}" for row in rows],
+        "clean, %": column("clean", 0),
+        "AutoAttack, %": column("autoattack", eps),
+        "PGD-20, %": column("pgd-20", eps),
+    }
+    images = record["images"]
+    note = (
+        f"A small Swin on scikit-learn's digits, Linf eps {eps:g} of the pixels' range 0..1, "
+        f"{over_seeds(record)}, equal numbers of operations in training; AutoAttack on "
+        f"{images['autoattack, each seed its own']} images per seed, the rest on "
+        f"{images['pgd-20']} (`benchmarks/results/{record['file']}`)."
+    )
+    return "\n".join([*markdown(columns), "", note])
+
+
 TABLES = {
     "headline": headline,
+    "cost_summary": cost_summary,
+    "robustness_summary": robustness_summary,
     "loader": loader,
     "attacks": attacks,
     "quickstart": quickstart,
@@ -606,15 +700,25 @@ TABLES = {
 }
 
 
-def render(text: str) -> str:
-    """README's text with every table between its markers made anew."""
+README = ("headline", "cost_summary", "robustness_summary")
+"""Names of the README's tables. All others are in docs/results.md."""
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+
+def render(page: Path, text: str) -> str:
+    """Returns the text of a page with every table between its markers made anew.
+
+    Raises AssertionError if the page has no place for one of its tables.
+    """
     for name, table in TABLES.items():
+        if (page.name == "README.md") != (name in README):
+            continue
         start, end = f"<!-- table:{name} -->", "<!-- /table -->"
         pattern = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.S)
         made = table()
         if not made and start not in text:
             continue  # nothing has been measured yet
-        assert pattern.search(text), f"README.md lacks {start}"
+        assert pattern.search(text), f"{page.name} lacks {start}"
         block = f"{start}\n{made}\n{end}"
         text = pattern.sub(lambda _, block=block: block, text)
     return text
@@ -624,15 +728,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare and write nothing")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = render(text)
-    if args.check:
-        if made != text:
-            print("README.md differs from benchmarks/results: python benchmarks/tables.py")
-        return int(made != text)
-    readme.write_text(made)
-    return 0
+    status = 0
+    for page in PAGES:
+        text = page.read_text()
+        made = render(page, text)
+        if not args.check:
+            page.write_text(made)
+        elif made != text:
+            name = page.relative_to(ROOT)
+            print(f"{name} differs from benchmarks/results: run python benchmarks/tables.py")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

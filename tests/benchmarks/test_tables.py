@@ -1,7 +1,8 @@
-"""The README's tables are those of benchmarks/results, and the clock measures what it says."""
+"""The tables of the pages are those of benchmarks/results, and the clock measures what it says."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import time
@@ -22,15 +23,27 @@ from benchmarks.kernels import ops as kernels
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_tables_are_the_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert tables.render(text) == text, "python benchmarks/tables.py rewrites them"
+RESULTS_PAGE = ROOT / "docs" / "results.md"
 
 
-def test_a_changed_result_changes_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tables.TABLES, "quickstart", lambda: "| other |")
-    text = (ROOT / "README.md").read_text()
-    assert tables.render(text) != text
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_of_a_page_are_the_results(page: Path) -> None:
+    text = page.read_text()
+    assert tables.render(page, text) == text, "python benchmarks/tables.py rewrites them"
+
+
+@pytest.mark.parametrize(
+    "page, table", [(ROOT / "README.md", "cost_summary"), (RESULTS_PAGE, "quickstart")]
+)
+def test_a_changed_result_changes_its_page(
+    page: Path, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tables.TABLES, table, lambda: "| other |")
+    text = page.read_text()
+    assert tables.render(page, text) == re.sub(
+        f"(<!-- table:{table} -->\n).*?\n(<!-- /table -->)", r"\1| other |\n\2", text, flags=re.S
+    )
+    assert "| other |" not in text
 
 
 def test_the_recorded_quickstart_keeps_its_promise() -> None:
@@ -275,12 +288,12 @@ def test_a_wrong_result_is_not_a_fast_one() -> None:
 
 
 def test_a_table_without_results_needs_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "README.md").read_text()
+    text = RESULTS_PAGE.read_text()
     monkeypatch.setitem(tables.TABLES, "unheard_of", lambda: "")
-    assert tables.render(text) == text
+    assert tables.render(RESULTS_PAGE, text) == text
     monkeypatch.setitem(tables.TABLES, "unheard_of", lambda: "| measured |")
-    with pytest.raises(AssertionError, match="lacks <!-- table:unheard_of -->"):
-        tables.render(text)
+    with pytest.raises(AssertionError, match="results.md lacks <!-- table:unheard_of -->"):
+        tables.render(RESULTS_PAGE, text)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cold clock reads CUDA's events")
