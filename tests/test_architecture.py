@@ -17,7 +17,8 @@ KERNELS = ROOT / "kernels" / "fastgn_kernels"
 MAY_IMPORT = {
     "__init__": {"step"},
     "errors": set(),
-    "config": {"config", "errors", "files", "listing"},
+    "fields": {"errors"},
+    "config": {"config", "errors", "fields", "files", "listing"},
     "listing": {"config", "errors", "models"},
     "extras": {"config"},
     "seeding": set(),
@@ -41,7 +42,16 @@ MAY_IMPORT = {
     "folder": {"checkpoint", "config", "distributed", "errors", "files", "lock", "state"},
     "metrics": {"config", "errors", "files"},
     "data": {"config", "data", "errors", "extras", "files", "lock", "seeding"},
-    "analysis": {"analysis", "attacks", "config", "errors", "files", "objectives", "seeding"},
+    "analysis": {
+        "analysis",
+        "attacks",
+        "config",
+        "errors",
+        "fields",
+        "files",
+        "objectives",
+        "seeding",
+    },
 }
 """Module or subpackage of fastgn -> siblings that it may import; those of COMPOSE are not in it."""
 
@@ -75,7 +85,7 @@ ONLY_IN = {
     "nvidia": {"data/dali.py"},
     "matplotlib": {"analysis/canvas.py", "analysis/figures.py", "analysis/pareto.py"},
     "optuna": {"sweep.py"},
-    "tyro": {"config/__init__.py", "config/cli.py", "config/fields.py"},
+    "tyro": {"config/__init__.py", "config/cli.py", "config/programs.py"},
     "pyautoattack": {"attacks.py"},
     "apex": set(),
     "wandb": {"metrics.py"},

@@ -82,8 +82,9 @@ def test_a_config_far_from_the_defaults_round_trips():
     assert Config.from_toml(cfg.to_toml()) == cfg
 
 
-@pytest.mark.parametrize("name", ["eps", "attack_eps", "attack_step", "eval_eps"])
+@pytest.mark.parametrize("name", ["eps", "attack_eps", "attack_step", "eval_eps", "lr", "reprob"])
 def test_fractions_on_the_command_line_and_in_recipes(name):
+    """Every option that takes any number takes a fraction."""
     args = [f"--{name.replace('_', '-')}", "4/255"]
     by_flag = parse_config(args)
     by_recipe = Config.from_toml(f'{name} = "4/255"')
@@ -228,7 +229,7 @@ REFUSED = [
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
     ("--epochs", "3.5", "3.5"),
-    ("--eps", "four", "'four' is not a number; write 0.0157 or 4/255"),
+    ("--eps", "four", "--eps 'four' should be a number"),
 ]
 
 

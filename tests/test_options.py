@@ -22,9 +22,17 @@ from hypothesis import strategies as st
 from fastgn import models, train
 from fastgn.config import FIELDS, Config
 from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
-from fastgn.config.fields import Options, Range, annotations_of, flag, number, paths, ranges
 from fastgn.config.groups import METHODS, ObjectiveConfig
 from fastgn.errors import UserError
+from fastgn.fields import (
+    Options,
+    Range,
+    annotations_of,
+    flag,
+    number,
+    paths,
+    ranges,
+)
 from fastgn.listing import KINDS
 from fastgn.objectives import METHODS as BUILDERS
 from fastgn.objectives import build_objective

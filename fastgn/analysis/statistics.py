@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.config.fields import check_pixels
 from fastgn.errors import check
+from fastgn.fields import check_pixels
 from fastgn.objectives import edge_energy
 
 Batches = Iterable[tuple[Tensor, Tensor]]

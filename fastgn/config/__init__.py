@@ -174,7 +174,11 @@ def coerce(name: str, value: Any) -> Any:
 
 def coerce_scalar(name: str, value: Any, kind: type) -> Any:
     """A value of a recipe's key, or of its list, as a type. Raises UserError if it does not fit."""
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if (
+        issubclass(kind, float)
+        and isinstance(value, (int, float, str))
+        and not isinstance(value, bool)
+    ):
         return parse_number(value)
     right = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
     check(right, f"{name} = {value!r} should be of type {kind.__name__}")

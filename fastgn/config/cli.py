@@ -16,7 +16,6 @@ from typing import Any
 import tyro
 
 from fastgn.config import FIELDS, Config, initial_file, load_recipe, run_folder
-from fastgn.config.fields import check_path, flag
 from fastgn.config.programs import (
     CheckConfig,
     EvaluateConfig,
@@ -24,7 +23,8 @@ from fastgn.config.programs import (
     PackConfig,
     SweepConfig,
 )
-from fastgn.errors import UserError, check, nearest, say_error
+from fastgn.errors import UserError, check, nearest, parse_number, say_error
+from fastgn.fields import check_path, flag, number
 
 PROGRAMS: dict[str, type] = {
     "fastgn.evaluate": EvaluateConfig,
@@ -68,6 +68,24 @@ def flag_value(args: Sequence[str], name: str) -> str | None:
 
 Parsed = typing.TypeVar("Parsed")
 
+TYPES = tyro.constructors.ConstructorRegistry()
+"""How the command line reads and shows a type, where tyro's own way is another."""
+
+
+@TYPES.primitive_rule
+def read_float(field: tyro.constructors.PrimitiveTypeInfo) -> Any:
+    """Returns how a float is read and shown: as a number, or as a fraction such as 4/255. Returns
+    None for every other type."""
+    if field.type is not float:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda args: parse_number(args[0]) if "/" in args[0] else float(args[0]),
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [number(value)],
+    )
+
 
 def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any = None) -> Parsed:
     """tyro's command line for a dataclass, its refusals as one line instead of a box.
@@ -83,7 +101,7 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         with contextlib.redirect_stderr(box), columns(None if helping else 10_000):
-            return tyro.cli(kind, args=list(args), prog=prog, **more)
+            return tyro.cli(kind, args=list(args), prog=prog, registry=TYPES, **more)
     except SystemExit as stop:
         if not stop.code:
             raise

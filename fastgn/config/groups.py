@@ -9,7 +9,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fastgn.config.fields import (
+from fastgn.config.policy import check_policy
+from fastgn.errors import check, nearest
+from fastgn.fields import (
     BATCH,
     IMAGES,
     MINUTES,
@@ -21,14 +23,11 @@ from fastgn.config.fields import (
     WEIGHT,
     WORKER_TIMEOUT,
     WORKERS,
-    Fraction,
     Options,
     Range,
     flag,
     number,
 )
-from fastgn.config.policy import check_policy
-from fastgn.errors import check, nearest
 
 MEAN = Range(-10, 10)
 STD = Range(1e-3, 1e3)
@@ -215,7 +214,7 @@ class ObjectiveConfig(Options):
     gn_threshold: Annotated[float, Range(0, 1e9)] = 0.0
     """gradnorm: only the part of the norm above this value is penalised. It is in normalised units,
     before eps / sigma."""
-    gn_start: Annotated[Fraction, PIXELS] = 0.0
+    gn_start: Annotated[float, PIXELS] = 0.0
     """gradnorm: take loss and gradient at a random point, uniform within this Linf radius of the
     image in 0..1 pixel units. 0 means at the image itself."""
     gn_attacked: bool = False
@@ -225,7 +224,7 @@ class ObjectiveConfig(Options):
         float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
     ] = 0.5
     """gradnorm+fgsm: share of the updates with the penalty, evenly spread. 1 means all updates."""
-    eps: Annotated[Fraction, PIXELS] = 4 / 255
+    eps: Annotated[float, PIXELS] = 4 / 255
     """gradnorm: the penalty's radius in 0..1 pixel units."""
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
     """gradnorm: pixel units per normalised unit. One number serves all channels, as in the
@@ -233,7 +232,7 @@ class ObjectiveConfig(Options):
     ramp_epochs: Annotated[float | None, EPOCHS] = None
     """Epochs over which the penalty's weight, or the attack's step, grows linearly to its full
     value. None means 5, but at most a tenth of --epochs."""
-    ramp_start: Annotated[Fraction, PROBABILITY] = 0.0
+    ramp_start: Annotated[float, PROBABILITY] = 0.0
     """Strength at the start of the ramp, as a share of the full strength."""
     edge_of: Literal["logit", "loss"] = "logit"
     """edge: the compared gradient is that of a sampled class's logit, or of the cross-entropy."""
@@ -263,9 +262,9 @@ class ObjectiveConfig(Options):
     cifar10 and digits it is computed from all images."""
     trades_beta: Annotated[float, WEIGHT] = 6.0
     """trades: weight of the divergence."""
-    attack_eps: Annotated[Fraction, PIXELS] = 4 / 255
+    attack_eps: Annotated[float, PIXELS] = 4 / 255
     """pgd_at, trades, fgsm_rs, gn_attacked: Linf radius in 0..1 pixel units."""
-    attack_step: Annotated[Fraction | None, PIXELS] = None
+    attack_step: Annotated[float | None, PIXELS] = None
     """pgd_at, trades, fgsm_rs, gn_attacked: step in pixel units. None means 2 eps / attack_it, and
     1.25 eps for fgsm_rs."""
     attack_it: Annotated[int, Range(1, 10_000)] = 3
@@ -537,7 +536,7 @@ class RunConfig(Options):
     """Epochs between evaluations on the fixed subset."""
     eval_images: Annotated[int, Range(0, 2**31 - 1)] = 512
     """Size of the fixed validation subset; 0 turns evaluation off."""
-    eval_eps: Annotated[Fraction | None, PIXELS] = None
+    eval_eps: Annotated[float | None, PIXELS] = None
     """Linf radius of the PGD-10 watched during training. None means the method's own radius."""
     log_wandb: bool = False
     """Log to Weights & Biases as well."""

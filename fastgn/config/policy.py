@@ -5,8 +5,8 @@ timm itself ignores what it cannot read: `rand-zzz` is `rand` there, and `rand-m
 
 import re
 
-from fastgn.config.fields import Range
 from fastgn.errors import UserError, check, nearest
+from fastgn.fields import Range
 
 AUTOAUGMENT = ("original", "originalr", "v0", "v0r", "3a")
 MAGNITUDE = Range(0, 10)

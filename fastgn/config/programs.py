@@ -6,8 +6,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
+
 from fastgn.config import run_folder
-from fastgn.config.fields import (
+from fastgn.config.groups import CROP, MEAN, STD
+from fastgn.config.outputs import check_outside_data, check_written
+from fastgn.errors import UserError, check, nearest, parse_number
+from fastgn.fields import (
     BATCH,
     IMAGES,
     MINUTES,
@@ -16,17 +21,14 @@ from fastgn.config.fields import (
     SEED,
     WORKER_TIMEOUT,
     WORKERS,
-    Fraction,
     Options,
-    Positional,
     Range,
     check_pixels,
     flag,
 )
-from fastgn.config.groups import CROP, MEAN, STD
-from fastgn.config.outputs import check_outside_data, check_written
-from fastgn.errors import UserError, check, nearest, parse_number
 
+Positional = tyro.conf.Positional
+"""Annotated[str, Positional]: an argument without a flag."""
 EVALUATION_EPS = Range(0, 1e4, above=True, hint="eps counts in 0..1 pixel units, write 4/255")
 """Radii in the L2 norm may exceed 1."""
 AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
@@ -120,7 +122,7 @@ class EvaluateConfig(ForeignConfig):
     file of weights in timm's keys."""
     norm: Literal["Linf", "L2"] = "Linf"
     """Norm of the perturbation, which eps bounds."""
-    eps: Annotated[tuple[Fraction, ...], EVALUATION_EPS] = (4 / 255,)
+    eps: Annotated[tuple[float, ...], EVALUATION_EPS] = (4 / 255,)
     """Radii of the attacks in 0..1 pixel units."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
     """Attacks to run: clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start),
@@ -230,7 +232,7 @@ class ExportConfig(ForeignConfig):
     """Folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
     threat: Literal["Linf", "L2"] = "Linf"
     """The norm that --eps is measured in."""
-    eps: Annotated[Fraction, EVALUATION_EPS] = 4 / 255
+    eps: Annotated[float, EVALUATION_EPS] = 4 / 255
     """The threat's radius in 0..1 pixel units."""
     dataset: Literal["cifar10", "imagenet"] | None = None
     """RobustBench's name of the data. None means the run's data, if that is one of these."""

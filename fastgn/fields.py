@@ -1,4 +1,4 @@
-"""What a field of an options dataclass may hold: numeric ranges, fractions, positional arguments.
+"""What a field of an options dataclass may hold: numbers in a range, texts, paths.
 
 A numeric field declares its range beside its default, and nothing else has to check it:
 
@@ -13,9 +13,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-import tyro
-
-from fastgn.errors import check, parse_number
+from fastgn.errors import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +86,6 @@ class PathRule:
 
 PATH = PathRule()
 """Annotated[str, PATH]: the option is a file or a folder."""
-
-Fraction = Annotated[
-    float,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FLOAT|N/M",
-        instance_from_str=lambda args: parse_number(args[0]),
-        is_instance=lambda value: isinstance(value, (int, float)),
-        str_from_instance=lambda value: [number(value)],
-    ),
-]
-"""A number that may be written as a fraction, such as 4/255."""
-
-Positional = tyro.conf.Positional
-"""Annotated[str, Positional]: an argument without a flag."""
 
 
 @dataclasses.dataclass(frozen=True)
