@@ -26,7 +26,7 @@ if __name__ == "__main__":  # a mistake is answered before the imports that take
 import torch
 from torch import Tensor
 
-from fastgn import attacks, data, models
+from fastgn import attacks, data
 from fastgn.analysis.figures import (
     ModelView,
     draw_gradient_histograms,
@@ -52,9 +52,11 @@ from fastgn.errors import UserError, check, escaped, passed_over, print_line, sa
 from fastgn.files import check_target, parse_json, write_bytes, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
+from fastgn.models import network
+from fastgn.models.network import Classifier
+from fastgn.models.weights import load_weights, read_weights
 from fastgn.step.retry import out_of_memory
 from fastgn.trained import read_saved
-from fastgn.weights import load_weights, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Trained:
     """A trained model and what it was trained with."""
 
     name: str
-    model: models.Classifier
+    model: Classifier
     cfg: Config
     classes: tuple[str, ...]
     update: int | None = None
@@ -82,7 +84,7 @@ def load_foreign(
     values = {k: getattr(cfg, k) for k in ("activation", "img_size", "mean", "std", "model_kwargs")}
     there = there.replace(**{k: v for k, v in values.items() if v is not None})
     weights = read_weights(path, paper=cfg.from_paper)
-    model, _ = models.build_model(there.architecture, len(classes))
+    model, _ = network.build_model(there.architecture, len(classes))
     adapted = load_weights(model, weights, f"--checkpoint {where}", adapt=cfg.adapt_weights)
     check(
         not adapted.anew,
@@ -107,7 +109,7 @@ def load_trained(where: str, device: torch.device) -> Trained:
         path if path.suffix == ".safetensors" else find_checkpoint(path, "--checkpoint")
     )
     try:
-        model, _ = models.build_model(saved.config.architecture.started(), len(saved.classes))
+        model, _ = network.build_model(saved.config.architecture.started(), len(saved.classes))
     except UserError as error:
         raise UserError(f"--checkpoint {where}: {error}") from None
     load_weights(model, saved.weights, f"--checkpoint {where}")

@@ -23,12 +23,13 @@ if __name__ == "__main__":  # a mistake is answered before the imports that take
 import torch
 from torch import Tensor
 
-from fastgn import models
 from fastgn.config.cli import parse_cli
 from fastgn.config.outputs import check_written
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, print_line, say_error
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
+from fastgn.models import activations
+from fastgn.models.create import create
 from fastgn.state import ExportHeader, is_number
 from fastgn.trained import export_weights
 
@@ -120,29 +121,31 @@ def literal(value: Any) -> str:
 
 
 def definition(trained: "Trained") -> str:
-    """model.py: Python that builds the network as `models.build_model` does, fastgn not needed.
+    """model.py: Python that builds the network as `network.build_model` does, fastgn not needed.
 
     A network of fastgn's own brings its source along.
     """
     cfg = trained.cfg.architecture.started()
-    name = models.check_name(cfg)
-    _, arguments = models.create(name, cfg, len(trained.classes))
+    name = create.check_name(cfg)
+    _, arguments = create.create(name, cfg, len(trained.classes))
     imports, own, activation, swap = "", "", "", ""
     constructor = f"timm.create_model({literal(name)}, pretrained=False, **ARGUMENTS)"
-    if name in models.OWN:
-        source = inspect.getsource(sys.modules[models.OWN[name].__module__])
+    if name in create.OWN:
+        source = inspect.getsource(sys.modules[create.OWN[name].__module__])
         lines = source.partition('"""\n\n')[2].splitlines()
         own = "\n" + "\n".join(x for x in lines if not x.startswith(("import ", "from "))).strip()
         own += "\n\n"
         imports += "import torch.nn.functional as F\nfrom torch import Tensor\n"
-        constructor = f"{models.OWN[name].__name__}(**ARGUMENTS)"
+        constructor = f"{create.OWN[name].__name__}(**ARGUMENTS)"
     else:
         imports += "import timm\n"
     if cfg.activation:
         imports += "from timm.layers import get_act_layer\n"
-        plain = sorted({c.__name__ for c in models.replaced_classes() if is_torchs(c)})
-        named = ", ".join(f"get_act_layer({a!r})" for a in models.ACTIVATIONS if a != "softplus")
-        layer, keywords = models.parse_activation(cfg.activation)
+        plain = sorted({c.__name__ for c in activations.replaced_classes() if is_torchs(c)})
+        named = ", ".join(
+            f"get_act_layer({a!r})" for a in activations.ACTIVATIONS if a != "softplus"
+        )
+        layer, keywords = activations.parse_activation(cfg.activation)
         kind = cfg.activation.partition(":")[0]
         made = "nn.Softplus" if layer is torch.nn.Softplus else f"get_act_layer({literal(kind)})"
         activation = (

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError, check, first_line
 from fastgn.files import parse_json
-from fastgn.models import OWN, build_model, check_name, create
+from fastgn.models.create import OWN, check_name, create
+from fastgn.models.network import build_model
 
 KEPT = ("first_conv", "classifier", "fixed_input_size")
 """What a network's own pretrained_cfg says of its structure."""

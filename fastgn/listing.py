@@ -20,7 +20,7 @@ def models() -> dict[str, str]:
     """Returns timm's networks, our own, and the short names."""
     import timm  # takes seconds
 
-    from fastgn.models import ALIASES, OWN
+    from fastgn.models.create import ALIASES, OWN
 
     own = {name: f"short for {full}" for name, full in ALIASES.items()}
     return own | dict.fromkeys(OWN, "for CIFAR") | dict.fromkeys(timm.list_models(), "")
@@ -28,7 +28,7 @@ def models() -> dict[str, str]:
 
 def activations() -> dict[str, str]:
     """Returns what --activation takes, and the number that may follow."""
-    from fastgn.models import ACTIVATION_ARGUMENT, ACTIVATIONS
+    from fastgn.models.activations import ACTIVATION_ARGUMENT, ACTIVATIONS
 
     arguments = ACTIVATION_ARGUMENT.items()
     notes = {name: f"or {name}:NUMBER, its {what}" for name, what in arguments}

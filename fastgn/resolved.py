@@ -5,13 +5,14 @@ import os
 
 import torch
 
-from fastgn import models, optim
+from fastgn import optim
 from fastgn.config import Config
 from fastgn.config.groups import StepConfig
 from fastgn.data.datasets import Dataset
 from fastgn.data.loader import batch_sizes
 from fastgn.distributed import World
 from fastgn.errors import check, first_line
+from fastgn.models.network import Classifier
 from fastgn.objectives import Objective
 from fastgn.step.cost import step_cost
 from fastgn.step.plan import Plan, Rates, device_rates, free_memory, plan
@@ -104,7 +105,7 @@ def resolve(
     world: World,
     dataset: Dataset,
     shard: Shard,
-    model: models.Classifier,
+    model: Classifier,
     *,
     loader: str,
     batches_per_epoch: int,
@@ -211,7 +212,7 @@ def schedule_of(cfg: StepConfig) -> Schedule:
 def make_plan(
     cfg: Config,
     world: World,
-    model: models.Classifier,
+    model: Classifier,
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     num_classes: int,
@@ -274,7 +275,7 @@ def slowest_rates(world: World, precision: str) -> Rates:
 def state_bytes(
     cfg: Config,
     world: World,
-    model: models.Classifier,
+    model: Classifier,
     optimizer: torch.optim.Optimizer,
     images: int,
 ) -> int:

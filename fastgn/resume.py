@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-from fastgn import models, optim
+from fastgn import optim
 from fastgn.config import Config
 from fastgn.data.datasets import check_classes
 from fastgn.data.identity import Identity, changes_since
 from fastgn.distributed import World
 from fastgn.errors import check
+from fastgn.models.network import Classifier
+from fastgn.models.weights import are_finite, changed_by_training, mismatch
 from fastgn.resolved import Resolved, last_update_of
 from fastgn.state import TrainState
-from fastgn.weights import are_finite, changed_by_training, mismatch
 
 
 def check_ranks(world: World, identity: Identity) -> None:
@@ -62,7 +63,7 @@ def restore(
     cfg: Config,
     state: TrainState,
     path: Path,
-    model: models.Classifier,
+    model: Classifier,
     ema: optim.ModelEmaV3 | None,
     optimizer: torch.optim.Optimizer,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastgn import attacks, models, optim
+from fastgn import attacks, optim
 from fastgn.checkpoint import Checkpoints
 from fastgn.config import Config
 from fastgn.data.batch import Batch, Loader
@@ -20,6 +20,8 @@ from fastgn.data.subset import Subset
 from fastgn.distributed import World
 from fastgn.errors import UserError
 from fastgn.metrics import Metrics
+from fastgn.models.network import Classifier
+from fastgn.models.weights import are_finite, changed_by_training
 from fastgn.resolved import Resolved
 from fastgn.seeding import Stream, seed_all
 from fastgn.state import TrainState
@@ -27,7 +29,6 @@ from fastgn.step.double_backward import compilations
 from fastgn.step.plan import Plan
 from fastgn.step.retry import out_of_memory
 from fastgn.step.step import Step
-from fastgn.weights import are_finite, changed_by_training
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
 """Names of the values that are summed on the device between log rows."""
@@ -43,7 +44,7 @@ class Run:
     world: World
     folder: Path
     """The run's folder."""
-    model: models.Classifier
+    model: Classifier
     step: Step
     optimizer: torch.optim.Optimizer
     ema: optim.ModelEmaV3 | None
@@ -140,9 +141,9 @@ class Run:
         return self.step.micro_batch or self.resolved.batch_size
 
     @property
-    def evaluated_model(self) -> models.Classifier:
+    def evaluated_model(self) -> Classifier:
         """The model that is evaluated and exported: the average if the run keeps one."""
-        return self.model if self.ema is None else cast(models.Classifier, self.ema.module)
+        return self.model if self.ema is None else cast(Classifier, self.ema.module)
 
     def updates_of(self, epoch: int) -> Iterator[list[Batch]]:
         """Yields the micro-batches of each update that is left of an epoch. Times the wait."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastgn import models, optim
+from fastgn import optim
 from fastgn.config import Config, initial_file
 from fastgn.data.batch import Loader
 from fastgn.data.datasets import Dataset, load_dataset
@@ -18,6 +18,9 @@ from fastgn.files import write_bytes, write_json
 from fastgn.finish import warn_of_initial_weights
 from fastgn.folder import open_run
 from fastgn.metrics import Metrics, environment, find_wandb
+from fastgn.models import network
+from fastgn.models.create import create
+from fastgn.models.network import Classifier, ModelReport
 from fastgn.objectives import (
     Objective,
     Representatives,
@@ -122,10 +125,10 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
 def check_options(cfg: Config, device: torch.device) -> str:
     """Raises UserError if the model's name, the device, the optimizer or W&B cannot be had.
 
-    Returns which operators of fastgn_kernels the network will use, as models.kernels_for does.
+    Returns which operators of fastgn_kernels the network will use, as network.kernels_for does.
     """
-    models.check_name(cfg.architecture)
-    kernels = models.kernels_for(cfg.step.kernels, device)
+    create.check_name(cfg.architecture)
+    kernels = network.kernels_for(cfg.step.kernels, device)
     check_device(cfg.step, device)
     optim.check_optimizer(cfg.optimizer, device)
     if cfg.run.log_wandb:
@@ -135,7 +138,7 @@ def check_options(cfg: Config, device: torch.device) -> str:
 
 def build_model(
     cfg: Config, dataset: Dataset, shard: Shard, kernels: str, world: World, *, resumed: bool
-) -> tuple[Config, models.Classifier, models.ModelReport]:
+) -> tuple[Config, Classifier, ModelReport]:
     """Returns the network on its device, a report about it, and the configuration with the
     network's crop filled in, which later evaluations of the run need.
 
@@ -143,9 +146,9 @@ def build_model(
     """
     architecture = cfg.architecture.started() if resumed else cfg.architecture
     seed_all(Stream.STEP, cfg.run.seed)
-    model, report = models.build_model(architecture, len(dataset.classes), kernels)
+    model, report = network.build_model(architecture, len(dataset.classes), kernels)
     if not cfg.step.train_in_eval_mode:
-        models.check_batch(model, architecture, shard.batch_size)
+        network.check_batch(model, architecture, shard.batch_size)
     model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
     model.to(world.device)
     return cfg.replace(crop_pct=model.crop_pct), model, report
@@ -154,7 +157,7 @@ def build_model(
 def make_loader(
     cfg: Config,
     dataset: Dataset,
-    model: models.Classifier,
+    model: Classifier,
     shard: Shard,
     world: World,
     notes: list[str],
@@ -178,7 +181,7 @@ def make_loader(
 
 
 def build_objectives(
-    cfg: Config, dataset: Dataset, model: models.Classifier, shard: Shard, world: World
+    cfg: Config, dataset: Dataset, model: Classifier, shard: Shard, world: World
 ) -> tuple[Objective, Objective]:
     """Returns what is minimised, and the same without data on the CPU, for the plan to count."""
     if cfg.objective.method != "pag":
@@ -202,7 +205,7 @@ def build_objectives(
 
 
 def make_step(
-    cfg: Config, resolved: Resolved, world: World, model: models.Classifier, objective: Objective
+    cfg: Config, resolved: Resolved, world: World, model: Classifier, objective: Objective
 ) -> Step:
     """Returns the step of an update as it is configured."""
     return Step(
@@ -224,7 +227,7 @@ def make_step(
 
 
 def make_subset(
-    cfg: Config, dataset: Dataset, model: models.Classifier, resolved: Resolved, world: World
+    cfg: Config, dataset: Dataset, model: Classifier, resolved: Resolved, world: World
 ) -> Subset | None:
     """Returns the validation images of each evaluation. None means that there are none."""
     if not cfg.run.eval_images:
@@ -272,9 +275,7 @@ def begin_records(run: Run) -> None:
     )
 
 
-def announce(
-    run: Run, report: models.ModelReport, notes: list[str], state: TrainState | None
-) -> None:
+def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState | None) -> None:
     """Prints what is about to run, in a few lines.
 
     notes: lines about the images and the loader. state: the checkpoint that the run continues.
@@ -303,7 +304,7 @@ def announce(
     warn(run, report)
 
 
-def warn(run: Run, report: models.ModelReport) -> None:
+def warn(run: Run, report: ModelReport) -> None:
     """Prints a warning for each option that defeats another one."""
     cfg = run.cfg
     if cfg.step.schedule == "lazy" and cfg.step.clip_grad is not None:

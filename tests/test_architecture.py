@@ -23,13 +23,10 @@ MAY_IMPORT = {
     "extras": {"config"},
     "seeding": set(),
     "attacks": set(),
-    "preact_resnet": set(),
     "objectives": {"attacks", "config", "objectives"},
     "step": {"attacks", "errors", "objectives", "step"},
-    "second_order": set(),
-    "models": {"config", "errors", "preact_resnet", "second_order", "weights"},
+    "models": {"config", "errors", "files", "models"},
     "hub": {"config", "errors", "files", "models"},
-    "weights": {"config", "errors", "files"},
     "files": {"errors"},
     "optim": {"config", "errors"},
     "distributed": {"errors", "heartbeat"},
@@ -71,13 +68,15 @@ COMPOSE: dict[str, set[str]] = {
 of MAY_IMPORT."""
 
 ONLY_IN = {
-    "fastgn_kernels": {"models.py"},
+    "fastgn_kernels": {"models/network.py"},
     "timm": {
         "hub.py",
         "listing.py",
-        "models.py",
+        "models/activations.py",
+        "models/create.py",
+        "models/network.py",
+        "models/weights.py",
         "optim.py",
-        "weights.py",
         "data/augment.py",
         "data/recipe.py",
         "data/torch.py",

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from conftest import tiny_run
 from torch import Tensor, nn
 
-from fastgn import models, train
+from fastgn import train
+from fastgn.models import network
 from fastgn.step.diagnosis import Diagnosis
 
 
@@ -74,7 +75,7 @@ def test_a_first_update_that_is_not_finite_names_the_layer(
 ) -> None:
     """Swin V2 with padded windows and PyTorch's own normalisation: its zeros have no second
     derivative, and no learning rate helps."""
-    monkeypatch.setattr(models, "replace_operators", lambda finder: {})
+    monkeypatch.setattr(network, "replace_operators", lambda finder: {})
     swin = ["--model", "swinv2_tiny_window8_256", "--img-size", "72", "--model-kwargs"]
     swin += ["embed_dim=8", "depths=(1, 1)", "num_heads=(1, 2)"]
     line = tiny_run(tmp_path / "run", "--max-updates", "2", "--batch-size", "4", *swin)

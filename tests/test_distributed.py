@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from fastgn import attacks, checkpoint, distributed, evaluate, models, setup, train
+from fastgn import attacks, checkpoint, distributed, evaluate, setup, train
 from fastgn.checkpoint import find_checkpoint
 from fastgn.config.cli import parse_config
 from fastgn.errors import UserError
 from fastgn.metrics import read_rows
+from fastgn.models import network
 from fastgn.objectives import build_objective
 from fastgn.setup import build
 from fastgn.step.schedule import Schedule
@@ -95,7 +96,7 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
         flags += ["--model-kwargs", *WIDE]
     cfg = parse_config([*TINY_SWIN, *flags, "--attack-select", "best"])
     torch.manual_seed(0)
-    model, _ = models.build_model(cfg.architecture, 10, case.get("kernels", "reference"))
+    model, _ = network.build_model(cfg.architecture, 10, case.get("kernels", "reference"))
     model.to(case["dtype"])
     if case.get("compile"):
         for name in ("layer_norm", "window_attention"):  # stay ops in the graph, as on CUDA

@@ -15,7 +15,7 @@ from fastgn import evaluate, train
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError
 from fastgn.hub import timm_config
-from fastgn.models import build_model
+from fastgn.models.network import build_model
 
 SWIN = (
     *("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8"),

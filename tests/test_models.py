@@ -19,14 +19,16 @@ from safetensors.torch import save_file
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from fastgn import evaluate, models, train
+from fastgn import evaluate, train
 from fastgn.checkpoint import find_checkpoint
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError
-from fastgn.models import Classifier, ModelReport, build_model, multiply_patches
+from fastgn.models import activations, network
+from fastgn.models.create import create
+from fastgn.models.network import Classifier, ModelReport, build_model, multiply_patches
+from fastgn.models.preact_resnet import PreActResNet18
+from fastgn.models.weights import from_paper, load_weights, read_weights
 from fastgn.objectives import gradnorm, piecewise_linear_warning
-from fastgn.preact_resnet import PreActResNet18
-from fastgn.weights import from_paper, load_weights, read_weights
 
 TINY: dict[str, dict[str, Any]] = {
     "swin_t": {
@@ -70,10 +72,10 @@ def refused(classes: int = 5, **keys: Any) -> str:
 # -------------------------------------------------------------------------------------------- names
 
 
-@pytest.mark.parametrize(("alias", "name"), models.ALIASES.items())
+@pytest.mark.parametrize(("alias", "name"), create.ALIASES.items())
 def test_aliases_are_timm_models(alias, name):
     assert timm.is_model(name)
-    assert models.check_name(ArchitectureConfig(model=alias)) == name
+    assert create.check_name(ArchitectureConfig(model=alias)) == name
 
 
 def test_an_alias_builds_what_its_name_builds():
@@ -208,7 +210,7 @@ def is_silu(module: nn.Module) -> bool:
     return type(module).__name__ == "Swish"
 
 
-@pytest.mark.parametrize("name", models.ACTIVATIONS)
+@pytest.mark.parametrize("name", activations.ACTIVATIONS)
 def test_every_activation_on_offer_can_be_built(name):
     model, report = tiny("preact_resnet18", activation=name)
     assert report.swapped_activations == 17
@@ -295,7 +297,7 @@ def test_fused_attention_changes_no_logit():
     ],
 )
 def test_which_kernels_run(choice, device, kernels):
-    assert models.kernels_for(choice, torch.device(device)) == kernels
+    assert network.kernels_for(choice, torch.device(device)) == kernels
 
 
 def fused_kinds(model: nn.Module) -> list[str]:
@@ -352,7 +354,7 @@ def test_a_run_with_kernels_is_the_run_without(tmp_path, monkeypatch, capsys):
     plain, swapped = tmp_path / "plain", tmp_path / "swapped"
     assert train.main(tiny_run(plain, "--max-updates", "3")) == 0
     assert "kernels: " not in capsys.readouterr().err
-    monkeypatch.setattr(models, "kernels_for", lambda choice, device: "triton")
+    monkeypatch.setattr(network, "kernels_for", lambda choice, device: "triton")
     assert train.main(tiny_run(swapped, "--max-updates", "2")) == 0
     assert "kernels: 7 layer_norm, 2 window_attention, 2 gelu\n" in capsys.readouterr().err
     assert train.main(["--resume", str(swapped), "--max-updates", "3"]) == 0

@@ -16,7 +16,8 @@ from fastgn import attacks
 from fastgn.config import load_recipe, recipe_names
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import ObjectiveConfig
-from fastgn.models import Classifier, swap_activations, switch_off_fused_attention
+from fastgn.models.activations import swap_activations
+from fastgn.models.network import Classifier, switch_off_fused_attention
 from fastgn.objectives import (
     METHODS,
     Representatives,

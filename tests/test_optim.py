@@ -17,6 +17,7 @@ from fastgn import train
 from fastgn.checkpoint import Checkpoints
 from fastgn.config import Config, OptimizerConfig, load_recipe, recipe_names
 from fastgn.errors import UserError
+from fastgn.models.preact_resnet import PreActResNet18
 from fastgn.optim import (
     attack_ramp_at,
     build_average,
@@ -31,7 +32,6 @@ from fastgn.optim import (
     state_bytes,
     update_average,
 )
-from fastgn.preact_resnet import PreActResNet18
 
 CPU = torch.device("cpu")
 

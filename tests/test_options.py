@@ -19,7 +19,7 @@ from conftest import tiny_run
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from fastgn import models, train
+from fastgn import train
 from fastgn.config import FIELDS, Config
 from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
 from fastgn.config.groups import METHODS, ObjectiveConfig
@@ -34,6 +34,8 @@ from fastgn.fields import (
     ranges,
 )
 from fastgn.listing import KINDS
+from fastgn.models import activations
+from fastgn.models.create import create
 from fastgn.objectives import METHODS as BUILDERS
 from fastgn.objectives import build_objective
 
@@ -375,7 +377,7 @@ def test_every_listed_name_is_taken(kind: str, capsys: pytest.CaptureFixture[str
         for name in names:
             parse_config([f"--{kind.removesuffix('s')}", name])
     elif kind == "activations":
-        assert set(names) == set(models.ACTIVATIONS)
+        assert set(names) == set(activations.ACTIVATIONS)
     elif kind == "models":
         assert {"swin_b", "preact_resnet18", "resnet50"} <= set(names)
     else:
@@ -395,7 +397,7 @@ def test_a_pattern_lists_what_matches(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("name", ["swim_b", "*swin*", "no such network at all", "resnet5", "vit"])
 def test_an_unknown_model_is_a_short_line(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        models.check_name(Config().replace(model=name).architecture)
+        create.check_name(Config().replace(model=name).architecture)
     assert name in str(caught.value) and len(str(caught.value)) < 320
 
 

@@ -25,7 +25,7 @@ from fastgn.attacks import pgd
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.distributed import World
-from fastgn.models import Classifier, build_model
+from fastgn.models.network import Classifier, build_model
 from fastgn.objectives import (
     METHODS as ALL_METHODS,
 )

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgn import second_order, train
+from fastgn import train
 from fastgn.config import ArchitectureConfig
-from fastgn.models import build_model
+from fastgn.models import second_order
+from fastgn.models.network import build_model
+from fastgn.models.preact_resnet import PreActResNet18
+from fastgn.models.second_order import find_operators, replace_operators
 from fastgn.objectives import gradnorm
-from fastgn.preact_resnet import PreActResNet18
-from fastgn.second_order import find_operators, replace_operators
 from fastgn.step.double_backward import compile_double_backward
 
 OPERATORS: dict[str, tuple[Callable, Callable]] = {

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from timm.models import list_models
 from torch import Tensor, nn
 
-from fastgn import evaluate, export, files, models, sweep, train
+from fastgn import evaluate, export, files, sweep, train
 from fastgn.checkpoint import (
     FORMAT,
     Checkpoints,
@@ -36,10 +36,11 @@ from fastgn.config.programs import EvaluateConfig
 from fastgn.data import check
 from fastgn.errors import UserError
 from fastgn.evaluate import Trained
-from fastgn.models import build_model
+from fastgn.models.create import create
+from fastgn.models.network import Classifier, build_model
+from fastgn.models.weights import load_weights, read_weights
 from fastgn.state import ExportHeader, TrainState, keys_of
 from fastgn.trained import read_saved
-from fastgn.weights import load_weights, read_weights
 
 PACKAGE = Path(files.__file__).parent
 CHECKPOINT = keys_of(TrainState)
@@ -318,7 +319,7 @@ def test_arguments_that_are_not_the_constructors_are_refused(key, model, tmp_pat
 
 def test_no_network_of_timms_takes_a_file():
     for name in list_models():
-        arguments = models.constructor_arguments(name)
+        arguments = create.constructor_arguments(name)
         assert not arguments & set(NO_CONSTRUCTORS), name
         assert not [a for a in arguments if re.search("pretrained(?!_window)|checkpoint_|url", a)]
 
@@ -805,7 +806,7 @@ def test_a_class_behind_numpys_names_is_not_run(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def swin() -> models.Classifier:
+def swin() -> Classifier:
     torch.manual_seed(1)
     return build_model(
         ArchitectureConfig(model="swin_t", model_kwargs=TINY_KWARGS, img_size=16), 5

@@ -16,10 +16,11 @@ import torch
 from conftest import tiny_run
 from PIL import Image
 
-from fastgn import models, optim, resolved, train
+from fastgn import optim, resolved, train
 from fastgn.distributed import World
 from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
+from fastgn.models import network
 from fastgn.objectives import build_objective
 from fastgn.resolved import Shard, make_plan
 from fastgn.run import Run
@@ -327,8 +328,8 @@ def test_auto_takes_what_fits(
 
 
 def out_of_memory_above(limit: int) -> Callable[..., Any]:
-    """models.build_model, of a network with room for `limit` images."""
-    original = models.build_model
+    """network.build_model, of a network with room for `limit` images."""
+    original = network.build_model
 
     def build(*args: Any, **kwargs: Any) -> Any:
         model, report = original(*args, **kwargs)
@@ -351,7 +352,7 @@ def test_a_run_survives_running_out_of_memory(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(tiny_run(whole, *args, "--attack-eps", "1e-9")) == 0
     capfd.readouterr()
-    monkeypatch.setattr(models, "build_model", out_of_memory_above(20))
+    monkeypatch.setattr(network, "build_model", out_of_memory_above(20))
     assert main(tiny_run(parts, *args, "--attack-eps", "1e-9")) == 0
     line = "out of memory with 48 images at a time: going on with 24, the same global batch"
     said = capfd.readouterr().err
@@ -359,7 +360,7 @@ def test_a_run_survives_running_out_of_memory(
     rows = [[r["ce"] for r in read_rows(f / "metrics.csv") if "ce" in r] for f in (whole, parts)]
     assert len(rows[0]) == 4 and rows[1] == pytest.approx(rows[0], rel=1e-4)
     monkeypatch.undo()
-    monkeypatch.setattr(models, "build_model", out_of_memory_above(0))
+    monkeypatch.setattr(network, "build_model", out_of_memory_above(0))
     assert main(tiny_run(tmp_path / "none", *args)) == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith(
@@ -388,7 +389,7 @@ def test_an_evaluation_follows_the_device(
         model.backbone.register_forward_pre_hook(no_room)
         return model, report
 
-    monkeypatch.setattr(models, "build_model", built)
+    monkeypatch.setattr(network, "build_model", built)
     args = ["--max-updates", "2", "--no-model-ema", "--epochs", "1"]
     assert main(tiny_run(tmp_path / "run", *args)) == 0
     said = capfd.readouterr().err
@@ -474,7 +475,7 @@ def test_what_a_run_says_it_took(tmp_path: Path, capfd: pytest.CaptureFixture) -
 
 def test_a_plan_is_of_the_whole_update(tmp_path: Path) -> None:
     cfg = train.parse_config([*tiny_run(tmp_path / "run"), "--batch-size", "8"])
-    model, _ = models.build_model(cfg.architecture, 10)
+    model, _ = network.build_model(cfg.architecture, 10)
     optimizer = optim.build_optimizer(cfg.optimizer, model, 1e-3)
     world = World(0, 1, torch.device("cpu"))
     objective = build_objective(cfg.objective)

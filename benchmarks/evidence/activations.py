@@ -43,7 +43,7 @@ from fastgn.errors import UserError, check
 from fastgn.evaluate import load_trained
 from fastgn.files import write_bytes
 from fastgn.metrics import environment
-from fastgn.models import parse_activation
+from fastgn.models.activations import parse_activation
 from fastgn.objectives import gradnorm
 
 SPECTRUM = (

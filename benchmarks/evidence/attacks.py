@@ -37,12 +37,12 @@ from torch import Tensor, nn
 
 from benchmarks.common.arguments import RESULTS, ROOT, positive_int
 from benchmarks.common.timing import Timing, interleaved, summary
-from fastgn import models
 from fastgn.analysis.outcomes import Attacker, Parts, Precision, rows_of, timed_part
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError
 from fastgn.files import write_json
 from fastgn.metrics import environment
+from fastgn.models import network
 
 TARGET = 0.05
 STEPS = 20
@@ -59,7 +59,7 @@ def tiny() -> nn.Module:
     )
 
 
-def network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
+def build_network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
     """The model in eval mode on the CPU, and the side of its images. Raises UserError."""
     torch.manual_seed(0)
     if name == "tiny":
@@ -71,7 +71,7 @@ def network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
         model, side = ResNet18(), 32
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     else:
-        built, _ = models.build_model(ArchitectureConfig(model=name, img_size=img_size), LABELS)
+        built, _ = network.build_model(ArchitectureConfig(model=name, img_size=img_size), LABELS)
         model, side = built, built.img_size
     return model.eval().requires_grad_(False), side
 
@@ -191,7 +191,7 @@ def main() -> int:
     output = args.output or folder / f"attacks_{slug}.json"
     device = torch.device("cuda" if cuda else "cpu")
     try:
-        model, side = network(args.model, args.img_size)
+        model, side = build_network(args.model, args.img_size)
         images = images_of(args.data, args.images, side).to(device)
     except UserError as error:
         print(f"attacks.py: error: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ from benchmarks.common.timing import interleaved
 from fastgn.config import load_recipe
 from fastgn.files import write_json
 from fastgn.metrics import environment
-from fastgn.models import build_model
+from fastgn.models.network import build_model
 from fastgn.objectives import build_objective
 from fastgn.step.double_backward import graph_count
 from fastgn.step.step import Step

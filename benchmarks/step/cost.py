@@ -64,7 +64,7 @@ from benchmarks.tables import cost_table
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig, OptimizerConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
-from fastgn.models import Classifier, build_model, kernels_for, use_kernels
+from fastgn.models.network import Classifier, build_model, kernels_for, use_kernels
 from fastgn.objectives import Objective, build_objective
 from fastgn.optim import build_optimizer
 from fastgn.step.precision import PRECISIONS, matmul_precision, unsupported

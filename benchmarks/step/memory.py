@@ -31,7 +31,8 @@ from benchmarks.common.records import earlier, write_record
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
-from fastgn.models import Classifier, build_model, check_name, kernels_for
+from fastgn.models.create import check_name
+from fastgn.models.network import Classifier, build_model, kernels_for
 from fastgn.objectives import build_objective
 from fastgn.step.cost import StepCost, step_cost
 from fastgn.step.plan import EAGER, relations

@@ -26,7 +26,7 @@ from benchmarks.common.arguments import RESULTS
 from benchmarks.common.records import earlier, write_record
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.metrics import environment
-from fastgn.models import Classifier, build_model
+from fastgn.models.network import Classifier, build_model
 from fastgn.objectives import build_objective
 from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
 from fastgn.step.plan import BUDGETS

@@ -39,7 +39,7 @@ from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, cifar10, load_dataset
 from fastgn.errors import UserError
 from fastgn.metrics import environment
-from fastgn.models import build_model, kernels_for
+from fastgn.models.network import build_model, kernels_for
 from fastgn.objectives import build_objective
 from fastgn.seeding import Stream, generator, seed_all
 from fastgn.step.schedule import Schedule

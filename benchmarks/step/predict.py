@@ -47,7 +47,7 @@ from benchmarks.common.records import read_json, unfinished, write_record
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
-from fastgn.models import Classifier, build_model
+from fastgn.models.network import Classifier, build_model
 from fastgn.objectives import build_objective
 from fastgn.step.cost import step_cost
 from fastgn.step.double_backward import DoubleBackward

@@ -46,7 +46,7 @@ from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError, check
 from fastgn.files import write_json
 from fastgn.metrics import environment
-from fastgn.models import build_model
+from fastgn.models.network import build_model
 from fastgn.objectives import build_objective
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step

@@ -25,7 +25,7 @@ from benchmarks.common.timing import Marks, interleaved, once
 from benchmarks.step import cost, cost_figures
 from benchmarks.step import profiler as step_profile
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.models import Classifier, build_model, use_kernels
+from fastgn.models.network import Classifier, build_model, use_kernels
 from fastgn.objectives import gradnorm
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step

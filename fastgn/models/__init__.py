@@ -1,0 +1,1 @@
+"""The networks: how they are created, changed and given their weights."""

@@ -1,0 +1,92 @@
+"""The activations that `--activation` offers, and their replacement in a network."""
+
+import math
+
+from timm.layers import get_act_layer
+from torch import nn
+
+from fastgn.errors import check, nearest, parse_number
+
+PIECEWISE_LINEAR = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.RReLU,
+    nn.Hardtanh,
+    nn.Threshold,
+)
+"""Activations whose second derivative is 0: gradnorm gets no signal through them."""
+ACTIVATIONS = (
+    "gelu",
+    "gelu_tanh",
+    "quick_gelu",
+    "silu",
+    "mish",
+    "relu",
+    "leaky_relu",
+    "elu",
+    "celu",
+    "selu",
+    "tanh",
+    "softplus",
+)
+ACTIVATION_ARGUMENT = {"leaky_relu": "negative_slope", "elu": "alpha", "softplus": "beta"}
+"""Activation -> constructor argument that the number in a text such as softplus:10 stands for."""
+
+
+def activation_layer(name: str) -> type[nn.Module]:
+    """Returns the class of an activation. Raises UserError, with the nearest name, if unknown.
+
+    name: one of ACTIVATIONS, without a number.
+    """
+    check(name in ACTIVATIONS, f"--activation {name!r} is unknown: {nearest(name, ACTIVATIONS)}")
+    layer = nn.Softplus if name == "softplus" else get_act_layer(name)
+    assert layer is not None
+    return layer
+
+
+def parse_activation(text: str) -> tuple[type[nn.Module], dict[str, float]]:
+    """Returns the class of an activation NAME or NAME:NUMBER, and its constructor's arguments.
+
+    Raises UserError.
+    """
+    name, colon, number = text.partition(":")
+    layer = activation_layer(name)
+    if not colon:
+        return layer, {}
+    kinds = ", ".join(f"{k} ({v})" for k, v in ACTIVATION_ARGUMENT.items())
+    check(name in ACTIVATION_ARGUMENT, f"--activation {text}: a number goes with {kinds} alone")
+    value = parse_number(number)
+    least = "at least" if name == "leaky_relu" else "above"
+    right = value >= 0 if name == "leaky_relu" else value > 0
+    check(right and math.isfinite(value), f"--activation {text}: {number} must be {least} 0")
+    return layer, {ACTIVATION_ARGUMENT[name]: value}
+
+
+def replaced_classes() -> tuple[type[nn.Module], ...]:
+    """Returns the classes of the activations that `swap_activations` replaces.
+
+    These are PyTorch's own, and timm's versions of ACTIVATIONS.
+    """
+    return tuple(
+        {activation_layer(n) for n in ACTIVATIONS}
+        | {*PIECEWISE_LINEAR, nn.GELU, nn.SiLU, nn.Hardswish}
+    )
+
+
+def swap_activations(model: nn.Module, name: str) -> int:
+    """Replaces every activation module of a network in place. Returns their number.
+
+    name: activation NAME or NAME:NUMBER. Raises UserError if there is none to replace.
+    """
+    layer, arguments = parse_activation(name)
+    known = replaced_classes()
+    count = 0
+    for parent in model.modules():
+        for child_name, child in parent.named_children():
+            if isinstance(child, known):
+                setattr(parent, child_name, layer(**arguments))
+                count += 1
+    check(count > 0, f"--activation {name}: the network has no activation module to replace")
+    return count

@@ -1,0 +1,168 @@
+"""Creating a bare network from its name: timm's networks, and fastgn's own."""
+
+import difflib
+import inspect
+import math
+import re
+import sys
+from typing import Any
+
+import timm
+from timm.models import build_model_with_cfg, model_entrypoint
+from torch import nn
+
+from fastgn.config.groups import ArchitectureConfig, model_kwargs
+from fastgn.errors import SUGGESTIONS, UserError, check, first_line, nearest
+from fastgn.models.activations import parse_activation
+from fastgn.models.preact_resnet import PreActResNet18
+
+ALIASES = {
+    "swin_t": "swin_tiny_patch4_window7_224",
+    "swin_s": "swin_small_patch4_window7_224",
+    "swin_b": "swin_base_patch4_window7_224",
+    "swin_l": "swin_large_patch4_window7_224",
+}
+"""Short name -> timm's name of the network."""
+OWN = {"preact_resnet18": PreActResNet18}
+"""Name -> class of a network that timm does not have."""
+
+
+def check_name(cfg: ArchitectureConfig) -> str:
+    """Returns the network's full name.
+
+    Raises UserError if the network or the activation is unknown. Needs no data.
+    """
+    name = ALIASES.get(cfg.model, cfg.model)
+    # timm looks no further than the first dot, and what stands behind it reaches generated code
+    plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
+    if name not in OWN and not (plain and timm.is_model(name)):
+        matches = timm.list_models(name) if set(name) & set("*?[") else []
+        if matches:
+            raise UserError(
+                f"--model {cfg.model!r} matches {len(matches)} networks, such as "
+                f"{', '.join(matches[:SUGGESTIONS])}: name one, or see --list models {cfg.model!r}"
+            )
+        valid = [*ALIASES, *OWN, *timm.list_models()]
+        raise UserError(f"--model {cfg.model!r} is unknown: {nearest(name, valid)}")
+    if cfg.activation:
+        parse_activation(cfg.activation)
+    return name
+
+
+def create(
+    name: str, cfg: ArchitectureConfig, num_classes: int
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Returns a network without normalisation, and the arguments that its constructor took.
+
+    name: full name from `check_name`. Raises UserError.
+    """
+    given = model_kwargs(cfg.model_kwargs)
+    check_kwargs(name, given)
+    kwargs = {"num_classes": num_classes, "drop_rate": cfg.drop, **given}
+    if name in OWN:
+        check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
+        check(
+            not cfg.drop_path,
+            f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
+        )
+        try:
+            return OWN[name](**kwargs), kwargs
+        except Exception as error:  # whatever a constructor makes of odd arguments
+            raise UserError(f"{describe(cfg)} cannot be built: {first_line(error)}") from None
+    if cfg.pretrained:
+        use_cache_if_offline()
+    # given even if it is 0, because Swin's own default is 0.1
+    optional: dict[str, Any] = {"drop_path_rate": cfg.drop_path, "img_size": cfg.img_size}
+    optional = {k: v for k, v in optional.items() if v is not None and k not in kwargs}
+    while True:
+        try:
+            network = timm.create_model(name, pretrained=cfg.pretrained, **kwargs, **optional)
+            return network, kwargs | optional
+        except TypeError as error:
+            refused = next((k for k in optional if f"'{k}'" in str(error)), None)
+            if refused is None:
+                raise UserError(f"{describe(cfg)} cannot be built: {first_line(error)}") from None
+            check(
+                refused != "drop_path_rate" or not cfg.drop_path,
+                f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
+            )
+            del optional[refused]
+        except OSError as error:
+            raise UserError(
+                f"--pretrained: no weights of {name} from the hub ({first_line(error)}); fetch "
+                "them elsewhere and give --initial-checkpoint FILE"
+            ) from None
+        except Exception as error:  # whatever a constructor makes of odd arguments
+            what = "--pretrained" if cfg.pretrained else f"{describe(cfg)} cannot be built"
+            raise UserError(f"{what}: {first_line(error)}") from None
+
+
+def describe(cfg: ArchitectureConfig) -> str:
+    """Returns the flags that describe a network, for messages."""
+    if not cfg.model_kwargs:
+        return f"--model {cfg.model}"
+    return f"--model {cfg.model} --model-kwargs {' '.join(cfg.model_kwargs)}"
+
+
+NEVER_GIVEN = ("features_only", "out_indices", "device", "dtype", "kwargs")
+"""Constructor arguments that would make a network something else than a classifier."""
+
+
+def constructor_arguments(name: str) -> set[str]:
+    """Returns the arguments that the classes of a network take, its blocks' included.
+
+    Those of timm's own factories are not among them: they name files and folders to load from.
+    """
+    if name in OWN:
+        return set(inspect.signature(OWN[name]).parameters)
+    module = sys.modules[model_entrypoint(name.partition(".")[0]).__module__]
+    classes = [c for c in vars(module).values() if inspect.isclass(c)]
+    found = {"bn_eps", "bn_momentum"}  # taken by the builders of EfficientNets
+    for kind in {k for c in classes for k in c.__mro__ if k.__module__.startswith("timm.models.")}:
+        found |= set(inspect.signature(kind).parameters)
+    factories = set(inspect.signature(timm.create_model).parameters)
+    factories |= set(inspect.signature(build_model_with_cfg).parameters)
+    return found - factories - set(NEVER_GIVEN)
+
+
+def check_kwargs(name: str, given: dict[str, Any]) -> None:
+    """Raises UserError unless --model-kwargs are plain values for a network's constructor.
+
+    A checkpoint from a stranger holds them too, and must not make timm open another file.
+    """
+    known = constructor_arguments(name) if given else set()
+    for key, value in given.items():
+        close = difflib.get_close_matches(key, sorted(known), n=1)
+        check(
+            key in known,
+            f"--model-kwargs {key}: the constructor of {name} takes no such argument"
+            + (f"; did you mean {close[0]!r}?" if close else ""),
+        )
+        check(
+            is_plain(value),
+            f"--model-kwargs {key}: {value!r:.80} must be a number, text, list or None",
+        )
+
+
+def is_plain(value: Any) -> bool:
+    """Returns whether a value is None, a string, a bool, a finite number, or a list of these."""
+    if isinstance(value, (tuple, list)):
+        return all(is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(k, str) and is_plain(v) for k, v in value.items())
+    if isinstance(value, (int, float)):
+        return math.isfinite(value) and abs(value) < 2**31
+    return value is None or isinstance(value, str)
+
+
+def use_cache_if_offline() -> None:
+    """Switches the hub's client to its cache if the hub does not answer within 5 seconds.
+
+    Without this, the client tries again for 47 s, and for minutes if packets are dropped.
+    """
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever its HTTP library of the day raises
+        constants.HF_HUB_OFFLINE = True

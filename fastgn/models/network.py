@@ -1,0 +1,257 @@
+"""The classifier that is trained: a network that normalises its own input, with the configured
+activations and kernels, and only operators that can be differentiated twice."""
+
+import copy
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import set_fused_attn
+from timm.models.swin_transformer import SwinTransformer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastgn.config import initial_file
+from fastgn.config.groups import ArchitectureConfig, model_kwargs
+from fastgn.errors import UserError, check, first_line
+from fastgn.models.activations import PIECEWISE_LINEAR, swap_activations
+from fastgn.models.create import check_name, create, describe
+from fastgn.models.second_order import find_operators, replace_operators
+from fastgn.models.weights import OLD_SWIN, Adapted, from_paper, load_weights, read_weights
+
+
+class Classifier(nn.Module):
+    """A network that takes pixels in 0..1 and returns logits.
+
+    The normalisation is part of it, so that attacks work in pixels. backbone: the network itself,
+    with timm's parameter names. mean, std: of each channel. img_size: side of the images in pixels.
+    crop_pct: share of the resized image's side that the centre crop of evaluation keeps.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        img_size: int,
+        crop_pct: float = DEFAULT_CROP_PCT,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.img_size = img_size
+        self.crop_pct = crop_pct
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """Returns images in the backbone's units. images_BCHW: pixels in 0..1."""
+        return (images_BCHW - self.mean) / self.std
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.backbone(self.normalize(images_BCHW))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelReport:
+    """What was done to a network, for the log."""
+
+    parameters: int
+    """Number of parameters."""
+    swapped_activations: int
+    """Number of activation modules that were replaced by --activation."""
+    unfused_attentions: int
+    """Number of attention modules whose fused kernel was switched off."""
+    piecewise_linear: dict[str, int]
+    """Class name -> number of such activations that are left."""
+    replaced_operators: dict[str, int]
+    """Operator without a finite second derivative -> number of calls that were replaced."""
+    fused: dict[str, int] | None = None
+    """Kind of module -> number of those that use fastgn_kernels. None means that the kernels are
+    off."""
+    not_fused: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name of a module that could have used fastgn_kernels -> reason why it does not."""
+    adapted: Adapted | None = None
+    """How the initial weights were made to fit. None if the network starts at random."""
+
+    def lines(self, cfg: ArchitectureConfig) -> list[str]:
+        """Returns the report as lines for the log."""
+        out = [f"{cfg.model}: {self.parameters / 1e6:.2f} M parameters"]
+        if self.adapted:
+            out.append(f"initial weights: {self.adapted}")
+        if cfg.activation:
+            out.append(f"{self.swapped_activations} activations replaced by {cfg.activation}")
+        if self.unfused_attentions:
+            out.append(
+                f"{self.unfused_attentions} fused attentions switched off: they have no double "
+                "backward"
+            )
+        if self.replaced_operators:
+            calls = ", ".join(f"{n} {name}" for name, n in self.replaced_operators.items())
+            out.append(f"replaced because their second derivative is missing or NaN: {calls}")
+        if self.fused is not None:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in self.fused.items())
+            out.append(f"kernels: {kinds or 'no module has one'}")
+        if self.not_fused:
+            name, reason = next(iter(self.not_fused.items()))
+            out.append(f"kernels: {len(self.not_fused)} left out, such as {name}: {reason}")
+        return out
+
+
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose windows do not overlap, computed as one matrix product.
+
+    cuDNN's derivatives of a convolution with 3 channels are slow, and its output would have to be
+    transposed for the next layer. A compiled step drops the parts of a product that it does not
+    need.
+    """
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Returns what nn.Conv2d does, in channels-last layout."""
+        batch, channels, height, width = images_BCHW.shape
+        p, q = (int(side) for side in self.kernel_size)
+        if height % p or width % q:
+            return super().forward(images_BCHW)
+        windows = images_BCHW.reshape(batch, channels, height // p, p, width // q, q)
+        windows = windows.permute(0, 2, 4, 1, 3, 5).reshape(
+            batch, height // p, width // q, channels * p * q
+        )
+        return F.linear(windows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def multiply_patches(module: nn.Module) -> int:
+    """Turns the patch embeddings of a network into matrix products. Returns their number."""
+    found = [
+        m
+        for m in module.modules()
+        if type(m) is nn.Conv2d
+        and m.kernel_size == m.stride != (1, 1)
+        and (m.padding, m.dilation, m.groups) == ((0, 0), (1, 1), 1)
+    ]
+    for convolution in found:
+        convolution.__class__ = PatchConv2d
+    return len(found)
+
+
+def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
+    """Makes the modules of a network use the operators of fastgn_kernels, in place.
+
+    Returns {kind: number of modules}, and {name of a module that could not be changed: reason}.
+    """
+    from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
+
+    multiply_patches(backbone)
+    swapped = swap_modules(backbone)
+    return swapped.counts, swapped.left
+
+
+def kernels_for(choice: str, device: torch.device) -> str:
+    """Returns "triton" or "reference", which is what --kernels means on a device.
+
+    Raises UserError if the device cannot run the kernels that were asked for.
+    """
+    check(
+        choice != "triton" or device.type == "cuda",
+        f"--kernels triton needs a CUDA device, and this run is on {device.type}: leave it out "
+        "(auto), or --kernels reference",
+    )
+    return choice if choice != "auto" else "triton" if device.type == "cuda" else "reference"
+
+
+def build_model(
+    cfg: ArchitectureConfig, num_classes: int, kernels: str = "reference"
+) -> tuple[Classifier, ModelReport]:
+    """Returns the configured network on the CPU, in fp32, and a report about it.
+
+    kernels: "triton" or "reference", see `kernels_for`. Raises UserError if a name, argument or
+    activation is unknown, if the network cannot take the image size, or if the initial weights are
+    missing or belong to another network.
+    """
+    check(
+        cfg.num_classes in (None, num_classes),
+        f"--num-classes {cfg.num_classes} does not fit the data, which has {num_classes}",
+    )
+    name = check_name(cfg)
+    backbone, _ = create(name, cfg, num_classes)
+    swapped = swap_activations(backbone, cfg.activation) if cfg.activation else 0
+    unfused = switch_off_fused_attention(backbone)
+    defaults = getattr(backbone, "pretrained_cfg", None) or {}
+    side = cfg.img_size or defaults.get("input_size", (3, 224, 224))[-1]
+    model = Classifier(
+        backbone,
+        cfg.mean or defaults.get("mean") or IMAGENET_DEFAULT_MEAN,
+        cfg.std or defaults.get("std") or IMAGENET_DEFAULT_STD,
+        side,
+        defaults.get("crop_pct") or DEFAULT_CROP_PCT,
+    )
+    kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
+    count = sum(p.numel() for p in backbone.parameters())
+    fused, not_fused = use_kernels(backbone) if kernels == "triton" else (None, {})
+    with find_operators(backbone) as finder:  # after the kernels, which some no longer call
+        check_output(model, cfg, num_classes)
+    replaced = replace_operators(finder)
+    adapted = None
+    if cfg.initial_checkpoint:
+        weights = read_weights(initial_file(cfg.initial_checkpoint))
+        if isinstance(backbone, SwinTransformer) and any(k.endswith(OLD_SWIN) for k in weights):
+            weights = from_paper(weights)
+        source = f"--initial-checkpoint {cfg.initial_checkpoint}"
+        adapted = load_weights(model, weights, source, adapt=cfg.adapt_weights)
+    report = ModelReport(count, swapped, unfused, dict(kinds), replaced, fused, not_fused, adapted)
+    return model, report
+
+
+def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> None:
+    """Raises UserError unless the network gives one logit per class for an image of its size."""
+    images = torch.zeros(1, 3, model.img_size, model.img_size)
+    training = model.training
+    channels = model_kwargs(cfg.model_kwargs).get("in_chans", 3)
+    check(
+        channels == 3, f"--model-kwargs in_chans={channels}: images have 3 channels; leave it out"
+    )
+    try:
+        with torch.no_grad():
+            logits: Any = model.eval()(images)
+    except Exception as error:  # whatever a network makes of a size that it was not made for
+        raise UserError(
+            f"--img-size {model.img_size} does not suit {describe(cfg)}: {first_line(error)}"
+        ) from None
+    finally:
+        model.train(training)
+    given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    check(
+        given == (1, num_classes),
+        f"{describe(cfg)} gives {given} and not 1 x {num_classes} logits",
+    )
+
+
+def check_batch(model: Classifier, cfg: ArchitectureConfig, batch_size: int) -> None:
+    """Raises UserError if BatchNorm would get one value per channel, which has no variance."""
+    if batch_size > 1 or not any(isinstance(m, _BatchNorm) for m in model.modules()):
+        return
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.no_grad():
+            trial(torch.zeros(1, 3, model.img_size, model.img_size))
+    except ValueError:
+        raise UserError(
+            f"--batch-size 1: BatchNorm in --model {cfg.model} at {model.img_size} px gets one "
+            "value per channel and has no variance to divide by: use --batch-size 2 or more"
+        ) from None
+
+
+def switch_off_fused_attention(model: nn.Module) -> int:
+    """Makes attention modules use plain matrix products. Returns their number.
+
+    PyTorch's fused attention kernels have no second derivative.
+    """
+    set_fused_attn(False)
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False  # type: ignore[assignment]
+    return len(fused)
