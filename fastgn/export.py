@@ -28,8 +28,7 @@ from fastgn.config.outputs import check_written
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, print_line, say_error
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
-from fastgn.models import activations
-from fastgn.models.create import create
+from fastgn.models import activations, create
 from fastgn.state import ExportHeader, is_number
 from fastgn.trained import export_weights
 
@@ -127,7 +126,7 @@ def definition(trained: "Trained") -> str:
     """
     cfg = trained.cfg.architecture.started()
     name = create.check_name(cfg)
-    _, arguments = create.create(name, cfg, len(trained.classes))
+    _, arguments = create.create_network(name, cfg, len(trained.classes))
     imports, own, activation, swap = "", "", "", ""
     constructor = f"timm.create_model({literal(name)}, pretrained=False, **ARGUMENTS)"
     if name in create.OWN:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError, check, first_line
 from fastgn.files import parse_json
-from fastgn.models.create import OWN, check_name, create
+from fastgn.models.create import OWN, check_name, create_network
 from fastgn.models.network import build_model
 
 KEPT = ("first_conv", "classifier", "fixed_input_size")
@@ -39,7 +39,7 @@ def timm_config(
     loaded = {k: v.detach().cpu() for k, v in weights.items()}
     ours, _ = build_model(cfg, len(classes))
     ours.backbone.load_state_dict(loaded)
-    network, arguments = create(name, cfg, len(classes))
+    network, arguments = create_network(name, cfg, len(classes))
     del arguments["num_classes"]
     if cfg.activation:
         arguments["act_layer"] = cfg.activation

@@ -18,8 +18,7 @@ from fastgn.files import write_bytes, write_json
 from fastgn.finish import warn_of_initial_weights
 from fastgn.folder import open_run
 from fastgn.metrics import Metrics, environment, find_wandb
-from fastgn.models import network
-from fastgn.models.create import create
+from fastgn.models import create, network
 from fastgn.models.network import Classifier, ModelReport
 from fastgn.objectives import (
     Objective,

@@ -23,8 +23,7 @@ from fastgn import evaluate, train
 from fastgn.checkpoint import find_checkpoint
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError
-from fastgn.models import activations, network
-from fastgn.models.create import create
+from fastgn.models import activations, create, network
 from fastgn.models.network import Classifier, ModelReport, build_model, multiply_patches
 from fastgn.models.preact_resnet import PreActResNet18
 from fastgn.models.weights import from_paper, load_weights, read_weights

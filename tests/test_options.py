@@ -34,8 +34,7 @@ from fastgn.fields import (
     ranges,
 )
 from fastgn.listing import KINDS
-from fastgn.models import activations
-from fastgn.models.create import create
+from fastgn.models import activations, create
 from fastgn.objectives import METHODS as BUILDERS
 from fastgn.objectives import build_objective
 

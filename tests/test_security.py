@@ -36,7 +36,7 @@ from fastgn.config.programs import EvaluateConfig
 from fastgn.data import check
 from fastgn.errors import UserError
 from fastgn.evaluate import Trained
-from fastgn.models.create import create
+from fastgn.models import create
 from fastgn.models.network import Classifier, build_model
 from fastgn.models.weights import load_weights, read_weights
 from fastgn.state import ExportHeader, TrainState, keys_of

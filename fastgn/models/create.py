@@ -49,7 +49,7 @@ def check_name(cfg: ArchitectureConfig) -> str:
     return name
 
 
-def create(
+def create_network(
     name: str, cfg: ArchitectureConfig, num_classes: int
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Returns a network without normalisation, and the arguments that its constructor took.

@@ -18,7 +18,7 @@ from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
 from fastgn.errors import UserError, check, first_line
 from fastgn.models.activations import PIECEWISE_LINEAR, swap_activations
-from fastgn.models.create import check_name, create, describe
+from fastgn.models.create import check_name, create_network, describe
 from fastgn.models.second_order import find_operators, replace_operators
 from fastgn.models.weights import OLD_SWIN, Adapted, from_paper, load_weights, read_weights
 
@@ -177,7 +177,7 @@ def build_model(
         f"--num-classes {cfg.num_classes} does not fit the data, which has {num_classes}",
     )
     name = check_name(cfg)
-    backbone, _ = create(name, cfg, num_classes)
+    backbone, _ = create_network(name, cfg, num_classes)
     swapped = swap_activations(backbone, cfg.activation) if cfg.activation else 0
     unfused = switch_off_fused_attention(backbone)
     defaults = getattr(backbone, "pretrained_cfg", None) or {}
