@@ -28,14 +28,15 @@ from timm.data import auto_augment
 
 from fastgn.config import Config
 from fastgn.config.groups import DatasetConfig
+from fastgn.data.dali.draws import FILL, WARPS, Drawn, Kind, Layer
 from fastgn.data.datasets import Dataset, Files, load_dataset
 from fastgn.data.loader import build_loader
-from fastgn.data.recipe import FILL, WARPS, Drawn, Kind, Layer
 from fastgn.errors import UserError
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed: fastgn[dali]")
 
-from fastgn.data import dali  # noqa: E402
+from fastgn.data.dali import cpu  # noqa: E402
+from fastgn.data.dali import loader as dali_loader  # noqa: E402
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
@@ -186,8 +187,9 @@ def pictures() -> dict[str, Image.Image]:
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
 def by_dali(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """The CPU backend's own way, and the GPU's operators on it."""
-    monkeypatch.setattr(dali, "BY_DALI", request.param == "as on a GPU")
-    return dali.BY_DALI
+    as_on_gpu = request.param == "as on a GPU"
+    monkeypatch.setattr(dali_loader, "uses_operators", lambda device: as_on_gpu)
+    return as_on_gpu
 
 
 def test_each_operation_is_pils(tmp_path, monkeypatch, by_dali):
@@ -205,7 +207,7 @@ def test_each_operation_is_pils(tmp_path, monkeypatch, by_dali):
 
     monkeypatch.setattr(loader.feeder.recipe, "draw", draw)
     # one batch alone, for there are no others to draw for
-    monkeypatch.setattr(dali, "AHEAD", 1)
+    monkeypatch.setattr(dali_loader, "AHEAD", 1)
     images = (next(loader.epoch(0)).images_BCHW * 255).round().int().permute(0, 2, 3, 1).numpy()
     for place, index in enumerate(order):
         name, which = cases[index]
@@ -424,7 +426,8 @@ def test_bad_images_are_replaced_as_by_the_pil_loader(photographs, tmp_path):
 
 
 def test_no_dali_is_one_line(photographs, monkeypatch):
-    monkeypatch.delitem(sys.modules, "fastgn.data.dali")
+    for name in ("loader", "operations"):
+        monkeypatch.delitem(sys.modules, f"fastgn.data.dali.{name}")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match="pip install 'fastgn.dali.'.*nvidia-dali-cuda130"):
         loader_of(photographs)
@@ -437,7 +440,7 @@ def test_garbage_collected_in_a_pipelines_own_thread(photographs, monkeypatch):
     """A loader that is forgotten in a cycle, as an exception's traceback makes one: DALI's threads
     call Python, and would wait for themselves where they ended its pipelines. They live on until
     another loader begins."""
-    finished, collected = dali.finished, []
+    finished, collected = cpu.augment_crop, []
 
     def collect(*item: Any) -> Any:
         collected.append(bool(gc.collect()))
@@ -450,15 +453,15 @@ def test_garbage_collected_in_a_pipelines_own_thread(photographs, monkeypatch):
         batches = loader.epoch(0)
         next(batches)
         loader.itself, forgotten = loader, weakref.ref(loader)
-        monkeypatch.setattr(dali, "finished", collect)
+        monkeypatch.setattr(cpu, "augment_crop", collect)
         other = loader_of(photographs, color_jitter=0.0, batch_size=2)
         del loader, batches
         next(other.epoch(0))
     finally:
         gc.enable()
-    assert any(collected) and forgotten() is None and len(dali.KEPT) >= 2
+    assert any(collected) and forgotten() is None and len(dali_loader.KEPT) >= 2
     other.close()
-    assert all(ref() is not None for ref, _ in dali.KEPT)
+    assert all(ref() is not None for ref, _ in dali_loader.KEPT)
 
 
 def children() -> set[int]:

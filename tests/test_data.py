@@ -20,8 +20,8 @@ from fastgn.data.augment import BatchAugment, flip, shift, to_float
 from fastgn.data.batch import Batch, Loader, epoch_order, rank_slice
 from fastgn.data.datasets import CIFAR10_CLASSES, Arrays, Dataset, Files, load_dataset
 from fastgn.data.loader import batch_sizes, build_loader
-from fastgn.data.recipe import forgive_posterize
 from fastgn.data.subset import Subset
+from fastgn.data.transform import forgive_posterize
 from fastgn.errors import UserError
 from fastgn.seeding import seed_all
 

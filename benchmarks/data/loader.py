@@ -49,7 +49,7 @@ from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.batch import Batch
 from fastgn.data.datasets import Arrays, Dataset, Files
 from fastgn.data.loader import build_loader
-from fastgn.data.recipe import forgive_posterize
+from fastgn.data.transform import forgive_posterize
 from fastgn.errors import UserError, check
 from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment

@@ -122,7 +122,7 @@ def build_loader(
     }
 
     def make_dali() -> Loader:
-        from fastgn.data.dali import DaliLoader
+        from fastgn.data.dali.loader import DaliLoader
 
         return DaliLoader(split, augmentation, augment, **common)
 

@@ -22,7 +22,7 @@ from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, epoch_order, rank_slice, worker_death
 from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
-from fastgn.data.recipe import train_transform
+from fastgn.data.transform import train_transform
 from fastgn.errors import UserError
 from fastgn.seeding import Stream, seed_all, seed_host
 

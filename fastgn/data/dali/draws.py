@@ -1,8 +1,7 @@
-"""What timm's training transform does to an image, drawn without the image: for loaders that do it
-by other means.
+"""Draws what timm's training transform would do to an image, without the image.
 
-The draws are timm's own, made by its objects in their order, so that one seed gives the picture
-that the PIL loader makes.
+timm's own objects draw, in their own order, so that a seed gives the picture that the PIL loader
+makes with it.
 """
 
 import functools
@@ -14,40 +13,41 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import auto_augment
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomHorizontalFlip
 
 from fastgn.config.groups import AugmentationConfig
+from fastgn.data.transform import operations, posterize, train_transform
 from fastgn.errors import UserError
 
 FILL = (124, 116, 104)
-"""Colour beyond the edges of a rotated, sheared or shifted image: timm's, ImageNet's mean."""
+"""Colour outside a rotated, sheared or shifted image: ImageNet's mean colour, as in timm."""
 ARGUMENTS = 6
-"""The most that a layer takes."""
+"""Largest number of arguments of an operation."""
 
 
 class Kind(IntEnum):
-    """What a layer does, as PIL does it. Its arguments stand in brackets."""
+    """An operation on an image, as PIL defines it. Its arguments are in brackets."""
 
     NONE = 0
     BICUBIC = 1
-    """[a, b, c, d, e, f]: what is at (x, y) comes from (a x + b y + c, d x + e y + f), in pixels
-    from the image's corner; FILL where that lies outside."""
+    """[a, b, c, d, e, f]: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), in pixels
+    from the image's corner. It is FILL if that is outside the image."""
     BILINEAR = 2
-    """The same, interpolated so."""
+    """The same with bilinear interpolation."""
     AUTO_CONTRAST = 3
     EQUALIZE = 4
     INVERT = 5
     POSTERIZE = 6
-    """[the bits that stay, as a mask]"""
+    """[mask of the bits that stay]"""
     SOLARIZE = 7
-    """[the least value that is inverted]"""
+    """[smallest value that is inverted]"""
     SOLARIZE_ADD = 8
-    """[what is added below 128]"""
+    """[number that is added to values below 128]"""
     COLOR = 9
-    """[factor]: 0 is the grey image, 1 the image itself, as in the next three with the mean grey,
-    black, and the blurred image."""
+    """[factor]: 0 gives the grey image, and 1 the image itself. In the next three operations, 0
+    gives the mean grey, black and the blurred image."""
     CONTRAST = 10
     BRIGHTNESS = 11
     SHARPNESS = 12
@@ -57,84 +57,43 @@ WARPS = {Kind.BICUBIC, Kind.BILINEAR}
 
 
 class Layer(NamedTuple):
-    """One operation."""
+    """One operation with its arguments."""
 
     kind: Kind
     arguments: tuple[float, ...] = ()
 
 
 class Drawn(NamedTuple):
-    """All that is done to one image, in this order."""
+    """Everything that is done to one image, in this order."""
 
     top: int
     left: int
     height: int
     width: int
-    """The crop, in the decoded image's pixels."""
+    """The crop, in pixels of the decoded image."""
     bilinear: bool
-    """How the crop is resized; bicubic otherwise."""
+    """Whether the crop is resized bilinearly. Otherwise it is resized bicubically."""
     flipped: bool
     layers: tuple[Layer, ...]
 
 
-def train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) -> Any:
-    """timm's, PIL image -> uint8 3 x S x S. Raises UserError on a policy that it does not know."""
-    try:
-        transform = create_transform(
-            img_size,
-            is_training=True,
-            scale=cfg.scale,
-            hflip=hflip,
-            color_jitter=cfg.color_jitter,
-            auto_augment=cfg.aa,
-            interpolation=cfg.train_interpolation,
-            normalize=False,
-        )
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
-    for step in transform.transforms:
-        forgive_posterize(step)
-    return transform
-
-
-def forgive_posterize(step: Any) -> None:
-    """Puts `posterize` into a step of timm's transform that has timm's."""
-    for op in operations(step):
-        if op.aug_fn is auto_augment.posterize:
-            op.aug_fn = posterize
-
-
-def operations(step: Any) -> list[Any]:
-    """Of one of timm's policies; none of another step."""
-    if isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
-        return list(step.ops)
-    if isinstance(step, auto_augment.AutoAugment):
-        return [op for part in step.policy for op in part]
-    return []
-
-
-def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """timm's. Where the magnitude's noise reaches its bound no bit is kept, once in 600 images of
-    rand-m9-mstd0.5-inc1: black, as PIL made of it before it raised ValueError."""
-    if bits_to_keep == 0:
-        return Image.new(image.mode, image.size)
-    return auto_augment.posterize(image, bits_to_keep, **kwargs)
-
-
 class Recipe:
-    """Draws what is done to an image, from Python's, NumPy's and torch's generators as the caller
-    has seeded them."""
+    """Draws what is done to each image.
+
+    The random numbers come from the generators of Python, NumPy and PyTorch, which the caller
+    seeds.
+    """
 
     def __init__(self, cfg: AugmentationConfig, img_size: int, hflip: float):
-        """Raises UserError on an operation that Kind does not have."""
+        """Raises UserError if the policy has an operation that Kind lacks."""
         transform = train_transform(cfg, img_size, hflip)
         # the last one makes a tensor and draws nothing
         self.steps: Sequence[Any] = transform.transforms[:-1]
         self.img_size = img_size
         self.kinds = {Kind.NONE}
-        """What may be drawn."""
+        """The operations that may be drawn."""
         self.layers = 0
-        """Of an image, at most; those not drawn are left out."""
+        """Largest number of operations on an image."""
         self._drawn: list[Layer] = []
         for step in self.steps:
             if isinstance(step, (auto_augment.RandAugment, auto_augment.AutoAugment)):
@@ -146,7 +105,7 @@ class Recipe:
                 raise UserError(refusal(str(cfg.aa), type(step).__name__))
 
     def _record(self, policy: Any, name: str) -> None:
-        """Lets timm's policy draw as ever, and write down what it would have done."""
+        """Makes a policy of timm note its operations instead of applying them."""
         if isinstance(policy, auto_augment.RandAugment):
             self.layers += policy.num_layers
         else:
@@ -159,7 +118,7 @@ class Recipe:
             op.aug_fn = functools.partial(note, self._drawn, kind, translate, self.img_size)
 
     def draw(self, width: int, height: int) -> Drawn:
-        """For an image of this size in pixels."""
+        """Returns what to do to an image of this size in pixels."""
         self._drawn.clear()
         flipped, bilinear = False, False
         for step in self.steps:
@@ -181,11 +140,12 @@ class Recipe:
 
 
 def refusal(policy: str, what: str) -> str:
+    """Returns the message about an operation that the DALI loader lacks."""
     return f"--aa {policy}: the DALI loader has no {what}: add --loader torch"
 
 
 def jitter(step: ColorJitter) -> list[Layer]:
-    """torchvision's draw; timm never asks it for a change of hue."""
+    """Returns the operations that torchvision's ColorJitter draws. timm never changes the hue."""
     order, *factors = step.get_params(step.brightness, step.contrast, step.saturation, step.hue)
     kinds = (Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR)
     chosen = [i for i in order.tolist() if i < 3 and factors[i] is not None]
@@ -201,8 +161,10 @@ def note(
     *args: float,
     **kwargs: Any,
 ) -> None:
-    """Stands in for timm's function of an image: takes the same arguments and draws what it
-    would."""
+    """Notes an operation in place of timm's function that would apply it.
+
+    Takes the same arguments, and draws the same random numbers.
+    """
     if kind in WARPS:
         bilinear = auto_augment._interpolation(kwargs) == Image.Resampling.BILINEAR
         kind = Kind.BILINEAR if bilinear else Kind.BICUBIC
@@ -212,7 +174,7 @@ def note(
 
 
 def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
-    """PIL's Image.rotate about the middle."""
+    """Returns the affine map of PIL's Image.rotate about the middle."""
     if degrees % 360 == 0:
         return None
     angle, middle = -math.radians(degrees % 360), side / 2
@@ -224,10 +186,12 @@ def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
 
 
 def posterized(side: int, bits: int) -> tuple[float, ...] | None:
+    """Returns the mask of the bits that stay. None means that all of them do."""
     return (256 - 2 ** (8 - bits),) if bits < 8 else None
 
 
 def as_given(side: int, *args: float) -> tuple[float, ...]:
+    """Returns the arguments unchanged."""
     return args
 
 
@@ -258,5 +222,6 @@ TRANSLATIONS: dict[Any, tuple[Kind, Callable[..., tuple[float, ...] | None]]] = 
     auto_augment.brightness: (Kind.BRIGHTNESS, as_given),
     auto_augment.sharpness: (Kind.SHARPNESS, as_given),
 }
-"""timm's function of an image -> what it is here, and (side in pixels, timm's arguments) -> the
-layer's; None does nothing. What is not here is refused."""
+"""timm's function -> its Kind, and a function that turns (side in pixels, timm's arguments) into
+the operation's arguments. If that returns None, the operation does nothing. Functions that are not
+here are refused."""

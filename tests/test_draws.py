@@ -12,9 +12,10 @@ from timm.data import auto_augment
 from torchvision.transforms import functional
 
 from fastgn.config.groups import AugmentationConfig
-from fastgn.data import recipe
-from fastgn.data.jpeg import plain_size
-from fastgn.data.recipe import Drawn, Kind, Layer, Recipe, train_transform
+from fastgn.data.dali import draws
+from fastgn.data.dali.draws import Drawn, Kind, Layer, Recipe
+from fastgn.data.dali.jpeg import plain_size
+from fastgn.data.transform import train_transform
 from fastgn.errors import UserError
 from fastgn.seeding import Stream, seed_host
 
@@ -59,10 +60,10 @@ def spied(monkeypatch: pytest.MonkeyPatch, transform: Any, seen: list) -> None:
     flip = noting(functional.hflip, "flip", seen)
     monkeypatch.setattr("torchvision.transforms.transforms.F.hflip", flip)
     for step in transform.transforms:
-        for op in recipe.operations(step):
+        for op in draws.operations(step):
             if op.aug_fn is auto_augment.solarize_add:
                 op.aug_fn = noting(op.aug_fn, "solarize_add", seen)
-            elif op.aug_fn is recipe.posterize:
+            elif op.aug_fn is draws.posterize:
                 op.aug_fn = noting(op.aug_fn, "posterize_to", seen)
 
 
@@ -99,9 +100,9 @@ def expected_of(seen: list) -> Drawn:
                 flipped = True
             case "rotate":  # which asks for a transform, unless there is nothing to turn
                 rotated = args[0] % 360 != 0
-                assert args[2] == recipe.FILL
+                assert args[2] == draws.FILL
             case "affine":
-                assert args[2] == recipe.FILL
+                assert args[2] == draws.FILL
                 layers.append(Layer(Kind[args[1]], args[0]))
                 rotated = False
             case "posterize_to":
@@ -206,7 +207,7 @@ def test_no_bits_make_black():
     assert np.array(op(picture(9, 9))).max() == 0
     for bits in (1, 4, 8):
         image = picture(9, 9)
-        ours = recipe.posterize(image, bits)
+        ours = draws.posterize(image, bits)
         assert np.array_equal(ours, auto_augment.posterize(image, bits))
 
 

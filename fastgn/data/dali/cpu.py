@@ -1,8 +1,7 @@
-"""The DALI loader's resizing and operations on a CPU, image by image: by torch's vectorised kernels
-and by PIL, in the core's caches. DALI's CPU operators take three times as long, and each costs
-anew for the few images of a batch that it is for.
+"""Resizing and augmenting on a CPU, one image at a time, with PyTorch's kernels and PIL.
 
-All arrays are one image's: uint8 H x W x 3.
+DALI's own CPU operators take three times as long, because each of them has a cost for every few
+images of a batch. All arrays are one image: uint8, H x W x 3.
 """
 
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-from fastgn.data.recipe import FILL, WARPS, Kind
+from fastgn.data.dali.draws import FILL, WARPS, Kind
 
 PILLOW: dict[Kind, Callable[[Image.Image, float], Image.Image]] = {
     Kind.AUTO_CONTRAST: lambda image, _: ImageOps.autocontrast(image),
@@ -28,9 +27,10 @@ PILLOW: dict[Kind, Callable[[Image.Image, float], Image.Image]] = {
     Kind.BRIGHTNESS: lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     Kind.SHARPNESS: lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
 }
+"""Kind -> function of (image, argument) that applies it with PIL."""
 
 
-def finished(
+def augment_crop(
     side: int,
     crop: np.ndarray,
     bilinear: np.ndarray,
@@ -38,32 +38,38 @@ def finished(
     kinds: np.ndarray,
     arguments: np.ndarray,
 ) -> np.ndarray:
-    """A decoded crop -> side x side x 3, of what dali.Fed says of the image."""
-    image = resized(side, crop, "bilinear" if bilinear else "bicubic", bool(flipped))
+    """Returns a decoded crop after resizing and all operations: side x side x 3.
+
+    The other arguments are the image's values in feeder.Fed.
+    """
+    image = resize(side, crop, "bilinear" if bilinear else "bicubic", bool(flipped))
     for kind, given in zip(kinds.tolist(), arguments, strict=True):
         if kind in WARPS:
-            image = warped(image, given, "bilinear" if kind == Kind.BILINEAR else "bicubic")
+            image = warp(image, given, "bilinear" if kind == Kind.BILINEAR else "bicubic")
         elif kind != Kind.NONE:
             operation = PILLOW[Kind(kind)]
             image = np.array(operation(Image.fromarray(image), float(given[0])))
     return image
 
 
-def resized(side: int, crop: np.ndarray, mode: str, flipped: bool) -> np.ndarray:
-    """Antialiased: a third of PIL's time."""
+def resize(side: int, crop: np.ndarray, mode: str, flipped: bool) -> np.ndarray:
+    """Returns a crop resized with antialiasing, in a third of PIL's time."""
     image = torch.from_numpy(crop).permute(2, 0, 1)[None]
     result = F.interpolate(image, (side, side), mode=mode, antialias=True)[0].permute(1, 2, 0)
     return (result.flip(1) if flipped else result).contiguous().numpy()
 
 
-def warped(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
-    """See recipe.Kind. Half of PIL's time, and a quarter for what shears or shifts along one axis.
-    Where it turns, torch's bicubic kernel is less sharp (a = -0.75, not -1)."""
+def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
+    """Returns the image after an affine map, see Kind.BICUBIC.
+
+    It takes half of PIL's time, and a quarter for a shear or shift along one axis. For rotations
+    PyTorch's bicubic kernel is less sharp than PIL's (a = -0.75 instead of -1).
+    """
     a, b, c, d, e, f = matrix.tolist()
     if mode == "bicubic" and (a, e) == (1, 1) and (d, f) == (0, 0):
-        return slid(image, b, c)
+        return shear_rows(image, b, c)
     if mode == "bicubic" and (a, e) == (1, 1) and (b, c) == (0, 0):
-        return np.ascontiguousarray(slid(image.transpose(1, 0, 2), d, f).transpose(1, 0, 2))
+        return np.ascontiguousarray(shear_rows(image.transpose(1, 0, 2), d, f).transpose(1, 0, 2))
     side = len(image)
     middle = np.arange(side, dtype=np.float32) + np.float32(0.5)
     source = np.empty((side, side, 2), np.float32)  # x and y of each pixel
@@ -83,8 +89,11 @@ def warped(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
     return torch.from_numpy(result).permute(1, 2, 0).contiguous().numpy()
 
 
-def slid(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
-    """Row y from slope (y + 1/2) + shift pixels to the right, bicubic as PIL has it."""
+def shear_rows(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
+    """Returns the image with row y taken from slope * (y + 1/2) + shift pixels to the right.
+
+    Interpolates with PIL's bicubic kernel.
+    """
     side = len(image)
     start = slope * (np.arange(side) + 0.5) + shift
     whole = np.floor(start).astype(int)
@@ -99,7 +108,7 @@ def slid(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
     mixed = pixels[:, :side] * weights[0]
     for k in (1, 2, 3):
         mixed.addcmul_(pixels[:, k : k + side], weights[k])
-    # PIL rounds down in double precision: what is just below a whole number may be our rounding
+    # PIL rounds down in double precision, and here fp32 may be just below a whole number
     result = mixed.add_(0.002).clamp_(0, 255).numpy().astype(np.uint8)
     for y, inside in enumerate(np.ceil(-start - 0.5).astype(int).tolist()):
         if inside > 0:

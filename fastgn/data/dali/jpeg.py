@@ -1,23 +1,25 @@
-"""A JPEG's header: enough to know an image's size, and whether any decoder makes the same of it."""
+"""Reading the header of a JPEG: its size, and whether all decoders decode it alike."""
 
 import struct
 
 START_OF_IMAGE, END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
 FRAMES = {0xC0, 0xC1, 0xC2}
-"""Baseline, extended and progressive, Huffman-coded."""
+"""Markers of baseline, extended and progressive frames with Huffman coding."""
 OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
-"""Lossless, hierarchical and arithmetic-coded."""
+"""Markers of lossless, hierarchical and arithmetic-coded frames."""
 START_OF_SCAN = 0xDA
 ADOBE = 0xEE
 ALONE = {0x01, *range(0xD0, 0xD8)}
-"""Markers that no length follows."""
+"""Markers without a length after them."""
 RGB = (ord("R"), ord("G"), ord("B"))
 
 
 def plain_size(content: bytes) -> tuple[int, int] | None:
-    """(width, height) in pixels of a whole 8-bit JPEG, grey or YCbCr, as it is stored. None for
-    what else there is: other formats, CMYK and RGB JPEGs, 12 bits, rare codings, truncated files,
-    bytes after the end."""
+    """Returns (width, height) in pixels of a complete 8-bit JPEG in grey or YCbCr, as stored.
+
+    Returns None for other formats, CMYK and RGB JPEGs, 12 bits, rare codings, truncated files, and
+    files with bytes after the end.
+    """
     if not content.startswith(START_OF_IMAGE) or not content.endswith(END_OF_IMAGE):
         return None
     position, size, adobe_transform = 2, None, None

@@ -1,0 +1,1 @@
+"""The loader that decodes and augments with NVIDIA DALI."""

@@ -1,0 +1,275 @@
+"""The pipeline that decodes and augments the images, built from DALI's operators."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fastgn.data.dali import cpu
+from fastgn.data.dali.draws import FILL, Kind, Recipe
+from fastgn.data.dali.feeder import Source
+from fastgn.errors import UserError
+
+try:
+    from nvidia.dali import fn, math, pipeline_def, types
+    from nvidia.dali.pipeline import do_not_convert
+except ImportError:
+    raise UserError(
+        "--loader dali: NVIDIA DALI is not installed: pip install 'fastgn[dali]', which takes "
+        "nvidia-dali-cuda130 (fastgn[dali-cuda120]: nvidia-dali-cuda120)"
+    ) from None
+
+
+@pipeline_def(enable_conditionals=True)
+def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> Any:
+    """Returns the augmented images of each batch: fp32, 3 x S x S, in 0..1.
+
+    device: DALI's name of the device that does the work, cpu or gpu. by_dali: whether DALI's own
+    operators resize and augment; otherwise cpu.py does.
+    """
+    encoded, anchor, shape, bilinear, flipped, kinds, arguments = fn.external_source(
+        source=source,
+        num_outputs=7,
+        batch=True,
+        dtype=[types.UINT8, *[types.INT32] * 5, types.FLOAT],
+        ndim=[1, 1, 1, 0, 0, 1, 2],
+    )
+    crop = fn.decoders.image_slice(
+        encoded,
+        start=anchor,
+        shape=shape,
+        axis_names="HW",
+        adjust_orientation=False,  # like PIL
+        output_type=types.RGB,
+        device="mixed" if device == "gpu" else "cpu",
+    )
+    if by_dali:
+        image = apply_operations(recipe, crop, bilinear, flipped, kinds, arguments, device)
+    else:
+        image = fn.python_function(
+            *(crop, bilinear, flipped, kinds, arguments),
+            function=lambda *batch: list(map(partial(cpu.augment_crop, recipe.img_size), *batch)),
+            batch_processing=True,
+            output_layouts="HWC",
+        )
+    image = fn.crop_mirror_normalize(
+        image, dtype=types.FLOAT, output_layout="CHW", mean=[0.0], std=[255.0]
+    )
+    return image
+
+
+def apply_operations(
+    recipe: Recipe, crop: Any, bilinear: Any, flipped: Any, kinds: Any, arguments: Any, device: str
+) -> Any:
+    """Returns what cpu.augment_crop does to each image, computed by DALI's operators."""
+    side, possible = recipe.img_size, sorted(recipe.kinds)
+    if bilinear == 1:
+        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_LINEAR)
+    else:
+        image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_CUBIC)
+    image = fn.flip(image, horizontal=flipped)
+    for layer in range(recipe.layers):
+        image = operate(possible, kinds[layer], image, arguments[layer], side, device)
+    return image
+
+
+# The operations work on uint8 S x S x 3, and differ from PIL's by at most 1 except where they
+# interpolate. They keep bytes as bytes, without broadcasting, wherever possible, because DALI takes
+# several times as long for floats.
+
+
+def operate(
+    possible: list[Kind], kind: Any, image: Any, arguments: Any, side: int, device: str
+) -> Any:
+    """Returns the image after one operation.
+
+    kind: int32, one of `possible`. The conditions form a tree, so that DALI runs each operation
+    only on the images that it is for.
+    """
+    if len(possible) == 1:
+        return OPERATIONS[possible[0]](image, arguments, side, device)
+    middle = len(possible) // 2
+    if kind < int(possible[middle]):
+        result = operate(possible[:middle], kind, image, arguments, side, device)
+    else:
+        result = operate(possible[middle:], kind, image, arguments, side, device)
+    return result
+
+
+@do_not_convert
+def none(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns the image as it is."""
+    return image
+
+
+def byte(value: int) -> Any:
+    """Returns a constant of type uint8."""
+    return types.Constant(value, dtype=types.UINT8)
+
+
+def picture(values: np.ndarray, side: int, device: str) -> Any:
+    """Returns the same uint8 S x S x 3 for every image."""
+    shape = (side, side, 3)
+    return types.Constant(np.broadcast_to(values, shape).astype(np.uint8), device=device)
+
+
+def first(arguments: Any, device: str) -> Any:
+    """Returns an operation's only argument, on the device of the images."""
+    return arguments[0].gpu() if device == "gpu" else arguments[0]
+
+
+def to_bytes(values: Any, shift: float = 0.0) -> Any:
+    """Returns values + shift, rounded to uint8."""
+    return fn.brightness_contrast(values, brightness_shift=shift / 255, dtype=types.UINT8)
+
+
+FLOOR = -0.498
+"""Added before rounding. PIL rounds down, and a value 0.002 below a whole number may be equal to it
+but for rounding errors."""
+
+
+def blend(other: Any, image: Any, factor: Any) -> Any:
+    """Returns what PIL's Image.blend does."""
+    return to_bytes(other * (1 - factor) + image * factor, FLOOR)
+
+
+def grey(image: Any) -> Any:
+    """Returns the image in PIL's mode L, S x S x 1."""
+    return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+
+
+def extreme(reduction: Any, image: Any) -> Any:
+    """Returns a statistic of each channel, 1 x 1 x 3. reduction: one of fn.reductions."""
+    return reduction(image, axes=[0, 1], keep_dims=True)
+
+
+@do_not_convert
+def bicubic(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns the image after Kind.BICUBIC."""
+    return warp(image, arguments, side, device, types.INTERP_CUBIC)
+
+
+@do_not_convert
+def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns the image after Kind.BILINEAR."""
+    return warp(image, arguments, side, device, types.INTERP_LINEAR)
+
+
+def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any) -> Any:
+    """Returns the image after an affine map, with FILL outside.
+
+    PIL fills each pixel whose nearest source pixel lies outside, and a mask does the same here.
+    DALI's two bicubic kernels are less sharp than PIL's (a = -0.75 or -0.5 instead of -1).
+    """
+    last = types.Constant(np.array([[0, 0, 1]], np.float32), device="cpu")
+    matrix = fn.cat(fn.reshape(arguments, shape=[2, 3]), last, axis=0)
+    warped = fn.experimental.warp_perspective(
+        image, matrix=matrix, interp_type=interpolation, border_mode="replicate"
+    )
+    inside = fn.experimental.warp_perspective(
+        picture(np.array(255), side, device),
+        matrix=matrix,
+        interp_type=types.INTERP_NN,
+        border_mode="constant",
+        fill_value=0.0,
+    )
+    fill = picture(np.array(FILL), side, device)
+    return ((warped ^ fill) & inside) ^ fill
+
+
+@do_not_convert
+def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns what ImageOps.autocontrast does."""
+    low, high = (extreme(r, image) for r in (fn.reductions.min, fn.reductions.max))
+    flat = fn.cast(low == high, dtype=types.UINT8)  # such a channel stays as it is
+    low = low * (byte(1) - flat)
+    scale = 255.0 / (high - low + (byte(255) - high) * flat)
+    return to_bytes((image - low) * scale, FLOOR)
+
+
+@do_not_convert
+def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns what ImageOps.equalize does.
+
+    PIL counts the pixels below a value, and DALI the pixels up to a value. In the negative image,
+    these are the pixels that are not below it. What remains is PIL's step, a whole number.
+    """
+    shares = byte(255) - fn.equalize(byte(255) - image)
+    brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
+    others = side * side - fn.cast(extreme(fn.reductions.sum, brightest), dtype=types.FLOAT)
+    step = math.floor(others / 255.0)
+    few = fn.cast(step == 0.0, dtype=types.UINT8)  # such a channel stays as it is
+    table = to_bytes(shares * (others / 255.0 / (step + few)))
+    return table * (byte(1) - few) + image * few
+
+
+@do_not_convert
+def invert(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns the negative image."""
+    return byte(255) - image
+
+
+@do_not_convert
+def posterize(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns the image with the bits of a mask only."""
+    return image & fn.cast(first(arguments, device), dtype=types.UINT8)
+
+
+@do_not_convert
+def solarize(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns the image with the values from a threshold on inverted."""
+    return image ^ ((image >= fn.cast(first(arguments, device), dtype=types.INT32)) * byte(255))
+
+
+@do_not_convert
+def solarize_add(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns the image with a number, at most 128, added to the values below 128."""
+    return image + (image < byte(128)) * fn.cast(first(arguments, device), dtype=types.UINT8)
+
+
+@do_not_convert
+def color(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns what ImageEnhance.Color does."""
+    return blend(grey(image), image, first(arguments, device))
+
+
+@do_not_convert
+def contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns what ImageEnhance.Contrast does."""
+    mean = extreme(fn.reductions.mean, grey(image))
+    return blend(math.floor(mean + 0.5), image, first(arguments, device))
+
+
+@do_not_convert
+def brightness(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns what ImageEnhance.Brightness does."""
+    return fn.brightness_contrast(image, brightness=arguments[0], brightness_shift=FLOOR / 255)
+
+
+@do_not_convert
+def sharpness(image: Any, arguments: Any, side: int, device: str) -> Any:
+    """Returns what ImageEnhance.Sharpness does. PIL does not blur the outermost pixels."""
+    kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+    blurred = fn.filter(image, types.Constant(kernel, device=device))
+    inner = np.zeros((side, side, 1))
+    inner[1:-1, 1:-1] = 255
+    sharpened = blend(blurred, image, first(arguments, device))
+    return ((sharpened ^ image) & picture(inner, side, device)) ^ image
+
+
+OPERATIONS = {
+    Kind.NONE: none,
+    Kind.BICUBIC: bicubic,
+    Kind.BILINEAR: bilinear,
+    Kind.AUTO_CONTRAST: auto_contrast,
+    Kind.EQUALIZE: equalize,
+    Kind.INVERT: invert,
+    Kind.POSTERIZE: posterize,
+    Kind.SOLARIZE: solarize,
+    Kind.SOLARIZE_ADD: solarize_add,
+    Kind.COLOR: color,
+    Kind.CONTRAST: contrast,
+    Kind.BRIGHTNESS: brightness,
+    Kind.SHARPNESS: sharpness,
+}
+"""Kind -> function that applies it."""
