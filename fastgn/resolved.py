@@ -22,7 +22,7 @@ from fastgn.step.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class Batching:
     """How the images of an update are shared out over the ranks, and over time on each rank."""
 
     batch_size: int
@@ -104,7 +104,7 @@ def resolve(
     cfg: Config,
     world: World,
     dataset: Dataset,
-    shard: Shard,
+    batching: Batching,
     model: Classifier,
     *,
     loader: str,
@@ -117,9 +117,9 @@ def resolve(
     loader: name of the loader's class. batches_per_epoch: number of its batches on each rank.
     planned: the plan of `--schedule auto`; None if the configuration gives micro-batch and budget.
     """
-    peak = optim.peak_lr(cfg.optimizer, shard.global_batch)
+    peak = optim.peak_lr(cfg.optimizer, batching.global_batch)
     warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
-    updates_per_epoch = batches_per_epoch // shard.grad_accum_steps
+    updates_per_epoch = batches_per_epoch // batching.grad_accum_steps
     return Resolved(
         data=dataset.name,
         classes=len(dataset.classes),
@@ -127,11 +127,11 @@ def resolve(
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         loader=loader,
-        batch_size=shard.batch_size,
-        grad_accum_steps=shard.grad_accum_steps,
-        micro_batch=planned.micro_batch if planned is not None else shard.batch_size,
+        batch_size=batching.batch_size,
+        grad_accum_steps=batching.grad_accum_steps,
+        micro_batch=planned.micro_batch if planned is not None else batching.batch_size,
         activation_memory_budget=(planned or cfg.step).activation_memory_budget,
-        ranks=shard.ranks,
+        ranks=batching.ranks,
         lr=peak,
         warmup_lr=warmup_lr,
         min_lr=min_lr,
@@ -154,7 +154,7 @@ def last_update_of(cfg: Config, updates_per_epoch: int) -> int:
     return min(total, cfg.run.max_updates or total)
 
 
-def shard_images(cfg: Config, dataset: Dataset, world: World) -> Shard:
+def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
     """Returns how each update's images are shared out.
 
     Raises UserError if the numbers of images do not divide as the options ask.
@@ -169,7 +169,7 @@ def shard_images(cfg: Config, dataset: Dataset, world: World) -> Shard:
     )
     if cfg.step.schedule == "auto":  # the step splits it: the data do not depend on the plan
         batch_size, accum = batch_size * accum, 1
-    return Shard(batch_size, accum, world.size)
+    return Batching(batch_size, accum, world.size)
 
 
 def check_device(cfg: StepConfig, device: torch.device) -> None:
@@ -216,7 +216,7 @@ def make_plan(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     num_classes: int,
-    shard: Shard,
+    batching: Batching,
 ) -> Plan | None:
     """Returns what an update is predicted to cost, the same on all ranks.
 
@@ -234,7 +234,7 @@ def make_plan(
             model,
             objective,
             schedule_of(cfg.step),
-            batch_size=shard.batch_size,
+            batch_size=batching.batch_size,
             img_size=model.img_size,
             num_classes=num_classes,
             precision=cfg.step.precision,
@@ -250,8 +250,8 @@ def make_plan(
             f"({first_line(error)}): use --schedule exact",
         )
         return None
-    images = shard.batch_size * shard.grad_accum_steps
-    fixed = shard.batch_size, cfg.step.activation_memory_budget
+    images = batching.batch_size * batching.grad_accum_steps
+    fixed = batching.batch_size, cfg.step.activation_memory_budget
     on_cuda = world.device.type == "cuda"
     processes = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return plan(

@@ -27,14 +27,14 @@ from fastgn.objectives import (
     piecewise_linear_warning,
 )
 from fastgn.resolved import (
+    Batching,
     Resolved,
-    Shard,
+    batch_images,
     check_device,
     is_compiled,
     make_plan,
     resolve,
     schedule_of,
-    shard_images,
 )
 from fastgn.resume import (
     changed_data,
@@ -68,26 +68,28 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
         dataset = load_dataset(cfg.dataset)
     identity = identity_of(dataset)
     check_ranks(world, identity)
-    shard = shard_images(cfg, dataset, world)
-    cfg, model, report = build_model(cfg, dataset, shard, kernels, world, resumed=state is not None)
+    batching = batch_images(cfg, dataset, world)
+    cfg, model, report = build_model(
+        cfg, dataset, batching, kernels, world, resumed=state is not None
+    )
     notes = list(dataset.notes)
-    loader = make_loader(cfg, dataset, model, shard, world, notes)
+    loader = make_loader(cfg, dataset, model, batching, world, notes)
     optimizer = optim.build_optimizer(
-        cfg.optimizer, model, optim.peak_lr(cfg.optimizer, shard.global_batch)
+        cfg.optimizer, model, optim.peak_lr(cfg.optimizer, batching.global_batch)
     )
     ema = optim.build_average(cfg.optimizer, model)
     changes: list[str] = []
     if state is not None and path is not None:
-        check_same_run(cfg, state, dataset.classes, shard.global_batch)
+        check_same_run(cfg, state, dataset.classes, batching.global_batch)
         restore(cfg, state, path, model, ema, optimizer)
         changes = changed_data(cfg, state, identity, allow_changed_data)
-    objective, without_data = build_objectives(cfg, dataset, model, shard, world)
-    planned = make_plan(cfg, world, model, without_data, optimizer, len(dataset.classes), shard)
+    objective, without_data = build_objectives(cfg, dataset, model, batching, world)
+    planned = make_plan(cfg, world, model, without_data, optimizer, len(dataset.classes), batching)
     resolved = resolve(
         cfg,
         world,
         dataset,
-        shard,
+        batching,
         model,
         loader=type(loader).__name__,
         batches_per_epoch=loader.batches_per_epoch,
@@ -136,7 +138,7 @@ def check_options(cfg: Config, device: torch.device) -> str:
 
 
 def build_model(
-    cfg: Config, dataset: Dataset, shard: Shard, kernels: str, world: World, *, resumed: bool
+    cfg: Config, dataset: Dataset, batching: Batching, kernels: str, world: World, resumed: bool
 ) -> tuple[Config, Classifier, ModelReport]:
     """Returns the network on its device, a report about it, and the configuration with the
     network's crop filled in, which later evaluations of the run need.
@@ -147,7 +149,7 @@ def build_model(
     seed_all(Stream.STEP, cfg.run.seed)
     model, report = network.build_model(architecture, len(dataset.classes), kernels)
     if not cfg.step.train_in_eval_mode:
-        network.check_batch(model, architecture, shard.batch_size)
+        network.check_batch(model, architecture, batching.batch_size)
     model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
     model.to(world.device)
     return cfg.replace(crop_pct=model.crop_pct), model, report
@@ -157,7 +159,7 @@ def make_loader(
     cfg: Config,
     dataset: Dataset,
     model: Classifier,
-    shard: Shard,
+    batching: Batching,
     world: World,
     notes: list[str],
 ) -> Loader:
@@ -168,8 +170,8 @@ def make_loader(
         img_size=model.img_size,
         mean=model.mean,
         std=model.std,
-        batch_size=shard.batch_size,
-        grad_accum_steps=shard.grad_accum_steps,
+        batch_size=batching.batch_size,
+        grad_accum_steps=batching.grad_accum_steps,
         rank=world.rank,
         ranks=world.size,
         device=world.device,
@@ -180,7 +182,7 @@ def make_loader(
 
 
 def build_objectives(
-    cfg: Config, dataset: Dataset, model: Classifier, shard: Shard, world: World
+    cfg: Config, dataset: Dataset, model: Classifier, batching: Batching, world: World
 ) -> tuple[Objective, Objective]:
     """Returns what is minimised, and the same without data on the CPU, for the plan to count."""
     if cfg.objective.method != "pag":
@@ -191,7 +193,7 @@ def build_objectives(
         dataset,
         img_size=model.img_size,
         crop_pct=model.crop_pct,
-        batch_size=shard.batch_size,
+        batch_size=batching.batch_size,
         device=world.device,
     )
     empty = Representatives(

@@ -22,7 +22,7 @@ from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
 from fastgn.models import network
 from fastgn.objectives import build_objective
-from fastgn.resolved import Shard, make_plan
+from fastgn.resolved import Batching, make_plan
 from fastgn.run import Run
 from fastgn.step.double_backward import graph_count
 from fastgn.train import main
@@ -479,7 +479,7 @@ def test_a_plan_is_of_the_whole_update(tmp_path: Path) -> None:
     optimizer = optim.build_optimizer(cfg.optimizer, model, 1e-3)
     world = World(0, 1, torch.device("cpu"))
     objective = build_objective(cfg.objective)
-    made = make_plan(cfg, world, model, objective, optimizer, 10, Shard(8, 4, ranks=1))
+    made = make_plan(cfg, world, model, objective, optimizer, 10, Batching(8, 4, ranks=1))
     assert made is not None
     assert (made.micro_batch, made.micro_batches) == (8, 4)
     assert made.lines()[0].endswith("an update of 32 images")

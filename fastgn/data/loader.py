@@ -1,7 +1,7 @@
-"""The training loader: which one, and how many images each of its batches has.
+"""The loader of the training images: which one it is, and how large its batches are.
 
-A loader is a module of its own that build_loader imports when it is chosen: device.py, torch.py or
-dali.py.
+Each loader has a module of its own, which build_loader imports if it is chosen: device.py, torch.py
+or dali/loader.py.
 """
 
 import os
@@ -15,13 +15,17 @@ from fastgn.config import Config
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Loader
 from fastgn.data.datasets import Arrays, Dataset
+from fastgn.data.images import Encoded
 from fastgn.data.trial import dali_or_pil, wants_dali
 from fastgn.errors import UserError, check
 
 
 def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) -> tuple[int, int]:
-    """(images a rank and micro-batch, micro-batches an update). Raises UserError where they do not
-    divide or exceed the data."""
+    """Returns the images per rank and micro-batch, and the micro-batches per update.
+
+    num_images: number of training images. Raises UserError if the sizes do not divide as the
+    options ask, or if an update needs more images than there are.
+    """
     data = cfg.dataset
     batch, accum = data.batch_size, data.grad_accum_steps
     if data.global_batch_size is None:
@@ -77,44 +81,21 @@ def build_loader(
     Raises UserError if the loader does not fit the data or the augmentation.
     """
     split, augmentation = dataset.train, cfg.augmentation
-    kind: str = cfg.dataset.loader
-    if kind == "auto":
-        kind = "device" if isinstance(split, Arrays) else "torch"
-        kind = "try dali" if kind == "torch" and wants_dali(device) else kind
-    hflip = augmentation.hflip
-    if hflip is None:
-        hflip = 0.0 if dataset.name == "digits" else 0.5
+    batches_per_epoch = len(split) // (batch_size * grad_accum_steps * ranks) * grad_accum_steps
     common: dict[str, Any] = {
         "img_size": img_size,
-        "hflip": hflip,
+        "hflip": flip_probability(cfg, dataset),
         "batch_size": batch_size,
-        "batches_per_epoch": len(split)
-        // (batch_size * grad_accum_steps * ranks)
-        * grad_accum_steps,
+        "batches_per_epoch": batches_per_epoch,
         "seed": cfg.run.seed,
         "rank": rank,
         "ranks": ranks,
         "device": device,
     }
     augment = BatchAugment(augmentation, len(dataset.classes), mean, std, device)
+    kind = loader_kind(cfg, split, device)
     if kind == "device":
-        if not isinstance(split, Arrays):
-            raise UserError("--loader device: image folders need --loader torch or dali")
-        check(
-            augmentation.aa is None,
-            f"--aa {augmentation.aa} works on PIL images: add --loader torch",
-        )
-        from fastgn.data.device import DeviceLoader
-
-        padding = augmentation.crop_padding
-        if padding is None:
-            padding = img_size // (16 if dataset.name == "digits" else 8)
-        check(
-            padding <= img_size,
-            f"--crop-padding {padding} shifts images of {img_size} px out of sight: at most "
-            f"{img_size}",
-        )
-        return DeviceLoader(split, augment, padding=padding, compiled=compiled, **common)
+        return build_device_loader(cfg, dataset, augment, compiled, common)
     common |= {
         "workers": min(cfg.dataset.workers, os.cpu_count() or 1),
         "worker_timeout": cfg.dataset.worker_timeout,
@@ -137,3 +118,43 @@ def build_loader(
             notes.append(line)
         return loader
     return make_dali() if kind == "dali" else make_torch()
+
+
+def flip_probability(cfg: Config, dataset: Dataset) -> float:
+    """Returns the probability of a horizontal flip. A flipped digit would be another one."""
+    if cfg.augmentation.hflip is not None:
+        return cfg.augmentation.hflip
+    return 0.0 if dataset.name == "digits" else 0.5
+
+
+def loader_kind(cfg: Config, split: Arrays | Encoded, device: torch.device) -> str:
+    """Returns device, torch or dali, or "try dali" if DALI first has to pass a trial."""
+    if cfg.dataset.loader != "auto":
+        return cfg.dataset.loader
+    if isinstance(split, Arrays):
+        return "device"
+    return "try dali" if wants_dali(device) else "torch"
+
+
+def build_device_loader(
+    cfg: Config, dataset: Dataset, augment: BatchAugment, compiled: bool, common: dict[str, Any]
+) -> Loader:
+    """Returns the loader that keeps the whole data set on the device.
+
+    common: arguments that all loaders take. Raises UserError if the data are files, or if an option
+    needs another loader.
+    """
+    from fastgn.data.device import DeviceLoader
+
+    split, policy, side = dataset.train, cfg.augmentation.aa, common["img_size"]
+    if not isinstance(split, Arrays):
+        raise UserError("--loader device: image folders need --loader torch or dali")
+    check(policy is None, f"--aa {policy} works on PIL images: add --loader torch")
+    padding = cfg.augmentation.crop_padding
+    if padding is None:
+        padding = side // (16 if dataset.name == "digits" else 8)
+    check(
+        padding <= side,
+        f"--crop-padding {padding} shifts images of {side} px out of sight: at most {side}",
+    )
+    return DeviceLoader(split, augment, padding=padding, compiled=compiled, **common)
