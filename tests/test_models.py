@@ -134,6 +134,19 @@ def test_drop_path_is_what_is_asked_for():
     assert "has no stochastic depth" in refused(model="preact_resnet18", drop_path=0.1)
 
 
+ENCODER = {
+    "model": "gemma4_vit_167m_enc",
+    "model_kwargs": ("depth=1", "embed_dim=64", "num_heads=2", "head_dim=32"),
+    "img_size": 96,
+}
+"""A network of timm's that has neither dropout nor a classifier."""
+
+
+def test_dropout_that_a_network_lacks_is_refused_only_if_asked_for():
+    assert "has no dropout; leave it out" in refused(**ENCODER, drop=0.1)
+    assert "and not 1 x 5 logits" in refused(**ENCODER)
+
+
 # ------------------------------------------------------------------------------------ normalisation
 
 

@@ -38,6 +38,12 @@ def earlier(path: Path) -> dict[str, Any]:
     return read_json(unfinished(path)) or read_json(path)
 
 
+def started(path: Path) -> dict[str, Any]:
+    """Returns what a call has measured that was ended early, {} if the last one was not."""
+    before = earlier(path)
+    return before if before.get("complete") is False else {}
+
+
 def write_record(path: Path, record: Mapping[str, Any]) -> Path:
     """Writes a record and returns where.
 

@@ -58,7 +58,7 @@ def create_network(
     """
     given = model_kwargs(cfg.model_kwargs)
     check_kwargs(name, given)
-    kwargs = {"num_classes": num_classes, "drop_rate": cfg.drop, **given}
+    kwargs = {"num_classes": num_classes, **given}
     if name in OWN:
         check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
         check(
@@ -66,13 +66,15 @@ def create_network(
             f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
         )
         try:
+            kwargs = {"drop_rate": cfg.drop} | kwargs
             return OWN[name](**kwargs), kwargs
         except Exception as error:  # whatever a constructor makes of odd arguments
             raise UserError(f"{describe(cfg)} cannot be built: {first_line(error)}") from None
     if cfg.pretrained:
         use_cache_if_offline()
     # given even if it is 0, because Swin's own default is 0.1
-    optional: dict[str, Any] = {"drop_path_rate": cfg.drop_path, "img_size": cfg.img_size}
+    optional: dict[str, Any] = {"drop_rate": cfg.drop, "drop_path_rate": cfg.drop_path}
+    optional["img_size"] = cfg.img_size
     optional = {k: v for k, v in optional.items() if v is not None and k not in kwargs}
     while True:
         try:
@@ -85,6 +87,10 @@ def create_network(
             check(
                 refused != "drop_path_rate" or not cfg.drop_path,
                 f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
+            )
+            check(
+                refused != "drop_rate" or not cfg.drop,
+                f"--drop {cfg.drop}: {name} has no dropout; leave it out",
             )
             del optional[refused]
         except OSError as error:

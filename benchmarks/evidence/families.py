@@ -1,0 +1,177 @@
+"""Which of timm's networks can be trained by gradnorm: a small one of each family.
+
+    python -m benchmarks.evidence.families
+
+A family is a module of timm.models. For its smallest network, with fastgn's twins of operators
+(fastgn/models/second_order.py) and without them, this computes the gradient of one gradnorm update on two
+images and looks whether all of it is finite. Each family has a process of its own, because some
+networks end it. If the script is ended early, the same call goes on with the next family.
+
+Writes benchmarks/results/families_cpu.json.
+"""
+
+import argparse
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import timm
+import torch
+
+from benchmarks.common.arguments import output_for
+from benchmarks.common.records import started, write_record
+from fastgn.config.groups import ArchitectureConfig
+from fastgn.errors import UserError, first_line
+from fastgn.metrics import environment
+from fastgn.models import network
+from fastgn.objectives import gradnorm
+from fastgn.step.diagnosis import Diagnosis
+
+CLASSES = 5
+SIDES = (64, 96, None)
+"""Sides of the images in pixels, of which the first that the network takes is used. None means
+timm's."""
+SIZES = (
+    *("test_", "atto", "femto", "pico", "nano", "xxxs", "xxs", "xxtiny", "tiny", "small", "_s"),
+    *("lite", "050", "035", "18", "_t", "mini", "b0", "a0", "x0_5", "xs"),
+)
+"""Parts of names that small networks have, the smallest first."""
+CANDIDATES = 12
+"""Number of networks of a family whose parameters are counted."""
+SHALLOW: dict[str, tuple[str, ...]] = {
+    "deepseek_vit": ("depth=2",),
+    "gemma4_vit": ("depth=2",),
+}
+"""Arguments for the families that have no small network."""
+MEMORY_BYTES = 12 << 30
+TIMEOUT_S = 600
+
+
+def size_by_name(name: str) -> tuple[int, int]:
+    """Returns a sort key that puts networks first whose names promise few parameters."""
+    return next((i for i, part in enumerate(SIZES) if part in name), len(SIZES)), len(name)
+
+
+def smallest_network(family: str) -> str:
+    """Returns the family's network with the fewest parameters, of those with a promising name."""
+    counts: dict[str, int] = {}
+    names = sorted(timm.list_models(module=family), key=size_by_name)[:CANDIDATES]
+    for name in names:
+        try:
+            with torch.device("meta"):
+                network = timm.create_model(name, num_classes=CLASSES)
+        except Exception:  # some read a tensor's values while they are built
+            continue
+        counts[name] = sum(p.numel() for p in network.parameters())
+    return min(counts or names, key=lambda name: counts.get(name, 0))
+
+
+def build(
+    name: str, kwargs: Sequence[str], sides: Sequence[int | None] = SIDES
+) -> tuple[network.Classifier, network.ModelReport]:
+    """Returns a network with random weights. Raises UserError if it takes none of the sizes."""
+    for side in sides:
+        torch.manual_seed(0)
+        cfg = ArchitectureConfig(model=name, model_kwargs=tuple(kwargs), img_size=side)
+        try:
+            return network.build_model(cfg, CLASSES)
+        except UserError:
+            if side == sides[-1]:
+                raise
+    raise AssertionError("no size was given")
+
+
+def differentiate(model: network.Classifier) -> dict[str, Any]:
+    """Returns the outcome of one gradnorm update: its penalty, and what is not finite in it."""
+    torch.manual_seed(0)
+    images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)
+    images_BCHW[0, :, :20] = 0.5  # a plain area, as in photographs, whose features may vanish
+    targets_B = torch.tensor([0, 1])
+    model.train()
+    try:
+        loss = gradnorm(model, images_BCHW.requires_grad_(), targets_B)
+        loss.total.backward()
+    except RuntimeError as error:  # PyTorch's answer where there is no second derivative
+        return {"outcome": "raises", "error": first_line(error)}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
+    if loss.total.isfinite() and not bad:
+        return {"outcome": "finite", "penalty": float(loss.penalty)}
+
+    def total() -> torch.Tensor:
+        return gradnorm(model, images_BCHW.detach().requires_grad_(), targets_B).total
+
+    return {"outcome": "not finite", "parameters": bad, "layer": Diagnosis().run(model, total)}
+
+
+def scan(family: str) -> dict[str, Any]:
+    """Returns a family's row of the record. Runs in a process of its own."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.alarm(TIMEOUT_S)  # whose default is the end of the process
+    start = time.perf_counter()
+    name, kwargs = smallest_network(family), SHALLOW.get(family, ())
+    row: dict[str, Any] = {"family": family, "model": name, "model_kwargs": kwargs}
+    try:
+        model, report = build(name, kwargs)
+        row |= {"img_size": model.img_size, "parameters": report.parameters}
+        row |= {"replaced": report.replaced_operators, "with_twins": differentiate(model)}
+        if report.replaced_operators:
+            side = model.img_size
+            with patch.object(network, "replace_operators", lambda finder: {}):
+                model, _ = build(name, kwargs, [side])
+            row["without_twins"] = differentiate(model)
+    except (UserError, MemoryError) as error:
+        row["with_twins"] = {"outcome": "cannot be built", "error": first_line(error)}
+    return row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def scan_apart(family: str) -> dict[str, Any]:
+    """Returns a family's row of the record, also if the network ends its process."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        try:
+            return pool.submit(scan, family).result()
+        except BrokenProcessPool:
+            return {"family": family, "with_twins": {"outcome": "killed"}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--families", nargs="+", help="these alone, as timm's modules are named")
+    parser.add_argument("--output", type=Path, help="JSON")
+    args = parser.parse_args()
+    output = output_for("families_cpu.json", parser, args, ())
+    known = timm.list_modules()
+    unknown = sorted({*(args.families or ())} - {*known})
+    if unknown:
+        print(f"families.py: error: --families {unknown[0]} is no module of timm", file=sys.stderr)
+        return 2
+    families = args.families or known
+    head = {"device": "cpu", "images": 2, "method": "gradnorm"} | environment()
+    before = started(output)
+    rows = before["rows"] if before.get("versions") == head["versions"] else []
+    done = {row["family"] for row in rows}
+    for family in families:
+        if family in done:
+            continue
+        row = scan_apart(family)
+        rows.append(row)
+        print(family, row.get("model"), row["with_twins"], row.get("replaced"), flush=True)
+        complete = len(rows) == len(families)
+        path = write_record(output, head | {"complete": complete, "rows": rows})
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
