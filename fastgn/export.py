@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgn.config.cli import parse_cli
-from fastgn.config.outputs import check_written
+from fastgn.config.outputs import beginning, check_replaced, check_written
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, print_line, say_error
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
@@ -365,6 +365,8 @@ def run(cfg: ExportConfig) -> None:
         check_target(folder / file)
         read = [("--checkpoint", cfg.checkpoint), ("--evaluation", cfg.evaluation)]
         check_written({f"--robustbench {cfg.robustbench}: its file": folder / file}, read)
+    ours = beginning(folder / "model.py").startswith(DEFINITION[:40].encode())
+    check_replaced("--robustbench", folder, FILES, ours, "export")
     if cfg.model is None:
         trained = load_trained(cfg.checkpoint, cpu)
     else:
@@ -378,10 +380,10 @@ def run(cfg: ExportConfig) -> None:
     pickled = io.BytesIO()
     torch.save(weights, pickled)
     check_same(source, pickled.getvalue(), trained)
+    write_bytes(folder / "model.py", source)  # first: it tells that the others are ours
     header = ExportHeader(trained.cfg.to_toml(), list(trained.classes), trained.update)
     export_weights(folder / "weights.safetensors", weights, header)
     write_bytes(folder / "weights.pt", pickled.getvalue())
-    write_bytes(folder / "model.py", source)
     write_json(folder / "model_info.json", info)
     print_line(f"written: {folder}: {', '.join(FILES)}", sys.stdout)
     missing = [k for k, v in info.items() if v is None and k not in ("footnote", "unreliable")]

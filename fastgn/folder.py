@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config import Config
-from fastgn.config.outputs import RUN_FILES, check_outside_data, holds_run
+from fastgn.config.outputs import RUN_FILES, check_outside_data, check_replaced
 from fastgn.distributed import World, has_agent_store, remembered, restarts
 from fastgn.errors import check
 from fastgn.files import check_target
@@ -51,11 +51,9 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
         f"--output {folder} holds a run already: --resume {folder} continues it, another "
         "--output starts a new one",
     )
-    config = folder / "config.toml"
-    check(  # each run writes environment.json before
-        not config.exists() or holds_run(folder) or (folder / "environment.json").exists(),
-        f"--output {folder} would overwrite {config}, which no run has made: give another --output",
-    )
+    # each run writes environment.json first
+    made = last is not None or (folder / "environment.json").exists()
+    check_replaced(flag, folder, (*RUN_FILES, "checkpoints/best.pt"), made, "run")
     return folder, found
 
 

@@ -1,5 +1,7 @@
 """What the programs write: never over what they read, and only where files can be."""
 
+import io
+import json
 import os
 import resource
 import shutil
@@ -10,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_state, small_state, tiny_run
+from matplotlib.figure import Figure
+from PIL import Image
 
 from fastgn import evaluate, export, lock, sweep, train
+from fastgn.analysis.canvas import to_png
+from fastgn.analysis.report import PAGE
 from fastgn.checkpoint import Checkpoints
 from fastgn.config.outputs import RUN_FILES
 from fastgn.config.programs import CheckConfig, EvaluateConfig
@@ -194,6 +200,62 @@ def test_a_report_may_lie_beside_the_splits(data_dir):
     CheckConfig(data_dir=str(data_dir), output=str(data_dir / "report.json"))
 
 
+FOREIGN = {
+    "photograph": lambda: encoded_image("JPEG"),
+    "picture": lambda: encoded_image("PNG"),
+    "recipe": lambda: b"epochs = 1\n",
+    "index": lambda: b"PK\x03\x04 an index",
+    "list": lambda: b"cat/0.png 0\n",
+}
+"""Files that fastgn reads, some of which lie anywhere: lists and links name them."""
+
+
+def encoded_image(form: str) -> bytes:
+    """Returns an image file's bytes."""
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(out, form)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("flag", ["output", "report", "curve", "picture"])
+def test_an_evaluation_replaces_only_files_of_its_own_kind(flag, kind, tmp_path, capsys):
+    path = tmp_path / "listed.png"
+    path.write_bytes(FOREIGN[kind]())
+    more = ["--eps", "0.1", "0.2", "--data-dir", str(tmp_path / "elsewhere")]
+    args = ["--checkpoint", "run", f"--{flag}", str(path), *more]
+    expected = f"--{flag} {path} would overwrite a file that is not "
+    refuses(evaluate.main, args, expected, tmp_path, capsys)
+    if flag == "output":
+        args = [str(tmp_path), "--output", str(path), "--val-split", "v"]
+        refuses(check.main, args, expected, tmp_path, capsys)
+
+
+def test_an_evaluation_replaces_its_own_files_and_empty_ones(tmp_path):
+    record = {"norm": "Linf", "eps_units": "0..1 pixels", "seed": 0, "models": []}
+    made = {
+        "output": json.dumps(record, indent=2).encode(),
+        "report": PAGE.template.encode(),
+        "curve": to_png(Figure()),
+        "picture": to_png(Figure()),
+    }
+    for content in (made, dict.fromkeys(made, b"")):
+        written = {flag: str(tmp_path / f"{flag}.x") for flag in made}
+        for flag, path in written.items():
+            Path(path).write_bytes(content[flag])
+        EvaluateConfig(checkpoint=("run",), eps=(0.1, 0.2), **written)
+
+
+@pytest.mark.parametrize("name", ["model.py", "weights.pt", "weights.safetensors"])
+def test_an_export_replaces_only_an_export(name, trained, tmp_path, capsys):
+    target = ["--checkpoint", str(trained), "--robustbench", str(tmp_path)]
+    (tmp_path / name).write_text("mine")
+    expected = f"would overwrite {tmp_path / name}, which no export has made"
+    refuses(export.main, [*target], expected, tmp_path, capsys)
+    (tmp_path / name).unlink()
+    assert export.main(target) == export.main(target) == 0
+
+
 def test_an_export_replaces_nothing_that_it_reads(tmp_path, capsys):
     for flag, name in (("checkpoint", "weights.safetensors"), ("evaluation", "model_info.json")):
         path = tmp_path / name
@@ -223,6 +285,32 @@ def test_training_writes_into_no_split(data_dir, tmp_path, capsys):
     for name in ("train", "val/run"):
         expected = f"--output {data_dir / name} lies in {data_dir / name.split('/')[0]}, where"
         refuses(train.main, [*args, str(data_dir / name)], expected, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["curves.png", "summary.json", "checkpoints/best.pt"])
+def test_a_new_run_replaces_no_file(name, tmp_path, capsys):
+    """Such as an image of a list, or the weights that it starts from."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    expected = f"--output {tmp_path} would overwrite {path}, which no run has made"
+    for more in ([], ["--resume", "auto"], ["--initial-checkpoint", str(path)]):
+        refuses(train.main, ["--output", str(tmp_path), *more], expected, tmp_path, capsys)
+
+
+def test_packing_replaces_no_index(tmp_path, capsys):
+    output = tmp_path / "packed"
+    (output / "train").mkdir(parents=True)
+    (output / "train" / "index.npz").write_text("mine")
+    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        folder = tmp_path / "source" / split / name
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(encoded_image("PNG"))
+    expected = f"{output / 'train'} holds shards or an index that fastgn.data.pack has not made"
+    source = [str(tmp_path / "source"), str(output), "--workers", "0"]
+    assert pack.main(source) == 2
+    assert expected in capsys.readouterr().err
+    assert (output / "train" / "index.npz").read_text() == "mine"
 
 
 def test_a_recipe_is_not_replaced_by_the_run(tmp_path, capsys):

@@ -1,9 +1,12 @@
 """Where a program may write: not over what it reads, among the images, or over a run's own files.
 
-No file that is read is a result: a program that would replace one is refused before it works.
+No file that is read is a result: a program that would replace one is refused before it works. An
+image may lie anywhere, because lists and links name it. So a file is only replaced if it is of the
+kind that the option writes.
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +22,14 @@ RUN_FILES = (
 
 REPORTS = (".json", ".html")
 """Endings of files that are no data."""
+PICTURE = ("a figure of fastgn's", re.compile(rb"\x89PNG.{,200}Software\0fastgn", re.DOTALL))
+KINDS = {
+    "--output": ("JSON", re.compile(rb"\s*\{")),
+    "--report": ("an HTML page", re.compile(rb"<!DOCTYPE html>", re.IGNORECASE)),
+    "--curve": PICTURE,
+    "--picture": PICTURE,
+}
+"""Option -> what it writes, and how such a file begins."""
 
 
 def holds_run(folder: Path) -> bool:
@@ -29,8 +40,8 @@ def holds_run(folder: Path) -> bool:
 def check_written(
     written: Mapping[str, str | Path | None], read: Iterable[tuple[str, str | None]] = ()
 ) -> None:
-    """Raises UserError if two of the files to write are the same one, if one is read as well, or
-    if one is a run's own.
+    """Raises UserError if two of the files to write are the same one, if one is read as well, if
+    one is a run's own, or if one is there and of another kind than the option writes.
 
     written: option and the file that it names. read: the same for files to read.
     """
@@ -48,6 +59,37 @@ def check_written(
         check(
             not below and (real.name not in RUN_FILES or not holds_run(real.parent)),
             f"{option} {path} would overwrite a file of the run there: name another file",
+        )
+        kind, start = KINDS.get(option, ("", None))
+        head = beginning(real)
+        check(
+            start is None or not head or start.match(head) is not None,
+            f"{option} {path} would overwrite a file that is not {kind}: name another file, or "
+            "remove it first",
+        )
+
+
+def beginning(path: Path) -> bytes:
+    """Returns a file's first bytes, none if there is no file or it cannot be read."""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(512)
+    except OSError:  # said by whoever writes there
+        pass
+    return b""
+
+
+def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, maker: str) -> None:
+    """Raises UserError if a folder has one of the files to write and `ours` is false.
+
+    ours: whether the program itself has made what is in the folder. maker: what makes such files.
+    """
+    for name in names:
+        check(
+            ours or not (folder / name).is_file() or not (folder / name).stat().st_size,
+            f"{option} {folder} would overwrite {folder / name}, which no {maker} has made: give "
+            f"another {option}",
         )
 
 

@@ -37,7 +37,7 @@ from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import PackConfig
 from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
-from fastgn.data.shards import Shards, sha256_of
+from fastgn.data.shards import INDEX, Shards, sha256_of
 from fastgn.data.torch import in_order
 from fastgn.errors import UserError, check, escaped
 from fastgn.files import atomic_open, remove_file
@@ -168,9 +168,11 @@ def pack(
     pieces = [numbers[i : i + cfg.shard_size] for i in numbers[:: cfg.shard_size]]
     keys, labels = [key_of(split, i) for i in numbers], split.labels_N.tolist()
     recipe = recipe_of(cfg, keys, labels, classes)
+    theirs = any(folder.glob("shard-*.tar")) or (folder / INDEX).exists()
     check(
-        any(folder.glob("shard-*.npz")) or not any(folder.glob("shard-*.tar")),
-        f"{folder} holds shards that fastgn.data.pack has not made: give another OUTPUT",
+        any(folder.glob("shard-*.npz")) or not theirs,
+        f"{folder} holds shards or an index that fastgn.data.pack has not made: give another "
+        "OUTPUT",
     )
     for left in folder.glob(".*.tmp"):  # by a kill: the caller holds the folder's lock
         remove_file(left)
