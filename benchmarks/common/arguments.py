@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Collection
 from pathlib import Path
 
+from benchmarks.common.records import hold
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -28,7 +30,19 @@ def output_for(
     file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
 ) -> Path:
     """--output, or else benchmarks/results/FILE; runs/FILE for a run that is not of the kind kept
-    there, which says so. free: the options that may have another value than their default."""
+    there, which says so. free: the options that may have another value than their default.
+
+    This process is the only one that writes there from here on.
+    """
+    output = choose_output(file, parser, args, free)
+    hold(output)
+    return output
+
+
+def choose_output(
+    file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
+) -> Path:
+    """Returns the path that `output_for` describes."""
     if args.output is not None:
         return args.output
     free = {*free, "output"}

@@ -1,14 +1,43 @@
 """How measurements are kept: whole files, and never less in the place of more.
 
 A script writes its record after each measurement, so that one that is ended early has lost nothing.
-But a record that is not complete never takes the place of a complete one.
+But a record that is not complete never takes the place of a complete one, and two scripts never
+write the same record at once.
 """
 
+import atexit
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+HELD: dict[Path, contextlib.AbstractContextManager[None]] = {}
+"""Record -> its lock, which this process has until it ends."""
+
+
+def hold(path: Path) -> None:
+    """Makes this process the only one that writes a record, until it ends.
+
+    Ends it with one line if another process has the record already. Scripts call this before they
+    measure, because what they measure would be lost.
+    """
+    from fastgn.errors import UserError
+    from fastgn.lock import lock_file
+
+    real = path.resolve()
+    if real in HELD:
+        return
+    lock = lock_file(real, f"--output {path}")
+    try:
+        lock.__enter__()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    HELD[real] = lock
+    atexit.register(lock.__exit__, None, None, None)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -50,6 +79,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
     A record with "complete": false goes to `unfinished(path)` if the file at `path` is complete.
     Files from before that key are complete.
     """
+    hold(path)
     there = read_json(path)
     if not record["complete"] and there and there.get("complete", True):
         path = unfinished(path)

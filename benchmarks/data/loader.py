@@ -43,6 +43,7 @@ from timm.data import create_loader
 from timm.data.mixup import Mixup
 
 from benchmarks.common.arguments import RESULTS, ROOT, positive_int
+from benchmarks.common.records import hold
 from benchmarks.common.timing import summary, synchronize
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
@@ -364,6 +365,7 @@ def main() -> int:
     slug = re.sub(r"\W+", "_", name.lower())
     results = RESULTS if cuda else ROOT / "runs"
     output = args.output or results / f"loader_{slug}.json"
+    hold(output)
     need, why = args.need, None
     try:
         check(need is None or need > 0, f"--need {need} must be positive")

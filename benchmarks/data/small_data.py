@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.common.arguments import RESULTS, ROOT
+from benchmarks.common.records import hold
 from benchmarks.common.timing import interleaved, summary
 from fastgn.config.cli import parse_config
 from fastgn.data.batch import Batch
@@ -69,6 +70,7 @@ def main() -> int:
     results = RESULTS if cuda else ROOT / "runs"
     slug = re.sub(r"\W+", "_", name.lower())
     output = args.output or results / f"small_data_{slug}.json"
+    hold(output)
     try:
         with tempfile.TemporaryDirectory() as folder, session() as world:
             data = ("--data-dir", str(noise(Path(folder), args.images)))

@@ -36,6 +36,7 @@ from pyautoattack.examples.resnet import ResNet18
 from torch import Tensor, nn
 
 from benchmarks.common.arguments import RESULTS, ROOT, positive_int
+from benchmarks.common.records import hold
 from benchmarks.common.timing import Timing, interleaved, summary
 from fastgn.analysis.outcomes import Attacker, Parts, Precision, rows_of, timed_part
 from fastgn.config.groups import ArchitectureConfig
@@ -189,6 +190,7 @@ def main() -> int:
     folder = RESULTS if cuda and not args.smoke else ROOT / "runs"
     slug = re.sub(r"\W+", "_", card.lower())
     output = args.output or folder / f"attacks_{slug}.json"
+    hold(output)
     device = torch.device("cuda" if cuda else "cpu")
     try:
         model, side = build_network(args.model, args.img_size)

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from benchmarks.common.arguments import RESULTS, positive_int
+from benchmarks.common.records import hold
 from fastgn import train
 from fastgn.checkpoint import Checkpoints, load_checkpoint
 from fastgn.files import write_json
@@ -167,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0, help="seed of the moments (0)")
     add("--output", type=Path, default=RESULTS / "kills_cpu.json")
     args = parser.parse_args(argv)
+    hold(args.output)
     with tempfile.TemporaryDirectory() as folder:
         record = study(Path(folder), args.kills, args.seed)
     write_json(args.output, record | environment())

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common.arguments import RESULTS
-from benchmarks.common.records import started, write_record
+from benchmarks.common.records import hold, started, write_record
 from fastgn.metrics import environment
 
 METHODS = ("natural", "gradnorm")
@@ -75,6 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = RESULTS / f"quickstart_{device}.json"
+    hold(path)
     seeds = started(path).get("seeds", [])
     for seed in range(len(seeds), args.seeds):
         with tempfile.TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ from fastgn_kernels import (
 from torch import Tensor
 
 from benchmarks.common.arguments import RESULTS, ROOT
-from benchmarks.common.records import write_record
+from benchmarks.common.records import hold, write_record
 from benchmarks.common.timing import Timing, cold
 
 try:
@@ -672,6 +672,7 @@ def main() -> int:
     card = torch.cuda.get_device_name() if gpu else "cpu"
     slug = re.sub(r"\W+", "_", card.lower())
     output = args.output or (RESULTS if gpu else ROOT / "runs") / f"kernels_{slug}.json"
+    hold(output)
     picture = args.plot or ROOT / "runs" / f"kernels_{slug}.png"
     if not gpu:
         print(NO_MEANING)

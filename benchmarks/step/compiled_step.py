@@ -15,6 +15,7 @@ import time
 import torch
 
 from benchmarks.common.arguments import RESULTS
+from benchmarks.common.records import hold
 from benchmarks.common.timing import interleaved
 from fastgn.config import load_recipe
 from fastgn.files import write_json
@@ -36,6 +37,8 @@ def main() -> None:
     cfg = load_recipe(args.recipe)
     batch_size = args.batch_size or cfg.dataset.batch_size or 32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = RESULTS / f"compiled_step_{args.recipe}_{device.type}.json"
+    hold(path)
     start_fresh = {"pretrained": False, "initial_checkpoint": None}
     architecture = dataclasses.replace(cfg.architecture, **start_fresh)
     num_classes = 1000 if cfg.dataset.data == "imagefolder" else 10
@@ -94,7 +97,6 @@ def main() -> None:
         "relative_gradient_error": error,
         **environment(),
     }
-    path = RESULTS / f"compiled_step_{args.recipe}_{device.type}.json"
     write_json(path, result)
     print(
         f"{args.recipe}, batch {batch_size} at {side} px on {device}: compiled is "

@@ -57,7 +57,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common.arguments import RESULTS, ROOT
 from benchmarks.common.energy import Meter, NoMeterError
-from benchmarks.common.records import write_record
+from benchmarks.common.records import hold, write_record
 from benchmarks.common.timing import Marks, Timing, interleaved, once, synchronize
 from benchmarks.step.profiler import by_operator, launches, marked
 from benchmarks.tables import cost_table
@@ -721,6 +721,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     unlike = [] if args.output else unlike_kept(args)
     default = ROOT / "runs" / f"{stem}_partial.json" if unlike else RESULTS / f"{stem}.json"
     output = args.output or default
+    hold(output)
     picture = args.plot or ROOT / "runs" / f"{output.stem}.png"
     # of one function: each arm compiles it for its own loss
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000

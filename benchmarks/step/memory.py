@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.arguments import RESULTS, ROOT, positive_float, positive_int
-from benchmarks.common.records import earlier, write_record
+from benchmarks.common.records import earlier, hold, write_record
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
@@ -195,6 +195,7 @@ def main() -> int:
     slug = re.sub(r"\W+", "_", name.lower())
     results = RESULTS if cuda else ROOT / "runs"
     output = args.output or results / f"memory_{args.model}_{slug}.json"
+    hold(output)
     head = {"device": name, "model": args.model, "precision": args.precision, "smoke": args.smoke}
     rows = taken_over(output, head)
     have = {key(row) for row in rows}

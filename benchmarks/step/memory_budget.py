@@ -23,7 +23,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common.arguments import RESULTS
-from benchmarks.common.records import earlier, write_record
+from benchmarks.common.records import earlier, hold, write_record
 from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--output", type=Path, default=RESULTS / "memory_budget.json")
     args = parser.parse_args()
+    hold(args.output)
 
     # the partitioner's choice is Inductor's, its code is not generated
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")

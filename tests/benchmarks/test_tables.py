@@ -1,7 +1,9 @@
 """The tables of the pages are those of benchmarks/results, and the clock measures what it says."""
 
+import argparse
 import ast
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import tables
 from benchmarks.common import records, timing
+from benchmarks.common.arguments import output_for
 from benchmarks.common.timing import cold, interleaved
 from benchmarks.kernels import ops as kernels
 
@@ -129,11 +133,48 @@ def test_an_incomplete_record_replaces_only_an_incomplete_one(tmp_path: Path) ->
         assert records.earlier(path)["value"] == value
     assert json.loads(path.read_text())["value"] == 3
     records.write_record(path, {"complete": True, "value": 6})
-    assert json.loads(path.read_text())["value"] == 6 and [*tmp_path.iterdir()] == [path]
+    assert json.loads(path.read_text())["value"] == 6 and [*tmp_path.glob("[!.]*")] == [path]
     path.write_text('{"made": "before records said whether they are complete"}')
     assert records.write_record(path, {"complete": False}) == beside
     path.write_text("{cut short")
     assert records.write_record(path, {"complete": False}) == path
+
+
+def measure_beside(path: Path, ready: Any, end: Any) -> None:
+    """Holds a record as a script does while it measures."""
+    records.write_record(path, {"complete": False, "value": 1})
+    ready.set()
+    end.wait(60)
+
+
+def test_two_scripts_do_not_write_one_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.json"
+    fork = multiprocessing.get_context("fork")
+    ready, end = fork.Event(), fork.Event()
+    other = fork.Process(target=measure_beside, args=(path, ready, end))
+    other.start()
+    try:
+        assert ready.wait(60)
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--output", type=Path)
+        args = parser.parse_args(["--output", str(path)])
+        for write in (
+            lambda: records.write_record(path, {"complete": True, "value": 2}),
+            lambda: output_for("r.json", parser, args, ()),
+        ):
+            with pytest.raises(SystemExit) as ended:
+                write()
+            assert ended.value.code == 2
+            line = capsys.readouterr().err
+            assert f"error: --output {path} is in use by process {other.pid} on host" in line
+        assert records.read_json(path)["value"] == 1
+    finally:
+        end.set()
+        other.join()
+    records.write_record(path, {"complete": True, "value": 3})
+    assert records.started(path) == {} and records.read_json(path)["value"] == 3
 
 
 def test_attacks_runs_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
