@@ -681,6 +681,38 @@ def robustness_summary() -> str:
     return "\n".join([*markdown(columns), "", note])
 
 
+def families() -> str:
+    """How many of timm's families gradnorm can train; empty while nothing has been measured."""
+    path = RESULTS / "families_cpu.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text())
+    kinds: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        outcome = row["with_twins"]["outcome"]
+        replaced = ", ".join(sorted(row.get("replaced", ())))
+        if outcome == "finite" and replaced:
+            alone = row["without_twins"]["outcome"] == "finite"
+            outcome = f"finite, {'also' if alone else 'not'} without the twins"
+        named = f"{row['family']} ({replaced})" if replaced else row["family"]
+        kinds.setdefault(outcome, []).append(named)
+    most = max(kinds, key=lambda kind: len(kinds[kind]))
+    columns = {
+        "gradient of one update": list(kinds),
+        "families": [str(len(named)) for named in kinds.values()],
+        "which (operators replaced)": [
+            "the others" if kind == most else ", ".join(named) for kind, named in kinds.items()
+        ],
+    }
+    source = (
+        f"One small network of each of timm's {len(record['rows'])} families, random weights, "
+        f"{record['method']}, {record['images']} images, n = 1, fp32, CPU; torch "
+        f"{record['versions']['torch']}, timm {record['versions']['timm']} "
+        f"(`benchmarks/results/{path.name}`)."
+    )
+    return "\n".join([*markdown(columns), "", source])
+
+
 TABLES = {
     "headline": headline,
     "cost_summary": cost_summary,
@@ -697,6 +729,7 @@ TABLES = {
     "robustness": robustness,
     "edge": edge,
     "activations": activations,
+    "families": families,
 }
 
 
