@@ -3,9 +3,9 @@
     python -m benchmarks.evidence.families
 
 A family is a module of timm.models. For its smallest network, with fastgn's twins of operators
-(fastgn/models/second_order.py) and without them, this computes the gradient of one gradnorm update on two
-images and looks whether all of it is finite. Each family has a process of its own, because some
-networks end it. If the script is ended early, the same call goes on with the next family.
+(fastgn/models/second_order.py) and without them, this computes the gradient of one gradnorm update
+on two images and looks whether all of it is finite. Each family has a process of its own, because
+some networks end it. If the script is ended early, the same call goes on with the next family.
 
 Writes benchmarks/results/families_cpu.json.
 """
@@ -68,10 +68,10 @@ def smallest_network(family: str) -> str:
     for name in names:
         try:
             with torch.device("meta"):
-                network = timm.create_model(name, num_classes=CLASSES)
+                candidate = timm.create_model(name, num_classes=CLASSES)
         except Exception:  # some read a tensor's values while they are built
             continue
-        counts[name] = sum(p.numel() for p in network.parameters())
+        counts[name] = sum(p.numel() for p in candidate.parameters())
     return min(counts or names, key=lambda name: counts.get(name, 0))
 
 
