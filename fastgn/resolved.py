@@ -222,13 +222,10 @@ def make_plan(
 
     With `--schedule auto` the plan also picks the micro-batch and the activation memory budget, for
     the device with the least free memory and the slowest rates. The objective is counted on the
-    CPU, without data. None means that the step of a fixed schedule cannot be counted, or need not
-    be because the device is a CPU.
+    CPU, without data. None means that the step of a fixed schedule cannot be counted.
 
     Raises UserError if nothing fits, or if `--schedule auto` cannot count the step.
     """
-    if cfg.step.schedule != "auto" and world.device.type != "cuda":
-        return None
     try:
         cost = step_cost(
             model,

@@ -84,7 +84,10 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
         restore(cfg, state, path, model, ema, optimizer)
         changes = changed_data(cfg, state, identity, allow_changed_data)
     objective, without_data = build_objectives(cfg, dataset, model, batching, world)
-    planned = make_plan(cfg, world, model, without_data, optimizer, len(dataset.classes), batching)
+    planned = None
+    if cfg.step.schedule == "auto" or world.device.type == "cuda":
+        classes = len(dataset.classes)
+        planned = make_plan(cfg, world, model, without_data, optimizer, classes, batching)
     resolved = resolve(
         cfg,
         world,
