@@ -100,7 +100,7 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
     model.to(case["dtype"])
     if case.get("compile"):
         for name in ("layer_norm", "window_attention"):  # stay ops in the graph, as on CUDA
-            importlib.import_module(f"fastgn_kernels.{name}").inlines = lambda: False  # type: ignore
+            importlib.import_module(f"fastgn_kernels.{name}").is_compiling = lambda: False  # type: ignore
         # what DistributedDataParallel sees is the traced graph; Inductor's code takes a minute
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore
     # each rank's start is its own by design: without it, the attack is a function of the images

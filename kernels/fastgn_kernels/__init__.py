@@ -1,4 +1,4 @@
-"""Fused operators whose backward has a fused backward: see kernels/README.md."""
+"""Fused PyTorch operators with fused first and second derivatives. See kernels/README.md."""
 
 from fastgn_kernels import reference
 from fastgn_kernels.activations import activation, gelu, silu
@@ -9,7 +9,7 @@ from fastgn_kernels.maths import TABLE as _TABLE
 from fastgn_kernels.window_attention import window_attention, window_attention_qkvpacked
 
 ACTIVATIONS = tuple(_TABLE)
-"""Kinds of `activation`."""
+"""Names that the argument `kind` of `activation` accepts."""
 
 __all__ = [
     "ACTIVATIONS",

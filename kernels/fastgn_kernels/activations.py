@@ -1,8 +1,16 @@
-"""Activations with an optional fused bias, three orders, one kernel body.
+"""Activation functions with an optional fused bias, and their first and second derivatives.
 
-y = f(u), u = x + bias. First derivative: gx = gy f'(u), gbias = sum of gx over rows. Given the
-cotangents (v, w) of (gx, gbias), with s = v + w: to gy: s f'(u); to x: s gy f''(u); to bias: its
-sum over rows. Each pass reads every input once and writes every output once.
+Names: u = x + bias is the input of the activation f, and y = f(u). gy is the gradient of the loss
+with respect to y; gx and gbias are those with respect to x and bias. ggx and ggbias are the
+cotangents of gx and gbias: the gradients that the second backward pass starts from. Its results are
+ggy, the gradient with respect to gy, and again gx and gbias.
+
+Forward: y = f(u).
+Backward: gx = gy f'(u), and gbias is the sum of gx over the rows.
+Backward of the backward, with s = ggx + ggbias: ggy = s f'(u), gx = s gy f''(u), and gbias is the
+sum of that gx over the rows.
+
+Each of these is one kernel, which reads every input once and writes every output once.
 """
 
 import torch
@@ -13,207 +21,231 @@ from torch import Tensor
 from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     LAUNCH,
-    define,
-    differentiable,
-    inlines,
-    is_floating,
-    laid_out_as,
-    no_forward_mode,
-    no_third_derivative,
-    round_up,
+    check_floating,
+    check_no_forward_mode,
+    compute_dtype,
+    count_strips,
+    define_op,
+    forbid_third_derivative,
+    is_compiling,
+    register_derivative,
     runs_triton,
-    strips,
-    tl_wide,
-    wide,
+    triton_compute_dtype,
+    with_strides_of,
 )
 from fastgn_kernels.maths import TABLE, in_pytorch
 
 BLOCK = 1024
-"""Elements of a program without bias: 8 a thread, one 16-byte access at 16 bits."""
+"""Number of elements per program if there is no bias. Each thread has 8 of them, which are one
+16-byte access for 16-bit dtypes."""
 TILE = 2048
-"""Elements of a tile with bias."""
+"""Number of elements of a program's tile if there is a bias."""
 
 WITH_PARAMETER = ("softplus", "elu", "leaky_relu")
+"""Kinds of activation that take a parameter."""
 
 
 @triton.jit
-def _tile(
-    x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, offsets, inside, bias, w,
-    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TIMES: tl.constexpr,
-    PARAMETER: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr,
+def _process_tile(
+    x_pointer, gy_pointer, ggx_pointer, out_pointer, gx_pointer, offsets, inside, bias, ggbias,
+    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
+    PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one order; returns what the bias gradient sums."""
-    u = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(WIDE) + bias
+    """Computes the outputs of one tile, and returns the terms of the bias gradient's sum.
+
+    `out` is y, gx or ggy for ORDER 0, 1 or 2.
+    """
+    u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:
-        tl.store(out_ptr + offsets, VALUE(u, PARAMETER), mask=inside)
+        tl.store(out_pointer + offsets, VALUE(u, PARAMETER), mask=inside)
         return u
-    gy = tl.load(gy_ptr + offsets, mask=inside, other=0.0).to(WIDE)
+    gy = tl.load(gy_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
     first = FIRST(u, PARAMETER)
     if ORDER == 1:
-        gu = TIMES(gy, first)
-        tl.store(out_ptr + offsets, gu, mask=inside)
+        gu = MULTIPLY(gy, first)
+        tl.store(out_pointer + offsets, gu, mask=inside)
         return tl.where(inside, gu, 0.0)
-    s = tl.load(v_ptr + offsets, mask=inside, other=0.0).to(WIDE) + w
-    gu = TIMES(s * gy, SECOND(u, PARAMETER))
-    tl.store(out_ptr + offsets, TIMES(s, first), mask=inside)
-    tl.store(gx_ptr + offsets, gu, mask=inside)
+    s = tl.load(ggx_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + ggbias
+    gu = MULTIPLY(s * gy, SECOND(u, PARAMETER))
+    tl.store(out_pointer + offsets, MULTIPLY(s, first), mask=inside)
+    tl.store(gx_pointer + offsets, gu, mask=inside)
     return tl.where(inside, gu, 0.0)
 
 
 @triton.jit
 def _activation_kernel(
-    x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, num,
-    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TIMES: tl.constexpr,
-    PARAMETER: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    x_pointer, gy_pointer, ggx_pointer, out_pointer, gx_pointer, num_elements,
+    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
+    PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Computes one order of an activation without a bias."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    _tile(x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, offsets, offsets < num, 0.0, 0.0,
-          VALUE, FIRST, SECOND, TIMES, PARAMETER, ORDER, WIDE)  # fmt: skip
+    _process_tile(
+        x_pointer, gy_pointer, ggx_pointer, out_pointer, gx_pointer, offsets,
+        offsets < num_elements, 0.0, 0.0,
+        VALUE, FIRST, SECOND, MULTIPLY, PARAMETER, ORDER, COMPUTE_DTYPE,
+    )  # fmt: skip
 
 
 @triton.jit
 def _bias_activation_kernel(
-    x_ptr, bias_ptr, gy_ptr, v_ptr, w_ptr, out_ptr, gx_ptr, partial_ptr, rows, columns,
-    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TIMES: tl.constexpr,
-    PARAMETER: tl.constexpr, ORDER: tl.constexpr, WIDE: tl.constexpr, HAS_W: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_pointer, bias_pointer, gy_pointer, ggx_pointer, ggbias_pointer, out_pointer, gx_pointer,
+    partial_sums_pointer, rows, columns,
+    VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
+    PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    HAS_GGBIAS: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(WIDE)[None, :]
-    w = tl.zeros((1, BLOCK_C), WIDE)
-    if HAS_W:
-        w = tl.load(w_ptr + column, mask=column < columns, other=0.0).to(WIDE)[None, :]
-    total = tl.zeros((BLOCK_R, BLOCK_C), WIDE)
-    for start in range(tl.program_id(1) * BLOCK_R, rows, tl.num_programs(1) * BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
+    """Computes one order of an activation with a bias, and partial sums of the bias gradient."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    bias = tl.load(bias_pointer + column, mask=column < columns, other=0.0)
+    bias = bias.to(COMPUTE_DTYPE)[None, :]
+    ggbias = tl.zeros((1, BLOCK_COLUMNS), COMPUTE_DTYPE)
+    if HAS_GGBIAS:
+        ggbias = tl.load(ggbias_pointer + column, mask=column < columns, other=0.0)
+        ggbias = ggbias.to(COMPUTE_DTYPE)[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), COMPUTE_DTYPE)
+    for start in range(tl.program_id(1) * BLOCK_ROWS, rows, tl.num_programs(1) * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
         offsets = row[:, None].to(tl.int64) * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
-        gu = _tile(x_ptr, gy_ptr, v_ptr, out_ptr, gx_ptr, offsets, inside, bias, w,
-                   VALUE, FIRST, SECOND, TIMES, PARAMETER, ORDER, WIDE)  # fmt: skip
+        gu = _process_tile(
+            x_pointer, gy_pointer, ggx_pointer, out_pointer, gx_pointer, offsets, inside, bias,
+            ggbias, VALUE, FIRST, SECOND, MULTIPLY, PARAMETER, ORDER, COMPUTE_DTYPE,
+        )  # fmt: skip
         if BIAS_GRAD:
             total += gu
     if BIAS_GRAD:
-        # partial sums rather than atomics: the same bits in every run
-        to = partial_ptr + tl.program_id(1).to(tl.int64) * columns + column
+        # partial sums instead of atomic additions, so that every run gives the same bits
+        to = partial_sums_pointer + tl.program_id(1).to(tl.int64) * columns + column
         tl.store(to, tl.sum(total, axis=0), mask=column < columns)
 
 
-def _launch(
+def _run_kernel(
     order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
-    gy: Tensor | None = None, v: Tensor | None = None, w: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The order's outputs: (y, -, -), (gx, -, gbias) or (ggy, gx, gbias); gbias only with
-    weight_grads."""
-    out, gx, gbias = _outputs(order, x, bias, weight_grads)
-    maths = (*TABLE[kind][:4], parameter, order, tl_wide(x.dtype))
-    x = laid_out_as(x, out)
-    # an argument that the order does not read is still an argument
-    gy = laid_out_as(gy, out) if gy is not None else x
-    v = laid_out_as(v, out) if v is not None else x
+    gy: Tensor | None = None, ggx: Tensor | None = None, ggbias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Computes one order with a Triton kernel.
+
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. weight_grads:
+    whether to compute gbias. Returns (y, empty, empty), (gx, empty, gbias) or (ggy, gx, gbias);
+    gbias is empty if it is not computed.
+    """
+    out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
+    maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
+    x = with_strides_of(x, out)
+    # a kernel needs a tensor for every argument, also for those that its order does not read
+    gy = with_strides_of(gy, out) if gy is not None else x
+    ggx = with_strides_of(ggx, out) if ggx is not None else x
     if bias is None:
         if x.numel():
-            grid = (round_up(x.numel(), BLOCK),)
-            _activation_kernel[grid](x, gy, v, out, gx, x.numel(), *maths, BLOCK=BLOCK, **LAUNCH)
+            grid = (triton.cdiv(x.numel(), BLOCK),)
+            _activation_kernel[grid](x, gy, ggx, out, gx, x.numel(), *maths, BLOCK=BLOCK, **LAUNCH)
         return out, gx, gbias
     columns = x.shape[-1]
     if not x.numel():
         return out, gx, gbias.zero_()
-    block_c = min(triton.next_power_of_2(columns), 256)
-    block_r = TILE // block_c
-    blocks = round_up(columns, block_c)
+    block_columns = min(triton.next_power_of_2(columns), 256)
+    block_rows = TILE // block_columns
+    blocks = triton.cdiv(columns, block_columns)
     rows = x.numel() // columns
-    num = strips(rows, block_r, blocks)
-    sums = torch.empty(num if weight_grads else 0, columns, dtype=wide(x.dtype), device=x.device)
+    strips = count_strips(rows, block_rows, blocks)
+    shape = (strips if weight_grads else 0, columns)
+    partial_sums = torch.empty(shape, dtype=compute_dtype(x.dtype), device=x.device)
     bias = bias.contiguous()
-    _bias_activation_kernel[(blocks, num)](
-        x, bias, gy, v, w.contiguous() if w is not None else bias, out, gx, sums, rows, columns,
-        *maths, HAS_W=w is not None, BIAS_GRAD=weight_grads, BLOCK_R=block_r, BLOCK_C=block_c,
-        **LAUNCH,
+    _bias_activation_kernel[(blocks, strips)](
+        x, bias, gy, ggx, ggbias.contiguous() if ggbias is not None else bias, out, gx,
+        partial_sums, rows, columns, *maths, HAS_GGBIAS=ggbias is not None, BIAS_GRAD=weight_grads,
+        BLOCK_ROWS=block_rows, BLOCK_COLUMNS=block_columns, **LAUNCH,
     )  # fmt: skip
-    return out, gx, sums.sum(0).to(bias.dtype) if weight_grads else gbias
+    return out, gx, partial_sums.sum(0).to(bias.dtype) if weight_grads else gbias
 
 
-def _plain(
+def _run_plain(
     order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
-    gy: Tensor | None = None, v: Tensor | None = None, w: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """What `_launch` computes, by PyTorch's operators."""
-    out, gx, gbias = _outputs(order, x, bias, weight_grads)
-    value, first, second, times = map(in_pytorch, TABLE[kind][:4])
-    u = x.to(wide(x.dtype))
+    gy: Tensor | None = None, ggx: Tensor | None = None, ggbias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Computes the same as `_run_kernel` with PyTorch's operators."""
+    out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
+    value, first, second, multiply = map(in_pytorch, TABLE[kind][:4])
+    u = x.to(compute_dtype(x.dtype))
     if bias is not None:
         u = u + bias.to(u.dtype)
     if gy is None:
         return out.copy_(value(u, parameter)), gx, gbias
-    if v is None:
-        gu = times(gy.to(u.dtype), first(u, parameter))
+    if ggx is None:
+        gu = multiply(gy.to(u.dtype), first(u, parameter))
         out.copy_(gu)
     else:
-        s = v.to(u.dtype)
-        if w is not None:
-            s = s + w.to(u.dtype)
-        gu = times(s * gy.to(u.dtype), second(u, parameter))
+        s = ggx.to(u.dtype)
+        if ggbias is not None:
+            s = s + ggbias.to(u.dtype)
+        gu = multiply(s * gy.to(u.dtype), second(u, parameter))
         gx.copy_(gu)
-        out.copy_(times(s, first(u, parameter)))
+        out.copy_(multiply(s, first(u, parameter)))
     if bias is not None and weight_grads:
         gbias.copy_(gu.flatten(0, -2).sum(0) if gu.ndim > 1 else gu)
     return out, gx, gbias
 
 
-def _outputs(order: int, x: Tensor, bias: Tensor | None, weight_grads: bool) -> tuple[Tensor, ...]:
-    """Room for (y or gx or ggy, gx of order 2, gbias): empty tensors where there is none, since
-    custom ops return tensors. In the strides of `x` where those have no holes."""
-    strides = torch.preserve_format if bias is None else torch.contiguous_format
-    out = torch.empty_like(x, memory_format=strides)
-    gx = torch.empty_like(x, memory_format=strides) if order == 2 else x.new_empty(0)
+def _allocate_outputs(
+    order: int, x: Tensor, bias: Tensor | None, weight_grads: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns tensors for the results of `_run_kernel`.
+
+    A result that an order does not have is an empty tensor, because custom ops return tensors.
+    Without a bias, the results have the strides of `x` if these leave no holes in memory.
+    """
+    memory_format = torch.preserve_format if bias is None else torch.contiguous_format
+    out = torch.empty_like(x, memory_format=memory_format)
+    gx = torch.empty_like(x, memory_format=memory_format) if order == 2 else x.new_empty(0)
     gbias = torch.empty_like(bias) if weight_grads and bias is not None else x.new_empty(0)
     return out, gx, gbias
 
 
-@define("fastgn::activation")
+@define_op("fastgn::activation")
 def _activation(x: Tensor, bias: Tensor | None, kind: str, parameter: float) -> Tensor:
-    return (_launch if runs_triton(x) else _plain)(0, x, bias, kind, parameter, False)[0]
+    return (_run_kernel if runs_triton(x) else _run_plain)(0, x, bias, kind, parameter, False)[0]
 
 
-@define("fastgn::activation_bwd")
+@define_op("fastgn::activation_bwd")
 def _activation_bwd(
     gy: Tensor, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor]:
-    body = _launch if runs_triton(x) else _plain
-    gx, _, gbias = body(1, x, bias, kind, parameter, weight_grads, gy)
+    run = _run_kernel if runs_triton(x) else _run_plain
+    gx, _, gbias = run(1, x, bias, kind, parameter, weight_grads, gy)
     return gx, gbias
 
 
-@define("fastgn::activation_bwd_bwd")
+@define_op("fastgn::activation_bwd_bwd")
 def _activation_bwd_bwd(
-    v: Tensor, w: Tensor | None, gy: Tensor, x: Tensor, bias: Tensor | None, kind: str,
+    ggx: Tensor, ggbias: Tensor | None, gy: Tensor, x: Tensor, bias: Tensor | None, kind: str,
     parameter: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    body = _launch if runs_triton(x) else _plain
-    ggy, gx, gbias = body(2, x, bias, kind, parameter, weight_grads, gy, v, w)
+    run = _run_kernel if runs_triton(x) else _run_plain
+    ggy, gx, gbias = run(2, x, bias, kind, parameter, weight_grads, gy, ggx, ggbias)
     return ggy, gx, gbias
 
 
 @_activation.register_fake
 def _(x: Tensor, bias: Tensor | None, kind: str, parameter: float) -> Tensor:
-    return _outputs(0, x, bias, False)[0]
+    return _allocate_outputs(0, x, bias, False)[0]
 
 
 @_activation_bwd.register_fake
 def _(
     gy: Tensor, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor]:
-    gx, _, gbias = _outputs(1, x, bias, weight_grads)
+    gx, _, gbias = _allocate_outputs(1, x, bias, weight_grads)
     return gx, gbias
 
 
 @_activation_bwd_bwd.register_fake
 def _(
-    v: Tensor, w: Tensor | None, gy: Tensor, x: Tensor, bias: Tensor | None, kind: str,
+    ggx: Tensor, ggbias: Tensor | None, gy: Tensor, x: Tensor, bias: Tensor | None, kind: str,
     parameter: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    ggy, gx, gbias = _outputs(2, x, bias, weight_grads)
-    return ggy, gx, gbias
+    return _allocate_outputs(2, x, bias, weight_grads)
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
@@ -222,67 +254,87 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor
 
 
 def _backward_backward(
-    options: tuple, saved: tuple, wanted: tuple[bool, ...], v: Tensor | None, w: Tensor | None
-) -> tuple:
+    options: tuple, saved: tuple, wanted: tuple[bool, ...],
+    ggx: Tensor | None, ggbias: Tensor | None,
+) -> tuple:  # fmt: skip
     gy, x, bias = saved
-    if v is None:
-        v = torch.zeros_like(x)
+    if ggx is None:
+        ggx = torch.zeros_like(x)
     kind, parameter, had_bias_grad = options[-3:]
     ggy, gx, gbias = _activation_bwd_bwd(
-        v, w if had_bias_grad else None, gy, x, bias, kind, parameter, wanted[2]
+        ggx, ggbias if had_bias_grad else None, gy, x, bias, kind, parameter, wanted[2]
     )
     return ggy, gx, gbias if wanted[2] else None, None, None, None
 
 
-differentiable(_activation, "activation", save=lambda inputs, y: inputs[:2], backward=_backward)
-differentiable(
+register_derivative(
+    _activation, "activation", save=lambda inputs, y: inputs[:2], backward=_backward
+)
+register_derivative(
     _activation_bwd,
     "activation",
     save=lambda inputs, outputs: inputs[:3],
     backward=_backward_backward,
 )
-no_third_derivative(_activation_bwd_bwd, "activation")
+forbid_third_derivative(_activation_bwd_bwd, "activation")
 
 
 def activation(
     x: Tensor, kind: str, bias: Tensor | None = None, parameter: float | None = None
 ) -> Tensor:
-    """f(x + bias) in one pass, and one pass for each of its two derivatives.
+    """Returns f(x + bias) for an activation function f.
 
-    x: any shape, any floating dtype, computed in float32 or wider. kind: see
-    ``fastgn_kernels.ACTIVATIONS``. bias: (C,), over the last dimension of x; its gradient is summed
-    in the backward's own pass. parameter: softplus' beta, elu's alpha, leaky_relu's slope; None:
-    PyTorch's default. Returns x's shape and dtype, whatever the bias' dtype.
+    The value and each of the two derivatives take one kernel. Results are computed in float32, or
+    in float64 if x is float64. In code compiled by torch.compile the function calls
+    `reference.activation` instead, whose operators Inductor fuses with their neighbours.
 
-    In a compiled region this is `reference.activation`, which Inductor fuses. Raises ValueError on
-    an unknown kind, a parameter for a kind without one or a bias of another size, TypeError on
-    integers; a third derivative raises RuntimeError.
+    Args:
+        x: tensor of any shape (..., C) and any floating-point dtype.
+        kind: one of ``fastgn_kernels.ACTIVATIONS``.
+        bias: (C,), any floating-point dtype. The backward kernel also sums its gradient.
+        parameter: beta of softplus, alpha of elu or negative slope of leaky_relu. If None,
+            PyTorch's default is used.
+
+    Returns:
+        A tensor with the shape and dtype of x.
+
+    Raises:
+        ValueError: if kind is unknown, takes no parameter although one is given, or if the shape of
+            bias does not fit.
+        TypeError: if a tensor is not floating-point.
+        RuntimeError: if the result is differentiated three times.
     """
     if kind not in TABLE:
         raise ValueError(f"activation: kind {kind!r} is not one of {', '.join(TABLE)}")
     if parameter is not None and kind not in WITH_PARAMETER:
-        # reference.activation, and so a compiled region, knows none either
-        raise ValueError(f"activation: {kind} has no parameter, {', '.join(WITH_PARAMETER)} have")
+        # reference.activation, which compiled code calls, would ignore it
+        raise ValueError(
+            f"activation: {kind} has no parameter, only {', '.join(WITH_PARAMETER)} have one"
+        )
     if bias is not None and (bias.ndim != 1 or bias.shape != x.shape[-1:]):
         raise ValueError(
             f"activation: bias is {tuple(bias.shape)}, should be {tuple(x.shape[-1:])}"
         )
-    is_floating("activation", x=x, bias=bias)
+    check_floating("activation", x=x, bias=bias)
     if parameter is None:
         parameter = TABLE[kind].parameter
-    if inlines():
+    if is_compiling():
         return reference.activation(x, kind, bias, parameter)
-    no_forward_mode("activation", x, bias)
+    check_no_forward_mode("activation", x, bias)
     return _activation(x, bias, kind, parameter)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
-    """gelu(x + bias), see `activation`. approximate: "none" (erf) or "tanh", as in PyTorch."""
+    """Returns gelu(x + bias), with the shape and dtype of x; see `activation`.
+
+    approximate: "none" for the exact function with erf, or "tanh", as in ``F.gelu``. Raises
+    ValueError for any other value.
+    """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate {approximate!r} should be 'none' or 'tanh'")
     return activation(x, "gelu" if approximate == "none" else "gelu_tanh", bias)
 
 
 def silu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """silu(x + bias), see `activation`."""
+    """Returns silu(x + bias), with the shape and dtype of x; see `activation`."""
     return activation(x, "silu", bias)

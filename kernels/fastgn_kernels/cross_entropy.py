@@ -1,9 +1,17 @@
-"""Cross-entropy with class indices or probabilities, three orders, one kernel each.
+"""Cross-entropy with class indices or class probabilities, and its two derivatives.
 
-Per sample, with p = softmax(z) and T = sum of t (1 for an index): loss = T logsumexp(z) - sum t z.
-First derivative: gz = gl (T p - t). Given the cotangent v of gz: to gl: sum v (T p - t); to z:
-gl T p (v - sum p v). A row lies in one tile and every order recomputes p from z, so that each pass
-reads every input once, writes every output once and nothing but z and t is kept.
+Names: z are the logits of one sample and p = softmax(z). t are its target probabilities, which are
+0 and a single 1 for a class index. T is the sum of t. gl is the gradient with respect to the
+sample's loss, and gz the one with respect to z. ggz is the cotangent of gz: the gradient that the
+second backward pass starts from. Its results are ggl, the gradient with respect to gl, and again
+gz.
+
+Forward: loss = T logsumexp(z) - sum(t z).
+Backward: gz = gl (T p - t).
+Backward of the backward: ggl = sum(ggz (T p - t)) and gz = gl T p (ggz - sum(p ggz)).
+
+Each of these is one kernel, which reads every input once and writes every output once. A program
+holds whole rows, and every kernel recomputes p, so that only z and t are kept for the backward.
 """
 
 from typing import Any
@@ -16,50 +24,55 @@ from torch import Tensor
 from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     LAUNCH,
-    define,
-    differentiable,
-    inlines,
-    is_floating,
-    no_forward_mode,
-    no_third_derivative,
-    round_up,
+    check_floating,
+    check_no_forward_mode,
+    compute_dtype,
+    define_op,
+    forbid_third_derivative,
+    is_compiling,
+    register_derivative,
     runs_triton,
-    tl_wide,
-    wide,
+    triton_compute_dtype,
 )
 
 TILE = 1024
-"""Elements of a program's tile, or one row where rows are longer."""
+"""Number of elements that a program holds at least; a longer row is a tile of its own."""
 PER_THREAD = 8
-"""Elements of a thread: one 16-byte access at 16 bits."""
+"""Number of elements per thread: one 16-byte access for 16-bit dtypes."""
 LARGEST_ROW = 64 << 10
-"""Bytes, in the dtype computed in, of the widest row that 1024 threads hold in their registers:
-16384 classes spill nothing on sm_70, 80 and 90, 32768 up to 700 bytes a thread. In float64 the last
-order spills 112 at its 8192."""
+"""Bytes, in the compute dtype, of the widest row that 1024 threads can hold in their registers.
+Rows of 16384 float32 classes spill no registers on sm_70, 80 and 90. With 32768 classes, a thread
+spills up to 700 bytes. Rows of 8192 float64 classes spill 112 bytes in the last order."""
 
 
 @triton.jit
-def _load(
-    logits_ptr, targets_ptr, rows,
-    K: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+def _load_tile(
+    logits_pointer, targets_pointer, rows,
+    COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile: (row, offsets, inside, chosen, t, T, z - max, exp(z - max), its sum)."""
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    column = tl.arange(0, BLOCK_K)[None, :]
-    # K is a constant, so that a row of 1000 is known to start at a multiple of 8 elements
-    offsets = row * K + column
-    inside = (row < rows) & (column < K)
-    z = tl.load(logits_ptr + offsets, mask=inside, other=float("-inf")).to(WIDE)
+    """Loads the rows of a program.
+
+    Returns (row, offsets, inside, chosen, t, T, z - max(z), exp(z - max(z)), sum of the latter).
+    `inside` marks the elements that exist, and `chosen` those that may contribute to sum(t z).
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = row[:, None]
+    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
+    # COLUMNS is a constant, so the compiler knows that rows of 1000 start at multiples of 8
+    offsets = row * COLUMNS + column
+    inside = (row < rows) & (column < COLUMNS)
+    z = tl.load(logits_pointer + offsets, mask=inside, other=float("-inf")).to(COMPUTE_DTYPE)
     if INDEXED:
-        index = tl.load(targets_ptr + row, mask=row < rows, other=0)
+        index = tl.load(targets_pointer + row, mask=row < rows, other=0)
         chosen = inside & (column == index)
-        t = chosen.to(WIDE)
-        total = tl.where((index >= 0) & (index < K), 1.0, float("nan")).to(WIDE)
+        t = chosen.to(COMPUTE_DTYPE)
+        valid = (index >= 0) & (index < COLUMNS)
+        total = tl.where(valid, 1.0, float("nan")).to(COMPUTE_DTYPE)
     else:
-        # where the target is 0 and the logit -inf, PyTorch's loss is NaN
+        # PyTorch's loss is NaN if a target is 0 where the logit is -inf
         chosen = inside
-        t = tl.load(targets_ptr + offsets, mask=inside, other=0.0).to(WIDE)
+        t = tl.load(targets_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = tl.sum(t, axis=1, keep_dims=True)
     shifted = z - tl.max(z, axis=1, keep_dims=True)
     exponential = tl.exp(shifted)
@@ -69,109 +82,123 @@ def _load(
 
 @triton.jit
 def _cross_entropy_fwd_kernel(
-    logits_ptr, targets_ptr, loss_ptr, rows,
-    K: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits_pointer, targets_pointer, loss_pointer, rows,
+    COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, _, _, chosen, t, total, shifted, _, normaliser = _load(
-        logits_ptr, targets_ptr, rows, K, INDEXED, WIDE, BLOCK_R, BLOCK_K
-    )
-    # of the shifted logits: a large common offset would take the loss' digits with it
+    """Computes the loss of each sample."""
+    row, _, _, chosen, t, total, shifted, _, normaliser = _load_tile(
+        logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
+        BLOCK_ROWS, BLOCK_COLUMNS,
+    )  # fmt: skip
+    # with z instead of z - max(z), a large offset common to all logits would cost digits
     picked = tl.sum(tl.where(chosen, t * shifted, 0.0), axis=1, keep_dims=True)
-    tl.store(loss_ptr + row, total * tl.log(normaliser) - picked, mask=row < rows)
+    tl.store(loss_pointer + row, total * tl.log(normaliser) - picked, mask=row < rows)
 
 
 @triton.jit
 def _cross_entropy_bwd_kernel(
-    logits_ptr, targets_ptr, gl_ptr, gl_stride, gz_ptr, rows,
-    K: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits_pointer, targets_pointer, gl_pointer, gl_stride, gz_pointer, rows,
+    COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, offsets, inside, _, t, total, _, exponential, normaliser = _load(
-        logits_ptr, targets_ptr, rows, K, INDEXED, WIDE, BLOCK_R, BLOCK_K
-    )
-    gl = tl.load(gl_ptr + row * gl_stride, mask=row < rows, other=0.0).to(WIDE)
-    tl.store(gz_ptr + offsets, gl * (total * (exponential / normaliser) - t), mask=inside)
+    """Computes gz."""
+    row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
+        logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
+        BLOCK_ROWS, BLOCK_COLUMNS,
+    )  # fmt: skip
+    gl = tl.load(gl_pointer + row * gl_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
+    tl.store(gz_pointer + offsets, gl * (total * (exponential / normaliser) - t), mask=inside)
 
 
 @triton.jit
 def _cross_entropy_bwd_bwd_kernel(
-    logits_ptr, targets_ptr, gl_ptr, gl_stride, v_ptr, ggl_ptr, gz_ptr, rows,
-    K: tl.constexpr, INDEXED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits_pointer, targets_pointer, gl_pointer, gl_stride, ggz_pointer, ggl_pointer, gz_pointer,
+    rows,
+    COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, offsets, inside, _, t, total, _, exponential, normaliser = _load(
-        logits_ptr, targets_ptr, rows, K, INDEXED, WIDE, BLOCK_R, BLOCK_K
-    )
-    gl = tl.load(gl_ptr + row * gl_stride, mask=row < rows, other=0.0).to(WIDE)
-    v = tl.load(v_ptr + offsets, mask=inside, other=0.0).to(WIDE)
+    """Computes ggl and the gz of the second backward pass."""
+    row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
+        logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
+        BLOCK_ROWS, BLOCK_COLUMNS,
+    )  # fmt: skip
+    gl = tl.load(gl_pointer + row * gl_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
+    ggz = tl.load(ggz_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
     p = exponential / normaliser
-    ggl = tl.sum(v * (total * p - t), axis=1, keep_dims=True)
-    mean = tl.sum(p * v, axis=1, keep_dims=True)
-    tl.store(ggl_ptr + row, ggl, mask=row < rows)
-    tl.store(gz_ptr + offsets, gl * total * p * (v - mean), mask=inside)
+    ggl = tl.sum(ggz * (total * p - t), axis=1, keep_dims=True)
+    mean = tl.sum(p * ggz, axis=1, keep_dims=True)
+    tl.store(ggl_pointer + row, ggl, mask=row < rows)
+    tl.store(gz_pointer + offsets, gl * total * p * (ggz - mean), mask=inside)
 
 
-def _launch(
-    order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, v: Tensor | None = None
+def _run_kernel(
+    order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, ggz: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The order's outputs: (loss, -), (-, gz) or (ggl, gz)."""
-    per_row, gz = _outputs(order, logits)
+    """Computes one order with a Triton kernel.
+
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. Returns
+    (loss, empty), (empty, gz) or (ggl, gz).
+    """
+    per_row, gz = _allocate_outputs(order, logits)
     rows, columns = logits.shape
     if not rows:
         return per_row, gz
-    block_k = triton.next_power_of_2(columns)
-    block_r = max(TILE // block_k, 1)
-    shape = {
-        "K": columns,
+    block_columns = triton.next_power_of_2(columns)
+    block_rows = max(TILE // block_columns, 1)
+    constants = {
+        "COLUMNS": columns,
         "INDEXED": not targets.is_floating_point(),
-        "WIDE": tl_wide(logits.dtype),
-        "BLOCK_R": block_r,
-        "BLOCK_K": block_k,
-        "num_warps": min(block_r * block_k // (32 * PER_THREAD), 32),
+        "COMPUTE_DTYPE": triton_compute_dtype(logits.dtype),
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        "num_warps": min(block_rows * block_columns // (32 * PER_THREAD), 32),
         **LAUNCH,
     }
-    grid = (round_up(rows, block_r),)
+    grid = (triton.cdiv(rows, block_rows),)
     logits, targets = logits.contiguous(), targets.contiguous()
     if gl is None:
-        _cross_entropy_fwd_kernel[grid](logits, targets, per_row, rows, **shape)
-    elif v is None:
-        # gl of a mean is one number in stride 0
-        _cross_entropy_bwd_kernel[grid](logits, targets, gl, gl.stride(0), gz, rows, **shape)
+        _cross_entropy_fwd_kernel[grid](logits, targets, per_row, rows, **constants)
+    elif ggz is None:
+        # for the mean of the losses, gl is one number that is expanded with stride 0
+        _cross_entropy_bwd_kernel[grid](logits, targets, gl, gl.stride(0), gz, rows, **constants)
     else:
         _cross_entropy_bwd_bwd_kernel[grid](
-            logits, targets, gl, gl.stride(0), v.contiguous(), per_row, gz, rows, **shape
+            logits, targets, gl, gl.stride(0), ggz.contiguous(), per_row, gz, rows, **constants
         )
     return per_row, gz
 
 
-def _plain(
-    order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, v: Tensor | None = None
+def _run_plain(
+    order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, ggz: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `_launch` computes, by PyTorch's operators."""
-    per_row, gz = _outputs(order, logits)
+    """Computes the same as `_run_kernel` with PyTorch's operators."""
+    per_row, gz = _allocate_outputs(order, logits)
     log_p = logits.to(per_row.dtype).log_softmax(1)
     if targets.is_floating_point():
         t = targets.to(log_p.dtype)
         total = t.sum(1, keepdim=True)
         picked = (t * log_p).sum(1)
     else:
-        index, total = _index(targets, log_p)
+        index, total = _check_indices(targets, log_p)
         t = torch.zeros_like(log_p).scatter_(1, index, 1.0) if order else log_p
         picked = (total * log_p.gather(1, index))[:, 0]
     if gl is None:
         return torch.neg(picked, out=per_row), gz
     p, gl = log_p.exp(), gl[:, None]
-    if v is None:
+    if ggz is None:
         return per_row, gz.copy_(gl * (total * p - t))
-    v = v.to(p.dtype)
-    torch.sum(v * (total * p - t), 1, out=per_row)
-    return per_row, gz.copy_(gl * total * p * (v - (p * v).sum(1, keepdim=True)))
+    ggz = ggz.to(p.dtype)
+    torch.sum(ggz * (total * p - t), 1, out=per_row)
+    return per_row, gz.copy_(gl * total * p * (ggz - (p * ggz).sum(1, keepdim=True)))
 
 
-def _index(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, 1) indices to gather with, and T. An index out of range raises ValueError on CPU; on
-    CUDA, where looking would stall the host, its T is NaN as in the kernels."""
+def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the class indices, clamped to those that exist, and T, each as (B, 1).
+
+    If an index is out of range, raises ValueError on a CPU. On CUDA that check would stall the
+    host, so T is NaN there instead, as in the kernels.
+    """
     columns = log_p.shape[1]
     outside = (targets < 0) | (targets >= columns)
     if not targets.is_cuda and outside.any():
@@ -183,85 +210,103 @@ def _index(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     return targets.clamp(0, columns - 1)[:, None], total[:, None]
 
 
-def _outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for (loss or ggl, gz): empty tensors where there is none."""
+def _allocate_outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns tensors for the results of `_run_kernel`.
+
+    A result that an order does not have is an empty tensor, because custom ops return tensors.
+    """
     rows = 0 if order == 1 else logits.shape[0]
-    per_row = logits.new_empty(rows, dtype=wide(logits.dtype))
+    per_row = logits.new_empty(rows, dtype=compute_dtype(logits.dtype))
     return per_row, logits.new_empty(logits.shape if order else 0)
 
 
-def _body(logits: Tensor) -> Any:
-    fits = logits.shape[1] * wide(logits.dtype).itemsize <= LARGEST_ROW
-    return _launch if fits and runs_triton(logits) else _plain
+def _choose_implementation(logits: Tensor) -> Any:
+    """Returns `_run_kernel` if a row fits the registers of a program, otherwise `_run_plain`."""
+    fits = logits.shape[1] * compute_dtype(logits.dtype).itemsize <= LARGEST_ROW
+    return _run_kernel if fits and runs_triton(logits) else _run_plain
 
 
-@define("fastgn::cross_entropy")
+@define_op("fastgn::cross_entropy")
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return _body(logits)(0, logits, targets)[0]
+    return _choose_implementation(logits)(0, logits, targets)[0]
 
 
-@define("fastgn::cross_entropy_bwd")
+@define_op("fastgn::cross_entropy_bwd")
 def _cross_entropy_bwd(gl: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    return _body(logits)(1, logits, targets, gl)[1]
+    return _choose_implementation(logits)(1, logits, targets, gl)[1]
 
 
-@define("fastgn::cross_entropy_bwd_bwd")
+@define_op("fastgn::cross_entropy_bwd_bwd")
 def _cross_entropy_bwd_bwd(
-    v: Tensor, gl: Tensor, logits: Tensor, targets: Tensor
+    ggz: Tensor, gl: Tensor, logits: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return _body(logits)(2, logits, targets, gl, v)
+    return _choose_implementation(logits)(2, logits, targets, gl, ggz)
 
 
 @_cross_entropy.register_fake
 def _(logits: Tensor, targets: Tensor) -> Tensor:
-    return _outputs(0, logits)[0]
+    return _allocate_outputs(0, logits)[0]
 
 
 @_cross_entropy_bwd.register_fake
 def _(gl: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    return _outputs(1, logits)[1]
+    return _allocate_outputs(1, logits)[1]
 
 
 @_cross_entropy_bwd_bwd.register_fake
-def _(v: Tensor, gl: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return _outputs(2, logits)
+def _(ggz: Tensor, gl: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return _allocate_outputs(2, logits)
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor) -> tuple:
     return _cross_entropy_bwd(gl, *saved), None
 
 
-def _backward_backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], v: Tensor) -> tuple:
-    return *_cross_entropy_bwd_bwd(v, *saved), None
+def _backward_backward(
+    options: tuple, saved: tuple, wanted: tuple[bool, ...], ggz: Tensor
+) -> tuple:
+    return *_cross_entropy_bwd_bwd(ggz, *saved), None
 
 
-differentiable(
+register_derivative(
     _cross_entropy, "cross_entropy", save=lambda inputs, loss: inputs, backward=_backward
 )
-differentiable(
+register_derivative(
     _cross_entropy_bwd, "cross_entropy", save=lambda inputs, gz: inputs, backward=_backward_backward
 )
-no_third_derivative(_cross_entropy_bwd_bwd, "cross_entropy")
+forbid_third_derivative(_cross_entropy_bwd_bwd, "cross_entropy")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of each sample, then its mean, sum or "none".
+    """Returns the cross-entropy loss, as ``F.cross_entropy`` computes it but in float32 or float64.
 
-    logits: (B, K), any floating dtype. targets: int64 (B,) class indices, or (B, K) probabilities
-    of any floating dtype (mixup, smoothing), whose rows need not sum to 1. Returns (B,) or a scalar
-    in float32, in float64 for float64 logits: PyTorch's returns the logits' dtype and rounds a
-    half-precision loss to 3 digits. Logits that are not contiguous are copied first.
+    The value and each of the two derivatives take one kernel. Logits that are not contiguous are
+    copied first. Rows of more than 16384 classes (8192 in float64) do not fit the registers of a
+    program and use PyTorch's operators. In code compiled by torch.compile the function calls
+    `reference.cross_entropy` instead, whose operators Inductor fuses with their neighbours.
 
-    There is no ignore_index: an index out of 0..K-1 raises ValueError on CPU; on CUDA it makes its
-    sample's loss and gradient NaN, since to raise would stall the host (compiled, it is PyTorch's
-    own check that finds it). Above 16384 classes (8192
-    in float64) a row does not fit a program's registers and PyTorch's own operators run. In a
-    compiled region this is `reference.cross_entropy`, which Inductor fuses.
+    There is no ignore_index. On a CPU, an index outside 0..K-1 raises ValueError. On CUDA, it makes
+    the loss and gradient of its sample NaN, because raising an error would stall the host. In
+    compiled code, PyTorch checks the indices.
 
-    Raises ValueError on other shapes, an unknown reduction and targets that require grad, which
-    would get none; TypeError on other dtypes; a third derivative raises RuntimeError.
+    Args:
+        logits: (B, K), any floating-point dtype.
+        targets: class indices as (B,), int64, or probabilities as (B, K) in any floating-point
+            dtype, for example of mixup or label smoothing. Rows need not sum to 1.
+        reduction: "mean" or "sum" over the samples, or "none".
+
+    Returns:
+        A scalar, or (B,) for the reduction "none". The dtype is float64 for float64 logits,
+        otherwise float32. PyTorch returns the dtype of the logits, which rounds a half-precision
+        loss to 3 digits.
+
+    Raises:
+        ValueError: if a shape or device does not fit, if the reduction is unknown, or if the
+            targets require a gradient, because they would not get one.
+        TypeError: if a dtype is not one of those above.
+        RuntimeError: if the result is differentiated three times.
     """
-    is_floating("cross_entropy", logits=logits)
+    check_floating("cross_entropy", logits=logits)
     if logits.ndim != 2 or not logits.shape[1]:
         raise ValueError(f"cross_entropy: logits is {tuple(logits.shape)}, should be (B, K), K > 0")
     if not targets.is_floating_point() and targets.dtype != torch.int64:
@@ -283,8 +328,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
         )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"cross_entropy: reduction {reduction!r} should be none, mean or sum")
-    if inlines():
+    if is_compiling():
         return reference.cross_entropy(logits, targets, reduction)
-    no_forward_mode("cross_entropy", logits, targets)
+    check_no_forward_mode("cross_entropy", logits, targets)
     loss = _cross_entropy(logits, targets)
     return loss if reduction == "none" else getattr(loss, reduction)()

@@ -1,9 +1,11 @@
-"""Which body of an op runs, and what every op shares.
+"""What every op shares: registration, the choice of an implementation, and checks of its inputs.
 
 Each op is a chain of three ``torch.library`` custom ops, ``fastgn::<op>``, ``fastgn::<op>_bwd`` and
-``fastgn::<op>_bwd_bwd``, of which the first two register the next as their derivative. A custom op
-without a formula raises when it is differentiated, where a plain ``autograd.Function`` around a
-kernel loses the second-order terms without a word.
+``fastgn::<op>_bwd_bwd``. Each of the first two registers the next one as its derivative. PyTorch
+raises an error when a custom op without a registered derivative is differentiated. A plain
+``autograd.Function`` around a kernel would lose the second-order terms without an error.
+
+Each op has two implementations with the same formulas: Triton kernels, and PyTorch's operators.
 """
 
 import functools
@@ -14,43 +16,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import forward_ad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton reads this when a kernel is defined, so it is a property of the process."""
+"""Whether Triton interprets its kernels on the CPU. Triton reads the variable when a kernel is
+defined, so the value holds for the whole process."""
 
 LAUNCH = {"enable_fp_fusion": True}
-"""Options of every launch: Triton 3.10 stops fusing multiplications and additions by itself."""
+"""Options for every kernel launch. Without this one, Triton 3.10 no longer fuses multiplications
+and additions."""
 
 LARGEST_GRID_Y = 65535
+"""Largest size that CUDA allows for the second dimension of a launch grid."""
 
 
 def source_hash() -> str:
-    """Of this package's files."""
+    """Returns a hash of this package's source files."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-# torch.compile's cache on disk knows an op by its name: a graph with another version's formulas for
-# its derivatives would be taken for one with these
+# torch.compile's cache on disk identifies an op by its name only. Without this tag it would reuse
+# graphs that hold the derivatives of another version of this package.
 torch.compiler.config.cache_key_tag += f" fastgn_kernels {source_hash()}"
 
-# what PyTorch's own formulas ask C++ for
+# Tells whether the running backward pass will execute a node. PyTorch's own formulas ask the same.
 _engine_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether an op on `x` takes its Triton body: on CUDA, and wherever Triton is interpreted."""
+    """Returns whether an op on `x` runs its Triton kernels: on CUDA, or if Triton interprets."""
     return x.is_cuda or INTERPRETED
 
 
 def capability(x: Tensor) -> int:
-    """Compute capability of the card that holds `x`: 90 for 9.0. A number, for Dynamo of PyTorch
-    2.11 cannot compare a constant tuple."""
+    """Returns the compute capability of the card that holds `x`, for example 90 for 9.0.
+
+    The result is one number because Dynamo of PyTorch 2.11 cannot compare constant tuples.
+    """
     return _capability(x.device.index)
 
 
@@ -60,61 +68,71 @@ def _capability(index: int) -> int:
     return 10 * major + minor
 
 
-def inlines() -> bool:
-    """Whether pointwise ops should give way to ATen's, and others where their kernel would not run:
-    in a compiled region Inductor fuses those with their neighbours, and a custom op is a wall. With
-    it, one step's LayerNorms and window attention still move fewer bytes (benchmarks/NOTES.md)."""
+def is_compiling() -> bool:
+    """Returns whether torch.compile is tracing the code.
+
+    Then pointwise ops use PyTorch's operators instead, which Inductor fuses with their neighbours.
+    Inductor cannot fuse across a custom op. LayerNorm and window attention remain custom ops where
+    their kernels run, because they still move fewer bytes per step (benchmarks/NOTES.md).
+    """
     return torch.compiler.is_compiling()
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What a body computes in: float64 for itself, float32 for all else."""
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype for intermediate results: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def tl_wide(dtype: torch.dtype) -> Any:
-    """`wide`, as Triton names it."""
+def triton_compute_dtype(dtype: torch.dtype) -> Any:
+    """Returns `compute_dtype(dtype)` as a Triton dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def laid_out_as(x: Tensor, other: Tensor) -> Tensor:
-    """`x` in the strides of `other`, a tensor of its shape without holes."""
+def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
+    """Returns `x`, copied if its strides differ from those of `other`.
+
+    Both tensors have the same shape, and the elements of `other` fill its memory without holes.
+    """
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
-def round_up(a: int, b: int) -> int:
-    """Blocks of `b` that cover `a`."""
-    return -(-a // b)
+def count_strips(rows: int, rows_per_block: int, column_blocks: int, programs: int = 1056) -> int:
+    """Returns into how many strips of rows a kernel divides its input to sum over the rows.
+
+    One program sums each strip and writes one partial sum. column_blocks: number of blocks that
+    divide the columns. programs: number of programs to aim at; 1056 are 8 for each of the 132
+    processors of an H200.
+    """
+    wanted = max(programs // max(column_blocks, 1), 1)
+    return max(1, min(triton.cdiv(rows, rows_per_block), wanted, LARGEST_GRID_Y))
 
 
-def strips(rows: int, rows_per_block: int, columns_of_blocks: int, programs: int = 1056) -> int:
-    """Into how many strips of rows a kernel with a reduction over rows is cut: each writes one
-    partial sum. 1056 programs are 8 on each of an H200's 132 processors."""
-    wanted = max(programs // max(columns_of_blocks, 1), 1)
-    return max(1, min(round_up(rows, rows_per_block), wanted, LARGEST_GRID_Y))
-
-
-def is_floating(name: str, **tensors: Tensor | None) -> None:
-    """Raises TypeError unless every tensor given is of a floating-point dtype."""
+def check_floating(name: str, **tensors: Tensor | None) -> None:
+    """Raises TypeError if one of the tensors does not have a floating-point dtype."""
     for argument, x in tensors.items():
         if x is not None and not x.is_floating_point():
             raise TypeError(f"{name}: {argument} is {x.dtype}, should be a floating-point tensor")
 
 
-def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError where a tensor carries a tangent: PyTorch would drop it at the
-    custom op and give a derivative of zero without a word."""
+def check_no_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError if one of the tensors carries a forward-mode tangent.
+
+    PyTorch would drop the tangent at the custom op and silently return a derivative of zero.
+    """
     for x in tensors:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
-                f"fastgn_kernels.{name} has no forward mode: fastgn_kernels.reference.{name} has"
+                f"fastgn_kernels.{name} has no forward mode: use fastgn_kernels.reference.{name}"
             )
 
 
-def define(name: str) -> Callable[[Callable], Any]:
-    """``torch.library.custom_op`` of a body that changes none of its arguments, the first of which
-    is a tensor. Triton launches on the current device, and autocast reaches into custom ops: the
-    body runs on its tensor's device, without autocast."""
+def define_op(name: str) -> Callable[[Callable], Any]:
+    """Returns a decorator that registers a function as the custom op `name`.
+
+    The first argument of the function is a tensor, and the function changes none of its arguments.
+    It runs on the device of that tensor, because Triton launches on the current device. It runs
+    without autocast, which would otherwise act inside custom ops.
+    """
 
     def custom_op(body: Callable) -> Any:
         @functools.wraps(body)
@@ -127,17 +145,24 @@ def define(name: str) -> Callable[[Callable], Any]:
     return custom_op
 
 
-def differentiable(
+def register_derivative(
     op: Any,
     name: str,
     *,
     save: Callable[[Sequence[Any], Any], Sequence[Tensor | None]],
     backward: Callable,
 ) -> None:
-    """Registers the derivative of an op, known to users as `name`. save(inputs, output) -> tensors
-    to keep. backward(options, saved, wanted, *cotangents) gets the inputs that are no tensors, what
-    was kept, for each input whether its gradient is asked for, and None for a cotangent that is
-    zero; it gives None for an input without a gradient."""
+    """Registers the derivative of a custom op.
+
+    name: name of the public function, for error messages. save(inputs, output) returns the tensors
+    to keep for the backward pass. backward(options, saved, wanted, *cotangents) returns one
+    gradient, or None, for each input of the op. Its arguments are:
+
+    - options: the inputs of the op that are not tensors;
+    - saved: the tensors that `save` returned;
+    - wanted: for each input, whether the running backward pass needs its gradient;
+    - cotangents: the gradients of the loss with respect to the outputs; None means zero.
+    """
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         ctx.save_for_backward(*save(inputs, output))
@@ -145,41 +170,47 @@ def differentiable(
         ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
         ctx.set_materialize_grads(False)
 
-    def unless_zero(ctx: Any, *cotangents: Tensor | None) -> Any:
+    def run_unless_zero(ctx: Any, *cotangents: Tensor | None) -> Any:
         if all(c is None for c in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        no_forward_mode(name, *cotangents)
-        return backward(ctx.options, ctx.saved_tensors, _wanted(ctx), *cotangents)
+        check_no_forward_mode(name, *cotangents)
+        return backward(ctx.options, ctx.saved_tensors, _find_wanted(ctx), *cotangents)
 
-    op.register_autograd(unless_zero, setup_context=setup_context)
+    op.register_autograd(run_unless_zero, setup_context=setup_context)
 
 
-def _wanted(ctx: Any) -> tuple[bool, ...]:
-    """For each input of an op, whether the sweep that runs asks for its gradient.
-    ctx.needs_input_grad is settled in the forward: by it, the input gradient of a penalty or an
-    attack would pay for every weight's. Where the engine does not say, the gradient is wanted."""
+def _find_wanted(ctx: Any) -> tuple[bool, ...]:
+    """Returns, for each input of an op, whether the running backward pass needs its gradient.
+
+    ctx.needs_input_grad does not tell, because it is fixed in the forward pass. With it alone, the
+    input gradient of a penalty or attack would also compute the gradient of every weight. If the
+    autograd engine does not tell either, the gradient is computed.
+    """
     is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
-    if not is_node:  # but compiled autograd's stand-in, whose nodes it cannot trace
+    if not is_node:  # compiled autograd passes a substitute, whose nodes it cannot trace
         return tuple(ctx.needs_input_grad)
-    nodes = (node for node, _ in ctx.next_functions)  # one a tensor, None for no gradient
-    return tuple(is_tensor and _runs(next(nodes)) for is_tensor in ctx.is_tensor)
+    nodes = (node for node, _ in ctx.next_functions)  # one per tensor; None means no gradient
+    return tuple(is_tensor and _engine_reaches(next(nodes)) for is_tensor in ctx.is_tensor)
 
 
-def _runs(node: Any) -> bool:
-    """Whether this sweep goes on to the node of an input's gradient."""
+def _engine_reaches(node: Any) -> bool:
+    """Returns whether the running backward pass needs the gradient that goes to `node`."""
     try:
         return node is not None and _engine_will_run(node)
-    except RuntimeError:  # a leaf that autograd.grad was given is kept, not run; or nothing runs
+    except RuntimeError:  # the node is a leaf given to autograd.grad, or no backward pass runs
         return True
 
 
-def no_third_derivative(op: Any, twin: str) -> None:
-    """Makes differentiating a backward-of-backward op raise; `twin` is the reference's name."""
+def forbid_third_derivative(op: Any, name: str) -> None:
+    """Makes the custom op raise RuntimeError when it is differentiated.
+
+    op: an op ``fastgn::<op>_bwd_bwd``. name: name of the public function, for the error message.
+    """
 
     def backward(ctx: Any, *cotangents: Tensor) -> None:
         raise RuntimeError(
-            f"fastgn_kernels.{twin} has no third derivative: "
-            f"fastgn_kernels.reference.{twin} can be differentiated any number of times"
+            f"fastgn_kernels.{name} has no third derivative: use fastgn_kernels.reference.{name}, "
+            "which can be differentiated any number of times"
         )
 
     op.register_autograd(backward)

@@ -1,10 +1,18 @@
-"""The input-gradient penalty: each sample's L1 or L2 norm of a gradient, three orders.
+"""The L1 or L2 norm of each sample of a gradient, and the two derivatives of that norm.
 
-L1: sum |g|; gives back n sign(g); given the cotangent v of that, to n: sum v sign(g), to g: zero.
-L2, with u = g / norm, or 0 where the norm is 0: gives back n u; to n: s = sum u v; to g:
-n (v - u s) / norm.
-Every pass reads each input once and writes each output once, but L2's last: s must be known before
-the first element of the result, so that g and v are read twice, by one kernel after the other.
+These are norms for gradient penalties. Names: g is the gradient of one sample. gn is the gradient
+of the loss with respect to its norm, and gg the one with respect to g. ggg is the cotangent of gg:
+the gradient that the second backward pass starts from. Its results are ggn, the gradient with
+respect to gn, and again gg. The direction is sign(g) for L1. For L2 it is g / norm, or 0 if the
+norm is 0.
+
+Forward: norm = sum(abs(g)) or sqrt(sum(g^2)).
+Backward: gg = gn direction.
+Backward of the backward: ggn = sum(ggg direction). For L1, gg is zero. For L2,
+gg = gn (ggg - direction ggn) / norm.
+
+Each of these is one kernel, which reads every input once and writes every output once. Only the
+second backward pass of L2 takes two kernels, because ggn must be known before gg.
 """
 
 import math
@@ -19,281 +27,309 @@ from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     LARGEST_GRID_Y,
     LAUNCH,
-    define,
-    differentiable,
-    inlines,
-    is_floating,
-    laid_out_as,
-    no_forward_mode,
-    no_third_derivative,
-    round_up,
+    check_floating,
+    check_no_forward_mode,
+    compute_dtype,
+    count_strips,
+    define_op,
+    forbid_third_derivative,
+    is_compiling,
+    register_derivative,
     runs_triton,
-    strips,
-    tl_wide,
-    wide,
+    triton_compute_dtype,
+    with_strides_of,
 )
 
 TILE = 1024
-"""Elements of a tile: 8 a thread, one 16-byte access at 16 bits."""
+"""Number of elements of a program's tile. Each thread has 8 of them, which are one 16-byte access
+for 16-bit dtypes."""
 
 
 @triton.jit
-def _inverse(norm_ptr, row, rows, L1: tl.constexpr, WIDE: tl.constexpr):
-    """1 / norm of each sample, 0 where the norm is 0; for L1, which has no use for it, 1."""
+def _load_inverse(norm_pointer, row, rows, L1: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
+    """Returns 1 / norm of each sample, or 0 if the norm is 0. For L1, which needs none, it is 1."""
     if L1:
-        return tl.full(row.shape, 1.0, WIDE)
-    norm = tl.load(norm_ptr + row, mask=row < rows, other=1.0).to(WIDE)
+        return tl.full(row.shape, 1.0, COMPUTE_DTYPE)
+    norm = tl.load(norm_pointer + row, mask=row < rows, other=1.0).to(COMPUTE_DTYPE)
     return tl.where(norm == 0, 0.0, 1.0 / tl.where(norm == 0, 1.0, norm))
 
 
 @triton.jit
-def _direction(g, inverse, L1: tl.constexpr):
-    """sign(g), or u."""
+def _compute_direction(g, inverse, L1: tl.constexpr):
+    """Returns sign(g) or g / norm."""
     if L1:
-        # NaN to 0, as PyTorch's sign does
+        # gives 0 for NaN, as PyTorch's sign does
         return tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)).to(g.dtype)
     return g * inverse
 
 
 @triton.jit
 def _gradient_norm_reduce_kernel(
-    g_ptr, v_ptr, norm_ptr, partial_ptr, rows, columns,
-    L1: tl.constexpr, HAS_V: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    g_pointer, ggg_pointer, norm_pointer, partial_sums_pointer, rows, columns,
+    L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums over a strip of each sample: |g| or g^2, with v those of v sign(g) or v u."""
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    if HAS_V:
-        inverse = _inverse(norm_ptr, row, rows, L1, WIDE)
-    total = tl.zeros((BLOCK_R, BLOCK_C), WIDE)
-    start = tl.program_id(1).to(tl.int64) * BLOCK_C
-    for first in range(start, columns, tl.num_programs(1) * BLOCK_C):
-        column = (first + tl.arange(0, BLOCK_C).to(tl.int64))[None, :]
+    """Sums abs(g), g^2 or, with HAS_GGG, ggg direction over a part of each sample."""
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    if HAS_GGG:
+        inverse = _load_inverse(norm_pointer, row, rows, L1, COMPUTE_DTYPE)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), COMPUTE_DTYPE)
+    start = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS
+    for first in range(start, columns, tl.num_programs(1) * BLOCK_COLUMNS):
+        column = (first + tl.arange(0, BLOCK_COLUMNS).to(tl.int64))[None, :]
         offsets = row * columns + column
         inside = (row < rows) & (column < columns)
-        g = tl.load(g_ptr + offsets, mask=inside, other=0.0).to(WIDE)
-        if HAS_V:
-            v = tl.load(v_ptr + offsets, mask=inside, other=0.0).to(WIDE)
-            total += _direction(g, inverse, L1) * v
+        g = tl.load(g_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+        if HAS_GGG:
+            ggg = tl.load(ggg_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+            total += _compute_direction(g, inverse, L1) * ggg
         else:
             total += tl.where(g < 0, -g, g) if L1 else g * g
-    # partial sums rather than atomics: the same bits in every run
-    to = partial_ptr + row * tl.num_programs(1) + tl.program_id(1)
+    # partial sums instead of atomic additions, so that every run gives the same bits
+    to = partial_sums_pointer + row * tl.num_programs(1) + tl.program_id(1)
     tl.store(to, tl.sum(total, axis=1, keep_dims=True), mask=row < rows)
 
 
 @triton.jit
 def _gradient_norm_map_kernel(
-    n_ptr, n_stride, g_ptr, v_ptr, norm_ptr, s_ptr, out_ptr, rows, columns,
-    L1: tl.constexpr, HAS_V: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    gn_pointer, gn_stride, g_pointer, ggg_pointer, norm_pointer, ggn_pointer, gg_pointer, rows,
+    columns, L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """n sign(g) or n u; with v n (v - u s) / norm."""
-    row = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
-    n = tl.load(n_ptr + row * n_stride, mask=row < rows, other=0.0).to(WIDE)
-    inverse = _inverse(norm_ptr, row, rows, L1, WIDE)
-    if HAS_V:
-        s = tl.load(s_ptr + row, mask=row < rows, other=0.0).to(WIDE)
-    start = tl.program_id(1).to(tl.int64) * BLOCK_C
-    for first in range(start, columns, tl.num_programs(1) * BLOCK_C):
-        column = (first + tl.arange(0, BLOCK_C).to(tl.int64))[None, :]
+    """Computes gg of the backward pass or, with HAS_GGG, gg of the second one."""
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    gn = tl.load(gn_pointer + row * gn_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
+    inverse = _load_inverse(norm_pointer, row, rows, L1, COMPUTE_DTYPE)
+    if HAS_GGG:
+        ggn = tl.load(ggn_pointer + row, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
+    start = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS
+    for first in range(start, columns, tl.num_programs(1) * BLOCK_COLUMNS):
+        column = (first + tl.arange(0, BLOCK_COLUMNS).to(tl.int64))[None, :]
         offsets = row * columns + column
         inside = (row < rows) & (column < columns)
-        direction = _direction(
-            tl.load(g_ptr + offsets, mask=inside, other=0.0).to(WIDE), inverse, L1
+        direction = _compute_direction(
+            tl.load(g_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE), inverse, L1
         )
-        if HAS_V:
-            v = tl.load(v_ptr + offsets, mask=inside, other=0.0).to(WIDE)
-            tl.store(out_ptr + offsets, n * ((v - direction * s) * inverse), mask=inside)
+        if HAS_GGG:
+            ggg = tl.load(ggg_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
+            tl.store(gg_pointer + offsets, gn * ((ggg - direction * ggn) * inverse), mask=inside)
         else:
-            tl.store(out_ptr + offsets, n * direction, mask=inside)
+            tl.store(gg_pointer + offsets, gn * direction, mask=inside)
 
 
-def _tiles(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
-    """(rows, columns, constants) of a kernel's tiles: several samples a program where small."""
+def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
+    """Returns the rows and columns of g as a matrix, and the constants of its kernels.
+
+    A row is a sample. If samples are small, a tile holds several of them.
+    """
     rows, columns = g.shape[0], math.prod(g.shape[1:])
-    block_c = min(triton.next_power_of_2(columns), TILE)
-    constants = {"L1": ord == 1, "WIDE": tl_wide(g.dtype)}
-    return rows, columns, constants | {"BLOCK_R": TILE // block_c, "BLOCK_C": block_c}
+    block_columns = min(triton.next_power_of_2(columns), TILE)
+    constants = {
+        "L1": ord == 1,
+        "COMPUTE_DTYPE": triton_compute_dtype(g.dtype),
+        "BLOCK_ROWS": TILE // block_columns,
+        "BLOCK_COLUMNS": block_columns,
+    }
+    return rows, columns, constants
 
 
-def _reduce(g: Tensor, ord: int, v: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
-    """Per sample: sum |g| or g^2; with v: sum v sign(g) or v u."""
-    rows, columns, constants = _tiles(g, ord)
-    blocks = round_up(rows, constants["BLOCK_R"])
-    # all the threads that an H200 holds: one 16-byte load of each is in flight
-    num = strips(columns, constants["BLOCK_C"], blocks, programs=2112)
-    sums = torch.empty(rows, num, dtype=wide(g.dtype), device=g.device)
-    _gradient_norm_reduce_kernel[(blocks, num)](
-        g, v if v is not None else g, norm if norm is not None else sums, sums, rows, columns,
-        HAS_V=v is not None, **constants, **LAUNCH,
+def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
+    """Returns the sum of abs(g), g^2 or, if ggg is given, ggg direction for each sample."""
+    rows, columns, constants = _choose_tile(g, ord)
+    blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
+    # as many programs as an H200 can hold threads for, each thread with one 16-byte load in flight
+    strips = count_strips(columns, constants["BLOCK_COLUMNS"], blocks, programs=2112)
+    sums = torch.empty(rows, strips, dtype=compute_dtype(g.dtype), device=g.device)
+    _gradient_norm_reduce_kernel[(blocks, strips)](
+        g, ggg if ggg is not None else g, norm if norm is not None else sums, sums, rows, columns,
+        HAS_GGG=ggg is not None, **constants, **LAUNCH,
     )  # fmt: skip
-    return sums.sum(1) if num > 1 else sums[:, 0]
+    return sums.sum(1) if strips > 1 else sums[:, 0]
 
 
 def _map(
-    n: Tensor, g: Tensor, norm: Tensor | None, ord: int,
-    v: Tensor | None = None, s: Tensor | None = None,
+    gn: Tensor, g: Tensor, norm: Tensor | None, ord: int,
+    ggg: Tensor | None = None, ggn: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """n sign(g) or n u; with v: n (v - u s) / norm."""
-    out = torch.empty_like(g)
-    rows, columns, constants = _tiles(g, ord)
-    num = min(round_up(columns, constants["BLOCK_C"]), LARGEST_GRID_Y)
-    _gradient_norm_map_kernel[(round_up(rows, constants["BLOCK_R"]), num)](
-        n, n.stride(0), g, v if v is not None else g, norm if norm is not None else n,
-        s if s is not None else n, out, rows, columns,
-        HAS_V=v is not None, **constants, **LAUNCH,
+    """Returns gg of the backward pass or, if ggg is given, gg of the second one."""
+    gg = torch.empty_like(g)
+    rows, columns, constants = _choose_tile(g, ord)
+    blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
+    strips = min(triton.cdiv(columns, constants["BLOCK_COLUMNS"]), LARGEST_GRID_Y)
+    _gradient_norm_map_kernel[(blocks, strips)](
+        gn, gn.stride(0), g, ggg if ggg is not None else g, norm if norm is not None else gn,
+        ggn if ggn is not None else gn, gg, rows, columns,
+        HAS_GGG=ggg is not None, **constants, **LAUNCH,
     )  # fmt: skip
-    return out
+    return gg
 
 
-def _launch(
-    order: int, g: Tensor, ord: int, n: Tensor | None = None, norm: Tensor | None = None,
-    v: Tensor | None = None,
+def _run_kernel(
+    order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
+    ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The order's outputs: (norm, -), (-, gradient) or (gn, gradient; none for L1)."""
-    per_sample, out = _outputs(order, g, ord)
+    """Computes one order with Triton kernels.
+
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. ord: 1 or 2
+    for L1 or L2. Returns (norm, empty), (empty, gg) or (ggn, gg); the last gg is empty for L1.
+    """
+    per_sample, gg = _allocate_outputs(order, g, ord)
     if not g.numel():
-        return per_sample.zero_(), out
-    blocks = _in_blocks(g)
-    if n is None:
+        return per_sample.zero_(), gg
+    blocks = _with_samples_in_blocks(g)
+    if gn is None:
         sums = _reduce(blocks, ord)
-        return sums if ord == 1 else sums.sqrt(), out
-    if v is None:
-        return per_sample, _map(n, blocks, norm, ord)
-    v = laid_out_as(v, blocks)
-    s = _reduce(blocks, ord, v, norm)
-    return s, out if ord == 1 else _map(n, blocks, norm, ord, v, s)
+        return sums if ord == 1 else sums.sqrt(), gg
+    if ggg is None:
+        return per_sample, _map(gn, blocks, norm, ord)
+    ggg = with_strides_of(ggg, blocks)
+    ggn = _reduce(blocks, ord, ggg, norm)
+    return ggn, gg if ord == 1 else _map(gn, blocks, norm, ord, ggg, ggn)
 
 
-def _plain(
-    order: int, g: Tensor, ord: int, n: Tensor | None = None, norm: Tensor | None = None,
-    v: Tensor | None = None,
+def _run_plain(
+    order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
+    ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What `_launch` computes, by PyTorch's operators."""
-    per_sample, out = _outputs(order, g, ord)
+    """Computes the same as `_run_kernel` with PyTorch's operators."""
+    per_sample, gg = _allocate_outputs(order, g, ord)
     x = g.to(per_sample.dtype)
-    rest = (g.shape[0], math.prod(g.shape[1:]))
-    apart = (-1,) + (1,) * (g.ndim - 1)
-    if n is None:
-        sums = (x.abs() if ord == 1 else x * x).reshape(rest).sum(1)
-        return per_sample.copy_(sums if ord == 1 else sums.sqrt()), out
+    matrix = (g.shape[0], math.prod(g.shape[1:]))
+    broadcast = (-1,) + (1,) * (g.ndim - 1)
+    if gn is None:
+        sums = (x.abs() if ord == 1 else x * x).reshape(matrix).sum(1)
+        return per_sample.copy_(sums if ord == 1 else sums.sqrt()), gg
     if norm is None:
-        u = inverse = x.sign()
+        direction = inverse = x.sign()
     else:
-        inverse = torch.where(norm == 0, 0.0, 1.0 / norm).view(apart)
-        u = x * inverse
-    if v is None:
-        return per_sample, out.copy_(n.view(apart) * u)
-    v = v.to(x.dtype)
-    s = per_sample.copy_((u * v).reshape(rest).sum(1))
+        inverse = torch.where(norm == 0, 0.0, 1.0 / norm).view(broadcast)
+        direction = x * inverse
+    if ggg is None:
+        return per_sample, gg.copy_(gn.view(broadcast) * direction)
+    ggg = ggg.to(x.dtype)
+    ggn = per_sample.copy_((direction * ggg).reshape(matrix).sum(1))
     if ord == 1:
-        return s, out
-    return s, out.copy_(n.view(apart) * ((v - u * s.view(apart)) * inverse))
+        return ggn, gg
+    projected = ggg - direction * ggn.view(broadcast)
+    return ggn, gg.copy_(gn.view(broadcast) * (projected * inverse))
 
 
-def _in_blocks(g: Tensor) -> Tensor:
-    """g with each sample in one block of memory, whatever the order within: itself, as for
-    channels_last images, or a contiguous copy."""
+def _with_samples_in_blocks(g: Tensor) -> Tensor:
+    """Returns g, copied if a sample does not fill one contiguous block of memory.
+
+    The order of the elements within a sample does not matter, so images in channels_last are not
+    copied.
+    """
     if torch.empty_like(g, device="meta").stride() == g.stride():  # no holes
         if g.shape[0] < 2 or g.stride(0) == math.prod(g.shape[1:]):
             return g
     return g.contiguous()
 
 
-def _outputs(order: int, g: Tensor, ord: int) -> tuple[Tensor, Tensor]:
-    """Room for (norm or gn, gradient): empty tensors where there is none. Gradients have the
-    strides of `_in_blocks`."""
-    per_sample = g.new_empty(0 if order == 1 else g.shape[0], dtype=wide(g.dtype))
-    has_gradient = order == 1 or (order == 2 and ord == 2)
-    return per_sample, torch.empty_like(_in_blocks(g)) if has_gradient else g.new_empty(0)
+def _allocate_outputs(order: int, g: Tensor, ord: int) -> tuple[Tensor, Tensor]:
+    """Returns tensors for the results of `_run_kernel`.
+
+    A result that an order does not have is an empty tensor, because custom ops return tensors. gg
+    has the strides that `_with_samples_in_blocks` gives to g.
+    """
+    rows = 0 if order == 1 else g.shape[0]
+    per_sample = g.new_empty(rows, dtype=compute_dtype(g.dtype))
+    has_gg = order == 1 or (order == 2 and ord == 2)
+    return per_sample, torch.empty_like(_with_samples_in_blocks(g)) if has_gg else g.new_empty(0)
 
 
-def _body(g: Tensor) -> Any:
-    return _launch if runs_triton(g) else _plain
-
-
-@define("fastgn::gradient_norm")
+@define_op("fastgn::gradient_norm")
 def _gradient_norm(g: Tensor, ord: int) -> Tensor:
-    return _body(g)(0, g, ord)[0]
+    return (_run_kernel if runs_triton(g) else _run_plain)(0, g, ord)[0]
 
 
-@define("fastgn::gradient_norm_bwd")
-def _gradient_norm_bwd(n: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> Tensor:
-    return _body(g)(1, g, ord, n, norm)[1]
+@define_op("fastgn::gradient_norm_bwd")
+def _gradient_norm_bwd(gn: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> Tensor:
+    return (_run_kernel if runs_triton(g) else _run_plain)(1, g, ord, gn, norm)[1]
 
 
-@define("fastgn::gradient_norm_bwd_bwd")
+@define_op("fastgn::gradient_norm_bwd_bwd")
 def _gradient_norm_bwd_bwd(
-    v: Tensor, n: Tensor, g: Tensor, norm: Tensor | None, ord: int
+    ggg: Tensor, gn: Tensor, g: Tensor, norm: Tensor | None, ord: int
 ) -> tuple[Tensor, Tensor]:
-    return _body(g)(2, g, ord, n, norm, v)
+    return (_run_kernel if runs_triton(g) else _run_plain)(2, g, ord, gn, norm, ggg)
 
 
 @_gradient_norm.register_fake
 def _(g: Tensor, ord: int) -> Tensor:
-    return _outputs(0, g, ord)[0]
+    return _allocate_outputs(0, g, ord)[0]
 
 
 @_gradient_norm_bwd.register_fake
-def _(n: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> Tensor:
-    return _outputs(1, g, ord)[1]
+def _(gn: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> Tensor:
+    return _allocate_outputs(1, g, ord)[1]
 
 
 @_gradient_norm_bwd_bwd.register_fake
-def _(v: Tensor, n: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> tuple[Tensor, Tensor]:
-    return _outputs(2, g, ord)
+def _(ggg: Tensor, gn: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> tuple[Tensor, Tensor]:
+    return _allocate_outputs(2, g, ord)
 
 
-def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], n: Tensor) -> tuple:
+def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor) -> tuple:
     g, norm = saved
-    return _gradient_norm_bwd(n, g, norm, options[-1]), None
+    return _gradient_norm_bwd(gn, g, norm, options[-1]), None
 
 
-def _backward_backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], v: Tensor) -> tuple:
-    n, g, norm = saved
+def _backward_backward(
+    options: tuple, saved: tuple, wanted: tuple[bool, ...], ggg: Tensor
+) -> tuple:
+    gn, g, norm = saved
     ord = options[-1]
-    gn, gg = _gradient_norm_bwd_bwd(v, n, g, norm, ord)
-    # gg is the total derivative, through the norm too: norm itself gets none
-    return gn, gg if ord == 2 else None, None, None
+    ggn, gg = _gradient_norm_bwd_bwd(ggg, gn, g, norm, ord)
+    # gg includes the dependence of the norm on g, so the norm itself gets no gradient
+    return ggn, gg if ord == 2 else None, None, None
 
 
-differentiable(
+register_derivative(
     _gradient_norm,
     "gradient_norm",
     save=lambda inputs, norm: (inputs[0], norm if inputs[1] == 2 else None),
     backward=_backward,
 )
-differentiable(
+register_derivative(
     _gradient_norm_bwd,
     "gradient_norm",
-    save=lambda inputs, out: inputs[:3],
+    save=lambda inputs, gg: inputs[:3],
     backward=_backward_backward,
 )
-no_third_derivative(_gradient_norm_bwd_bwd, "gradient_norm")
+forbid_third_derivative(_gradient_norm_bwd_bwd, "gradient_norm")
 
 
 def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
-    """Each sample's norm of a gradient, as the penalties of gradnorm (L1) and WGAN-GP (L2) want it.
+    """Returns the norm of each sample of a gradient, for gradient penalties.
 
-    grad: (B, ...), any floating dtype. ord: 1 or 2. Returns (B,), summed in float32, or in float64
-    for float64, and of that dtype: no sum or square of float16 overflows. Samples that are one
-    block of memory each, channels_last images too, are read in place; others are copied first.
+    The penalty of gradnorm uses L1, and that of WGAN-GP uses L2. The norm is summed in float32, or
+    in float64 for float64 gradients, so that sums and squares of float16 do not overflow. If each
+    sample fills one block of memory, as also in channels_last, grad is read without a copy.
 
-    sign(0) is 0 and so is the L2 norm's gradient at 0, as in PyTorch; so is its second derivative
-    there, where PyTorch's is NaN. L1 sends nothing back to grad at second order: its second
-    derivative is zero wherever there is one. In a compiled region this is
-    `reference.gradient_norm`, which Inductor fuses.
+    As in PyTorch, sign(0) and the gradient of the L2 norm at 0 are 0. The second derivative of the
+    L2 norm at 0 is 0 too, where PyTorch's is NaN. For L1, grad gets no second-order gradient,
+    because it is zero almost everywhere. In code compiled by torch.compile the function calls
+    `reference.gradient_norm` instead, whose operators Inductor fuses with their neighbours.
 
-    Raises ValueError on another ord or a grad without dimensions, TypeError on integers; a third
-    derivative raises RuntimeError.
+    Args:
+        grad: (B, ...), any floating-point dtype.
+        ord: 1 or 2 for the L1 or L2 norm.
+
+    Returns:
+        (B,), float64 for a float64 grad, otherwise float32.
+
+    Raises:
+        ValueError: if ord is neither 1 nor 2, or if grad has no dimensions.
+        TypeError: if grad is not floating-point.
+        RuntimeError: if the result is differentiated three times.
     """
-    is_floating("gradient_norm", grad=grad)
+    check_floating("gradient_norm", grad=grad)
     if ord not in (1, 2):
         raise ValueError(f"gradient_norm: ord {ord!r} should be 1 or 2")
     if not grad.ndim:
         raise ValueError("gradient_norm: grad is (), should be (B, ...)")
-    if inlines():
+    if is_compiling():
         return reference.gradient_norm(grad, ord)
-    no_forward_mode("gradient_norm", grad)
+    check_no_forward_mode("gradient_norm", grad)
     return _gradient_norm(grad, int(ord))

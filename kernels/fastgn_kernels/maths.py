@@ -1,8 +1,8 @@
-"""The activations: value, first and second derivative, once for Triton and for PyTorch.
+"""The formulas of every activation: its value, first derivative and second derivative.
 
-Every function here is a Triton function of (u, p), p being the activation's parameter. PyTorch's
-bodies run the same source with PyTorch's functions under Triton's names (`in_pytorch`), so that
-there is one place to write an activation and one row in `TABLE` to add.
+Each formula is a Triton function of the input u and the activation's parameter p. The suffixes _1
+and _2 mark the first and second derivative. `in_pytorch` runs the same source code with PyTorch's
+operators. To add an activation, write its three functions here and add a row to `TABLE`.
 """
 
 import builtins
@@ -18,7 +18,7 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# to the right of a tensor only: the interpreter makes a constant of constant * tensor
+# Write tensor * constant: for constant * tensor, Triton's interpreter computes a constant.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -42,12 +42,18 @@ def where(condition, a, b):
 
 @triton.jit
 def constant(u, c):
-    """A number in u's dtype: `where` between two numbers is float32 even if u is float64."""
+    """Returns the number c in the dtype of u.
+
+    `where` with two plain numbers returns float32 even if u is float64.
+    """
     return tl.full(u.shape, c, u.dtype)
 
 
 def _by_numpy(function: Callable) -> Callable:
-    """What stands in for a function of libdevice, which Triton's interpreter does not have."""
+    """Returns a Triton function that calls a NumPy function.
+
+    Triton's interpreter has no libdevice, the library that these functions come from on a GPU.
+    """
 
     def run(x: Any) -> Any:
         handle = interpreter.TensorHandle(function(x.handle.data), x.handle.dtype)
@@ -90,9 +96,9 @@ def gelu_2(u, p):
     return exp(-0.5 * u * u) * INV_SQRT_2_PI * (2.0 - u * u)
 
 
-# 0.5 (1 + tanh(z)) is logistic(2 z), which keeps its digits where tanh is close to -1; and
-# 1 - logistic(2 z) is logistic(-2 z), which keeps them where it is close to 1: with 1 - tanh(z)^2
-# the second derivative in float32 had 8 times PyTorch's error
+# logistic(2 z) is 0.5 (1 + tanh(z)), but keeps its digits where tanh is close to -1. logistic(-2 z)
+# is 1 - logistic(2 z), but keeps its digits where logistic(2 z) is close to 1. With 1 - tanh(z)^2,
+# the second derivative in float32 had 8 times the error of PyTorch.
 @triton.jit
 def gelu_tanh(u, p):
     return u * logistic((u + u * u * u * TANH_CUBIC) * (SQRT_2_OVER_PI * 2.0))
@@ -263,19 +269,23 @@ def product(g, derivative):
 
 @triton.jit
 def masked_product(g, derivative):
-    """PyTorch's relu and its kin let no NaN or inf through where their derivative is 0."""
+    """Returns 0 where the derivative is 0, even if g is NaN or infinite, as PyTorch's relu does."""
     return where(derivative == 0.0, 0.0, g * derivative)
 
 
 class Activation(NamedTuple):
-    """Triton functions of (u, p): value, first and second derivative; what multiplies a gradient
-    by a derivative; and p's default."""
+    """The Triton functions of one activation, and the default of its parameter p."""
 
     value: Any
+    """Function of (u, p) that returns the value."""
     first: Any
+    """Function of (u, p) that returns the first derivative."""
     second: Any
-    times: Any = product
+    """Function of (u, p) that returns the second derivative."""
+    multiply: Any = product
+    """Function that multiplies a gradient by a derivative."""
     parameter: float = 1.0
+    """Default of p."""
 
 
 TABLE = {
@@ -292,8 +302,8 @@ TABLE = {
     "relu": Activation(relu, relu_1, zero, masked_product),
     "leaky_relu": Activation(leaky_relu, leaky_relu_1, zero, masked_product, 0.01),
 }
-"""Name -> maths. The parameter is softplus' beta, elu's alpha, leaky_relu's slope and the factor
-inside silu's and quick_gelu's logistic."""
+"""Name of each activation -> its functions. The parameter p is beta of softplus, alpha of elu, the
+negative slope of leaky_relu, and the factor of u inside the logistic of silu and quick_gelu."""
 
 
 _PYTORCH: dict[str, Any] = {
@@ -309,9 +319,12 @@ _PYTORCH: dict[str, Any] = {
 
 @functools.cache
 def in_pytorch(function: Any) -> Callable[..., torch.Tensor]:
-    """Returns a Triton function's source as a function of torch tensors."""
+    """Returns a function of torch tensors with the source code of a Triton function.
+
+    In its code, names such as `exp` mean PyTorch's functions.
+    """
     constants = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)}
-    # an operator that imports something when it first runs looks here for the builtins
+    # an operator that imports a module when it first runs looks up __import__ here
     names = constants | _PYTORCH | {"__builtins__": builtins}
     for helper in (logistic, log_one_plus_exp):
         names[helper.fn.__name__] = types.FunctionType(helper.fn.__code__, names)

@@ -1,10 +1,10 @@
-"""The ops as nn.Modules, and `swap_modules`, which puts them into a network that is there.
+"""The ops as nn.Modules, and `swap_modules`, which replaces modules of an existing network.
 
-A swapped module is the same object, and its new class is a subclass of the class that it had:
-weights, buffers, state-dict keys, flags and hooks are not copied but kept, a module in two places
-stays one, and optimizers and isinstance notice nothing. Under torch.fx and torch.jit and on nested
-tensors no op can run: there the module runs the forward of the class that it had. timm's classes
-are known by name, so that timm is needed only by those who use it.
+`swap_modules` changes the class of a module to a subclass of its old class. The module remains the
+same object, so its weights, buffers, state-dict keys, flags and hooks stay. A module that is used
+in two places remains one module, and optimizers and isinstance see no change. The ops cannot run
+under torch.fx and torch.jit or on nested tensors. There, the module runs the forward of its old
+class. timm's classes are found by name, so this package does not import timm.
 """
 
 import functools
@@ -25,20 +25,24 @@ from fastgn_kernels.survey import survey
 from fastgn_kernels.window_attention import LARGEST, window_attention_qkvpacked
 
 FAMILIES = ("activation", "layer_norm", "window_attention")
-"""What `swap_modules` knows."""
+"""The families of modules that `swap_modules` can replace."""
 
 
 def needs_plain(x: Any) -> bool:
-    """Returns whether no op can run on `x`, but PyTorch's operators can."""
+    """Returns whether `x` needs PyTorch's operators because the ops do not support it."""
     return isinstance(x, torch.fx.Proxy) or x.is_nested
 
 
 class FusedActivation(nn.Module):
-    """`activation` without bias; kind and parameter as there. Raises ValueError on an unknown
-    kind."""
+    """Applies an activation function to a tensor of any shape, as `activation` does.
+
+    kind, parameter: see `activation`. Raises ValueError if kind is unknown.
+    """
 
     kind: str
+    """One of ``fastgn_kernels.ACTIVATIONS``."""
     parameter: float | None
+    """Parameter of the activation. If None, PyTorch's default is used."""
 
     def __init__(self, kind: str, parameter: float | None = None):
         super().__init__()
@@ -48,19 +52,19 @@ class FusedActivation(nn.Module):
         self.parameter = parameter
 
     def plain(self, x: Tensor) -> Tensor:
-        """Computes the same by PyTorch's operators."""
+        """Computes the activation with PyTorch's operators."""
         return reference.activation(x, self.kind, parameter=self.parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.plain(x)
-        else:  # torch.jit compiles what does not stand in an else
+        else:  # without this else, torch.jit would compile the call of `fused`
             return self.plain(x) if needs_plain(x) else self.fused(x)
 
     def fused(self, x: Tensor) -> Tensor:
-        """Computes the activation by its op."""
+        """Computes the activation with its op."""
         if self.kind == "softplus" and x.is_cuda and torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))  # as autocast has F.softplus
+            x = x.to(torch.promote_types(x.dtype, torch.float32))  # as F.softplus does
         return activation(x, self.kind, parameter=self.parameter)
 
     def extra_repr(self) -> str:
@@ -68,7 +72,11 @@ class FusedActivation(nn.Module):
 
 
 class FusedGELU(FusedActivation):
-    """nn.GELU. approximate: "none" (erf) or "tanh"; ValueError on anything else."""
+    """Replaces nn.GELU.
+
+    approximate: "none" for the exact function with erf, or "tanh". Raises ValueError for any other
+    value.
+    """
 
     def __init__(self, approximate: str = "none"):
         if approximate not in ("none", "tanh"):
@@ -77,17 +85,17 @@ class FusedGELU(FusedActivation):
 
 
 class FusedSiLU(FusedActivation):
-    """nn.SiLU."""
+    """Replaces nn.SiLU."""
 
     def __init__(self) -> None:
         super().__init__("silu")
 
 
 class FusedBiasGELU(nn.Module):
-    """gelu(x + bias), the bias' gradient summed in the backward's own pass.
+    """Computes gelu(x + bias) with a learned bias, whose gradient the backward kernel also sums.
 
-    x: (..., num_features). For a bias that comes from elsewhere than a Linear: that one's own is
-    added in the matrix product's last step for nothing, and `swap_modules` leaves it there.
+    num_features: C of the input x, which is (..., C). approximate: see `gelu`. Do not use this
+    module for the bias of an nn.Linear, which the matrix product adds at no cost.
     """
 
     def __init__(
@@ -109,13 +117,20 @@ class FusedBiasGELU(nn.Module):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """nn.LayerNorm over the last dimension. forward(x, residual) returns the normalised
-    x + residual and x + residual, see `layer_norm`. Raises ValueError on more dimensions."""
+    """Replaces nn.LayerNorm over the last dimension, with the same arguments.
+
+    forward(x) returns the normalised x. forward(x, residual) returns the pair (normalised sum, sum)
+    for the sum x + residual, see `layer_norm`. Raises ValueError if normalized_shape has more than
+    one dimension.
+    """
 
     before_linear: bool = False
-    """Whether nothing but a linear layer reads the output: then it has autocast's dtype, which that
-    layer would round it to, bit for bit, and float32 is neither written nor read, nor the gradients
-    that come back."""
+    """Whether only a linear layer reads the output.
+
+    If so, the output under autocast has autocast's dtype instead of float32. The linear layer would
+    round it to that dtype anyway, so its result has the same bits. The output and its gradient then
+    take half the memory traffic.
+    """
 
     def __init__(self, normalized_shape: int | Sequence[int], *args: Any, **kwargs: Any):
         super().__init__(normalized_shape, *args, **kwargs)
@@ -123,10 +138,10 @@ class FusedLayerNorm(nn.LayerNorm):
             raise ValueError(f"FusedLayerNorm: {self.normalized_shape} should be one dimension")
 
     def plain(self, x: Tensor) -> Tensor:
-        """Computes the normalisation by PyTorch's operators."""
+        """Computes the normalisation with PyTorch's operators."""
         return nn.LayerNorm.forward(self, x)
 
-    # without a return type, for which torch.jit would take the pair
+    # There is no return type, because torch.jit would take the pair for it.
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if torch.jit.is_scripting():
             return self.plain(x)
@@ -137,8 +152,8 @@ class FusedLayerNorm(nn.LayerNorm):
             return self.plain(total) if residual is None else (self.plain(total), total)
 
     def fused(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Computes the normalisation by its op."""
-        if x.shape[-1:] != self.normalized_shape:  # without weights the op would not know
+        """Computes the normalisation with its op."""
+        if x.shape[-1:] != self.normalized_shape:  # the op cannot check this without a weight
             raise ValueError(
                 f"FusedLayerNorm: x is {tuple(x.shape)}, its last dimension should be "
                 f"{self.normalized_shape[0]}"
@@ -150,13 +165,14 @@ class FusedLayerNorm(nn.LayerNorm):
 
 
 class FusedWindowAttention(nn.Module):
-    """timm Swin's ``WindowAttention`` with the attention itself by `window_attention`.
+    """Replaces ``WindowAttention`` of timm's Swin and computes the attention with its op.
 
-    Made by `swap_modules`, as a subclass of timm's class: all but `forward` is timm's.
-    forward(x, mask): x (windows, N, C), mask (windows an image, N, N) or None, as there.
+    Only `swap_modules` makes such modules. They inherit everything but `forward` from timm's class.
+    forward(x, mask) takes x as (B, N, C) for B windows, and mask as (W, N, N) for the W windows of
+    an image, or None.
     """
 
-    if TYPE_CHECKING:  # timm's; torch.jit would take them for declarations of its own
+    if TYPE_CHECKING:  # timm's attributes; at run time, torch.jit would read these declarations
         num_heads: int
         scale: float
         qkv: nn.Module
@@ -172,14 +188,14 @@ class FusedWindowAttention(nn.Module):
             return self.plain(x, mask) if needs_plain(x) else self.fused(x, mask)
 
     def fused(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Computes the attention by its op."""
+        """Computes the attention with its op."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self._get_rel_pos_bias().squeeze(0)
         out = window_attention_qkvpacked(qkv, bias, mask, self.scale)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def set_window_size(self, window_size: int | tuple[int, int]) -> None:
-        """timm's. Raises ValueError on a window too large."""
+        """Changes the window size, as timm's method does. Raises ValueError if it is too large."""
         height, width = (window_size,) * 2 if isinstance(window_size, int) else window_size
         if height * width > LARGEST:
             raise ValueError(
@@ -191,37 +207,40 @@ class FusedWindowAttention(nn.Module):
 
 @functools.cache
 def _in_place_of(replaced: Any, fused: Any) -> Any:
-    """Returns a subclass of both, for a module that is swapped: it runs as `fused` and is still
-    found as `replaced`."""
+    """Returns a subclass of both classes, for a module of class `replaced`.
+
+    It computes as `fused` does, and isinstance still finds it as `replaced`.
+    """
 
     def __reduce__(self: nn.Module) -> Any:  # noqa: N807 - a method of the class below
-        # pickle finds a class by its name, and a subclass made at run time has none
+        # pickle finds classes by name, but cannot find one that is made at run time
         return _new, (replaced, fused), vars(self)
 
-    # torch.jit knows a method by its function's name
+    # torch.jit identifies a method by the name of its function
     forward = replaced.forward
     plain = types.FunctionType(
         forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
     )
-    # torch.fx looks at a class's module and keeps the classes of torch.nn whole
+    # torch.fx does not trace into classes whose __module__ is in torch.nn
     names = {"__module__": replaced.__module__, "__reduce__": __reduce__, "plain": plain}
     return type(fused.__name__, (fused, replaced), names)
 
 
 def _new(replaced: Any, fused: Any) -> nn.Module:
+    """Returns a swapped module without attributes, for pickle."""
     cls = _in_place_of(replaced, fused)
     return cls.__new__(cls)
 
 
 class Swapped(NamedTuple):
-    """What `swap_modules` did. Printed, it is a report."""
+    """The result of `swap_modules`. Printing it shows a report."""
 
     counts: dict[str, int]
-    """Kind of activation, layer_norm or window_attention -> modules replaced."""
+    """Kind of activation, layer_norm or window_attention -> number of modules replaced."""
     left: dict[str, str]
-    """Name of a module -> why it stays as it was, though it looks like one that is replaced."""
+    """Name of a module of a known family that was not replaced -> the reason."""
     missed: dict[str, str]
-    """Name of a module -> what it computes that no swap of modules reaches."""
+    """Name of a module whose computation `swap_modules` cannot replace -> a description."""
     modules: int
     """Number of modules looked at."""
 
@@ -237,11 +256,11 @@ class Swapped(NamedTuple):
 
 
 class _RefusedError(Exception):
-    """Why a module is left as it was."""
+    """Says why a module is not replaced."""
 
 
 _New = tuple[str, type[nn.Module], dict[str, Any]]
-"""Kind, class, attributes."""
+"""Kind of a replacement, its class, and the attributes to set."""
 
 
 def _activation(kind: str, parameter: float | None = None) -> _New:
@@ -273,7 +292,7 @@ def _window_attention(module: Any) -> _New:
         )
     if getattr(module.attn_drop, "p", None) != 0:
         raise _RefusedError("it drops attention weights")
-    for name in ("softmax", "attn_drop"):  # no longer called
+    for name in ("softmax", "attn_drop"):  # the op does not call these modules
         inner = vars(getattr(module, name))
         if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
             raise _RefusedError(f"its {name} has hooks")
@@ -307,8 +326,9 @@ _KNOWN: dict[str, tuple[str, Callable[[Any], _New]]] = {
     "timm.layers.norm.LayerNorm": ("layer_norm", _layer_norm),
     "timm.models.swin_transformer.WindowAttention": ("window_attention", _window_attention),
 }
-"""Class -> its family and what becomes of a module of it. timm's Mish is not here: under autocast
-it gives float32."""
+"""Name of each class -> its family, and a function that returns the replacement of a module.
+
+timm's Mish is missing, because it returns float32 under autocast."""
 
 _BLOCK = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
 _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
@@ -316,7 +336,7 @@ _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
     "timm.models.swin_transformer.PatchMerging": (("norm", "reduction"),),
     "timm.models.vision_transformer.Block": _BLOCK,
 }
-"""Class -> its LayerNorms that a linear layer alone reads, and which."""
+"""Name of each class -> its LayerNorms whose output only a linear layer reads, with that layer."""
 
 _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
 
@@ -326,7 +346,7 @@ def _name(cls: type) -> str:
 
 
 def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
-    """Those of `_BEFORE_LINEAR` that nothing else looks at."""
+    """Returns the LayerNorms of `_BEFORE_LINEAR` without hooks before a plain nn.Linear."""
     found = set()
     for module in model.modules():
         for name, reader in _BEFORE_LINEAR.get(_name(type(module)), ()):
@@ -340,19 +360,27 @@ def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
 
 
 def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
-    """Replaces, in place and wherever in `model`, itself included, the activations, the LayerNorms
-    over one dimension and the window attentions (timm's Swin) that have a fused op.
+    """Replaces the modules of a network that have a fused op, in place.
 
-    only: the families to replace, of `FAMILIES`. What cannot be replaced faithfully stays as it
-    was, and the result says why; that goes for subclasses, whose maths may be another. The result
-    also names what no swap of modules reaches, such as activations that a forward calls as
-    functions; print it. An
-    activation that worked in place no longer does: a network that read what it overwrote is the
-    only one to notice. Under autocast, the LayerNorms of timm's Swin and ViT that feed a linear
-    layer give its dtype, see `FusedLayerNorm.before_linear`. Swap before compiling; a second call
-    finds nothing to do.
+    These are activations, LayerNorms over one dimension, and the window attention of timm's Swin.
+    The model itself is replaced too if it is such a module. Call this before torch.compile. A
+    second call finds nothing to replace.
 
-    Raises ValueError on an unknown family.
+    Modules that the op could not compute exactly stay as they were. So do subclasses of known
+    classes, which may compute something else. Activations no longer work in place. Under autocast,
+    the LayerNorms before a linear layer in timm's Swin and ViT return autocast's dtype, see
+    `FusedLayerNorm.before_linear`.
+
+    Args:
+        model: any network.
+        only: the families to replace, of `FAMILIES`.
+
+    Returns:
+        What was replaced, what was not and why, and which computations cannot be replaced, such as
+        activations that a forward calls as functions. Print it to see a report.
+
+    Raises:
+        ValueError: if a family is unknown.
     """
     only = (only,) if isinstance(only, str) else tuple(only)
     for family in only:

@@ -1,7 +1,8 @@
-"""The plain-PyTorch twin of every op: any floating dtype, any device, any order of derivative.
+"""Every op in plain PyTorch, for any floating-point dtype, device and order of derivative.
 
-These are what the ops are tested against, what they become in a compiled region where Inductor does
-better, and what to use where a third derivative is wanted.
+Arguments and results are those of the op with the same name in fastgn_kernels, which documents
+them. The tests compare the ops with these functions. The ops call them in compiled code if Inductor
+generates faster code from PyTorch's operators. Call them yourself for third derivatives.
 """
 
 import math
@@ -14,7 +15,7 @@ from torch import Tensor
 def activation(
     x: Tensor, kind: str, bias: Tensor | None = None, parameter: float | None = None
 ) -> Tensor:
-    """See fastgn_kernels.activation."""
+    """Returns f(x + bias) for an activation function f, as `fastgn_kernels.activation` does."""
     u = x if bias is None else x + bias.to(x.dtype)
     if kind == "gelu":
         return F.gelu(u)
@@ -24,9 +25,9 @@ def activation(
         return F.silu(u)
     if kind == "quick_gelu":
         return u * torch.sigmoid(1.702 * u)
-    if kind == "mish":  # the second derivative of F.mish is NaN from 89 on
+    if kind == "mish":  # the second derivative of F.mish is NaN for inputs above 89
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
-        # beyond the threshold softplus is linear to the last bit of float64
+        # above 40, softplus(u) is u to the last bit of float64
         return (wide * F.softplus(wide, threshold=40).tanh()).to(u.dtype)
     if kind == "softplus":
         return F.softplus(u, beta=1.0 if parameter is None else parameter)
@@ -53,12 +54,13 @@ def layer_norm(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See fastgn_kernels.layer_norm."""
+    """Normalises the last dimension, as `fastgn_kernels.layer_norm` does."""
     total = x if residual is None else x + residual
     dtype = dtype or total.dtype
     common = torch.promote_types(total.dtype, dtype)
     if weight is None and bias is not None:
-        weight = torch.ones_like(bias)  # PyTorch's second derivative drops a term without one
+        # without a weight, the second derivative of F.layer_norm lacks a term
+        weight = torch.ones_like(bias)
     if weight is not None:
         weight = weight.to(common)
     if bias is not None:
@@ -75,32 +77,36 @@ def window_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """See fastgn_kernels.window_attention."""
+    """Returns the attention within windows, as `fastgn_kernels.window_attention` does."""
     scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     if mask is not None:
-        apart = scores.unflatten(0, (scores.shape[0] // mask.shape[0], mask.shape[0]))
-        scores = (apart + mask[:, None].to(scores.dtype)).flatten(0, 1)
+        by_mask = scores.unflatten(0, (scores.shape[0] // mask.shape[0], mask.shape[0]))
+        scores = (by_mask + mask[:, None].to(scores.dtype)).flatten(0, 1)
     return scores.softmax(-1) @ v
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """See fastgn_kernels.cross_entropy."""
+    """Returns the cross-entropy loss, as `fastgn_kernels.cross_entropy` does.
+
+    An index out of range raises PyTorch's error.
+    """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets.is_floating_point():
         return F.cross_entropy(z, targets.to(z.dtype), reduction=reduction)
-    # an index that nothing can be: PyTorch's -100 would pass for a target whose loss is 0
+    # With PyTorch's default ignore_index, a target of -100 would have a loss of 0. With this one,
+    # any index out of range raises an error.
     ignored = torch.iinfo(torch.int64).min
     return F.cross_entropy(z, targets, reduction=reduction, ignore_index=ignored)
 
 
 def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
-    """See fastgn_kernels.gradient_norm."""
+    """Returns the norm of each sample of a gradient, as `fastgn_kernels.gradient_norm` does."""
     x = grad.to(torch.promote_types(grad.dtype, torch.float32))
     x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     if ord == 1:
         return x.abs().sum(1)
-    # torch.linalg.vector_norm's second derivative is NaN where the norm is 0
+    # the second derivative of torch.linalg.vector_norm is NaN where the norm is 0
     squares = x.square().sum(1)
     return torch.where(squares == 0, 0.0, torch.where(squares == 0, 1.0, squares).sqrt())

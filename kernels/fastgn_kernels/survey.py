@@ -1,8 +1,8 @@
-"""What `swap_modules` does not reach in a network: functions that are called, and unknown classes.
+"""Finds the computations of a network that `swap_modules` cannot replace.
 
-A swap replaces modules. Activations and attention that a forward calls as functions stay PyTorch's,
-and so do classes of other libraries. `survey` names them by what the code of each module's class
-refers to; it runs nothing.
+`swap_modules` replaces modules of known classes. It cannot replace activations and attention that a
+forward method calls as functions, or classes of other libraries. `survey` finds these by reading
+the code of each module's class. It does not run the network.
 """
 
 import dis
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 SDPA = (
-    "which has no second derivative in its fused forms; "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the forward gives it one"
+    "which has no second derivative in its fused forms: "
+    "run the forward inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
+"""Explanation that the report adds for scaled_dot_product_attention."""
 
 FUNCTIONS: dict[Any, str] = {
     F.scaled_dot_product_attention: "window_attention",
@@ -34,7 +35,7 @@ FUNCTIONS: dict[Any, str] = {
     ),
     "activation",
 )
-"""Function that an op could replace -> the family of `swap_modules` that it belongs to."""
+"""Each function that an op could replace -> the family of `swap_modules` that the op belongs to."""
 
 LOOK_ALIKES = (
     ("window_attention", re.compile("attention", re.IGNORECASE)),
@@ -44,12 +45,15 @@ LOOK_ALIKES = (
         re.compile(r"activation|gelu|silu|swish|mish|softplus|gate\b|[a-z]?elu\b", re.IGNORECASE),
     ),
 )
-"""Family -> what the names of its classes look like, in this order."""
+"""Families with a pattern for the names of their classes. The first pattern that matches counts."""
 
 
 def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
-    """Returns name -> (family, what is not reached) for the modules that call a function of
-    `FUNCTIONS`, or whose class looks like one with an op and is not `known`."""
+    """Returns the name of each module that `swap_modules` cannot replace -> (family, reason).
+
+    These are modules that call or hold a function of `FUNCTIONS`, and modules whose class name
+    matches one of `LOOK_ALIKES`. known: returns True for modules to skip.
+    """
     found = {}
     for name, module in model.named_modules():
         if known(module):
@@ -61,11 +65,12 @@ def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tu
 
 
 def _reason(module: nn.Module) -> tuple[str, str] | None:
+    """Returns (family, reason) for a module that cannot be replaced, otherwise None."""
     cls: Any = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return "window_attention", f"its attention is a function, {SDPA}"
     calls = [f for f in _called(cls) if f in FUNCTIONS] if cls.__module__[:8] != "torch.nn" else []
-    if getattr(module, "fused_attn", True) is False:  # timm's switch
+    if getattr(module, "fused_attn", True) is False:  # timm then computes plain products
         calls = [f for f in calls if f is not F.scaled_dot_product_attention]
     held = [f for f in _held(module) if f in FUNCTIONS or _by_name(f)]
     for function, verb in [(f, "calls") for f in calls] + [(f, "holds") for f in held]:
@@ -74,12 +79,12 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
         return family, f"it {verb} {function.__name__} as a function{more}"
     for family, pattern in LOOK_ALIKES:
         if pattern.search(cls.__name__):
-            return family, f"{cls.__module__}.{cls.__qualname__} has no op here"
+            return family, f"swap_modules does not know {cls.__module__}.{cls.__qualname__}"
     return None
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
-    """Yields the functions among a module's attributes, also those in lists and in partials."""
+    """Yields the functions that a module's attributes hold, also inside lists and partials."""
     for name, value in vars(module).items():
         if name.startswith("_"):  # hooks
             continue
@@ -91,13 +96,16 @@ def _held(module: nn.Module) -> Iterator[Any]:
 
 
 def _by_name(function: Any) -> bool:
-    """Whether a function of another library is an activation by its name, as shifted_softplus."""
+    """Returns whether the name of a function is that of an activation, as in shifted_softplus."""
     return LOOK_ALIKES[-1][1].search(function.__name__.replace("_", " ")) is not None
 
 
 @functools.cache
 def _called(cls: type) -> tuple[Any, ...]:
-    """Returns the functions that the methods of a class refer to, itself or by its helpers."""
+    """Returns the functions of `FUNCTIONS` that the methods of a class refer to.
+
+    It also follows helper functions that are in the same module as the method.
+    """
     found: dict[Any, None] = {}
     waiting: list[types.FunctionType] = []
     for base in cls.__mro__:
@@ -119,7 +127,7 @@ def _called(cls: type) -> tuple[Any, ...]:
 
 
 def _referred(function: types.FunctionType) -> Iterator[Any]:
-    """Yields what a function's code takes from its module: F.gelu is an attribute of a global."""
+    """Yields the functions that a function's code refers to, by global names such as F.gelu."""
     value: Any = None
     for step in dis.get_instructions(function):
         if step.opname == "LOAD_GLOBAL":

@@ -1,6 +1,8 @@
-"""Attention within windows of at most 64 tokens, as Swin's, three orders.
+"""Attention within windows of at most 64 tokens, as in Swin, as custom ops.
 
-The formulas are in `window_attention_kernels`.
+`window_attention_kernels` defines the names of the tensors (go, ggqkv, ...) and has the formulas.
+Its kernels run for float16 and bfloat16 on cards of compute capability 8.0 and later. Otherwise
+PyTorch's operators compute the same formulas.
 """
 
 import torch
@@ -10,14 +12,14 @@ from fastgn_kernels import reference
 from fastgn_kernels.dispatch import (
     INTERPRETED,
     capability,
-    define,
-    differentiable,
-    inlines,
-    is_floating,
-    no_forward_mode,
-    no_third_derivative,
+    check_floating,
+    check_no_forward_mode,
+    compute_dtype,
+    define_op,
+    forbid_third_derivative,
+    is_compiling,
+    register_derivative,
     runs_triton,
-    wide,
 )
 from fastgn_kernels.window_attention_kernels import (
     launch_backward,
@@ -26,241 +28,268 @@ from fastgn_kernels.window_attention_kernels import (
 )
 
 LARGEST = 64
-"""Tokens of a window, and channels of a head."""
+"""Largest number of tokens per window, and of channels per head."""
 
 
-def _outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for something like qkv and something like o, laid out as linear layers want them."""
+def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a tensor like qkv and a tensor for o, laid out in memory as linear layers need them.
+
+    Their shapes are (3, B, H, N, D) and (B, H, N, D).
+    """
     _, windows, heads, tokens, dim = qkv.shape
     like_qkv = qkv.new_empty(windows, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
     return like_qkv, qkv.new_empty(windows, tokens, heads, dim).transpose(1, 2)
 
 
+def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
+    """Returns a tensor for the gradient of `learned`, the bias if its gradient is wanted.
+
+    If `learned` is None the tensor is empty, because custom ops return tensors.
+    """
+    return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
+
+
 def _kernel_runs(qkv: Tensor) -> bool:
-    """Triton's products in float32 proper, and all on Volta, whose tensor cores it no longer knows,
-    spill thousands of bytes of registers a thread: left to PyTorch's operators."""
+    """Returns whether the Triton kernels compute the attention.
+
+    With float32 inputs, and on cards before compute capability 8.0, Triton's matrix products would
+    spill thousands of bytes of registers per thread. There PyTorch's operators run.
+    """
     if not runs_triton(qkv) or INTERPRETED:
         return runs_triton(qkv)
     return qkv.dtype in (torch.float16, torch.bfloat16) and capability(qkv) >= 80
 
 
-def _bias_output(qkv: Tensor, learned: Tensor | None) -> Tensor:
-    """Room for the gradient of `learned`, the bias where its gradient is asked for; else empty:
-    custom ops return tensors."""
-    return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
-
-
 def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+    """Returns o."""
+    o = _allocate_outputs(qkv)[1]
     if not _kernel_runs(qkv):
-        return _forward_plain(qkv, bias, mask, scale)
-    _, o = _outputs(qkv)
-    if qkv.numel():
+        _forward_plain(qkv, bias, mask, scale, o)
+    elif qkv.numel():
         launch_forward(qkv, bias, mask, scale, o)
     return o
 
 
-def _softmax_plain(
+def _compute_probabilities(
     q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
-    s = scale * (q @ k.mT)
+    """Returns P with PyTorch's operators."""
+    scores = scale * (q @ k.mT)
     if bias is not None:
-        s = s + bias.to(s.dtype)
+        scores = scores + bias.to(scores.dtype)
     if mask is not None:
-        masks, mask = mask.shape[0], mask[:, None].to(s.dtype)
-        s = (s.unflatten(0, (s.shape[0] // masks, masks)) + mask).flatten(0, 1)
-    return s.softmax(-1)
+        masks, mask = mask.shape[0], mask[:, None].to(scores.dtype)
+        scores = (scores.unflatten(0, (scores.shape[0] // masks, masks)) + mask).flatten(0, 1)
+    return scores.softmax(-1)
 
 
-def _forward_plain(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    q, k, v = qkv.to(wide(qkv.dtype))
-    return _outputs(qkv)[1].copy_(_softmax_plain(q, k, bias, mask, scale) @ v)
+def _centre(x: Tensor, p: Tensor) -> Tensor:
+    """Returns centred(x)."""
+    return x - (p * x).sum(-1, keepdim=True)
+
+
+def _forward_plain(
+    qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, o: Tensor
+) -> None:
+    """Computes the same as `launch_forward` with PyTorch's operators."""
+    q, k, v = qkv.to(compute_dtype(qkv.dtype))
+    o.copy_(_compute_probabilities(q, k, bias, mask, scale) @ v)
 
 
 def _backward(
-    go: Tensor, qkv: Tensor, more: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(gqkv + more, gbias); the last is empty without weight_grads."""
+    """Returns (gqkv + extra, gbias). gbias is empty without weight_grads."""
     learned = bias if weight_grads else None
-    if not _kernel_runs(qkv):
-        return _backward_plain(go, qkv, more, bias, mask, scale, learned)
-    gqkv, gbias = _outputs(qkv)[0], _bias_output(qkv, learned)
-    if not qkv.numel():
+    gqkv, gbias = _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, learned)
+    if _kernel_runs(qkv) and not qkv.numel():
         return gqkv, gbias.zero_()
-    total = launch_backward(go, qkv, more, bias, mask, scale, learned, gqkv)
+    compute = launch_backward if _kernel_runs(qkv) else _backward_plain
+    total = compute(go, qkv, extra, bias, mask, scale, learned, gqkv)
     return gqkv, gbias if total is None else total
 
 
 def _backward_plain(
-    go: Tensor, qkv: Tensor, more: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    scale: float, learned: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v = qkv.to(wide(qkv.dtype))
+    go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    scale: float, learned: Tensor | None, gqkv: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """Computes the same as `launch_backward` with PyTorch's operators."""
+    q, k, v = qkv.to(compute_dtype(qkv.dtype))
     go = go.to(q.dtype)
-    p = _softmax_plain(q, k, bias, mask, scale)
-    gp = go @ v.mT
-    gs = p * (gp - (p * gp).sum(-1, keepdim=True))
-    gqkv = _outputs(qkv)[0]
-    for into, value in zip(
-        gqkv.unbind(), (scale * gs @ k, scale * gs.mT @ q, p.mT @ go), strict=True
-    ):
+    p = _compute_probabilities(q, k, bias, mask, scale)
+    gs = p * _centre(go @ v.mT, p)
+    values = (scale * gs @ k, scale * gs.mT @ q, p.mT @ go)
+    for into, value in zip(gqkv.unbind(), values, strict=True):
         into.copy_(value)
-    if more is not None:
-        gqkv += more
-    gbias = _bias_output(qkv, learned)
-    return gqkv, gbias if learned is None else gbias.copy_(gs.sum(0))
+    if extra is not None:
+        gqkv += extra
+    return None if learned is None else gs.sum(0).to(learned.dtype)
 
 
 def _backward_backward(
-    vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
+    ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(ggo, gqkv, gbias); the last is empty without weight_grads."""
+    """Returns (ggo, gqkv, gbias). gbias is empty without weight_grads."""
     learned = bias if weight_grads else None
-    if not _kernel_runs(qkv):
-        return _backward_backward_plain(vqkv, vbias, go, qkv, bias, mask, scale, learned)
-    (gqkv, ggo), gbias = _outputs(qkv), _bias_output(qkv, learned)
-    if not qkv.numel():
+    (gqkv, ggo), gbias = _allocate_outputs(qkv), _allocate_bias_grad(qkv, learned)
+    if _kernel_runs(qkv) and not qkv.numel():
         return ggo, gqkv, gbias.zero_()
-    total = launch_backward_backward(vqkv, vbias, go, qkv, bias, mask, scale, learned, ggo, gqkv)
+    compute = launch_backward_backward if _kernel_runs(qkv) else _backward_backward_plain
+    total = compute(ggqkv, ggbias, go, qkv, bias, mask, scale, learned, ggo, gqkv)
     return ggo, gqkv, gbias if total is None else total
 
 
 def _backward_backward_plain(
-    vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
-    mask: Tensor | None, scale: float, learned: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = qkv.to(wide(qkv.dtype))
-    vq, vk, vv = vqkv.to(q.dtype)
+    ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
+    mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """Computes the same as `launch_backward_backward` with PyTorch's operators."""
+    q, k, v = qkv.to(compute_dtype(qkv.dtype))
+    ggq, ggk, ggv = ggqkv.to(q.dtype)
     go = go.to(q.dtype)
-    p = _softmax_plain(q, k, bias, mask, scale)
-    t = scale * (vq @ k.mT + q @ vk.mT)
-    if vbias is not None:
-        t = t + vbias.to(t.dtype)
-    t = t - (p * t).sum(-1, keepdim=True)
-    gp = go @ v.mT
-    gp = gp - (p * gp).sum(-1, keepdim=True)
-    pt, gs = p * t, p * gp
-    u = gp * t + go @ vv.mT  # short of U by a constant a row, which drops out of Sb
-    sb = p * (u - (p * u).sum(-1, keepdim=True))
-    gqkv, ggo = _outputs(qkv)
-    values = (scale * (sb @ k + gs @ vk), scale * (sb.mT @ q + gs.mT @ vq), pt.mT @ go)
+    p = _compute_probabilities(q, k, bias, mask, scale)
+    ds = scale * (ggq @ k.mT + q @ ggk.mT)
+    if ggbias is not None:
+        ds = ds + ggbias.to(ds.dtype)
+    ds = _centre(ds, p)
+    gp = _centre(go @ v.mT, p)
+    dp, gs = p * ds, p * gp
+    hs = p * _centre(gp * ds + go @ ggv.mT, p)
+    values = (scale * (hs @ k + gs @ ggk), scale * (hs.mT @ q + gs.mT @ ggq), dp.mT @ go)
     for into, value in zip(gqkv.unbind(), values, strict=True):
         into.copy_(value)
-    gbias = _bias_output(qkv, learned)
-    ggo.copy_(pt @ v + p @ vv)
-    return ggo, gqkv, gbias if learned is None else gbias.copy_(sb.sum(0))
+    ggo.copy_(dp @ v + p @ ggv)
+    return None if learned is None else hs.sum(0).to(learned.dtype)
 
 
-def _stand_in(qkv: Tensor) -> Tensor:
-    """One element of memory in the shape of qkv. The backward depends on qkv through it, so that
-    what the second derivative has for qkv comes to the last backward, whose kernel adds it to its
-    own in passing, and not beside it: Inductor's sum took 15 passes over the width of a block, the
-    last kernel takes 3."""
+def _make_stand_in(qkv: Tensor) -> Tensor:
+    """Returns a tensor with the shape of qkv and one element of memory.
+
+    The backward op depends on qkv through it. So the gradient that the second backward pass has for
+    qkv reaches the last backward op, and its kernel adds that gradient to its own result. Otherwise
+    Inductor adds them, with 15 passes over tensors as wide as a block, where the kernel takes 3.
+    """
     return qkv.new_zeros(1).expand(qkv.shape)
 
 
-@define("fastgn::window_attention")
+@define_op("fastgn::window_attention")
 def _window_attention(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _forward(qkv, bias, mask, scale), _stand_in(qkv)
+    return _forward(qkv, bias, mask, scale), _make_stand_in(qkv)
 
 
-@define("fastgn::window_attention_bwd")
+@define_op("fastgn::window_attention_bwd")
 def _window_attention_bwd(
-    go: Tensor, qkv: Tensor, stand_in: Tensor | None, more: Tensor | None, bias: Tensor | None,
+    go: Tensor, qkv: Tensor, stand_in: Tensor | None, extra: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _backward(go, qkv, more, bias, mask, scale, weight_grads)
+    return _backward(go, qkv, extra, bias, mask, scale, weight_grads)
 
 
-@define("fastgn::window_attention_bwd_bwd")
+@define_op("fastgn::window_attention_bwd_bwd")
 def _window_attention_bwd_bwd(
-    vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
+    ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward_backward(vqkv, vbias, go, qkv, bias, mask, scale, weight_grads)
+    return _backward_backward(ggqkv, ggbias, go, qkv, bias, mask, scale, weight_grads)
 
 
 @_window_attention.register_fake
 def _(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    return _outputs(qkv)[1], _stand_in(qkv)
+    return _allocate_outputs(qkv)[1], _make_stand_in(qkv)
 
 
 @_window_attention_bwd.register_fake
 def _(
-    go: Tensor, qkv: Tensor, stand_in: Tensor | None, more: Tensor | None, bias: Tensor | None,
+    go: Tensor, qkv: Tensor, stand_in: Tensor | None, extra: Tensor | None, bias: Tensor | None,
     mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _outputs(qkv)[0], _bias_output(qkv, bias if weight_grads else None)
+    return _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, bias if weight_grads else None)
 
 
 @_window_attention_bwd_bwd.register_fake
 def _(
-    vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
+    ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    gqkv, ggo = _outputs(qkv)
-    return ggo, gqkv, _bias_output(qkv, bias if weight_grads else None)
+    gqkv, ggo = _allocate_outputs(qkv)
+    return ggo, gqkv, _allocate_bias_grad(qkv, bias if weight_grads else None)
 
 
 def _differentiate(
-    options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor | None, more: Tensor | None
+    options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor | None, extra: Tensor | None
 ) -> tuple:
     qkv, bias, mask, stand_in = saved
     if go is None:
-        return more, None, None, None
+        return extra, None, None, None
     if not torch.is_grad_enabled():
-        stand_in = None  # the last backward
-    gqkv, gbias = _window_attention_bwd(go, qkv, stand_in, more, bias, mask, options[-1], wanted[1])
+        stand_in = None  # nothing differentiates this backward pass
+    gqkv, gbias = _window_attention_bwd(
+        go, qkv, stand_in, extra, bias, mask, options[-1], wanted[1]
+    )
     return gqkv, gbias if wanted[1] else None, None, None
 
 
-def _differentiate_twice(
+def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
-    vqkv: Tensor | None, vbias: Tensor | None,
+    ggqkv: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
     go, qkv, bias, mask = saved
-    filled = torch.zeros_like(qkv) if vqkv is None else vqkv
+    filled = torch.zeros_like(qkv) if ggqkv is None else ggqkv
     scale, had_bias_grad = options[-2:]
     ggo, gqkv, gbias = _window_attention_bwd_bwd(
-        filled, vbias if had_bias_grad else None, go, qkv, bias, mask, scale, wanted[4]
+        filled, ggbias if had_bias_grad else None, go, qkv, bias, mask, scale, wanted[4]
     )
     to_qkv = (None, gqkv) if wanted[2] else (gqkv, None)
-    to_more, to_bias = vqkv if wanted[3] else None, gbias if wanted[4] else None
-    return ggo, *to_qkv, to_more, to_bias, None, None, None
+    to_extra, to_bias = ggqkv if wanted[3] else None, gbias if wanted[4] else None
+    return ggo, *to_qkv, to_extra, to_bias, None, None, None
 
 
-differentiable(
+register_derivative(
     _window_attention,
     "window_attention",
     save=lambda inputs, outputs: (*inputs[:3], outputs[1]),
     backward=_differentiate,
 )
-differentiable(
+register_derivative(
     _window_attention_bwd,
     "window_attention",
     save=lambda inputs, outputs: (*inputs[:2], *inputs[4:6]),
-    backward=_differentiate_twice,
+    backward=_differentiate_backward,
 )
-no_third_derivative(_window_attention_bwd_bwd, "window_attention")
+forbid_third_derivative(_window_attention_bwd_bwd, "window_attention")
 
 
 def window_attention_qkvpacked(
     qkv: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale Q K^T + bias + mask) V in each window, one pass for each of three orders.
+    """Returns softmax(scale Q K^T + bias + mask) V within each window.
 
-    qkv: (3, B, H, N, D) for B windows of N <= 64 tokens and H heads of D <= 64 channels; a linear
-    layer's (B, N, 3 H D), seen as that through a view, is read and its gradient written without a
-    copy. bias: (H, N, N), Swin's relative-position bias, with its gradient. mask: (W, N, N), added
-    to window i as mask[i % W], without one; -inf bars a pair. scale: None for D ** -0.5.
-    Returns (B, H, N, D), whose transpose(1, 2).flatten(2) is a view. Under autocast the products
-    take its dtype, as F.scaled_dot_product_attention's. Source: Liu et al. 2021, arXiv 2103.14030.
+    The value and each of the two derivatives take one kernel. Under autocast the inputs are cast to
+    its dtype, as ``F.scaled_dot_product_attention`` does. In compiled code, the function remains a
+    custom op where its kernels run.
 
-    Stays one op in a compiled region where its kernels run. Raises ValueError on shapes that do not
-    fit, TypeError on integers; a third derivative raises RuntimeError.
+    Source: Liu et al. 2021, arXiv 2103.14030.
+
+    Args:
+        qkv: (3, B, H, N, D), any floating-point dtype: queries, keys and values of B windows with
+            at most 64 tokens N and H heads with at most 64 channels D. If it is a view of the
+            (B, N, 3 H D) output of a linear layer, no copy is made of it or of its gradient.
+        bias: (H, N, N), any floating-point dtype, for example Swin's relative position bias.
+        mask: (W, N, N), any floating-point dtype, where W divides B. Window i uses mask[i % W].
+            A value of -inf makes a query ignore a key. The mask gets no gradient.
+        scale: factor of the products of queries and keys. None means D ** -0.5.
+
+    Returns:
+        (B, H, N, D) in the dtype of qkv. transpose(1, 2).flatten(2) of it is a view.
+
+    Raises:
+        ValueError: if a shape does not fit, or if the mask requires a gradient.
+        TypeError: if a tensor is not floating-point.
+        RuntimeError: if the result is differentiated three times.
     """
     name = "window_attention"
     if qkv.dim() != 5 or qkv.shape[0] != 3:
@@ -278,17 +307,19 @@ def window_attention_qkvpacked(
                 f"{name}: mask is {tuple(mask.shape)}, should be (W, {tokens}, {tokens})"
             )
         if windows % mask.shape[0]:
-            raise ValueError(f"{name}: {windows} windows are no multiple of {mask.shape[0]} masks")
+            raise ValueError(
+                f"{name}: {windows} windows are not a multiple of {mask.shape[0]} masks"
+            )
         if mask.requires_grad:
-            raise ValueError(f"{name}: the mask has no gradient; add a learned one to the bias")
-    is_floating(name, qkv=qkv, bias=bias, mask=mask)
+            raise ValueError(f"{name}: the mask gets no gradient: detach it, or add it to the bias")
+    check_floating(name, qkv=qkv, bias=bias, mask=mask)
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     scale = dim**-0.5 if scale is None else scale
-    if inlines() and not _kernel_runs(qkv):
+    if is_compiling() and not _kernel_runs(qkv):
         q, k, v = qkv.unbind()
         return reference.window_attention(q, k, v, bias, mask, scale)
-    no_forward_mode(name, qkv, bias, mask)
+    check_no_forward_mode(name, qkv, bias, mask)
     return _window_attention(qkv, bias, mask, scale)[0]
 
 
@@ -300,7 +331,11 @@ def window_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`window_attention_qkvpacked` of three (B, H, N, D) tensors, which it has to copy together."""
+    """Returns softmax(scale Q K^T + bias + mask) V within each window.
+
+    q, k, v: (B, H, N, D) each, any floating-point dtype. They are copied into one tensor for
+    `window_attention_qkvpacked`, which describes the other arguments, the result and the errors.
+    """
     if not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"window_attention: q, k, v are {shapes}, should be of one shape")

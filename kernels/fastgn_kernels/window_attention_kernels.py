@@ -1,40 +1,52 @@
-"""The Triton kernels of window attention and their launches, one per order.
+"""Triton kernels for window attention and its two derivatives, and the functions to launch them.
 
-A window and head fit one 64 x 64 tile, so every order recomputes what it needs from its inputs and
-nothing N x N is written to memory but bias + mask, once a mask and head, and the bias' own
-gradient, once a strip of windows. With c = scale, B = bias + mask:
+Names, for one window and head with N tokens of D channels:
+- q, k, v and o are queries, keys, values and output, (N, D) each. qkv holds the first three;
+- S are the scores and P = softmax(S) their probabilities, (N, N) each;
+- gx is the gradient of the loss with respect to x, for any tensor x;
+- ggqkv and ggbias are the cotangents of gqkv and gbias: the gradients that the second backward pass
+  starts from. Its results are ggo, the gradient with respect to go, and again gqkv and gbias;
+- dS is the change of S along these cotangents;
+- centred(X) = X - rowsum(P X). Products of two (N, N) matrices are elementwise.
 
-forward: S = c Q K^T + B, P = softmax(S), O = P V.
-backward of gO: gP = gO V^T, D = rowsum(P gP), gS = P (gP - D); gQ = c gS K, gK = c gS^T Q,
-gV = P^T gO, gB = sum of gS over windows.
-backward of (a, b, e, d), the cotangents of (gQ, gK, gV, gB): T = c (a K^T + Q b^T) + d,
-r = rowsum(P T), Pt = P (T - r), U = gP (T - r) - D T + gO e^T, Sb = P (U - rowsum(P U));
-to gO: Pt V + P e; to Q: c (Sb K + gS b); to K: c (Sb^T Q + gS^T a); to V: Pt^T gO;
-to B: sum of Sb over windows. (Products of N x N terms are elementwise.)
+Forward: S = scale q k^T + bias + mask, P = softmax(S), o = P v.
+Backward: gP = centred(go v^T), gS = P gP,
+    gq = scale gS k, gk = scale gS^T q, gv = P^T go, gbias = sum of gS over the windows.
+Backward of the backward: dS = centred(scale (ggq k^T + q ggk^T) + ggbias), dP = P dS,
+    gdP = gP dS + go ggv^T, and hS = P centred(gdP) is the gradient with respect to S, so that
+    ggo = dP v + P ggv,
+    gq = scale (hS k + gS ggk), gk = scale (hS^T q + gS^T ggq), gv = dP^T go,
+    gbias = sum of hS over the windows.
 
-P and its relatives are float32, also beside 16-bit inputs. The kernels take float16 and bfloat16 on
-cards of compute capability 8.0 and later; all else takes the same formulas in PyTorch's operators.
+A window and head fit one tile of 64 x 64, so every kernel recomputes S and P from its inputs. The
+only (N, N) matrices in memory are bias + mask, one for each mask and head, and partial sums of
+gbias. S, P and their gradients are float32, also for 16-bit inputs.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgn_kernels.dispatch import LAUNCH, tl_wide, wide
+from fastgn_kernels.dispatch import LAUNCH, compute_dtype, triton_compute_dtype
 
 
 @triton.jit
 def _dot(x, y, acc):
-    """acc + x y of two inputs, in their own dtype."""
+    """Returns acc + x y for two inputs of the op, multiplied in their own dtype."""
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
 @triton.jit
-def _wide_dot(x, y, acc, TRANSPOSED: tl.constexpr = False):
-    """acc + x y, or its transpose's, of a wide tile and an input. Beside a 16-bit input, the tile
-    is the sum of two 16-bit ones: 16 bits of mantissa with bfloat16, and the tensor cores take them
-    from where the last product left them, where tf32 (11 bits) would go through shared memory."""
+def _dot_of_float32(x, y, acc, TRANSPOSED: tl.constexpr = False):
+    """Returns acc + x y, or acc + x^T y, for an intermediate result x and an input y of the op.
+
+    If y has 16 bits, x is split into a sum of two 16-bit tiles. With bfloat16 that keeps 16 bits of
+    the mantissa, and the tensor cores read the tiles where the last product left them. TF32 would
+    keep 11 bits and go through shared memory.
+    """
     if y.dtype.primitive_bitwidth == 16:
         high = x.to(y.dtype)
         low = (x - high.to(x.dtype)).to(y.dtype)
@@ -49,300 +61,385 @@ def _wide_dot(x, y, acc, TRANSPOSED: tl.constexpr = False):
 
 
 @triton.jit
-def _square(ptr, index, BLOCK_N: tl.constexpr):
-    """Pointers to the index-th padded N x N tile of a stack."""
-    i, j = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_N)[None, :]
-    return ptr + index.to(tl.int64) * (BLOCK_N * BLOCK_N) + i * BLOCK_N + j
+def _locate_matrix(pointer, index, BLOCK_TOKENS: tl.constexpr):
+    """Returns pointers to the elements of one padded (N, N) matrix of a stack."""
+    i, j = tl.arange(0, BLOCK_TOKENS)[:, None], tl.arange(0, BLOCK_TOKENS)[None, :]
+    return pointer + index.to(tl.int64) * (BLOCK_TOKENS * BLOCK_TOKENS) + i * BLOCK_TOKENS + j
 
 
 @triton.jit
-def _softmax(s):
-    p = tl.exp(s - tl.max(s, axis=1)[:, None])
+def _softmax(scores):
+    p = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     return p / tl.sum(p, axis=1)[:, None]
 
 
 @triton.jit
-def _at(window, head, qkv_ptr, o_ptr, HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr):
-    """A window and head's first element in something like qkv and in something like o."""
-    first = tl.cast(window, tl.int64) * (TOKENS * HEADS * DIM)
-    return qkv_ptr + first * 3 + head * DIM, o_ptr + first + head * DIM
+def _centre(x, p):
+    """Returns centred(x)."""
+    return x - tl.sum(p * x, axis=1)[:, None]
 
 
 @triton.jit
-def _where(
-    third, c, THIRDS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _locate_window(
+    window, head, qkv_pointer, o_pointer, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of channels c to c + BLOCK_D of the third-th of THIRDS tensors."""
-    n, d = tl.arange(0, BLOCK_N)[:, None], c + tl.arange(0, BLOCK_D)[None, :]
-    return n * (THIRDS * HEADS * DIM) + third * HEADS * DIM + d, (n < TOKENS) & (d < DIM)
+    """Returns pointers to the first element of a window and head, in qkv and in o.
+
+    qkv is any tensor laid out as (B, N, 3, H, D), and o any tensor laid out as (B, N, H, D).
+    """
+    first = tl.cast(window, tl.int64) * (TOKENS * HEADS * DIM)
+    return qkv_pointer + first * 3 + head * DIM, o_pointer + first + head * DIM
+
+
+@triton.jit
+def _locate_channels(
+    part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """Returns offsets from the pointer of `_locate_window`, and which of them exist.
+
+    They are those of BLOCK_DIM channels from `channel` on, for all tokens. PARTS is 3 for qkv, of
+    which q, k and v are the parts 0, 1 and 2. It is 1 for o.
+    """
+    n, d = tl.arange(0, BLOCK_TOKENS)[:, None], channel + tl.arange(0, BLOCK_DIM)[None, :]
+    return n * (PARTS * HEADS * DIM) + part * HEADS * DIM + d, (n < TOKENS) & (d < DIM)
 
 
 @triton.jit
 def _load(
-    ptr, third, c, THIRDS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    pointer, part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    offsets, inside = _where(third, c, THIRDS, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-    return tl.load(ptr + offsets, mask=inside, other=0.0)
+    """Loads the elements that `_locate_channels` describes, with zeros for those of the padding."""
+    offsets, inside = _locate_channels(
+        part, channel, PARTS, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM
+    )
+    return tl.load(pointer + offsets, mask=inside, other=0.0)
 
 
 @triton.jit
 def _store(
-    ptr, value, third, c, THIRDS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    pointer, value, part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    offsets, inside = _where(third, c, THIRDS, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-    tl.store(ptr + offsets, value, mask=inside)
+    """Stores the elements that `_locate_channels` describes, except those of the padding."""
+    offsets, inside = _locate_channels(
+        part, channel, PARTS, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM
+    )
+    tl.store(pointer + offsets, value, mask=inside)
 
 
 @triton.jit
 def _window_attention_fwd_kernel(
-    qkv_ptr, added_ptr, o_ptr, windows, masks, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    DIM: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    qkv_pointer, bias_and_mask_pointer, o_pointer, windows, masks,
+    HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
+    """Computes o."""
     head, strip = tl.program_id(0), tl.program_id(1)
-    added = tl.load(_square(added_ptr, (strip % masks) * HEADS + head, BLOCK_N))
-    none, nothing = tl.zeros((BLOCK_N, BLOCK_D), WIDE), tl.zeros((BLOCK_N, BLOCK_N), WIDE)
+    index = (strip % masks) * HEADS + head
+    bias_and_mask = tl.load(_locate_matrix(bias_and_mask_pointer, index, BLOCK_TOKENS))
+    zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
+    zeros_nn = tl.zeros((BLOCK_TOKENS, BLOCK_TOKENS), COMPUTE_DTYPE)
     for window in range(strip, windows, tl.num_programs(1)):
-        qkv, o = _at(window, head, qkv_ptr, o_ptr, HEADS, TOKENS, DIM)
-        s = nothing
-        for c in range(0, DIM, BLOCK_D):
-            q = _load(qkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            k = _load(qkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            s = _dot(q, tl.trans(k), s)
-        p = _softmax(s * SCALE + added)
-        for c in range(0, DIM, BLOCK_D):
-            v = _load(qkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            part = _wide_dot(p, v, none)
-            _store(o, part, 0, c, 1, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
+        qkv_window, o_window = _locate_window(
+            window, head, qkv_pointer, o_pointer, HEADS, TOKENS, DIM
+        )
+        scores = zeros_nn
+        for channel in range(0, DIM, BLOCK_DIM):
+            q = _load(qkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            k = _load(qkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            scores = _dot(q, tl.trans(k), scores)
+        p = _softmax(scores * SCALE + bias_and_mask)
+        for channel in range(0, DIM, BLOCK_DIM):
+            v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            o = _dot_of_float32(p, v, zeros_nd)
+            _store(o_window, o, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
 
 
 @triton.jit
 def _window_attention_bwd_kernel(
-    go_ptr, qkv_ptr, more_ptr, added_ptr, gqkv_ptr, partial_ptr, windows, masks,
+    go_pointer, qkv_pointer, extra_pointer, bias_and_mask_pointer, gqkv_pointer,
+    partial_sums_pointer, windows, masks,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    HAS_MORE: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, HAS_EXTRA: tl.constexpr,
 ):  # fmt: skip
+    """Computes gqkv and, with BIAS_GRAD, partial sums of gbias.
+
+    With HAS_EXTRA, it adds another tensor to gqkv.
+    """
     head, strip = tl.program_id(0), tl.program_id(1)
-    none, nothing = tl.zeros((BLOCK_N, BLOCK_D), WIDE), tl.zeros((BLOCK_N, BLOCK_N), WIDE)
+    zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
+    zeros_nn = tl.zeros((BLOCK_TOKENS, BLOCK_TOKENS), COMPUTE_DTYPE)
     for window in range(strip, windows, tl.num_programs(1)):
-        qkv, go_at = _at(window, head, qkv_ptr, go_ptr, HEADS, TOKENS, DIM)
-        gqkv, _ = _at(window, head, gqkv_ptr, go_ptr, HEADS, TOKENS, DIM)
-        more, _ = _at(window, head, more_ptr, go_ptr, HEADS, TOKENS, DIM)
-        s = nothing
-        gp = nothing
-        for c in range(0, DIM, BLOCK_D):
-            q = _load(qkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            k = _load(qkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            s = _dot(q, tl.trans(k), s)
-        p = _softmax(
-            s * SCALE + tl.load(_square(added_ptr, (strip % masks) * HEADS + head, BLOCK_N))
+        qkv_window, go_window = _locate_window(
+            window, head, qkv_pointer, go_pointer, HEADS, TOKENS, DIM
         )
-        for c in range(0, DIM, BLOCK_D):
-            go = _load(go_at, 0, c, 1, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gv = _wide_dot(p, go, none, TRANSPOSED=True)
-            if HAS_MORE:
-                gv += _load(more, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            _store(gqkv, gv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            v = _load(qkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
+        gqkv_window, _ = _locate_window(window, head, gqkv_pointer, go_pointer, HEADS, TOKENS, DIM)
+        extra_window, _ = _locate_window(
+            window, head, extra_pointer, go_pointer, HEADS, TOKENS, DIM
+        )
+        scores = zeros_nn
+        gp = zeros_nn
+        for channel in range(0, DIM, BLOCK_DIM):
+            q = _load(qkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            k = _load(qkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            scores = _dot(q, tl.trans(k), scores)
+        scores *= SCALE
+        index = (strip % masks) * HEADS + head
+        scores += tl.load(_locate_matrix(bias_and_mask_pointer, index, BLOCK_TOKENS))
+        p = _softmax(scores)
+        for channel in range(0, DIM, BLOCK_DIM):
+            go = _load(go_window, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gv = _dot_of_float32(p, go, zeros_nd, TRANSPOSED=True)
+            if HAS_EXTRA:
+                gv += _load(
+                    extra_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM
+                )
+            _store(gqkv_window, gv, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             gp = _dot(go, tl.trans(v), gp)
-        gs = p * (gp - tl.sum(p * gp, axis=1)[:, None])
+        gs = p * _centre(gp, p)
         if BIAS_GRAD:
-            # in memory, a tile of registers less; no other program adds there, so that the order of
-            # the sum, and with it its bits, is the same in every run
-            tl.atomic_add(_square(partial_ptr, strip * HEADS + head, BLOCK_N), gs, sem="relaxed")
-        for c in range(0, DIM, BLOCK_D):
-            k = _load(qkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gq = _wide_dot(gs, k, none) * SCALE
-            if HAS_MORE:
-                gq += _load(more, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            _store(gqkv, gq, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            q = _load(qkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gk = _wide_dot(gs, q, none, TRANSPOSED=True) * SCALE
-            if HAS_MORE:
-                gk += _load(more, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            _store(gqkv, gk, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
+            # Adding in memory saves a tile of registers. No other program adds to this matrix, so
+            # the order of the sum, and therefore each bit, is the same in every run.
+            to = _locate_matrix(partial_sums_pointer, strip * HEADS + head, BLOCK_TOKENS)
+            tl.atomic_add(to, gs, sem="relaxed")
+        for channel in range(0, DIM, BLOCK_DIM):
+            k = _load(qkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gq = _dot_of_float32(gs, k, zeros_nd) * SCALE
+            if HAS_EXTRA:
+                gq += _load(
+                    extra_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM
+                )
+            _store(gqkv_window, gq, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            q = _load(qkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gk = _dot_of_float32(gs, q, zeros_nd, TRANSPOSED=True) * SCALE
+            if HAS_EXTRA:
+                gk += _load(
+                    extra_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM
+                )
+            _store(gqkv_window, gk, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
 
 
 @triton.jit
 def _window_attention_bwd_bwd_kernel(
-    vqkv_ptr, vb_ptr, go_ptr, qkv_ptr, added_ptr, ggo_ptr, gqkv_ptr, partial_ptr, windows, masks,
+    ggqkv_pointer, ggbias_pointer, go_pointer, qkv_pointer, bias_and_mask_pointer, ggo_pointer,
+    gqkv_pointer, partial_sums_pointer, windows, masks,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BIAS_GRAD: tl.constexpr, HAS_VB: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BIAS_GRAD: tl.constexpr, HAS_GGBIAS: tl.constexpr,
 ):  # fmt: skip
-    # Inputs are read where they are used, the second time from cache, and the order of the products
-    # lets each tile die early: six 64 x 64 tiles and their operands do not fit 255 registers.
+    """Computes ggo, the second gqkv and, with BIAS_GRAD, partial sums of the second gbias.
+
+    The registers of a thread cannot hold six 64 x 64 tiles and their operands. So inputs are read
+    where they are used, the second time from the cache. The order of the products makes each tile
+    unneeded early.
+    """
     head, strip = tl.program_id(0), tl.program_id(1)
-    none, nothing = tl.zeros((BLOCK_N, BLOCK_D), WIDE), tl.zeros((BLOCK_N, BLOCK_N), WIDE)
+    zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
+    zeros_nn = tl.zeros((BLOCK_TOKENS, BLOCK_TOKENS), COMPUTE_DTYPE)
     for window in range(strip, windows, tl.num_programs(1)):
-        qkv, go_at = _at(window, head, qkv_ptr, go_ptr, HEADS, TOKENS, DIM)
-        vqkv, _ = _at(window, head, vqkv_ptr, go_ptr, HEADS, TOKENS, DIM)
-        gqkv, ggo_at = _at(window, head, gqkv_ptr, ggo_ptr, HEADS, TOKENS, DIM)
-        s = nothing
-        t = nothing
-        for c in range(0, DIM, BLOCK_D):
-            q = _load(qkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            k = _load(qkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            s = _dot(q, tl.trans(k), s)
-            vq = _load(vqkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            t = _dot(vq, tl.trans(k), t)
-            vk = _load(vqkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            t = _dot(q, tl.trans(vk), t)
-        p = _softmax(
-            s * SCALE + tl.load(_square(added_ptr, (strip % masks) * HEADS + head, BLOCK_N))
+        qkv_window, go_window = _locate_window(
+            window, head, qkv_pointer, go_pointer, HEADS, TOKENS, DIM
         )
-        t *= SCALE
-        if HAS_VB:
-            t += tl.load(_square(vb_ptr, head, BLOCK_N))
-        t -= tl.sum(p * t, axis=1)[:, None]
-        pt = p * t
-        for c in range(0, DIM, BLOCK_D):
-            v = _load(qkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            ggo = _wide_dot(pt, v, none)
-            vv = _load(vqkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            ggo = _wide_dot(p, vv, ggo)
-            _store(ggo_at, ggo, 0, c, 1, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            go = _load(go_at, 0, c, 1, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gv = _wide_dot(pt, go, none, TRANSPOSED=True)
-            _store(gqkv, gv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-        gp = nothing
-        for c in range(0, DIM, BLOCK_D):
-            go = _load(go_at, 0, c, 1, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            v = _load(qkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
+        ggqkv_window, _ = _locate_window(
+            window, head, ggqkv_pointer, go_pointer, HEADS, TOKENS, DIM
+        )
+        gqkv_window, ggo_window = _locate_window(
+            window, head, gqkv_pointer, ggo_pointer, HEADS, TOKENS, DIM
+        )
+        scores = zeros_nn
+        ds = zeros_nn
+        for channel in range(0, DIM, BLOCK_DIM):
+            q = _load(qkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            k = _load(qkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            scores = _dot(q, tl.trans(k), scores)
+            ggq = _load(ggqkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            ds = _dot(ggq, tl.trans(k), ds)
+            ggk = _load(ggqkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            ds = _dot(q, tl.trans(ggk), ds)
+        scores *= SCALE
+        index = (strip % masks) * HEADS + head
+        scores += tl.load(_locate_matrix(bias_and_mask_pointer, index, BLOCK_TOKENS))
+        p = _softmax(scores)
+        ds *= SCALE
+        if HAS_GGBIAS:
+            ds += tl.load(_locate_matrix(ggbias_pointer, head, BLOCK_TOKENS))
+        ds = _centre(ds, p)
+        dp = p * ds
+        for channel in range(0, DIM, BLOCK_DIM):
+            v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            ggo = _dot_of_float32(dp, v, zeros_nd)
+            ggv = _load(ggqkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            ggo = _dot_of_float32(p, ggv, ggo)
+            _store(ggo_window, ggo, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            go = _load(go_window, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gv = _dot_of_float32(dp, go, zeros_nd, TRANSPOSED=True)
+            _store(gqkv_window, gv, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+        gp = zeros_nn
+        for channel in range(0, DIM, BLOCK_DIM):
+            go = _load(go_window, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             gp = _dot(go, tl.trans(v), gp)
-        gp -= tl.sum(p * gp, axis=1)[:, None]
-        u = gp * t  # short of U by a constant a row, which drops out of Sb
-        for c in range(0, DIM, BLOCK_D):
-            go = _load(go_at, 0, c, 1, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            vv = _load(vqkv, 2, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            u = _dot(go, tl.trans(vv), u)
+        gp = _centre(gp, p)
+        gdp = gp * ds
+        for channel in range(0, DIM, BLOCK_DIM):
+            go = _load(go_window, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            ggv = _load(ggqkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gdp = _dot(go, tl.trans(ggv), gdp)
         gs = p * gp
-        sb = p * (u - tl.sum(p * u, axis=1)[:, None])
+        hs = p * _centre(gdp, p)
         if BIAS_GRAD:
-            tl.atomic_add(_square(partial_ptr, strip * HEADS + head, BLOCK_N), sb, sem="relaxed")
-        for c in range(0, DIM, BLOCK_D):
-            vk = _load(vqkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gq = _wide_dot(gs, vk, none)
-            k = _load(qkv, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gq = _wide_dot(sb, k, gq) * SCALE
-            _store(gqkv, gq, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            vq = _load(vqkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gk = _wide_dot(gs, vq, none, TRANSPOSED=True)
-            q = _load(qkv, 0, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
-            gk = _wide_dot(sb, q, gk, TRANSPOSED=True) * SCALE
-            _store(gqkv, gk, 1, c, 3, HEADS, TOKENS, DIM, BLOCK_N, BLOCK_D)
+            to = _locate_matrix(partial_sums_pointer, strip * HEADS + head, BLOCK_TOKENS)
+            tl.atomic_add(to, hs, sem="relaxed")
+        for channel in range(0, DIM, BLOCK_DIM):
+            ggk = _load(ggqkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gq = _dot_of_float32(gs, ggk, zeros_nd)
+            k = _load(qkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gq = _dot_of_float32(hs, k, gq) * SCALE
+            _store(gqkv_window, gq, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            ggq = _load(ggqkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gk = _dot_of_float32(gs, ggq, zeros_nd, TRANSPOSED=True)
+            q = _load(qkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
+            gk = _dot_of_float32(hs, q, gk, TRANSPOSED=True) * SCALE
+            _store(gqkv_window, gk, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
 
 
-def _packed(qkv: Tensor) -> Tensor:
-    """(3, B, H, N, D) -> (B, N, 3, H, D), contiguous: what a linear layer gave, uncopied."""
+def pack(qkv: Tensor) -> Tensor:
+    """Returns (3, B, H, N, D) as a contiguous (B, N, 3, H, D).
+
+    If qkv is a view of the output of a linear layer, nothing is copied.
+    """
     return qkv.permute(1, 3, 0, 2, 4).contiguous()
 
 
-def _single(o: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B, N, H, D), contiguous."""
+def pack_output(o: Tensor) -> Tensor:
+    """Returns (B, H, N, D) as a contiguous (B, N, H, D)."""
     return o.transpose(1, 2).contiguous()
 
 
-def _grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple[int, int]:
-    """(heads, strips): a strip's windows share one mask, so that the number of strips is a multiple
-    of the masks'. 1056 programs are 8 on each of an H200's 132 processors."""
+def choose_grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple[int, int]:
+    """Returns the grid of a launch: (number of heads, number of strips of windows).
+
+    A program processes the windows of one strip for one head. All windows of a strip have the same
+    mask, so the number of strips is a multiple of the number of masks. programs: number of programs
+    to aim at; 1056 are 8 for each of the 132 processors of an H200.
+    """
     _, windows, heads, _, _ = qkv.shape
     masks = 1 if mask is None else mask.shape[0]
     return heads, masks * max(1, min(programs // (heads * masks), windows // masks))
 
 
-def _constants(qkv: Tensor, scale: float) -> dict:
+def _choose_constants(qkv: Tensor, scale: float) -> dict[str, Any]:
+    """Returns the constants and options that every kernel takes."""
     _, _, heads, tokens, dim = qkv.shape
     return {
         "HEADS": heads,
         "TOKENS": tokens,
         "DIM": dim,
         "SCALE": scale,
-        "WIDE": tl_wide(qkv.dtype),
-        "BLOCK_N": _block(qkv),
-        "BLOCK_D": min(32, max(16, triton.next_power_of_2(dim))),
+        "COMPUTE_DTYPE": triton_compute_dtype(qkv.dtype),
+        "BLOCK_TOKENS": _choose_block(qkv),
+        "BLOCK_DIM": min(32, max(16, triton.next_power_of_2(dim))),
         "num_warps": 4,
         "num_stages": 1,
         **LAUNCH,
     }
 
 
-def _block(qkv: Tensor) -> int:
+def _choose_block(qkv: Tensor) -> int:
+    """Returns the number of tokens of a window after padding."""
     return max(16, triton.next_power_of_2(qkv.shape[3]))
 
 
-def _added(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """What is added to the products of queries and keys: bias + mask for each mask and head, padded
-    to a tile (-inf bars the padding's keys, and its queries see the window, not nothing), so that
-    programs read it in whole lines at constant offsets."""
+def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Returns bias + mask for each mask and head: (W, H, N', N') with N' >= N padded tokens.
+
+    The padding makes programs read whole lines at constant offsets. Padded keys have -inf, so that
+    no query sees them. Padded queries have 0, so that their softmax is finite.
+    """
     _, _, heads, tokens, _ = qkv.shape
-    block, masks = _block(qkv), 1 if mask is None else mask.shape[0]
-    added = qkv.new_zeros((masks, heads, block, block), dtype=wide(qkv.dtype))
-    added[..., tokens:] = -torch.inf
+    block, masks = _choose_block(qkv), 1 if mask is None else mask.shape[0]
+    padded = qkv.new_zeros((masks, heads, block, block), dtype=compute_dtype(qkv.dtype))
+    padded[..., tokens:] = -torch.inf
     for term in (bias, mask if mask is None else mask[:, None]):
         if term is not None:
-            added[:, :, :tokens, :tokens] += term
-    return added
+            padded[:, :, :tokens, :tokens] += term
+    return padded
 
 
-def _padded(vbias: Tensor, qkv: Tensor) -> Tensor:
-    more = _block(qkv) - vbias.shape[-1]
-    padded = torch.nn.functional.pad(vbias.to(wide(qkv.dtype)), (0, more, 0, more))
-    return padded.contiguous()  # padding by nothing keeps the strides
+def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
+    """Returns ggbias as (H, N', N') in the compute dtype."""
+    padding = _choose_block(qkv) - ggbias.shape[-1]
+    wide = ggbias.to(compute_dtype(qkv.dtype))
+    padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
+    return padded.contiguous()  # a padding of 0 keeps the strides
 
 
-def _partials(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
+def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    """Returns zeros for the sum of gbias over each strip: (strips, H, N', N')."""
     heads, strips = grid
-    shape = (strips if learned is not None else 0, heads, _block(qkv), _block(qkv))
-    return torch.zeros(shape, dtype=wide(qkv.dtype), device=qkv.device)
+    block = _choose_block(qkv)
+    shape = (strips if learned is not None else 0, heads, block, block)
+    return torch.zeros(shape, dtype=compute_dtype(qkv.dtype), device=qkv.device)
 
 
-def _sum(partials: Tensor, learned: Tensor) -> Tensor:
+def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
+    """Returns the gradient of `learned`, or None if it is None."""
+    if learned is None:
+        return None
     tokens = learned.shape[-1]
-    return partials[:, :, :tokens, :tokens].sum(0).to(learned.dtype)
+    return partial_sums[:, :, :tokens, :tokens].sum(0).to(learned.dtype)
 
 
 def launch_forward(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, o: Tensor
 ) -> None:
-    """Writes o."""
-    added = _added(qkv, bias, mask)
-    _window_attention_fwd_kernel[_grid(qkv, mask)](
-        _packed(qkv), added, o, qkv.shape[1], added.shape[0], **_constants(qkv, scale)
-    )
+    """Computes the output of the attention into o."""
+    bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
+    _window_attention_fwd_kernel[choose_grid(qkv, mask)](
+        pack(qkv), bias_and_mask, o, qkv.shape[1], bias_and_mask.shape[0],
+        **_choose_constants(qkv, scale),
+    )  # fmt: skip
 
 
 def launch_backward(
-    go: Tensor, qkv: Tensor, more: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, learned: Tensor | None, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Writes gqkv + more; returns the gradient of `learned`."""
-    added, packed = _added(qkv, bias, mask), _packed(qkv)
-    grid = _grid(qkv, mask)
-    sums = _partials(qkv, learned, grid)
+    """Computes gqkv, plus extra if given, into gqkv. Returns the gradient of `learned`.
+
+    learned: the bias if its gradient is wanted, otherwise None.
+    """
+    bias_and_mask, packed = _pad_bias_and_mask(qkv, bias, mask), pack(qkv)
+    grid = choose_grid(qkv, mask)
+    partial_sums = _allocate_partial_sums(qkv, learned, grid)
     _window_attention_bwd_kernel[grid](
-        _single(go), packed, packed if more is None else _packed(more), added, gqkv, sums,
-        qkv.shape[1], added.shape[0], **_constants(qkv, scale), BIAS_GRAD=learned is not None,
-        HAS_MORE=more is not None,
+        pack_output(go), packed, packed if extra is None else pack(extra), bias_and_mask, gqkv,
+        partial_sums, qkv.shape[1], bias_and_mask.shape[0], **_choose_constants(qkv, scale),
+        BIAS_GRAD=learned is not None, HAS_EXTRA=extra is not None,
     )  # fmt: skip
-    return None if learned is None else _sum(sums, learned)
+    return _sum_strips(partial_sums, learned)
 
 
 def launch_backward_backward(
-    vqkv: Tensor, vbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
+    ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Writes ggo and gqkv; returns the gradient of `learned`."""
-    added = _added(qkv, bias, mask)
-    grid = _grid(qkv, mask)
-    sums = _partials(qkv, learned, grid)
+    """Computes ggo and gqkv of the second backward pass. Returns the gradient of `learned`.
+
+    ggbias: None means zero. learned: the bias if its gradient is wanted, otherwise None.
+    """
+    bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
+    grid = choose_grid(qkv, mask)
+    partial_sums = _allocate_partial_sums(qkv, learned, grid)
     _window_attention_bwd_bwd_kernel[grid](
-        _packed(vqkv), added if vbias is None else _padded(vbias, qkv), _single(go), _packed(qkv),
-        added, ggo, gqkv, sums, qkv.shape[1], added.shape[0], **_constants(qkv, scale),
-        BIAS_GRAD=learned is not None, HAS_VB=vbias is not None,
+        pack(ggqkv), bias_and_mask if ggbias is None else _pad_with_zeros(ggbias, qkv),
+        pack_output(go), pack(qkv), bias_and_mask, ggo, gqkv, partial_sums, qkv.shape[1],
+        bias_and_mask.shape[0], **_choose_constants(qkv, scale), BIAS_GRAD=learned is not None,
+        HAS_GGBIAS=ggbias is not None,
     )  # fmt: skip
-    return None if learned is None else _sum(sums, learned)
+    return _sum_strips(partial_sums, learned)

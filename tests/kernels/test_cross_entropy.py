@@ -189,7 +189,7 @@ def test_opcheck(kind):
 def test_compiled_is_eager(kind, opaque, monkeypatch):
     """As plain ATen, which is what a compiled region gets; and as custom ops, were it not so."""
     if opaque:
-        monkeypatch.setattr(module, "inlines", lambda: False)
+        monkeypatch.setattr(module, "is_compiling", lambda: False)
     targets = make_targets(kind, 4, 5)
     check_compiled(lambda z: cross_entropy(z, targets, "none"), [random(4, 5)])
 
@@ -251,7 +251,7 @@ def test_rows_beyond_the_largest_take_the_plain_body(kind, monkeypatch):
     def never(*_):
         raise AssertionError("the Triton body was called")
 
-    monkeypatch.setattr(module, "_launch", never)
+    monkeypatch.setattr(module, "_run_kernel", never)
     targets = make_targets(kind, 2, 16385)
     check_against_reference(
         lambda z: cross_entropy(z, targets, "none"),
@@ -274,9 +274,9 @@ def test_offsets_beyond_32_bits():
             gz = torch.ops.fastgn.cross_entropy_bwd(one, z, targets)
             ggl, second = torch.ops.fastgn.cross_entropy_bwd_bwd(v, one, z, targets)
         last = [x[-1:].double() for x in (loss, gz, ggl, second)]
-    right = module._plain(0, z[-1:].double(), targets[-1:])[:1]
-    right += module._plain(1, z[-1:].double(), targets[-1:], one[-1:].double())[1:]
-    right += module._plain(2, z[-1:].double(), targets[-1:], one[-1:].double(), v[-1:].double())
+    right = module._run_plain(0, z[-1:].double(), targets[-1:])[:1]
+    right += module._run_plain(1, z[-1:].double(), targets[-1:], one[-1:].double())[1:]
+    right += module._run_plain(2, z[-1:].double(), targets[-1:], one[-1:].double(), v[-1:].double())
     for a, b in zip(last, right, strict=True):
         assert relative(a, b) < 1e-3
 

@@ -88,7 +88,7 @@ def test_layouts(ord, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned"])
 def test_samples_in_one_block_are_not_copied(ord, layout):
     g = LAYOUTS[layout](random(4, 3, 5, 6))
-    assert module._in_blocks(g) is g
+    assert module._with_samples_in_blocks(g) is g
     (g,) = leaves([g])
     (gx,) = torch.autograd.grad(gradient_norm(g, ord).sum(), g)
     assert gx.stride() == g.stride()
@@ -186,7 +186,7 @@ def test_opcheck(ord, dtype, layout):
 def test_compiled_is_eager(ord, opaque, monkeypatch):
     """As plain ATen, which is what a compiled region gets; and as custom ops, were it not so."""
     if opaque:
-        monkeypatch.setattr(module, "inlines", lambda: False)
+        monkeypatch.setattr(module, "is_compiling", lambda: False)
     # of the square: the L1 norm alone has no second derivative that a penalty could leave
     check_compiled(lambda x: gradient_norm(x * x, ord), [random(3, 2, 4)])
 
@@ -241,8 +241,11 @@ def test_offsets_beyond_32_bits(ord):
         ours = [x[-1:].double() for x in (sums, gx, gn, second)]
     one = g[-1:].double()
     exact = norm[-1:].double() if ord == 2 else None
-    right = [module._plain(0, one, ord)[0], module._plain(1, one, ord, n[-1:].double(), exact)[1]]
-    right += module._plain(2, one, ord, n[-1:].double(), exact, v[-1:].double())
+    right = [
+        module._run_plain(0, one, ord)[0],
+        module._run_plain(1, one, ord, n[-1:].double(), exact)[1],
+    ]
+    right += module._run_plain(2, one, ord, n[-1:].double(), exact, v[-1:].double())
     for a, b in zip(ours, right, strict=True):
         assert relative(a, b) < 1e-3
 

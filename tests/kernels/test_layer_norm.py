@@ -116,7 +116,7 @@ def test_one_output_is_the_references(used: int) -> None:
 
 def test_several_strips_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that each sum over several tiles: with 3, one more tile than the others for some."""
-    monkeypatch.setattr(kernels, "strips", lambda rows, rows_per_block, columns: 3)
+    monkeypatch.setattr(kernels, "count_strips", lambda rows, rows_per_block, columns: 3)
     for shape in ((61, 1030), (3, 1030), (2, 1030)):
         checks.check_against_reference(op, twin, inputs("residual", *shape), tolerance=1e-9)
 
@@ -148,7 +148,7 @@ def test_compiled(form: str) -> None:
 @every_form
 def test_compiled_as_custom_ops(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a compiled region would get were it not given ATen's operators."""
-    monkeypatch.setattr(module, "inlines", lambda: False)
+    monkeypatch.setattr(module, "is_compiling", lambda: False)
     checks.check_compiled(op, inputs(form, 3, 5))
 
 
@@ -398,7 +398,7 @@ def test_plain_bodies_compute_half_precision_in_float32(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each result is right to its own last rounding."""
-    monkeypatch.setattr(module, "_fits", lambda x: False)
+    monkeypatch.setattr(module, "_kernel_runs", lambda x: False)
     x, *rest = (x.half() for x in inputs(form, 16, 50))
     # a residual apart: autograd adds the cotangents of x's and of its gradient in half precision
     residual = [rest.pop(0)] if form == "residual" else []
@@ -476,7 +476,7 @@ def test_beyond_2_to_the_31_elements(order: int) -> None:
     columns = module.LARGEST
     # whole rounds of all programs, so that the last program has the last row
     rows = 1056 * (2**31 // columns // 1056 + 1)
-    assert rows * columns > 2**31 and kernels.strips(rows, 1, 1) == 1056
+    assert rows * columns > 2**31 and kernels.count_strips(rows, 1, 1) == 1056
     half = lambda *shape, seed: random(*shape, seed=seed, dtype=torch.float16)  # noqa: E731
     with checks.little_memory(), checks.last_program_alone():
         x, residual, gy, v = (torch.empty(rows, columns, dtype=torch.float16) for _ in range(4))

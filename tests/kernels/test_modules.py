@@ -237,7 +237,7 @@ def as_on_cuda(request, monkeypatch) -> bool:
     if request.param:
         for name in ("layer_norm", "window_attention"):
             module = importlib.import_module(f"fastgn_kernels.{name}")
-            monkeypatch.setattr(module, "inlines", lambda: False)
+            monkeypatch.setattr(module, "is_compiling", lambda: False)
     return request.param
 
 

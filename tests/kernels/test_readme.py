@@ -275,7 +275,7 @@ def test_third_order_in_a_compiled_region(name: str, monkeypatch: pytest.MonkeyP
     kept = name in ("layer_norm", "window_attention")  # where its kernel runs
     if kept:
         module = importlib.import_module(f"fastgn_kernels.{name}")
-        monkeypatch.setattr(module, "inlines", lambda: False)
+        monkeypatch.setattr(module, "is_compiling", lambda: False)
     op, twin_of_op, shape = OPS[name]
     torch._dynamo.reset()
     x = random_on_cpu(*shape).requires_grad_()

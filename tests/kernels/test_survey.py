@@ -88,13 +88,16 @@ MISSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "SDPA": (CallsAttention, "it calls scaled_dot_product_attention as a function, which has no"),
     "multi-head": (lambda: nn.MultiheadAttention(4, 2), "its attention is a function, which has"),
-    "transformers' GELU": (GELUActivation, "test_survey.GELUActivation has no op here"),
-    "transformers' attention": (ViTSelfAttention, "test_survey.ViTSelfAttention has no op here"),
+    "transformers' GELU": (GELUActivation, "swap_modules does not know test_survey.GELUActivation"),
+    "transformers' attention": (
+        ViTSelfAttention,
+        "swap_modules does not know test_survey.ViTSelfAttention",
+    ),
     "torchvision's attention": (
         lambda: torchvision.models.swin_transformer.ShiftedWindowAttention(4, [2, 2], [0, 0], 2),
-        "torchvision.models.swin_transformer.ShiftedWindowAttention has no op here",
+        "swap_modules does not know torchvision.models.swin_transformer.ShiftedWindowAttention",
     ),
-    "torch's CELU": (nn.CELU, "torch.nn.modules.activation.CELU has no op here"),
+    "torch's CELU": (nn.CELU, "swap_modules does not know torch.nn.modules.activation.CELU"),
 }
 
 

@@ -249,8 +249,8 @@ def test_where_nothing_is_known_the_gradient_is_computed() -> None:
     x, (weight, bias) = leaves("layer_norm")
     y = layer_norm(x, weight, bias)
     (right,) = torch.autograd.grad((3 * y).sum(), x, retain_graph=True)
-    assert dispatch._runs(y.grad_fn) is True  # no sweep runs
-    assert dispatch._runs(None) is False
+    assert dispatch._engine_reaches(y.grad_fn) is True  # no sweep runs
+    assert dispatch._engine_reaches(None) is False
     with mock.patch.object(dispatch, "_engine_will_run", lambda node: True), Asked() as seen:
         close(torch.autograd.grad((3 * y).sum(), x), (right,))
     assert seen.calls == [("bwd", True)]
@@ -276,7 +276,7 @@ def kept_in_compiled_regions() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for name in ("layer_norm", "window_attention", "activations"):
             module = importlib.import_module(f"fastgn_kernels.{name}")
-            patches.enter_context(mock.patch.object(module, "inlines", lambda: False))
+            patches.enter_context(mock.patch.object(module, "is_compiling", lambda: False))
         yield
 
 
@@ -391,7 +391,7 @@ def test_a_compiled_swins_input_gradient_pays_for_no_weight() -> None:
 def reads_partial_sums(kernel: triton.compiler.CompiledKernel, *_: Any) -> tuple[str, bool]:
     """A kernel's name, and whether its code knows where the partial sums lie."""
     arguments = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
-    name, index = kernel.metadata.name, arguments.index("partial_ptr")
+    name, index = kernel.metadata.name, arguments.index("partial_sums_pointer")
     return name, re.search(rf"\[{name}_param_{index}\]", kernel.asm["ptx"]) is not None
 
 

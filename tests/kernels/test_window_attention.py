@@ -65,6 +65,12 @@ def masks(count: int, tokens: int) -> Tensor | None:
     return torch.where(barred, values[:, None, None], 0.0)
 
 
+def aim_at(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes launches aim at another number of programs."""
+    choose_grid = functools.partial(kernels.choose_grid, programs=programs)
+    monkeypatch.setattr(kernels, "choose_grid", choose_grid)
+
+
 @pytest.mark.parametrize("count, biased", [(0, False), (0, True), (2, False), (2, True)])
 def test_derivatives(count: int, biased: bool) -> None:
     if checks.INTERPRETED:  # seconds for every element of the inputs
@@ -116,19 +122,21 @@ def test_several_windows_a_strip(
 ) -> None:
     """Each window finds its own mask, and the bias' gradient has every window's part, whatever
     windows a program has, and when some have one more than others."""
-    monkeypatch.setattr(kernels, "_grid", functools.partial(kernels._grid, programs=programs))
+    monkeypatch.setattr(
+        kernels, "choose_grid", functools.partial(kernels.choose_grid, programs=programs)
+    )
     mask = masks(count, 5)
     xs = inputs(windows, heads, 5, 4)
-    assert kernels._grid(xs[0], mask) == (heads, strips)
+    assert kernels.choose_grid(xs[0], mask) == (heads, strips)
     checks.check_against_reference(op(mask), twin(mask), xs)
 
 
 def test_there_are_no_more_strips_than_windows() -> None:
     for windows, heads, count in itertools.product((1, 3, 64, 4096), (1, 4, 32, 2000), (0, 1)):
         mask = masks(count, 1)
-        grid = kernels._grid(torch.empty(3, windows, heads, 1, 1), mask)
+        grid = kernels.choose_grid(torch.empty(3, windows, heads, 1, 1), mask)
         assert grid[0] == heads and 1 <= grid[1] <= windows
-    assert kernels._grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
+    assert kernels.choose_grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
@@ -165,7 +173,7 @@ def test_no_windows(biased: bool) -> None:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled region holds the op, as where its kernels run."""
-    monkeypatch.setattr(module, "inlines", lambda: False)
+    monkeypatch.setattr(module, "is_compiling", lambda: False)
 
 
 @checks.not_interpreted
@@ -201,7 +209,7 @@ def test_a_compiled_region_keeps_no_op_without_kernels() -> None:
 
 @checks.not_interpreted
 def test_what_is_asked_of_the_card_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA, `inlines` depends on the compute capability, which dynamo has to take as given."""
+    """On CUDA, compiled code asks for the compute capability, which Dynamo must take as given."""
     from fastgn_kernels import dispatch
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
@@ -328,11 +336,11 @@ def test_a_linear_layers_output_is_not_copied() -> None:
 
     def three_orders() -> list[Tensor]:
         qkv = linear.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
-        assert kernels._packed(qkv).data_ptr() == linear.data_ptr()
+        assert kernels.pack(qkv).data_ptr() == linear.data_ptr()
         o = window_attention_qkvpacked(qkv, bias)
         flat = o.transpose(1, 2).flatten(2)
         assert flat.data_ptr() == o.data_ptr()
-        assert kernels._single(o).data_ptr() == o.data_ptr()
+        assert kernels.pack_output(o).data_ptr() == o.data_ptr()
         (g,) = torch.autograd.grad(flat, linear, go, create_graph=True)
         return [flat, g, *torch.autograd.grad(g, (go, linear), v)]
 
@@ -492,7 +500,9 @@ def test_second_derivatives_of_one_gradient(used: int) -> None:
 
 def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # a GPU has several windows a strip as it is
-        monkeypatch.setattr(kernels, "_grid", functools.partial(kernels._grid, programs=8))
+        monkeypatch.setattr(
+            kernels, "choose_grid", functools.partial(kernels.choose_grid, programs=8)
+        )
     shape = (12, 2, 9, 8) if DEVICE == "cpu" else (4096, 4, 49, 32)
     mask = masks(2, shape[2])
     xs = [x.half() for x in inputs(*shape)]
@@ -515,8 +525,8 @@ def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda x, b: op(b[0])(x), ValueError, r"mask is \(3, 3\), should be \(W, 3, 3\)"),
         (lambda x, b: op(b[..., :2])(x), ValueError, r"mask is \(2, 3, 2\), should be"),
         (lambda x, b: op(b[:0])(x), ValueError, r"mask is \(0, 3, 3\), should be"),
-        (lambda x, b: op(b.repeat(2, 1, 1)[:3])(x), ValueError, "2 windows are no mul.* 3 masks"),
-        (lambda x, b: op(b.requires_grad_())(x), ValueError, "the mask has no gradient"),
+        (lambda x, b: op(b.repeat(2, 1, 1)[:3])(x), ValueError, "2 windows are not a .* of 3 masks"),
+        (lambda x, b: op(b.requires_grad_())(x), ValueError, "the mask gets no gradient"),
         (lambda x, b: op()(x.long()), TypeError, "qkv is torch.int64, should be"),
         (lambda x, b: op()(x, b.int()), TypeError, "bias is torch.int32, should be"),
         (lambda x, b: op(b > 0)(x), TypeError, "mask is torch.bool, should be"),
@@ -539,7 +549,9 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
     """Of queries, keys and values together."""
     tokens, dim = 64, 64
     programs = 1056 * 16  # more than on a GPU, so that the last has few windows to go through
-    monkeypatch.setattr(kernels, "_grid", functools.partial(kernels._grid, programs=programs))
+    monkeypatch.setattr(
+        kernels, "choose_grid", functools.partial(kernels.choose_grid, programs=programs)
+    )
     # whole rounds of all programs, so that the last program has the last window
     windows = programs * (2**31 // (3 * tokens * dim) // programs + 1)
     assert 3 * windows * tokens * dim > 2**31
@@ -547,7 +559,7 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
     with checks.little_memory(), checks.last_program_alone():
         qkv, vqkv = (place(windows, tokens, 3, 1, dim).permute(2, 0, 3, 1, 4) for _ in range(2))
         go = place(windows, tokens, 1, dim).transpose(1, 2)
-        assert kernels._grid(qkv, None) == (1, programs)
+        assert kernels.choose_grid(qkv, None) == (1, programs)
         for seed, t in enumerate((qkv, vqkv)):
             t[:, -1] = random(3, 1, tokens, dim, seed=seed, dtype=torch.float16)
         go[-1] = random(1, tokens, dim, seed=3, dtype=torch.float16)

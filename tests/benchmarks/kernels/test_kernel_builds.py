@@ -98,9 +98,9 @@ def test_every_op_has_its_row() -> None:
 def test_layer_norms_tiles_are_all_built() -> None:
     """Every tile that a width from 65 to 1024 takes, and the widest."""
     largest = sys.modules["fastgn_kernels.layer_norm"].LARGEST  # the attribute is the function
-    built = [layer_norm_kernels._tile(columns) for columns in kernel_builds.LAYER_NORMS]
+    built = [layer_norm_kernels.choose_tile(columns) for columns in kernel_builds.LAYER_NORMS]
     widths = (*range(65, 1025), largest)
-    assert all(layer_norm_kernels._tile(columns) in built for columns in widths)
+    assert all(layer_norm_kernels.choose_tile(columns) in built for columns in widths)
 
 
 @triton.jit
