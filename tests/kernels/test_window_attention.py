@@ -122,9 +122,7 @@ def test_several_windows_a_strip(
 ) -> None:
     """Each window finds its own mask, and the bias' gradient has every window's part, whatever
     windows a program has, and when some have one more than others."""
-    monkeypatch.setattr(
-        kernels, "choose_grid", functools.partial(kernels.choose_grid, programs=programs)
-    )
+    aim_at(programs, monkeypatch)
     mask = masks(count, 5)
     xs = inputs(windows, heads, 5, 4)
     assert kernels.choose_grid(xs[0], mask) == (heads, strips)
@@ -500,9 +498,7 @@ def test_second_derivatives_of_one_gradient(used: int) -> None:
 
 def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # a GPU has several windows a strip as it is
-        monkeypatch.setattr(
-            kernels, "choose_grid", functools.partial(kernels.choose_grid, programs=8)
-        )
+        aim_at(8, monkeypatch)
     shape = (12, 2, 9, 8) if DEVICE == "cpu" else (4096, 4, 49, 32)
     mask = masks(2, shape[2])
     xs = [x.half() for x in inputs(*shape)]
@@ -525,7 +521,7 @@ def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda x, b: op(b[0])(x), ValueError, r"mask is \(3, 3\), should be \(W, 3, 3\)"),
         (lambda x, b: op(b[..., :2])(x), ValueError, r"mask is \(2, 3, 2\), should be"),
         (lambda x, b: op(b[:0])(x), ValueError, r"mask is \(0, 3, 3\), should be"),
-        (lambda x, b: op(b.repeat(2, 1, 1)[:3])(x), ValueError, "2 windows are not a .* of 3 masks"),
+        (lambda x, b: op(b.repeat(2, 1, 1)[:3])(x), ValueError, "2 windows are not .* of 3 masks"),
         (lambda x, b: op(b.requires_grad_())(x), ValueError, "the mask gets no gradient"),
         (lambda x, b: op()(x.long()), TypeError, "qkv is torch.int64, should be"),
         (lambda x, b: op()(x, b.int()), TypeError, "bias is torch.int32, should be"),
@@ -549,9 +545,7 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
     """Of queries, keys and values together."""
     tokens, dim = 64, 64
     programs = 1056 * 16  # more than on a GPU, so that the last has few windows to go through
-    monkeypatch.setattr(
-        kernels, "choose_grid", functools.partial(kernels.choose_grid, programs=programs)
-    )
+    aim_at(programs, monkeypatch)
     # whole rounds of all programs, so that the last program has the last window
     windows = programs * (2**31 // (3 * tokens * dim) // programs + 1)
     assert 3 * windows * tokens * dim > 2**31
