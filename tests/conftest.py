@@ -52,6 +52,23 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     return [] if a == b else [f"{where}: {a!r}, {b!r}"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under TRITON_INTERPRET=1, keeps only the tests that are marked for the interpreted pass."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        left = [item for item in items if not is_interpreted(item)]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if is_interpreted(item)]
+
+
+def is_interpreted(item: pytest.Item) -> bool:
+    """Returns whether a mark `interpreter` of the test allows the values of its parameters."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return any(
+        all(parameters[name] in values for name, values in mark.kwargs.items())
+        for mark in item.iter_markers("interpreter")
+    )
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For runs that several tests look at and none changes."""

@@ -22,15 +22,25 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter
+from triton.runtime import interpreter as triton_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
-not_interpreted = pytest.mark.skipif(INTERPRETED, reason="says nothing of Triton's interpreter")
-no_bfloat16_interpreted = pytest.mark.skipif(
-    INTERPRETED, reason="Triton's interpreter does not round bfloat16 as a GPU does"
-)
-only_interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+interpreter = pytest.mark.interpreter
+"""Marks a test for the interpreted pass, because it checks what a Triton kernel computes.
+
+`interpreter(kind=["gelu"], biased=[True])` selects the cases with these parameters. Of several such
+marks, a case needs to fit one."""
+
+NUMPY_DTYPES = [torch.float32, torch.float16]
+"""The dtypes that Triton's interpreter rounds as a GPU does; it does not for bfloat16."""
+
+
+def only_interpreted(test: Callable) -> Callable:
+    """Marks a test that runs in the interpreted pass only."""
+    skip = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+    return interpreter(skip(test))
+
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -242,10 +252,17 @@ def check_third_order_raises(op: Callable, inputs: Sequence[Tensor]) -> None:
         torch.autograd.grad(sum(g.sum() for g in gxs), xs)
 
 
-def check_opcheck(custom_op: Any, args: Sequence[Any]) -> None:
-    """The schema, the fake's dtypes and strides, and autograd's registration are what the body
-    does. For a backward of a backward, whose derivative raises, no input may require grad."""
-    torch.library.opcheck(custom_op, tuple(args))
+def check_opcheck(custom_op: Any, args: Sequence[Any], traced: bool = True) -> None:
+    """Checks that a custom op does what it registered.
+
+    These are its schema, its autograd formula, and the shapes, dtypes and strides of its fake
+    implementation. traced: whether to compare the op with a traced graph of it, too, which takes
+    most of the time. If the derivative of the op raises, no input may require a gradient.
+    """
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    torch.library.opcheck(
+        custom_op, tuple(args), test_utils=utils + ["test_aot_dispatch_dynamic"] * traced
+    )
 
 
 def touched_bytes() -> int:
@@ -265,8 +282,8 @@ def last_program_alone() -> Iterator[None]:
     commits the pages around its last elements. An offset that wraps in 32 bits reads and writes
     elsewhere, or is a segmentation fault.
     """
-    run = interpreter.GridExecutor.__call__
-    builder = interpreter.interpreter_builder
+    run = triton_interpreter.GridExecutor.__call__
+    builder = triton_interpreter.interpreter_builder
     set_index, set_dimensions = builder.set_grid_idx, builder.set_grid_dim
 
     def run_last(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -281,7 +298,7 @@ def last_program_alone() -> Iterator[None]:
         ):
             run(self, *args, **kwargs)
 
-    with mock.patch.object(interpreter.GridExecutor, "__call__", run_last):
+    with mock.patch.object(triton_interpreter.GridExecutor, "__call__", run_last):
         yield
 
 

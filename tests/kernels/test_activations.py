@@ -1,5 +1,6 @@
 """Activations: every kind, with and without bias, in three orders."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from collections.abc import Callable
 import checks
 import pytest
 import torch
-from checks import DEVICE, LAYOUTS, SHAPES, not_interpreted, random
+from checks import DEVICE, LAYOUTS, SHAPES, random
 from fastgn_kernels import ACTIVATIONS, activation, activations, gelu, reference, silu
 from torch import Tensor
 from torch.testing import assert_close
@@ -44,12 +45,15 @@ def orders(function: Callable, x: Tensor, gy: Tensor, v: Tensor) -> list[Tensor]
     return [y, gx, *torch.autograd.grad(gx, (gy, x), v, materialize_grads=True)]
 
 
+@checks.interpreter(kind=["gelu"])
 @with_and_without_bias
 @every_kind
 def test_derivatives(kind: str, biased: bool) -> None:
     checks.check_derivatives(of_kind(activation, kind), inputs(biased, 3, 3))
 
 
+@checks.interpreter(biased=[False])
+@checks.interpreter(kind=["gelu", "mish"])
 @with_and_without_bias
 @every_kind
 def test_is_its_reference(kind: str, biased: bool) -> None:
@@ -60,6 +64,7 @@ def test_is_its_reference(kind: str, biased: bool) -> None:
     checks.check_against_reference(op, twin, inputs(biased, 37, 300))
 
 
+@checks.interpreter(biased=[False])
 @with_and_without_bias
 @pytest.mark.parametrize("kind", PARAMETERS)
 def test_parameters(kind: str, biased: bool) -> None:
@@ -69,19 +74,16 @@ def test_parameters(kind: str, biased: bool) -> None:
     assert not torch.allclose(op(random(9)), activation(random(9), kind))
 
 
-@checks.not_interpreted
-@with_and_without_bias
-@every_kind
+@pytest.mark.parametrize("kind, biased", [*((kind, False) for kind in ACTIVATIONS), ("gelu", True)])
 def test_compiled(kind: str, biased: bool) -> None:
+    """The bias is added before the activation, whatever its kind: one kind shows it."""
     checks.check_compiled(of_kind(activation, kind, PARAMETERS.get(kind)), inputs(biased, 3, 5))
 
 
-@checks.not_interpreted
 def test_compiled_by_inductor() -> None:
     checks.check_compiled(gelu, inputs(True, 4, 16), backend="inductor")
 
 
-@checks.not_interpreted
 def test_a_compiled_region_holds_no_opaque_op() -> None:
     backend, called = checks.recording_backend()
     checks.check_compiled(gelu, inputs(True, 3, 5), backend=backend)
@@ -90,12 +92,13 @@ def test_a_compiled_region_holds_no_opaque_op() -> None:
     assert "fastgn::activation" in checks.ops_called(gelu, random(3))
 
 
+@checks.interpreter(kind=["gelu"], dtype=checks.NUMPY_DTYPES)
 @pytest.mark.parametrize(
     "dtype",
     [
         torch.float32,
         torch.float16,
-        pytest.param(torch.bfloat16, marks=checks.no_bfloat16_interpreted),
+        torch.bfloat16,
     ],
     ids=str,
 )
@@ -109,26 +112,29 @@ def test_low_precision(kind: str, biased: bool, dtype: torch.dtype) -> None:
 
 
 @with_and_without_bias
-@every_kind
-def test_third_order_raises(kind: str, biased: bool) -> None:
-    checks.check_third_order_raises(of_kind(activation, kind), inputs(biased, 3, 4))
+def test_third_order_raises(biased: bool) -> None:
+    """The kind is an argument of one op, so one kind shows it for all."""
+    checks.check_third_order_raises(of_kind(activation, "gelu"), inputs(biased, 3, 4))
 
 
+@checks.interpreter(biased=[True], layout=["transposed"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "unaligned"])
 @with_and_without_bias
 def test_opcheck(biased: bool, layout: str) -> None:
     x, *bias = (LAYOUTS[layout](t).requires_grad_() for t in inputs(biased, 3, 4))
     gy, v = (LAYOUTS[layout](random(3, 4, seed=s)) for s in (2, 3))
+    check = functools.partial(checks.check_opcheck, traced=layout == "contiguous")
     rest = (bias[0] if biased else None, "gelu", 1.0)
     w = random(4, seed=4) if biased else None
-    checks.check_opcheck(activations._activation, (x, *rest))
+    check(activations._activation, (x, *rest))
     gy.requires_grad_()
     for weight_grads in {False, biased}:
-        checks.check_opcheck(activations._activation_bwd, (gy, x, *rest, weight_grads))
+        check(activations._activation_bwd, (gy, x, *rest, weight_grads))
         plain = [t.detach() if isinstance(t, Tensor) else t for t in (v, w, gy, x, *rest)]
-        checks.check_opcheck(activations._activation_bwd_bwd, (*plain, weight_grads))
+        check(activations._activation_bwd_bwd, (*plain, weight_grads))
 
 
+@checks.interpreter
 @with_and_without_bias
 def test_layouts(biased: bool) -> None:
     """Each argument of each order lies in each way while any other lies in each way."""
@@ -165,12 +171,14 @@ def test_layouts_against_the_reference(biased: bool, layout: str) -> None:
     ])  # fmt: skip
 
 
+@checks.interpreter
 def test_channels_last_stays() -> None:
     x = random(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     for result in orders(silu, x, random(2, 3, 4, 5, seed=1), torch.ones_like(x)):
         assert result.stride() == x.stride()
 
 
+@checks.interpreter(kind=["gelu", "relu"])
 @every_kind
 def test_a_nan_goes_where_pytorchs_goes(kind: str) -> None:
     """In x, in gy and in v; relu and its kin stop it where they are flat."""
@@ -182,6 +190,7 @@ def test_a_nan_goes_where_pytorchs_goes(kind: str) -> None:
             assert torch.equal(ours.isnan(), theirs.isnan()), (where, ours, theirs)
 
 
+@checks.interpreter(kind=["gelu", "relu"])
 @every_kind
 def test_an_infinite_gradient_stays_visible(kind: str) -> None:
     """Not finite just where PyTorch's is not: a gradient scaler looks for these. PyTorch's second
@@ -205,6 +214,7 @@ QUIRKS = {
 """(kind, index in `orders`, x) -> the right value, where PyTorch has another on some CPUs."""
 
 
+@checks.interpreter(kind=["gelu", "mish"])
 @every_kind
 def test_huge_and_infinite_inputs(kind: str) -> None:
     values = [s * x for x in (0.0, 20.0, 90.0, 200.0, 1e4, 1e20, 3e38, INF) for s in (1, -1)]
@@ -221,9 +231,10 @@ def test_huge_and_infinite_inputs(kind: str) -> None:
             )
 
 
+@checks.interpreter(dtype=checks.NUMPY_DTYPES)
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float16, pytest.param(torch.bfloat16, marks=checks.no_bfloat16_interpreted)],
+    [torch.float16, torch.bfloat16],
     ids=str,
 )
 def test_mixed_dtypes(dtype: torch.dtype) -> None:
@@ -341,7 +352,6 @@ def test_derivatives_are_right_at_large_values(kind):
             torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
 
 
-@not_interpreted
 def test_mish_in_a_compiled_region_has_its_second_derivative_at_large_values():
     torch._dynamo.reset()
 

@@ -101,14 +101,12 @@ def test_what_is_wrong_is_refused(check: Callable, error: type, message: str) ->
         check(random(3, 4))
 
 
-@checks.not_interpreted
 def test_a_penalty_that_leaves_no_trace_is_refused() -> None:
     linear = lambda x: 3.0 * x.detach() + 0.0 * x  # noqa: E731
     with pytest.raises(AssertionError, match="no trace"):
         checks.check_compiled(linear, [random(3, 4)])
 
 
-@checks.not_interpreted
 def test_what_only_a_compiled_step_gets_wrong_is_refused() -> None:
     checks.check_derivatives(Cube.apply, [random(3, 4)])
     with pytest.raises(AssertionError, match="parameter 0"):
@@ -118,9 +116,9 @@ def test_what_only_a_compiled_step_gets_wrong_is_refused() -> None:
 @checks.only_interpreted
 def test_an_interpreted_run_is_of_the_triton_body() -> None:
     launches = []
-    run = checks.interpreter.GridExecutor.__call__
+    run = checks.triton_interpreter.GridExecutor.__call__
     with mock.patch.object(
-        checks.interpreter.GridExecutor,
+        checks.triton_interpreter.GridExecutor,
         "__call__",
         lambda self, *args, **kwargs: (launches.append(self.fn), run(self, *args, **kwargs)),
     ):

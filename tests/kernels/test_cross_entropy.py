@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from checks import (
     DEVICE,
     LAYOUTS,
+    NUMPY_DTYPES,
     check_against_reference,
     check_compiled,
     check_derivatives,
     check_low_precision,
     check_opcheck,
     check_third_order_raises,
+    interpreter,
     last_program_alone,
     leaves,
     little_memory,
@@ -47,6 +49,7 @@ def make_targets(kind: str, rows: int, columns: int, dtype=torch.float64) -> tor
     return random(rows, columns, seed=7).clamp_min(0).to(dtype)
 
 
+@interpreter(reduction=["none"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_derivatives(kind, reduction):
@@ -54,6 +57,7 @@ def test_derivatives(kind, reduction):
     check_derivatives(lambda z: cross_entropy(z, targets, reduction), [random(4, 5)])
 
 
+@interpreter(reduction=["none"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,6 +70,7 @@ def test_is_the_reference(kind, reduction, shape):
     )
 
 
+@interpreter(kind=["soft"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(kind, layout):
@@ -78,6 +83,7 @@ def test_layouts(kind, layout):
     )
 
 
+@interpreter
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_batch(kind):
     z = random(0, 5).requires_grad_()
@@ -90,11 +96,10 @@ def test_empty_batch(kind):
     assert cross_entropy(z, targets).isnan() and reference.cross_entropy(z, targets).isnan()
 
 
+@interpreter(dtype=NUMPY_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision(kind, dtype):
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter does not round bfloat16 as a GPU does")
     targets = make_targets(kind, 20, 100, dtype)
 
     def eager(z):
@@ -107,11 +112,10 @@ def test_low_precision(kind, dtype):
     )
 
 
+@interpreter(dtype=NUMPY_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_loss_keeps_the_digits_of_float32(kind, dtype):
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter does not round bfloat16 as a GPU does")
     z, targets = 3 * random(20, 100, dtype=dtype), make_targets(kind, 20, 100)
     loss = cross_entropy(z, targets, "none")
     assert loss.dtype == torch.float32
@@ -121,6 +125,7 @@ def test_a_half_precision_loss_keeps_the_digits_of_float32(kind, dtype):
     )
 
 
+@interpreter
 def test_a_common_offset_costs_no_digits():
     z = random(8, 50, dtype=torch.float32)
     z = (z * 64).round() / 64 + 4096.0  # exact in float32, so that the offset alone is tested
@@ -129,6 +134,7 @@ def test_a_common_offset_costs_no_digits():
     assert relative(cross_entropy(z, targets, "none").double(), exact) < 1e-6
 
 
+@interpreter
 @pytest.mark.parametrize(
     ("logits", "targets"),
     [
@@ -150,6 +156,7 @@ def test_mixed_dtypes(logits, targets):
     assert relative(loss.detach().double(), right) < (1e-14 if logits == torch.float64 else 1e-6)
 
 
+@interpreter
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_infinities_and_nan_are_pytorchs(kind, value):
@@ -169,6 +176,7 @@ def test_infinities_and_nan_are_pytorchs(kind, value):
     assert ours[1][3].isfinite().all() and not ours[0][2].isfinite()
 
 
+@interpreter(kind=["soft"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind):
     z, targets, gl, v = random(4, 5), make_targets(kind, 4, 5), random(4), random(4, 5, seed=2)
@@ -229,13 +237,12 @@ def test_an_index_out_of_range_raises_on_a_cpu(wrong):
         reference.cross_entropy(random(3, 5), targets)
 
 
+@interpreter(fits=[True])
 @only_triton
 @pytest.mark.parametrize("wrong", [-100, -1, 5])
 @pytest.mark.parametrize("fits", [True, False])
 def test_an_index_out_of_range_is_nan_on_a_gpu(wrong, fits, monkeypatch):
     if not fits:
-        if INTERPRETED:
-            pytest.skip("the plain body on a CPU raises")
         monkeypatch.setattr(module, "LARGEST_ROW", 0)
     targets = torch.tensor([0, wrong, 4], device=DEVICE)
     (z,) = leaves([random(3, 5)])
@@ -246,6 +253,7 @@ def test_an_index_out_of_range_is_nan_on_a_gpu(wrong, fits, monkeypatch):
         assert x.isnan().tolist() == [False, True, False]
 
 
+@interpreter(kind=["index"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_beyond_the_largest_take_the_plain_body(kind, monkeypatch):
     def never(*_):

@@ -1,5 +1,6 @@
 """layer_norm, with and without residual, in three orders."""
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ low_dtypes = pytest.mark.parametrize(
     [
         torch.float32,
         torch.float16,
-        pytest.param(torch.bfloat16, marks=checks.no_bfloat16_interpreted),
+        torch.bfloat16,
     ],
     ids=str,
 )
@@ -58,6 +59,7 @@ def inputs(form: str, *shape: int) -> list[Tensor]:
     return {"bare": [x], "affine": [x, weight, bias], "residual": [x, residual, weight, bias]}[form]
 
 
+@checks.interpreter(form=["affine"])
 @every_form
 def test_derivatives(form: str) -> None:
     # nearly 0 is 1 / sqrt(eps) where the finite differences look: a large eps tests the same terms
@@ -72,6 +74,8 @@ def test_derivatives_of_one_output(used: int) -> None:
     )
 
 
+@checks.interpreter(form=["residual"])
+@checks.interpreter(shape=[(3, 5, 7)])
 @every_form
 @pytest.mark.parametrize(
     "shape",
@@ -82,6 +86,7 @@ def test_is_its_reference(form: str, shape: tuple[int, ...]) -> None:
     checks.check_against_reference(op, twin, inputs(form, *shape), tolerance=1e-9)
 
 
+@checks.interpreter
 @every_form
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_column(rows: int, form: str) -> None:
@@ -92,6 +97,7 @@ def test_one_column(rows: int, form: str) -> None:
         assert_close(ours[name], right, rtol=1e-10, atol=1e-10, msg=name)
 
 
+@checks.interpreter
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_is_the_references(used: int) -> None:
     xs = inputs("residual", 5, 7)
@@ -114,6 +120,7 @@ def test_one_output_is_the_references(used: int) -> None:
     assert all(g.abs().sum() > 0 for g in results[0][:2])
 
 
+@checks.interpreter
 def test_several_strips_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that each sum over several tiles: with 3, one more tile than the others for some."""
     monkeypatch.setattr(kernels, "count_strips", lambda rows, rows_per_block, columns: 3)
@@ -121,6 +128,7 @@ def test_several_strips_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         checks.check_against_reference(op, twin, inputs("residual", *shape), tolerance=1e-9)
 
 
+@checks.interpreter
 def test_rows_beyond_the_largest_take_the_plain_body() -> None:
     with pytest.MonkeyPatch.context() as patches:
         for order in ("fwd", "bwd", "bwd_bwd"):
@@ -138,13 +146,11 @@ def test_the_largest_row_is_a_kernels(columns: int) -> None:
         checks.check_against_reference(op, twin, inputs("affine", 2, columns), tolerance=1e-9)
 
 
-@checks.not_interpreted
 @every_form
 def test_compiled(form: str) -> None:
     checks.check_compiled(op, inputs(form, 3, 5))
 
 
-@checks.not_interpreted
 @every_form
 def test_compiled_as_custom_ops(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a compiled region would get were it not given ATen's operators."""
@@ -152,12 +158,11 @@ def test_compiled_as_custom_ops(form: str, monkeypatch: pytest.MonkeyPatch) -> N
     checks.check_compiled(op, inputs(form, 3, 5))
 
 
-@checks.not_interpreted
+@pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     checks.check_compiled(op, inputs("residual", 4, 16), backend="inductor")
 
 
-@checks.not_interpreted
 def test_a_compiled_region_holds_an_opaque_op_only_where_its_kernel_runs() -> None:
     backend, called = checks.recording_backend()
     checks.check_compiled(op, inputs("residual", 3, 5), backend=backend)
@@ -166,6 +171,7 @@ def test_a_compiled_region_holds_an_opaque_op_only_where_its_kernel_runs() -> No
     assert any(name.startswith("aten.native_layer_norm") for name in called) != opaque
 
 
+@checks.interpreter(form=["residual"], dtype=checks.NUMPY_DTYPES)
 @low_dtypes
 @every_form
 def test_low_precision(form: str, dtype: torch.dtype) -> None:
@@ -174,6 +180,7 @@ def test_low_precision(form: str, dtype: torch.dtype) -> None:
         checks.check_low_precision(op, twin, [scale * x, *rest], dtype)
 
 
+@checks.interpreter(dtype=checks.NUMPY_DTYPES)
 @low_dtypes
 def test_a_common_offset_costs_no_more_than_pytorchs(dtype: torch.dtype) -> None:
     """The variance is the centred values' mean square: E[x^2] - E[x]^2 would have no digit left."""
@@ -193,28 +200,31 @@ def test_third_order_raises(form: str) -> None:
         torch.autograd.grad(second.sum(), x)
 
 
+@checks.interpreter(layout=["transposed"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "unaligned"])
 def test_opcheck(layout: str) -> None:
     place = LAYOUTS[layout]
     x, residual, gy, gsum, v = (place(random(3, 4, seed=s)) for s in range(5))
     weight, bias, vw, vb = (place(random(4, seed=s)) for s in range(5, 9))
     grad = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+    check = functools.partial(checks.check_opcheck, traced=layout == "contiguous")
     ops = torch.ops.fastgn
     for dtype in (torch.float64, torch.float32):
         options = (1e-5, dtype)
-        checks.check_opcheck(ops.layer_norm.default, (grad[0], *grad[2:], *options))
-        checks.check_opcheck(ops.add_layer_norm.default, (*grad, *options))
+        check(ops.layer_norm.default, (grad[0], *grad[2:], *options))
+        check(ops.add_layer_norm.default, (*grad, *options))
     for g, weight_grads in itertools.product((None, gsum), (False, True)):
         arguments = (gy.clone().requires_grad_(), g, grad[0], grad[2], 1e-5, weight_grads)
-        checks.check_opcheck(ops.layer_norm_bwd.default, arguments)
+        check(ops.layer_norm_bwd.default, arguments)
     for cotangents in ((v, None, None), (v, vw, None), (v, None, vb), (v, vw, vb)):
         arguments = (*cotangents, gy, x, weight, 1e-5, vb is cotangents[2])
-        checks.check_opcheck(ops.layer_norm_bwd_bwd.default, arguments)
+        check(ops.layer_norm_bwd_bwd.default, arguments)
     # each of another dtype: x half, its cotangents float32, the weights float64
     mixed = (v.half(), vw, vb, gy.float(), x.half(), weight)
-    checks.check_opcheck(ops.layer_norm_bwd_bwd.default, (*mixed, 1e-5, True))
+    check(ops.layer_norm_bwd_bwd.default, (*mixed, 1e-5, True))
 
 
+@checks.interpreter
 def test_layouts() -> None:
     """Each argument of each order lies in each way while any other lies in each way."""
     ways = list(LAYOUTS.values())
@@ -261,6 +271,7 @@ def test_weight_and_bias_may_each_be_left_out() -> None:
     assert_close(layer_norm(x, weight, bias), torch.nn.functional.layer_norm(x, (7,), weight, bias))
 
 
+@checks.interpreter
 def test_eps() -> None:
     x = torch.full((2, 6), 3.0, dtype=torch.float64, device=DEVICE)
     x[1] = random(6) / 100
@@ -276,12 +287,14 @@ def test_eps() -> None:
     )
 
 
+@checks.interpreter
 def test_no_columns() -> None:
     x = random(3, 0).requires_grad_()
     (g,) = torch.autograd.grad(layer_norm(x, random(0), random(0)).sum(), x, create_graph=True)
     assert g.shape == torch.autograd.grad(g.sum(), x)[0].shape == (3, 0)
 
 
+@checks.interpreter(value=[NAN, INF])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", range(5), ids=["x", "weight", "bias", "gy", "v"])
 def test_infinities_and_nan_go_where_pytorchs_go(where: int, value: float) -> None:
@@ -302,9 +315,10 @@ def test_infinities_and_nan_go_where_pytorchs_go(where: int, value: float) -> No
         assert_close(ours[theirs.isfinite()], theirs[theirs.isfinite()], rtol=1e-3, atol=1e-4)
 
 
+@checks.interpreter(dtype=checks.NUMPY_DTYPES)
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float16, pytest.param(torch.bfloat16, marks=checks.no_bfloat16_interpreted)],
+    [torch.float16, torch.bfloat16],
     ids=str,
 )
 @pytest.mark.parametrize("form", ["affine", "residual"])
@@ -330,6 +344,7 @@ def test_mixed_dtypes(form: str, dtype: torch.dtype) -> None:
         assert checks.relative(ours.double(), exact) < 1e-6
 
 
+@checks.interpreter
 def test_the_sum_is_rounded_before_it_is_normalised() -> None:
     """So that the forward's input is the one that the backward reads."""
     x, residual = random(5, 40).half(), random(5, 40, seed=1).half()
@@ -369,8 +384,6 @@ def test_dtype_of_the_output(form: str, dtype: torch.dtype, out: torch.dtype) ->
 @every_form
 def test_autocast(form: str, dtype: torch.dtype) -> None:
     """The output is of F.layer_norm's dtype, float32 on a GPU; all else is as without autocast."""
-    if checks.INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter does not round bfloat16 as a GPU does")
     *xs, weight, bias = inputs(form if form != "bare" else "affine", 5, 8)
     *xs, weight, bias = *(x.to(dtype) for x in xs), weight.float(), bias.float()
 
@@ -438,7 +451,6 @@ def test_the_same_bits_in_every_run() -> None:
         assert torch.equal(first[name], second[name]), name
 
 
-@checks.not_interpreted
 def test_torch_func_is_refused() -> None:
     """Not supported, and never silently wrong."""
     with pytest.raises(RuntimeError):

@@ -20,7 +20,7 @@ import checks
 import fastgn_kernels
 import pytest
 import torch
-from checks import not_interpreted, ops_called, random, relative
+from checks import ops_called, random, relative
 from fastgn_kernels import ACTIVATIONS, cross_entropy, layer_norm, reference, window_attention
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -160,7 +160,6 @@ def test_a_use_has_the_gradients_of_plain_pytorch(heading: str, tolerance: float
     check_gradients(names, by_pytorch, tolerance)
 
 
-@not_interpreted
 def test_the_compiled_use_has_the_gradients_of_plain_pytorch(
     monkeypatch: pytest.MonkeyPatch, tolerance: float
 ) -> None:
@@ -268,7 +267,6 @@ class ThirdOrder(nn.Module):
         return (h * h).sum()
 
 
-@not_interpreted
 @every_op
 @pytest.mark.filterwarnings("ignore:(?s).*Traceback of forward call:UserWarning")  # anomaly mode
 def test_third_order_in_a_compiled_region(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -473,7 +471,6 @@ print([name for name in {hidden!r} if name in set(sys.modules) - before])
 """
 
 
-@not_interpreted
 def test_the_package_runs_with_torch_and_triton_alone() -> None:
     """Whatever else is installed here, numpy too, cannot be imported; nor can the trainer."""
     allowed = closure("torch", set()) | closure("triton", set())

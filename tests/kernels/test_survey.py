@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from checks import DEVICE, not_interpreted, random
+from checks import DEVICE, random
 from fastgn_kernels.modules import swap_modules
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -204,7 +204,6 @@ TOOLS: dict[str, Callable[[nn.Module], Tensor]] = {
 }
 
 
-@not_interpreted
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
 @pytest.mark.parametrize("name", PLAIN)

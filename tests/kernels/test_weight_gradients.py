@@ -188,6 +188,7 @@ def test_a_sweep_computes_what_it_is_asked_for(case: str, sweep: str) -> None:
             close(a, b)
 
 
+@checks.interpreter
 @every_op
 def test_a_penalty_pays_for_weight_gradients_once(case: str) -> None:
     """In its last sweep; and they are the reference's."""
@@ -205,6 +206,7 @@ def test_a_penalty_pays_for_weight_gradients_once(case: str) -> None:
     close(*results)
 
 
+@checks.interpreter
 @every_op
 def test_nobody_pays_where_the_second_order_stays_with_the_input(case: str) -> None:
     _, op, twin, _ = OPS[case]
@@ -239,8 +241,6 @@ def test_one_graph_serves_every_sweep(case: str) -> None:
 def test_derivatives_of_the_input_alone(case: str) -> None:
     """By finite differences, beside weights that require a gradient which nobody asks for."""
     _, op, _, _ = OPS[case]
-    if checks.INTERPRETED and case == "window_attention":
-        pytest.skip("the interpreter takes minutes; see its other tests")
     x, weights = leaves(case)
     checks.check_derivatives(lambda x: op(x, *weights), [x])
 
@@ -256,7 +256,6 @@ def test_where_nothing_is_known_the_gradient_is_computed() -> None:
     assert seen.calls == [("bwd", True)]
 
 
-@checks.not_interpreted
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_autograd(fullgraph: bool) -> None:
     """Has no nodes to ask; and its graphs serve sweeps of both kinds, one after the other."""
@@ -304,7 +303,6 @@ class _Step(nn.Module):
         return loss + (gx**3).sum()
 
 
-@checks.not_interpreted
 @every_op
 def test_a_compiled_graph_pays_once(case: str) -> None:
     torch._dynamo.reset()
@@ -322,7 +320,6 @@ def test_a_compiled_graph_pays_once(case: str) -> None:
     close(ours, theirs)
 
 
-@checks.not_interpreted
 @every_op
 def test_a_compiled_attack_pays_for_none(case: str) -> None:
     torch._dynamo.reset()
@@ -376,7 +373,6 @@ def test_a_swins_input_gradient_pays_for_no_weight() -> None:
     assert outer.calls.count(("bwd", True)) == with_weights
 
 
-@checks.not_interpreted
 def test_a_compiled_swins_input_gradient_pays_for_no_weight() -> None:
     torch._dynamo.reset()
     calls: list[tuple[str, bool]] = []
@@ -395,7 +391,6 @@ def reads_partial_sums(kernel: triton.compiler.CompiledKernel, *_: Any) -> tuple
     return name, re.search(rf"\[{name}_param_{index}\]", kernel.asm["ptx"]) is not None
 
 
-@checks.not_interpreted
 @every_op
 def test_kernels_sum_only_what_is_asked_for(case: str) -> None:
     name, op, _, shapes = OPS[case]

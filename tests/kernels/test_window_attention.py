@@ -31,7 +31,7 @@ low_dtypes = pytest.mark.parametrize(
     [
         torch.float32,
         torch.float16,
-        pytest.param(torch.bfloat16, marks=checks.no_bfloat16_interpreted),
+        torch.bfloat16,
     ],
     ids=str,
 )
@@ -73,15 +73,11 @@ def aim_at(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("count, biased", [(0, False), (0, True), (2, False), (2, True)])
 def test_derivatives(count: int, biased: bool) -> None:
-    if checks.INTERPRETED:  # seconds for every element of the inputs
-        if count == 0:
-            pytest.skip("the interpreter takes too long; see the case with bias and mask")
-        count, shape = 1, (1, 1, 3, 2) if biased else (1, 1, 2, 1)
-    else:
-        shape = (4, 2, 3, 2)
-    checks.check_derivatives(op(masks(count, shape[2])), inputs(*shape, biased=biased))
+    checks.check_derivatives(op(masks(count, 3)), inputs(4, 2, 3, 2, biased=biased))
 
 
+@checks.interpreter(count=[2], biased=[True])
+@checks.interpreter(shape=[(2, 3, 17, 16)])
 @pytest.mark.parametrize("count, biased", [(0, False), (0, True), (2, False), (2, True)])
 @pytest.mark.parametrize(
     "shape",
@@ -102,12 +98,14 @@ def test_is_its_reference(shape: tuple[int, ...], count: int, biased: bool) -> N
     checks.check_against_reference(op(mask), twin(mask), inputs(*shape, biased=biased))
 
 
+@checks.interpreter
 def test_one_window() -> None:
     checks.check_against_reference(op(), twin(), inputs(1, 1, 64, 64))
     mask = masks(1, 6)
     checks.check_against_reference(op(mask), twin(mask), inputs(1, 2, 6, 4))
 
 
+@checks.interpreter
 @pytest.mark.parametrize(
     "count, windows, heads, programs, strips",
     [(0, 5, 1, 1, 1), (0, 5, 1, 3, 3), (1, 5, 1, 2, 2), (2, 6, 1, 1, 2), (2, 10, 2, 8, 4)],
@@ -137,6 +135,7 @@ def test_there_are_no_more_strips_than_windows() -> None:
     assert kernels.choose_grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
 
 
+@checks.interpreter(scale=[-0.3])
 @pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
 def test_scale(scale: float) -> None:
     checks.check_against_reference(op(scale=scale), twin(scale=scale), inputs(2, 2, 5, 4))
@@ -156,6 +155,7 @@ def test_apart() -> None:
     )
 
 
+@checks.interpreter
 @pytest.mark.parametrize("biased", [False, True])
 def test_no_windows(biased: bool) -> None:
     leaves = checks.leaves(inputs(0, 2, 5, 4, biased=biased))
@@ -174,13 +174,12 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_compiling", lambda: False)
 
 
-@checks.not_interpreted
 @pytest.mark.parametrize("count, biased", [(0, False), (2, True)])
 def test_compiled(count: int, biased: bool, kept: None) -> None:
     checks.check_compiled(op(masks(count, 3)), inputs(4, 2, 3, 4, biased=biased))
 
 
-@checks.not_interpreted
+@pytest.mark.slow
 def test_compiled_by_inductor(kept: None) -> None:
     checks.check_compiled(op(masks(2, 3)), inputs(4, 2, 3, 4), backend="inductor")
 
@@ -191,7 +190,6 @@ def compiled_operators() -> set[str]:
     return called
 
 
-@checks.not_interpreted
 def test_a_compiled_region_keeps_the_op(kept: None) -> None:
     """And nothing of what it is made of."""
     called = compiled_operators()
@@ -200,12 +198,10 @@ def test_a_compiled_region_keeps_the_op(kept: None) -> None:
     assert not any(name.startswith(("aten.bmm", "aten._softmax")) for name in called)
 
 
-@checks.not_interpreted
 def test_a_compiled_region_keeps_no_op_without_kernels() -> None:
     assert not any("fastgn" in name for name in compiled_operators())
 
 
-@checks.not_interpreted
 def test_what_is_asked_of_the_card_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA, compiled code asks for the compute capability, which Dynamo must take as given."""
     from fastgn_kernels import dispatch
@@ -219,6 +215,7 @@ def test_what_is_asked_of_the_card_compiles(monkeypatch: pytest.MonkeyPatch) -> 
     assert compiled(torch.zeros(1)).item() == 1
 
 
+@checks.interpreter(count=[2], dtype=checks.NUMPY_DTYPES)
 @low_dtypes
 @pytest.mark.parametrize("count, biased", [(0, False), (2, True)])
 def test_low_precision(count: int, biased: bool, dtype: torch.dtype) -> None:
@@ -238,6 +235,7 @@ def test_third_order_raises(biased: bool) -> None:
         torch.autograd.grad(second.sum(), qkv)
 
 
+@checks.interpreter(layout=["transposed"])
 @pytest.mark.parametrize(
     "count, biased, layout",
     [
@@ -255,21 +253,23 @@ def test_opcheck(count: int, biased: bool, layout: str) -> None:
     rest = (bias[0] if biased else None, masks(count, 3), 0.5)
     grads = [t.clone().requires_grad_() if isinstance(t, Tensor) else t for t in (qkv, rest[0])]
     ops = torch.ops.fastgn
-    checks.check_opcheck(ops.window_attention.default, (*grads, *rest[1:]))
+    check = functools.partial(checks.check_opcheck, traced=layout == "contiguous")
+    check(ops.window_attention.default, (*grads, *rest[1:]))
     gos = go.clone().requires_grad_()
     more = vqkv.clone().requires_grad_()
     for weight_grads in {False, biased}:
         for added in (None, more):
             arguments = (gos, grads[0], None, added, grads[1], *rest[1:], weight_grads)
-            checks.check_opcheck(ops.window_attention_bwd.default, arguments)
+            check(ops.window_attention_bwd.default, arguments)
     for v in (None, vbias) if biased else (None,):
         arguments = (vqkv, v, go, qkv, *rest, biased and v is None)
-        checks.check_opcheck(ops.window_attention_bwd_bwd.default, arguments)
+        check(ops.window_attention_bwd_bwd.default, arguments)
     half = (vqkv.half(), vbias.float() if biased else None, go.half(), qkv.half())
     rest = (bias[0].float() if biased else None, *rest[1:])
-    checks.check_opcheck(ops.window_attention_bwd_bwd.default, (*half, *rest, biased))
+    check(ops.window_attention_bwd_bwd.default, (*half, *rest, biased))
 
 
+@checks.interpreter(tokens=[3])
 @pytest.mark.parametrize("tokens", [3, 16])
 def test_layouts(tokens: int) -> None:
     """Each argument of each order lies in each way, while the others lie in others; 16 tokens are a
@@ -324,6 +324,7 @@ def test_layouts_against_the_reference(layout: str) -> None:
     checks.check_against_reference(op(mask), twin(mask), xs)
 
 
+@checks.interpreter
 def test_a_linear_layers_output_is_not_copied() -> None:
     """Neither are the gradients on their way to linear layers, in any order."""
     windows, heads, tokens, dim = 4, 2, 3, 4
@@ -349,6 +350,7 @@ def test_a_linear_layers_output_is_not_copied() -> None:
     assert not called & {"aten::clone", "aten::copy_", "aten::_to_copy", "aten::contiguous"}
 
 
+@checks.interpreter
 def test_a_query_that_may_see_nothing_is_nan_as_pytorchs() -> None:
     mask = torch.zeros(2, 3, 3, dtype=torch.float64, device=DEVICE)
     mask[0, 1] = -INF
@@ -360,6 +362,7 @@ def test_a_query_that_may_see_nothing_is_nan_as_pytorchs() -> None:
         assert_close(results[0][name], theirs, equal_nan=True)
 
 
+@checks.interpreter(dtype=[HALF], value=[NAN, -INF])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["q", "k", "v", "bias", "go", "vq"])
@@ -389,6 +392,7 @@ def test_infinities_and_nan_go_where_pytorchs_go(
     assert results[0][1].isfinite().any()
 
 
+@checks.interpreter
 def test_large_scores_do_not_overflow() -> None:
     """exp(90) is beyond float32, exp(12) beyond float16."""
     qkv, bias = inputs(2, 1, 5, 4)
@@ -396,9 +400,10 @@ def test_large_scores_do_not_overflow() -> None:
         checks.check_low_precision(op(), twin(), [qkv, 300 * bias], dtype)
 
 
+@checks.interpreter(dtype=[torch.float16])
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float32, torch.float16, torch.bfloat16][: 2 if checks.INTERPRETED else 3],
+    [torch.float32, torch.float16, torch.bfloat16],
     ids=str,
 )
 def test_mixed_dtypes(dtype: torch.dtype) -> None:
@@ -485,6 +490,7 @@ def test_frozen_inputs(trained: str) -> None:
     assert not op()(*inputs(4, 2, 3, 4)).requires_grad
 
 
+@checks.interpreter
 @pytest.mark.parametrize("used", [0, 1])
 def test_second_derivatives_of_one_gradient(used: int) -> None:
     """Of the queries' or the bias' gradient alone: autograd leaves the other's cotangent out."""

@@ -31,7 +31,9 @@ ONE_NUMBER_A_ROW = {"_cross_entropy_fwd_kernel", "_gradient_norm_reduce_kernel"}
 """Kernels that have nothing else to store."""
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in SHARED_LIMIT if c != 90)]
+)
 @pytest.mark.parametrize("op", LAUNCHES)
 def test_builds(op: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # of ten widths: all of them take ptxas a quarter of an hour, and the script builds them
