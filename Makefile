@@ -9,7 +9,7 @@ BIN := .venv/bin
 PROCESSES = $$($(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 2))')
 train: export OMP_NUM_THREADS = 1
 
-.PHONY: train test lint clean
+.PHONY: train picture test lint clean
 
 train: .venv/installed
 	$(BIN)/python -m fastgn.train --recipe quickstart_natural --resume auto
@@ -17,6 +17,12 @@ train: .venv/installed
 	$(BIN)/torchrun --standalone --nproc-per-node $(PROCESSES) -m fastgn.evaluate \
 		--checkpoint runs/quickstart_natural runs/quickstart_gradnorm --eps 0.025 --attacks clean pgd-20 autoattack \
 		--output runs/quickstart.json --picture runs/quickstart.png
+
+# Draws the README's picture from the networks that `make train` has trained.
+picture: .venv/installed
+	$(BIN)/python -m fastgn.evaluate --checkpoint runs/quickstart_natural runs/quickstart_gradnorm \
+		--eps 0.025 --attacks clean --num-images 4 --output runs/picture.json \
+		--picture docs/quickstart.png --picture-images 4
 
 # The second run is of the Triton kernels themselves, interpreted on the CPU. It runs whatever the first
 # one finds, and a failure of either is make's.

@@ -1,4 +1,4 @@
-"""The arrows between rooms (README, architecture): who may import whom."""
+"""The arrows between rooms (docs/architecture.md): who may import whom."""
 
 import ast
 import graphlib
