@@ -166,6 +166,20 @@ def test_modules_and_files_in_the_text_exist(page: Path) -> None:
         assert (ROOT / span).exists(), span
 
 
+@every_page
+def test_names_of_rooms_in_the_text_exist(page: Path) -> None:
+    """Such as `files.atomic_open`, which is fastgn.files.atomic_open."""
+    for room, name in re.findall(r"`(\w+)\.(\w+)(?:\(.*?\))?`", prose(page)):
+        if room in set(MAY_IMPORT) | set(COMPOSE) and name not in (
+            "csv",
+            "json",
+            "py",
+            "toml",
+            "txt",
+        ):
+            assert hasattr(importlib.import_module(f"fastgn.{room}"), name), f"{room}.{name}"
+
+
 def test_every_room_is_in_the_architecture() -> None:
     rooms = {
         name
