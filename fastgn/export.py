@@ -13,7 +13,7 @@ import sys
 import tempfile
 from fractions import Fraction as Ratio
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
     from fastgn.extras import begin
@@ -30,10 +30,13 @@ from fastgn.errors import UserError, check, print_line, say_error
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
 from fastgn.models import activations, create
 from fastgn.state import ExportHeader, is_number
-from fastgn.trained import export_weights
-
-if TYPE_CHECKING:
-    from fastgn.evaluate import Trained
+from fastgn.trained import (
+    Trained,
+    export_weights,
+    hash_weights,
+    load_bare_weights,
+    load_trained,
+)
 
 FILES = ("model.py", "model_info.json", "weights.pt", "weights.safetensors")
 CLASSES = {"cifar10": 10, "imagenet": 1000}
@@ -119,7 +122,7 @@ def literal(value: Any) -> str:
     return text
 
 
-def definition(trained: "Trained") -> str:
+def definition(trained: Trained) -> str:
     """model.py: Python that builds the network as `network.build_model` does, fastgn not needed.
 
     A network of fastgn's own brings its source along.
@@ -174,7 +177,7 @@ def is_torchs(kind: type) -> bool:
     return getattr(torch.nn, kind.__name__, None) is kind
 
 
-def check_same(source: str, pickled: bytes, trained: "Trained") -> None:
+def check_same(source: str, pickled: bytes, trained: Trained) -> None:
     """Runs model.py's text on weights.pt's bytes, and raises UserError where its logits for two
     random images are not the trained model's: before anything is written.
 
@@ -243,15 +246,13 @@ def ratio(eps: float) -> str:
     return f"{n}/255" if n.denominator == 1 and abs(n / 255 - eps) < 1e-9 else f"{eps:g}"
 
 
-def accuracies(cfg: ExportConfig, trained: "Trained") -> dict[str, str | None]:
+def accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None]:
     """clean_acc and autoattack_acc of the model in --evaluation, in per cent with two decimals, and
     a footnote on the images; what was not measured there is null.
 
     AutoAttack's accuracy is taken at --eps and in the norm of --threat alone. Raises UserError: no
     such file, not an evaluation, no such model in it, or one with other weights.
     """
-    from fastgn.evaluate import weights_hash
-
     name = trained.name
     out: dict[str, str | None] = {"clean_acc": None, "autoattack_acc": None, "footnote": None}
     if cfg.evaluation is None:
@@ -264,7 +265,7 @@ def accuracies(cfg: ExportConfig, trained: "Trained") -> dict[str, str | None]:
     )
     entry = entries[name]
     check(
-        entry.get("weights_sha256") in (None, weights_hash(trained.model)),
+        entry.get("weights_sha256") in (None, hash_weights(trained.model)),
         f"--evaluation {cfg.evaluation}: its {name} had other weights than --checkpoint "
         f"{cfg.checkpoint}: evaluate that one",
     )
@@ -315,7 +316,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return record
 
 
-def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
+def model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
     """RobustBench's record of a model, its fields in its order; null where nothing is known.
 
     Raises UserError: --dataset does not fit the model's classes, or see `accuracies`.
@@ -358,8 +359,6 @@ def model_info(cfg: ExportConfig, trained: "Trained") -> dict[str, Any]:
 
 def run(cfg: ExportConfig) -> None:
     """Writes the four files, each whole or not at all. Raises UserError."""
-    from fastgn.evaluate import load_foreign, load_trained
-
     cpu, folder = torch.device("cpu"), Path(cfg.robustbench)
     for file in FILES:
         check_target(folder / file)
@@ -371,7 +370,7 @@ def run(cfg: ExportConfig) -> None:
         trained = load_trained(cfg.checkpoint, cpu)
     else:
         classes = tuple(map(str, range(CLASSES[str(cfg.dataset)])))
-        trained = load_foreign(cfg.checkpoint, cfg, classes, cpu)
+        trained = load_bare_weights(cfg.checkpoint, cfg, classes, cpu)
     if trained.unfinished:
         print_line(f"{trained.name}: {trained.unfinished}")
     info = model_info(cfg, trained)

@@ -1,15 +1,20 @@
-"""A trained network on disk, read from an export or from a checkpoint."""
+"""A trained network on disk: how it is written, read, and made ready for attacks."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from fastgn.checkpoint import load_checkpoint, read_config
-from fastgn.config import Config
-from fastgn.errors import check
+from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_config
+from fastgn.config import Config, run_folder
+from fastgn.config.programs import BareWeightsConfig
+from fastgn.errors import UserError, check, escaped, print_line
 from fastgn.files import METADATA, parse_json, read_safetensors, write_safetensors
+from fastgn.models.network import Classifier, build_model
+from fastgn.models.weights import load_weights, read_weights
 from fastgn.state import ExportHeader, TrainState, as_dict, read_fields
 
 
@@ -64,3 +69,83 @@ def describe_unfinished(state: TrainState, config: Config) -> str | None:
         return None
     of = f" (epoch {epoch:.3g} of {epochs})" if epoch is not None else ""
     return f"these are the weights of update {state.update}{of}, before the run's end"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained network, ready for attacks, and the configuration that it was trained with."""
+
+    name: str
+    """Name of the run or of the file of weights, safe to print."""
+    model: Classifier
+    """The network in evaluation mode. Its weights require no gradient."""
+    cfg: Config
+    classes: tuple[str, ...]
+    update: int | None = None
+    """Number of updates that the weights have had. None if the file does not say."""
+    unfinished: str | None = None
+    """A line that says how far the run had come, if the weights are not from its end."""
+
+
+def load_trained(where: str, device: torch.device) -> Trained:
+    """Returns the network that a run's folder, a checkpoint or an export holds.
+
+    A folder's export is preferred to its last checkpoint. Raises UserError.
+    """
+    path = Path(where)
+    check(path.exists(), f"--checkpoint {where}: there is no such run or file")
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
+    saved = read_saved(
+        path if path.suffix == ".safetensors" else find_checkpoint(path, "--checkpoint")
+    )
+    try:
+        model, _ = build_model(saved.config.architecture.started(), len(saved.classes))
+    except UserError as error:
+        raise UserError(f"--checkpoint {where}: {error}") from None
+    load_weights(model, saved.weights, f"--checkpoint {where}")
+    model.crop_pct = saved.config.augmentation.crop_pct or model.crop_pct
+    model.to(device).eval().requires_grad_(False)
+    name = escaped(run_folder(Path(where)).name)
+    update, unfinished = saved.update, saved.unfinished
+    last = Checkpoints(Path(where), 1).last() if Path(where).is_dir() else None
+    if last is not None and update is not None and int(last.stem.split("_")[1]) > update:
+        unfinished = f"these are the weights of update {update}; the run has gone on to {last}"
+    return Trained(name, model, saved.config, saved.classes, update, unfinished)
+
+
+def load_bare_weights(
+    where: str, cfg: BareWeightsConfig, classes: tuple[str, ...], device: torch.device
+) -> Trained:
+    """Returns the network that --model names, with the weights of a file that holds nothing else.
+
+    The keys of the weights are those of the timm network. Raises UserError.
+    """
+    assert cfg.model is not None
+    path = Path(where)
+    check(path.is_file(), f"--checkpoint {where}: there is no such file")
+    config = Config().replace(model=cfg.model)
+    given = {k: getattr(cfg, k) for k in ("activation", "img_size", "mean", "std", "model_kwargs")}
+    config = config.replace(**{k: v for k, v in given.items() if v is not None})
+    weights = read_weights(path, paper=cfg.from_paper)
+    model, _ = build_model(config.architecture, len(classes))
+    adapted = load_weights(model, weights, f"--checkpoint {where}", adapt=cfg.adapt_weights)
+    check(
+        not adapted.anew,
+        f"--checkpoint {where} has another number of classes than the data: {adapted}",
+    )
+    if adapted:
+        print_line(f"{where}: {adapted}")
+    model.to(device).eval().requires_grad_(False)
+    model.crop_pct = cfg.crop_pct or model.crop_pct
+    config = config.replace(crop_pct=model.crop_pct)
+    return Trained(escaped(path.stem), model, config, classes)
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """Returns the SHA-256 of a network's state dict, its names and its values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -12,9 +12,12 @@ from conftest import tiny_run
 from pyautoattack.examples.resnet import ResNet18
 from torch import Tensor, nn
 
-from fastgn import attacks, evaluate
-from fastgn.analysis import outcomes
+from fastgn import attacks
+from fastgn.analysis.attacker import Attacker
+from fastgn.analysis.selection import select_images
+from fastgn.config.programs import EvaluateConfig
 from fastgn.train import main as train_main
+from fastgn.trained import load_trained
 
 CPU = torch.device("cpu")
 CIFAR = Path(__file__).parents[2] / "shared/data/cifar10_lossless_5k_1k.npz"
@@ -23,11 +26,11 @@ VERSIONS = {"autoattack": "standard", "autoattack-rand": "rand"}
 SEED = 3
 
 
-class Recorder(outcomes.Attacker):
+class Recorder(Attacker):
     """Keeps what it made of the images."""
 
-    def __call__(self, *args: Any) -> Tensor:
-        self.__dict__["attacked"] = super().__call__(*args)
+    def attack(self, *args: Any) -> Tensor:
+        self.__dict__["attacked"] = super().attack(*args)
         return self.__dict__["attacked"]
 
 
@@ -56,9 +59,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Tensor,
     folder = tmp_path_factory.mktemp("agreement") / "tiny"
     more = ("--epochs", "6", "--method", "natural", "--no-model-ema", "--smoothing", "0")
     assert train_main(tiny_run(folder, *more, "--eval-interval", "6")) == 0
-    trained = evaluate.load_trained(str(folder), CPU)
-    cfg = evaluate.EvaluateConfig(checkpoint=(str(folder),), num_images=48)
-    return trained.model, *next(iter(evaluate.subset_of(trained, cfg, CPU)))
+    trained = load_trained(str(folder), CPU)
+    cfg = EvaluateConfig(checkpoint=(str(folder),), num_images=48)
+    return trained.model, *next(iter(select_images(trained, cfg, CPU)))
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +82,13 @@ def quick(digits: tuple[nn.Module, Tensor, Tensor]) -> nn.Module:
 
 def test_the_published_clean_accuracy(resnet: nn.Module, cifar: tuple[Tensor, Tensor]) -> None:
     images, labels = cifar
-    attacker, right = outcomes.Attacker("Linf", SEED, 100, CPU), 0
+    attacker, right = Attacker("Linf", SEED, 100, CPU), 0
     for first in range(0, 1000, 100):
         batch = slice(first, first + 100)
         ids = range(first, first + 100)
-        right += sum(attacker.correct(resnet, images[batch], labels[batch], ids, "clean", 0, None))
+        right += sum(
+            attacker.find_correct(resnet, images[batch], labels[batch], ids, "clean", 0, None)
+        )
     assert right == 937
 
 
@@ -99,8 +104,8 @@ def check_against_its_authors(
     )
     direct, _ = theirs.run_standard_evaluation(images, labels, batch_size=size)
     attacker = Recorder(norm, SEED, size, CPU)
-    clean = attacker.correct(model, images, labels, range(size), "clean", 0, None)
-    got = attacker.correct(model, images, labels, range(size), name, eps, clean)
+    clean = attacker.find_correct(model, images, labels, range(size), "clean", 0, None)
+    got = attacker.find_correct(model, images, labels, range(size), name, eps, clean)
     with torch.no_grad():
         assert got == (model(direct).argmax(1) == labels).tolist()
     assert torch.equal(attacker.__dict__["attacked"], direct[clean])

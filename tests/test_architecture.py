@@ -35,19 +35,13 @@ MAY_IMPORT = {
     "interrupt": set(),
     "state": {"config", "data", "errors"},
     "checkpoint": {"config", "errors", "files", "state"},
-    "trained": {"checkpoint", "config", "errors", "files", "state"},
+    "trained": {"checkpoint", "config", "errors", "files", "models", "state"},
     "folder": {"checkpoint", "config", "distributed", "errors", "files", "lock", "state"},
     "metrics": {"config", "errors", "files"},
     "data": {"config", "data", "errors", "extras", "files", "lock", "seeding"},
     "analysis": {
-        "analysis",
-        "attacks",
-        "config",
-        "errors",
-        "fields",
-        "files",
-        "objectives",
-        "seeding",
+        *("analysis", "attacks", "config", "data", "distributed", "errors", "fields", "files"),
+        *("metrics", "objectives", "seeding", "trained"),
     },
 }
 """Module or subpackage of fastgn -> siblings that it may import; those of COMPOSE are not in it."""
@@ -62,7 +56,7 @@ COMPOSE: dict[str, set[str]] = {
     "train": {"failures", "finish", "run", "setup"},
     "sweep": {"run", "setup", "train"},
     "evaluate": set(),
-    "export": {"evaluate"},
+    "export": set(),
 }
 """Modules that put the others together -> which of one another they may import. They may import all
 of MAY_IMPORT."""

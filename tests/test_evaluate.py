@@ -14,8 +14,12 @@ from PIL import Image
 from pyautoattack import AutoAttack
 
 from fastgn import attacks, evaluate
-from fastgn.analysis import outcomes
+from fastgn.analysis import outcomes, selection
+from fastgn.analysis.attacker import Attacker
+from fastgn.analysis.model_checks import check_model
+from fastgn.analysis.parts import Parts
 from fastgn.train import main as train_main
+from fastgn.trained import load_bare_weights, load_trained
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,8 @@ CPU = torch.device("cpu")
 
 def trained_and_images(run: Path, count: int) -> tuple:
     cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), num_images=count)
-    trained = evaluate.load_trained(str(run), CPU)
-    return trained.model, *next(iter(evaluate.subset_of(trained, cfg, CPU)))
+    trained = load_trained(str(run), CPU)
+    return trained.model, *next(iter(selection.select_images(trained, cfg, CPU)))
 
 
 def record_of(output: Path, *args: str) -> dict:
@@ -114,9 +118,9 @@ def test_pgd_against_a_loop_image_by_image(run: Path, norm: str, named: str, ste
     """Madry's PGD as its text has it, from the same start, one image after the other."""
     model, images, labels = trained_and_images(run, 6)
     eps, steps = {"Linf": 0.05, "L2": 1.0}[norm], 7
-    attacker = outcomes.Attacker(norm, 0, 6, CPU)
-    got = attacker(model, images, labels, range(6), f"pgd-{steps}{named}", eps)
-    start = attacker.noise(range(6), images.shape[1:], eps, 0)
+    attacker = Attacker(norm, 0, 6, CPU)
+    got = attacker.attack(model, images, labels, range(6), f"pgd-{steps}{named}", eps)
+    (start,) = attacker.draw_starts(range(6), images.shape[1:], eps, 1)
     for i in range(6):
         x, y = images[i : i + 1], labels[i : i + 1]
         at = (x + start[i]).clamp(0, 1)
@@ -154,7 +158,7 @@ def test_a_killed_evaluation_goes_on(run: Path, tmp_path: Path, monkeypatch) -> 
     args += ["--attacks", "clean", "pgd-3"]
     whole = record_of(tmp_path / "whole.json", *args)
     calls: list[tuple[str, float]] = []
-    real = outcomes.Attacker.correct
+    real = Attacker.find_correct
 
     def stop_at(limit: int):
         def correct(self, model, images, labels, ids, name, eps, clean):
@@ -165,10 +169,10 @@ def test_a_killed_evaluation_goes_on(run: Path, tmp_path: Path, monkeypatch) -> 
 
         return correct
 
-    monkeypatch.setattr(outcomes.Attacker, "correct", stop_at(5))
+    monkeypatch.setattr(Attacker, "find_correct", stop_at(5))
     assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 130
     assert not (tmp_path / "e.json").exists()
-    monkeypatch.setattr(outcomes.Attacker, "correct", stop_at(100))
+    monkeypatch.setattr(Attacker, "find_correct", stop_at(100))
     before = len(calls)
     record = record_of(tmp_path / "e.json", *args)
     assert len(calls) - before == 3, "8 in all, 5 of them saved"
@@ -204,7 +208,7 @@ def test_robustbenchs_list_of_imagenet() -> None:
         def name(self, index: int) -> str:
             return f"/data/val/n0{index % 1000}/ILSVRC2012_val_{50_000 - index:08d}.JPEG"
 
-    chosen = evaluate.listed("robustbench-imagenet", Split())
+    chosen = selection.find_listed_images("robustbench-imagenet", Split())
     assert len(set(chosen)) == 5000
     assert [50_000 - i for i in chosen[:3]] == [15253, 20685, 39611]
 
@@ -220,7 +224,7 @@ class Scaled(torch.nn.Module):
 
 def test_models_that_cannot_be_judged(run: Path) -> None:
     model, images, labels = trained_and_images(run, 64)
-    assert outcomes.trust(model, images, labels) == []
+    assert check_model(model, images, labels) == []
     cases = {
         "probabilities": lambda z: z.softmax(1),
         "not finite": lambda z: z / 0,
@@ -228,10 +232,10 @@ def test_models_that_cannot_be_judged(run: Path) -> None:
     }
     for expected, change in cases.items():
         with pytest.raises(evaluate.UserError, match=expected):
-            outcomes.trust(Scaled(model, change).eval(), images, labels)
-    with pytest.raises(evaluate.UserError, match="train mode"):
-        outcomes.trust(Scaled(model, lambda z: z), images, labels)
-    (doubt,) = outcomes.trust(Scaled(model, lambda z: z.roll(1, 1)).eval(), images, labels)
+            check_model(Scaled(model, change).eval(), images, labels)
+    with pytest.raises(evaluate.UserError, match="training mode"):
+        check_model(Scaled(model, lambda z: z), images, labels)
+    (doubt,) = check_model(Scaled(model, lambda z: z.roll(1, 1)).eval(), images, labels)
     assert "by chance" in doubt
 
 
@@ -260,7 +264,7 @@ def test_compiled_gradients_and_the_eager_verdict(run: Path, tmp_path: Path) -> 
 
 def test_weights_of_elsewhere(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A state dict in timm's keys, with what describes it."""
-    trained = evaluate.load_trained(str(run), CPU)
+    trained = load_trained(str(run), CPU)
     file = tmp_path / "weights.pth"
     torch.save({"state_dict": trained.model.backbone.state_dict()}, file)
     arch = trained.cfg.architecture
@@ -297,42 +301,42 @@ class WrongInBfloat16(torch.nn.Module):
 
 def test_who_is_attacked_again_is_judged_in_fp32(run: Path) -> None:
     model, images, labels = trained_and_images(run, 64)
-    plain = outcomes.Attacker("Linf", 0, 64, CPU)
-    clean = plain.correct(model, images, labels, range(64), "clean", 0, None)
-    bf16 = outcomes.Attacker("Linf", 0, 64, CPU, "bf16")
+    plain = Attacker("Linf", 0, 64, CPU)
+    clean = plain.find_correct(model, images, labels, range(64), "clean", 0, None)
+    bf16 = Attacker("Linf", 0, 64, CPU, "bf16")
     wrong = WrongInBfloat16(model).eval()
-    bf16.correct(wrong, images, labels, range(64), "pgd-2x2", 1e-4, clean)
+    bf16.find_correct(wrong, images, labels, range(64), "pgd-2x2", 1e-4, clean)
     assert wrong.seen[:2] == [sum(clean)] * 2
     assert len(wrong.seen) == 4 and wrong.seen[3] >= sum(clean) - 2, "a ball of 1e-4 fools nobody"
 
 
 def test_what_decides_outcomes_names_the_parts(run: Path, tmp_path: Path) -> None:
-    trained = evaluate.load_trained(str(run), CPU)
+    trained = load_trained(str(run), CPU)
 
     def key(trained=trained, **changes) -> str:
         cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), **{"num_images": 8} | changes)
-        images = evaluate.subset_of(trained, cfg, CPU)
-        return outcomes.Parts(
-            tmp_path / "e.json", evaluate.decides(trained, images, cfg, "cpu")
+        images = selection.select_images(trained, cfg, CPU)
+        return Parts(
+            tmp_path / "e.json", outcomes.describe_inputs(trained, images, cfg, "cpu")
         ).folder.name
 
     assert key() == key(eps=(0.1,), attacks=("clean",)), "these name the parts within"
     found = {key(), key(seed=1), key(num_images=9), key(norm="L2"), key(precision="bf16")}
     found.add(key(batch_size=4))
-    other = evaluate.load_trained(str(run), CPU)
+    other = load_trained(str(run), CPU)
     other.model.mean += 0.01
     found.add(key(other))
-    other = evaluate.load_trained(str(run), CPU)
+    other = load_trained(str(run), CPU)
     next(other.model.parameters()).data[0] += 1e-3
     found.add(key(other))
     assert len(found) == 8
 
 
 def test_doubts_outlast_a_kill(run: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "trust", lambda *_: ["a doubt"])
+    monkeypatch.setattr(outcomes, "check_model", lambda *_: ["a doubt"])
     args = ["--checkpoint", str(run), "--num-images", "20", "--batch-size", "10", "--eps", "0.02"]
     args += ["--attacks", "clean", "fgsm"]
-    real = outcomes.Attacker.correct
+    real = Attacker.find_correct
     calls = []
 
     def once(self, *more):
@@ -341,10 +345,10 @@ def test_doubts_outlast_a_kill(run: Path, tmp_path: Path, monkeypatch) -> None:
         calls.append(1)
         return real(self, *more)
 
-    monkeypatch.setattr(outcomes.Attacker, "correct", once)
+    monkeypatch.setattr(Attacker, "find_correct", once)
     assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 130
-    monkeypatch.setattr(outcomes.Attacker, "correct", real)
-    monkeypatch.setattr(evaluate, "trust", lambda *_: ["another"])
+    monkeypatch.setattr(Attacker, "find_correct", real)
+    monkeypatch.setattr(outcomes, "check_model", lambda *_: ["another"])
     assert record_of(tmp_path / "e.json", *args)["models"][0]["warnings"] == ["a doubt"]
 
 
@@ -403,7 +407,7 @@ def test_validation_images_are_enough(validation_alone: Path, tmp_path: Path) ->
     classes = tuple(f"c{i}" for i in range(10))
     for given, expected in ((None, 0.9), (0.7, 0.7)):  # its own is 0.9
         own = dataclasses.replace(cfg, crop_pct=given)
-        trained = evaluate.load_foreign(args[1], own, classes, CPU)
+        trained = load_bare_weights(args[1], own, classes, CPU)
         assert trained.cfg.augmentation.crop_pct == expected
 
 
@@ -457,7 +461,7 @@ def test_the_report_holds_it_all(run: Path, tmp_path: Path, capsys: pytest.Captu
 
 def test_a_last_checkpoint_stands_in_for_the_export(run: Path) -> None:
     device = torch.device("cpu")
-    from_export = evaluate.load_trained(str(run), device).model.state_dict()
+    from_export = load_trained(str(run), device).model.state_dict()
     last = sorted((run / "checkpoints").glob("update_*.pt"))[-1]
-    from_checkpoint = evaluate.load_trained(str(last), device).model.state_dict()
+    from_checkpoint = load_trained(str(last), device).model.state_dict()
     assert all(torch.equal(a, from_checkpoint[k]) for k, a in from_export.items())

@@ -14,9 +14,12 @@ import torch
 from conftest import tiny_run
 
 from fastgn import evaluate
-from fastgn.analysis import outcomes
+from fastgn.analysis import outcomes, pictures, selection
+from fastgn.analysis.attacker import Attacker
+from fastgn.analysis.parts import Parts
 from fastgn.data.subset import images_at_once
 from fastgn.train import main as train_main
+from fastgn.trained import load_trained
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KILLS = int(os.environ.get("FASTGN_KILLS", "3"))
@@ -35,8 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def fewer_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Square, whose 5,000 queries an image take longer than all else together."""
-    report = functools.partial(evaluate.sanity_report, square_images=0, apgd_images=2)
-    monkeypatch.setattr(evaluate, "sanity_report", report)
+    report = functools.partial(evaluate.make_sanity_report, square_images=0, apgd_images=2)
+    monkeypatch.setattr(evaluate, "make_sanity_report", report)
 
 
 def arguments(run: Path, output: Path, *more: str) -> list[str]:
@@ -59,14 +62,14 @@ def in_a_process(args: list[str], log: Path) -> int:
     child = os.fork()
     if child:
         return child
-    put = outcomes.Parts.put
+    put = Parts.put
 
-    def note(parts: outcomes.Parts, part: dict[str, Any], *key: object) -> None:
+    def note(parts: Parts, part: dict[str, Any], *key: object) -> None:
         put(parts, part, *key)
         with open(log, "a") as file:
             file.write(f"{parts.path(*key).name}\n")
 
-    outcomes.Parts.put = note  # type: ignore[method-assign]
+    Parts.put = note  # type: ignore[method-assign]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os._exit(evaluate.main(args))
 
@@ -114,14 +117,14 @@ def test_the_table_and_the_record_come_before_the_analyses(
     assert "run the same command again to continue" in said.err
     (model,) = results(output)
     assert len(model["results"]) == 2 and "statistics" not in model
-    monkeypatch.setattr(outcomes.Attacker, "correct", stop)
+    monkeypatch.setattr(Attacker, "find_correct", stop)
     assert evaluate.main(arguments(run, output)) == 0, "the attacks are not made again"
     assert {"statistics", "norm_by_epoch", "sanity"} < results(output)[0].keys()
 
 
 def test_parts_of_abandoned_evaluations_are_cleared(run: Path, tmp_path: Path) -> None:
     """Those of the same output that nobody has added to for a week, and no others."""
-    week = time.time() - outcomes.Parts.KEPT_S
+    week = time.time() - Parts.KEPT_S
     folders = {
         ".e.0123456789abcdef.parts": week - 60,
         ".e.fedcba9876543210.parts": week + 3600,
@@ -149,10 +152,10 @@ SPOILT = (
 def test_a_spoilt_part_is_made_again(run: Path, tmp_path: Path, spoilt: str) -> None:
     args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean"]
     cfg = evaluate.EvaluateConfig(checkpoint=(str(run),), num_images=8)
-    trained = evaluate.load_trained(str(run), CPU)
-    subset = evaluate.subset_of(trained, cfg, CPU)
+    trained = load_trained(str(run), CPU)
+    subset = selection.select_images(trained, cfg, CPU)
     output = tmp_path / "e.json"
-    parts = outcomes.Parts(output, evaluate.decides(trained, subset, cfg, "cpu"))
+    parts = Parts(output, outcomes.describe_inputs(trained, subset, cfg, "cpu"))
     parts.folder.mkdir()
     parts.path("clean", "0.0", 0).write_text(spoilt)
     assert evaluate.main([*args, "--output", str(output)]) == 0
@@ -162,15 +165,17 @@ def test_a_spoilt_part_is_made_again(run: Path, tmp_path: Path, spoilt: str) -> 
 def test_two_close_radii_have_parts_of_their_own(run: Path, tmp_path: Path) -> None:
     made: list[tuple[str, float]] = []
 
-    class Counting(outcomes.Attacker):
-        def correct(self, model: Any, x: Any, y: Any, ids: Any, name: str, eps: float, clean: Any):
+    class Counting(Attacker):
+        def find_correct(
+            self, model: Any, x: Any, y: Any, ids: Any, name: str, eps: float, clean: Any
+        ):
             made.append((name, eps))
-            return super().correct(model, x, y, ids, name, eps, clean)
+            return super().find_correct(model, x, y, ids, name, eps, clean)
 
     args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "fgsm"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "Attacker", Counting)
-        patch.setattr(outcomes.Parts, "remove", lambda parts: None)
+        patch.setattr(outcomes, "Attacker", Counting)
+        patch.setattr(Parts, "remove", lambda parts: None)
         for eps in ("0.01", "0.010000001"):
             output = ["--output", str(tmp_path / "e.json")]
             assert evaluate.main([*args, "--eps", eps, *output]) == 0
@@ -236,7 +241,7 @@ def test_a_picture_that_fails_is_passed_over(
     def fail(*_: object) -> bytes:
         raise ValueError("no such font")
 
-    monkeypatch.setattr(evaluate, "draw_pictures", fail)
+    monkeypatch.setattr(pictures, "draw_pictures", fail)
     picture, report = tmp_path / "picture.png", tmp_path / "report.html"
     args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean", "pgd-2"]
     args += ["--eps", "0.01", "0.02", "--picture", str(picture), "--report", str(report)]
@@ -254,7 +259,7 @@ def test_out_of_memory_is_one_line(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(outcomes.Attacker, "correct", full)
+    monkeypatch.setattr(Attacker, "find_correct", full)
     args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean"]
     assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 2
     line = "fastgn.evaluate: error: out of memory with 8 images at once: add a lower --batch-size"

@@ -13,7 +13,7 @@ from conftest import tiny_run
 from safetensors.torch import load_file
 
 from fastgn import export, train
-from fastgn.evaluate import load_trained, weights_hash
+from fastgn.trained import hash_weights, load_trained
 
 NAMES = ["model.py", "model_info.json", "weights.pt", "weights.safetensors"]
 REBUILD = """
@@ -238,7 +238,7 @@ def test_mistakes_are_one_line(args, expected, swin_run, tmp_path, capsys):
 
 def test_an_evaluation_of_other_weights_is_one_line(swin_run, tmp_path, capsys):
     trained = load_trained(str(swin_run), torch.device("cpu"))
-    own = evaluation(tmp_path / "own.json", weights_sha256=weights_hash(trained.model))
+    own = evaluation(tmp_path / "own.json", weights_sha256=hash_weights(trained.model))
     assert exported(swin_run, tmp_path / "a", "--evaluation", own)["clean_acc"] == "77.76"
     other = evaluation(tmp_path / "other.json", weights_sha256="0" * 64)
     where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "b"))

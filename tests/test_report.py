@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fastgn.analysis import report
-from fastgn.analysis.report import html_report, radius, wilson
+from fastgn.analysis.report import html_report
 from fastgn.analysis.statistics import gradient_statistics
+from fastgn.analysis.tables import format_radius, wilson_interval
 from fastgn.errors import UserError
 
 VOID = {"meta", "img", "br", "wbr", "link", "hr", "input"}
@@ -150,7 +151,7 @@ def test_every_accuracy_is_in_its_row_and_column() -> None:
     [(4 / 255, "4/255"), (0.5 / 255, "0.5/255"), (0.025, "0.025"), (0.5, "0.5"), (1.0, "1")],
 )
 def test_radii(eps: float, shown: str) -> None:
-    assert report.radius(eps) == shown
+    assert format_radius(eps) == shown
 
 
 def test_statistics_show_numbers_and_skip_long_lists() -> None:
@@ -258,10 +259,10 @@ def test_no_models_is_the_users_mistake() -> None:
 def test_wilson_by_hand() -> None:
     """z² = 3.84146: 0.5 over 100 is 0.5 ± 1.96 √(0.0025 + z²/40000) / (1 + z²/100); none of 10 is
     z² / (10 + z²) and below."""
-    assert wilson(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
-    assert wilson(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
-    assert wilson(0.0, 0) == (0.0, 1.0)
+    assert wilson_interval(0.5, 100) == pytest.approx((0.40383, 0.59617), abs=1e-5)
+    assert wilson_interval(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert wilson_interval(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-5)
+    assert wilson_interval(0.0, 0) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_wilson_by_hand() -> None:
     [(4 / 255, "4/255"), (0.5 / 255, "0.5/255"), (0.0157, "0.0157"), (1.0, "1"), (0.0, "0")],
 )
 def test_radius(eps: float, text: str) -> None:
-    assert radius(eps) == text
+    assert format_radius(eps) == text
 
 
 def test_dark_mode_phone_and_paper_have_their_rules() -> None:

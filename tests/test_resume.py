@@ -23,13 +23,13 @@ from fastgn.checkpoint import Checkpoints, find_checkpoint
 from fastgn.config import Config
 from fastgn.config.outputs import RUN_FILES, SPOILT
 from fastgn.errors import UserError
-from fastgn.evaluate import load_trained
 from fastgn.files import atomic_open
 from fastgn.interrupt import Interrupt
 from fastgn.metrics import read_rows
 from fastgn.run import Run
 from fastgn.seeding import Stream, derive
 from fastgn.setup import build
+from fastgn.trained import load_trained
 
 REGULARISED = (
     *("--drop", "0.1", "--mixup", "0.8", "--cutmix", "1.0", "--smoothing", "0.1"),

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from fastgn.analysis.sanity import Check, _gap, page, sanity_report
+from fastgn.analysis.attack_checks import judge_gap
+from fastgn.analysis.model_checks import Check
+from fastgn.analysis.sanity import format_checks, make_sanity_report
 from fastgn.errors import UserError
 
 EPS = 0.1
@@ -59,7 +61,7 @@ def report(
 ) -> dict[str, Check]:
     """Without the slow Square unless it is asked for."""
     options = {"eps": EPS, "seed": 0, "batch_size": 64, "square_images": 0, "apgd_images": 8}
-    checks = sanity_report(model.eval(), digits[0][:n], digits[1][:n], **(options | more))
+    checks = make_sanity_report(model.eval(), digits[0][:n], digits[1][:n], **(options | more))
     assert len({c.name for c in checks}) == len(checks)
     return {c.name: c for c in checks}
 
@@ -74,7 +76,7 @@ def honest_checks(honest: nn.Module, digits: tuple[Tensor, Tensor]) -> dict[str,
 
 
 def test_an_honest_model_has_no_fail(honest_checks: dict[str, Check]) -> None:
-    assert not failed(honest_checks), page(list(honest_checks.values()), "honest")
+    assert not failed(honest_checks), format_checks(list(honest_checks.values()), "honest")
     assert len(honest_checks) == 18
     assert honest_checks["clean accuracy"].numbers["accuracy_clean"] > 0.9
     fall = honest_checks["accuracy falls to 0"].numbers
@@ -88,7 +90,7 @@ def test_an_honest_model_has_no_fail(honest_checks: dict[str, Check]) -> None:
 
 def test_the_page_has_a_line_a_check(honest_checks: dict[str, Check]) -> None:
     checks = list(honest_checks.values())
-    lines = page(checks, "a title").splitlines()
+    lines = format_checks(checks, "a title").splitlines()
     assert lines[0] == "a title" and lines[1].startswith("0 fail, ")
     assert len(lines) == 3 + len(checks)
     for line, c in zip(lines[3:], checks, strict=True):
@@ -158,7 +160,7 @@ def test_training_mode_fails_and_is_put_back(digits: tuple[Tensor, Tensor]) -> N
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10), nn.Dropout(0.5))
     model.train()[2].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    checks = sanity_report(
+    checks = make_sanity_report(
         model, digits[0][:8], digits[1][:8], eps=EPS, seed=0, batch_size=8, square_images=0,
         apgd_images=0,
     )  # fmt: skip
@@ -192,8 +194,13 @@ def test_batches_and_the_generators_are_no_part_of_it(
 
 
 def test_one_image_is_within_the_tolerance() -> None:
-    assert [_gap(images, 20) for images in (-3, 0, 1, 2, 3)] == ["pass"] * 3 + ["warn", "fail"]
-    assert [_gap(images, 1000) for images in (10, 11, 50, 51)] == ["pass", "warn", "warn", "fail"]
+    assert [judge_gap(images, 20) for images in (-3, 0, 1, 2, 3)] == ["pass"] * 3 + ["warn", "fail"]
+    assert [judge_gap(images, 1000) for images in (10, 11, 50, 51)] == [
+        "pass",
+        "warn",
+        "warn",
+        "fail",
+    ]
 
 
 def test_what_is_not_run_is_said(honest: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
@@ -219,7 +226,7 @@ def test_warnings_are_caught_from_a_silenced_logger(
 
 def test_l2_stays_in_its_ball_and_falls(honest: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     checks = report(honest, digits, n=32, norm="L2", eps=0.5, apgd_images=4)
-    assert not failed(checks), page(list(checks.values()), "L2")
+    assert not failed(checks), format_checks(list(checks.values()), "L2")
     fall = checks["accuracy falls to 0"].numbers
     assert 0.02 < fall["accuracy_pgd20"][0] < 1 and fall["accuracy_pgd20"][-1] == 0
 
@@ -237,5 +244,5 @@ def test_l2_stays_in_its_ball_and_falls(honest: nn.Module, digits: tuple[Tensor,
 def test_mistakes_are_one_line(honest: nn.Module, change: dict, word: str) -> None:
     inputs = {"images_BCHW": torch.zeros(8, 1, 8, 8), "labels_B": torch.zeros(8).long()}
     with pytest.raises(UserError, match=word) as error:
-        sanity_report(honest, **(inputs | {"eps": EPS, "seed": 0, "batch_size": 8} | change))
+        make_sanity_report(honest, **(inputs | {"eps": EPS, "seed": 0, "batch_size": 8} | change))
     assert "\n" not in str(error.value)

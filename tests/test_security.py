@@ -35,12 +35,11 @@ from fastgn.config.groups import ArchitectureConfig
 from fastgn.config.programs import EvaluateConfig
 from fastgn.data import check
 from fastgn.errors import UserError
-from fastgn.evaluate import Trained
 from fastgn.models import create
 from fastgn.models.network import Classifier, build_model
 from fastgn.models.weights import load_weights, read_weights
 from fastgn.state import ExportHeader, TrainState, keys_of
-from fastgn.trained import read_saved
+from fastgn.trained import Trained, load_bare_weights, load_trained, read_saved
 
 PACKAGE = Path(files.__file__).parent
 CHECKPOINT = keys_of(TrainState)
@@ -77,7 +76,7 @@ READERS: dict[str, set[str]] = {
     "Image.open": {"data/images.py"},
     "open": {"files.py", "checkpoint.py", "metrics.py", "sweep.py"},
     "os.open": {"files.py", "lock.py"},
-    "*.read_text": {"evaluate.py", "listing.py", "lock.py", "metrics.py", "step/plan.py"},
+    "*.read_text": {"analysis/selection.py", "listing.py", "lock.py", "metrics.py", "step/plan.py"},
     "*.read_bytes": set(),
 }
 """What opens a file or takes it apart, and the modules that may use it; * stands for any value.
@@ -387,7 +386,7 @@ def test_an_evaluation_refuses_its_target_at_once(flag, run, tmp_path, capsys, m
 
 
 def test_an_export_refuses_its_target_at_once(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_trained", None)
+    monkeypatch.setattr(export, "load_trained", None)
     path = special(tmp_path / "model.py", "link")
     assert export.main(["--checkpoint", str(run), "--robustbench", str(tmp_path)]) == 2
     assert one_line(capsys, "fastgn.export").startswith(f"{path} is a symbolic link")
@@ -903,7 +902,7 @@ def test_an_evaluation_needs_the_head_itself(swin, tmp_path):
         data="digits",
     )
     with pytest.raises(UserError, match="another number of classes than the data"):
-        evaluate.load_foreign(cfg.checkpoint[0], cfg, tuple("0123456789"), torch.device("cpu"))
+        load_bare_weights(cfg.checkpoint[0], cfg, tuple("0123456789"), torch.device("cpu"))
 
 
 class Tied(nn.Module):
@@ -936,7 +935,7 @@ def test_a_network_with_shared_weights_ends_its_run(tmp_path):
     metadata = {"config": config.to_toml(), "classes": list("0123456789")}
     assert metadata.keys() <= keys_of(ExportHeader).keys()
     files.write_safetensors(path, weights, metadata)
-    again = evaluate.load_trained(str(path), torch.device("cpu"))
+    again = load_trained(str(path), torch.device("cpu"))
     images = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again.model(images), model.eval()(images))

@@ -18,7 +18,6 @@ from PIL import Image
 
 from fastgn import optim, resolved, train
 from fastgn.distributed import World
-from fastgn.evaluate import load_trained
 from fastgn.metrics import COLUMNS, read_rows
 from fastgn.models import network
 from fastgn.objectives import build_objective
@@ -26,6 +25,7 @@ from fastgn.resolved import Batching, make_plan
 from fastgn.run import Run
 from fastgn.step.double_backward import graph_count
 from fastgn.train import main
+from fastgn.trained import load_trained
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 CIFAR = SHARED / "cifar10_lossless_5k_1k.npz"

@@ -40,11 +40,11 @@ from fastgn.config import Config
 from fastgn.data.datasets import load_dataset
 from fastgn.data.subset import Subset
 from fastgn.errors import UserError, check
-from fastgn.evaluate import load_trained
 from fastgn.files import write_bytes
 from fastgn.metrics import environment
 from fastgn.models.activations import parse_activation
 from fastgn.objectives import gradnorm
+from fastgn.trained import load_trained
 
 SPECTRUM = (
     *("relu", "leaky_relu:0.01", "leaky_relu:0.1", "leaky_relu:0.3", "softplus:100"),

@@ -3,7 +3,7 @@
     python -m benchmarks.evidence.attacks --batch-size 128 --images 512 --eps 1/255
 
 clean, PGD-20, AutoAttack's apgd-ce and its standard version: batch by batch through
-`outcomes.Attacker.correct`, each batch's outcomes saved, as evaluate() does for one model, beside a
+`Attacker.find_correct`, each batch's outcomes saved, as evaluate() does for one model, beside a
 plain loop (clean and PGD) or one call of pyautoattack for all images. That call attacks what an
 attack before has left in full batches, which evaluate's batches, each by itself, do not: their
 price is in the figure. The overhead is to stay below 5 %. Then PGD-20 with gradients in bf16, and
@@ -38,7 +38,9 @@ from torch import Tensor, nn
 from benchmarks.common.arguments import RESULTS, ROOT, positive_int
 from benchmarks.common.records import hold
 from benchmarks.common.timing import Timing, interleaved, summary
-from fastgn.analysis.outcomes import Attacker, Parts, Precision, rows_of, timed_part
+from fastgn.analysis.attacker import Attacker, Precision
+from fastgn.analysis.outcomes import make_part, make_rows
+from fastgn.analysis.parts import Parts
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError
 from fastgn.files import write_json
@@ -136,11 +138,11 @@ def through_evaluate(
         x, y = images_BCHW[first : first + size], labels_B[first : first + size]
         ids, clean = range(first, first + len(y)), None if name == "clean" else [True] * len(y)
         began = time.perf_counter()
-        right = attacker.correct(model, x, y, ids, name, eps, clean)
-        done.append(timed_part(0, first // size, right, began))
+        right = attacker.find_correct(model, x, y, ids, name, eps, clean)
+        done.append(make_part(0, first // size, right, time.perf_counter() - began))
         parts.put(done[-1], name, f"{eps:.8f}", first // size)
     parts.remove()
-    return rows_of(done, [(name, eps)], len(labels_B))[0]["correct"]
+    return make_rows(done, [(name, eps)], len(labels_B))[0]["correct"]
 
 
 def ratio(above: Timing, below: Timing, less: float = 0) -> dict[str, float]:

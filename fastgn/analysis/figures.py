@@ -12,8 +12,8 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from fastgn.analysis.canvas import log_axis, short, to_png
-from fastgn.analysis.report import radius
 from fastgn.analysis.statistics import edge_correlation
+from fastgn.analysis.tables import format_radius
 from fastgn.objectives import edge_energy
 
 GREEN, RED, GREY = "#2a9d4a", "#c8323c", "#9a9a9a"
@@ -124,7 +124,7 @@ def draw_pictures(
     for index, view in enumerate(views):
         heads = (
             f"{short(view.name, 20)}\ninput gradient",
-            f"perturbation\n(±{radius(largest)})",
+            f"perturbation\n(±{format_radius(largest)})",
             "attacked\n(before → after)",
         )
         for axes, head in zip(grid[0][2 + 3 * index : 5 + 3 * index], heads, strict=True):

@@ -1,215 +1,168 @@
-"""Which images a model gets right, attacked or not: image by image, saved as it goes.
+"""Which images a network classifies correctly, without an attack and under each attack.
 
-A batch of the list is attacked by itself, and what is drawn for an image depends on the seed and
-the image alone. So any number of ranks gives the same outcomes, and a run that was killed goes on.
+The outcomes of an attack are a text with one character per image, in the order of the images: 1 if
+the image is classified correctly, otherwise 0.
 """
 
-import contextlib
-import dataclasses
 import hashlib
 import json
-import re
-import shutil
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from fastgn import attacks
-from fastgn.attacks import Norm
-from fastgn.config.programs import AUTOATTACK, PARTS, PGD, pgd_step
-from fastgn.errors import UserError
-from fastgn.files import read_json, write_json
-from fastgn.seeding import Stream, derive
+from fastgn.analysis.attacker import Attacker
+from fastgn.analysis.model_checks import check_model
+from fastgn.analysis.parts import Parts
+from fastgn.analysis.selection import name_images
+from fastgn.analysis.tables import format_radius
+from fastgn.config.programs import EvaluateConfig
+from fastgn.data.datasets import Arrays
+from fastgn.data.subset import Subset
+from fastgn.distributed import World
+from fastgn.errors import print_line
+from fastgn.files import parse_json
+from fastgn.metrics import environment, open_bar
+from fastgn.trained import Trained, hash_weights
 
 WORST = "worst case"
-Precision = Literal["fp32", "bf16"]
+"""Name of the row for images that are classified correctly under every attack."""
+
+Part = dict[str, Any]
+"""Outcomes of one attack on one batch: row (index of the attack), batch (index of the batch),
+correct (the outcomes), seconds (duration of the attack), and warnings (lines, optional)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Attacker:
-    """How images are attacked."""
+def evaluate_model(
+    trained: Trained, images: Subset, cfg: EvaluateConfig, world: World, output: Path
+) -> tuple[dict[str, Any], Parts]:
+    """Returns one network's entry in the record, ready for JSON, and its saved parts.
 
-    norm: Norm
-    seed: int
-    batch_size: int
-    device: torch.device
-    precision: Precision = "fp32"
-    """Of the gradients of FGSM and PGD; what counts is the fp32 model's verdict, always."""
-    compile: bool = False
-    """Whether FGSM's and PGD's gradients are the compiled model's; the verdict is not."""
-    compiled: dict[nn.Module, Any] = dataclasses.field(default_factory=dict, repr=False)
-
-    def __call__(
-        self,
-        model: nn.Module,
-        images_BCHW: Tensor,
-        labels_B: Tensor,
-        ids: Sequence[int],
-        name: str,
-        eps: float,
-    ) -> Tensor:
-        """The attacked images. ids: their places in the split, which seed what is drawn."""
-        if name in AUTOATTACK or name in PARTS:
-            return attacks.autoattack(
-                model,
-                images_BCHW,
-                labels_B,
-                eps=eps,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                device=self.device,
-                norm=self.norm,
-                version=AUTOATTACK.get(name, "standard"),
-                attacks=[name] if name in PARTS else None,
-            )
-        judge = model
-        if self.compile:
-            if model not in self.compiled:
-                self.compiled[model] = torch.compile(model)
-            model = self.compiled[model]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            if name == "fgsm":
-                return attacks.fgsm(model, images_BCHW, labels_B, eps=eps, norm=self.norm)
-            match = PGD.fullmatch(name)
-            assert match is not None, name
-            steps, restarts, margin = int(match[1]), int(match[2] or 1), match[3]
-            starts = (self.noise(ids, images_BCHW.shape[1:], eps, r) for r in range(restarts))
-            return attacks.restarted_pgd(
-                model,
-                images_BCHW,
-                labels_B,
-                eps=eps,
-                steps=steps,
-                starts=starts,
-                step_size=pgd_step(match, eps),
-                loss=attacks.margin if margin else attacks.cross_entropy,
-                norm=self.norm,
-                judge=judge,
-            )
-
-    def noise(self, ids: Sequence[int], shape: Sequence[int], eps: float, restart: int) -> Tensor:
-        seeds = [derive(Stream.EVALUATION, self.seed, index, restart) for index in ids]
-        return attacks.uniform_noise(seeds, shape, eps, self.norm).to(self.device)
-
-    def correct(
-        self,
-        model: nn.Module,
-        images_BCHW: Tensor,
-        labels_B: Tensor,
-        ids: Sequence[int],
-        name: str,
-        eps: float,
-        clean: list[bool] | None,
-    ) -> list[bool]:
-        """Whether each image is classified rightly after the attack; waits for the device.
-
-        clean: the same without an attack. What is wrong already is not attacked, and neither name
-        nor eps matter where clean is None.
-        """
-        if clean is None:
-            with torch.no_grad():
-                return (model(images_BCHW).argmax(1) == labels_B).tolist()
-        left = [i for i, right in enumerate(clean) if right]
-        if not left:
-            return clean
-        images, labels = images_BCHW[left], labels_B[left]
-        attacked = self(model, images, labels, [ids[i] for i in left], name, eps)
-        added = (attacked - images).flatten(1)
-        size = added.abs().amax(1) if self.norm == "Linf" else added.norm(dim=1)
-        if not float(size.max()) <= eps * 1.001 + 1e-6:
-            raise UserError(
-                f"{name} has moved an image by {float(size.max()):g} with eps {eps:g}: the model's "
-                "gradients may not be finite"
-            )
-        with torch.no_grad():
-            right = model(attacked).argmax(1) == labels
-        out = list(clean)
-        for i, still in zip(left, right.tolist(), strict=True):
-            out[i] = still
-        return out
-
-
-class Parts:
-    """Results of batches and analyses, saved one by one beside the output until the evaluation
-    ends."""
-
-    KEPT_S = 7 * 86400
-    """Seconds after which parts that nobody has added to are those of an abandoned evaluation."""
-
-    def __init__(self, output: Path, what: Any):
-        """what: all that the outcomes depend on, as JSON; another one has another folder."""
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = output.with_name(f".{output.stem}.{digest}.parts")
-
-    def path(self, *key: object) -> Path:
-        return self.folder / (quote("_".join(map(str, key)), safe="@") + ".json")
-
-    def get(self, *key: object) -> dict[str, Any] | None:
-        try:
-            part = read_json(self.path(*key))
-        except UserError:
-            return None
-        return part if isinstance(part, dict) else None
-
-    def put(self, part: dict[str, Any], *key: object) -> None:
-        write_json(self.path(*key), part)
-
-    def made(self, make: Callable[[], Any], *key: object) -> Any:
-        """Returns what `make` returned in an earlier call of this evaluation, else calls it and
-        keeps what it returns: anything that JSON can hold."""
-        part = self.get(*key)
-        if part is None or "made" not in part:
-            part = {"made": make()}
-            self.put(part, *key)
-        return part["made"]
-
-    def remove(self) -> None:
-        """Removes these parts, and those of abandoned evaluations of the same output."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        name = self.folder.name.split(".")
-        for other in self.folder.parent.glob(".*.parts"):
-            same = re.fullmatch(r"[0-9a-f]{16}", other.name.split(".")[-2])
-            if not same or other.name.split(".")[:-2] != name[:-2]:
-                continue
-            with contextlib.suppress(OSError):  # gone already
-                if time.time() - other.stat().st_mtime > self.KEPT_S:
-                    shutil.rmtree(other, ignore_errors=True)
-
-
-def rows_of(
-    parts: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, float]], images: int
-) -> list[dict[str, Any]]:
-    """A row for each (attack, eps), from all batches' parts, and one of the worst case for each eps
-    that more than one attack had.
-
-    A part is {"row": index into pairs, "batch": int, "correct": "0101...", "seconds": float}.
+    Each rank attacks every world.size-th batch. Parts that a killed evaluation has saved beside
+    `output` are not computed again.
     """
-    rows = []
-    for index, (name, eps) in enumerate(pairs):
-        mine = sorted((p for p in parts if p["row"] == index), key=lambda p: p["batch"])
-        correct = "".join(p["correct"] for p in mine)
-        assert len(correct) == images, f"{name} at {eps}: {len(correct)} outcomes of {images}"
-        seconds = sum(p["seconds"] for p in mine)
-        rows.append(row(name, eps, correct) | {"seconds": seconds})
-    for eps in sorted({eps for _, eps in pairs if eps}):
-        there = [r["correct"] for r in rows if r["eps"] == eps]
-        if len(there) > 1:
-            worst = "".join(
-                "1" if set(column) == {"1"} else "0" for column in zip(*there, strict=True)
-            )
-            rows.append(row(WORST, eps, worst))
-    return rows
+    todo = [("clean", 0.0)]
+    todo += [(name, eps) for name in cfg.attacks if name != "clean" for eps in cfg.eps]
+    parts = Parts(output, describe_inputs(trained, images, cfg, world.device.type))
+    own = attack_batches(trained, images, todo, parts, cfg, world)
+    gathered = [
+        parse_json(item, "a rank's outcomes")
+        for item in world.gather([json.dumps(part) for part in own])
+    ]
+    warnings = {line for part in gathered for line in part.get("warnings", ())}
+    rows = make_rows(gathered, todo, len(images.indices))
+    if world.is_main:
+        for row in rows:
+            at = "" if row["attack"] == "clean" else f" at eps {format_radius(row['eps'])}"
+            print_line(f"{trained.name}: {row['attack']}{at} {row['accuracy']:.1%}")
+    if "clean" not in cfg.attacks:
+        rows = rows[1:]
+    entry = {
+        "name": trained.name,
+        "weights_sha256": hash_weights(trained.model),
+        "update": trained.update,
+        "model": trained.cfg.architecture.model,
+        "method": trained.cfg.objective.method if cfg.model is None else "unknown",
+        "images": len(images.indices),
+        "subset": images.name,
+        "ids": name_images(images),
+        "warnings": ([trained.unfinished] if trained.unfinished else []) + sorted(warnings),
+        "results": rows,
+    }
+    return entry, parts
 
 
-def is_part(part: dict[str, Any] | None, images: int) -> bool:
-    """Whether a saved part is valid for a batch of this size."""
-    if part is None:
-        return False
+def describe_inputs(
+    trained: Trained, images: Subset, cfg: EvaluateConfig, device: str
+) -> list[Any]:
+    """Returns everything that the outcomes of an attack depend on, ready for JSON."""
+    digest = hashlib.sha256()
+    for index in images.indices:
+        if isinstance(images.split, Arrays):
+            digest.update(images.split.images_NCHW[index].numpy().tobytes())
+        else:
+            path = Path(images.split.name(index))
+            size = path.stat().st_size if path.is_file() else 0
+            digest.update(b"%b %d" % (os.fsencode(path), size))
+        digest.update(str(int(images.split.labels_N[index])).encode())
+    model = trained.model
+    return [
+        *(hash_weights(model), repr(trained.cfg.architecture), trained.model.crop_pct),
+        *(model.mean.flatten().tolist(), model.std.flatten().tolist(), model.img_size),
+        *(images.indices, digest.hexdigest(), device, environment()["versions"]),
+        *(cfg.norm, cfg.seed, images.batch_size, cfg.precision, cfg.compile),
+    ]
+
+
+def attack_batches(
+    trained: Trained,
+    images: Subset,
+    todo: Sequence[tuple[str, float]],
+    parts: Parts,
+    cfg: EvaluateConfig,
+    world: World,
+) -> list[Part]:
+    """Attacks this rank's batches with each attack, and returns the outcomes.
+
+    todo: name and eps of each attack. The first entry is ("clean", 0.0), which means no attack.
+    """
+    order, size = images.indices, images.batch_size
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    attacker = Attacker(cfg.norm, cfg.seed, size, world.device, cfg.precision, cfg.compile)
+    if world.is_main and len(batches) < world.size:
+        print_line(
+            f"warning: {len(order)} images in batches of {size} keep only {len(batches)} of "
+            f"{world.size} processes busy: use a lower --batch-size"
+        )
+    own = range(world.rank, len(batches), world.size)
+    done = {
+        (index, batch): part
+        for batch in own
+        for index, (name, eps) in enumerate(todo)
+        if (part := read_part(parts, index, name, eps, batch, len(batches[batch]))) is not None
+    }
+    left = [batch for batch in own if any((i, batch) not in done for i in range(len(todo)))]
+    images.indices = [place for batch in left for place in batches[batch]]
+    hidden = None if world.is_main else True
+    bar = open_bar(total=len(own) * len(todo), desc=trained.name, unit="batch", disable=hidden)
+    with attacks.autoattack_warnings() as warned, bar:
+        bar.update(len(done))
+        for batch, (x, y) in zip(left, images, strict=True):
+            clean: list[bool] | None = None
+            for index, (name, eps) in enumerate(todo):
+                if (index, batch) not in done:
+                    warned.clear()
+                    doubts = check_model(trained.model, x, y) if index == batch == 0 else []
+                    began = time.perf_counter()
+                    ids = batches[batch]
+                    correct = attacker.find_correct(trained.model, x, y, ids, name, eps, clean)
+                    doubts += [f"AutoAttack: {line}" for line in warned]
+                    part = make_part(index, batch, correct, time.perf_counter() - began, doubts)
+                    parts.put(part, name, repr(eps), batch)
+                    done[index, batch] = part
+                    bar.update()
+                if index == 0:
+                    clean = [bit == "1" for bit in done[0, batch]["correct"]]
+                at = f" {format_radius(eps)}" if eps else ""
+                bar.set_postfix_str(f"{name}{at} {count_accuracy(done.values(), index):.1%}")
+    images.indices = order
+    return list(done.values())
+
+
+def read_part(
+    parts: Parts, index: int, name: str, eps: float, batch: int, images: int
+) -> Part | None:
+    """Returns the saved outcomes of an attack on a batch. None if they are missing or invalid."""
+    part = parts.get(name, repr(eps), batch)
+    if part is None or not is_valid_part(part, images):
+        return None
+    return part | {"row": index}
+
+
+def is_valid_part(part: Part, images: int) -> bool:
+    """Returns whether a saved part has valid outcomes for a batch of so many images."""
     correct, seconds = part.get("correct"), part.get("seconds")
     warnings = part.get("warnings", [])
     return (
@@ -219,54 +172,44 @@ def is_part(part: dict[str, Any] | None, images: int) -> bool:
     )
 
 
-def row(name: str, eps: float, correct: str) -> dict[str, Any]:
+def make_part(
+    row: int, batch: int, correct: Sequence[bool], seconds: float, warnings: Sequence[str] = ()
+) -> Part:
+    """Returns the outcomes of one attack on one batch as a part."""
+    bits = "".join("1" if is_correct else "0" for is_correct in correct)
+    part: Part = {"row": row, "batch": batch, "correct": bits, "seconds": seconds}
+    return part | ({"warnings": list(warnings)} if warnings else {})
+
+
+def count_accuracy(parts: Iterable[Part], row: int) -> float:
+    """Returns the accuracy under one attack over the batches that are done."""
+    bits = "".join(part["correct"] for part in parts if part["row"] == row)
+    return bits.count("1") / max(1, len(bits))
+
+
+def make_rows(
+    parts: Sequence[Part], todo: Sequence[tuple[str, float]], images: int
+) -> list[dict[str, Any]]:
+    """Returns a row for each attack and eps, from the parts of all batches and ranks.
+
+    The rows of the worst case follow, one for each eps with more than one attack.
+    """
+    rows = []
+    for index, (name, eps) in enumerate(todo):
+        own = sorted((p for p in parts if p["row"] == index), key=lambda p: p["batch"])
+        correct = "".join(p["correct"] for p in own)
+        assert len(correct) == images, f"{name} at {eps}: {len(correct)} outcomes of {images}"
+        rows.append(make_row(name, eps, correct) | {"seconds": sum(p["seconds"] for p in own)})
+    for eps in sorted({eps for _, eps in todo if eps}):
+        texts = [row["correct"] for row in rows if row["eps"] == eps]
+        if len(texts) > 1:
+            columns = zip(*texts, strict=True)
+            worst = "".join("1" if set(column) == {"1"} else "0" for column in columns)
+            rows.append(make_row(WORST, eps, worst))
+    return rows
+
+
+def make_row(name: str, eps: float, correct: str) -> dict[str, Any]:
+    """Returns a row of the record: an attack, its eps, and its accuracy and outcomes."""
     accuracy = correct.count("1") / max(1, len(correct))
     return {"attack": name, "eps": eps, "accuracy": accuracy, "correct": correct}
-
-
-def timed_part(
-    index: int, batch: int, correct: list[bool], began: float, warnings: Sequence[str] = ()
-) -> dict[str, Any]:
-    """See rows_of."""
-    bits = "".join("1" if right else "0" for right in correct)
-    seconds = time.perf_counter() - began
-    return {"row": index, "batch": batch, "correct": bits, "seconds": seconds} | (
-        {"warnings": list(warnings)} if warnings else {}
-    )
-
-
-def trust(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list[str]:
-    """What makes a model's figures doubtful, from one batch. Raises UserError where they would mean
-    nothing: a model in train mode, probabilities for logits, an output that is not finite or
-    another one each time."""
-    if any(module.training for module in model.modules()):
-        raise UserError("the model is in train mode: call eval() first")
-    with torch.no_grad():
-        first, second = model(images_BCHW), model(images_BCHW)
-    if not bool(torch.isfinite(first).all()):
-        raise UserError("the model's logits are not finite on clean images")
-    if bool((first >= 0).all()) and bool(((first.sum(1) - 1).abs() < 1e-4).all()):
-        raise UserError(
-            "the model gives probabilities: their softmax hides gradients from attacks; take "
-            "its last softmax off"
-        )
-    if float((first - second).abs().max()) > 1e-3 * max(1.0, float(first.abs().max())):
-        raise UserError(
-            "the model gives other logits for the same images each time: attacks on one draw say "
-            "nothing of the next"
-        )
-    grad_BCHW = attacks.input_gradient(model, images_BCHW, labels_B).images_BCHW
-    if not bool(torch.isfinite(grad_BCHW).all()):
-        raise UserError("the gradients with respect to clean images are not finite")
-    found = []
-    if not bool(grad_BCHW.any()):
-        found.append("no gradient reaches the images: attacks that need one say nothing")
-    num, classes = first.shape
-    accuracy = float((first.argmax(1) == labels_B).float().mean())
-    chance = 1 / classes + 2 * (1 / classes * (1 - 1 / classes) / num) ** 0.5
-    if num >= 32 and accuracy < chance:
-        found.append(
-            f"{accuracy:.1%} of the first {num} clean images are right, hardly more than by "
-            "chance: are the normalisation (--mean, --std) and the classes the model's own?"
-        )
-    return found

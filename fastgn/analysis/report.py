@@ -1,17 +1,14 @@
 """An evaluation as one HTML file that needs nothing beside it: tables, pictures, warnings."""
 
 import base64
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from string import Template
 from typing import Any
 
+from fastgn.analysis.tables import format_radius, wilson_interval
 from fastgn.errors import check
-
-Z = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
 
 NORMS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 VERDICTS = ("pass", "warn", "fail")
@@ -193,23 +190,6 @@ def html_report(record: Record, pictures: Mapping[str, bytes], *, title: str) ->
     return page.encode(errors="replace").decode()  # names of files may hold half a surrogate pair
 
 
-def wilson(accuracy: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of an accuracy over n images (Wilson 1927): unlike the normal one it
-    stays within 0..1 and does not vanish at either end."""
-    if n < 1:
-        return 0.0, 1.0
-    shrink = 1 + Z * Z / n
-    centre = (accuracy + Z * Z / (2 * n)) / shrink
-    half = Z * math.sqrt(accuracy * (1 - accuracy) / n + Z * Z / (4 * n * n)) / shrink
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def radius(eps: float) -> str:
-    """eps as n/255 where n is whole and at most 64, or 0.5; else as a plain number."""
-    n = round(eps * 255) or 0.5
-    return f"{n:g}/255" if n <= 64 and math.isclose(n, eps * 255, rel_tol=1e-6) else f"{eps:.4g}"
-
-
 # ------------------------------------------------------------------------------- sections
 
 
@@ -219,7 +199,9 @@ def summary(record: Record, models: Sequence[Record]) -> str:
         "Images": "; ".join(unique(m["subset"] for m in models)),
         "n": ", ".join(unique(str(m["images"]) for m in models)),
         "Norm": norm(record),
-        f"ε in {record.get('eps_units', '0..1 pixels')}": ", ".join(map(radius, sorted(radii))),
+        f"ε in {record.get('eps_units', '0..1 pixels')}": ", ".join(
+            map(format_radius, sorted(radii))
+        ),
         "Seed": str(record.get("seed", "")),
     }
     lines = [f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items() if v]
@@ -241,7 +223,7 @@ def accuracies(record: Record, models: Sequence[Record]) -> str:
         column: dict[Key, str] = {}
         for result in model["results"]:
             clean = result["attack"] == "clean"
-            key = (result["attack"], "" if clean else radius(result["eps"]))
+            key = (result["attack"], "" if clean else format_radius(result["eps"]))
             column[key] = score(result["accuracy"], model["images"])
             if result["attack"] == "worst case":
                 worst.add(key)
@@ -379,7 +361,7 @@ def breakable(name: str) -> str:
 def score(accuracy: float | None, n: int) -> str:
     if accuracy is None:
         return NONE
-    low, high = wilson(accuracy, n)
+    low, high = wilson_interval(accuracy, n)
     return f"{accuracy:.1%}<small>{low * 100:.1f}–{high * 100:.1f}</small>"
 
 

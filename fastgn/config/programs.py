@@ -36,9 +36,18 @@ AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
     "autoattack-plus": "plus",
     "autoattack-rand": "rand",
 }
-PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+AUTOATTACK_PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 """AutoAttack's attacks one by one."""
-NAMES = ("clean", "fgsm", "pgd-K", "pgd-KxR", "pgd-K-margin", "pgd-K@STEP", *AUTOATTACK, *PARTS)
+NAMES = (
+    "clean",
+    "fgsm",
+    "pgd-K",
+    "pgd-KxR",
+    "pgd-K-margin",
+    "pgd-K@STEP",
+    *AUTOATTACK,
+    *AUTOATTACK_PARTS,
+)
 PGD = re.compile(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?(-margin)?(?:@(.+))?")
 PGD_STEPS = Range(1, 100_000)
 PGD_RESTARTS = Range(1, 10_000)
@@ -79,7 +88,7 @@ def pgd_step(match: re.Match[str], eps: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForeignConfig(Options):
+class BareWeightsConfig(Options):
     """Describes a network if a file holds only its weights."""
 
     model: str | None = None
@@ -105,7 +114,7 @@ class ForeignConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in dataclasses.fields(ForeignConfig):
+        for field in dataclasses.fields(BareWeightsConfig):
             check(
                 self.model is not None or not getattr(self, field.name),
                 f"--{flag(field.name)} describes a file of weights alone: add --model NAME, or "
@@ -114,7 +123,7 @@ class ForeignConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig(ForeignConfig):
+class EvaluateConfig(BareWeightsConfig):
     """Clean and robust accuracy of trained models, side by side."""
 
     checkpoint: Annotated[tuple[str, ...], PATH] = ()
@@ -222,7 +231,7 @@ class EvaluateConfig(ForeignConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportConfig(ForeignConfig):
+class ExportConfig(BareWeightsConfig):
     """A trained model as files that need torch and timm alone, with RobustBench's record of it."""
 
     checkpoint: Annotated[str, PATH] = ""

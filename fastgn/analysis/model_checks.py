@@ -1,0 +1,251 @@
+"""Whether a network can be attacked at all: checks of its outputs and of its input gradients.
+
+`check_model` looks at one batch before an evaluation and stops it if its accuracies would mean
+nothing. `report_on_model` makes the first checks of the sanity report, which never stops.
+
+Shapes: B images, C channels, H x W pixels, K classes.
+"""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastgn import attacks
+from fastgn.errors import check
+
+Verdict = Literal["pass", "warn", "fail"]
+
+FEW_IMAGES = 100
+"""Number of images below which one image is more than one point of accuracy."""
+VANISHED_L1 = 1e-12
+"""L1 norm of an image's gradient below which the gradient counts as vanished."""
+REPEATS = 5
+"""Number of forward passes that the sanity report compares."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the sanity report."""
+
+    name: str
+    verdict: Verdict
+    detail: str
+    """One line with the numbers, and the limits at which the verdict changes."""
+    numbers: dict[str, Any]
+    """The same numbers for a program, ready for JSON: shares and accuracies in 0..1 (accuracy_*,
+    *_share), counts, and eps in 0..1 pixels."""
+
+
+def exceeds(images: int, total: int, points: float, at_least: int = 1) -> bool:
+    """Returns whether a number of images is above the larger of two limits.
+
+    points: the first limit, in per cent of `total`. at_least: the second limit, in images.
+    """
+    return images > max(points / 100 * total, at_least)
+
+
+# -------------------------------------------------------------------------------- what is measured
+
+
+def count_training_modules(model: nn.Module) -> int:
+    """Returns the number of modules in training mode."""
+    return sum(module.training for module in model.modules())
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What several forward passes of the same B images show about a network's outputs."""
+
+    first_BK: Tensor
+    """Outputs of the first pass, float64."""
+    not_finite: int
+    """Number of outputs, over all passes, that are not finite."""
+    are_probabilities: bool
+    """Whether each row is non-negative and sums to 1."""
+    spread: float
+    """Largest distance of a row from the row of the first pass, relative to that row's norm. 0 if
+    some outputs are not finite."""
+    changed_classes: int
+    """Number of images whose predicted class differs between passes."""
+
+
+@torch.no_grad()
+def measure_outputs(model: nn.Module, images_BCHW: Tensor, passes: int) -> Outputs:
+    """Runs so many forward passes of the same images, and compares their outputs."""
+    outputs = torch.stack([model(images_BCHW).double() for _ in range(passes)])
+    first = outputs[0]
+    not_finite = int((~outputs.isfinite()).sum())
+    # 1e-4, because a softmax in half precision misses a sum of 1 by more than one in fp32 does
+    are_probabilities = bool((first >= 0).all() and ((first.sum(1) - 1).abs() < 1e-4).all())
+    # relative to the norm, as in pyautoattack: kernels with atomics differ in the last bits
+    distances = (outputs - first).norm(dim=2) / first.norm(dim=1).clamp_min(1e-10)
+    changed = int((outputs.argmax(2) != first.argmax(1)).any(0).sum())
+    spread = float(distances.amax()) if not not_finite else 0.0
+    return Outputs(first, not_finite, are_probabilities, spread, changed)
+
+
+def measure_gradients(
+    model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, batch_size: int
+) -> Tensor | None:
+    """Returns the L1 norm of the cross-entropy's gradient for each image, float64.
+
+    None means that the outputs do not depend on the images as far as autograd can see, for example
+    because of a detach.
+    """
+    norms = []
+    try:
+        for images, labels in zip(
+            images_BCHW.split(batch_size), labels_B.split(batch_size), strict=True
+        ):
+            grad_BCHW = attacks.input_gradient(model, images, labels).images_BCHW
+            norms.append(grad_BCHW.double().abs().flatten(1).sum(1))
+    except RuntimeError as error:
+        if not re.search("does not require grad|not have been used in the graph", str(error)):
+            raise
+        return None
+    return torch.cat(norms)
+
+
+# ------------------------------------------------------------------------- before an evaluation
+
+
+def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list[str]:
+    """Returns a line for each reason to doubt the accuracies of a model, judged by one batch.
+
+    Raises UserError if the accuracies would mean nothing: if the model is in training mode, if it
+    returns probabilities instead of logits, if its logits differ from pass to pass, or if its
+    logits or gradients are not finite.
+    """
+    check(not count_training_modules(model), "the model is in training mode: call eval() first")
+    outputs = measure_outputs(model, images_BCHW, passes=2)
+    check(not outputs.not_finite, "the model's logits are not finite on clean images")
+    check(
+        not outputs.are_probabilities,
+        "the model returns probabilities: their softmax hides gradients from attacks; remove the "
+        "model's last softmax",
+    )
+    check(
+        outputs.spread <= 1e-3,
+        "the model returns different logits each time for the same images: remove its randomness, "
+        "because an attack on one draw says nothing about the next",
+    )
+    norms_B = measure_gradients(model, images_BCHW, labels_B, len(images_BCHW))
+    check(
+        norms_B is not None,
+        "the model's outputs are cut off from the images: remove detach() and no_grad() from it",
+    )
+    assert norms_B is not None
+    check(bool(norms_B.isfinite().all()), "the gradients of clean images are not finite")
+    doubts = []
+    if not bool(norms_B.any()):
+        doubts.append("the gradients of all images are 0: attacks that need gradients mean nothing")
+    images, classes = outputs.first_BK.shape
+    accuracy = float((outputs.first_BK.argmax(1) == labels_B).float().mean())
+    chance = 1 / classes + 2 * (1 / classes * (1 - 1 / classes) / images) ** 0.5
+    if images >= 32 and accuracy < chance:
+        doubts.append(
+            f"only {accuracy:.1%} of the first {images} clean images are classified correctly, "
+            "hardly more than by chance: check that --mean, --std and the order of the classes "
+            "are those of the model's training"
+        )
+    return doubts
+
+
+# -------------------------------------------------------------------------- in the sanity report
+
+
+def report_on_model(
+    model: nn.Module,
+    images_BCHW: Tensor,
+    labels_B: Tensor,
+    *,
+    correct_B: Tensor,
+    classes: int,
+    training_modules: int,
+    batch_size: int,
+) -> list[Check]:
+    """Returns the checks of the sanity report that need no attack.
+
+    correct_B: whether each image is classified correctly. training_modules: the number of modules
+    that were in training mode before the report.
+    """
+    return [
+        report_mode(training_modules),
+        *report_outputs(measure_outputs(model, images_BCHW[:batch_size], REPEATS)),
+        report_clean_accuracy(correct_B, classes),
+        report_gradients(measure_gradients(model, images_BCHW, labels_B, batch_size)),
+    ]
+
+
+def report_mode(training_modules: int) -> Check:
+    """Returns the check that a network is in evaluation mode."""
+    return Check(
+        "evaluation mode",
+        "fail" if training_modules else "pass",
+        f"{training_modules} modules were in training mode (dropout, batch statistics). "
+        "Fail above 0.",
+        {"training_modules": training_modules},
+    )
+
+
+def report_outputs(outputs: Outputs) -> list[Check]:
+    """Returns the checks that outputs are logits and the same at every pass."""
+    first, broken = outputs.first_BK, outputs.not_finite
+    probabilities = " Every row is non-negative and sums to 1, so they are probabilities."
+    logits = Check(
+        "outputs are logits",
+        "fail" if outputs.are_probabilities or broken else "pass",
+        f"The outputs range from {float(first.min()):.3g} to {float(first.max()):.3g}, and "
+        f"{broken} are not finite.{probabilities if outputs.are_probabilities else ''} Fail if "
+        "they are probabilities or if any is not finite.",
+        {"probabilities": outputs.are_probabilities, "not_finite": broken},
+    )
+    same = Check(
+        "deterministic",
+        "fail" if outputs.spread > 1e-4 or outputs.changed_classes else "pass",
+        f"{REPEATS} forward passes differ by {outputs.spread:.2g} of the logits' norm, and "
+        f"{outputs.changed_classes} of {len(first)} images change class. Fail above 1e-4 or "
+        "above 0 images.",
+        {"relative_spread": outputs.spread, "changed_classes": outputs.changed_classes},
+    )
+    return [logits, same]
+
+
+def report_clean_accuracy(correct_B: Tensor, classes: int) -> Check:
+    """Returns the check that a network does better than chance without an attack."""
+    images, correct = len(correct_B), int(correct_B.sum())
+    by_chance = correct * classes <= images
+    return Check(
+        "clean accuracy",
+        "fail" if by_chance else "warn" if images < FEW_IMAGES else "pass",
+        f"{correct / images:.1%} ({correct} of {images} images). Fail at or below chance "
+        f"(1/{classes}). Warn with fewer than {FEW_IMAGES} images, because one is then more than "
+        "a point.",
+        {"accuracy_clean": correct / images, "images": images, "classes": classes},
+    )
+
+
+def report_gradients(norms_B: Tensor | None) -> Check:
+    """Returns the check that the gradients of the images have not vanished."""
+    name = "gradients reach the images"
+    if norms_B is None:
+        return Check(
+            name,
+            "fail",
+            "The outputs are cut off from the images (detach, no_grad), so no attack was run.",
+            {"vanished_share": None},
+        )
+    # written so that a gradient that is not a number counts as vanished
+    vanished, images = int((~(norms_B >= VANISHED_L1)).sum()), len(norms_B)
+    verdict: Verdict = "fail" if exceeds(vanished, images, 1) else "warn" if vanished else "pass"
+    return Check(
+        name,
+        verdict,
+        f"{vanished} of {images} images ({vanished / images:.1%}) have a cross-entropy gradient "
+        f"with an L1 norm below {VANISHED_L1:g}; the median norm is {float(norms_B.median()):.3g}. "
+        "Warn above 0. Fail above max(1 %, 1 image).",
+        {"vanished_share": vanished / images, "images": images},
+    )

@@ -1,0 +1,71 @@
+"""Results of an unfinished evaluation, saved one by one, so that a killed evaluation continues."""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fastgn.errors import UserError
+from fastgn.files import read_json, write_json
+
+
+class Parts:
+    """A hidden folder beside the output, with one JSON file per result.
+
+    A part is the result of one attack on one batch, or of one analysis. A tuple of values, its key,
+    names it. The folder is removed when the evaluation ends.
+    """
+
+    KEPT_S = 7 * 86400
+    """Seconds without a new part after which an evaluation counts as abandoned."""
+
+    def __init__(self, output: Path, inputs: Any):
+        """inputs: everything that the results depend on, as JSON. The folder is named after its
+        hash, so parts of other inputs are never mixed in."""
+        digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = output.with_name(f".{output.stem}.{digest}.parts")
+
+    def path(self, *key: object) -> Path:
+        """Returns the path of a part's file."""
+        return self.folder / (quote("_".join(map(str, key)), safe="@") + ".json")
+
+    def get(self, *key: object) -> dict[str, Any] | None:
+        """Returns a saved part. None if it is missing or cannot be read."""
+        try:
+            part = read_json(self.path(*key))
+        except UserError:
+            return None
+        return part if isinstance(part, dict) else None
+
+    def put(self, part: dict[str, Any], *key: object) -> None:
+        """Saves a part."""
+        write_json(self.path(*key), part)
+
+    def compute_once(self, compute: Callable[[], Any], *key: object) -> Any:
+        """Returns what `compute` returns, and saves it; returns the saved value if there is one.
+
+        The value is anything that JSON can hold.
+        """
+        part = self.get(*key)
+        if part is None or "made" not in part:
+            part = {"made": compute()}
+            self.put(part, *key)
+        return part["made"]
+
+    def remove(self) -> None:
+        """Removes these parts, and the parts of abandoned evaluations with the same output."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        name = self.folder.name.split(".")
+        for other in self.folder.parent.glob(".*.parts"):
+            is_digest = re.fullmatch(r"[0-9a-f]{16}", other.name.split(".")[-2])
+            if not is_digest or other.name.split(".")[:-2] != name[:-2]:
+                continue
+            with contextlib.suppress(OSError):  # another process has removed it
+                if time.time() - other.stat().st_mtime > self.KEPT_S:
+                    shutil.rmtree(other, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Numbers of an evaluation as text: radii, confidence intervals, and the table on the terminal."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Z = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+
+def format_radius(eps: float) -> str:
+    """Returns eps as n/255 if n is 0.5 or a whole number up to 64, otherwise as a number."""
+    n = round(eps * 255) or 0.5
+    return f"{n:g}/255" if n <= 64 and math.isclose(n, eps * 255, rel_tol=1e-6) else f"{eps:.4g}"
+
+
+def wilson_interval(accuracy: float, images: int) -> tuple[float, float]:
+    """Returns the 95 % score interval (Wilson 1927) of an accuracy that so many images gave.
+
+    Unlike the normal interval it stays within 0..1, and its width is not 0 if the accuracy is 0
+    or 1.
+    """
+    if images < 1:
+        return 0.0, 1.0
+    shrink = 1 + Z * Z / images
+    centre = (accuracy + Z * Z / (2 * images)) / shrink
+    variance = accuracy * (1 - accuracy) / images + Z * Z / (4 * images * images)
+    half = Z * math.sqrt(variance) / shrink
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def format_accuracies(models: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the accuracies as a table with a row per attack and eps, and a column per model.
+
+    models: the entries of evaluation.json, which all have the same attacks.
+    """
+    rows = [["attack", "eps", *(model["name"] for model in models)]]
+    for index, row in enumerate(models[0]["results"]):
+        eps = "" if row["attack"] == "clean" else format_radius(row["eps"])
+        accuracies = (f"{model['results'][index]['accuracy']:.1%}" for model in models)
+        rows.append([row["attack"], eps, *accuracies])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[:2] = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+        lines.append("  ".join(cells))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

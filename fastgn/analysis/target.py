@@ -1,0 +1,158 @@
+"""The images of a sanity report that are attacked, and the attacks on them.
+
+Shapes: R images that are classified correctly without an attack, C channels, H x W pixels.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastgn import attacks
+
+STEPS = (10, 20, 50, 100)
+"""Numbers of PGD's steps that the report compares."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The R images that are classified correctly without an attack.
+
+    The methods attack them and return a bool tensor (R,) on the CPU, which is True for the images
+    that withstand the attack. What is drawn for an image depends only on the seed and its index.
+    """
+
+    model: nn.Module
+    images_RCHW: Tensor
+    labels_R: Tensor
+    indices: Sequence[int]
+    """Index of each image among all images of the report."""
+    images: int
+    """Number of all images, of which the accuracies are shares."""
+    classes: int
+    eps: float
+    seed: int
+    batch_size: int
+    norm: attacks.Norm
+    known: dict[int, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    """Results of `resist_pgd`, each under its number of steps, because several checks need them."""
+
+    @functools.cached_property
+    def attacked(self) -> Tensor:
+        """The images after PGD-20."""
+        return self.run_pgd(20)
+
+    @functools.cached_property
+    def resist_margin_pgd(self) -> Tensor:
+        """Which images withstand PGD on the margin."""
+        return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin))
+
+    def resist_pgd(self, steps: int) -> Tensor:
+        """Returns which images withstand PGD on the cross-entropy."""
+        if steps not in self.known:
+            attacked = self.attacked if steps == 20 else self.run_pgd(steps)
+            self.known[steps] = self.find_resisting(attacked)
+        return self.known[steps]
+
+    def resist_autoattack(self, names: Sequence[str]) -> Tensor:
+        """Returns which images withstand the named parts of AutoAttack.
+
+        The state of the random number generators stays as it was.
+        """
+        device = self.images_RCHW.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            adversarial = attacks.autoattack(
+                self.model,
+                self.images_RCHW,
+                self.labels_R,
+                eps=self.eps,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                device=device,
+                norm=self.norm,
+                attacks=names,
+            )
+        return self.find_resisting(adversarial)
+
+    def find_resisting(self, adversarial_RCHW: Tensor) -> Tensor:
+        """Returns which of the attacked images are still classified correctly."""
+        with torch.no_grad():
+            predicted = [self.model(adversarial_RCHW[p]).argmax(1) for p in self.batches()]
+        return (torch.cat(predicted) == self.labels_R).cpu()
+
+    def accuracy(self, resisting_R: Tensor) -> float:
+        """Returns the share of all images that withstand an attack."""
+        return int(resisting_R.sum()) / self.images
+
+    def take_first(self, number: int) -> "Target":
+        """Returns a target with only the first images, as if there were no others."""
+        part = min(number, len(self.labels_R))
+        return dataclasses.replace(
+            self,
+            images_RCHW=self.images_RCHW[:part],
+            labels_R=self.labels_R[:part],
+            indices=self.indices[:part],
+            images=part,
+        )
+
+    def batches(self) -> Iterator[slice]:
+        """Yields the slice of each batch."""
+        for low in range(0, len(self.labels_R), self.batch_size):
+            yield slice(low, low + self.batch_size)
+
+    def draw_noise(self, part: slice, eps: float, *, use: int, draw: int) -> Tensor:
+        """Returns uniform noise in the eps ball for a batch.
+
+        use: 0 for starts of PGD, 1 for noise that is itself the attack. draw: number of the draw.
+        """
+        seeds = [
+            int(np.random.SeedSequence([self.seed, use, i, draw]).generate_state(1, np.uint64)[0])
+            >> 1
+            for i in self.indices[part]
+        ]
+        noise = attacks.uniform_noise(seeds, self.images_RCHW.shape[1:], eps, self.norm)
+        return noise.to(self.images_RCHW)
+
+    def run_pgd(
+        self,
+        steps: int,
+        loss: attacks.LossFn = attacks.cross_entropy,
+        *,
+        restarts: int = 1,
+        eps: float | None = None,
+    ) -> Tensor:
+        """Returns the images after PGD. If eps is None, it is the target's."""
+        radius = self.eps if eps is None else eps
+        return torch.cat(
+            [
+                attacks.restarted_pgd(
+                    self.model,
+                    self.images_RCHW[part],
+                    self.labels_R[part],
+                    eps=radius,
+                    steps=steps,
+                    starts=(self.draw_noise(part, radius, use=0, draw=r) for r in range(restarts)),
+                    loss=loss,
+                    norm=self.norm,
+                )
+                for part in self.batches()
+            ]
+        )
+
+    def run_fgsm(self) -> Tensor:
+        """Returns the images after FGSM, a single step."""
+        return torch.cat(
+            [
+                attacks.fgsm(
+                    self.model,
+                    self.images_RCHW[part],
+                    self.labels_R[part],
+                    eps=self.eps,
+                    norm=self.norm,
+                )
+                for part in self.batches()
+            ]
+        )
