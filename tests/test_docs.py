@@ -27,6 +27,8 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
 OTHERS = {"help", "nproc-per-node", "max-restarts", "list"}
 """Flags that are no field: --help, torchrun's, and the --list of fastgn.train."""
+ENDINGS = {"csv", "db", "json", "png", "py", "toml", "txt"}
+"""Endings of files that are named like a module."""
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -170,13 +172,7 @@ def test_modules_and_files_in_the_text_exist(page: Path) -> None:
 def test_names_of_rooms_in_the_text_exist(page: Path) -> None:
     """Such as `files.atomic_open`, which is fastgn.files.atomic_open."""
     for room, name in re.findall(r"`(\w+)\.(\w+)(?:\(.*?\))?`", prose(page)):
-        if room in set(MAY_IMPORT) | set(COMPOSE) and name not in (
-            "csv",
-            "json",
-            "py",
-            "toml",
-            "txt",
-        ):
+        if room in set(MAY_IMPORT) | set(COMPOSE) and name not in ENDINGS:
             assert hasattr(importlib.import_module(f"fastgn.{room}"), name), f"{room}.{name}"
 
 
