@@ -249,6 +249,7 @@ def _(
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
+    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
     gx, gbias = _activation_bwd(gy, *saved, *options[-2:], wanted[1])
     return gx, gbias if wanted[1] else None, None, None
 
@@ -257,6 +258,7 @@ def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
+    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
     gy, x, bias = saved
     if ggx is None:
         ggx = torch.zeros_like(x)

@@ -259,12 +259,14 @@ def _(ggz: Tensor, gl: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor) -> tuple:
+    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
     return _cross_entropy_bwd(gl, *saved), None
 
 
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggz: Tensor
 ) -> tuple:
+    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
     return *_cross_entropy_bwd_bwd(ggz, *saved), None
 
 

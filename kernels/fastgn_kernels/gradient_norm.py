@@ -271,6 +271,7 @@ def _(ggg: Tensor, gn: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> tupl
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor) -> tuple:
+    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
     g, norm = saved
     return _gradient_norm_bwd(gn, g, norm, options[-1]), None
 
@@ -278,6 +279,7 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggg: Tensor
 ) -> tuple:
+    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
     gn, g, norm = saved
     ord = options[-1]
     ggn, gg = _gradient_norm_bwd_bwd(ggg, gn, g, norm, ord)

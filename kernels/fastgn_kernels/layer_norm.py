@@ -151,6 +151,7 @@ def _backward_backward_plain(
 def _allocate_forward(
     x: Tensor, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Returns tensors for y and the sum x + residual. Without a residual, both are the same one."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     return y, torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else y
 
@@ -158,6 +159,7 @@ def _allocate_forward(
 def _allocate_backward(
     x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns tensors for gx, gweight and gbias."""
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return (
         gx,
@@ -169,6 +171,7 @@ def _allocate_backward(
 def _allocate_backward_backward(
     gy: Tensor, x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns tensors for ggy, gx and gweight."""
     ggy = torch.empty(x.shape, dtype=gy.dtype, device=x.device)
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return ggy, gx, _allocate_weight_grad(weight, weight_grads)
@@ -237,6 +240,7 @@ def _(
 
 
 def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
+    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
     gx, gweight, gbias = _call_backward(options, saved, any(wanted[1:]), gy, None)
     return gx, gweight, gbias, None, None
 
@@ -244,6 +248,7 @@ def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: T
 def _differentiate_sum(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor | None, gsum: Tensor | None
 ) -> tuple:
+    """Returns the gradients of the inputs of `_add_layer_norm`, see `register_derivative`."""
     if gy is None:
         return gsum, gsum, None, None, None, None
     gx, gweight, gbias = _call_backward(options, saved, any(wanted[2:]), gy, gsum)
@@ -253,6 +258,7 @@ def _differentiate_sum(
 def _call_backward(
     options: tuple, saved: tuple, weight_grads: bool, gy: Tensor, gsum: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns gx, gweight and gbias. The last two are None without weight_grads."""
     x, weight = saved
     gx, gweight, gbias = _layer_norm_bwd(gy, gsum, x, weight, options[0], weight_grads)
     return (gx, gweight, gbias) if weight_grads else (gx, None, None)
@@ -262,6 +268,7 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggweight: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
+    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
     gy, gsum, x, weight = saved
     eps, had_weight_grads = options[-2:]
     if not had_weight_grads:

@@ -264,16 +264,19 @@ _New = tuple[str, type[nn.Module], dict[str, Any]]
 
 
 def _activation(kind: str, parameter: float | None = None) -> _New:
+    """Returns the replacement of an activation module."""
     return kind, FusedActivation, {"kind": kind, "parameter": parameter}
 
 
 def _softplus(module: Any) -> _New:
+    """Returns the replacement of an nn.Softplus, or raises _RefusedError."""
     if module.threshold != 20:
         raise _RefusedError(f"its threshold is {module.threshold:g}, not PyTorch's 20")
     return _activation("softplus", module.beta)
 
 
 def _layer_norm(module: Any) -> _New:
+    """Returns the replacement of a LayerNorm, or raises _RefusedError."""
     if len(module.normalized_shape) != 1:
         raise _RefusedError(f"it normalises {len(module.normalized_shape)} dimensions at once")
     if getattr(module, "_fast_norm", False):
@@ -282,6 +285,7 @@ def _layer_norm(module: Any) -> _New:
 
 
 def _window_attention(module: Any) -> _New:
+    """Returns the replacement of a WindowAttention, or raises _RefusedError."""
     if not isinstance(module.qkv, nn.Linear):
         raise _RefusedError(f"its qkv is a {type(module.qkv).__name__}, not a Linear")
     head_dim = module.qkv.out_features // (3 * module.num_heads)
@@ -342,6 +346,7 @@ _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
 
 
 def _name(cls: type) -> str:
+    """Returns the full name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

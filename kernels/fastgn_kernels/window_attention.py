@@ -222,6 +222,7 @@ def _(
 def _differentiate(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor | None, extra: Tensor | None
 ) -> tuple:
+    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
     qkv, bias, mask, stand_in = saved
     if go is None:
         return extra, None, None, None
@@ -237,6 +238,7 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggqkv: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
+    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
     go, qkv, bias, mask = saved
     filled = torch.zeros_like(qkv) if ggqkv is None else ggqkv
     scale, had_bias_grad = options[-2:]

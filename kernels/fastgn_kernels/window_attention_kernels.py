@@ -97,10 +97,10 @@ def _locate_channels(
     part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Returns offsets from the pointer of `_locate_window`, and which of them exist.
+    """Returns the offsets of some channels from `_locate_window`'s pointer, and which ones exist.
 
-    They are those of BLOCK_DIM channels from `channel` on, for all tokens. PARTS is 3 for qkv, of
-    which q, k and v are the parts 0, 1 and 2. It is 1 for o.
+    The channels are BLOCK_DIM from `channel` on, for all tokens. PARTS is 3 for qkv, of which q, k
+    and v are the parts 0, 1 and 2. It is 1 for o.
     """
     n, d = tl.arange(0, BLOCK_TOKENS)[:, None], channel + tl.arange(0, BLOCK_DIM)[None, :]
     return n * (PARTS * HEADS * DIM) + part * HEADS * DIM + d, (n < TOKENS) & (d < DIM)
@@ -234,9 +234,8 @@ def _window_attention_bwd_bwd_kernel(
 ):  # fmt: skip
     """Computes ggo, the second gqkv and, with BIAS_GRAD, partial sums of the second gbias.
 
-    The registers of a thread cannot hold six 64 x 64 tiles and their operands. So inputs are read
-    where they are used, the second time from the cache. The order of the products makes each tile
-    unneeded early.
+    Registers cannot hold six 64 x 64 tiles and their operands. So inputs are read where they are
+    used, the second time from the cache, and the order of the products frees each tile early.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)

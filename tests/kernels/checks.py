@@ -1,9 +1,12 @@
-"""What every op is held to; each test file calls these for its own op.
+"""Checks that every op must pass. The test file of each op calls them.
 
-The op and its reference are called as function(*inputs), every input being a tensor that is
-differentiated; what is not, a mask or an option, belongs in a closure. They return a tensor or a
-tuple of tensors. `pytest tests/kernels` runs the plain bodies on a CPU and the Triton bodies on
-CUDA, ``TRITON_INTERPRET=1 pytest tests/kernels`` the Triton bodies on a CPU.
+The checks call the op and its reference as function(*inputs). Every input is a tensor that is
+differentiated. Put other arguments, such as a mask or an option, into a closure. The functions
+return a tensor or a tuple of tensors. `pytest tests/kernels` tests PyTorch's operators on a CPU and
+the Triton kernels on CUDA. ``TRITON_INTERPRET=1 pytest tests/kernels`` tests the kernels on a CPU.
+
+Names: gy is the gradient with respect to y, gx the one with respect to x. v is a cotangent of gx,
+and ggy the gradient with respect to gy that it leads to.
 """
 
 import contextlib
@@ -53,36 +56,41 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
     "expanded": lambda x: x[:1].expand_as(x),
 }
-"""Name -> a tensor of the shape given that lies otherwise in memory; "expanded" repeats its first
-row, the others keep the values."""
+"""Name of a layout -> a function that returns a tensor with other strides or another address.
+"expanded" changes the values, because it repeats the first row."""
 
 SHAPES = {"empty": (0, 4), "one": (1, 1), "odd": (3, 5, 7)}
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normally distributed, the same on every machine."""
+    """Returns normally distributed numbers, which are the same on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def tensors(y: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """An op's outputs as a list."""
+    """Returns the outputs of an op as a list."""
     return [y] if isinstance(y, Tensor) else list(y)
 
 
 def leaves(inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Fresh leaves that require grad, in the layout given where the dtype stays."""
+    """Returns copies that require grad. Without a change of dtype they keep their strides."""
     return [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
 
 
 def wave(x: Tensor) -> Tensor:
-    """Fixed numbers in [-1, 1] in the shape of `x`: a cotangent that a compiled region can make."""
+    """Returns fixed numbers in [-1, 1] in the shape of `x`.
+
+    They serve as a cotangent that compiled code can compute.
+    """
     return torch.cos(torch.arange(x.numel(), device=x.device, dtype=x.dtype) + 1).view(x.shape)
 
 
 def check_derivatives(function: Callable, inputs: Sequence[Tensor]) -> None:
-    """Both derivatives are those of the function, by finite differences in float64, for random
-    cotangents that lie apart in memory and for cotangents that autograd leaves undefined."""
+    """Checks both derivatives of a function in float64, by finite differences.
+
+    The cotangents are random and not contiguous, and some are left undefined, as autograd may do.
+    """
     inputs = tuple(leaves(inputs, torch.float64))
     assert torch.autograd.gradcheck(function, inputs, check_undefined_grad=True)
     assert torch.autograd.gradgradcheck(
@@ -93,9 +101,13 @@ def check_derivatives(function: Callable, inputs: Sequence[Tensor]) -> None:
 def three_orders(
     function: Callable, inputs: Sequence[Tensor], rounded: torch.dtype = torch.float64
 ) -> dict[str, Tensor]:
-    """Outputs, their gradients under fixed cotangents, and the gradients of those: to the first
-    cotangents ("ggy"), and to the inputs ("second"). Each order sees the same cotangents, numbers
-    of the dtype `rounded`, whatever the order before it computed."""
+    """Returns the outputs of a function, and its first and second derivatives.
+
+    Keys are "y0", "gx0", "ggy0" and "second0" for the outputs, the gradients of the inputs under
+    fixed cotangents, and the gradients of those with respect to the first cotangents and to the
+    inputs. The cotangents are numbers that the dtype `rounded` can hold. They do not depend on the
+    results of earlier orders.
+    """
 
     def cotangents(xs: Sequence[Tensor], seed: int) -> list[Tensor]:
         return [random(*x.shape, seed=seed + i).to(rounded).to(x.dtype) for i, x in enumerate(xs)]
@@ -114,7 +126,7 @@ def three_orders(
 
 
 def penalty(function: Callable, inputs: Sequence[Tensor]) -> Tensor:
-    """A gradient penalty, nonlinear in the outputs and in every input's gradient."""
+    """Returns a gradient penalty that is nonlinear in the outputs and in every input gradient."""
     ys = tensors(function(*inputs))
     loss = sum(((wave(y) + y / 2) * y).sum() for y in ys)
     gradients = torch.autograd.grad(loss, inputs, create_graph=True)
@@ -122,13 +134,13 @@ def penalty(function: Callable, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Norm of a - b over the norm of `b`."""
+    """Returns the norm of a - b divided by the norm of b."""
     a, b = a.detach(), b.detach()
     return float((a - b).norm() / b.norm().clamp_min(1e-30)) if b.numel() else 0.0
 
 
 def ops_called(function: Callable, *args: Any) -> set[str]:
-    """Names, "fastgn::gelu", of the operators that a call runs."""
+    """Returns the names of the operators that a call runs, such as "fastgn::gelu"."""
     called = set()
 
     class Recorder(TorchDispatchMode):
@@ -142,8 +154,11 @@ def ops_called(function: Callable, *args: Any) -> set[str]:
 
 
 def recording_backend() -> tuple[Callable, set[str]]:
-    """A backend of torch.compile that runs its graphs as they are, and the names of the operators
-    in them, such as "aten.mul.Tensor"."""
+    """Returns a backend of torch.compile, and a set that it adds names of operators to.
+
+    The backend runs its graphs as they are. The names are those of the operators in the graphs,
+    such as "aten.mul.Tensor".
+    """
     called: set[str] = set()
 
     def record(graph: torch.fx.GraphModule, example: list) -> Callable:
@@ -156,8 +171,11 @@ def recording_backend() -> tuple[Callable, set[str]]:
 def check_against_reference(
     op: Callable, reference: Callable, inputs: Sequence[Tensor], tolerance: float = 1e-10
 ) -> None:
-    """In float64: values, first derivatives, second derivatives and the gradients of a gradient
-    penalty are the reference's, and have its shapes; and the op is not the reference."""
+    """Checks an op against its reference in float64.
+
+    It compares shapes, values, first and second derivatives, and the gradients of a gradient
+    penalty. It also checks that the op calls a fused op and that the reference does not.
+    """
     inputs = [x.to(torch.float64) for x in inputs]
     for function, fused in ((op, True), (reference, False)):
         called = ops_called(function, *inputs)
@@ -176,7 +194,7 @@ def check_against_reference(
 
 
 class _Penalised(torch.nn.Module):
-    """A step as the trainer compiles it: the loss, and a penalty on its gradient to the images."""
+    """A step as the trainer compiles it: a loss plus a penalty on its input gradient."""
 
     def __init__(self, op: Callable, inputs: Sequence[Tensor], weight: float):
         super().__init__()
@@ -203,8 +221,11 @@ def _step_gradients(op: Callable, inputs: Sequence[Tensor], weight: float, **com
 def check_compiled(
     op: Callable, inputs: Sequence[Tensor], backend: str = "aot_eager", tolerance: float = 1e-9
 ) -> None:
-    """The gradients of a penalised loss, compiled whole, are those of eager; and the penalty
-    changes them: designs that lose second-order terms in silence fail here and nowhere else."""
+    """Checks that compiled code gives the gradients of a penalised loss that eager mode gives.
+
+    It also checks that the penalty changes these gradients. Some designs lose second-order terms
+    silently in compiled code, and only this check finds them.
+    """
     inputs = [x.to(torch.float64) for x in inputs]
     torch._dynamo.reset()
     with torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -219,9 +240,12 @@ def check_compiled(
 def check_low_precision(
     op: Callable, reference: Callable, inputs: Sequence[Tensor], dtype: torch.dtype
 ) -> None:
-    """Of every order, the error to the reference in float64 is at most twice that of the reference
-    run by eager PyTorch in `dtype`, and its largest element at most four times: of two orders of
-    the same float32 sums on a GPU, one was seen with 2.1 times the other's."""
+    """Checks the rounding errors of an op in `dtype` against those of eager PyTorch.
+
+    Errors are differences to the reference in float64. In every order, the norm of the op's error
+    may be at most twice that of eager PyTorch, and its largest element at most four times. Even two
+    orders of the same float32 sum on a GPU differed by a factor of 2.1.
+    """
     inputs = [x.to(dtype) for x in inputs]
     ours, eager = (three_orders(f, inputs, dtype) for f in (op, reference))
     exact = three_orders(reference, [x.double() for x in inputs], dtype)
@@ -229,11 +253,11 @@ def check_low_precision(
     for name, right in exact.items():
         assert ours[name].dtype == dtype, f"{name} is {ours[name].dtype}"
         assert ours[name].isfinite().all(), f"{name} has overflowed"
-        # What rounding to the nearest costs, which no kernel can undercut: where eager is exact by
-        # luck (one element, a power of two) twice its error would ask for the impossible.
+        # No kernel can avoid the error of rounding the right result. Without this term, the check
+        # would fail where eager is exact by luck (one element, a power of two).
         rounding = info.eps / 2 * right.abs() + info.smallest_normal * info.eps / 2
         errors = ours[name].double() - right, eager[name].double() - right, rounding
-        # PyTorch's mish overflows in float16: its error there would allow anything
+        # ignore elements where PyTorch overflows, as mish does in float16
         comparable = eager[name].isfinite()
         for norm, factor in ((2.0, 2), (float("inf"), 4)) if comparable.any() else ():
             ours_is, eager_is, rounding_is = (
@@ -245,7 +269,7 @@ def check_low_precision(
 
 
 def check_third_order_raises(op: Callable, inputs: Sequence[Tensor]) -> None:
-    """A third derivative raises, and names the reference."""
+    """Checks that a third derivative raises an error that names the reference."""
     xs = leaves(inputs)
     gxs = torch.autograd.grad(penalty(op, xs), xs, create_graph=True)
     with pytest.raises(RuntimeError, match="reference"):
@@ -266,9 +290,10 @@ def check_opcheck(custom_op: Any, args: Sequence[Any], traced: bool = True) -> N
 
 
 def touched_bytes() -> int:
-    """Returns how much anonymous memory this process has touched and still holds, swapped or not.
+    """Returns how many bytes of anonymous memory this process has touched and still holds.
 
-    Pages of files, such as torch's libraries, do not count: a busy machine takes them away.
+    Swapped memory counts. Pages of files, such as torch's libraries, do not count, because the
+    system may take them away at any time.
     """
     status = Path("/proc/self/status").read_text()
     return sum(1024 * int(kb) for kb in re.findall(r"^(?:RssAnon|VmSwap):\s*(\d+)", status, re.M))
@@ -276,11 +301,11 @@ def touched_bytes() -> int:
 
 @contextlib.contextmanager
 def last_program_alone() -> Iterator[None]:
-    """Under the interpreter, each launch runs the last program of its grid and no other.
+    """Makes each interpreted launch run only the last program of its grid.
 
-    A tensor beyond 2^31 elements then costs little: of fresh memory that nobody touched the kernel
-    commits the pages around its last elements. An offset that wraps in 32 bits reads and writes
-    elsewhere, or is a segmentation fault.
+    This makes tensors of more than 2^31 elements cheap, because only the memory pages around the
+    last elements are touched. If an offset overflows 32 bits, the program reads and writes
+    elsewhere or crashes.
     """
     run = triton_interpreter.GridExecutor.__call__
     builder = triton_interpreter.interpreter_builder
@@ -304,7 +329,7 @@ def last_program_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def little_memory(limit: int = 1 << 30) -> Iterator[None]:
-    """Fails if the block touches more than `limit` bytes that it still holds at its end."""
+    """Fails if the block touches and holds more than `limit` bytes."""
     gc.collect()  # what earlier tests left must not be given back inside the block
     ctypes.CDLL(None).malloc_trim(0)
     before = touched_bytes()

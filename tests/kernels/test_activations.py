@@ -1,4 +1,4 @@
-"""Activations: every kind, with and without bias, in three orders."""
+"""Tests of every kind of activation, with and without a bias, in three orders."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from fastgn.step.double_backward import compile_double_backward
 
 pytestmark = [
-    # numpy's, on the way to a limit or to a NaN that is meant
+    # from NumPy, on the way to a limit or to an expected NaN
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
@@ -29,7 +29,7 @@ with_and_without_bias = pytest.mark.parametrize("biased", [False, True], ids=["p
 
 
 def of_kind(function: Callable, kind: str, parameter: float | None = None) -> Callable:
-    """`function`, ours or the reference, of (x) or (x, bias)."""
+    """Returns an op or reference as a function of (x) or (x, bias)."""
     return lambda x, bias=None: function(x, kind, bias, parameter)
 
 
@@ -38,7 +38,7 @@ def inputs(biased: bool, *shape: int) -> list[Tensor]:
 
 
 def orders(function: Callable, x: Tensor, gy: Tensor, v: Tensor) -> list[Tensor]:
-    """y, gx, and the gradients of gx under `v` to gy and to x."""
+    """Returns y, gx, and the gradients of gx under the cotangent v with respect to gy and x."""
     x, gy = checks.leaves([x, gy])
     y = function(x)
     (gx,) = torch.autograd.grad(y, x, gy, create_graph=True)
@@ -60,7 +60,7 @@ def test_is_its_reference(kind: str, biased: bool) -> None:
     op, twin = of_kind(activation, kind), of_kind(reference.activation, kind)
     for shape in SHAPES.values():
         checks.check_against_reference(op, twin, inputs(biased, *shape))
-    # more than one block, and rows enough for several partial sums of the bias' gradient
+    # several blocks of columns, and enough rows for several partial sums of the bias gradient
     checks.check_against_reference(op, twin, inputs(biased, 37, 300))
 
 
@@ -76,7 +76,7 @@ def test_parameters(kind: str, biased: bool) -> None:
 
 @pytest.mark.parametrize("kind, biased", [*((kind, False) for kind in ACTIVATIONS), ("gelu", True)])
 def test_compiled(kind: str, biased: bool) -> None:
-    """The bias is added before the activation, whatever its kind: one kind shows it."""
+    """One kind is enough with a bias, which is added before the kind matters."""
     checks.check_compiled(of_kind(activation, kind, PARAMETERS.get(kind)), inputs(biased, 3, 5))
 
 
@@ -113,7 +113,7 @@ def test_low_precision(kind: str, biased: bool, dtype: torch.dtype) -> None:
 
 @with_and_without_bias
 def test_third_order_raises(biased: bool) -> None:
-    """The kind is an argument of one op, so one kind shows it for all."""
+    """One kind is enough, because the kind is an argument of one op."""
     checks.check_third_order_raises(of_kind(activation, "gelu"), inputs(biased, 3, 4))
 
 
@@ -137,7 +137,7 @@ def test_opcheck(biased: bool, layout: str) -> None:
 @checks.interpreter
 @with_and_without_bias
 def test_layouts(biased: bool) -> None:
-    """Each argument of each order lies in each way while any other lies in each way."""
+    """Every argument of every order has each layout while another has each layout."""
     bias, w = (random(7, seed=s) if biased else None for s in (1, 4))
     rest = (bias, "gelu", 1.0)
     ways = list(LAYOUTS.values())
@@ -181,7 +181,7 @@ def test_channels_last_stays() -> None:
 @checks.interpreter(kind=["gelu", "relu"])
 @every_kind
 def test_a_nan_goes_where_pytorchs_goes(kind: str) -> None:
-    """In x, in gy and in v; relu and its kin stop it where they are flat."""
+    """NaN in x, gy or v. relu and similar kinds stop it where they are flat."""
     op, twin = of_kind(activation, kind), of_kind(reference.activation, kind)
     for where in range(3):
         arguments = [torch.tensor([1.5, -0.7, 0.0, 3.0], device=DEVICE) for _ in range(3)]
@@ -193,8 +193,11 @@ def test_a_nan_goes_where_pytorchs_goes(kind: str) -> None:
 @checks.interpreter(kind=["gelu", "relu"])
 @every_kind
 def test_an_infinite_gradient_stays_visible(kind: str) -> None:
-    """Not finite just where PyTorch's is not: a gradient scaler looks for these. PyTorch's second
-    derivatives of silu and mish subtract inf from inf and give NaN where ours gives inf."""
+    """Results are infinite or NaN exactly where PyTorch's are, which gradient scalers look for.
+
+    PyTorch's second derivatives of silu and mish subtract inf from inf and give NaN, where ours
+    give inf.
+    """
     op, twin = of_kind(activation, kind), of_kind(reference.activation, kind)
     x = torch.tensor([1.5, -0.7, 0.0, 3.0], device=DEVICE)
     for gy, v in ((INF, 1.0), (-INF, 1.0), (1.0, INF), (1.0, -INF)):
@@ -211,7 +214,7 @@ QUIRKS = {
     # on a CPU, mish's second derivative is exp(2 x) over exp(2 x): inf over inf
     **{("mish", 3, x): 0.0 for x in (90.0, 200.0, 1e4, 1e20)},
 }
-"""(kind, index in `orders`, x) -> the right value, where PyTorch has another on some CPUs."""
+"""(kind, index in `orders`, x) -> the right value, where PyTorch is wrong on some CPUs."""
 
 
 @checks.interpreter(kind=["gelu", "mish"])
@@ -238,8 +241,10 @@ def test_huge_and_infinite_inputs(kind: str) -> None:
     ids=str,
 )
 def test_mixed_dtypes(dtype: torch.dtype) -> None:
-    """The bias, of float32, is added and its gradient summed in float32: one rounding to `dtype`
-    would be an error of 5e-4 or more."""
+    """A float32 bias beside a half-precision x is added, and its gradient summed, in float32.
+
+    Rounding the gradient to `dtype` would be an error of 5e-4 or more.
+    """
     x = random(64, 48).to(dtype)
     x, bias = checks.leaves([x, random(48, seed=1).float()])
     y = gelu(x, bias)
@@ -261,7 +266,7 @@ def test_mixed_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
-    """The op computes in float32 or wider already, and returns what it was given."""
+    """The op computes in float32 or float64 anyway and returns the dtype of x."""
     x, bias, gy, v = random(5, 8).to(dtype), random(8, seed=1), random(5, 8, seed=2).to(dtype), 1
     function = lambda t: gelu(t, bias.float())  # noqa: E731
     v = torch.ones_like(x)
@@ -331,7 +336,7 @@ def test_beyond_2_to_the_31_elements(shape: tuple[int, ...], order: int) -> None
 
 
 def large_second(function: Callable, kind: str) -> tuple[Tensor, Tensor]:
-    """First and second derivative at values where an exponential over- or underflows."""
+    """Returns the first and second derivative at values where exponentials over- or underflow."""
     x = torch.tensor([-1e5, -200.0, -90.0, 88.5, 89.5, 200.0, 1e5], device=DEVICE)
 
     def derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,7 +348,7 @@ def large_second(function: Callable, kind: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_derivatives_are_right_at_large_values(kind):
-    """Of the op and of what it becomes in a compiled region, where F.mish would have NaN."""
+    """Tests the op and its reference, which compiled code uses. F.mish would give NaN here."""
     double = lambda x, kind: reference.activation(x.double(), kind)  # noqa: E731
     exact = large_second(double, kind)
     for function in (activation, reference.activation):

@@ -1,4 +1,4 @@
-"""The checks refuse what is wrong: without this, that an op passes them says little."""
+"""Tests that the checks refuse wrong ops. Otherwise it would mean little that an op passes them."""
 
 import ctypes
 import mmap
@@ -17,8 +17,10 @@ from torch.autograd.gradcheck import GradcheckError
 
 
 class Kernel(torch.autograd.Function):
-    """gelu as kernels are usually wrapped: a right first derivative of which autograd sees only
-    the factor gy."""
+    """gelu in the usual wrapping of a kernel, whose second derivative is wrong.
+
+    The first derivative is right, but autograd sees only its factor gy.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ class _CubeBackward(torch.autograd.Function):
 
 
 class Cube(torch.autograd.Function):
-    """x^3 with both derivatives right in eager, and a second one that a compiled step loses."""
+    """x^3 with two derivatives, right in eager mode. Compiled code loses the second one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ def tanh_gelu(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Computes in half the digits."""
+    """Computes in half precision."""
     return erf_gelu(x.to(torch.float16)).to(x.dtype)
 
 
@@ -128,7 +130,7 @@ def test_an_interpreted_run_is_of_the_triton_body() -> None:
 
 @pytest.mark.parametrize("given_back", ["nothing", "heap", "pages of a file"])
 def test_touched_memory_is_counted(given_back: str, tmp_path: Path) -> None:
-    """Whatever else the process gives back to the system inside the block."""
+    """What the process returns to the system within the block does not hide it."""
     blocks = [ctypes.create_string_buffer(bytes(100_000)) for _ in range(3000)]
     top = ctypes.create_string_buffer(bytes(100_000))
     del blocks  # free() keeps them: they lie below one that is in use

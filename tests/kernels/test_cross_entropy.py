@@ -1,4 +1,4 @@
-"""Cross-entropy of three orders, with class indices and with probabilities."""
+"""Tests of cross-entropy in three orders, with class indices and with probabilities."""
 
 import sys
 
@@ -26,7 +26,7 @@ from checks import (
 from fastgn_kernels import cross_entropy, reference
 from fastgn_kernels.dispatch import INTERPRETED
 
-# the package's attribute of that name is the function
+# the attribute of the package with this name is the function, not the module
 module = sys.modules["fastgn_kernels.cross_entropy"]
 
 # the interpreter's NumPy on the padding's -inf minus -inf
@@ -43,7 +43,7 @@ only_triton = pytest.mark.skipif(
 
 
 def make_targets(kind: str, rows: int, columns: int, dtype=torch.float64) -> torch.Tensor:
-    """Indices, or rows that do not sum to 1, some of whose entries are 0."""
+    """Returns class indices, or probabilities that do not sum to 1 and are partly 0."""
     if kind == "index":
         return (random(rows, seed=7).abs() * 1e6).long() % columns
     return random(rows, columns, seed=7).clamp_min(0).to(dtype)
@@ -195,7 +195,7 @@ def test_opcheck(kind):
 @pytest.mark.parametrize("opaque", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_is_eager(kind, opaque, monkeypatch):
-    """As plain ATen, which is what a compiled region gets; and as custom ops, were it not so."""
+    """Tests compiled code with PyTorch's operators, its default, and with the custom ops."""
     if opaque:
         monkeypatch.setattr(module, "is_compiling", lambda: False)
     targets = make_targets(kind, 4, 5)

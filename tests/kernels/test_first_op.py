@@ -1,7 +1,7 @@
-"""Each op, module and kind of activation as the first operation of a fresh process.
+"""Runs each op, module and kind of activation as the first operation of a fresh process.
 
-An operator that PyTorch prepares when it first runs meets a process in which nothing has run yet.
-The other tests never do, because something ran before them.
+PyTorch prepares some operators when they first run. Other tests cannot see a fault in that, because
+other operators ran before.
 """
 
 import json
@@ -52,7 +52,7 @@ for number, (label, *what) in enumerate(json.loads(sys.argv[1])):
         failed[label] = error or f"exit status {status}"
 print(json.dumps(failed))
 """
-"""Imports once, runs nothing, and forks a process for each case."""
+"""Program that imports torch, runs no operator, and forks a process for each case."""
 
 ATTENTION = [(2, 1, 4, 8)] * 3
 

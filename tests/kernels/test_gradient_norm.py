@@ -1,4 +1,4 @@
-"""The input-gradient penalty's norms of three orders, and gradnorm written with them."""
+"""Tests of the norms of a gradient in three orders, and of gradnorm's loss with them."""
 
 import sys
 
@@ -29,7 +29,7 @@ from torch import nn
 
 from fastgn import objectives
 
-# the package's attribute of that name is the function
+# the attribute of the package with this name is the function, not the module
 module = sys.modules["fastgn_kernels.gradient_norm"]
 
 LAYOUTS = LAYOUTS | {
@@ -40,7 +40,7 @@ orders = pytest.mark.parametrize("ord", [1, 2])
 
 
 def eager(g: torch.Tensor, ord: int) -> torch.Tensor:
-    """PyTorch's own, in the gradient's dtype."""
+    """Returns the norm that PyTorch computes, in the dtype of the gradient."""
     return g.flatten(1).abs().sum(1) if ord == 1 else torch.linalg.vector_norm(g.flatten(1), dim=1)
 
 
@@ -65,8 +65,10 @@ def test_is_the_reference_and_pytorchs(ord, shape):
 @orders
 @pytest.mark.parametrize("shape", [(5,), (1,), (1, 1), (3, 1, 1)])
 def test_samples_of_one_element(ord, shape):
-    """Both norms are |g|, whose second derivative is 0 up to rounding, so that errors relative to
-    it mean nothing."""
+    """Both norms are abs(g) here, and their second derivative is 0 up to rounding.
+
+    So this test cannot use errors relative to the result.
+    """
     g, n = leaves([random(*shape), random(shape[0], seed=1)])
     norm = gradient_norm(g, ord)
     (gx,) = torch.autograd.grad(norm, g, n, create_graph=True)
@@ -128,7 +130,7 @@ def test_low_precision(ord, dtype):
 @orders
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_summed_in_float32(ord, dtype):
-    """4096 elements of 300: the squares, and both sums, are beyond float16."""
+    """For 4096 elements of 300, the squares and both sums overflow float16."""
     (g,) = leaves([torch.full((2, 4096), 300.0, dtype=dtype, device=DEVICE)])
     norm = gradient_norm(g, ord)
     assert norm.dtype == torch.float32
@@ -141,7 +143,7 @@ def test_half_precision_is_summed_in_float32(ord, dtype):
 @interpreter
 @orders
 def test_at_zero(ord):
-    """The subgradient 0 there, at both orders; the sample beside it is as if it were alone."""
+    """At 0, both orders are 0. The other sample of the batch is as if it were alone."""
     g = random(2, 4, 5)
     g[0] = 0
     g[1, 0, 0] = 0
@@ -195,7 +197,7 @@ def test_opcheck(ord, dtype, layout):
 @pytest.mark.parametrize("opaque", [False, True])
 @orders
 def test_compiled_is_eager(ord, opaque, monkeypatch):
-    """As plain ATen, which is what a compiled region gets; and as custom ops, were it not so."""
+    """Tests compiled code with PyTorch's operators, its default, and with the custom ops."""
     if opaque:
         monkeypatch.setattr(module, "is_compiling", lambda: False)
     # of the square: the L1 norm alone has no second derivative that a penalty could leave
@@ -236,7 +238,7 @@ def test_third_order_raises(ord):
 @only_interpreted
 @orders
 def test_offsets_beyond_32_bits(ord):
-    """In a batch of 2^31 elements and more."""
+    """Tests a batch of more than 2^31 elements."""
     rows, columns = 2**21 + 8, 1024
     with little_memory():
         g, v = (torch.empty(rows, columns, dtype=torch.float16) for _ in range(2))
@@ -263,7 +265,7 @@ def test_offsets_beyond_32_bits(ord):
 
 @only_interpreted
 def test_offsets_beyond_32_bits_in_one_sample():
-    """The last of 65535 programs, whose 33rd tile lies beyond 2^31."""
+    """Tests the last of 65535 programs, whose 33rd tile lies beyond 2^31 elements."""
     tiles = 2**21 + 65535
     at = (65534 + 65535 * 32) * 1024
     assert at > 2**31
@@ -287,7 +289,7 @@ def test_mistakes():
 
 
 def gradnorm(model, images, targets, *, ce_weight=0.8, gn_weight=1.2, eps=4 / 255, sigma=0.225):
-    """fastgn.objectives.gradnorm with both fused ops."""
+    """Returns the loss of fastgn.objectives.gradnorm, computed with both fused ops."""
     images = images.detach().requires_grad_()
     ce = cross_entropy(model(images), targets)
     (grad,) = torch.autograd.grad(ce, images, create_graph=True)

@@ -1,4 +1,4 @@
-"""layer_norm, with and without residual, in three orders."""
+"""Tests of layer_norm in three orders, with and without a residual."""
 
 import functools
 import itertools
@@ -13,12 +13,12 @@ from fastgn_kernels import layer_norm, reference
 from torch import Tensor
 from torch.testing import assert_close
 
-# the package's attribute of that name is the function
+# the attribute of the package with this name is the function, not the module
 module = sys.modules["fastgn_kernels.layer_norm"]
 kernels = sys.modules["fastgn_kernels.layer_norm_kernels"]
 
 pytestmark = [
-    # numpy's, on the way to a NaN that is meant
+    # from NumPy, on the way to an expected NaN
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:divide by zero encountered:RuntimeWarning"),
@@ -26,7 +26,7 @@ pytestmark = [
 
 NAN, INF = float("nan"), float("inf")
 FORMS = ("bare", "affine", "residual")
-"""x; x, weight and bias; x, residual, weight and bias."""
+"""The inputs are x alone, x with weight and bias, or x with residual, weight and bias."""
 
 every_form = pytest.mark.parametrize("form", FORMS)
 low_dtypes = pytest.mark.parametrize(
@@ -41,7 +41,7 @@ low_dtypes = pytest.mark.parametrize(
 
 
 def of(function: Callable, eps: float = 1e-5) -> Callable:
-    """`function`, ours or the reference, of (x), (x, weight, bias) or (x, residual, w, b)."""
+    """Returns an op or reference as a function of tensors, in the order of `FORMS`."""
 
     def call(x: Tensor, *rest: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         residual, rest = (rest[0], rest[1:]) if len(rest) == 3 else (None, rest)
@@ -62,13 +62,13 @@ def inputs(form: str, *shape: int) -> list[Tensor]:
 @checks.interpreter(form=["affine"])
 @every_form
 def test_derivatives(form: str) -> None:
-    # nearly 0 is 1 / sqrt(eps) where the finite differences look: a large eps tests the same terms
+    # With a small eps, finite differences would be inexact. A large one tests the same terms.
     checks.check_derivatives(of(layer_norm, eps=0.1), inputs(form, 2, 3))
 
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_derivatives_of_one_output(used: int) -> None:
-    """Of the normalised sum alone, and of the sum alone, whose gradient is no op's."""
+    """The loss uses only the normalised sum, or only the sum, whose gradient needs no op."""
     checks.check_derivatives(
         lambda *xs: of(layer_norm, eps=0.1)(*xs)[used], inputs("residual", 2, 3)
     )
@@ -90,7 +90,7 @@ def test_is_its_reference(form: str, shape: tuple[int, ...]) -> None:
 @every_form
 @pytest.mark.parametrize("rows", [1, 3])
 def test_one_column(rows: int, form: str) -> None:
-    """The bias, whatever x is: what is 0 here is a rounding error in PyTorch."""
+    """The output is the bias, whatever x is. PyTorch has rounding errors where ours is 0."""
     xs = inputs(form, rows, 1)
     ours, theirs = checks.three_orders(op, xs), checks.three_orders(twin, xs)
     for name, right in theirs.items():
@@ -105,7 +105,7 @@ def test_one_output_is_the_references(used: int) -> None:
         checks.check_against_reference(
             lambda *xs: op(*xs)[0], lambda *xs: twin(*xs)[0], xs, tolerance=1e-9
         )
-    # both outputs made, the loss of one alone: autograd leaves the other's cotangent undefined
+    # the loss uses one of both outputs, so autograd leaves the other's cotangent undefined
     results = []
     for function in (op, twin):
         leaves = checks.leaves(xs)
@@ -122,7 +122,7 @@ def test_one_output_is_the_references(used: int) -> None:
 
 @checks.interpreter
 def test_several_strips_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that each sum over several tiles: with 3, one more tile than the others for some."""
+    """Each of 3 programs sums over several tiles, and some over one tile more than others."""
     monkeypatch.setattr(kernels, "count_strips", lambda rows, rows_per_block, columns: 3)
     for shape in ((61, 1030), (3, 1030), (2, 1030)):
         checks.check_against_reference(op, twin, inputs("residual", *shape), tolerance=1e-9)
@@ -153,7 +153,7 @@ def test_compiled(form: str) -> None:
 
 @every_form
 def test_compiled_as_custom_ops(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a compiled region would get were it not given ATen's operators."""
+    """Tests compiled code that keeps the custom ops, as on CUDA."""
     monkeypatch.setattr(module, "is_compiling", lambda: False)
     checks.check_compiled(op, inputs(form, 3, 5))
 
@@ -183,7 +183,7 @@ def test_low_precision(form: str, dtype: torch.dtype) -> None:
 @checks.interpreter(dtype=checks.NUMPY_DTYPES)
 @low_dtypes
 def test_a_common_offset_costs_no_more_than_pytorchs(dtype: torch.dtype) -> None:
-    """The variance is the centred values' mean square: E[x^2] - E[x]^2 would have no digit left."""
+    """The variance is computed from centred values. E[x^2] - E[x]^2 would have no digit left."""
     checks.check_low_precision(
         op, twin, [random(16, 96) + 100, *inputs("affine", 1, 96)[1:]], dtype
     )
@@ -226,7 +226,7 @@ def test_opcheck(layout: str) -> None:
 
 @checks.interpreter
 def test_layouts() -> None:
-    """Each argument of each order lies in each way while any other lies in each way."""
+    """Every argument of every order has each layout while another has each layout."""
     ways = list(LAYOUTS.values())
     for i, j in itertools.product(range(len(ways)), repeat=2):
         lies = [ways[i], ways[j], ways[(i + j) % len(ways)]]
@@ -260,7 +260,7 @@ def test_weight_and_bias_may_each_be_left_out() -> None:
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     given = [lambda x, b, f=f: f(x, None, b) for f in (layer_norm, reference.layer_norm)]
     checks.check_against_reference(*given, [x, bias], tolerance=1e-9)
-    # of which PyTorch's own second derivative drops a term where there is a bias and no weight
+    # with a bias but no weight, PyTorch's own second derivative lacks a term
     ones = torch.ones_like(bias)
     ours, theirs = (
         checks.three_orders(f, [x, bias])
@@ -280,7 +280,7 @@ def test_eps() -> None:
             of(layer_norm, eps), of(reference.layer_norm, eps), [x], tolerance=1e-9
         )
     assert checks.relative(layer_norm(x, eps=1e-2), layer_norm(x)) > 0.1
-    # rows that fill no tile, with nothing to keep 1 / 0 from what is beyond them
+    # with eps = 0, rows beyond the last one in a tile divide by 0
     xs = inputs("affine", 3, 8)
     checks.check_against_reference(
         of(layer_norm, 0.0), of(reference.layer_norm, 0.0), xs, tolerance=1e-9
@@ -298,7 +298,7 @@ def test_no_columns() -> None:
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", range(5), ids=["x", "weight", "bias", "gy", "v"])
 def test_infinities_and_nan_go_where_pytorchs_go(where: int, value: float) -> None:
-    """Not finite just where PyTorch's is not, NaN where it is NaN."""
+    """Results are infinite or NaN exactly where PyTorch's are."""
     x, weight, bias = (t.float() for t in inputs("affine", 3, 5))
     arguments = [x, weight, bias, random(3, 5, seed=8).float(), random(3, 5, seed=9).float()]
     arguments[where].flatten()[2] = value
@@ -323,8 +323,10 @@ def test_infinities_and_nan_go_where_pytorchs_go(where: int, value: float) -> No
 )
 @pytest.mark.parametrize("form", ["affine", "residual"])
 def test_mixed_dtypes(form: str, dtype: torch.dtype) -> None:
-    """Half-precision rows beside float32 weights, whose gradients are summed and kept in float32:
-    one rounding to `dtype` would be an error of 5e-4 or more."""
+    """Gradients of float32 weights beside half-precision rows are summed and kept in float32.
+
+    Rounding them to `dtype` would be an error of 5e-4 or more.
+    """
     x, *residual, weight, bias = inputs(form, 64, 48)
     x, residual = x.to(dtype), [r.to(dtype) for r in residual]
     leaves = checks.leaves([x, weight.float(), bias.float()])
@@ -346,7 +348,7 @@ def test_mixed_dtypes(form: str, dtype: torch.dtype) -> None:
 
 @checks.interpreter
 def test_the_sum_is_rounded_before_it_is_normalised() -> None:
-    """So that the forward's input is the one that the backward reads."""
+    """So the backward reads the same numbers that the forward normalised."""
     x, residual = random(5, 40).half(), random(5, 40, seed=1).half()
     y, total = layer_norm(x, residual=residual, dtype=torch.float32)
     assert torch.equal(total, x + residual)
@@ -383,7 +385,7 @@ def test_dtype_of_the_output(form: str, dtype: torch.dtype, out: torch.dtype) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @every_form
 def test_autocast(form: str, dtype: torch.dtype) -> None:
-    """The output is of F.layer_norm's dtype, float32 on a GPU; all else is as without autocast."""
+    """The output has the dtype of F.layer_norm's. Everything else is as without autocast."""
     *xs, weight, bias = inputs(form if form != "bare" else "affine", 5, 8)
     *xs, weight, bias = *(x.to(dtype) for x in xs), weight.float(), bias.float()
 
@@ -410,10 +412,10 @@ def test_autocast(form: str, dtype: torch.dtype) -> None:
 def test_plain_bodies_compute_half_precision_in_float32(
     form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each result is right to its own last rounding."""
+    """The only error of each result is its last rounding."""
     monkeypatch.setattr(module, "_kernel_runs", lambda x: False)
     x, *rest = (x.half() for x in inputs(form, 16, 50))
-    # a residual apart: autograd adds the cotangents of x's and of its gradient in half precision
+    # the residual is no input here, because autograd would add its gradients in half precision
     residual = [rest.pop(0)] if form == "residual" else []
     named = checks.three_orders(lambda x, *ws: op(x, *residual, *ws), [x, *rest], torch.float16)
     if residual:  # the derivatives are those at the rounded sum
@@ -428,7 +430,7 @@ def test_plain_bodies_compute_half_precision_in_float32(
 
 @pytest.mark.parametrize("trained", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_frozen_inputs(trained: tuple[bool, ...]) -> None:
-    """Any of x, residual, weight and bias may have no gradient."""
+    """x, residual, weight and bias each may need no gradient."""
     results = []
     for function in (op, twin):
         xs = [x.requires_grad_(t) for x, t in zip(inputs("residual", 4, 6), trained, strict=True)]
@@ -452,7 +454,7 @@ def test_the_same_bits_in_every_run() -> None:
 
 
 def test_torch_func_is_refused() -> None:
-    """Not supported, and never silently wrong."""
+    """torch.func is not supported. It must raise an error, not return wrong numbers."""
     with pytest.raises(RuntimeError):
         torch.func.vmap(torch.func.grad(lambda x: layer_norm(x).pow(3).sum()))(random(2, 3, 4))
 

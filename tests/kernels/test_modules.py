@@ -1,4 +1,4 @@
-"""The drop-ins give what they replace, and replace nothing that they would change."""
+"""Tests that swapped modules compute what the replaced ones did, and that nothing else changes."""
 
 import copy
 import importlib
@@ -34,7 +34,7 @@ from fastgn.step.double_backward import compile_double_backward
 
 @pytest.fixture(autouse=True)
 def unfused_attention():
-    """SDPA has no double backward to compare with."""
+    """Makes timm use plain products, because SDPA has no second derivative to compare with."""
     set_fused_attn(False)
     yield
     set_fused_attn(True)
@@ -44,8 +44,11 @@ SWIN = {"depths": (2, 1), "num_heads": (1, 2), "embed_dim": 8, "patch_size": 2, 
 
 
 def swin(dtype: torch.dtype = torch.float64, **more: Any) -> nn.Module:
-    """Three blocks on 8 x 8 and 4 x 4 tokens, the second one's windows shifted; 5 classes. Weights
-    large enough that attention is far from uniform and biases matter."""
+    """Returns a Swin with 5 classes, and three blocks on 8 x 8 and 4 x 4 tokens.
+
+    The windows of the second block are shifted. The weights are large, so that attention is far
+    from uniform and biases matter.
+    """
     torch.manual_seed(0)
     options: dict[str, Any] = SWIN | {"window_size": 4, "drop_path_rate": 0.0} | more
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=5, **options)
@@ -85,7 +88,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 def two_orders(module: Callable, x: Tensor) -> list[Tensor]:
-    """Value, gradient and gradient of the gradient's square, all at `x`."""
+    """Returns the value at x, its gradient, and the gradient of the squared gradient."""
     x = x.detach().requires_grad_()
     y = module(x * 1)  # a module that works in place must not meet the leaf
     (gx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
@@ -107,7 +110,7 @@ def test_every_activation_is_replaced_by_its_own(make, kind):
 
 @pytest.mark.parametrize("make", [make for make, _ in ACTIVATIONS.values()], ids=ACTIVATIONS)
 def test_activations_give_autocasts_dtype(make):
-    """bfloat16 here, but for softplus on CUDA."""
+    """That dtype is bfloat16, except for softplus on CUDA."""
     module, x = make(), random(5, 7).bfloat16()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         exact = make()(x.clone())
@@ -168,7 +171,7 @@ def test_fused_layer_norm(affine):
 
 
 def gradients(step: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of gradnorm's loss: its parts, and the gradient of every parameter."""
+    """Returns the parts of gradnorm's loss and the gradient of every parameter."""
     total, penalty = step(x.detach().requires_grad_())
     total.backward()
     named = {n.removeprefix("module."): p.grad for n, p in step.named_parameters()}
@@ -176,7 +179,7 @@ def gradients(step: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 class Loss(nn.Module):
-    """gradnorm on fixed targets, as the trainer would compile it."""
+    """Computes gradnorm's loss on fixed targets, as the trainer compiles it."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -196,7 +199,7 @@ def check_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: fl
 
 @pytest.mark.parametrize("window", [2, 3, 4, 7])
 def test_a_swapped_swin_has_the_loss_and_gradients_of_its_own(window):
-    """Windows that do not divide the image are padded; 7 is Swin's."""
+    """Includes windows that do not divide the image, and Swin's size of 7."""
     plain = swin(window_size=window)
     swapped = copy.deepcopy(plain)
     norms = sum(isinstance(m, nn.LayerNorm) for m in plain.modules())
@@ -230,7 +233,7 @@ def test_dropout_after_the_attention_stays():
 
 @pytest.fixture(params=[False, True], ids=["inlined", "as on CUDA"])
 def as_on_cuda(request, monkeypatch) -> bool:
-    """Whether a compiled region keeps LayerNorm and window attention as ops."""
+    """Whether compiled code keeps LayerNorm and window attention as custom ops."""
     if request.param:
         for name in ("layer_norm", "window_attention"):
             module = importlib.import_module(f"fastgn_kernels.{name}")
@@ -257,7 +260,7 @@ def test_a_swapped_swin_compiled(as_on_cuda):
     "as_on_cuda", [pytest.param(False, marks=pytest.mark.slow), True], indirect=True
 )
 def test_a_swapped_swin_compiled_under_autocast(as_on_cuda):
-    """Mixed dtypes meet in the ops: the error to float64 is at most twice plain PyTorch's."""
+    """The ops get mixed dtypes. The error is at most twice that of plain PyTorch."""
     torch._dynamo.reset()
     plain = swin(torch.float32)
     swapped = copy.deepcopy(plain)
@@ -277,8 +280,10 @@ def test_a_swapped_swin_compiled_under_autocast(as_on_cuda):
 
 
 def test_a_swapped_swin_under_autocast():
-    """Attention and activations give autocast's dtype, and the error to float64 is at most twice
-    PyTorch's."""
+    """Attention and activations return autocast's dtype.
+
+    The error is at most twice that of plain PyTorch.
+    """
     plain = swin(torch.float32)
     swapped = copy.deepcopy(plain)
     swap_modules(swapped)
@@ -348,7 +353,7 @@ def test_state_dicts_fit_both_ways():
 
 
 def test_the_modules_are_the_ones_that_were_there():
-    """Weights, hooks, flags, and whatever an optimizer holds."""
+    """Weights, hooks and flags stay, and so does what an optimizer holds."""
     model = swin()
     block = model.layers[0].blocks[1]
     block.mlp.act.eval()
@@ -449,7 +454,7 @@ def test_a_module_in_two_places_stays_one():
 
 
 class MyGELU(nn.GELU):
-    """Of a user who has other plans."""
+    """A user's subclass, which might compute something else."""
 
 
 def attention(**options: Any) -> WindowAttention:

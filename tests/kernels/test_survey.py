@@ -1,4 +1,4 @@
-"""What swap_modules says of what it does not reach, and modules that another tool looks at."""
+"""Tests the report of swap_modules, and swapped modules in other tools such as torch.fx."""
 
 import functools
 import warnings
@@ -29,7 +29,7 @@ class CallsGelu(Functional):
 
 
 class CallsSilu(Functional):
-    """By a name of its own, in a method that forward calls."""
+    """Calls silu by an imported name, in a method that forward calls."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(x)
@@ -53,15 +53,15 @@ class CallsAttention(Functional):
 
 
 class GELUActivation(Functional):
-    """As transformers has one."""
+    """Has the name of a class of transformers."""
 
 
 class ViTSelfAttention(Functional):
-    """As transformers has one."""
+    """Has the name of a class of transformers."""
 
 
 class CallsNothing(Functional):
-    """Attributes of these names are modules, and F.linear has no op."""
+    """Its attributes have names of functions but are modules. F.linear has no fused op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def test_timms_switch_decides_whether_its_attention_is_fused(fused, count):
 
 
 def test_the_remedy_for_attention_is_one():
-    """A second derivative of SDPA by its plain products."""
+    """SDPA has a second derivative if it computes plain products."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q = torch.randn(1, 2, 3, 4, requires_grad=True)
@@ -180,7 +180,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """A network and its swapped copy."""
+    """Returns a network and its swapped copy."""
     plain, swapped = (nn.Sequential(nn.Linear(4, 4), PLAIN[name]()) for _ in range(2))
     swapped.load_state_dict(plain.state_dict())
     assert sum(swap_modules(swapped).counts.values()) == 1
@@ -226,7 +226,7 @@ def test_isinstance_still_finds_the_class_that_was_there(name):
 
 
 def test_fx_keeps_the_op_of_what_it_keeps_whole():
-    """nn.Modules are leaves of a traced graph; in one, an op stays."""
+    """torch.fx does not trace into nn.Modules, so a swapped one stays."""
     _, swapped = pair("GELU")
     graph = torch.fx.symbolic_trace(swapped)
     assert [node.op for node in graph.graph.nodes].count("call_module") == 2

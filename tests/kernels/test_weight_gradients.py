@@ -1,4 +1,7 @@
-"""A sweep pays for the weight gradients that it was asked for, and for no others."""
+"""Tests that a backward pass computes the weight gradients it was asked for, and no others.
+
+A sweep is one call of autograd.grad or backward.
+"""
 
 import contextlib
 import functools
@@ -62,20 +65,25 @@ OPS: dict[str, tuple[str, Callable, Callable, list[tuple[int, ...]]]] = {
         [(5, 6), (6,)],
     ),
 }
-"""Case -> the op's name, the op, its reference, the shapes of x and of the weights."""
+"""Case -> name of the op, the op, its reference, and the shapes of x and of the weights."""
 
 every_op = pytest.mark.parametrize("case", OPS)
 
 
 def asked(name: str, args: Any) -> tuple[str, bool] | None:
-    """("bwd", whether it was asked for the weights' gradients) of a call, None of another's."""
+    """Returns ("bwd" or "bwd_bwd", whether it computes weight gradients) for a call of such an op.
+
+    For other calls it returns None.
+    """
     found = re.fullmatch(r"fastgn(?:::|\.)\w+?_(bwd(?:_bwd)?)(?:\.default)?", name)
     return (found[1], args[-1]) if found and isinstance(args[-1], bool) else None
 
 
 class Asked(TorchDispatchMode):
-    """What the backward ops that run are asked for, in order; empty outputs are held to be empty
-    where a weight's gradient was not."""
+    """Records in order whether each backward op that runs computes weight gradients.
+
+    It also checks that those it does not compute are empty.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +176,7 @@ SWEEPS: dict[str, tuple[Callable, bool]] = {
         False,
     ),
 }
-"""Sweep -> gradients of a loss(x, weights), and whether a weight's is among them."""
+"""Sweep -> a function that takes gradients of loss(x, weights), and whether of a weight too."""
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -191,7 +199,7 @@ def test_a_sweep_computes_what_it_is_asked_for(case: str, sweep: str) -> None:
 @checks.interpreter
 @every_op
 def test_a_penalty_pays_for_weight_gradients_once(case: str) -> None:
-    """In its last sweep; and they are the reference's."""
+    """Its last sweep computes them, and they equal the reference's."""
     _, op, twin, _ = OPS[case]
     results = []
     for function in (op, twin):
@@ -223,7 +231,7 @@ def test_nobody_pays_where_the_second_order_stays_with_the_input(case: str) -> N
 
 @every_op
 def test_one_graph_serves_every_sweep(case: str) -> None:
-    """What one sweep left out is there for the next, second order included."""
+    """A later sweep can compute what an earlier one left out, also at second order."""
     _, op, twin, _ = OPS[case]
     results = []
     for function in (op, twin):
@@ -239,7 +247,7 @@ def test_one_graph_serves_every_sweep(case: str) -> None:
 
 @every_op
 def test_derivatives_of_the_input_alone(case: str) -> None:
-    """By finite differences, beside weights that require a gradient which nobody asks for."""
+    """Uses finite differences. The weights require gradients that no sweep asks for."""
     _, op, _, _ = OPS[case]
     x, weights = leaves(case)
     checks.check_derivatives(lambda x: op(x, *weights), [x])
@@ -258,7 +266,10 @@ def test_where_nothing_is_known_the_gradient_is_computed() -> None:
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_autograd(fullgraph: bool) -> None:
-    """Has no nodes to ask; and its graphs serve sweeps of both kinds, one after the other."""
+    """Compiled autograd has no nodes to ask.
+
+    Its graphs must serve both kinds of sweep, one after the other.
+    """
     torch._dynamo.reset()
     x, (weight, bias) = leaves("layer_norm")
     theirs = cubed(reference.layer_norm, x, [weight, bias])
@@ -271,7 +282,7 @@ def test_compiled_autograd(fullgraph: bool) -> None:
 
 @contextlib.contextmanager
 def kept_in_compiled_regions() -> Iterator[None]:
-    """As on CUDA, where their kernels run; activations too."""
+    """Makes compiled code keep the custom ops, as on CUDA, and activations too."""
     with contextlib.ExitStack() as patches:
         for name in ("layer_norm", "window_attention", "activations"):
             module = importlib.import_module(f"fastgn_kernels.{name}")
@@ -385,7 +396,7 @@ def test_a_compiled_swins_input_gradient_pays_for_no_weight() -> None:
 
 
 def reads_partial_sums(kernel: triton.compiler.CompiledKernel, *_: Any) -> tuple[str, bool]:
-    """A kernel's name, and whether its code knows where the partial sums lie."""
+    """Returns the name of a kernel, and whether its code reads the pointer to the partial sums."""
     arguments = [name for name, kind in kernel.src.signature.items() if kind != "constexpr"]
     name, index = kernel.metadata.name, arguments.index("partial_sums_pointer")
     return name, re.search(rf"\[{name}_param_{index}\]", kernel.asm["ptx"]) is not None
@@ -413,6 +424,9 @@ def test_kernels_sum_only_what_is_asked_for(case: str) -> None:
 
 
 def test_compiled_graphs_on_disk_are_of_these_sources() -> None:
-    """PyTorch's cache does not see an op's derivative: after a change of one, an entry of before
-    raised, and where the signature is the same it would be used without a word."""
+    """PyTorch's cache on disk does not notice that the derivative of an op changed.
+
+    After such a change, an old entry raised an error. With the same signature it would be used
+    silently.
+    """
     assert f"fastgn_kernels {dispatch.source_hash()}" in torch.compiler.config.cache_key_tag

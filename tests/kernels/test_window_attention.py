@@ -1,4 +1,4 @@
-"""window_attention, packed and apart, with and without bias and mask, in three orders."""
+"""Tests of window_attention in three orders, with packed and separate inputs, bias and mask."""
 
 import functools
 import itertools
@@ -14,12 +14,12 @@ from fastgn_kernels import reference, window_attention, window_attention_qkvpack
 from torch import Tensor
 from torch.testing import assert_close
 
-# the package's attribute of that name is the function
+# the attribute of the package with this name is the function, not the module
 module = sys.modules["fastgn_kernels.window_attention"]
 kernels = sys.modules["fastgn_kernels.window_attention_kernels"]
 
 pytestmark = [
-    # numpy's, on the way to a NaN that is meant
+    # from NumPy, on the way to an expected NaN
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
@@ -39,12 +39,12 @@ HALF = torch.float16 if checks.INTERPRETED else torch.bfloat16
 
 
 def op(mask: Tensor | None = None, scale: float | None = None) -> Callable:
-    """Ours, of (qkv) or (qkv, bias)."""
+    """Returns the op as a function of (qkv) or (qkv, bias)."""
     return lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask, scale)
 
 
 def twin(mask: Tensor | None = None, scale: float | None = None) -> Callable:
-    """The reference, of (qkv) or (qkv, bias)."""
+    """Returns the reference as a function of (qkv) or (qkv, bias)."""
     return lambda qkv, bias=None: reference.window_attention(*qkv.unbind(), bias, mask, scale)
 
 
@@ -54,8 +54,10 @@ def inputs(windows: int, heads: int, tokens: int, dim: int, biased: bool = True)
 
 
 def masks(count: int, tokens: int) -> Tensor | None:
-    """One in three pairs is barred, by Swin's -100 in every second mask and by -inf in the others;
-    none of the pairs of a token with itself. None for a count of 0."""
+    """Returns masks that hide one in three pairs of tokens, or None for a count of 0.
+
+    Every second mask uses Swin's -100, and the others -inf. A token always sees itself.
+    """
     if not count:
         return None
     barred = random(count, tokens, tokens, seed=2) < -0.43
@@ -118,8 +120,10 @@ def test_several_windows_a_strip(
     strips: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each window finds its own mask, and the bias' gradient has every window's part, whatever
-    windows a program has, and when some have one more than others."""
+    """Each window uses its own mask, and each adds to the gradient of the bias.
+
+    This holds however the windows are divided, also if some programs have one window more.
+    """
     aim_at(programs, monkeypatch)
     mask = masks(count, 5)
     xs = inputs(windows, heads, 5, 4)
@@ -142,7 +146,7 @@ def test_scale(scale: float) -> None:
 
 
 def test_apart() -> None:
-    """Queries, keys and values in three tensors."""
+    """Queries, keys and values are three tensors."""
     q, k, v = (random(4, 2, 5, 3, seed=s) for s in range(3))
     mask = masks(2, 5)
     checks.check_against_reference(
@@ -170,7 +174,7 @@ def test_no_windows(biased: bool) -> None:
 
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiled region holds the op, as where its kernels run."""
+    """Makes compiled code keep the custom op, as where its kernels run."""
     monkeypatch.setattr(module, "is_compiling", lambda: False)
 
 
@@ -191,7 +195,7 @@ def compiled_operators() -> set[str]:
 
 
 def test_a_compiled_region_keeps_the_op(kept: None) -> None:
-    """And nothing of what it is made of."""
+    """The graph holds none of the operators that the op consists of."""
     called = compiled_operators()
     for order in ("", "_bwd", "_bwd_bwd"):
         assert f"fastgn.window_attention{order}.default" in called, sorted(called)
@@ -272,8 +276,7 @@ def test_opcheck(count: int, biased: bool, layout: str) -> None:
 @checks.interpreter(tokens=[3])
 @pytest.mark.parametrize("tokens", [3, 16])
 def test_layouts(tokens: int) -> None:
-    """Each argument of each order lies in each way, while the others lie in others; 16 tokens are a
-    tile without padding."""
+    """Arguments have different layouts. 16 tokens fill a tile without padding."""
     ways = list(LAYOUTS.values())
     shape = (2, 2, tokens, 4)
     for i in range(len(ways)):
@@ -299,7 +302,7 @@ def test_layouts(tokens: int) -> None:
 
 
 def test_the_last_backward_adds_what_the_second_derivative_left() -> None:
-    """Its kernel does: the gradient of qkv comes from one operator, not from a sum of two."""
+    """One kernel computes the gradient of qkv. No operator adds two gradients."""
     (qkv,) = checks.leaves([random(3, 2, 1, 3, 4)])
     y = module.window_attention_qkvpacked(qkv)
     (gx,) = torch.autograd.grad((y * y).sum(), qkv, create_graph=True)
@@ -326,7 +329,7 @@ def test_layouts_against_the_reference(layout: str) -> None:
 
 @checks.interpreter
 def test_a_linear_layers_output_is_not_copied() -> None:
-    """Neither are the gradients on their way to linear layers, in any order."""
+    """Gradients on their way to linear layers are not copied either, in any order."""
     windows, heads, tokens, dim = 4, 2, 3, 4
     linear = random(windows, tokens, 3 * heads * dim).requires_grad_()
     go = random(windows, tokens, heads * dim, seed=1).requires_grad_()
@@ -369,7 +372,7 @@ def test_a_query_that_may_see_nothing_is_nan_as_pytorchs() -> None:
 def test_infinities_and_nan_go_where_pytorchs_go(
     where: str, value: float, dtype: torch.dtype
 ) -> None:
-    """Not finite just where PyTorch's is not: elsewhere a window knows nothing of the others."""
+    """Results are infinite or NaN exactly where PyTorch's are, so windows do not mix."""
     qkv, bias = (x.to(dtype) for x in inputs(3, 2, 5, 4))
     go, vqkv = random(3, 2, 5, 4, seed=3, dtype=dtype), random(3, 3, 2, 5, 4, seed=4, dtype=dtype)
     tensor, index = {
@@ -394,7 +397,7 @@ def test_infinities_and_nan_go_where_pytorchs_go(
 
 @checks.interpreter
 def test_large_scores_do_not_overflow() -> None:
-    """exp(90) is beyond float32, exp(12) beyond float16."""
+    """exp(90) overflows float32, and exp(12) overflows float16."""
     qkv, bias = inputs(2, 1, 5, 4)
     for dtype in (torch.float32, HALF):
         checks.check_low_precision(op(), twin(), [qkv, 300 * bias], dtype)
@@ -407,8 +410,10 @@ def test_large_scores_do_not_overflow() -> None:
     ids=str,
 )
 def test_mixed_dtypes(dtype: torch.dtype) -> None:
-    """A float32 bias, or a wider one, beside half-precision queries has its gradient in its own
-    dtype, right to the digits of float32: a rounding to `dtype` would cost 5e-4 or more."""
+    """The gradient of a float32 or float64 bias beside half-precision queries keeps its own dtype.
+
+    It is right to the digits of float32. Rounding it to `dtype` would be an error of 5e-4 or more.
+    """
     mask = masks(2, 7)
     qkv, bias = inputs(8, 2, 7, 5)
     qkv = qkv.to(dtype)
@@ -444,7 +449,7 @@ def test_a_mask_of_any_floating_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 def test_autocast(dtype: torch.dtype) -> None:
-    """Queries, keys and values are cast as F.scaled_dot_product_attention's; the bias stays."""
+    """The inputs are cast as those of F.scaled_dot_product_attention. The bias is not."""
     mask = masks(2, 5)
     qkv, bias = inputs(4, 2, 5, 4)
 
@@ -464,7 +469,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 
 
 def test_plain_bodies_compute_half_precision_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each result is right to its own last rounding."""
+    """The only error of each result is its last rounding."""
     monkeypatch.setattr(module, "_kernel_runs", lambda qkv: False)
     mask = masks(2, 20)
     half = [x.half() for x in inputs(4, 2, 20, 16)]
@@ -493,7 +498,7 @@ def test_frozen_inputs(trained: str) -> None:
 @checks.interpreter
 @pytest.mark.parametrize("used", [0, 1])
 def test_second_derivatives_of_one_gradient(used: int) -> None:
-    """Of the queries' or the bias' gradient alone: autograd leaves the other's cotangent out."""
+    """The loss uses only gqkv or only gbias, so the other's cotangent is undefined."""
     results = []
     for function in (op(masks(2, 3)), twin(masks(2, 3))):
         xs = checks.leaves(inputs(4, 2, 3, 4))
@@ -503,7 +508,7 @@ def test_second_derivatives_of_one_gradient(used: int) -> None:
 
 
 def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":  # a GPU has several windows a strip as it is
+    if DEVICE == "cpu":  # on a GPU, the shape below gives several windows per strip anyway
         aim_at(8, monkeypatch)
     shape = (12, 2, 9, 8) if DEVICE == "cpu" else (4096, 4, 49, 32)
     mask = masks(2, shape[2])
@@ -548,7 +553,7 @@ def test_mistakes(call: Callable, error: type, message: str) -> None:
 @checks.only_interpreted
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of queries, keys and values together."""
+    """Queries, keys and values have more than 2^31 elements together."""
     tokens, dim = 64, 64
     programs = 1056 * 16  # more than on a GPU, so that the last has few windows to go through
     aim_at(programs, monkeypatch)
