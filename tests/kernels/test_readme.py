@@ -1,4 +1,4 @@
-"""Runs the examples of kernels/README.md and docs/kernel_details.md, and checks what these pages claim.
+"""Runs the examples of kernels/README.md and docs/kernel_details.md, and checks their claims.
 
 Every example must have the gradients of plain PyTorch.
 """
