@@ -20,7 +20,7 @@ Backward of the backward: dS = centred(scale (ggq k^T + q ggk^T) + ggbias), dP =
 
 A window and head fit one tile of 64 x 64, so every kernel recomputes S and P from its inputs. The
 only (N, N) matrices in memory are bias + mask, one for each mask and head, and partial sums of
-gbias. S, P and their gradients are float32, also for 16-bit inputs.
+gbias. S, P and their gradients are float32, or float64 for float64 inputs.
 """
 
 from typing import Any
