@@ -3,7 +3,6 @@
 from fastgn.config import Config
 from fastgn.data.batch import worker_death
 from fastgn.errors import UserError
-from fastgn.objectives import build_objective
 from fastgn.run import Run
 from fastgn.step.diagnosis import missing_derivative
 from fastgn.step.retry import out_of_memory
@@ -39,7 +38,7 @@ def not_differentiable(cfg: Config, operator: str) -> str:
     """Returns the line for a network with an operator that has no second derivative."""
     method = cfg.objective.method
     tries = ["another --model"]
-    if build_objective(cfg.objective).differences:
+    if cfg.objective.allows_differences:
         tries.insert(0, "--schedule finite-difference")
     return (
         f"--model {cfg.architecture.model} calls {operator}, which has no second derivative, and "

@@ -50,6 +50,7 @@ PIXELS = Range(0, 1, hint="eps counts in 0..1 pixel units, write 4/255")
 """A distance between images whose pixels lie in 0..1."""
 WEIGHT = Range(0, 1e6)
 """A factor of a term of the loss."""
+EPOCHS = Range(0, 100_000)
 SEED = Range(0, 2**63 - 1)
 IMAGES = Range(1, 2**31 - 1)
 """A number of images in a data set."""

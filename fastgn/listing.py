@@ -5,8 +5,8 @@ from collections.abc import Callable
 from importlib import resources
 
 from fastgn.config import recipe_names
-from fastgn.config.groups import METHODS
 from fastgn.errors import check
+from fastgn.objectives.options import METHODS
 
 
 def recipes() -> dict[str, str]:
@@ -45,7 +45,7 @@ def optimizers() -> dict[str, str]:
 KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "recipes": recipes,
     "models": models,
-    "methods": lambda: METHODS,
+    "methods": lambda: {name: method.minimises for name, method in METHODS.items()},
     "activations": activations,
     "optimizers": optimizers,
 }

@@ -281,8 +281,8 @@ def ramp_at(cfg: Config, update: int, updates_per_epoch: int) -> float:
 
 def attack_ramp_at(cfg: Config, update: int, updates_per_epoch: int) -> float:
     """Returns the attack's step at an update, counted from 0, as a share of its full size."""
-    own, epoch = cfg.objective.attack_ramp_epochs, update / updates_per_epoch
-    if not cfg.objective.attack_ramp_on_updates:
+    own, epoch = cfg.objective.attack.attack_ramp_epochs, update / updates_per_epoch
+    if not cfg.objective.attack.attack_ramp_on_updates:
         epoch //= 1
     return grown(cfg.objective.ramp_start, cfg.ramp_epochs if own is None else own, epoch)
 

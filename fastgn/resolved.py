@@ -235,7 +235,7 @@ def make_plan(
             img_size=model.img_size,
             num_classes=num_classes,
             precision=cfg.step.precision,
-            attack_weight_grads=cfg.objective.attack_weight_grads,
+            attack_weight_grads=cfg.objective.attack.attack_weight_grads,
             device_type=world.device.type,
         )
     except RuntimeError as error:  # an operator that cannot be counted without data

@@ -21,6 +21,7 @@ from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.models import create, network
 from fastgn.models.network import Classifier, ModelReport
 from fastgn.objectives import (
+    METHODS,
     Objective,
     Representatives,
     build_objective,
@@ -188,7 +189,7 @@ def build_objectives(
     cfg: Config, dataset: Dataset, model: Classifier, batching: Batching, world: World
 ) -> tuple[Objective, Objective]:
     """Returns what is minimised, and the same without data on the CPU, for the plan to count."""
-    if cfg.objective.method != "pag":
+    if not METHODS[cfg.objective.method].needs_representatives:
         objective = build_objective(cfg.objective)
         return objective, objective
     images, labels = class_representatives(
@@ -223,7 +224,7 @@ def make_step(
         cuda_graphs=resolved.cuda_graphs,
         accumulation=cfg.step.accumulation,
         train_in_eval_mode=cfg.step.train_in_eval_mode,
-        attack_weight_grads=cfg.objective.attack_weight_grads,
+        attack_weight_grads=cfg.objective.attack.attack_weight_grads,
         sync_micro_batches=cfg.step.sync_micro_batches,
         distributed=world.size > 1,
         agree=world.any,

@@ -19,7 +19,8 @@ from test_architecture import COMPOSE, MAY_IMPORT
 import fastgn
 from fastgn.config import FIELDS, load_recipe, recipe_names
 from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
-from fastgn.config.groups import METHODS, StepConfig
+from fastgn.config.groups import StepConfig
+from fastgn.objectives import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -200,7 +201,11 @@ def test_the_recipe_of_the_training_page_is_one(tmp_path: Path) -> None:
     (text,) = blocks(ROOT / "docs" / "training.md", "toml")
     (tmp_path / "mine.toml").write_text(text)
     cfg = load_recipe(str(tmp_path / "mine.toml"))
-    assert (cfg.optimizer.epochs, cfg.objective.eps, cfg.step.precision) == (30, 2 / 255, "bf16")
+    assert (cfg.optimizer.epochs, cfg.objective.gradnorm.eps, cfg.step.precision) == (
+        30,
+        2 / 255,
+        "bf16",
+    )
 
 
 @every_page

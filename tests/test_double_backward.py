@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from fastgn.config.groups import ObjectiveConfig
-from fastgn.objectives import build_objective
+from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.double_backward import compile_double_backward
 from fastgn.step.losses import LossModule, LossModules
 

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from fastgn import evaluate, train
 from fastgn.checkpoint import find_checkpoint
-from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError
 from fastgn.models import activations, create, network
 from fastgn.models.network import Classifier, ModelReport, build_model, multiply_patches
 from fastgn.models.preact_resnet import PreActResNet18
 from fastgn.models.weights import from_paper, load_weights, read_weights
-from fastgn.objectives import gradnorm, piecewise_linear_warning
+from fastgn.objectives import ObjectiveConfig, gradnorm, piecewise_linear_warning
 
 TINY: dict[str, dict[str, Any]] = {
     "swin_t": {

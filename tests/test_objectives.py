@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from fastgn import attacks
 from fastgn.config import load_recipe, recipe_names
 from fastgn.config.cli import parse_config
-from fastgn.config.groups import ObjectiveConfig
 from fastgn.models.activations import swap_activations
 from fastgn.models.network import Classifier, switch_off_fused_attention
 from fastgn.objectives import (
     METHODS,
+    AttackOptions,
+    EdgeOptions,
+    GradnormOptions,
+    ObjectiveConfig,
+    PagOptions,
     Representatives,
+    TradesOptions,
     build_objective,
     draw_classes,
     edge,
@@ -296,7 +301,9 @@ def test_configured_objective_equals_the_pure_function() -> None:
     backbone = made(swin)
     model = Classifier(backbone, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 16).double()
     pixels, targets = torch.rand(2, 3, 16, 16, dtype=torch.float64), soft_targets(2)
-    cfg = ObjectiveConfig(ce_weight=0.6, gn_weight=2.0, eps=0.02, sigma=0.3)
+    cfg = ObjectiveConfig(
+        gradnorm=GradnormOptions(ce_weight=0.6, gn_weight=2.0, eps=0.02, sigma=0.3)
+    )
     ramp = torch.tensor(0.25)
     got = build_objective(cfg).loss(model, pixels.clone().requires_grad_(), targets, ramp)
     want = gradnorm(
@@ -315,7 +322,10 @@ def test_gradnorm_at_attacked_images_is_gradnorm_there() -> None:
     backbone = made(swin)
     model = Classifier(backbone, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 16).double()
     pixels, targets = torch.rand(2, 3, 16, 16, dtype=torch.float64), soft_targets(2)
-    cfg = ObjectiveConfig(gn_attacked=True, attack_eps=0.1, attack_it=2, attack_select="best")
+    cfg = ObjectiveConfig(
+        gradnorm=GradnormOptions(gn_attacked=True),
+        attack=AttackOptions(attack_eps=0.1, attack_it=2, attack_select="best"),
+    )
     built = build_objective(cfg)
     assert built.perturb is not None and (built.attack_steps, built.attack_forwards) == (2, 1)
     ramp = torch.tensor(0.5, dtype=torch.float64)
@@ -409,7 +419,7 @@ def test_the_random_start_moves_the_point_of_loss_and_gradient() -> None:
     moved = model.normalize((pixels + noise).clamp(0, 1))
     want = gradnorm(backbone, moved.detach(), targets)
     there = gradnorm(backbone, model.normalize(pixels).detach(), targets)
-    loss = build_objective(ObjectiveConfig(gn_start=0.1)).loss
+    loss = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(gn_start=0.1))).loss
     torch.manual_seed(7)
     ramp = torch.tensor(1.0, dtype=torch.float64)
     got = loss(model, pixels.clone().requires_grad_(), targets, ramp)
@@ -661,17 +671,19 @@ def test_configured_methods_equal_the_pure_functions() -> None:
     ramp = torch.tensor(0.25, dtype=torch.float64)
     cases = [
         (
-            ObjectiveConfig("edge", edge_weight=8.0, edge_temperature=2.0, edge_map="saliency"),
+            ObjectiveConfig("edge", edge=EdgeOptions("logit", 8.0, 2.0, edge_map="saliency")),
             lambda: edge(
                 backbone, normalized, targets, weight=2.0, temperature=2.0, map="saliency"
             ),
         ),
         (
-            ObjectiveConfig("pag", pag_weight=8.0),
+            ObjectiveConfig("pag", pag=PagOptions(8.0)),
             lambda: pag(model, pixels, targets, among, weight=2.0),
         ),
         (
-            ObjectiveConfig("trades", trades_beta=2.0, attack_eps=0.1, attack_it=2),
+            ObjectiveConfig(
+                "trades", trades=TradesOptions(2.0), attack=AttackOptions(0.1, attack_it=2)
+            ),
             lambda: trades(
                 model, pixels, targets, beta=2.0, eps=0.1, step_size=0.1 * 0.25, steps=2
             ),
@@ -679,7 +691,7 @@ def test_configured_methods_equal_the_pure_functions() -> None:
     ]
     cases.append(
         (
-            ObjectiveConfig("edge", edge_weight=8.0, edge_of="loss", edge_rms="image"),
+            ObjectiveConfig("edge", edge=EdgeOptions("loss", 8.0, edge_rms="image")),
             lambda: edge(backbone, normalized, targets, weight=2.0, of="loss", rms="image"),
         )
     )

@@ -356,7 +356,7 @@ def test_ramp_of_the_edge_recipe_is_the_papers() -> None:
     """alpha = min(1 + 0.09 * epoch, 19)."""
     cfg = load_recipe("swin_b_edge")
     for epoch in (0, 1, 50, 99, 200, 300):
-        alpha = cfg.objective.edge_weight * ramp_at(cfg, 10 * epoch, 10)
+        alpha = cfg.objective.edge.edge_weight * ramp_at(cfg, 10 * epoch, 10)
         assert alpha == pytest.approx(min(1 + 0.09 * epoch, 19))
 
 

@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn import compile_double_backward
 from fastgn.attacks import pgd
+from fastgn.config import Config
 from fastgn.config.cli import parse_config
-from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig
 from fastgn.distributed import World
 from fastgn.models.network import Classifier, build_model
 from fastgn.objectives import (
@@ -31,6 +32,7 @@ from fastgn.objectives import (
 )
 from fastgn.objectives import (
     Objective,
+    ObjectiveConfig,
     Representatives,
     build_objective,
     gradnorm,
@@ -69,7 +71,7 @@ def batches_for(build, count: int, dtype: torch.dtype = torch.float32) -> list:
 
 
 def objective(**values) -> Objective:
-    return build_objective(ObjectiveConfig(**values), REPRESENTATIVES)
+    return build_objective(Config().replace(**values).objective, REPRESENTATIVES)
 
 
 @pytest.fixture(autouse=True)

@@ -93,7 +93,7 @@ def test_a_study_goes_on_and_writes_its_best_recipe(
     best = first["trials"][first["best"]]
     assert best["robust"] == max(t["robust"] for t in first["trials"])
     written = load_recipe(str(tmp_path / "s_best.toml"))
-    assert written.objective.gn_weight == best["values"]["gn_weight"]
+    assert written.objective.gradnorm.gn_weight == best["values"]["gn_weight"]
     assert written.optimizer.epochs == 1 and written.run.output is None
     assert (tmp_path / "s.png").stat().st_size > 5_000
 

@@ -114,7 +114,7 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
         workers=0,
         device=device,
     )
-    o, rows = cfg.objective, []
+    o, rows = cfg.objective.gradnorm, []
     for x, y in images:
         values = {"ce_weight": o.ce_weight, "gn_weight": o.gn_weight}
         loss = gradnorm(model.backbone, model.normalize(x), y, **values, eps=o.eps, sigma=o.sigma)

@@ -218,7 +218,9 @@ def for_epochs(cfg: Config, study: Study, epochs: int) -> Config:
 def units_of(cfg: Config) -> tuple[float, float]:
     """An update's passes as the paper counts them, and its operations in forwards."""
     passes = count_passes(
-        build_objective(cfg.objective), schedule_of(cfg.step), cfg.objective.attack_weight_grads
+        build_objective(cfg.objective),
+        schedule_of(cfg.step),
+        cfg.objective.attack.attack_weight_grads,
     )
     return passes.paper, passes.units
 
@@ -428,7 +430,7 @@ def radius_of(cfg: Config) -> float | None:
     """See strengths_of; None for what is not exact gradnorm."""
     if cfg.objective.method != "gradnorm" or cfg.step.schedule not in ("exact", "exact-eager"):
         return None
-    o = cfg.objective
+    o = cfg.objective.gradnorm
     return o.gn_weight / o.ce_weight * o.eps if o.ce_weight else None
 
 

@@ -61,11 +61,11 @@ from benchmarks.common.records import hold, write_record
 from benchmarks.common.timing import Marks, Timing, interleaved, once, synchronize
 from benchmarks.step.profiler import by_operator, launches, marked
 from benchmarks.tables import cost_table
-from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig, OptimizerConfig
+from fastgn.config.groups import ArchitectureConfig, OptimizerConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model, kernels_for, use_kernels
-from fastgn.objectives import Objective, build_objective
+from fastgn.objectives import AttackOptions, Objective, ObjectiveConfig, build_objective
 from fastgn.optim import build_optimizer
 from fastgn.step.precision import PRECISIONS, matmul_precision, unsupported
 from fastgn.step.retry import out_of_memory
@@ -138,7 +138,9 @@ class Spec:
 
     def objective(self) -> Objective:
         select = "paper" if self.method == "pgd_at-paper" else "last"
-        return build_objective(ObjectiveConfig(method=self.base, attack_select=select))
+        return build_objective(
+            ObjectiveConfig(self.base, attack=AttackOptions(attack_select=select))
+        )
 
     def step(self, model: Classifier, **options: Any) -> Step:
         if self.paper:

@@ -28,12 +28,12 @@ import torch
 
 from benchmarks.common.arguments import RESULTS, ROOT, positive_float, positive_int
 from benchmarks.common.records import earlier, hold, write_record
-from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models.create import check_name
 from fastgn.models.network import Classifier, build_model, kernels_for
-from fastgn.objectives import build_objective
+from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.cost import StepCost, step_cost
 from fastgn.step.plan import EAGER, relations
 from fastgn.step.precision import PRECISIONS

@@ -24,10 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common.arguments import RESULTS
 from benchmarks.common.records import earlier, hold, write_record
-from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
-from fastgn.objectives import build_objective
+from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
 from fastgn.step.plan import BUDGETS
 from fastgn.step.step import Step

@@ -34,13 +34,13 @@ from torch import Tensor, nn
 from benchmarks.common.arguments import output_for, positive_float, positive_int
 from benchmarks.common.records import earlier, write_record
 from benchmarks.common.timing import summary
-from fastgn.config.groups import ArchitectureConfig, DatasetConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig, DatasetConfig
 from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, cifar10, load_dataset
 from fastgn.errors import UserError
 from fastgn.metrics import environment
 from fastgn.models.network import build_model, kernels_for
-from fastgn.objectives import build_objective
+from fastgn.objectives import GradnormOptions, ObjectiveConfig, build_objective
 from fastgn.seeding import Stream, generator, seed_all
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
@@ -100,7 +100,7 @@ def arms(device: torch.device, fd_steps: Sequence[float]) -> tuple[list[Arm], li
 def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, Tensor]) -> Tensor:
     """All parameters' gradients of one update, float64, on the CPU; `model` stays as it was."""
     model = copy.deepcopy(model)  # BatchNorm counts what it has seen
-    objective = build_objective(ObjectiveConfig(ce_weight=ce_weight))
+    objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
     step = Step(model, objective, schedule=arm.schedule, precision=arm.precision, compile=False)
     step([batch], torch.ones((), device=batch[0].device))
     grads = [

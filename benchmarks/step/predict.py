@@ -44,11 +44,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.arguments import output_for
 from benchmarks.common.records import read_json, unfinished, write_record
-from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
-from fastgn.objectives import build_objective
+from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.cost import step_cost
 from fastgn.step.double_backward import DoubleBackward
 from fastgn.step.precision import PRECISIONS

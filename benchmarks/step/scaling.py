@@ -42,12 +42,12 @@ import torch
 
 from benchmarks.common.arguments import RESULTS
 from benchmarks.common.timing import interleaved
-from fastgn.config.groups import ArchitectureConfig, ObjectiveConfig
+from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError, check
 from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
-from fastgn.objectives import build_objective
+from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 

@@ -5,10 +5,12 @@ command line. Nothing here imports torch, so that a mistake is answered at once.
 """
 
 import dataclasses
+import operator
 import os
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +22,6 @@ from fastgn.config.groups import (
     ArchitectureConfig,
     AugmentationConfig,
     DatasetConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
     StepConfig,
@@ -28,6 +29,7 @@ from fastgn.config.groups import (
 )
 from fastgn.errors import UserError, check, first_line, nearest, parse_number
 from fastgn.files import read_text
+from fastgn.objectives.options import ObjectiveConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Config:
             f"penalty of {objective.method} with these options is another: take --schedule exact",
         )
         check(
-            schedule != "central-difference" or objective.ce_weight >= 1e-6,
+            schedule != "central-difference" or objective.gradnorm.ce_weight >= 1e-6,
             "--schedule central-difference finds its direction in the cross-entropy's sweep: give "
             "--ce-weight above 0, or finite-difference",
         )
@@ -89,8 +91,8 @@ class Config:
         """Linf radius of the PGD-10 watched during training, in 0..1 pixel units."""
         if self.run.eval_eps is not None:
             return self.run.eval_eps
-        attacked = self.objective.has_attack
-        return self.objective.attack_eps if attacked else self.objective.eps
+        objective = self.objective
+        return objective.attack.attack_eps if objective.has_attack else objective.gradnorm.eps
 
     @property
     def ramp_epochs(self) -> float:
@@ -99,36 +101,36 @@ class Config:
         return brief_epochs(self.optimizer.epochs) if given is None else given
 
     def replace(self, **values: Any) -> "Config":
-        """A copy with flat keys (those of recipes) replaced. Raises UserError on an unknown key."""
-        groups: dict[str, dict[str, Any]] = {}
+        """Returns a copy with other values for flat keys (those of recipes). Raises UserError for
+        an unknown key, or for a value that does not fit."""
+        fitting = {}
         for key, value in values.items():
             name = key.replace("-", "_")
             check(name in FIELDS, f"unknown key {key!r}: {nearest(name, FIELDS)}")
-            groups.setdefault(FIELDS[name], {})[name] = coerce(name, value)
-        return dataclasses.replace(
-            self,
-            **{g: dataclasses.replace(getattr(self, g), **v) for g, v in groups.items()},
-        )
+            fitting[name] = coerce(name, value)
+        return replace_keys(self, fitting)
 
     def replace_group(self, group: str, values: dict[str, Any]) -> "Config":
-        """A copy with fields of one group replaced, None included."""
+        """Returns a copy with other values for fields of one group, None included."""
         return dataclasses.replace(
             self, **{group: dataclasses.replace(getattr(self, group), **values)}
         )
 
+    def value(self, key: str) -> Any:
+        """Returns the value of a flat key."""
+        return getattr(operator.attrgetter(FIELDS[key])(self), key)
+
     def flat(self) -> dict[str, Any]:
-        """{key: value} over all groups, unset (None) keys left out."""
-        pairs = {k: getattr(getattr(self, group), k) for k, group in FIELDS.items()}
-        return {k: v for k, v in pairs.items() if v is not None}
+        """Returns {key: value} for all groups, without the keys whose value is None."""
+        pairs = {key: self.value(key) for key in FIELDS}
+        return {key: value for key, value in pairs.items() if value is not None}
 
     def changed(self, other: "Config", group: str) -> list[str]:
-        """'key: ours, not theirs' for every key of a group in which two configs differ."""
-        mine, theirs = getattr(self, group), getattr(other, group)
-        pairs = (
-            (f.name, getattr(mine, f.name), getattr(theirs, f.name))
-            for f in dataclasses.fields(mine)
-        )
-        return [f"{name}: {ours!r}, not {there!r}" for name, ours, there in pairs if ours != there]
+        """Returns 'key: ours, not theirs' for each key of a group, and of the groups in it, whose
+        values differ between two configs."""
+        keys = [key for key, path in FIELDS.items() if path.split(".")[0] == group]
+        pairs = ((key, self.value(key), other.value(key)) for key in keys)
+        return [f"{key}: {ours!r}, not {theirs!r}" for key, ours, theirs in pairs if ours != theirs]
 
     @staticmethod
     def from_toml(text: str) -> "Config":
@@ -142,18 +144,43 @@ class Config:
         )
 
 
+def replace_keys(options: Any, values: dict[str, Any]) -> Any:
+    """Returns a copy of an options dataclass with other values for some keys, which may belong to
+    the groups in it."""
+    changes = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = replace_keys(value, values)
+        elif field.name in values:
+            changes[field.name] = values[field.name]
+    return dataclasses.replace(options, **changes)
+
+
+def find_groups(options: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted path and the value of each options dataclass inside another one."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield path + field.name, value
+            yield from find_groups(value, f"{path}{field.name}.")
+
+
+GROUPS: dict[str, type] = {path: type(group) for path, group in find_groups(Config())}
+"""Dotted path of each group of options in a Config -> its class, such as objective.gradnorm."""
 FIELDS: dict[str, str] = {
-    field.name: group.name
-    for group in dataclasses.fields(Config)
-    for field in dataclasses.fields(group.default_factory)  # type: ignore[arg-type]
+    field.name: path
+    for path, group in GROUPS.items()
+    for field in dataclasses.fields(group)
+    if f"{path}.{field.name}" not in GROUPS
 }
-"""Recipe key -> the group that it belongs to."""
+"""Recipe key -> the path of the group that it belongs to."""
 
 
 def coerce(name: str, value: Any) -> Any:
-    """A recipe's value as its field's type. Raises UserError where it does not fit."""
-    group = typing.get_type_hints(Config, include_extras=False)[FIELDS[name]]
-    hint = typing.get_type_hints(group)[name]
+    """Returns the value of a recipe's key as its field's type. Raises UserError if it does not
+    fit."""
+    hint = typing.get_type_hints(GROUPS[FIELDS[name]])[name]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
     options = tuple(o for o in options if o is not type(None))

@@ -7,12 +7,13 @@ or of ARES for the attacks, wherever one exists.
 import ast
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastgn.config.policy import check_policy
-from fastgn.errors import check, nearest
+from fastgn.errors import check
 from fastgn.fields import (
     BATCH,
+    EPOCHS,
     IMAGES,
     MINUTES,
     PATH,
@@ -20,7 +21,6 @@ from fastgn.fields import (
     PROBABILITY,
     RATE,
     SEED,
-    WEIGHT,
     WORKER_TIMEOUT,
     WORKERS,
     Options,
@@ -33,30 +33,11 @@ MEAN = Range(-10, 10)
 STD = Range(1e-3, 1e3)
 CROP = Range(0.05, 1)
 """The share of an image's side that a centre crop keeps."""
-EPOCHS = Range(0, 100_000)
 UPDATES = Range(1, 2**40)
 LEARNING_RATE = Range(0, 10, above=True)
 OUTER_RATE = Range(0, 10)
 """A learning rate at the beginning or the end of a run."""
 FD_STEP = Range(1e-6, 10, hint="below 1e-6 fp32 rounds the difference away; 1e-3 is good")
-
-METHODS = {
-    "natural": "cross-entropy",
-    "gradnorm": "cross-entropy plus the L1 norm of its input gradient, by double backprop",
-    "pgd_at": "cross-entropy at PGD's images",
-    "fgsm_rs": "cross-entropy after one attack step from a random start",
-    "trades": "cross-entropy plus the divergence between predictions for images and attacked ones",
-    "edge": "cross-entropy plus the distance of a logit's input gradient from the image's edges",
-    "pag": "cross-entropy plus the angle of input gradients to a representative of the class",
-    "gradnorm+fgsm": "gradnorm on a share of the updates, fgsm_rs on the others",
-}
-"""Each method and what an update minimises."""
-if TYPE_CHECKING:
-    Method = str
-else:  # the choices of the command line
-    Method = Literal[tuple(METHODS)]
-PENALTY_METHODS = ("gradnorm", "edge", "pag", "gradnorm+fgsm")
-ATTACK_METHODS = ("pgd_at", "fgsm_rs", "trades")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,157 +173,6 @@ class AugmentationConfig(Options):
         check(low <= high, f"--scale {low} {high}: the lower end comes first")
         if self.aa is not None:
             check_policy(self.aa)
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig(Options):
-    """What is minimised. Source of the defaults: arXiv 2409.20139, equation 2."""
-
-    method: Method = "gradnorm"
-    """What an update minimises. `--list methods` explains each method."""
-    ce_weight: Annotated[float, WEIGHT] = 0.8
-    """gradnorm: weight of the cross-entropy."""
-    gn_weight: Annotated[float, WEIGHT] = 1.2
-    """gradnorm: weight of the penalty."""
-    gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
-    """gradnorm: norm of each image's gradient that is penalised."""
-    gn_of: Literal["loss", "logit"] = "loss"
-    """gradnorm: the penalised gradient is that of the cross-entropy, or of the true class's
-    logit."""
-    gn_channel_weights: Annotated[tuple[float, float, float] | None, WEIGHT] = None
-    """gradnorm: factors of the gradient's channels red, green and blue. None means 1 for each."""
-    gn_threshold: Annotated[float, Range(0, 1e9)] = 0.0
-    """gradnorm: only the part of the norm above this value is penalised. It is in normalised units,
-    before eps / sigma."""
-    gn_start: Annotated[float, PIXELS] = 0.0
-    """gradnorm: take loss and gradient at a random point, uniform within this Linf radius of the
-    image in 0..1 pixel units. 0 means at the image itself."""
-    gn_attacked: bool = False
-    """gradnorm: take cross-entropy and penalty at the images of PGD, which the attack_ options
-    describe, in place of the images themselves."""
-    gn_share: Annotated[
-        float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
-    ] = 0.5
-    """gradnorm+fgsm: share of the updates with the penalty, evenly spread. 1 means all updates."""
-    eps: Annotated[float, PIXELS] = 4 / 255
-    """gradnorm: the penalty's radius in 0..1 pixel units."""
-    sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
-    """gradnorm: pixel units per normalised unit. One number serves all channels, as in the
-    paper."""
-    ramp_epochs: Annotated[float | None, EPOCHS] = None
-    """Epochs over which the penalty's weight, or the attack's step, grows linearly to its full
-    value. None means 5, but at most a tenth of --epochs."""
-    ramp_start: Annotated[float, PROBABILITY] = 0.0
-    """Strength at the start of the ramp, as a share of the full strength."""
-    edge_of: Literal["logit", "loss"] = "logit"
-    """edge: the compared gradient is that of a sampled class's logit, or of the cross-entropy."""
-    edge_weight: Annotated[float, WEIGHT] = 19.0
-    """edge: weight of the penalty at full strength. The paper's grows from 1 to this in 200
-    epochs."""
-    edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
-    """edge: temperature at which a class is sampled from the logits' softmax."""
-    edge_sampling: Literal["hard", "relaxed"] = "hard"
-    """edge: hard takes the logit of one class, drawn from softmax(logits / temperature). relaxed
-    takes the logits' sum weighted by softmax((logits + Gumbel noise) / temperature), and its
-    gradient goes through the weights."""
-    edge_map: Literal["gradient", "saliency"] = "gradient"
-    """edge: compare the signed gradient in all channels with the edges, or its largest magnitude
-    over the channels."""
-    edge_rms: Literal["batch", "image"] = "batch"
-    """edge: divide gradients and edges by their root mean square over a micro-batch, as the paper's
-    code does, or over each image."""
-    pag_weight: Annotated[float, WEIGHT] = 15.0
-    """pag: weight of the penalty (its authors' code: 1.5 times 10)."""
-    pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
-    """pag: the image that a class's gradient should point to. It is the mean of the class's
-    training images, the one of them nearest to the image (only data that the device can
-    hold), or one of them drawn by the seed."""
-    pag_images: Annotated[int, IMAGES] = 100
-    """pag: number of image files, drawn by the seed, from which each class mean is computed. For
-    cifar10 and digits it is computed from all images."""
-    trades_beta: Annotated[float, WEIGHT] = 6.0
-    """trades: weight of the divergence."""
-    attack_eps: Annotated[float, PIXELS] = 4 / 255
-    """pgd_at, trades, fgsm_rs, gn_attacked: Linf radius in 0..1 pixel units."""
-    attack_step: Annotated[float | None, PIXELS] = None
-    """pgd_at, trades, fgsm_rs, gn_attacked: step in pixel units. None means 2 eps / attack_it, and
-    1.25 eps for fgsm_rs."""
-    attack_it: Annotated[int, Range(1, 10_000)] = 3
-    """pgd_at, trades, gn_attacked: number of steps."""
-    attack_select: Literal["last", "best", "paper"] = "last"
-    """pgd_at, trades, gn_attacked: train on the last iterate, or on the best of all (one forward
-    more). paper: best, with the extra forward on un-normalised images, as the paper's code has
-    it."""
-    attack_ramp_epochs: Annotated[float | None, EPOCHS] = None
-    """Epochs over which the attack's step grows to its full size. None means those of
-    --ramp-epochs."""
-    attack_ramp_on_updates: bool = True
-    """Let the attack's step grow at every update. The paper's code lets it grow once an epoch, so
-    that it is 0 in the first."""
-    attack_weight_grads: bool = False
-    """pgd_at: compute, all-reduce and discard weight gradients at every attack step, as the paper's
-    code does. For cost comparisons alone: the images are the same."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.method in METHODS, f"--method {self.method!r}: {nearest(self.method, METHODS)}")
-        check(
-            self.gn_channel_weights is None or sum(self.gn_channel_weights) > 0,
-            "--gn-channel-weights 0 0 0 leaves no gradient: give a channel a weight above 0",
-        )
-        check(
-            not self.gn_attacked or self.method == "gradnorm",
-            f"--gn-attacked is an option of --method gradnorm: leave it out with {self.method}",
-        )
-        check(
-            not (self.gn_attacked and self.gn_start),
-            f"--gn-start {number(self.gn_start)} and --gn-attacked both move the images: give one "
-            "of the two",
-        )
-        check(
-            self.method != "trades" or self.attack_select != "paper",
-            "--attack-select paper is a quirk of the paper's PGD-3: with --method trades take best "
-            "or last",
-        )
-
-    @property
-    def has_penalty(self) -> bool:
-        """Whether the method differentiates the loss with respect to the images."""
-        return self.method in PENALTY_METHODS
-
-    @property
-    def has_attack(self) -> bool:
-        """Whether every update trains on attacked images."""
-        return self.method in ATTACK_METHODS or self.gn_attacked
-
-    @property
-    def takes_turns(self) -> bool:
-        """Whether some updates minimise the penalty and the others something else."""
-        return self.method == "gradnorm+fgsm" and self.gn_share < 1
-
-    @property
-    def allows_differences(self) -> bool:
-        """Whether a finite difference of the cross-entropy can stand in for the penalty."""
-        return self.method in ("gradnorm", "gradnorm+fgsm") and not self.gn_variant
-
-    @property
-    def gn_variant(self) -> bool:
-        """Whether gradnorm's penalty is another than the L1 norm of the loss's gradient."""
-        return bool(
-            self.gn_norm != "l1"
-            or self.gn_of != "loss"
-            or self.gn_channel_weights
-            or self.gn_threshold
-            or self.gn_start
-        )
-
-    @property
-    def step_size(self) -> float:
-        """The attack's step in pixel units, the method's default filled in."""
-        if self.attack_step is not None:
-            return self.attack_step
-        one_step = self.method in ("fgsm_rs", "gradnorm+fgsm")
-        return 1.25 * self.attack_eps if one_step else 2 * self.attack_eps / self.attack_it
 
 
 @dataclasses.dataclass(frozen=True)

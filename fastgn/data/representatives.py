@@ -26,7 +26,7 @@ def class_representatives(
     """Images fp32 in 0..1 on the device, never augmented, the same on every rank. One a class, K x
     3 x H x W, and None; or for nearest-neighbour all N training images and their labels. Raises
     UserError where there are too many, or none of a class."""
-    kind, split, classes = cfg.objective.pag_representative, dataset.train, len(dataset.classes)
+    kind, split, classes = cfg.objective.pag.pag_representative, dataset.train, len(dataset.classes)
     draw = generator(Stream.REPRESENTATIVES, cfg.run.seed)
     by_class = [(split.labels_N == index).nonzero()[:, 0] for index in range(classes)]
     for name, members in zip(dataset.classes, by_class, strict=True):
@@ -41,7 +41,7 @@ def class_representatives(
             f"{LARGEST_BYTES / 2**30:g} GiB; use class-mean or random-image",
         )
     elif kind == "random-image" or not small:
-        most = 1 if kind == "random-image" else cfg.objective.pag_images
+        most = 1 if kind == "random-image" else cfg.objective.pag.pag_images
         by_class = [m[torch.randperm(len(m), generator=draw)[:most]] for m in by_class]
     source = Subset(
         split,

@@ -1,4 +1,4 @@
-"""What an update minimises: the methods of --method, each as a pure function, and their registry.
+"""What an update minimises: the methods of --method, their options and their losses.
 
 Names are imported when they are first used: the command line reads this package without torch.
 """
@@ -11,24 +11,43 @@ if TYPE_CHECKING:
         Loss,
         Objective,
         Representatives,
+        build_objective,
         cross_entropy,
         draw_classes,
         on_subset,
         without_penalty,
     )
-    from fastgn.objectives.methods.adversarial import fgsm_rs, pgd_at
     from fastgn.objectives.methods.edge import edge, edge_energy
+    from fastgn.objectives.methods.fgsm_rs import fgsm_rs
     from fastgn.objectives.methods.gradnorm import gradnorm
     from fastgn.objectives.methods.natural import natural
     from fastgn.objectives.methods.pag import pag
+    from fastgn.objectives.methods.pgd_at import pgd_at
     from fastgn.objectives.methods.trades import trades, trades_attack, trades_loss
-    from fastgn.objectives.registry import METHODS, build_objective, piecewise_linear_warning
+    from fastgn.objectives.options import (
+        METHODS,
+        AttackOptions,
+        EdgeOptions,
+        GradnormFgsmOptions,
+        GradnormOptions,
+        ObjectiveConfig,
+        PagOptions,
+        TradesOptions,
+        piecewise_linear_warning,
+    )
 
 __all__ = [
     "METHODS",
+    "AttackOptions",
+    "EdgeOptions",
+    "GradnormFgsmOptions",
+    "GradnormOptions",
     "Loss",
     "Objective",
+    "ObjectiveConfig",
+    "PagOptions",
     "Representatives",
+    "TradesOptions",
     "build_objective",
     "cross_entropy",
     "draw_classes",
@@ -48,14 +67,17 @@ __all__ = [
 ]
 
 HOMES = {
-    "base": "Loss Objective Representatives cross_entropy draw_classes on_subset without_penalty",
-    "methods.adversarial": "fgsm_rs pgd_at",
+    "base": "Loss Objective Representatives build_objective cross_entropy "
+    "draw_classes on_subset without_penalty",
     "methods.edge": "edge edge_energy",
+    "methods.fgsm_rs": "fgsm_rs",
     "methods.gradnorm": "gradnorm",
     "methods.natural": "natural",
     "methods.pag": "pag",
+    "methods.pgd_at": "pgd_at",
     "methods.trades": "trades trades_attack trades_loss",
-    "registry": "METHODS build_objective piecewise_linear_warning",
+    "options": "METHODS AttackOptions EdgeOptions GradnormFgsmOptions GradnormOptions "
+    "ObjectiveConfig PagOptions TradesOptions piecewise_linear_warning",
 }
 """Module of this package -> the public names that it defines."""
 

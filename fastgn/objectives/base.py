@@ -4,6 +4,7 @@ targets are class indices (int64 B) or probabilities (B x K: mixup, cutmix, smoo
 """
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastgn.objectives.options import METHODS, ObjectiveConfig
 
 
 class Loss(NamedTuple):
@@ -138,3 +141,14 @@ def without_penalty(objective: Objective) -> Objective:
         attack_steps=objective.attack_steps,
         attack_forwards=objective.attack_forwards,
     )
+
+
+def build_objective(
+    cfg: ObjectiveConfig, representatives: Representatives | None = None
+) -> Objective:
+    """Returns the configured method as the step runs it. representatives: what pag's input
+    gradients should point to, which only pag needs."""
+    module = importlib.import_module(f"fastgn.objectives.methods.{cfg.method.replace('+', '_')}")
+    needed = (representatives,) if METHODS[cfg.method].needs_representatives else ()
+    objective: Objective = module.build(*cfg.own_options, *needed)
+    return objective

@@ -317,7 +317,8 @@ import sys
 import tyro
 import fastgn.data, fastgn.metrics, fastgn.models, fastgn.optim
 from fastgn.config import Config, load_recipe
-assert load_recipe("paper_swin_b_gradnorm").objective.gn_weight == Config().objective.gn_weight
+gradnorm = load_recipe("paper_swin_b_gradnorm").objective.gradnorm
+assert gradnorm.gn_weight == Config().objective.gradnorm.gn_weight
 try:
     tyro.cli(Config)
 except RuntimeError as error:

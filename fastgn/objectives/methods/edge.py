@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgn.objectives.base import Loss, Objective, Representatives, cross_entropy, draw_classes
-
-if TYPE_CHECKING:
-    from fastgn.config.groups import ObjectiveConfig
+from fastgn.objectives.base import Loss, Objective, cross_entropy, draw_classes
+from fastgn.objectives.options import EdgeOptions
 
 
 def bessel(order: int) -> float:
@@ -75,11 +73,11 @@ def edge(
     targets: Tensor,
     *,
     weight: float | Tensor = 1.0,
-    temperature: float = 0.5,
-    sampling: str = "hard",
-    map: str = "gradient",
-    of: str = "logit",
-    rms: str = "batch",
+    temperature: float = EdgeOptions.edge_temperature,
+    sampling: str = EdgeOptions.edge_sampling,
+    map: str = EdgeOptions.edge_map,
+    of: str = EdgeOptions.edge_of,
+    rms: str = EdgeOptions.edge_rms,
 ) -> Loss:
     """CE + weight * MSE(G / rms(G), E / rms(E)): signed input gradients that equal the image's
     edges.
@@ -115,18 +113,20 @@ def edge(
     return Loss(ce + weight * penalty, ce, penalty, torch.full_like(ce, torch.nan))
 
 
-def build_edge(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+def build(options: EdgeOptions) -> Objective:
+    """Returns the method as the step runs it."""
+
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         return edge(
             model.backbone,
             model.normalize(images),
             targets,
-            weight=cfg.edge_weight * ramp,
-            temperature=cfg.edge_temperature,
-            sampling=cfg.edge_sampling,
-            map=cfg.edge_map,
-            of=cfg.edge_of,
-            rms=cfg.edge_rms,
+            weight=options.edge_weight * ramp,
+            temperature=options.edge_temperature,
+            sampling=options.edge_sampling,
+            map=options.edge_map,
+            of=options.edge_of,
+            rms=options.edge_rms,
         )
 
-    return Objective(loss, needs_input_gradient=True, penalty_weight=cfg.edge_weight)
+    return Objective(loss, needs_input_gradient=True, penalty_weight=options.edge_weight)

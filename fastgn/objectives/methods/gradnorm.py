@@ -2,17 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.objectives.base import Loss, Objective, Representatives, cross_entropy
-from fastgn.objectives.methods.adversarial import build_pgd_at
-
-if TYPE_CHECKING:
-    from fastgn.config.groups import ObjectiveConfig
+from fastgn.objectives.base import Loss, Objective, cross_entropy
+from fastgn.objectives.methods import pgd_at
+from fastgn.objectives.options import AttackOptions, GradnormOptions
 
 
 def gradnorm(
@@ -20,14 +18,14 @@ def gradnorm(
     images_BCHW: Tensor,
     targets: Tensor,
     *,
-    ce_weight: float = 0.8,
-    gn_weight: float | Tensor = 1.2,
-    eps: float = 4 / 255,
-    sigma: float = 0.225,
-    norm: str = "l1",
-    of: str = "loss",
-    channel_weights: Sequence[float] | None = None,
-    threshold: float = 0.0,
+    ce_weight: float = GradnormOptions.ce_weight,
+    gn_weight: float | Tensor = GradnormOptions.gn_weight,
+    eps: float = GradnormOptions.eps,
+    sigma: float = GradnormOptions.sigma,
+    norm: str = GradnormOptions.gn_norm,
+    of: str = GradnormOptions.gn_of,
+    channel_weights: Sequence[float] | None = GradnormOptions.gn_channel_weights,
+    threshold: float = GradnormOptions.gn_threshold,
 ) -> Loss:
     """ce_weight * CE + gn_weight * (eps / sigma) * mean_i || d CE_i / d x_i ||_1, differentiated
     exactly.
@@ -83,31 +81,33 @@ def image_norms(x_BCHW: Tensor, norm: str) -> Tensor:
     raise ValueError(f"norm {norm!r} should be l1, l2 or l2_squared")
 
 
-def build_gradnorm(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+def build(options: GradnormOptions, attack: AttackOptions) -> Objective:
+    """Returns the method as the step runs it."""
+
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
-        if cfg.gn_start:
-            images = attacks.random_start(images, cfg.gn_start)
+        if options.gn_start:
+            images = attacks.random_start(images, options.gn_start)
         return gradnorm(
             model.backbone,
             model.normalize(images),
             targets,
-            ce_weight=cfg.ce_weight,
-            gn_weight=cfg.gn_weight * ramp,
-            eps=cfg.eps,
-            sigma=cfg.sigma,
-            norm=cfg.gn_norm,
-            of=cfg.gn_of,
-            channel_weights=cfg.gn_channel_weights,
-            threshold=cfg.gn_threshold,
+            ce_weight=options.ce_weight,
+            gn_weight=options.gn_weight * ramp,
+            eps=options.eps,
+            sigma=options.sigma,
+            norm=options.gn_norm,
+            of=options.gn_of,
+            channel_weights=options.gn_channel_weights,
+            threshold=options.gn_threshold,
         )
 
-    attack = build_pgd_at(cfg, None) if cfg.gn_attacked else Objective(loss)
+    attacked = pgd_at.build(attack) if options.gn_attacked else Objective(loss)
     return dataclasses.replace(
-        attack,
+        attacked,
         loss=loss,
         needs_input_gradient=True,
-        ce_weight=cfg.ce_weight,
-        penalty_weight=cfg.gn_weight,
-        penalty_scale=cfg.eps / cfg.sigma,
-        differences=not cfg.gn_variant,
+        ce_weight=options.ce_weight,
+        penalty_weight=options.gn_weight,
+        penalty_scale=options.eps / options.sigma,
+        differences=not options.is_variant,
     )

@@ -1,20 +1,19 @@
 """gradnorm on a share of the updates, fgsm_rs on the others."""
 
 import dataclasses
-from typing import TYPE_CHECKING
 
-from fastgn.objectives.base import Objective, Representatives, without_penalty
-from fastgn.objectives.methods.adversarial import build_fgsm_rs
-from fastgn.objectives.methods.gradnorm import build_gradnorm
-
-if TYPE_CHECKING:
-    from fastgn.config.groups import ObjectiveConfig
+from fastgn.objectives.base import Objective, without_penalty
+from fastgn.objectives.methods import fgsm_rs, gradnorm
+from fastgn.objectives.options import AttackOptions, GradnormFgsmOptions, GradnormOptions
 
 
-def build_gradnorm_fgsm(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
-    penalised = build_gradnorm(cfg, None)
-    if cfg.gn_share == 1:
+def build(
+    options: GradnormFgsmOptions, penalty: GradnormOptions, attack: AttackOptions
+) -> Objective:
+    """Returns the method as the step runs it."""
+    penalised = gradnorm.build(penalty, attack)
+    if options.gn_share == 1:
         return penalised
-    # its rows have no penalty, and not one of 0
-    attacked = without_penalty(build_fgsm_rs(cfg, None))
-    return dataclasses.replace(penalised, rest=attacked, share=cfg.gn_share)
+    # log rows of the other updates have no penalty, which is not the same as a penalty of 0
+    attacked = without_penalty(fgsm_rs.build(attack))
+    return dataclasses.replace(penalised, rest=attacked, share=options.gn_share)

@@ -1,14 +1,12 @@
 """Cross-entropy plus the angle of input gradients to a representative of the class."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastgn.objectives.base import Loss, Objective, Representatives, cross_entropy, draw_classes
-
-if TYPE_CHECKING:
-    from fastgn.config.groups import ObjectiveConfig
+from fastgn.objectives.options import PagOptions
 
 
 def nearest_of_class(images_BCHW: Tensor, classes_B: Tensor, among: Representatives) -> Tensor:
@@ -63,9 +61,11 @@ def unit(x_BCHW: Tensor) -> Tensor:
     return x_BCHW / norms.clamp_min(1e-12)
 
 
-def build_pag(cfg: "ObjectiveConfig", representatives: Representatives | None) -> Objective:
+def build(options: PagOptions, representatives: Representatives | None) -> Objective:
+    """Returns the method as the step runs it."""
+
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         assert representatives is not None, "pag needs its classes' representatives"
-        return pag(model, images, targets, representatives, weight=cfg.pag_weight * ramp)
+        return pag(model, images, targets, representatives, weight=options.pag_weight * ramp)
 
-    return Objective(loss, needs_input_gradient=True, penalty_weight=cfg.pag_weight)
+    return Objective(loss, needs_input_gradient=True, penalty_weight=options.pag_weight)

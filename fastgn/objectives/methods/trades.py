@@ -1,16 +1,16 @@
 """Cross-entropy plus the divergence between predictions for images and attacked ones."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.objectives.base import Loss, Objective, Representatives, cross_entropy
+from fastgn.objectives.base import Loss, Objective, cross_entropy
+from fastgn.objectives.options import AttackOptions, TradesOptions
 
-if TYPE_CHECKING:
-    from fastgn.config.groups import ObjectiveConfig
+DEFAULTS = AttackOptions()
 
 
 def trades(
@@ -18,10 +18,10 @@ def trades(
     images_BCHW: Tensor,
     targets: Tensor,
     *,
-    beta: float = 6.0,
-    eps: float = 4 / 255,
-    step_size: float | Tensor = 8 / 255 / 3,
-    steps: int = 3,
+    beta: float = TradesOptions.trades_beta,
+    eps: float = DEFAULTS.attack_eps,
+    step_size: float | Tensor = DEFAULTS.step_size,
+    steps: int = DEFAULTS.attack_it,
 ) -> Loss:
     """CE(x) + beta * KL(p(x) || p(x_adv)) with x_adv by trades_attack (Zhang et al. 2019, arXiv
     1901.08573, equation 5). images: 0..1 pixels. Put the model in eval mode for the attack where it
@@ -58,7 +58,11 @@ def trades_attack(
 
 
 def trades_loss(
-    model: nn.Module, both_2BCHW: Tensor, targets: Tensor, *, beta: float = 6.0
+    model: nn.Module,
+    both_2BCHW: Tensor,
+    targets: Tensor,
+    *,
+    beta: float = TradesOptions.trades_beta,
 ) -> Loss:
     """See trades; both: the images, then their adversarial ones, which go through the network one
     after the other. The gradient flows through p(x) as well."""
@@ -69,9 +73,11 @@ def trades_loss(
     return Loss(ce + beta * kl, ce, kl, torch.full_like(ce, torch.nan))
 
 
-def build_trades(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective:
+def build(options: TradesOptions, attack: AttackOptions) -> Objective:
+    """Returns the method as the step runs it."""
+
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
-        return trades_loss(model, images, targets, beta=cfg.trades_beta)
+        return trades_loss(model, images, targets, beta=options.trades_beta)
 
     def perturb(
         model: Any,
@@ -83,10 +89,10 @@ def build_trades(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective
         attacked = trades_attack(
             model,
             images,
-            eps=cfg.attack_eps,
-            step_size=cfg.step_size * ramp,
-            steps=cfg.attack_it,
-            select=cfg.attack_select,
+            eps=attack.attack_eps,
+            step_size=attack.step_size * ramp,
+            steps=attack.attack_it,
+            select=attack.attack_select,
             gradient=gradient,
         )
         return torch.cat([images, attacked])
@@ -95,6 +101,6 @@ def build_trades(cfg: "ObjectiveConfig", _: Representatives | None) -> Objective
         loss,
         perturb,
         forwards=2,
-        attack_steps=cfg.attack_it,
-        attack_forwards=1 if cfg.attack_select == "last" else 2,
+        attack_steps=attack.attack_it,
+        attack_forwards=1 if attack.attack_select == "last" else 2,
     )

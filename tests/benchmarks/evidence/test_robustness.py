@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.evidence import robustness, trials
-from fastgn.config.groups import METHODS
 from fastgn.errors import UserError
+from fastgn.objectives import METHODS
 
 ROOT = Path(__file__).parents[3]
 
@@ -56,7 +56,8 @@ def test_each_arm_is_a_line_that_config_accepts() -> None:
     assert set(known) == there >= {"natural", "gradnorm", "pgd_at", "fgsm_rs"}
     for arm in known:
         cfg = robustness.for_epochs(robustness.arm_config(STUDY, "Swin", arm, "fp32"), STUDY, 1)
-        assert cfg.objective.eps == cfg.objective.attack_eps == cfg.eval_eps == 0.025
+        objective = cfg.objective
+        assert objective.gradnorm.eps == objective.attack.attack_eps == cfg.eval_eps == 0.025
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgn.config.groups import ObjectiveConfig
-from fastgn.objectives import build_objective, gradnorm
+from fastgn.objectives import ObjectiveConfig, build_objective, gradnorm
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 

@@ -1,0 +1,306 @@
+"""The methods of --method: what each one minimises, and its options.
+
+This module imports no torch, because the command line is parsed with it. The loss functions in
+`methods/` take their defaults from these classes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from fastgn.errors import check, nearest
+from fastgn.fields import EPOCHS, IMAGES, PIXELS, PROBABILITY, WEIGHT, Options, Range, number
+
+
+@dataclasses.dataclass(frozen=True)
+class GradnormOptions(Options):
+    """gradnorm and gradnorm+fgsm: the penalty on the input gradient. Source of the defaults:
+    arXiv 2409.20139, equation 2."""
+
+    ce_weight: Annotated[float, WEIGHT] = 0.8
+    """Weight of the cross-entropy."""
+    gn_weight: Annotated[float, WEIGHT] = 1.2
+    """Weight of the penalty at full strength."""
+    eps: Annotated[float, PIXELS] = 4 / 255
+    """Radius of the penalty in 0..1 pixel units. The penalty is multiplied by eps / sigma."""
+    sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
+    """Pixel units per normalised unit. All channels use the same number, as in the paper."""
+    gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
+    """Norm of each image's gradient that is penalised."""
+    gn_of: Literal["loss", "logit"] = "loss"
+    """Value whose gradient is penalised: the cross-entropy, or the logit of the true class."""
+    gn_channel_weights: Annotated[tuple[float, float, float] | None, WEIGHT] = None
+    """Factors of the gradient's red, green and blue channel. None means 1 for each channel."""
+    gn_threshold: Annotated[float, Range(0, 1e9)] = 0.0
+    """Penalise only the part of the norm above this value. The value is in normalised units, before
+    the multiplication by eps / sigma."""
+    gn_start: Annotated[float, PIXELS] = 0.0
+    """Take loss and gradient at a random point, drawn uniformly within this Linf radius of the
+    image in 0..1 pixel units. 0 means at the image itself."""
+    gn_attacked: bool = False
+    """Take cross-entropy and penalty at images that PGD has attacked, instead of at the images
+    themselves. The attack_ options describe the attack (gradnorm only)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.gn_channel_weights is None or sum(self.gn_channel_weights) > 0,
+            "--gn-channel-weights 0 0 0 leaves no gradient: give a channel a weight above 0",
+        )
+        check(
+            not (self.gn_attacked and self.gn_start),
+            f"--gn-start {number(self.gn_start)} and --gn-attacked both move the images: give one "
+            "of the two",
+        )
+
+    @property
+    def is_variant(self) -> bool:
+        """Whether the penalty differs from the L1 norm of the loss's gradient at the images."""
+        return bool(
+            self.gn_norm != "l1"
+            or self.gn_of != "loss"
+            or self.gn_channel_weights
+            or self.gn_threshold
+            or self.gn_start
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GradnormFgsmOptions(Options):
+    """gradnorm+fgsm: which updates have the penalty."""
+
+    gn_share: Annotated[
+        float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
+    ] = 0.5
+    """Share of the updates with the penalty, spread evenly. 1 means all updates."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackOptions(Options):
+    """pgd_at, fgsm_rs, trades, gradnorm+fgsm, and gradnorm with --gn-attacked: the attack on the
+    training images. (fgsm_rs and gradnorm+fgsm always take one step.)"""
+
+    attack_eps: Annotated[float, PIXELS] = 4 / 255
+    """Linf radius of the attack in 0..1 pixel units."""
+    attack_step: Annotated[float | None, PIXELS] = None
+    """Size of an attack step in 0..1 pixel units. None means 2 * attack_eps / attack_it, or
+    1.25 * attack_eps for fgsm_rs and gradnorm+fgsm."""
+    attack_it: Annotated[int, Range(1, 10_000)] = 3
+    """Number of attack steps."""
+    attack_select: Literal["last", "best", "paper"] = "last"
+    """Images of the attack to train on. last: those of the last step; best: for each image the one
+    with the highest loss of all steps (costs one more forward pass); paper: best, but the extra
+    forward pass gets images that are not normalised, as in the paper's code."""
+    attack_ramp_epochs: Annotated[float | None, EPOCHS] = None
+    """Epochs over which the attack's step size grows to its full value. None means the value of
+    --ramp-epochs."""
+    attack_ramp_on_updates: bool = True
+    """Let the attack's step size grow at every update. In the paper's code it grows once per epoch,
+    so that it is 0 in the first epoch."""
+    attack_weight_grads: bool = False
+    """Quirk of the paper's code: compute, all-reduce and discard weight gradients at every attack
+    step. Use it only to compare costs, because the attacked images stay the same."""
+
+    @property
+    def step_size(self) -> float:
+        """Size of a step in 0..1 pixel units if the attack has `attack_it` steps."""
+        return (
+            2 * self.attack_eps / self.attack_it if self.attack_step is None else self.attack_step
+        )
+
+    @property
+    def single_step_size(self) -> float:
+        """Size of the step in 0..1 pixel units if the attack has one step from a random start."""
+        return 1.25 * self.attack_eps if self.attack_step is None else self.attack_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TradesOptions(Options):
+    """trades: the divergence between the predictions for images and for attacked images."""
+
+    trades_beta: Annotated[float, WEIGHT] = 6.0
+    """Weight of the divergence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EdgeOptions(Options):
+    """edge: the comparison of input gradients with the edges of the image."""
+
+    edge_of: Literal["logit", "loss"] = "logit"
+    """Value whose gradient is compared: the logit of a sampled class, or the cross-entropy."""
+    edge_weight: Annotated[float, WEIGHT] = 19.0
+    """Weight of the penalty at full strength. In the paper it grows from 1 to 19 in 200 epochs."""
+    edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
+    """Temperature of the softmax from which the class is sampled."""
+    edge_sampling: Literal["hard", "relaxed"] = "hard"
+    """How the class is sampled. hard: draw one class from softmax(logits / temperature). relaxed:
+    weight all logits by softmax((logits + Gumbel noise) / temperature), and differentiate the
+    weights as well."""
+    edge_map: Literal["gradient", "saliency"] = "gradient"
+    """What is compared with the edges. gradient: the signed gradient of every channel. saliency:
+    the largest magnitude of the gradient over the channels."""
+    edge_rms: Literal["batch", "image"] = "batch"
+    """Divide gradients and edges by their root mean square over a micro-batch, as the paper's code
+    does, or over each image."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PagOptions(Options):
+    """pag: the angle between input gradients and the direction to a representative image."""
+
+    pag_weight: Annotated[float, WEIGHT] = 15.0
+    """Weight of the penalty at full strength (its authors' code: 1.5 times 10)."""
+    pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
+    """Image that the gradient for a class should point to. class-mean: the mean of the class's
+    training images; nearest-neighbour: the training image of the class that is nearest to the image
+    (only for data that fits on the device); random-image: one training image of the class, drawn by
+    the seed."""
+    pag_images: Annotated[int, IMAGES] = 100
+    """Number of image files from which each class mean is computed, drawn by the seed. For cifar10
+    and digits the class means are computed from all images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is known of a method before torch is imported.
+
+    Its loss, and the function `build` that takes its options, are in the module of
+    fastgn.objectives.methods that has its name (with _ in place of +).
+    """
+
+    minimises: str
+    """What an update minimises, in the words of `--list methods`."""
+    options: tuple[type[Options], ...] = ()
+    """Classes of its options, in the order in which `build` takes them."""
+    has_penalty: bool = False
+    """Whether its loss contains a gradient with respect to the images."""
+    has_attack: bool = False
+    """Whether every update trains on attacked images."""
+    single_step: bool = False
+    """Whether its attack has one step, of another default size."""
+    needs_representatives: bool = False
+    """Whether `build` takes one more argument, base.Representatives of the training images."""
+
+
+METHODS: Mapping[str, Method] = {
+    "natural": Method("cross-entropy"),
+    "gradnorm": Method(
+        "cross-entropy plus the L1 norm of its input gradient, by double backprop",
+        (GradnormOptions, AttackOptions),
+        has_penalty=True,
+    ),
+    "pgd_at": Method("cross-entropy at PGD's images", (AttackOptions,), has_attack=True),
+    "fgsm_rs": Method(
+        "cross-entropy after one attack step from a random start",
+        (AttackOptions,),
+        has_attack=True,
+        single_step=True,
+    ),
+    "trades": Method(
+        "cross-entropy plus the divergence between predictions for images and attacked ones",
+        (TradesOptions, AttackOptions),
+        has_attack=True,
+    ),
+    "edge": Method(
+        "cross-entropy plus the distance of a logit's input gradient from the image's edges",
+        (EdgeOptions,),
+        has_penalty=True,
+    ),
+    "pag": Method(
+        "cross-entropy plus the angle of input gradients to a representative of the class",
+        (PagOptions,),
+        has_penalty=True,
+        needs_representatives=True,
+    ),
+    "gradnorm+fgsm": Method(
+        "gradnorm on a share of the updates, fgsm_rs on the others",
+        (GradnormFgsmOptions, GradnormOptions, AttackOptions),
+        has_penalty=True,
+        single_step=True,
+    ),
+}
+"""The choices of --method."""
+if TYPE_CHECKING:
+    MethodName = str
+else:  # the choices of the command line
+    MethodName = Literal[tuple(METHODS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig(Options):
+    """What an update minimises."""
+
+    method: MethodName = "gradnorm"
+    """What an update minimises. `--list methods` explains each method."""
+    ramp_epochs: Annotated[float | None, EPOCHS] = None
+    """Epochs over which the weight of the penalty, or the step size of the attack, grows linearly
+    to its full value. None means 5, but at most a tenth of --epochs."""
+    ramp_start: Annotated[float, PROBABILITY] = 0.0
+    """Strength at the start of the ramp, as a share of the full strength."""
+    gradnorm: GradnormOptions = GradnormOptions()
+    gradnorm_fgsm: GradnormFgsmOptions = GradnormFgsmOptions()
+    attack: AttackOptions = AttackOptions()
+    trades: TradesOptions = TradesOptions()
+    edge: EdgeOptions = EdgeOptions()
+    pag: PagOptions = PagOptions()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.method in METHODS, f"--method {self.method!r}: {nearest(self.method, METHODS)}")
+        check(
+            not self.gradnorm.gn_attacked or self.method == "gradnorm",
+            f"--gn-attacked is an option of --method gradnorm: leave it out with {self.method}",
+        )
+        check(
+            self.method != "trades" or self.attack.attack_select != "paper",
+            "--attack-select paper is a quirk of the paper's PGD-3: with --method trades take best "
+            "or last",
+        )
+
+    @property
+    def own_options(self) -> tuple[Options, ...]:
+        """Options of the configured method, in the order in which its `build` takes them."""
+        by_class = {type(value): value for value in vars(self).values()}
+        return tuple(by_class[kind] for kind in METHODS[self.method].options)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the method differentiates the loss with respect to the images."""
+        return METHODS[self.method].has_penalty
+
+    @property
+    def has_attack(self) -> bool:
+        """Whether every update trains on attacked images."""
+        return METHODS[self.method].has_attack or self.gradnorm.gn_attacked
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether some updates minimise the penalty, and the others something else."""
+        shared = GradnormFgsmOptions in METHODS[self.method].options
+        return shared and self.gradnorm_fgsm.gn_share < 1
+
+    @property
+    def allows_differences(self) -> bool:
+        """Whether a finite difference of the cross-entropy can stand in for the penalty."""
+        return GradnormOptions in METHODS[self.method].options and not self.gradnorm.is_variant
+
+    @property
+    def step_size(self) -> float:
+        """Size of an attack step in 0..1 pixel units, with the method's default filled in."""
+        attack = self.attack
+        return attack.single_step_size if METHODS[self.method].single_step else attack.step_size
+
+
+def piecewise_linear_warning(cfg: ObjectiveConfig, counts: dict[str, int]) -> str | None:
+    """Returns a warning if the method differentiates twice and the model has activations whose
+    second derivative is 0, else None.
+
+    counts: {class name: number of modules} of the model's piecewise-linear activations.
+    """
+    if not cfg.has_penalty or not counts:
+        return None
+    found = ", ".join(f"{n} {name}" for name, n in counts.items())
+    return (
+        f"{cfg.method} gets almost no signal through piecewise-linear activations ({found}): their "
+        "second derivative is 0. Replace them with --activation gelu (or silu)."
+    )
