@@ -1,5 +1,6 @@
 """Fused PyTorch operators with fused first and second derivatives. See kernels/README.md."""
 
+from fastgn_kernels import flops as _flops  # noqa: F401 - registers formulas
 from fastgn_kernels import reference
 from fastgn_kernels.activations import activation, gelu, silu
 from fastgn_kernels.cross_entropy import cross_entropy

@@ -1,0 +1,39 @@
+"""Registers the operations of window attention with PyTorch's counter.
+
+After this, FlopCounterMode and `torch.utils.flop_counter.flop_registry` know the ops. The ops of
+other modules run no matrix products.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import fastgn_kernels.window_attention  # noqa: F401 - defines the ops
+
+WINDOW_ATTENTION = {
+    "window_attention": (0, 2),
+    "window_attention_bwd": (1, 5),
+    "window_attention_bwd_bwd": (3, 12),
+}
+"""Name of the op -> (position of qkv among its arguments, number of matrix products per window and
+head). Products that a backward computes again are included."""
+
+
+def count_products(position: int, products: int) -> Callable[..., int]:
+    """Returns a formula that counts the operations of an op of window attention.
+
+    Each product takes 2 * N * N * D operations for N tokens and D channels. A multiplication and
+    an addition are two operations.
+    """
+
+    def formula(*shapes: Any, **named: Any) -> int:
+        _, windows, heads, tokens, dim = shapes[position]
+        return products * 2 * windows * heads * tokens * tokens * dim
+
+    return formula
+
+
+for name, counts in WINDOW_ATTENTION.items():
+    register_flop_formula(getattr(torch.ops.fastgn, name))(count_products(*counts))
