@@ -4,7 +4,7 @@ from fastgn.config import Config
 from fastgn.data.batch import worker_death
 from fastgn.errors import UserError
 from fastgn.run import Run
-from fastgn.step.diagnosis import missing_derivative
+from fastgn.step.diagnosis import find_missing_derivative
 from fastgn.step.retry import out_of_memory
 
 
@@ -15,7 +15,7 @@ def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
     """
     if out_of_memory(error):
         return too_large(run)
-    operator = missing_derivative(error)
+    operator = find_missing_derivative(error)
     if run is not None and operator is not None:
         return not_differentiable(run.cfg, operator)
     return worker_death(error)  # PyTorch raises it wherever the main process happens to be

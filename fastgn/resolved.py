@@ -14,9 +14,10 @@ from fastgn.distributed import World
 from fastgn.errors import check, first_line
 from fastgn.models.network import Classifier
 from fastgn.objectives import Objective
-from fastgn.step.cost import step_cost
-from fastgn.step.plan import Plan, Rates, device_rates, free_memory, plan
-from fastgn.step.precision import unsupported
+from fastgn.step.cost import count_cost
+from fastgn.step.options import Quirks, StepOptions
+from fastgn.step.plan import Plan, Rates, choose_plan, free_memory, measure_rates
+from fastgn.step.precision import explain_unsupported
 from fastgn.step.retry import out_of_memory
 from fastgn.step.schedule import Schedule
 
@@ -174,7 +175,7 @@ def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
 
 def check_device(cfg: StepConfig, device: torch.device) -> None:
     """Raises UserError if a device cannot run the configured step."""
-    reason = unsupported(cfg.precision, device)
+    reason = explain_unsupported(cfg.precision, device)
     check(reason is None, f"--precision {reason}: use --precision fp32")
     check(
         cfg.cuda_graphs != "on" or device.type == "cuda",
@@ -209,6 +210,20 @@ def schedule_of(cfg: StepConfig) -> Schedule:
     )
 
 
+def step_options(cfg: Config) -> StepOptions:
+    """Returns the configured options of an update, except for what depends on the device."""
+    return StepOptions(
+        schedule=schedule_of(cfg.step),
+        precision=cfg.step.precision,
+        quirks=Quirks(
+            accumulation=cfg.step.accumulation,
+            train_in_eval_mode=cfg.step.train_in_eval_mode,
+            attack_weight_grads=cfg.objective.attack.attack_weight_grads,
+            sync_micro_batches=cfg.step.sync_micro_batches,
+        ),
+    )
+
+
 def make_plan(
     cfg: Config,
     world: World,
@@ -227,15 +242,13 @@ def make_plan(
     Raises UserError if nothing fits, or if `--schedule auto` cannot count the step.
     """
     try:
-        cost = step_cost(
+        cost = count_cost(
             model,
             objective,
-            schedule_of(cfg.step),
+            step_options(cfg),
             batch_size=batching.batch_size,
             img_size=model.img_size,
             num_classes=num_classes,
-            precision=cfg.step.precision,
-            attack_weight_grads=cfg.objective.attack.attack_weight_grads,
             device_type=world.device.type,
         )
     except RuntimeError as error:  # an operator that cannot be counted without data
@@ -251,7 +264,7 @@ def make_plan(
     fixed = batching.batch_size, cfg.step.activation_memory_budget
     on_cuda = world.device.type == "cuda"
     processes = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return plan(
+    return choose_plan(
         cost,
         slowest_rates(world, cfg.step.precision),
         batch_size=images,
@@ -265,7 +278,7 @@ def make_plan(
 
 def slowest_rates(world: World, precision: str) -> Rates:
     """Returns the rates of the slowest device. Measures each device."""
-    flops, bytes_, launch = device_rates(world.device, precision)
+    flops, bytes_, launch = measure_rates(world.device, precision)
     return Rates(world.least(flops), world.least(bytes_), -world.least(-launch))
 
 

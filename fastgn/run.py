@@ -25,9 +25,9 @@ from fastgn.models.weights import are_finite, changed_by_training
 from fastgn.resolved import Resolved
 from fastgn.seeding import Stream, seed_all
 from fastgn.state import TrainState
-from fastgn.step.double_backward import compilations
+from fastgn.step.double_backward import describe_compilations
 from fastgn.step.plan import Plan
-from fastgn.step.retry import out_of_memory
+from fastgn.step.retry import RetryingStep, out_of_memory
 from fastgn.step.step import Step
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
@@ -74,6 +74,8 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
+        self.compute_gradients = RetryingStep(self.step, self.world.any, self.print)
+        """Runs `step`, in smaller micro-batches if the device runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         self.ramp = torch.zeros((), device=device)
         """Strength of the penalty, in 0..1. It is a tensor so that a change recompiles nothing."""
@@ -331,7 +333,7 @@ class Run:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         seconds = time.perf_counter() - began - (self.waited - waited)
         measured = seconds / (self.summed - summed)
-        self.print(f"first update {self.first_s:.3g} s ({compilations()})")
+        self.print(f"first update {self.first_s:.3g} s ({describe_compilations()})")
         self.print(self.plan.measured(peak, measured))
         self.plan = None
 

@@ -1,5 +1,6 @@
 """Assembling a run: from a configuration to everything that the training loop works on."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastgn.resolved import (
     is_compiled,
     make_plan,
     resolve,
-    schedule_of,
+    step_options,
 )
 from fastgn.resume import (
     changed_data,
@@ -116,7 +117,6 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
         plan=planned,
         on_evaluation=on_evaluation,
     )
-    run.step.report = run.print
     if state is not None and path is not None:
         check_position(state, path, resolved, len(SUMS), same_data=not changes)
         run.continue_from(state)
@@ -213,22 +213,14 @@ def make_step(
     cfg: Config, resolved: Resolved, world: World, model: Classifier, objective: Objective
 ) -> Step:
     """Returns the step of an update as it is configured."""
-    return Step(
-        model,
-        objective,
-        schedule=schedule_of(cfg.step),
+    options = dataclasses.replace(
+        step_options(cfg),
         compile=resolved.compiled,
-        precision=cfg.step.precision,
         activation_memory_budget=resolved.activation_memory_budget,
         micro_batch=resolved.micro_batch if cfg.step.schedule == "auto" else None,
         cuda_graphs=resolved.cuda_graphs,
-        accumulation=cfg.step.accumulation,
-        train_in_eval_mode=cfg.step.train_in_eval_mode,
-        attack_weight_grads=cfg.objective.attack.attack_weight_grads,
-        sync_micro_batches=cfg.step.sync_micro_batches,
-        distributed=world.size > 1,
-        agree=world.any,
     )
+    return Step(model, objective, options, distributed=world.size > 1)
 
 
 def make_subset(

@@ -48,7 +48,7 @@ def train(run: Run) -> None:
 
                 run.ramp.fill_(ramp)
                 run.attack_ramp.fill_(attack_ramp)
-                loss = run.step(batches, run.ramp, run.update, run.attack_ramp)
+                loss = run.compute_gradients(batches, run.ramp, run.update, run.attack_ramp)
                 if run.first_s is None:
                     run.check_first(batches)
                 grad_norm = run.apply_gradients(lr)

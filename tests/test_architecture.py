@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "seeding": set(),
     "attacks": set(),
     "objectives": {"attacks", "errors", "fields", "objectives"},
-    "step": {"attacks", "errors", "objectives", "step"},
+    "step": {"attacks", "config", "errors", "objectives", "step"},
     "models": {"config", "errors", "files", "models"},
     "hub": {"config", "errors", "files", "models"},
     "files": {"errors"},

@@ -31,6 +31,8 @@ from fastgn.metrics import read_rows
 from fastgn.models import network
 from fastgn.objectives import build_objective
 from fastgn.setup import build
+from fastgn.step.options import Quirks, StepOptions
+from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -108,13 +110,17 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
     step = Step(
         model,
         build_objective(cfg.objective),
-        schedule=Schedule(case.get("schedule", "exact")),
-        compile=case.get("compile", False),
-        accumulation=case.get("accumulation", "mean"),
-        attack_weight_grads=case.get("attack_weight_grads", False),
+        StepOptions(
+            schedule=Schedule(case.get("schedule", "exact")),
+            compile=case.get("compile", False),
+            quirks=Quirks(
+                accumulation=case.get("accumulation", "mean"),
+                attack_weight_grads=case.get("attack_weight_grads", False),
+            ),
+        ),
         distributed=ranks > 1,
-        agree=case["agree"] if case.get("runs_out") else None,
     )
+    compute: Step | RetryingStep = step
     counts = {"buckets": 0, "all_reduce": 0}  # a bucket is reduced by all_reduce as well
     if ranks > 1:
 
@@ -124,7 +130,8 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
             counts["buckets"] += 1
             return allreduce_hook(group, bucket)
 
-        step._loss.register_comm_hook(None, counting_hook)  # type: ignore[operator]
+        assert step.parallel is not None
+        step.parallel.register_comm_hook(None, counting_hook)
         all_reduce = torch.distributed.all_reduce
 
         def counting_all_reduce(*args: Any, **kwargs: Any) -> Any:
@@ -141,7 +148,7 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
         for start in (8 // ranks * rank, 8 + 8 // ranks * rank)
     ]
     if case.get("runs_out"):  # on the second rank alone, in its second micro-batch
-        step.report = lambda line: None
+        compute = RetryingStep(step, case["agree"], report=lambda line: None)
         limit, seen = 2, []
 
         def run_out(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -150,10 +157,10 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
         model.backbone.register_forward_pre_hook(run_out)  # type: ignore[operator]
-    loss = step(batches, torch.ones((), dtype=case["dtype"]))
+    loss = compute(batches, torch.ones((), dtype=case["dtype"]))
     for _ in range(case.get("more_updates", 0)):
         model.zero_grad()
-        loss = step(batches, torch.ones((), dtype=case["dtype"]))
+        loss = compute(batches, torch.ones((), dtype=case["dtype"]))
     return {
         "micro_batch": step.micro_batch,
         "losses": torch.stack([loss.total, loss.ce, loss.penalty]),

@@ -18,16 +18,37 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn.errors import UserError
+from fastgn.objectives import Objective
 from fastgn.step import plan as planner
-from fastgn.step.cost import StepCost, step_cost
+from fastgn.step.cost import StepCost, count_cost
 from fastgn.step.meter import Meter, autocast_as_on_cuda
+from fastgn.step.options import StepOptions
+from fastgn.step.passes import Passes
 from fastgn.step.plan import BUDGETS, MARGIN, Rates
-from fastgn.step.schedule import Passes, Schedule
+from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
 ROOT = Path(__file__).parent.parent
 
-cost_of = partial(step_cost, batch_size=64, img_size=16, num_classes=5, precision="fp32")
+
+def cost_of(
+    model: nn.Module,
+    minimised: Objective,
+    schedule: Schedule,
+    precision: str = "fp32",
+    batch_size: int = 64,
+    device_type: str = "cuda",
+) -> StepCost:
+    """Returns the counted cost of a step on images of 16 px with 5 classes."""
+    return count_cost(
+        model,
+        minimised,
+        StepOptions(schedule, precision),
+        batch_size=batch_size,
+        img_size=16,
+        num_classes=5,
+        device_type=device_type,
+    )
 
 
 @functools.cache
@@ -106,7 +127,7 @@ METHODS: dict[str, tuple[dict[str, Any], Schedule]] = {
 def test_flops_are_those_of_real_updates(name: str) -> None:
     values, schedule = METHODS[name]
     model = classifier(swin)
-    step = Step(model, objective(**values), schedule=schedule, compile=False)
+    step = Step(model, objective(**values), StepOptions(schedule=schedule, compile=False))
     updates = 3 if name in ("lazy", "gradnorm+fgsm") else 1
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
@@ -145,7 +166,7 @@ def test_memory_is_what_the_allocator_gives(name: str) -> None:
     model = classifier(swin)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    step = Step(model, objective(**values), schedule=schedule, compile=False)
+    step = Step(model, objective(**values), StepOptions(schedule=schedule, compile=False))
     batch, ramp = real_batch(64), torch.tensor(1.0)
     real = allocated_peak(lambda: step([batch], ramp))
     assert counted(name).peak_bytes(64) == pytest.approx(real, rel=0.003)
@@ -292,7 +313,7 @@ def planned(
     options: dict[str, Any] = {"compiled": False, "batch_size": 12, "state_bytes": 2 * GIB}
     free = int(free_gib * GIB / (1 - MARGIN)) + 1
     options |= {"free_bytes": free, "held_bytes": 3 * GIB} | values
-    return planner.plan(cost, rates, **options)
+    return planner.choose_plan(cost, rates, **options)
 
 
 def test_a_batch_that_fits_goes_whole() -> None:
@@ -328,7 +349,7 @@ RELATIONS = planner.Relations(
 
 @pytest.fixture
 def relations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "relations", lambda cost: RELATIONS)
+    monkeypatch.setattr(planner, "compiled_relations", lambda cost: RELATIONS)
 
 
 def compiled(free_gib: float, launch_s: float, **values: Any) -> tuple[int, float]:
@@ -393,7 +414,7 @@ def test_what_a_plan_prints() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rates_of_this_device(precision: str) -> None:
     start = time.process_time()  # not the wall's: other programs may hold the machine up
-    rates = planner.device_rates(torch.device("cpu"), precision)
+    rates = planner.measure_rates(torch.device("cpu"), precision)
     assert time.process_time() - start < 5, "tenths of a second on an idle machine"
     assert 1e7 < rates.flops_per_s < 1e15
     assert 1e7 < rates.bytes_per_s < 1e13

@@ -23,7 +23,7 @@ from fastgn.models import network
 from fastgn.objectives import build_objective
 from fastgn.resolved import Batching, make_plan
 from fastgn.run import Run
-from fastgn.step.double_backward import graph_count
+from fastgn.step.double_backward import count_graphs
 from fastgn.train import main
 from fastgn.trained import load_trained
 
@@ -186,9 +186,9 @@ def test_a_compiled_run_is_the_eager_one(
     more = ("--method", method, "--batch-size", "480", "--epochs", "2", "--no-model-ema")
     assert main(tiny_run(tmp_path / "eager", "--compile", "off", *more)) == 0
     assert "cpu, fp32, eager:" in capsys.readouterr().err
-    before = graph_count()
+    before = count_graphs()
     assert main(tiny_run(tmp_path / "compiled", "--compile", "on", *more)) == 0
-    assert graph_count() - before == graphs + 1  # the batches' augmentation
+    assert count_graphs() - before == graphs + 1  # the batches' augmentation
     assert "cpu, fp32, compiled:" in capsys.readouterr().err
     eager, compiled = weights_of(tmp_path / "eager"), weights_of(tmp_path / "compiled")
     assert (compiled - eager).norm() < 1e-4 * eager.norm()

@@ -80,7 +80,7 @@ def main() -> int:
             batch = next(batches)
 
             def update() -> None:
-                run.step([batch], run.ramp, run.update)
+                run.compute_gradients([batch], run.ramp, run.update)
                 run.apply_gradients(1e-4)
 
             timings = interleaved(

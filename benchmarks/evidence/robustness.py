@@ -41,7 +41,7 @@ from fastgn.metrics import environment
 from fastgn.objectives import build_objective
 from fastgn.resolved import schedule_of
 from fastgn.setup import build
-from fastgn.step.schedule import count_passes
+from fastgn.step.passes import count_passes
 
 ARMS: dict[str, dict[str, Any]] = {
     "natural": {"method": "natural"},
@@ -261,7 +261,7 @@ def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[st
 
             def call(run: Any = run, batches: Any = batches) -> None:
                 for _ in range(SEVERAL):
-                    run.step(batches, run.ramp, run.update)
+                    run.compute_gradients(batches, run.ramp, run.update)
                     run.apply_gradients(1e-5)
                     run.update += 1
 

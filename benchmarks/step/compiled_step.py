@@ -22,7 +22,8 @@ from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
 from fastgn.objectives import build_objective
-from fastgn.step.double_backward import graph_count
+from fastgn.step.double_backward import count_graphs
+from fastgn.step.options import Quirks, StepOptions
 from fastgn.step.step import Step
 
 
@@ -50,9 +51,11 @@ def main() -> None:
         steps[name] = Step(
             models[name],
             build_objective(cfg.objective),
-            compile=name == "compiled",
-            precision=cfg.step.precision,
-            train_in_eval_mode=cfg.step.train_in_eval_mode,
+            StepOptions(
+                compile=name == "compiled",
+                precision=cfg.step.precision,
+                quirks=Quirks(train_in_eval_mode=cfg.step.train_in_eval_mode),
+            ),
         )
     side = models["eager"].img_size
     images = torch.rand(batch_size, 3, side, side, device=device)
@@ -93,7 +96,7 @@ def main() -> None:
         "eager_step_s": dataclasses.asdict(eager),
         "compiled_step_s": dataclasses.asdict(compiled),
         "first_compiled_step_s": compile_s,
-        "graphs": graph_count(),
+        "graphs": count_graphs(),
         "relative_gradient_error": error,
         **environment(),
     }

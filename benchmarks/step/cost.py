@@ -67,16 +67,18 @@ from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model, kernels_for, use_kernels
 from fastgn.objectives import AttackOptions, Objective, ObjectiveConfig, build_objective
 from fastgn.optim import build_optimizer
-from fastgn.step.precision import PRECISIONS, matmul_precision, unsupported
-from fastgn.step.retry import out_of_memory
-from fastgn.step.schedule import SCHEDULES, Schedule, count_passes
+from fastgn.step.options import Quirks, StepOptions
+from fastgn.step.passes import count_passes
+from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precision
+from fastgn.step.retry import RetryingStep, out_of_memory
+from fastgn.step.schedule import SCHEDULES, Schedule
 from fastgn.step.step import Step
 
 NO_MEANING = "NO GPU: counts are exact, times are ratios within this run, seconds mean nothing"
 
 METHODS = ("natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper", "fgsm_rs")
 """The most telling first: what --minutes have no room for is left out."""
-PAPER_WAY = {"train_in_eval_mode": True, "sync_micro_batches": True, "accumulation": "sum"}
+PAPER_WAY = Quirks(train_in_eval_mode=True, sync_micro_batches=True, accumulation="sum")
 SMALL_SWIN = (
     *("patch_size=4", "embed_dim=64", "depths=(2, 2)", "num_heads=(2, 4)"),
     "window_size=4",
@@ -129,12 +131,12 @@ class Spec:
 
     @property
     def exact(self) -> bool:
-        return self.schedule.kind in ("exact", "exact-eager")
+        return self.schedule.is_exact
 
     @property
     def cycle(self) -> int:
         """Updates until its costs repeat."""
-        return self.schedule.lazy_interval if self.schedule.kind == "lazy" else 1
+        return self.schedule.cycle
 
     def objective(self) -> Objective:
         select = "paper" if self.method == "pgd_at-paper" else "last"
@@ -142,11 +144,14 @@ class Spec:
             ObjectiveConfig(self.base, attack=AttackOptions(attack_select=select))
         )
 
-    def step(self, model: Classifier, **options: Any) -> Step:
+    def step(self, model: Classifier, **options: Any) -> RetryingStep:
+        quirks = Quirks()
         if self.paper:
-            options |= PAPER_WAY | {"attack_weight_grads": self.base == "pgd_at"}
-        own = {"precision": self.precision, "compile": self.compile}
-        return Step(model, self.objective(), schedule=self.schedule, **own | options)
+            wasteful = self.base == "pgd_at"
+            quirks = dataclasses.replace(PAPER_WAY, attack_weight_grads=wasteful)
+        own = StepOptions(self.schedule, self.precision, self.compile, quirks=quirks)
+        step = Step(model, self.objective(), dataclasses.replace(own, **options))
+        return RetryingStep(step)
 
 
 def specs(args: argparse.Namespace) -> list[Spec]:
@@ -240,7 +245,7 @@ class Arm:
     spec: Spec
     flops: float
     """Of one image."""
-    step: Step | None = None
+    step: RetryingStep | None = None
     why_not: str | None = None
     """Why it was not measured."""
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -289,7 +294,7 @@ class Bench:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def update(self, step: Step, index: int = 0) -> None:
+    def update(self, step: RetryingStep, index: int = 0) -> None:
         """What is timed: fastgn.train's update, clipping and averaging aside."""
         step([(self.images, self.targets)], self.ramp, index)
         self.apply_gradients()
@@ -299,7 +304,7 @@ class Bench:
         for index in range(arm.spec.cycle):
             self.update(arm.step, index)
 
-    def step(self, spec: Spec) -> Step:
+    def step(self, spec: Spec) -> RetryingStep:
         network = self.plain if spec.paper else self.network
         options = {} if spec.paper else self.step_options
         return spec.step(network, activation_memory_budget=spec.budget, **options)
@@ -321,7 +326,7 @@ class Bench:
 
     def prepare(self, arm: Arm) -> None:
         """Builds an arm, warms it up and takes what needs no clock."""
-        arm.why_not = unsupported(arm.spec.precision, self.device)
+        arm.why_not = explain_unsupported(arm.spec.precision, self.device)
         if arm.why_not:
             return
         held = self.allocated()
@@ -406,10 +411,10 @@ class Bench:
     def passes(self, arm: Arm, updates: int = 3) -> dict[str, float]:
         assert arm.step is not None
         total: dict[str, float] = {}
-        backbone = None if arm.spec.compile else arm.step.model.backbone
+        backbone = None if arm.spec.compile else arm.step.step.model.backbone
         for _ in range(updates):
             marks = Marks()
-            with marked(marks, backbone, arm.step.objective):
+            with marked(marks, backbone, arm.step.step.objective):
                 arm.step([(self.images, self.targets)], self.ramp)
                 self.apply_gradients()
                 marks("optimizer")
@@ -434,7 +439,7 @@ def gemm_rates(
 
         return run
 
-    products = {p: product(p) for p in precisions if unsupported(p, device) is None}
+    products = {p: product(p) for p in precisions if explain_unsupported(p, device) is None}
     timings = interleaved(products, rounds=rounds, calls=10)
     return {
         precision: {"side": side, "flops_per_s": 2 * side**3 / timing.median}
@@ -512,7 +517,7 @@ def row_of(
         "pgd_at-paper": measured("pgd_at-paper"),
     }
     row |= {
-        "micro_batch": arm.step.micro_batch or batch,
+        "micro_batch": arm.step.step.micro_batch or batch,
         timed("first_step_s", meaningful): arm.first_s,
         timed("seconds_a_batch", meaningful): spread(arm.rounds),
         "images_per_s": batch / mean if meaningful else None,
@@ -716,7 +721,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     slug = "counts" if args.counts_only else re.sub(r"\W+", "_", card.lower())
     wanted = specs(args)
     if not args.counts_only:
-        reasons = dict.fromkeys(unsupported(spec.precision, device) for spec in wanted)
+        reasons = dict.fromkeys(explain_unsupported(spec.precision, device) for spec in wanted)
         why = "; ".join(filter(None, reasons))
         check(None in reasons, f"--precision leaves no arm to measure: {why}")
     stem = f"cost_{args.name}_{slug}"
@@ -737,7 +742,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         bench = Bench(network.to(device), args.classes, args.batch, kernels, **graphs)
         step = bench.step(wanted[0])
         print(once(lambda: bench.update(step)))
-        return int(step.micro_batch is not None)  # halved: not the step that was asked for
+        return int(step.step.micro_batch is not None)  # halved: not the step that was asked for
     if unlike:
         why = ", ".join(unlike)
         print(f"not the run that benchmarks/results keeps ({why}): written to {output}")

@@ -34,9 +34,11 @@ from fastgn.metrics import environment
 from fastgn.models.create import check_name
 from fastgn.models.network import Classifier, build_model, kernels_for
 from fastgn.objectives import ObjectiveConfig, build_objective
-from fastgn.step.cost import StepCost, step_cost
-from fastgn.step.plan import EAGER, relations
+from fastgn.step.cost import StepCost, count_cost
+from fastgn.step.options import StepOptions
+from fastgn.step.plan import EAGER, compiled_relations
 from fastgn.step.precision import PRECISIONS
+from fastgn.step.retry import out_of_memory
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -91,20 +93,19 @@ Todo = tuple[Callable[[Task], Any], Task]
 def count(task: Task) -> StepCost:
     """Returns what a method's step costs up to the batch of the task. Takes seconds for Swin-B."""
     model = task.network(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return step_cost(
+    return count_cost(
         model,
         build_objective(ObjectiveConfig(method=task.arm.method)),
-        Schedule(),
+        StepOptions(precision=task.precision),
         batch_size=task.batch,
         img_size=model.img_size,
         num_classes=CLASSES,
-        precision=task.precision,
     )
 
 
 def predicted_bytes(cost: StepCost, row: dict[str, Any]) -> int:
-    """As plan.plan has it."""
-    kept = (EAGER if row["schedule"] == "exact-eager" else relations(cost)).kept
+    """Returns the peak memory that fastgn.step.plan.choose_plan predicts."""
+    kept = (EAGER if row["schedule"] == "exact-eager" else compiled_relations(cost)).kept
     images = row["batch"] * cost.image_bytes * kept[row["activation_memory_budget"]]
     return int(cost.weight_bytes + cost.gradient_bytes + cost.fixed_bytes + images)
 
@@ -140,10 +141,12 @@ def peak_bytes(task: Task) -> int | None:
     step = Step(
         model,
         build_objective(ObjectiveConfig(method=task.arm.method)),
-        schedule=Schedule(task.arm.kind),
-        compile=task.arm.kind != "exact-eager",
-        precision=task.precision,
-        activation_memory_budget=task.arm.budget,
+        StepOptions(
+            schedule=Schedule(task.arm.kind),
+            compile=task.arm.kind != "exact-eager",
+            precision=task.precision,
+            activation_memory_budget=task.arm.budget,
+        ),
     )
     images = torch.rand(task.batch, 3, model.img_size, model.img_size, device=device)
     targets = torch.rand(task.batch, CLASSES, device=device).softmax(1)
@@ -151,9 +154,12 @@ def peak_bytes(task: Task) -> int | None:
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        step([(images, targets)], ramp)
-        if step.micro_batch not in (None, task.batch):
-            return None  # the step has halved it
+        try:
+            step([(images, targets)], ramp)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - images.nbytes - targets.nbytes
 

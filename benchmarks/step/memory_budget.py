@@ -29,6 +29,7 @@ from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
 from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
+from fastgn.step.options import StepOptions
 from fastgn.step.plan import BUDGETS
 from fastgn.step.step import Step
 
@@ -60,9 +61,11 @@ def count(
         step = Step(
             fake_copy(model),
             build_objective(ObjectiveConfig(method=method)),
-            compile=budget is not None,
-            precision=precision,
-            activation_memory_budget=budget or 1.0,
+            StepOptions(
+                compile=budget is not None,
+                precision=precision,
+                activation_memory_budget=budget or 1.0,
+            ),
         )
         side = model.img_size
         images, targets = torch.empty(batch_size, 3, side, side), torch.empty(batch_size, 1000)

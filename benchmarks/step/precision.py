@@ -42,6 +42,7 @@ from fastgn.metrics import environment
 from fastgn.models.network import build_model, kernels_for
 from fastgn.objectives import GradnormOptions, ObjectiveConfig, build_objective
 from fastgn.seeding import Stream, generator, seed_all
+from fastgn.step.options import StepOptions
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -101,7 +102,9 @@ def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, 
     """All parameters' gradients of one update, float64, on the CPU; `model` stays as it was."""
     model = copy.deepcopy(model)  # BatchNorm counts what it has seen
     objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
-    step = Step(model, objective, schedule=arm.schedule, precision=arm.precision, compile=False)
+    step = Step(
+        model, objective, StepOptions(schedule=arm.schedule, precision=arm.precision, compile=False)
+    )
     step([batch], torch.ones((), device=batch[0].device))
     grads = [
         torch.zeros_like(p) if p.grad is None else p.grad
@@ -125,7 +128,7 @@ def train(
     model: nn.Module, method: str, split: Arrays, updates: int, seed: int, device: torch.device
 ) -> float:
     """In float32, with AdamW; returns the last batch's cross-entropy."""
-    step = Step(model, build_objective(ObjectiveConfig(method=method)), compile=False)
+    step = Step(model, build_objective(ObjectiveConfig(method=method)), StepOptions(compile=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ramp, ce = torch.ones((), device=device), float("nan")
     for batch in batches(split, updates, 32, seed, 0, device):

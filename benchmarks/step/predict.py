@@ -49,8 +49,9 @@ from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
 from fastgn.objectives import ObjectiveConfig, build_objective
-from fastgn.step.cost import step_cost
+from fastgn.step.cost import count_cost
 from fastgn.step.double_backward import DoubleBackward
+from fastgn.step.options import StepOptions
 from fastgn.step.precision import PRECISIONS
 from fastgn.step.schedule import SCHEDULES, Schedule
 from fastgn.step.step import Step
@@ -383,26 +384,6 @@ class Cost:
         return Cost(**values)
 
 
-def attention_flops(products: int) -> Callable[..., int]:
-    """Of an operator of window_attention with so many products of N x N x D a window and head."""
-
-    def flops(values: Sequence[Any]) -> int:
-        _, windows, heads, tokens, dim = next(
-            x for x in values if x is not None and x.ndim == 5
-        ).shape
-        return products * 2 * windows * heads * tokens * tokens * dim
-
-    return flops
-
-
-ATTENTION_PRODUCTS = {
-    "window_attention": 2,
-    "window_attention_bwd": 5,
-    "window_attention_bwd_bwd": 12,
-}
-"""As the kernels run them, what they compute again included."""
-
-
 def node_flops(node: torch.fx.Node) -> int:
     """Of the products that an ATen or fastgn operator stands for."""
     from torch.utils.flop_counter import flop_registry
@@ -414,9 +395,6 @@ def node_flops(node: torch.fx.Node) -> int:
     if packet in flop_registry:
         kwargs = {k: v for k, v in values(node.kwargs).items()}
         return flop_registry[packet](*values(node.args), **kwargs, out_val=node.meta["val"])
-    name = packet.__name__
-    if name in ATTENTION_PRODUCTS and node.target.namespace == "fastgn":
-        return attention_flops(ATTENTION_PRODUCTS[name])(values(node.args))
     return 0
 
 
@@ -542,7 +520,7 @@ class Arm:
     @property
     def cycle(self) -> int:
         """Updates until its costs repeat."""
-        return self.schedule.lazy_interval if self.schedule.kind == "lazy" else 1
+        return self.schedule.cycle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -590,18 +568,18 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
         step = Step(
             model,
             objective,
-            schedule=arm.schedule,
-            precision=arm.precision,
-            activation_memory_budget=arm.budget,
+            StepOptions(
+                schedule=arm.schedule, precision=arm.precision, activation_memory_budget=arm.budget
+            ),
         )
         shape = (network.batch, 3, network.img_size, network.img_size)
         with mode:
             images = torch.rand(shape, device=CUDA)
             targets = torch.rand(network.batch, network.classes, device=CUDA)  # of mixup
             ramp = torch.ones((), device=CUDA)
-            for module in (*step._losses.modules(), step._attack):
+            for module in (*step.losses.modules(), step.attack):
                 if isinstance(module, DoubleBackward):
-                    module._token(images)
+                    module.token_like(images)
         for update in range(arm.cycle):
             step([(images, targets)], ramp, update)
     torch._dynamo.reset()
@@ -679,14 +657,13 @@ def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None
 def eager(network: Network, arm: Arm) -> dict[str, float]:
     """The same update by PyTorch's operators, run one by one: how many, and the bytes an image that
     they read and write, counted (fastgn.step.cost)."""
-    counted = step_cost(
+    counted = count_cost(
         network.build("reference"),
         build_objective(ObjectiveConfig(method=arm.method)),
-        arm.schedule,
+        StepOptions(arm.schedule, arm.precision),
         batch_size=network.batch,
         img_size=network.img_size,
         num_classes=network.classes,
-        precision=arm.precision,
     )
     moved = counted.traffic_bytes + counted.fixed_traffic_bytes / network.batch
     return {"operators": counted.operators, "bytes_an_image": moved}

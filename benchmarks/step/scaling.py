@@ -48,6 +48,7 @@ from fastgn.files import write_json
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
 from fastgn.objectives import ObjectiveConfig, build_objective
+from fastgn.step.options import StepOptions
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -243,7 +244,7 @@ def measure(rank: int, folder: str, rounds: int, calls: int, batch: int) -> None
     def updates(distributed: bool) -> Any:
         model, _ = build_model(cfg, 10)
         eager = Schedule("exact-eager")
-        step = Step(model, objective, schedule=eager, distributed=distributed)
+        step = Step(model, objective, StepOptions(schedule=eager), distributed=distributed)
 
         def update(grad_accum_steps: int) -> None:
             step([(images, targets)] * grad_accum_steps, ramp)

@@ -175,6 +175,12 @@ class AugmentationConfig(Options):
             check_policy(self.aa)
 
 
+ScheduleKind = Literal[
+    "exact", "exact-eager", "finite-difference", "central-difference", "lazy", "subset"
+]
+Precision = Literal["fp32", "tf32", "bf16", "bf16-pure"]
+
+
 @dataclasses.dataclass(frozen=True)
 class StepConfig(Options):
     """How an update is computed."""
@@ -182,15 +188,7 @@ class StepConfig(Options):
     compile: Literal["auto", "on", "off"] = "auto"
     """on: compile the whole step into one graph; off: eager double backprop. auto: on for CUDA, and
     off on CPU because compiling takes longer than it saves in a short run."""
-    schedule: Literal[
-        "auto",
-        "exact",
-        "exact-eager",
-        "finite-difference",
-        "central-difference",
-        "lazy",
-        "subset",
-    ] = "exact"
+    schedule: Literal["auto", ScheduleKind] = "exact"
     """Way to compute the penalty. exact: double backprop, in one graph if compiled;
     exact-eager: never compiled; auto: exact, in micro-batches and with an activation memory
     budget that fit the device. finite-difference and central-difference approximate
@@ -206,7 +204,7 @@ class StepConfig(Options):
     subset_fraction: Annotated[float, Range(0, 1, above=True)] = 0.5
     """subset: share of the images with the penalty. The share of batch_size must be a whole
     number of images."""
-    precision: Literal["fp32", "tf32", "bf16", "bf16-pure"] = "fp32"
+    precision: Precision = "fp32"
     """Precision of the training step. fp32; tf32: fp32 with tf32 products (CUDA); bf16:
     autocast with fp32 weights; bf16-pure: weights and activations in bf16 within the step,
     fp32 for the updated weights and for statistics."""

@@ -1,7 +1,7 @@
-"""Counts the cost of a step before it runs.
+"""Counts the cost of an update before it runs.
 
-`step_cost` runs the real step, eagerly, on fake tensors: shapes and lifetimes without data, so that
-Swin-B at any batch takes seconds and no memory.
+`count_cost` runs the real Step, eagerly, on fake tensors, which have shapes and lifetimes but no
+data. It takes seconds and no memory even for Swin-B at a large batch.
 """
 
 import contextlib
@@ -14,72 +14,69 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgn.objectives import Objective
 from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
-from fastgn.step.schedule import Passes, Schedule, count_passes
+from fastgn.step.options import StepOptions
+from fastgn.step.passes import Passes, count_passes
+from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """An eager step, counted."""
+    """The cost of an eager update. Counts are means over updates."""
 
     schedule: str
     precision: str
     passes: Passes
     flops: float
-    """An image, on average over updates."""
+    """Floating-point operations per image."""
     traffic_bytes: float
-    """An image: read and written by operators that are not fused, on average over updates."""
+    """Bytes per image that operators read and write if none are fused."""
     fixed_traffic_bytes: float
-    """A micro-batch: the weights'."""
+    """Bytes per micro-batch that operators read and write for the weights."""
     operators: float
-    """A micro-batch, on average over updates."""
+    """Number of operators per micro-batch."""
     fixed_bytes: float
-    """Memory at the peak beside weights and gradients, whatever the micro-batch: fixed_bytes +
-    images * image_bytes."""
+    """Peak memory beside weights and gradients, except for what grows with the micro-batch."""
     image_bytes: float
+    """Peak memory per image of the micro-batch."""
     weight_bytes: int
-    """Buffers included."""
+    """Memory of weights and buffers."""
     gradient_bytes: int
+    """Memory of the weights' gradients."""
     kernels: bool
     """Whether LayerNorm or window attention run as ops of fastgn_kernels."""
     double_backward: bool
-    """Whether the loss differentiates with respect to the images and is differentiated."""
+    """Whether the loss contains a gradient that is differentiated again."""
 
     def peak_bytes(self, images: int) -> float:
-        """Beside weights and gradients, eager."""
+        """Returns the peak memory of a micro-batch beside weights and gradients."""
         return self.fixed_bytes + images * self.image_bytes
 
 
-def step_cost(
+def count_cost(
     model: nn.Module,
     objective: Objective,
-    schedule: Schedule,
+    options: StepOptions,
     *,
     batch_size: int,
     img_size: int,
     num_classes: int,
-    precision: str,
-    attack_weight_grads: bool = False,
     device_type: str = "cuda",
 ) -> StepCost:
-    """Counts a step on up to batch_size images, run eagerly on fake tensors: seconds, no memory.
+    """Counts the cost of an eager update on micro-batches of up to batch_size images.
 
-    device_type: whose autocast it is to be. Gradients are taken to be there throughout, as from a
-    second micro-batch on. Memory is the line through a few images and batch_size: the peak of a
-    step is the largest of several lines, so between the two the line lies on it or above. Of
-    updates that take turns it is the largest one's.
+    device_type: the device whose autocast is imitated. All gradients exist from the start, as from
+    the second micro-batch on. Peak memory is a line through the peaks of a few images and of
+    batch_size images. The true peak is the largest of several lines, so that between the two sizes
+    the returned line is at or above it. If updates take turns, the peak is the largest one.
     """
+    schedule = options.schedule
     step = schedule.divisor
     few = -(-2 // step) * step
     sizes = (few, max(batch_size // step * step, 2 * few))
-    # an update without the penalty costs the same whichever it is
-    updates = {0: 1.0}
-    if schedule.kind == "lazy" and schedule.lazy_interval > 1:
-        updates = {0: 1 / schedule.lazy_interval, 1: 1 - 1 / schedule.lazy_interval}
-    if objective.rest is not None:
-        other = next(u for u in itertools.count(1) if not objective.has_turn(u))
-        updates = {0: objective.share, other: 1 - objective.share}
-    cuda_autocast = device_type == "cuda" and precision == "bf16"
+    eager = dataclasses.replace(options, compile=False, micro_batch=None)
+    updates = share_of_updates(objective, schedule)
+    cuda_autocast = device_type == "cuda" and options.precision == "bf16"
 
     def count(images: int, update: int) -> Meter:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -88,15 +85,7 @@ def step_cost(
             targets = torch.empty(images, num_classes)
             ramp = torch.empty(())
             with Meter() as meter:
-                step = Step(
-                    copied,
-                    objective,
-                    schedule=schedule,
-                    compile=False,
-                    precision=precision,
-                    attack_weight_grads=attack_weight_grads,
-                )
-                step([(pixels, targets)], ramp, update)
+                Step(copied, objective, eager)([(pixels, targets)], ramp, update)
         return meter
 
     with autocast_as_on_cuda() if cuda_autocast else contextlib.nullcontext():
@@ -106,6 +95,7 @@ def step_cost(
         return sum(share * getattr(meters[u][index], name) for u, share in updates.items())
 
     def line(few: float, many: float) -> tuple[float, float]:
+        """Returns the value at 0 images, at least 0, and the slope."""
         slope = (many - few) / (sizes[1] - sizes[0])
         return max(few - sizes[0] * slope, 0.0), slope
 
@@ -113,8 +103,8 @@ def step_cost(
     fixed, image = line(*(max(m[i].peak_bytes for m in meters.values()) for i in (0, 1)))
     return StepCost(
         schedule=str(schedule),
-        precision=precision,
-        passes=count_passes(objective, schedule, attack_weight_grads),
+        precision=options.precision,
+        passes=count_passes(objective, schedule, options.quirks.attack_weight_grads),
         flops=mean("flops", 1) / sizes[1],
         traffic_bytes=traffic,
         fixed_traffic_bytes=fixed_traffic,
@@ -126,3 +116,14 @@ def step_cost(
         kernels=any(meter.kernels for pair in meters.values() for meter in pair),
         double_backward=objective.needs_input_gradient and not schedule.differences,
     )
+
+
+def share_of_updates(objective: Objective, schedule: Schedule) -> dict[int, float]:
+    """Returns one update of each kind that takes turns, and the share of updates of that kind."""
+    if schedule.kind == "lazy" and schedule.lazy_interval > 1:
+        share = 1 / schedule.lazy_interval
+        return {0: share, 1: 1 - share}
+    if objective.rest is not None:
+        other = next(u for u in itertools.count(1) if not objective.has_turn(u))
+        return {0: objective.share, other: 1 - objective.share}
+    return {0: 1.0}

@@ -1,4 +1,4 @@
-"""Names the layer in which a loss, or one of its derivatives, stops being finite."""
+"""Finds out why an update failed: a layer that is not finite, or a missing derivative."""
 
 import re
 import warnings
@@ -10,54 +10,59 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 LABEL = "fastgn_layer"
-"""Key among the notes of an autograd node that has a hook: the layer that it belongs to."""
+"""Key in the metadata of an autograd node, for the text that names the node's layer."""
 
 
 class Diagnosis:
-    """Watches the layers of a network, forwards and backwards, until a value is not finite.
+    """Looks for the first layer of a network whose output or derivative is not finite.
 
-    Values are looked at layer by layer. Derivatives are looked at node by node of the autograd
-    graph, so that a NaN that an operator masks again is no finding. Every look waits for the
-    device.
+    Outputs are checked layer by layer. Derivatives are checked node by node of the autograd graph,
+    so that a NaN that the next operator masks does not count. Every check waits for the device.
     """
 
     def __init__(self) -> None:
         self.found: str | None = None
+        """What is not finite first, as a text. None if everything has been finite so far."""
 
     def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
-        """Computes a loss and its gradients eagerly; returns what is not finite first, or None.
+        """Computes a loss and its gradients eagerly. Returns what is not finite first, or None.
 
-        model: the network, whose layers are named. loss may itself differentiate, with
-        create_graph=True.
+        loss: computes the loss of `model`. It may differentiate with create_graph=True.
         """
         weights = [p for p in model.parameters() if p.requires_grad]
-        hooks = [m.register_forward_hook(self.after(name)) for name, m in model.named_modules()]
+        hooks = [
+            m.register_forward_hook(self.make_layer_hook(name)) for name, m in model.named_modules()
+        ]
         try:
-            with warnings.catch_warnings():  # PyTorch's, that this mode is slow
+            with warnings.catch_warnings():  # PyTorch warns that this mode is slow
                 warnings.simplefilter("ignore")
-                # the mode notes which node of the first backward has made which of the second
+                # this mode stores in each node of the second backward its node of the first one
                 with torch.autograd.set_detect_anomaly(True, check_nan=False):
                     total = loss()
-                    self.watch(nodes_of(total), set())
+                    self.watch_nodes(find_nodes(total), set())
                     torch.autograd.grad(total, weights, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
         return self.found
 
-    def after(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """Returns a forward hook for the layer of this name."""
+    def make_layer_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """Returns a forward hook that checks and watches the layer with this name."""
 
         def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
             where = f"layer {name} ({type(module).__name__})" if name else "the network"
             if self.found is None and are_finite(inputs) and not are_finite(outputs):
                 self.found = f"{where} gives a value that is not finite"
-            self.watch(nodes_of(outputs), set(nodes_of(inputs)), where)
+            self.watch_nodes(find_nodes(outputs), set(find_nodes(inputs)), where)
 
         return hook
 
-    def watch(self, nodes: list[Any], inputs: set[Any], where: str | None = None) -> None:
-        """Hooks the nodes that lead from an output back to `inputs`, if no layer inside has."""
+    def watch_nodes(self, nodes: list[Any], inputs: set[Any], where: str | None = None) -> None:
+        """Adds a hook to each autograd node on the way from `nodes` back to `inputs`.
+
+        A node that has a hook keeps it, because it belongs to a layer inside this one.
+        where: text that names the layer of the nodes. None means the loss itself.
+        """
         seen = set(inputs)
         while nodes:
             node = nodes.pop()
@@ -66,11 +71,11 @@ class Diagnosis:
             seen.add(node)
             if LABEL not in node.metadata:
                 node.metadata[LABEL] = where
-                node.register_hook(self.look(node.name(), describe(node)))
+                node.register_hook(self.make_node_hook(node.name(), describe_node(node)))
             nodes += [other for other, _ in node.next_functions if other is not None]
 
-    def look(self, operator: str, where: str) -> Callable[[Any, Any], None]:
-        """Returns a hook that looks at the gradients that a node was given and has computed."""
+    def make_node_hook(self, operator: str, where: str) -> Callable[[Any, Any], None]:
+        """Returns a hook that checks the gradients that an autograd node has computed."""
 
         def hook(computed: Any, given: Any) -> None:
             if self.found is None and are_finite(given) and not are_finite(computed):
@@ -79,8 +84,8 @@ class Diagnosis:
         return hook
 
 
-def describe(node: Any) -> str:
-    """Returns which derivative a node computes: its order, and its layer."""
+def describe_node(node: Any) -> str:
+    """Returns the order and the layer of the derivative that an autograd node computes."""
     order, layer = 0, None
     while node is not None:
         order += 1
@@ -89,8 +94,8 @@ def describe(node: Any) -> str:
     return f"the {'second ' if order > 1 else ''}derivative of {layer or 'the loss'}"
 
 
-def nodes_of(values: Any) -> list[Any]:
-    """Returns the autograd nodes that have made the tensors in nested values."""
+def find_nodes(values: Any) -> list[Any]:
+    """Returns the autograd nodes whose outputs are the tensors in nested values."""
     leaves = (x for x in tree_leaves(values) if isinstance(x, Tensor))
     return [x.grad_fn for x in leaves if x.grad_fn is not None]
 
@@ -101,7 +106,7 @@ def are_finite(values: Any) -> bool:
     return all(bool(torch.isfinite(x).all()) for x in leaves)
 
 
-def missing_derivative(error: BaseException) -> str | None:
-    """Returns the operator that an update could not be differentiated twice because of, if any."""
+def find_missing_derivative(error: BaseException) -> str | None:
+    """Returns the operator without a second derivative that an error names, or None."""
     missing = re.search(r"derivative for (?:aten::)?(\w+) is not implemented", str(error))
     return missing[1].removesuffix("_backward") if missing else None

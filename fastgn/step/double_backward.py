@@ -1,8 +1,8 @@
 """Compiles losses that themselves differentiate.
 
-The exact step is one graph: forward, input gradient and penalty are traced together, and its
-ordinary ``.backward()`` is the second differentiation. ``torch.compile(model)`` with the gradient
-taken outside raises; the whole loss has to be inside.
+Forward, input gradient and penalty are traced together as one graph. The ordinary ``.backward()``
+of that graph is the second differentiation. The whole loss must be inside the graph because
+PyTorch raises if the gradient of a compiled network is differentiated again.
 """
 
 import itertools
@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 COMPILER = {
-    "trace_autograd_ops": True,  # torch.autograd.grad, instead of breaking the graph at it
-    "optimize_ddp": False,  # it would cut the graph between a gradient and its input
-    "recompile_limit": 64,  # of all losses of a process together: they share a function's code
+    "trace_autograd_ops": True,  # else torch.autograd.grad breaks the graph
+    "optimize_ddp": False,  # else the graph is cut between a gradient and its input
+    "recompile_limit": 64,  # all losses of a process share this limit because they share code
 }
-"""torch._dynamo.config where a DoubleBackward runs."""
+"""Settings of torch._dynamo.config while a DoubleBackward runs."""
 
 
 @torch.library.custom_op("fastgn::zero", mutates_args=())
 def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
-    """One zero, expanded to `shape`, that requires grad because `token` does, and whose own
-    gradient nobody computes."""
+    """Returns a tensor of zeros that requires grad because `token` does.
+
+    Its backward computes nothing. The zeros take the memory of one number.
+    """
     return token.new_zeros(()).expand(shape)
 
 
@@ -37,16 +39,19 @@ zero.register_autograd(lambda ctx, grad: (None, None))
 
 
 def leaf(x: Tensor, token: Tensor) -> Tensor:
-    """`x`, to be differentiated by: ``requires_grad_()`` cannot stand inside a compiled graph, and
-    for a leaf made outside the backward computes and keeps a gradient. The sum fuses with what
-    comes next."""
+    """Returns a copy of `x` that a loss can be differentiated with respect to.
+
+    A compiled graph cannot contain ``requires_grad_()``. If the caller called it outside instead,
+    the backward would compute and keep a gradient of `x`. The sum is fused with the next operator.
+    """
     return x + zero(token, x.shape)
 
 
 class DoubleBackward(nn.Module):
-    """See compile_double_backward. `module` is the wrapped one; its parameters are this one's.
+    """Compiles and runs a module; see compile_double_backward for the arguments.
 
-    A copy, and what is read from a pickle, has weights and a compiled graph of its own.
+    Its parameters are the parameters of `module`. A copy and an unpickled object have weights and
+    a compiled graph of their own.
     """
 
     def __init__(
@@ -61,10 +66,10 @@ class DoubleBackward(nn.Module):
         self._differentiate = differentiate
         self._budget = budget
         self._options = options
-        self._forget()
+        self._drop_compiled()
 
-    def _forget(self) -> None:
-        """Drops what belongs to this object alone."""
+    def _drop_compiled(self) -> None:
+        """Drops the compiled graph and the tokens, which a copy must not share."""
         self._compiled: Callable[..., Any] | None = None
         self._tokens: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -73,33 +78,35 @@ class DoubleBackward(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
+        self._drop_compiled()
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        needed = self._needed(inputs, named)
+        needed = self._needs_leaf(inputs, named)
         tokens = [
-            self._token(x) if needs else None
+            self.token_like(x) if needs else None
             for x, needs in zip(tree_leaves((inputs, named)), needed, strict=True)
         ]
         if self._compiled is None:
-            # not a submodule: its parameters would stand in the state dict a second time
+            # a function, because a submodule would put its parameters into the state dict twice
             self._compiled = torch.compile(
-                self._on_leaves, fullgraph=True, dynamic=False, **self._options
+                self._run_on_leaves, fullgraph=True, dynamic=False, **self._options
             )
         with (
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # what B and B' share is otherwise kept as well as its own inputs: a fifteenth of
-                # the bytes that gradnorm moves (benchmarks/NOTES.md)
+                # If True, values that both backwards use are kept although their inputs are kept
+                # too. They are a fifteenth of the bytes that gradnorm moves (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
         ):
             return self._compiled(tokens, inputs, named)
 
-    def _needed(self, inputs: tuple, named: dict[str, Any]) -> list[bool]:
-        """Returns for each leaf of the inputs, nested or not, whether it is differentiated by and
-        does not require grad."""
+    def _needs_leaf(self, inputs: tuple, named: dict[str, Any]) -> list[bool]:
+        """Returns for each tensor in the inputs, nested or not, whether it must become a leaf.
+
+        It must if the module differentiates with respect to it and it does not require grad yet.
+        """
         needed = []
         for key, value in itertools.chain(enumerate(inputs), named.items()):
             wanted = self._differentiate is None or key in self._differentiate
@@ -109,7 +116,10 @@ class DoubleBackward(nn.Module):
             ]
         return needed
 
-    def _on_leaves(self, tokens: list[Tensor | None], inputs: tuple, named: dict[str, Any]) -> Any:
+    def _run_on_leaves(
+        self, tokens: list[Tensor | None], inputs: tuple, named: dict[str, Any]
+    ) -> Any:
+        """Runs the module on its inputs. Leaves replace the inputs that have a token."""
         flat, structure = tree_flatten((inputs, named))
         leaves: list[Any] = []
         for index, (x, token) in enumerate(zip(flat, tokens, strict=True)):
@@ -117,12 +127,13 @@ class DoubleBackward(nn.Module):
                 leaves.append(x)
                 continue
             before = [j for j in range(index) if flat[j] is x and tokens[j] is not None]
-            # a tensor given twice is one variable
+            # a tensor that is given twice is one variable
             leaves.append(leaves[before[0]] if before else leaf(x, token))
         inputs, named = tree_unflatten(leaves, structure)
         return self.module(*inputs, **named)
 
-    def _token(self, x: Tensor) -> Tensor:
+    def token_like(self, x: Tensor) -> Tensor:
+        """Returns a scalar that requires grad, on the device and of the dtype of `x`."""
         key = x.device, x.dtype
         if key not in self._tokens:
             self._tokens[key] = torch.zeros((), device=x.device, dtype=x.dtype, requires_grad=True)
@@ -136,37 +147,42 @@ def compile_double_backward(
     activation_memory_budget: float = 1.0,
     **options: Any,
 ) -> nn.Module:
-    """Compiles a loss that itself differentiates: gradient penalties, physics-informed residuals,
-    forces.
+    """Compiles a loss that itself differentiates, such as a gradient penalty, the residual of a
+    physics-informed network, or forces.
 
-    module: its forward returns the loss (a tensor, or a tuple with it), calling
+    Returns a module that is called like `module` and trained with an ordinary ``.backward()``.
+    Wrap the result in DistributedDataParallel, not the other way round. A copy.deepcopy of the
+    result, such as the copy in AveragedModel, has weights of its own.
+
+    module: its forward returns the loss, or a tuple with the loss, and calls
     ``torch.autograd.grad(..., create_graph=True)`` on the way. Its inputs are tensors, or lists,
-    tuples and dictionaries of them, by position or by keyword. The result is called in the same way
-    and trained with an ordinary ``.backward()``; wrap it in DistributedDataParallel, not the other
-    way round. A copy.deepcopy of it, such as AveragedModel's, has weights of its own.
+    tuples and dictionaries of tensors, by position or by keyword.
     differentiate: positions and keywords of the inputs that `module` differentiates with respect
-    to; None means every floating-point tensor in the inputs. Those that do not require grad are
-    replaced by copies that do, whose own gradient the backward does not compute; where one does,
-    its .grad is filled as usual.
-    activation_memory_budget: share of the saved activations to keep, the rest is recomputed.
+    to. None means every floating-point tensor in the inputs. An input that does not require grad
+    is replaced by a copy that does; the backward computes no gradient of it. If an input requires
+    grad, its .grad is filled as usual.
+    activation_memory_budget: share of the saved activations to keep. The backward recomputes the
+    rest.
     options: passed on to torch.compile.
 
-    The graph is compiled at the first call, for these shapes: give every batch the same. A graph
-    break raises, for a broken graph could train on a wrong gradient.
+    The first call compiles the graph for the shapes of its inputs. Give every batch the same
+    shapes. A graph break raises because a broken graph could train on a wrong gradient.
     """
     return DoubleBackward(module, differentiate, activation_memory_budget, options)
 
 
-def compilations() -> str:
-    """How many graphs this process has compiled, forward and backward, and found in the cache; and
-    how many calls could not be CUDA graphs."""
+def describe_compilations() -> str:
+    """Returns a text with the numbers of graphs that this process has compiled or found in the
+    cache, forward and backward, and of calls that could not use CUDA graphs."""
     counters = torch._dynamo.utils.counters["inductor"]
     made, found = (counters[f"fxgraph_cache_{what}"] for what in ("miss", "hit"))
     skipped = f", {counters['cudagraph_skips']} no CUDA graphs" * bool(counters["cudagraph_skips"])
     return f"{made} graphs compiled, {found} found compiled{skipped}"
 
 
-def graph_count() -> int:
-    """Graphs that torch.compile has made in this process: more than a step needs means
-    recompilation."""
+def count_graphs() -> int:
+    """Returns the number of graphs that torch.compile has made in this process.
+
+    A number above what a step needs means that something was compiled again.
+    """
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

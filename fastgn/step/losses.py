@@ -1,15 +1,21 @@
-"""What an update differentiates, as modules that compile as one graph each."""
+"""The losses of an update, as modules that are compiled as one graph each."""
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastgn.attacks import Gradient, leaf_gradient
-from fastgn.objectives import Loss, Objective
+from fastgn.objectives import Loss, Objective, natural, on_subset, without_penalty
 from fastgn.step.precision import autocast, in_precision
+from fastgn.step.schedule import Schedule
 
 
 class LossModule(nn.Module):
-    """forward(images, targets, ramp) -> Loss: the whole loss in one module, so that it compiles as
-    one graph and DistributedDataParallel sees an ordinary backward."""
+    """Computes the whole loss of an objective, its input gradient included.
+
+    One module holds the loss so that it is compiled as one graph, and so that
+    DistributedDataParallel sees an ordinary backward.
+    """
 
     def __init__(self, model: nn.Module, objective: Objective, precision: str):
         super().__init__()
@@ -24,15 +30,17 @@ class LossModule(nn.Module):
 
 
 class LossModules(nn.ModuleDict):
-    """forward(name, images, targets, ramp) -> Loss of that name: what DistributedDataParallel
-    wraps, once, however many losses a schedule takes turns with."""
+    """Computes the loss with the given name.
+
+    DistributedDataParallel wraps this module once, however many losses take turns.
+    """
 
     def forward(self, name: str, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         return self[name](images_BCHW, targets, ramp)
 
 
 class AttackGradient(nn.Module):
-    """forward(images, targets) -> Gradient: what an attack step needs, as one graph of its own."""
+    """Computes the input gradient that a step of an attack needs, as one graph of its own."""
 
     def __init__(self, model: nn.Module, precision: str):
         super().__init__()
@@ -43,3 +51,32 @@ class AttackGradient(nn.Module):
         with autocast(images_BCHW.device.type, self.precision):
             network = in_precision(self.model, self.precision)
             return leaf_gradient(network, images_BCHW, targets)
+
+
+def split_objective(objective: Objective, schedule: Schedule) -> dict[str, Objective]:
+    """Returns the objectives that updates take turns with, by name.
+
+    "penalty" and "plain" are updates with and without the penalty. "point" is the cross-entropy
+    at one point of a finite difference.
+    """
+    if schedule.differences:
+
+        def at_point(model: Any, normalized: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+            return natural(model.backbone, normalized, targets)
+
+        return {"point": Objective(at_point, objective.perturb)}
+    if schedule.kind == "lazy" and schedule.lazy_interval > 1:
+        return {"penalty": objective, "plain": without_penalty(objective)}
+    if schedule.kind == "subset":
+        return {"penalty": on_subset(objective, schedule.subset_fraction)}
+    if objective.rest is not None:
+        return {"penalty": objective, "plain": objective.rest}
+    return {"penalty": objective}
+
+
+def name_of_turn(objective: Objective, schedule: Schedule, update: int) -> str:
+    """Returns the name, among those of `split_objective`, of the objective of an update."""
+    if schedule.differences:
+        return "point"
+    lazy = schedule.kind == "lazy" and update % schedule.lazy_interval != 0
+    return "plain" if lazy or not objective.has_turn(update) else "penalty"

@@ -1,4 +1,4 @@
-"""Counts what an eager step does, on tensors with or without data."""
+"""Counts the operations, bytes and memory of eager code, on tensors with or without data."""
 
 import contextlib
 import copy
@@ -12,51 +12,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-WINDOW_ATTENTION = {
-    "fastgn::window_attention": (0, 2),
-    "fastgn::window_attention_bwd": (1, 5),
-    "fastgn::window_attention_bwd_bwd": (3, 12),
-}
-"""Op -> (which argument is qkv, how many products of N x D by D x N it takes): an op of its own is
-opaque to PyTorch's formulas. The products are those of the bodies, what they recompute included."""
-
-KERNELS = {*WINDOW_ATTENTION, "fastgn::layer_norm"}
+KERNELS = {"fastgn::window_attention", "fastgn::layer_norm"}
+"""Ops of fastgn_kernels that change how much a compiler can gain."""
 
 CUDA_AUTOCAST_FLOAT32 = {
     **dict.fromkeys(("exp", "log", "pow.Tensor_Scalar", "reciprocal", "rsqrt", "softplus"), False),
     **dict.fromkeys(("layer_norm", "group_norm", "linalg_vector_norm"), False),
     **dict.fromkeys(("softmax.int", "log_softmax.int", "sum", "sum.dim_IntList"), True),
 }
-"""Operators that autocast takes to float32 on CUDA and not on the CPU, of those that classifiers
-and their losses meet -> whether by a dtype argument. Source: aten/src/ATen/autocast_mode.h."""
+"""Operators of classifiers and losses that autocast runs in float32 on CUDA but not on the CPU ->
+whether autocast passes them the argument dtype. Source: aten/src/ATen/autocast_mode.h."""
 
 
 class Meter(TorchDispatchMode):
-    """Counts what runs inside it, below autograd: each operator once, forward or backward.
+    """Counts the operators that run inside this context, in forwards and backwards alike.
 
-    A storage is live from the operator that returns it to its release, whoever holds it, autograd
-    included; those made before, such as weights and their gradients, are not counted. What an
-    operator takes for itself and gives back is not seen.
+    A storage is live from the operator that returns it until nothing holds it any more, autograd
+    included. Storages from before the context, such as weights and their gradients, do not count.
+    Memory that an operator allocates and releases inside itself is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        """Of matrix products and convolutions; a multiplication and an addition are two."""
+        """Operations of matrix products and convolutions. A multiplication and an addition are
+        two."""
         self.traffic_bytes = 0
-        """Read and written if every operator reads its inputs from memory and writes its outputs
-        there."""
+        """Bytes moved if every operator reads its inputs from memory and writes its outputs to
+        memory."""
         self.operators = 0
-        """Those that read or write; views do not."""
+        """Number of operators that read or write memory. Views do not."""
         self.live_bytes = 0
+        """Memory of all live storages."""
         self.peak_bytes = 0
+        """Largest value of live_bytes so far."""
         self.kernels = False
         """Whether window attention or LayerNorm ran as an op of fastgn_kernels."""
         self._sizes: dict[int, int] = {}
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """A compiled step stays compiled inside: torch.compile gives way to other modes."""
+        """Returns True so that compiled code stays compiled inside this mode."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,20 +70,23 @@ class Meter(TorchDispatchMode):
         if new or func._schema.is_mutable:
             self.operators += 1
             self.traffic_bytes += sum(
-                # an expanded tensor reads what it expands
+                # reading an expanded tensor reads only the storage that it expands
                 min(x.numel() * x.element_size(), _storage(x).nbytes())
                 for x in inputs + outputs
             )
-        self.flops += _flops(func, args, kwargs, result)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=result))
         self.kernels |= func._schema.name in KERNELS
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
+        """Counts a storage as live until it is released."""
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._sizes:  # an operator may return one twice
+        if key not in self._sizes:  # an operator may return the same storage twice
             self._sizes[key] = size
             self.live_bytes += size
-            # the storage keeps its Python object as long as anything, C++ included, holds it
+            # the Python object lives as long as anything holds the storage, C++ included
             weakref.finalize(storage, self._release, key).atexit = False
 
     def _release(self, key: int) -> None:
@@ -98,21 +97,13 @@ def _storage(x: Tensor) -> torch.UntypedStorage:
     return x.untyped_storage()
 
 
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    formula = flop_registry.get(func._overloadpacket)
-    if formula is not None:
-        return int(formula(*args, **kwargs, out_val=result))
-    if func._schema.name in WINDOW_ATTENTION:
-        position, products = WINDOW_ATTENTION[func._schema.name]
-        qkv = args[position]
-        return 2 * products * (qkv.numel() // 3) * qkv.shape[3]
-    return 0
-
-
 @contextlib.contextmanager
 def autocast_as_on_cuda() -> Iterator[None]:
-    """Makes the CPU's autocast keep in float32 what CUDA's does, and so what they save for the
-    backward. Fake tensors on a CUDA device would need one: autograd asks its driver."""
+    """Makes autocast on the CPU run the same operators in float32 as autocast on CUDA.
+
+    What the operators save for the backward then has the same size. Fake tensors on a CUDA device
+    are no alternative on a machine without one, because autograd asks the CUDA driver.
+    """
     unset = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def kernel(op: Any, by_dtype: bool) -> Callable[..., Any]:
@@ -139,8 +130,10 @@ def autocast_as_on_cuda() -> Iterator[None]:
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
-    """A deep copy on the CPU, its tensors fake ones of the FakeTensorMode in force, its gradients
-    there."""
+    """Returns a deep copy of `model` on the CPU, without data but with gradients.
+
+    Must run inside a FakeTensorMode, which makes the tensors fake.
+    """
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

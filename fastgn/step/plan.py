@@ -1,7 +1,7 @@
-"""The planner behind ``--schedule auto``.
+"""Predicts time and memory of an update, and plans it for ``--schedule auto``.
 
-`plan` picks the micro-batch and the activation memory budget that fit a device. Operations and
-memory are counts; seconds are estimates from measured rates.
+`choose_plan` chooses the micro-batch and the activation memory budget that fit a device. Operations
+and memory are counted. Seconds are estimated from rates that are measured on the device.
 """
 
 import dataclasses
@@ -17,24 +17,24 @@ from fastgn.step.cost import StepCost
 from fastgn.step.precision import matmul_precision
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
-"""Activation memory budgets that were measured."""
+"""Activation memory budgets whose effect was measured."""
 
 MARGIN = 0.1
-"""Share of the free memory that a plan leaves alone: fragments, workspaces of libraries."""
+"""Share of the free memory that a plan leaves for fragments and for workspaces of libraries."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Relations:
-    """A step as it runs against the eager one that `step_cost` counts."""
+    """The cost of an update as it runs, divided by the cost of the eager one in `StepCost`."""
 
     kept: dict[float, float]
-    """Activation memory budget -> peak of memory, weights and gradients aside."""
+    """Activation memory budget -> ratio of peak memory beside weights and gradients."""
     recomputed: dict[float, float]
-    """Activation memory budget -> operations done a second time, against all of the step's."""
+    """Activation memory budget -> share of the operations that are done a second time."""
     traffic: float
-    """Bytes read and written."""
+    """Ratio of bytes read and written."""
     operators: float
-    """Kernels launched."""
+    """Ratio of kernels launched."""
 
 
 EAGER = Relations(kept={1.0: 1.0}, recomputed={1.0: 0.0}, traffic=1.0, operators=1.0)
@@ -45,37 +45,41 @@ KEPT: dict[tuple[bool, bool], dict[float, float]] = {
     (True, False): {1.0: 1.04, 0.7: 0.84, 0.5: 0.80},
     (True, True): {1.0: 1.08, 0.7: 1.15, 0.5: 1.13, 0.3: 1.11},
 }
-"""(whether the step differentiates twice, whether in bf16) -> a compiled step's peak at each budget
-against the eager one's. Source: benchmarks/results/memory_budget.json, counted before operators are
-fused and so from above. A lower budget halves what gradnorm saves between its forward and its
-backward; but what is recomputed for the tangent's sweep there waits for the last one, and the peak
-hardly moves."""
+"""(whether the loss is differentiated twice, whether in bf16) -> peak memory of a compiled update,
+divided by the eager one's, at each budget. Source: benchmarks/results/memory_budget.json. The
+ratios are upper bounds because they were counted before operators are fused. With gradnorm a lower
+budget halves what is saved between forward and backward. Its peak hardly changes because the
+backward recomputes those activations and keeps them until its end."""
 
 RECOMPUTED = {1.0: 0.0, 0.7: 0.0, 0.5: 0.01, 0.3: 0.05}
-"""Budget -> operations done a second time, against all, at most. Source: as above."""
+"""Budget -> share of the operations that are done a second time, at most. Source: as above."""
 
 TRAFFIC = {(False, False): 0.90, (True, False): 0.57, (True, True): 0.90}
 LAUNCHES = {(False, False): 0.89, (True, False): 0.43, (True, True): 1.09}
-"""(whether the step differentiates twice, whether fastgn_kernels' ops are in it) -> a compiled
-step's bytes and kernels against the eager one's. Source: steps of a Swin-T of 2 + 2 + 2 + 2 blocks
-in bf16, lowered for an H200 (natural: 394 MB an image and 437 kernels at batch 8; gradnorm: 1,025
-and 1,077 at 16, with kernels 675 and 837; benchmarks/NOTES.md), against `Meter` on the same (436
-and 493; 1,786 and 2,480; 752 and 769)."""
+"""(whether the loss is differentiated twice, whether it runs ops of fastgn_kernels) -> bytes and
+launches of a compiled update, divided by the eager one's. Source: updates of a Swin-T with
+2 + 2 + 2 + 2 blocks in bf16, compiled for an H200 (benchmarks/NOTES.md) and counted by `Meter`:
+
+| update | MB per image: compiled, counted | launches: compiled, counted |
+| natural, batch 8 | 394, 436 | 437, 493 |
+| gradnorm, batch 16 | 1,025, 1,786 | 1,077, 2,480 |
+| gradnorm with kernels, batch 16 | 675, 752 | 837, 769 |
+"""
 
 
 class Rates(NamedTuple):
-    """What a device reaches."""
+    """Speed of a device."""
 
     flops_per_s: float
-    """In a square matrix product."""
+    """Operations per second of a square matrix product."""
     bytes_per_s: float
-    """Read and written by a copy."""
+    """Bytes per second that a copy reads and writes."""
     launch_s: float
-    """Between two of many tiny operators."""
+    """Seconds per operator, for many tiny operators in a row."""
 
 
-def device_rates(device: torch.device, precision: str) -> Rates:
-    """Measures the three within a tenth of a second of work, at a run's precision."""
+def measure_rates(device: torch.device, precision: str) -> Rates:
+    """Measures the speed of a device at a precision, in about a tenth of a second."""
     on_cuda = device.type == "cuda"
     side, size = (4096, 2**28) if on_cuda else (256, 2**22)
     dtype = torch.bfloat16 if precision in ("bf16", "bf16-pure") else torch.float32
@@ -84,6 +88,7 @@ def device_rates(device: torch.device, precision: str) -> Rates:
     target, tiny = torch.zeros_like(source), torch.zeros(1, device=device)
 
     def seconds(run: Callable[[], object], calls: int) -> float:
+        """Returns the seconds per call of `run` in the fastest round."""
         rounds = []
         for _ in range(4):  # the first one warms up
             start = time.perf_counter()
@@ -103,7 +108,10 @@ def device_rates(device: torch.device, precision: str) -> Rates:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated: on CUDA the device's free ones and what PyTorch holds unused."""
+    """Returns the number of bytes that can be allocated.
+
+    On CUDA it includes the memory that PyTorch holds but does not use.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -113,7 +121,7 @@ def free_memory(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How an update runs on each rank, and what it is predicted to take."""
+    """How an update runs on each rank, and its predicted memory and time."""
 
     cost: StepCost
     micro_batch: int
@@ -121,12 +129,12 @@ class Plan:
     activation_memory_budget: float
     compiled: bool
     peak_bytes: float
-    """Everything on the device: weights, gradients, state, activations."""
+    """Predicted peak memory of weights, gradients, optimizer state and activations."""
     seconds: float
-    """An update's gradients: without loader, optimizer and communication."""
+    """Predicted seconds per update, without loader, optimizer and communication."""
 
     def lines(self) -> list[str]:
-        """What a run prints before it begins."""
+        """Returns the lines that a run prints before it begins."""
         cost, images = self.cost, self.micro_batch * self.micro_batches
         how = f"{self.micro_batches} x {self.micro_batch}"
         if self.compiled:
@@ -137,33 +145,36 @@ class Plan:
             f"schedule {cost.schedule}, {cost.precision}: {cost.passes.paper:g} passes, "
             f"{cost.flops / 1e9:.4g} GFLOP an image, {cost.flops * images / 1e12:.4g} TFLOP an "
             f"update of {images} images",
-            f"plan: micro-batches {how}; predicted peak {memory(self.peak_bytes)}, "
+            f"plan: micro-batches {how}; predicted peak {format_bytes(self.peak_bytes)}, "
             f"{self.seconds:.3g} s an update",
         ]
 
     def measured(self, peak_bytes: int | None, seconds: float) -> str:
-        """The measured beside the predicted; no peak where the device does not tell."""
+        """Returns a line with the measured beside the predicted cost.
+
+        peak_bytes: None if the device does not report its peak memory.
+        """
         peak = ""
         if peak_bytes is not None:
-            peak = f"peak {memory(peak_bytes)} (predicted {memory(self.peak_bytes)}), "
+            peak = f"peak {format_bytes(peak_bytes)} (predicted {format_bytes(self.peak_bytes)}), "
         return f"plan: measured {peak}{seconds:.3g} s an update (predicted {self.seconds:.3g})"
 
 
-def memory(bytes_: float) -> str:
-    """In GiB, or MiB where that says more."""
+def format_bytes(bytes_: float) -> str:
+    """Returns a number of bytes as a text in GiB, or in MiB if it is below 1 GiB."""
     return f"{bytes_ / 2**30:.2f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.3g} MiB"
 
 
-def relations(cost: StepCost) -> Relations:
-    """Of a compiled step to the eager one."""
+def compiled_relations(cost: StepCost) -> Relations:
+    """Returns the cost of the compiled update, divided by the cost of the eager one."""
     double = cost.double_backward
-    # what a single backward gains is not known with kernels: as much as a double one
+    # a single backward with kernels was not measured: assumed to gain as much as a double one
     kind = (double or cost.kernels, cost.kernels)
     kept = KEPT[double, cost.precision in ("bf16", "bf16-pure")]
     return Relations(kept, RECOMPUTED, TRAFFIC[kind], LAUNCHES[kind])
 
 
-def plan(
+def choose_plan(
     cost: StepCost,
     rates: Rates,
     *,
@@ -174,26 +185,28 @@ def plan(
     compiled: bool,
     fixed: tuple[int, float] | None = None,
 ) -> Plan:
-    """Picks micro-batch and activation memory budget: of those that fit, the shortest update; of
-    equals, the fewest micro-batches, then the highest budget. With both `fixed`, says what they
-    cost (at the nearest budget known), whether they fit or not.
+    """Chooses the micro-batch and activation memory budget with the shortest update that fits.
 
-    batch_size: images a rank takes at once, which micro-batches divide. free_bytes: see
-    free_memory, the weights already allocated. state_bytes: what is still to be allocated beside
-    gradients and activations: the optimizer's, AdamW's twice the weights in fp32. held_bytes:
-    allocated already.
-    Raises UserError where nothing fits.
+    Among equally short updates it prefers fewer micro-batches, then a higher budget.
+    batch_size: number of images per rank and update, which the micro-batch must divide.
+    free_bytes: free memory when the weights are allocated, see `free_memory`.
+    state_bytes: memory to be allocated beside gradients and activations. AdamW's state takes
+    twice the memory of the weights in fp32.
+    held_bytes: memory that is allocated already.
+    fixed: micro-batch and budget to predict the cost of, whether they fit or not, instead of
+    choosing them. The prediction is for the nearest budget that was measured.
+    Raises UserError if nothing fits.
     """
-    model = relations(cost) if compiled else EAGER
+    ratios = compiled_relations(cost) if compiled else EAGER
     usable = free_bytes * (1 - MARGIN)
 
     def candidate(micro_batch: int, budget: float) -> Plan:
         count = batch_size // micro_batch
-        floor = cost.operators * model.operators * rates.launch_s
+        floor = cost.operators * ratios.operators * rates.launch_s
         floor += cost.fixed_traffic_bytes / rates.bytes_per_s
-        image = cost.flops * (1 + model.recomputed[budget]) / rates.flops_per_s
-        image += cost.traffic_bytes * model.traffic / rates.bytes_per_s
-        activations = cost.fixed_bytes + micro_batch * cost.image_bytes * model.kept[budget]
+        image = cost.flops * (1 + ratios.recomputed[budget]) / rates.flops_per_s
+        image += cost.traffic_bytes * ratios.traffic / rates.bytes_per_s
+        activations = cost.fixed_bytes + micro_batch * cost.image_bytes * ratios.kept[budget]
         return Plan(
             cost=cost,
             micro_batch=micro_batch,
@@ -205,29 +218,32 @@ def plan(
         )
 
     if fixed is not None:
-        budget = min(model.kept, key=lambda known: abs(known - fixed[1]))
+        budget = min(ratios.kept, key=lambda known: abs(known - fixed[1]))
         return candidate(fixed[0], budget)
     divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-    plans = [candidate(n, budget) for n in divisors for budget in model.kept]
+    plans = [candidate(n, budget) for n in divisors for budget in ratios.kept]
     fitting = [p for p in plans if p.peak_bytes - held_bytes <= usable]
     least = min(p.peak_bytes for p in plans) - held_bytes
-    check(bool(fitting), too_little(cost, least, free_bytes, compiled))
-    # a plan's sum is not exact: what differs in the 10th digit alone is equal
+    check(bool(fitting), describe_shortage(cost, least, free_bytes, compiled))
+    # sums of floating-point numbers: plans that differ in the 10th digit alone are equal
     return min(
         fitting,
         key=lambda p: (float(f"{p.seconds:.9e}"), p.micro_batches, -p.activation_memory_budget),
     )
 
 
-def too_little(cost: StepCost, least: float, free_bytes: int, compiled: bool) -> str:
-    """The line to say so with."""
+def describe_shortage(cost: StepCost, least: float, free_bytes: int, compiled: bool) -> str:
+    """Returns the error message for a device with too little memory.
+
+    least: number of bytes that the smallest plan needs.
+    """
     tries = ["a smaller --img-size or --model"]
     if cost.precision in ("fp32", "tf32"):
         tries.append("--precision bf16")
     if not compiled:
         tries.append("--compile on")
     return (
-        f"--schedule auto: one image at a time needs {memory(least)} of device memory, and "
-        f"of {memory(free_bytes)} free {MARGIN:.0%} stay in reserve; try "
+        f"--schedule auto: one image at a time needs {format_bytes(least)} of device memory, and "
+        f"of {format_bytes(free_bytes)} free {MARGIN:.0%} stay in reserve; try "
         f"{', '.join(tries)}, or free what else is on the device"
     )

@@ -1,40 +1,45 @@
-"""The precision that a step computes in."""
+"""The precisions in which an update can be computed."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-PRECISIONS = ("fp32", "tf32", "bf16", "bf16-pure")
+from fastgn.config.groups import Precision
+
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast for "bf16", else nothing."""
+    """Returns a context with bf16 autocast if `precision` is "bf16", else one without effect."""
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def in_precision(model: Any, precision: str) -> Any:
-    """`model`, with a bf16 copy of its weights for "bf16-pure"."""
+    """Returns `model`, wrapped by InBfloat16 if `precision` is "bf16-pure"."""
     return InBfloat16(model) if precision == "bf16-pure" else model
 
 
 class InBfloat16:
-    """A classifier's (`normalize`, `backbone`) network in bf16 throughout, its gradients in fp32.
+    """Runs the network of a classifier in bf16 throughout, with gradients in fp32.
 
-    Weights and buffers are cast where a forward begins, so that what the optimizer moves stays
-    fp32; BatchNorm keeps its own in fp32 (what a forward writes into other buffers is lost). Images
-    and logits are fp32. LayerNorm's statistics, softmax and sums are PyTorch's (or
-    fastgn_kernels') fp32 inside the operators.
+    The weights and buffers are cast when a forward begins, so that the optimizer updates fp32
+    weights. BatchNorm keeps its weights and statistics in fp32. What a forward writes to any other
+    buffer is lost. Images and logits are fp32. LayerNorm's statistics, softmax and sums are fp32
+    inside the operators of PyTorch and fastgn_kernels.
+
+    model: a classifier with `normalize` and `backbone`.
     """
 
     def __init__(self, model: Any):
         self.model = model
 
-    def weights(self) -> dict[str, Tensor]:
+    def cast_weights(self) -> dict[str, Tensor]:
+        """Returns bf16 copies of the network's weights and buffers, without BatchNorm's."""
         model = self.model
         norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
@@ -46,18 +51,20 @@ class InBfloat16:
         }
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """Returns fp32 images with the mean and variance that the network expects."""
         return self.model.normalize(images_BCHW)
 
     def backbone(self, images_BCHW: Tensor) -> Tensor:
+        """Returns fp32 logits (B, K) of normalised images."""
         images = images_BCHW.to(torch.bfloat16)
-        return functional_call(self.model.backbone, self.weights(), (images,)).float()
+        return functional_call(self.model.backbone, self.cast_weights(), (images,)).float()
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         return self.backbone(self.normalize(images_BCHW))
 
 
-def unsupported(precision: str, device: torch.device) -> str | None:
-    """Why `device` cannot compute in `precision`, or None."""
+def explain_unsupported(precision: str, device: torch.device) -> str | None:
+    """Returns why `device` cannot compute in `precision`, or None if it can."""
     if precision == "tf32" and device.type != "cuda":
         return f"tf32 exists on CUDA alone, not on {device.type}"
     if precision != "fp32" and device.type == "cuda":
@@ -70,13 +77,15 @@ def unsupported(precision: str, device: torch.device) -> str | None:
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """TF32 products and convolutions for "tf32", for all else those of full fp32: by default
-    PyTorch multiplies in fp32 and convolves in TF32."""
+    """Lets matrix products and convolutions run in TF32 if `precision` is "tf32", else in fp32.
+
+    PyTorch's own default is fp32 for matrix products and TF32 for convolutions.
+    """
     tf32 = precision == "tf32"
     before: tuple[Any, Any]
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # PyTorch's newer settings are in use, which do not mix with these
+    except RuntimeError:  # the program uses PyTorch's newer settings, which exclude the older ones
         settings: tuple[Any, Any]
         settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
         before = settings[0].fp32_precision, settings[1].fp32_precision

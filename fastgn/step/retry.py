@@ -1,27 +1,151 @@
-"""What a step that found no memory is run again with."""
+"""Computes updates in smaller micro-batches when the device runs out of memory."""
+
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-
-class Randomness:
-    """The state of a device's generator and the CPU's: so that a pass can be run as it was."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
+from fastgn.objectives import Loss
+from fastgn.step.random_state import RandomState
+from fastgn.step.step import Batches, Step
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the device had no room: PyTorch's allocator says so in a class of its own, what
-    allocates beside it (cuBLAS' handles, Triton's modules, NCCL) in other words."""
+    """Returns whether an error says that a device or the host had no memory left.
+
+    PyTorch's allocator raises a class of its own. What allocates beside it (handles of cuBLAS,
+    modules of Triton, NCCL) raises a RuntimeError with other words.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return True
     signs = ("out of memory", "STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED")
     on_a_cpu = "can't allocate memory"
     return isinstance(error, RuntimeError) and any(s in str(error) for s in (*signs, on_a_cpu))
+
+
+class RetryingStep:
+    """Computes an update with a Step, and again in smaller micro-batches if memory runs out.
+
+    A retry starts from the beginning of the update, with the same random numbers and the same
+    BatchNorm statistics, so that nothing of the update is lost.
+
+    step: its `micro_batch` is halved when memory runs out.
+    agree: returns whether any process failed, given whether this one did. Needed for a retry with
+    several processes. They can retry only until each loss has been computed at the current size,
+    and in at least two updates: after that, a failure of one process raises torch.OutOfMemoryError.
+    report: called with a line of text when the micro-batch was halved.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        agree: Callable[[bool], bool] | None = None,
+        report: Callable[[str], object] = warnings.warn,
+    ):
+        self.step = step
+        self.report = report
+        self._agree = agree
+        self._snapshot = Snapshot(step.device, step.statistics)
+        # with the quirk, the attack itself communicates: no failure can wait until its end
+        quirk = step.options.quirks.attack_weight_grads
+        self._fits = step.parallel is None or agree is None or quirk
+        """Whether a process takes for granted that all processes have enough memory. Then it may
+        begin to communicate before the end of an update."""
+        self._finished: set[str] = set()
+        """Names of the losses that all processes have computed with the current micro-batch."""
+
+    def __call__(
+        self,
+        batches: Batches,
+        ramp: Tensor,
+        update: int = 0,
+        attack_ramp: Tensor | None = None,
+    ) -> Loss:
+        """Adds the gradients of an update to the parameters' .grad. See Step.__call__.
+
+        Raises torch.OutOfMemoryError if memory runs out and either no smaller micro-batch exists
+        or a retry would lose gradients that were there before the call.
+        """
+        keeps = self.step.has_gradients()
+        while True:
+            self._snapshot.save()
+            failure = None
+            try:
+                loss = self.step(batches, ramp, update, attack_ramp, all_reduce=self._fits)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                failure = str(error)
+            if not self._fits:
+                failure = self._share_failure(failure)
+                if failure is None:
+                    self.step.average_gradients()
+                    self._note_finished(update)
+            elif failure is not None and self.step.parallel is not None:
+                raise torch.OutOfMemoryError(failure)  # the other processes wait for this one
+            if failure is None:
+                return loss
+            if keeps:
+                raise torch.OutOfMemoryError(failure)
+            self._halve(len(batches[0][0]), failure)
+            self._snapshot.restore()
+
+    def _share_failure(self, failure: str | None) -> str | None:
+        """Returns the failure of this or another process, or None if all have succeeded."""
+        assert self._agree is not None
+        if self._agree(failure is not None):
+            return failure or "another process ran out of memory"
+        return None
+
+    def _note_finished(self, update: int) -> None:
+        """Notes that all processes have finished an update with the current micro-batch."""
+        # compared before this update counts: the optimizer allocates its state after the first
+        self._fits = self._finished == set(self.step.parts)
+        self._finished.add(self.step.turn(update))
+
+    def _halve(self, batch_size: int, failure: str) -> None:
+        """Takes the largest divisor of the batch that is at most half the micro-batch.
+
+        Drops what the failed update has left. Raises torch.OutOfMemoryError if no divisor is left.
+        """
+        step = self.step
+        size = step.micro_batch or batch_size
+        sizes = range(step.divisor, size // 2 + 1, step.divisor)
+        fitting = [n for n in sizes if batch_size % n == 0]
+        if not fitting:
+            raise torch.OutOfMemoryError(failure)
+        step.micro_batch = fitting[-1]
+        for parameter in step.weights:
+            parameter.grad = None
+        if step.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._finished.clear()
+        self.report(
+            f"out of memory with {size} images at a time: going on with {step.micro_batch}, the "
+            "same global batch"
+        )
+
+
+class Snapshot:
+    """Copies of buffers and of the random state, to run an update again as if it were the first."""
+
+    def __init__(self, device: torch.device, buffers: Sequence[Tensor]):
+        self.device = device
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in buffers:
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._copies = [(group, [b.clone() for b in group]) for group in by_dtype.values()]
+        self._random_state = RandomState(device)
+
+    def save(self) -> None:
+        """Copies the buffers and the random state as they are now."""
+        for buffers, copies in self._copies:
+            torch._foreach_copy_(copies, buffers)
+        self._random_state = RandomState(self.device)
+
+    def restore(self) -> None:
+        """Writes the last copies back."""
+        for buffers, copies in self._copies:
+            torch._foreach_copy_(buffers, copies)
+        self._random_state.restore()

@@ -1,29 +1,37 @@
-"""The schedules of a penalty's passes, and what each one costs."""
+"""Schedules: ways to compute and differentiate the penalty of an update."""
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import get_args
 
+from fastgn.config.groups import ScheduleKind, StepConfig
 from fastgn.objectives import Objective
 
-SCHEDULES = ("exact", "exact-eager", "finite-difference", "central-difference", "lazy", "subset")
+SCHEDULES: tuple[str, ...] = get_args(ScheduleKind)
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which passes a step makes for its penalty."""
+    """A way to compute and differentiate the penalty.
+
+    exact: double backprop, in one graph if compiled.
+    exact-eager: double backprop by PyTorch's eager autograd.
+    finite-difference: (CE(x + h d) - CE(x)) / h, with d the signs of the gradient with respect to
+    the images x (Finlay & Oberman 2019). It needs no double backprop.
+    central-difference: (CE(x + h d) - CE(x - h d)) / 2h. In both, BatchNorm in train mode sees all
+    of these points.
+    lazy: only every lazy_interval-th update has the penalty, which is that many times as strong
+    (Karras et al. 2020). Gradient clipping weakens it again.
+    subset: only the first subset_fraction of the images of each micro-batch have the penalty.
+    """
 
     kind: str = "exact"
-    """exact: double backprop, one compiled graph; exact-eager: the same by PyTorch's eager engine.
-    finite-difference: (CE(x + h d) - CE(x)) / h with d the signs of the input gradient (Finlay &
-    Oberman 2019), which needs no double backprop; central-difference: (CE(x + h d) - CE(x - h d)) /
-    2h; BatchNorm in train mode sees all these points. lazy: every lazy_interval-th update has the
-    penalty, that many times as strong (Karras et al. 2020) unless the gradient is clipped. subset:
-    the first subset_fraction of the images, of each micro-batch where there are several."""
-    fd_step: float = 1e-2
-    """h, in normalised units."""
-    lazy_interval: int = 4
-    subset_fraction: float = 0.5
+    fd_step: float = StepConfig.fd_step
+    """The step h of the differences, in units of normalised images."""
+    lazy_interval: int = StepConfig.lazy_interval
+    """Number of updates from one with the penalty to the next."""
+    subset_fraction: float = StepConfig.subset_fraction
+    """Share of the images with the penalty."""
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -31,14 +39,28 @@ class Schedule:
 
     @property
     def divisor(self) -> int:
-        """What a number of images has to be a multiple of: of 4 for a subset of 0.75 or 0.25."""
+        """The number that must divide the size of a micro-batch.
+
+        A subset of 0.75 needs a multiple of 4, because its share must be a whole number of images.
+        """
         share = self.subset_fraction if self.kind == "subset" else 1.0
-        least = max(1, int(0.999 / share))  # of fewer the share is none: a tiny one takes no search
+        least = max(1, int(0.999 / share))  # fewer images have no share, so that none is tried
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the penalty is on all images in every update, by double backprop."""
+        return self.kind in ("exact", "exact-eager")
+
+    @property
     def differences(self) -> bool:
+        """Whether the penalty is a finite difference of the cross-entropy."""
         return self.kind in ("finite-difference", "central-difference")
+
+    @property
+    def cycle(self) -> int:
+        """Number of updates until their kinds repeat."""
+        return self.lazy_interval if self.kind == "lazy" else 1
 
     def __str__(self) -> str:
         values = {"lazy": self.lazy_interval, "subset": self.subset_fraction}
@@ -47,44 +69,22 @@ class Schedule:
 
 
 def is_whole(x: float) -> bool:
-    """To the digits that a fraction is written with: 3 times 0.3333 is."""
+    """Returns whether `x` is a whole number, to the digits that people write a fraction with.
+
+    3 times 0.3333 counts as whole.
+    """
     return abs(x - round(x)) < 1e-3
 
 
-class Passes(NamedTuple):
-    """What one update costs, on average over updates."""
-
-    paper: float
-    """Forward and backward sweeps, as arXiv 2409.20139 counts them: natural 2, gradnorm 5, PGD-3
-    8."""
-    units: float
-    """Operations in forwards: a forward is 1, the gradient of the images 1, of the weights 1, a
-    double backward 4. natural 3, gradnorm 6, PGD-3 9."""
-
-
-def count_passes(
-    objective: Objective, schedule: Schedule, attack_weight_grads: bool = False
-) -> Passes:
-    """The passes of a step of `objective` by `schedule`.
-
-    attack_weight_grads: see config.ObjectiveConfig.
-    """
+def check_schedule(schedule: Schedule, objective: Objective) -> None:
+    """Raises ValueError if a schedule cannot compute the penalty of an objective."""
+    if schedule.is_exact:
+        return
+    if not objective.needs_input_gradient:
+        raise ValueError(f"schedule {schedule}: this objective has no penalty to schedule")
+    if schedule.differences and not objective.differences:
+        raise ValueError(f"schedule {schedule} takes the L1 norm of the loss's gradient alone")
     if objective.rest is not None:
-        alone = dataclasses.replace(objective, rest=None)
-        turns = (objective.share, alone), (1 - objective.share, objective.rest)
-        counts = [(s, count_passes(o, schedule, attack_weight_grads)) for s, o in turns]
-        return Passes(*(sum(s * passes[i] for s, passes in counts) for i in (0, 1)))
-    plain, exact = (2.0 * objective.forwards, 3.0 * objective.forwards), (5.0, 6.0)
-    share = 1.0 if objective.needs_input_gradient else 0.0
-    if schedule.kind == "lazy":
-        share /= schedule.lazy_interval
-    elif schedule.kind == "subset":
-        share *= schedule.subset_fraction
-    paper, units = (p + share * (e - p) for p, e in zip(plain, exact, strict=True))
-    if schedule.differences:
-        points = 3 if schedule.kind == "central-difference" else 2
-        paper, units = points * plain[0], points * plain[1]
-    steps, forwards = objective.attack_steps, objective.attack_forwards
-    paper += 2 * steps + forwards
-    units += (3 if attack_weight_grads else 2) * steps + forwards
-    return Passes(paper, units)
+        raise ValueError(f"schedule {schedule}: this objective takes turns already")
+    if schedule.kind == "central-difference" and not objective.ce_weight:
+        raise ValueError("central-difference finds its direction by the cross-entropy's sweep")

@@ -27,8 +27,8 @@ from benchmarks.step import profiler as step_profile
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.models.network import Classifier, build_model, use_kernels
 from fastgn.objectives import gradnorm
+from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 
 TINY = (
     *("--model", "vit_tiny_patch16_224", "--img-size", "16", "--classes", "5", "--batch", "4"),
@@ -182,7 +182,7 @@ def test_an_arm_that_fails_leaves_the_others(
     """Once where it is built, once in the middle of a round."""
     step, updates = cost.Spec.step, []
 
-    def broken(spec: cost.Spec, model: Classifier, **options) -> Step:
+    def broken(spec: cost.Spec, model: Classifier, **options) -> RetryingStep:
         made_step = step(spec, model, **options)
         if "compile" in options:  # to be counted
             return made_step
@@ -246,7 +246,7 @@ def test_no_arm_that_can_be_timed(tmp_path: Path, capsys: pytest.CaptureFixture)
 class LateStep:
     """A step whose calls are another's."""
 
-    def __init__(self, step: Step, call):
+    def __init__(self, step: RetryingStep, call):
         self.__dict__.update(step.__dict__)
         self.call = call
 

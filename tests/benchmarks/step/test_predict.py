@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn.objectives import ObjectiveConfig, build_objective, gradnorm
+from fastgn.step.options import StepOptions
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -68,7 +69,7 @@ def test_each_card_launches_its_own_kernels_and_moves_at_least_weights_and_activ
 def counted_flops(method: str) -> int:
     """FlopCounterMode on an eager step on the CPU."""
     model = network().build("reference")
-    step = Step(model, build_objective(ObjectiveConfig(method=method)), compile=False)
+    step = Step(model, build_objective(ObjectiveConfig(method=method)), StepOptions(compile=False))
     images, targets = torch.rand(8, 3, 16, 16), torch.rand(8, 10).softmax(1)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = mock.MagicMock(parents={"Global"})  # its hooks refuse autograd.grad

@@ -1,0 +1,52 @@
+"""Options of an update: everything that `Step` needs beside the network and the objective."""
+
+import dataclasses
+
+from fastgn.step.precision import PRECISIONS
+from fastgn.step.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Quirks:
+    """Habits of the paper's code that change an update or its time. All are off by default."""
+
+    accumulation: str = "mean"
+    """"mean" averages the losses of the batches of an update, "sum" adds them up."""
+    train_in_eval_mode: bool = False
+    """Whether the network is trained in eval mode, which freezes BatchNorm's statistics."""
+    attack_weight_grads: bool = False
+    """Whether each step of an attack also computes the weights' gradients, which nothing uses."""
+    sync_micro_batches: bool = False
+    """Whether the host waits for the device after each micro-batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """How an update is computed. None of these options changes what is minimised."""
+
+    schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
+    """How the penalty is differentiated."""
+    precision: str = "fp32"
+    """"fp32"; "tf32"; "bf16" for autocast; "bf16-pure" for bf16 weights and activations within
+    the update, see precision.InBfloat16."""
+    compile: bool = True
+    """Whether the loss is compiled into one graph. The schedule exact-eager is never compiled."""
+    activation_memory_budget: float = 1.0
+    """Share of the activations that a compiled update keeps. Its backward recomputes the rest."""
+    micro_batch: int | None = None
+    """Number of images that pass through the network at a time. It must divide the size of every
+    batch. None means the whole batch."""
+    cuda_graphs: bool = False
+    """Whether each compiled graph is replayed as one launch. Ignored unless compiled on CUDA."""
+    quirks: Quirks = Quirks()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision {self.precision!r} should be one of {', '.join(PRECISIONS)}"
+            )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the loss is compiled with this schedule."""
+        return self.compile and self.schedule.kind != "exact-eager"
