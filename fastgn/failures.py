@@ -1,7 +1,7 @@
 """Lines for a run that cannot go on: what happened, what is left, and what to try."""
 
 from fastgn.config import Config
-from fastgn.data.batch import worker_death
+from fastgn.data.batch import explain_worker_death
 from fastgn.errors import UserError
 from fastgn.run import Run
 from fastgn.step.diagnosis import find_missing_derivative
@@ -18,7 +18,7 @@ def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
     operator = find_missing_derivative(error)
     if run is not None and operator is not None:
         return not_differentiable(run.cfg, operator)
-    return worker_death(error)  # PyTorch raises it wherever the main process happens to be
+    return explain_worker_death(error)  # PyTorch raises it wherever the main process happens to be
 
 
 def too_large(run: Run | None) -> str:

@@ -10,7 +10,7 @@ import torch
 from fastgn import optim
 from fastgn.config import Config
 from fastgn.data.datasets import check_classes
-from fastgn.data.identity import Identity, changes_since
+from fastgn.data.identity import Identity, describe_changes
 from fastgn.distributed import World
 from fastgn.errors import check
 from fastgn.models.network import Classifier
@@ -91,7 +91,7 @@ def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bo
 
     The list is empty if nothing differs. Raises UserError if something differs and is not allowed.
     """
-    changes = changes_since(state.data, identity)
+    changes = describe_changes(state.data, identity)
     seed = state.saved_config().run.seed
     if seed != cfg.run.seed:
         changes.append(f"--seed {seed} is now {cfg.run.seed}")

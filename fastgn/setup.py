@@ -10,9 +10,9 @@ from fastgn import optim
 from fastgn.config import Config, initial_file
 from fastgn.data.batch import Loader
 from fastgn.data.datasets import Dataset, load_dataset
-from fastgn.data.identity import identity_of
+from fastgn.data.identity import describe_dataset
 from fastgn.data.loader import build_loader
-from fastgn.data.representatives import class_representatives
+from fastgn.data.representatives import compute_representatives
 from fastgn.data.subset import Subset
 from fastgn.distributed import World
 from fastgn.files import write_bytes, write_json
@@ -68,7 +68,7 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
     cfg = cfg.replace_group("run", {"resume": None, "allow_changed_data": False})
     with world.first_alone():
         dataset = load_dataset(cfg.dataset)
-    identity = identity_of(dataset)
+    identity = describe_dataset(dataset)
     check_ranks(world, identity)
     batching = batch_images(cfg, dataset, world)
     cfg, model, report = build_model(
@@ -192,7 +192,7 @@ def build_objectives(
     if not METHODS[cfg.objective.method].needs_representatives:
         objective = build_objective(cfg.objective)
         return objective, objective
-    images, labels = class_representatives(
+    images, labels = compute_representatives(
         cfg,
         dataset,
         img_size=model.img_size,

@@ -15,7 +15,7 @@ from fastgn.checkpoint import find_checkpoint
 from fastgn.config.groups import DatasetConfig
 from fastgn.data.arrays import Arrays
 from fastgn.data.datasets import Dataset, load_dataset
-from fastgn.data.identity import changes_since, identity_of
+from fastgn.data.identity import describe_changes, describe_dataset
 
 NAMES = sorted(f"{name}/{i}.png" for name in ("ant", "bee") for i in range(12))
 
@@ -129,13 +129,15 @@ def arrays(colour: int = 0, label: int = 0) -> Dataset:
 
 
 def test_arrays_are_told_by_their_content():
-    before = identity_of(arrays())
-    assert changes_since(before, identity_of(arrays())) == []
-    assert changes_since(before, identity_of(arrays(colour=1))) == [
+    before = describe_dataset(arrays())
+    assert describe_changes(before, describe_dataset(arrays())) == []
+    assert describe_changes(before, describe_dataset(arrays(colour=1))) == [
         "the content of the training images have changed",
         "the content of the validation images have changed",
     ]
-    assert "labels of the training" in changes_since(before, identity_of(arrays(label=1)))[0]
+    assert (
+        "labels of the training" in describe_changes(before, describe_dataset(arrays(label=1)))[0]
+    )
 
 
 def test_shards_are_told_by_the_content_of_their_images(tmp_path):
@@ -145,5 +147,7 @@ def test_shards_are_told_by_the_content_of_their_images(tmp_path):
         write_tree(tmp_path / f"{colour}", images)
         output = tmp_path / f"packed {colour}"
         assert packing.main([str(tmp_path / f"{colour}"), str(output), "--workers", "0"]) == 0
-        known.append(identity_of(load_dataset(DatasetConfig(data_dir=str(output)))))
-    assert changes_since(known[0], known[1])[0] == "the content of the training images have changed"
+        known.append(describe_dataset(load_dataset(DatasetConfig(data_dir=str(output)))))
+    assert (
+        describe_changes(known[0], known[1])[0] == "the content of the training images have changed"
+    )

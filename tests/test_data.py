@@ -17,11 +17,11 @@ from torch import Tensor
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.augment import BatchAugment, flip, shift, to_float
-from fastgn.data.batch import Batch, Loader, epoch_order, rank_slice
+from fastgn.data.batch import Batch, Loader, draw_epoch_order, rank_slice
 from fastgn.data.datasets import CIFAR10_CLASSES, Arrays, Dataset, Files, load_dataset
 from fastgn.data.loader import batch_sizes, build_loader
 from fastgn.data.subset import Subset
-from fastgn.data.transform import forgive_posterize
+from fastgn.data.transform import replace_posterize
 from fastgn.errors import UserError
 from fastgn.seeding import seed_all
 
@@ -153,7 +153,7 @@ def test_cifar10_from_npz(tmp_path):
             back = split.images_NCHW.permute(0, 2, 3, 1).numpy()
             assert np.array_equal(back, content[f"{name}_images"])
             assert split.labels_N.tolist() == content[f"{name}_labels"].tolist()
-    assert np.array_equal(np.array(dataset.train.image(3)), back_of(dataset.train, 3))
+    assert np.array_equal(np.array(dataset.train.load_image(3)), back_of(dataset.train, 3))
 
 
 def back_of(split: Arrays, index: int) -> np.ndarray:
@@ -259,7 +259,7 @@ def test_cifar10_from_an_image_folder(tmp_path):
 
 
 def test_cifar10_from_an_image_folder_of_other_classes(tmp_path):
-    with pytest.raises(UserError, match="--data imagefolder takes any"):
+    with pytest.raises(UserError, match="--data imagefolder accepts any classes"):
         cifar10(write_tree(tmp_path, ("ant", "bee"), ("train", "test")))
 
 
@@ -278,7 +278,7 @@ def test_image_folder(tmp_path):
     assert isinstance(dataset.train, Files) and len(dataset.val) == 4
     assert dataset.train.labels_N.tolist() == [0, 0, 1, 1]
     assert dataset.train.paths[2] == str(root / "fit" / "dog" / "0.png")
-    assert np.array_equal(np.array(dataset.train.image(3)), coloured(21, 6))
+    assert np.array_equal(np.array(dataset.train.load_image(3)), coloured(21, 6))
 
 
 def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
@@ -289,7 +289,7 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path):
         paths.append(str(name))
     split = Files(paths, torch.zeros(len(paths), dtype=torch.int64))
     for index in range(len(paths)):
-        image = split.image(index)
+        image = split.load_image(index)
         assert image.mode == "RGB" and image.size == (5, 4)
 
 
@@ -304,7 +304,7 @@ def test_a_spoilt_image_names_its_file(kind, spoil, tmp_path):
     if spoil == "missing":
         path.unlink()
     with pytest.raises(UserError) as caught:
-        Files([str(path)], torch.zeros(1)).image(0)
+        Files([str(path)], torch.zeros(1)).load_image(0)
     assert str(caught.value).startswith(f"{path} cannot be read as an image: ")
     assert "\n" not in str(caught.value)
 
@@ -370,7 +370,7 @@ def test_every_image_once_an_epoch_over_ranks(batch_size, accum, ranks, arrays):
     together = [i for part in seen for i in part]
     whole = batch_size * accum * ranks
     assert len(together) == len(set(together)) == 42 // whole * whole
-    assert set(together) == set(epoch_order(42, 0, 2)[: len(together)].tolist())
+    assert set(together) == set(draw_epoch_order(42, 0, 2)[: len(together)].tolist())
 
 
 @pytest.mark.parametrize("kind", ["device", "torch"])
@@ -452,7 +452,7 @@ def test_an_image_looks_different_in_every_epoch(arrays):
         loader = loader_of(dataset, crop_padding=2, **keys)
         by_image = []
         for epoch in (0, 1):
-            back = torch.argsort(epoch_order(8, 0, epoch))
+            back = torch.argsort(draw_epoch_order(8, 0, epoch))
             by_image.append(next(iter(loader.epoch(epoch))).images_BCHW[back])
         same = (by_image[0] == by_image[1]).flatten(1).all(1)
         assert int(same.sum()) <= 2, kind
@@ -490,7 +490,7 @@ def test_batch_sizes(keys, ranks, expected):
 @pytest.mark.parametrize(
     ("keys", "ranks", "expected"),
     [
-        ({"global_batch_size": 25}, 2, "--global-batch-size 25 does not divide by 2 ranks"),
+        ({"global_batch_size": 25}, 2, "--global-batch-size 25 is not a multiple of 2 ranks"),
         ({"global_batch_size": 24, "batch_size": 5}, 2, "take a multiple of 10"),
         ({"batch_size": 22}, 2, "22 images x 1 accumulated x 2 ranks = 44 exceeds the 42"),
         ({"batch_size": 7, "cutmix": 1.0}, 1, "--batch-size 7 is odd"),
@@ -558,7 +558,7 @@ def test_a_subset_is_never_augmented(arrays, files):
     first = torch.cat([images for images, _ in subset(files.val, None)])
     seed_all(0, 2)
     assert torch.equal(first, torch.cat([images for images, _ in subset(files.val, None)]))
-    source = files.val.image(0)  # 24 x 20
+    source = files.val.load_image(0)  # 24 x 20
     resized = source.resize((12, 10), Image.Resampling.BICUBIC)  # 8 px are 0.8 of its shorter side
     crop = np.array(resized.crop((2, 1, 10, 9))).transpose(2, 0, 1)
     assert torch.equal((first[0] * 255).round().to(torch.uint8), torch.from_numpy(crop))
@@ -706,7 +706,7 @@ def test_timms_operations_take_every_magnitude(name):
     for magnitude in range(11):
         seed_all(0, magnitude)
         op = auto_augment.AugmentOp(name, prob=1.0, magnitude=magnitude, hparams={})
-        forgive_posterize(auto_augment.RandAugment([op], 1))
+        replace_posterize(auto_augment.RandAugment([op], 1))
         image = op(Image.fromarray(noise))
         assert image.mode == "RGB" and image.size == (7, 9)
         if name == "PosterizeIncreasing" and magnitude == 10:

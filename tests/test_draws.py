@@ -15,7 +15,7 @@ from fastgn.config.groups import AugmentationConfig
 from fastgn.data.dali import draws
 from fastgn.data.dali.draws import Drawn, Kind, Layer, Recipe
 from fastgn.data.dali.jpeg import plain_size
-from fastgn.data.transform import train_transform
+from fastgn.data.transform import build_train_transform
 from fastgn.errors import UserError
 from fastgn.seeding import Stream, seed_host
 
@@ -137,7 +137,7 @@ def test_the_draws_are_those_of_timm(keys, monkeypatch):
     flip, operations and numbers, in the same order."""
     cfg = AugmentationConfig(**keys)
     drawer = Recipe(cfg, SIDE, 0.5)
-    transform = train_transform(cfg, SIDE, 0.5)
+    transform = build_train_transform(cfg, SIDE, 0.5)
     seen: list = []
     spied(monkeypatch, transform, seen)
     for index in range(150):
@@ -202,7 +202,7 @@ def test_a_policy_that_timm_does_not_know():
 
 def test_no_bits_make_black():
     """Magnitude 10 of timm's increasing posterize keeps none, which Pillow refuses."""
-    transform = train_transform(AugmentationConfig(aa="rand-m10-inc1-p1"), SIDE, 0.0)
+    transform = build_train_transform(AugmentationConfig(aa="rand-m10-inc1-p1"), SIDE, 0.0)
     op = next(o for o in transform.transforms[1].ops if o.name == "PosterizeIncreasing")
     assert np.array(op(picture(9, 9))).max() == 0
     for bits in (1, 4, 8):

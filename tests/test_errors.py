@@ -105,7 +105,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "data dir of digits": (["--data-dir", "."], "digits are embedded"),
     "batch that does not divide": (
         ["--batch-size", "5", "--global-batch-size", "48"],
-        "--global-batch-size 48 does not divide by 1 ranks x --batch-size 5",
+        "--global-batch-size 48 is not a multiple of 1 ranks x --batch-size 5",
     ),
     "batch larger than the data": (
         ["--batch-size", "1500"],
@@ -226,8 +226,8 @@ def test_a_mistake_in_a_recipe_names_the_recipe(text, expected, tmp_path, capsys
         ("", "", "train is missing"),
         ("a", "a", "train has 1 class"),
         ("ab", "", "val is missing"),
-        ("abc", "ab", "train has 3 classes, val has 2; c is in one alone"),
-        ("ab", "cd", "train has 2 classes, val has 2; a, b, c are in one alone"),
+        ("abc", "ab", "train has 3 classes, val has 2; c is in only one of them"),
+        ("ab", "cd", "train has 2 classes, val has 2; a, b, c are in only one of them"),
     ],
 )
 def test_image_folders_that_do_not_fit(train_classes, val_classes, expected, tmp_path, capsys):

@@ -17,7 +17,7 @@ from fastgn import evaluate
 from fastgn.analysis import outcomes, pictures, selection
 from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.parts import Parts
-from fastgn.data.subset import images_at_once
+from fastgn.data.subset import choose_batch_size
 from fastgn.train import main as train_main
 from fastgn.trained import load_trained
 
@@ -197,7 +197,7 @@ def test_two_close_radii_have_parts_of_their_own(run: Path, tmp_path: Path) -> N
 def test_batches_follow_images_and_ranks(
     images: int, ranks: int, img_size: int, device: torch.device, size: int
 ) -> None:
-    assert images_at_once(images, ranks, img_size, device) == size
+    assert choose_batch_size(images, ranks, img_size, device) == size
     shares = [-(-images // size) // ranks + (r < -(-images // size) % ranks) for r in range(ranks)]
     assert max(shares) - min(shares) <= 1
 

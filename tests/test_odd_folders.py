@@ -104,9 +104,7 @@ def test_images_that_are_listed_twice_are_said_or_refused(tmp_path, capsys):
     write_tree(tmp_path, {"ant/a.png": PICTURE, "bee/b.png": PICTURE})
     text = "train/ant/a.png ant\ntrain/bee/b.png bee\n./train//ant/a.png ant\n"
     (tmp_path / "train.txt").write_text(text)
-    note = (
-        f"train.txt lists 1 of 3 images a second time or more, such as {tmp_path}/train/ant/a.png"
-    )
+    note = f"train.txt lists 1 of 3 images more than once, such as {tmp_path}/train/ant/a.png"
     assert note in load(tmp_path).notes[0] and "in lines 1 and 3" in load(tmp_path).notes[0]
     assert checking.main([str(tmp_path), "--workers", "0"]) == 0
     assert note in capsys.readouterr().out
@@ -157,7 +155,7 @@ def test_any_list_is_read_or_refused(lines):
 
 def is_image(dataset: Dataset, index: int) -> bool:
     try:
-        dataset.train.image(index)
+        dataset.train.load_image(index)
     except BadImageError as error:
         assert str(error).isprintable()
         return False

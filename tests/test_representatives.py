@@ -10,12 +10,12 @@ from PIL import Image
 from fastgn.config import Config
 from fastgn.data import representatives as room
 from fastgn.data.datasets import Arrays, Dataset, load_dataset
-from fastgn.data.representatives import class_representatives
+from fastgn.data.representatives import compute_representatives
 from fastgn.errors import UserError
 
 
 def made(cfg: Config, dataset: Dataset, img_size: int):
-    return class_representatives(
+    return compute_representatives(
         cfg, dataset, img_size=img_size, crop_pct=0.875, batch_size=7, device=torch.device("cpu")
     )
 

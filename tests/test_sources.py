@@ -30,7 +30,7 @@ import fastgn.data.pack as packing
 from fastgn import train
 from fastgn.config import Config
 from fastgn.config.groups import DatasetConfig
-from fastgn.data.batch import epoch_order
+from fastgn.data.batch import draw_epoch_order
 from fastgn.data.datasets import (
     Arrays,
     BadImageError,
@@ -45,7 +45,7 @@ from fastgn.data.images import SKIPPED_IN_A_ROW, load_or_next
 from fastgn.data.loader import build_loader
 from fastgn.data.shards import INDEX, OPEN_SHARDS, Shards
 from fastgn.data.subset import Subset
-from fastgn.data.torch import in_order
+from fastgn.data.torch import map_in_workers
 from fastgn.errors import UserError
 from fastgn.metrics import read_rows
 
@@ -161,8 +161,8 @@ def test_a_list_beside_a_folder(source, tmp_path):
         ("train/ant/pic.0.jpg 3", "line 19: label 3 is out of range: 3 classes by"),
         ("train/ant/pic.0.jpg -1", "line 19: label -1 is out of range"),
         ("train/ant/pic.0.jpg dog", "line 19: label dog is out of range"),
-        ("train/ant/gone.jpg 0", "line 19: there is no "),
-        ("gone/pic.jpg 0", "line 19: there is no "),
+        ("train/ant/gone.jpg 0", "line 19: no such file: "),
+        ("gone/pic.jpg 0", "line 19: no such file: "),
     ],
 )
 def test_a_bad_line_of_a_list_is_named(line, expected, source, tmp_path):
@@ -268,12 +268,12 @@ def test_larger_images_alone_are_resized(tmp_path):
                 (root / split / name / f"{i}.jpg").write_bytes(encoded(i, size=size))
     assert pack(root, tmp_path / "small", "--short-side", "24", "--quality", "95") == 0
     small, large = dataset_at(tmp_path / "small").train, dataset_at(root).train
-    found = [small.image(i).size for i in range(6)]
+    found = [small.load_image(i).size for i in range(6)]
     assert found == [(36, 24), (24, 36), (24, 500), (20, 30), (7, 7), (24, 24)]
     assert contents(small)[2:6] == contents(large)[2:6]
     for i in (0, 1):
-        expected = large.image(i).resize(found[i], Image.Resampling.BICUBIC)
-        error = np.abs(np.array(small.image(i), int) - np.array(expected, int))
+        expected = large.load_image(i).resize(found[i], Image.Resampling.BICUBIC)
+        error = np.abs(np.array(small.load_image(i), int) - np.array(expected, int))
         assert error.mean() < 2  # JPEG's
     with Image.open(io.BytesIO(contents(small)[0])) as image:
         assert image.format == "JPEG"
@@ -521,7 +521,7 @@ def test_a_bad_image_is_replaced_by_the_next(workers, tmp_path):
     Path(names[17]).unlink()  # while training
     keys = {"on_bad_image": "skip", "workers": workers}
     whole, bad = batches(dataset, **keys)
-    order = epoch_order(18, 0, 1)[:16].tolist()
+    order = draw_epoch_order(18, 0, 1)[:16].tolist()
     met = {names[i] for i in order if i in names}
     met |= {names[5]} if 4 in order else set()  # whose replacement is bad as well
     assert {line.partition(" cannot")[0] for line in bad} == met
@@ -580,7 +580,7 @@ def die(index: int) -> int:
 
 def test_a_worker_that_dies_is_one_line():
     with pytest.raises(UserError, match=r"^DataLoader worker \(pid.*, lower --workers$") as caught:
-        list(in_order(die, range(3), 1, 60.0))
+        list(map_in_workers(die, range(3), 1, 60.0))
     assert "\n" not in str(caught.value)
 
 
@@ -685,9 +685,9 @@ def odd_images() -> dict[str, bytes]:
 
 
 def test_each_oddity_has_its_note():
-    assert checking.oddities(encoded(0, size=(40, 40))) == []
+    assert checking.find_oddities(encoded(0, size=(40, 40))) == []
     for note, content in odd_images().items():
-        assert note in checking.oddities(content)
+        assert note in checking.find_oddities(content)
         decode_image(content, note)  # and is none of the bad ones
 
 

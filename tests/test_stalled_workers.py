@@ -13,7 +13,7 @@ import fastgn.data.check as checking
 import fastgn.data.pack as packing
 from fastgn import train
 from fastgn.data.datasets import Files
-from fastgn.data.torch import in_order
+from fastgn.data.torch import map_in_workers
 from fastgn.errors import UserError
 
 SAID = r"^worker process \d+ of the data loader has made nothing for 3 s, and was ended: "
@@ -46,7 +46,7 @@ def standstill(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_worker_that_stands_still_is_named_and_ended():
-    made, began = in_order(stop_at_2, range(6), 1, 3.0), time.monotonic()
+    made, began = map_in_workers(stop_at_2, range(6), 1, 3.0), time.monotonic()
     assert [next(made), next(made)] == [0, 1]
     with pytest.raises(UserError, match=SAID):
         next(made)
@@ -59,7 +59,7 @@ def test_slow_workers_have_their_time():
         time.sleep(0.5)
         return index
 
-    assert list(in_order(slow, range(5), 1, 2.0)) == [0, 1, 2, 3, 4]
+    assert list(map_in_workers(slow, range(5), 1, 2.0)) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastgn.data.batch import Batch
-from fastgn.data.trial import MEAN_DIFFERENCE, MEDIAN_DIFFERENCE, dali_or_pil
+from fastgn.data.trial import MEAN_DIFFERENCE, MEDIAN_DIFFERENCE, choose_dali_or_pil
 from fastgn.errors import UserError
 
 
@@ -64,7 +64,7 @@ def raise_(error: Exception) -> Callable[..., Any]:
 )
 def test_dali_is_taken_if_its_first_batch_is_pils(change):
     dali, pil = Standin(change), Standin()
-    loader, line = dali_or_pil(lambda: dali, lambda: pil)
+    loader, line = choose_dali_or_pil(lambda: dali, lambda: pil)
     assert loader is dali and line is None and dali.bad_images == [] and not dali.closed
 
 
@@ -85,10 +85,10 @@ FAULTS: dict[str, Callable[[Batch], Batch]] = {
         images_BCHW=b.images_BCHW[1:]
     ),
     "its images are not finite": nan,
-    "its targets are others": lambda b: b._replace(targets=b.targets.roll(1, 0)),
+    "its targets differ": lambda b: b._replace(targets=b.targets.roll(1, 0)),
     "its targets are torch.int64": lambda b: b._replace(targets=b.targets.argmax(1)),
-    "its images are 1.8/255 from PIL's at most": shifted(1.1 * MEAN_DIFFERENCE, images=1),
-    "and 0.7/255 in the middle": shifted(1.4 * MEDIAN_DIFFERENCE),
+    "its images differ from PIL's by at most 1.8/255": shifted(1.1 * MEAN_DIFFERENCE, images=1),
+    "in the median by 0.7/255": shifted(1.4 * MEDIAN_DIFFERENCE),
     "from PIL's at most": lambda b: b._replace(images_BCHW=b.images_BCHW.flip(3)),
 }
 
@@ -96,21 +96,21 @@ FAULTS: dict[str, Callable[[Batch], Batch]] = {
 @pytest.mark.parametrize("said", FAULTS)
 def test_pil_is_taken_if_dali_fails_and_a_line_says_why(said):
     dali, pil = Standin(FAULTS[said]), Standin()
-    loader, line = dali_or_pil(lambda: dali, lambda: pil)
+    loader, line = choose_dali_or_pil(lambda: dali, lambda: pil)
     assert loader is pil and dali.closed and pil.bad_images == []
     assert line is not None and said in line and "\n" not in line
-    assert line.startswith("--loader auto takes torch, because DALI did not pass its trial: ")
+    assert line.startswith("--loader auto uses torch, because DALI did not pass its trial: ")
 
 
 def test_a_loader_of_dalis_that_cannot_be_made(tmp_path):
     pil = Standin()
-    loader, line = dali_or_pil(raise_(ImportError("libcuda.so.1")), lambda: pil)
+    loader, line = choose_dali_or_pil(raise_(ImportError("libcuda.so.1")), lambda: pil)
     assert loader is pil and line is not None and line.endswith("ImportError: libcuda.so.1")
 
 
 def test_all_ranks_take_the_same_loader():
     dali, pil = Standin(), Standin()
-    loader, line = dali_or_pil(lambda: dali, lambda: pil, agree=lambda mine: True)
+    loader, line = choose_dali_or_pil(lambda: dali, lambda: pil, agree=lambda mine: True)
     assert loader is pil and dali.closed
     assert line is not None and line.endswith("it failed on another rank")
 
@@ -119,4 +119,4 @@ def test_a_bad_image_is_the_users_and_not_dalis():
     """PIL's loader comes first, and what it raises ends the run as it would have later."""
     bad = Standin(raise_(UserError("x.jpg cannot be read")))
     with pytest.raises(UserError, match=r"x\.jpg cannot be read"):
-        dali_or_pil(Standin, lambda: bad)
+        choose_dali_or_pil(Standin, lambda: bad)

@@ -50,7 +50,7 @@ from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.batch import Batch
 from fastgn.data.datasets import Arrays, Dataset, Files
 from fastgn.data.loader import build_loader
-from fastgn.data.transform import forgive_posterize
+from fastgn.data.transform import replace_posterize
 from fastgn.errors import UserError, check
 from fastgn.files import write_bytes, write_json
 from fastgn.metrics import environment
@@ -151,7 +151,7 @@ class TimmImages(torch.utils.data.Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.split.image(index)), int(self.split.labels_N[index])
+        return self.transform(self.split.load_image(index)), int(self.split.labels_N[index])
 
 
 def timm_batches(
@@ -179,7 +179,7 @@ def timm_batches(
         device=device,
     )
     for step in getattr(loader.dataset.transform, "transforms", ()):
-        forgive_posterize(step)
+        replace_posterize(step)
     mix = Mixup(cfg.mixup, cfg.cutmix, switch_prob=0.5, label_smoothing=0.1, num_classes=1000)
     for images, labels in loader:
         yield Batch(*mix(images, labels.to(device)))

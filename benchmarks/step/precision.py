@@ -36,7 +36,7 @@ from benchmarks.common.records import earlier, write_record
 from benchmarks.common.timing import summary
 from fastgn.config.groups import ArchitectureConfig, DatasetConfig
 from fastgn.data.augment import to_float
-from fastgn.data.datasets import Arrays, cifar10, load_dataset
+from fastgn.data.datasets import Arrays, load_dataset, read_cifar10
 from fastgn.errors import UserError
 from fastgn.metrics import environment
 from fastgn.models.network import build_model, kernels_for
@@ -170,7 +170,7 @@ def sources(names: Sequence[str], cifar10_file: str | None) -> tuple[dict[str, A
         elif cifar10_file is None:
             notes.append("cifar10: no --cifar10 FILE was given")
         else:
-            data = cifar10(cifar10_file)
+            data = read_cifar10(cifar10_file)
             found[name] = (data.train, data.val)
     return found, notes
 

@@ -12,7 +12,7 @@ from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import EvaluateConfig
 from fastgn.data.datasets import Arrays, Encoded, check_classes, load_validation
 from fastgn.data.lists import read_lines
-from fastgn.data.subset import Subset, images_at_once
+from fastgn.data.subset import Subset, choose_batch_size
 from fastgn.errors import check
 from fastgn.trained import Trained
 
@@ -46,7 +46,7 @@ def select_images(
         chosen=find_listed_images(cfg.image_list, split) if cfg.image_list else None,
     )
     if cfg.batch_size is None:
-        subset.batch_size = images_at_once(subset.size, ranks, subset.img_size, device)
+        subset.batch_size = choose_batch_size(subset.size, ranks, subset.img_size, device)
     return subset
 
 

@@ -1,4 +1,5 @@
-"""Images: one Batch contract, whatever they come from (see batch.py).
+"""Data sets, and loaders that all yield the same `Batch` (see batch.py).
 
-Nothing is imported here, so that fastgn.data.pack and fastgn.data.check answer a mistake at once.
+This module imports nothing, so that fastgn.data.pack and fastgn.data.check report a user's mistake
+at once.
 """

@@ -1,4 +1,4 @@
-"""Splits that are arrays in memory."""
+"""Splits of a data set that are held as arrays in memory."""
 
 import dataclasses
 from pathlib import Path
@@ -15,13 +15,15 @@ from fastgn.errors import UserError, check
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """A split small enough for memory. Raises UserError unless images and labels are what the
-    fields say."""
+    """The images and labels of a split that fits into memory.
+
+    Raises UserError unless the tensors have the shapes and dtypes that the fields name.
+    """
 
     images_NCHW: Tensor
-    """uint8, RGB."""
+    """RGB images as `(N, 3, H, W), uint8`."""
     labels_N: Tensor
-    """int64."""
+    """Index of each image's class as `(N,), int64`."""
 
     def __post_init__(self) -> None:
         images, labels = self.images_NCHW, self.labels_N
@@ -39,15 +41,15 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels_N)
 
-    def image(self, index: int) -> Image.Image:
-        """Returns an image as PIL has it."""
+    def load_image(self, index: int) -> Image.Image:
+        """Returns one image as a PIL image."""
         return Image.fromarray(self.images_NCHW[index].permute(1, 2, 0).numpy())
 
 
-def class_labels(labels: np.ndarray, classes: int, where: str) -> Tensor:
-    """Returns integers (N) or (N, 1) as labels: int64 N.
+def convert_labels(labels: np.ndarray, classes: int, where: str) -> Tensor:
+    """Returns integer labels of shape `(N,)` or `(N, 1)` as a tensor `(N,), int64`.
 
-    Raises UserError, which begins with `where`, if one is no class's number.
+    Raises UserError, which begins with `where`, if a label is not in 0 to `classes` - 1.
     """
     labels = labels.reshape(-1)
     outside = labels[(labels < 0) | (labels >= classes)]
@@ -59,9 +61,13 @@ def class_labels(labels: np.ndarray, classes: int, where: str) -> Tensor:
 
 
 def read_arrays(path: Path, splits: tuple[str, ...], classes: int, where: str) -> list[Arrays]:
-    """Reads {split}_images (uint8 NHWC) and {split}_labels (integers) of each split from an .npz.
+    """Reads the images and labels of each split from an .npz file.
 
-    Raises UserError, which begins with `where`, if they are not that or do not fit together.
+    A split has the arrays {split}_images, `(N, H, W, 3), uint8`, and {split}_labels, `(N,)`
+    integers.
+
+    Raises UserError, which begins with `where`, if an array is missing, has another shape or dtype,
+    or has another length than its counterpart.
     """
     fields = {f"{split}_images": IMAGES for split in splits}
     fields |= {f"{split}_labels": LABELS for split in splits}
@@ -75,15 +81,15 @@ def read_arrays(path: Path, splits: tuple[str, ...], classes: int, where: str) -
         )
         check(images.size > 0, f"{where}: {split} images of {images.shape[1:3]} have no pixels")
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        found.append(Arrays(pixels, class_labels(labels, classes, where)))
+        found.append(Arrays(pixels, convert_labels(labels, classes, where)))
     return found
 
 
 def decode_all(split: Arrays | Encoded) -> Arrays:
-    """Decodes every image of a split. Raises UserError unless all have one size."""
+    """Returns a split with all images decoded. Raises UserError if the images differ in size."""
     if isinstance(split, Arrays):
         return split
-    images = [torch.from_numpy(np.array(split.image(i))) for i in range(len(split))]
+    images = [torch.from_numpy(np.array(split.load_image(i))) for i in range(len(split))]
     odd = next((i for i, x in enumerate(images) if x.shape != images[0].shape), None)
     if odd is not None:
         raise UserError(

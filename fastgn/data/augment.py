@@ -1,7 +1,8 @@
-"""What happens to a training batch on the device: shift, flip, erasing, mixing, smoothing.
+"""Augmentation of training batches on the device: shift, flip, erasing, mixing, label smoothing.
 
-timm draws (its RandomErasing and Mixup; the caller seeds the generators), and what is drawn is done
-to all images at once: timm's erasing goes from image to image, and its batch could not be compiled.
+timm's RandomErasing and Mixup draw the random numbers, from generators that the caller seeds. The
+code here then applies the draws to all images at once. timm itself erases one image after the
+other, and its code for batches cannot be compiled.
 """
 
 from typing import NamedTuple
@@ -16,20 +17,27 @@ from fastgn.config.groups import AugmentationConfig
 from fastgn.data.batch import Batch
 
 
-class Drawn(NamedTuple):
-    """What is done to a batch, on its device. None is left out."""
+class BatchDraws(NamedTuple):
+    """Random draws for one batch, on the batch's device. None means that the batch is not changed
+    so."""
 
     boxes_B4: Tensor | None = None
-    """int64: top, bottom, left and right of what is erased; zeros where nothing is."""
+    """Top, bottom, left and right of the box erased in each image, `(B, 4), int64`. Zeros mean no
+    box."""
     fill: Tensor | None = None
-    """fp32 in 0..1, broadcast to the images: what stands in the boxes."""
+    """Pixels in 0..1 that fill the erased boxes, fp32, of a shape that broadcasts to the images."""
     mix_5: Tensor | None = None
-    """fp32: the box that comes from image B - 1 - i, as above, and an image's own share."""
+    """Box that is copied from image B - 1 - i into image i, and image i's share of the result.
+
+    `(5,), fp32`: top, bottom, left, right, share.
+    """
 
 
 class BatchAugment:
-    """(images in 0..1, which it may write to, labels) -> Batch: erasing, mixup or cutmix,
-    smoothing."""
+    """Applies erasing, mixup or cutmix, and label smoothing to a batch.
+
+    A call takes images in 0..1, which it may overwrite, and labels. It returns a `Batch`.
+    """
 
     def __init__(
         self,
@@ -39,8 +47,11 @@ class BatchAugment:
         std: Tensor,
         device: torch.device,
     ):
-        """mean, std: the model's normalisation, 1 x 3 x 1 x 1, in whose units timm's erasing
-        works."""
+        """Sets up timm's random erasing and mixing.
+
+        mean, std: the model's normalisation, `(1, 3, 1, 1)`. timm's erasing draws noise in these
+        units.
+        """
         self.mean, self.std = mean.to(device), std.to(device)
         self.num_classes = num_classes
         self.smoothing = cfg.smoothing
@@ -62,27 +73,28 @@ class BatchAugment:
                 hole = images_BCHW[image : image + 1, :, top:bottom, left:right]
                 hole.copy_(self.draw_fill(*hole.shape))
         mix_5 = self.draw_mix(num, height, width)
-        return self.apply(images_BCHW, labels_B, Drawn(mix_5=mix_5))
+        return self.apply(images_BCHW, labels_B, BatchDraws(mix_5=mix_5))
 
-    def draw(self, num: int, height: int, width: int) -> Drawn:
-        """For num images, from Python's, NumPy's and torch's generators."""
+    def draw(self, num: int, height: int, width: int) -> BatchDraws:
+        """Draws what is done to `num` images, from the generators of Python, NumPy and PyTorch."""
         boxes_B4 = fill = None
         if self.erase is not None:
             boxes_B4 = torch.tensor(self.draw_boxes(num, height, width))
             boxes_B4 = boxes_B4.to(self.device, non_blocking=True)
             fill = self.draw_fill(num, 3, height, width)
-        return Drawn(boxes_B4, fill, self.draw_mix(num, height, width))
+        return BatchDraws(boxes_B4, fill, self.draw_mix(num, height, width))
 
     def draw_boxes(self, num: int, height: int, width: int) -> list[list[int]]:
-        """Top, bottom, left and right of what is erased of each image; zeros where nothing is."""
-        noted = Noted(num)
+        """Returns top, bottom, left and right of the box to erase in each image. Zeros mean no
+        box."""
+        noted = BoxRecorder(num)
         if self.erase is not None:
             for noted.image in range(num):
                 self.erase._erase(noted, 3, height, width, torch.float32)
         return noted.boxes
 
     def draw_fill(self, *shape: int) -> Tensor:
-        """What stands in the boxes, in 0..1; broadcast to the shape."""
+        """Returns pixels in 0..1 for the erased boxes, of a shape that broadcasts to `shape`."""
         if self.remode != "pixel":
             shape = (*shape[:2], 1, 1)
         draw = torch.zeros if self.remode == "const" else torch.randn
@@ -90,7 +102,7 @@ class BatchAugment:
         return draw(shape, device=self.device).mul_(self.std).add_(self.mean).clamp_(0, 1)
 
     def draw_mix(self, num: int, height: int, width: int) -> Tensor | None:
-        """See Drawn."""
+        """Returns `BatchDraws.mix_5`, or None if the options ask for no mixing."""
         if self.mix is None:
             return None
         share, cuts = self.mix._params_per_batch()
@@ -100,28 +112,34 @@ class BatchAugment:
         mix_5 = torch.tensor([*map(float, box), share], dtype=torch.float32)
         return mix_5.to(self.device, non_blocking=True)
 
-    def apply(self, images_BCHW: Tensor, labels_B: Tensor, drawn: Drawn) -> Batch:
-        """Does what is drawn. No wait for the device, and nothing that a graph cannot hold."""
+    def apply(self, images_BCHW: Tensor, labels_B: Tensor, drawn: BatchDraws) -> Batch:
+        """Returns the batch with the draws applied.
+
+        It does not wait for the device, and a compiled graph can hold it.
+        """
         height, width = images_BCHW.shape[-2:]
         share: Tensor | float = 1.0
         if drawn.boxes_B4 is not None and drawn.fill is not None:
-            erased = inside(drawn.boxes_B4[:, :, None, None, None], height, width)
+            erased = make_box_mask(drawn.boxes_B4[:, :, None, None, None], height, width)
             images_BCHW = torch.where(erased, drawn.fill, images_BCHW)
         if drawn.mix_5 is not None:
             share = drawn.mix_5[4]
             box = drawn.mix_5[None, :4, None, None, None]
             # a box that is empty at the top leaves a share of 1
-            own = torch.where(box[:, 1] > 0, (~inside(box, height, width)).float(), share)
-            images_BCHW = mixed(images_BCHW, own)
+            own = torch.where(box[:, 1] > 0, (~make_box_mask(box, height, width)).float(), share)
+            images_BCHW = mix_images(images_BCHW, own)
         if drawn.mix_5 is not None or self.smoothing:
             targets = mixup_target(labels_B, self.num_classes, share, self.smoothing)
             return Batch(images_BCHW, targets)
         return Batch(images_BCHW, labels_B)
 
 
-def mixed(images_BCHW: Tensor, own: Tensor) -> Tensor:
-    """own (fp32 1 x 1 x 1 x 1 or H x W) of each image and the rest of image B - 1 - i. On a CPU in
-    place, by pairs, in its caches."""
+def mix_images(images_BCHW: Tensor, own: Tensor) -> Tensor:
+    """Returns each image mixed with image B - 1 - i of the batch.
+
+    own: share of the image itself, fp32, `(1, 1, 1, 1)` or `(1, 1, H, W)`. On a CPU the images are
+    mixed in place, two at a time, because a pair fits into the caches.
+    """
     if images_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
         return images_BCHW.flip(0).lerp_(images_BCHW, own)
     other = 1 - own[0]
@@ -133,8 +151,8 @@ def mixed(images_BCHW: Tensor, own: Tensor) -> Tensor:
     return images_BCHW
 
 
-class Noted:
-    """Stands in for the image that timm erases, and notes where."""
+class BoxRecorder:
+    """Takes the place of the image that timm erases, and records the box that timm assigns to."""
 
     def __init__(self, num: int):
         self.boxes = [[0, 0, 0, 0] for _ in range(num)]
@@ -145,8 +163,11 @@ class Noted:
         self.boxes[self.image] = [rows.start, rows.stop, columns.start, columns.stop]
 
 
-def inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """N x 4 x 1 x 1 x 1 (top, bottom, left, right) -> bool N x 1 x height x width."""
+def make_box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Returns a mask that is True inside the boxes, `(N, 1, height, width), bool`.
+
+    boxes: top, bottom, left and right, `(N, 4, 1, 1, 1), int64`.
+    """
     top, bottom, left, right = boxes.unbind(1)
     rows = torch.arange(height, device=boxes.device)[:, None]
     columns = torch.arange(width, device=boxes.device)
@@ -154,7 +175,10 @@ def inside(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def to_float(images_BCHW: Tensor, img_size: int) -> Tensor:
-    """uint8 -> fp32 in 0..1, resized (bilinear, antialiased) where the side differs."""
+    """Returns uint8 images as fp32 in 0..1, resized to `img_size` if their sides differ from it.
+
+    Resizing is bilinear and antialiased.
+    """
     images_BCHW = images_BCHW.float().div_(255)
     if images_BCHW.shape[-1] != img_size or images_BCHW.shape[-2] != img_size:
         size = (img_size, img_size)
@@ -163,8 +187,10 @@ def to_float(images_BCHW: Tensor, img_size: int) -> Tensor:
 
 
 def shift(images_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
-    """Each image padded with zeros and cropped at its own offset (int64, 0..2 padding, row and
-    column)."""
+    """Returns each image padded with zeros and cropped to its old size at its own offset.
+
+    offsets_B2: row and column of the crop, in 0 to 2 * padding, `(B, 2), int64`.
+    """
     _, _, height, width = images_BCHW.shape
     padded = F.pad(images_BCHW, (padding,) * 4)
     device = images_BCHW.device
@@ -175,5 +201,5 @@ def shift(images_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
 
 
 def flip(images_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
-    """Mirrors the images that flipped_B (bool) names."""
+    """Returns the images with those mirrored for which `flipped_B`, bool, is True."""
     return torch.where(flipped_B[:, None, None, None], images_BCHW.flip(3), images_BCHW)

@@ -1,4 +1,4 @@
-"""The contract that every loader keeps."""
+"""The interface of all data loaders, and functions that the loaders share."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -11,42 +11,47 @@ from fastgn.seeding import Stream, generator
 
 
 class Batch(NamedTuple):
-    """A rank's micro-batch, on the device."""
+    """One rank's micro-batch, on the device."""
 
     images_BCHW: Tensor
-    """fp32 in 0..1, not normalised."""
+    """Images in 0..1 as fp32, not normalised."""
     targets: Tensor
-    """int64 B, or fp32 B x K where targets are soft."""
+    """Class indices `(B,), int64`, or soft targets `(B, K), fp32`."""
 
 
 class Loader(Protocol):
-    """Training batches. All ranks' batches of one step are one contiguous piece of the epoch's
-    order, and what an image looks like depends on (seed, epoch, image) or (seed, epoch, batch,
-    rank) alone: position (epoch, first) is all that a resumed run needs."""
+    """Loads training batches, so that a resumed run only has to know the epoch and the batch.
+
+    The batches that all ranks use for one update are one contiguous part of the epoch's order. How
+    an image is augmented depends only on (seed, epoch, image) or on (seed, epoch, batch, rank).
+    """
 
     batches_per_epoch: int
+    """Number of micro-batches per epoch on each rank."""
     bad_images: list[str]
-    """A line for each image replaced (--on-bad-image skip) in the batches handed out; who reads it
-    empties it."""
+    """Messages about images that were replaced because of --on-bad-image skip.
+
+    The list covers the batches yielded since it was last emptied. Its reader empties it.
+    """
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Micro-batches first, first + 1, ... of an epoch."""
+        """Yields the micro-batches `first`, `first` + 1, ... of an epoch."""
         ...
 
 
-def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
-    """The epoch's permutation, int64, the same on every rank."""
+def draw_epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
+    """Returns the order of the images in an epoch, `(N,), int64`. All ranks get the same order."""
     return torch.randperm(num_images, generator=generator(Stream.ORDER, seed, epoch))
 
 
 def rank_slice(index: int, batch_size: int, rank: int, ranks: int) -> slice:
-    """Where a rank's micro-batch `index` lies in the epoch's order."""
+    """Returns which part of the epoch's order is a rank's micro-batch number `index`."""
     start = (index * ranks + rank) * batch_size
     return slice(start, start + batch_size)
 
 
-def worker_death(error: RuntimeError) -> UserError | None:
-    """What to say where an error is torch's, of a worker process that has died."""
+def explain_worker_death(error: RuntimeError) -> UserError | None:
+    """Returns the error to raise if `error` says that a worker process has died, or None if not."""
     line = str(error).strip(" .")
     if not line.startswith("DataLoader worker"):
         return None

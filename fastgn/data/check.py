@@ -1,9 +1,9 @@
-"""Decodes every image of a data set, as training would, and names what is wrong with which.
+"""Decodes every image of a data set as training would, and lists the images that have faults.
 
     python -m fastgn.data.check DIR
 
-DIR is whatever --data-dir takes. Exit status 1: some images would stop a run (or be replaced, with
---on-bad-image skip). What is merely odd is counted: it trains, as it is.
+DIR is what --data-dir takes. Exit status 1 means that at least one image would stop a training run,
+or would be replaced with --on-bad-image skip. Unusual images that can be trained on are counted.
 """
 
 import contextlib
@@ -29,32 +29,32 @@ from fastgn.config.programs import CheckConfig
 from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards
-from fastgn.data.torch import in_order
+from fastgn.data.torch import map_in_workers
 from fastgn.errors import UserError, escaped, print_line
 from fastgn.files import check_target, write_json
 
 TINY_PX = 32
-"""A shorter side below this is worth a note."""
+"""Shorter side in pixels below which an image is reported as tiny."""
 ORIENTATION = 0x0112
-"""EXIF's tag."""
+"""Number of the EXIF tag that holds the orientation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Of one image, or of a shard as a whole."""
+    """Result of checking one image, or one whole shard."""
 
     name: str
     problem: str | None = None
-    """Its kind, where training would stop."""
+    """Kind of fault that would stop training. None means that training can use it."""
     line: str = ""
-    """What training would say."""
+    """Error message that training would print."""
     notes: tuple[str, ...] = ()
-    """What is odd, but no problem."""
+    """Keys of NOTES that apply. They are unusual, but no fault."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspector:
-    """Image number -> Finding."""
+    """Checks the image of a given index. It can be sent to worker processes."""
 
     split: Encoded
 
@@ -65,20 +65,20 @@ class Inspector:
             with warnings.catch_warnings():  # PIL's, of what is said here
                 warnings.simplefilter("ignore")
                 decode_image(content, name)
-                return Finding(name, notes=tuple(oddities(content)))
+                return Finding(name, notes=tuple(find_oddities(content)))
         except BadImageError as error:
             return Finding(name, error.problem, str(error))
 
-    def shard(self, number: int) -> Finding:
-        """Of a shard as a whole."""
+    def inspect_shard(self, number: int) -> Finding:
+        """Checks a whole shard, given its number."""
         assert isinstance(self.split, Shards)
-        line = self.split.spoilt(number)
+        line = self.split.find_fault(number)
         name = self.split.shards[number]
         return Finding(name) if line is None else Finding(name, "spoilt shard", line)
 
 
-def oddities(content: bytes) -> list[str]:
-    """What makes an image that decodes unlike a photograph's plain JPEG."""
+def find_oddities(content: bytes) -> list[str]:
+    """Returns the keys of NOTES that apply to an image that can be decoded."""
     with open_image(content) as image:
         orientation = 1
         with contextlib.suppress(Exception):  # of EXIF that PIL cannot read: nothing follows it
@@ -105,11 +105,14 @@ NOTES = {
     "tiny": f"a side below {TINY_PX} px",
     "gigantic": "decoding takes seconds and gigabytes",
 }
-"""What becomes of the odd ones."""
+"""Unusual property of an image -> what training does with such an image."""
 
 
 def inspect(cfg: CheckConfig) -> dict[str, Any]:
-    """The report, ready for JSON. Raises UserError where the data set as a whole is no such."""
+    """Checks all images and returns the report, ready for JSON.
+
+    Raises UserError if the data set as a whole cannot be loaded.
+    """
     dataset = load_dataset(
         DatasetConfig(
             data="imagefolder",
@@ -129,9 +132,9 @@ def inspect(cfg: CheckConfig) -> dict[str, Any]:
             (inspector, range(len(split)), "image")
         ]
         if isinstance(split, Shards):
-            jobs.append((inspector.shard, range(len(split.shards)), "shard"))
+            jobs.append((inspector.inspect_shard, range(len(split.shards)), "shard"))
         for work, numbers, unit in jobs:
-            found = in_order(work, numbers, cfg.workers, cfg.worker_timeout)
+            found = map_in_workers(work, numbers, cfg.workers, cfg.worker_timeout)
             for finding in tqdm(found, name, len(numbers), unit=unit, disable=None):
                 if finding.problem is not None:
                     bad.append(
@@ -150,8 +153,8 @@ def inspect(cfg: CheckConfig) -> dict[str, Any]:
     }
 
 
-def shown(report: dict[str, Any]) -> str:
-    """The report as text."""
+def format_report(report: dict[str, Any]) -> str:
+    """Returns the report as text."""
     images = " and ".join(f"{count} in {name}" for name, count in report["images"].items())
     lines = [f"{report['data_dir']}: {images}; {report['classes']} classes"]
     bad = report["bad"]
@@ -166,15 +169,17 @@ def shown(report: dict[str, Any]) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit status: 1 where an image is bad, 2 for a mistake of the
-    user's, said in one line."""
+    """Runs the program and returns its exit status.
+
+    1 means that an image is bad, and 2 that the user made a mistake, which is printed in one line.
+    """
     try:
         args = sys.argv[1:] if args is None else args
         cfg = parse_cli(CheckConfig, args, "fastgn.data.check")
         if cfg.output:
             check_target(Path(cfg.output))
         report = inspect(cfg)
-        print(shown(report))
+        print(format_report(report))
         if cfg.output:
             write_json(Path(cfg.output), report)
             print_line(f"written: {cfg.output}", sys.stdout)

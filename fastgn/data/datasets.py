@@ -1,4 +1,4 @@
-"""Where images come from: arrays in memory, files below a folder or in a list, or packed shards."""
+"""Loads data sets: arrays in memory, files in folders or lists, or packed shards."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgn.config.groups import DatasetConfig
 from fastgn.data.arrays import Arrays, decode_all, read_arrays
 from fastgn.data.folders import find_images
-from fastgn.data.images import BadImageError, Encoded, bad_image, decode_image
+from fastgn.data.images import BadImageError, Encoded, decode_image, make_bad_image_error
 from fastgn.data.lists import read_list
 from fastgn.data.shards import INDEX, Shards
 from fastgn.errors import UserError, check
@@ -38,25 +38,26 @@ CIFAR10_CLASSES = (
 
 @dataclasses.dataclass(frozen=True)
 class Files(Encoded):
-    """A split whose images are files of their own."""
+    """A split whose images are separate files."""
 
     paths: Sequence[str]
     labels_N: Tensor
-    """int64."""
+    """Index of each image's class as `(N,), int64`."""
     root: str = ""
-    """The folder that names of images begin at, wherever it lies today."""
+    """Folder of the data set. Digests of the data set leave it out, so that the data may move."""
 
     def name(self, index: int) -> str:
-        """For messages."""
+        """Returns the image's path, for messages."""
         return self.paths[index]
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises BadImageError."""
+        """Returns the encoded bytes of an image. Raises BadImageError if its file cannot be
+        read."""
         try:
             with open_regular(self.paths[index]) as file:
                 return file.read()
         except OSError as error:
-            raise bad_image(self.name(index), error.strerror or error) from None
+            raise make_bad_image_error(self.name(index), error.strerror or error) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,15 @@ class Dataset:
     val: Arrays | Encoded
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Lines for the user: what was left out of folders, and what lists have twice."""
+    """Messages for the user: files that were left out, and files that a list names twice."""
 
 
 def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> None:
-    """Raises UserError, which begins with `who`, unless the data's classes are the known ones, in
-    the same order: a label is a number, and would name another class."""
+    """Raises UserError unless the data set has the known classes in the same order.
+
+    A label is a number, so in another order it would mean another class. The message begins with
+    `who`.
+    """
     check(
         len(known) == len(classes),
         f"{who} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data has "
@@ -90,10 +94,12 @@ def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> Non
 
 
 def load_dataset(cfg: DatasetConfig) -> Dataset:
-    """Returns the configured images. Raises UserError if they are missing, cannot be read, or do
-    not fit together."""
+    """Returns the configured data set.
+
+    Raises UserError if images are missing, cannot be read, or do not fit together.
+    """
     kind = cfg.data or ("imagefolder" if cfg.data_dir else "digits")
-    with naming(cfg):
+    with report_file_errors(cfg):
         if cfg.data_dir is not None:
             check(kind != "digits", f"--data-dir {cfg.data_dir}: digits are embedded, leave it out")
             check(
@@ -102,24 +108,24 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
             )
         match kind:
             case "digits":
-                return digits()
+                return read_digits()
             case "cifar10":
-                return cifar10(cfg.data_dir)
+                return read_cifar10(cfg.data_dir)
             case _:
                 check(cfg.data_dir is not None, "--data imagefolder needs --data-dir")
-                return imagefolder(Path(str(cfg.data_dir)), cfg.train_split, cfg.val_split)
+                return read_image_folder(Path(str(cfg.data_dir)), cfg.train_split, cfg.val_split)
 
 
 def load_validation(cfg: DatasetConfig) -> tuple[Arrays | Encoded, tuple[str, ...]]:
     """Returns the configured validation images and their classes.
 
-    A folder needs no training images. If it has them, both must have the same classes. Raises
-    UserError.
+    A folder without training images is accepted. If it has training images, both splits must have
+    the same classes. Raises UserError if the images cannot be loaded.
     """
     root = Path(str(cfg.data_dir))
-    with naming(cfg):
+    with report_file_errors(cfg):
         folder = cfg.data_dir is not None and cfg.data in (None, "imagefolder")
-        if folder and root.exists() and not is_there(root, cfg.train_split):
+        if folder and root.exists() and not split_exists(root, cfg.train_split):
             found = find_split(root, cfg.val_split, "--val-split")
             return found.images, found.classes
     dataset = load_dataset(cfg)
@@ -127,9 +133,8 @@ def load_validation(cfg: DatasetConfig) -> tuple[Arrays | Encoded, tuple[str, ..
 
 
 @contextlib.contextmanager
-def naming(cfg: DatasetConfig) -> Iterator[None]:
-    """Turns what the file system refuses, such as a folder that may not be read or a name that is
-    too long, into a UserError."""
+def report_file_errors(cfg: DatasetConfig) -> Iterator[None]:
+    """Turns an OSError inside the block into a UserError that names --data-dir and the file."""
     try:
         yield
     except OSError as error:
@@ -139,14 +144,16 @@ def naming(cfg: DatasetConfig) -> Iterator[None]:
         ) from None
 
 
-def is_there(root: Path, split: str) -> bool:
-    """Whether a folder has a split, in whatever form."""
+def split_exists(root: Path, split: str) -> bool:
+    """Returns whether a folder has a split, as a folder or as a list."""
     return (root / split).exists() or (root / f"{split}.txt").exists()
 
 
-def digits() -> Dataset:
-    """scikit-learn's 1,797 embedded 8 x 8 digits: a stratified split of 1,437 and 360, always the
-    same."""
+def read_digits() -> Dataset:
+    """Returns scikit-learn's 1,797 digits of 8 x 8 pixels.
+
+    The split into 1,437 training and 360 validation images is stratified and always the same.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -163,31 +170,36 @@ def digits() -> Dataset:
     return Dataset("digits", train, val, tuple(str(d) for d in range(10)))
 
 
-def cifar10(data_dir: str | None) -> Dataset:
-    """CIFAR-10 from an .npz (train_images uint8 NHWC, train_labels, test_images, test_labels), from
-    the python batches, from an image folder (train/<class>/, test/<class>/), or downloaded."""
+def read_cifar10(data_dir: str | None) -> Dataset:
+    """Returns CIFAR-10 from `data_dir`, or downloads it if that is None.
+
+    data_dir is an .npz file with train_images (uint8, NHWC), train_labels, test_images and
+    test_labels, a folder with the python batches, or a folder with train/<class>/ and
+    test/<class>/.
+    """
     path = Path(data_dir) if data_dir else None
     notes: tuple[str, ...] = ()
     if path is not None and path.suffix == ".npz":
         train, val = read_arrays(path, ("train", "test"), 10, f"--data-dir {path}")
     elif path is not None and (path / "train").is_dir():
-        folder = imagefolder(path, "train", "test")
+        folder = read_image_folder(path, "train", "test")
         check(
             folder.classes == CIFAR10_CLASSES,
             f"--data-dir {path}: CIFAR-10 has the classes {', '.join(CIFAR10_CLASSES)}; found "
-            f"{', '.join(folder.classes)} (--data imagefolder takes any)",
+            f"{', '.join(folder.classes)} (--data imagefolder accepts any classes)",
         )
         train, val, notes = decode_all(folder.train), decode_all(folder.val), folder.notes
     else:
-        train, val = from_torchvision(path)
+        train, val = read_torchvision(path)
     return Dataset("cifar10", train, val, CIFAR10_CLASSES, notes)
 
 
-def from_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
-    """Returns CIFAR-10's python batches, below `path` or downloaded to the user's cache.
+def read_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
+    """Returns CIFAR-10's training and test images from its python batches.
 
-    They are pickles, and could run code: torchvision compares their checksums with those of the
-    originals before it opens one.
+    The batches are read below `path`. If it is None, they are downloaded to the user's cache. They
+    are pickle files, which could run code, so torchvision checks their checksums before it opens
+    them.
     """
     from torchvision.datasets import CIFAR10
 
@@ -211,8 +223,8 @@ def from_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
     return train, val
 
 
-def imagefolder(root: Path, train_split: str, val_split: str) -> Dataset:
-    """Finds both splits of a folder. Raises UserError unless their classes are the same."""
+def read_image_folder(root: Path, train_split: str, val_split: str) -> Dataset:
+    """Returns both splits of a folder. Raises UserError unless both have the same classes."""
     train = find_split(root, train_split, "--train-split")
     val = find_split(root, val_split, "--val-split", train.classes)
     unlike = sorted(set(train.classes) ^ set(val.classes))
@@ -220,7 +232,7 @@ def imagefolder(root: Path, train_split: str, val_split: str) -> Dataset:
         not unlike,
         f"--data-dir {root}: {train_split} has {len(train.classes)} classes, {val_split} has "
         f"{len(val.classes)}; {', '.join(unlike[:3])} {'is' if len(unlike) == 1 else 'are'} in "
-        "one alone",
+        "only one of them",
     )
     check_classes(val.classes, train.classes, f"--data-dir {root}: {val_split}")
     notes = (*train.notes, *val.notes)
@@ -228,21 +240,23 @@ def imagefolder(root: Path, train_split: str, val_split: str) -> Dataset:
 
 
 class Split(NamedTuple):
-    """A split of a folder."""
+    """One split of a folder."""
 
     images: Encoded
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """See Dataset."""
+    """Messages for the user, see `Dataset.notes`."""
 
 
 def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | None = None) -> Split:
-    """Finds shards in root/<split>/ (their index is there), or files listed in root/<split>.txt, or
-    root/<split>/<class>/<image>: what is there first, in this order.
+    """Finds the images of one split of a folder.
 
-    option: what names another split. known: the classes of the training images.
+    The first of these that exists is used: shards with an index in root/<split>/, the files listed
+    in root/<split>.txt, the files root/<split>/<class>/<image>.
 
-    Raises UserError if there is none of them, or less than one image or two classes.
+    option: flag that names the split, for messages. known: classes of the training images.
+
+    Raises UserError if none of them exists, or if the split has no image or only one class.
     """
     folder, listed = root / split, root / f"{split}.txt"
     if (folder / INDEX).exists():
@@ -253,7 +267,7 @@ def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | Non
         images = Files(rows.paths, torch.tensor(rows.labels), str(root))
         found = Split(images, rows.classes, tuple(rows.notes))
     else:
-        found = files_below(root, split, option)
+        found = find_files(root, split, option)
     check(len(found.images) > 0, f"--data-dir {root}: {folder} has no image")
     check(
         len(found.classes) > 1,
@@ -262,8 +276,9 @@ def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | Non
     return found
 
 
-def files_below(root: Path, split: str, option: str) -> Split:
-    """Finds the images of root/<split>/<class>/. Raises UserError if there are none."""
+def find_files(root: Path, split: str, option: str) -> Split:
+    """Finds the images root/<split>/<class>/<image>. Raises UserError if the folder has no
+    classes."""
     folder = root / split
     hint = (
         f"it should hold one folder of images a class, or the shards of fastgn.data.pack, or be "
@@ -278,4 +293,4 @@ def files_below(root: Path, split: str, option: str) -> Split:
     tree = find_images(folder, f"--data-dir {root}")
     check(bool(tree.classes), f"--data-dir {root}: {folder} has no folder in it; {hint}")
     images = Files(tree.paths, torch.tensor(tree.labels), str(root))
-    return Split(images, tuple(tree.classes), tuple(tree.note(folder)))
+    return Split(images, tuple(tree.classes), tuple(tree.describe_left_out(folder)))

@@ -1,18 +1,21 @@
-"""Small data sets whole on the device, augmented there: one graph a batch where compiled."""
+"""A loader that keeps a small data set on the device and augments it there.
+
+With compiled=True the augmentation of a batch is one graph.
+"""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fastgn.data.augment import BatchAugment, Drawn, flip, shift, to_float
-from fastgn.data.batch import Batch, epoch_order, rank_slice
+from fastgn.data.augment import BatchAugment, BatchDraws, flip, shift, to_float
+from fastgn.data.batch import Batch, draw_epoch_order, rank_slice
 from fastgn.data.datasets import Arrays
 from fastgn.seeding import Stream, generator, seed_all
 
 
 class DeviceLoader:
-    """See batch.Loader."""
+    """Loads training batches from a data set on the device, see `batch.Loader`."""
 
     def __init__(
         self,
@@ -42,14 +45,16 @@ class DeviceLoader:
         self.seed, self.rank, self.ranks = seed, rank, ranks
         self.device = device
         self.make = (
-            torch.compile(self._make, fullgraph=True, dynamic=False) if compiled else self._make
+            torch.compile(self._make_batch, fullgraph=True, dynamic=False)
+            if compiled
+            else self._make_batch
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """See batch.Loader."""
+        """Yields the micro-batches of an epoch, see `batch.Loader`."""
         num = len(self.labels_N)
         draw = generator(Stream.AUGMENT, self.seed, epoch)
-        order = epoch_order(num, self.seed, epoch).to(self.device)
+        order = draw_epoch_order(num, self.seed, epoch).to(self.device)
         offsets = torch.randint(0, 2 * self.padding + 1, (num, 2), generator=draw).to(self.device)
         flipped = (torch.rand(num, generator=draw) < self.hflip).to(self.device)
         for index in range(first, self.batches_per_epoch):
@@ -58,7 +63,10 @@ class DeviceLoader:
             drawn = self.augment.draw(self.batch_size, self.img_size, self.img_size)
             yield self.make(chosen, offsets, flipped, drawn)
 
-    def _make(self, chosen_B: Tensor, offsets_N2: Tensor, flipped_N: Tensor, drawn: Drawn) -> Batch:
+    def _make_batch(
+        self, chosen_B: Tensor, offsets_N2: Tensor, flipped_N: Tensor, drawn: BatchDraws
+    ) -> Batch:
+        """Returns the augmented batch of the chosen images."""
         images = to_float(self.images_NCHW[chosen_B], self.img_size)
         if self.padding:
             images = shift(images, offsets_N2[chosen_B], self.padding)

@@ -1,7 +1,7 @@
-"""Finds the images of a split that is a folder with one folder a class.
+"""Finds the images of a split that is a folder with one subfolder per class.
 
-The order is that of torchvision's ImageFolder: classes by name, then folders by path, then files by
-name.
+The order is the same as in torchvision's ImageFolder: by the class's name, then by the folder's
+path, then by the file's name.
 """
 
 import os
@@ -16,26 +16,26 @@ ENDINGS = frozenset(
     ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tga "
     ".tif .tiff .webp".split()
 )
-"""Endings of image files, in small letters: images.FORMATS reads them all."""
+"""Endings of image files in lower case. The readers in images.FORMATS can read all of them."""
 NO_CLASSES = frozenset(("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"))
-"""Folders of file servers and archives, which hold other things or thumbnails."""
+"""Names of folders that file servers and archives create, and that hold no training images."""
 NAMED_REASONS = 5
-"""Reasons that a line shows, the most frequent ones."""
+"""Number of reasons that a message lists, the most frequent ones."""
 
 
 class Tree(NamedTuple):
-    """The images below a folder."""
+    """The images found below a folder."""
 
     classes: list[str]
-    """Names of the folders below it, sorted."""
+    """Names of the subfolders, sorted."""
     paths: list[str]
     labels: list[int]
     """Index of each image's class."""
     left_out: Counter[str]
-    """Why files and folders were left out -> how many."""
+    """Reason why files and folders were left out -> their number."""
 
-    def note(self, folder: Path) -> list[str]:
-        """Returns a line about what was left out, if anything was."""
+    def describe_left_out(self, folder: Path) -> list[str]:
+        """Returns one line about what was left out, or no line if nothing was."""
         if not self.left_out:
             return []
         common = self.left_out.most_common(NAMED_REASONS)
@@ -46,20 +46,25 @@ class Tree(NamedTuple):
 
 
 class Walk:
-    """One pass over a split's folders, which visits each real folder once.
+    """Walks once through a split's folders and visits each real folder once.
 
-    Real folders come first, so that a link never takes the images of another class.
+    Links are followed after all real folders, so that a link never takes another class's images.
     """
 
     def __init__(self, folder: Path, option: str) -> None:
-        """option: what messages begin with."""
+        """Lists the folders of the classes. Raises UserError if two of them are the same folder.
+
+        option: start of the messages, such as "--data-dir DIR".
+        """
         self.option = option
         self.left_out: Counter[str] = Counter()
         self.real_root = os.path.realpath(folder)
-        self.roots = [entry.path for entry in self.entries(str(folder)) if self.is_class(entry)]
+        self.roots = [
+            entry.path for entry in self.list_entries(str(folder)) if self.is_class(entry)
+        ]
         self.roots.sort()
         self.seen: dict[str, str] = {}
-        """Real path of a folder -> the path that it was first met by."""
+        """Real path of a folder -> path under which it was first found."""
         for path in self.roots:
             first = self.seen.setdefault(os.path.realpath(path), path)
             check(
@@ -67,8 +72,8 @@ class Walk:
                 f"{self.option}: {path} and {first} are the same folder, and would be two classes",
             )
 
-    def entries(self, folder: str) -> list[os.DirEntry[str]]:
-        """Lists a folder. Raises UserError if it cannot be read."""
+    def list_entries(self, folder: str) -> list[os.DirEntry[str]]:
+        """Returns the sorted entries of a folder. Raises UserError if it cannot be read."""
         try:
             with os.scandir(folder) as found:
                 return sorted(found, key=lambda entry: entry.name)
@@ -78,13 +83,14 @@ class Walk:
             ) from None
 
     def is_hidden(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether a file or folder is no part of the data, by its name; counts those."""
+        """Returns whether a name marks an entry that is no data, and counts such entries."""
         hidden = entry.name.startswith(".") or entry.name in NO_CLASSES
         self.left_out["hidden"] += hidden
         return hidden
 
     def is_class(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry of the split's folder is a class's folder; counts others."""
+        """Returns whether an entry of the split's folder is a class's folder, and counts the other
+        entries."""
         if self.is_hidden(entry):
             return False
         folder = is_folder(entry)
@@ -92,7 +98,7 @@ class Walk:
         return folder
 
     def images(self) -> Iterator[tuple[int, str, str]]:
-        """Yields (class, folder, name of an image in it)."""
+        """Yields (index of the class, folder, name of the file) for each image."""
         waiting, links = [*enumerate(self.roots)], list[tuple[int, str]]()
         while waiting or links:
             if not waiting:  # all real folders have been visited
@@ -102,7 +108,7 @@ class Walk:
                     continue
                 waiting.append((number, path))
             number, folder = waiting.pop()
-            for entry in self.entries(folder):
+            for entry in self.list_entries(folder):
                 if self.is_hidden(entry):
                     continue
                 if not is_folder(entry):
@@ -116,13 +122,14 @@ class Walk:
                     self.left_out["linked folders that are there already"] += 1
 
     def is_new(self, path: str) -> bool:
-        """Returns whether a folder has not been met, and does not hold the whole split."""
+        """Returns whether a folder has not been visited and does not contain the whole split."""
         real = os.path.realpath(path)
         above = os.path.join(self.real_root, "").startswith(os.path.join(real, ""))
         return not above and self.seen.setdefault(real, path) == path
 
     def is_image(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry is a file with an image's ending; counts others."""
+        """Returns whether an entry is a file with an image's ending, and counts the other
+        entries."""
         ending = os.path.splitext(entry.name)[1].lower()
         if ending not in ENDINGS:
             self.left_out[f"with the ending {ending}" if ending else "without an ending"] += 1
@@ -144,10 +151,10 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def find_images(folder: Path, option: str) -> Tree:
-    """Finds a split's images in its classes' folders.
+    """Finds all images of a split in the folders of its classes.
 
     Raises UserError, which begins with `option`, if a folder cannot be read, if a class has no
-    image, or if two classes are one folder.
+    image, or if two classes are the same folder.
     """
     walk = Walk(folder, option)
     classes = [os.path.basename(path) for path in walk.roots]
@@ -160,7 +167,7 @@ def find_images(folder: Path, option: str) -> Tree:
     if empty:
         names = ", ".join(classes[number] for number in empty[:5])
         more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-        reasons = "".join(f"; {line}" for line in tree.note(folder))
+        reasons = "".join(f"; {line}" for line in tree.describe_left_out(folder))
         raise UserError(
             f"{option}: {folder} has no image for the classes {names}{more}: add images, or remove "
             f"the folders{reasons}"

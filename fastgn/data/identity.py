@@ -1,4 +1,5 @@
-"""What tells one data set from another: a run that continues on other images says so."""
+"""Digests that identify a data set, so that a resumed run can report that its images have
+changed."""
 
 import hashlib
 import os
@@ -11,46 +12,51 @@ from fastgn.data.images import Encoded
 from fastgn.data.shards import Shards
 
 SIZES = 10_000
-"""Files of a split whose sizes are looked at: a million questions to a file server take minutes."""
+"""Largest number of files per split whose sizes are read.
+
+Reading the sizes of a million files from a file server takes minutes.
+"""
 
 Identity = dict[str, dict[str, Any]]
-"""Split -> number of images, and a digest of each part of their list."""
+"""Name of a split -> its number of images, and a digest for each property of its images."""
 
 
-def identity_of(dataset: Dataset) -> Identity:
-    """Returns what a checkpoint keeps of the data that it was trained on.
+def describe_dataset(dataset: Dataset) -> Identity:
+    """Returns the digests that a checkpoint keeps about the data that it was trained on.
 
-    It does not depend on where the data lie: names begin at the data's folder.
+    They stay the same if the data set is moved, because paths are relative to the data set's
+    folder.
     """
-    return {"training": of_split(dataset.train), "validation": of_split(dataset.val)}
+    return {"training": describe_split(dataset.train), "validation": describe_split(dataset.val)}
 
 
-def of_split(split: Arrays | Encoded) -> dict[str, Any]:
-    """Returns the number of a split's images, and digests of what is known of them."""
+def describe_split(split: Arrays | Encoded) -> dict[str, Any]:
+    """Returns the number of images of a split, and digests of the properties that are cheap to
+    read."""
     known: dict[str, Any] = {"images": len(split)}
-    known["labels"] = digest([split.labels_N.numpy().tobytes()])
+    known["labels"] = hash_parts([split.labels_N.numpy().tobytes()])
     if isinstance(split, Arrays):
-        return known | {"content": digest([split.images_NCHW.contiguous().numpy()])}
-    known["sizes"] = digest(b"%d " % size for size in sizes_of(split))
+        return known | {"content": hash_parts([split.images_NCHW.contiguous().numpy()])}
+    known["sizes"] = hash_parts(b"%d " % size for size in read_sizes(split))
     if isinstance(split, Shards):
-        return known | {"content": digest([split.crc_N.tobytes()])}
+        return known | {"content": hash_parts([split.crc_N.tobytes()])}
     assert isinstance(split, Files)
     base = os.path.join(split.root, "")
     return known | {
-        "names": digest(os.fsencode(path.removeprefix(base)) + b"\0" for path in split.paths)
+        "names": hash_parts(os.fsencode(path.removeprefix(base)) + b"\0" for path in split.paths)
     }
 
 
-def digest(parts: Iterable[Any]) -> str:
-    """Returns the SHA-256 of buffers, one after the other, in hexadecimal."""
+def hash_parts(parts: Iterable[Any]) -> str:
+    """Returns the SHA-256 of consecutive buffers, in hexadecimal."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part)
     return found.hexdigest()
 
 
-def sizes_of(split: Encoded) -> Iterator[int]:
-    """Yields the sizes in bytes of at most SIZES images, evenly spread; -1 for one that is gone."""
+def read_sizes(split: Encoded) -> Iterator[int]:
+    """Yields the sizes in bytes of at most SIZES images, evenly spaced. -1 means a missing file."""
     for index in range(0, len(split), -(-len(split) // SIZES)):
         if isinstance(split, Shards):
             yield int(split.size_N[index])
@@ -61,11 +67,12 @@ def sizes_of(split: Encoded) -> Iterator[int]:
                 yield -1
 
 
-def changes_since(before: Identity | None, now: Identity) -> list[str]:
-    """Returns how the data differ from the checkpoint's, one phrase per split.
+def describe_changes(before: Identity | None, now: Identity) -> list[str]:
+    """Returns how a data set differs from the one of a checkpoint, as one phrase per split.
 
-    Only what both know is compared: files and the shards packed from them are the same images.
-    before: None for a checkpoint of an older version, which has nothing of its data.
+    Only properties that both descriptions have are compared, because files and the shards packed
+    from them are the same images. before: None for a checkpoint of a version that kept no
+    description.
     """
     if before is None:
         return ["the checkpoint does not say which images it was made with"]

@@ -1,4 +1,4 @@
-"""One encoded image: how it becomes RGB, and what happens where it cannot."""
+"""Decodes single images to RGB, and handles images that cannot be decoded."""
 
 import abc
 import functools
@@ -13,87 +13,98 @@ from torch import Tensor
 from fastgn.errors import UserError
 
 SKIPPED_IN_A_ROW = 100
-"""Bad images one after the other that are no accident: a folder or a shard is gone."""
+"""Number of consecutive bad images after which a run stops, because a folder or shard must be
+gone."""
 
 THINNEST = 1000
-"""A longer side over the shorter: to resize the shorter to 256 pixels, as evaluation does, takes
-gigabytes beyond."""
+"""Largest ratio of an image's longer side to its shorter side.
+
+Evaluation resizes the shorter side to 256 pixels, which takes gigabytes for thinner images.
+"""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "TGA")
-"""The readers of PIL that an image may need. Others start a program (EPS)."""
+"""PIL's readers that may open an image. Some other readers start a program, such as EPS."""
 
 Loaded = TypeVar("Loaded")
 
 
 class BadImageError(UserError):
-    """An image that cannot be read, named."""
+    """An image cannot be read. The message names the image."""
 
     def __init__(self, line: str, problem: str = "unreadable"):
-        """problem: its kind, in a word or two, for counting."""
+        """problem: kind of fault in a word or two, so that faults can be counted by kind."""
         super().__init__(line)
         self.problem = problem
 
 
 class Encoded(abc.ABC):
-    """A split that is read image by image."""
+    """A split whose images are read and decoded one by one."""
 
     labels_N: Tensor
-    """int64."""
+    """Index of each image's class as `(N,), int64`."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     @abc.abstractmethod
     def name(self, index: int) -> str:
-        """For messages."""
+        """Returns a name of the image for messages."""
 
     @abc.abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises BadImageError."""
+        """Returns the encoded bytes of an image. Raises BadImageError if they cannot be read."""
 
-    def image(self, index: int) -> Image.Image:
-        """RGB. Raises BadImageError."""
+    def load_image(self, index: int) -> Image.Image:
+        """Returns an image as RGB. Raises BadImageError if it cannot be read or decoded."""
         return decode_image(self.read(index), self.name(index))
 
 
-def bad_image(name: str, reason: object, problem: str = "unreadable") -> BadImageError:
+def make_bad_image_error(name: str, reason: object, problem: str = "unreadable") -> BadImageError:
+    """Returns the error that names an image and says in one line why it cannot be read."""
     line = " ".join(str(reason).split())
     return BadImageError(f"{name} cannot be read as an image: {line}", problem)
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Opens an encoded image, whatever its name says it is. Raises what PIL raises."""
-    return Image.open(io.BytesIO(content), formats=known_formats())
+    """Opens an encoded image by its content, whatever its file's ending is. Raises what PIL
+    raises."""
+    return Image.open(io.BytesIO(content), formats=list_formats())
 
 
 @functools.cache
-def known_formats() -> tuple[str, ...]:
-    """Returns those of FORMATS that this version of PIL has."""
+def list_formats() -> tuple[str, ...]:
+    """Returns the members of FORMATS that the installed version of PIL has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def thin(width: int, height: int) -> bool:
-    """Whether an image's sides differ too much."""
+def is_thin(width: int, height: int) -> bool:
+    """Returns whether the ratio of an image's sides exceeds THINNEST."""
     return max(width, height) > THINNEST * min(width, height)
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
-    """RGB, whatever the format; the orientation in its EXIF is not followed, as in ImageFolder.
-    Raises BadImageError, which calls it `name`."""
+    """Returns an encoded image of any format as RGB. Raises BadImageError if it cannot be decoded.
+
+    The orientation in EXIF data is ignored, as torchvision's ImageFolder does.
+
+    name: name of the image in the error's message.
+    """
     if not content:
-        raise bad_image(name, "it is empty", "empty")
+        raise make_bad_image_error(name, "it is empty", "empty")
     try:
         with open_image(content) as image:
             width, height = image.size
             if width < 1 or height < 1:
-                raise bad_image(name, f"{width} x {height} pixels are none", "no pixels")
-            if thin(width, height):
-                raise bad_image(name, f"{width} x {height} pixels are too thin to resize", "thin")
+                raise make_bad_image_error(name, f"{width} x {height} pixels are none", "no pixels")
+            if is_thin(width, height):
+                raise make_bad_image_error(
+                    name, f"{width} x {height} pixels are too thin to resize", "thin"
+                )
             if image.mode.startswith("I;16"):  # whose values above 255 PIL turns into white
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
-                raise bad_image(name, "32-bit pixels have no known range", "32-bit")
+                raise make_bad_image_error(name, "32-bit pixels have no known range", "32-bit")
             return image.convert("RGB")
     except BadImageError:
         raise
@@ -104,15 +115,19 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     except Exception as error:  # PIL's readers raise all kinds of a file that lies
         reason = str(error) or type(error).__name__
         problem = "truncated" if "truncated" in reason.lower() else "broken"
-    raise bad_image(name, reason, problem)
+    raise make_bad_image_error(name, reason, problem)
 
 
 def load_or_next(
     load: Callable[[int], Loaded], index: int, total: int, skip: bool
 ) -> tuple[int, Loaded, list[str]]:
-    """What `load` makes of image `index` of a split of `total`; where skipping, of the first after
-    it that can be read. Returns that image's index, what was loaded, and a line for each image that
-    was bad. Raises BadImageError."""
+    """Returns (index of the loaded image, what `load` returned, messages about bad images).
+
+    If image `index` is bad and `skip` is set, the first readable image after it is loaded instead.
+
+    total: number of images in the split. Raises BadImageError if an image is bad and `skip` is not
+    set, or if too many images in a row are bad.
+    """
     bad: list[str] = []
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Reads lists of images: a line is `path label`, the label a class's name or its number, from 0."""
+"""Reads lists of images. Each line is `path label`, and a label is a class's name or its number."""
 
 import os
 from collections.abc import Sequence
@@ -17,27 +17,27 @@ class Listed(NamedTuple):
     labels: list[int]
     """Index of each image's class."""
     notes: list[str]
-    """Lines about images that are listed more than once."""
+    """Messages about images that the list names more than once."""
 
 
 class Row(NamedTuple):
-    """A line of a list."""
+    """One line of a list."""
 
     number: int
-    """From 1."""
+    """Number of the line, counted from 1."""
     name: str
-    """The image's path from the root."""
+    """Path of the image, relative to the data set's folder."""
     label: str
 
 
 def read_list(root: Path, path: Path, known: tuple[str, ...] | None) -> Listed:
-    """Reads a list of images whose paths begin at `root`.
+    """Reads a list of images whose paths are relative to `root`.
 
-    The classes are the lines of root/classes.txt. Without that file they are `known`. If that is
-    None too, they are the names in the list, sorted, or its numbers.
+    The classes are the lines of root/classes.txt. Without that file they are `known`. If `known` is
+    None, they are the sorted names in the list, or its numbers.
 
-    Raises UserError, which names file and line, if a line or a label does not fit, or if an image
-    is not there.
+    Raises UserError, which names file and line, if a line or a label is not valid, or if an image
+    does not exist.
     """
     rows: list[Row] = []
     for number, line in enumerate(read_lines(path), 1):
@@ -46,17 +46,19 @@ def read_list(root: Path, path: Path, known: tuple[str, ...] | None) -> Listed:
         if parts:
             rows.append(Row(number, *parts))
     check(bool(rows), f"{path} lists no image: a line is `path label`")
-    classes, known_by = classes_of(root, path, rows, known)
+    classes, known_by = find_classes(root, path, rows, known)
     numbers = read_labels(path, rows, classes, known_by)
-    check_there(root, path, rows)
+    check_images_exist(root, path, rows)
     paths = [str(root / row.name) for row in rows]
     labels = [numbers[row.label] for row in rows]
     return Listed(classes, paths, labels, find_repeated(path, rows, paths, labels))
 
 
 def read_lines(path: Path, who: str | None = None) -> list[str]:
-    """Returns a text file's lines. Raises UserError, which begins with `who` or the file's name, if
-    it cannot be read."""
+    """Returns a text file's lines.
+
+    Raises UserError, which begins with `who` or the file's name, if the file cannot be read.
+    """
     who = who or str(path)
     try:
         with open_regular(path) as file:
@@ -73,10 +75,13 @@ def read_lines(path: Path, who: str | None = None) -> list[str]:
     return content.decode("utf-8-sig", errors="surrogateescape").split("\n")
 
 
-def classes_of(
+def find_classes(
     root: Path, path: Path, rows: Sequence[Row], known: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], str]:
-    """Returns a list's classes, and what gives them. Raises UserError if a class has two lines."""
+    """Returns a list's classes and where they come from, for messages.
+
+    Raises UserError if classes.txt names a class twice.
+    """
     named = root / "classes.txt"
     labels = {row.label for row in rows}
     if named.exists():
@@ -93,9 +98,10 @@ def classes_of(
 def read_labels(
     path: Path, rows: Sequence[Row], classes: Sequence[str], known_by: str
 ) -> dict[str, int]:
-    """Returns label -> index of its class. All labels of a list are names, or all are numbers.
+    """Returns label -> index of its class. All labels of a list must be names, or all must be
+    numbers.
 
-    Raises UserError, which names a line, if they are neither.
+    Raises UserError, which names the line, if a label is neither or if both are used.
     """
     by_name = {name: index for index, name in enumerate(classes)}
     by_number = {str(index): index for index in range(len(classes))}
@@ -125,8 +131,8 @@ def read_labels(
     return by_number
 
 
-def check_there(root: Path, path: Path, rows: Sequence[Row]) -> None:
-    """Raises UserError, which names a line, unless all images are there."""
+def check_images_exist(root: Path, path: Path, rows: Sequence[Row]) -> None:
+    """Raises UserError, which names the line, if an image does not exist."""
     below: dict[str, set[str]] = {}
     for row in rows:
         folder, base = os.path.split(root / row.name)
@@ -137,13 +143,13 @@ def check_there(root: Path, path: Path, rows: Sequence[Row]) -> None:
                 raise UserError(
                     f"{path}, line {row.number}: {folder} cannot be read: {error.strerror or error}"
                 ) from None
-        check(base in below[folder], f"{path}, line {row.number}: there is no {root / row.name}")
+        check(base in below[folder], f"{path}, line {row.number}: no such file: {root / row.name}")
 
 
 def find_repeated(
     path: Path, rows: Sequence[Row], paths: Sequence[str], labels: Sequence[int]
 ) -> list[str]:
-    """Returns a line about images that are listed more than once, if there are any.
+    """Returns one line about images that the list names more than once, or no line.
 
     Raises UserError, which names both lines, if such an image has two labels.
     """
@@ -163,6 +169,6 @@ def find_repeated(
         return []
     example = repeated[0]
     return [
-        f"{path} lists {len(repeated)} of {len(rows)} images a second time or more, such as "
+        f"{path} lists {len(repeated)} of {len(rows)} images more than once, such as "
         f"{paths[example]} in lines {rows[first[paths[example]]].number} and {rows[example].number}"
     ]

@@ -16,15 +16,15 @@ from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Loader
 from fastgn.data.datasets import Arrays, Dataset
 from fastgn.data.images import Encoded
-from fastgn.data.trial import dali_or_pil, wants_dali
+from fastgn.data.trial import choose_dali_or_pil, wants_dali
 from fastgn.errors import UserError, check
 
 
 def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) -> tuple[int, int]:
-    """Returns the images per rank and micro-batch, and the micro-batches per update.
+    """Returns (images per rank and micro-batch, micro-batches per update).
 
-    num_images: number of training images. Raises UserError if the sizes do not divide as the
-    options ask, or if an update needs more images than there are.
+    num_images: number of training images. Raises UserError if the batch sizes of the options are
+    not multiples of each other, or if an update needs more images than there are.
     """
     data = cfg.dataset
     batch, accum = data.batch_size, data.grad_accum_steps
@@ -34,12 +34,12 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
         per_rank, rest = divmod(data.global_batch_size, ranks)
         check(
             rest == 0,
-            f"--global-batch-size {data.global_batch_size} does not divide by {ranks} ranks",
+            f"--global-batch-size {data.global_batch_size} is not a multiple of {ranks} ranks",
         )
         batch = batch or per_rank
         check(
             per_rank % batch == 0,
-            f"--global-batch-size {data.global_batch_size} does not divide by {ranks} ranks x "
+            f"--global-batch-size {data.global_batch_size} is not a multiple of {ranks} ranks x "
             f"--batch-size {batch}: take a multiple of {ranks * batch}",
         )
         accum = per_rank // batch
@@ -73,18 +73,20 @@ def build_loader(
     agree: Callable[[bool], bool] = bool,
     notes: list[str] | None = None,
 ) -> Loader:
-    """Returns the training loader. Its epochs are whole updates, and the remainder is dropped.
+    """Returns the loader of the training images.
 
-    compiled: whether the device loader compiles its augmentation. agree: returns whether any rank
-    passes True. notes: takes a line for the user if `auto` could not have what it is meant to.
+    An epoch is a whole number of updates. The images that remain are left out.
 
-    Raises UserError if the loader does not fit the data or the augmentation.
+    compiled: whether the device loader compiles its augmentation. agree: returns True on all ranks
+    if any rank passes True. notes: list to which a message is added if `auto` cannot use DALI.
+
+    Raises UserError if the loader does not support the data or the augmentation.
     """
     split, augmentation = dataset.train, cfg.augmentation
     batches_per_epoch = len(split) // (batch_size * grad_accum_steps * ranks) * grad_accum_steps
     common: dict[str, Any] = {
         "img_size": img_size,
-        "hflip": flip_probability(cfg, dataset),
+        "hflip": choose_flip_probability(cfg, dataset),
         "batch_size": batch_size,
         "batches_per_epoch": batches_per_epoch,
         "seed": cfg.run.seed,
@@ -93,7 +95,7 @@ def build_loader(
         "device": device,
     }
     augment = BatchAugment(augmentation, len(dataset.classes), mean, std, device)
-    kind = loader_kind(cfg, split, device)
+    kind = choose_loader(cfg, split, device)
     if kind == "device":
         return build_device_loader(cfg, dataset, augment, compiled, common)
     common |= {
@@ -113,22 +115,23 @@ def build_loader(
         return TorchLoader(split, augmentation, augment, **common)
 
     if kind == "try dali":
-        loader, line = dali_or_pil(make_dali, make_torch, agree)
+        loader, line = choose_dali_or_pil(make_dali, make_torch, agree)
         if notes is not None and line is not None:
             notes.append(line)
         return loader
     return make_dali() if kind == "dali" else make_torch()
 
 
-def flip_probability(cfg: Config, dataset: Dataset) -> float:
-    """Returns the probability of a horizontal flip. A flipped digit would be another one."""
+def choose_flip_probability(cfg: Config, dataset: Dataset) -> float:
+    """Returns the probability of a horizontal flip. It is 0 for digits, because flips change
+    them."""
     if cfg.augmentation.hflip is not None:
         return cfg.augmentation.hflip
     return 0.0 if dataset.name == "digits" else 0.5
 
 
-def loader_kind(cfg: Config, split: Arrays | Encoded, device: torch.device) -> str:
-    """Returns device, torch or dali, or "try dali" if DALI first has to pass a trial."""
+def choose_loader(cfg: Config, split: Arrays | Encoded, device: torch.device) -> str:
+    """Returns "device", "torch" or "dali", or "try dali" if DALI first has to pass a trial."""
     if cfg.dataset.loader != "auto":
         return cfg.dataset.loader
     if isinstance(split, Arrays):
@@ -148,7 +151,7 @@ def build_device_loader(
 
     split, policy, side = dataset.train, cfg.augmentation.aa, common["img_size"]
     if not isinstance(split, Arrays):
-        raise UserError("--loader device: image folders need --loader torch or dali")
+        raise UserError("--loader device: image folders need --loader torch or --loader dali")
     check(policy is None, f"--aa {policy} works on PIL images: add --loader torch")
     padding = cfg.augmentation.crop_padding
     if padding is None:

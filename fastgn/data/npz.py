@@ -1,5 +1,8 @@
-"""Reads .npz archives that anybody may have made: nothing is unpickled, and no array is larger than
-its file makes likely."""
+"""Reads .npz files from untrusted sources.
+
+Nothing is unpickled. Arrays that are much larger than their file are refused, so that a small file
+cannot fill the memory.
+"""
 
 import os
 import zipfile
@@ -13,30 +16,34 @@ from fastgn.errors import UserError, check
 from fastgn.files import open_regular
 
 INFLATED_BYTES = 2**28
-"""Arrays of this many bytes together are always read. Larger ones may have INFLATED_TIMES the bytes
-of their file: photographs compress to a half, and no data set to a hundredth."""
+"""Number of bytes that arrays may always take in memory.
+
+Larger arrays may take INFLATED_TIMES the bytes of their file. Photographs compress to about one
+half, and no data set compresses to one hundredth.
+"""
 INFLATED_TIMES = 100
+"""Largest ratio of the bytes in memory to the bytes of the file, for arrays above
+INFLATED_BYTES."""
 
 
 class Field(NamedTuple):
-    """What an array of an archive must be."""
+    """Dtype and shape that an array of a file must have."""
 
     dtype: str
-    """A name of NumPy's, or one of KINDS."""
+    """Name of a NumPy dtype, or a key of KINDS."""
     shapes: tuple[str, ...] = ("N",)
-    """The shapes that fit, such as "N x H x W x 3"; a letter stands for any size, and
-    "" for a single value."""
+    """Allowed shapes, such as "N x H x W x 3". A letter means any size, "" means a single value."""
 
     def fits(self, dtype: np.dtype, shape: tuple[int, ...]) -> bool:
-        """Returns whether an array of this dtype and shape is what the field must be."""
+        """Returns whether an array's dtype and shape are allowed."""
         right = dtype.kind in KINDS[self.dtype] if self.dtype in KINDS else dtype == self.dtype
-        return right and any(shape_fits(shape, wanted) for wanted in self.shapes)
+        return right and any(matches_shape(shape, wanted) for wanted in self.shapes)
 
     def __str__(self) -> str:
         return f"{self.dtype} {' or '.join(self.shapes)}"
 
 
-def shape_fits(shape: tuple[int, ...], wanted: str) -> bool:
+def matches_shape(shape: tuple[int, ...], wanted: str) -> bool:
     """Returns whether a shape has the wanted sizes."""
     sizes = wanted.split(" x ") if wanted else []
     return len(shape) == len(sizes) and all(
@@ -46,16 +53,16 @@ def shape_fits(shape: tuple[int, ...], wanted: str) -> bool:
 
 
 KINDS = {"integers": "iu", "text": "U", "bytes": "S"}
-"""Name of a family of dtypes -> their kinds, as NumPy has them."""
+"""Name of a family of dtypes -> characters that NumPy's dtype.kind may have."""
 IMAGES = Field("uint8", ("N x H x W x 3",))
 LABELS = Field("integers", ("N", "N x 1"))
 
 
 def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, Any]:
-    """Reads the named arrays; text comes as a list of strings, or as one string.
+    """Returns the named arrays of a file. Text becomes a string or a list of strings.
 
-    Raises UserError, which begins with `where`, if the file is no .npz, lacks an array, holds one
-    that is not what its field says, would fill the memory, or fails its own checksums.
+    Raises UserError, which begins with `where`, if the file is not an .npz or is damaged, if an
+    array is missing or not as its field demands, or if the arrays would fill the memory.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -66,7 +73,7 @@ def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, A
             total = sum(archive.getinfo(f"{name}.npy").file_size for name in fields)
             check(
                 total <= max(INFLATED_BYTES, INFLATED_TIMES * file_bytes),
-                f"{where}: {file_bytes} bytes would become {total} in memory: it was not read",
+                f"{where}: {file_bytes} bytes would become {total} in memory: the file was refused",
             )
             for name, field in fields.items():
                 check_header(archive, name, field, where)
@@ -79,8 +86,7 @@ def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, A
 
 
 def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) -> None:
-    """Raises UserError unless an array's header says what the field must be and is as long as the
-    array."""
+    """Raises UserError unless an array's header matches the field and the length of the entry."""
     with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = {
@@ -97,12 +103,12 @@ def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) 
         found = archive.getinfo(f"{name}.npy").file_size - member.tell()
         check(
             found == expected,
-            f"{where}: {name} should take {expected} bytes, there are {found}",
+            f"{where}: {name} should take {expected} bytes and takes {found}",
         )
 
 
 def read_array(archive: zipfile.ZipFile, name: str) -> Any:
-    """Reads an array whose header was checked."""
+    """Returns an array whose header has been checked."""
     with archive.open(f"{name}.npy") as member:
         array = np.lib.format.read_array(member, allow_pickle=False)
     return array.tolist() if array.dtype.kind == "U" else array

@@ -1,12 +1,14 @@
-"""Packs images into WebDataset shards with an index, which train from fewer and larger files.
+"""Packs images into WebDataset shards with an index. Training then reads fewer and larger files.
 
     python -m fastgn.data.pack SOURCE OUTPUT --short-side 256 --quality 90
 
-SOURCE is whatever --data-dir takes; OUTPUT becomes a --data-dir. Without --short-side the bytes
-stay as they are, and so does what a run sees. Once stopped, the same command goes on: whole shards
-stay, each with an index of its own (shard-*.npz, for this program alone), and spoilt ones are made
-again. Images of SOURCE whose bytes have changed under the same names since then are not noticed:
-remove OUTPUT first.
+SOURCE is what --data-dir takes, and OUTPUT can be used as --data-dir afterwards. Without
+--short-side the encoded images are copied unchanged, so training sees the same images.
+
+If packing was interrupted, run the same command again to continue. Finished shards are kept, and
+damaged ones are made again. Each shard has an index of its own, shard-*.npz, which only this
+program reads. If images of SOURCE have changed in the meantime, remove OUTPUT first, because
+changed images with unchanged names are not noticed.
 """
 
 import contextlib
@@ -37,28 +39,33 @@ from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import PackConfig
 from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
-from fastgn.data.shards import INDEX, Shards, sha256_of
-from fastgn.data.torch import in_order
+from fastgn.data.shards import INDEX, Shards, compute_sha256
+from fastgn.data.torch import map_in_workers
 from fastgn.errors import UserError, check, escaped
 from fastgn.files import atomic_open, remove_file
 from fastgn.lock import lock_folder
 
 BLOCK = 512
-"""A tar's unit: of a header, and of the padding after a member."""
+"""Number of bytes in a block of a tar file. Headers take one block, and members are padded to
+blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """An image as its shard has it."""
+    """An image as it is written to a shard."""
 
     format: str
-    """The member's ending."""
+    """Ending of the member's name, such as "jpg"."""
     content: bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Image number -> Packed; where skipping, the line that says what is wrong with it."""
+    """Returns the image of a given index as Packed. It can be sent to worker processes.
+
+    If an image is bad, a call returns the error message if `skip` is set, and raises BadImageError
+    otherwise.
+    """
 
     split: Encoded
     short_side: int | None
@@ -86,23 +93,28 @@ class Packer:
         return Packed("jpg", out.getvalue())
 
 
-def key_of(split: Encoded, index: int) -> str:
-    """An image's name in its shard: short, ASCII, and without the dot at which webdataset
-    splits."""
+def make_key(split: Encoded, index: int) -> str:
+    """Returns the name of an image in its shard.
+
+    The name is short and ASCII. It has no dot, because webdataset splits names at dots.
+    """
     if isinstance(split, Shards):
         return split.key_N[index].decode()
     stem = re.sub(r"[^\w-]", "_", Path(split.name(index)).stem, flags=re.ASCII)
     return f"{index:08d}_{stem[:64]}"
 
 
-def recipe_of(cfg: PackConfig, keys: list[str], labels: list[int], classes: tuple[str, ...]) -> str:
-    """A digest of all that decides what the shards hold, but for the images' bytes."""
+def hash_packing(
+    cfg: PackConfig, keys: list[str], labels: list[int], classes: tuple[str, ...]
+) -> str:
+    """Returns a digest of everything that determines the shards, except the bytes of the images."""
     what = (cfg.short_side, cfg.quality, cfg.shard_size, classes, keys, labels)
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
-def member(name: str, content: bytes) -> bytes:
-    """A file of a tar, the same at any time and for any user."""
+def make_tar_member(name: str, content: bytes) -> bytes:
+    """Returns a file as a member of a tar, without time and user, so that the bytes are
+    reproducible."""
     info = tarfile.TarInfo(name)
     info.size = len(content)
     return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % BLOCK)
@@ -115,15 +127,18 @@ def write_shard(
     classes: tuple[str, ...],
     recipe: str,
 ) -> Shards:
-    """Writes a shard of (key, label, image), then its own index, which it returns."""
+    """Writes a shard and its own index, and returns the index.
+
+    images: (key, label, image) for each image of the shard.
+    """
     path = folder / f"{name}.tar"
     rows: list[tuple[str, int, int, int, int]] = []
     with atomic_open(path) as file:
         for key, label, image in images:
             crc, size = zlib.crc32(image.content), len(image.content)
             rows.append((key, label, file.tell() + BLOCK, size, crc))
-            file.write(member(f"{key}.{image.format}", image.content))
-            file.write(member(f"{key}.cls", str(label).encode()))
+            file.write(make_tar_member(f"{key}.{image.format}", image.content))
+            file.write(make_tar_member(f"{key}.cls", str(label).encode()))
         file.write(bytes(2 * BLOCK))
     keys, labels, offsets, sizes, crcs = zip(*rows, strict=True) if rows else ((),) * 5
     part = Shards(
@@ -131,7 +146,7 @@ def write_shard(
         classes,
         recipe,
         shards=(path.name,),
-        sha256=(sha256_of(path),),
+        sha256=(compute_sha256(path),),
         shard_bytes=np.array([path.stat().st_size], np.int64),
         shard_N=np.zeros(len(rows), np.int32),
         offset_N=np.array(offsets, np.int64),
@@ -144,9 +159,11 @@ def write_shard(
     return part
 
 
-def whole_shard(folder: Path, name: str, recipe: str) -> Shards | None:
-    """A shard's own index where both are there and as they were written. Raises UserError where
-    they are of other images or options."""
+def load_finished_shard(folder: Path, name: str, recipe: str) -> Shards | None:
+    """Returns the index of a shard that was finished and is intact, or None.
+
+    Raises UserError if the shard was made from other images or with other options.
+    """
     try:
         part = Shards.load(folder, f"{name}.npz")
     except UserError:
@@ -156,18 +173,21 @@ def whole_shard(folder: Path, name: str, recipe: str) -> Shards | None:
         f"{folder} holds shards of other images, or made with other options: give another OUTPUT, "
         "or remove it",
     )
-    return part if part.spoilt(0) is None else None
+    return part if part.find_fault(0) is None else None
 
 
 def pack(
     split: Encoded, classes: tuple[str, ...], folder: Path, cfg: PackConfig, bar: tqdm
 ) -> tuple[Shards, list[str]]:
-    """Packs a split; returns its index, and a line for each image that was left out. Raises
-    UserError."""
+    """Packs a split. Returns its index, and a message for each bad image that was left out.
+
+    Raises UserError if the folder has shards from elsewhere, or if an image is bad and may not be
+    left out.
+    """
     numbers = range(len(split))
     pieces = [numbers[i : i + cfg.shard_size] for i in numbers[:: cfg.shard_size]]
-    keys, labels = [key_of(split, i) for i in numbers], split.labels_N.tolist()
-    recipe = recipe_of(cfg, keys, labels, classes)
+    keys, labels = [make_key(split, i) for i in numbers], split.labels_N.tolist()
+    recipe = hash_packing(cfg, keys, labels, classes)
     theirs = any(folder.glob("shard-*.tar")) or (folder / INDEX).exists()
     check(
         any(folder.glob("shard-*.npz")) or not theirs,
@@ -179,10 +199,10 @@ def pack(
     names = [f"shard-{number:06d}" for number in range(len(pieces))]
     parts: list[Shards] = []
     left_out: list[str] = []
-    found = [whole_shard(folder, name, recipe) for name in names]
+    found = [load_finished_shard(folder, name, recipe) for name in names]
     missing = [i for piece, part in zip(pieces, found, strict=True) if part is None for i in piece]
     packer = Packer(split, cfg.short_side, cfg.quality, cfg.on_bad_image == "skip")
-    made = in_order(packer, missing, cfg.workers, cfg.worker_timeout)
+    made = map_in_workers(packer, missing, cfg.workers, cfg.worker_timeout)
     with contextlib.closing(made) as packed:
 
         def images(piece: range) -> Iterator[tuple[str, int, Packed]]:
@@ -205,14 +225,17 @@ def pack(
 
 
 def check_apart(cfg: PackConfig) -> None:
-    """Raises UserError unless all folders that are written lie in OUTPUT, and neither in one that
-    is read nor around it: shards there would be taken for the source's."""
+    """Raises UserError unless all folders to write lie in OUTPUT and apart from the folders to
+    read.
+
+    Shards in or around a folder of SOURCE would later be taken for images of SOURCE.
+    """
     source, output = Path(cfg.source).resolve(), Path(cfg.output).resolve()
     splits = {"train": cfg.train_split, "val": cfg.val_split}
     for option, split in splits.items():
         check(
             Path(os.path.normpath(output / split)).is_relative_to(output),
-            f"--{option}-split {split} lies outside of OUTPUT: give its name below SOURCE",
+            f"--{option}-split {split} lies outside of OUTPUT: give a path below SOURCE",
         )
     check(output != source, f"OUTPUT {cfg.output} is SOURCE itself: give another folder")
     for name in splits.values():
@@ -226,7 +249,8 @@ def check_apart(cfg: PackConfig) -> None:
 
 
 def run(cfg: PackConfig) -> None:
-    """Packs both splits and says what became of them. Raises UserError."""
+    """Packs both splits and prints a summary of each. Raises UserError if a split cannot be
+    packed."""
     output = Path(cfg.output)
     check_apart(cfg)
     dataset = load_dataset(
@@ -245,27 +269,30 @@ def run(cfg: PackConfig) -> None:
             assert isinstance(split, Encoded)
             with tqdm(total=len(split), desc=name, unit="image", disable=None) as bar:
                 index, left_out = pack(split, dataset.classes, output / name, cfg, bar)
-            print(escaped(f"{output / name}: {summary(index)}"))
+            print(escaped(f"{output / name}: {format_summary(index)}"))
             bad = len(split) - len(index)
             if bad:
                 print(f"  {bad} bad images were left out", *map(escaped, left_out), sep="\n  ")
 
 
-def summary(index: Shards) -> str:
-    """Returns how much there is of a packed split."""
+def format_summary(index: Shards) -> str:
+    """Returns the number of images, the number of shards and the size of a packed split."""
     size = int(index.shard_bytes.sum()) / 1e6
     return f"{len(index)} images in {len(index.shards)} shards, {size:.1f} MB"
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
+    """Runs the program and returns its exit status.
+
+    2 means that the user made a mistake, which is printed in one line.
+    """
     try:
         run(parse_cli(PackConfig, sys.argv[1:] if args is None else args, "fastgn.data.pack"))
     except UserError as error:
         print(f"fastgn.data.pack: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastgn.data.pack: stopped; the same command goes on", file=sys.stderr)
+        print("fastgn.data.pack: stopped: run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 

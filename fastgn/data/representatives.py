@@ -1,4 +1,4 @@
-"""What pag's input gradients are to point to: a picture of each class, from the training images."""
+"""Pictures of each class for --method pag, whose input gradients are to point towards them."""
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,10 @@ from fastgn.errors import check
 from fastgn.seeding import Stream, generator
 
 LARGEST_BYTES = 2**31
-"""Of the images that nearest-neighbour keeps on the device."""
+"""Largest number of bytes that nearest-neighbour may keep on the device for images."""
 
 
-def class_representatives(
+def compute_representatives(
     cfg: Config,
     dataset: Dataset,
     *,
@@ -23,9 +23,14 @@ def class_representatives(
     batch_size: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
-    """Images fp32 in 0..1 on the device, never augmented, the same on every rank. One a class, K x
-    3 x H x W, and None; or for nearest-neighbour all N training images and their labels. Raises
-    UserError where there are too many, or none of a class."""
+    """Returns (images, labels) that represent the classes, on the device, the same on every rank.
+
+    images: in 0..1, not augmented, fp32. The shape is `(K, 3, H, W)`, one image per class, and
+    labels are None. With nearest-neighbour the images are all N training images, and labels are
+    `(N,), int64`.
+
+    Raises UserError if a class has no image, or if nearest-neighbour has too many.
+    """
     kind, split, classes = cfg.objective.pag.pag_representative, dataset.train, len(dataset.classes)
     draw = generator(Stream.REPRESENTATIVES, cfg.run.seed)
     by_class = [(split.labels_N == index).nonzero()[:, 0] for index in range(classes)]

@@ -1,8 +1,9 @@
-"""Images packed into WebDataset tars: a split is a folder of shards and an index of them.
+"""Reads and writes splits that are packed into WebDataset tar files.
 
-A shard is a plain tar with the members <key>.<format> and <key>.cls (the label, as text) of each
-image, which webdataset reads as it is. Our index says where in it each image lies, so that an image
-costs one read at an offset. fastgn.data.pack writes both.
+A split is a folder with shards and one index. A shard is a plain tar file, which webdataset can
+read too. Each image has two members, <key>.<format> and <key>.cls, which holds the label as text.
+The index says at which offset of which shard an image lies, so that one read loads it.
+fastgn.data.pack writes both.
 """
 
 import dataclasses
@@ -18,71 +19,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgn.data.arrays import class_labels
-from fastgn.data.images import Encoded, bad_image
+from fastgn.data.arrays import convert_labels
+from fastgn.data.images import Encoded, make_bad_image_error
 from fastgn.data.npz import LABELS, Field, read_npz
 from fastgn.errors import UserError, check
 from fastgn.files import atomic_open, open_regular
 
 INDEX = "index.npz"
-"""The index's name, in the folder of its shards."""
+"""Name of the index file in the folder of its shards."""
 OPEN_SHARDS = 128
-"""Kept open by a process: 1,024 files are a usual limit, and each worker has its own."""
+"""Largest number of shards that a process keeps open. Systems often allow 1,024 open files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards(Encoded):
-    """The index of a split, all of it arrays; an image is read from its shard."""
+    """A split in packed shards, described by its index. Images are read from their shards."""
 
     folder: Path
     classes: tuple[str, ...]
     recipe: str
-    """Of what it was packed from and how: a digest."""
+    """Digest of the source and the options that the shards were packed from."""
     shards: tuple[str, ...]
-    """Names of the files."""
+    """File names of the shards."""
     sha256: tuple[str, ...]
-    """Of each shard, in hexadecimal."""
+    """SHA-256 of each shard, in hexadecimal."""
     shard_bytes: np.ndarray
-    """int64: size of each shard."""
+    """Size of each shard in bytes, int64."""
     shard_N: np.ndarray
-    """int32: which shard an image lies in."""
+    """Number of the shard that holds each image, int32."""
     offset_N: np.ndarray
-    """int64: where in it, in bytes."""
+    """Offset of each image in its shard in bytes, int64."""
     size_N: np.ndarray
-    """int64: bytes."""
+    """Size of each encoded image in bytes, int64."""
     crc_N: np.ndarray
-    """uint32: CRC-32 of them."""
+    """CRC-32 of each encoded image, uint32."""
     key_N: np.ndarray
-    """ASCII: the members' names without their endings."""
+    """Name of each image in its shard, without the ending, as ASCII bytes."""
     labels_N: Tensor
-    """int64."""
+    """Index of each image's class as `(N,), int64`."""
     files: dict[int, BinaryIO] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    """The shards that this process has open."""
+    """Number of a shard -> its file, for the shards that this process has open."""
 
     def name(self, index: int) -> str:
-        """For messages."""
+        """Returns the shard and the name of an image, for messages."""
         return f"{self._path(int(self.shard_N[index]))}: {self.key_N[index].decode()}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises BadImageError where it is not the one that was packed."""
+        """Returns the encoded bytes of an image. Raises BadImageError if they are not as they were
+        packed."""
         size = int(self.size_N[index])
         try:
             file = self._file(int(self.shard_N[index]))
             content = os.pread(file.fileno(), size, int(self.offset_N[index]))
         except OSError as error:
-            raise bad_image(self.name(index), error.strerror or error) from None
+            raise make_bad_image_error(self.name(index), error.strerror or error) from None
         if len(content) < size:
             reason = f"its shard ends after {len(content)} of its {size} bytes"
-            raise bad_image(self.name(index), reason, "truncated")
+            raise make_bad_image_error(self.name(index), reason, "truncated")
         if zlib.crc32(content) != self.crc_N[index]:
-            raise bad_image(self.name(index), "its checksum is not the index's", "checksum")
+            raise make_bad_image_error(
+                self.name(index), "its checksum is not the index's", "checksum"
+            )
         return content
 
     def _path(self, shard: int) -> Path:
         return self.folder / self.shards[shard]
 
     def _file(self, shard: int) -> BinaryIO:
-        """A descriptor that a forked worker has inherited serves too: pread moves no position."""
+        """Returns the open file of a shard.
+
+        Forked workers may share the file, because os.pread does not move its position.
+        """
         if shard not in self.files:
             if len(self.files) >= OPEN_SHARDS:
                 self.files.pop(next(iter(self.files)))
@@ -92,11 +99,11 @@ class Shards(Encoded):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"files": {}}
 
-    def spoilt(self, shard: int) -> str | None:
-        """What is wrong with a shard as a whole, in a line; reads all of it."""
+    def find_fault(self, shard: int) -> str | None:
+        """Returns in one line how a whole shard is damaged, or None. It reads the whole shard."""
         path = self._path(shard)
         try:
-            digest = sha256_of(path)
+            digest = compute_sha256(path)
         except OSError as error:
             return f"{path} cannot be read: {error.strerror or error}"
         if digest != self.sha256[shard]:
@@ -104,7 +111,7 @@ class Shards(Encoded):
         return None
 
     def save(self, name: str = INDEX) -> None:
-        """Writes the index into the folder; the same one gives the same bytes."""
+        """Writes the index into the folder. Equal indices give equal bytes."""
         with atomic_open(self.folder / name) as file:
             np.savez(
                 file,
@@ -118,10 +125,10 @@ class Shards(Encoded):
 
     @staticmethod
     def load(folder: Path, name: str = INDEX) -> "Shards":
-        """Reads an index, and looks at the size of each shard.
+        """Reads an index and checks the size of each shard.
 
-        Raises UserError, which names the index, unless all of it fits together and each shard is in
-        its folder.
+        Raises UserError, which names the index, if its parts contradict each other, or if a shard
+        is missing or has another size.
         """
         path = folder / name
         values = read_npz(path, FIELDS, str(path))
@@ -129,7 +136,7 @@ class Shards(Encoded):
         texts: dict[str, Any] = {
             name: tuple(values.pop(name)) for name in ("classes", "shards", "sha256")
         }
-        labels_N = class_labels(labels, len(texts["classes"]), str(path))
+        labels_N = convert_labels(labels, len(texts["classes"]), str(path))
         index = Shards(folder, **texts, **values, labels_N=labels_N)
         wrong = index._wrong()
         check(wrong is None, f"{path} is spoilt: {wrong}")
@@ -145,7 +152,7 @@ class Shards(Encoded):
         return index
 
     def _wrong(self) -> str | None:
-        """Returns what does not fit together in the index itself, or None."""
+        """Returns how the parts of the index contradict each other, or None."""
         counts = {len(self.shards), len(self.sha256), len(self.shard_bytes)}
         lengths = {len(self), *(len(getattr(self, name)) for name in ARRAYS[1:])}
         if len(counts) != 1 or len(lengths) != 1:
@@ -171,7 +178,7 @@ class Shards(Encoded):
 
     @staticmethod
     def join(parts: Sequence["Shards"]) -> "Shards":
-        """One index from those of each shard."""
+        """Returns one index for several shards, given the index of each shard."""
         arrays: dict[str, Any] = {
             name: np.concatenate([getattr(p, name) for p in parts]) for name in ARRAYS
         }
@@ -188,7 +195,7 @@ class Shards(Encoded):
 
 
 ARRAYS = ("shard_bytes", "shard_N", "offset_N", "size_N", "crc_N", "key_N")
-"""Fields of Shards that are NumPy arrays; all but the first have an entry an image."""
+"""Fields of Shards that are NumPy arrays. All except the first have one entry per image."""
 FIELDS = {
     "classes": Field("text"),
     "recipe": Field("text", ("",)),
@@ -202,17 +209,17 @@ FIELDS = {
     "key_N": Field("bytes"),
     "labels_N": LABELS,
 }
-"""What each array of an index must be."""
+"""Name of each array in an index file -> dtype and shape that it must have."""
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
+def compute_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def are_keys(key_N: np.ndarray) -> bool:
-    """Returns whether all keys consist of ASCII letters, digits, _ and -, and none is empty."""
+    """Returns whether no key is empty and all keys consist of ASCII letters, digits, _ and -."""
     codes = np.frombuffer(key_N.tobytes(), np.uint8).reshape(len(key_N), -1)
     used = codes != 0  # NumPy fills up with zeros
     allowed = np.zeros(256, bool)

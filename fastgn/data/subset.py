@@ -1,4 +1,4 @@
-"""The validation images of an evaluation: the same at every call, shared out over the ranks."""
+"""The images of an evaluation, divided among the ranks. They are the same at every call."""
 
 import os
 from collections.abc import Iterator
@@ -11,13 +11,14 @@ from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, Encoded
 
 IMAGES_AT_ONCE = 360
-"""Most images that are attacked at once unless the user says otherwise."""
+"""Largest number of images that are attacked at once, unless the user sets another."""
 
 
-def images_at_once(images: int, ranks: int, img_size: int, device: torch.device) -> int:
-    """Returns the batch size of an evaluation, so that each rank has as much to do as the others.
+def choose_batch_size(images: int, ranks: int, img_size: int, device: torch.device) -> int:
+    """Returns the batch size of an evaluation, chosen so that all ranks have the same number of
+    batches.
 
-    images: of all ranks. A CPU takes fewer large images at once: a GPU has its memory for them.
+    images: number of images on all ranks together. On a CPU, batches of large images are smaller.
     """
     limit = IMAGES_AT_ONCE
     if device.type == "cpu":
@@ -27,13 +28,17 @@ def images_at_once(images: int, ranks: int, img_size: int, device: torch.device)
 
 
 def is_by_class(split: Any) -> bool:
-    """Whether its first images are all of one class: a folder's, and arrays read from one."""
+    """Returns whether a split may be sorted by class, so that its first images all have the same
+    class."""
     return not isinstance(split, Arrays) or bool((split.labels_N.diff() >= 0).all())
 
 
 class Subset:
-    """Validation images for evaluation, the same at every call, sharded over ranks, never
-    augmented."""
+    """Images for evaluation, not augmented, of which each rank iterates over its own part.
+
+    Iterating yields (images in 0..1 as `(B, 3, H, W), fp32`, labels as `(B,), int64`) on the
+    device.
+    """
 
     def __init__(
         self,
@@ -51,9 +56,13 @@ class Subset:
         skip: bool = False,
         chosen: list[int] | None = None,
     ):
-        """num: how many images; None takes all. The first ones; of a split sorted by class, as a
-        folder is, evenly spaced ones. chosen: the split's indices, in place of num. skip:
-        replace a bad image by the next one of the split, and add a line to bad_images."""
+        """Chooses the images of a split.
+
+        num: number of images; None means all. If the split is sorted by class, the chosen images
+        are evenly spaced, and otherwise they are the first ones. chosen: indices of the images,
+        instead of `num`. skip: whether to replace a bad image by the next one of the split and add
+        a message to bad_images.
+        """
         total = len(split)
         num = total if num is None else min(num, total)
         if chosen is not None:
@@ -77,19 +86,19 @@ class Subset:
         self.bad_images: list[str] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images in 0..1, labels) on the device."""
+        """Yields (images, labels), see `Subset`."""
         if isinstance(self.split, Arrays):
             for start in range(0, len(self.indices), self.batch_size):
                 part = self.indices[start : start + self.batch_size]
                 images = to_float(self.split.images_NCHW[part].to(self.device), self.img_size)
                 yield images, self.split.labels_N[part].to(self.device)
             return
-        from fastgn.data.torch import decode, evaluation_transform
+        from fastgn.data.torch import build_evaluation_transform, decode_batches
 
         keys = [(0, i) for i in self.indices]
-        yield from decode(
+        yield from decode_batches(
             self.split,
-            evaluation_transform(self.img_size, self.crop_pct),
+            build_evaluation_transform(self.img_size, self.crop_pct),
             [keys[s : s + self.batch_size] for s in range(0, len(keys), self.batch_size)],
             seed=0,
             workers=min(self.workers, os.cpu_count() or 1),

@@ -1,4 +1,4 @@
-"""The PIL loader: worker processes decode and augment with timm's transforms."""
+"""The PIL loader: worker processes decode images and augment them with timm's transforms."""
 
 import atexit
 import contextlib
@@ -19,19 +19,22 @@ from torch.utils.data._utils import signal_handling
 
 from fastgn.config.groups import AugmentationConfig
 from fastgn.data.augment import BatchAugment
-from fastgn.data.batch import Batch, epoch_order, rank_slice, worker_death
+from fastgn.data.batch import Batch, draw_epoch_order, explain_worker_death, rank_slice
 from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
-from fastgn.data.transform import train_transform
+from fastgn.data.transform import build_train_transform
 from fastgn.errors import UserError
 from fastgn.seeding import Stream, seed_all, seed_host
 
 Key = tuple[int, int]
-"""(epoch, index): all that an augmented image depends on, but for the seed."""
+"""(epoch, index of the image). Together with the seed it determines an augmented image."""
 
 
 class Decoded(Dataset):
-    """Key -> (uint8 3 x H x W, label, a line for each bad image that another stands for)."""
+    """Decodes and augments the image of a key.
+
+    An item is (image as `(3, H, W), uint8`, label, messages about bad images that it replaces).
+    """
 
     def __init__(self, split: Arrays | Encoded, transform: Any, seed: int, skip: bool):
         self.split = split
@@ -45,16 +48,17 @@ class Decoded(Dataset):
     def __getitem__(self, key: Key) -> tuple[Tensor, int, list[str]]:
         epoch, index = key
         seed_host(Stream.IMAGE, self.seed, epoch, index)
-        index, image, bad = load_or_next(self.split.image, index, len(self), self.skip)
+        index, image, bad = load_or_next(self.split.load_image, index, len(self), self.skip)
         return self.transform(image), int(self.split.labels_N[index]), bad
 
 
 def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
+    """Returns a batch of items of `Decoded`: (images, labels, all messages)."""
     images, labels = default_collate([item[:2] for item in items])
     return images, labels, [line for _, _, bad in items for line in bad]
 
 
-def decode(
+def decode_batches(
     split: Arrays | Encoded,
     transform: Any,
     batches: Iterable[list[Key]],
@@ -65,9 +69,12 @@ def decode(
     bad_images: list[str] | None,
     worker_timeout: float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images in 0..1, labels) on the device for each list of keys. Raises UserError on a bad
-    image, or, where there is a list bad_images, replaces it and adds a line to that."""
-    made = from_workers(
+    """Yields (images in 0..1, labels) on the device for each list of keys.
+
+    bad_images: list that receives a message for each bad image, which is then replaced. If it is
+    None, a bad image raises UserError.
+    """
+    made = load_in_workers(
         Decoded(split, transform, seed, skip=bad_images is not None),
         workers,
         worker_timeout,
@@ -83,25 +90,27 @@ def decode(
             yield images, labels.to(device, non_blocking=True)
 
 
-def from_workers(
+def load_in_workers(
     items: Dataset, workers: int, worker_timeout: float, **options: Any
 ) -> Generator[Any, None, None]:
-    """Yields DataLoader's results, in order; its workers end with the iterator.
+    """Yields the items of a dataset in order, made in worker processes that end with the iterator.
 
-    Raises UserError: a worker's own, or one that says that a worker has died, or has made nothing
-    for worker_timeout seconds.
+    options: further arguments of torch's DataLoader.
+
+    Raises UserError if a worker raises one, if a worker dies, or if nothing arrives for
+    worker_timeout seconds.
     """
     loader = DataLoader(
         items,
         num_workers=workers,
         timeout=worker_timeout if workers else 0,
-        worker_init_fn=start_worker,
+        worker_init_fn=set_up_worker,
         # workers take their seeds from the keys: leave torch's own alone
         generator=torch.Generator(),
         **options,
     )
     iterator = iter(loader)
-    live.add(iterator)
+    open_iterators.add(iterator)
     try:
         yield from iterator
     except UserError as error:  # a worker's comes with its traceback in front
@@ -109,28 +118,32 @@ def from_workers(
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
     except RuntimeError as error:
         if str(error).startswith("DataLoader timed out"):
-            raise end_stalled(iterator, worker_timeout) from None
-        raise worker_death(error) or error from None
+            raise kill_stalled_workers(iterator, worker_timeout) from None
+        raise explain_worker_death(error) or error from None
     except (ConnectionError, EOFError):  # what it had handed over went with it
         dead = RuntimeError("DataLoader worker has died")
-        raise worker_death(dead) or dead from None
+        raise explain_worker_death(dead) or dead from None
     finally:
-        shut_down(iterator)
+        stop_workers(iterator)
 
 
-live: weakref.WeakSet = weakref.WeakSet()
-"""Iterators of `from_workers`, which an error elsewhere may leave open."""
+open_iterators: weakref.WeakSet = weakref.WeakSet()
+"""Iterators of `load_in_workers` that are still open, such as after an error elsewhere."""
 
 
-def shut_down(iterator: Any) -> None:
-    """Tells its workers, which ignore signals, to end: Python's exit would send one, and wait."""
+def stop_workers(iterator: Any) -> None:
+    """Ends the workers of a DataLoader's iterator.
+
+    Python would send them a signal at its exit, which they ignore, and would then wait for them.
+    """
     getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
-def end_stalled(iterator: Any, worker_timeout: float) -> UserError:
-    """Kills an iterator's workers, and returns what to say of the one that was waited for.
+def kill_stalled_workers(iterator: Any, worker_timeout: float) -> UserError:
+    """Kills the workers of an iterator, and returns the error that names the worker that has
+    stalled.
 
-    Workers ignore all other signals, and Python would wait for them at its end.
+    Workers ignore all other signals, and Python would wait for them at its exit.
     """
     number = iterator._task_info[iterator._rcvd_idx][0]
     # else torch would report that they died, wherever the main process happens to be
@@ -146,13 +159,14 @@ def end_stalled(iterator: Any, worker_timeout: float) -> UserError:
 
 
 @atexit.register
-def shut_down_all() -> None:
-    for iterator in list(live):
-        shut_down(iterator)
+def stop_all_workers() -> None:
+    """Ends the workers of all open iterators when Python exits."""
+    for iterator in list(open_iterators):
+        stop_workers(iterator)
 
 
 class Mapped(Dataset):
-    """Index -> what a function makes of it."""
+    """A dataset whose items are the results of a function of the index."""
 
     def __init__(self, function: Callable[[int], Any]):
         self.function = function
@@ -161,29 +175,41 @@ class Mapped(Dataset):
         return self.function(index)
 
 
-def in_order(
+def map_in_workers(
     function: Callable[[int], Any],
     indices: Sequence[int],
     workers: int,
     worker_timeout: float,
 ) -> Generator[Any, None, None]:
-    """Yields the function's results for the indices, made in worker processes. Raises UserError."""
+    """Yields the function's results for the indices in order, computed in worker processes.
+
+    Raises UserError if the function does, or if a worker dies or stalls.
+    """
     ahead = {"prefetch_factor": 16} if workers else {}
-    options: dict[str, Any] = {"batch_size": None, "sampler": indices, "collate_fn": as_it_is}
+    options: dict[str, Any] = {
+        "batch_size": None,
+        "sampler": indices,
+        "collate_fn": return_unchanged,
+    }
     workers = min(workers, os.cpu_count() or 1)
-    return from_workers(Mapped(function), workers, worker_timeout, **options, **ahead)
+    return load_in_workers(Mapped(function), workers, worker_timeout, **options, **ahead)
 
 
-def as_it_is(result: Any) -> Any:
+def return_unchanged(result: Any) -> Any:
+    """Returns its argument. torch's DataLoader would otherwise convert results to tensors."""
     return result
 
 
 PR_SET_PDEATHSIG = 1
+"""Code of Linux's prctl that requests a signal for the death of the parent process."""
 
 
-def start_worker(worker: int) -> None:
-    """A signal to the whole process group is the main process's to handle: it saves, then ends
-    the workers. They end with it where it is killed."""
+def set_up_worker(worker: int) -> None:
+    """Makes a worker ignore SIGINT and SIGTERM, and end if the main process is killed.
+
+    A signal to the process group is handled by the main process, which saves and then ends its
+    workers.
+    """
     torch.set_num_threads(1)
     with contextlib.suppress(AttributeError, OSError):  # Linux's prctl: a worker that waits to hand
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # over bytes never looks
@@ -194,7 +220,7 @@ def start_worker(worker: int) -> None:
 
 
 class TorchLoader:
-    """See batch.Loader."""
+    """Loads training batches with PIL and timm in worker processes, see `batch.Loader`."""
 
     def __init__(
         self,
@@ -215,7 +241,7 @@ class TorchLoader:
         device: torch.device,
     ):
         self.split = split
-        self.transform = train_transform(cfg, img_size, hflip)
+        self.transform = build_train_transform(cfg, img_size, hflip)
         self.augment = augment
         self.workers = workers
         self.worker_timeout = worker_timeout
@@ -227,12 +253,12 @@ class TorchLoader:
         self.device = device
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """See batch.Loader."""
-        order = epoch_order(len(self.split), self.seed, epoch).tolist()
+        """Yields the micro-batches of an epoch, see `batch.Loader`."""
+        order = draw_epoch_order(len(self.split), self.seed, epoch).tolist()
         indices = range(first, self.batches_per_epoch)
         slices = (rank_slice(i, self.batch_size, self.rank, self.ranks) for i in indices)
         batches = ([(epoch, k) for k in order[s]] for s in slices)
-        decoded = decode(
+        decoded = decode_batches(
             self.split,
             self.transform,
             batches,
@@ -247,6 +273,10 @@ class TorchLoader:
             yield self.augment(images, labels)
 
 
-def evaluation_transform(img_size: int, crop_pct: float) -> Any:
-    """Resize of the shorter side and centre crop, bicubic (timm's)."""
+def build_evaluation_transform(img_size: int, crop_pct: float) -> Any:
+    """Returns timm's transform for evaluation: resizing the shorter side and a centre crop,
+    bicubic.
+
+    crop_pct: share of the resized image's side that the crop keeps.
+    """
     return create_transform(img_size, crop_pct=crop_pct, interpolation="bicubic", normalize=False)

@@ -9,8 +9,8 @@ from fastgn.config.groups import AugmentationConfig
 from fastgn.errors import UserError
 
 
-def train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) -> Any:
-    """Returns timm's training transform: PIL image -> uint8, 3 x S x S.
+def build_train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) -> Any:
+    """Returns timm's training transform, which turns a PIL image into a tensor `(3, S, S), uint8`.
 
     Raises UserError if timm does not know the policy of --aa.
     """
@@ -28,19 +28,19 @@ def train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) -> Any
     except (AssertionError, ValueError) as error:
         raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
     for step in transform.transforms:
-        forgive_posterize(step)
+        replace_posterize(step)
     return transform
 
 
-def forgive_posterize(step: Any) -> None:
-    """Replaces timm's posterize in a step of its transform by the one here."""
-    for op in operations(step):
+def replace_posterize(step: Any) -> None:
+    """Replaces timm's posterize by `posterize` in one step of a transform."""
+    for op in list_operations(step):
         if op.aug_fn is auto_augment.posterize:
             op.aug_fn = posterize
 
 
-def operations(step: Any) -> list[Any]:
-    """Returns the operations of an augmentation policy. Other steps of a transform have none."""
+def list_operations(step: Any) -> list[Any]:
+    """Returns the operations of a step that is an augmentation policy, and none for other steps."""
     if isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
         return list(step.ops)
     if isinstance(step, auto_augment.AutoAugment):
@@ -49,10 +49,11 @@ def operations(step: Any) -> list[Any]:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """Returns what timm's posterize does, also if no bit is kept.
+    """Returns the image with `bits_to_keep` bits per channel, as timm does. 0 bits give a black
+    image.
 
-    With rand-m9-mstd0.5-inc1 the noise of the magnitude leaves no bit once in 600 images. PIL
-    raises ValueError now; it used to return a black image, as here.
+    With rand-m9-mstd0.5-inc1, random noise gives 0 bits once in 600 images. Recent versions of PIL
+    raise ValueError for 0 bits, and older versions returned a black image.
     """
     if bits_to_keep == 0:
         return Image.new(image.mode, image.size)

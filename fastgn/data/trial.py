@@ -1,4 +1,4 @@
-"""Decides whether `--loader auto` takes DALI: only if its first batch is PIL's."""
+"""Tests DALI for `--loader auto`. DALI is used if its first batch equals PIL's."""
 
 import contextlib
 import importlib.util
@@ -10,31 +10,33 @@ from fastgn.data.batch import Batch, Loader
 from fastgn.errors import first_line
 
 MEAN_DIFFERENCE = 1.6 / 255
-"""Largest mean absolute difference allowed between DALI's image and PIL's.
+"""Largest mean absolute difference that is allowed between an image from DALI and the same from
+PIL.
 
 Solarize, posterize and equalize can turn a difference of 1/255 into a large one.
 """
 MEDIAN_DIFFERENCE = 0.5 / 255
-"""Largest such difference allowed for the median image of a batch."""
+"""Largest mean absolute difference that is allowed for the median image of a batch."""
 
 
 def wants_dali(device: torch.device) -> bool:
-    """Returns whether DALI is worth a trial: on a GPU, if it is installed."""
+    """Returns whether DALI is worth a trial, which means that it is installed and the device is a
+    GPU."""
     with contextlib.suppress(ModuleNotFoundError):  # no package of NVIDIA's at all
         return device.type == "cuda" and importlib.util.find_spec("nvidia.dali") is not None
     return False
 
 
-def dali_or_pil(
+def choose_dali_or_pil(
     make_dali: Callable[[], Loader],
     make_pil: Callable[[], Loader],
     agree: Callable[[bool], bool] = bool,
 ) -> tuple[Loader, str | None]:
-    """Returns DALI's loader if its first batch is PIL's, and PIL's loader with the reason if not.
+    """Returns (DALI's loader, None) if its first batch equals PIL's, else (PIL's loader, the
+    reason).
 
-    agree: returns True on all ranks if it is given True on any rank.
-
-    Raises UserError if PIL's loader does.
+    agree: returns True on all ranks if it is given True on any rank. Raises UserError if PIL's
+    loader raises it.
     """
     pil = make_pil()
     with contextlib.closing(pil.epoch(0)) as batches:  # type: ignore[type-var]
@@ -48,22 +50,25 @@ def dali_or_pil(
         getattr(dali, "close", bool)()
     pil.bad_images.clear()
     reason = "it failed on another rank" if elsewhere else fault
-    return pil, f"--loader auto takes torch, because DALI did not pass its trial: {reason}"
+    return pil, f"--loader auto uses torch, because DALI did not pass its trial: {reason}"
 
 
 def try_dali(make_dali: Callable[[], Loader], expected: Batch) -> tuple[Loader | None, str | None]:
-    """Returns DALI's loader, and why its first batch is not the expected one, or None."""
+    """Returns (DALI's loader, None) if its first batch is the expected one, else (loader, the
+    reason).
+
+    The loader is None if it could not be made.
+    """
     loader = None
     try:
         loader = make_dali()
-        return loader, difference(next(iter(loader.epoch(0))), expected)
+        return loader, describe_difference(next(iter(loader.epoch(0))), expected)
     except Exception as error:  # whatever DALI, its driver or its decoder raises
         return loader, f"{type(error).__name__}: {first_line(error)}"
 
 
-def difference(found: Batch, expected: Batch) -> str | None:
-    """Returns how a batch differs from the expected one, or None if it is the same but for
-    rounding."""
+def describe_difference(found: Batch, expected: Batch) -> str | None:
+    """Returns how a batch differs from the expected one, or None if only rounding differs."""
     for name, mine, theirs in zip(("images", "targets"), found, expected, strict=True):
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             return (
@@ -73,13 +78,13 @@ def difference(found: Batch, expected: Batch) -> str | None:
         if not bool(torch.isfinite(mine).all()):
             return f"its {name} are not finite"
     if not torch.allclose(found.targets.float(), expected.targets.float(), atol=1e-6):
-        return "its targets are others"
+        return "its targets differ"
     means_B = (found.images_BCHW - expected.images_BCHW).abs().mean((1, 2, 3))
     worst, middle = float(means_B.max()), float(means_B.median())
     if worst > MEAN_DIFFERENCE or middle > MEDIAN_DIFFERENCE:
         return (
-            f"its images are {worst * 255:.1f}/255 from PIL's at most and {middle * 255:.1f}/255 "
-            f"in the middle, more than {MEAN_DIFFERENCE * 255:.1f} and "
-            f"{MEDIAN_DIFFERENCE * 255:.1f}"
+            f"its images differ from PIL's by at most {worst * 255:.1f}/255 and in the median by "
+            f"{middle * 255:.1f}/255, and {MEAN_DIFFERENCE * 255:.1f} and "
+            f"{MEDIAN_DIFFERENCE * 255:.1f} are allowed"
         )
     return None

@@ -18,7 +18,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import ColorJitter, InterpolationMode, RandomHorizontalFlip
 
 from fastgn.config.groups import AugmentationConfig
-from fastgn.data.transform import operations, posterize, train_transform
+from fastgn.data.transform import build_train_transform, list_operations, posterize
 from fastgn.errors import UserError
 
 FILL = (124, 116, 104)
@@ -86,7 +86,7 @@ class Recipe:
 
     def __init__(self, cfg: AugmentationConfig, img_size: int, hflip: float):
         """Raises UserError if the policy has an operation that Kind lacks."""
-        transform = train_transform(cfg, img_size, hflip)
+        transform = build_train_transform(cfg, img_size, hflip)
         # the last one makes a tensor and draws nothing
         self.steps: Sequence[Any] = transform.transforms[:-1]
         self.img_size = img_size
@@ -110,7 +110,7 @@ class Recipe:
             self.layers += policy.num_layers
         else:
             self.layers += max(map(len, policy.policy))
-        for op in operations(policy):
+        for op in list_operations(policy):
             if op.aug_fn not in TRANSLATIONS:
                 raise UserError(refusal(name, op.name))
             kind, translate = TRANSLATIONS[op.aug_fn]

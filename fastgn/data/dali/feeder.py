@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastgn.data.batch import epoch_order, rank_slice
+from fastgn.data.batch import draw_epoch_order, rank_slice
 from fastgn.data.dali.draws import ARGUMENTS, Recipe
 from fastgn.data.dali.jpeg import plain_size
-from fastgn.data.images import BadImageError, Encoded, decode_image, load_or_next, thin
-from fastgn.data.torch import as_it_is, from_workers
+from fastgn.data.images import BadImageError, Encoded, decode_image, is_thin, load_or_next
+from fastgn.data.torch import load_in_workers, return_unchanged
 from fastgn.errors import UserError, first_line
 from fastgn.seeding import Stream, seed_host
 
@@ -81,7 +81,7 @@ class Feeder(Dataset):
         """Returns (epoch, image) for each image of the batch at a position."""
         epoch, index = divmod(position, self.batches_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.split), self.seed, epoch))
+            self._order = (epoch, draw_epoch_order(len(self.split), self.seed, epoch))
         chosen = self._order[1][rank_slice(index, self.batch_size, self.rank, self.ranks)]
         return [(epoch, image) for image in chosen.tolist()]
 
@@ -146,7 +146,7 @@ class Feeder(Dataset):
             raise BadImageError(self.spoilt[image])
         content = self.split.read(image)
         size = plain_size(content)
-        if size and not thin(*size) and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
+        if size and not is_thin(*size) and size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or 0):
             return content, None, size
         decoded = decode_image(content, self.split.name(image))
         return content, decoded, decoded.size
@@ -166,8 +166,8 @@ class Source:
     def __init__(self, feeder: Feeder, position: int, workers: int, worker_timeout: float):
         """position: position of the first batch, see Feeder."""
         positions = itertools.count(position)
-        options: dict[str, Any] = {"sampler": positions, "collate_fn": as_it_is}
-        self.batches = from_workers(feeder, workers, worker_timeout, batch_size=None, **options)
+        options: dict[str, Any] = {"sampler": positions, "collate_fn": return_unchanged}
+        self.batches = load_in_workers(feeder, workers, worker_timeout, batch_size=None, **options)
         self.given: deque[tuple[Tensor, list[str], list[str]]] = deque()
         """(labels, complaints, replaced) of each batch that DALI has taken."""
         self.broken: str | None = None

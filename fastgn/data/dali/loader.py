@@ -181,7 +181,7 @@ class DaliLoader:
         for _, image in keys:
             if image not in self.feeder.spoilt:
                 try:
-                    self.feeder.split.image(image)
+                    self.feeder.split.load_image(image)
                 except BadImageError as bad:
                     return image, bad
         return None, UserError(
