@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shlex
 import sys
+import tomllib
 import types
 import typing
 from collections.abc import Iterator
@@ -150,6 +151,13 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     given = {f for span in spans for f in re.findall(r"(?<!\S)--([\w-]+)", span)}
     pip = {"editable"}
     assert given <= known | pip
+
+
+@every_page
+def test_extras_that_pip_is_to_install_exist(page: Path) -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extras in re.findall(r"pip install (?:-e )?'?[.\w]*\[([\w,-]+)\]", page.read_text()):
+        assert set(extras.split(",")) <= known.keys()
 
 
 @every_page
