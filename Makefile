@@ -1,4 +1,5 @@
-# make train: set up, then the quickstart on real input. make test: set up, then every check.
+# make train: set up, then the quickstart on real input. make test: set up, then the checks of a change.
+# make test-all: every check.
 # Needs Python 3.11 or later and a package index; no GPU, no data.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PROCESSES = $$($(BIN)/python -c 'import os, torch; print(torch.cuda.device_count() or min(os.cpu_count(), 2))')
 train: export OMP_NUM_THREADS = 1
 
-.PHONY: train picture test lint clean
+.PHONY: train picture test test-all lint clean
 
 train: .venv/installed
 	$(BIN)/python -m fastgn.train --recipe quickstart_natural --resume auto
@@ -24,10 +25,15 @@ picture: .venv/installed
 		--eps 0.025 --attacks clean --num-images 4 --output runs/picture.json \
 		--picture docs/quickstart.png --picture-images 4
 
-# The second run is of the Triton kernels themselves, interpreted on the CPU. It runs whatever the first
-# one finds, and a failure of either is make's.
+# On all cores. The second run is of the Triton kernels themselves, interpreted on the CPU. It runs
+# whatever the first one finds, and a failure of either is make's.
+PYTEST = $(BIN)/pytest -n auto --dist worksteal
 test: lint
-	$(BIN)/pytest; first=$$?; TRITON_INTERPRET=1 $(BIN)/pytest tests/kernels && exit $$first
+	$(PYTEST) -m "not slow"; first=$$?; TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/kernels && exit $$first
+
+# Also the tests that take long and show little that the others do not.
+test-all: lint
+	$(PYTEST); first=$$?; TRITON_INTERPRET=1 $(PYTEST) tests/kernels && exit $$first
 
 lint: .venv/installed
 	$(BIN)/ruff check .
