@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_architecture import COMPOSE, MAY_IMPORT
 
 import fastgn
 from fastgn.config import FIELDS, load_recipe, recipe_names
@@ -29,6 +28,8 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
 OTHERS = {"help", "nproc-per-node", "max-restarts", "list"}
 """Flags that are no field: --help, torchrun's, and the --list of fastgn.train."""
+PACKAGE = ROOT / "fastgn"
+ROOMS = {p.stem for p in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*/"))} - {"__init__", "__pycache__"}
 ENDINGS = {"csv", "db", "json", "png", "py", "toml", "txt"}
 """Endings of files that are named like a module."""
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -181,17 +182,36 @@ def test_modules_and_files_in_the_text_exist(page: Path) -> None:
 def test_names_of_rooms_in_the_text_exist(page: Path) -> None:
     """Such as `files.atomic_open`, which is fastgn.files.atomic_open."""
     for room, name in re.findall(r"`(\w+)\.(\w+)(?:\(.*?\))?`", prose(page)):
-        if room in set(MAY_IMPORT) | set(COMPOSE) and name not in ENDINGS:
+        if room in ROOMS and name not in ENDINGS:
             assert hasattr(importlib.import_module(f"fastgn.{room}"), name), f"{room}.{name}"
 
 
+def architecture() -> Iterator[tuple[list[str], list[str]]]:
+    """Yields each row of the tables of docs/architecture.md: the rooms or folders in its first
+    cell, and the files and folders that its second cell names."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for first, second in re.findall(r"^\| (`.*?) \| (.*) \|$", text, re.MULTILINE):
+        names = re.findall(r"`([\w/.]+)`", second)
+        yield (
+            [name.rstrip("/") for name in re.findall(r"`([\w/.]+)`", first)],
+            [name for name in names if name.endswith((".py", "/"))],
+        )
+
+
 def test_every_room_is_in_the_architecture() -> None:
-    rooms = {
-        name
-        for row in re.findall(r"^\| (`.*?) \|", (ROOT / "docs/architecture.md").read_text(), re.M)
-        for name in re.findall(r"`(\w+)(?:\.py|/)`", row)
-    }
-    assert set(MAY_IMPORT) | set(COMPOSE) <= rooms | {"__init__"}
+    rooms = {name.removesuffix(".py") for names, _ in architecture() for name in names}
+    assert rooms >= ROOMS
+
+
+def test_the_files_of_the_architecture_exist() -> None:
+    for names, inside in architecture():
+        folders = [folder for name in names for folder in (PACKAGE / name, ROOT / name)]
+        assert sum(folder.exists() for folder in folders) == len(names), names
+        for file in inside:
+            assert any((folder / file).exists() for folder in folders) or (ROOT / file).exists(), (
+                names,
+                file,
+            )
 
 
 def test_methods_schedules_and_recipes_have_their_place() -> None:
