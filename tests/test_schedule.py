@@ -534,10 +534,11 @@ def test_every_schedule_is_at_the_attacked_images(kind: str) -> None:
 @pytest.mark.parametrize(
     ("values", "kind", "message"),
     [
-        ({"method": "edge"}, "finite-difference", "L1 norm of the loss's gradient alone"),
-        ({"gn_threshold": 0.1}, "central-difference", "L1 norm of the loss's gradient alone"),
+        ({"method": "edge"}, "finite-difference", "only the L1 norm of the loss's gradient"),
+        ({"gn_threshold": 0.1}, "central-difference", "only the L1 norm of the loss's gradient"),
         ({"method": "gradnorm+fgsm"}, "lazy", "this objective takes turns already"),
         ({"method": "trades"}, "subset", "this objective has no penalty"),
+        ({"ce_weight": 0.0}, "central-difference", "of at least 1e-6, or finite-difference"),
     ],
 )
 def test_schedules_that_do_not_fit_are_refused(values: dict, kind: str, message: str) -> None:
@@ -551,7 +552,7 @@ def test_schedules_that_do_not_fit_are_refused(values: dict, kind: str, message:
 
 @pytest.mark.parametrize("kind", ["finite-difference", "lazy", "subset"])
 def test_a_schedule_needs_a_penalty(kind: str) -> None:
-    with pytest.raises(ValueError, match=f"schedule {kind} .*: this objective has no penalty"):
+    with pytest.raises(ValueError, match=f"schedule {kind} .*this objective has no penalty"):
         Step(
             classifier(vit),
             objective(method="pgd_at"),

@@ -29,7 +29,7 @@ from fastgn.config.groups import (
 )
 from fastgn.errors import UserError, check, first_line, nearest, parse_number
 from fastgn.files import read_text
-from fastgn.objectives.options import ObjectiveConfig
+from fastgn.objectives.options import ObjectiveConfig, find_schedule_conflict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,28 +58,15 @@ class Config:
 
     def __post_init__(self) -> None:
         schedule, objective = self.step.schedule, self.objective
-        exact = schedule in ("auto", "exact", "exact-eager")
-        check(
-            exact or objective.has_penalty,
-            f"--schedule {schedule} is a way to take gradnorm's penalty, and --method "
-            f"{objective.method} has none: leave it out",
+        conflict = find_schedule_conflict(
+            schedule,
+            f"--method {objective.method}",
+            has_penalty=objective.has_penalty,
+            takes_turns=objective.takes_turns,
+            allows_differences=objective.allows_differences,
+            ce_weight=objective.gradnorm.ce_weight,
         )
-        check(
-            exact or not objective.takes_turns,
-            f"--schedule {schedule}: --method {objective.method} takes turns already, at "
-            "--gn-share; take --schedule exact, or --method gradnorm",
-        )
-        check(
-            objective.allows_differences
-            or schedule not in ("finite-difference", "central-difference"),
-            f"--schedule {schedule} takes the L1 norm of the loss's gradient alone, and the "
-            f"penalty of {objective.method} with these options is another: take --schedule exact",
-        )
-        check(
-            schedule != "central-difference" or objective.gradnorm.ce_weight >= 1e-6,
-            "--schedule central-difference finds its direction in the cross-entropy's sweep: give "
-            "--ce-weight above 0, or finite-difference",
-        )
+        check(conflict is None, f"--schedule {schedule} {conflict}")
         last = max(self.run.keep_epochs, default=1)
         check(
             last <= self.optimizer.epochs,

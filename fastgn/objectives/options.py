@@ -291,6 +291,40 @@ class ObjectiveConfig(Options):
         return attack.single_step_size if METHODS[self.method].single_step else attack.step_size
 
 
+def find_schedule_conflict(
+    schedule: str,
+    name: str,
+    *,
+    has_penalty: bool,
+    takes_turns: bool,
+    allows_differences: bool,
+    ce_weight: float,
+) -> str | None:
+    """Returns why a schedule of the step cannot compute the penalty of an objective, and what to
+    use instead, or None if it can.
+
+    name: how the message calls the objective. The other arguments are facts about the objective,
+    named as those of ObjectiveConfig.
+    """
+    if schedule in ("auto", "exact", "exact-eager"):
+        return None
+    if not has_penalty:
+        return f"is a way to compute a penalty, but {name} has no penalty: use exact"
+    if takes_turns:
+        return f"cannot be used, because {name} takes turns already: use exact, or gradnorm"
+    if schedule in ("finite-difference", "central-difference") and not allows_differences:
+        return (
+            "computes only the L1 norm of the loss's gradient, and with these options the penalty "
+            f"of {name} is another one: use exact"
+        )
+    if schedule == "central-difference" and ce_weight < 1e-6:
+        return (
+            "takes its direction from the weighted gradient of the cross-entropy: use a weight "
+            "(--ce-weight) of at least 1e-6, or finite-difference"
+        )
+    return None
+
+
 def piecewise_linear_warning(cfg: ObjectiveConfig, counts: dict[str, int]) -> str | None:
     """Returns a warning if the method differentiates twice and the model has activations whose
     second derivative is 0, else None.

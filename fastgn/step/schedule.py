@@ -6,6 +6,7 @@ from typing import get_args
 
 from fastgn.config.groups import ScheduleKind, StepConfig
 from fastgn.objectives import Objective
+from fastgn.objectives.options import find_schedule_conflict
 
 SCHEDULES: tuple[str, ...] = get_args(ScheduleKind)
 
@@ -78,13 +79,13 @@ def is_whole(x: float) -> bool:
 
 def check_schedule(schedule: Schedule, objective: Objective) -> None:
     """Raises ValueError if a schedule cannot compute the penalty of an objective."""
-    if schedule.is_exact:
-        return
-    if not objective.needs_input_gradient:
-        raise ValueError(f"schedule {schedule}: this objective has no penalty to schedule")
-    if schedule.differences and not objective.differences:
-        raise ValueError(f"schedule {schedule} takes the L1 norm of the loss's gradient alone")
-    if objective.rest is not None:
-        raise ValueError(f"schedule {schedule}: this objective takes turns already")
-    if schedule.kind == "central-difference" and not objective.ce_weight:
-        raise ValueError("central-difference finds its direction by the cross-entropy's sweep")
+    conflict = find_schedule_conflict(
+        schedule.kind,
+        "this objective",
+        has_penalty=objective.needs_input_gradient,
+        takes_turns=objective.rest is not None,
+        allows_differences=objective.differences,
+        ce_weight=objective.ce_weight,
+    )
+    if conflict is not None:
+        raise ValueError(f"schedule {schedule} {conflict}")
