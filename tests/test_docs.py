@@ -132,6 +132,17 @@ def test_commands_of_the_pages_are_accepted() -> None:
     assert parsed >= 12
 
 
+def test_commands_of_the_makefile_are_accepted() -> None:
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    found = re.findall(r"-m (fastgn\.\w+) (.*)", text)
+    assert len(found) >= 4
+    for program, line in found:
+        args = [a for a in shlex.split(line) if a != "--resume" and a != "auto"]
+        parse_config(args) if program == "fastgn.train" else parse_cli(
+            PROGRAMS[program], args, program
+        )
+
+
 def test_a_flag_that_does_not_exist_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```\ntorchrun -m fastgn.train --recipe swin_b_pag \\\n    --epoch 3\n```\n")
