@@ -1,20 +1,19 @@
-"""Tunes a recipe's fields with Optuna (extra `sweep`), by fastgn.train's own runs.
+"""Tunes fields of a recipe with Optuna, which the extra `sweep` installs.
 
     python -m fastgn.sweep --recipe quickstart_gradnorm --study runs/sweep.db --trials 30 \\
         --space gn_weight=0.1:10:log lr=1e-3:1e-2:log
 
-The two accuracies of a trial are those that the run itself watches on its validation subset: clean,
-and under PGD-10. Say the same again to go on, or start several processes on one study.
+A trial is a run of fastgn.train with other values of the fields. Two accuracies judge it, which the
+run itself measures on its validation subset: without an attack and under PGD-10. The same
+command continues a study, and several processes may work on one study at once.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -27,8 +26,8 @@ if __name__ == "__main__":  # a mistake is answered before the imports that take
 
     begin("fastgn.sweep")
 
-from fastgn.analysis.pareto import draw_pareto, front_of
-from fastgn.config import FIELDS, Config, load_recipe
+from fastgn.analysis.pareto import draw_pareto, find_front
+from fastgn.config import Config
 from fastgn.config.cli import parse_cli
 from fastgn.config.programs import SweepConfig
 from fastgn.distributed import World, session
@@ -37,8 +36,6 @@ from fastgn.errors import (
     check,
     escaped,
     first_line,
-    nearest,
-    parse_number,
     passed_over,
     print_line,
     say_error,
@@ -47,40 +44,21 @@ from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
 from fastgn.metrics import environment, open_bar
 from fastgn.run import Run
+from fastgn.search_space import Dimension, make_base_config, parse_space
 from fastgn.setup import build
 from fastgn.train import train
 
 HEARTBEAT_S = 60
-"""A trial whose process has said nothing for three of them was killed: its values are tried
-again."""
-NOT_SWEPT = ("recipe", "output", "resume", "device", "data", "data_dir", "log_wandb")
-
-
-@dataclasses.dataclass(frozen=True)
-class Dimension:
-    """A field and what it may be."""
-
-    name: str
-    low: float = 0.0
-    high: float = 0.0
-    log: bool = False
-    whole: bool = False
-    choices: tuple[Any, ...] = ()
-
-    def suggest(self, trial: Any) -> Any:
-        if self.choices:
-            return trial.suggest_categorical(self.name, self.choices)
-        if self.whole:
-            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
-        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
+"""Seconds between two signs of life of a trial. After three times as long without one, the process
+counts as killed, and its values are tried again."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
-    """Ctrl-C or SIGTERM: the run has saved."""
+    """Raised after Ctrl-C or SIGTERM, when the run has saved a checkpoint."""
 
 
 def find_optuna() -> Any:
-    """The package. Raises UserError where it is not installed."""
+    """Returns the package Optuna. Raises UserError if it is not installed."""
     check(
         importlib.util.find_spec("optuna") is not None,
         "fastgn.sweep needs the package optuna: pip install 'fastgn[sweep]'",
@@ -88,117 +66,25 @@ def find_optuna() -> Any:
     return importlib.import_module("optuna")
 
 
-def key_value(flag: str, text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    name = name.replace("-", "_")
-    check(bool(equals and value), f"{flag} {text!r} should be FIELD=...")
-    check(name in FIELDS, f"{flag} {text}: unknown field {name!r}, {nearest(name, FIELDS)}")
-    check(
-        flag != "--space" or name not in NOT_SWEPT,
-        f"{flag} {text}: {name} is no field to tune",
-    )
-    return name, value
-
-
-def literal(text: str) -> Any:
-    """A recipe's value as TOML writes it, without a string's quotes."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
-def check_value(base: Config, name: str, value: Any) -> None:
-    """Raises UserError where config refuses the value."""
-    try:
-        base.replace(**{name: value})
-    except UserError as error:
-        raise UserError(f"--space {name}={value}: {error}") from None
-
-
-def base_config(cfg: SweepConfig) -> Config:
-    """What all trials share. Raises UserError."""
-    base = load_recipe(cfg.recipe)
-    pairs = [key_value("--set", text) for text in cfg.set]
-    try:
-        base = base.replace(**{name: literal(value) for name, value in pairs})
-    except UserError as error:
-        raise UserError(f"--set {' '.join(cfg.set)}: {error}") from None
-    base = base.replace_group("run", {"output": None, "resume": None})
-    check(base.run.eval_images > 0, "a trial is judged by --eval-images, and the recipe has 0")
-    return base
-
-
-def dimension(text: str, base: Config) -> Dimension:
-    """A --space. Raises UserError: unknown field, a range that config refuses."""
-    name, value = key_value("--space", text)
-    if ":" not in value:
-        choices = tuple(literal(v) for v in value.split(","))
-        check(
-            len(set(choices)) == len(choices) > 1,
-            f"--space {text}: write FIELD=LOW:HIGH, or at least 2 different choices A,B",
-        )
-        for choice in choices:
-            check_value(base, name, choice)
-        return Dimension(name, choices=choices)
-    low, high, *rest = value.split(":")
-    check(rest in ([], ["log"]), f"--space {text}: write FIELD=LOW:HIGH or FIELD=LOW:HIGH:log")
-    try:
-        ends = parse_number(low), parse_number(high)
-    except UserError as error:
-        raise UserError(f"--space {text}: {error}") from None
-    check(
-        ends[0] < ends[1] and all(map(math.isfinite, ends)),
-        f"--space {text}: {low} must be below {high}",
-    )
-    check(not rest or ends[0] > 0, f"--space {text}: a logarithmic range begins above 0, not {low}")
-    numbers = [int(e) if e.is_integer() else e for e in ends]
-    whole = is_whole_field(base, name)
-    check(not whole or all(isinstance(n, int) for n in numbers), f"--space {text}: {name} is whole")
-    for end in numbers:
-        check_value(base, name, end)
-    return Dimension(name, *ends, log=bool(rest), whole=whole)
-
-
-def is_whole_field(base: Config, name: str) -> bool:
-    """Whether a field takes whole numbers alone."""
-    try:
-        base.replace(**{name: 1.5})
-    except UserError as error:
-        return "of type int" in str(error)
-    return False
-
-
-def space_of(cfg: SweepConfig, base: Config) -> list[Dimension]:
-    """Raises UserError, also where trials could not be compared."""
-    space = [dimension(text, base) for text in cfg.space]
-    names = [d.name for d in space]
-    check(len(set(names)) == len(names), "--space names a field twice")
-    judge = {"eval_images", "eval_eps", "eval_interval"} & set(names)
-    check(not judge, f"--space {' '.join(judge)}: by it trials are judged, it has to be the same")
-    radii = {"eps", "attack_eps", "method"} & set(names)
-    check(
-        not radii or base.run.eval_eps is not None,
-        f"--space {' '.join(sorted(radii))} moves the radius that trials are judged at: add --set "
-        "eval_eps=0.0157",
-    )
-    return space
-
-
 def score(clean: float, robust: float, floor: float) -> float:
-    """What `robust` maximises: below the floor a negative number."""
+    """Returns what --objective robust maximises.
+
+    It is the robust accuracy. If the clean accuracy is below the floor, it is the difference to the
+    floor, a negative number.
+    """
     return robust if clean >= floor else clean - floor
 
 
 def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]) -> Any:
-    """A training; its objective's value or values. Raises optuna.TrialPruned, Interrupted,
-    UserError."""
+    """Trains one trial, and returns the value that Optuna maximises, or the two values.
+
+    Raises optuna.TrialPruned if the trial is stopped because it is poor, and Interrupted or
+    UserError.
+    """
     optuna = find_optuna()
     values = {d.name: d.suggest(trial) for d in space}
     config = base.replace(**values)
-    # of the values: what was interrupted goes on when they are tried again
+    # named after the values, so that an interrupted run continues when they are tried again
     name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     folder = cfg.database.with_suffix("") / name
     trial.set_user_attr("folder", str(folder))
@@ -211,9 +97,9 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
             contextlib.redirect_stderr(log),
             session(config.run.device) as world,
         ):
-            run = build_when_free(config, world, watcher(trial, cfg, optuna))
+            run = build_when_free(config, world, make_reporter(trial, cfg, optuna))
             train(run)
-    except KeyboardInterrupt:  # before the first update
+    except KeyboardInterrupt:  # it came before the first update
         raise Interrupted from None
     finally:
         if run is not None and run.metrics is not None:
@@ -240,16 +126,20 @@ def build_when_free(
             time.sleep(1)
 
 
-def watcher(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], None] | None:
-    """Returns what reports each evaluation of a run to Optuna, and ends a run that is worse than
-    the others; None if no run is to be ended."""
+def make_reporter(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], None] | None:
+    """Returns a function that reports an evaluation of a run to Optuna, or None.
+
+    The function stops the run if it is worse than the others.
+
+    None means that the options allow no run to be stopped.
+    """
     if cfg.objective == "pareto" or not cfg.prune:
         return None
 
     def report(run: Run) -> None:
         epoch = run.update // run.resolved.updates_per_epoch
         clean, robust = run.accuracy["clean_accuracy"], run.accuracy["pgd10_accuracy"]
-        with warnings.catch_warnings():  # of an epoch that an interrupted process had reported
+        with warnings.catch_warnings():  # Optuna warns if an interrupted process has reported it
             warnings.simplefilter("ignore")
             trial.report(score(clean, robust, cfg.clean_floor), epoch)
         if run.update < run.resolved.last_update and trial.should_prune():
@@ -261,7 +151,10 @@ def watcher(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], None] 
 
 
 def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
-    """The study, begun or gone on with. Raises UserError where it is another one's."""
+    """Returns the study, which is created if there is none.
+
+    Raises UserError if the study was begun with other settings.
+    """
     path = cfg.database
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,21 +173,21 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
         )
     except storage_errors() as error:
         raise UserError(f"--study {path} cannot be opened: {first_line(error)}") from None
-    what = {
+    settings = {
         "recipe": base.to_toml(),
         "space": " ".join(sorted(cfg.space)),
         "objective": f"{cfg.objective}, clean floor {cfg.clean_floor:g}",
     }
-    for key, value in what.items():
-        there = study.user_attrs.get(key)
+    for key, value in settings.items():
+        saved = study.user_attrs.get(key)
         check(
-            there in (None, value),
+            saved in (None, value),
             f"--study {path} was begun with another {key}"
-            + (f" ({there})" if key != "recipe" else "")
+            + (f" ({saved})" if key != "recipe" else "")
             + ": name another file",
         )
         study.set_user_attr(key, value)
-    # the same seed would draw the same again, and so would another process on the study
+    # a second process with the same seed would draw the same values again
     begun = len(study.get_trials(deepcopy=False))
     seed = (cfg.seed if begun == 0 else cfg.seed + begun + os.getpid()) % 2**32  # numpy's range
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=cfg.startup_trials)
@@ -303,15 +196,15 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Of a file that is no database, or cannot be written."""
+    """Returns the errors of a file that is not a database or cannot be written."""
     optuna = find_optuna()
     sqlalchemy = importlib.import_module("sqlalchemy.exc")
     known = sqlalchemy.SQLAlchemyError, optuna.exceptions.StorageInternalError
     return (OSError, ValueError, RuntimeError, *known)
 
 
-def finished(study: Any) -> list[Any]:
-    """Trials that count: not those that an interrupt or a kill has ended."""
+def list_finished(study: Any) -> list[Any]:
+    """Returns the trials that count, which are all except those ended by an interrupt or a kill."""
     return [
         t
         for t in study.get_trials(deepcopy=False)
@@ -319,29 +212,37 @@ def finished(study: Any) -> list[Any]:
     ]
 
 
-def sweep(cfg: SweepConfig) -> int:
-    """The trials that are left, and what came out. Raises UserError."""
-    optuna = find_optuna()
-    base = base_config(cfg)
-    space = space_of(cfg, base)
+def check_targets(cfg: SweepConfig) -> None:
+    """Raises UserError if the study's files cannot be written, or would replace other files."""
     path = cfg.database
     for target in cfg.written:
         check_target(target)
         check(
             path.exists() or not target.exists(),
-            f"--study {path} would overwrite {target}, which is no file of this study: choose "
-            "another name",
+            f"--study {path} would overwrite {target}, which does not belong to this study: "
+            "choose another name",
         )
     runs = path.with_suffix("")
     check(
         runs.is_dir() or not os.path.lexists(runs),
-        f"--study {path}: {runs}, where its runs should go, is no folder: choose another name",
+        f"--study {path}: {runs}, where its runs would go, is not a folder: choose another name",
     )
+
+
+def sweep(cfg: SweepConfig) -> int:
+    """Runs the trials that are left, writes the results, and returns the exit status.
+
+    Raises UserError.
+    """
+    optuna = find_optuna()
+    base = make_base_config(cfg)
+    space = parse_space(cfg, base)
+    check_targets(cfg)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     study = open_study(cfg, base, optuna)
-    done = len(finished(study))
+    done = len(list_finished(study))
     interrupted = False
     with open_bar(total=cfg.trials, initial=done, unit="trial") as bar:
 
@@ -355,21 +256,21 @@ def sweep(cfg: SweepConfig) -> int:
                 study.enqueue_trial(trial.params)
                 study.stop()
                 raise
-            except UserError as error:  # such as a loss that is not finite: a trial like others
+            except UserError as error:  # such as a loss that is not finite; the trial counts
                 trial.set_user_attr("failed", str(error))
                 raise
             finally:
                 trial.set_user_attr("seconds", time.perf_counter() - began)
 
-        def said(study: Any, trial: Any) -> None:
+        def report_trial(study: Any, trial: Any) -> None:
             if "failed" in trial.user_attrs or trial.state.name != "FAIL":
                 bar.update()
-                bar.write(escaped(line_of(trial)), file=sys.stderr)
-            with passed_over("the report"):
-                report(study, cfg, base)
+                bar.write(escaped(describe_trial(trial)), file=sys.stderr)
+            with passed_over("the report of the trials"):
+                write_results(study, cfg, base)
 
-        def enough(study: Any, trial: Any) -> None:
-            if len(finished(study)) >= cfg.trials:  # with those of other processes
+        def stop_if_enough(study: Any, trial: Any) -> None:
+            if len(list_finished(study)) >= cfg.trials:  # other processes' trials count as well
                 study.stop()
 
         if done < cfg.trials:
@@ -377,16 +278,16 @@ def sweep(cfg: SweepConfig) -> int:
                 objective,
                 n_trials=cfg.trials - done,
                 catch=(Interrupted, UserError),
-                callbacks=[said, enough],
+                callbacks=[report_trial, stop_if_enough],
             )
-    best = report(study, cfg, base)
-    print_line(best, sys.stdout)
+    print_line(write_results(study, cfg, base), sys.stdout)
     if interrupted:
         print("stopped; run the same command again to continue")
     return 0
 
 
-def line_of(trial: Any) -> str:
+def describe_trial(trial: Any) -> str:
+    """Returns a line with a trial's values and accuracies, or with its error."""
     values = ", ".join(
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items()
     )
@@ -400,26 +301,29 @@ def line_of(trial: Any) -> str:
     )
 
 
-def best_of(rows: Sequence[dict[str, Any]], cfg: SweepConfig) -> dict[str, Any] | None:
-    """Of the complete trials above the floor: the most robust; with two objectives, the largest sum
-    of both among those that none surpasses."""
-    there = [r for r in rows if r["state"] == "complete" and r["clean"] >= cfg.clean_floor]
-    if not there:
+def choose_best(rows: Sequence[dict[str, Any]], cfg: SweepConfig) -> dict[str, Any] | None:
+    """Returns the best of the complete trials whose clean accuracy is not below the floor.
+
+    With --objective robust it is the most robust trial. With pareto it is the trial with the
+    largest sum of both accuracies. None means that there is no such trial.
+    """
+    complete = [r for r in rows if r["state"] == "complete" and r["clean"] >= cfg.clean_floor]
+    if not complete:
         return None
     if cfg.objective == "robust":
-        return max(there, key=lambda r: (r["robust"], r["clean"]))
-    front = [there[i] for i in front_of([(r["clean"], r["robust"]) for r in there])]
+        return max(complete, key=lambda r: (r["robust"], r["clean"]))
+    front = [complete[i] for i in find_front([(r["clean"], r["robust"]) for r in complete])]
     return max(front, key=lambda r: r["clean"] + r["robust"])
 
 
-def report(study: Any, cfg: SweepConfig, base: Config) -> str:
-    """Writes the trials, the picture and the best recipe; what is best, in a line."""
+def write_results(study: Any, cfg: SweepConfig, base: Config) -> str:
+    """Writes the trials, the picture and the best recipe, and returns a line about the best."""
     rows = []
-    for trial in finished(study):
+    for trial in list_finished(study):
         attrs = trial.user_attrs
         row = {"number": trial.number, "state": trial.state.name.lower(), "values": trial.params}
         rows.append(row | {k: attrs.get(k) for k in ("clean", "robust", "seconds", "failed")})
-    best = best_of(rows, cfg)
+    best = choose_best(rows, cfg)
     path = cfg.database
     record = {
         "recipe": cfg.recipe,
@@ -439,7 +343,7 @@ def report(study: Any, cfg: SweepConfig, base: Config) -> str:
         picture = draw_pareto(complete, record["best"], f"{path.stem}: {len(complete)} trials")
         write_bytes(path.with_suffix(".png"), picture)
     if best is None:
-        return f"no trial is complete yet with clean accuracy of at least {cfg.clean_floor:.0%}"
+        return f"no trial is complete yet with a clean accuracy of at least {cfg.clean_floor:.0%}"
     recipe = path.with_name(f"{path.stem}_best.toml")
     head = (
         f"# Trial {best['number']} of {path.name}: clean {best['clean']:.1%}, PGD-10 "
@@ -453,14 +357,14 @@ def report(study: Any, cfg: SweepConfig, base: Config) -> str:
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
+    """Runs the program and returns its exit status, which is 2 after a mistake of the user."""
     try:
         cfg = parse_cli(SweepConfig, sys.argv[1:] if args is None else args, "fastgn.sweep")
         return sweep(cfg)
     except UserError as error:
         say_error(f"fastgn.sweep: error: {error}")
         return 2
-    except KeyboardInterrupt:  # between trials
+    except KeyboardInterrupt:  # it came between trials
         say_error("fastgn.sweep: stopped; run the same command again to continue")
         return 130
 

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "config": {"config", "errors", "fields", "files", "listing", "objectives"},
     "listing": {"config", "errors", "models", "objectives"},
     "extras": {"config"},
+    "search_space": {"config", "errors"},
     "seeding": set(),
     "attacks": set(),
     "objectives": {"attacks", "errors", "fields", "objectives"},

@@ -14,7 +14,7 @@ pytest.importorskip("optuna")
 import signal
 
 from fastgn import sweep
-from fastgn.analysis.pareto import front_of
+from fastgn.analysis.pareto import find_front
 from fastgn.config import Config, load_recipe
 from fastgn.config.cli import parse_config
 from fastgn.data.subset import Subset
@@ -42,15 +42,15 @@ def command(recipe: Path, study: Path, *more: str) -> list[str]:
     [
         (("--space", "gn_wieght=1:2"), "unknown field 'gn_wieght', did you mean 'gn_weight'?"),
         (("--space", "gn_weight=2:1"), "2 must be below 1"),
-        (("--space", "gn_weight=0:1:log"), "a logarithmic range begins above 0, not 0"),
+        (("--space", "gn_weight=0:1:log"), "a logarithmic range must begin above 0, not at 0"),
         (("--space", "gn_weight=-1:1"), "--gn-weight -1 is out of range"),
         (("--space", "gn_weight=1:x"), "'x' is not a number"),
         (("--space", "gn_weight=1:2:lin"), "write FIELD=LOW:HIGH or FIELD=LOW:HIGH:log"),
-        (("--space", "attack_it=1:2.5"), "attack_it is whole"),
+        (("--space", "attack_it=1:2.5"), "attack_it takes only whole numbers"),
         (("--space", "method=gradnorm,gradnrom"), "did you mean 'gradnorm'?"),
-        (("--space", "output=a,b"), "output is no field to tune"),
-        (("--space", "eval_images=1:9"), "by it trials are judged"),
-        (("--space", "eps=0.01:0.03"), "moves the radius that trials are judged at"),
+        (("--space", "output=a,b"), "output is not a field that can be tuned"),
+        (("--space", "eval_images=1:9"), "trials are judged by it"),
+        (("--space", "eps=0.01:0.03"), "changes the radius that trials are judged at"),
         (("--space", "lr=1e-3:1e-2", "--set", "eval_images=0"), "judged by --eval-images"),
         (("--space", "lr=1e-3:1e-2", "--trials", "0"), "--trials 0 is out of range"),
         ((), "--space is empty"),
@@ -162,7 +162,7 @@ def test_two_objectives_are_not_pruned_and_have_a_front(recipe: Path, tmp_path: 
     assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
     record = json.loads((tmp_path / "s.json").read_text())
     assert [t["state"] for t in record["trials"]] == ["complete", "complete"]
-    assert front_of([(0.9, 0.1), (0.8, 0.3), (0.8, 0.2), (0.7, 0.3)]) == [1, 0]
+    assert find_front([(0.9, 0.1), (0.8, 0.3), (0.8, 0.2), (0.7, 0.3)]) == [1, 0]
 
 
 def test_a_trial_that_diverges_counts_and_does_not_end_the_study(

@@ -1,4 +1,4 @@
-"""The picture of a sweep: clean against robust accuracy, as the bytes of a PNG."""
+"""The picture of a sweep: the robust accuracy of its trials against their clean accuracy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,12 @@ from fastgn.analysis.canvas import short, to_png
 from fastgn.analysis.figures import GREEN
 
 
-def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other one is better than in one coordinate and at least as good
-    in both, by the first coordinate."""
+def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Returns the indices of the points of the Pareto front, in order of the first coordinate.
+
+    A point belongs to it unless another point is better in one coordinate and at least as good in
+    the other.
+    """
     kept = [
         i
         for i, (a, b) in enumerate(points)
@@ -21,15 +24,18 @@ def front_of(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def draw_pareto(trials: Sequence[dict[str, Any]], best: int | None, title: str) -> bytes:
-    """trials: {"number", "clean", "robust"}, accuracies in 0..1; best: the number of the one with a
-    ring."""
+    """Returns a PNG of the trials' robust accuracy against their clean accuracy.
+
+    trials: dicts with the trial's number and its accuracies clean and robust, in 0..1. best: number
+    of the trial that gets a ring.
+    """
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     points = [(t["clean"], t["robust"]) for t in trials]
     if points:
         axes.plot(*zip(*points, strict=True), "o", color="0.6", label="trial", clip_on=False)
-        front = [points[i] for i in front_of(points)]
-        label = "not surpassed in both"
+        front = [points[i] for i in find_front(points)]
+        label = "Pareto front"
         axes.plot(*zip(*front, strict=True), "o-", color=GREEN, label=label, clip_on=False)
         for trial, point in zip(trials, points, strict=True):
             axes.annotate(str(trial["number"]), point, textcoords="offset points", xytext=(4, 4))
@@ -44,7 +50,7 @@ def draw_pareto(trials: Sequence[dict[str, Any]], best: int | None, title: str) 
                     clip_on=False,
                 )
         axes.legend(fontsize=8)
-        # an accuracy lies in 0..1, and so do the axes
+        # the axes end at 0 and 1, because an accuracy lies between them
         axes.set_xlim(max(0, axes.get_xlim()[0]), min(1, axes.get_xlim()[1]))
         axes.set_ylim(max(0, axes.get_ylim()[0]), min(1, axes.get_ylim()[1]))
     axes.set(xlabel="clean accuracy", ylabel="accuracy under PGD-10", title=short(title, 48))
