@@ -168,9 +168,9 @@ def test_every_statistic_has_words() -> None:
     images, labels = torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 2)).eval()
     found = gradient_statistics(model, [(images, labels)], eps=0.01, seed=0)
-    keys = {key for key, _ in report.flat(found)}
+    keys = {key for key, _ in report.flatten(found)}
     assert {"l1_mean", "linearity pgd10 error", "channel_l1_mean 2"} < keys
-    assert keys - set(report.WORDS) == {"seed"}
+    assert keys - set(report.LABELS) == {"seed"}
 
 
 def test_a_name_that_is_no_unicode_is_written() -> None:
