@@ -1,6 +1,7 @@
-"""What is minimised: pure functions of (model, images, targets).
+"""What every method shares: the loss and the objective as the step sees them, and helpers.
 
-targets are class indices (int64 B) or probabilities (B x K: mixup, cutmix, smoothing).
+Targets are class indices, `(B,), int64`, or probabilities, `(B, K)`, after mixup, cutmix or label
+smoothing. B is the number of images, K the number of classes, CE the cross-entropy.
 """
 
 import dataclasses
@@ -17,38 +18,40 @@ from fastgn.objectives.options import METHODS, ObjectiveConfig
 
 
 class Loss(NamedTuple):
-    """Scalars, all in fp32 or wider."""
+    """The parts of a batch's loss: scalar tensors in fp32 or wider."""
 
     total: Tensor
-    """What is minimised."""
+    """The value that is minimised."""
     ce: Tensor
-    """Mean cross-entropy of the images trained on."""
+    """Mean cross-entropy of the images that the network trains on."""
     penalty: Tensor
-    """What is added to the cross-entropy, before its weight: for gradnorm (eps / sigma) times
-    grad_l1; 0 for methods without one."""
+    """Penalty before it is multiplied by its weight: for gradnorm (eps / sigma) * grad_l1. 0 for
+    methods without a penalty."""
     grad_l1: Tensor
-    """Mean L1 norm of each image's input gradient, in the units of `images`; NaN where not
-    computed."""
+    """Mean over the images of the L1 norm of the loss's gradient with respect to the image, in the
+    units of the images that the loss got. NaN if the method does not compute it."""
 
 
 def cross_entropy(logits_BK: Tensor, targets: Tensor) -> Tensor:
-    """The batch's mean, computed in fp32 or wider whatever the logits' dtype."""
+    """Returns the mean cross-entropy of a batch, computed in fp32 or wider for logits of any
+    dtype."""
     return F.cross_entropy(
         logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32)), targets
     )
 
 
 class Representatives(NamedTuple):
-    """What pag's gradients are to point to, in the units of the images."""
+    """Images that the input gradients of pag should point to, in the units of the images."""
 
     images_NCHW: Tensor
-    """One a class, in the classes' order, where labels_N is None."""
+    """Candidates. If labels_N is None, one image per class, in the order of the classes."""
     labels_N: Tensor | None = None
-    """int64; each image is given its nearest neighbour of a class."""
+    """Class of each candidate, int64. If given, an image's representative of a class is the nearest
+    candidate of the class."""
 
 
 def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "hard") -> Tensor:
-    """Returns random weights of the classes, B x K.
+    """Returns random weights of the classes, of shape (B, K).
 
     'hard' gives 1 to one class, which is drawn from softmax(logits / temperature), and 0 to the
     others. 'relaxed' gives softmax((logits + Gumbel noise) / temperature), through which gradients
@@ -67,51 +70,59 @@ def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "h
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A method as the step runs it: perturb the images, if at all, then minimise the loss there.
+    """A method as the step runs it: perturb the images if it attacks them, then minimise the loss.
 
-    model maps 0..1 pixels to logits as backbone(normalize(pixels)), see models.Classifier; ramp is
-    the scalar tensor in 0..1 that grows over the first epochs (a tensor, so that its change
-    recompiles nothing).
+    The model has `normalize` and `backbone`, and maps pixels in 0..1 to logits with
+    backbone(normalize(pixels)). The ramp is a scalar tensor that grows from 0 to 1 over the first
+    epochs. It is a tensor because a change of a number would recompile the step.
     """
 
     loss: Callable[[Any, Tensor, Tensor, Tensor], Loss]
+    """Function (model, images, targets, ramp) -> Loss. The images are pixels in 0..1."""
     perturb: Callable[..., Tensor] | None = None
-    """(model, images, targets, ramp, gradient=...) -> images, with the ramp of the attack's step.
-    None trains on the images as they are."""
+    """Function (model, images, targets, ramp, gradient=...) -> images. The ramp multiplies the step
+    size of the attack. None means that the images stay as they are."""
     needs_input_gradient: bool = False
-    """Whether `loss` differentiates with respect to the images. Then it is ce_weight * CE plus a
-    penalty that ramp multiplies."""
+    """Whether `loss` differentiates with respect to the images. If so, the loss is ce_weight * CE
+    plus a penalty that the ramp multiplies."""
     ce_weight: float = 1.0
-    """Of the cross-entropy in `loss`."""
+    """Weight of the cross-entropy in `loss`."""
     penalty_weight: float = 0.0
-    """Of the penalty in `loss`, at full ramp."""
+    """Weight of the penalty in `loss` if the ramp is 1."""
     penalty_scale: float = 0.0
-    """The penalty's factor before grad_l1: eps / sigma."""
+    """Factor of grad_l1 in the penalty: eps / sigma."""
     differences: bool = False
-    """Whether the penalty is that and no more, which a finite difference of the cross-entropy
-    takes."""
+    """Whether the penalty is penalty_scale * grad_l1, so that a finite difference of the
+    cross-entropy can replace it."""
     forwards: int = 1
-    """That `loss` runs, each swept back as well."""
+    """Number of forward passes of `loss`, each of which has a backward pass."""
     attack_steps: int = 0
-    """Gradients that `perturb` takes."""
+    """Number of gradients with respect to the images that `perturb` computes."""
     attack_forwards: int = 0
-    """Forwards that `perturb` runs beside those of its gradients."""
+    """Number of forward passes of `perturb` without a gradient."""
     rest: "Objective | None" = None
-    """What the updates minimise whose turn this is not."""
+    """Objective of the updates in which this one does not have its turn. None means that every
+    update has this objective."""
     share: float = 1.0
-    """Of the updates, whose turn it is where there is a rest."""
+    """Share of the updates with this objective if there is a `rest`."""
 
     def has_turn(self, update: int) -> bool:
-        """The update's number decides alone; turns are spread evenly, from update 0 on."""
+        """Returns whether an update minimises this objective, and not `rest`.
+
+        The turns depend only on the number of the update. They are spread evenly, and update 0 is
+        the first."""
         if self.rest is None:
             return True
         return math.ceil((update + 1) * self.share) > math.ceil(update * self.share)
 
 
 def on_subset(objective: Objective, fraction: float) -> Objective:
-    """`objective` with its penalty on the first `fraction` of the images alone, a whole number of
-    them, and the cross-entropy on all. The parts go through the network one after the other:
-    BatchNorm in train mode sees two batches."""
+    """Returns an objective with the penalty on only the first `fraction` of the images, and the
+    cross-entropy on all images.
+
+    Both parts go through the network one after the other, so that BatchNorm in train mode sees two
+    batches.
+    """
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         count = round(fraction * len(images_BCHW))
@@ -127,11 +138,12 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
 
 
 def without_penalty(objective: Objective) -> Objective:
-    """The cross-entropy of `objective`, with its weight and at the same images."""
+    """Returns an objective with only the cross-entropy of `objective`, with the same weight and at
+    the same images."""
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         ce = cross_entropy(model(images_BCHW), targets)
-        none = torch.full_like(ce, torch.nan)  # not a penalty of 0: it is not taken
+        none = torch.full_like(ce, torch.nan)  # NaN, because the penalty is not computed
         return Loss(objective.ce_weight * ce, ce, none, none)
 
     return Objective(

@@ -24,8 +24,11 @@ GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
 
 
 def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
-    """Correlates along rows (dim 2) or columns (dim 3), with the image mirrored at its border
-    pixels. Adds shifted images, so that autocast leaves the dtype alone."""
+    """Returns the correlation of images with a filter along dim 2 (rows) or dim 3 (columns).
+
+    The images are mirrored at their border pixels. The function adds shifted images, and not a
+    convolution, because autocast would change the dtype of a convolution.
+    """
     reach = len(taps) // 2
     padded = mirror(x_BCHW, reach, dim)
     first, *others = (t * padded.narrow(dim, i, x_BCHW.shape[dim]) for i, t in enumerate(taps) if t)
@@ -61,8 +64,8 @@ def edge_energy(images_BCHW: Tensor) -> Tensor:
 
 
 def over_rms(x_BCHW: Tensor, rms: str) -> Tensor:
-    """Divides by the root mean square of all elements of the 'batch', or of each 'image'; 0 stays
-    0."""
+    """Returns images divided by their root mean square over the 'batch', or per 'image'. Zeros
+    stay zeros."""
     dims = (0, 1, 2, 3) if rms == "batch" else (1, 2, 3)
     return x_BCHW / x_BCHW.square().mean(dims, keepdim=True).clamp_min(1e-24).sqrt()
 
@@ -79,16 +82,20 @@ def edge(
     of: str = EdgeOptions.edge_of,
     rms: str = EdgeOptions.edge_rms,
 ) -> Loss:
-    """CE + weight * MSE(G / rms(G), E / rms(E)): signed input gradients that equal the image's
-    edges.
+    """Returns the cross-entropy plus the distance of input gradients from the edges of the images.
 
-    images: in the units that `model` takes, of which the edges are taken as well. G is the gradient
-    of sum_k w_k f_k, with weights w from draw_classes, or for of 'loss' that of the cross-entropy.
-    E is edge_energy, the same for all channels. The mean is over images, channels and pixels. An
-    edge is never negative, so that the gradient's sign counts. map 'saliency' replaces G by its
-    largest magnitude over channels (Simonyan et al. 2014). rms says whether one root mean square
-    serves the batch, as in the paper's code, or each image has its own. The cost is gradnorm's.
+    total = CE + weight * MSE(G / rms(G), E / rms(E)). G is the gradient with respect to the images
+    of sum_k w_k f_k, where f_k is the logit of class k and w comes from draw_classes. E is
+    edge_energy, repeated for all channels. The mean is over images, channels and pixels. Edges are
+    never negative, so that the sign of the gradient counts. The cost is the same as for gradnorm.
     Source: arXiv 2409.20139 and its code.
+
+    images_BCHW: in the units that `model` takes. The edges are computed in these units.
+    of: 'logit', or 'loss' for the gradient of the cross-entropy.
+    map: 'gradient', or 'saliency' for the largest magnitude of G over the channels (Simonyan et al.
+    2014).
+    rms: 'batch' for one root mean square per batch, as in the paper's code, or 'image' for one per
+    image.
     """
     for name, value, choices in (
         ("map", map, ("gradient", "saliency")),

@@ -27,19 +27,25 @@ def gradnorm(
     channel_weights: Sequence[float] | None = GradnormOptions.gn_channel_weights,
     threshold: float = GradnormOptions.gn_threshold,
 ) -> Loss:
-    """ce_weight * CE + gn_weight * (eps / sigma) * mean_i || d CE_i / d x_i ||_1, differentiated
-    exactly.
+    """Returns the cross-entropy plus the L1 norm of its gradient with respect to the images.
 
-    images: in the units that `model` takes; for normalised images eps / sigma turns the pixel
-    radius eps into those units, for 0..1 pixels use sigma=1. CE_i is image i's own loss. In train
-    mode BatchNorm couples the images, and what is penalised is the gradient of the summed loss.
-    Images that do not require grad are taken as a fresh leaf. Source: arXiv 2409.20139, equation 2.
+    total = ce_weight * CE + gn_weight * (eps / sigma) * mean_i || d CE_i / d x_i ||_1, where CE_i
+    is the loss of image x_i alone. The penalty can be differentiated exactly. Source: arXiv
+    2409.20139, equation 2.
 
-    Variants: norm 'l2' or 'l2_squared' (double backpropagation, Drucker & LeCun 1992; Ross &
-    Doshi-Velez 2018) in place of 'l1'; of 'logit', the true class's, its expectation under soft
-    targets, in place of 'loss'; channel_weights: factors of the gradient's C channels;
-    threshold: only what an image's norm exceeds this by is penalised, in the norm's units. Loss
-    .grad_l1 is the plain L1 norm whatever the variant.
+    images_BCHW: in the units that `model` takes. For normalised images, eps / sigma converts the
+    pixel radius eps to these units. For pixels in 0..1 use sigma=1. If the images do not require
+    grad, the function differentiates with respect to a copy that does. BatchNorm in train mode
+    couples the images. The penalty is then the gradient of the summed loss.
+
+    norm: 'l1', or 'l2' or 'l2_squared' (double backpropagation, Drucker & LeCun 1992; Ross &
+    Doshi-Velez 2018).
+    of: 'loss', or 'logit' to penalise the gradient of the true class's logit. With soft targets it
+    is the gradient of the expected logit.
+    channel_weights: factors of the gradient's C channels.
+    threshold: only the part of a norm above this value is penalised, in the units of the norm.
+
+    Loss.grad_l1 is the L1 norm of the gradient without channel_weights and threshold.
     """
     if not images_BCHW.requires_grad:
         images_BCHW = images_BCHW.detach().requires_grad_()
@@ -48,11 +54,13 @@ def gradnorm(
     score = ce if of == "loss" else true_logit(logits_BK, targets)
     (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
     grad_BCHW = grad_BCHW.to(ce.dtype)
-    # the batch size cancels against the mean
+    # the sum is the mean norm per image, because the loss is already a mean over the batch
     size = grad_l1 = grad_BCHW.abs().sum()
     if norm != "l1" or channel_weights is not None or threshold:
         own_BCHW = len(images_BCHW) * grad_BCHW
-        if channel_weights is not None:  # no tensor of them: its copy would wait for the device
+        if (
+            channel_weights is not None
+        ):  # numbers, because copying a tensor of them would wait for the device
             channels = own_BCHW.unbind(1)
             weighted = [w * x for w, x in zip(channel_weights, channels, strict=True)]
             own_BCHW = torch.stack(weighted, 1)
@@ -62,7 +70,8 @@ def gradnorm(
 
 
 def true_logit(logits_BK: Tensor, targets: Tensor) -> Tensor:
-    """The batch's mean, in fp32 or wider; of soft targets, the expected one."""
+    """Returns the mean logit of the true class over a batch, in fp32 or wider. For soft targets it
+    is the expected logit."""
     logits_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32))
     if targets.is_floating_point():
         return (targets * logits_BK).sum(1).mean()
@@ -70,7 +79,7 @@ def true_logit(logits_BK: Tensor, targets: Tensor) -> Tensor:
 
 
 def image_norms(x_BCHW: Tensor, norm: str) -> Tensor:
-    """Each image's, B. The derivative at 0 is 0."""
+    """Returns the norm of each image, of shape (B,). Its derivative at 0 is 0."""
     match norm:
         case "l1":
             return x_BCHW.abs().sum((1, 2, 3))

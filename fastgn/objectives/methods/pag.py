@@ -10,14 +10,18 @@ from fastgn.objectives.options import PagOptions
 
 
 def nearest_of_class(images_BCHW: Tensor, classes_B: Tensor, among: Representatives) -> Tensor:
-    """For each image the one of its class in `among` at the least L2 distance; without labels the
-    class's only one. B x C x H x W."""
+    """Returns the representative of one class for each image, of shape (B, C, H, W).
+
+    classes_B: the classes. If the candidates in `among` have labels, the representative is the
+    candidate of the class with the least L2 distance from the image, else the only candidate of
+    the class.
+    """
     candidates_NCHW, labels_N = among
     if labels_N is None:
         return candidates_NCHW[classes_B]
     with torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
         candidates_ND = candidates_NCHW.flatten(1)
-        # |r - x|^2 but for |x|^2, which is the same for all
+        # |r - x|^2 without the term |x|^2, which is the same for all candidates r
         products_BN = images_BCHW.to(candidates_ND.dtype).flatten(1) @ candidates_ND.T
         distances_BN = candidates_ND.square().sum(1) - 2 * products_BN
         others_BN = classes_B[:, None] != labels_N
@@ -32,14 +36,15 @@ def pag(
     *,
     weight: float | Tensor = 1.0,
 ) -> Loss:
-    """CE + weight * mean_i (1 - cos(d f_c(x_i) / d x_i, r_c - x_i)): perceptually aligned
-    gradients.
+    """Returns the cross-entropy plus the angle of input gradients to a representative of a class.
 
-    c is drawn uniformly from the classes for every image, whatever its target, and r_c is the
-    representative of c (see nearest_of_class). images: in the units of the representatives, 0..1
-    pixels for a model that normalises. Where r_c is the image itself the cosine counts as 0. What
-    it costs is gradnorm's. Source: arXiv 2207.11378, equation 4, of whose sum over classes one term
-    is drawn.
+    total = CE + weight * mean_i (1 - cos(d f_c(x_i) / d x_i, r_c - x_i)), called perceptually
+    aligned gradients. For every image a class c is drawn uniformly from all classes. f_c is its
+    logit, and r_c its representative (see nearest_of_class). If r_c is the image itself, the cosine
+    counts as 0. The cost is the same as for gradnorm. Source: arXiv 2207.11378, equation 4, which
+    sums over all classes.
+
+    images_BCHW: in the units of the representatives, such as pixels in 0..1.
     """
     if not images_BCHW.requires_grad:
         images_BCHW = images_BCHW.detach().requires_grad_()
@@ -56,7 +61,7 @@ def pag(
 
 
 def unit(x_BCHW: Tensor) -> Tensor:
-    """Each image at an L2 norm of 1; 0 stays 0."""
+    """Returns images scaled to an L2 norm of 1. Images that are 0 stay 0."""
     norms = torch.linalg.vector_norm(x_BCHW, dim=(1, 2, 3), keepdim=True)
     return x_BCHW / norms.clamp_min(1e-12)
 

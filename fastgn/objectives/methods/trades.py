@@ -23,9 +23,14 @@ def trades(
     step_size: float | Tensor = DEFAULTS.step_size,
     steps: int = DEFAULTS.attack_it,
 ) -> Loss:
-    """CE(x) + beta * KL(p(x) || p(x_adv)) with x_adv by trades_attack (Zhang et al. 2019, arXiv
-    1901.08573, equation 5). images: 0..1 pixels. Put the model in eval mode for the attack where it
-    has BatchNorm or dropout: then call trades_attack and trades_loss."""
+    """Returns the cross-entropy plus the divergence of predictions for attacked images.
+
+    total = CE(x) + beta * KL(p(x) || p(x_adv)), where trades_attack finds x_adv (Zhang et al. 2019,
+    arXiv 1901.08573, equation 5).
+
+    images_BCHW: pixels in 0..1. If the model has BatchNorm or dropout, it should be in eval mode
+    during the attack. Then call trades_attack and trades_loss one after the other.
+    """
     attacked = trades_attack(model, images_BCHW, eps=eps, step_size=step_size, steps=steps)
     return trades_loss(model, torch.cat([images_BCHW, attacked]), targets, beta=beta)
 
@@ -40,8 +45,11 @@ def trades_attack(
     select: str = "last",
     gradient: attacks.GradientFn = attacks.input_gradient,
 ) -> Tensor:
-    """PGD on KL(p(x) || p(x')) from a uniform start. With p(x) fixed this is the cross-entropy with
-    the targets p(x), less their entropy: the same gradient."""
+    """Returns images that PGD finds from a uniform start by increasing KL(p(x) || p(x')).
+
+    p(x) is constant during the attack. The divergence therefore has the same gradient as the
+    cross-entropy with p(x) as soft targets. See attacks.pgd for the arguments.
+    """
     with torch.no_grad():
         logits_BK = model(images_BCHW)
         own_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32)).softmax(1)
@@ -64,8 +72,11 @@ def trades_loss(
     *,
     beta: float = TradesOptions.trades_beta,
 ) -> Loss:
-    """See trades; both: the images, then their adversarial ones, which go through the network one
-    after the other. The gradient flows through p(x) as well."""
+    """Returns the loss of `trades` for images and their attacked versions.
+
+    both_2BCHW: the images, followed by the attacked images. Both go through the network one after
+    the other. The gradient flows through p(x) as well.
+    """
     here_BK, there_BK = (model(part) for part in both_2BCHW.chunk(2))
     ce = cross_entropy(here_BK, targets)
     log_here_BK, log_there_BK = (x.to(ce.dtype).log_softmax(1) for x in (here_BK, there_BK))
