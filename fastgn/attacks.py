@@ -1,8 +1,8 @@
-"""Attacks, shared by training and evaluation. Input gradients only: the weights' are never
-computed.
+"""Adversarial attacks, used by training and evaluation.
 
-Shapes: B images, C channels, H x W pixels. Images lie in 0..1, eps is in the same units and bounds
-the norm, Linf or L2, of what is added.
+Attacks compute input gradients and never weight gradients. Shapes: B images, C channels, H x W
+pixels, K classes. Images lie in 0..1. eps is in the same units and bounds the norm, Linf or L2, of
+the perturbation, which is the difference between the attacked image and the original.
 """
 
 import contextlib
@@ -17,26 +17,33 @@ from torch import Tensor, nn
 
 
 class Gradient(NamedTuple):
-    """What an attack step needs."""
+    """Result of a gradient function: losses and input gradients."""
 
     loss_B: Tensor
+    """Loss of each image."""
     images_BCHW: Tensor
-    """The gradient of each image's own loss."""
+    """Gradient of each image's own loss with respect to the image."""
 
 
 GradientFn = Callable[[nn.Module, Tensor, Tensor], Gradient]
+"""(model, images, targets) -> Gradient."""
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""(logits B x K, targets) -> each image's loss, B; the attack raises it."""
+"""(logits `(B, K)`, targets) -> loss of each image, `(B,)`, which the attack increases."""
 Norm = Literal["Linf", "L2"]
 
 
 def cross_entropy(logits_BK: Tensor, targets: Tensor) -> Tensor:
+    """Returns the cross-entropy of each image."""
     return F.cross_entropy(logits_BK, targets, reduction="none")
 
 
-def margin(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
-    """The best other logit less the label's (Carlini & Wagner 2017): it has a gradient where the
-    cross-entropy's has vanished. Positive once the image is misclassified."""
+def margin_loss(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+    """Returns the largest logit of another class minus the logit of the label (Carlini & Wagner
+    2017).
+
+    It is positive if the image is misclassified. It still has a gradient when the gradient of the
+    cross-entropy has vanished.
+    """
     own = F.one_hot(labels_B, logits_BK.shape[1]).bool()
     return logits_BK.masked_fill(own, -torch.inf).amax(1) - logits_BK[own]
 
@@ -44,9 +51,9 @@ def margin(logits_BK: Tensor, labels_B: Tensor) -> Tensor:
 def input_gradient(
     model: nn.Module, images_BCHW: Tensor, targets: Tensor, loss: LossFn = cross_entropy
 ) -> Gradient:
-    """Each image's loss and its gradient with respect to the image; no weight gradients.
+    """Returns each image's loss and its gradient with respect to the image.
 
-    targets: int64 B, or probabilities B x K.
+    No weight gradients are computed. targets: labels `(B,), int64`, or probabilities `(B, K)`.
     """
     images_BCHW = images_BCHW.detach().requires_grad_()
     return leaf_gradient(model, images_BCHW, targets, loss)
@@ -55,24 +62,32 @@ def input_gradient(
 def leaf_gradient(
     model: nn.Module, images_BCHW: Tensor, targets: Tensor, loss: LossFn = cross_entropy
 ) -> Gradient:
-    """input_gradient for a leaf that requires grad already, as torch.compile wants it."""
+    """Returns the same as `input_gradient` for images that are a leaf and require grad already.
+
+    torch.compile needs the images to be such a leaf.
+    """
     loss_B = loss(model(images_BCHW), targets)
     (grad_BCHW,) = torch.autograd.grad(loss_B.sum(), images_BCHW)
     return Gradient(loss_B.detach(), grad_BCHW)
 
 
-def random_start(images_BCHW: Tensor, eps: float) -> Tensor:
-    """Uniform within eps of the images and within 0..1."""
+def draw_random_start(images_BCHW: Tensor, eps: float) -> Tensor:
+    """Returns images moved uniformly by at most eps per pixel, and clipped to 0..1."""
     return (images_BCHW + torch.empty_like(images_BCHW).uniform_(-eps, eps)).clamp(0, 1)
 
 
 def l2_norm(x_BCHW: Tensor) -> Tensor:
-    """B x 1 x 1 x 1."""
+    """Returns the L2 norm of each image, `(B, 1, 1, 1)`."""
     return x_BCHW.flatten(1).norm(dim=1)[:, None, None, None]
 
 
-def uniform_noise(seeds: Sequence[int], shape: Sequence[int], eps: float, norm: Norm) -> Tensor:
-    """Uniform in the eps ball, fp32 B x shape on the CPU; an image's depends on its seed alone."""
+def draw_uniform_noise(
+    seeds: Sequence[int], shape: Sequence[int], eps: float, norm: Norm
+) -> Tensor:
+    """Returns noise that is uniform in the eps ball, `(B, *shape), fp32`, on the CPU.
+
+    The noise of an image depends only on the image's seed.
+    """
     draws = []
     for seed in seeds:
         draw = torch.Generator().manual_seed(seed)
@@ -85,7 +100,7 @@ def uniform_noise(seeds: Sequence[int], shape: Sequence[int], eps: float, norm: 
     return torch.stack(draws)
 
 
-def step(
+def attack_step(
     adversarial_BCHW: Tensor,
     images_BCHW: Tensor,
     grad_BCHW: Tensor,
@@ -93,7 +108,7 @@ def step(
     step_size: float | Tensor,
     norm: Norm,
 ) -> Tensor:
-    """One step of steepest ascent, projected on the eps ball and on 0..1."""
+    """Returns images after one step of steepest ascent, projected on the eps ball and on 0..1."""
     if norm == "Linf":
         return fgsm_step(adversarial_BCHW, images_BCHW, grad_BCHW, eps, step_size)
     moved = adversarial_BCHW + step_size * grad_BCHW / l2_norm(grad_BCHW).clamp_min(1e-12)
@@ -109,7 +124,7 @@ def fgsm_step(
     eps: float,
     step_size: float | Tensor,
 ) -> Tensor:
-    """One signed step, projected on the eps ball and on 0..1."""
+    """Returns images after one signed step, projected on the Linf eps ball and on 0..1."""
     moved = adversarial_BCHW + step_size * grad_BCHW.sign()
     return torch.clamp(moved, images_BCHW - eps, images_BCHW + eps).clamp(0, 1)
 
@@ -128,17 +143,19 @@ def pgd(
     norm: Norm = "Linf",
     start: Tensor | None = None,
 ) -> Tensor:
-    """Projected gradient ascent on the cross-entropy (Madry et al. 2018).
+    """Returns images attacked by projected gradient ascent on the cross-entropy (Madry et al.
+    2018).
 
-    start: what is added to the images first; None: uniform within the eps ball of Linf.
-    gradient: of another loss, where it is to be raised.
+    start: initial perturbation. None means uniform in the Linf eps ball. gradient: function that
+    returns the gradient; give another one to attack another loss.
 
-    select: 'last' returns the last iterate; 'best' each image's iterate of highest loss, at the
-    price of one forward more; 'paper' does the same, but its last forward goes through raw_model,
-    the network without its normalisation, as the code of arXiv 2409.20139 does.
+    select: which iterate is returned. 'last' is the last one. 'best' is each image's iterate with
+    the highest loss, which costs one more forward pass. 'paper' is the same, but the last forward
+    pass uses raw_model, the network without its normalisation, as the code of arXiv 2409.20139
+    does.
     """
     if start is None:
-        adversarial = random_start(images_BCHW, eps)
+        adversarial = draw_random_start(images_BCHW, eps)
     else:
         adversarial = (images_BCHW + start).clamp(0, 1)
     best, best_loss_B = adversarial, torch.full_like(images_BCHW[:, 0, 0, 0], -torch.inf)
@@ -153,7 +170,7 @@ def pgd(
         loss_B, grad_BCHW = gradient(model, adversarial, targets)
         if select != "last":
             keep_best(loss_B)
-        adversarial = step(adversarial, images_BCHW, grad_BCHW, eps, step_size, norm)
+        adversarial = attack_step(adversarial, images_BCHW, grad_BCHW, eps, step_size, norm)
     if select == "last":
         return adversarial
     judge = raw_model if select == "paper" and raw_model is not None else model
@@ -175,11 +192,13 @@ def restarted_pgd(
     norm: Norm = "Linf",
     judge: nn.Module | None = None,
 ) -> Tensor:
-    """Runs PGD from each of the starts, which are what is added to the images. An image that is
-    misclassified at the end of a run keeps that iterate and is attacked no more.
+    """Returns images attacked by one run of PGD from each of several starts.
 
-    step_size: None means 2.5 eps / steps.
-    judge: who says so, in fp32; None: the model. A host sync a start.
+    An image that is misclassified at the end of a run keeps that perturbation and is not attacked
+    again. The function waits for the device once per start.
+
+    starts: initial perturbations. step_size: None means 2.5 eps / steps. judge: fp32 model that
+    decides whether an image is misclassified. None means the attacked model.
     """
     gradient = partial(input_gradient, loss=loss)
     result = images_BCHW.clone()
@@ -214,9 +233,12 @@ def fgsm(
     norm: Norm = "Linf",
     loss: LossFn = cross_entropy,
 ) -> Tensor:
-    """One step of length eps from the image itself, signed for Linf (Goodfellow et al. 2015)."""
+    """Returns images after one step of length eps from the original (Goodfellow et al. 2015).
+
+    The step is signed for Linf.
+    """
     grad_BCHW = input_gradient(model, images_BCHW, targets, loss).images_BCHW
-    return step(images_BCHW, images_BCHW, grad_BCHW, eps, eps, norm)
+    return attack_step(images_BCHW, images_BCHW, grad_BCHW, eps, eps, norm)
 
 
 AutoAttackVersion = Literal["standard", "plus", "rand"]
@@ -235,11 +257,13 @@ def autoattack(
     version: AutoAttackVersion = "standard",
     attacks: Sequence[str] | None = None,
 ) -> Tensor:
-    """The adversarial images of AutoAttack (Croce & Hein 2020), its authors' code, on the images'
-    device; batches are attacked on `device`. Unfooled images come back as they were.
+    """Returns images attacked by AutoAttack (Croce & Hein 2020), with the code of its authors.
 
-    attacks: some of apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square, in place of a version's. With K
-    classes the targeted ones try at most K - 1 others.
+    Batches are moved to `device`, and the result is on the images' own device. Images that no
+    attack fools are returned unchanged.
+
+    attacks: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t and square. None means all attacks of
+    the version. Targeted attacks try at most K - 1 classes.
     """
     from pyautoattack import AutoAttack
 
@@ -264,8 +288,11 @@ def autoattack(
 
 
 @contextlib.contextmanager
-def autoattack_warnings() -> Iterator[list[str]]:
-    """Collects what AutoAttack warns of in here, each once, whatever its logger is set to."""
+def collect_autoattack_warnings() -> Iterator[list[str]]:
+    """Collects the warnings that AutoAttack logs inside the block, each once.
+
+    It does so for every configuration of the logger.
+    """
     lines: list[str] = []
 
     class Collect(logging.Handler):
@@ -295,8 +322,12 @@ def count_correct(
     *,
     device: torch.device,
 ) -> Tensor:
-    """Images classified correctly over (images, labels) batches, after the attack when there is
-    one: an int64 scalar on the device; reading it is the caller's host sync."""
+    """Returns the number of correctly classified images in (images, labels) batches.
+
+    The result is an int64 scalar on the device. Reading it waits for the device.
+
+    attack: applied to each batch first. None means no attack.
+    """
     total = torch.zeros((), dtype=torch.int64, device=device)
     for images_BCHW, labels_B in batches:
         if attack is not None:

@@ -1,4 +1,7 @@
-"""One process or many: ranks, the device, and the few collectives outside DDP's own."""
+"""Processes of a run: their ranks, their devices, and the collectives that DDP does not do itself.
+
+Collectives "among hosts" use gloo and CPU memory, so that no device has to finish its work.
+"""
 
 import contextlib
 import dataclasses
@@ -11,82 +14,89 @@ import torch
 from torch import Tensor
 
 from fastgn.errors import UserError, check, first_line
-from fastgn.heartbeat import Heartbeat, is_lost
+from fastgn.heartbeat import Heartbeat, is_connection_loss
 
 MEETING_TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a rank that is alive: one may download or compile alone."""
+"""Time that a collective waits for a rank that is alive, because it may download or compile
+alone."""
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process of a job."""
+"""Environment variables that torchrun sets for each process of a job."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among the run's."""
+    """This process's rank and device, and collectives with the other ranks."""
 
     rank: int
+    """Number of this process, from 0."""
     size: int
+    """Number of processes."""
     device: torch.device
     control: "torch.distributed.ProcessGroup | None" = None
-    """A gloo group beside nccl's, so that hosts can agree without waiting for their devices."""
+    """Process group with gloo, with which hosts agree without waiting for their devices."""
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
-    """What the session lets go of at its end, such as the lock on a run's folder."""
+    """Context managers that end with the session, such as the lock on a run's folder."""
     heartbeat: Heartbeat | None = None
-    """None means that there is one rank."""
+    """Detects ranks that have stopped. None means that there is one rank."""
 
     @property
     def is_main(self) -> bool:
+        """Returns whether this is the first rank, which writes files and messages."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
+        """Replaces a tensor by its sum over all ranks, in place, and returns it."""
         if self.size > 1:
             torch.distributed.all_reduce(value)
         return value
 
     def broadcast(self, value: Tensor) -> None:
-        """The first rank's value, in place."""
+        """Replaces a tensor by the first rank's, in place."""
         if self.size > 1:
             torch.distributed.broadcast(value, src=0)
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so. Host to host: no device is waited for."""
-        return self.least(-float(flag)) < 0
+        """Returns whether `flag` is True on any rank. It runs among hosts."""
+        return self.min(-float(flag)) < 0
 
-    def least(self, value: float) -> float:
-        """The smallest of the ranks' values. Host to host."""
+    def min(self, value: float) -> float:
+        """Returns the smallest value of all ranks. It runs among hosts."""
         if self.size == 1:
             return value
-        self._meet()
+        self._count_collective()
         least = torch.tensor(value, dtype=torch.float64)
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=self.control)
         return float(least.item())
 
     def gather(self, items: list[str]) -> list[str]:
-        """The ranks' items, one rank's after the other's. Host to host."""
+        """Returns the items of all ranks, in the order of the ranks. It runs among hosts."""
         if self.size == 1:
             return list(items)
-        self._meet()
+        self._count_collective()
         parts: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(parts, items, group=self.control)
         return [item for part in parts for item in part]
 
     def share(self, value: Any) -> Any:
-        """Returns the first rank's value, which can be pickled. Host to host."""
+        """Returns the first rank's value, which must support pickle. It runs among hosts."""
         if self.size == 1:
             return value
-        self._meet()
+        self._count_collective()
         values = [value]
         torch.distributed.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
-    def _meet(self) -> None:
+    def _count_collective(self) -> None:
+        """Counts a collective among hosts, so that the heartbeat can name a rank that is behind."""
         if self.heartbeat is not None:
-            self.heartbeat.meetings += 1
+            self.heartbeat.collectives += 1
 
     @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """The first rank of each machine runs the block, then the others: one download is
-        enough."""
+    def run_first_rank_first(self) -> Iterator[None]:
+        """Runs the block on the first rank of each machine, and on its other ranks afterwards.
+
+        One rank then downloads a file, and the others find it in the cache.
+        """
         later = os.environ.get("LOCAL_RANK", "0") != "0"
         if later:
             self.barrier()
@@ -95,8 +105,9 @@ class World:
             self.barrier()
 
     def barrier(self) -> None:
+        """Waits until all ranks have called it."""
         if self.size > 1:
-            self._meet()
+            self._count_collective()
             torch.distributed.barrier()
 
 
@@ -107,15 +118,18 @@ def session(
     rank_timeout: float = 5.0,
     meeting_timeout: timedelta = MEETING_TIMEOUT,
 ) -> Iterator[World]:
-    """Joins torchrun's process group (nccl on CUDA, gloo on CPU); one process needs none.
+    """Joins the process group of torchrun, with nccl on CUDA and with gloo on CPU, and yields the
+    World.
+
+    Without torchrun there is one process and no group.
 
     device: auto, cpu or cuda. rank_timeout: minutes after which a rank that gives no sign of life
-    ends the job. meeting_timeout: how long hosts wait for a rank that is alive.
+    ends the job. meeting_timeout: time that hosts wait for a rank that is alive.
 
-    Raises UserError if CUDA is demanded and absent, if there are more processes than GPUs, if
+    Raises UserError if CUDA is demanded but missing, if there are more processes than GPUs, if
     torchrun's variables are incomplete, or if the connection to another rank is lost.
     """
-    rank, size, local_rank = ranks()
+    rank, size, local_rank = read_ranks()
     has_cuda = torch.cuda.is_available()
     check(
         device != "cuda" or has_cuda,
@@ -138,9 +152,9 @@ def session(
             yield World(0, 1, chosen, held=held)
             return
         limit = timedelta(minutes=rank_timeout)
-        store: Any = connect(limit, serve=rank == 0 and not has_agent_store())
+        store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
         # what an earlier start of the job has left in torchrun's store is of dead ranks
-        store = torch.distributed.PrefixStore(f"fastgn/{restarts()}", store)
+        store = torch.distributed.PrefixStore(f"fastgn/{count_restarts()}", store)
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         heartbeat = Heartbeat(
             store.clone(), place, rank, size, limit.total_seconds(), agent=has_agent_store()
@@ -160,17 +174,17 @@ def session(
                 # one that left early would be taken for one that has stopped
                 torch.distributed.barrier(group=cast(Any, control))
         except RuntimeError as error:
-            if not is_lost(error):
+            if not is_connection_loss(error):
                 raise
-            raise UserError(heartbeat.explain(error)) from None
-        # not after an error: it would fail the others' collectives before say_error has said why
+            raise UserError(heartbeat.explain_failure(error)) from None
+        # not after an error: it would fail the others' collectives before print_error has said why
         torch.distributed.destroy_process_group()
 
 
-def ranks() -> tuple[int, int, int]:
+def read_ranks() -> tuple[int, int, int]:
     """Returns (rank, number of ranks, rank on this machine) from torchrun's variables.
 
-    Raises UserError if some are missing or make no sense together.
+    Raises UserError if some are missing or contradict each other.
     """
     given = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     if given["WORLD_SIZE"] in ("", "1"):
@@ -189,23 +203,26 @@ def ranks() -> tuple[int, int, int]:
         min(numbers.values()) >= 0
         and numbers["RANK"] < numbers["WORLD_SIZE"]
         and numbers["MASTER_PORT"] < 2**16,
-        f"{' '.join(f'{name}={given[name]}' for name in numbers)} make no sense together: {remedy}",
+        f"{' '.join(f'{name}={given[name]}' for name in numbers)} contradict each other: {remedy}",
     )
     return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
 
 
 def has_agent_store() -> bool:
-    """Whether torchrun itself serves the store, which then outlives the ranks."""
+    """Returns whether torchrun itself serves the store. The store then outlives the ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def restarts() -> int:
-    """Returns how often torchrun has started this job's ranks again."""
+def count_restarts() -> int:
+    """Returns the number of times that torchrun has restarted this job's ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def connect(limit: timedelta, *, serve: bool = False) -> torch.distributed.TCPStore:
-    """Returns the job's store, served by this process or by another. Raises UserError."""
+def connect_to_store(limit: timedelta, *, serve: bool = False) -> torch.distributed.TCPStore:
+    """Returns the job's store, which this process serves if `serve` is True.
+
+    limit: time to wait for a connection. Raises UserError if the store cannot be served or reached.
+    """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return torch.distributed.TCPStore(
@@ -223,8 +240,8 @@ def connect(limit: timedelta, *, serve: bool = False) -> torch.distributed.TCPSt
         ) from None
 
 
-def remembered(key: str, value: str) -> str:
-    """Returns the value that the first start of a torchrun job gave, on its restarts too."""
+def share_across_restarts(key: str, value: str) -> str:
+    """Returns the value that the first start of a torchrun job passed, also on later restarts."""
     if not has_agent_store():
         return value
-    return connect(timedelta(minutes=1)).compare_set(f"fastgn/{key}", "", value).decode()
+    return connect_to_store(timedelta(minutes=1)).compare_set(f"fastgn/{key}", "", value).decode()

@@ -1,4 +1,4 @@
-"""Mistakes of the user: how they are raised, worded and printed."""
+"""Mistakes of the user: raising, wording and printing them."""
 
 import contextlib
 import difflib
@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
 SUGGESTIONS = 5
-"""Number of near names that a message shows."""
+"""Largest number of similar names that a message suggests."""
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line that names the value given and what would be right.
+    """A mistake of the user. The message is one line with the given value and the remedy.
 
-    Names of files, classes and runs may hold anything, so characters that would break the line or
-    steer the terminal are shown as their escapes.
+    Names of files, classes and runs may contain any character. Characters that would break the line
+    or control the terminal are printed as escapes.
     """
 
     def __str__(self) -> str:  # the argument stays as it is: torch puts a worker's traceback there
-        return escaped(super().__str__())
+        return escape(super().__str__())
 
 
-def escaped(text: str) -> str:
-    """Returns a text in which all that a terminal does not show as it is stands as an escape."""
+def escape(text: str) -> str:
+    """Returns a text in which all unprintable characters are replaced by escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -36,12 +36,13 @@ def check(condition: bool, message: str) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Returns a question with the nearest valid names, or all valid names if none is near.
+    """Returns a question that suggests similar names, or a list of the valid names if none is
+    similar.
 
-    Names that a slip of the fingers explains stand alone, and so does one that is very near.
-    Otherwise names that begin with the text come first, then those that contain it, or of which one
-    abbreviates the other, and then those that look like it. If no name is near, and more names are
-    valid than fit into a line, the text gives their number.
+    Names that differ by a typing error, or by very little, are suggested alone. Otherwise names
+    that begin with the text come first. Names that contain or abbreviate it come next, and then
+    names that look like it. If no name is similar and more than 60 names are valid, only their
+    number is given.
     """
     names = sorted(set(valid))
     close = find_mistyped(name, names) or find_similar(name, names)
@@ -53,7 +54,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def find_mistyped(name: str, names: Sequence[str]) -> list[str]:
-    """Returns the names that are the fewest edits away: at most two, or one in a short name."""
+    """Returns the names with the fewest edits from `name`: at most two, or one if it is short."""
     text = simplify(name)
     allowed = 2 if len(text) > 5 else 1
     found = {
@@ -66,7 +67,10 @@ def find_mistyped(name: str, names: Sequence[str]) -> list[str]:
 
 
 def find_similar(name: str, names: Sequence[str]) -> list[str]:
-    """Returns the names that are like a text, the best first; only the best if it is very near."""
+    """Returns the names that are similar to a text, the most similar first.
+
+    If the first one is very similar, it is returned alone.
+    """
     text = simplify(name)
     ratios = {n: difflib.SequenceMatcher(None, simplify(n), text).ratio() for n in names}
 
@@ -85,18 +89,21 @@ def find_similar(name: str, names: Sequence[str]) -> list[str]:
 
 
 def simplify(name: str) -> str:
-    """Returns a name as names are compared: without a flag's dashes, in small letters."""
+    """Returns a name in the form in which names are compared: lower case, without a flag's
+    dashes."""
     return name.lstrip("-").lower().replace("_", "-")
 
 
 def join_initials(name: str) -> str:
-    """Returns the first letters of the words of a plain name."""
+    """Returns the first letters of the words of a simplified name."""
     return "".join(word[0] for word in name.split("-") if word)
 
 
 def count_edits(left: str, right: str) -> int:
-    """Returns how many letters must be put in, left out, changed or swapped with the next to make
-    one text the other."""
+    """Returns the number of edits that turn one text into the other.
+
+    An edit inserts, removes or changes one letter, or swaps two neighbouring ones.
+    """
     before: list[int] = []
     row = list(range(len(right) + 1))
     for i, a in enumerate(left):
@@ -126,16 +133,17 @@ def parse_number(text: str | float) -> float:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its class's name where it has none."""
+    """Returns the first line of an error's message, or the name of its class if the message is
+    empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def say_error(line: str) -> None:
+def print_error(line: str) -> None:
     """Prints a mistake to stderr, once for all ranks.
 
-    torchrun ends every rank as soon as one has left with an error, so the first has to leave before
-    the others. One that is alone in its mistake, with an image that it cannot read, outlives the
-    wait and speaks for itself.
+    torchrun ends all ranks as soon as one exits with an error. Other ranks than the first therefore
+    wait for 10 seconds. If only one rank has the error, such as an unreadable image, it survives
+    the wait and prints its own message.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
@@ -143,17 +151,19 @@ def say_error(line: str) -> None:
 
 
 def print_line(line: str, file: TextIO | None = None) -> None:
-    """Prints a line to stderr or to `file`, with escapes for all that a terminal would obey."""
-    print(escaped(line), file=file or sys.stderr, flush=True)
+    """Prints a line to stderr or to `file`. Unprintable characters are replaced by escapes."""
+    print(escape(line), file=file or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def passed_over(
+def tolerate_failure(
     what: str, report: Callable[[str], None] | None = print_line
 ) -> Iterator[list[Exception]]:
-    """Runs something that a run or an evaluation can do without, such as a picture.
+    """Runs a block that a run or an evaluation can do without, such as drawing a picture.
 
-    If it fails, the error is reported in one line and is in the list that this gives.
+    If the block fails, the error is reported in one line. Yields a list that then holds the error.
+
+    what: what the block does, for the message. report: takes the message; None means no message.
     """
     failure: list[Exception] = []
     try:

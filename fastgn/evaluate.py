@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
-    from fastgn.extras import begin
+    from fastgn.extras import check_start
 
-    begin("fastgn.evaluate")
+    check_start("fastgn.evaluate")
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from fastgn.config.programs import AUTOATTACK, EvaluateConfig
 from fastgn.data.datasets import load_validation
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, escaped, print_line, say_error
+from fastgn.errors import UserError, check, escape, print_error, print_line
 from fastgn.files import check_target, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
@@ -111,7 +111,7 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
 
     Raises UserError if the models cannot be compared on the same images.
     """
-    with world.first_alone():
+    with world.run_first_rank_first():
         if cfg.model is None:
             trained = [load_trained(where, world.device) for where in cfg.checkpoint]
         else:
@@ -146,7 +146,7 @@ def make_names_unique(trained: Sequence[Trained], checkpoints: Sequence[str]) ->
     """Returns the models; those that share their name are named after their whole path."""
     names = [t.name for t in trained]
     return [
-        dataclasses.replace(t, name=escaped(where)) if names.count(t.name) > 1 else t
+        dataclasses.replace(t, name=escape(where)) if names.count(t.name) > 1 else t
         for t, where in zip(trained, checkpoints, strict=True)
     ]
 
@@ -278,10 +278,10 @@ def main(args: list[str] | None = None) -> int:
         with session(cfg.device, rank_timeout=cfg.rank_timeout, meeting_timeout=week) as world:
             run(cfg, world)
     except UserError as error:
-        say_error(f"fastgn.evaluate: error: {error}")
+        print_error(f"fastgn.evaluate: error: {error}")
         return 2
     except KeyboardInterrupt:
-        say_error("fastgn.evaluate: stopped; run the same command again to continue")
+        print_error("fastgn.evaluate: stopped; run the same command again to continue")
         return 130
     return 0
 

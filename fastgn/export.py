@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
-    from fastgn.extras import begin
+    from fastgn.extras import check_start
 
-    begin("fastgn.export")
+    check_start("fastgn.export")
 
 import torch
 from torch import Tensor
 
 from fastgn.config.cli import parse_cli
-from fastgn.config.outputs import beginning, check_replaced, check_written
+from fastgn.config.outputs import check_replaced, check_written, read_beginning
 from fastgn.config.programs import ExportConfig
-from fastgn.errors import UserError, check, print_line, say_error
+from fastgn.errors import UserError, check, print_error, print_line
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
 from fastgn.models import activations, create
 from fastgn.state import ExportHeader, is_number
@@ -143,7 +143,7 @@ def definition(trained: Trained) -> str:
         imports += "import timm\n"
     if cfg.activation:
         imports += "from timm.layers import get_act_layer\n"
-        plain = sorted({c.__name__ for c in activations.replaced_classes() if is_torchs(c)})
+        plain = sorted({c.__name__ for c in activations.list_replaced_classes() if is_torchs(c)})
         named = ", ".join(
             f"get_act_layer({a!r})" for a in activations.ACTIVATIONS if a != "softplus"
         )
@@ -364,7 +364,7 @@ def run(cfg: ExportConfig) -> None:
         check_target(folder / file)
         read = [("--checkpoint", cfg.checkpoint), ("--evaluation", cfg.evaluation)]
         check_written({f"--robustbench {cfg.robustbench}: its file": folder / file}, read)
-    ours = beginning(folder / "model.py").startswith(DEFINITION[:40].encode())
+    ours = read_beginning(folder / "model.py").startswith(DEFINITION[:40].encode())
     check_replaced("--robustbench", folder, FILES, ours, "export")
     if cfg.model is None:
         trained = load_trained(cfg.checkpoint, cpu)
@@ -395,7 +395,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         run(parse_cli(ExportConfig, sys.argv[1:] if args is None else args, "fastgn.export"))
     except UserError as error:
-        say_error(f"fastgn.export: error: {error}")
+        print_error(f"fastgn.export: error: {error}")
         return 2
     return 0
 

@@ -1,7 +1,7 @@
-"""How a program begins, before the imports that take seconds.
+"""Checks at the start of a program, before the imports that take seconds.
 
-`pip install fastgn` alone, for the kernels, leaves out what the programs need: that is said in one
-line. So is a mistake on the command line.
+`pip install fastgn` alone, which is enough for the kernels, does not install what the programs
+need. A missing package and a mistake on the command line are each reported in one line.
 """
 
 import importlib.util
@@ -21,11 +21,12 @@ TRAIN = (
     "tqdm",
     "tyro",
 )
-"""Modules of the extra `train`."""
+"""Modules that the extra `train` installs."""
 
 
-def begin(program: str) -> None:
-    """Ends the program here if its extra is not installed, for --help, or for a mistaken flag."""
+def check_start(program: str) -> None:
+    """Ends the program if a package is missing, for --help, or for a mistake on the command
+    line."""
     missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -33,6 +34,6 @@ def begin(program: str) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from fastgn.config.cli import answer_early
+    from fastgn.config.cli import check_command_line
 
-    answer_early(program)
+    check_command_line(program)

@@ -1,6 +1,6 @@
-"""What a field of an options dataclass may hold: numbers in a range, texts, paths.
+"""Allowed values for the fields of an options dataclass: ranges of numbers, texts, paths.
 
-A numeric field declares its range beside its default, and nothing else has to check it:
+A numeric field declares its range beside its default, and the range is checked automatically:
 
     epochs: Annotated[int, Range(1, 100_000)] = 100
 """
@@ -18,16 +18,16 @@ from fastgn.errors import check
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The smallest and the largest value that a numeric option takes. NaN and inf never fit."""
+    """Smallest and largest value of a numeric option. NaN and infinity are never allowed."""
 
     low: float
     high: float
     above: bool = False
-    """Whether `low` itself is left out."""
+    """Whether `low` itself is excluded."""
     below: bool = False
-    """Whether `high` itself is left out."""
+    """Whether `high` itself is excluded."""
     hint: str = ""
-    """What the message adds for a value that does not fit."""
+    """Text that is appended to the message about a value out of range."""
 
     def __post_init__(self) -> None:
         assert -math.inf < self.low < self.high < math.inf, "both ends of a range are finite"
@@ -39,36 +39,41 @@ class Range:
         return over and (value < self.high if self.below else value <= self.high)
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'at least'} {number(self.low)}"
-        return f"{low} and {'below' if self.below else 'at most'} {number(self.high)}"
+        low = f"{'above' if self.above else 'at least'} {format_number(self.low)}"
+        return f"{low} and {'below' if self.below else 'at most'} {format_number(self.high)}"
 
 
 PROBABILITY = Range(0, 1)
+"""Range of a probability."""
 RATE = Range(0, 1, below=True)
-"""A share that never reaches 1, such as a dropout rate."""
+"""Range of a share that is below 1, such as a dropout rate."""
 PIXELS = Range(0, 1, hint="eps counts in 0..1 pixel units, write 4/255")
-"""A distance between images whose pixels lie in 0..1."""
+"""Range of a distance between images whose pixels lie in 0..1."""
 WEIGHT = Range(0, 1e6)
-"""A factor of a term of the loss."""
+"""Range of the factor of a term of the loss."""
 EPOCHS = Range(0, 100_000)
 SEED = Range(0, 2**63 - 1)
+"""Range of a seed."""
 IMAGES = Range(1, 2**31 - 1)
-"""A number of images in a data set."""
+"""Range of a number of images in a data set."""
 BATCH = Range(1, 2**20)
-"""A number of images that are in memory at once."""
+"""Range of a number of images that are in memory at once."""
 WORKERS = Range(0, 1024)
+"""Range of a number of worker processes."""
 MINUTES = Range(0, 10_000, above=True)
-"""How long something is waited for."""
+"""Range of a waiting time in minutes."""
 WORKER_TIMEOUT = Range(0.1, 604_800)
-"""Seconds, at most a week."""
+"""Range of a waiting time in seconds, up to a week."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PathRule:
-    """What the text of a path must be like, wherever it leads: the system refuses others."""
+    """Limits on the text of a path that hold for every file system."""
 
     part_bytes: int = 255
+    """Largest number of bytes in one name of the path."""
     whole_bytes: int = 4095
+    """Largest number of bytes in the whole path."""
 
     def refusal(self, text: str) -> str | None:
         """Returns what is wrong with a path, or None."""
@@ -86,20 +91,20 @@ class PathRule:
 
 
 PATH = PathRule()
-"""Annotated[str, PATH]: the option is a file or a folder."""
+"""Marks an option as a file or a folder, as in Annotated[str, PATH]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A group of options that checks its numeric fields against their ranges."""
+    """Base class for a group of options. It checks numbers, paths and texts."""
 
     def __post_init__(self) -> None:
-        """Raises UserError if a number, or one in a tuple, lies outside its field's range, if a
-        path is none, or if a text is empty."""
+        """Raises UserError if a number is out of its field's range, a path is not valid, or a text
+        is empty."""
         kind: Any = type(self)  # mypy takes a class for its instance, which may have no hash
-        for name, allowed in ranges(kind).items():
-            for value in numbers_in(getattr(self, name)):
-                given = f"--{flag(name)} {number(value)}"
+        for name, allowed in find_ranges(kind).items():
+            for value in iterate_numbers(getattr(self, name)):
+                given = f"--{format_flag(name)} {format_number(value)}"
                 hint = f": {allowed.hint}" if allowed.hint else ""
                 check(value in allowed, f"{given} is out of range: it must be {allowed}{hint}")
         for field in dataclasses.fields(self):  # `--output "$UNSET"` is no choice of the default
@@ -107,39 +112,45 @@ class Options:
             empty = value == "" and field.default != ""
             check(
                 not (empty or (isinstance(value, tuple) and "" in value)),
-                f"--{flag(field.name)} has an empty value: give one, or leave the flag out",
+                f"--{format_flag(field.name)} has an empty value: give one, or leave the flag out",
             )
-        for name in paths(kind):
+        for name in find_paths(kind):
             value = getattr(self, name)
             for text in value if isinstance(value, tuple) else (value,):
                 if text is not None:
-                    check_path(f"--{flag(name)}", text)
+                    check_path(f"--{format_flag(name)}", text)
 
 
 def check_path(name: str, text: str) -> None:
-    """Raises UserError unless a text can be a path."""
+    """Raises UserError unless a text can be a path.
+
+    name: what the message calls the path, such as a flag.
+    """
     reason = PATH.refusal(text)
     shown = repr(text) if len(text) < 60 else f"{text[:40]!r}..."
     check(reason is None, f"{name} {shown} is not a valid path: {reason}")
 
 
 def check_pixels(name: str, value: float) -> None:
-    """Raises UserError unless a distance fits images whose pixels lie in 0..1."""
+    """Raises UserError unless a distance fits images whose pixels lie in 0..1.
+
+    name: what the message calls the distance, such as a flag.
+    """
     check(
         value in PIXELS,
-        f"{name} {number(value)} is out of range: it must be {PIXELS}: {PIXELS.hint}",
+        f"{name} {format_number(value)} is out of range: it must be {PIXELS}: {PIXELS.hint}",
     )
 
 
 @functools.cache
-def ranges(kind: Any) -> dict[str, Range]:
+def find_ranges(kind: Any) -> dict[str, Range]:
     """Returns the range of each numeric field of an options dataclass.
 
-    Raises AssertionError if a numeric field has none: then nothing would check it.
+    Raises AssertionError if a numeric field has no range, because nothing would check it.
     """
     found = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        parts = list(annotations_of(hint))
+        parts = list(iterate_annotations(hint))
         allowed = [part for part in parts if isinstance(part, Range)]
         numeric = bool({int, float} & {p for p in parts if isinstance(p, type)})
         assert len(allowed) == numeric, f"{kind.__name__}.{name} needs one Range, not {allowed}"
@@ -149,34 +160,34 @@ def ranges(kind: Any) -> dict[str, Range]:
 
 
 @functools.cache
-def paths(kind: Any) -> list[str]:
-    """Returns the fields of an options dataclass that are files or folders."""
+def find_paths(kind: Any) -> list[str]:
+    """Returns the names of an options dataclass's fields that are files or folders."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    return [name for name, hint in hints.items() if PATH in annotations_of(hint)]
+    return [name for name, hint in hints.items() if PATH in iterate_annotations(hint)]
 
 
-def annotations_of(hint: Any) -> Iterator[Any]:
-    """Yields the plain types and the metadata that a type hint is made of."""
+def iterate_annotations(hint: Any) -> Iterator[Any]:
+    """Yields the plain types and the metadata in a type hint."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         yield from hint.__metadata__
-        yield from annotations_of(hint.__origin__)
+        yield from iterate_annotations(hint.__origin__)
     elif origin in (typing.Union, types.UnionType, tuple):
         for argument in typing.get_args(hint):
-            yield from annotations_of(argument)
+            yield from iterate_annotations(argument)
     else:
         yield hint
 
 
-def numbers_in(value: Any) -> Iterator[float]:
-    """Yields the value if it is a number, or the numbers of a tuple."""
+def iterate_numbers(value: Any) -> Iterator[float]:
+    """Yields the value if it is a number, or the numbers in it if it is a tuple."""
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             yield item
 
 
-def number(value: float) -> str:
-    """Returns a number as a user would write it: 4/255 for 0.01568627450980392."""
+def format_number(value: float) -> str:
+    """Returns a number as a user would write it, such as 4/255 for 0.01568627450980392."""
     if isinstance(value, float) and 0 < abs(value) <= 1 and len(f"{value:g}") > 5:
         for denominator in (255, 510):
             numerator = value * denominator
@@ -187,6 +198,6 @@ def number(value: float) -> str:
     return str(value)
 
 
-def flag(name: str) -> str:
-    """Returns a field's name as its flag spells it."""
+def format_flag(name: str) -> str:
+    """Returns the name of a field as it is written in its flag, with dashes."""
     return name.replace("_", "-")

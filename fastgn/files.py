@@ -1,8 +1,8 @@
-"""Files: written whole or not at all, and read with everything checked. Nothing that is read is
-run.
+"""Reads and writes files safely.
 
-Every reader of the package is here, one for each kind of file. Each of them raises UserError in one
-line that begins with the file's name. docs/security.md says what they promise.
+A file is written completely or not at all. Everything that is read is checked, and no code from a
+file is run. There is one reader for each kind of file. Readers raise UserError with one line that
+begins with the file's name. docs/security.md says what is guaranteed.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA = "fastgn"
-"""Key of our JSON in a safetensors header."""
+"""Key of fastgn's JSON in the header of a safetensors file."""
 DIGEST = "fastgn_sha256"
-"""Key of the digest of all else in a safetensors file."""
+"""Key of the digest of all other content in the header of a safetensors file."""
 
 # ------------------------------------------------------------------------------------------ writing
 
 
 class RecordingFile(io.FileIO):
-    """Keeps the error of a failed write, whose reason torch.save does not pass on."""
+    """File that keeps the error of a failed write. torch.save does not pass on the reason."""
 
     failure: OSError | None = None
-    """The last error, such as that of a full disk."""
+    """Error of the last failed write, such as a full disk."""
 
     def write(self, content: Any, /) -> int:
         try:
@@ -50,10 +50,11 @@ class RecordingFile(io.FileIO):
 
 @contextlib.contextmanager
 def atomic_open(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` only when all of it is on the disk.
+    """Opens a binary file for writing, which appears at `path` only when it is completely on the
+    disk.
 
-    Raises UserError when `path` is something else than a file, or when the disk is full or refuses.
-    Nothing half-written stays behind.
+    Raises UserError if `path` exists and is not a plain file, or if the disk is full or read-only.
+    In that case an older file at `path` is unchanged and no part of the new one remains.
     """
     check_regular(path)
     # the name cannot be guessed, so that nobody can put a link there first
@@ -72,8 +73,8 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
         reason = raw.failure if raw is not None and raw.failure is not None else error
         cause = reason.strerror if isinstance(reason, OSError) and reason.strerror else None
         raise UserError(
-            f"{path} cannot be written: {cause or first_line(reason)}; what was there before is "
-            "untouched"
+            f"{path} cannot be written: {cause or first_line(reason)}; an existing file is "
+            "unchanged"
         ) from None
     finally:
         with contextlib.suppress(OSError):  # the folder itself may be what cannot be had
@@ -87,18 +88,18 @@ def write_bytes(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically, indented, keys in the order given."""
+    """Writes indented JSON atomically. Keys keep their order."""
     write_bytes(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def remove_file(path: Path) -> None:
-    """Removes a file if it is there. Leaves a folder of that name alone."""
+    """Removes a file if it exists. A folder of that name is left alone."""
     with contextlib.suppress(FileNotFoundError, IsADirectoryError):
         path.unlink()
 
 
 def check_target(path: Path) -> None:
-    """Raises UserError if a file cannot be written to `path`: before long work starts."""
+    """Raises UserError if a file cannot be written to `path`. Called before long work starts."""
     check_regular(path)
     parent = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     check(
@@ -108,7 +109,7 @@ def check_target(path: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises UserError if `path` is there and is not a plain file, which a rename would replace."""
+    """Raises UserError if `path` exists but is not a plain file. A rename would replace it."""
     try:
         mode = path.lstat().st_mode
     except OSError:  # not there, or the folder cannot be read: opening says so
@@ -127,9 +128,8 @@ def check_regular(path: Path) -> None:
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     """Opens a plain file for reading, without a buffer.
 
-    A named pipe without a writer would be waited for, and a device may never end.
-
-    Raises OSError if the file cannot be opened or is of another kind.
+    Raises OSError if the file cannot be opened, or if it is of another kind. Opening a named pipe
+    would wait for a writer, and a device may never end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -139,8 +139,9 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A plain file for reading. Raises UserError: absent, a folder, a device, unreadable."""
+def open_for_reading(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a plain file for reading. Raises UserError if it is missing, unreadable or of another
+    kind."""
     try:
         with io.BufferedReader(open_regular(path)) as file:
             yield file
@@ -149,8 +150,9 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: Path) -> str:
-    """Returns a file's text, which must be UTF-8; a byte-order mark is left out."""
-    with opened(path) as file:
+    """Returns a file's text without a byte-order mark. Raises UserError unless the text is
+    UTF-8."""
+    with open_for_reading(path) as file:
         try:
             return file.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -158,7 +160,8 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Returns what a file of JSON holds. Raises UserError, also for numbers that are not finite."""
+    """Returns the content of a JSON file. Raises UserError if it is not JSON or has a NaN or
+    infinity."""
     return parse_json(read_text(path), str(path))
 
 
@@ -177,12 +180,12 @@ def parse_json(text: str, where: str) -> Any:
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """Returns the tensors and the metadata of a safetensors file.
 
-    Raises UserError if it cannot be read, or if its own digest, where it has one, is not that of
-    what it holds.
+    Raises UserError if the file cannot be read, or if it has a digest that does not match its
+    content.
     """
     from safetensors import SafetensorError, safe_open
 
-    with opened(path):
+    with open_for_reading(path):
         pass  # says in plain words what safe_open says in Rust's
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -193,7 +196,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
             f"{path} is corrupt, or no safetensors file ({first_line(error)})"
         ) from None
     if DIGEST in metadata:
-        same = metadata[DIGEST] == digest_of(tensors, metadata)
+        same = metadata[DIGEST] == compute_digest(tensors, metadata)
         check(same, f"{path} is corrupt: its SHA-256 is not the one that it was written with")
     return tensors, metadata
 
@@ -201,8 +204,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
 def write_safetensors(
     path: Path, weights: Mapping[str, "Tensor"], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes weights as safetensors, atomically, with `metadata` as JSON in the header and a digest
-    of it all. Tensors that share memory are each written whole, because the format has no sharing.
+    """Writes weights as a safetensors file, atomically.
+
+    The header contains `metadata` as JSON and a digest of everything else. The format cannot share
+    memory, so tensors that share memory are each written completely.
     """
     from safetensors.torch import save
 
@@ -215,15 +220,15 @@ def write_safetensors(
         storages.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
     header = {METADATA: json.dumps(metadata)}
-    header[DIGEST] = digest_of(tensors, header)
-    write_bytes(path, in_order(save(tensors, metadata=header)))
+    header[DIGEST] = compute_digest(tensors, header)
+    write_bytes(path, sort_metadata(save(tensors, metadata=header)))
 
 
-def in_order(content: bytes) -> bytes:
+def sort_metadata(content: bytes) -> bytes:
     """Returns a safetensors file with its metadata in alphabetical order.
 
-    The library writes several keys in an order that differs from call to call. Here the same
-    weights give the same bytes.
+    The library writes metadata in an order that differs from call to call. Sorting it makes equal
+    weights give equal bytes.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -233,9 +238,12 @@ def in_order(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def digest_of(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> str:
-    """Returns the SHA-256, in hexadecimal, of names, types, shapes and values, and of the
-    metadata but for the digest itself."""
+def compute_digest(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> str:
+    """Returns the SHA-256, in hexadecimal, of all tensors and of the metadata except the digest
+    itself.
+
+    It covers names, dtypes, shapes and values.
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -247,18 +255,18 @@ def digest_of(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> s
 
 
 def read_archive(path: Path, *, legacy: bool = False) -> Any:
-    """Returns what torch.save has written, on the CPU. Runs no code from the file.
+    """Returns the content of a file that torch.save has written, on the CPU. No code is run.
 
-    The result is made of plain dicts, lists, tuples, strings, numbers, booleans, None, types of
-    numbers and dense tensors that are no larger than the file. Anything else raises UserError, and
-    so do a missing or cut file, flipped bits (all of the archive's checksums are verified) and
-    compressed entries, which could be of any size.
+    The result consists of plain dicts, lists, tuples, strings, numbers, booleans, None, types of
+    numbers, and dense tensors that are not larger than the file. Raises UserError for anything
+    else, for missing or truncated files, for wrong checksums, and for compressed entries, which
+    could be of any size.
 
-    legacy: files without checksums, as torch.save wrote them before version 1.6, are read too; and
-    things besides tensors that training scripts store, such as their arguments and NumPy's numbers,
-    become None.
+    legacy: whether to read files of torch.save before version 1.6 too, which have no checksums.
+    Other objects that training scripts store, such as arguments and NumPy numbers, then become
+    None.
     """
-    with opened(path) as file:
+    with open_for_reading(path) as file:
         archive = file.read(4) == b"PK\x03\x04"  # by which torch.load decides, too
         check(archive or legacy, f"{path} is corrupt: it is not an archive of torch.save")
         if archive:
@@ -269,7 +277,7 @@ def read_archive(path: Path, *, legacy: bool = False) -> Any:
 
 
 def check_archive(file: IO[bytes], path: Path) -> None:
-    """Raises UserError if an entry of a zip is compressed, damaged or not as torch.save writes
+    """Raises UserError if an entry of a zip file is compressed, damaged or not as torch.save writes
     it."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -290,8 +298,11 @@ def check_archive(file: IO[bytes], path: Path) -> None:
 
 
 class Ignored:
-    """Stands for what training scripts store beside weights. It takes any argument and state and
-    keeps none, so that no code of the stored thing's own class runs."""
+    """Takes the place of objects that training scripts store beside weights.
+
+    It accepts any arguments and state and keeps none of them. No code of the object's own class
+    runs.
+    """
 
     def __new__(cls, *args: Any) -> "Ignored":
         return super().__new__(cls)
@@ -312,12 +323,14 @@ IGNORED = (
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
 )
-"""What `Ignored` stands for: timm's stored arguments, NumPy's numbers and arrays. NumPy's own
-functions are not called, because a made-up dtype can make them read any memory."""
+"""Names that are read as `Ignored`: stored arguments of timm, and numbers and arrays of NumPy.
+
+NumPy's own functions are not called, because a forged dtype can make them read any memory.
+"""
 
 
 def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
-    """Returns torch.load's result for weights alone. Raises UserError."""
+    """Returns the result of torch.load with weights_only=True. Raises UserError if that fails."""
     import torch
 
     ignored: list[Any] = [(Ignored, name) for name in IGNORED] if legacy else []
@@ -326,11 +339,11 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can make its reader raise anything
-        what = foreign_object(error)
+        what = find_foreign_object(error)
         if what:
             raise UserError(
-                f"{path} holds more than tensors ({what}): it was not loaded, for loading it could "
-                "run code"
+                f"{path} holds more than tensors ({what}): it was not loaded, because loading it "
+                "could run code"
             ) from None
         # torch's own first line recommends to load the file with its code
         known = re.search(r"WeightsUnpickler error: *(.*)", str(error))
@@ -339,12 +352,11 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
         raise UserError(f"{path} is corrupt ({cause or first_line(error)})") from None
 
 
-def foreign_object(error: BaseException) -> str | None:
-    """What torch.load(weights_only=True) met besides tensors and plain values, from its refusal: a
-    class's or function's dotted name. None where the refusal is of another kind.
+def find_foreign_object(error: BaseException) -> str | None:
+    """Returns the name of the class or function that torch.load(weights_only=True) refused.
 
-    A pickle of protocol 4 or later is never torch.save's; its reader stops at the first opcode and
-    so knows no name.
+    None means that `error` has another cause. torch.load stops at the first instruction of a pickle
+    of protocol 4 or later. It then knows no name, and the result is "a bare pickle".
     """
     if not isinstance(error, pickle.UnpicklingError):
         return None
@@ -355,17 +367,18 @@ def foreign_object(error: BaseException) -> str | None:
 
 
 class Plain:
-    """Copies what was unpickled into plain containers, and checks every tensor."""
+    """Copies unpickled values into plain containers, and checks every tensor."""
 
     def __init__(self, path: Path, largest_bytes: int, legacy: bool):
         self.path = path
         self.largest_bytes = largest_bytes
         self.legacy = legacy
         self.copies: dict[int, Any] = {}
-        """By the id of the original; Ellipsis while a container is being copied."""
+        """Id of an original container -> its copy, or Ellipsis while it is being copied."""
 
     def __call__(self, value: Any, where: str = "it", depth: int = 0) -> Any:
-        """Returns a copy. Raises UserError, which calls the value `where`."""
+        """Returns a copy of a value. Raises UserError, which refers to the value as `where`, if it
+        is no plain value."""
         import torch
 
         if value is None or type(value) in (bool, int, float, str):
@@ -399,8 +412,11 @@ class Plain:
         return copy
 
     def tensor(self, value: "Tensor", where: str) -> "Tensor":
-        """Returns a tensor without its history and attributes. Raises UserError unless it is dense,
-        on the CPU, with plain numbers in memory that the file has filled."""
+        """Returns a tensor without its history and attributes.
+
+        Raises UserError unless it is dense, on the CPU, has plain numbers and is not larger than
+        the file.
+        """
         import torch
 
         kind = None

@@ -2,7 +2,7 @@
 
 from fastgn import optim
 from fastgn.analysis.figures import draw_curves
-from fastgn.errors import UserError, passed_over
+from fastgn.errors import UserError, tolerate_failure
 from fastgn.files import write_bytes, write_json
 from fastgn.hub import timm_config
 from fastgn.metrics import environment
@@ -21,7 +21,7 @@ def finish(run: Run) -> None:
     weights = run.evaluated_model.backbone.state_dict()
     header = ExportHeader(run.cfg.to_toml(), list(run.classes), run.update)
     export_weights(run.folder / "model.safetensors", weights, header)
-    with passed_over("config.json for timm", run.print):  # such as a network out of memory
+    with tolerate_failure("config.json for timm", run.print):  # such as a network out of memory
         try:
             config = timm_config(run.cfg.architecture, weights, run.classes, run.model.crop_pct)
             write_json(run.folder / "config.json", config)
@@ -29,11 +29,11 @@ def finish(run: Run) -> None:
             run.print(f"no config.json for timm: {reason}")
     summary = {"updates": run.update, "global_batch": run.resolved.global_batch, "best": run.best}
     if run.ema is not None:
-        share = optim.initial_share(run.cfg.optimizer, run.update)
+        share = optim.compute_initial_share(run.cfg.optimizer, run.update)
         summary["initial_weights_in_average"] = share
     write_json(run.folder / "summary.json", summary | run.accuracy | environment())
     if run.metrics is not None:
-        with passed_over("curves.png", run.print):
+        with tolerate_failure("curves.png", run.print):
             picture = draw_curves(run.metrics.rows, title=run.folder.name)
             write_bytes(run.folder / "curves.png", picture)
         run.metrics.close()
@@ -57,7 +57,7 @@ def warn_of_initial_weights(run: Run, holds: str, updates: int) -> None:
     """
     if run.ema is None:
         return
-    share = optim.initial_share(run.cfg.optimizer, updates)
+    share = optim.compute_initial_share(run.cfg.optimizer, updates)
     if share > 0.03:
         run.print(
             f"warning: after {updates} updates the average of the weights, which is evaluated "

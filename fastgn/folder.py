@@ -6,7 +6,7 @@ from pathlib import Path
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint
 from fastgn.config import Config
 from fastgn.config.outputs import RUN_FILES, check_outside_data, check_replaced
-from fastgn.distributed import World, has_agent_store, remembered, restarts
+from fastgn.distributed import World, count_restarts, has_agent_store, share_across_restarts
 from fastgn.errors import check
 from fastgn.files import check_target
 from fastgn.lock import lock_folder, remove_leftovers
@@ -39,7 +39,7 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
     remove_leftovers(folder, RUN_FILES)
     checkpoints.remove_leftovers()
     last = found = checkpoints.last()
-    continues = restarts() > 0
+    continues = count_restarts() > 0
     if cfg.run.resume == "auto":
         check(cfg.run.output is not None, "--resume auto needs --output, the run's folder")
         continues = True
@@ -60,7 +60,7 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
 def name_folder(cfg: Config) -> Path:
     """Returns the path of the run's folder. A rank that torchrun restarts gets the same one."""
     check(
-        restarts() == 0 or cfg.run.output is not None or has_agent_store(),
+        count_restarts() == 0 or cfg.run.output is not None or has_agent_store(),
         "a rank that is started again finds its run only if --output names the run's folder",
     )
     if cfg.run.resume not in (None, "auto"):
@@ -69,4 +69,4 @@ def name_folder(cfg: Config) -> Path:
         return Path(cfg.run.output)
     started = time.strftime("%Y%m%d-%H%M%S")
     name = f"runs/{started}-{cfg.architecture.model}-{cfg.objective.method}"
-    return Path(remembered("output", name))
+    return Path(share_across_restarts("output", name))

@@ -1,4 +1,4 @@
-"""What there is to choose from: recipes, models, methods, activations and optimizers, by name."""
+"""Names that users can choose from: recipes, models, methods, activations and optimizers."""
 
 import fnmatch
 from collections.abc import Callable
@@ -9,15 +9,15 @@ from fastgn.errors import check
 from fastgn.objectives.options import METHODS
 
 
-def recipes() -> dict[str, str]:
-    """Returns each recipe and the first line of its comment."""
+def list_recipes() -> dict[str, str]:
+    """Returns name -> first line of the comment for each recipe."""
     folder = resources.files("fastgn").joinpath("recipes")
     first = {n: folder.joinpath(f"{n}.toml").read_text().split("\n")[0] for n in recipe_names()}
     return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in first.items()}
 
 
-def models() -> dict[str, str]:
-    """Returns timm's networks, our own, and the short names."""
+def list_models() -> dict[str, str]:
+    """Returns name -> note for the networks of timm and fastgn, and for the short names."""
     import timm  # takes seconds
 
     from fastgn.models.create import ALIASES, OWN
@@ -26,8 +26,8 @@ def models() -> dict[str, str]:
     return own | dict.fromkeys(OWN, "for CIFAR") | dict.fromkeys(timm.list_models(), "")
 
 
-def activations() -> dict[str, str]:
-    """Returns what --activation takes, and the number that may follow."""
+def list_activations() -> dict[str, str]:
+    """Returns name -> note for each activation. The note says if a number may follow."""
     from fastgn.models.activations import ACTIVATION_ARGUMENT, ACTIVATIONS
 
     arguments = ACTIVATION_ARGUMENT.items()
@@ -35,24 +35,25 @@ def activations() -> dict[str, str]:
     return {name: notes.get(name, "") for name in ACTIVATIONS}
 
 
-def optimizers() -> dict[str, str]:
-    """Returns timm's optimizers."""
-    from timm.optim import list_optimizers
+def list_optimizers() -> dict[str, str]:
+    """Returns name -> empty note for each of timm's optimizers."""
+    import timm.optim
 
-    return dict.fromkeys(map(str, list_optimizers()), "")
+    return dict.fromkeys(map(str, timm.optim.list_optimizers()), "")
 
 
 KINDS: dict[str, Callable[[], dict[str, str]]] = {
-    "recipes": recipes,
-    "models": models,
+    "recipes": list_recipes,
+    "models": list_models,
     "methods": lambda: {name: method.minimises for name, method in METHODS.items()},
-    "activations": activations,
-    "optimizers": optimizers,
+    "activations": list_activations,
+    "optimizers": list_optimizers,
 }
+"""Value of --list -> function that returns name -> note."""
 
 
-def listing(kind: str, pattern: str = "*") -> str:
-    """Returns the names of a kind that match a pattern such as '*swin*', one a line, with notes.
+def format_listing(kind: str, pattern: str = "*") -> str:
+    """Returns the names of a kind that match a pattern such as '*swin*', one per line, with notes.
 
     Raises UserError if no name matches.
     """

@@ -1,7 +1,8 @@
-"""One writer at a time for a folder or a file: the others are refused before they change anything.
+"""Locks that allow one writer at a time for a folder or a file.
 
-The kernel takes a lock back when its process dies, however it dies. It is POSIX's, of the process:
-over NFS the server keeps it, and a loader's worker, which is forked, does not inherit it.
+Other processes are refused before they change anything. The kernel releases a lock when its process
+ends for any reason. POSIX locks belong to the process. They work over NFS, and the forked workers
+of a data loader do not inherit them.
 """
 
 import contextlib
@@ -19,27 +20,32 @@ from fastgn.errors import UserError, check, print_line
 from fastgn.files import remove_file
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system answers that has no locks."""
+"""Error numbers of file systems that do not support locks."""
 HELD: set[tuple[int, int]] = set()
-"""(device, inode) of each lock that this process holds. POSIX would let a process take a lock
-twice, and closing the second would release the first."""
+"""(device, inode) of each lock that this process holds.
+
+POSIX would let a process take a lock twice, and closing the second one would release the first.
+"""
 
 
 ATTEMPTS = 100
-"""Tries to create a lock, each of which a holder that leaves may spoil."""
+"""Number of attempts to create a lock. An attempt can fail because another process just releases
+it."""
 
 
 class HeldError(UserError):
-    """Another process writes there."""
+    """Another process holds the lock."""
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, name: str) -> Iterator[None]:
-    """Makes this process the only writer of a folder for as long as the block or the process lives.
+    """Makes this process the only writer of a folder inside the block.
 
-    Creates the folder. Whatever it has created goes at the end if it is still empty. `name` is what
-    the user calls the folder, such as "--output runs/a". Raises HeldError if another process writes
-    there, and UserError if the folder cannot be written to.
+    The folder is created if it is missing. Folders that were created are removed at the end if they
+    are still empty. The lock ends with the process, too.
+
+    name: how the user calls the folder, such as "--output runs/a". Raises HeldError if another
+    process holds the lock, and UserError if the folder cannot be written to.
     """
     with _lock(folder / ".lock", name):
         yield
@@ -47,8 +53,11 @@ def lock_folder(folder: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_file(path: Path, name: str) -> Iterator[None]:
-    """Makes this process the only writer of a file; see `lock_folder`. Removes what kills have left
-    of it half-written."""
+    """Makes this process the only writer of a file inside the block, as `lock_folder` does for a
+    folder.
+
+    Removes parts of the file that killed processes have left.
+    """
     check(len(os.fsencode(path.name)) <= 200, f"{name}: the file's name is too long")
     with _lock(path.with_name(f".{path.name}.lock"), name):
         remove_leftovers(path.parent, [path.name])
@@ -56,7 +65,11 @@ def lock_file(path: Path, name: str) -> Iterator[None]:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Removes what kills have left of files of these names. Only the holder of the lock may."""
+    """Removes temporary files that killed processes have left while they wrote files of these
+    names.
+
+    Only the holder of the lock may call it.
+    """
     ours = re.compile(rf"\.(?:{'|'.join(re.escape(name[:40]) for name in names)})\.[^.]*\.tmp")
     for left in folder.glob(".*.tmp"):
         if ours.fullmatch(left.name):
@@ -65,6 +78,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, name: str) -> Iterator[None]:
+    """Holds the lock file at `path` inside the block, and creates and removes folders for it."""
     created = [p for p in (path.parent, *path.parent.parents) if not os.path.lexists(p)]
     descriptor = None
     try:
@@ -88,7 +102,8 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 
 def _acquire(path: Path, name: str) -> int | None:
-    """Returns the locked file's descriptor, or None on a file system without locks."""
+    """Returns the descriptor of the locked file, or None if the file system does not support
+    locks."""
     for attempt in range(ATTEMPTS):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -97,7 +112,7 @@ def _acquire(path: Path, name: str) -> int | None:
                 stat.S_ISREG(status.st_mode),
                 f"{name} cannot be written: its lock, {path}, is no plain file: remove it",
             )
-            if _identity(status) in HELD:
+            if _get_identity(status) in HELD:
                 raise HeldError(f"{name} is in use by this process already: give another one")
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -111,15 +126,15 @@ def _acquire(path: Path, name: str) -> int | None:
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise HeldError(
-                    f"{name} is in use by {_holder(path)}: wait until it has ended, or give "
+                    f"{name} is in use by {_read_holder(path)}: wait until it has ended, or give "
                     "another one"
                 ) from None
             if error.errno not in NO_LOCKS:
                 raise
             print_line(f"warning: {name}: {path} cannot be locked: the file system has no locks")
             return None
-        HELD.add(_identity(os.fstat(descriptor)))
-        if not _is_at(descriptor, path):  # the holder before has removed it in the meantime
+        HELD.add(_get_identity(os.fstat(descriptor)))
+        if not _is_file_at(descriptor, path):  # the holder before has removed it in the meantime
             _close(descriptor)
             continue
         try:
@@ -129,35 +144,42 @@ def _acquire(path: Path, name: str) -> int | None:
             _release(descriptor, path)
             raise
         return descriptor
-    raise HeldError(f"{name} is in use by {_holder(path)}: wait until it has ended")
+    raise HeldError(f"{name} is in use by {_read_holder(path)}: wait until it has ended")
 
 
 def _release(descriptor: int, path: Path) -> None:
+    """Removes the lock file and releases the lock."""
     with contextlib.suppress(OSError):
-        if _is_at(descriptor, path):
+        if _is_file_at(descriptor, path):
             path.unlink()  # before the lock goes: afterwards it may be another process's
     _close(descriptor)
 
 
 def _close(descriptor: int) -> None:
-    HELD.discard(_identity(os.fstat(descriptor)))
+    """Closes the descriptor of a lock, which releases the lock."""
+    HELD.discard(_get_identity(os.fstat(descriptor)))
     os.close(descriptor)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int]:
+def _get_identity(status: os.stat_result) -> tuple[int, int]:
+    """Returns (device, inode) of a file."""
     return status.st_dev, status.st_ino
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one at a path."""
+def _is_file_at(descriptor: int, path: Path) -> bool:
+    """Returns whether an open file is the file at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
 
 
-def _holder(path: Path) -> str:
-    """Returns which process holds a lock. One that has just come has yet to write its name."""
+def _read_holder(path: Path) -> str:
+    """Returns the process that holds a lock.
+
+    A process that has just taken the lock may not have written its name yet, so reading is
+    repeated.
+    """
     for _ in range(20):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             holder = path.read_text().strip()

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from fastgn.config.outputs import SPOILT
-from fastgn.errors import UserError, escaped, passed_over, print_line
-from fastgn.files import opened, write_bytes
+from fastgn.errors import UserError, escape, print_line, tolerate_failure
+from fastgn.files import open_for_reading, write_bytes
 
 COLUMNS = (
     "update",
@@ -74,10 +74,10 @@ class Metrics:
         self.write_rows()
         self.total, self.updates_per_epoch, self.update = total, updates_per_epoch, start
         self.board = self.wandb = None
-        with passed_over("TensorBoard"):
+        with tolerate_failure("TensorBoard"):
             self.board = open_board(folder, start)
         if wandb_config is not None:
-            with passed_over("W&B"):
+            with tolerate_failure("W&B"):
                 self.wandb = open_wandb(folder, wandb_config)
         self.began = self.said = time.perf_counter()
         self.first: tuple[int, float] | None = None
@@ -94,7 +94,7 @@ class Metrics:
         self.rows[-1] |= row
         self.keep_rows(is_new)
         if self.board is not None:
-            with passed_over("TensorBoard", self.print) as failure:
+            with tolerate_failure("TensorBoard", self.print) as failure:
                 rows = [row]
                 if not Path(self.board.log_dir).is_dir():
                     self.print(f"{self.board.log_dir} was removed: it is written again")
@@ -102,7 +102,7 @@ class Metrics:
                 add_scalars(self.board, rows)
             self.board = None if failure else self.board
         if self.wandb is not None:
-            with passed_over("W&B", self.print) as failure:
+            with tolerate_failure("W&B", self.print) as failure:
                 self.wandb.log(row, step=update)
             self.wandb = None if failure else self.wandb
         shown: dict[str, str] = {
@@ -120,7 +120,9 @@ class Metrics:
         or if the file is not as it was left."""
         size = self.path.stat().st_size if self.path.is_file() else None
         changed = self.size is not None and size != self.size
-        with passed_over("metrics.csv", self.print if self.size is not None else None) as failure:
+        with tolerate_failure(
+            "metrics.csv", self.print if self.size is not None else None
+        ) as failure:
             if is_new and size == self.size is not None:
                 with open(self.path, "ab") as file:
                     file.write(render(self.rows[-1:], header=False))
@@ -166,7 +168,7 @@ class Metrics:
         if self.bar.disable:
             print_line(line)
         else:
-            self.bar.write(escaped(line), file=sys.stderr)
+            self.bar.write(escape(line), file=sys.stderr)
 
     def close(self) -> None:
         """Ends the bar and what else is open; metrics.csv is there afterwards."""
@@ -177,10 +179,10 @@ class Metrics:
             self.keep_rows(is_new=False)
         self.bar.close()
         if self.board is not None:
-            with passed_over("TensorBoard"):
+            with tolerate_failure("TensorBoard"):
                 self.board.close()
         if self.wandb is not None:
-            with passed_over("W&B"):
+            with tolerate_failure("W&B"):
                 self.wandb.finish()
 
 
@@ -281,7 +283,7 @@ def read_content(path: Path) -> bytes:
     """Returns what a file holds, nothing if there is none."""
     if not path.exists():
         return b""
-    with opened(path) as file:
+    with open_for_reading(path) as file:
         return file.read()
 
 

@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate of each update, and the average of the weights."""
+"""The optimizer, the learning rate of each update, and the moving average of the weights."""
 
 import dataclasses
 import importlib
@@ -25,8 +25,11 @@ from fastgn.errors import UserError, check, nearest
 
 
 def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
-    """Raises UserError if timm has no optimizer of this name, or if this program, the machine or
-    the optimizer's own rules do not allow it."""
+    """Raises UserError unless the optimizer can be used.
+
+    It must be one of timm's, its package must be installed, and its options and the device must
+    fit.
+    """
     names = [str(name) for name in list_optimizers()]
     check(cfg.opt in names, f"--opt {cfg.opt!r}: {nearest(cfg.opt.lower(), names)}")
     info = get_optimizer_info(cfg.opt)
@@ -57,7 +60,7 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
         check(device.type == "cuda", f"--opt {cfg.opt} needs a CUDA device: use --opt adamw")
         return
     try:
-        create(cfg, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], peak=1e-3)
+        create_optimizer(cfg, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], peak=1e-3)
     except (ValueError, TypeError) as error:
         raise UserError(f"--opt {cfg.opt}: {' '.join(str(error).split())}") from None
 
@@ -84,15 +87,15 @@ def check_apex(opt: str, name: str) -> None:
 
 
 def build_optimizer(cfg: OptimizerConfig, model: nn.Module, peak: float) -> torch.optim.Optimizer:
-    """Returns the configured optimizer of a model's weights.
+    """Returns the configured optimizer for a model's weights.
 
-    peak: the highest learning rate of the run, to which some optimizers relate their weight decay.
+    peak: highest learning rate of the run. Some optimizers scale their weight decay with it.
     """
-    return create(cfg, decay_groups(model, cfg.weight_decay), peak)
+    return create_optimizer(cfg, make_decay_groups(model, cfg.weight_decay), peak)
 
 
-def create(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: float) -> Any:
-    """Returns timm's optimizer of these parameter groups, with PyTorch's fused kernel on CUDA."""
+def create_optimizer(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: float) -> Any:
+    """Returns timm's optimizer for parameter groups. On CUDA it uses PyTorch's fused kernels."""
     values = {"eps": cfg.opt_eps, "betas": cfg.opt_betas, "momentum": cfg.momentum}
     options: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
     kind = get_optimizer_class(cfg.opt, bind_defaults=False)
@@ -104,9 +107,12 @@ def create(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: float) -> A
     return create_optimizer_v2(groups, cfg.opt, lr=peak, **options)
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Returns two parameter groups: matrices and convolutions decay; norms, biases,
-    relative-position tables and what the network's own `no_weight_decay` names do not."""
+def make_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Returns two parameter groups, one with weight decay and one without.
+
+    Matrices and convolutions decay. Norms, biases, relative-position tables and the parameters that
+    the network's `no_weight_decay` names do not.
+    """
     exempt = {n for n, _ in model.named_parameters() if "relative_position_bias_table" in n}
     for name, module in model.named_modules():
         names: Iterable[str] = getattr(module, "no_weight_decay", set)()
@@ -123,13 +129,13 @@ def load_state(
     saved: dict[str, Any],
     updates: int,
 ) -> str | None:
-    """Loads an optimizer's state from a checkpoint. The options of its parameter groups stay: the
-    command line may have changed them, and the device.
+    """Loads an optimizer's state from a checkpoint. Returns None, or why the state does not fit.
 
-    updates: number of updates that the optimizer has made. From the first one on, it keeps
-    something for each weight that has a gradient.
+    The options of the parameter groups are not loaded, because the command line or the device may
+    have changed them. If the state does not fit the model's weights, nothing is loaded.
 
-    Returns None, or why the state does not belong to the model's weights; then nothing is loaded.
+    updates: number of updates that the optimizer has made. After the first one it has a state for
+    each weight that receives a gradient.
     """
     mine, theirs = optimizer.param_groups, saved["param_groups"]
     if [len(g["params"]) for g in mine] != [len(g["params"]) for g in theirs]:
@@ -138,24 +144,25 @@ def load_state(
     weights = dict(zip(numbers, (p for g in mine for p in g["params"]), strict=True))
     if len(weights) != len(numbers) or not saved["state"].keys() <= weights.keys():
         return "it numbers the weights in another way"
-    expected = first_states(cfg, model)
+    expected = simulate_first_states(cfg, model)
     for number, state in saved["state"].items():
         shape = weights[number].shape
         known = [s for s in expected if s.shape == shape]
         for name, value in state.items():
-            shapes = [shapes_in(s.state[name]) for s in known if name in s.state]
-            fits = shapes_in(value) in (shapes or [[None], [torch.Size(())], [shape]])
+            shapes = [list_shapes(s.state[name]) for s in known if name in s.state]
+            fits = list_shapes(value) in (shapes or [[None], [torch.Size(())], [shape]])
             if not fits:
                 return f"{name} of weight {number}, which is {tuple(shape)}, is of another shape"
-            if not is_sound(name, value):
+            if not is_valid_state(name, value):
                 return f"{name} of weight {number} has a value that no training gives it"
     lacking = {
         number: weight
         for number, weight in weights.items()
-        if updates > 0 and not has_all(saved["state"].get(number, {}), weight.shape, expected)
+        if updates > 0
+        and not has_complete_state(saved["state"].get(number, {}), weight.shape, expected)
     }
     if lacking:
-        unused = unused_weights(model)
+        unused = find_unused_weights(model)
         number = next((n for n, weight in lacking.items() if id(weight) not in unused), None)
         if number is not None:
             return f"it lacks what {cfg.opt} keeps of weight {number}"
@@ -167,8 +174,11 @@ def load_state(
     return None
 
 
-def is_sound(name: str, value: Any) -> bool:
-    """Whether all numbers in an optimizer's state are finite, and no square or count is below 0."""
+def is_valid_state(name: str, value: Any) -> bool:
+    """Returns whether all numbers in an optimizer's state are possible.
+
+    They must be finite. Squares and counts must also be at least 0.
+    """
     signed = name != "step" and not name.endswith("exp_avg_sq")
     for leaf in tree_leaves(value):
         if torch.is_tensor(leaf):
@@ -179,13 +189,16 @@ def is_sound(name: str, value: Any) -> bool:
     return True
 
 
-def has_all(state: dict[str, Any], shape: torch.Size, expected: list["FirstState"]) -> bool:
-    """Whether a weight's state has all that the optimizer keeps of a weight of its shape."""
+def has_complete_state(
+    state: dict[str, Any], shape: torch.Size, expected: list["FirstState"]
+) -> bool:
+    """Returns whether a weight's state has every entry that the optimizer keeps for weights of its
+    shape."""
     return any(first.state.keys() <= state.keys() for first in expected if first.shape == shape)
 
 
-def unused_weights(model: nn.Module) -> set[int]:
-    """Returns the ids of the weights that do not reach a classifier's output."""
+def find_unused_weights(model: nn.Module) -> set[int]:
+    """Returns the ids of the weights that do not influence a classifier's output."""
     weights = [p for p in model.parameters() if p.requires_grad]
     size, device = cast(int, model.img_size), weights[0].device
     trained = [m for m in model.modules() if m.training]
@@ -197,8 +210,11 @@ def unused_weights(model: nn.Module) -> set[int]:
     return {id(weight) for weight, grad in zip(weights, grads, strict=True) if grad is None}
 
 
-def shapes_in(value: Any) -> list[torch.Size | str | None]:
-    """Returns the shapes of the tensors in an optimizer's state; a number's is that of a scalar."""
+def list_shapes(value: Any) -> list[torch.Size | str | None]:
+    """Returns the shapes of the tensors in an optimizer's state. Numbers count as scalars.
+
+    Other values are represented by the name of their type.
+    """
     return [
         leaf.shape
         if torch.is_tensor(leaf)
@@ -211,27 +227,30 @@ def shapes_in(value: Any) -> list[torch.Size | str | None]:
 
 @dataclasses.dataclass(frozen=True)
 class FirstState:
-    """What an optimizer keeps for a weight after its first update."""
+    """Entries that an optimizer keeps for one weight after its first update."""
 
     shape: torch.Size
+    """Shape of the weight."""
     count: int
-    """Number of the model's weights that are alike."""
+    """Number of weights of the model that have the same shape, dtype and parameter group."""
     state: dict[str, Any]
+    """Entries of the optimizer's state."""
 
 
-def first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
-    """Returns what the optimizer will keep for each kind of a model's weights.
+def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
+    """Returns the entries that the optimizer will keep for each kind of weight in a model.
 
-    An update of one tensor of each shape tells it, so that it holds for every optimizer.
+    It makes one update with a tensor of each shape, so that the result is right for every
+    optimizer.
     """
     groups: list[dict[str, Any]] = []
     counts: list[int] = []
-    for group in decay_groups(model, cfg.weight_decay):
+    for group in make_decay_groups(model, cfg.weight_decay):
         shapes = Counter((p.shape, p.dtype, p.device) for p in group["params"])
         tensors = [torch.zeros(s, dtype=d, device=where) for s, d, where in shapes]
         groups.append(group | {"params": [nn.Parameter(t) for t in tensors]})
         counts += shapes.values()
-    optimizer = create(cfg, groups, peak=1e-3)
+    optimizer = create_optimizer(cfg, groups, peak=1e-3)
     parameters = [p for group in groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -243,16 +262,16 @@ def first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
     ]
 
 
-def state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
-    """Returns the memory that the optimizer will keep for a model's weights, in bytes."""
+def measure_state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
+    """Returns the number of bytes that the optimizer will keep for a model's weights."""
     return sum(
         first.count * sum(t.nbytes for t in tree_leaves(first.state) if torch.is_tensor(t))
-        for first in first_states(cfg, model)
+        for first in simulate_first_states(cfg, model)
     )
 
 
-def peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
-    """Returns lr, or lr_base scaled linearly with the images per update.
+def compute_peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
+    """Returns the highest learning rate: lr, or lr_base scaled linearly with the images per update.
 
     Raises UserError if it is out of range, or if a given --warmup-lr or --min-lr is above it.
     """
@@ -261,9 +280,12 @@ def peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
     return peak
 
 
-def lr_at(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float) -> float:
-    """Returns the learning rate of an update, counted from 0: a linear warm-up, then a cosine over
-    all epochs to the lowest rate (timm's, whose cosine begins at epoch 0)."""
+def compute_lr(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float) -> float:
+    """Returns the learning rate of an update, counted from 0.
+
+    It warms up linearly and then follows a cosine to the lowest rate. As in timm, the cosine begins
+    at epoch 0 and covers all epochs.
+    """
     start, lowest = cfg.outer_rates(peak)
     epoch = (
         update / updates_per_epoch if cfg.sched_on_updates else float(update // updates_per_epoch)
@@ -273,29 +295,35 @@ def lr_at(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float
     return lowest + 0.5 * (peak - lowest) * (1 + math.cos(math.pi * epoch / cfg.epochs))
 
 
-def ramp_at(cfg: Config, update: int, updates_per_epoch: int) -> float:
-    """Returns alpha, the penalty's strength at an update, counted from 0: clip(fractional epoch /
-    ramp epochs, 0, 1), as the share of the way from ramp_start to 1."""
-    return grown(cfg.objective.ramp_start, cfg.ramp_epochs, update / updates_per_epoch)
+def compute_ramp(cfg: Config, update: int, updates_per_epoch: int) -> float:
+    """Returns the factor of the penalty at an update, counted from 0.
+
+    It grows linearly from ramp_start to 1 during the first ramp_epochs.
+    """
+    return grow_linearly(cfg.objective.ramp_start, cfg.ramp_epochs, update / updates_per_epoch)
 
 
-def attack_ramp_at(cfg: Config, update: int, updates_per_epoch: int) -> float:
-    """Returns the attack's step at an update, counted from 0, as a share of its full size."""
+def compute_attack_ramp(cfg: Config, update: int, updates_per_epoch: int) -> float:
+    """Returns the attack's step size at an update, counted from 0, as a share of its full size."""
     own, epoch = cfg.objective.attack.attack_ramp_epochs, update / updates_per_epoch
     if not cfg.objective.attack.attack_ramp_on_updates:
         epoch //= 1
-    return grown(cfg.objective.ramp_start, cfg.ramp_epochs if own is None else own, epoch)
+    return grow_linearly(cfg.objective.ramp_start, cfg.ramp_epochs if own is None else own, epoch)
 
 
-def grown(start: float, epochs: float, epoch: float) -> float:
-    """Returns what has grown linearly from `start` to 1 over so many epochs, at a fractional
-    epoch."""
+def grow_linearly(start: float, epochs: float, epoch: float) -> float:
+    """Returns the value at a fractional epoch of a line from `start` at 0 to 1 at `epochs`.
+
+    After that the value stays 1.
+    """
     return start + (1 - start) * (min(epoch / epochs, 1.0) if epochs else 1.0)
 
 
 def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
-    """Returns the exponential moving average of a model's weights and buffers in fp32, or None if
-    none is configured."""
+    """Returns the exponential moving average of a model's weights and buffers in fp32.
+
+    Returns None if no average is configured.
+    """
     if not cfg.model_ema:
         return None
     # timm goes by names, and would average a weight with several names (CoaT) several times an
@@ -315,11 +343,14 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
 def update_average(
     cfg: OptimizerConfig, average: ModelEmaV3, model: nn.Module, update: int
 ) -> None:
-    """Moves the average towards the weights after an update, counted from 1. No host sync."""
+    """Moves the average towards the weights after an update, counted from 1. It does not wait for
+    the device."""
     average.update(model, step=update if cfg.model_ema_warmup else None)
 
 
-def initial_share(cfg: OptimizerConfig, updates: int) -> float:
-    """Returns the share of the initial weights that is left in the average after some updates: none
-    with the warm-up, whose first decay is 0."""
+def compute_initial_share(cfg: OptimizerConfig, updates: int) -> float:
+    """Returns the share of the initial weights that remains in the average after some updates.
+
+    It is 0 with a warm-up, whose first decay is 0.
+    """
     return 0.0 if cfg.model_ema_warmup else cfg.model_ema_decay**updates

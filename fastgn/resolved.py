@@ -118,7 +118,7 @@ def resolve(
     loader: name of the loader's class. batches_per_epoch: number of its batches on each rank.
     planned: the plan of `--schedule auto`; None if the configuration gives micro-batch and budget.
     """
-    peak = optim.peak_lr(cfg.optimizer, batching.global_batch)
+    peak = optim.compute_peak_lr(cfg.optimizer, batching.global_batch)
     warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
     updates_per_epoch = batches_per_epoch // batching.grad_accum_steps
     return Resolved(
@@ -161,7 +161,9 @@ def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
     Raises UserError if the numbers of images do not divide as the options ask.
     """
     batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
-    optim.peak_lr(cfg.optimizer, batch_size * accum * world.size)  # checks the peak learning rate
+    optim.compute_peak_lr(
+        cfg.optimizer, batch_size * accum * world.size
+    )  # checks the peak learning rate
     divisor = schedule_of(cfg.step).divisor
     check(
         batch_size % divisor == 0,
@@ -268,7 +270,7 @@ def make_plan(
         cost,
         slowest_rates(world, cfg.step.precision),
         batch_size=images,
-        free_bytes=int(world.least(free_memory(world.device) / processes)),
+        free_bytes=int(world.min(free_memory(world.device) / processes)),
         state_bytes=state_bytes(cfg, world, model, optimizer, images),
         held_bytes=torch.cuda.memory_allocated(world.device) if on_cuda else 0,
         compiled=is_compiled(cfg.step, world.device),
@@ -279,7 +281,7 @@ def make_plan(
 def slowest_rates(world: World, precision: str) -> Rates:
     """Returns the rates of the slowest device. Measures each device."""
     flops, bytes_, launch = measure_rates(world.device, precision)
-    return Rates(world.least(flops), world.least(bytes_), -world.least(-launch))
+    return Rates(world.min(flops), world.min(bytes_), -world.min(-launch))
 
 
 def state_bytes(
@@ -295,6 +297,6 @@ def state_bytes(
     CUDA graphs keep, and the images of this update and the next one.
     """
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    own = 0 if optimizer.state else optim.state_bytes(cfg.optimizer, model)
+    own = 0 if optimizer.state else optim.measure_state_bytes(cfg.optimizer, model)
     copies = (world.size > 1) + has_cuda_graphs(cfg.step, world)
     return own + copies * trained + 2 * images * 3 * model.img_size**2 * 4

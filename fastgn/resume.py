@@ -14,7 +14,7 @@ from fastgn.data.identity import Identity, describe_changes
 from fastgn.distributed import World
 from fastgn.errors import check
 from fastgn.models.network import Classifier
-from fastgn.models.weights import are_finite, changed_by_training, mismatch
+from fastgn.models.weights import are_finite, collect_trained_tensors, find_mismatch
 from fastgn.resolved import Resolved, last_update_of
 from fastgn.state import TrainState
 
@@ -75,11 +75,11 @@ def restore(
     if ema is not None:
         loaded.append(("ema", state.ema, ema.module))
     for key, weights, module in loaded:
-        problem = mismatch(weights, module.state_dict())
+        problem = find_mismatch(weights, module.state_dict())
         check(problem is None, f"{path} is damaged: {key}: {problem}")
         module.load_state_dict(weights)
         check(
-            are_finite(changed_by_training(module).values()),
+            are_finite(collect_trained_tensors(module).values()),
             f"{path} is damaged: {key}: a weight is not finite",
         )
     problem = optim.load_state(cfg.optimizer, model, optimizer, state.optimizer, state.update)

@@ -21,7 +21,7 @@ from fastgn.distributed import World
 from fastgn.errors import UserError
 from fastgn.metrics import Metrics
 from fastgn.models.network import Classifier
-from fastgn.models.weights import are_finite, changed_by_training
+from fastgn.models.weights import are_finite, collect_trained_tensors
 from fastgn.resolved import Resolved
 from fastgn.seeding import Stream, seed_all
 from fastgn.state import TrainState
@@ -75,7 +75,7 @@ class Run:
     def __post_init__(self) -> None:
         device = self.world.device
         self.compute_gradients = RetryingStep(self.step, self.world.any, self.print)
-        """Runs `step`, in smaller micro-batches if the device runs out of memory."""
+        """Runs `attack_step`, in smaller micro-batches if the device runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         self.ramp = torch.zeros((), device=device)
         """Strength of the penalty, in 0..1. It is a tensor so that a change recompiles nothing."""
@@ -206,7 +206,7 @@ class Run:
     def check_weights(self) -> None:
         """Raises UserError if a weight or an average is not finite, on any rank. A host sync."""
         modules = [self.model] if self.ema is None else [self.model, self.ema.module]
-        sound = all(are_finite(changed_by_training(module).values()) for module in modules)
+        sound = all(are_finite(collect_trained_tensors(module).values()) for module in modules)
         if self.world.any(not sound):
             raise self.not_finite(f"a weight after update {self.update}")
 

@@ -66,7 +66,7 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
     allow_changed_data = cfg.run.allow_changed_data
     # config.toml is a recipe: one that resumes would write into this run from another --output
     cfg = cfg.replace_group("run", {"resume": None, "allow_changed_data": False})
-    with world.first_alone():
+    with world.run_first_rank_first():
         dataset = load_dataset(cfg.dataset)
     identity = describe_dataset(dataset)
     check_ranks(world, identity)
@@ -77,7 +77,7 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
     notes = list(dataset.notes)
     loader = make_loader(cfg, dataset, model, batching, world, notes)
     optimizer = optim.build_optimizer(
-        cfg.optimizer, model, optim.peak_lr(cfg.optimizer, batching.global_batch)
+        cfg.optimizer, model, optim.compute_peak_lr(cfg.optimizer, batching.global_batch)
     )
     ema = optim.build_average(cfg.optimizer, model)
     changes: list[str] = []
@@ -133,7 +133,7 @@ def check_options(cfg: Config, device: torch.device) -> str:
     Returns which operators of fastgn_kernels the network will use, as network.kernels_for does.
     """
     create.check_name(cfg.architecture)
-    kernels = network.kernels_for(cfg.step.kernels, device)
+    kernels = network.choose_kernels(cfg.step.kernels, device)
     check_device(cfg.step, device)
     optim.check_optimizer(cfg.optimizer, device)
     if cfg.run.log_wandb:
@@ -316,7 +316,7 @@ def warn(run: Run, report: ModelReport) -> None:
             "learning rate never reaches its peak"
         )
     if cfg.ramp_epochs > cfg.optimizer.epochs:
-        full = optim.ramp_at(cfg, run.resolved.last_update, run.resolved.updates_per_epoch)
+        full = optim.compute_ramp(cfg, run.resolved.last_update, run.resolved.updates_per_epoch)
         run.print(
             f"warning: --ramp-epochs {cfg.ramp_epochs:g} is longer than the run: the strength of "
             f"{cfg.objective.method} ends at {full:.2g} of the full one"

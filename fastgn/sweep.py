@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
-    from fastgn.extras import begin
+    from fastgn.extras import check_start
 
-    begin("fastgn.sweep")
+    check_start("fastgn.sweep")
 
 from fastgn.analysis.pareto import draw_pareto, find_front
 from fastgn.config import Config
@@ -34,11 +34,11 @@ from fastgn.distributed import World, session
 from fastgn.errors import (
     UserError,
     check,
-    escaped,
+    escape,
     first_line,
-    passed_over,
+    print_error,
     print_line,
-    say_error,
+    tolerate_failure,
 )
 from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
@@ -265,8 +265,8 @@ def sweep(cfg: SweepConfig) -> int:
         def report_trial(study: Any, trial: Any) -> None:
             if "failed" in trial.user_attrs or trial.state.name != "FAIL":
                 bar.update()
-                bar.write(escaped(describe_trial(trial)), file=sys.stderr)
-            with passed_over("the report of the trials"):
+                bar.write(escape(describe_trial(trial)), file=sys.stderr)
+            with tolerate_failure("the report of the trials"):
                 write_results(study, cfg, base)
 
         def stop_if_enough(study: Any, trial: Any) -> None:
@@ -339,7 +339,7 @@ def write_results(study: Any, cfg: SweepConfig, base: Config) -> str:
     }
     write_json(path.with_suffix(".json"), record)
     complete = [r for r in rows if r["state"] == "complete"]
-    with passed_over("the picture"):
+    with tolerate_failure("the picture"):
         picture = draw_pareto(complete, record["best"], f"{path.stem}: {len(complete)} trials")
         write_bytes(path.with_suffix(".png"), picture)
     if best is None:
@@ -362,10 +362,10 @@ def main(args: list[str] | None = None) -> int:
         cfg = parse_cli(SweepConfig, sys.argv[1:] if args is None else args, "fastgn.sweep")
         return sweep(cfg)
     except UserError as error:
-        say_error(f"fastgn.sweep: error: {error}")
+        print_error(f"fastgn.sweep: error: {error}")
         return 2
     except KeyboardInterrupt:  # it came between trials
-        say_error("fastgn.sweep: stopped; run the same command again to continue")
+        print_error("fastgn.sweep: stopped; run the same command again to continue")
         return 130
 
 

@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
-    from fastgn.extras import begin
+    from fastgn.extras import check_start
 
-    begin("fastgn.train")
+    check_start("fastgn.train")
 
 import torch
 
 from fastgn import optim
 from fastgn.config.cli import parse_config
 from fastgn.distributed import session
-from fastgn.errors import UserError, say_error
+from fastgn.errors import UserError, print_error
 from fastgn.failures import explain
 from fastgn.finish import finish
 from fastgn.interrupt import Interrupt
@@ -42,9 +42,9 @@ def train(run: Run) -> None:
             epoch = run.update // per_epoch
             for batches in run.updates_of(epoch):
                 seed_all(Stream.STEP, cfg.run.seed, run.update, world.rank)
-                lr = optim.lr_at(cfg.optimizer, run.update, per_epoch, run.resolved.lr)
+                lr = optim.compute_lr(cfg.optimizer, run.update, per_epoch, run.resolved.lr)
                 at = cfg, run.update, per_epoch
-                ramp, attack_ramp = optim.ramp_at(*at), optim.attack_ramp_at(*at)
+                ramp, attack_ramp = optim.compute_ramp(*at), optim.compute_attack_ramp(*at)
 
                 run.ramp.fill_(ramp)
                 run.attack_ramp.fill_(attack_ramp)
@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> int:
             raise
         if run is not None and run.metrics is not None:
             run.metrics.close()
-        say_error(f"fastgn.train: error: {line}")
+        print_error(f"fastgn.train: error: {line}")
         return 2
     except KeyboardInterrupt:  # before the first update, or the second time
         return 130

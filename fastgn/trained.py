@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_config
 from fastgn.config import Config, run_folder
 from fastgn.config.programs import BareWeightsConfig
-from fastgn.errors import UserError, check, escaped, print_line
+from fastgn.errors import UserError, check, escape, print_line
 from fastgn.files import METADATA, parse_json, read_safetensors, write_safetensors
 from fastgn.models.network import Classifier, build_model
 from fastgn.models.weights import load_weights, read_weights
@@ -106,7 +106,7 @@ def load_trained(where: str, device: torch.device) -> Trained:
     load_weights(model, saved.weights, f"--checkpoint {where}")
     model.crop_pct = saved.config.augmentation.crop_pct or model.crop_pct
     model.to(device).eval().requires_grad_(False)
-    name = escaped(run_folder(Path(where)).name)
+    name = escape(run_folder(Path(where)).name)
     update, unfinished = saved.update, saved.unfinished
     last = Checkpoints(Path(where), 1).last() if Path(where).is_dir() else None
     if last is not None and update is not None and int(last.stem.split("_")[1]) > update:
@@ -139,7 +139,7 @@ def load_bare_weights(
     model.to(device).eval().requires_grad_(False)
     model.crop_pct = cfg.crop_pct or model.crop_pct
     config = config.replace(crop_pct=model.crop_pct)
-    return Trained(escaped(path.stem), model, config, classes)
+    return Trained(escape(path.stem), model, config, classes)
 
 
 def hash_weights(model: torch.nn.Module) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from fastgn.config import FIELDS, GROUPS, Config, groups, initial_file, load_recipe, recipe_names
-from fastgn.config.cli import answer_early, parse_config
+from fastgn.config.cli import check_command_line, parse_config
 from fastgn.config.groups import model_kwargs
 from fastgn.errors import UserError
 from fastgn.objectives import options
-from fastgn.optim import peak_lr
+from fastgn.optim import compute_peak_lr
 
 
 def refused(*args: str) -> str:
@@ -118,7 +118,7 @@ def test_resume_auto_and_resume_with_a_recipe_take_no_runs_config(tmp_path):
 
 
 def test_resuming_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match=f"--resume {tmp_path}: no run there"):
+    with pytest.raises(UserError, match=f"--resume {tmp_path}: no run in it"):
         parse_config(["--resume", str(tmp_path)])
 
 
@@ -386,8 +386,8 @@ def test_the_papers_updates_and_learning_rates():
     gradnorm, pgd = load_recipe("paper_swin_b_gradnorm"), load_recipe("paper_swin_b_pgd3")
     images = gradnorm.dataset.batch_size * gradnorm.dataset.grad_accum_steps * 7
     assert images == 532
-    assert peak_lr(gradnorm.optimizer, images) == pytest.approx(6.25e-4 * 532 / 512)
-    assert peak_lr(pgd.optimizer, 64 * 8) == 1.25e-3
+    assert compute_peak_lr(gradnorm.optimizer, images) == pytest.approx(6.25e-4 * 532 / 512)
+    assert compute_peak_lr(pgd.optimizer, 64 * 8) == 1.25e-3
     assert pgd.objective.step_size == pytest.approx(8 / 255 / 3)
 
 
@@ -463,7 +463,7 @@ def test_a_missing_start_names_the_recipe_that_makes_it(tmp_path, monkeypatch, c
         initial_file("a" * 5000)
     monkeypatch.setattr(sys, "argv", ["train", "--recipe", "quickstart_gradnorm"])
     with pytest.raises(SystemExit):
-        answer_early("fastgn.train")
+        check_command_line("fastgn.train")
     assert "--recipe quickstart_natural" in capsys.readouterr().err
 
 
@@ -472,7 +472,7 @@ def test_a_short_run_needs_no_other_flag(recipe):
     """Warm-up and ramp follow --epochs, and the first and last rate follow the peak."""
     cfg = parse_config([*recipe, "--epochs", "2", "--batch-size", "8"])
     assert cfg.optimizer.warmup == cfg.ramp_epochs == pytest.approx(0.2)
-    assert max(cfg.optimizer.outer_rates(peak_lr(cfg.optimizer, 8))) < 1e-6
+    assert max(cfg.optimizer.outer_rates(compute_peak_lr(cfg.optimizer, 8))) < 1e-6
 
 
 def test_every_start_of_a_recipe_is_another_recipes_output():

@@ -106,7 +106,7 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
         # what DistributedDataParallel sees is the traced graph; Inductor's code takes a minute
         torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore
     # each rank's start is its own by design: without it, the attack is a function of the images
-    attacks.random_start = lambda images_BCHW, eps: images_BCHW  # type: ignore
+    attacks.draw_random_start = lambda images_BCHW, eps: images_BCHW  # type: ignore
     step = Step(
         model,
         build_objective(cfg.objective),
@@ -171,11 +171,11 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def updates_on_a_rank(cases: list[dict[str, Any]], folder: str) -> int:
-    originals = (torch.compile, attacks.random_start, torch.distributed.all_reduce)
+    originals = (torch.compile, attacks.draw_random_start, torch.distributed.all_reduce)
     with distributed.session("cpu") as world:
         for index, case in enumerate(cases):
             result = one_update(world.rank, 2, {**case, "agree": world.any})
-            torch.compile, attacks.random_start, torch.distributed.all_reduce = originals
+            torch.compile, attacks.draw_random_start, torch.distributed.all_reduce = originals
             torch.save(result, Path(folder) / f"{index}_{world.rank}.pt")
     return 0
 
@@ -223,7 +223,7 @@ def updates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 @pytest.fixture
 def restored_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undoes one_update's replacements in this process."""
-    monkeypatch.setattr(attacks, "random_start", attacks.random_start)
+    monkeypatch.setattr(attacks, "draw_random_start", attacks.draw_random_start)
     monkeypatch.setattr(torch, "compile", torch.compile)
 
 

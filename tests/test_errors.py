@@ -102,7 +102,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "--data-dir nowhere/images: there is no such file or folder",
     ),
     "no data dir": (["--data", "imagefolder"], "--data imagefolder needs --data-dir"),
-    "data dir of digits": (["--data-dir", "."], "digits are embedded"),
+    "data dir of digits": (["--data-dir", "."], "the digits come with scikit-learn"),
     "batch that does not divide": (
         ["--batch-size", "5", "--global-batch-size", "48"],
         "--global-batch-size 48 is not a multiple of 1 ranks x --batch-size 5",
@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--initial-checkpoint", "nowhere/weights.pt"],
         "--initial-checkpoint nowhere/weights.pt: there is no such file or run below /",
     ),
-    "resuming nothing": (["--resume", "nowhere/run"], "nowhere/run: no run there"),
+    "resuming nothing": (["--resume", "nowhere/run"], "nowhere/run: no run in it"),
     "resuming nothing with a recipe": (
         ["--recipe", "quickstart_natural", "--resume", "nowhere/run"],
         "--resume nowhere/run: there is no such run or checkpoint",
@@ -396,7 +396,7 @@ def test_an_output_that_is_a_file(tmp_path, capsys):
 
 def test_a_learning_rate_too_high_is_found_and_named(tmp_path, capsys, monkeypatch):
     args = tiny_run(tmp_path / "run", "--max-updates", "8", "--checkpoint-interval", "1")
-    monkeypatch.setattr(optim, "peak_lr", lambda *_: 1e30)  # above what --lr takes
+    monkeypatch.setattr(optim, "compute_peak_lr", lambda *_: 1e30)  # above what --lr takes
     line = refused(capsys, [*args, "--log-interval", "1"])
     last = Checkpoints(tmp_path / "run", 1).last()
     update = int(last.stem.split("_")[1]) + 1
@@ -514,7 +514,7 @@ def test_nvidias_apex_trains_as_adamw(finished, tmp_path, monkeypatch):
     def build_optimizer(
         cfg: OptimizerConfig, model: torch.nn.Module, peak: float
     ) -> torch.optim.Optimizer:
-        groups = optim.decay_groups(model, cfg.weight_decay)
+        groups = optim.make_decay_groups(model, cfg.weight_decay)
         return FusedAdam(groups, adam_w_mode=True, lr=peak)
 
     monkeypatch.setattr(optim, "build_optimizer", build_optimizer)
@@ -572,7 +572,7 @@ def test_a_shard_that_was_cut_is_named_before_training(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--data-dir", "nowhere"], "digits are embedded"),
+        (["--data-dir", "nowhere"], "the digits come with scikit-learn"),
         (["--data", "imagefolder", "--data-dir", "nowhere"], "--data-dir nowhere: there is no"),
     ],
 )

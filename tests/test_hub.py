@@ -105,7 +105,7 @@ def test_what_timms_arguments_can_express(name: str, activation: str | None, exp
 @pytest.mark.parametrize(
     ("kwargs", "line"),
     [
-        (("in_chans=1",), "--model-kwargs in_chans=1: images have 3 channels; leave it out"),
+        (("in_chans=1",), "--model-kwargs in_chans=1: images have 3 channels: leave in_chans out"),
         (("depths=()",), "--model swin_t --model-kwargs depths=() cannot be built: "),
         (("depths=3",), "--model swin_t --model-kwargs depths=3 cannot be built: "),
         (("num_heads=(0, 0, 0, 0)",), "--model swin_t --model-kwargs num_heads="),

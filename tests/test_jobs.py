@@ -209,7 +209,10 @@ def test_a_folder_that_takes_nothing_is_one_line(
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: "),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two without "),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 LOCAL_RANK=0 MASTER_PORT=1 make no sense"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2"},
+            "RANK=2 LOCAL_RANK=0 MASTER_PORT=1 contradict each other",
+        ),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1 "),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 make no"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x "),

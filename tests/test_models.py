@@ -26,7 +26,7 @@ from fastgn.errors import UserError
 from fastgn.models import activations, create, network
 from fastgn.models.network import Classifier, ModelReport, build_model, multiply_patches
 from fastgn.models.preact_resnet import PreActResNet18
-from fastgn.models.weights import from_paper, load_weights, read_weights
+from fastgn.models.weights import convert_paper_weights, load_weights, read_weights
 from fastgn.objectives import ObjectiveConfig, gradnorm, piecewise_linear_warning
 
 TINY: dict[str, dict[str, Any]] = {
@@ -143,7 +143,7 @@ ENCODER = {
 
 
 def test_dropout_that_a_network_lacks_is_refused_only_if_asked_for():
-    assert "has no dropout; leave it out" in refused(**ENCODER, drop=0.1)
+    assert "has no dropout: leave --drop out" in refused(**ENCODER, drop=0.1)
     assert "and not 1 x 5 logits" in refused(**ENCODER)
 
 
@@ -233,7 +233,7 @@ def test_an_activation_takes_its_number():
     model, report = tiny("preact_resnet18", activation="softplus:10")
     (beta,) = {m.beta for m in model.modules() if isinstance(m, nn.Softplus)}
     assert beta == 10 and report.swapped_activations == 17
-    assert "gelu:2: a number goes with" in refused(model="resnet18", activation="gelu:2")
+    assert "gelu:2: only these take a number: " in refused(model="resnet18", activation="gelu:2")
     assert "must be above 0" in refused(model="resnet18", activation="softplus:0")
     assert "is not a number" in refused(model="resnet18", activation="elu:x")
 
@@ -309,7 +309,7 @@ def test_fused_attention_changes_no_logit():
     ],
 )
 def test_which_kernels_run(choice, device, kernels):
-    assert network.kernels_for(choice, torch.device(device)) == kernels
+    assert network.choose_kernels(choice, torch.device(device)) == kernels
 
 
 def fused_kinds(model: nn.Module) -> list[str]:
@@ -366,7 +366,7 @@ def test_a_run_with_kernels_is_the_run_without(tmp_path, monkeypatch, capsys):
     plain, swapped = tmp_path / "plain", tmp_path / "swapped"
     assert train.main(tiny_run(plain, "--max-updates", "3")) == 0
     assert "kernels: " not in capsys.readouterr().err
-    monkeypatch.setattr(network, "kernels_for", lambda choice, device: "triton")
+    monkeypatch.setattr(network, "choose_kernels", lambda choice, device: "triton")
     assert train.main(tiny_run(swapped, "--max-updates", "2")) == 0
     assert "kernels: 7 layer_norm, 2 window_attention, 2 gelu\n" in capsys.readouterr().err
     assert train.main(["--resume", str(swapped), "--max-updates", "3"]) == 0
@@ -476,10 +476,12 @@ def test_an_initial_checkpoint_of_another_network(trained, tmp_path):
     start = {"initial_checkpoint": str(path)}
     wide = {"model": "preact_resnet18", "model_kwargs": ("width=8",)}
     line = refused(**wide, **start)
-    assert f"--initial-checkpoint {path} is of another network" in line
-    assert "conv1.weight is (4, 3, 3, 3) there, (8, 3, 3, 3) here" in line
+    assert f"--initial-checkpoint {path} belongs to another network" in line
+    assert "conv1.weight is (4, 3, 3, 3) in the file and (8, 3, 3, 3) in the network" in line
     narrow = {"model": "preact_resnet18", "model_kwargs": ("width=4",)}
-    assert "fc.weight is (5, 32) there, (7, 32) here" in refused(7, **narrow, **start)
+    assert "fc.weight is (5, 32) in the file and (7, 32) in the network" in refused(
+        7, **narrow, **start
+    )
     line = refused(model="swin_t", **TINY["swin_t"], **start)
     assert "keys are missing" in line and "unknown: the file has " in line
 
@@ -538,7 +540,8 @@ def test_a_malicious_pickle_is_refused_unexecuted(form, tmp_path):
     line = refused(model="preact_resnet18", initial_checkpoint=str(path))
     what = "a bare pickle" if form == "pickle" else f"{os.mkdir.__module__}.mkdir"
     assert line == (
-        f"{path} holds more than tensors ({what}): it was not loaded, for loading it could run code"
+        f"{path} holds more than tensors ({what}): it was not loaded, because loading it "
+        "could run code"
     )
     if form == "torch.save":
         with pytest.raises(UserError) as caught:
@@ -652,7 +655,7 @@ def test_the_papers_checkpoints_give_the_same_logits(form, swin, tmp_path):
 
 def test_timm_1_0s_keys_stay_as_they_are(swin):
     weights = swin.backbone.state_dict()
-    assert differences(from_paper(weights), dict(weights)) == []
+    assert differences(convert_paper_weights(weights), dict(weights)) == []
 
 
 def test_an_initial_checkpoint_may_be_an_old_swin(swin, tmp_path):
@@ -665,7 +668,7 @@ def test_an_initial_checkpoint_may_be_an_old_swin(swin, tmp_path):
 def test_what_is_not_the_papers_is_named(swin, tmp_path):
     old = old_form(swin)
     with pytest.raises(UserError, match=r"^1\.absolute_pos_embed is unknown: no Swin of timm"):
-        from_paper({"1.absolute_pos_embed": torch.zeros(1), "1.other": torch.zeros(1)})
+        convert_paper_weights({"1.absolute_pos_embed": torch.zeros(1), "1.other": torch.zeros(1)})
     path = tmp_path / "resnet.pt"
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError) as caught:
@@ -673,9 +676,9 @@ def test_what_is_not_the_papers_is_named(swin, tmp_path):
     assert str(caught.value).startswith(f"{path}: conv1.weight is unknown")
     other = normalised(old, "sequential") | {"0.std": torch.tensor((0.5, 0.5, 0.5))}
     with pytest.raises(UserError, match=r"^0\.std is \[0\.5, 0\.5, 0\.5\] and not ImageNet's"):
-        from_paper(other)
+        convert_paper_weights(other)
     with pytest.raises(UserError, match="no tensor in it"):
-        from_paper({"epoch": 3})
+        convert_paper_weights({"epoch": 3})
 
 
 # --------------------------------------------------------------------------------------------- hub

@@ -19,17 +19,17 @@ from fastgn.config import Config, OptimizerConfig, load_recipe, recipe_names
 from fastgn.errors import UserError
 from fastgn.models.preact_resnet import PreActResNet18
 from fastgn.optim import (
-    attack_ramp_at,
     build_average,
     build_optimizer,
     check_optimizer,
-    decay_groups,
-    initial_share,
+    compute_attack_ramp,
+    compute_initial_share,
+    compute_lr,
+    compute_peak_lr,
+    compute_ramp,
     load_state,
-    lr_at,
-    peak_lr,
-    ramp_at,
-    state_bytes,
+    make_decay_groups,
+    measure_state_bytes,
     update_average,
 )
 
@@ -102,7 +102,7 @@ def test_every_optimizer_trains_and_resumes_or_says_why_not(name: str, tmp_path:
             for t in torch.utils._pytree.tree_leaves(state)
             if torch.is_tensor(t)
         )
-        assert state_bytes(cfg, first) == kept
+        assert measure_state_bytes(cfg, first) == kept
         both = {"model": first.state_dict(), "optimizer": optimizer.state_dict()}
         path = Checkpoints(tmp_path, 1).save(small_state(3, **both))
         torch.manual_seed(1234)
@@ -123,7 +123,7 @@ def test_adamw_is_torchs() -> None:
     optimizer = build_optimizer(OptimizerConfig(), mine, 1e-3)
     assert type(optimizer) is torch.optim.AdamW
     other = torch.optim.AdamW(
-        decay_groups(theirs, 0.05), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=False
+        make_decay_groups(theirs, 0.05), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, fused=False
     )
     keys = ("weight_decay", "betas", "eps", "fused", "amsgrad", "foreach")
     for a, b in zip(optimizer.param_groups, other.param_groups, strict=True):
@@ -210,12 +210,12 @@ def test_sgd_trains_resumes_and_is_not_continued_by_another(tmp_path, capsys) ->
 def test_norms_biases_and_relative_position_tables_are_not_decayed(build) -> None:
     model = build()
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, plain = ({names[id(p)] for p in g["params"]} for g in decay_groups(model, 0.05))
+    decayed, plain = ({names[id(p)] for p in g["params"]} for g in make_decay_groups(model, 0.05))
     assert decayed | plain == set(names.values()) and not decayed & plain
     spared = {n for n in names.values() if "norm" in n or n.endswith("bias") or "bias_table" in n}
     assert plain == spared
-    assert [g["weight_decay"] for g in decay_groups(model, 0.05)] == [0.05, 0.0]
-    assert [len(g["params"]) for g in decay_groups(model, 0.0)] == [len(decayed), len(plain)]
+    assert [g["weight_decay"] for g in make_decay_groups(model, 0.05)] == [0.05, 0.0]
+    assert [len(g["params"]) for g in make_decay_groups(model, 0.0)] == [len(decayed), len(plain)]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_what_a_network_exempts_does_not_decay(name: str) -> None:
         or "relative_position_bias_table" in n
         or any(fnmatch.fnmatch(n, pattern) for pattern in exempt)
     ]
-    decayed, plain = decay_groups(model, 0.05)
+    decayed, plain = make_decay_groups(model, 0.05)
     assert {id(p) for p in plain["params"]} == {id(p) for p in spared}
     assert len(plain["params"]) + len(decayed["params"]) == len(list(model.parameters()))
 
@@ -264,7 +264,7 @@ def test_decay_reaches_the_update() -> None:
 
 def test_schedule() -> None:
     cfg = OptimizerConfig(epochs=10, warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
-    values = [lr_at(cfg, update, 5, 1.0) for update in range(50)]
+    values = [compute_lr(cfg, update, 5, 1.0) for update in range(50)]
     assert values[0] == pytest.approx(0.1)
     assert values[5] == pytest.approx(0.55), "half-way through the warm-up, in the middle of it"
     assert values[10] == pytest.approx(0.01 + 0.495 * (1 + math.cos(math.pi * 0.2)))
@@ -276,13 +276,13 @@ def test_schedule() -> None:
 
 def test_schedule_once_an_epoch() -> None:
     cfg = OptimizerConfig(epochs=10, warmup_epochs=2, warmup_lr=0.1, sched_on_updates=False)
-    assert [lr_at(cfg, u, 5, 1.0) for u in range(5)] == [pytest.approx(0.1)] * 5
-    assert [lr_at(cfg, u, 5, 1.0) for u in range(5, 10)] == [pytest.approx(0.55)] * 5
+    assert [compute_lr(cfg, u, 5, 1.0) for u in range(5)] == [pytest.approx(0.1)] * 5
+    assert [compute_lr(cfg, u, 5, 1.0) for u in range(5, 10)] == [pytest.approx(0.55)] * 5
 
 
 def test_peak_lr_scales_with_the_global_batch() -> None:
-    assert peak_lr(OptimizerConfig(), 532) == pytest.approx(6.25e-4 * 532 / 512)
-    assert peak_lr(OptimizerConfig(lr=0.003), 532) == 0.003
+    assert compute_peak_lr(OptimizerConfig(), 532) == pytest.approx(6.25e-4 * 532 / 512)
+    assert compute_peak_lr(OptimizerConfig(lr=0.003), 532) == 0.003
 
 
 def test_lengths_follow_the_epochs() -> None:
@@ -290,7 +290,7 @@ def test_lengths_follow_the_epochs() -> None:
     for epochs, length in ((100, 5.0), (50, 5.0), (30, 3.0), (2, 0.2), (1, 0.1)):
         cfg = Config().replace(epochs=epochs)
         assert cfg.optimizer.warmup == cfg.ramp_epochs == pytest.approx(length)
-        rates = [lr_at(cfg.optimizer, update, 100, 1e-3) for update in range(100 * epochs)]
+        rates = [compute_lr(cfg.optimizer, update, 100, 1e-3) for update in range(100 * epochs)]
         assert abs(rates.index(max(rates)) - 100 * length) <= 1
         assert max(rates) == pytest.approx(1e-3, rel=0.1)
     given = Config().replace(epochs=2, warmup_epochs=1.0, ramp_epochs=3.0)
@@ -302,7 +302,7 @@ def test_the_rate_rises_to_its_peak_and_falls_from_it(peak: float) -> None:
     """At the paper's peaks the first and the last rate are its 1e-5, at small ones much less than
     the peak."""
     cfg = OptimizerConfig(lr=peak, epochs=10, warmup_epochs=2)
-    rates = [lr_at(cfg, update, 50, peak) for update in range(500)]
+    rates = [compute_lr(cfg, update, 50, peak) for update in range(500)]
     assert rates[0] == pytest.approx(min(1e-5, peak / 50))
     assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:])[::-1]
     assert rates[-1] < 0.03 * peak + 1e-5 and max(rates) <= peak
@@ -329,15 +329,15 @@ def test_a_rate_above_the_peak_is_refused(
     with pytest.raises(UserError, match=message):
         cfg = OptimizerConfig(**values)
         assert images is not None, "refused only later"
-        peak_lr(cfg, images)
-    assert peak_lr(OptimizerConfig(lr=1e-6, min_lr=1e-6, warmup_lr=1e-6), 1) == 1e-6
+        compute_peak_lr(cfg, images)
+    assert compute_peak_lr(OptimizerConfig(lr=1e-6, min_lr=1e-6, warmup_lr=1e-6), 1) == 1e-6
 
 
 def test_ramp_is_the_papers() -> None:
     """alpha = clip(0.2 * fractional epoch, 0, 1): full from epoch 5."""
     for update in (0, 3, 17, 49, 50, 70):
-        assert ramp_at(Config(), update, 10) == pytest.approx(min(0.2 * update / 10, 1.0))
-    assert ramp_at(Config().replace(ramp_epochs=0.0), 0, 10) == 1.0
+        assert compute_ramp(Config(), update, 10) == pytest.approx(min(0.2 * update / 10, 1.0))
+    assert compute_ramp(Config().replace(ramp_epochs=0.0), 0, 10) == 1.0
 
 
 def test_the_attacks_ramp_has_its_own_length_and_may_wait_for_the_epoch() -> None:
@@ -345,18 +345,18 @@ def test_the_attacks_ramp_has_its_own_length_and_may_wait_for_the_epoch() -> Non
     both = Config().replace(ramp_epochs=20.0, attack_ramp_epochs=5.0, ramp_start=0.0)
     paper, same = both.replace(attack_ramp_on_updates=False), Config().replace(ramp_start=0.25)
     for update in (0, 3, 9, 10, 19, 20, 49, 50, 70, 300):
-        assert attack_ramp_at(paper, update, 10) == pytest.approx(min(update // 10, 5) / 5)
-        assert attack_ramp_at(both, update, 10) == pytest.approx(min(update / 50, 1))
-        assert ramp_at(paper, update, 10) == pytest.approx(min(0.05 * update / 10, 1))
-        assert attack_ramp_at(same, update, 10) == ramp_at(same, update, 10)
-    assert attack_ramp_at(Config().replace(attack_ramp_epochs=0.0), 0, 10) == 1
+        assert compute_attack_ramp(paper, update, 10) == pytest.approx(min(update // 10, 5) / 5)
+        assert compute_attack_ramp(both, update, 10) == pytest.approx(min(update / 50, 1))
+        assert compute_ramp(paper, update, 10) == pytest.approx(min(0.05 * update / 10, 1))
+        assert compute_attack_ramp(same, update, 10) == compute_ramp(same, update, 10)
+    assert compute_attack_ramp(Config().replace(attack_ramp_epochs=0.0), 0, 10) == 1
 
 
 def test_ramp_of_the_edge_recipe_is_the_papers() -> None:
     """alpha = min(1 + 0.09 * epoch, 19)."""
     cfg = load_recipe("swin_b_edge")
     for epoch in (0, 1, 50, 99, 200, 300):
-        alpha = cfg.objective.edge.edge_weight * ramp_at(cfg, 10 * epoch, 10)
+        alpha = cfg.objective.edge.edge_weight * compute_ramp(cfg, 10 * epoch, 10)
         assert alpha == pytest.approx(min(1 + 0.09 * epoch, 19))
 
 
@@ -421,8 +421,8 @@ def test_share_of_the_initial_weights(n: int, warmup: bool) -> None:
     nn.init.zeros_(model.weight)
     for update in range(1, n + 1):
         update_average(cfg, average, model, update)
-    assert average.module.weight.item() == pytest.approx(initial_share(cfg, n), abs=1e-4)
-    assert initial_share(cfg, 440) == pytest.approx(0.0 if warmup else 0.916, abs=1e-3)
+    assert average.module.weight.item() == pytest.approx(compute_initial_share(cfg, n), abs=1e-4)
+    assert compute_initial_share(cfg, 440) == pytest.approx(0.0 if warmup else 0.916, abs=1e-3)
 
 
 def test_a_run_says_what_is_left_of_its_initial_weights(tmp_path, capsys) -> None:

@@ -26,11 +26,11 @@ from fastgn.errors import UserError
 from fastgn.fields import (
     Options,
     Range,
-    annotations_of,
-    flag,
-    number,
-    paths,
-    ranges,
+    find_paths,
+    find_ranges,
+    format_flag,
+    format_number,
+    iterate_annotations,
 )
 from fastgn.listing import KINDS
 from fastgn.models import activations, create
@@ -44,8 +44,8 @@ NEEDED = {
     "fastgn.data.pack": ["source", "output"],
     "fastgn.data.check": ["source"],
 }
-NUMERIC = [("fastgn.train", name) for group in GROUPS for name in ranges(group)]
-NUMERIC += [(program, name) for program, kind in PROGRAMS.items() for name in ranges(kind)]
+NUMERIC = [("fastgn.train", name) for group in GROUPS for name in find_ranges(group)]
+NUMERIC += [(program, name) for program, kind in PROGRAMS.items() for name in find_ranges(kind)]
 SETTINGS = settings(
     max_examples=25,
     derandomize=True,
@@ -59,7 +59,7 @@ def options_of(program: str, name: str) -> Any:
     """Returns the dataclass that a program's field belongs to."""
     if program != "fastgn.train":
         return PROGRAMS[program]
-    return next(group for group in GROUPS if name in ranges(group))
+    return next(group for group in GROUPS if name in find_ranges(group))
 
 
 def parsed(program: str, *args: str) -> Any:
@@ -70,7 +70,7 @@ def parsed(program: str, *args: str) -> Any:
 def kinds_of(program: str, name: str) -> tuple[type, int]:
     """Returns a field's number type and how many numbers it takes on the command line."""
     hint = typing.get_type_hints(options_of(program, name), include_extras=True)[name]
-    parts = list(annotations_of(hint))
+    parts = list(iterate_annotations(hint))
     kind = int if int in parts else float
     return kind, sum(part in (int, float) for part in parts if isinstance(part, type))
 
@@ -89,7 +89,7 @@ def around(allowed: Range, kind: type) -> st.SearchStrategy[float]:
 @st.composite
 def numeric_flags(draw: st.DrawFn) -> tuple[str, str, float]:
     program, name = draw(st.sampled_from(NUMERIC))
-    allowed = ranges(options_of(program, name))[name]
+    allowed = find_ranges(options_of(program, name))[name]
     return program, name, draw(around(allowed, kinds_of(program, name)[0]))
 
 
@@ -97,21 +97,21 @@ def numeric_flags(draw: st.DrawFn) -> tuple[str, str, float]:
 @given(numeric_flags())
 def test_a_numeric_flag_takes_its_range_and_nothing_else(drawn: tuple[str, str, float]) -> None:
     program, name, value = drawn
-    allowed = ranges(options_of(program, name))[name]
+    allowed = find_ranges(options_of(program, name))[name]
     try:
-        parsed(program, f"--{flag(name)}", *[repr(value)] * kinds_of(program, name)[1])
+        parsed(program, f"--{format_flag(name)}", *[repr(value)] * kinds_of(program, name)[1])
     except UserError as error:
         line = str(error)
-        assert "\n" not in line and f"--{flag(name)}" in line, line
+        assert "\n" not in line and f"--{format_flag(name)}" in line, line
         if value not in allowed:
-            assert f"--{flag(name)} {number(value)} is out of range" in line
+            assert f"--{format_flag(name)} {format_number(value)} is out of range" in line
     else:
         assert value in allowed
 
 
 @pytest.mark.parametrize("name", [name for program, name in NUMERIC if program == "fastgn.train"])
 def test_every_numeric_key_of_a_recipe_takes_its_range_and_nothing_else(name: str) -> None:
-    allowed = ranges(options_of("fastgn.train", name))[name]
+    allowed = find_ranges(options_of("fastgn.train", name))[name]
     kind, count = kinds_of("fastgn.train", name)
     hint = typing.get_type_hints(options_of("fastgn.train", name))[name]
     is_tuple = "tuple" in str(hint)
@@ -124,7 +124,7 @@ def test_every_numeric_key_of_a_recipe_takes_its_range_and_nothing_else(name: st
         try:
             Config.from_toml(tomli_w.dumps({name: [value] * count if is_tuple else value}))
         except UserError as error:
-            assert "\n" not in str(error) and flag(name) in str(error).replace("_", "-")
+            assert "\n" not in str(error) and format_flag(name) in str(error).replace("_", "-")
         else:
             assert value in allowed
 
@@ -192,7 +192,7 @@ def test_an_empty_text_is_no_default(kind: Any) -> None:
             object.__setattr__(options, field.name, field.default)
         several = "tuple" in str(typing.get_type_hints(kind)[name])
         object.__setattr__(options, name, ("",) if several else "")
-        with pytest.raises(UserError, match=f"--{flag(name)} has an empty value"):
+        with pytest.raises(UserError, match=f"--{format_flag(name)} has an empty value"):
             Options.__post_init__(options)
 
 
@@ -229,12 +229,12 @@ def test_every_program_checks_its_fields() -> None:
     """A class of options that overrides the check without calling it would let all through."""
     for kind in [*GROUPS, *PROGRAMS.values()]:
         assert issubclass(kind, Options)
-        for name, allowed in ranges(kind).items():
+        for name, allowed in find_ranges(kind).items():
             options = object.__new__(kind)
             for field in dataclasses.fields(kind):
                 object.__setattr__(options, field.name, field.default)
             object.__setattr__(options, name, allowed.high * 2 + 1)
-            with pytest.raises(UserError, match=f"--{flag(name)} .* is out of range"):
+            with pytest.raises(UserError, match=f"--{format_flag(name)} .* is out of range"):
                 options.__post_init__()
 
 
@@ -249,9 +249,11 @@ NO_PATHS = set(
 def test_every_path_is_checked_before_it_is_used(kind: Any) -> None:
     """The system refuses these in a traceback, each call in its own."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    texts = {name for name, hint in hints.items() if str in annotations_of(hint)}
-    assert texts - NO_PATHS == set(paths(kind)), "a file or folder is declared Annotated[str, PATH]"
-    for name in paths(kind):
+    texts = {name for name, hint in hints.items() if str in iterate_annotations(hint)}
+    assert texts - NO_PATHS == set(find_paths(kind)), (
+        "a file or folder is declared Annotated[str, PATH]"
+    )
+    for name in find_paths(kind):
         for bad in ("x" * 256, "a/" + "é" * 128, "a\0b", "a/" * 2048, "\udcff"):
             options = object.__new__(kind)
             for field in dataclasses.fields(kind):
@@ -262,7 +264,7 @@ def test_every_path_is_checked_before_it_is_used(kind: Any) -> None:
                 )
             many = isinstance(getattr(options, name), tuple)
             object.__setattr__(options, name, (bad,) if many else bad)
-            message = f"^--{flag(name)} .* is not a valid path: "
+            message = f"^--{format_flag(name)} .* is not a valid path: "
             with pytest.raises(UserError, match=message) as refusal:
                 options.__post_init__()
             str(refusal.value).encode()
@@ -281,7 +283,7 @@ def test_a_run_that_is_no_path_is_refused() -> None:
 
 
 TRAINED = sorted(
-    {name for group in GROUPS for name in ranges(group)}
+    {name for group in GROUPS for name in find_ranges(group)}
     # the network, the images and the length of a run are the test's own
     - {"img_size", "num_classes", "batch_size", "grad_accum_steps", "global_batch_size", "epochs"}
     - {"warmup_epochs", "max_updates", "eval_images", "workers", "attack_it"}
@@ -292,7 +294,7 @@ TRAINED = sorted(
 
 def inside(name: str) -> st.SearchStrategy[float]:
     allowed, (kind, _) = (
-        ranges(options_of("fastgn.train", name))[name],
+        find_ranges(options_of("fastgn.train", name))[name],
         kinds_of("fastgn.train", name),
     )
     if kind is int:
@@ -310,7 +312,7 @@ def flags_inside(draw: st.DrawFn) -> list[str]:
     for name in draw(st.lists(st.sampled_from(TRAINED), min_size=3, max_size=8, unique=True)):
         _, count = kinds_of("fastgn.train", name)
         values = sorted(draw(inside(name)) for _ in range(count))
-        args += [f"--{flag(name)}", *map(repr, values)]
+        args += [f"--{format_flag(name)}", *map(repr, values)]
     return args
 
 

@@ -27,7 +27,7 @@ from fastgn.files import atomic_open
 from fastgn.interrupt import Interrupt
 from fastgn.metrics import read_rows
 from fastgn.run import Run
-from fastgn.seeding import Stream, derive
+from fastgn.seeding import Stream, derive_seed
 from fastgn.setup import build
 from fastgn.trained import load_trained
 
@@ -134,7 +134,7 @@ def test_the_seed_matters(tmp_path: Path) -> None:
 
 def test_keys_of_different_length_give_different_seeds() -> None:
     keys = [(), (0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)]
-    seeds = {derive(stream, *key) for stream in Stream for key in keys}
+    seeds = {derive_seed(stream, *key) for stream in Stream for key in keys}
     assert len(seeds) == len(Stream) * len(keys)
 
 

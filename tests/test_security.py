@@ -318,7 +318,7 @@ def test_arguments_that_are_not_the_constructors_are_refused(key, model, tmp_pat
 
 def test_no_network_of_timms_takes_a_file():
     for name in list_models():
-        arguments = create.constructor_arguments(name)
+        arguments = create.list_constructor_arguments(name)
         assert not arguments & set(NO_CONSTRUCTORS), name
         assert not [a for a in arguments if re.search("pretrained(?!_window)|checkpoint_|url", a)]
 

@@ -168,7 +168,7 @@ def test_two_objectives_are_not_pruned_and_have_a_front(recipe: Path, tmp_path: 
 def test_a_trial_that_diverges_counts_and_does_not_end_the_study(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastgn.optim.peak_lr", lambda *_: 1e30)  # above what --lr takes
+    monkeypatch.setattr("fastgn.optim.compute_peak_lr", lambda *_: 1e30)  # above what --lr takes
     more = ("--trials", "1", "--space", "lr=1e-3:1e-2:log")
     assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
     record = json.loads((tmp_path / "s.json").read_text())

@@ -254,7 +254,7 @@ def test_a_run_is_logged_to_wandb(tmp_path: Path, monkeypatch) -> None:
 def test_wandb_is_finished_when_the_run_fails(tmp_path: Path, monkeypatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr("fastgn.optim.peak_lr", lambda *_: 1e30)  # above what --lr takes
+    monkeypatch.setattr("fastgn.optim.compute_peak_lr", lambda *_: 1e30)  # above what --lr takes
     args = tiny_run(tmp_path / "run", "--max-updates", "4", "--log-wandb", "--log-interval", "1")
     assert main(args) == 2
     assert wandb.rows and wandb.finished == 1

@@ -64,7 +64,7 @@ from benchmarks.tables import cost_table
 from fastgn.config.groups import ArchitectureConfig, OptimizerConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
-from fastgn.models.network import Classifier, build_model, kernels_for, use_kernels
+from fastgn.models.network import Classifier, build_model, choose_kernels, use_kernels
 from fastgn.objectives import AttackOptions, Objective, ObjectiveConfig, build_objective
 from fastgn.optim import build_optimizer
 from fastgn.step.options import Quirks, StepOptions
@@ -736,7 +736,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     torch.manual_seed(0)
     kwargs = {"model_kwargs": tuple(args.model_kwargs), "img_size": args.img_size}
     network, _ = build_model(ArchitectureConfig(model=args.model, **kwargs), args.classes)
-    kernels = kernels_for(args.kernels, device)
+    kernels = choose_kernels(args.kernels, device)
     graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
     if args.first_step:
         bench = Bench(network.to(device), args.classes, args.batch, kernels, **graphs)

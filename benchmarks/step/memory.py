@@ -32,7 +32,7 @@ from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models.create import check_name
-from fastgn.models.network import Classifier, build_model, kernels_for
+from fastgn.models.network import Classifier, build_model, choose_kernels
 from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.cost import StepCost, count_cost
 from fastgn.step.options import StepOptions
@@ -83,7 +83,7 @@ class Task:
     def network(self, device: torch.device) -> Classifier:
         toy = {"model_kwargs": TOY, "img_size": 32} if self.smoke else {}
         config = ArchitectureConfig(model=self.model, **toy)
-        return build_model(config, CLASSES, kernels_for("auto", device))[0]
+        return build_model(config, CLASSES, choose_kernels("auto", device))[0]
 
 
 Todo = tuple[Callable[[Task], Any], Task]

@@ -39,9 +39,9 @@ from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, load_dataset, read_cifar10
 from fastgn.errors import UserError
 from fastgn.metrics import environment
-from fastgn.models.network import build_model, kernels_for
+from fastgn.models.network import build_model, choose_kernels
 from fastgn.objectives import GradnormOptions, ObjectiveConfig, build_objective
-from fastgn.seeding import Stream, generator, seed_all
+from fastgn.seeding import Stream, make_generator, seed_all
 from fastgn.step.options import StepOptions
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
@@ -142,7 +142,7 @@ def batches(
     split: Arrays | None, number: int, size: int, seed: int, part: int, device: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """(images in 0..1, labels), drawn anew for each seed and part; random ones without a split."""
-    draw = generator(Stream.EVALUATION, seed, part)
+    draw = make_generator(Stream.EVALUATION, seed, part)
     for _ in range(number):
         if split is None:
             images = torch.rand(size, 3, SIDE, SIDE, generator=draw)
@@ -202,7 +202,7 @@ def measure(
         plain.to(device)
         if split is not None and method is not None:
             last_ce.append(train(plain, method, split[0], updates, seed, device))
-        fused, _ = build_model(config, CLASSES, kernels_for("auto", device))
+        fused, _ = build_model(config, CLASSES, choose_kernels("auto", device))
         fused.to(device).load_state_dict(plain.state_dict())
         reference, parameters = plain.double(), report.parameters
         held_out = None if split is None else split[1]

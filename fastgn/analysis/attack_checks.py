@@ -177,7 +177,7 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
     # DLR comes first because AutoAttack looks for zero gradients only there. With three classes
     # DLR is constant for an image whose label comes last, so the warning would mean nothing.
     has_dlr = target.classes >= 4
-    with attacks.autoattack_warnings() as lines:
+    with attacks.collect_autoattack_warnings() as lines:
         apgd_R = part.resist_autoattack(["apgd-dlr", "apgd-ce"] if has_dlr else ["apgd-ce"])
     pgd_R = part.find_resisting(part.run_pgd(STEPS[-1], restarts=RESTARTS))
     pgd, apgd = part.accuracy(pgd_R), part.accuracy(apgd_R)

@@ -15,7 +15,7 @@ from fastgn import attacks
 from fastgn.attacks import Norm
 from fastgn.config.programs import AUTOATTACK, AUTOATTACK_PARTS, PGD, pgd_step
 from fastgn.errors import UserError
-from fastgn.seeding import Stream, derive
+from fastgn.seeding import Stream, derive_seed
 
 Precision = Literal["fp32", "bf16"]
 
@@ -88,7 +88,7 @@ class Attacker:
                 steps=steps,
                 starts=self.draw_starts(ids, images_BCHW.shape[1:], eps, restarts),
                 step_size=pgd_step(match, eps),
-                loss=attacks.margin if margin else attacks.cross_entropy,
+                loss=attacks.margin_loss if margin else attacks.cross_entropy,
                 norm=self.norm,
                 judge=judge,
             )
@@ -98,8 +98,8 @@ class Attacker:
     ) -> Iterator[Tensor]:
         """Yields one start of PGD per restart: noise in the eps ball, to be added to the images."""
         for restart in range(restarts):
-            seeds = [derive(Stream.EVALUATION, self.seed, index, restart) for index in ids]
-            yield attacks.uniform_noise(seeds, shape, eps, self.norm).to(self.device)
+            seeds = [derive_seed(Stream.EVALUATION, self.seed, index, restart) for index in ids]
+            yield attacks.draw_uniform_noise(seeds, shape, eps, self.norm).to(self.device)
 
     def find_correct(
         self,

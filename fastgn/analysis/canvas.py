@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from fastgn.errors import escaped
+from fastgn.errors import escape
 
 
 def to_png(figure: Figure, dpi: int = 110) -> bytes:
@@ -26,7 +26,7 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     for text in figure.findobj(Text):
         text.set_parse_math(False)
         text.set_usetex(False)
-        text.set_text("\n".join(map(escaped, text.get_text().split("\n"))))
+        text.set_text("\n".join(map(escape, text.get_text().split("\n"))))
     out = io.BytesIO()
     plain = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
     with plain, warnings.catch_warnings():
@@ -43,7 +43,7 @@ def short(name: str, limit: int = 40) -> str:
     A leading underscore gets a space before it, because matplotlib leaves labels that begin with
     an underscore out of legends.
     """
-    name = escaped(name).strip() or "unnamed"
+    name = escape(name).strip() or "unnamed"
     if len(name) > limit:
         head = limit // 2
         name = f"{name[:head]}…{name[head + 1 - limit :]}"

@@ -127,7 +127,7 @@ def attack_batches(
     images.indices = [place for batch in left for place in batches[batch]]
     hidden = None if world.is_main else True
     bar = open_bar(total=len(own) * len(todo), desc=trained.name, unit="batch", disable=hidden)
-    with attacks.autoattack_warnings() as warned, bar:
+    with attacks.collect_autoattack_warnings() as warned, bar:
         bar.update(len(done))
         for batch, (x, y) in zip(left, images, strict=True):
             clean: list[bool] | None = None

@@ -20,7 +20,7 @@ from fastgn.analysis.report import html_report
 from fastgn.analysis.selection import take_evenly_spaced
 from fastgn.config.programs import EvaluateConfig
 from fastgn.data.subset import Subset
-from fastgn.errors import passed_over, print_line
+from fastgn.errors import print_line, tolerate_failure
 from fastgn.files import write_bytes
 from fastgn.trained import Trained
 
@@ -47,7 +47,7 @@ def write_pictures(
         (cfg.report, make_report),
     ):
         if path:
-            with passed_over(path) as failure:
+            with tolerate_failure(path) as failure:
                 write_bytes(Path(path), make())
             if not failure:
                 print_line(f"written: {path}", sys.stdout)
@@ -92,22 +92,22 @@ def draw_for_report(
         for attack in cfg.attacks:
             if attack != "clean":
                 caption = f"Accuracy against eps under {attack}"
-                with passed_over(caption):
+                with tolerate_failure(caption):
                     pictures[caption] = draw_curve(entries, attack, cfg.norm)
     norms = {e["name"]: e["statistics"]["l1"] for e in entries if "statistics" in e}
     if norms:
         caption = "L1 norm of the input gradient, image by image"
-        with passed_over(caption):
+        with tolerate_failure(caption):
             pictures[caption] = draw_gradient_histograms(norms)
     by_epoch = {
         e["name"]: e["norm_by_epoch"] for e in entries if len(e.get("norm_by_epoch", ())) > 1
     }
     if by_epoch:
         caption = "Mean L1 norm of the input gradient against epoch"
-        with passed_over(caption):
+        with tolerate_failure(caption):
             pictures[caption] = draw_norm_against_epoch(by_epoch)
     if len({t.model.img_size for t in trained}) == 1:
         caption = "Images, input gradients and PGD-20 perturbations"
-        with passed_over(caption):
+        with tolerate_failure(caption):
             pictures[caption] = draw_attacked_images(trained, images, cfg)
     return pictures

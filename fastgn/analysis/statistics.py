@@ -179,7 +179,7 @@ def noise(images_BCHW: Tensor, ids: Sequence[int], seed: int, use: int) -> Tenso
         int(np.random.SeedSequence([use, seed, i]).generate_state(1, np.uint64)[0] >> 1)
         for i in ids
     ]
-    return attacks.uniform_noise(keys, images_BCHW.shape[1:], 1.0, "Linf").to(images_BCHW)
+    return attacks.draw_uniform_noise(keys, images_BCHW.shape[1:], 1.0, "Linf").to(images_BCHW)
 
 
 def attack(

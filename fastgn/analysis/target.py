@@ -48,7 +48,7 @@ class Target:
     @functools.cached_property
     def resist_margin_pgd(self) -> Tensor:
         """Which images withstand PGD on the margin."""
-        return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin))
+        return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin_loss))
 
     def resist_pgd(self, steps: int) -> Tensor:
         """Returns which images withstand PGD on the cross-entropy."""
@@ -113,7 +113,7 @@ class Target:
             >> 1
             for i in self.indices[part]
         ]
-        noise = attacks.uniform_noise(seeds, self.images_RCHW.shape[1:], eps, self.norm)
+        noise = attacks.draw_uniform_noise(seeds, self.images_RCHW.shape[1:], eps, self.norm)
         return noise.to(self.images_RCHW)
 
     def run_pgd(

@@ -1,4 +1,7 @@
-"""Command lines: tyro's, with every refusal as one line, answered before torch is imported."""
+"""Parses command lines with tyro.
+
+Every mistake is reported in one line, before torch is imported.
+"""
 
 import contextlib
 import dataclasses
@@ -23,8 +26,8 @@ from fastgn.config.programs import (
     PackConfig,
     SweepConfig,
 )
-from fastgn.errors import UserError, check, nearest, parse_number, say_error
-from fastgn.fields import check_path, flag, number
+from fastgn.errors import UserError, check, nearest, parse_number, print_error
+from fastgn.fields import check_path, format_flag, format_number
 
 PROGRAMS: dict[str, type] = {
     "fastgn.evaluate": EvaluateConfig,
@@ -33,13 +36,14 @@ PROGRAMS: dict[str, type] = {
     "fastgn.data.pack": PackConfig,
     "fastgn.data.check": CheckConfig,
 }
-"""Each program beside fastgn.train, whose command line is parse_config's."""
+"""Name of a program -> dataclass of its options. fastgn.train uses parse_config instead."""
 
 
-def answer_early(program: str) -> None:
+def check_command_line(program: str) -> None:
     """Parses the program's command line, and ends the program for --help or a mistake.
 
-    What was parsed is thrown away: the program parses it again, which takes a tenth of a second.
+    The result is not kept. The program parses the command line again, which takes a tenth of a
+    second.
     """
     args = sys.argv[1:]
     try:
@@ -50,13 +54,16 @@ def answer_early(program: str) -> None:
             if cfg.architecture.initial_checkpoint and cfg.run.resume is None:
                 initial_file(cfg.architecture.initial_checkpoint)
     except UserError as error:
-        say_error(f"{program}: error: {error}")
+        print_error(f"{program}: error: {error}")
         sys.exit(2)
 
 
-def flag_value(args: Sequence[str], name: str) -> str | None:
-    """Returns the value of --name in a command line, before it is parsed as a whole. The last one
-    counts, as it does for tyro."""
+def find_flag_value(args: Sequence[str], name: str) -> str | None:
+    """Returns the value of --name before the whole command line is parsed, or None if it is not
+    given.
+
+    If the flag is given several times, the last value counts, as it does for tyro.
+    """
     value = None
     for index, arg in enumerate(args):
         if arg == f"--{name}" and index + 1 < len(args):
@@ -69,13 +76,15 @@ def flag_value(args: Sequence[str], name: str) -> str | None:
 Parsed = typing.TypeVar("Parsed")
 
 TYPES = tyro.constructors.ConstructorRegistry()
-"""How the command line reads and shows a type, where tyro's own way is another."""
+"""Rules for reading and printing types on the command line in another way than tyro's."""
 
 
 @TYPES.primitive_rule
 def read_float(field: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Returns how a float is read and shown: as a number, or as a fraction such as 4/255. Returns
-    None for every other type."""
+    """Returns the rule for floats, which may be written as a number or as a fraction such as 4/255.
+
+    Returns None for every other type.
+    """
     if field.type is not float:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -83,14 +92,17 @@ def read_float(field: tyro.constructors.PrimitiveTypeInfo) -> Any:
         metavar="FLOAT",
         instance_from_str=lambda args: parse_number(args[0]) if "/" in args[0] else float(args[0]),
         is_instance=lambda value: isinstance(value, (int, float)),
-        str_from_instance=lambda value: [number(value)],
+        str_from_instance=lambda value: [format_number(value)],
     )
 
 
 def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any = None) -> Parsed:
-    """tyro's command line for a dataclass, its refusals as one line instead of a box.
+    """Returns an options dataclass, parsed from a command line by tyro.
 
-    Raises UserError on whatever tyro refuses; --help exits with 0.
+    Raises UserError for every mistake, in one line instead of tyro's box. --help exits with 0.
+
+    kind: the dataclass. prog: name of the program for the help text. default: instance with the
+    values of flags that are not given.
     """
     check_working_folder()
     box = io.StringIO()
@@ -100,16 +112,17 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
     if helping:  # `--help | head` ends the program quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        with contextlib.redirect_stderr(box), columns(None if helping else 10_000):
+        with contextlib.redirect_stderr(box), set_columns(None if helping else 10_000):
             return tyro.cli(kind, args=list(args), prog=prog, registry=TYPES, **more)
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise UserError(unboxed(box.getvalue(), kind))
+    raise UserError(translate_refusal(box.getvalue(), kind))
 
 
 def check_working_folder() -> None:
-    """Raises UserError if the working directory was removed: no relative path can be found then."""
+    """Raises UserError if the working directory was removed, because relative paths then lead
+    nowhere."""
     try:
         os.getcwd()
     except OSError:
@@ -117,8 +130,9 @@ def check_working_folder() -> None:
 
 
 @contextlib.contextmanager
-def columns(width: int | None) -> Iterator[None]:
-    """The terminal's width as tyro sees it: a narrow box would break words in two."""
+def set_columns(width: int | None) -> Iterator[None]:
+    """Sets the width of the terminal for tyro inside the block. A narrow box would break words in
+    two."""
     before = os.environ.get("COLUMNS")
     if width is not None:
         os.environ["COLUMNS"] = str(width)
@@ -130,8 +144,8 @@ def columns(width: int | None) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def unboxed(text: str, kind: type) -> str:
-    """Returns what tyro says in the first part of its box, as one line in our own words."""
+def translate_refusal(text: str, kind: type) -> str:
+    """Returns the first message in tyro's box as one line in fastgn's words."""
     # borderless and with rules of "-" where stdout's encoding is not exactly "utf-8"
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
@@ -139,7 +153,7 @@ def unboxed(text: str, kind: type) -> str:
     line = re.sub(r"^Error parsing [\w.-]+: (?=--)", "", line).removeprefix("Error parsing ")
     if found := re.match(r"Unrecognized options: (--[\w-]+)", line):
         names = FIELDS if kind is Config else [f.name for f in dataclasses.fields(kind)]
-        flags = [f"--{flag(name)}" for name in names]
+        flags = [f"--{format_flag(name)}" for name in names]
         return f"{found[1]} is unknown: {nearest(found[1].replace('_', '-'), flags)}"
     if found := re.match(r"Unrecognized options: (.*)", line):
         return f"{found[1]!r} belongs to no flag: remove it, or see --help for the flags"
@@ -166,24 +180,27 @@ def unboxed(text: str, kind: type) -> str:
 
 def print_names(args: Sequence[str]) -> typing.NoReturn:
     """Prints the names that `--list KIND [PATTERN]` asks for, and exits. Raises UserError."""
-    from fastgn.listing import KINDS, listing
+    from fastgn.listing import KINDS, format_listing
 
     kinds = ", ".join(KINDS)
     check(len(args) in (1, 2), f"--list takes one of {kinds}, and a pattern such as '*swin*'")
     check(args[0] in KINDS, f"--list {args[0]!r}: {nearest(args[0], KINDS)}")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(listing(*args))
+    print(format_listing(*args))
     sys.exit(0)
 
 
 def parse_config(args: Sequence[str] | None = None) -> Config:
-    """The command line's config: recipe first, then flags. ``--resume RUN`` without a recipe starts
-    from the config that RUN saved. Raises UserError."""
+    """Returns the config of a training run: the recipe's values, overridden by the flags.
+
+    With ``--resume RUN`` and no recipe, the saved config of RUN takes the recipe's place. Raises
+    UserError for every mistake.
+    """
     args = list(sys.argv[1:] if args is None else args)
     check_working_folder()
     if "--list" in args:
         print_names(args[args.index("--list") + 1 :])
-    recipe, resume = flag_value(args, "recipe"), flag_value(args, "resume")
+    recipe, resume = find_flag_value(args, "recipe"), find_flag_value(args, "resume")
     default = Config()
     if recipe is not None:
         default = load_recipe(recipe)
@@ -191,7 +208,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
         check_path("--resume", str(resume))
         folder = run_folder(Path(str(resume)))
         check(
-            (folder / "config.toml").is_file(), f"--resume {resume}: no run there (no config.toml)"
+            (folder / "config.toml").is_file(), f"--resume {resume}: no run in it (no config.toml)"
         )
         default = load_recipe(str(folder / "config.toml")).replace(output=str(folder))
     return parse_cli(Config, args, "fastgn.train", default)

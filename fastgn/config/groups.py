@@ -25,8 +25,8 @@ from fastgn.fields import (
     WORKERS,
     Options,
     Range,
-    flag,
-    number,
+    format_flag,
+    format_number,
 )
 
 MEAN = Range(-10, 10)
@@ -313,18 +313,18 @@ class OptimizerConfig(Options):
     def check_peak(self, peak: float) -> None:
         """Raises UserError if a peak is out of range, or below the first or the last rate."""
         given = (
-            f"--lr {number(self.lr)}"
+            f"--lr {format_number(self.lr)}"
             if self.lr is not None
-            else f"the peak learning rate {peak:.3g} (--lr-base {number(self.lr_base)} times the "
-            f"images per update, over --lr-base-size {self.lr_base_size})"
+            else f"the peak learning rate {peak:.3g} (--lr-base {format_number(self.lr_base)} "
+            f"times the images per update, over --lr-base-size {self.lr_base_size})"
         )
         check(peak in LEARNING_RATE, f"{given} is out of range: it must be {LEARNING_RATE}")
         for name in ("min_lr", "warmup_lr"):
             value = getattr(self, name)
             check(
                 value is None or value <= peak or (name == "warmup_lr" and not self.warmup),
-                f"--{flag(name)} {number(value or 0)} is above {given}: leave --{flag(name)} out, "
-                "or give a higher --lr",
+                f"--{format_flag(name)} {format_number(value or 0)} is above {given}: leave "
+                f"--{format_flag(name)} out, or give a higher --lr",
             )
 
 

@@ -1,8 +1,8 @@
-"""Where a program may write: not over what it reads, among the images, or over a run's own files.
+"""Checks that a program does not overwrite files that it should keep.
 
-No file that is read is a result: a program that would replace one is refused before it works. An
-image may lie anywhere, because lists and links name it. So a file is only replaced if it is of the
-kind that the option writes.
+These are files that it reads, images of the data set, and files of a run. Links and lists can name
+images anywhere. Therefore an existing file is only replaced if it is of the kind that the option
+writes.
 """
 
 import os
@@ -13,15 +13,15 @@ from pathlib import Path
 from fastgn.errors import check
 
 SPOILT = "metrics.csv.spoilt"
-"""Name of the copy of a metrics.csv that had lines which are no rows."""
+"""Name of the copy of a metrics.csv that contained invalid lines."""
 RUN_FILES = (
     *("config.toml", "environment.json", "metrics.csv", "model.safetensors", "curves.png"),
     *("summary.json", "config.json", "wandb_id.txt", SPOILT),
 )
-"""What a run may write beside its checkpoints."""
+"""Files that a run may write, besides its checkpoints."""
 
 REPORTS = (".json", ".html")
-"""Endings of files that are no data."""
+"""Endings of files that are no images."""
 PICTURE = ("a figure of fastgn's", re.compile(rb"\x89PNG.{,200}Software\0fastgn", re.DOTALL))
 KINDS = {
     "--output": ("JSON", re.compile(rb"\s*\{")),
@@ -29,21 +29,23 @@ KINDS = {
     "--curve": PICTURE,
     "--picture": PICTURE,
 }
-"""Option -> what it writes, and how such a file begins."""
+"""Option -> (what it writes, pattern for the beginning of such a file)."""
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has the weights of a run."""
+    """Returns whether a folder has the weights of a run."""
     return (folder / "model.safetensors").exists() or any((folder / "checkpoints").glob("*.pt"))
 
 
 def check_written(
     written: Mapping[str, str | Path | None], read: Iterable[tuple[str, str | None]] = ()
 ) -> None:
-    """Raises UserError if two of the files to write are the same one, if one is read as well, if
-    one is a run's own, or if one is there and of another kind than the option writes.
+    """Raises UserError if a program would overwrite a file that it should keep.
 
-    written: option and the file that it names. read: the same for files to read.
+    That is the case if two options name the same file, if a file is also read, if it belongs to a
+    run, or if it exists and is of another kind than the option writes.
+
+    written: option -> file that it writes. read: pairs of option and file that it reads.
     """
     taken = {os.path.realpath(path): option for option, path in read if path is not None}
     for option, path in written.items():
@@ -61,7 +63,7 @@ def check_written(
             f"{option} {path} would overwrite a file of the run there: name another file",
         )
         kind, start = KINDS.get(option, ("", None))
-        head = beginning(real)
+        head = read_beginning(real)
         check(
             start is None or not head or start.match(head) is not None,
             f"{option} {path} would overwrite a file that is not {kind}: name another file, or "
@@ -69,8 +71,8 @@ def check_written(
         )
 
 
-def beginning(path: Path) -> bytes:
-    """Returns a file's first bytes, none if there is no file or it cannot be read."""
+def read_beginning(path: Path) -> bytes:
+    """Returns the first 512 bytes of a file, or none if it does not exist or cannot be read."""
     try:
         if path.is_file():
             with path.open("rb") as file:
@@ -83,7 +85,8 @@ def beginning(path: Path) -> bytes:
 def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, maker: str) -> None:
     """Raises UserError if a folder has one of the files to write and `ours` is false.
 
-    ours: whether the program itself has made what is in the folder. maker: what makes such files.
+    names: files to write. ours: whether the program itself made the content of the folder. maker:
+    name of the program that makes such files, for the message.
     """
     for name in names:
         check(
@@ -96,8 +99,10 @@ def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, 
 def check_outside_data(
     written: Mapping[str, str | Path | None], data_dir: str | None, splits: Iterable[str]
 ) -> None:
-    """Raises UserError if something is to be written into one of the splits below --data-dir, or
-    over another file there."""
+    """Raises UserError if a file would be written into a split or over a file below --data-dir.
+
+    written: option -> file or folder that it writes.
+    """
     if data_dir is None:
         return
     root = Path(os.path.realpath(data_dir))

@@ -1,6 +1,7 @@
-"""The names of timm's auto-augmentation policies, checked before timm is imported.
+"""Checks the names of timm's auto-augmentation policies before timm is imported.
 
-timm itself ignores what it cannot read: `rand-zzz` is `rand` there, and `rand-mnan` a default.
+timm ignores parts that it does not understand. For example, it reads `rand-zzz` as `rand`, and
+replaces the magnitude of `rand-mnan` by a default.
 """
 
 import re
@@ -9,7 +10,9 @@ from fastgn.errors import UserError, check, nearest
 from fastgn.fields import Range
 
 AUTOAUGMENT = ("original", "originalr", "v0", "v0r", "3a")
+"""Names of timm's AutoAugment policies."""
 MAGNITUDE = Range(0, 10)
+"""Range of the strength of an operation."""
 SECTIONS: dict[str, dict[str, tuple[type, Range]]] = {
     "rand": {
         "m": (int, MAGNITUDE),
@@ -29,9 +32,9 @@ SECTIONS: dict[str, dict[str, tuple[type, Range]]] = {
     },
     "autoaugment": {"mstd": (float, Range(0, 1000))},
 }
-"""Kind of policy -> its sections: each is a key and a number of this type, in this range."""
+"""Kind of policy -> key of a section -> (type, range) of the number that follows the key."""
 SETS = ("tweights", "t3a", "t3aw")
-"""RandAugment's sections that name a set of operations."""
+"""Sections of RandAugment that select a set of operations."""
 
 
 def check_policy(policy: str) -> None:

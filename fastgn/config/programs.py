@@ -24,7 +24,7 @@ from fastgn.fields import (
     Options,
     Range,
     check_pixels,
-    flag,
+    format_flag,
 )
 
 Positional = tyro.conf.Positional
@@ -117,8 +117,8 @@ class BareWeightsConfig(Options):
         for field in dataclasses.fields(BareWeightsConfig):
             check(
                 self.model is not None or not getattr(self, field.name),
-                f"--{flag(field.name)} describes a file of weights alone: add --model NAME, or "
-                "leave it out for what fastgn.train has made",
+                f"--{format_flag(field.name)} describes a file of weights alone: add --model NAME, "
+                "or leave it out for what fastgn.train has made",
             )
 
 

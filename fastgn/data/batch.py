@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgn.errors import UserError
-from fastgn.seeding import Stream, generator
+from fastgn.seeding import Stream, make_generator
 
 
 class Batch(NamedTuple):
@@ -41,7 +41,7 @@ class Loader(Protocol):
 
 def draw_epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
     """Returns the order of the images in an epoch, `(N,), int64`. All ranks get the same order."""
-    return torch.randperm(num_images, generator=generator(Stream.ORDER, seed, epoch))
+    return torch.randperm(num_images, generator=make_generator(Stream.ORDER, seed, epoch))
 
 
 def rank_slice(index: int, batch_size: int, rank: int, ranks: int) -> slice:

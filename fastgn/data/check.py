@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
-    from fastgn.extras import begin
+    from fastgn.extras import check_start
 
-    begin("fastgn.data.check")
+    check_start("fastgn.data.check")
 
 from PIL import Image
 from tqdm import tqdm
@@ -30,7 +30,7 @@ from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import map_in_workers
-from fastgn.errors import UserError, escaped, print_line
+from fastgn.errors import UserError, escape, print_line
 from fastgn.files import check_target, write_json
 
 TINY_PX = 32
@@ -165,7 +165,7 @@ def format_report(report: dict[str, Any]) -> str:
     lines += report["left_out"]
     for note, row in report["notes"].items():
         lines.append(f"{note}: {row['count']} ({NOTES[note]}), such as {row['first'][0]}")
-    return "\n".join(map(escaped, lines))
+    return "\n".join(map(escape, lines))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -101,7 +101,11 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
     kind = cfg.data or ("imagefolder" if cfg.data_dir else "digits")
     with report_file_errors(cfg):
         if cfg.data_dir is not None:
-            check(kind != "digits", f"--data-dir {cfg.data_dir}: digits are embedded, leave it out")
+            check(
+                kind != "digits",
+                f"--data-dir {cfg.data_dir}: the digits come with scikit-learn: leave "
+                "--data-dir out",
+            )
             check(
                 Path(cfg.data_dir).exists(),
                 f"--data-dir {cfg.data_dir}: there is no such file or folder",

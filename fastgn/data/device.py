@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgn.data.augment import BatchAugment, BatchDraws, flip, shift, to_float
 from fastgn.data.batch import Batch, draw_epoch_order, rank_slice
 from fastgn.data.datasets import Arrays
-from fastgn.seeding import Stream, generator, seed_all
+from fastgn.seeding import Stream, make_generator, seed_all
 
 
 class DeviceLoader:
@@ -53,7 +53,7 @@ class DeviceLoader:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yields the micro-batches of an epoch, see `batch.Loader`."""
         num = len(self.labels_N)
-        draw = generator(Stream.AUGMENT, self.seed, epoch)
+        draw = make_generator(Stream.AUGMENT, self.seed, epoch)
         order = draw_epoch_order(num, self.seed, epoch).to(self.device)
         offsets = torch.randint(0, 2 * self.padding + 1, (num, 2), generator=draw).to(self.device)
         flipped = (torch.rand(num, generator=draw) < self.hflip).to(self.device)

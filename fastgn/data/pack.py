@@ -25,9 +25,9 @@ from itertools import islice
 from pathlib import Path
 
 if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
-    from fastgn.extras import begin
+    from fastgn.extras import check_start
 
-    begin("fastgn.data.pack")
+    check_start("fastgn.data.pack")
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import INDEX, Shards, compute_sha256
 from fastgn.data.torch import map_in_workers
-from fastgn.errors import UserError, check, escaped
+from fastgn.errors import UserError, check, escape
 from fastgn.files import atomic_open, remove_file
 from fastgn.lock import lock_folder
 
@@ -262,17 +262,17 @@ def run(cfg: PackConfig) -> None:
         )
     )
     for note in dataset.notes:
-        print(escaped(note))
+        print(escape(note))
     with lock_folder(output, f"OUTPUT {output}"):
         splits = {cfg.train_split: dataset.train, cfg.val_split: dataset.val}
         for name, split in splits.items():
             assert isinstance(split, Encoded)
             with tqdm(total=len(split), desc=name, unit="image", disable=None) as bar:
                 index, left_out = pack(split, dataset.classes, output / name, cfg, bar)
-            print(escaped(f"{output / name}: {format_summary(index)}"))
+            print(escape(f"{output / name}: {format_summary(index)}"))
             bad = len(split) - len(index)
             if bad:
-                print(f"  {bad} bad images were left out", *map(escaped, left_out), sep="\n  ")
+                print(f"  {bad} bad images were left out", *map(escape, left_out), sep="\n  ")
 
 
 def format_summary(index: Shards) -> str:

@@ -8,7 +8,7 @@ from fastgn.config import Config
 from fastgn.data.datasets import Arrays, Dataset
 from fastgn.data.subset import Subset
 from fastgn.errors import check
-from fastgn.seeding import Stream, generator
+from fastgn.seeding import Stream, make_generator
 
 LARGEST_BYTES = 2**31
 """Largest number of bytes that nearest-neighbour may keep on the device for images."""
@@ -32,7 +32,7 @@ def compute_representatives(
     Raises UserError if a class has no image, or if nearest-neighbour has too many.
     """
     kind, split, classes = cfg.objective.pag.pag_representative, dataset.train, len(dataset.classes)
-    draw = generator(Stream.REPRESENTATIVES, cfg.run.seed)
+    draw = make_generator(Stream.REPRESENTATIVES, cfg.run.seed)
     by_class = [(split.labels_N == index).nonzero()[:, 0] for index in range(classes)]
     for name, members in zip(dataset.classes, by_class, strict=True):
         check(len(members) > 0, f"--method pag: class {name} has no training image to stand for it")

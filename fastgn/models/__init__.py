@@ -1,1 +1,1 @@
-"""The networks: how they are created, changed and given their weights."""
+"""Networks: building them, changing their operators, and loading their weights."""

@@ -1,4 +1,4 @@
-"""The activations that `--activation` offers, and their replacement in a network."""
+"""The activations that `--activation` offers, and code that puts them into a network."""
 
 import math
 
@@ -16,7 +16,8 @@ PIECEWISE_LINEAR = (
     nn.Hardtanh,
     nn.Threshold,
 )
-"""Activations whose second derivative is 0: gradnorm gets no signal through them."""
+"""Activations whose second derivative is 0, so that gradnorm gets no training signal through
+them."""
 ACTIVATIONS = (
     "gelu",
     "gelu_tanh",
@@ -31,12 +32,13 @@ ACTIVATIONS = (
     "tanh",
     "softplus",
 )
+"""Names that --activation takes."""
 ACTIVATION_ARGUMENT = {"leaky_relu": "negative_slope", "elu": "alpha", "softplus": "beta"}
-"""Activation -> constructor argument that the number in a text such as softplus:10 stands for."""
+"""Activation -> constructor argument that is set by the number in a text such as softplus:10."""
 
 
-def activation_layer(name: str) -> type[nn.Module]:
-    """Returns the class of an activation. Raises UserError, with the nearest name, if unknown.
+def get_activation_layer(name: str) -> type[nn.Module]:
+    """Returns the class of an activation. Raises UserError, which suggests names, if it is unknown.
 
     name: one of ACTIVATIONS, without a number.
     """
@@ -49,14 +51,14 @@ def activation_layer(name: str) -> type[nn.Module]:
 def parse_activation(text: str) -> tuple[type[nn.Module], dict[str, float]]:
     """Returns the class of an activation NAME or NAME:NUMBER, and its constructor's arguments.
 
-    Raises UserError.
+    Raises UserError if the name is unknown, or if the number is out of range or does not apply.
     """
     name, colon, number = text.partition(":")
-    layer = activation_layer(name)
+    layer = get_activation_layer(name)
     if not colon:
         return layer, {}
     kinds = ", ".join(f"{k} ({v})" for k, v in ACTIVATION_ARGUMENT.items())
-    check(name in ACTIVATION_ARGUMENT, f"--activation {text}: a number goes with {kinds} alone")
+    check(name in ACTIVATION_ARGUMENT, f"--activation {text}: only these take a number: {kinds}")
     value = parse_number(number)
     least = "at least" if name == "leaky_relu" else "above"
     right = value >= 0 if name == "leaky_relu" else value > 0
@@ -64,24 +66,25 @@ def parse_activation(text: str) -> tuple[type[nn.Module], dict[str, float]]:
     return layer, {ACTIVATION_ARGUMENT[name]: value}
 
 
-def replaced_classes() -> tuple[type[nn.Module], ...]:
-    """Returns the classes of the activations that `swap_activations` replaces.
+def list_replaced_classes() -> tuple[type[nn.Module], ...]:
+    """Returns the classes of the activation modules that `swap_activations` replaces.
 
-    These are PyTorch's own, and timm's versions of ACTIVATIONS.
+    These are PyTorch's classes and timm's classes of the same activations.
     """
     return tuple(
-        {activation_layer(n) for n in ACTIVATIONS}
+        {get_activation_layer(n) for n in ACTIVATIONS}
         | {*PIECEWISE_LINEAR, nn.GELU, nn.SiLU, nn.Hardswish}
     )
 
 
 def swap_activations(model: nn.Module, name: str) -> int:
-    """Replaces every activation module of a network in place. Returns their number.
+    """Replaces every activation module of a network in place. Returns the number of replaced
+    modules.
 
-    name: activation NAME or NAME:NUMBER. Raises UserError if there is none to replace.
+    name: activation NAME or NAME:NUMBER. Raises UserError if the network has no activation module.
     """
     layer, arguments = parse_activation(name)
-    known = replaced_classes()
+    known = list_replaced_classes()
     count = 0
     for parent in model.modules():
         for child_name, child in parent.named_children():

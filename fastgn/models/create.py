@@ -1,4 +1,4 @@
-"""Creating a bare network from its name: timm's networks, and fastgn's own."""
+"""Creates a network from its name. The network is one of timm's or one of fastgn's own."""
 
 import difflib
 import inspect
@@ -28,9 +28,9 @@ OWN = {"preact_resnet18": PreActResNet18}
 
 
 def check_name(cfg: ArchitectureConfig) -> str:
-    """Returns the network's full name.
+    """Returns the network's full name. Needs no data.
 
-    Raises UserError if the network or the activation is unknown. Needs no data.
+    Raises UserError if the network or the activation is unknown.
     """
     name = ALIASES.get(cfg.model, cfg.model)
     # timm looks no further than the first dot, and what stands behind it reaches generated code
@@ -52,9 +52,10 @@ def check_name(cfg: ArchitectureConfig) -> str:
 def create_network(
     name: str, cfg: ArchitectureConfig, num_classes: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns a network without normalisation, and the arguments that its constructor took.
+    """Returns a network without normalisation, and the arguments that its constructor received.
 
-    name: full name from `check_name`. Raises UserError.
+    name: full name from `check_name`. Raises UserError if the constructor refuses the arguments, or
+    if pretrained weights cannot be fetched.
     """
     given = model_kwargs(cfg.model_kwargs)
     check_kwargs(name, given)
@@ -63,13 +64,13 @@ def create_network(
         check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
         check(
             not cfg.drop_path,
-            f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
+            f"--drop-path {cfg.drop_path}: {name} has no stochastic depth: leave --drop-path out",
         )
         try:
             kwargs = {"drop_rate": cfg.drop} | kwargs
             return OWN[name](**kwargs), kwargs
         except Exception as error:  # whatever a constructor makes of odd arguments
-            raise UserError(f"{describe(cfg)} cannot be built: {first_line(error)}") from None
+            raise UserError(f"{format_flags(cfg)} cannot be built: {first_line(error)}") from None
     if cfg.pretrained:
         use_cache_if_offline()
     # given even if it is 0, because Swin's own default is 0.1
@@ -83,14 +84,17 @@ def create_network(
         except TypeError as error:
             refused = next((k for k in optional if f"'{k}'" in str(error)), None)
             if refused is None:
-                raise UserError(f"{describe(cfg)} cannot be built: {first_line(error)}") from None
+                raise UserError(
+                    f"{format_flags(cfg)} cannot be built: {first_line(error)}"
+                ) from None
             check(
                 refused != "drop_path_rate" or not cfg.drop_path,
-                f"--drop-path {cfg.drop_path}: {name} has no stochastic depth; leave it out",
+                f"--drop-path {cfg.drop_path}: {name} has no stochastic depth: leave "
+                "--drop-path out",
             )
             check(
                 refused != "drop_rate" or not cfg.drop,
-                f"--drop {cfg.drop}: {name} has no dropout; leave it out",
+                f"--drop {cfg.drop}: {name} has no dropout: leave --drop out",
             )
             del optional[refused]
         except OSError as error:
@@ -99,25 +103,26 @@ def create_network(
                 "them elsewhere and give --initial-checkpoint FILE"
             ) from None
         except Exception as error:  # whatever a constructor makes of odd arguments
-            what = "--pretrained" if cfg.pretrained else f"{describe(cfg)} cannot be built"
+            what = "--pretrained" if cfg.pretrained else f"{format_flags(cfg)} cannot be built"
             raise UserError(f"{what}: {first_line(error)}") from None
 
 
-def describe(cfg: ArchitectureConfig) -> str:
-    """Returns the flags that describe a network, for messages."""
+def format_flags(cfg: ArchitectureConfig) -> str:
+    """Returns the command-line flags that describe a network, for messages."""
     if not cfg.model_kwargs:
         return f"--model {cfg.model}"
     return f"--model {cfg.model} --model-kwargs {' '.join(cfg.model_kwargs)}"
 
 
 NEVER_GIVEN = ("features_only", "out_indices", "device", "dtype", "kwargs")
-"""Constructor arguments that would make a network something else than a classifier."""
+"""Constructor arguments that --model-kwargs may not set, because the result would be no
+classifier."""
 
 
-def constructor_arguments(name: str) -> set[str]:
-    """Returns the arguments that the classes of a network take, its blocks' included.
+def list_constructor_arguments(name: str) -> set[str]:
+    """Returns the arguments that the classes of a network and of its blocks take.
 
-    Those of timm's own factories are not among them: they name files and folders to load from.
+    Arguments of timm's own factories are excluded, because some name files and folders to load.
     """
     if name in OWN:
         return set(inspect.signature(OWN[name]).parameters)
@@ -132,11 +137,12 @@ def constructor_arguments(name: str) -> set[str]:
 
 
 def check_kwargs(name: str, given: dict[str, Any]) -> None:
-    """Raises UserError unless --model-kwargs are plain values for a network's constructor.
+    """Raises UserError unless --model-kwargs are plain values that the network's constructor takes.
 
-    A checkpoint from a stranger holds them too, and must not make timm open another file.
+    A checkpoint from a stranger holds such arguments too. They must not make timm open another
+    file.
     """
-    known = constructor_arguments(name) if given else set()
+    known = list_constructor_arguments(name) if given else set()
     for key, value in given.items():
         close = difflib.get_close_matches(key, sorted(known), n=1)
         check(
@@ -151,7 +157,8 @@ def check_kwargs(name: str, given: dict[str, Any]) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether a value is None, a string, a bool, a finite number, or a list of these."""
+    """Returns whether a value is None, a string, a bool, a finite number, or a list or dict of
+    these."""
     if isinstance(value, (tuple, list)):
         return all(is_plain(item) for item in value)
     if isinstance(value, dict):
@@ -162,9 +169,10 @@ def is_plain(value: Any) -> bool:
 
 
 def use_cache_if_offline() -> None:
-    """Switches the hub's client to its cache if the hub does not answer within 5 seconds.
+    """Makes the client of the Hugging Face hub use its cache if the hub does not answer in 5
+    seconds.
 
-    Without this, the client tries again for 47 s, and for minutes if packets are dropped.
+    Otherwise the client retries for 47 s, or for minutes if the network drops packets.
     """
     from huggingface_hub import constants, get_session
 

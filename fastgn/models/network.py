@@ -1,5 +1,8 @@
-"""The classifier that is trained: a network that normalises its own input, with the configured
-activations and kernels, and only operators that can be differentiated twice."""
+"""Builds the classifier that is trained.
+
+It normalises its own input, and has the configured activations and kernels. All of its operators
+can be differentiated twice.
+"""
 
 import copy
 import dataclasses
@@ -18,21 +21,27 @@ from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
 from fastgn.errors import UserError, check, first_line
 from fastgn.models.activations import PIECEWISE_LINEAR, swap_activations
-from fastgn.models.create import check_name, create_network, describe
+from fastgn.models.create import check_name, create_network, format_flags
 from fastgn.models.second_order import find_operators, replace_operators
-from fastgn.models.weights import OLD_SWIN, Adapted, from_paper, load_weights, read_weights
+from fastgn.models.weights import (
+    OLD_SWIN,
+    Adapted,
+    convert_paper_weights,
+    load_weights,
+    read_weights,
+)
 
 
 class Classifier(nn.Module):
-    """A network that takes pixels in 0..1 and returns logits.
+    """A network that takes pixels in 0..1, `(B, 3, H, W), fp32`, and returns logits, `(B, K)`.
 
-    The normalisation is part of it, so that attacks work in pixels. backbone: the network itself,
-    with timm's parameter names. mean, std: of each channel. img_size: side of the images in pixels.
-    crop_pct: share of the resized image's side that the centre crop of evaluation keeps.
+    The normalisation is part of the network, so that attacks work in pixels.
     """
 
     mean: Tensor
+    """Mean of each channel, `(1, 3, 1, 1), fp32`."""
     std: Tensor
+    """Standard deviation of each channel, `(1, 3, 1, 1), fp32`."""
 
     def __init__(
         self,
@@ -42,6 +51,12 @@ class Classifier(nn.Module):
         img_size: int,
         crop_pct: float = DEFAULT_CROP_PCT,
     ):
+        """Wraps a network.
+
+        backbone: the network, with timm's parameter names. mean, std: one value per channel.
+        img_size: side of the images in pixels. crop_pct: share of the resized image's side that
+        evaluation's centre crop keeps.
+        """
         super().__init__()
         self.backbone = backbone
         self.img_size = img_size
@@ -50,7 +65,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
-        """Returns images in the backbone's units. images_BCHW: pixels in 0..1."""
+        """Returns pixels in 0..1 normalised with the mean and the standard deviation."""
         return (images_BCHW - self.mean) / self.std
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -59,25 +74,25 @@ class Classifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """What was done to a network, for the log."""
+    """Changes that were made to a network, for the log."""
 
     parameters: int
     """Number of parameters."""
     swapped_activations: int
-    """Number of activation modules that were replaced by --activation."""
+    """Number of activation modules that --activation replaced."""
     unfused_attentions: int
     """Number of attention modules whose fused kernel was switched off."""
     piecewise_linear: dict[str, int]
-    """Class name -> number of such activations that are left."""
+    """Class of a piecewise linear activation -> number of such modules in the network."""
     replaced_operators: dict[str, int]
     """Operator without a finite second derivative -> number of calls that were replaced."""
     fused: dict[str, int] | None = None
-    """Kind of module -> number of those that use fastgn_kernels. None means that the kernels are
+    """Kind of module -> number of modules that use fastgn_kernels. None means that the kernels are
     off."""
     not_fused: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name of a module that could have used fastgn_kernels -> reason why it does not."""
     adapted: Adapted | None = None
-    """How the initial weights were made to fit. None if the network starts at random."""
+    """How the initial weights were changed to fit. None means that the network starts at random."""
 
     def lines(self, cfg: ArchitectureConfig) -> list[str]:
         """Returns the report as lines for the log."""
@@ -106,13 +121,13 @@ class ModelReport:
 class PatchConv2d(nn.Conv2d):
     """A convolution whose windows do not overlap, computed as one matrix product.
 
-    cuDNN's derivatives of a convolution with 3 channels are slow, and its output would have to be
-    transposed for the next layer. A compiled step drops the parts of a product that it does not
-    need.
+    cuDNN computes the derivatives of a convolution with 3 channels slowly, and its output would
+    have to be transposed for the next layer. A compiled step skips the parts of a product that it
+    does not need.
     """
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Returns what nn.Conv2d does, in channels-last layout."""
+        """Returns the output of nn.Conv2d in channels-last layout."""
         batch, channels, height, width = images_BCHW.shape
         p, q = (int(side) for side in self.kernel_size)
         if height % p or width % q:
@@ -125,7 +140,7 @@ class PatchConv2d(nn.Conv2d):
 
 
 def multiply_patches(module: nn.Module) -> int:
-    """Turns the patch embeddings of a network into matrix products. Returns their number."""
+    """Replaces the patch embeddings of a network by matrix products. Returns their number."""
     found = [
         m
         for m in module.modules()
@@ -141,7 +156,7 @@ def multiply_patches(module: nn.Module) -> int:
 def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     """Makes the modules of a network use the operators of fastgn_kernels, in place.
 
-    Returns {kind: number of modules}, and {name of a module that could not be changed: reason}.
+    Returns {kind: number of modules} and {name of a module that could not be changed: reason}.
     """
     from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
 
@@ -150,10 +165,10 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     return swapped.counts, swapped.left
 
 
-def kernels_for(choice: str, device: torch.device) -> str:
-    """Returns "triton" or "reference", which is what --kernels means on a device.
+def choose_kernels(choice: str, device: torch.device) -> str:
+    """Returns "triton" or "reference", the kernels that --kernels stands for on a device.
 
-    Raises UserError if the device cannot run the kernels that were asked for.
+    choice: value of --kernels. Raises UserError if the device cannot run the kernels.
     """
     check(
         choice != "triton" or device.type == "cuda",
@@ -168,7 +183,7 @@ def build_model(
 ) -> tuple[Classifier, ModelReport]:
     """Returns the configured network on the CPU, in fp32, and a report about it.
 
-    kernels: "triton" or "reference", see `kernels_for`. Raises UserError if a name, argument or
+    kernels: "triton" or "reference", see `choose_kernels`. Raises UserError if a name, argument or
     activation is unknown, if the network cannot take the image size, or if the initial weights are
     missing or belong to another network.
     """
@@ -199,7 +214,7 @@ def build_model(
     if cfg.initial_checkpoint:
         weights = read_weights(initial_file(cfg.initial_checkpoint))
         if isinstance(backbone, SwinTransformer) and any(k.endswith(OLD_SWIN) for k in weights):
-            weights = from_paper(weights)
+            weights = convert_paper_weights(weights)
         source = f"--initial-checkpoint {cfg.initial_checkpoint}"
         adapted = load_weights(model, weights, source, adapt=cfg.adapt_weights)
     report = ModelReport(count, swapped, unfused, dict(kinds), replaced, fused, not_fused, adapted)
@@ -207,26 +222,27 @@ def build_model(
 
 
 def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> None:
-    """Raises UserError unless the network gives one logit per class for an image of its size."""
+    """Raises UserError unless the network returns one logit per class for an image of its size."""
     images = torch.zeros(1, 3, model.img_size, model.img_size)
     training = model.training
     channels = model_kwargs(cfg.model_kwargs).get("in_chans", 3)
     check(
-        channels == 3, f"--model-kwargs in_chans={channels}: images have 3 channels; leave it out"
+        channels == 3,
+        f"--model-kwargs in_chans={channels}: images have 3 channels: leave in_chans out",
     )
     try:
         with torch.no_grad():
             logits: Any = model.eval()(images)
     except Exception as error:  # whatever a network makes of a size that it was not made for
         raise UserError(
-            f"--img-size {model.img_size} does not suit {describe(cfg)}: {first_line(error)}"
+            f"--img-size {model.img_size} does not suit {format_flags(cfg)}: {first_line(error)}"
         ) from None
     finally:
         model.train(training)
     given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     check(
         given == (1, num_classes),
-        f"{describe(cfg)} gives {given} and not 1 x {num_classes} logits",
+        f"{format_flags(cfg)} gives {given} and not 1 x {num_classes} logits",
     )
 
 
@@ -246,7 +262,7 @@ def check_batch(model: Classifier, cfg: ArchitectureConfig, batch_size: int) -> 
 
 
 def switch_off_fused_attention(model: nn.Module) -> int:
-    """Makes attention modules use plain matrix products. Returns their number.
+    """Makes attention modules use plain matrix products. Returns the number of changed modules.
 
     PyTorch's fused attention kernels have no second derivative.
     """

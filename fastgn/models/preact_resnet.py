@@ -1,13 +1,14 @@
-"""PreActResNet-18 for 32 x 32 images (He et al. 2016, arXiv 1603.05027), the usual CIFAR
-network."""
+"""PreActResNet-18 for 32 x 32 images (He et al. 2016, arXiv 1603.05027), common for CIFAR."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class PreActBlock(nn.Module):
-    """norm -> act -> conv, twice, and a shortcut from behind the first activation where shapes
-    change."""
+    """Two times normalisation, activation and convolution, plus a shortcut.
+
+    If the shape changes, the shortcut is a convolution of the first activation's output.
+    """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int):
         super().__init__()
@@ -28,14 +29,14 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet18(nn.Module):
-    """Images B x 3 x H x W (H and W divisible by 8) to logits B x num_classes."""
+    """Maps images `(B, 3, H, W)` to logits `(B, num_classes)`. H and W must be multiples of 8."""
 
     pretrained_cfg = {
         "input_size": (3, 32, 32),
         "mean": (0.4914, 0.4822, 0.4465),
         "std": (0.2470, 0.2435, 0.2616),
     }
-    """CIFAR-10's statistics, in timm's form."""
+    """Image size and statistics of CIFAR-10, in timm's format."""
 
     def __init__(self, num_classes: int = 10, drop_rate: float = 0.0, width: int = 64):
         super().__init__()

@@ -1,9 +1,11 @@
-"""Operators that can be differentiated twice, in place of those that cannot, inside a network.
+"""Replaces operators in a network that cannot be differentiated twice.
 
-PyTorch's L2 norm has NaN as its second derivative at exactly 0, where its first is defined as 0; a
-normalisation divides by that norm. Mish overflows from 89 on. hardsigmoid and hardswish have no
-second derivative at all. `find_operators` sees which modules call such operators, and
-`replace_operators` makes these modules call twins that have the same values and first derivatives.
+PyTorch's L2 norm has the first derivative 0 at a zero vector, but its second derivative is NaN.
+Normalisations divide by that norm. The second derivative of Mish overflows from 89 on. hardsigmoid
+and hardswish have no second derivative.
+
+`find_operators` finds the modules that call such operators. `replace_operators` makes these modules
+call replacements, the twins, which have the same values and first derivatives.
 """
 
 import functools
@@ -18,38 +20,39 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-def widened(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """Returns `x` in the dtype that PyTorch's own activations compute in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Computes F.hardsigmoid, which has no second derivative, from operators that have one."""
-    return (F.relu6(widened(input) + 3) / 6).to(input.dtype)
+    return (F.relu6(widen(input) + 3) / 6).to(input.dtype)
 
 
 def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     """Computes F.hardswish from operators that have a second derivative."""
-    x = widened(input)
+    x = widen(input)
     return (x * F.relu6(x + 3) / 6).to(input.dtype)
 
 
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Computes F.mish with a second derivative that is finite everywhere.
 
-    From 40 on softplus is linear to the last bit of float64.
+    Above 40, softplus equals its argument to the last bit of float64.
     """
     # the formula of kernels/reference.py, written again because the packages are separate
-    x = widened(input)
+    x = widen(input)
     return (x * F.softplus(x, threshold=40).tanh()).to(input.dtype)
 
 
 def normalize(
     input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> Tensor:
-    """Computes F.normalize so that all derivatives are finite where a vector is shorter than eps.
+    """Computes F.normalize with finite derivatives for vectors that are shorter than eps.
 
-    There the norm is clamped, so that the function is linear and no derivative needs the norm's.
+    For such vectors the norm is replaced by eps. The function is then linear, so that no derivative
+    needs the norm's derivative.
     """
     norm = functools.partial(torch.Tensor.norm, p=p, dim=dim, keepdim=True)
     short = norm(input.detach()) < eps
@@ -66,7 +69,7 @@ def vector_norm(
     dtype: torch.dtype | None = None,
     out: None = None,
 ) -> Tensor:
-    """Computes torch.linalg.vector_norm with 0 for all derivatives of the norm of a zero vector."""
+    """Computes torch.linalg.vector_norm. At a zero vector all derivatives of the norm are 0."""
     norm = functools.partial(torch.linalg.vector_norm, ord=ord, dim=dim, keepdim=True, dtype=dtype)
     length = norm(x.detach())
     zero = length < torch.finfo(length.dtype).tiny
@@ -84,7 +87,8 @@ def norm(
     dtype: torch.dtype | None = None,
     out: None = None,
 ) -> Tensor:
-    """Computes torch.norm as `vector_norm` does. Other norms than the L2 norm stay PyTorch's."""
+    """Computes torch.norm, with `vector_norm` for the L2 norm and PyTorch's operator for other
+    norms."""
     if p not in ("fro", 2, None):
         return torch.norm(input, p, dim, keepdim, dtype=dtype)
     return vector_norm(input, 2.0, dim, keepdim, dtype=dtype)
@@ -99,12 +103,13 @@ TWINS: dict[Callable, Callable] = {
     torch.norm: norm,
     torch.Tensor.norm: norm,
 }
-"""Operator -> the twin that takes its place."""
+"""Operator -> the twin that replaces it."""
 PAIRS = tuple(TWINS.items())
+"""The items of TWINS. torch.compile cannot look up a method in a dict."""
 
 
 class Twins(TorchFunctionMode):
-    """Inside it, each operator of `TWINS` is its twin."""
+    """Context manager that replaces each operator of `TWINS` by its twin."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for operator, twin in PAIRS:  # torch.compile cannot look a method up in a dict
@@ -115,10 +120,11 @@ class Twins(TorchFunctionMode):
 
 
 class WithTwins:
-    """Mixin that replace_operators adds as a base class."""
+    """Base class that `replace_operators` adds to a module's class. forward then calls the
+    twins."""
 
     plain: Any
-    """The module's own class."""
+    """Class of the module before the replacement."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with Twins():
@@ -126,18 +132,18 @@ class WithTwins:
 
     def __reduce__(self) -> Any:
         # pickle finds a class by its name, and a subclass made at run time has none
-        return _new, (self.plain,), self.__dict__
+        return _create_twin, (self.plain,), self.__dict__
 
 
 class Hardsigmoid(nn.Hardsigmoid):
-    """nn.Hardsigmoid. torch.compile would not show F.hardsigmoid to `Twins`."""
+    """nn.Hardsigmoid with the twin. `Twins` does not see F.hardsigmoid under torch.compile."""
 
     def forward(self, input: Tensor) -> Tensor:
         return hardsigmoid(input)
 
 
 class Hardswish(nn.Hardswish):
-    """nn.Hardswish. torch.compile would not show F.hardswish to `Twins`."""
+    """nn.Hardswish with the twin. `Twins` does not see F.hardswish under torch.compile."""
 
     def forward(self, input: Tensor) -> Tensor:
         return hardswish(input)
@@ -147,24 +153,27 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Hardsigmoid: Hardsigmoid,
     nn.Hardswish: Hardswish,
 }
+"""Class of a module -> class with twins, for modules that `Twins` cannot change."""
 
 
 @functools.cache
-def with_twins(plain: Any) -> Any:
-    """Returns the class of a module whose operators are replaced; it keeps the name it had."""
+def make_twin_class(plain: Any) -> Any:
+    """Returns a subclass of a module's class that calls the twins. It keeps the class's name."""
     if plain in CLASSES:
         return CLASSES[plain]
     names = {"plain": plain, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
     return type(plain.__name__, (WithTwins, plain), names)
 
 
-def _new(plain: Any) -> nn.Module:
-    cls = with_twins(plain)
+def _create_twin(plain: Any) -> nn.Module:
+    """Returns an uninitialised module with twins, for unpickling."""
+    cls = make_twin_class(plain)
     return cls.__new__(cls)
 
 
 class Finder(TorchFunctionMode):
-    """Counts the calls of operators of `TWINS`, by the innermost module that runs."""
+    """Context manager that counts the calls of operators of `TWINS` for the innermost running
+    module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,9 +188,9 @@ class Finder(TorchFunctionMode):
 
 @contextmanager
 def find_operators(network: nn.Module) -> Iterator[Finder]:
-    """Inside it, the Finder sees what `network` calls.
+    """Records in the Finder which operators of `TWINS` the network calls inside the block.
 
-    Only an operator itself is seen, not those that it is made of.
+    Operators that PyTorch calls inside another operator are not recorded.
     """
     finder = Finder()
 
@@ -204,15 +213,16 @@ def find_operators(network: nn.Module) -> Iterator[Finder]:
 
 
 def replace_operators(finder: Finder) -> dict[str, int]:
-    """Makes the modules that were found call the twins, in place. Returns how often, by operator.
+    """Makes the modules that were found call the twins, in place. Returns operator -> number of
+    calls.
 
-    A module stays the object that it was, with its weights, hooks and names.
+    The modules remain the same objects, with their weights, hooks and names.
     """
     total: Counter[str] = Counter()
     for module, calls in finder.found.items():
         if isinstance(module, WithTwins):  # a twin is made of other operators
             continue
         plain: Any = type(module)
-        module.__class__ = with_twins(plain)
+        module.__class__ = make_twin_class(plain)
         total += calls
     return dict(total)

@@ -1,4 +1,4 @@
-"""State dicts of networks: read from files of all kinds, renamed to timm's keys, loaded."""
+"""Reads state dicts from many kinds of files, renames their keys to timm's, and loads them."""
 
 import dataclasses
 import math
@@ -19,27 +19,27 @@ WRAPPINGS = (
     *("ema", "state_dict_ema", "model_ema", "ema_state_dict", "params_ema"),
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
 )
-"""Where files keep the state dict, averaged weights first."""
+"""Keys under which files store a state dict. Averaged weights come first."""
 OLD_SWIN = "layers.0.downsample.reduction.weight"
-"""In timm 0.6's Swins alone: in timm 1.0's the first stage has no downsampling."""
+"""Key that only Swins of timm 0.6 have. In timm 1.0 the first stage has no downsampling."""
 SWIN_KEYS = (
     r"(patch_embed\.(proj|norm)|norm|head|head\.fc|layers\.\d+\.(downsample\.(norm|reduction)"
     r"|blocks\.\d+\.(norm1|norm2|attn\.(qkv|proj)|mlp\.fc[12])))\.(weight|bias)"
     r"|layers\.\d+\.blocks\.\d+\.attn\.relative_position_bias_table"
 )
-"""Regular expression of a Swin's keys, timm 0.6's and 1.0's."""
+"""Regular expression that matches all keys of Swins in timm 0.6 and 1.0."""
 NORMALISATION = re.compile(r"(?:.*\.)?(mean|mu|std|sigma)")
-"""Keys of a normalisation that a network was saved with."""
+"""Regular expression for the keys of a normalisation that was saved together with a network."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """What was done to weights so that they fit the network."""
+    """Changes that were made to weights so that they fit the network."""
 
     anew: tuple[str, ...] = ()
-    """Keys of the head, which keep the network's own random start."""
+    """Keys of the classifier head that were not loaded and keep their random initial values."""
     resized: tuple[str, ...] = ()
-    """Keys of position tables and the like that were interpolated to another image size."""
+    """Keys of position tables that were interpolated to another image size."""
 
     def __bool__(self) -> bool:
         return bool(self.anew or self.resized)
@@ -58,7 +58,7 @@ class Adapted:
 
 
 class Normalised(Protocol):
-    """What load_weights needs of a model (a models.Classifier)."""
+    """Attributes of a model that load_weights needs, such as a `network.Classifier`."""
 
     backbone: nn.Module
     mean: Tensor
@@ -68,46 +68,52 @@ class Normalised(Protocol):
 def load_weights(
     model: Normalised, weights: dict[str, Tensor], source: str, *, adapt: bool = False
 ) -> Adapted:
-    """Loads a state dict in timm's keys into a network, behind whatever prefix all keys share.
+    """Loads a state dict with timm's keys into a network. A prefix that all keys share is removed.
 
-    adapt: resizes position tables to the network's image size, by timm's own filter, and keeps
-    the random head if the number of classes differs. Raises UserError, which begins with `source`,
-    if the weights belong to another network, or to one behind another normalisation.
+    adapt: whether to resize position tables to the network's image size with timm's filter, and to
+    keep the random head if the number of classes differs.
+
+    Raises UserError, which begins with `source`, if the weights belong to another network, or to a
+    network with another normalisation.
     """
     own = model.backbone.state_dict()
     weights = strip_shared_prefix(check_normalisations(model, weights, source), own)
     adapted = Adapted()
     if adapt:
         weights, adapted = adapt_weights(model.backbone, weights, own, source)
-    problem = mismatch(weights, own, adapted.anew)
+    problem = find_mismatch(weights, own, adapted.anew)
     if problem:
-        fits = not adapt and bool(adaptable(weights, own))
-        hint = "; --adapt-weights makes them fit, where --initial-checkpoint is given"
-        raise UserError(f"{source} is of another network: {problem}{hint if fits else ''}")
+        fits = not adapt and bool(find_adaptable(weights, own))
+        hint = "; with --initial-checkpoint, add --adapt-weights to make them fit"
+        raise UserError(f"{source} belongs to another network: {problem}{hint if fits else ''}")
     model.backbone.load_state_dict(weights, strict=False)
     return adapted
 
 
-def changed_by_training(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a network's weights by name, and the statistics that its BatchNorms keep. Other
-    buffers may hold an infinity on purpose, such as a mask."""
+def collect_trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors that training changes, by name: weights and running statistics of
+    BatchNorm.
+
+    Other buffers are left out because they may contain infinities, as masks do.
+    """
     statistics = {name: t for name, t in module.named_buffers() if "running_" in name}
     found = dict(module.named_parameters()) | statistics
     return {name: t.detach() for name, t in found.items() if t.numel()}
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all values are finite, by one reduction per device. A host sync."""
+    """Returns whether all values are finite. It runs one reduction per device and waits for the
+    result."""
     largest = torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)
     return bool(largest.isfinite())
 
 
-def mismatch(
+def find_mismatch(
     weights: Mapping[str, Tensor], own: Mapping[str, Tensor], optional: Collection[str] = ()
 ) -> str | None:
-    """Returns why a state dict does not fit a network, with a key of each; None if it does.
+    """Returns why a state dict does not fit a network, with examples of keys, or None if it fits.
 
-    optional: keys that may be missing, beside counters of batches.
+    optional: keys that may be missing, in addition to BatchNorm's counters of batches.
     """
     missing = [
         k
@@ -126,17 +132,22 @@ def mismatch(
     for key, mine in own.items():
         given = weights.get(key, mine)
         if given.shape != mine.shape:
-            return f"{key} is {tuple(given.shape)} there, {tuple(mine.shape)} here"
+            return (
+                f"{key} is {tuple(given.shape)} in the file and {tuple(mine.shape)} in the network"
+            )
         if given.is_complex() != mine.is_complex():
-            return f"{key} is {given.dtype} there, {mine.dtype} here"
+            return f"{key} is {given.dtype} in the file and {mine.dtype} in the network"
     return None
 
 
 def strip_shared_prefix(
     weights: Mapping[str, Tensor], own: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Returns the weights without the prefixes, such as `module._orig_mod.` or `1.`, that all of
-    their keys share and that no key of the network has."""
+    """Returns the weights without the prefixes that all of their keys share, such as
+    `module._orig_mod.`.
+
+    A prefix that the network's own keys have is kept.
+    """
     weights = dict(weights)
     while weights and not weights.keys() & own.keys():
         if len({key.partition(".")[0] for key in weights}) > 1:
@@ -151,7 +162,10 @@ def check_normalisations(
     model: Normalised, weights: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
     """Returns the weights without the mean and standard deviation of a normalisation around the
-    network. Raises UserError if they are not those that the model applies."""
+    network.
+
+    Raises UserError if these values differ from the model's normalisation.
+    """
     out = {}
     for key, value in weights.items():
         kind = NORMALISATION.fullmatch(key)
@@ -162,18 +176,21 @@ def check_normalisations(
         mine = getattr(model, name).flatten().float().cpu()
         check(
             bool(((value.flatten().float() - mine).abs() < 1e-4).all()),
-            f"{source}: {key} is {shown(value)}, and the network's {name} is {shown(mine)}: add "
-            f"--{name} {' '.join(map(str, shown(value) * (3 // value.numel())))}",
+            f"{source}: {key} is {format_values(value)}, and the network's {name} is "
+            f"{format_values(mine)}: add "
+            f"--{name} {' '.join(map(str, format_values(value) * (3 // value.numel())))}",
         )
     return out
 
 
-def shown(values: Tensor) -> list[float]:
+def format_values(values: Tensor) -> list[float]:
+    """Returns the first three values of a tensor, rounded to four decimals, for messages."""
     return [round(v, 4) for v in values.flatten().tolist()[:3]]
 
 
-def adaptable(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Returns the keys that differ in shape alone, if no other key differs."""
+def find_adaptable(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Returns the keys whose shapes differ, or none if the weights also have keys that the network
+    lacks."""
     same = weights.keys() <= own.keys()
     return [k for k in weights if same and weights[k].shape != own[k].shape]
 
@@ -181,8 +198,11 @@ def adaptable(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[
 def adapt_weights(
     backbone: nn.Module, weights: dict[str, Tensor], own: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], Adapted]:
-    """Returns weights that fit the network's image size and number of classes, and what was done.
-    Raises UserError if timm's filter refuses them."""
+    """Returns weights that fit the network's image size and number of classes, and the changes
+    made.
+
+    Raises UserError if timm's filter fails.
+    """
     module = sys.modules[type(backbone).__module__]
     resize = getattr(module, "checkpoint_filter_fn", None)
     before = weights
@@ -205,18 +225,21 @@ def adapt_weights(
 
 
 def is_other_head(given: Tensor, mine: Tensor) -> bool:
-    """Whether two tensors of a classifier differ in the number of classes alone."""
+    """Returns whether two tensors of a classifier head differ only in the number of classes."""
     return (
         given.dim() == mine.dim() and given.shape[1:] == mine.shape[1:] and len(given) != len(mine)
     )
 
 
 def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
-    """Returns a state dict from .safetensors or torch.save's files, on the CPU; averaged weights
-    come before the others. Never runs code from the file.
+    """Returns the state dict in a .safetensors file or a file of torch.save, on the CPU.
 
-    paper: the file is one of the paper's, or in their form: `from_paper` renames its keys. Raises
-    UserError: unreadable, damaged, objects besides tensors and plain values, no state dict.
+    No code from the file is run. If the file has averaged weights, they are returned.
+
+    paper: whether to convert the keys of the paper's checkpoints with `convert_paper_weights`.
+
+    Raises UserError if the file cannot be read, is damaged, has other objects than tensors and
+    plain values, or has no state dict.
     """
     if file.suffix == ".safetensors":
         content: Any = read_safetensors(file)[0]
@@ -228,14 +251,16 @@ def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
     if not paper:
         return weights
     try:
-        return from_paper(weights)
+        return convert_paper_weights(weights)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
 
 def find_state_dict(content: Any) -> dict[str, Tensor]:
-    """Returns the tensors by name that a file holds at its top or below one of WRAPPINGS; {} if it
-    has none."""
+    """Returns the tensors by name at the top of a file's content or below one of WRAPPINGS.
+
+    The result is empty if the content has no tensors.
+    """
     if not isinstance(content, dict):
         return {}
     for key in WRAPPINGS:
@@ -245,17 +270,20 @@ def find_state_dict(content: Any) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
-def from_paper(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """A Swin's state dict in timm 1.0's keys from one of the paper's checkpoints, whose keys are
-    timm 0.6's: there a stage ends with the downsampling that now begins the next one, the
-    classifier is `head` and not `head.fc`, and buffers that follow from the shape are stored.
+def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns a Swin's state dict with timm 1.0's keys, from one of the paper's checkpoints.
 
-    weights: the state dict, or a dict that holds it as "state_dict_ema", "state_dict", ...; its
-    keys may be those of a network behind a normalisation (`1.`, `model.`, `module.`). timm 1.0's
-    own keys stay as they are. Tensors are passed on, not copied.
+    The paper's checkpoints have the keys of timm 0.6. In that version a stage ends with the
+    downsampling that now begins the next stage, the classifier is `head` instead of `head.fc`, and
+    buffers that follow from the shape are stored. Keys of timm 1.0 are accepted unchanged.
 
-    Raises UserError: a key that no Swin has (the first is named), or a normalisation by other than
-    ImageNet's mean and standard deviation, which `Classifier` would not apply.
+    weights: the state dict, or a dict that holds it below one of WRAPPINGS. Its keys may have the
+    prefixes `1.`, `model.` or `module.` of a network behind a normalisation. Tensors are not
+    copied.
+
+    Raises UserError, which names the first such key, if a key belongs to no Swin. Also raises
+    UserError if the checkpoint has a normalisation other than ImageNet's, because `Classifier`
+    would ignore it.
     """
     tensors = find_state_dict(weights)
     check(bool(tensors), "no tensor in it")
@@ -282,11 +310,13 @@ def from_paper(weights: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def check_normalisation(key: str, given: Tensor, kind: str) -> None:
-    """Raises UserError unless `given` is ImageNet's mean or std (kind), of any shape."""
+    """Raises UserError unless `given` is ImageNet's mean or standard deviation.
+
+    kind: "mean" or "std".
+    """
     values = given.flatten().tolist()
     expected = IMAGENET_DEFAULT_MEAN if kind == "mean" else IMAGENET_DEFAULT_STD
     same = len(values) == 3 and all(
         abs(a - b) < 1e-4 for a, b in zip(values, expected, strict=True)
     )
-    shown = [round(v, 4) for v in values[:3]]
-    check(same, f"{key} is {shown} and not ImageNet's {list(expected)}")
+    check(same, f"{key} is {format_values(given)} and not ImageNet's {list(expected)}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from fastgn.errors import check, nearest
-from fastgn.fields import EPOCHS, IMAGES, PIXELS, PROBABILITY, WEIGHT, Options, Range, number
+from fastgn.fields import EPOCHS, IMAGES, PIXELS, PROBABILITY, WEIGHT, Options, Range, format_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ class GradnormOptions(Options):
         )
         check(
             not (self.gn_attacked and self.gn_start),
-            f"--gn-start {number(self.gn_start)} and --gn-attacked both move the images: give one "
-            "of the two",
+            f"--gn-start {format_number(self.gn_start)} and --gn-attacked both move the images: "
+            "give one of the two",
         )
 
     @property

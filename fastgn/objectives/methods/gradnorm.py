@@ -95,7 +95,7 @@ def build(options: GradnormOptions, attack: AttackOptions) -> Objective:
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         if options.gn_start:
-            images = attacks.random_start(images, options.gn_start)
+            images = attacks.draw_random_start(images, options.gn_start)
         return gradnorm(
             model.backbone,
             model.normalize(images),
