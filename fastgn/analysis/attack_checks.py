@@ -201,7 +201,7 @@ def report_autoattack_warnings(lines: Sequence[str], images: int, has_dlr: bool)
         found = [line for line in other if words in line]
         other = [line for line in other if words not in line]
         detail = (
-            f"{' '.join(found) or 'AutoAttack gave no such warning.'} A warning is a {verdict}."
+            f"{' '.join(found) or 'AutoAttack gave no such warning.'} One counts as a {verdict}."
         )
         checks.append(Check(name, verdict if found else "pass", detail, {"warned": bool(found)}))
     zero = [re.search(r"there are (\d+) points with zero gradient", line) for line in other]
