@@ -1,29 +1,26 @@
 """Everything that needs a GPU, in one call: correctness, kernels, cost, memory, precision, loaders.
 
-A bare machine with torch, triton, timm and numpy runs it from the checkout, nothing installed:
-
     export PYTHONPATH=.:kernels
-    python3 -m benchmarks.gpu_report --output runs/card  # and again, to go on where it ended
+    python3 -m benchmarks.gpu_report --output runs/card  # and again, to continue
 
-Each part is a process of its own with a time limit: one that breaks or hangs leaves the others.
-Parts come in the order of their value, and begin while --budget-s lasts: 530 s keep a call below
-nine minutes. The first ones are meant for that, the rest for a second call. What is timed runs
-alone, and so do its compilations: beside others they take many times as long. What needs no clock
-runs at the same time.
+A machine with torch, triton, timm and numpy runs this from the checkout, with nothing installed.
+Each part is a process with a time limit: one that breaks or hangs does not stop the others. Parts
+come in the order of their value, and begin while --budget-s lasts: 530 s keep a call below nine
+minutes. The first parts fit into that, and the rest needs a second call. What is timed runs alone,
+and so do its compilations, which take many times as long beside others. What needs no clock runs at
+the same time.
 
-After each part the folder holds what there is: report.json (each part's commands, seconds, exit
-status, last lines and files), the parts' own JSON and pictures, and logs/. Names are those of
-benchmarks/results, into which what is to be kept is copied by hand. A second call with the same
-folder, wherever it is by then, sources, device and commands leaves out what has succeeded; --parts
-chooses. --archive keeps one .tar.gz of it all, but for the cache, up to date.
+After each part the folder holds what there is: report.json (commands, seconds, exit status, last
+lines and files of each part), the records of the parts, and logs/. The records have the names of
+benchmarks/results. Copy those that should be kept. A second call with the same folder, sources,
+device and commands leaves out what has succeeded.
 
-Packages that the trainer's command line and exports need, and no benchmark, are replaced by
-stand-ins where they are missing; a part that lacks another one is skipped, and says so. Before
-sm_80 (V100) there is neither bfloat16 nor tf32: float32 takes their place, and the report says so.
---smoke runs every part at toy size, also without a GPU, where its times mean nothing.
+Packages that the trainer's command line and exports need, but no benchmark, are replaced by
+stand-ins if they are missing. A part that lacks another package is skipped, and says so. Before
+sm_80 (V100), fp32 replaces bf16 and tf32, and the report says so. --smoke runs every part at toy
+size, also without a GPU, where its times mean nothing.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -31,11 +28,9 @@ import hashlib
 import importlib.util
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,16 +38,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.arguments import ROOT, make_parser, slugify
 from benchmarks.common.records import read_json, write_json
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 LAST_LINES = 15
-"""Of each command's output, kept in report.json where it failed; the rest is in logs/."""
+"""Lines of output that report.json keeps of a command that failed. logs/ has all."""
 PROFILES_S = 45
-"""What cost.py takes after the last arm that --minutes has room for: rounds, profiles, pictures."""
+"""Seconds that cost.py takes after the last arm for which --minutes has room."""
 LEAST_S = 20
-"""No part begins with less time than this left: importing and compiling alone take that."""
+"""No part begins with fewer seconds left, because imports and compilation take them."""
 
 STAND_INS = {
     "tyro": """
@@ -80,47 +74,53 @@ torch.load_file = torch.load = torch.save = torch.save_file = _missing
 sys.modules["safetensors.torch"] = torch
 """,
 }
-"""Module -> what importing fastgn asks of it, for a machine that lacks it. Written into a folder
-that stands last on the parts' path, and raising at any use."""
+"""Module -> code that lets fastgn import it on a machine that lacks it, and that raises at any use.
+
+The code is written into a folder that comes last on the parts' path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One question. commands: run at the same time, Python's arguments each; `needs`: packages;
-    files: what it writes into the folder; limit_s: all it may take."""
+    """One question, and the commands that answer it."""
 
     name: str
     what: str
+    """Description."""
     commands: Sequence[Sequence[str]]
+    """Arguments of Python, one sequence per command. The commands run at the same time."""
     limit_s: float
+    """Seconds after which the part is ended."""
     needs: Sequence[str] = ()
+    """Packages without which the part is skipped."""
     files: Sequence[str] = ()
+    """Files that the part writes into the folder."""
     beside: bool = False
-    """Runs at the same time as the part before it: neither of them measures time."""
+    """Whether it runs at the same time as the part before it. Neither of them measures time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the parts depend on."""
+    """Properties of a machine that the parts depend on."""
 
     device: str
     capability: tuple[int, int] | None
-    """None: no GPU."""
+    """Compute capability, None without a GPU."""
     smoke: bool
 
     @property
     def slug(self) -> str:
-        """For a file's name."""
-        return re.sub(r"\W+", "_", self.device.lower())
+        """Name of the device as a part of file names."""
+        return slugify(self.device)
 
     @property
     def precisions(self) -> list[str]:
-        """Of the step, the most telling first."""
+        """Precisions of the step, in the order of measurement."""
         modern = self.capability is not None and self.capability >= (8, 0)
         return ["bf16", "fp32", "tf32", "bf16-pure"] if modern else ["fp32"]
 
     @property
     def notes(self) -> list[str]:
+        """Warnings that begin and end the report."""
         if self.capability is None:
             return ["NO GPU: toy sizes on a CPU, these times mean nothing"]
         notes = ["toy sizes: these times mean nothing"] if self.smoke else []
@@ -131,6 +131,7 @@ class Machine:
 
 
 def this_machine(smoke: bool) -> Machine:
+    """Returns the properties of this machine."""
     if not torch.cuda.is_available():
         return Machine("cpu", None, smoke)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
@@ -138,8 +139,10 @@ def this_machine(smoke: bool) -> Machine:
 
 
 def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
-    """Every part, by value. The limits of those that the first 530 s are meant for add up to it;
-    a part that ends early leaves its time to the rest."""
+    """Returns every part in the order of their value.
+
+    The limits of the first parts add up to 530 s. A part that ends early leaves its time to others.
+    """
     smoke = machine.smoke
     trainer = ("timm", "torchvision", "numpy")
 
@@ -156,14 +159,13 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
         return script("step.cost", "--precision", precision, *size, *options, output=output)
 
     def timed_cost(precision: str, limit_s: float, *options: object, suffix: str = "") -> Part:
-        """What does not fit is left out by cost.py itself, whose results are there by then."""
-        file = f"cost_{'toy' if smoke else 'swin_b'}_{machine.slug}_{precision}{suffix}"
-        files = (f"{file}.json", f"{file}.png", f"{file}_roofline.png")
+        """Returns a part that times the step. cost.py leaves out what does not fit the limit."""
+        file = f"cost_{'toy' if smoke else 'swin_b'}_{machine.slug}_{precision}{suffix}.json"
         if not smoke:
             options = ("--minutes", round((limit_s - PROFILES_S) / 60, 2), *options)
-        command = cost(precision, files[0], *options, "--plot", folder / files[1])
+        command = cost(precision, file, *options)
         what = f"the step's seconds, FLOPs and memory in {precision}{suffix.replace('_', ' ')}"
-        return Part(f"cost_{precision}{suffix}", what, [command], limit_s, trainer, files)
+        return Part(f"cost_{precision}{suffix}", what, [command], limit_s, trainer, (file,))
 
     best, *others = machine.precisions
     few = ("--schedules", "exact", "--methods", "natural", "gradnorm", "pgd_at", "gradnorm-paper")
@@ -180,10 +182,10 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
     what = "every op against its twin"
     parts.append(Part("kernel_tests", what, [correct], 180, ("pytest", "numpy")))
 
-    files = (f"kernels_{machine.slug}.json", f"kernels_{machine.slug}.png")
+    files = (f"kernels_{machine.slug}.json",)
     size = ("--ops", "cross_entropy_index", "--stages", 4, "--batch-size", 2, "--rounds", 2)
     options = (*(size if smoke else ("--minutes", 0.6, "--rounds", 20)), "--no-compile")
-    options += ("--plot", folder / files[1], *(("--commit", commit) if commit else ()))
+    options += ("--commit", commit) if commit else ()
     command = script("kernels.ops", *options, output=files[0])
     parts.append(Part("kernels", "each op's time and bandwidth", [command], 50, ("numpy",), files))
 
@@ -263,8 +265,10 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
 def run(
     commands: Sequence[Sequence[str]], logs: Sequence[Path], limit_s: float, env: dict[str, str]
 ) -> list[tuple[int | None, float]]:
-    """Python with each command's arguments, all at the same time and their output in `logs`: exit
-    statuses, None beyond the limit, and seconds. Nothing that they started is left behind."""
+    """Runs Python with the arguments of each command, all at the same time.
+
+    Returns exit statuses, None beyond the limit, and seconds. Ends all that they started.
+    """
     began = time.monotonic()
     processes: list[subprocess.Popen] = []
     ended: dict[int, tuple[int | None, float]] = {}
@@ -288,12 +292,12 @@ def run(
                     ended[index] = process.returncode, time.monotonic() - began
             time.sleep(0.05)
     finally:
-        # the first lets pytest say what has failed until then
+        # after SIGINT, pytest still prints what has failed
         stops = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0))
         for number, patience_s in stops:
             for process in processes:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, number)  # also what outlived a process that has ended
+                    os.killpg(process.pid, number)  # also children of a process that has ended
             for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(patience_s)
@@ -301,19 +305,23 @@ def run(
 
 
 def last_lines(log: Path, number: int) -> list[str]:
-    """Of what a terminal would show: a progress bar's line is its last state."""
+    """Returns the last lines that a terminal would show. A progress bar is its last state."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in lines]
     return [line[:300] for line in lines if line][-number:]
 
 
 def missing(names: Sequence[str]) -> list[str]:
+    """Returns the packages that are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def environment_of_parts(folder: Path) -> dict[str, str]:
-    """The checkout first on the path, stand-ins for what is not installed last; the compiler's
-    caches in the folder, for the next part and call, unless they are elsewhere."""
+    """Returns the environment of the parts.
+
+    The checkout comes first on the path, and stand-ins for missing packages come last. The
+    compiler's caches are in the folder, unless the environment says where they are.
+    """
     stand_ins = folder / "stand_ins"
     for name in missing(list(STAND_INS)):
         stand_ins.mkdir(parents=True, exist_ok=True)
@@ -330,8 +338,7 @@ def environment_of_parts(folder: Path) -> dict[str, str]:
 
 
 def digest_of_sources() -> str:
-    """Of all that a part may run: unlike a commit, it is known in a copy and changes with an
-    edit."""
+    """Returns a digest of all that a part can run. A copy without git has it, too."""
     digest = hashlib.sha256()
     for room in ("benchmarks", "fastgn", "kernels", "tests"):
         for path in sorted((ROOT / room).rglob("*")):
@@ -341,6 +348,7 @@ def digest_of_sources() -> str:
 
 
 def commit_of_checkout() -> str | None:
+    """Returns the commit of the checkout, None if it is unknown."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
@@ -350,7 +358,7 @@ def commit_of_checkout() -> str | None:
 
 
 class Report:
-    """report.json of a folder, and the parts that it tells of."""
+    """Writes report.json, and runs the parts that it is about."""
 
     def __init__(
         self,
@@ -358,10 +366,8 @@ class Report:
         machine: Machine,
         sources: str,
         commit: str | None,
-        archive: Path | None = None,
     ):
         self.folder = folder
-        self.archive = archive
         self.key = {"sources": sources, "device": machine.device, "smoke": machine.smoke}
         self.commit = commit
         self.head = {
@@ -373,11 +379,11 @@ class Report:
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in before}
 
     def commands(self, part: Part) -> list[list[str]]:
-        """Without the folder's place, which may be another for a second call."""
+        """Returns a part's commands without the path of the folder, which can be moved."""
         return [[x.replace(str(self.folder), "FOLDER") for x in c] for c in part.commands]
 
     def same(self, part: Part) -> dict[str, Any] | None:
-        """What an earlier call says of the part, if it asked for the same."""
+        """Returns the entry of an earlier call that asked for the same, else None."""
         entry = self.entries.get(part.name)
         key = self.key | {"commands": self.commands(part)}
         if entry is None or any(entry.get(name) != value for name, value in key.items()):
@@ -385,27 +391,25 @@ class Report:
         return entry
 
     def add(self, part: Part, status: str, **more: Any) -> dict[str, Any]:
-        """status: ok, failed, timed out or skipped."""
+        """Adds an entry. status: ok, failed, timed out or skipped."""
         entry = {"name": part.name, "what": part.what, "status": status, **more}
         entry |= self.key | {
             "commit": self.commit,
             "commands": self.commands(part),
             "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        # an interrupted run must not forget what an earlier one had found out
+        # an interrupted call must not forget what an earlier one found out
         if status != "skipped" or self.entries.get(part.name, {}).get("status") in (None, status):
             self.entries[part.name] = entry
         write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})
-        if self.archive is not None:
-            pack(self.folder, self.archive)
         return entry
 
     def run(self, parts: Sequence[Part], limit_s: float, env: dict[str, str]) -> list[dict]:
-        """Runs parts at the same time and says how each went."""
+        """Runs parts at the same time and returns their entries."""
         logs: list[list[Path]] = []
         (self.folder / "logs").mkdir(exist_ok=True)
         for part in parts:
-            if self.same(part) is None:  # what other sources or another device have left
+            if self.same(part) is None:  # left by other sources or another device
                 for name in part.files:
                     (self.folder / name).unlink(missing_ok=True)
             names = [f"{part.name}_{i}" for i in range(len(part.commands))]
@@ -435,49 +439,14 @@ class Report:
         return entries
 
     def name_commit(self, path: Path) -> None:
-        """In a record whose script could not find out."""
+        """Writes the commit into a record whose program did not know it."""
         record = read_json(path) if path.suffix == ".json" else {}
         if self.commit is not None and "commit" in record and record["commit"] is None:
             write_json(path, record | {"commit": self.commit})
 
 
-def pack(folder: Path, archive: Path) -> None:
-    """One file of all but the compiler's cache; atomically."""
-    part = archive.with_name(archive.name + ".part")
-    left_out = ("cache", "stand_ins")
-    with tarfile.open(part, "w:gz") as tar:
-        for path in sorted(p for p in folder.iterdir() if p.name not in left_out):
-            if path not in (archive, part):
-                tar.add(path, f"{folder.name}/{path.name}")
-    os.replace(part, archive)
-
-
-def beside_predictions(folder: Path, device: str, results: Path = RESULTS) -> list[str]:
-    """What benchmarks/step/predict.py foretold of a compiled step, beside what cost.py measured."""
-    lines = []
-    for path in sorted(folder.glob("cost_*.json")):
-        measured = read_json(path)
-        predicted = read_json(results / f"predict_{measured.get('model')}.json")
-        cards = [key for key, gpu in predicted.get("gpus", {}).items() if gpu["name"] in device]
-        wanted = {
-            (row["method"], row["schedule"], row["precision"], row["kernels"]): row
-            for row in predicted.get("rows", ())
-            if row["gpu"] in cards and predicted["batch"] == measured["batch"]
-        }
-        for row in measured.get("rows", ()):
-            key = row["method"], row["schedule"] or "exact", row["precision"], measured["kernels"]
-            if row["compiled"] and row.get("images_per_s") and key in wanted:
-                roofline = wanted[key]["images_per_s"]
-                lines.append(
-                    f"{row['arm']}, {row['precision']}: {row['images_per_s']:.0f} images/s "
-                    f"measured, {roofline:.0f} predicted at the roofline "
-                    f"({100 * row['images_per_s'] / roofline:.0f} %)"
-                )
-    return lines
-
-
 def line_of(entry: dict[str, Any]) -> str:
-    """One line of the summary: each program's own last line says what it found."""
+    """Returns an entry as a line. The last line of each program says what it found."""
     if entry["status"] == "skipped":
         said = entry["reason"]
     else:
@@ -488,14 +457,14 @@ def line_of(entry: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder; default: runs/gpu_report_<device>")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="default: all, by value")
-    parser.add_argument("--budget-s", type=float, default=530, help="for this call")
-    parser.add_argument("--limit-s", type=float, help="for a part; default: each its own")
-    parser.add_argument("--commit", help="to record where the checkout does not know its own")
-    parser.add_argument("--archive", type=Path, metavar="FILE.tar.gz")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, on any machine")
+    """Returns the exit status: 2 for a user's mistake, 1 if a part failed."""
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--parts", nargs="+", metavar="PART", help="default: all, in the order of their value")
+    add("--budget-s", type=float, default=530, help="seconds of this call")
+    add("--limit-s", type=float, help="seconds of a part; default: each has its own limit")
+    add("--commit", help="commit to record if the checkout does not know its own")
+    add("--smoke", action="store_true", help="use toy sizes, on any machine")
     args = parser.parse_args()
 
     began = time.monotonic()
@@ -520,7 +489,7 @@ def main() -> int:
     except OSError as error:
         print(f"gpu_report.py: error: --output {folder}: {error.strerror}", file=sys.stderr)
         return 2
-    report = Report(folder, machine, digest_of_sources(), commit, args.archive)
+    report = Report(folder, machine, digest_of_sources(), commit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return carry_out(
         report,
@@ -534,7 +503,7 @@ def main() -> int:
 def carry_out(
     report: Report, parts: Sequence[Part], *, began: float, budget_s: float, limit_s: float | None
 ) -> int:
-    """Runs the parts in turn, prints the summary; 1 where a part failed or exceeded its limit."""
+    """Runs the parts in turn and prints the summary. Returns 1 if a part failed or was ended."""
     env = environment_of_parts(report.folder)
     for note in report.head["notes"]:
         print(note)
@@ -567,8 +536,7 @@ def carry_out(
             print(line_of(entry), flush=True)
     print(f"\n{report.key['device']}, commit {report.commit}, sources {report.key['sources']}")
     print(*map(line_of, entries), sep="\n")
-    for line in [*beside_predictions(report.folder, report.key["device"]), *report.head["notes"]]:
-        print(line)
+    print(*report.head["notes"], sep="\n")
     print(f"{time.monotonic() - began:.0f} s -> {report.folder}")
     return int(any(entry["status"] in ("failed", "timed out") for entry in entries))
 

@@ -1,8 +1,12 @@
-"""What the scripts' command lines share."""
+"""Command lines that the benchmarks share, and the files that their records go to."""
 
 import argparse
-from collections.abc import Collection
+import re
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
+
+import torch
 
 from benchmarks.common.records import hold
 
@@ -11,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def positive_int(text: str) -> int:
-    """Of 1 or more; an argparse type."""
+    """Returns a whole number of at least 1. This is a type for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -19,22 +23,67 @@ def positive_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """Finite; an argparse type."""
+    """Returns a positive, finite number. This is a type for argparse."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be positive and finite")
     return value
 
 
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with the option --output. Its help begins with a program's docstring."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write the record to")
+    return parser
+
+
+def exit_status(program: str, run: Callable[[], int]) -> int:
+    """Runs a program and returns its exit status.
+
+    If the user made a mistake, prints it in one line and returns 2.
+    """
+    from fastgn.errors import UserError
+
+    try:
+        return run()
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def device_name() -> str:
+    """Returns the name of the first GPU, or "cpu" if there is no GPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def slugify(name: str) -> str:
+    """Returns a device's name as a part of a file's name."""
+    return re.sub(r"\W+", "_", name.lower())
+
+
+def gpu_output(args: argparse.Namespace, stem: str) -> Path:
+    """Returns --output, or else <stem>_<device>.json.
+
+    That file lies in benchmarks/results if it was measured on a GPU, and in runs/ otherwise. Only
+    this process writes it from here on.
+    """
+    folder = RESULTS if torch.cuda.is_available() else ROOT / "runs"
+    output = args.output or folder / f"{stem}_{slugify(device_name())}.json"
+    hold(output)
+    return output
+
+
 def output_for(
     file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
 ) -> Path:
-    """--output, or else benchmarks/results/FILE; runs/FILE for a run that is not of the kind kept
-    there, which says so. free: the options that may have another value than their default.
+    """Returns --output, or else benchmarks/results/<file>.
 
-    This process is the only one that writes there from here on.
+    benchmarks/results keeps runs with the default options. If an option that is not in `free` has
+    another value, returns runs/<file> and prints why. Only this process writes it from here on.
     """
-    output = choose_output(file, parser, args, free)
+    output = args.output or choose_output(file, parser, args, free)
     hold(output)
     return output
 
@@ -42,9 +91,7 @@ def output_for(
 def choose_output(
     file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
 ) -> Path:
-    """Returns the path that `output_for` describes."""
-    if args.output is not None:
-        return args.output
+    """Returns the path that `output_for` describes, without --output."""
     free = {*free, "output"}
     changed = [
         name for name, value in vars(args).items()
@@ -53,5 +100,5 @@ def choose_output(
     if not changed:
         return RESULTS / file
     names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-    print(f"not the run that benchmarks/results keeps ({names}): written to runs/{file}")
+    print(f"benchmarks/results keeps no run with other {names}: written to runs/{file}")
     return ROOT / "runs" / file

@@ -1,8 +1,8 @@
-"""How measurements are kept: whole files, and never less in the place of more.
+"""Records of measurements: JSON files that are whole or absent.
 
-A script writes its record after each measurement, so that one that is ended early has lost nothing.
-But a record that is not complete never takes the place of a complete one, and two scripts never
-write the same record at once.
+A program writes its record after each measurement, so that a run that ends early loses nothing.
+A record that is not complete never replaces a complete one, and two programs never write the same
+record at once.
 """
 
 import atexit
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 HELD: dict[Path, contextlib.AbstractContextManager[None]] = {}
-"""Record -> its lock, which this process has until it ends."""
+"""Record -> its lock, which this process holds until it ends."""
 
 
 def hold(path: Path) -> None:
     """Makes this process the only one that writes a record, until it ends.
 
-    Ends it with one line if another process has the record already. Scripts call this before they
-    measure, because what they measure would be lost.
+    If another process holds the record already, ends this process with one line. Programs call this
+    before they measure, because otherwise their measurements would be lost.
     """
     from fastgn.errors import UserError
     from fastgn.lock import lock_file
@@ -49,7 +49,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns a file's content, {} if there is none or none that is whole."""
+    """Returns the content of a file, or {} if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -58,12 +58,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unfinished(path: Path) -> Path:
-    """Returns where the record of a run that has not ended is: beside a complete record."""
+    """Returns the path of the incomplete record that lies beside a complete one."""
     return path.with_name(f"{path.name}.incomplete")
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """Returns what an earlier call has measured: of one that was ended early, else the record."""
+    """Returns the record of an earlier run: the incomplete one if there is one."""
     return read_json(unfinished(path)) or read_json(path)
 
 
@@ -74,10 +74,10 @@ def started(path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> Path:
-    """Writes a record and returns where.
+    """Writes a record and returns the path of the file.
 
-    A record with "complete": false goes to `unfinished(path)` if the file at `path` is complete.
-    Files from before that key are complete.
+    If the record is incomplete and `path` holds a complete one, writes to `unfinished(path)`. Files
+    without the key "complete" count as complete.
     """
     hold(path)
     there = read_json(path)

@@ -1,4 +1,8 @@
-"""The only clock of the benchmarks: interleaved rounds, the device waited for, mean and spread."""
+"""The only clock of the benchmarks.
+
+An arm is one of the things that a benchmark compares. The clock times all arms in turn, round after
+round, waits for the device, and gives mean and spread.
+"""
 
 import contextlib
 import dataclasses
@@ -14,25 +18,29 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds a call over rounds."""
+    """Seconds per call of one arm."""
 
     rounds: tuple[float, ...]
+    """Seconds per call, one entry per round."""
 
     @property
     def mean(self) -> float:
+        """Mean over the rounds."""
         return statistics.fmean(self.rounds)
 
     @property
     def median(self) -> float:
+        """Median over the rounds."""
         return statistics.median(self.rounds)
 
     @property
     def std(self) -> float:
+        """Standard deviation over the rounds, 0 if there is only one."""
         return statistics.stdev(self.rounds) if len(self.rounds) > 1 else 0.0
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Of several measurements of one thing, as a record keeps them."""
+    """Returns mean, spread, extremes and number of some measurements, as records keep them."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -42,18 +50,26 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def paired_ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Returns values[i] / others[i] for each round i: a drift of the machine falls on both."""
+    return [a / b for a, b in zip(values, others, strict=True)]
+
+
 def synchronize() -> None:
+    """Waits until the GPU has finished its work. Does nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 FLUSH_BYTES = 4 << 30
-"""Written before each call of `cold`: 70 times an H200's cache, and 1 ms there, in which the host
-queues the call, so that the device does not wait for it inside the measurement."""
+"""Number of bytes that `cold` writes before each call.
+
+This is 70 times the cache of an H200 and takes 1 ms there. In that time the host queues the call,
+so the device does not wait for the host during the measurement."""
 
 
 def once(run: Callable[[], object]) -> float:
-    """Seconds of one call, the device waited for."""
+    """Returns the seconds of one call, including the work that it queued on the device."""
     synchronize()
     start = time.perf_counter()
     run()
@@ -71,11 +87,13 @@ def interleaved(
         contextlib.nullcontext()
     ),
 ) -> dict[str, Timing]:
-    """Times each arm in turn, round after round, so that drift of the machine falls on all
-    alike.
+    """Times all arms in turn, round after round, so that a drift of the machine falls on all alike.
 
-    calls: of an arm in a round, one number or each arm's own; during: what else watches an arm's
-    calls of a round. It enters and leaves with the device idle, outside the time taken.
+    arms: name -> function without arguments.
+    calls: number of calls per round, for all arms or for each arm.
+    warmup: number of calls of each arm that come first and are not timed.
+    during: name -> context manager that is active during the calls of an arm in a round. It is
+        entered and left while the device is idle, outside the time that is measured.
     """
 
     def measure(name: str, run: Callable[[], object]) -> float:
@@ -88,17 +106,18 @@ def interleaved(
             synchronize()
             return (time.perf_counter() - start) / times
 
-    measured = _in_turn(arms, measure, rounds, warmup)
+    measured = _measure_in_turn(arms, measure, rounds, warmup)
     return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}
 
 
 def cold(
     arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> dict[str, Timing]:
-    """`interleaved` for what takes microseconds on a GPU: each call's time on the device, by CUDA
-    events, with none of its inputs in the cache. That is full of unwritten lines before the call as
-    it is after one, so that a call pays for the writing of as many bytes as it writes. Without CUDA
-    `interleaved` itself, one call a round, with whatever is in the cache."""
+    """Times single calls that take microseconds on a GPU, with empty caches, by CUDA events.
+
+    Before each call the cache is filled with unwritten lines, so that a call also pays for writing
+    back as many bytes as it writes. Without CUDA, this is `interleaved` with one call per round.
+    """
     if not torch.cuda.is_available():
         return interleaved(arms, rounds=rounds, calls=1, warmup=warmup)
     free, _ = torch.cuda.mem_get_info()
@@ -112,7 +131,7 @@ def cold(
         end.record()
         return start, end
 
-    measured = _in_turn(arms, measure, rounds, warmup)
+    measured = _measure_in_turn(arms, measure, rounds, warmup)
     synchronize()
     return {
         name: Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in events))
@@ -121,15 +140,17 @@ def cold(
 
 
 class Marks:
-    """Instants within a call, taken where the work is done: by CUDA events, which the host does not
-    wait for, or else by the wall clock."""
+    """Splits the time of a call into named parts.
+
+    On a GPU the instants are CUDA events, which the host does not wait for.
+    """
 
     def __init__(self) -> None:
         self._instants: list[tuple[str, Any]] = []
         self("start")
 
     def __call__(self, name: str) -> None:
-        """What was done since the mark before was `name`."""
+        """Names the work since the mark before."""
         if torch.cuda.is_available():
             instant: Any = torch.cuda.Event(enable_timing=True)
             instant.record()
@@ -138,7 +159,7 @@ class Marks:
         self._instants.append((name, instant))
 
     def seconds(self) -> dict[str, float]:
-        """Name -> seconds in all, in order of first appearance."""
+        """Returns the total seconds of each name, in the order in which the names first came."""
         synchronize()
         total: dict[str, float] = {}
         for (_, before), (name, after) in itertools.pairwise(self._instants):
@@ -150,19 +171,19 @@ class Marks:
         return total
 
 
-def _in_turn(
+def _measure_in_turn(
     arms: Mapping[str, Callable[[], object]],
     measure: Callable[[str, Callable[[], object]], Any],
     rounds: int,
     warmup: int,
 ) -> dict[str, list[Any]]:
-    """What `measure` says of each arm, once a round."""
+    """Returns the results of `measure` for each arm, one per round."""
     for run in arms.values():
         for _ in range(warmup):
             run()
     measured: dict[str, list[Any]] = {name: [] for name in arms}
     gc.collect()
-    gc.disable()  # as timeit does: collecting what the compiler left took 0.7 s of one round
+    gc.disable()  # as timeit does: collecting the compiler's garbage took 0.7 s of one round
     try:
         for _ in range(rounds):
             for name, run in arms.items():

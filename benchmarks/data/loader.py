@@ -1,24 +1,25 @@
-"""Images a second of each loader, and whether a training step waits for them.
+"""Images per second of each data loader, and whether a training step waits for them.
 
-    python -m benchmarks.data.loader --need 2000  # images a second that the step takes
-    python -m benchmarks.data.loader --cost benchmarks/results/cost_nvidia_h200.json
-    python -m benchmarks.data.loader --data-dir FOLDER --sheet sheet.png  # of any images below it
+`torch` and `dali` are fastgn's own loaders of image files. `timm` is timm's create_loader with the
+same recipe, as in timm's training script. `device` is the loader of CIFAR-10 on the device.
 
-`device`: CIFAR-10's number and size of arrays, with its augmentation. The others: JPEGs at 224
-pixels with the paper's augmentation, from the page cache: decoding and augmenting count, the disk
-does not. The files are those below --data-dir, or ones of ImageNet's usual sizes, made here.
-`torch` and `dali` are `data.build_loader`'s own, `timm` is timm's create_loader with the same
-recipe, as timm's training script has it.
+    python -m benchmarks.data.loader --need 2000  # images per second that the step takes
+    python -m benchmarks.data.loader --cost benchmarks/results/cost_swin_b_nvidia_h200.json
+    python -m benchmarks.data.loader --data-dir FOLDER --sheet sheet.png
 
-The loaders take turns, round after round. A round is a number of batches in the middle of an epoch,
-workers running and their queues drained. First the consumer takes every batch at once, which gives
-images a second, and CPU seconds an image of all processes; then it works as long on a batch as
---need allows, and the share of its time that it waits is what training would lose.
+`device` loads arrays of CIFAR-10's number and size, with its augmentation. The others load JPEGs at
+224 pixels with the paper's augmentation. The JPEGs are in the page cache, so that decoding and
+augmenting count, and the disk does not. They are those below --data-dir, or are made here in the
+usual sizes of ImageNet.
 
---sheet draws 32 of the images twice, the PIL loader's and DALI's side by side.
+The loaders take turns, round after round. A round is some batches in the middle of an epoch, with
+workers that run and queues that were drained. First the consumer takes every batch at once: this
+gives images per second, and CPU time per image of all processes. Then it works on each batch as
+long as --need allows: the share of time that it waits is what training would lose.
 
-Writes benchmarks/results/loader_<device>.json; on a CPU its times are those of one machine, and the
-ratios alone mean something.
+--sheet draws 32 images twice, as the PIL loader and as DALI give them, side by side.
+
+Writes benchmarks/results/loader_<device>.json. On a CPU only the ratios mean something.
 """
 
 import argparse
@@ -27,7 +28,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -42,9 +42,16 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.mixup import Mixup
 
-from benchmarks.common.arguments import RESULTS, ROOT, positive_int
-from benchmarks.common.records import hold
-from benchmarks.common.timing import summary, synchronize
+from benchmarks.common.arguments import (
+    device_name,
+    exit_status,
+    gpu_output,
+    make_parser,
+    positive_int,
+)  # fmt: skip
+from benchmarks.common.records import write_json
+from benchmarks.common.tables import Record, cores, make_table, plus_minus, with_notes
+from benchmarks.common.timing import paired_ratios, summary, synchronize
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.batch import Batch
@@ -52,11 +59,11 @@ from fastgn.data.datasets import Arrays, Dataset, Files
 from fastgn.data.loader import build_loader
 from fastgn.data.transform import replace_posterize
 from fastgn.errors import UserError, check
-from fastgn.files import write_bytes, write_json
+from fastgn.files import write_bytes
 from fastgn.metrics import environment
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500))
-"""Width and height of the most frequent ImageNet images."""
+"""Widths and heights of the most frequent ImageNet images."""
 PAPER = AugmentationConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0)
 LOADERS = ("device", "torch", "timm", "dali")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
@@ -64,17 +71,18 @@ MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loader and what it loads."""
+    """A loader, and what it loads."""
 
     loader: str
     images: str
+    """Description of the images."""
     dataset: Dataset
     augmentation: AugmentationConfig
     img_size: int
 
 
 def jpeg(size: tuple[int, int], draw: torch.Generator) -> bytes:
-    """About 110 KB, ImageNet's mean: smooth shapes with a photograph's grain."""
+    """Returns a JPEG of about 110 KB, ImageNet's mean: smooth shapes with grain."""
     width, height = size
     coarse = torch.rand(1, 3, height // 24, width // 24, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
@@ -86,6 +94,7 @@ def jpeg(size: tuple[int, int], draw: torch.Generator) -> bytes:
 
 
 def jpeg_folder(folder: Path, number: int) -> list[Path]:
+    """Writes some JPEGs into a folder and returns their paths."""
     draw = torch.Generator().manual_seed(0)
     paths = [folder / f"{i:05d}.jpg" for i in range(number)]
     for i, path in enumerate(paths):
@@ -94,6 +103,7 @@ def jpeg_folder(folder: Path, number: int) -> list[Path]:
 
 
 def arrays_case(number: int) -> Case:
+    """Returns the case of the loader of small images on the device."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (number, 3, 32, 32), dtype=torch.uint8, generator=draw)
     split = Arrays(pixels, torch.arange(number) % 10)
@@ -103,14 +113,14 @@ def arrays_case(number: int) -> Case:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Raises UserError where there is none."""
+    """Returns the JPEGs below a folder. Raises UserError if there are none."""
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
     check(bool(paths), f"--data-dir {folder}: there are no JPEGs below it")
     return paths
 
 
 def files_case(loader: str, paths: list[Path], epoch: int) -> Case:
-    """An epoch as long as the measurement, over few files."""
+    """Returns the case of a loader of files. An epoch repeats few files, for the measurement."""
     kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
     listed = (list(map(str, paths)) * (epoch // len(paths) + 1))[:epoch]
     split = Files(listed, torch.arange(epoch) % 1000)
@@ -120,7 +130,7 @@ def files_case(loader: str, paths: list[Path], epoch: int) -> Case:
 
 
 def iterator(case: Case, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
-    """One epoch of the trainer's own loader, or of timm's."""
+    """Returns an epoch of the trainer's own loader, or of timm's."""
     if case.loader == "timm":
         return timm_batches(case, batch_size, workers, device)
     data = DatasetConfig(loader=case.loader, workers=workers)
@@ -140,7 +150,7 @@ def iterator(case: Case, batch_size: int, workers: int, device: torch.device) ->
 
 
 class TimmImages(torch.utils.data.Dataset):
-    """What timm's create_loader takes: it sets `transform`."""
+    """Images for timm's create_loader, which sets `transform`."""
 
     transform: Any = None
 
@@ -157,7 +167,7 @@ class TimmImages(torch.utils.data.Dataset):
 def timm_batches(
     case: Case, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """timm's loader and its mixing. Erasing is the workers' on a CPU, the device's on CUDA."""
+    """Yields the batches of timm's loader, mixed. On CUDA, erasing happens on the device."""
     cfg = case.augmentation
     assert isinstance(case.dataset.train, Files)
     loader = create_loader(
@@ -187,17 +197,21 @@ def timm_batches(
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """What a consumer saw."""
+    """Images that a consumer took in one round, and the time."""
 
     images: int
     seconds: float
     waited_s: float
+    """Seconds in which the consumer waited for batches."""
     cpu_s: float
+    """CPU seconds of all processes."""
 
 
 def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
-    """Takes a number of batches and works work_s on each: asleep, as a host that has queued a step
-    is."""
+    """Takes some batches and works on each.
+
+    work_s: seconds of work per batch. The host sleeps, as it does after it has queued a step.
+    """
     images, waited_s = 0, 0.0
     synchronize()
     cpu = cpu_seconds()
@@ -214,7 +228,7 @@ def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those below it that live, threads included (Linux)."""
+    """Returns the CPU seconds of this process and its living descendants (Linux)."""
     parents, used = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -243,7 +257,7 @@ def measure(
     need: float | None,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """A row a loader. need: images a second that the consumer would take."""
+    """Returns a row for each loader. need: images per second that the consumer could take."""
     sources = [iterator(case, batch_size, workers, device) for case in cases]
     free: list[list[Round]] = [[] for _ in cases]
     paced: list[list[Round]] = [[] for _ in cases]
@@ -253,7 +267,7 @@ def measure(
             for source, case, these, those in zip(sources, cases, free, paced, strict=True):
                 consume(source, warmup(case, workers), 0)
                 if not number:
-                    continue  # what is compiled and cached
+                    continue  # the first round compiles and fills caches
                 these.append(consume(source, batches, 0))
                 if need:
                     those.append(consume(source, batches, work_s))
@@ -284,14 +298,14 @@ def measure(
 
 
 def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str, float]] | None:
-    """How many times a loader is as fast as another, and how many times less CPU time it takes,
-    round by round."""
+    """Returns how many times a loader is as fast as another, and takes less CPU time."""
     found = {row["loader"]: row["rounds"] for row in rows}
     if not {name, base} <= found.keys():
         return None
-    pairs = list(zip(found[name], found[base], strict=True))
-    speeds = [x["images_per_s"] / y["images_per_s"] for x, y in pairs]
-    cpu = [y["cpu_ms_an_image"] / x["cpu_ms_an_image"] for x, y in pairs]
+    speeds, cpu = (
+        paired_ratios(*([r[key] for r in found[n]] for n in order))
+        for key, order in (("images_per_s", (name, base)), ("cpu_ms_an_image", (base, name)))
+    )
     return {
         "images_per_s": summary(speeds) | {"median": statistics.median(speeds)},
         "cpu_ms_an_image": summary(cpu) | {"median": statistics.median(cpu)},
@@ -299,12 +313,12 @@ def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str
 
 
 def warmup(case: Case, workers: int) -> int:
-    """Batches until the queues hold nothing that the workers made before anyone asked."""
+    """Returns how many batches drain the queues of what was made before the round."""
     return 2 if case.loader == "device" else 2 * workers + 4
 
 
 def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
-    """Eight rows of four pairs: left by PIL, right by DALI."""
+    """Draws eight rows of four pairs: left from PIL, right from DALI."""
     pair = []
     for loader in ("torch", "dali"):
         plain = AugmentationConfig(aa=PAPER.aa)
@@ -321,8 +335,10 @@ def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
 
 
 def need_of(cost: Path) -> float:
-    """The fastest gradnorm step's images a second in benchmarks/step/cost.py's record. Raises
-    UserError."""
+    """Returns the images per second of the fastest gradnorm step in a record of cost.py.
+
+    Raises UserError if there is none.
+    """
     try:
         record = json.loads(cost.read_text())
     except (OSError, ValueError) as error:
@@ -333,59 +349,71 @@ def need_of(cost: Path) -> float:
     return max(rates)
 
 
-def main() -> int:
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loaders", nargs="+", choices=LOADERS, default=None)
-    parser.add_argument("--data-dir", type=Path, help="JPEGs to read")
-    parser.add_argument("--sheet", type=Path, help="PNG of 32 images by PIL and DALI; nothing else")
-    needs = parser.add_mutually_exclusive_group()
-    needs.add_argument("--need", type=float, metavar="IMAGES_PER_S", help="what the step takes")
-    needs.add_argument("--cost", type=Path, help="benchmarks/step/cost.py's JSON, for the same")
-    parser.add_argument("--batch-size", type=positive_int, default=64 if cuda else 16)
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="of every loader but device"
+def installed() -> list[str]:
+    """Returns the loaders that can run on this machine."""
+    try:
+        found = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        found = False
+    return [x for x in LOADERS if x != "dali" or found]
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Returns a row as a line for the terminal."""
+    rate, waits = row["images_per_s"], row["wait_share"]
+    text = f"{row['loader']}: {rate['mean']:.0f} ± {rate['std']:.0f} images/s, "
+    text += f"{row['cpu_ms_an_image']['mean']:.2f} CPU ms per image"
+    if waits is not None:
+        text += f" of {row['need_images_per_s']:.0f} needed, waits {100 * waits['mean']:.0f} %"
+    return text
+
+
+def table(record: Record) -> str:
+    """Returns the table of one machine."""
+    ratios, gpu = record.get("ratios", {}), record["meaningful_times"]
+
+    def ratio(row: Any, key: str) -> str:
+        return plus_minus(ratios.get(f"dali over {row['loader']}", {}).get(key), ".2f")
+
+    columns = {
+        "loader": lambda r: r["loader"],
+        "images/s": lambda r: plus_minus(r["images_per_s"], ".0f") if gpu else "",
+        "CPU ms an image": lambda r: plus_minus(r["cpu_ms_an_image"], ".1f") if gpu else "",
+        "waiting": lambda r: f"{100 * r['wait_share']['mean']:.1f} %" if r["wait_share"] else "",
+        "dali: times as fast": lambda r: ratio(r, "images_per_s"),
+        "dali: times less CPU time": lambda r: ratio(r, "cpu_ms_an_image"),
+    }
+    # the times of a CPU mean nothing alone
+    rows = [r for r in record["rows"] if gpu or f"dali over {r['loader']}" in ratios]
+    row = record["rows"][-1]
+    return with_notes(
+        make_table(rows, columns),
+        record,
+        f"{cores(record)}: {row['images']}, {row['img_size']} px, the paper's augmentation, batch "
+        f"{row['batch_size']}, {row['workers']} workers",
+        f"mean ± deviation over {row['images_per_s']['n']} interleaved rounds",
+        "timm: its create_loader",
     )
-    parser.add_argument("--rounds", type=positive_int, default=3)
-    parser.add_argument("--batches", type=positive_int, default=30 if cuda else 4, help="a round")
-    parser.add_argument(
-        "--files", type=positive_int, default=512 if cuda else 64, help="JPEGs to make"
-    )
-    parser.add_argument("--smoke", action="store_true", help="toy sizes")
-    parser.add_argument("--output", type=Path, help="JSON")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures the loaders, or draws the sheet."""
     if args.smoke:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
-
-    torch.set_num_threads(
-        1
-    )  # as torchrun has it: the loaders have threads or processes of their own
-    device = torch.device("cuda" if cuda else "cpu")
-    name = torch.cuda.get_device_name() if cuda else "cpu"
-    slug = re.sub(r"\W+", "_", name.lower())
-    results = RESULTS if cuda else ROOT / "runs"
-    output = args.output or results / f"loader_{slug}.json"
-    hold(output)
+    torch.set_num_threads(1)  # as torchrun does: the loaders have their own threads and processes
+    cuda = torch.cuda.is_available()
+    device, output = torch.device("cuda" if cuda else "cpu"), gpu_output(args, "loader")
     need, why = args.need, None
-    try:
-        check(need is None or need > 0, f"--need {need} must be positive")
-        workers = min(args.workers, os.cpu_count() or 1)  # as build_loader has it
-        check(workers >= 0, f"--workers {workers} must be at least 0")
-        if args.cost is not None and args.cost.exists():
-            need = need_of(args.cost)
-        elif args.cost is not None:
-            why = f"--cost {args.cost}: there is no such file"
-            print(f"{why}: images a second alone, no waiting")
-    except UserError as error:
-        print(f"loader.py: error: {error}", file=sys.stderr)
-        return 2
-
+    check(need is None or need > 0, f"--need {need} must be positive")
+    workers = min(args.workers, os.cpu_count() or 1)  # as build_loader does
+    check(workers >= 0, f"--workers {workers} must be at least 0")
+    if args.cost is not None and args.cost.exists():
+        need = need_of(args.cost)
+    elif args.cost is not None:
+        why = f"--cost {args.cost}: there is no such file"
+        print(f"{why}: waiting is not measured")
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            below = files_below(args.data_dir) if args.data_dir else None
-        except UserError as error:
-            print(f"loader.py: error: {error}", file=sys.stderr)
-            return 2
+        below = files_below(args.data_dir) if args.data_dir else None
         paths = below or jpeg_folder(Path(folder), args.files)
         if args.sheet:
             sheet(paths, args.sheet, device)
@@ -396,17 +424,10 @@ def main() -> int:
             arrays_case(max(50_000, epoch)) if x == "device" else files_case(x, paths, epoch)
             for x in args.loaders or installed()
         ]
-        rows = measure(
-            cases,
-            batch_size=args.batch_size,
-            workers=workers,
-            batches=args.batches,
-            rounds=args.rounds,
-            need=need,
-            device=device,
-        )
+        size = {"batch_size": args.batch_size, "batches": args.batches, "rounds": args.rounds}
+        rows = measure(cases, **size, workers=workers, need=need, device=device)
     ratios = {f"dali over {x}": over(rows, "dali", x) for x in ("torch", "timm")}
-    content = {"device": name, "meaningful_times": cuda and not args.smoke, "rows": rows}
+    content = {"device": device_name(), "meaningful_times": cuda and not args.smoke, "rows": rows}
     content |= {"ratios": {k: v for k, v in ratios.items() if v}}
     content |= {"need_unknown": why, "batches_per_round": args.batches}
     write_json(output, content | environment())
@@ -420,22 +441,25 @@ def main() -> int:
     return 0
 
 
-def installed() -> list[str]:
-    """The loaders that can run here."""
-    try:
-        found = importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        found = False
-    return [x for x in LOADERS if x != "dali" or found]
-
-
-def line_of(row: dict[str, Any]) -> str:
-    rate, waits = row["images_per_s"], row["wait_share"]
-    text = f"{row['loader']}: {rate['mean']:.0f} ± {rate['std']:.0f} images/s, "
-    text += f"{row['cpu_ms_an_image']['mean']:.2f} CPU ms an image"
-    if waits is not None:
-        text += f" of {row['need_images_per_s']:.0f} needed, waits {100 * waits['mean']:.0f} %"
-    return text
+def main() -> int:
+    """Returns the exit status: 2 for a user's mistake."""
+    cuda = torch.cuda.is_available()
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--loaders", nargs="+", choices=LOADERS, help="default: all that are installed")
+    add("--data-dir", type=Path, help="folder with JPEGs to read")
+    add("--sheet", type=Path, help="PNG to draw 32 images into, from PIL and DALI")
+    needs = parser.add_mutually_exclusive_group()
+    needs.add_argument("--need", type=float, metavar="IMAGES_PER_S", help="speed of the step")
+    needs.add_argument("--cost", type=Path, help="record of cost.py with the speed of the step")
+    add("--batch-size", type=positive_int, default=64 if cuda else 16)
+    add("--workers", type=int, default=os.cpu_count(), help="for every loader but device")
+    add("--rounds", type=positive_int, default=3)
+    add("--batches", type=positive_int, default=30 if cuda else 4, help="batches per round")
+    add("--files", type=positive_int, default=512 if cuda else 64, help="number of JPEGs to make")
+    add("--smoke", action="store_true", help="use toy sizes")
+    args = parser.parse_args()
+    return exit_status("loader.py", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,40 @@
-"""What the data of a small set cost against the training on them, batch for batch.
+"""Time of the data loader of small images, over the time of the update that uses them.
+
+A batch of the device loader, of CIFAR-10's size (with random pixels), is shifted, flipped and
+smoothed. It is compared with a gradnorm update of PreActResNet-18, in interleaved rounds. The share
+should stay below 5 %.
 
     python -m benchmarks.data.small_data --batch-size 128 --precision bf16
 
-The device loader's batch of CIFAR-10's size (noise for pixels), shifted, flipped and smoothed,
-beside an update of PreActResNet-18 by gradnorm: `train.build`'s own loader and step, in interleaved
-rounds. All other options are fastgn.train's, such as --reprob 0.25 --mixup 0.8. On CUDA, and by
---compile on, the batch is one graph. The share is to stay below 5 %.
+Loader and step are those of fastgn.train. All other options are fastgn.train's, such as
+--reprob 0.25 --mixup 0.8. On CUDA, and with --compile on, making a batch is one graph.
 
-Writes benchmarks/results/small_data_<device>.json; on a CPU into runs/ alone.
+Writes benchmarks/results/small_data_<device>.json, on a CPU to runs/.
 """
 
 import argparse
-import re
+import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.common.arguments import RESULTS, ROOT
-from benchmarks.common.records import hold
-from benchmarks.common.timing import interleaved, summary
+from benchmarks.common.arguments import (
+    device_name,
+    exit_status,
+    gpu_output,
+    make_parser,
+    positive_int,
+)  # fmt: skip
+from benchmarks.common.records import write_json
+from benchmarks.common.tables import Record, cores
+from benchmarks.common.timing import interleaved, paired_ratios, summary
 from fastgn.config.cli import parse_config
-from fastgn.data.batch import Batch
 from fastgn.distributed import session
-from fastgn.errors import UserError
-from fastgn.files import write_json
 from fastgn.metrics import environment
-from fastgn.run import Run
 from fastgn.setup import build
 
 RUN = (
@@ -40,7 +45,7 @@ TARGET = 0.05
 
 
 def noise(folder: Path, number: int) -> Path:
-    """CIFAR-10 as fastgn.train takes it, of random pixels."""
+    """Writes random images as an .npz that fastgn.train takes for CIFAR-10. Returns its path."""
     draw, path = np.random.default_rng(0), folder / "noise.npz"
     content = {}
     for split, count in (("train", number), ("test", 10)):
@@ -50,68 +55,63 @@ def noise(folder: Path, number: int) -> Path:
     return path
 
 
-def endless(run: Run) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        yield from run.loader.epoch(epoch)
-        epoch += 1
+def table(record: Record) -> str:
+    """Returns the share in one sentence."""
+    share, options = record["share"], " ".join(record["options"])
+    return (
+        f"`device`, {cores(record)}: a batch of {record['batch_size']} images as CIFAR-10's takes "
+        f"{share['mean']:.2%} ± {share['std']:.2%} (n = {share['n']}) of PreActResNet-18's "
+        f"gradnorm update on them, with {options}; torch {record['versions']['torch']} "
+        f"(`benchmarks/results/{record['file']}`)."
+    )
+
+
+def run(args: argparse.Namespace, options: Sequence[str]) -> int:
+    """Measures batches and updates. options: for fastgn.train."""
+    output = gpu_output(args, "small_data")
+    with tempfile.TemporaryDirectory() as folder, session() as world:
+        data = ("--data-dir", str(noise(Path(folder), args.images)))
+        flags = (*RUN, *data, "--batch-size", str(args.batch_size), *options)
+        run = build(parse_config([*flags, "--output", f"{folder}/run"]), world)
+        batches = itertools.chain.from_iterable(map(run.loader.epoch, itertools.count()))
+        batch = next(batches)
+
+        def update() -> None:
+            run.compute_gradients([batch], run.ramp, run.update)
+            run.apply_gradients(1e-4)
+
+        arms = {"data": lambda: next(batches), "training": update}
+        timings = interleaved(arms, rounds=args.rounds, calls=args.calls)
+        if run.metrics is not None:
+            run.metrics.close()
+    share = summary(paired_ratios(timings["data"].rounds, timings["training"].rounds))
+    record = {
+        "file": output.name,
+        "device": device_name(),
+        "meaningful_times": torch.cuda.is_available(),
+        "batch_size": args.batch_size,
+        "options": list(options),
+        **{f"{name}_ms": summary([1e3 * s for s in t.rounds]) for name, t in timings.items()},
+        "share": share,
+        "enough": share["mean"] < TARGET,
+        **environment(),
+    }
+    write_json(output, record)
+    print(f"{table(record)} It should stay below {TARGET:.0%}. -> {output}")
+    return 0
 
 
 def main() -> int:
+    """Returns the exit status: 2 for a user's mistake."""
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch-size", type=int, default=128 if cuda else 8)
-    parser.add_argument("--images", type=int, default=50_000, help="in the set")
-    parser.add_argument("--rounds", type=int, default=10 if cuda else 3)
-    parser.add_argument("--calls", type=int, default=20 if cuda else 1, help="batches a round")
-    parser.add_argument("--output", type=Path, help="JSON")
-    args, more = parser.parse_known_args()
-    name = torch.cuda.get_device_name() if cuda else "cpu"
-    results = RESULTS if cuda else ROOT / "runs"
-    slug = re.sub(r"\W+", "_", name.lower())
-    output = args.output or results / f"small_data_{slug}.json"
-    hold(output)
-    try:
-        with tempfile.TemporaryDirectory() as folder, session() as world:
-            data = ("--data-dir", str(noise(Path(folder), args.images)))
-            run_args = (*RUN, *data, "--batch-size", str(args.batch_size), *more)
-            run = build(parse_config([*run_args, "--output", f"{folder}/run"]), world)
-            batches = endless(run)
-            batch = next(batches)
-
-            def update() -> None:
-                run.compute_gradients([batch], run.ramp, run.update)
-                run.apply_gradients(1e-4)
-
-            timings = interleaved(
-                {"data": lambda: next(batches), "training": update},
-                rounds=args.rounds,
-                calls=args.calls,
-            )
-            if run.metrics is not None:
-                run.metrics.close()
-    except UserError as error:
-        print(f"small_data.py: error: {error}", file=sys.stderr)
-        return 2
-    pairs = zip(timings["data"].rounds, timings["training"].rounds, strict=True)
-    share = summary([data / training for data, training in pairs])
-    content = {
-        "device": name,
-        "meaningful_times": cuda,
-        "batch_size": args.batch_size,
-        "options": more,
-        "data_ms": summary([1e3 * s for s in timings["data"].rounds]),
-        "training_ms": summary([1e3 * s for s in timings["training"].rounds]),
-        "share": share,
-        "enough": share["mean"] < TARGET,
-    }
-    write_json(output, content | environment())
-    print(
-        f"data {content['data_ms']['mean']:.2f} ms of {content['training_ms']['mean']:.1f} ms a "
-        f"batch: {share['mean']:.2%} ± {share['std']:.2%} (n = {share['n']}), to stay below "
-        f"{TARGET:.0%} -> {output}"
-    )
-    return 0
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--batch-size", type=positive_int, default=128 if cuda else 8)
+    add("--images", type=positive_int, default=50_000, help="number of images in the data set")
+    add("--rounds", type=positive_int, default=10 if cuda else 3)
+    add("--calls", type=positive_int, default=20 if cuda else 1, help="batches per round")
+    args, options = parser.parse_known_args()
+    return exit_status("small_data.py", lambda: run(args, options))
 
 
 if __name__ == "__main__":

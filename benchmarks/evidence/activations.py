@@ -1,22 +1,25 @@
-"""Which activations gradnorm can fit: the paper's finding (smooth ones) as a spectrum.
+"""Fit and robustness of gradnorm with piecewise linear and smooth activations.
+
+The paper finds that gradnorm needs smooth activations. PreActResNet-18, whose activations are its
+only nonlinear layers but for BatchNorm, is trained naturally with each activation, and from there
+by gradnorm.
 
     python -m benchmarks.evidence.activations
 
-PreActResNet-18, whose activations are its only nonlinear layers but for BatchNorm, is trained
-naturally with each and from there by gradnorm. Against it stand three properties of the activation
-f, all of f'' where it exists, in float64 on a fine grid:
+Three properties of an activation f are computed from f'' where it exists, in float64 on a fine
+grid:
 
-  width    (integral of |f''|)^2 / integral of f''^2: how wide the bend is, in the units of what
-           goes in, which BatchNorm brings to about 1. It decides how many units a batch finds in a
-           bend, and only of those can the penalty's gradient know where they are: softplus has
-           6 / beta, a kink 0.
-  largest  |f''|: how sharp the bend is.
+  width    (integral of |f''|)^2 / integral of f''^2: how wide the bend is, in units of the input,
+           which BatchNorm brings to about 1. It decides how many units of a batch lie in a bend,
+           and only for those does the penalty's gradient know where they are. softplus has 6 / beta
+           and a kink has 0.
+  largest  the largest |f''|: how sharp the bend is.
   kink     share of the change of f' that lies in kinks, where f'' does not exist.
 
-How well the objective is fitted: cross-entropy and penalty of the training images, unaugmented, in
-eval mode, before and after.
+The fit is measured by cross-entropy and penalty of training images without augmentation, in eval
+mode, before and after gradnorm.
 
-Writes benchmarks/results/activations_<data>_<device>.json and a picture.
+Writes benchmarks/results/activations_<data>_<device>.json.
 """
 
 import argparse
@@ -30,17 +33,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import ROOT, output_for, positive_int
+from benchmarks.common.arguments import device_name, exit_status, output_for, positive_int
 from benchmarks.common.records import write_record
+from benchmarks.common.tables import (
+    Record,
+    accuracy_columns,
+    device,
+    make_table,
+    over_seeds,
+    with_notes,
+)  # fmt: skip
 from benchmarks.common.timing import summary
 from benchmarks.evidence import trials
-from benchmarks.evidence.robustness import statistics_of
-from benchmarks.evidence.trials import Trial
+from benchmarks.evidence.trials import Trial, statistics_of
 from fastgn.config import Config
 from fastgn.data.datasets import load_dataset
 from fastgn.data.subset import Subset
-from fastgn.errors import UserError, check
-from fastgn.files import write_bytes
 from fastgn.metrics import environment
 from fastgn.models.activations import parse_activation
 from fastgn.objectives import gradnorm
@@ -52,22 +60,28 @@ SPECTRUM = (
     "tanh",
 )
 REACH, STEP = 40.0, 1e-3
-"""The grid; no point of it is 0, where the kinks are."""
+"""Half the length and the step of the grid. No point of it is 0, where the kinks are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
+    """How the networks are trained and attacked."""
+
     base: Config
     start_epochs: int
+    """Epochs of natural training."""
     epochs: int
+    """Epochs of gradnorm."""
     eps: float
     images: int
-    """AutoAttack's."""
+    """Number of images that AutoAttack attacks."""
     pgd_images: int
+    """Number of images that PGD-20 attacks."""
     attack: str = "autoattack"
 
 
 def setting(data: str, smoke: bool) -> Setting:
+    """Returns the setting for a data set."""
     small = data == "digits"
     base = Config().replace(
         **{"data": data, "model": "preact_resnet18", "smoothing": 0.0, "clip_grad": 1.0},
@@ -84,7 +98,7 @@ def setting(data: str, smoke: bool) -> Setting:
 
 
 def properties(name: str) -> dict[str, float]:
-    """See the script's head."""
+    """Returns width, largest and kink of an activation, see the head of this file."""
     layer, arguments = parse_activation(name)
     f = layer(**arguments).double()
     x = torch.arange(-REACH + STEP / 2, REACH, STEP, dtype=torch.float64).requires_grad_()
@@ -102,7 +116,7 @@ def properties(name: str) -> dict[str, float]:
 
 
 def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
-    """Cross-entropy and penalty at full strength of `count` training images."""
+    """Returns objective, cross-entropy and penalty (full strength) of `count` training images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_trained(str(folder), device).model
     images = Subset(
@@ -124,7 +138,7 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
-    """Spearman's."""
+    """Returns Spearman's rank correlation of pairs."""
 
     def ranks(values: Sequence[float]) -> list[float]:
         return [statistics.fmean(i for i, v in enumerate(sorted(values)) if v == x) for x in values]
@@ -132,109 +146,123 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.correlation(*(ranks(v) for v in zip(*pairs, strict=True)))
 
 
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    from fastgn.analysis.canvas import log_axis, to_png
-
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    eps = record["eps"]
-    columns = (
-        (f"accuracy under AutoAttack at {eps:.4g}", lambda r: r["robust_mean"]["mean"]),
-        ("clean accuracy", lambda r: r["clean_mean"]["mean"]),
-        ("training objective after / before", lambda r: r["objective_ratio"]["mean"]),
-    )
-    for axes, (label, value) in zip(panels, columns, strict=True):
-        kinks, widths = 0, []
-        for row in record["rows"]:
-            kinked = row["kink"] > 0.5
-            at = (max(row["width"], 0.02 / 2.5**kinks), value(row))
-            kinks += kinked
-            widths.append(at[0])
-            axes.plot(*at, "o", color="tab:red" if kinked else "tab:blue")
-            text = {"textcoords": "offset points", "xytext": (4, 3), "fontsize": 7}
-            axes.annotate(row["activation"], at, **text)
-        log_axis(axes, "x", [min(widths) / 1.3, max(widths) * 1.3])
-        axes.set(xlabel="width of the bend (red: kinks, of width 0, side by side)", title=label)
-        axes.grid(alpha=0.3)
-    figure.suptitle(f"gradnorm by activation: {record['network']}, {record['data']}")
-    write_bytes(path, to_png(figure))
-
-
 def of(row: Mapping[str, Any], attack: str) -> dict[str, float]:
+    """Returns the accuracy of a row under an attack."""
     return next(r["accuracy"] for r in row["accuracy"] if r["attack"] == attack)
 
 
-def answers_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the spectrum says of the paper's finding."""
+MEANS = ("clean_mean", "robust_mean", "penalty_ratio", "objective_ratio")
+
+
+def table(record: Record) -> str:
+    """Returns the table of all activations, and below it the means of the two kinds."""
+    rows = sorted(record["rows"], key=lambda r: (r["width"], r["activation"]))
+    columns = {
+        "activation": [row["activation"] for row in rows],
+        "width of the bend": [f"{row['width']:.2g}" for row in rows],
+        "largest f''": [f"{row['largest']:.2g}" for row in rows],
+        "share in kinks": [f"{row['kink']:.0%}" for row in rows],
+        **accuracy_columns(rows),
+        "cross-entropy": [f"{row['ce_after']['mean']:.2f}" for row in rows],
+        "penalty, of the start's": [f"{row['penalty_ratio']['mean']:.1%}" for row in rows],
+        "objective, of the start's": [f"{row['objective_ratio']['mean']:.1%}" for row in rows],
+    }
+    images = record["images"]
+    notes = [
+        f"{record['network']}, {record['data']}, {device(record)}, {record['precision']}, "
+        f"{over_seeds(record['seeds'])}",
+        f"{record['epochs']['natural']} natural epochs, then {record['epochs']['gradnorm']} of "
+        f"gradnorm at eps {record['eps']:.4g}",
+        f"AutoAttack on {images['autoattack']} images, the rest on {images['pgd']}",
+    ]
+    for key, label in (("robust_mean", "AutoAttack"), ("objective_ratio", "the objective left")):
+        if len({r["width"] for r in rows}) > 1 and len({r[key]["mean"] for r in rows}) > 1:
+            value = rank_correlation([(r["width"], r[key]["mean"]) for r in rows])
+            notes.append(f"rank correlation of the bend's width with {label}: {value:+.2f}")
     groups = {
         "piecewise linear": [r for r in rows if r["kink"] > 0.5],
         "smooth": [r for r in rows if r["kink"] <= 0.5],
     }
-    out = []
-    for name, group in groups.items():
-        if group:
-            values = [
-                100 * statistics.fmean(r[k]["mean"] for r in group)
-                for k in ("clean_mean", "robust_mean", "penalty_ratio", "objective_ratio")
-            ]
-            out.append(
-                f"{name} ({len(group)}): clean {values[0]:.1f} %, AutoAttack {values[1]:.1f} %, "
-                f"penalty {values[2]:.1f} % and objective {values[3]:.1f} % of the natural start's"
-            )
-    for key, label in (("robust_mean", "AutoAttack"), ("objective_ratio", "the objective left")):
-        if len({r["width"] for r in rows}) > 1 and len({r[key]["mean"] for r in rows}) > 1:
-            value = rank_correlation([(r["width"], r[key]["mean"]) for r in rows])
-            out.append(f"rank correlation of the bend's width with {label}: {value:+.2f}")
-    return out
+    kinds = [
+        {"kind": f"{name} ({len(group)})"}
+        | {k: f"{100 * statistics.fmean(r[k]['mean'] for r in group):.1f}" for k in MEANS}
+        for name, group in groups.items()
+        if group
+    ]
+    headings = ("kind", "clean, %", "AutoAttack, %", "penalty, % of the start's")
+    headings += ("objective, % of the start's",)
+    keys = zip(headings, ("kind", *MEANS), strict=True)
+    second = make_table(kinds, {heading: (lambda r, k=key: r[k]) for heading, key in keys})
+    return f"{with_notes(make_table(rows, columns), record, *notes)}\n\n{second}"
+
+
+def rows_of(
+    plan: Sequence[tuple[str, Trial]], work: Path, attack: str, train_images: int
+) -> list[dict[str, Any]]:
+    """Returns the rows of the record, from what is finished."""
+    rows = []
+    for name in dict.fromkeys(name for name, _ in plan):
+        row: dict[str, Any] = {"activation": name, **properties(name), "seeds": [], "failed": []}
+        for trial in (t for n, t in plan if n == name):
+            found, seed = trials.result(trial, work), {"seed": trial.cfg.run.seed}
+            if found and found["failed"]:
+                row["failed"].append(seed | {"why": found["failed"]})
+            elif found and len(found["accuracy"]) == 3:
+                assert trial.start is not None
+                folders = {"before": trial.start.key, "after": trial.key}
+                fits = {k: fitted(work / f, trial.cfg, train_images) for k, f in folders.items()}
+                found.pop("seconds")
+                row["seeds"].append(seed | fits | found)
+        if seeds := row["seeds"]:
+            row["accuracy"] = statistics_of(seeds)
+            for key in ("objective", "penalty"):
+                ratios = [x["after"][key] / x["before"][key] for x in seeds]
+                row[f"{key}_ratio"] = summary(ratios)
+            for key in ("ce", "penalty"):
+                row[f"{key}_after"] = summary([x["after"][key] for x in seeds])
+                row[f"{key}_before"] = summary([x["before"][key] for x in seeds])
+            row |= {"clean_mean": of(row, "clean"), "robust_mean": of(row, attack)}
+        rows.append(row)
+    return rows
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Makes the trainings that are missing, and writes the record."""
     deadline = time.time() + 60 * args.minutes
-    gpu = torch.cuda.is_available()
-    s = setting(args.data, args.smoke)
+    s, precision = setting(args.data, args.smoke), trials.device_precision()
     cfg = s.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {})
-    precision = trials.device_precision()
     cfg = cfg.replace(precision=precision, eps=s.eps, eval_eps=s.eps)
     names = tuple(dict.fromkeys(args.activations))
-    found = {name: properties(name) for name in names}
-    check(args.seeds > 0, f"--seeds {args.seeds} must be at least 1")
-    device = "cuda" if gpu else "cpu"
-    free = {"data_dir", "minutes", "processes", "work", "plot", "data"}
-    output = output_for(f"activations_{args.data}_{device}.json", parser, args, free)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    free = {"data_dir", "minutes", "processes", "work", "data"}
+    output = output_for(f"activations_{args.data}_{where}.json", parser, args, free)
     work = trials.work_folder(args, "activations")
     evaluations = (
         ("--attacks", "clean", "pgd-20", "--eps", repr(s.eps), "--num-images", str(s.pgd_images)),
         ("--attacks", s.attack, "--eps", repr(s.eps), "--num-images", str(s.images)),
     )
+
+    def with_epochs(c: Config, epochs: int) -> Config:
+        shares = {"warmup_epochs": 0.1 * epochs, "ramp_epochs": 0.25 * epochs}
+        return c.replace(epochs=epochs, eval_interval=max(1, epochs // 4), **shares)
+
     plan = []
     for seed in range(args.seeds):
         for name in names:
             own = cfg.replace(activation=name, seed=seed)
-
-            def budget(c: Config, epochs: int) -> Config:
-                shares = {"warmup_epochs": 0.1 * epochs, "ramp_epochs": 0.25 * epochs}
-                return c.replace(epochs=epochs, eval_interval=max(1, epochs // 4), **shares)
-
-            start = Trial(
-                f"natural_{name}_s{seed}", budget(own.replace(method="natural"), s.start_epochs)
-            )
-            trial = Trial(f"gradnorm_{name}_s{seed}", budget(own, s.epochs), evaluations, start)
-            plan.append((name, trial))
-    order = [t for _, trial in plan for t in (trial.start, trial) if t is not None]
-    finished = True
-    if args.processes == 1:
-        finished = trials.run_all(order, work, processes=1, deadline=deadline)
-    else:
-        for half in (order[::2], order[1::2]):  # natural starts first
-            options = {"processes": args.processes, "deadline": deadline}
-            finished = finished and trials.run_all(half, work, **options)
+            natural = with_epochs(own.replace(method="natural"), s.start_epochs)
+            start = Trial(f"natural_{name}_s{seed}", natural)
+            trained = with_epochs(own, s.epochs)
+            plan.append((name, Trial(f"gradnorm_{name}_s{seed}", trained, evaluations, start)))
+    every = [trial for _, trial in plan]
+    finished = trials.run_with_starts(every, work, processes=args.processes, deadline=deadline)
+    train_images = 256 if args.smoke else 1437 if args.data == "digits" else 5000
+    rows = rows_of(plan, work, s.attack, train_images)
     record: dict[str, Any] = {
         "script": "benchmarks/evidence/activations.py",
         "file": output.name,
         "data": args.data,
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "device": device_name(),
         "network": f"PreActResNet-18, {', '.join(cfg.architecture.model_kwargs)}",
         "epochs": {"natural": s.start_epochs, "gradnorm": s.epochs},
         "eps": s.eps,
@@ -242,73 +270,24 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         "precision": precision,
         "seeds": args.seeds,
         **environment(),
-        "rows": [],
-        "failed": [],
+        "rows": [row for row in rows if row["seeds"]],
+        "failed": [{"activation": r["activation"], **f} for r in rows for f in r["failed"]],
+        "complete": finished,
     }
-    train_images = 256 if args.smoke else 1437 if args.data == "digits" else 5000
-    for name in names:
-        seeds = []
-        for trial in (t for n, t in plan if n == name):
-            result = trials.result(trial, work)
-            if result and result["failed"]:
-                seed = trial.cfg.run.seed
-                record["failed"].append({"activation": name, "seed": seed, "why": result["failed"]})
-            elif result and len(result["accuracy"]) == 3:
-                before = fitted(work / trial.start.key, trial.cfg, train_images)
-                after = fitted(work / trial.key, trial.cfg, train_images)
-                result.pop("seconds")
-                seeds.append(
-                    {"seed": trial.cfg.run.seed, "before": before, "after": after} | result
-                )
-        if seeds:
-            row = {"activation": name, **found[name], "accuracy": statistics_of(seeds)}
-            for key in ("objective", "penalty"):
-                ratios = [x["after"][key] / x["before"][key] for x in seeds]
-                row[f"{key}_ratio"] = summary(ratios)
-            for key in ("ce", "penalty"):
-                row[f"{key}_after"] = summary([x["after"][key] for x in seeds])
-                row[f"{key}_before"] = summary([x["before"][key] for x in seeds])
-            row |= {"clean_mean": of(row, "clean"), "robust_mean": of(row, s.attack)}
-            record["rows"].append(row | {"seeds": seeds})
-    record["complete"] = finished
-    record["notes"] = [
-        {
-            "question": "Does gradnorm need a smooth activation?",
-            "answers": answers_of(record["rows"]),
-        }
-    ]
     output = write_record(output, record)
-    if record["rows"]:
-        picture = args.plot or ROOT / "runs" / f"{output.stem}.png"
-        draw(record, picture)
-        print(f"picture: {picture}")
-    for line in record["notes"][0]["answers"]:
-        print(line)
-    for failure in record["failed"]:
-        print(f"FAILED: {failure['activation']}, seed {failure['seed']}: {failure['why']}")
-    if not finished:
-        print("stopped: say the same again to go on")
     print(f"{len(record['rows'])} of {len(names)} activations -> {output}")
-    return int(bool(names) and len(record["failed"]) == len(plan))
+    return trials.exit_status(rows, finished, len(plan))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Its exit status: 2 for a mistake of the user's, 1 where every training failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Returns the exit status: 2 for a user's mistake, 1 if every training failed."""
+    parser = trials.make_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=("digits", "cifar10"), default="digits")
-    trials.add_arguments(parser)
     add("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]")
-    add("--seeds", type=positive_int, default=1, help="how many, from 0")
-    add("--plot", type=Path, help="PNG")
+    add("--seeds", type=positive_int, default=1, help="number of seeds, from 0")
     args = parser.parse_args(argv)
-    try:
-        return run(parser, args)
-    except UserError as error:
-        print(f"activations.py: error: {error}", file=sys.stderr)
-        return 2
+    return exit_status("activations.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,27 @@
-"""What fastgn.evaluate costs over calling the attacks directly.
+"""Overhead of fastgn.evaluate over direct calls of the attacks.
+
+fastgn's evaluation attacks batch by batch and saves the outcomes of each batch. It is compared with
+a plain loop (clean and PGD-20), or with one call of pyautoattack for all images (apgd-ce and the
+standard AutoAttack). The overhead should stay below 5 %.
 
     python -m benchmarks.evidence.attacks --batch-size 128 --images 512 --eps 1/255
 
-clean, PGD-20, AutoAttack's apgd-ce and its standard version: batch by batch through
-`Attacker.find_correct`, each batch's outcomes saved, as evaluate() does for one model, beside a
-plain loop (clean and PGD) or one call of pyautoattack for all images. That call attacks what an
-attack before has left in full batches, which evaluate's batches, each by itself, do not: their
-price is in the figure. The overhead is to stay below 5 %. Then PGD-20 with gradients in bf16, and
-with --compile the compiled model's, beside fp32 ones: how many times as fast, and the share of
-verdicts that differ.
+The direct call fills batches with images that an earlier attack has left, and fastgn's batches stay
+by themselves: that is in the overhead. PGD-20 is also timed with gradients in bf16, and with
+--compile with a compiled model: how many times as fast, and the share of verdicts that differ.
 
---model: autoattack-resnet18, the CIFAR-10 ResNet-18 in pyautoattack (on CUDA, where none is named),
-tiny, three untrained layers (on a CPU), or any name that fastgn.train takes, untrained. Images are
-noise, or the first test images of --data, an .npz with test_images (uint8 NHWC). A label is what
-the model says of the image, so that both ways attack every one.
+--model: autoattack-resnet18 (the CIFAR-10 network of pyautoattack), tiny (three untrained layers),
+or any untrained model of fastgn.train. Images are noise, or the first test images of --data. Labels
+are the model's own answers, so that both ways attack every image.
 
-Writes benchmarks/results/attacks_<device>.json on CUDA; on a CPU, whose seconds mean nothing but by
-their ratios, runs/attacks_cpu.json.
+Writes benchmarks/results/attacks_<device>.json. On a CPU only the ratios mean something.
 """
 
 import argparse
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -35,17 +32,24 @@ import torch.nn.functional as F
 from pyautoattack.examples.resnet import ResNet18
 from torch import Tensor, nn
 
-from benchmarks.common.arguments import RESULTS, ROOT, positive_int
-from benchmarks.common.records import hold
-from benchmarks.common.timing import Timing, interleaved, summary
+from benchmarks.common.arguments import (
+    ROOT,
+    device_name,
+    exit_status,
+    gpu_output,
+    make_parser,
+    positive_int,
+)  # fmt: skip
+from benchmarks.common.records import write_json
+from benchmarks.common.tables import Record, device, make_table, plus_minus, with_notes
+from benchmarks.common.timing import Timing, interleaved, paired_ratios, summary
 from fastgn.analysis.attacker import Attacker, Precision
 from fastgn.analysis.outcomes import make_part, make_rows
 from fastgn.analysis.parts import Parts
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError
-from fastgn.files import write_json
 from fastgn.metrics import environment
-from fastgn.models import network
+from fastgn.models import network as networks
 
 TARGET = 0.05
 STEPS = 20
@@ -55,6 +59,7 @@ LABELS = 10
 
 
 def tiny() -> nn.Module:
+    """Returns a network of three layers."""
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.GELU()),
         *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GELU()),
@@ -62,8 +67,8 @@ def tiny() -> nn.Module:
     )
 
 
-def build_network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
-    """The model in eval mode on the CPU, and the side of its images. Raises UserError."""
+def network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
+    """Returns a model in eval mode on the CPU, and the side of its images. Raises UserError."""
     torch.manual_seed(0)
     if name == "tiny":
         model, side = tiny(), img_size or 16
@@ -74,13 +79,13 @@ def build_network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
         model, side = ResNet18(), 32
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     else:
-        built, _ = network.build_model(ArchitectureConfig(model=name, img_size=img_size), LABELS)
+        built, _ = networks.build_model(ArchitectureConfig(model=name, img_size=img_size), LABELS)
         model, side = built, built.img_size
     return model.eval().requires_grad_(False), side
 
 
 def images_of(data: Path | None, count: int, side: int) -> Tensor:
-    """count x 3 x side x side in 0..1. Raises UserError."""
+    """Returns images (count, 3, side, side) in 0..1. Raises UserError."""
     if data is None:
         return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
@@ -99,7 +104,7 @@ def images_of(data: Path | None, count: int, side: int) -> Tensor:
 def direct_call(
     model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, name: str, eps: float, size: int
 ) -> float:
-    """The accuracy, as one would write it without fastgn."""
+    """Returns the accuracy, computed as one would without fastgn."""
     device = images_BCHW.device
     if name not in ("clean", PGD):
         custom = {"version": "custom", "attacks": [name]}
@@ -132,7 +137,7 @@ def through_evaluate(
     eps: float,
     output: Path,
 ) -> str:
-    """Every image's outcome, 0 or 1."""
+    """Returns the outcome of each image as a character, 0 or 1, from fastgn's own functions."""
     size, parts, done = attacker.batch_size, Parts(output, [name, attacker.precision]), []
     for first in range(0, len(labels_B), size):
         x, y = images_BCHW[first : first + size], labels_B[first : first + size]
@@ -146,13 +151,12 @@ def through_evaluate(
 
 
 def ratio(above: Timing, below: Timing, less: float = 0) -> dict[str, float]:
-    """Round by round."""
-    pairs = zip(above.rounds, below.rounds, strict=True)
-    return summary([a / b - less for a, b in pairs])
+    """Returns the ratios within each round, minus `less`."""
+    return summary([r - less for r in paired_ratios(above.rounds, below.rounds)])
 
 
 def radius(text: str) -> float:
-    """Of the Linf ball, as 4/255 or 0.0157; an argparse type."""
+    """Returns a radius such as 4/255 or 0.0157. This is a type for argparse."""
     try:
         value = float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -162,106 +166,125 @@ def radius(text: str) -> float:
     return value
 
 
-def parse(cuda: bool) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="autoattack-resnet18" if cuda else "tiny")
-    parser.add_argument("--img-size", type=positive_int, help="side in pixels; the model's own")
-    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    parser.add_argument("--data", type=Path, help=".npz with test_images in place of noise")
-    parser.add_argument("--images", type=positive_int, default=512 if cuda else 32)
-    parser.add_argument("--batch-size", type=positive_int, default=128 if cuda else 16)
-    parser.add_argument("--eps", type=radius, default=1 / 255, help="Linf, in 0..1 pixels")
-    parser.add_argument("--rounds", type=positive_int, default=3)
-    parser.add_argument("--calls", type=positive_int, help="a round, of clean and PGD; 5, or 1")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, two rounds")
-    parser.add_argument("--output", type=Path, help="JSON")
+def parse() -> argparse.Namespace:
+    """Returns the options."""
+    cuda = torch.cuda.is_available()
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="autoattack-resnet18" if cuda else "tiny")
+    add("--img-size", type=positive_int, help="height and width in pixels; default: the model's")
+    add("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
+    add("--data", type=Path, help="an .npz with test_images (N, H, W, 3), uint8, instead of noise")
+    add("--images", type=positive_int, default=512 if cuda else 32, help="number of images")
+    add("--batch-size", type=positive_int, default=128 if cuda else 16)
+    add("--eps", type=radius, default=1 / 255, help="radius in Linf, for pixels in 0..1")
+    add("--rounds", type=positive_int, default=3)
+    add("--calls", type=positive_int, default=5, help="calls per round of clean and PGD-20")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda)
+    add("--smoke", action="store_true", help="use toy sizes and two rounds")
     args = parser.parse_args()
     if args.smoke:
         args.model, args.images, args.batch_size, args.rounds = "tiny", 4, 2, 2
         args.img_size, args.data, args.calls, args.compile = 8, None, 1, False
         args.attacks = [name for name in args.attacks if name != "autoattack"]
-    args.calls = args.calls or 5
+        args.output = args.output or ROOT / "runs" / "attacks_smoke.json"
     return args
 
 
-def main() -> int:
-    cuda = torch.cuda.is_available()
-    args = parse(cuda)
-    card = torch.cuda.get_device_name() if cuda else "cpu"
-    folder = RESULTS if cuda and not args.smoke else ROOT / "runs"
-    slug = re.sub(r"\W+", "_", card.lower())
-    output = args.output or folder / f"attacks_{slug}.json"
-    hold(output)
-    device = torch.device("cuda" if cuda else "cpu")
-    try:
-        model, side = build_network(args.model, args.img_size)
-        images = images_of(args.data, args.images, side).to(device)
-    except UserError as error:
-        print(f"attacks.py: error: {error}", file=sys.stderr)
-        return 2
-    model.to(device)
+def rows(
+    args: argparse.Namespace,
+    timings: dict[str, Timing],
+    found: dict[str, str],
+    others: Sequence[str],
+) -> list[dict]:
+    """Returns the rows of the record. found: arm -> outcomes of its images."""
+    out = []
+    for name in args.attacks:
+        ours, bits = timings[f"{name}, fp32"], found[f"{name}, fp32"]
+        row = {
+            "attack": name,
+            "calls_a_round": args.calls if name in ("clean", PGD) else 1,
+            "robust": bits.count("1") / len(bits),
+            "overhead": ratio(ours, timings[name], less=1),
+        }
+        row["enough"] = row["overhead"]["mean"] < TARGET
+        if torch.cuda.is_available():
+            row["images_per_s"] = summary([args.images / s for s in ours.rounds])
+            row["direct_images_per_s"] = summary([args.images / s for s in timings[name].rounds])
+        for way in others if name == PGD else ():
+            pairs = zip(bits, found[f"{name}, {way}"], strict=True)
+            row[way] = {
+                "times_as_fast": ratio(ours, timings[f"{name}, {way}"]),
+                "differing_verdicts": sum(a != b for a, b in pairs) / len(bits),
+            }
+        out.append(row)
+    return out
+
+
+def table(record: Record) -> str:
+    """Returns the table of one run."""
+    columns = {
+        "attack": lambda r: r["attack"],
+        "over the direct call": lambda r: (
+            f"{100 * r['overhead']['mean']:+.1f} ± {100 * r['overhead']['std']:.1f} %"
+        ),
+        "images/s": lambda r: plus_minus(r.get("images_per_s"), ".0f"),
+        "withstand": lambda r: f"{r['robust']:.1%}",
+    }
+    for way in ("bf16", "compiled"):
+        columns[f"{way}: times as fast"] = lambda r, way=way: plus_minus(
+            r.get(way, {}).get("times_as_fast"), ".2f"
+        )
+        columns[f"{way}: other verdicts"] = lambda r, way=way: (
+            f"{r[way]['differing_verdicts']:.2%}" if way in r else ""
+        )
+    note = (
+        f"{record['model']} on {device(record, 'a CPU')}: {record['number']} images "
+        f"({record['images']}) of {record['img_size']} px in batches of {record['batch_size']}, "
+        f"Linf, eps {255 * record['eps']:g}/255"
+    )
+    rounds = record["rows"][0]["overhead"]["n"]
+    spread = f"mean ± deviation over {rounds} interleaved rounds"
+    return with_notes(make_table(record["rows"], columns), record, note, spread)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Times all attacks in both ways, and writes the record."""
+    cuda, output = torch.cuda.is_available(), gpu_output(args, "attacks")
+    where = torch.device("cuda" if cuda else "cpu")
+    model, side = network(args.model, args.img_size)
+    images = images_of(args.data, args.images, side).to(where)
+    model.to(where)
     with torch.no_grad():
         labels = torch.cat([model(x).argmax(1) for x in images.split(args.batch_size)])
     others = ("bf16", "compiled") if args.compile else ("bf16",)
     arms: dict[str, Callable[[], object]] = {}
     found: dict[str, str] = {}
-    calls = {}
     with tempfile.TemporaryDirectory() as temporary:
 
         def add(name: str, way: str) -> None:
             precision: Precision = "bf16" if way == "bf16" else "fp32"
             compiled = way == "compiled"
-            attacker = Attacker("Linf", 0, args.batch_size, device, precision, compiled)
+            attacker = Attacker("Linf", 0, args.batch_size, where, precision, compiled)
             arm = f"{name}, {way}"
 
-            def run() -> None:
-                found[arm] = through_evaluate(
-                    attacker, model, images, labels, name, args.eps, Path(temporary) / "e.json"
-                )
+            def call() -> None:
+                file = Path(temporary) / "e.json"
+                found[arm] = through_evaluate(attacker, model, images, labels, name, args.eps, file)
 
-            arms[arm] = run
+            arms[arm] = call
 
         for name in args.attacks:
             arms[name] = lambda name=name: direct_call(
                 model, images, labels, name, args.eps, args.batch_size
             )
-            add(name, "fp32")
-            for way in others if name == PGD else ():
+            for way in ("fp32", *(others if name == PGD else ())):
                 add(name, way)
-        for arm in arms:
-            calls[arm] = args.calls if arm.startswith(("clean", PGD)) else 1
+        calls = {arm: args.calls if arm.startswith(("clean", PGD)) else 1 for arm in arms}
         timings = interleaved(arms, rounds=args.rounds, calls=calls, warmup=1)
-    rows = []
-    for name in args.attacks:
-        ours, bits = timings[f"{name}, fp32"], found[f"{name}, fp32"]
-        row = {
-            "attack": name,
-            "calls_a_round": calls[name],
-            "robust": bits.count("1") / len(bits),
-            "overhead": ratio(ours, timings[name], less=1),
-        }
-        row["enough"] = row["overhead"]["mean"] < TARGET
-        if cuda:
-            row["images_per_s"] = summary([args.images / s for s in ours.rounds])
-            row["direct_images_per_s"] = summary([args.images / s for s in timings[name].rounds])
-        for way in others if name == PGD else ():
-            other = found[f"{name}, {way}"]
-            differ = sum(a != b for a, b in zip(bits, other, strict=True)) / len(bits)
-            speed = ratio(ours, timings[f"{name}, {way}"])
-            row[way] = {"times_as_fast": speed, "differing_verdicts": differ}
-            print(
-                f"{name}, {way}: {speed['mean']:.2f} ± {speed['std']:.2f} times as fast, "
-                f"{differ:.2%} other verdicts"
-            )
-        rows.append(row)
-        value = row["overhead"]
-        print(
-            f"{name}: {value['mean']:+.1%} ± {value['std']:.1%} (n = {value['n']}) over the direct "
-            f"call, to stay below {TARGET:.0%}; {row['robust']:.1%} of the images withstand"
-        )
-    content = {
-        "device": card,
+    record = {
+        "file": output.name,
+        "device": device_name(),
         "meaningful_times": cuda,
         "model": args.model,
         "img_size": side,
@@ -269,11 +292,18 @@ def main() -> int:
         "number": args.images,
         "batch_size": args.batch_size,
         "eps": args.eps,
-        "rows": rows,
+        "rows": rows(args, timings, found, others),
+        **environment(),
     }
-    write_json(output, content | environment())
-    print(f"-> {output}")
+    write_json(output, record)
+    print(f"{table(record)}\nThe overhead should stay below {TARGET:.0%}. -> {output}")
     return 0
+
+
+def main() -> int:
+    """Returns the exit status: 2 for a user's mistake."""
+    args = parse()
+    return exit_status("attacks.py", lambda: run(args))
 
 
 if __name__ == "__main__":

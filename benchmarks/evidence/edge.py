@@ -1,15 +1,14 @@
-"""Edge regularisation beside natural training: accuracy on attacked digits.
-
-    python -m benchmarks.evidence.edge                # the same call again continues
+"""Accuracy of edge regularisation and of natural training on attacked digits.
 
 For each seed, all arms start from the same natural weights and train for the same number of epochs.
 PGD-20 and AutoAttack's APGD-CE and APGD-T then attack all held-out images. An image survives
 APGD-CE+T if it survives both.
 
+    python -m benchmarks.evidence.edge  # the same command continues an interrupted one
+
 Writes benchmarks/results/edge_digits_<device>.json.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,11 +18,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import output_for, positive_int
+from benchmarks.common.arguments import exit_status, output_for, positive_int
 from benchmarks.common.records import write_record
+from benchmarks.common.tables import (
+    Record,
+    accuracy_columns,
+    make_table,
+    over_seeds,
+    with_notes,
+)  # fmt: skip
 from benchmarks.evidence import trials
-from benchmarks.evidence.robustness import digits, statistics_of
-from benchmarks.evidence.trials import Trial
+from benchmarks.evidence.robustness import digits
+from benchmarks.evidence.trials import Trial, statistics_of
 from fastgn.config import Config
 from fastgn.metrics import environment
 
@@ -83,15 +89,32 @@ def row_of(arm: str, runs: Sequence[tuple[int, Trial]], work: Path) -> dict[str,
     return {"arm": arm, "seeds": seeds, "failed": failed, "accuracy": statistics_of(seeds)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 1 if any training failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def table(record: Record) -> str:
+    """Returns the table of all arms."""
+    shown = ("clean", "pgd-20", "apgd-ce+t")
+    rows = [
+        row | {"accuracy": [a for a in row["accuracy"] if a["attack"] in shown]}
+        for row in record["rows"]
+    ]
+    columns = {"arm": [row["arm"] for row in rows]} | accuracy_columns(rows)
+    epochs, training = record["epochs"], record["training"]
+    weight = 19  # --edge-weight, which the record does not name
+    start = weight * training["ramp_start"]
+    growth = (weight - start) / training["ramp_epochs"]
+    return with_notes(
+        make_table(rows, columns),
+        record,
+        f"{record['data']}, a Swin of 16 pixels, {over_seeds(record['seeds'])}",
+        f"{record['images']} held-out images",
+        f"{epochs['start']} natural epochs, then {epochs['arm']} of each arm",
+        f"weight of the edges: {start:.3g} + {growth:.3g} per epoch, or {weight} from the first "
+        "epoch on",
+        "APGD-CE+T: images that are right after APGD-CE and after targeted APGD",
     )
-    trials.add_arguments(parser)
-    parser.add_argument("--seeds", type=positive_int, default=3, help="how many, from 0")
-    parser.set_defaults(data="digits")
-    args = parser.parse_args(argv)
+
+
+def run(parser: Any, args: Any) -> int:
+    """Makes the trainings that are missing, and writes the record."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     free = {"minutes", "processes", "work", "data"}
     output = output_for(f"edge_digits_{device}.json", parser, args, free)
@@ -101,21 +124,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = (*FLAGS[:-1], "8") if args.smoke else FLAGS
 
     plan: dict[str, list[tuple[int, Trial]]] = {arm: [] for arm in ARMS}
-    starts = []
     for seed in range(args.seeds):
         natural = base.replace(seed=seed, method="natural", epochs=epochs["start"])
         start = Trial(f"start_s{seed}", natural)
-        starts.append(start)
         for index, (arm, values) in enumerate(ARMS.items()):
             cfg = base.replace(**values, seed=seed, epochs=epochs["arm"])
             plan[arm].append((seed, Trial(f"arm{index}_s{seed}", cfg, (flags,), start)))
-
     every = [trial for runs in plan.values() for _, trial in runs]
     options = {"processes": args.processes, "deadline": time.time() + 60 * args.minutes}
-    finished = trials.run_all(starts, work, **options) and trials.run_all(every, work, **options)
+    finished = trials.run_with_starts(every, work, **options)
     rows = [row_of(arm, runs, work) for arm, runs in plan.items()]
     record = {
         "script": "benchmarks/evidence/edge.py",
+        "file": output.name,
         "network": network,
         **{"data": "digits", "device": device, "precision": "fp32"},
         **{"eps": EPS, "epochs": epochs, "training": TRAINING, "arms": ARMS},
@@ -123,9 +144,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": [row for row in rows if row["seeds"] or row["failed"]],
         **environment(),
     }
-    output = write_record(output, record)
-    print(f"{output}{'' if finished else ': not complete, run the same command again'}")
-    return int(any(row["failed"] for row in rows))
+    print(write_record(output, record))
+    return trials.exit_status(rows, finished, len(every))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for a user's mistake, 1 if every training failed."""
+    parser = trials.make_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=3, help="number of seeds, from 0")
+    parser.set_defaults(data="digits")
+    args = parser.parse_args(argv)
+    return exit_status("edge.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -20,17 +20,17 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import timm
 import torch
 
-from benchmarks.common.arguments import output_for
+from benchmarks.common.arguments import exit_status, make_parser, output_for
 from benchmarks.common.records import started, write_record
+from benchmarks.common.tables import Record, make_table, with_notes
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.errors import UserError, first_line
+from fastgn.errors import UserError, check, first_line
 from fastgn.metrics import environment
 from fastgn.models import network
 from fastgn.objectives import gradnorm
@@ -145,18 +145,39 @@ def scan_apart(family: str) -> dict[str, Any]:
             return {"family": family, "with_twins": {"outcome": "killed"}}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--families", nargs="+", help="these alone, as timm's modules are named")
-    parser.add_argument("--output", type=Path, help="JSON")
-    args = parser.parse_args()
-    output = output_for("families_cpu.json", parser, args, ())
+def table(record: Record) -> str:
+    """Returns how many of timm's families gradnorm can train."""
+    kinds: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        outcome = row["with_twins"]["outcome"]
+        replaced = ", ".join(sorted(row.get("replaced", ())))
+        if outcome == "finite" and replaced:
+            alone = row["without_twins"]["outcome"] == "finite"
+            outcome = f"finite, {'also' if alone else 'not'} without the twins"
+        named = f"{row['family']} ({replaced})" if replaced else row["family"]
+        kinds.setdefault(outcome, []).append(named)
+    most = max(kinds, key=lambda kind: len(kinds[kind]))
+    columns = {
+        "gradient of one update": lambda r: r[0],
+        "families": lambda r: str(len(r[1])),
+        "which (operators replaced)": lambda r: "the others" if r[0] == most else ", ".join(r[1]),
+    }
+    return with_notes(
+        make_table(list(kinds.items()), columns),
+        record,
+        f"One small network of each of timm's {len(record['rows'])} families, random weights, "
+        f"{record['method']}, {record['images']} images, n = 1, fp32, CPU",
+        f"timm {record['versions']['timm']}",
+    )
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Scans the families that are missing, and writes the record after each."""
     known = timm.list_modules()
     unknown = sorted({*(args.families or ())} - {*known})
-    if unknown:
-        print(f"families.py: error: --families {unknown[0]} is no module of timm", file=sys.stderr)
-        return 2
+    check(not unknown, f"--families {' '.join(unknown)}: no module of timm")
     families = args.families or known
+    output = output_for("families_cpu.json", parser, args, ())
     head = {"device": "cpu", "images": 2, "method": "gradnorm"} | environment()
     before = started(output)
     rows = before["rows"] if before.get("versions") == head["versions"] else []
@@ -167,10 +188,17 @@ def main() -> int:
         row = scan_apart(family)
         rows.append(row)
         print(family, row.get("model"), row["with_twins"], row.get("replaced"), flush=True)
-        complete = len(rows) == len(families)
-        path = write_record(output, head | {"complete": complete, "rows": rows})
-    print(path)
+        write_record(output, head | {"complete": len(rows) == len(families), "rows": rows})
+    print(output)
     return 0
+
+
+def main() -> int:
+    """Returns the exit status: 2 for a user's mistake."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--families", nargs="+", help="modules of timm.models; default: all")
+    args = parser.parse_args()
+    return exit_status("families.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
-"""Kills trainings at random moments until each has finished, and compares them with one that was
-left alone.
+"""Proof that a killed training continues to bitwise the same result.
+
+Trainings are killed at random moments until each has finished, and compared with one that was left
+alone.
 
     python -m benchmarks.evidence.kills  # about 10 minutes on a CPU
 
 A run trains a toy Swin on the digits for 42 updates, with a checkpoint every third one. Each of its
-processes is killed by SIGKILL at a moment drawn uniformly from the life of an undisturbed one, from
-start-up to the last file, and the next process continues with --resume auto. A run is over when a
-process ends by itself. What it then holds must be the same to the last bit: weights, their average,
-the optimizer's state, best.pt, the export, and metrics.csv but for the clock's columns.
+processes is killed by SIGKILL at a moment that is drawn uniformly from the life of an undisturbed
+one, from start-up to the last file. The next process continues with --resume auto. A run is over
+when a process ends by itself. What it then holds must be the same to the last bit: weights, their
+average, the optimizer's state, best.pt, the export, and metrics.csv but for the clock's columns.
 
-The processes are forked by a server that has imported fastgn.train once: real processes and real
-kills, without six seconds of imports each.
+A server that has imported fastgn.train once forks the processes. So the processes and the kills are
+real, but each start saves six seconds of imports.
 
 Writes benchmarks/results/kills_cpu.json.
 """
 
-import argparse
 import multiprocessing
 import os
 import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,11 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from benchmarks.common.arguments import RESULTS, positive_int
-from benchmarks.common.records import hold
+from benchmarks.common.arguments import RESULTS, make_parser, positive_int
+from benchmarks.common.records import hold, write_json
+from benchmarks.common.tables import Record, make_table, with_notes
 from fastgn import train
 from fastgn.checkpoint import Checkpoints, load_checkpoint
-from fastgn.files import write_json
 from fastgn.metrics import environment, read_rows
 
 ARGUMENTS = (
@@ -160,20 +162,28 @@ def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
     }
 
 
+def table(record: Record) -> str:
+    """Returns how many kills hit which part of a run, and whether any result differed."""
+    rows = list(Counter(moment["while"] for moment in record["moments"]).items())
+    columns = {"killed while": lambda r: r[0], "kills": lambda r: str(r[1])}
+    found = len(record["different"])
+    note = f"{record['kills']} kills in {record['runs']} runs; {found or 'no'} differences"
+    return with_notes(make_table(rows, columns), record, note)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the record; returns 1 if a run that was killed differs from the undisturbed one."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    add = parser.add_argument
-    add("--kills", type=positive_int, default=50, help="SIGKILLs in all (50)")
-    add("--seed", type=int, default=0, help="seed of the moments (0)")
-    add("--output", type=Path, default=RESULTS / "kills_cpu.json")
+    parser = make_parser(__doc__)
+    parser.add_argument("--kills", type=positive_int, default=50, help="number of kills in all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.set_defaults(output=RESULTS / "kills_cpu.json")
     args = parser.parse_args(argv)
     hold(args.output)
     with tempfile.TemporaryDirectory() as folder:
         record = study(Path(folder), args.kills, args.seed)
-    write_json(args.output, record | environment())
-    result = f"{len(record['different'])} differences" if record["different"] else "all the same"
-    print(f"{record['kills']} kills in {record['runs']} runs: {result} -> {args.output}")
+    record |= {"file": args.output.name} | environment()
+    write_json(args.output, record)
+    print(f"{table(record)}\n-> {args.output}")
     return int(bool(record["different"]))
 
 

@@ -1,13 +1,12 @@
-"""The quickstart over seeds: accuracy with its spread, and the time of its parts.
+"""Accuracy and time of the quickstart over several seeds.
 
     python -m benchmarks.evidence.quickstart --seeds 3
 
 Runs the commands of `make train` for each seed and writes
-benchmarks/results/quickstart_<device>.json. If it is ended early, the same call goes on with the
-first seed that it has not finished.
+benchmarks/results/quickstart_<device>.json. The same command continues an interrupted one with the
+first seed that is not finished.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -16,16 +15,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import RESULTS
+from benchmarks.common.arguments import RESULTS, make_parser, positive_int
 from benchmarks.common.records import hold, started, write_record
+from benchmarks.common.tables import Record, make_table, over_seeds, spread, with_notes
 from fastgn.metrics import environment
 
 METHODS = ("natural", "gradnorm")
-
-
 PROCESSES = torch.cuda.device_count() or min(os.cpu_count() or 1, 2)
 TRAIN = ("-m", "fastgn.train")
 EVALUATE = (
@@ -41,49 +40,72 @@ def timed(*args: str) -> dict[str, float]:
     machine change less.
     """
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *args], check=True, env=environment)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *args], check=True, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_s}
 
 
-def one_seed(seed: int, folder: Path) -> dict:
+def run_seed(seed: int, folder: Path) -> dict[str, Any]:
+    """Trains and evaluates both models with one seed. Returns times and accuracies."""
     parts, runs = {}, {m: str(folder / m) for m in METHODS}
     for method in METHODS:
         start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []
-        parts[f"train_{method}"] = timed(
-            *TRAIN,
-            *("--recipe", f"quickstart_{method}", "--seed", str(seed), "--output", runs[method]),
-            *start,
-        )
+        flags = ("--recipe", f"quickstart_{method}", "--seed", str(seed), "--output", runs[method])
+        parts[f"train_{method}"] = timed(*TRAIN, *flags, *start)
     output = folder / "evaluation.json"
     attacks = ("--eps", "0.025", "--attacks", "clean", "pgd-20", "autoattack")
-    parts["evaluate"] = timed(
-        *EVALUATE,
-        *("--checkpoint", *runs.values(), *attacks, "--output", str(output), "--seed", str(seed)),
-    )
-    models = json.loads(output.read_text())["models"]
+    flags = ("--checkpoint", *runs.values(), *attacks, "--output", str(output))
+    parts["evaluate"] = timed(*EVALUATE, *flags, "--seed", str(seed))
     kinds = ("seconds", "cpu_seconds")
     times = {kind: {name: part[kind] for name, part in parts.items()} for kind in kinds}
-    return {"seed": seed, **times, "models": models}
+    return {"seed": seed, **times, "models": json.loads(output.read_text())["models"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+def table(record: Record) -> str:
+    """Returns the accuracy of the quickstart's two models."""
+    seeds = record["seeds"]
+    first = seeds[0]["models"][0]
+
+    def cells(model: int) -> list[str]:
+        values = [
+            [100 * s["models"][model]["results"][index]["accuracy"] for s in seeds]
+            for index in range(len(first["results"]))
+        ]
+        return [f"{spread(v, '.1f')} %" for v in values]
+
+    columns = {
+        "attack": [row["attack"] for row in first["results"]],
+        "eps": ["" if r["attack"] == "clean" else f"{r['eps']:g}" for r in first["results"]],
+        "natural": cells(0),
+        "gradnorm": cells(1),
+    }
+    return with_notes(
+        make_table(first["results"], columns),
+        record,
+        f"{first['images']} held-out digits, Linf, pixels in 0..1",
+        over_seeds(len(seeds)),
+        f"{record['hardware']['cpu_count']} CPU cores",
+    )
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("--seeds", type=positive_int, default=1, help="number of seeds, from 0")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"quickstart_{device}.json"
-    hold(path)
-    seeds = started(path).get("seeds", [])
+    output = args.output or RESULTS / f"quickstart_{device}.json"
+    hold(output)
+    seeds = started(output).get("seeds", [])
     for seed in range(len(seeds), args.seeds):
         with tempfile.TemporaryDirectory() as folder:
-            seeds.append(one_seed(seed, Path(folder)))
+            seeds.append(run_seed(seed, Path(folder)))
         record = {"device": device, "complete": seed + 1 == args.seeds, "seeds": seeds}
-        write_record(path, record | environment())  # each as it is done
-    print(path)
+        write_record(output, record | environment())  # after each seed
+    print(output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

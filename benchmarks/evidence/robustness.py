@@ -1,16 +1,16 @@
-"""Every way to train against every other: robustness by AutoAttack at equal passes, at equal time.
-
-    python -m benchmarks.evidence.robustness --data digits --seeds 3
-    python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9  # goes on
+"""Robustness of every training method under AutoAttack, at equal passes and at equal time.
 
 All arms start from the same natural weights of their seed. Each gets the epochs that cost as much
-as gradnorm's: once counted in passes (operations in forwards, count_passes), once
-in time, by seconds an update that one interleaved run of all arms has measured. On a CPU times mean
-something as ratios within that run alone. A training or evaluation that is finished is kept in
---work and not made again, an interrupted one goes on.
+as gradnorm's: once counted in passes (operations in forwards, count_passes), and once in time, by
+the seconds per update of one interleaved run of all arms.
 
-Writes benchmarks/results/robustness_<data>_<device>.json and two pictures: accuracy against cost
-and against epoch.
+    python -m benchmarks.evidence.robustness --data digits --seeds 3
+    python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9
+
+A finished training or evaluation is kept in --work and not made again. The same command continues
+an interrupted one. On a CPU, times mean something as ratios within that run alone.
+
+Writes benchmarks/results/robustness_<data>_<device>.json.
 """
 
 import argparse
@@ -21,17 +21,28 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import ROOT, output_for, positive_int
+from benchmarks.common.arguments import device_name, exit_status, output_for, positive_int
 from benchmarks.common.records import write_record
+from benchmarks.common.tables import (
+    Record,
+    Row,
+    accuracy_columns,
+    device,
+    make_table,
+    over_seeds,
+    percent,
+    plus_minus,
+    with_notes,
+)  # fmt: skip
 from benchmarks.common.timing import interleaved, summary
 from benchmarks.evidence import trials
-from benchmarks.evidence.trials import Trial, digest
+from benchmarks.evidence.trials import Trial, digest, statistics_of
 from fastgn.config import Config, load_recipe
 from fastgn.data.datasets import load_dataset
 from fastgn.distributed import session
@@ -47,7 +58,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "natural": {"method": "natural"},
     "gradnorm": {"method": "gradnorm", "precision": "fp32"},
     "gradnorm-bf16": {"method": "gradnorm", "precision": "bf16"},
-    "gradnorm-fd": {**{"method": "gradnorm", "schedule": "finite-difference", "precision": "fp32"}},
+    "gradnorm-fd": {"method": "gradnorm", "schedule": "finite-difference", "precision": "fp32"},
     "gradnorm-lazy2": {"method": "gradnorm", "schedule": "lazy", "lazy_interval": 2},
     "gradnorm-lazy4": {"method": "gradnorm", "schedule": "lazy", "lazy_interval": 4},
     "gradnorm-subset": {"method": "gradnorm", "schedule": "subset", "subset_fraction": 0.5},
@@ -60,48 +71,63 @@ ARMS: dict[str, dict[str, Any]] = {
     "trades": {"method": "trades"},
     "gradnorm+fgsm": {"method": "gradnorm+fgsm"},
 }
-"""Name -> fields of fastgn.train's config, over those of its data set: a line an arm. Without a
-precision an arm has the device's: fp32 on a CPU, bf16 on a GPU."""
+"""Name of an arm -> fields of the config in which it differs.
+
+An arm without a precision has that of the device: fp32 on a CPU, bf16 on a GPU."""
 SEVERAL = math.lcm(*(arm.get("lazy_interval", 1) for arm in ARMS.values()))
-"""Updates a call of the clock: a lazy schedule's take different times."""
+"""Number of updates per call of the clock, because those of a lazy schedule differ."""
 SAME = 0.1
-"""Budgets whose epochs differ by less share a training."""
+"""Budgets whose epochs differ by a smaller share are one training."""
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom: the mean of three seeds has to be
-4.3 standard errors from 0, not 2."""
+"""Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
+
+The mean of three seeds differs from 0 if it is 4.3 standard errors away from it."""
 NO_MEANING = "CPU: times mean something as ratios within this run alone"
+
+
+PAIRS = {
+    "bf16 and finite differences": [("gradnorm-bf16", "gradnorm"), ("gradnorm-fd", "gradnorm")],
+    "lazy penalties and subsets": [
+        (arm, None) for arm in ("gradnorm-lazy2", "gradnorm-lazy4", "gradnorm-subset")
+    ],
+    "adversarial training": [
+        (None, arm) for arm in ("fgsm_rs", "pgd_at", "trades", "gradnorm+fgsm")
+    ],
+}
+"""Pairs of arms that the second table compares. None means exact gradnorm, see reference_of."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A data set's setting."""
+    """What the arms are compared on: data set, networks and lengths of training."""
 
     networks: dict[str, dict[str, Any]]
     """Name in the tables -> fields of the config."""
     base: Config
-    """Shared by all arms."""
+    """Configuration that all arms share."""
     arms: tuple[str, ...]
-    """By default; those that config does not know yet are left out."""
+    """Names of the arms that run by default."""
     start: dict[str, Any]
-    """Of the natural start."""
+    """Fields of the config for the natural training that all arms start from."""
     epochs: int
-    """gradnorm's."""
+    """Number of gradnorm's epochs."""
     eps: float
-    """Trained for."""
+    """Radius that the methods train for."""
     eval_eps: tuple[float, ...]
-    """The first one alone for a training that only equal time asks for."""
+    """Radii of the attacks. Trainings that only equal time needs meet the first one alone."""
     images: int
-    """AutoAttack's; each seed has its own."""
+    """Number of images that AutoAttack attacks. Each seed has its own."""
     pgd_images: int
-    """PGD-20's."""
+    """Number of images that PGD-20 attacks."""
     attack: str = "autoattack"
     ramp_share: float = 0.25
-    """Of the epochs, however many an arm has."""
+    """Share of the epochs in which the penalty ramps up."""
     warmup_share: float = 0.05
+    """Share of the epochs in which the learning rate warms up."""
 
 
 def digits() -> Study:
-    """The quickstart's network with one block less: most of the time goes into AutoAttack."""
+    """Returns the study on digits, with a smaller network than the quickstart's."""
     base = load_recipe("quickstart_gradnorm")
     base = base.replace_group("architecture", {"initial_checkpoint": None})
     kwargs = [k for k in base.architecture.model_kwargs if not k.startswith("depths")]
@@ -122,12 +148,12 @@ def digits() -> Study:
 
 
 def cifar10() -> Study:
-    """Narrow networks, whose AutoAttack on 1,000 images is a matter of launches, not operations."""
+    """Returns the study on CIFAR-10. Its networks are narrow, so that AutoAttack is fast."""
     base = Config().replace(
         **{"data": "cifar10", "global_batch_size": 512, "lr": 2e-3, "clip_grad": 1.0},
         **{"smoothing": 0.0, "model_ema_decay": 0.99, "eval_images": 1000, "checkpoint_hist": 1},
     )
-    # per rank and micro-batch; global_batch_size would accumulate batches of 32
+    # global_batch_size would accumulate batches of 32
     base = base.replace_group("dataset", {"global_batch_size": None, "batch_size": 512})
     swin = ["patch_size=2", "embed_dim=48", "depths=(2, 2, 2)", "num_heads=(2, 4, 8)"]
     return Study(
@@ -157,7 +183,7 @@ STUDIES = {"digits": digits, "cifar10": cifar10}
 
 
 def smoke(study: Study) -> Study:
-    """A size that shows that all of it runs."""
+    """Returns a study of toy size, to see that all of it runs."""
     name, network = next(iter(study.networks.items()))
     small = {"width=16": "width=4", "embed_dim=16": "embed_dim=8"}
     kwargs = [small.get(k, k) for k in network["model_kwargs"]]
@@ -175,7 +201,7 @@ def smoke(study: Study) -> Study:
 
 
 def known_arms(names: Sequence[str] | None, study: Study, base: Config) -> tuple[str, ...]:
-    """The arms asked for, or the study's that config accepts. Raises UserError."""
+    """Returns the named arms, or those of the study that the config accepts. Raises UserError."""
     known = []
     for name in study.arms if names is None else dict.fromkeys(names):
         check(name in ARMS, f"--methods {name!r}: {nearest(name, ARMS)}")
@@ -191,14 +217,13 @@ def known_arms(names: Sequence[str] | None, study: Study, base: Config) -> tuple
 
 
 def reference_of(arms: Sequence[str], precision: str) -> str:
-    """The arm whose epochs are given, and against which differences are taken: exact gradnorm in
-    the device's precision."""
+    """Returns the arm whose epochs are given: exact gradnorm in the precision of the device."""
     names = ["gradnorm-bf16", "gradnorm"] if precision == "bf16" else ["gradnorm"]
     return next(name for name in [*names, *arms] if name in arms)
 
 
 def arm_config(study: Study, network: str, arm: str, precision: str) -> Config:
-    """Without what the budget and the seed decide."""
+    """Returns the config of an arm, but for what budget and seed decide."""
     values = {"precision": precision, "eps": study.eps, "attack_eps": study.eps}
     return study.base.replace(
         **values | study.networks[network] | ARMS[arm] | {"eval_eps": study.eps}
@@ -206,7 +231,7 @@ def arm_config(study: Study, network: str, arm: str, precision: str) -> Config:
 
 
 def for_epochs(cfg: Config, study: Study, epochs: int) -> Config:
-    """Warm-up and ramp as shares of them; evaluated some six times on the way."""
+    """Returns a config with so many epochs, which evaluates about six times on the way."""
     return cfg.replace(
         epochs=epochs,
         warmup_epochs=study.warmup_share * epochs,
@@ -216,7 +241,7 @@ def for_epochs(cfg: Config, study: Study, epochs: int) -> Config:
 
 
 def units_of(cfg: Config) -> tuple[float, float]:
-    """An update's passes as the paper counts them, and its operations in forwards."""
+    """Returns the passes of an update as the paper counts them, and its operations in forwards."""
     passes = count_passes(
         build_objective(cfg.objective),
         schedule_of(cfg.step),
@@ -226,14 +251,14 @@ def units_of(cfg: Config) -> tuple[float, float]:
 
 
 def epochs_for(reference: int, cost: float, reference_cost: float) -> int:
-    """That cost as much as the reference's, at these costs an update; at least 1."""
+    """Returns the epochs, at least 1, that cost as much as those of the reference."""
     return max(1, round(reference * reference_cost / cost))
 
 
 def budgets_of(
     study: Study, units: Mapping[str, float], seconds: Mapping[str, float], reference: str
 ) -> dict[str, dict[str, int]]:
-    """Arm -> {"passes": epochs, "time": epochs}; the same where they are nearly so."""
+    """Returns epochs at equal passes and at equal time for each arm, as one if nearly the same."""
     out = {}
     for arm in units:
         passes = epochs_for(study.epochs, units[arm], units[reference])
@@ -248,7 +273,7 @@ def budgets_of(
 
 
 def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[str, Any]:
-    """Arm -> its seconds an update in each round, all in turn."""
+    """Returns the seconds per update in each round, for each arm. All arms take turns."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, session() as world:
         runs, calls = [], {}
@@ -277,8 +302,10 @@ def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[st
 def timings(
     configs: Mapping[str, Config], work: Path, rounds: int, threads: int
 ) -> dict[str, list[float]]:
-    """As `measure`; of an earlier call with the same arms where there was one, for other times
-    would give other epochs."""
+    """Returns the result of `measure`, or that of an earlier call with the same arms.
+
+    Other times would give other epochs, and trainings that are finished would be made again.
+    """
     what = {name: digest(cfg.flat()) for name, cfg in configs.items()}
     path = work / f"timings_{digest(what)}.json"
     if not path.exists():
@@ -290,8 +317,10 @@ def timings(
 
 
 def image_list(work: Path, seed: int, count: int, total: int) -> Path:
-    """A file that names `count` of the validation images, evenly spaced, others for each seed: what
-    the seeds' mean says of all images is worth that many more."""
+    """Writes a file that names `count` of `total` images, evenly spaced. Returns its path.
+
+    Each seed has other images, so that the mean over seeds says more about all images.
+    """
     count = min(count, total)
     step = total / count
     shift = round(seed * 0.381966 % 1 * step)  # the golden section: no two of few seeds are near
@@ -304,7 +333,7 @@ def image_list(work: Path, seed: int, count: int, total: int) -> Path:
 def evaluations_of(
     study: Study, budgets: Sequence[str], images: Path
 ) -> tuple[tuple[str, ...], ...]:
-    """fastgn.evaluate's flags, a file each: PGD-20 first, for it takes a hundredth of the time."""
+    """Returns the flags of each evaluation. PGD-20 comes first, because it is the fastest."""
     all_eps, pgd = map(repr, study.eval_eps), "pgd-20"
     chosen = study.eval_eps if "passes" in budgets else study.eval_eps[:1]
     quick = ("--attacks", "clean", pgd, "--eps", *all_eps, "--num-images", str(study.pgd_images))
@@ -312,30 +341,14 @@ def evaluations_of(
     return (quick, *((*auto, repr(eps)) for eps in chosen))
 
 
-def plus_minus(values: Sequence[float | None]) -> dict[str, float] | None:
-    there = [v for v in values if v is not None]
-    return summary(there) if there else None
-
-
-def statistics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Accuracy over seeds, a row an attack and eps that all have; images: of a seed."""
-    out = []
-    for first in results[0]["accuracy"] if results else []:
-        key = first["attack"], first["eps"], first["images"]
-        values = [
-            row["accuracy"]
-            for r in results
-            for row in r["accuracy"]
-            if (row["attack"], row["eps"], row["images"]) == key
-        ]
-        if len(values) == len(results):
-            row = dict(zip(("attack", "eps", "images"), key, strict=True))
-            out.append(row | {"accuracy": summary(values)})
-    return out
+def summary_or_none(values: Sequence[float | None]) -> dict[str, float] | None:
+    """Returns mean and spread of the values that are known, None if there are none."""
+    known = [v for v in values if v is not None]
+    return summary(known) if known else None
 
 
 def accuracy(row: Mapping[str, Any], attack: str, eps: float) -> list[float] | None:
-    """A row's, seed by seed; None where a seed lacks it."""
+    """Returns the accuracy of each seed of a row, None if a seed lacks it."""
     found = []
     for seed in row["seeds"]:
         same = [r for r in seed["accuracy"] if (r["attack"], r["eps"]) == (attack, eps)]
@@ -345,227 +358,200 @@ def accuracy(row: Mapping[str, Any], attack: str, eps: float) -> list[float] | N
     return found or None
 
 
-def compare(
-    rows: Sequence[Mapping[str, Any]], arm: str, other: str, budget: str, eps: float
-) -> str | None:
-    """How far an arm is from another on the same seeds, in words; None where one is missing."""
-    said = []
-    for attack, at in (("clean", 0.0), ("autoattack", eps), ("pgd-20", eps)):
-        pair = []
-        for name in (arm, other):
-            same = [r for r in rows if r["arm"] == name and budget in r["budgets"]]
-            pair.append(accuracy(same[0], attack, at) if same else None)
-        if pair[0] is None or pair[1] is None or len(pair[0]) != len(pair[1]):
-            continue
-        points = [100 * (a - b) for a, b in zip(*pair, strict=True)]
-        mean, n = statistics.fmean(points), len(points)
-        text = f"{attack} {mean:+.1f}"
-        if n > 1:
-            std = statistics.stdev(points)
-            t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 2.0
-            shown = abs(mean) > t * std / math.sqrt(n)
-            text += f" ± {std:.1f} points ({'shown' if shown else 'not shown'} at 95 %)"
-        said.append(text)
-    return f"{arm} against {other} at equal {budget}: {', '.join(said)}" if said else None
+def difference(
+    rows: Sequence[Row], pair: tuple[str, str], budget: str, attack: str, eps: float
+) -> str:
+    """Returns the mean difference of two arms on the same seeds, in points of accuracy.
+
+    A star marks a difference that Student's t finds significant at 95 %.
+    """
+    found = []
+    for name in pair:
+        same = [r for r in rows if r["arm"] == name and budget in r["budgets"]]
+        found.append(accuracy(same[0], attack, eps) if same else None)
+    if found[0] is None or found[1] is None or len(found[0]) != len(found[1]):
+        return ""
+    points = [100 * (a - b) for a, b in zip(*found, strict=True)]
+    mean, n = statistics.fmean(points), len(points)
+    if n == 1:
+        return f"{mean:+.1f}"
+    std = statistics.stdev(points)
+    t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 2.0
+    return f"{mean:+.1f} ± {std:.1f}{' *' if abs(mean) > t * std / math.sqrt(n) else ''}"
 
 
-def notes_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The questions that the run is to answer, and what it says, a network each."""
-    reference, eps = record["reference"], record["eps"]
-    ways = {
-        "Do bf16 or the finite difference cost robustness against exact fp32?": [
-            *(("gradnorm-bf16", "gradnorm"), ("gradnorm-fd", "gradnorm")),
-        ],
-        "What do lazy penalties and subsets cost and save?": [
-            (arm, reference) for arm in ("gradnorm-lazy2", "gradnorm-lazy4", "gradnorm-subset")
-        ],
-        "Where does gradnorm stand against adversarial training?": [
-            (reference, arm) for arm in ("fgsm_rs", "pgd_at", "trades", "gradnorm+fgsm")
-        ],
-    }
-    notes = []
+def compare(record: Record) -> Iterator[dict[str, str]]:
+    """Yields the rows of the second table: two arms at one budget, and their differences."""
+    eps, reference = record["eps"], record["reference"]
+    attacks = {"clean": ("clean", 0.0), f"AutoAttack {eps:.4g}": ("autoattack", eps)}
+    attacks[f"PGD-20 {eps:.4g}"] = ("pgd-20", eps)
     for network in record["networks"]:
         rows = [r for r in record["rows"] if r["network"] == network]
         costs = {r["arm"]: r for r in rows}
-        for question, pairs in ways.items():
-            answers = []
-            for arm, other in pairs:
-                for budget in ("passes", "time"):
-                    text = compare(rows, arm, other, budget, eps)
-                    if text:
-                        answers.append(text)
-                if arm in costs and other in costs and arm != other:
-                    over = costs[arm]["seconds_over"] / costs[other]["seconds_over"]
-                    part = costs[arm]["units"] / costs[other]["units"]
-                    answers.append(
-                        f"an update of {arm} takes {over:.2f} of {other}'s time, {part:.2f} of its "
-                        "operations"
+        for pair in (pair for pairs in PAIRS.values() for pair in pairs):
+            one, other = (name or reference for name in pair)
+            for budget in ("passes", "time"):
+                cells = {
+                    name: difference(rows, (one, other), budget, *attack)
+                    for name, attack in attacks.items()
+                }
+                if one != other and any(cells.values()):
+                    ratios = (
+                        f"{costs[one][key] / costs[other][key]:.2f}"
+                        for key in ("seconds_over", "units")
                     )
-            if answers:
-                notes.append({"network": network, "question": question, "answers": answers})
-        strengths = strengths_of(rows, record)
-        if len(strengths) > 1:
-            question = "What strength of the penalty suits which eps?"
-            notes.append({"network": network, "question": question, "answers": strengths})
-    return notes
-
-
-def strengths_of(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> list[str]:
-    """Exact gradnorm by the radius that its penalty stands for: to first order, ce_weight CE +
-    gn_weight eps |grad|_1 is ce_weight times the worst CE within gn_weight / ce_weight eps."""
-    out = []
-    for row in rows:
-        if row["radius"] is None or "passes" not in row["budgets"]:
-            continue
-        found = [f"clean {100 * statistics.fmean(accuracy(row, 'clean', 0.0) or [math.nan]):.1f} %"]
-        for eps in record["eval_eps"]:
-            values = accuracy(row, "autoattack", eps)
-            if values:
-                found.append(f"AutoAttack at {eps:.4g} {100 * statistics.fmean(values):.1f} %")
-        out.append(f"{row['arm']}, radius {row['radius']:.4g}: {', '.join(found)}")
-    return out
+                    yield {
+                        **{"network": network, "arm": one, "against": other, "equal": budget},
+                        **cells,
+                        **dict(zip(("time per update", "operations"), ratios, strict=True)),
+                    }
 
 
 def radius_of(cfg: Config) -> float | None:
-    """See strengths_of; None for what is not exact gradnorm."""
-    if cfg.objective.method != "gradnorm" or cfg.step.schedule not in ("exact", "exact-eager"):
+    """Returns the radius of the attacks that exact gradnorm's penalty stands for, else None.
+
+    To first order, ce_weight CE + gn_weight eps |grad|_1 is ce_weight times the worst cross-entropy
+    within the radius gn_weight / ce_weight eps.
+    """
+    o, exact = cfg.objective.gradnorm, cfg.step.schedule in ("exact", "exact-eager")
+    if cfg.objective.method != "gradnorm" or not exact or not o.ce_weight:
         return None
-    o = cfg.objective.gradnorm
-    return o.gn_weight / o.ce_weight * o.eps if o.ce_weight else None
+    return o.gn_weight / o.ce_weight * o.eps
 
 
-# -------------------------------------------------------------------------------------- pictures
-
-
-def draw(record: Mapping[str, Any], path: Path) -> list[Path]:
-    """What a user decides by: accuracy against cost on the way (PGD-10, lines) and at the end
-    (AutoAttack, marks), in time and in passes; and accuracy against epoch."""
-    from matplotlib.figure import Figure
-
-    from fastgn.analysis.canvas import to_png
-
-    networks = [n for n in record["networks"] if any(r["network"] == n for r in record["rows"])]
-    if not networks:
-        return []
-    eps, arms = record["eps"], list(dict.fromkeys(r["arm"] for r in record["rows"]))
-    colours = {arm: f"C{i % 10}" for i, arm in enumerate(arms)}
-    styles = {arm: ("-", "--", ":")[i // 10] for i, arm in enumerate(arms)}
-    cost, epoch = (Figure(figsize=(13, 5 * len(networks)), layout="constrained") for _ in range(2))
-    axes_of = {
-        "cost": cost.subplots(len(networks), 2, squeeze=False),
-        "epoch": epoch.subplots(len(networks), 2, squeeze=False),
+def table(record: Record) -> str:
+    """Returns the table of all arms, and below it that of differences between arms."""
+    old = record.get("superseded", {})
+    rows = [row for row in record["rows"] if row["accuracy"] and row["arm"] not in old]
+    several = len(record["networks"]) > 1
+    columns = {
+        "network": [row["network"] if several else "" for row in rows],
+        "arm": [row["arm"] for row in rows],
+        "equal": ["both" if len({*r["budgets"]}) > 1 else r["budgets"][0] for r in rows],
+        "epochs": [str(row["epochs"]) for row in rows],
+        "radius": [f"{row['radius']:.4g}" if row["radius"] is not None else "" for row in rows],
+        "operations an update": [f"{row['units']:.3g}" for row in rows],
+        "time over natural": [f"{row['seconds_over']:.2f}" for row in rows],
+        "s": [plus_minus(row.get("seconds"), ".0f") for row in rows],
+        "kJ": [f"{r['joules']['mean'] / 1e3:.1f}" if r.get("joules") else "" for r in rows],
     }
-    unit = {
-        "time": ("time, in epochs of natural training", "seconds_over"),
-        "passes": ("operations, in forwards of the training set", "units"),
-    }
-    for line, network in enumerate(networks):
-        for row in (r for r in record["rows"] if r["network"] == network):
-            style = {"color": colours[row["arm"]], "linestyle": styles[row["arm"]]}
-            curve = mean_curve(row["seeds"])
-            for axes, (budget, (label, key)) in zip(
-                axes_of["cost"][line], unit.items(), strict=True
-            ):
-                axes.set(xlabel=label, title=f"{network}: equal {budget}")
-                axes.set_ylabel(f"robust accuracy at eps {eps:.4g}")
-                if budget not in row["budgets"]:
-                    continue
-                axes.plot(
-                    [c["epoch"] * row[key] for c in curve],
-                    [c["pgd10"] for c in curve],
-                    label=row["arm"],
-                    **style,
-                )
-                final = accuracy(row, "autoattack", eps)
-                if final:
-                    spread = statistics.stdev(final) if len(final) > 1 else 0
-                    axes.errorbar(
-                        row["epochs"] * row[key],
-                        statistics.fmean(final),
-                        spread,
-                        **{"fmt": "o", "capsize": 3, "color": colours[row["arm"]]},
-                    )
-            if "passes" in row["budgets"]:
-                for axes, name in zip(axes_of["epoch"][line], ("clean", "pgd10"), strict=True):
-                    points = [(c["epoch"], c[name]) for c in curve]
-                    axes.plot(*zip(*points, strict=True), label=row["arm"], marker=".", **style)
-                    what = f"PGD-10 at {eps:.4g}" if name == "pgd10" else "clean"
-                    axes.set(xlabel="epoch", ylabel=f"accuracy, {what}", title=network)
-        for axes in (*axes_of["cost"][line], *axes_of["epoch"][line]):
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize=7, ncols=2)
-    cost.suptitle("Robustness against cost: PGD-10 on the way (lines), AutoAttack at the end")
-    epoch.suptitle("Accuracy against epoch, at equal passes")
-    names = [path.with_name(f"{path.stem}_{kind}.png") for kind in ("cost", "epoch")]
-    for name, figure in zip(names, (cost, epoch), strict=True):
-        write_bytes(name, to_png(figure))
-    return names
-
-
-def mean_curve(seeds: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The seeds' histories, at the epochs that all have."""
-    histories = [{h["epoch"]: h for h in s["history"]} for s in seeds]
-    shared = [e for e in histories[0] if all(e in h for h in histories)] if histories else []
-    keys = ("epoch", "clean", "pgd10")
-    return [{k: statistics.fmean(h[e][k] for h in histories) for k in keys} for e in shared]
-
-
-# ------------------------------------------------------------------------------------------- main
-
-
-def parser_of() -> argparse.ArgumentParser:
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    images, failed = record["images"], [(r, f) for r in record["rows"] for f in r["failed"]]
+    notes = [
+        f"{record['data']}, {', '.join(record['networks'])}; {device(record)}, "
+        f"{record['precision']} where an arm does not say otherwise; "
+        f"{over_seeds(record['seeds'])}",
+        f"all from one natural start a seed, for Linf eps {record['eps']:.4g}",
+        "equal: to gradnorm's passes, or to its time",
+        "radius: of the attacks that exact gradnorm's penalty stands for, to first order",
+        f"AutoAttack on {images['autoattack, each seed its own']} images a seed, each seed's "
+        f"own, the rest on {images['pgd-20']}",
+        f"time: {record['time']}",
+        *(f"left out: {arm} ({why})" for arm, why in old.items()),
+        *([] if record["complete"] else ["not all of it has run yet"]),
+        *(f"failed: {row['arm']} (seed {failure['seed']})" for row, failure in failed),
+    ]
+    first = with_notes(make_table(rows, columns | accuracy_columns(rows)), record, *notes)
+    pairs = [row if several else row | {"network": ""} for row in compare(record)]
+    if not pairs:
+        return first
+    second = make_table(pairs, {name: (lambda r, n=name: r[n]) for name in pairs[0]})
+    return (
+        f"{first}\n\n{second}\n\nDifferences of accuracy in points, arm minus the other, on the "
+        "same seeds: mean ± deviation; * significant at 95 % by Student's t; time per update and "
+        "operations: ratios of the two arms."
     )
+
+
+def summary_table(record: Record) -> str:
+    """Returns the README's table: each method after as many operations."""
+    arms = {
+        "natural": "natural training",
+        "gradnorm": "gradient norm",
+        "gradnorm-fd": "gradient norm by finite difference",
+        "fgsm_rs": "FGSM from a random start",
+        "pgd_at": "PGD-3 adversarial training",
+        "trades": "TRADES",
+        "gradnorm+fgsm": "gradient norm and FGSM in turn",
+    }
+    equal = {r["arm"]: r for r in record["rows"] if "passes" in r["budgets"]}
+    rows, eps, images = [equal[arm] for arm in arms], record["eps"], record["images"]
+
+    def accuracies(attack: str, eps: float) -> list[str]:
+        key = (attack, eps)
+        found = [a for r in rows for a in r["accuracy"] if (a["attack"], a["eps"]) == key]
+        return [percent(a["accuracy"]) for a in found]
+
+    columns = {
+        "method": list(arms.values()),
+        "forwards per update": [f"{row['units']:.3g}" for row in rows],
+        "clean, %": accuracies("clean", 0),
+        "AutoAttack, %": accuracies("autoattack", eps),
+        "PGD-20, %": accuracies("pgd-20", eps),
+    }
+    return (
+        f"{make_table(rows, columns)}\n\nA small Swin on scikit-learn's digits, Linf eps {eps:g} "
+        f"of the pixels' range 0..1, {over_seeds(record['seeds'])}, equal numbers of operations in "
+        f"training; AutoAttack on {images['autoattack, each seed its own']} images per seed, the "
+        f"rest on {images['pgd-20']} (`benchmarks/results/{record['file']}`)."
+    )
+
+
+# ------------------------------------------------------------------------------------- the program
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    parser = trials.make_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=STUDIES, default="digits")
-    trials.add_arguments(parser)
     add("--methods", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}; default: the data's")
-    add("--networks", nargs="+", type=int, metavar="N", help="the data's first, second, ...")
-    add("--seeds", type=positive_int, default=1 if gpu else 3, help="how many, from 0")
-    add("--epochs", type=positive_int, help="of gradnorm; the others' follow")
-    add("--images", type=positive_int, help="that AutoAttack attacks")
-    add("--rounds", type=positive_int, default=15, help="of the clock")
-    add("--plot", type=Path, help="PNG; _cost and _epoch are appended to its name")
+    add("--networks", nargs="+", type=int, metavar="N", help="first, second, ... of the data's")
+    seeds = 1 if torch.cuda.is_available() else 3
+    add("--seeds", type=positive_int, default=seeds, help="number of seeds, from 0")
+    add("--epochs", type=positive_int, help="epochs of gradnorm; the others' follow from it")
+    add("--images", type=positive_int, help="number of images that AutoAttack attacks")
+    add("--rounds", type=positive_int, default=15, help="rounds of the clock")
     return parser
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    deadline = time.time() + 60 * args.minutes
-    gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
+def choose_study(args: argparse.Namespace) -> Study:
+    """Returns the study that the options ask for."""
     study = STUDIES[args.data]()
-    if args.smoke:
-        study = smoke(study)
-    study = dataclasses.replace(
+    study = smoke(study) if args.smoke else study
+    names = list(study.networks)
+    for number in args.networks or ():
+        check(1 <= number <= len(names), f"--networks {number}: there are {len(names)}")
+    chosen = {n for i, n in enumerate(names, 1) if i in (args.networks or [i])}
+    return dataclasses.replace(
         study,
+        networks={name: study.networks[name] for name in names if name in chosen},
         epochs=args.epochs or study.epochs,
         images=args.images or study.images,
         base=study.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {}),
     )
-    networks = list(study.networks)
-    for number in args.networks or ():
-        check(1 <= number <= len(networks), f"--networks {number}: there are {len(networks)}")
-    networks = [n for i, n in enumerate(networks, 1) if i in (args.networks or [i])]
-    precision = trials.device_precision()
-    arms = known_arms(args.methods, study, study.base)
-    reference = reference_of(arms, precision)
-    free = {"data_dir", "minutes", "processes", "work", "plot", "data"} | (
-        {"seeds"} if args.seeds >= parser.get_default("seeds") else set()
-    )
-    output = output_for(f"robustness_{args.data}_{device}.json", parser, args, free)
-    work = trials.work_folder(args, "robustness")
-    picture = args.plot or ROOT / "runs" / f"{output.stem}.png"
 
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A training of the study."""
+
+    network: str
+    arm: str
+    epochs: int
+    budgets: list[str]
+    """Budgets that the epochs keep: passes, time or both."""
+    trial: Trial
+
+
+def plan_trials(
+    study: Study, arms: Sequence[str], reference: str, args: argparse.Namespace, work: Path
+) -> tuple[list[Planned], dict[tuple[str, str], dict[str, Any]]]:
+    """Returns all trainings, and the costs of each network and arm. Measures times for that."""
+    precision = trials.device_precision()
     total = len(load_dataset(study.base.dataset).val)
     lists = [image_list(work, seed, study.images, total) for seed in range(args.seeds)]
-
-    plan: list[tuple[str, str, int, list[str], Trial]] = []
-    costs: dict[tuple[str, str], dict[str, Any]] = {}
-    starts: list[Trial] = []
-    print("" if gpu else NO_MEANING)
-    for network in networks:
+    plan, costs = [], {}
+    for network in study.networks:
         configs = {arm: arm_config(study, network, arm, precision) for arm in arms}
         plain = arm_config(study, network, "natural", precision)
         seconds = timings(configs, work, args.rounds, args.processes if args.processes > 1 else 1)
@@ -578,30 +564,80 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
                 "passes": units[arm][0],
                 "units": units[arm][1],
                 "seconds_over": least[arm] / least[against],
-                "epochs": budgets[arm],
                 "radius": radius_of(configs[arm]),
-            } | ({"seconds_an_update": summary(seconds[arm])} if gpu else {})
+            }
+            if torch.cuda.is_available():
+                costs[network, arm]["seconds_an_update"] = summary(seconds[arm])
         for seed in range(args.seeds):
             values = study.start | {"seed": seed, "eval_interval": study.start["epochs"]}
             start = Trial(f"start_s{seed}", plain.replace(**values))
-            starts.append(start)
             for arm in arms:
                 for epochs in dict.fromkeys(budgets[arm].values()):
-                    which = [b for b, e in budgets[arm].items() if e == epochs]
+                    kept = [b for b, e in budgets[arm].items() if e == epochs]
                     cfg = for_epochs(configs[arm], study, epochs).replace(seed=seed)
-                    name = f"{arm}_s{seed}_e{epochs}"
-                    flags = evaluations_of(study, which, lists[seed])
-                    trial = Trial(name, cfg, flags, start)
-                    plan.append((network, arm, epochs, which, trial))
+                    flags = evaluations_of(study, kept, lists[seed])
+                    trial = Trial(f"{arm}_s{seed}_e{epochs}", cfg, flags, start)
+                    plan.append(Planned(network, arm, epochs, kept, trial))
+    return plan, costs
+
+
+def rows_of(
+    plan: Sequence[Planned], costs: Mapping[tuple[str, str], Mapping[str, Any]], work: Path
+) -> list[dict[str, Any]]:
+    """Returns the rows of the record, from what is finished."""
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for one in plan:
+        head = {"network": one.network, "arm": one.arm, "budgets": one.budgets}
+        row = rows.setdefault(
+            (one.network, one.arm, one.epochs),
+            {
+                **head,
+                "epochs": one.epochs,
+                **costs[one.network, one.arm],
+                "seeds": [],
+                "failed": [],
+            },
+        )
+        seed, found = {"seed": one.trial.cfg.run.seed}, trials.result(one.trial, work)
+        if found and found["failed"]:
+            row["failed"].append(seed | {"why": found["failed"]})
+        elif found and found["accuracy"]:
+            if not torch.cuda.is_available():
+                del found["seconds"]
+            row["seeds"].append(seed | found)
+    for row in rows.values():
+        row["accuracy"] = statistics_of(row["seeds"])
+        row["total_units"] = row["epochs"] * row["units"]
+        row["total_time_over"] = row["epochs"] * row["seconds_over"]
+        for key in ("seconds", "joules"):
+            if value := summary_or_none([s.get(key) for s in row["seeds"]]):
+                row[key] = value
+    return [row for row in rows.values() if row["seeds"] or row["failed"]]
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Makes the trainings that are missing, and writes the record."""
+    deadline, gpu = time.time() + 60 * args.minutes, torch.cuda.is_available()
+    study, precision = choose_study(args), trials.device_precision()
+    arms = known_arms(args.methods, study, study.base)
+    reference = reference_of(arms, precision)
+    free = {"data_dir", "minutes", "processes", "work", "data"}
+    free |= {"seeds"} if args.seeds >= parser.get_default("seeds") else set()
+    file = f"robustness_{args.data}_{'cuda' if gpu else 'cpu'}.json"
+    output, work = output_for(file, parser, args, free), trials.work_folder(args, "robustness")
+    print("" if gpu else NO_MEANING)
+    plan, costs = plan_trials(study, arms, reference, args, work)
+    every = [one.trial for one in plan]
+    finished = trials.run_with_starts(every, work, processes=args.processes, deadline=deadline)
     record: dict[str, Any] = {
         "script": "benchmarks/evidence/robustness.py",
         "file": output.name,
         "data": args.data,
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "device": device_name(),
         "meaningful_times": gpu,
         "precision": precision,
-        "networks": networks,
-        "architectures": {n: study.networks[n] for n in networks},
+        "networks": list(study.networks),
+        "architectures": study.networks,
         "reference": reference,
         "reference_epochs": study.epochs,
         "start": study.start,
@@ -613,69 +649,20 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         "time": "an update's, the least of all arms' interleaved rounds (other work adds to it): "
         f"{args.rounds} of {SEVERAL} updates" + ("" if gpu else f"; {NO_MEANING}"),
         **environment(),
+        "rows": rows_of(plan, costs, work),
+        "complete": finished,
     }
-
-    def save(complete: bool) -> Path:
-        rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-        for network, arm, epochs, which, trial in plan:
-            found = trials.result(trial, work)
-            cost = costs[network, arm]
-            row = rows.setdefault(
-                (network, arm, epochs),
-                {"network": network, "arm": arm, "budgets": which, "epochs": epochs}
-                | {k: v for k, v in cost.items() if k != "epochs"}
-                | {"seeds": [], "failed": []},
-            )
-            if found and found["failed"]:
-                row["failed"].append({"seed": trial.cfg.run.seed, "why": found["failed"]})
-            elif found and found["accuracy"]:
-                if not gpu:
-                    del found["seconds"]
-                row["seeds"].append({"seed": trial.cfg.run.seed} | found)
-        for row in rows.values():
-            row["accuracy"] = statistics_of(row["seeds"])
-            row["total_units"] = row["epochs"] * row["units"]
-            row["total_time_over"] = row["epochs"] * row["seconds_over"]
-            for key in ("seconds", "joules"):
-                value = plus_minus([s.get(key) for s in row["seeds"]])
-                if value:
-                    row[key] = value
-        record["rows"] = [row for row in rows.values() if row["seeds"] or row["failed"]]
-        record["complete"] = complete
-        record["notes"] = notes_of(record)
-        return write_record(output, record)
-
-    options = {"processes": args.processes, "deadline": deadline}
-    every = [trial for *_, trial in plan]
-    if args.processes > 1:
-        finished = trials.run_all(starts, work, **options) and trials.run_all(
-            every, work, **options
-        )
-    else:  # a start right before what needs it, so that a call that stops has whole arms
-        order = [t for trial in every for t in (trial.start, trial)]
-        finished = trials.run_all(order, work, **options)
-    written = save(finished)
-    for path in draw(record, picture):
-        print(f"picture: {path}")
+    written = write_record(output, record)
     left = sum(trials.missing(t, work) for t in every)
     print(f"{len(every) - left} of {len(every)} trainings finished -> {written}")
-    if not finished:
-        print("stopped: say the same again to go on")
-    failed = [(r["arm"], f) for r in record["rows"] for f in r["failed"]]
-    for arm, failure in failed:
-        print(f"FAILED: {arm}, seed {failure['seed']}: {failure['why']}")
-    return int(bool(every) and len(failed) == len(every))
+    return trials.exit_status(record["rows"], finished, len(every))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Its exit status: 2 for a mistake of the user's, 1 where every training failed."""
-    parser = parser_of()
+    """Returns the exit status: 2 for a user's mistake, 1 if every training failed."""
+    parser = make_parser()
     args = parser.parse_args(argv)
-    try:
-        return run(parser, args)
-    except UserError as error:
-        print(f"robustness.py: error: {error}", file=sys.stderr)
-        return 2
+    return exit_status("robustness.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

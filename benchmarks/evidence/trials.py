@@ -1,5 +1,8 @@
-"""Trainings with their evaluations, each made once: what is finished is found again by all that it
-depends on, what was stopped goes on. By fastgn.train and fastgn.evaluate themselves."""
+"""Trainings with their evaluations, each of which is made once.
+
+A trial lies in a folder whose name follows from all that it depends on. So a finished trial is
+found again, and an interrupted one goes on. fastgn.train and fastgn.evaluate do the work.
+"""
 
 import argparse
 import concurrent.futures
@@ -12,15 +15,17 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import arguments
 from benchmarks.common.arguments import ROOT, positive_float, positive_int
 from benchmarks.common.energy import Meter, NoMeterError
+from benchmarks.common.timing import summary
 from fastgn import evaluate, train
 from fastgn.config import Config
 from fastgn.files import write_bytes, write_json
@@ -28,47 +33,49 @@ from fastgn.lock import lock_folder
 from fastgn.metrics import read_rows
 
 LOCAL = ("output", "initial_checkpoint", "resume")
-"""Where things lie, which decides nothing."""
+"""Fields of the config that say where files lie, and do not change the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A training, from the weights of another or from scratch, and its evaluations."""
+    """A training, from the weights of another one or from scratch, and its evaluations."""
 
     name: str
     cfg: Config
     evaluations: tuple[tuple[str, ...], ...] = ()
-    """fastgn.evaluate's flags, without --checkpoint and --output; a file each."""
+    """Flags of fastgn.evaluate, without --checkpoint and --output, for each evaluation."""
     start: "Trial | None" = None
 
     @property
     def key(self) -> str:
-        """The folder's name: of the trial and what its weights depend on, but for the code."""
+        """Name of the folder, from the trial's name and all that its weights depend on."""
         values = {k: v for k, v in self.cfg.flat().items() if k not in LOCAL}
         content = [values, self.start.key if self.start else None]
         return f"{self.name}_{digest(content)}"
 
 
 def digest(content: Any) -> str:
+    """Returns ten characters that identify a content of JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """The time is over, or the user wants no more: the same call goes on."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The time is over, or the user interrupted. The same command continues."""
 
 
-class Failed(Exception):  # noqa: N818 - one arm's end, not the study's
-    """What the training or evaluation said."""
+class Failed(Exception):  # noqa: N818 - the other trials go on
+    """The message of a training or evaluation that failed."""
 
 
 def evaluation_file(trial: Trial, folder: Path, flags: Sequence[str]) -> Path:
-    # a list of images has a name that says all
+    """Returns the file of an evaluation's results."""
+    # the name of a list of images says all of its content
     content = [Path(f).name if f.endswith(".txt") else f for f in flags]
     return folder / f"evaluation_{digest(content)}.json"
 
 
 def missing(trial: Trial, work: Path) -> bool:
-    """Whether anything of a trial is left to do."""
+    """Returns whether a part of a trial has not been made."""
     folder = work / trial.key
     files = [folder / "model.safetensors"]
     files += [evaluation_file(trial, folder, flags) for flags in trial.evaluations]
@@ -76,9 +83,9 @@ def missing(trial: Trial, work: Path) -> bool:
 
 
 def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
-    """What is left of a trial; its failure in a line, or None. Raises Stopped.
+    """Makes what is missing of a trial. Returns its failure in a line, or None. Raises Stopped.
 
-    deadline: by time.time().
+    deadline: in seconds, as of time.time().
     """
     folder = work / trial.key
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +98,12 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
                     run_evaluation(trial, folder, flags)
     except KeyboardInterrupt:
         raise Stopped from None
-    except (Failed, RuntimeError) as error:  # one arm's end: the same call would fail again
+    except (Failed, RuntimeError) as error:  # the same call would fail again
         line = " ".join((str(error) or type(error).__name__).split())[:300]
         write_json(folder / "failed.json", {"failed": line})
         return line
     finally:
-        torch.compiler.reset()  # of one model; a process makes dozens
+        torch.compiler.reset()  # a process compiles dozens of models
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -104,6 +111,7 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
 
 
 def run_training(trial: Trial, work: Path, folder: Path) -> None:
+    """Trains, or continues, and notes seconds and joules. Raises Stopped or Failed."""
     values = {"output": str(folder)}
     if trial.start is not None:
         values["initial_checkpoint"] = str(work / trial.start.key)
@@ -128,6 +136,7 @@ def run_training(trial: Trial, work: Path, folder: Path) -> None:
 
 
 def run_evaluation(trial: Trial, folder: Path, flags: Sequence[str]) -> None:
+    """Evaluates, unless that is done. Raises Stopped or Failed."""
     output = evaluation_file(trial, folder, flags)
     if output.exists():
         return
@@ -139,13 +148,14 @@ def run_evaluation(trial: Trial, folder: Path, flags: Sequence[str]) -> None:
 
 
 def last_line(log: Path) -> str:
+    """Returns the last line of a log."""
     lines = log.read_text().strip().splitlines()
     return lines[-1] if lines else "no message"
 
 
 @contextlib.contextmanager
 def until(deadline: float) -> Iterator[None]:
-    """Interrupts the block as Ctrl-C would, when the time is over: a training saves first."""
+    """Interrupts the block as Ctrl-C does when the time is over, so that a training saves first."""
     left = deadline - time.time()
     if left <= 0:
         raise Stopped
@@ -158,60 +168,72 @@ def until(deadline: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every script of trials."""
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with the options of all programs that make trials."""
+    processes = 1 if torch.cuda.is_available() else 2
+    parser = arguments.make_parser(description)
     add = parser.add_argument
-    add("--data-dir", help="CIFAR-10's, as fastgn.train takes it")
-    add("--minutes", type=positive_float, default=1e6, help="then it stops; the same call goes on")
-    add("--processes", type=positive_int, default=1 if torch.cuda.is_available() else 2)
-    add("--work", type=Path, help="where finished trainings are kept; default: below runs/")
-    add("--smoke", action="store_true", help="toy sizes and APGD-CE alone, to see that it runs")
-    add("--output", type=Path, help="JSON")
+    add("--data-dir", help="CIFAR-10, as fastgn.train --data-dir takes it")
+    add(
+        "--minutes", type=positive_float, default=1e6,
+        help="stop after so many minutes; the same command continues",
+    )  # fmt: skip
+    add("--processes", type=positive_int, default=processes, help="trainings at a time")
+    add("--work", type=Path, help="folder that keeps finished trainings; default: below runs/")
+    add("--smoke", action="store_true", help="use toy sizes and APGD-CE alone")
+    return parser
 
 
 def work_folder(args: argparse.Namespace, script: str) -> Path:
+    """Returns the folder that keeps the trials of a program."""
     name = f"{script}_{args.data}{'_smoke' if args.smoke else ''}"
     return (args.work or ROOT / "runs" / name).absolute()
 
 
 def device_precision() -> str:
-    """bf16 where the GPU has it."""
+    """Returns bf16 if the GPU supports it, else fp32."""
     modern = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     return "bf16" if modern else "fp32"
 
 
 def one_thread() -> None:
+    """Lets PyTorch use one thread."""
     torch.set_num_threads(1)
 
 
-def run_all(
-    trials: Sequence[Trial],
-    work: Path,
-    *,
-    processes: int,
-    deadline: float = float("inf"),
-    said: Callable[[str], None] = print,
-) -> bool:
-    """What is left of all trials, so many at a time; False where the time was over before. Raises
-    UserError where another process is at work in the folder."""
+def run_all(trials: Sequence[Trial], work: Path, *, processes: int, deadline: float) -> bool:
+    """Makes what is missing of all trials, some at a time. Returns False if the time was over.
+
+    Raises UserError if another process is at work in the folder.
+    """
     with lock_folder(work, f"--work {work}"):
-        return _run_all(trials, work, processes, deadline, said)
+        return _run_all(trials, work, processes, deadline)
 
 
-def _run_all(
-    trials: Sequence[Trial],
-    work: Path,
-    processes: int,
-    deadline: float,
-    said: Callable[[str], None],
+def run_with_starts(
+    trials: Sequence[Trial], work: Path, *, processes: int, deadline: float
 ) -> bool:
+    """Makes trials and the trials that they start from. Returns False if the time was over.
+
+    One process makes each start right before the first trial that needs it, so that a call that
+    stops has whole arms. Several processes make all starts first.
+    """
+    options: dict[str, Any] = {"processes": processes, "deadline": deadline}
+    if processes == 1:
+        order = [t for trial in trials for t in (trial.start, trial) if t is not None]
+        return run_all(order, work, **options)
+    starts = [trial.start for trial in trials if trial.start is not None]
+    return run_all(starts, work, **options) and run_all(trials, work, **options)
+
+
+def _run_all(trials: Sequence[Trial], work: Path, processes: int, deadline: float) -> bool:
     left = [t for t in {t.key: t for t in trials}.values() if missing(t, work)]
     stopped = False
     with tqdm(total=len(left), unit="trial", disable=None) as bar:
 
         def done(trial: Trial, failure: str | None) -> None:
             bar.update()
-            said(f"{trial.name}: {f'failed: {failure}' if failure else brief(trial, work)}")
+            print(f"{trial.name}: {f'failed: {failure}' if failure else brief(trial, work)}")
 
         if processes == 1:
             for trial in left:
@@ -233,14 +255,42 @@ def _run_all(
                     except (Stopped, concurrent.futures.CancelledError):
                         stopped = True
                         pool.shutdown(wait=False, cancel_futures=True)
-            except KeyboardInterrupt:  # the workers have had it, too
+            except KeyboardInterrupt:  # the workers were interrupted, too
                 pool.shutdown(wait=True, cancel_futures=True)
                 return False
     return not stopped
 
 
+def exit_status(rows: Sequence[Mapping[str, Any]], finished: bool, number: int) -> int:
+    """Prints the failures of a record's rows. Returns 1 if all of `number` trials failed."""
+    failed = [(row, failure) for row in rows for failure in row["failed"]]
+    for row, failure in failed:
+        name = row.get("arm") or row["activation"]
+        print(f"FAILED: {name}, seed {failure['seed']}: {failure['why']}")
+    if not finished:
+        print("stopped: run the same command again to continue")
+    return int(bool(number) and len(failed) == number)
+
+
+def statistics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the accuracy over seeds for each attack and eps that all seeds have."""
+    out = []
+    for first in results[0]["accuracy"] if results else []:
+        key = first["attack"], first["eps"], first["images"]
+        values = [
+            row["accuracy"]
+            for r in results
+            for row in r["accuracy"]
+            if (row["attack"], row["eps"], row["images"]) == key
+        ]
+        if len(values) == len(results):
+            row = dict(zip(("attack", "eps", "images"), key, strict=True))
+            out.append(row | {"accuracy": summary(values)})
+    return out
+
+
 def result(trial: Trial, work: Path) -> dict[str, Any] | None:
-    """What a finished training and its evaluations until now have given; None before that."""
+    """Returns the results of a finished training and its evaluations, None if unfinished."""
     folder = work / trial.key
     if (folder / "failed.json").exists():
         return json.loads((folder / "failed.json").read_text())
@@ -248,7 +298,7 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
         return None
     rows = read_rows(folder / "metrics.csv")
     there = folder / "cost.json"
-    cost = json.loads(there.read_text()) if there.exists() else []  # a kill may have come before it
+    cost = json.loads(there.read_text()) if there.exists() else []  # absent after a kill
     measured = bool(cost) and all("joules" in part for part in cost)
     out: dict[str, Any] = {
         "failed": None,
@@ -275,14 +325,14 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
 
 
 def rows_mean(rows: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """Over the last epoch's rows of metrics.csv."""
+    """Returns the mean of a column of metrics.csv over the last epoch."""
     there = [r for r in rows if key in r]
     last = [r[key] for r in there if r["epoch"] > there[-1]["epoch"] - 1]
     return sum(last) / len(last) if last else None
 
 
 def brief(trial: Trial, work: Path) -> str:
-    """A finished trial's accuracies in a line."""
+    """Returns the accuracies of a finished trial in a line."""
     found = result(trial, work)
     assert found is not None
     return ", ".join(

@@ -1,15 +1,15 @@
-"""What ptxas makes of every Triton kernel, on a machine without a GPU.
+"""Registers, spills and load widths of every Triton kernel, on a machine without a GPU.
 
-    python -m benchmarks.kernels.builds  # sm_70, 80 and 90; writes results/kernel_builds.json
+    python -m benchmarks.kernels.builds  # for sm_70, sm_80 and sm_90
 
-A row of `LAUNCHES` is all that an op needs, here and in the tests.
+The launch code of the ops runs against a driver that compiles and launches nothing. So these are
+the kernels that would run, with their block sizes, warps and pointer alignments. Registers, spills
+and shared memory come from ptxas, and the widths of loads and stores from the PTX.
 
-Runs the ops' own launch code against a driver that compiles and launches nothing, so that what is
-judged is what would run: its block sizes, warps and pointer alignments. Registers, spills and
-shared memory are ptxas' own figures; the widths of loads and stores are read from the PTX.
+A new op needs one row of `LAUNCHES`, for this program and for the tests.
+Writes benchmarks/results/kernel_builds.json.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -38,8 +38,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from benchmarks.common.arguments import RESULTS
-from fastgn.files import write_json
+from benchmarks.common.arguments import RESULTS, make_parser
+from benchmarks.common.records import write_json
+from benchmarks.common.tables import Record, make_table, with_notes
 from fastgn.metrics import environment
 
 RESULT = RESULTS / "kernel_builds.json"
@@ -49,34 +50,34 @@ DTYPES = {
     80: (torch.bfloat16, torch.float32),
     90: (torch.bfloat16, torch.float32),
 }
-"""Compute capability (V100, A100, H200) -> what is trained in there."""
+"""Compute capability (of V100, A100, H200) -> dtypes that are used for training."""
 
 SHARED_LIMIT = {70: 96 << 10, 80: 163 << 10, 90: 227 << 10}
-"""Compute capability -> the most shared memory a block may have, in bytes."""
+"""Compute capability -> most bytes of shared memory that a block can have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One kernel as compiled for one card."""
+    """A kernel, compiled for one card."""
 
     kernel: str
     capability: int
     constants: str
-    """What it was specialised on, the interesting part."""
+    """Numbers and names that the kernel was specialised on."""
     warps: int
     registers: int
     spills: int
     """Bytes of spill stores and loads."""
     shared: int
-    """Bytes of shared memory a block."""
+    """Bytes of shared memory per block."""
     load_bytes: int
-    """Width of the widest global load of a thread."""
+    """Bytes of the widest global load of a thread."""
     store_bytes: int
-    """Width of the widest global store of a thread."""
+    """Bytes of the widest global store of a thread."""
 
 
 def width(ptx: str, access: str) -> int:
-    """Bytes of the widest global access, 'ld' or 'st', in a kernel's PTX."""
+    """Returns the bytes of the widest global access, "ld" or "st", in a kernel's PTX."""
     widths = [0]
     for line in ptx.splitlines():
         found = re.search(rf"\b{access}\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\b", line)
@@ -86,7 +87,7 @@ def width(ptx: str, access: str) -> int:
 
 
 def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: str) -> Build:
-    """Asks ptxas about a compiled kernel's PTX."""
+    """Returns what ptxas says of a compiled kernel."""
     ptx = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -111,7 +112,10 @@ def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: 
 
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Build]]:
-    """Makes launches on CPU tensors compile for a card and do nothing else; fills the list."""
+    """Makes launches on CPU tensors compile for a card and do nothing else.
+
+    Yields a list, to which each kernel that is compiled is appended.
+    """
     target = GPUTarget("cuda", capability, 32)
     driver = types.SimpleNamespace(
         get_current_target=lambda: target,
@@ -137,7 +141,7 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
         return kernel
 
     pretence = {"runs_triton": lambda x: True, "capability": lambda x: capability}
-    # every op's file has its own names for them
+    # the file of each op imports them by name
     modules = [m for name, m in sys.modules.items() if name.startswith("fastgn_kernels.")]
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
@@ -154,9 +158,12 @@ def all_orders(
     dtype: torch.dtype,
     weights: Sequence[tuple[int, ...]] = (),
 ) -> None:
-    """Launches an op of inputs of these shapes, then weights of float32, its backward, and the
-    backward of that: as a gradient penalty has it, where the inner gradient is the first input's
-    alone; with the outer one the first input's too; and with all gradients in both."""
+    """Launches an op, its backward, and the backward of that.
+
+    shapes: of the inputs, in `dtype`. weights: shapes of further inputs, in float32.
+    The second order is taken for a gradient penalty, where the inner gradient is the first input's,
+    for the first input's gradients alone, and for all gradients.
+    """
     inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     inputs += [torch.empty(shape, requires_grad=True) for shape in weights]
     y = op(*inputs)
@@ -190,7 +197,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     )
     for kind in ("gelu", "mish")
 }
-"""Op -> what launches all its kernels, at Swin-B's shapes."""
+"""Op -> function of a dtype that launches all its kernels, at Swin-B's shapes."""
 
 LAUNCHES |= {
     "cross_entropy index": lambda dtype: all_orders(
@@ -211,7 +218,7 @@ LAUNCHES |= {
 }
 
 LAYER_NORMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-"""Swin's and ViT's widths, and the tiles on either side, to the widest."""
+"""Widths of Swin and ViT, and widths on either side of each tile size."""
 
 
 def _layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
@@ -243,11 +250,11 @@ LAUNCHES |= {
     "window_attention no bias": functools.partial(_window_attention, heads=4, dim=32, biased=False),
     "window_attention D = 64": functools.partial(_window_attention, heads=4, dim=64, masks=64),
 }
-"""Those of window_attention launch nothing on a card before sm_80, or in float32."""
+"""window_attention launches nothing on a card before sm_80, nor in float32."""
 
 
 def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:
-    """A record of each kernel that a row of `LAUNCHES` would launch on a card."""
+    """Yields a row of the record for each kernel that a row of `LAUNCHES` launches on a card."""
     for dtype in DTYPES[capability]:
         with compile_only(capability) as builds:
             launch(dtype)
@@ -255,11 +262,29 @@ def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterato
             yield {"dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(build)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def table(record: Record) -> str:
+    """Returns a table of the kernels of each kind of op and card: how many, and their extremes."""
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for build in record["builds"]:
+        kind = build["op"].partition(" ")[0]
+        groups.setdefault((kind, build["capability"]), []).append(build)
+    columns = {
+        "op": lambda g: g[0]["op"].partition(" ")[0],
+        "card": lambda g: f"sm_{g[0]['capability']}",
+        "kernels": lambda g: str(len(g)),
+        "registers, at most": lambda g: str(max(b["registers"] for b in g)),
+        "bytes of spills": lambda g: str(sum(b["spills"] for b in g)),
+        "shared KiB, at most": lambda g: f"{max(b['shared'] for b in g) / 1024:.0f}",
+        "widest load, bytes": lambda g: str(max(b["load_bytes"] for b in g)),
+    }
+    note = f"ptxas of triton {record['versions']['triton']}"
+    return with_notes(make_table(list(groups.values()), columns), record, note)
+
+
+def main() -> int:
+    parser = make_parser(__doc__)
     parser.add_argument("--ops", nargs="+", choices=LAUNCHES, metavar="OP", help="default: all")
     args = parser.parse_args()
-
     rows = [
         {"op": op, **build}
         for op in args.ops or LAUNCHES
@@ -273,11 +298,12 @@ def main() -> None:
             f"{r['shared']:6} {r['load_bytes']:4} {r['store_bytes']:5}  {r['kernel']} "
             f"{r['constants']}"
         )
-    if args.ops:
-        print(f"not all ops: {RESULT.name} stays as it was")
+    if args.output or not args.ops:
+        write_json(args.output or RESULT, {"builds": rows, **environment()})
     else:
-        write_json(RESULT, {"builds": rows, **environment()})
+        print(f"not all ops: {RESULT.name} stays as it was")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,38 +1,38 @@
-"""Every op of fastgn_kernels and each of its orders: time, bytes a second, memory.
+"""Time, bandwidth and memory of every op of fastgn_kernels, in each order of differentiation.
 
-    python -m benchmarks.kernels.ops  # a GPU: Swin-B's shapes, 64 images, within --minutes
+Each op is timed against eager PyTorch and torch.compile, beside a device copy of as many bytes.
+
+    python -m benchmarks.kernels.ops  # on a GPU: Swin-B's shapes, 64 images, within --minutes
     python -m benchmarks.kernels.ops --ops gelu layer_norm --no-compile
-    PYTHONPATH=.:kernels python -m benchmarks.kernels.ops  # with torch, triton, numpy alone
+    PYTHONPATH=.:kernels python -m benchmarks.kernels.ops  # with torch, triton and numpy alone
 
-A row is one request: `forward`; `backward`, all gradients; `second`, what a gradient penalty asks
-for: given the cotangent of the gradient to the op's first input, the gradients to the backward's
-cotangents and to all inputs. Each is timed alone, the graph that it differentiates built before.
-`all` is the three in one function, which is what `torch.compile` is given. Peers have first orders.
+A row is one order. `forward` is the op. `backward` gives all its gradients. `second` is what a
+gradient penalty needs: from the cotangent of the gradient to the op's first input, the gradients to
+the backward's cotangents and to all inputs. Each is timed alone, on a graph that was built before.
+`all` is the three in one function, which torch.compile takes. PyTorch's fused attention (sdpa) has
+first orders only.
 
-Bytes are the op's by definition, not what a kernel happens to move: each tensor that the order
-needs read once, each that it returns written once (`MOVES`). The yardstick is a device copy of as
-many bytes, half read and half written, timed in the same rounds; `share_of_copy` is its median time
-over the op's, and `share_of_large_copy` the same against one of 2 GiB. Calls are cold (`timing`).
-Peak memory is what the request allocates above inputs and cotangents, its graph included.
+Bytes are what the op needs by definition, not what a kernel happens to move: each tensor that the
+order needs is read once, and each that it returns is written once (`MOVES`). The copy moves as many
+bytes, half read and half written, in the same rounds. `share_of_copy` is its median time over the
+op's, and `share_of_large_copy` compares with a copy of 2 GiB. Caches are empty before each call.
+Peak memory is what a call allocates above inputs and cotangents, its graph included.
 
-Writes benchmarks/results/kernels_<card>.json, after every case, and the picture into runs/. On a
-CPU it runs small shapes, its times mean nothing and it writes to runs/ alone.
+Writes benchmarks/results/kernels_<card>.json after every case. On a CPU it runs small shapes, its
+times mean nothing, and it writes to runs/.
 """
 
 import argparse
 import dataclasses
 import functools
 import gc
-import importlib.util
 import itertools
 import math
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -49,16 +49,18 @@ from fastgn_kernels import (
 )
 from torch import Tensor
 
-from benchmarks.common.arguments import RESULTS, ROOT
-from benchmarks.common.records import hold, write_record
+from benchmarks.common.arguments import device_name, gpu_output, make_parser
+from benchmarks.common.records import write_record
+from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.common.timing import Timing, cold
 
 try:
     from fastgn.metrics import environment
-except ImportError as error:  # a borrowed card has no trainer: say less of it, but run
+except ImportError as error:  # a borrowed machine may lack the trainer's packages
     LACKING = str(error)
 
     def environment() -> dict[str, Any]:
+        """Returns what can be known of versions and hardware without the trainer."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         hardware: dict[str, Any] = {"cpu": platform.processor(), "cpu_count": os.cpu_count()}
         if torch.cuda.is_available():
@@ -75,22 +77,22 @@ NO_MEANING = "NO GPU: small shapes on a CPU, these times mean nothing"
 
 ORDERS = ("forward", "backward", "second")
 STAGES = {1: (56, 128, 4), 2: (28, 256, 8), 3: (14, 512, 16), 4: (7, 1024, 32)}
-"""Swin-B's at 224 pixels: tokens a side, channels, heads."""
+"""Stages of Swin-B at 224 pixels: tokens per side, channels, heads."""
 SIDE, WINDOW, HEAD_DIM, CLASSES = 224, 7, 32, 1000
 LARGE_COPY = 2 << 30
 DIFFERENCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
-"""Relative L2 difference from eager above which a row's kernel is wrong: bfloat16 keeps 8 bits, and
-eager rounds to them between its kernels."""
+"""Largest relative L2 difference from eager that is no error.
 
-SHARE = "share of copy bandwidth"
+bfloat16 keeps 8 bits, and eager rounds to them between its kernels."""
+
+SHARE, LEANER = "share of copy bandwidth", "times_less_memory_than"
 
 Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An op at one shape. `inputs` are differentiated; `constants` are keyword arguments that are
-    not."""
+    """An op at one shape."""
 
     op: str
     shape: str
@@ -98,8 +100,11 @@ class Case:
     ours: Callable[..., Outputs]
     eager: Callable[..., Outputs]
     inputs: Mapping[str, Tensor]
+    """Tensors that are differentiated."""
     constants: Mapping[str, Tensor]
+    """Keyword arguments that are not differentiated."""
     peers: Mapping[str, Callable[..., Outputs]] = dataclasses.field(default_factory=dict)
+    """Other implementations, of which first orders alone are timed."""
 
 
 MOVES = {
@@ -135,8 +140,9 @@ MOVES = {
     "gradient_norm_l1": ("x -> y", "gy x -> gx", "v x -> ggy"),
     "gradient_norm_l2": ("x -> y", "gy x y -> gx", "v gy x y -> ggy gx"),
 }
-"""Op -> what its orders read and write: v is the cotangent of the first input's gradient, and a g
-before a name its gradient."""
+"""Op -> tensors that forward, backward and second order read -> and write.
+
+v is the cotangent of the first input's gradient. A g before a name means its gradient."""
 
 SAME_MOVES = (
     dict.fromkeys(ACTIVATIONS, "activation")
@@ -159,13 +165,13 @@ OPS = (
 
 
 def moves(op: str, order: str) -> tuple[list[str], list[str]]:
-    """Names of the tensors that an op's order reads, and that it writes."""
+    """Returns the names of the tensors that an order of an op reads, and that it writes."""
     read, written = MOVES[SAME_MOVES.get(op, op)][ORDERS.index(order)].split("->")
     return read.split(), written.split()
 
 
 def size(name: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of a tensor of `MOVES`, a gradient's being those of what it is the gradient to."""
+    """Returns the bytes of a tensor of `MOVES`. A gradient is as large as its tensor."""
     if name == "v":
         return next(iter(sizes.values()))
     while name not in sizes:
@@ -175,7 +181,10 @@ def size(name: str, sizes: Mapping[str, int]) -> int:
 
 
 def bytes_moved(op: str, order: str, sizes: Mapping[str, int]) -> int:
-    """Bytes that an order has to move; sizes: name -> bytes, the op's first input first."""
+    """Returns the bytes that an order has to move.
+
+    sizes: name -> bytes, the op's first input first.
+    """
     read, written = moves(op, order)
     return sum(size(name, sizes) for name in read + written)
 
@@ -183,8 +192,12 @@ def bytes_moved(op: str, order: str, sizes: Mapping[str, int]) -> int:
 def targets(
     op: str, order: str, share: float, faster: float, leaner: float
 ) -> list[dict[str, Any]]:
-    """Issue 3's, of one row. share: of copy bandwidth; faster, leaner: eager's time and peak memory
-    over ours. What beats eager in neither is to be removed."""
+    """Returns the targets of a row, and whether it meets them.
+
+    share: of the bandwidth of a copy.
+    faster, leaner: time and peak memory of eager over ours. A kernel that beats eager in neither is
+        to be removed.
+    """
     wanted = []
     family = SAME_MOVES.get(op, op)
     if order in ORDERS and family.endswith("activation"):
@@ -208,30 +221,8 @@ def targets(
     return [*rows, better | {"at_least": 1, "met": max(faster, leaner) > 1}]
 
 
-def peers() -> tuple[dict[str, Callable], dict[str, str]]:
-    """Other libraries' layer norms, and why those that are not here are not."""
-    found: dict[str, Callable] = {}
-    missing = {}
-    if importlib.util.find_spec("liger_kernel") is None:
-        missing["liger"] = "liger_kernel is not installed"
-    else:
-        from liger_kernel.transformers.functional import liger_layer_norm
-
-        found["liger"] = lambda x, weight, bias: liger_layer_norm(x, weight, bias, 1e-5)
-    try:
-        from apex.normalization import FusedLayerNorm  # noqa: F401  PyPI's apex has none
-        from apex.normalization.fused_layer_norm import fused_layer_norm_affine
-
-        found["apex"] = lambda x, weight, bias: fused_layer_norm_affine(
-            x, weight, bias, x.shape[-1:], 1e-5
-        )
-    except ImportError as error:
-        missing["apex"] = f"NVIDIA's apex is not installed: {error}"
-    return found, missing
-
-
 def sdpa(qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What timm calls where it may: its fused kernels know first orders only."""
+    """Calls PyTorch's fused attention, which timm uses. It has first orders only."""
     added = bias[None]
     if mask is not None:
         added = (mask[:, None] + added).repeat(qkv.shape[1] // mask.shape[0], 1, 1, 1)
@@ -240,7 +231,7 @@ def sdpa(qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def shift_mask(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Swin's for windows shifted by half: -100 between tokens that came from opposite edges."""
+    """Returns Swin's mask (windows, N, N): -100 between tokens from opposite edges of the image."""
     band = torch.zeros(side, device=device)
     band[-WINDOW:] = 1
     band[-(WINDOW // 2) :] = 2
@@ -249,17 +240,20 @@ def shift_mask(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.where(windows[:, None] != windows[..., None], -100.0, 0.0).to(dtype)
 
 
-class Spec(NamedTuple):
-    """What to build a case from. stage: 0 for an op that has none."""
+class CaseKey(NamedTuple):
+    """What a case is built from."""
 
     op: str
     stage: int
+    """Stage of Swin-B, 0 for an op that has none."""
     dtype: torch.dtype
 
 
-def specs(ops: Sequence[str], stages: Sequence[int]) -> list[Spec]:
-    """Every op's first case, then every second one, and so on: if time runs out, each op has been
-    measured."""
+def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
+    """Returns the first case of every op, then the second ones, and so on.
+
+    If time runs out, each op has been measured.
+    """
     by_op = []
     for op in ops:
         family = SAME_MOVES.get(op, op)
@@ -271,12 +265,12 @@ def specs(ops: Sequence[str], stages: Sequence[int]) -> list[Spec]:
         # the other kinds differ from gelu in arithmetic alone: one shape and dtype tells
         alone = op in ACTIVATIONS and op != "gelu"
         dtypes = (torch.bfloat16,) if alone else (torch.bfloat16, torch.float32)
-        by_op.append([Spec(op, stage, dtype) for stage in at for dtype in dtypes])
+        by_op.append([CaseKey(op, stage, dtype) for stage in at for dtype in dtypes])
     return [spec for rank in itertools.zip_longest(*by_op) for spec in rank if spec]
 
 
-def build(spec: Spec, batch: int, device: torch.device) -> Case:
-    """A spec's tensors and functions, at Swin-B's shapes for a batch of images."""
+def build(spec: CaseKey, batch: int, device: torch.device) -> Case:
+    """Returns the tensors and functions of a case, at Swin-B's shapes for a batch of images."""
     op, stage, dtype = spec
     side, width, heads = STAGES.get(stage, (0, 0, 0))
     rows, columns = batch * side * side, width
@@ -302,7 +296,7 @@ def build(spec: Spec, batch: int, device: torch.device) -> Case:
         inputs = {"x": random(rows, columns), "bias": random(columns)}
     elif op == "layer_norm":
         shape = f"{rows} x {columns}"
-        ours, eager, others = layer_norm, reference.layer_norm, peers()[0]
+        ours, eager = layer_norm, reference.layer_norm
         inputs = {"x": random(rows, columns), "weight": random(columns), "bias": random(columns)}
     elif op == "add_layer_norm":
         shape = f"{rows} x {columns}"
@@ -347,6 +341,7 @@ def build(spec: Spec, batch: int, device: torch.device) -> Case:
 
 
 def listed(y: Outputs) -> list[Tensor]:
+    """Returns one or several outputs as a list."""
     return [y] if isinstance(y, Tensor) else list(y)
 
 
@@ -356,7 +351,11 @@ def requests(
     gys: Sequence[Tensor],
     v: Tensor | None,
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
-    """Order -> what asks for it, of a graph that is there. Without v, first orders alone."""
+    """Returns a function for each order, on a graph that is built here.
+
+    gys: cotangents of the outputs.
+    v: cotangent of the first input's gradient. None means first orders only.
+    """
     ys = listed(function(*inputs))
     asked: dict[str, Callable[[], Sequence[Tensor | None]]] = {
         "forward": lambda: listed(function(*inputs)),
@@ -378,8 +377,10 @@ def through(
     order: str = "second",
     wanted: Sequence[bool] | None = None,
 ) -> list[Tensor | None]:
-    """What every order up to this one gives, from the inputs on. wanted: which of the cotangents
-    and inputs have a gradient of second order; None: found out."""
+    """Returns the results of every order up to `order`, from the inputs on.
+
+    wanted: which cotangents and inputs have a gradient of second order. None means to find out.
+    """
     found = ys = listed(function(*inputs))
     if order != "forward":
         twice = order == "second"
@@ -396,10 +397,10 @@ def through(
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """The most that a call allocates at once, what it returns included; None on a CPU."""
+    """Returns the most bytes that a call allocates, its results included, None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    run()  # libraries' workspaces, which stay
+    run()  # makes the workspaces of libraries, which stay
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -409,13 +410,14 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
 
 
 def copier(moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """A device copy that moves as many bytes, half read and half written."""
+    """Returns a device copy that moves so many bytes, half read and half written."""
     source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
     return lambda: to.copy_(source)
 
 
 def milliseconds(timing: Timing) -> dict[str, float]:
+    """Returns a timing as the record keeps it."""
     return {
         "mean": timing.mean * 1e3,
         "std": timing.std * 1e3,
@@ -425,7 +427,7 @@ def milliseconds(timing: Timing) -> dict[str, float]:
 
 
 def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) -> float:
-    """The largest relative L2 difference of a result, NaN if any is; None is zero."""
+    """Returns the largest relative L2 difference of a result. None counts as zero."""
     errors = [0.0]
     for x, y in zip(ours, eager, strict=True):
         x, y = (torch.zeros(()) if z is None else z.detach().double() for z in (x, y))
@@ -433,9 +435,8 @@ def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) ->
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-class Bench:
-    """Measures cases, row by row. Rows: see `row`; skipped: what was not measured, and why; failed:
-    what broke."""
+class OpBench:
+    """Measures cases, row by row."""
 
     def __init__(self, device: torch.device, rounds: int, large_copy: Timing, large_bytes: int):
         self.device = device
@@ -444,7 +445,9 @@ class Bench:
         self.meaningful = device.type == "cuda"
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
+        """What was not measured, and why."""
         self.failed: list[str] = []
+        """What broke, and how."""
 
     def skip(self, op: str, what: str, why: str) -> None:
         self.skipped.append(f"{op}: {what}: {why}")
@@ -455,7 +458,7 @@ class Bench:
         print(f"FAILED: {self.failed[-1]}", flush=True)
 
     def measure(self, case: Case) -> None:
-        """Rows of the three orders, each alone."""
+        """Adds the rows of the three orders, each alone."""
         ours, eager, inputs, gys, v = self.prepare(case)
         asked = {"ours": requests(ours, inputs, gys, v), "eager": requests(eager, inputs, gys, v)}
         for name, peer in case.peers.items():
@@ -463,7 +466,7 @@ class Bench:
                 asked[name] = requests(bound(peer, case), inputs, gys, None)
                 for run in asked[name].values():
                     run()
-            except Exception as error:  # other libraries' limits are their own
+            except Exception as error:  # the limits of other libraries
                 asked.pop(name, None)
                 self.skip(f"{case.op}, {case.shape}", name, first_line(error))
         for order in ORDERS:
@@ -479,7 +482,7 @@ class Bench:
             )
 
     def measure_all(self, case: Case, compiled: bool) -> None:
-        """The row of the three orders in one function, with torch.compile."""
+        """Adds the row of all orders in one function, with torch.compile."""
         ours, eager, inputs, gys, v = self.prepare(case)
         arms: dict[str, Callable] = {
             "ours": lambda: through(ours, inputs, gys, v),
@@ -488,7 +491,7 @@ class Bench:
         if compiled:
             try:
                 arms["compile"] = self.compiled(eager, inputs, gys, v)
-            except Exception as error:  # the compiler's, on PyTorch's own operators
+            except Exception as error:  # the compiler fails on PyTorch's own operators
                 self.skip(f"{case.op}, {case.shape}", "torch.compile", first_line(error))
         sized = sizes(case, ours)
         self.row(
@@ -502,6 +505,7 @@ class Bench:
     def compiled(
         self, function: Callable, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
     ) -> Callable:
+        """Returns a compiled function of all three orders."""
         torch._dynamo.reset()
         found = requests(function, inputs, gys, v)["second"]()
         wanted = [x is not None for x in found]
@@ -514,6 +518,7 @@ class Bench:
         return lambda: step(inputs, gys, v)
 
     def prepare(self, case: Case) -> tuple[Callable, Callable, list[Tensor], list[Tensor], Tensor]:
+        """Returns our op, eager's, the inputs, the outputs' cotangents, and v."""
         ours, eager = bound(case.ours, case), bound(case.eager, case)
         inputs = list(case.inputs.values())
         with torch.no_grad():
@@ -528,6 +533,7 @@ class Bench:
         arms: Mapping[str, Callable[[], Sequence[Tensor | None]]],
         peaks: Mapping[str, int | None],
     ) -> None:
+        """Times the arms of an order beside a copy, and adds the row."""
         off = difference(arms["ours"](), arms["eager"]())
         copy = {"copy": copier(moved, self.device)}
         timings = cold({**arms, **copy}, rounds=self.rounds)
@@ -561,11 +567,12 @@ class Bench:
 
 
 def bound(function: Callable[..., Outputs], case: Case) -> Callable[..., Outputs]:
+    """Returns a function of the inputs alone."""
     return lambda *inputs: function(*inputs, **case.constants)
 
 
 def sizes(case: Case, function: Callable[..., Outputs]) -> dict[str, int]:
-    """Name in `MOVES` -> bytes."""
+    """Returns the bytes of each tensor of `MOVES`."""
     with torch.no_grad():
         ys = listed(function(*case.inputs.values()))
     tensors = {**case.inputs, **case.constants, **dict(zip(("y", "sum"), ys, strict=False))}
@@ -573,10 +580,12 @@ def sizes(case: Case, function: Callable[..., Outputs]) -> dict[str, int]:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Returns a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def first_line(error: Exception) -> str:
+    """Returns an error's class and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
@@ -587,6 +596,7 @@ HEADER = (
 
 
 def line_of(row: Mapping[str, Any]) -> str:
+    """Returns a row as a line for the terminal."""
     ms = row["ms"]["ours"]
     faster = " ".join(f"{name} {value:.2f}" for name, value in row["times_as_fast_as"].items())
     leaner = " ".join(f"{name} {v:.2f}" for name, v in row["times_less_memory_than"].items())
@@ -602,99 +612,66 @@ def line_of(row: Mapping[str, Any]) -> str:
     )
 
 
-def plot(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Share of the copy's bandwidth of each op and order, of its first shape and dtype."""
-    import matplotlib
+def table(record: Record) -> str:
+    """Returns the table of each op at its first shape and dtype."""
+    ops: dict[str, dict[str, Any]] = {}
+    for row in record["rows"]:
+        first = ops.setdefault(row["op"], {"shape": row["shape"], "dtype": row["dtype"]})
+        if (row["shape"], row["dtype"]) == (first["shape"], first["dtype"]):
+            first[row["order"]] = row
+    # the record says why an op lacks an order
+    shown = [{"op": op, **orders} for op, orders in ops.items() if {*ORDERS} <= orders.keys()]
 
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False
-    from matplotlib import pyplot
+    def shares(row: Any) -> str:
+        return ", ".join(f"{100 * row[order]['share_of_copy']:.0f} %" for order in ORDERS)
 
-    shown: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        orders = shown.setdefault(row["op"], {})
-        same = next(iter(orders.values()), row)
-        if row["order"] in ORDERS and (row["shape"], row["dtype"]) == (
-            same["shape"],
-            same["dtype"],
-        ):
-            orders[row["order"]] = row
-    names = [name for name, orders in shown.items() if len(orders) == len(ORDERS)]
-    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.52 * len(names)), layout="constrained")
-    colours = ("#9ecae1", "#3182bd", "#08306b")  # lighter to darker: the orders
-    for i, (order, colour) in enumerate(zip(ORDERS, colours, strict=True)):
-        at = [n + 0.26 * (i - 1) for n in range(len(names))]
-        shares = [100 * shown[name][order]["share_of_copy"] for name in names]
-        axes.barh(at, shares, height=0.24, color=colour, label=order)
-        for y, share in zip(at, shares, strict=True):
-            # beside the bars' area: a number at a bar's end would stand on the lines
-            right = axes.get_yaxis_transform()
-            axes.text(1.01, y, f"{share:.0f}", transform=right, va="center", fontsize=7)
-    first = [next(iter(shown[name].values())) for name in names]
-    labels = [f"{r['op']}\n{r['shape']}, {r['dtype']}" for r in first]
-    axes.set_yticks(range(len(names)), labels, fontsize=7)
-    axes.axvline(100, color="black", linewidth=0.8)
-    for i, row in enumerate(first):
-        for target in row["targets"]:
-            if target["target"] == SHARE:
-                at_least = 100 * target["at_least"]
-                axes.vlines(at_least, i - 0.4, i + 0.4, color="#d95f02", linewidth=1.2)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel("share of a device copy's bandwidth, %: bytes by definition; orange: target")
-    axes.set_title(title, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper right", ncols=3, frameon=False, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    def second(row: Any) -> str:
+        faster, leaner = (row["second"][k]["eager"] for k in ("times_as_fast_as", LEANER))
+        return f"{faster:.2f} ({leaner:.2f})"
 
+    def compiled(row: Any) -> str:
+        ratio = row.get("all", {}).get("times_as_fast_as", {}).get("compile")
+        return "" if ratio is None else f"{ratio:.2f}"
 
-def main() -> int:
-    gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=OPS, metavar="OP", default=OPS)
-    parser.add_argument(
-        "--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES) if gpu else [3, 4]
+    def met(row: Any) -> str:
+        judged = [t["met"] for r in record["rows"] if r["op"] == row["op"] for t in r["targets"]]
+        return f"{sum(judged)} of {len(judged)}"
+
+    columns = {
+        "op": lambda r: r["op"],
+        "shape": lambda r: r["shape"],
+        "share of copy bandwidth: forward, backward, second": shares,
+        "second: eager / fused, time (memory)": second,
+        "all: compiled / fused, time": compiled,
+        "targets": met,
+    }
+    note = (
+        f"{record['device']}, batch {record['batch_size']}, {shown[-1]['dtype']}, medians of "
+        f"{record['rounds']} calls with a cold cache"
     )
-    parser.add_argument("--batch-size", type=int, default=64 if gpu else 2, help="images")
-    parser.add_argument("--rounds", type=int, default=30 if gpu else 3)
-    parser.add_argument("--no-compile", action="store_true", help="no torch.compile")
-    parser.add_argument(
-        "--minutes", type=float, default=5, help="no case or compilation begins after these"
-    )
-    parser.add_argument("--commit", help="to record where the checkout does not know its own")
-    parser.add_argument("--output", type=Path, help="JSON")
-    parser.add_argument("--plot", type=Path, help="PNG")
-    args = parser.parse_args()
+    judged = "targets over all shapes, dtypes and orders"
+    triton_version = f"triton {record['versions']['triton']}"
+    return with_notes(make_table(shown, columns), record, note, judged, triton_version)
 
-    began = time.perf_counter()
-    device = torch.device("cuda" if gpu else "cpu")
-    card = torch.cuda.get_device_name() if gpu else "cpu"
-    slug = re.sub(r"\W+", "_", card.lower())
-    output = args.output or (RESULTS if gpu else ROOT / "runs") / f"kernels_{slug}.json"
-    hold(output)
-    picture = args.plot or ROOT / "runs" / f"kernels_{slug}.png"
+
+def run(args: argparse.Namespace) -> int:
+    """Measures the cases and writes the record after each. Returns 1 if a result is wrong."""
+    began, gpu, card = time.perf_counter(), torch.cuda.is_available(), device_name()
+    device, output = torch.device("cuda" if gpu else "cpu"), gpu_output(args, "kernels")
     if not gpu:
         print(NO_MEANING)
     torch.manual_seed(0)
     torch._dynamo.config.trace_autograd_ops = True
-
     large_bytes = LARGE_COPY if gpu else 64 << 20
     large_copy = cold({"copy": copier(large_bytes, device)}, rounds=args.rounds)["copy"]
-    bench = Bench(device, args.rounds, large_copy, large_bytes)
-    print(
-        f"{card}: a copy of {large_bytes >> 20} MiB moves {bench.large_bytes_per_s / 1e9:.0f} GB/s"
-    )
-    missing = peers()[1]
-    for reason in missing.values():
-        print(f"skipped: {reason}")
-    record = environment()
-    record["commit"] = record["commit"] or args.commit
-
-    def late() -> bool:
-        return time.perf_counter() - began > 60 * args.minutes
+    bench = OpBench(device, args.rounds, large_copy, large_bytes)
+    rate = bench.large_bytes_per_s
+    print(f"{card}: a copy of {large_bytes >> 20} MiB moves {rate / 1e9:.0f} GB/s")
+    known = environment()
+    known["commit"] = known["commit"] or args.commit
 
     def save(complete: bool) -> None:
+        large = {"bytes": large_bytes, "bytes_per_s": rate, "ms": milliseconds(large_copy)}
         content = {
             "device": card,
             "meaningful_times": gpu,
@@ -702,56 +679,61 @@ def main() -> int:
             "batch_size": args.batch_size,
             "rounds": args.rounds,
             "l2_cold": gpu,
-            "large_copy": {
-                "bytes": large_bytes,
-                "bytes_per_s": bench.large_bytes_per_s,
-                "ms": milliseconds(large_copy),
-            },
-            "missing_peers": missing,
+            "large_copy": large,
             "skipped": bench.skipped,
             "failed": bench.failed,
             "seconds": time.perf_counter() - began,
             "rows": bench.rows,
         }
-        write_record(output, content | record)
+        write_record(output, content | known)
 
     print(HEADER)
-    for together in (False, True):  # what takes longest, torch.compile, comes last
+    for together in (False, True):  # torch.compile comes last, because it takes longest
         what = "all orders together" if together else "each order"
-        for spec in specs(args.ops, args.stages):
-            name = f"{spec.op}, stage {spec.stage}, {name_of(spec.dtype)}"
-            if late():
+        for key in choose_cases(args.ops, args.stages):
+            name = f"{key.op}, stage {key.stage}, {name_of(key.dtype)}"
+            if time.perf_counter() - began > 60 * args.minutes:
                 bench.skip(name, what, "--minutes were over")
                 continue
             try:
                 gc.collect()
                 if gpu:
                     torch.cuda.empty_cache()
+                case = build(key, args.batch_size, device)
                 if together:
-                    bench.measure_all(build(spec, args.batch_size, device), not args.no_compile)
+                    bench.measure_all(case, not args.no_compile)
                 else:
-                    bench.measure(build(spec, args.batch_size, device))
-            except Exception as error:  # a case that breaks must not take the others along
+                    bench.measure(case)
+            except Exception as error:  # the other cases go on
                 bench.fail(name, what, error)
             save(complete=False)
     save(complete=True)
-
-    judged = [t for row in bench.rows for t in row["targets"]]
+    judged = [t["met"] for row in bench.rows for t in row["targets"]]
     wrong = [row for row in bench.rows if not row["agrees"]]
-    title = f"{card}, batch {args.batch_size}" + ("" if gpu else f" ({NO_MEANING})")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("skipped: the picture: matplotlib is not installed")
-    elif bench.rows:
-        plot(bench.rows, title, picture)
-        print(f"picture: {picture}")
     print(
-        f"{len(bench.rows)} rows, {sum(t['met'] for t in judged)} of {len(judged)} targets met, "
+        f"{len(bench.rows)} rows, {sum(judged)} of {len(judged)} targets met, "
         f"{len(bench.skipped)} skipped, {len(bench.failed)} failed, {len(wrong)} differ from eager "
         f"-> {output}"
     )
     if not gpu:
         print(NO_MEANING)
     return int(bool(wrong or bench.failed))
+
+
+def main() -> int:
+    """Returns the exit status: 1 if a case failed or differs from eager."""
+    gpu = torch.cuda.is_available()
+    stages = list(STAGES) if gpu else [3, 4]
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--ops", nargs="+", choices=OPS, metavar="OP", default=OPS, help="default: all")
+    add("--stages", nargs="+", type=int, choices=STAGES, default=stages, help="stages of Swin-B")
+    add("--batch-size", type=int, default=64 if gpu else 2, help="number of images")
+    add("--rounds", type=int, default=30 if gpu else 3)
+    add("--no-compile", action="store_true", help="do not measure torch.compile")
+    add("--minutes", type=float, default=5, help="begin no case after so many minutes")
+    add("--commit", help="commit to record if the checkout does not know its own")
+    return run(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""Peak memory of a step over the batch size, and what fastgn.step.cost predicted.
+"""Peak memory of an update over the batch size, measured and as fastgn.step.plan predicts it.
 
-    python -m benchmarks.step.memory  # a GPU: Swin-B in bf16, batches of 16 to 128
+Bytes that PyTorch's allocator has handed out at most during a step: weights, gradients and what
+the step takes. The optimizer's state, the images and CUDA's context are not counted.
 
-Arms: natural; gradnorm exact, compiled, at three activation memory budgets; gradnorm exact-eager.
-A row is one arm and batch in a process of its own, --workers at a time, since most of it is
-compiling; a row that runs out of memory while others run is measured again alone. Counted is the
-most that the allocator had handed out during a step: weights, gradients (there throughout, as from
-a second micro-batch on) and what the step takes; not the optimizer's state, the images, CUDA's
-context or what the allocator keeps for later.
+    python -m benchmarks.step.memory  # on a GPU: Swin-B in bf16, batches of 16 to 128
 
-Writes benchmarks/results/memory_<model>_<device>.json after every row, and takes over the rows that
-are there already. On a CPU, where no allocator counts, predictions alone and into runs/.
+A row is one arm and batch, measured in a process of its own. --workers rows run at a time, because
+most of the time is compilation. A row that runs out of memory beside others is measured again
+alone. An interrupted call goes on with the rows that are missing.
+
+Writes benchmarks/results/memory_<model>_<device>.json after every row. On a CPU, where no allocator
+counts, writes predictions alone, to runs/.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import multiprocessing
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,238 +25,121 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import RESULTS, ROOT, positive_float, positive_int
-from benchmarks.common.records import earlier, hold, write_record
+from benchmarks.common.arguments import (
+    device_name,
+    exit_status,
+    gpu_output,
+    make_parser,
+    positive_float,
+    positive_int,
+)  # fmt: skip
+from benchmarks.common.records import earlier, write_record
+from benchmarks.step.arms import Arm, random_batch
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.errors import UserError, check
+from fastgn.errors import check
 from fastgn.metrics import environment
 from fastgn.models.create import check_name
 from fastgn.models.network import Classifier, build_model, choose_kernels
-from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.cost import StepCost, count_cost
 from fastgn.step.options import StepOptions
 from fastgn.step.plan import EAGER, compiled_relations
 from fastgn.step.precision import PRECISIONS
-from fastgn.step.retry import out_of_memory
 from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 
 CLASSES = 1000
 TOY = (
     *("patch_size=4", "embed_dim=16", "depths=(1, 1)", "num_heads=(2, 4)"),
     "window_size=4",
 )
-"""Of --smoke, at 32 pixels."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """What is measured over the batch."""
-
-    name: str
-    method: str
-    kind: str = "exact"
-    budget: float = 1.0
-    """Activation memory budget."""
-
-
+"""Arguments of the network of --smoke, at 32 pixels."""
 ARMS = (
-    Arm("gradnorm exact-eager", "gradnorm", "exact-eager"),  # nothing to compile: soon there
-    Arm("gradnorm exact", "gradnorm"),
-    Arm("natural", "natural"),
-    Arm("gradnorm exact, budget 0.5", "gradnorm", budget=0.5),
-    Arm("gradnorm exact, budget 0.7", "gradnorm", budget=0.7),
+    Arm("gradnorm", schedule=Schedule("exact-eager")),  # first, because it needs no compilation
+    Arm("gradnorm", compile=True),
+    Arm("natural", compile=True),
+    Arm("gradnorm", compile=True, budget=0.5),
+    Arm("gradnorm", compile=True, budget=0.7),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row to be."""
+    """What is needed to measure one row."""
 
     arm: Arm
     batch: int
     model: str
-    precision: str
     smoke: bool
 
     def network(self, device: torch.device) -> Classifier:
+        """Returns the network with random weights."""
         toy = {"model_kwargs": TOY, "img_size": 32} if self.smoke else {}
         config = ArchitectureConfig(model=self.model, **toy)
         return build_model(config, CLASSES, choose_kernels("auto", device))[0]
 
 
 Todo = tuple[Callable[[Task], Any], Task]
-"""A function of this module, and what to call it with in another process."""
+"""A function of this module, and its argument, for another process."""
 
 
 def count(task: Task) -> StepCost:
-    """Returns what a method's step costs up to the batch of the task. Takes seconds for Swin-B."""
+    """Returns what fastgn.step.cost counts for a method. Takes seconds for Swin-B."""
     model = task.network(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return count_cost(
-        model,
-        build_objective(ObjectiveConfig(method=task.arm.method)),
-        StepOptions(precision=task.precision),
-        batch_size=task.batch,
-        img_size=model.img_size,
-        num_classes=CLASSES,
-    )
+    size = {"batch_size": task.batch, "img_size": model.img_size, "num_classes": CLASSES}
+    objective = task.arm.objective()
+    return count_cost(model, objective, StepOptions(precision=task.arm.precision), **size)
 
 
 def predicted_bytes(cost: StepCost, row: dict[str, Any]) -> int:
-    """Returns the peak memory that fastgn.step.plan.choose_plan predicts."""
+    """Returns the peak that fastgn.step.plan predicts for a row."""
     kept = (EAGER if row["schedule"] == "exact-eager" else compiled_relations(cost)).kept
     images = row["batch"] * cost.image_bytes * kept[row["activation_memory_budget"]]
     return int(cost.weight_bytes + cost.gradient_bytes + cost.fixed_bytes + images)
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """The row of a task. Runs in a process of its own."""
+    """Returns the row of a task. Runs in a process of its own."""
+    arm = task.arm
     row: dict[str, Any] = {
-        "arm": task.arm.name,
-        "method": task.arm.method,
-        "schedule": task.arm.kind,
-        "activation_memory_budget": task.arm.budget,
-        "batch": task.batch,
-        "peak_bytes": None,
-        "predicted_bytes": None,
-        "out_of_memory": False,
-        "failed": None,
+        **{"arm": arm.name, "method": arm.method, "schedule": arm.schedule.kind},
+        **{"activation_memory_budget": arm.budget, "batch": task.batch, "peak_bytes": None},
+        **{"predicted_bytes": None, "out_of_memory": False, "failed": None},
     }
     began = time.perf_counter()
     try:
         if torch.cuda.is_available():
             row["peak_bytes"] = peak_bytes(task)
             row["out_of_memory"] = row["peak_bytes"] is None
-    except Exception as error:  # a row's own affair
+    except Exception as error:  # the other rows go on
         row["failed"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     return row | {"seconds": time.perf_counter() - began}
 
 
 def peak_bytes(task: Task) -> int | None:
-    """Of the third step; None where the batch does not fit."""
+    """Returns the peak of the third step, None if the batch does not fit."""
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = task.network(device).to(device)
-    step = Step(
-        model,
-        build_objective(ObjectiveConfig(method=task.arm.method)),
-        StepOptions(
-            schedule=Schedule(task.arm.kind),
-            compile=task.arm.kind != "exact-eager",
-            precision=task.precision,
-            activation_memory_budget=task.arm.budget,
-        ),
-    )
-    images = torch.rand(task.batch, 3, model.img_size, model.img_size, device=device)
-    targets = torch.rand(task.batch, CLASSES, device=device).softmax(1)
+    step = task.arm.step(model)
+    images, targets = random_batch(task.batch, model.img_size, CLASSES, device)
     ramp = torch.ones((), device=device)
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        try:
-            step([(images, targets)], ramp)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            return None
+        step([(images, targets)], ramp)
+        if step.step.micro_batch not in (None, task.batch):
+            return None  # the step has halved it
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - images.nbytes - targets.nbytes
 
 
-def key(row: dict[str, Any]) -> tuple[str, int]:
-    return row["arm"], row["batch"]
-
-
-def main() -> int:
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="swin_b")
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
-    parser.add_argument(
-        "--batches",
-        nargs="+",
-        type=positive_int,
-        default=[64, 16, 32, 128],
-        help="the most telling first",
-    )  # fmt: skip
-    parser.add_argument("--workers", type=int, default=5 if cuda else 0, help="0: this process")
-    parser.add_argument(
-        "--minutes", type=positive_float, default=10, help="no row begins after these"
-    )
-    parser.add_argument("--smoke", action="store_true", help="toy sizes")
-    parser.add_argument("--output", type=Path, help="JSON")
-    args = parser.parse_args()
-    if args.smoke:
-        args.model, args.precision, args.batches, args.workers = "swin_t", "fp32", [2, 4], 0
-
-    try:
-        check_name(ArchitectureConfig(model=args.model))
-        check(args.workers >= 0, f"--workers {args.workers} must be at least 0")
-    except UserError as error:
-        print(f"memory.py: error: {error}", file=sys.stderr)
-        return 2
-    began = time.perf_counter()
-    name = torch.cuda.get_device_name() if cuda else "cpu"
-    slug = re.sub(r"\W+", "_", name.lower())
-    results = RESULTS if cuda else ROOT / "runs"
-    output = args.output or results / f"memory_{args.model}_{slug}.json"
-    hold(output)
-    head = {"device": name, "model": args.model, "precision": args.precision, "smoke": args.smoke}
-    rows = taken_over(output, head)
-    have = {key(row) for row in rows}
-    tasks = [
-        Task(arm, batch, args.model, args.precision, args.smoke)
-        for batch in args.batches
-        for arm in ARMS
-        if (arm.name, batch) not in have
-    ]
-    record = environment()
-
-    costs: dict[str, StepCost] = {}
-
-    def save() -> None:
-        for row in rows:
-            if row["method"] in costs:
-                row["predicted_bytes"] = predicted_bytes(costs[row["method"]], row)
-        complete = len(rows) == len(have) + len(tasks)
-        write_record(output, head | {"complete": complete, "rows": rows} | record)
-
-    def take(task: Task, result: dict[str, Any] | StepCost) -> None:
-        if isinstance(result, StepCost):
-            costs[task.arm.method] = result
-        else:
-            rows.append(result)
-        save()
-        if not isinstance(result, StepCost):
-            print(line_of(result), flush=True)
-
-    save()
-    largest = max(args.batches)
-    todo: list[Todo] = [
-        (count, Task(arm, largest, args.model, args.precision, args.smoke))
-        for arm in {arm.method: arm for arm in ARMS}.values()
-    ]
-    todo += [(measure, task) for task in tasks]
-    until = began + 60 * args.minutes
-    if args.workers:
-        again = in_processes(todo, args.workers, until, take)
-        in_processes(again, 1, until, take)
-    else:
-        for function, task in todo:
-            take(task, function(task))
-    failed = sum(row["failed"] is not None for row in rows)
-    known = [row for row in rows if row["peak_bytes"] and row["predicted_bytes"]]
-    off = [row["peak_bytes"] / row["predicted_bytes"] for row in known]
-    span = f"measured / predicted {min(off):.2f} to {max(off):.2f}" if off else "none measured"
-    print(f"{len(rows)} of {len(have) + len(tasks)} rows, {failed} failed, {span} -> {output}")
-    return int(bool(failed))
-
-
-def in_processes(
+def run_in_processes(
     todo: Sequence[Todo], workers: int, until: float, take: Callable[[Task, Any], None]
 ) -> list[Todo]:
-    """Each in a process of its own, several at a time, until a time of the clock; returns those
-    that ran out of memory beside others."""
+    """Calls each function in a process of its own, and `take` with its result.
+
+    until: time of the clock after which nothing more begins.
+    Returns those that ran out of memory beside others.
+    """
     again: list[Todo] = []
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(
@@ -284,7 +166,7 @@ def in_processes(
 
 
 def taken_over(output: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an interrupted run that asked for the same."""
+    """Returns the rows of an interrupted run that asked for the same."""
     record = earlier(output)
     if any(record.get(name) != value for name, value in head.items()):
         return []
@@ -292,15 +174,88 @@ def taken_over(output: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    gib = {
-        name: f"{row[name] / 2**30:6.2f} GiB" if row.get(name) else "     -    "
+    """Returns a row as a line for the terminal."""
+    gib = [
+        f"{row[name] / 2**30:6.2f} GiB" if row.get(name) else "     -    "
         for name in ("peak_bytes", "predicted_bytes")
-    }
+    ]
     note = row["failed"] or ("out of memory" if row["out_of_memory"] else "")
-    return (
-        f"{row['arm']:28} batch {row['batch']:4} measured {gib['peak_bytes']} "
-        f"predicted {gib['predicted_bytes']} {note}"
-    )
+    name = f"{row['arm']:28} batch {row['batch']:4}"
+    return f"{name} measured {gib[0]} predicted {gib[1]} {note}"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures the rows that are missing. Returns 1 if one failed."""
+    if args.smoke:
+        args.model, args.precision, args.batches, args.workers = "swin_t", "fp32", [2, 4], 0
+    check_name(ArchitectureConfig(model=args.model))
+    check(args.workers >= 0, f"--workers {args.workers} must be at least 0")
+    until = time.perf_counter() + 60 * args.minutes
+    output = gpu_output(args, f"memory_{args.model}")
+    head = {"device": device_name(), "model": args.model, "precision": args.precision}
+    head["smoke"] = args.smoke
+    rows = taken_over(output, head)
+    have = {(row["arm"], row["batch"]) for row in rows}
+    arms = [dataclasses.replace(arm, precision=args.precision) for arm in ARMS]
+    tasks = [
+        Task(arm, batch, args.model, args.smoke)
+        for batch in args.batches
+        for arm in arms
+        if (arm.name, batch) not in have
+    ]
+    known = environment()
+    costs: dict[str, StepCost] = {}
+
+    def save() -> None:
+        for row in rows:
+            if row["method"] in costs:
+                row["predicted_bytes"] = predicted_bytes(costs[row["method"]], row)
+        complete = len(rows) == len(have) + len(tasks)
+        write_record(output, head | {"complete": complete, "rows": rows} | known)
+
+    def take(task: Task, result: dict[str, Any] | StepCost) -> None:
+        if isinstance(result, StepCost):
+            costs[task.arm.method] = result
+            save()
+        else:
+            rows.append(result)
+            save()
+            print(line_of(result), flush=True)
+
+    save()
+    methods = {arm.method: Task(arm, max(args.batches), args.model, args.smoke) for arm in arms}
+    todo: list[Todo] = [(count, task) for task in methods.values()]
+    todo += [(measure, task) for task in tasks]
+    if args.workers:
+        again = run_in_processes(todo, args.workers, until, take)
+        run_in_processes(again, 1, until, take)
+    else:
+        for function, task in todo:
+            take(task, function(task))
+    failed = sum(row["failed"] is not None for row in rows)
+    off = [
+        r["peak_bytes"] / r["predicted_bytes"]
+        for r in rows
+        if r["peak_bytes"] and r["predicted_bytes"]
+    ]
+    span = f"measured / predicted {min(off):.2f} to {max(off):.2f}" if off else "none measured"
+    print(f"{len(rows)} of {len(have) + len(tasks)} rows, {failed} failed, {span} -> {output}")
+    return int(bool(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for a user's mistake, 1 if a row failed."""
+    workers = 5 if torch.cuda.is_available() else 0
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="swin_b")
+    add("--precision", choices=PRECISIONS, default="bf16")
+    add("--batches", nargs="+", type=positive_int, default=[64, 16, 32, 128], help="in this order")
+    add("--workers", type=int, default=workers, help="processes at a time; 0 means this process")
+    add("--minutes", type=positive_float, default=10, help="begin no row after so many minutes")
+    add("--smoke", action="store_true", help="use toy sizes")
+    args = parser.parse_args(argv)
+    return exit_status("memory.py", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,107 +1,116 @@
-"""What a compiled step keeps, moves and recomputes at each activation memory budget, against eager.
+"""Memory and operations of a compiled update at each activation memory budget, against eager.
+
+What an update keeps, moves and recomputes per image. These counts are the source of the constants
+in fastgn/step/plan.py.
 
     python -m benchmarks.step.memory_budget  # Swin-B, an hour on 2 cores; no GPU, no data
     python -m benchmarks.step.memory_budget --model-kwargs 'depths=(2, 2, 2, 2)' --precisions fp32
 
-Counted on fake tensors below the compiler's partitioner (backend aot_eager_decomp_partition), which
-decides what the forward keeps for the backward; code generation, which fuses operators and so frees
-temporaries sooner, comes after it: peaks are upper bounds. Adds its rows to
-benchmarks/results/memory_budget.json, the source of the constants in fastgn/step/plan.py.
+Counts on fake tensors, with the backend aot_eager_decomp_partition: the compiler's partitioner
+decides what the forward keeps for the backward, and no code is generated. Generated code fuses
+operators and frees temporaries sooner, so the peaks are upper bounds.
+
+Adds its rows to benchmarks/results/memory_budget.json.
 """
 
-import argparse
 import contextlib
 import importlib
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common.arguments import RESULTS
+from benchmarks.common.arguments import RESULTS, make_parser
 from benchmarks.common.records import earlier, hold, write_record
+from benchmarks.common.tables import Record, make_table, with_notes
+from benchmarks.step.arms import Arm
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
-from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
-from fastgn.step.options import StepOptions
 from fastgn.step.plan import BUDGETS
-from fastgn.step.step import Step
 
 PRECISIONS = ("fp32", "bf16", "bf16-pure")
 
 
 @contextlib.contextmanager
 def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
-    """Appends what is live where the last backward begins."""
+    """Appends to `saved` the bytes that are live when the last backward begins."""
     backward = torch.autograd.backward
 
     def noted(*args: Any, **kwargs: Any) -> None:
         saved.append(meter.live_bytes)
         backward(*args, **kwargs)
 
-    torch.autograd.backward = noted
-    try:
+    with mock.patch.object(torch.autograd, "backward", noted):
         yield
-    finally:
-        torch.autograd.backward = backward
 
 
 def count(
     model: Classifier, method: str, precision: str, batch_size: int, budget: float | None
 ) -> dict[str, float]:
-    """An image's share; budget: None for eager."""
+    """Returns the costs of an update per image. budget: None means eager."""
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        step = Step(
-            fake_copy(model),
-            build_objective(ObjectiveConfig(method=method)),
-            StepOptions(
-                compile=budget is not None,
-                precision=precision,
-                activation_memory_budget=budget or 1.0,
-            ),
-        )
+        arm = Arm(method, precision, budget=budget or 1.0, compile=budget is not None)
+        step = arm.step(fake_copy(model))
         side = model.img_size
-        images, targets = torch.empty(batch_size, 3, side, side), torch.empty(batch_size, 1000)
+        batch = torch.empty(batch_size, 3, side, side), torch.empty(batch_size, 1000)
         ramp = torch.empty(())
-        step([(images, targets)], ramp)  # compiles
+        step([batch], ramp)  # compiles
         saved: list[int] = []
         with Meter() as meter, noting(meter, saved):
-            step([(images, targets)], ramp)
-    row = {
-        "flops": meter.flops,
-        "saved_bytes": saved[-1],
-        "peak_bytes": meter.peak_bytes,
-        "traffic_bytes": meter.traffic_bytes,
-    }
+            step([batch], ramp)
+    names = ("flops", "peak_bytes", "traffic_bytes")
+    row = {name: getattr(meter, name) for name in names} | {"saved_bytes": saved[-1]}
     return {k: v / batch_size for k, v in row.items()} | {"operators": meter.operators}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="swin_b")
-    parser.add_argument("--model-kwargs", nargs="*", default=[], help="such as 'depths=(2, 2)'")
-    parser.add_argument("--swap", action="store_true", help="fastgn_kernels' modules, as on CUDA")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--methods", nargs="+", default=["natural", "gradnorm"])
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
-    parser.add_argument("--output", type=Path, default=RESULTS / "memory_budget.json")
-    args = parser.parse_args()
-    hold(args.output)
+def table(record: Record) -> str:
+    """Returns a table of what each budget costs in ratios to eager."""
+    columns = {
+        "network": lambda r: ", ".join((r["model"], *r["model_kwargs"])),
+        "batch": lambda r: str(r["batch_size"]),
+        "method": lambda r: r["method"],
+        "precision": lambda r: r["precision"],
+        "budget": lambda r: "eager" if r["budget"] is None else f"{r['budget']:g}",
+        "kept MB an image": lambda r: f"{r['saved_bytes'] / 1e6:.0f}",
+        "peak": lambda r: f"{r['peak_bytes_to_eager']:.2f}",
+        "operations": lambda r: f"{r['flops_to_eager']:.2f}",
+        "bytes moved": lambda r: f"{r['traffic_bytes_to_eager']:.2f}",
+        "operators": lambda r: f"{r['operators_to_eager']:.2f}",
+    }
+    shown = [r for r in record["rows"] if not r["swap"]]
+    ratios = "PyTorch's operators; peak, operations, bytes and operators over those of eager"
+    return with_notes(make_table(shown, columns), record, ratios, "counted on fake tensors")
 
-    # the partitioner's choice is Inductor's, its code is not generated
+
+def main() -> int:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="swin_b")
+    add("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'")
+    add("--swap", action="store_true", help="use the modules of fastgn_kernels, as on CUDA")
+    add("--batch-size", type=int, default=128)
+    add("--methods", nargs="*", default=["natural", "gradnorm"])
+    add("--precisions", nargs="*", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.set_defaults(output=RESULTS / "memory_budget.json")
+    args = parser.parse_args()
+
+    hold(args.output)
+    # the partitioner's choice is Inductor's, but no code is generated
     torch.compile = partial(torch.compile, backend="aot_eager_decomp_partition")
     cfg = ArchitectureConfig(model=args.model, model_kwargs=tuple(args.model_kwargs))
     model, _ = build_model(cfg, 1000, "triton" if args.swap else "reference")
     for name in ("layer_norm", "window_attention"):  # stay ops in a compiled step, as on CUDA
         module = importlib.import_module(f"fastgn_kernels.{name}")
-        module.is_compiling = lambda: False  # type: ignore[attr-defined]
+        module.inlines = lambda: False  # type: ignore[attr-defined]
     where = {k: getattr(args, k) for k in ("model", "model_kwargs", "swap", "batch_size")}
     rows = earlier(args.output).get("rows", [])
     cases = list(itertools.product(args.precisions, args.methods))
@@ -118,7 +127,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             last = (precision, method, budget) == (*cases[-1], BUDGETS[-1])
             write_record(args.output, {"complete": last, "rows": rows, **environment()})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

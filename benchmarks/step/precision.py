@@ -1,20 +1,20 @@
-"""How far the gradient of the gradnorm step is from float64, in each precision and schedule.
+"""Error of the gradnorm step's gradient in each precision and schedule, against float64.
+
+The gradient of all weights, as one vector, is compared with that of the exact step in float64 at
+the same weights, buffers and images: cosine, and L2 norm of the difference over that of the
+reference. Both are taken for the whole loss, which training uses, and for the penalty alone, which
+a finite difference approximates.
 
     python -m benchmarks.step.precision  # two small networks; digits and random images
     python -m benchmarks.step.precision --cifar10 cifar10.npz
 
-The weights' gradient as `schedule.Step` leaves it, against the exact step in float64 at the same
-weights, buffers and images, all parameters as one vector: cosine, and L2 norm of the difference
-over that of the reference. Twice: of the whole loss, which is what trains, and of the penalty
-alone, which is what a finite difference approximates. h is in normalised units.
+Random images meet a network with its initial weights. Held-out real images meet a network that was
+first trained on other real images, naturally or by gradnorm, in float32: training bends the loss,
+and a finite difference sees the bend. The spread is over seeds (weights, training, images) and
+batches. The step of a difference, h, is in normalised units.
 
-Random images meet a network at its initialisation, real ones (held out) a network that was first
-trained on others of them for a while, naturally or by gradnorm, in float32: training bends the
-loss, and a difference over a finite h sees the bend. Spread is over seeds (weights, training,
-images) and batches.
-
-Writes benchmarks/results/precision_<device>.json after every case, and takes over the cases that an
-interrupted call with the same options has left there. These are numbers, not times: a CPU's count.
+Writes benchmarks/results/precision_<device>.json after every case. An interrupted call with the
+same options goes on with the next case. These are numbers, not times, so a CPU's count.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import copy
 import dataclasses
 import importlib.util
 import itertools
-import re
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,13 +31,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.arguments import output_for, positive_float, positive_int
+from benchmarks.common.arguments import (
+    device_name,
+    exit_status,
+    make_parser,
+    output_for,
+    positive_float,
+    positive_int,
+    slugify,
+)  # fmt: skip
 from benchmarks.common.records import earlier, write_record
+from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.common.timing import summary
+from benchmarks.step.arms import Arm
 from fastgn.config.groups import ArchitectureConfig, DatasetConfig
 from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, load_dataset, read_cifar10
-from fastgn.errors import UserError
 from fastgn.metrics import environment
 from fastgn.models.network import build_model, choose_kernels
 from fastgn.objectives import GradnormOptions, ObjectiveConfig, build_objective
@@ -48,11 +57,10 @@ from fastgn.step.step import Step
 
 SIDE, CLASSES = 32, 10
 FD_STEPS = (0.07, 0.01, 0.001)
-"""0.07 is eps / sigma of the paper."""
-
+"""Steps of finite differences. 0.07 is the paper's eps / sigma."""
 CE_WEIGHTS = {"whole": 0.8, "penalty": 2.0**-20}
-"""Not 0: a central difference finds its direction in the cross-entropy's sweep."""
-
+"""Weight of the cross-entropy. It is not 0, because a central difference finds its direction in
+the sweep of the cross-entropy."""
 NETWORKS = {
     "tiny Swin": ArchitectureConfig(
         model="swin_t",
@@ -66,22 +74,16 @@ NETWORKS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way to compute the gradient."""
-
-    precision: str
-    schedule: Schedule = Schedule()
-
-    def __str__(self) -> str:
-        return f"{self.schedule}, {self.precision}"
+def label(arm: Arm) -> str:
+    """Returns the name of an arm in the record."""
+    return f"{arm.schedule}, {arm.precision}"
 
 
-def arms(device: torch.device, fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
-    """What this device can do, and a line for each precision that it cannot."""
+def choose_arms(where: torch.device, fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
+    """Returns what this device can compute, and a line for each precision that it cannot."""
     precisions, notes = ["fp32"], []
-    cuda = device.type == "cuda"
-    modern = cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    cuda = where.type == "cuda"
+    modern = cuda and torch.cuda.get_device_capability(where) >= (8, 0)
     if modern:
         precisions.append("tf32")
     else:
@@ -90,21 +92,21 @@ def arms(device: torch.device, fd_steps: Sequence[float]) -> tuple[list[Arm], li
         precisions += ["bf16", "bf16-pure"]
     else:
         notes.append("bf16, bf16-pure: no bfloat16 products before sm_80")
-    found = [Arm(precision) for precision in precisions]
-    for kind in ("finite-difference", "central-difference"):
-        for precision in ("fp32", "bf16"):
-            if precision in precisions:
-                found += [Arm(precision, Schedule(kind, fd_step=h)) for h in fd_steps]
-    return found, notes
+    arms = [Arm("gradnorm", precision) for precision in precisions]
+    for kind, precision in itertools.product(
+        ("finite-difference", "central-difference"), ("fp32", "bf16")
+    ):
+        if precision in precisions:
+            arms += [Arm("gradnorm", precision, Schedule(kind, fd_step=h)) for h in fd_steps]
+    return arms, notes
 
 
 def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """All parameters' gradients of one update, float64, on the CPU; `model` stays as it was."""
+    """Returns the gradient of all parameters (P,), float64, on the CPU. Leaves `model` as it is."""
     model = copy.deepcopy(model)  # BatchNorm counts what it has seen
     objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
-    step = Step(
-        model, objective, StepOptions(schedule=arm.schedule, precision=arm.precision, compile=False)
-    )
+    options = StepOptions(schedule=arm.schedule, precision=arm.precision, compile=False)
+    step = Step(model, objective, options)
     step([batch], torch.ones((), device=batch[0].device))
     grads = [
         torch.zeros_like(p) if p.grad is None else p.grad
@@ -115,23 +117,21 @@ def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, 
 
 
 def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """Cosine and relative L2 error of a float64 vector."""
-    # by hand: F.cosine_similarity rounds 1 - 1e-14 to 1
+    """Returns the cosine and the relative L2 error of a float64 vector."""
+    # by hand, because F.cosine_similarity rounds 1 - 1e-14 to 1
     cosine = float(value @ reference / (value.norm() * reference.norm()))
-    return {
-        "cosine": cosine,
-        "relative_error": float((value - reference).norm() / reference.norm()),
-    }
+    error = float((value - reference).norm() / reference.norm())
+    return {"cosine": cosine, "relative_error": error}
 
 
 def train(
-    model: nn.Module, method: str, split: Arrays, updates: int, seed: int, device: torch.device
+    model: nn.Module, method: str, split: Arrays, updates: int, seed: int, where: torch.device
 ) -> float:
-    """In float32, with AdamW; returns the last batch's cross-entropy."""
+    """Trains in float32 with AdamW. Returns the cross-entropy of the last batch."""
     step = Step(model, build_objective(ObjectiveConfig(method=method)), StepOptions(compile=False))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ramp, ce = torch.ones((), device=device), float("nan")
-    for batch in batches(split, updates, 32, seed, 0, device):
+    ramp, ce = torch.ones((), device=where), float("nan")
+    for batch in batches(split, updates, 32, seed, 0, where):
         optimizer.zero_grad()
         ce = step([batch], ramp).ce
         optimizer.step()
@@ -139,9 +139,12 @@ def train(
 
 
 def batches(
-    split: Arrays | None, number: int, size: int, seed: int, part: int, device: torch.device
+    split: Arrays | None, number: int, size: int, seed: int, part: int, where: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """(images in 0..1, labels), drawn anew for each seed and part; random ones without a split."""
+    """Yields images (B, 3, H, W) in 0..1 and labels (B,), drawn anew for each seed and part.
+
+    If `split` is None, the images are random.
+    """
     draw = make_generator(Stream.EVALUATION, seed, part)
     for _ in range(number):
         if split is None:
@@ -151,150 +154,140 @@ def batches(
             chosen = torch.randint(len(split), (size,), generator=draw)
             images = to_float(split.images_NCHW[chosen], SIDE)
             labels = split.labels_N[chosen]
-        yield images.to(device), labels.to(device)
+        yield images.to(where), labels.to(where)
 
 
 def sources(names: Sequence[str], cifar10_file: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Name -> (train, held out) or None, and a line for each that is not here."""
+    """Returns training and held-out images by name (None for random), and what is missing."""
     found: dict[str, Any] = {}
     notes = []
     for name in names:
         if name == "random":
             found[name] = None
-        elif name == "digits":
-            if importlib.util.find_spec("sklearn") is None:
-                notes.append("digits: scikit-learn, which embeds them, is not installed")
-                continue
-            data = load_dataset(DatasetConfig(data="digits"))
-            found[name] = (data.train, data.val)
-        elif cifar10_file is None:
+        elif name == "digits" and importlib.util.find_spec("sklearn") is None:
+            notes.append("digits: scikit-learn, which embeds them, is not installed")
+        elif name == "cifar10" and cifar10_file is None:
             notes.append("cifar10: no --cifar10 FILE was given")
         else:
-            data = read_cifar10(cifar10_file)
+            digits = name == "digits"
+            data = load_dataset(DatasetConfig(data=name)) if digits else read_cifar10(cifar10_file)
             found[name] = (data.train, data.val)
     return found, notes
 
 
 def measure(
     network: str,
-    width: int,
+    args: argparse.Namespace,
     split: tuple[Arrays, Arrays] | None,
     method: str | None,
-    todo: Sequence[Arm],
-    *,
-    seeds: int,
-    num_batches: int,
-    batch_size: int,
-    updates: int,
-    device: torch.device,
+    arms: Sequence[Arm],
+    where: torch.device,
 ) -> dict[str, Any]:
-    """Every arm of one network on one kind of images, after training by `method`."""
+    """Returns the errors of all arms, of one network on one kind of images.
+
+    method: of the training that comes first, None for none.
+    """
     found: dict[Arm, dict[str, list[dict[str, float]]]] = {
-        arm: {part: [] for part in CE_WEIGHTS} for arm in todo
+        arm: {part: [] for part in CE_WEIGHTS} for arm in arms
     }
     config = NETWORKS[network]
     if config.model == "preact_resnet18":
-        config = dataclasses.replace(config, model_kwargs=(f"width={width}",))
+        config = dataclasses.replace(config, model_kwargs=(f"width={args.width}",))
     last_ce, parameters = [], 0
-    for seed in range(seeds):
+    for seed in range(args.seeds):
         seed_all(Stream.EVALUATION, seed)
         plain, report = build_model(config, CLASSES)
-        plain.to(device)
+        plain.to(where)
         if split is not None and method is not None:
-            last_ce.append(train(plain, method, split[0], updates, seed, device))
-        fused, _ = build_model(config, CLASSES, choose_kernels("auto", device))
-        fused.to(device).load_state_dict(plain.state_dict())
+            last_ce.append(train(plain, method, split[0], args.updates, seed, where))
+        fused, _ = build_model(config, CLASSES, choose_kernels("auto", where))
+        fused.to(where).load_state_dict(plain.state_dict())
         reference, parameters = plain.double(), report.parameters
         held_out = None if split is None else split[1]
-        for images, labels in batches(held_out, num_batches, batch_size, seed, 1, device):
+        for images, labels in batches(held_out, args.batches, args.batch_size, seed, 1, where):
             for part, ce_weight in CE_WEIGHTS.items():
-                exact = gradient(reference, Arm("fp32"), ce_weight, (images.double(), labels))
-                for arm in todo:
+                double = (images.double(), labels)
+                exact = gradient(reference, Arm("gradnorm"), ce_weight, double)
+                for arm in arms:
                     value = gradient(fused, arm, ce_weight, (images, labels))
                     found[arm][part].append(distance(value, exact))
+    rows = []
+    for arm, parts in found.items():
+        row: dict[str, Any] = {"arm": label(arm), "schedule": arm.schedule.kind}
+        row["fd_step"] = arm.schedule.fd_step if "difference" in arm.schedule.kind else None
+        row["precision"] = arm.precision
+        for part, values in parts.items():
+            row[part] = {key: summary([d[key] for d in values]) for key in values[0]}
+        rows.append(row)
     return {
         "network": network,
         "parameters": parameters,
         "trained_by": method,
-        "updates": updates if method else 0,
+        "updates": args.updates if method else 0,
         "last_cross_entropy": last_ce,
-        "arms": [
-            {
-                "arm": str(arm),
-                "schedule": arm.schedule.kind,
-                "fd_step": arm.schedule.fd_step if "difference" in arm.schedule.kind else None,
-                "precision": arm.precision,
-            }
-            | {
-                part: {key: summary([d[key] for d in values]) for key in values[0]}
-                for part, values in parts.items()
-            }
-            for arm, parts in found.items()
-        ],
+        "arms": rows,
     }
 
 
 def taken_over(
-    output: Path, same: dict[str, Any], todo: Sequence[Arm], updates: int
+    output: Path, same: dict[str, Any], arms: Sequence[Arm], updates: int
 ) -> list[dict[str, Any]]:
-    """The cases of an interrupted call that asked for the same."""
+    """Returns the cases of an interrupted call that asked for the same."""
     record = earlier(output)
     if record.get("complete", True) or any(record.get(key) != value for key, value in same.items()):
         return []
     return [
         {"commit": record["commit"]} | case
         for case in record["cases"]
-        if [row["arm"] for row in case["arms"]] == [str(arm) for arm in todo]
+        if [row["arm"] for row in case["arms"]] == [label(arm) for arm in arms]
         and case["updates"] in (0, updates)
     ]
 
 
-def main() -> int:
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        choices=("random", "digits", "cifar10"),
-        default=["random", "digits", "cifar10"],
-    )
-    parser.add_argument("--cifar10", metavar="FILE", help="as fastgn.train's --data-dir")
-    parser.add_argument("--seeds", type=positive_int, default=3)
-    parser.add_argument("--batches", type=positive_int, default=2, help="for each seed")
-    parser.add_argument("--batch-size", type=positive_int, default=8)
-    parser.add_argument(
-        "--updates", type=positive_int, default=100, help="of training on real images"
-    )
-    parser.add_argument(
-        "--width",
-        type=positive_int,
-        default=64 if cuda else 8,
-        help="of PreActResNet-18; 64 is He's",
-    )
-    parser.add_argument("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H")
-    parser.add_argument("--output", type=Path, help="JSON")
-    args = parser.parse_args()
+def table(record: Record) -> str:
+    """Returns a table of all arms, with a column for each network and training."""
+    cases: dict[str, list[dict]] = {}
+    for case in record["cases"]:
+        state = f"after {case['trained_by']}" if case["trained_by"] else "untrained"
+        cases.setdefault(f"{case['network']}, {state}", []).append(case)
+    names = [row["arm"] for row in record["cases"][0]["arms"]]
 
-    device = torch.device("cuda" if cuda else "cpu")
-    name = torch.cuda.get_device_name() if cuda else "cpu"
-    slug = re.sub(r"\W+", "_", name.lower())
-    output = output_for(f"precision_{slug}.json", parser, args, free=("cifar10",))
-    try:
-        todo, notes = arms(device, args.fd_steps)
-        splits, more = sources(args.images, args.cifar10)
-    except UserError as error:
-        print(f"precision.py: error: {error}", file=sys.stderr)
-        return 2
-    for note in notes + more:
+    def cell(same: list[dict], index: int) -> str:
+        values = [case["arms"][index]["whole"] for case in same]
+        error, cosine = (
+            statistics.fmean(value[key]["mean"] for value in values)
+            for key in ("relative_error", "cosine")
+        )
+        return f"{error:.1e} ({cosine:.4f})"
+
+    columns = {"step": names}
+    for heading, same in cases.items():
+        columns[heading] = [cell(same, index) for index in range(len(names))]
+    images = ", ".join(dict.fromkeys(case["images"] for case in record["cases"]))
+    number = record["cases"][0]["arms"][0]["whole"]["relative_error"]["n"]
+    note = (
+        f"{device(record)}: relative L2 error (cosine) of all weights' gradient against the exact "
+        f"one in float64, mean over {number} batches of {record['batch_size']} for each kind of "
+        f"images ({images})"
+    )
+    return with_notes(make_table(names, columns), record, note)
+
+
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Measures the cases that are missing."""
+    where, name = torch.device("cuda" if torch.cuda.is_available() else "cpu"), device_name()
+    output = output_for(f"precision_{slugify(name)}.json", parser, args, free=("cifar10",))
+    arms, notes = choose_arms(where, args.fd_steps)
+    splits, missing = sources(args.images, args.cifar10)
+    for note in notes + missing:
         print(f"left out: {note}")
     record = environment()
     head = {"device": name, "compiled": False}
     head |= {key: getattr(args, key) for key in ("seeds", "batches", "batch_size", "width")}
-    cases = taken_over(output, head | {"versions": record["versions"]}, todo, args.updates)
+    cases = taken_over(output, head | {"versions": record["versions"]}, arms, args.updates)
 
     def save(complete: bool) -> None:
-        content = head | {"complete": complete, "left_out": notes + more, "cases": cases}
+        content = head | {"complete": complete, "left_out": notes + missing, "cases": cases}
         write_record(output, content | record)
 
     for images, split in splits.items():
@@ -303,18 +296,7 @@ def main() -> int:
             keys = [(case["network"], case["images"], case["trained_by"]) for case in cases]
             if (network, images, method) in keys:
                 continue
-            case = measure(
-                network,
-                args.width,
-                split,
-                method,
-                todo,
-                seeds=args.seeds,
-                num_batches=args.batches,
-                batch_size=args.batch_size,
-                updates=args.updates,
-                device=device,
-            )
+            case = measure(network, args, split, method, arms, where)
             cases.append({"images": images, "commit": record["commit"]} | case)
             save(complete=False)
             trained = f"after {args.updates} updates of {method}" if method else "untrained"
@@ -329,6 +311,24 @@ def main() -> int:
     save(complete=True)
     print(f"{len(cases)} cases -> {output}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for a user's mistake."""
+    kinds, width = ("random", "digits", "cifar10"), 64 if torch.cuda.is_available() else 8
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    add("--images", nargs="+", choices=kinds, default=list(kinds), help="kinds of images")
+    add("--cifar10", metavar="FILE", help="CIFAR-10, as fastgn.train --data-dir takes it")
+    add("--seeds", type=positive_int, default=3, help="number of seeds, from 0")
+    add("--batches", type=positive_int, default=2, help="number of batches per seed")
+    add("--batch-size", type=positive_int, default=8)
+    add("--updates", type=positive_int, default=100, help="updates of training on real images")
+    add("--width", type=positive_int, default=width, help="width of PreActResNet-18; He's has 64")
+    add("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H")
+    args = parser.parse_args(argv)
+    return exit_status("precision.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """The scan of timm's families sees a missing derivative, its twin, and a process that ends."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import tables
-from benchmarks.common import records
 from benchmarks.evidence import families
 
 
@@ -30,9 +27,7 @@ def test_a_network_that_ends_its_process_is_a_row(monkeypatch: pytest.MonkeyPatc
     assert row == {"family": "beit", "with_twins": {"outcome": "killed"}}
 
 
-def test_the_table_counts_every_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.families() == ""
+def test_the_table_counts_every_family() -> None:
     finite, raises = {"outcome": "finite"}, {"outcome": "raises"}
     rows = [
         {"family": "a", "with_twins": finite, "replaced": {}},
@@ -42,8 +37,7 @@ def test_the_table_counts_every_family(tmp_path: Path, monkeypatch: pytest.Monke
         {"family": "e", "with_twins": {"outcome": "killed"}},
     ]
     head = {"method": "gradnorm", "images": 2, "versions": {"torch": "2", "timm": "1"}}
-    records.write_json(tmp_path / "families_cpu.json", {"rows": rows, **head})
-    lines = tables.families().splitlines()
+    lines = families.table({"file": "x.json", "rows": rows, **head}).splitlines()
     assert lines[2:6] == [
         "| finite | 2 | the others |",
         "| finite, not without the twins | 1 | c (norm) |",

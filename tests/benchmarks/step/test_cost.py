@@ -3,30 +3,25 @@ own."""
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import statistics
 import sys
-import time
 import types
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from test_objectives import made, soft_targets, swin
-from torch import Tensor, nn
+from test_objectives import made, swin
 
-from benchmarks import tables
 from benchmarks.common import energy
-from benchmarks.common.timing import Marks, interleaved, once
-from benchmarks.step import cost, cost_figures
-from benchmarks.step import profiler as step_profile
+from benchmarks.common.arguments import RESULTS
+from benchmarks.common.timing import interleaved
+from benchmarks.step import cost
+from benchmarks.step import launches as step_launches
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.models.network import Classifier, build_model, use_kernels
-from fastgn.objectives import gradnorm
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
 
@@ -39,7 +34,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what the scr
 
 
 def run(folder: Path, *options: str) -> dict:
-    files = ["--output", str(folder / "cost_x.json"), "--plot", str(folder / "cost_x.png")]
+    files = ["--output", str(folder / "cost_x.json")]
     assert cost.main([*files, *options]) == 0
     return json.loads((folder / "cost_x.json").read_text())
 
@@ -79,8 +74,6 @@ def test_a_run_on_a_cpu(every_arm: tuple[dict, str, Path]) -> None:
         assert row["peak_bytes"] is row["joules_an_image"] is row["images_per_s"] is None
         assert row["launches"]["what"] == "aten operators dispatched"
         assert row["flop_utilisation"] > 0
-    for name in ("cost_x.png", "cost_x_roofline.png"):
-        assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 UNITS = {
@@ -104,8 +97,8 @@ def test_operations_of_an_update() -> None:
     kwargs = ArchitectureConfig(model="swin_t", model_kwargs=cost.SMALL_SWIN, img_size=32)
     counter = cost.Counter(build_model(kwargs, 10)[0], 2, 10)
     difference = Schedule("finite-difference")
-    arms = [cost.Spec(name, "fp32") for name in ("natural", "gradnorm", "pgd_at", "pgd_at-paper")]
-    for spec in [*arms, cost.Spec("gradnorm", "fp32", difference)]:
+    arms = [cost.Arm(name, "fp32") for name in ("natural", "gradnorm", "pgd_at", "pgd_at-paper")]
+    for spec in [*arms, cost.Arm("gradnorm", "fp32", difference)]:
         forwards = UNITS[spec.name][1]
         assert counter.update(spec) / counter.forward == pytest.approx(forwards, rel=0.02)
 
@@ -126,7 +119,7 @@ def test_passes_beside_the_papers(every_arm: tuple[dict, str, Path]) -> None:
 
 def test_the_recorded_operations_of_swin_b() -> None:
     """Within 2 %, at the size that the README speaks of."""
-    record = json.loads((tables.RESULTS / "cost_swin_b_counts.json").read_text())
+    record = json.loads((RESULTS / "cost_swin_b_counts.json").read_text())
     assert (record["model"], record["img_size"]) == ("swin_b", 224)
     rows = by_arm(record)
     for name, (_, forwards) in UNITS.items():
@@ -158,12 +151,9 @@ def test_ratios_are_those_of_the_rounds(every_arm: tuple[dict, str, Path]) -> No
 
 
 @without_gpu
-def test_markdown_is_the_readme_table(
-    every_arm: tuple[dict, str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record, printed, folder = every_arm
-    monkeypatch.setattr(tables, "RESULTS", folder)
-    table = tables.cost()
+def test_markdown_is_the_table_of_the_results(every_arm: tuple[dict, str, Path]) -> None:
+    record, printed, _ = every_arm
+    table = cost.table(record)
     assert table in printed
     lines = table.splitlines()
     assert lines[0].startswith("| arm | passes | GFLOP an image | in forwards | time over natural")
@@ -180,9 +170,9 @@ def test_an_arm_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Once where it is built, once in the middle of a round."""
-    step, updates = cost.Spec.step, []
+    step, updates = cost.Arm.step, []
 
-    def broken(spec: cost.Spec, model: Classifier, **options) -> RetryingStep:
+    def broken(spec: cost.Arm, model: Classifier, **options) -> RetryingStep:
         made_step = step(spec, model, **options)
         if "compile" in options:  # to be counted
             return made_step
@@ -200,7 +190,7 @@ def test_an_arm_that_fails_leaves_the_others(
             return LateStep(made_step, late)
         return made_step
 
-    monkeypatch.setattr(cost.Spec, "step", broken)
+    monkeypatch.setattr(cost.Arm, "step", broken)
     methods = ("--methods", "natural", "gradnorm", "pgd_at", "fgsm_rs", "--schedules", "exact")
     record = run(tmp_path, *TINY, *methods, "--rounds", "4")
     rows = {row["arm"]: row for row in record["rows"]}
@@ -215,7 +205,7 @@ def test_an_arm_that_fails_leaves_the_others(
     assert (
         "FAILED: fgsm_rs, fp32: first step: RuntimeError: no such luck" in capsys.readouterr().out
     )
-    assert "failed: fgsm_rs, fp32: first step" in tables.cost_table(record)
+    assert "failed: fgsm_rs, fp32: first step" in cost.table(record)
 
 
 @without_gpu
@@ -231,7 +221,7 @@ def test_what_a_cpu_cannot_compute_in_is_not_timed(tmp_path: Path) -> None:
 
 @without_gpu
 def test_no_arm_that_can_be_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    files = ["--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
+    files = ["--output", str(tmp_path / "x.json")]
     options = [*files, *TINY, "--methods", "natural", "--precision", "tf32"]
     assert cost.main(options) == 2
     said = capsys.readouterr()
@@ -264,7 +254,7 @@ def test_results_are_on_disk_after_every_arm_and_round(
         seen.append((len(record["rows"]), len(record["not_timed"]), record["complete"]))
 
     monkeypatch.setattr(cost, "write_record", write)
-    files = ("--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png"))
+    files = ("--output", str(tmp_path / "x.json"))
     assert cost.main([*files, *TINY, "--methods", "natural", "fgsm_rs"]) == 0
     assert seen[:4] == [(0, 1, False), (0, 2, False), (2, 0, False), (2, 0, False)]
     assert seen[-1] == (2, 0, True)
@@ -275,7 +265,7 @@ def test_a_run_that_is_ended_early_leaves_a_complete_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "x.json"
-    args = ["--output", str(kept), "--plot", str(tmp_path / "x.png"), *TINY, "--rounds", "1"]
+    args = ["--output", str(kept), *TINY, "--rounds", "1"]
     assert cost.main([*args, "--methods", "natural"]) == 0
     before = kept.read_bytes()
 
@@ -283,7 +273,7 @@ def test_a_run_that_is_ended_early_leaves_a_complete_record(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cost.Bench, "time", end)
+        patch.setattr(cost.UpdateBench, "time", end)
         cost.main([*args, "--methods", "natural", "fgsm_rs"])
     assert kept.read_bytes() == before
     assert json.loads((tmp_path / "x.json.incomplete").read_text())["complete"] is False
@@ -295,12 +285,9 @@ def test_a_run_that_is_ended_early_leaves_a_complete_record(
 def test_only_a_whole_run_replaces_a_kept_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Its pictures too."""
     folders = {"ROOT": tmp_path, "RESULTS": tmp_path / "results"}
     for name, folder in folders.items():
         monkeypatch.setattr(cost, name, folder)
-    drawn: list[str] = []
-    monkeypatch.setattr(cost_figures, "draw", lambda _, path: drawn.append(path.name) or [])
     kept = tmp_path / "results" / "cost_vit_tiny_patch16_224_counts.json"
     kept.parent.mkdir()
     kept.write_text("kept")
@@ -311,10 +298,9 @@ def test_only_a_whole_run_replaces_a_kept_one(
     said = capsys.readouterr().out
     assert f"written to {partial}" in said and "--model-kwargs" in said and "no gradnorm" in said
 
-    monkeypatch.setattr(cost, "unlike_kept", lambda args: [])
+    monkeypatch.setattr(cost, "differences_from_kept", lambda args: [])
     assert cost.main([*TINY, "--methods", "natural", "--counts-only"]) == 0
     assert json.loads(kept.read_text())["file"] == kept.name
-    assert drawn == [f"{partial.stem}.png", f"{kept.stem}.png"]
 
 
 @without_gpu
@@ -337,7 +323,7 @@ def test_only_a_whole_run_replaces_a_kept_one(
     ],
 )
 def test_how_a_run_is_unlike_a_kept_one(options: list[str], unlike: list[str]) -> None:
-    assert cost.unlike_kept(cost.parse(options)) == unlike
+    assert cost.differences_from_kept(cost.parse(options)) == unlike
 
 
 @pytest.mark.parametrize(
@@ -363,7 +349,7 @@ def test_a_mistake_is_one_line(
 
 
 def names(*options: str) -> list[str]:
-    return [f"{s.key}{', compiled' * s.compile}" for s in cost.specs(cost.parse(options))]
+    return [f"{s.key}{', compiled' * s.compile}" for s in cost.choose_arms(cost.parse(options))]
 
 
 def test_which_arms_there_are() -> None:
@@ -388,10 +374,10 @@ def test_which_arms_there_are() -> None:
 
 def test_the_papers_way() -> None:
     model = network()
-    step = cost.Spec("pgd_at-paper", "fp32").step(model)
+    step = cost.Arm("pgd_at-paper", "fp32").step(model)
     assert step.train_in_eval_mode and step.sync_micro_batches and step.attack_weight_grads
     assert step.accumulation == "sum" and step.objective.attack_forwards == 1
-    fair = cost.Spec("pgd_at", "fp32").step(model)
+    fair = cost.Arm("pgd_at", "fp32").step(model)
     assert not (fair.train_in_eval_mode or fair.sync_micro_batches or fair.attack_weight_grads)
     assert fair.objective.attack_forwards == 0 and fair.objective.attack_steps == 3
 
@@ -400,7 +386,7 @@ def test_arms_share_weights_and_leave_them_alone() -> None:
     """Also where their modules are the kernels': and the paper's way keeps PyTorch's."""
     model = network()
     before = [p.detach().clone() for p in model.parameters()]
-    bench = cost.Bench(model, 5, 4, "triton")
+    bench = cost.UpdateBench(model, 5, 4, "triton")
     shared = {id(p) for p in model.parameters()}
     assert {id(p) for p in bench.network.parameters()} == shared
     kinds = [
@@ -411,10 +397,10 @@ def test_arms_share_weights_and_leave_them_alone() -> None:
     trained = network()
     use_kernels(trained.backbone)
     assert [type(m) for m in bench.network.modules()] == [type(m) for m in trained.modules()]
-    assert "fastgn.models" in {type(m).__module__ for m in bench.network.backbone.modules()}
-    assert bench.step(cost.Spec("gradnorm", "fp32")).model is bench.network
-    assert bench.step(cost.Spec("gradnorm-paper", "fp32")).model is bench.plain
-    bench.update(bench.step(cost.Spec("gradnorm", "fp32")))
+    assert "fastgn.models.network" in {type(m).__module__ for m in bench.network.backbone.modules()}
+    assert bench.step(cost.Arm("gradnorm", "fp32")).model is bench.network
+    assert bench.step(cost.Arm("gradnorm-paper", "fp32")).model is bench.plain
+    bench.update(bench.step(cost.Arm("gradnorm", "fp32")))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     state = bench.optimizer.state[next(model.parameters())]
@@ -426,111 +412,12 @@ def test_counting_takes_no_memory_of_a_batch() -> None:
     how many there are."""
     model = network()
     many, few = (cost.Counter(model, batch, 5) for batch in (4096, 4))
-    spec = cost.Spec("gradnorm", "bf16", Schedule("lazy"))
+    spec = cost.Arm("gradnorm", "bf16", Schedule("lazy"))
     assert many.update(spec) == pytest.approx(few.update(spec), rel=1e-3)
     assert all(p.grad is None for p in model.parameters())
 
 
 # ---------------------------------------------------------------------------------------- the clock
-
-
-class Twice(torch.autograd.Function):
-    """The identity, 10 ms long; its backward takes 20, the backward of that 40."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        time.sleep(0.01)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return Once.apply(grad)
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad: Tensor) -> Tensor:
-        time.sleep(0.02)
-        return grad.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        time.sleep(0.04)
-        return grad
-
-
-class Slow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(3 * 16 * 16, 8), nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.gelu(Twice.apply(self.first(x.flatten(1)))))
-
-
-@without_gpu
-def test_passes_are_told_apart_and_sum_to_the_step() -> None:
-    """J is the only sweep that goes backward through what B did."""
-    torch.manual_seed(0)
-    bench = cost.Bench(Classifier(Slow(), (0.5,) * 3, (0.25,) * 3, 16), 5, 2, "reference")
-    apply = bench.apply_gradients
-    bench.apply_gradients = lambda: (time.sleep(0.03), apply())
-    spec = cost.Spec("gradnorm", "fp32")
-    arm = cost.Arm(spec, 1.0, bench.step(spec))
-    found = {}
-    whole = once(lambda: found.update(bench.passes(arm, updates=1)))
-    floor = {"F": 0.01, "B": 0.02, "J": 0.04, "B'": 0.02, "optimizer": 0.03}
-    assert list(found) == list(floor)
-    for name, seconds in floor.items():
-        assert seconds <= found[name], name
-    assert sum(floor.values()) <= sum(found.values()) <= whole
-    spec = cost.Spec("pgd_at-paper", "fp32")
-    attacked = bench.passes(cost.Arm(spec, 1.0, bench.step(spec)), updates=1)
-    assert list(attacked) == ["F", "B", "B'", "optimizer"]
-    assert attacked["F"] >= 5 * 0.01 and 3 * 0.02 <= attacked["B"] and 0.02 <= attacked["B'"]
-
-
-def test_the_logits_gradient_parts_j_from_the_last_backward() -> None:
-    """Every node that B made runs before it, and every node between the logits and the images that
-    the forward made runs after it."""
-    model = made(swin, torch.float32)
-    seen: dict[str, list] = {"forward": [], "order": []}
-
-    def nodes(root, known=()) -> set:
-        found, todo = set(), [root]
-        while todo:
-            node = todo.pop()
-            if node is not None and node not in found and node not in known:
-                found.add(node)
-                todo += [parent for parent, _ in node.next_functions]
-        return found
-
-    images = torch.rand(2, 3, 16, 16).requires_grad_()
-    logits = model(images)
-    forward = nodes(logits.grad_fn)
-    model.forward = lambda x: logits
-    loss = gradnorm(model, images, soft_targets(2, dtype=torch.float32))
-    ce = nodes(loss.ce.grad_fn, forward)  # between the logits and the loss: neither's
-    second = nodes(loss.penalty.grad_fn, forward | ce)
-    for node in forward | second:
-        node.register_prehook(lambda grads, node=node: seen["order"].append(node))
-    logits.register_hook(lambda grad: seen["order"].append("logits"))
-    loss.total.backward()
-    order = [n for n in seen["order"] if n == "logits" or "AccumulateGrad" not in n.name()]
-    cut = order.index("logits")
-    assert len(second) > 50 and len(forward) > 50
-    assert set(order[:cut]) == {n for n in second if "AccumulateGrad" not in n.name()}
-    assert set(order[cut + 1 :]) == {n for n in forward if "AccumulateGrad" not in n.name()}
-
-
-@without_gpu
-def test_marks_add_up_by_name() -> None:
-    marks = Marks()
-    for name, seconds in (("a", 0.01), ("b", 0.02), ("a", 0.01)):
-        time.sleep(seconds)
-        marks(name)
-    spent = marks.seconds()
-    assert list(spent) == ["a", "b"] and spent["a"] >= 0.02 and spent["b"] >= 0.02
 
 
 def test_each_arm_has_its_own_calls_and_watchers() -> None:
@@ -550,15 +437,11 @@ def test_each_arm_has_its_own_calls_and_watchers() -> None:
 
 
 @without_gpu
-def test_operators_and_dispatches_are_those_of_the_call() -> None:
+def test_dispatches_are_those_of_the_call() -> None:
     x = torch.rand(64, 64)
     product = lambda: (x @ x).sum()  # noqa: E731
-    assert step_profile.launches(product, compiled=False).count == 2
-    assert step_profile.launches(product, compiled=True).count is None
-    rows = step_profile.by_operator(lambda: [x.exp() for _ in range(3)])["operators"]
-    (exp,) = [row for row in rows if row["name"] == "aten::exp"]
-    assert exp["calls"] == 3 and len(rows) <= step_profile.OPERATORS
-    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert step_launches.launches(product, compiled=False).count == 2
+    assert step_launches.launches(product, compiled=True).count is None
 
 
 def test_only_kernels_count_as_launches() -> None:
@@ -567,10 +450,10 @@ def test_only_kernels_count_as_launches() -> None:
     def event(name: str, where=cuda, **more):
         return types.SimpleNamespace(name=name, device_type=where, **more)
 
-    assert step_profile.is_kernel(event("triton_poi_fused_0"))
-    assert not step_profile.is_kernel(event("aten::mm", cpu))
-    assert not step_profile.is_kernel(event("Memcpy DtoD (Device -> Device)"))
-    assert not step_profile.is_kernel(event("Torch-Compiled Region", is_user_annotation=True))
+    assert step_launches.is_kernel(event("triton_poi_fused_0"))
+    assert not step_launches.is_kernel(event("aten::mm", cpu))
+    assert not step_launches.is_kernel(event("Memcpy DtoD (Device -> Device)"))
+    assert not step_launches.is_kernel(event("Torch-Compiled Region", is_user_annotation=True))
 
 
 # ----------------------------------------------------------------------------------------- compiled
@@ -594,11 +477,6 @@ def test_compiled_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["not_timed"] == []
     compiled = {name for name, row in rows.items() if row["compiled"]}
     assert compiled == rows.keys() - {"gradnorm exact-eager"}
-    passes = {name: set(row["time_of_passes"]) for name, row in rows.items()}
-    assert passes["gradnorm exact"] == {"F + B", "J + B'", "optimizer"}
-    assert passes["natural"] == {"F", "B'", "optimizer"}
-    assert passes["pgd_at"] == {"F + B", "B'", "optimizer"}
-    assert passes["gradnorm exact-eager"] == {"F", "B", "J", "B'", "optimizer"}
     assert rows["gradnorm exact"]["launches"]["count"] is None
     assert rows["gradnorm exact"]["times_as_fast_as"].keys() == {"gradnorm exact-eager, fp32"}
     units = [rows[f"gradnorm {kind}"]["flops_an_image"] for kind in ("exact", "exact-eager")]
@@ -609,15 +487,14 @@ def test_compiled_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class FakeNvml(types.ModuleType):
-    """A card of 300 W."""
+    """A card whose counter the test moves."""
 
     class NVMLError(Exception):
         pass
 
-    def __init__(self, counter: bool = True):
+    def __init__(self) -> None:
         super().__init__("pynvml")
-        self.counter = counter
-        self.millijoules = self.samples = 0
+        self.millijoules = 0
         self.asked: list[str] = []
 
     def nvmlInit(self) -> None:  # noqa: N802
@@ -628,13 +505,7 @@ class FakeNvml(types.ModuleType):
         return "card"
 
     def nvmlDeviceGetTotalEnergyConsumption(self, card: str) -> int:  # noqa: N802
-        if not self.counter:
-            raise self.NVMLError("Not Supported")
         return self.millijoules
-
-    def nvmlDeviceGetPowerUsage(self, card: str) -> int:  # noqa: N802
-        self.samples += 1
-        return 300_000  # milliwatts
 
 
 @pytest.fixture
@@ -645,21 +516,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
 
 
-@pytest.mark.parametrize("counter", [True, False])
-def test_joules(counter: bool, card: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = FakeNvml(counter)
+def test_joules(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     meter = energy.Meter()
-    assert nvml.asked == ["GPU-abc"] and ("counter" in meter.source) is counter
-    nvml.samples = 0
-    seconds = itertools.count()  # a second goes by between two samples
-    monkeypatch.setattr(energy, "time", types.SimpleNamespace(perf_counter=seconds.__next__))
+    assert nvml.asked == ["GPU-abc"] and "counter" in meter.source
     with meter.measuring() as reading:
         nvml.millijoules += 45_000
-        while not counter and nvml.samples < 4:
-            time.sleep(0.001)
         assert reading.joules is None
-    assert reading.joules == (45 if counter else 300 * (nvml.samples - 1))
+    assert reading.joules == 45
 
 
 def test_no_meter_says_why(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,124 +559,26 @@ def on_a_card(folder: Path) -> dict:
 
 
 @without_gpu
-def test_a_table_and_pictures_of_a_card(tmp_path: Path) -> None:
+def test_a_table_of_a_card(tmp_path: Path) -> None:
     record = on_a_card(tmp_path)
-    table = tables.cost_table(record).splitlines()
+    table = cost.table(record).splitlines()
     assert "| s a batch | images/s |" in table[0] and "| peak GiB | J an image |" in table[0]
     assert table[3].startswith("| gradnorm exact, compiled | 5 |")
     assert "| 0.0200 ± 0.0010 | 200 |" in table[3] and "| 2.0 | 1.000 ± 0.010 |" in table[3]
     assert "NVIDIA H200" in table[-1] and "bf16" in table[-1] and "CPU" not in table[-1]
-    assert [p.name for p in cost_figures.draw(record, tmp_path / "h.png")] == [
-        "h.png",
-        "h_roofline.png",
-    ]
-    by_operations = (tmp_path / "h_roofline.png").read_bytes()
     start = {"arm": "natural", "precision": "bf16", "failed": None, "cold_s": 90, "warm_s": 20}
-    last = tables.cost_table(record | {"start_times": [start]}).splitlines()[-1]
+    last = cost.table(record | {"start_times": [start]}).splitlines()[-1]
     assert "natural, bf16: 4.5 times as long with an empty compiler's cache" in last
     assert "(90 and 20 s)" in last
-
-    foretold = {
-        "gpus": {"h200": {"name": "NVIDIA H200", "bytes_per_s": 4.3e12}, "a100": {"name": "A100"}},
-        "img_size": record["img_size"],
-        "batch": record["batch"],
-        "model_kwargs": record["architecture"]["model_kwargs"],
-        "rows": [
-            {"arm": arm, "precision": "bf16", "gpu": gpu, "kernels": kernels, "bytes_an_image": n}
-            | {"eager": {"bytes_an_image": 70}}
-            for n, (arm, gpu, kernels) in enumerate(
-                itertools.product(
-                    ("natural", "gradnorm exact"), ("h200", "a100"), ("reference", "triton")
-                )
-            )
-        ],
-    }
-    (tmp_path / f"predict_{record['model']}.json").write_text(json.dumps(foretold))
-    other = record | {"device": "NVIDIA A10"}
-    cost.beside_prediction(other, tmp_path)
-    assert "bytes_per_s" not in other, "another card's"
-    file = tmp_path / f"predict_{record['model']}.json"
-    file.write_text(json.dumps(foretold | {"model_kwargs": ["depth=9"]}))
-    cost.beside_prediction(record, tmp_path)
-    assert "bytes_per_s" not in record, "another network's"
-    file.write_text(json.dumps(foretold))
-    cost.beside_prediction(record, tmp_path)
-    assert [row["predicted_bytes_an_image"] for row in record["rows"]] == [1, 5]
-    cost_figures.draw(record, tmp_path / "h.png")
-    assert (tmp_path / "h_roofline.png").read_bytes() != by_operations
-
-
-@without_gpu
-def test_without_natural_there_is_no_unit_to_draw_in(tmp_path: Path) -> None:
-    record = run(tmp_path, *TINY, "--methods", "gradnorm", "--schedules", "exact")
-    assert record["rows"][0]["time_over"] == {} and not (tmp_path / "cost_x.png").exists()
 
 
 @without_gpu
 def test_what_minutes_have_no_room_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    files = ["--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
+    files = ["--output", str(tmp_path / "x.json")]
     assert cost.main([*files, *TINY, "--methods", "natural", "--minutes", "1e-6"]) == 1
     record = json.loads((tmp_path / "x.json").read_text())
     assert record["skipped"] == ["natural, fp32: --minutes 1e-06 had no room for it"]
     assert record["rows"] == record["not_timed"] == [] and record["complete"]
-
-
-@without_gpu
-def test_start_times_are_of_processes_that_share_a_cache(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    asked = []
-
-    def process(command, env, **options):
-        asked.append((command, env["TORCHINDUCTOR_CACHE_DIR"]))
-        folder = Path(env["TORCHINDUCTOR_CACHE_DIR"])
-        warm = (folder / "kept").exists()
-        (folder / "kept").touch()
-        return types.SimpleNamespace(returncode=0, stdout=f"said\n{1.5 if warm else 30}\n")
-
-    monkeypatch.setattr(cost.subprocess, "run", process)
-    specs = [
-        cost.Spec("natural", "fp32", compile=True),
-        cost.Spec("gradnorm", "bf16", compile=True),
-        cost.Spec("gradnorm-paper", "fp32"),
-        cost.Spec("gradnorm", "fp32", Schedule("lazy"), compile=True),
-    ]
-    rows = cost.start_times([cost.Arm(spec, 1.0) for spec in specs], TINY, True)
-    assert [(row["arm"], row["precision"]) for row in rows] == [
-        ("natural", "fp32"),
-        ("gradnorm exact", "bf16"),
-    ]
-    assert all((row["cold_s"], row["warm_s"]) == (30, 1.5) for row in rows)
-    folders = [folder for _, folder in asked]
-    assert folders[0] == folders[1] != folders[2] == folders[3]
-    capsys.readouterr()
-    assert cost.main(asked[0][0][2:]) == 0, "the command is one that this script takes"
-    assert float(capsys.readouterr().out) > 0
-
-
-PEAK = "peak memory over natural, of the budgets that cost less than 5 % of the speed"
-
-
-def test_targets_are_judged() -> None:
-    row = {"arm": "gradnorm exact", "precision": "bf16", "compiled": True, "images_per_s": 1300}
-    row["times_as_fast_as"] = {"gradnorm-paper, fp32": {"mean": 7.9}}
-    row["time_over"] = {"natural": {"mean": 2.2}, "pgd_at": {"mean": 0.69}}
-    row["peak_bytes"] = {"total": 16}
-    natural = {"arm": "natural", "precision": "bf16", "peak_bytes": {"total": 10}}
-    met = {t["target"]: t["met"] for t in cost.targets([row, natural])}
-    assert met == {
-        "images a second": True,
-        "images a second, then": False,
-        "time over natural": True,
-        "time over fair PGD-3": False,
-        "speed over the paper's way, fp32": False,
-        PEAK: False,
-    }
-    budget = row | {"arm": "gradnorm exact, budget 0.5", "peak_bytes": {"total": 14}}
-    for rate, is_met in ((1240, True), (1230, False)):
-        found = cost.targets([row, natural, budget | {"images_per_s": rate}])
-        assert {t["target"]: t["met"] for t in found}[PEAK] == is_met
-    assert cost.targets([natural]) == cost.targets([row | {"compiled": False}]) == []
 
 
 @pytest.mark.gpu
@@ -825,6 +592,4 @@ def test_cost_on_a_gpu(tmp_path: Path) -> None:
         peak = row["peak_bytes"]
         assert peak["total"] == peak["shared"] + peak["own"] + peak["step"] and peak["step"] > 0
     rows = by_arm(record)
-    assert rows["gradnorm-paper"]["time_of_passes"].keys() == {"F", "B", "J", "B'", "optimizer"}
-    assert rows["gradnorm-paper"]["kernels"] and rows["gradnorm exact"]["operators"]
     assert math.isclose(rows["natural"]["time_over"]["natural"]["mean"], 1)

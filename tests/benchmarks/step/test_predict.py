@@ -11,13 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn.objectives import ObjectiveConfig, build_objective, gradnorm
 from fastgn.step.options import StepOptions
-from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
 pytest.importorskip("triton")  # Linux alone
 
-from benchmarks import tables  # noqa: E402
-from benchmarks.step import predict  # noqa: E402
+from benchmarks.step import predict, pretend  # noqa: E402
 
 RATIO = 2.33
 """The most that gradnorm's bytes may be of natural's here: 2.29, and 2.37 with the
@@ -38,7 +36,7 @@ def network() -> Any:
 @functools.cache
 def cost(method: str, gpu: str = "h200", kernels: str = "triton", precision: str = "bf16-pure"):
     """Of an update of one block with 8 images of 16 pixels."""
-    arm = predict.Arm(method, Schedule(), precision, kernels)
+    arm = predict.Arm(method, precision, compile=True, kernels=kernels)
     return predict.predict(network(), arm, predict.GPUS[gpu])
 
 
@@ -116,8 +114,8 @@ def test_the_engine_in_python_gives_what_pytorchs_gives(kernels, accumulate):
     from fastgn_kernels import dispatch
 
     with (
-        mock.patch.object(torch.autograd, "_engine_run_backward", predict.run_backward),
-        mock.patch.object(dispatch, "_engine_will_run", lambda node: node in predict._RUNNING[-1]),
+        mock.patch.object(torch.autograd, "_engine_run_backward", pretend.run_backward),
+        mock.patch.object(dispatch, "_engine_will_run", lambda node: node in pretend._RUNNING[-1]),
     ):
         ours = gradients()
     for a, b in zip(ours, exact, strict=True):
@@ -149,7 +147,7 @@ def test_the_record_and_its_table_say_that_they_predict(tmp_path, capsys):
     assert row["over_natural"]["bytes_an_image"] == 1
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
 
-    table = tables.predict_table
+    table = predict.table
     assert "Predictions" in table(record, []) and "measured images/s" not in table(record, [])
     measured = {
         "device": "Tesla V100-SXM2-32GB",
@@ -185,7 +183,7 @@ def test_rows_that_are_there_are_kept_and_a_trial_leaves_them_alone(tmp_path, mo
     assert predict.main(argv) == 0
     assert [r["gpu"] for r in json.loads(file.read_text())["rows"]] == ["h200"]
     monkeypatch.undo()
-    for options, folder in (((), "results"), (("--depths", "2", "2", "2", "2"), "runs")):
+    for options, folder in (((), "results"), (("--batch-size", "8"), "runs")):
         assert predict.parse([*argv, *options]).output.parent.name == folder
 
 

@@ -1,0 +1,81 @@
+"""Cells and lines of Markdown tables that several benchmarks share."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Record = dict[str, Any]
+Row = Mapping[str, Any]
+
+ATTACKS = {"autoattack": "AutoAttack", "apgd-ce+t": "APGD-CE+T", "pgd-20": "PGD-20"}
+"""Name of an attack in the records, and in the tables."""
+
+
+def make_table(
+    rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str] | Sequence[str]]
+) -> str:
+    """Returns a Markdown table. A column whose cells are all empty is left out.
+
+    columns: the heading of each column, and either its cells or a function from a row to a cell.
+    """
+    cells = {
+        name: [column(row) for row in rows] if callable(column) else list(column)
+        for name, column in columns.items()
+    }
+    filled = {name: column for name, column in cells.items() if any(column)}
+    lines = [f"| {' | '.join(filled)} |", f"| {' | '.join('---' for _ in filled)} |"]
+    lines += [f"| {' | '.join(line)} |" for line in zip(*filled.values(), strict=True)]
+    return "\n".join(lines)
+
+
+def with_notes(table: str, record: Record, *notes: str) -> str:
+    """Returns a table with a line below it: the notes, PyTorch's version and the record's file."""
+    source = f"torch {record['versions']['torch']} (`benchmarks/results/{record['file']}`)."
+    return f"{table}\n\n{'; '.join([*notes, source])}"
+
+
+def device(record: Record, cpu: str = "CPU") -> str:
+    """Returns the name of the device that a record was measured on."""
+    return record["device"].replace("cpu", cpu)
+
+
+def cores(record: Record) -> str:
+    """Returns the name of the device, or the number of CPU cores if there was no GPU."""
+    return device(record, f"{record['hardware']['cpu_count']} CPU cores")
+
+
+def plus_minus(value: Row | None, form: str) -> str:
+    """Returns mean and standard deviation, or "" for None."""
+    return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Returns the mean of some values, with their standard deviation if there are several."""
+    text = format(statistics.fmean(values), form)
+    return f"{text} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else text
+
+
+def percent(value: Row | None) -> str:
+    """Returns an accuracy in percent, with its standard deviation if there are several seeds."""
+    if value is None:
+        return ""
+    text = f"{100 * value['mean']:.1f}"
+    return f"{text} ± {100 * value['std']:.1f}" if value["n"] > 1 else text
+
+
+def accuracy_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Returns one column per attack and eps, with clean accuracy and AutoAttack first."""
+    order = {"clean": 0, "autoattack": 1}
+    keys = {(order.get(a["attack"], 2), a["attack"], a["eps"]) for r in rows for a in r["accuracy"]}
+    columns = {}
+    for _, attack, eps in sorted(keys):
+        found = [{(a["attack"], a["eps"]): a["accuracy"] for a in r["accuracy"]} for r in rows]
+        name = ATTACKS.get(attack, attack)
+        heading = f"{name} {eps:.4g}" if eps else f"{name}, %"
+        columns[heading] = [percent(accuracy.get((attack, eps))) for accuracy in found]
+    return columns
+
+
+def over_seeds(count: int) -> str:
+    """Returns what the numbers of a table are means of."""
+    return f"{count} seeds, mean ± deviation" if count > 1 else "1 seed"

@@ -1,0 +1,280 @@
+"""A GPU that is not here: PyTorch, its compiler and Triton believe that it is cuda:0."""
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CUDA = torch.device("cuda:0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """Properties of a card that a prediction needs."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+    """Number of streaming multiprocessors."""
+    bytes_per_s: float
+    """Bandwidth of device memory, reads and writes counted."""
+    flop_per_s: dict[str, float]
+    """Precision of the step -> rate of dense matrix products. Unsupported precisions are absent."""
+    shared_bytes: int
+    """Shared memory per block."""
+    l2_bytes: int
+    memory_bytes: int
+    source: str
+    """Source of the two rates."""
+
+    def precision(self, wanted: str) -> str:
+        """Returns `wanted`, or fp32 if the card does not support it."""
+        return wanted if wanted in self.flop_per_s else "fp32"
+
+
+def _rates(bf16: float, tf32: float, fp32: float) -> dict[str, float]:
+    return {"bf16": bf16, "bf16-pure": bf16, "tf32": tf32, "fp32": fp32}
+
+
+_HOPPER = "bandwidth and bf16 measured on one; tf32 and fp32 NVIDIA's data sheet"
+_MIB, _GB = 1 << 20, 10**9
+GPUS = {
+    "h200": Gpu(
+        *("NVIDIA H200", (9, 0), 132, 4.3e12, _rates(790e12, 494e12, 67e12)),
+        *(227 << 10, 50 * _MIB, 141 * _GB, _HOPPER),
+    ),
+    "h100": Gpu(
+        *("NVIDIA H100 80GB HBM3", (9, 0), 132, 3.0e12, _rates(798e12, 494e12, 67e12)),
+        *(227 << 10, 50 * _MIB, 80 * _GB, _HOPPER),
+    ),
+    "a100": Gpu(
+        *("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2.039e12, _rates(312e12, 156e12, 19.5e12)),
+        *(163 << 10, 40 * _MIB, 80 * _GB),
+        "peaks of NVIDIA's data sheet: no A100 reaches them",
+    ),
+    "v100": Gpu(  # the step has no precision for its fp16 matrix units
+        *("Tesla V100-SXM2-32GB", (7, 0), 80, 0.9e12, {"fp32": 15.7e12}),
+        *(96 << 10, 6 * _MIB, 32 * _GB),
+        "peaks of NVIDIA's data sheet: no V100 reaches them",
+    ),
+}
+"""Name on the command line -> card."""
+
+
+def run_backward(
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    retain_graph: bool | None,
+    create_graph: bool,
+    inputs: Sequence[Tensor | GradientEdge] = (),
+    allow_unreachable: bool = False,
+    accumulate_grad: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Replaces PyTorch's autograd engine, which asks the CUDA driver for streams."""
+
+    def edge(x: Tensor | GradientEdge) -> GradientEdge:
+        return get_gradient_edge(x) if isinstance(x, Tensor) else x
+
+    wanted = [edge(x)[:2] for x in inputs]
+    roots = [edge(x) for x in outputs]
+    order: list[Any] = []  # each node comes after the nodes that it leads to
+    stack = [(root.node, False) for root in roots]
+    seen = set()
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n, _ in node.next_functions if n is not None]
+    needed = {node for node, _ in wanted}
+    for node in order:
+        if any(n in needed for n, _ in node.next_functions):
+            needed.add(node)
+
+    buffers: dict[Any, dict[int, Tensor]] = {}
+
+    def add(node: Any, number: int, grad: Tensor | None) -> None:
+        if grad is None or node not in needed:
+            return
+        expected = node._input_metadata[number]
+        if grad.shape != expected.shape:  # operators leave broadcasting to the engine
+            grad = grad.sum_to_size(expected.shape)
+        grad = grad.to(expected.dtype)
+        into = buffers.setdefault(node, {})
+        into[number] = into[number] + grad if number in into else grad
+
+    found: dict[Any, Tensor] = {}
+    with torch.set_grad_enabled(create_graph), running(needed):
+        for root, grad in zip(roots, grads, strict=True):
+            add(root.node, root.output_nr, grad)
+        for node in reversed(order):
+            got = buffers.pop(node, {})
+            found |= {(node, number): grad for number, grad in got.items()}
+            if not got or not any(n in needed for n, _ in node.next_functions):
+                continue
+            arguments = [got.get(i) for i in range(len(node._input_metadata))]
+            results = _call(node, arguments)
+            for (following, number), grad in zip(node.next_functions, results, strict=False):
+                if following is not None:
+                    add(following, number, grad)
+    results = tuple(found.get(key) for key in wanted)
+    if not accumulate_grad:
+        return results
+    for x, grad in zip(inputs, results, strict=True):
+        assert isinstance(x, Tensor)
+        if grad is not None:
+            x.grad = grad if x.grad is None else x.grad + grad
+    return ()
+
+
+_RUNNING: list[set[Any]] = []
+"""Nodes of each backward under way. The innermost backward is the last."""
+
+
+@contextlib.contextmanager
+def running(nodes: set[Any]) -> Iterator[None]:
+    """Notes the nodes of a backward while it runs."""
+    _RUNNING.append(nodes)
+    try:
+        yield
+    finally:
+        _RUNNING.pop()
+
+
+def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """Returns the gradients for a node's next_functions."""
+    if not isinstance(node, BackwardCFunction):
+        result = node(*arguments)
+        return result if isinstance(result, tuple) else (result,)
+    # a function in Python, which also returns gradients for arguments that are not tensors
+    if node.name().startswith("CompiledFunction"):  # it needs zeros for missing gradients
+        some = next(g for g in arguments if g is not None)
+        for index, expected in enumerate(node._input_metadata):
+            if arguments[index] is None:
+                arguments[index] = some.new_zeros(expected.shape, dtype=expected.dtype)
+    result = node.apply(*arguments)
+    result = result if isinstance(result, tuple) else (result,)
+    grads = iter([g for g, needs in zip(result, node.needs_input_grad, strict=False) if needs])
+    return [None if following is None else next(grads) for following, _ in node.next_functions]
+
+
+class OnCpu(TorchDispatchMode):
+    """Makes new tensors on the CPU, whichever device the operators name."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        def moved(x: Any) -> Any:
+            return torch.device("cpu") if isinstance(x, torch.device) else x
+
+        return func(*map(moved, args), **{k: moved(v) for k, v in (kwargs or {}).items()})
+
+
+def forget_devices() -> None:
+    """Empties PyTorch's caches of what it knows of the machine's devices and of Triton."""
+    import torch._inductor.utils as inductor
+    import torch.utils._triton as triton
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    for known in (*vars(triton).values(), *vars(inductor).values(), DeviceProperties.create):
+        if hasattr(known, "cache_clear"):
+            known.cache_clear()
+
+
+@contextlib.contextmanager
+def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTensorMode]:
+    """Makes PyTorch believe that `gpu` is cuda:0. Yields the mode of its tensors.
+
+    on_graph: torch._inductor.graph.GraphLowering -> function that runs in place of its code, on a
+        list of tensors.
+    """
+    import torch._dynamo.device_interface as interfaces
+    import torch._inductor.fx_passes.fuse_attention as fuse_attention
+    import torch._inductor.fx_passes.joint_graph as joint_graph
+    import torch._inductor.fx_passes.pad_mm as pad_mm
+    import triton
+    from fastgn_kernels import dispatch
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses import fake_tensor
+    from triton.backends.compiler import GPUTarget
+
+    major, minor = gpu.capability
+    properties = types.SimpleNamespace(
+        **{"name": gpu.name, "major": major, "minor": minor, "total_memory": gpu.memory_bytes},
+        **{"multi_processor_count": gpu.processors, "regs_per_multiprocessor": 65536},
+        **{"max_threads_per_multi_processor": 2048, "max_threads_per_block": 1024},
+        **{"warp_size": 32, "shared_memory_per_block": 48 << 10},
+        shared_memory_per_block_optin=gpu.shared_bytes,
+        shared_memory_per_multiprocessor=gpu.shared_bytes,
+        **{"L2_cache_size": gpu.l2_bytes, "is_integrated": 0, "gcnArchName": "", "uuid": None},
+    )
+    target = GPUTarget("cuda", 10 * major + minor, 32)
+    driver = types.SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: 0,
+        get_active_torch_device=lambda: CUDA,
+        is_active=lambda: True,
+    )
+    deduce = joint_graph.UniformValueConstantFolder._deduce_value
+
+    def deduce_on_cpu(self: Any, node: Any) -> Any:
+        with OnCpu():  # it finds constants by computing one element of them
+            return deduce(self, node)
+
+    def compile_to_module(self: GraphLowering) -> Any:
+        self.init_wrapper_code()
+        self._update_scheduler()
+        return types.SimpleNamespace(call=on_graph(self), __file__=__file__)
+
+    interface, worker = interfaces.CudaInterface, interfaces.CudaInterface.Worker
+    values: list[tuple[Any, str, Any]] = [
+        (torch.autograd, "_engine_run_backward", run_backward),
+        (dispatch, "_engine_will_run", lambda node: node in _RUNNING[-1]),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "device_count", lambda: 1),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "set_device", lambda *_: None),
+        (torch.cuda, "_exchange_device", lambda *_: 0),
+        (torch.cuda, "_maybe_exchange_device", lambda *_: 0),
+        (torch.cuda, "synchronize", lambda *_: None),
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "get_rng_state", lambda *_: torch.zeros(16, dtype=torch.uint8)),
+        (torch.cuda, "set_rng_state", lambda *_: None),
+        (torch.cuda, "is_current_stream_capturing", lambda: False),
+        (torch.cuda, "get_device_name", lambda *_: gpu.name),
+        (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
+        (torch.cuda, "get_device_properties", lambda *_: properties),
+        (torch.accelerator, "is_available", lambda: False),  # streams are the driver's
+        (fake_tensor, "init_gpu_context", lambda *_: None),  # 2.11 makes a real tensor there
+        (interface, "is_available", staticmethod(lambda: True)),
+        (interface, "current_device", staticmethod(lambda: 0)),
+        (interface, "get_device_properties", staticmethod(lambda *_: properties)),
+        (interface, "get_compute_capability", staticmethod(lambda *_: 10 * major + minor)),
+        (worker, "current_device", staticmethod(lambda: 0)),
+        (worker, "get_device_properties", staticmethod(lambda *_: properties)),
+        (fuse_attention, "_sfdp_init", lambda *_: None),  # these two trace on a real device
+        (pad_mm, "_pad_mm_init", lambda *_: None),
+        (joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu),
+        (GraphLowering, "compile_to_module", compile_to_module),
+        (triton.runtime.driver, "_active", driver),
+    ]
+    with contextlib.ExitStack() as stack:
+        forget_devices()
+        stack.callback(forget_devices)
+        settings = {"force_disable_caches": True, "shape_padding": False}  # it times products
+        stack.enter_context(torch._inductor.config.patch(settings))
+        torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, where there is no card
+        for owner, name, value in values:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield FakeTensorMode(allow_non_fake_inputs=True)
