@@ -197,6 +197,7 @@ def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
             assert all((ROOT / x).exists() for x in command if x.startswith("tests/"))
             continue
         source = (ROOT / f"{command[1].replace('.', '/')}.py").read_text()
+        source += (ROOT / "benchmarks/common/arguments.py").read_text()  # --output
         for option in (x for x in command if x.startswith("--")):
             names = option, option.replace("--no-", "--")
             assert any(f'"{n}"' in source for n in names), f"{command[1]} has no {option}"

@@ -374,11 +374,14 @@ def test_which_arms_there_are() -> None:
 
 def test_the_papers_way() -> None:
     model = network()
-    step = cost.Arm("pgd_at-paper", "fp32").step(model)
-    assert step.train_in_eval_mode and step.sync_micro_batches and step.attack_weight_grads
-    assert step.accumulation == "sum" and step.objective.attack_forwards == 1
-    fair = cost.Arm("pgd_at", "fp32").step(model)
-    assert not (fair.train_in_eval_mode or fair.sync_micro_batches or fair.attack_weight_grads)
+    step = cost.Arm("pgd_at-paper", "fp32").step(model).step
+    quirks = step.options.quirks
+    assert quirks.train_in_eval_mode and quirks.sync_micro_batches and quirks.attack_weight_grads
+    assert quirks.accumulation == "sum" and step.objective.attack_forwards == 1
+    fair = cost.Arm("pgd_at", "fp32").step(model).step
+    quirks = fair.options.quirks
+    wasteful = (quirks.train_in_eval_mode, quirks.sync_micro_batches, quirks.attack_weight_grads)
+    assert not any(wasteful)
     assert fair.objective.attack_forwards == 0 and fair.objective.attack_steps == 3
 
 
@@ -398,8 +401,8 @@ def test_arms_share_weights_and_leave_them_alone() -> None:
     use_kernels(trained.backbone)
     assert [type(m) for m in bench.network.modules()] == [type(m) for m in trained.modules()]
     assert "fastgn.models.network" in {type(m).__module__ for m in bench.network.backbone.modules()}
-    assert bench.step(cost.Arm("gradnorm", "fp32")).model is bench.network
-    assert bench.step(cost.Arm("gradnorm-paper", "fp32")).model is bench.plain
+    assert bench.step(cost.Arm("gradnorm", "fp32")).step.model is bench.network
+    assert bench.step(cost.Arm("gradnorm-paper", "fp32")).step.model is bench.plain
     bench.update(bench.step(cost.Arm("gradnorm", "fp32")))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
