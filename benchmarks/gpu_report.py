@@ -272,6 +272,8 @@ def run(
     began = time.monotonic()
     processes: list[subprocess.Popen] = []
     ended: dict[int, tuple[int | None, float]] = {}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it in the background
+        signal.signal(signal.SIGINT, lambda *_: None)  # the same here, but no child inherits it
     try:
         for command, log in zip(commands, logs, strict=True):
             with open(log, "wb") as out:

@@ -150,6 +150,12 @@ def print_error(line: str) -> None:
     print_line(line)
 
 
+def print_stopped(program: str, how: str = "run the same command again to continue") -> None:
+    """Prints, once for all ranks, that a signal has ended a program, and how to go on."""
+    if os.environ.get("RANK", "0") == "0":
+        print_line(f"{program}: stopped; {how}")
+
+
 def print_line(line: str, file: TextIO | None = None) -> None:
     """Prints a line to stderr or to `file`. Unprintable characters are replaced by escapes."""
     print(escape(line), file=file or sys.stderr, flush=True)

@@ -39,7 +39,8 @@ from fastgn.config.programs import AUTOATTACK, EvaluateConfig
 from fastgn.data.datasets import load_validation
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
-from fastgn.errors import UserError, check, escape, print_error, print_line
+from fastgn.errors import UserError, check, escape, print_error, print_line, print_stopped
+from fastgn.extras import stoppable
 from fastgn.files import check_target, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
@@ -275,13 +276,16 @@ def main(args: list[str] | None = None) -> int:
         cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
         # a rank that is done waits until the slowest one has attacked its last batch
         week = timedelta(days=7)
-        with session(cfg.device, rank_timeout=cfg.rank_timeout, meeting_timeout=week) as world:
+        with (
+            stoppable(),
+            session(cfg.device, rank_timeout=cfg.rank_timeout, meeting_timeout=week) as world,
+        ):
             run(cfg, world)
     except UserError as error:
         print_error(f"fastgn.evaluate: error: {error}")
         return 2
     except KeyboardInterrupt:
-        print_error("fastgn.evaluate: stopped; run the same command again to continue")
+        print_stopped("fastgn.evaluate")
         return 130
     return 0
 

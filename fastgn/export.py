@@ -26,7 +26,8 @@ from torch import Tensor
 from fastgn.config.cli import parse_cli
 from fastgn.config.outputs import check_replaced, check_written, read_beginning
 from fastgn.config.programs import ExportConfig
-from fastgn.errors import UserError, check, print_error, print_line
+from fastgn.errors import UserError, check, print_error, print_line, print_stopped
+from fastgn.extras import stoppable
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
 from fastgn.models import activations, create
 from fastgn.state import ExportHeader, is_number
@@ -393,10 +394,15 @@ def run(cfg: ExportConfig) -> None:
 def main(args: list[str] | None = None) -> int:
     """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
     try:
-        run(parse_cli(ExportConfig, sys.argv[1:] if args is None else args, "fastgn.export"))
+        cfg = parse_cli(ExportConfig, sys.argv[1:] if args is None else args, "fastgn.export")
+        with stoppable():
+            run(cfg)
     except UserError as error:
         print_error(f"fastgn.export: error: {error}")
         return 2
+    except KeyboardInterrupt:
+        print_stopped("fastgn.export", "run the same command again")
+        return 130
     return 0
 
 

@@ -45,3 +45,11 @@ def not_differentiable(cfg: Config, operator: str) -> str:
         f"--method {method} with --schedule {cfg.step.schedule} needs one: try "
         f"{' or '.join(tries)}"
     )
+
+
+def how_to_go_on(run: Run | None) -> str:
+    """Returns what to do after a signal that has left no time for a checkpoint."""
+    if run is None:
+        return "run the same command again"
+    ways = f"continue with --resume {run.folder}", "run the same command again"
+    return f"{run.last_checkpoint('the last checkpoint')}: {ways[run.checkpoints.last() is None]}"

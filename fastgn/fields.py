@@ -166,6 +166,19 @@ def find_paths(kind: Any) -> list[str]:
     return [name for name, hint in hints.items() if PATH in iterate_annotations(hint)]
 
 
+@functools.cache
+def find_lists(kind: Any) -> list[str]:
+    """Returns the fields of an options dataclass, its groups' included, that hold any number of
+    values."""
+    found = []
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        parts = list(iterate_annotations(hint))
+        found += [name] if ... in parts else []
+        groups = [p for p in parts if isinstance(p, type) and dataclasses.is_dataclass(p)]
+        found += [n for group in groups for n in find_lists(group)]
+    return found
+
+
 def iterate_annotations(hint: Any) -> Iterator[Any]:
     """Yields the plain types and the metadata in a type hint."""
     origin = typing.get_origin(hint)

@@ -4,16 +4,14 @@ import signal
 import time
 from typing import Any
 
+from fastgn.extras import REPEAT_S
+
 
 class Interrupt:
     """Notes SIGINT and SIGTERM, so that the training loop can save a checkpoint and leave.
 
     Another signal, more than REPEAT_S seconds after the first one, ends the process at once.
     """
-
-    REPEAT_S = 1.0
-    """Seconds in which a second signal is taken for the same one. A terminal or scheduler sends a
-    signal to all processes, and torchrun passes it on to its ranks once more."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -33,7 +31,7 @@ class Interrupt:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self.noted_s = number, now
-        elif now - self.noted_s > self.REPEAT_S:
+        elif now - self.noted_s > REPEAT_S:
             self.restore()
             signal.raise_signal(number)
 

@@ -274,6 +274,7 @@ def make_plan(
         state_bytes=state_bytes(cfg, world, model, optimizer, images),
         held_bytes=torch.cuda.memory_allocated(world.device) if on_cuda else 0,
         compiled=is_compiled(cfg.step, world.device),
+        fewest=schedule_of(cfg.step).fewest(model.fewest_images),
         fixed=fixed if cfg.step.schedule != "auto" else None,
     )
 

@@ -146,20 +146,18 @@ def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> lis
     The list is empty if both can be compared.
     """
 
-    def judged_by(config: Config, data: Identity | None) -> dict[str, Any]:
+    def judged_by(config: Config) -> dict[str, Any]:
         natural = config.objective.method == "natural"
         return {
             "--eval-images": config.run.eval_images,
             "accuracy": "clean" if natural else f"at --eval-eps {config.eval_eps}",
-            "validation images": (data or {}).get("validation"),
         }
 
-    before, now = judged_by(state.saved_config(), state.data), judged_by(cfg, identity)
-    return [
-        f"other {name}" if isinstance(now[name], dict) else f"{name} {was} is now {now[name]}"
-        for name, was in before.items()
-        if was != now[name]
-    ]
+    before, now = judged_by(state.saved_config()), judged_by(cfg)
+    changes = [f"{k} {was} is now {now[k]}" for k, was in before.items() if was != now[k]]
+    if describe_changes(state.data, {"validation": identity["validation"]}):
+        changes.append("other validation images")
+    return changes
 
 
 def changes_line(cfg: Config, state: TrainState, ranks: int) -> str:

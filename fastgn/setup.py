@@ -15,6 +15,7 @@ from fastgn.data.loader import build_loader
 from fastgn.data.representatives import compute_representatives
 from fastgn.data.subset import Subset
 from fastgn.distributed import World
+from fastgn.errors import check
 from fastgn.files import write_bytes, write_json
 from fastgn.finish import warn_of_initial_weights
 from fastgn.folder import open_run
@@ -36,6 +37,7 @@ from fastgn.resolved import (
     is_compiled,
     make_plan,
     resolve,
+    schedule_of,
     step_options,
 )
 from fastgn.resume import (
@@ -153,10 +155,25 @@ def build_model(
     seed_all(Stream.STEP, cfg.run.seed)
     model, report = network.build_model(architecture, len(dataset.classes), kernels)
     if not cfg.step.train_in_eval_mode:
-        network.check_batch(model, architecture, batching.batch_size)
+        model.fewest_images = network.check_training(model, architecture, len(dataset.classes))
+    check_batch(cfg, model, batching)
     model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
     model.to(world.device)
     return cfg.replace(crop_pct=model.crop_pct), model, report
+
+
+def check_batch(cfg: Config, model: Classifier, batching: Batching) -> None:
+    """Raises UserError if BatchNorm would get fewer images than it needs."""
+    schedule = schedule_of(cfg.step)
+    fewest = schedule.fewest(model.fewest_images)
+    subset_share = f" and --subset-fraction {schedule.subset_fraction:g}"
+    check(
+        batching.batch_size >= fewest,
+        f"--batch-size {batching.batch_size}{subset_share * (schedule.kind == 'subset')}: "
+        f"BatchNorm in --model {cfg.architecture.model} at {model.img_size} px gets one value per "
+        f"channel from one image and has no variance to divide by: use --batch-size {fewest} or "
+        "more",
+    )
 
 
 def make_loader(
@@ -218,6 +235,7 @@ def make_step(
         compile=resolved.compiled,
         activation_memory_budget=resolved.activation_memory_budget,
         micro_batch=resolved.micro_batch if cfg.step.schedule == "auto" else None,
+        fewest=schedule_of(cfg.step).fewest(model.fewest_images),
         cuda_graphs=resolved.cuda_graphs,
     )
     return Step(model, objective, options, distributed=world.size > 1)

@@ -38,8 +38,10 @@ from fastgn.errors import (
     first_line,
     print_error,
     print_line,
+    print_stopped,
     tolerate_failure,
 )
+from fastgn.extras import stoppable
 from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
 from fastgn.metrics import environment, open_bar
@@ -360,12 +362,13 @@ def main(args: list[str] | None = None) -> int:
     """Runs the program and returns its exit status, which is 2 after a mistake of the user."""
     try:
         cfg = parse_cli(SweepConfig, sys.argv[1:] if args is None else args, "fastgn.sweep")
-        return sweep(cfg)
+        with stoppable():
+            return sweep(cfg)
     except UserError as error:
         print_error(f"fastgn.sweep: error: {error}")
         return 2
     except KeyboardInterrupt:  # it came between trials
-        print_error("fastgn.sweep: stopped; run the same command again to continue")
+        print_stopped("fastgn.sweep")
         return 130
 
 

@@ -21,8 +21,9 @@ import torch
 from fastgn import optim
 from fastgn.config.cli import parse_config
 from fastgn.distributed import session
-from fastgn.errors import UserError, print_error
-from fastgn.failures import explain
+from fastgn.errors import UserError, print_error, print_stopped
+from fastgn.extras import stoppable
+from fastgn.failures import explain, how_to_go_on
 from fastgn.finish import finish
 from fastgn.interrupt import Interrupt
 from fastgn.run import Run
@@ -93,7 +94,7 @@ def main(args: list[str] | None = None) -> int:
     keep_compiled()
     try:
         cfg = parse_config(args)
-        with session(cfg.run.device, rank_timeout=cfg.run.rank_timeout) as world:
+        with stoppable(), session(cfg.run.device, rank_timeout=cfg.run.rank_timeout) as world:
             run = build(cfg, world)
             train(run)
     except (UserError, RuntimeError) as error:
@@ -105,6 +106,9 @@ def main(args: list[str] | None = None) -> int:
         print_error(f"fastgn.train: error: {line}")
         return 2
     except KeyboardInterrupt:  # before the first update, or the second time
+        if run is not None and run.metrics is not None:
+            run.metrics.close()
+        print_stopped("fastgn.train", how_to_go_on(run))
         return 130
     if run.metrics is not None:
         run.metrics.close()

@@ -5,6 +5,8 @@ import os
 # threads that spin against the machine's other work made a tiny step 15 times slower than one alone
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,15 @@ TINY_SWIN = (
 def tiny_run(output: Path, *more: str) -> list[str]:
     """fastgn.train's arguments: 29 updates an epoch of 48 digits each, seconds in all."""
     fixed = ("--batch-size", "48", "--epochs", "1", "--warmup-epochs", "0", "--eval-images", "48")
-    return [*TINY_SWIN, *fixed, "--lr", "0.003", "--output", str(output), *more]
+    swin = without(TINY_SWIN, "--model-kwargs") if "--model-kwargs" in more else TINY_SWIN
+    return [*swin, *fixed, "--lr", "0.003", "--output", str(output), *more]
+
+
+def without(args: Sequence[str], flag: str) -> list[str]:
+    """Returns a command line without a flag and its values: a list may be given once alone."""
+    start = args.index(flag)
+    rest = itertools.dropwhile(lambda arg: not arg.startswith("--"), args[start + 1 :])
+    return [*args[:start], *rest]
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:

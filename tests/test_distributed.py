@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_SWIN, differences, read_state, tiny_run
+from conftest import TINY_SWIN, differences, read_state, tiny_run, without
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -94,9 +94,10 @@ def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
     """Gradients and losses of one update on a rank's share of a fixed global batch of 16 images,
     and the collectives that it took."""
     flags = ["--method", case["method"], "--clip-grad", "1"]
+    swin = [*TINY_SWIN]
     if case.get("wide"):
-        flags += ["--model-kwargs", *WIDE]
-    cfg = parse_config([*TINY_SWIN, *flags, "--attack-select", "best"])
+        swin = [*without(TINY_SWIN, "--model-kwargs"), "--model-kwargs", *WIDE]
+    cfg = parse_config([*swin, *flags, "--attack-select", "best"])
     torch.manual_seed(0)
     model, _ = network.build_model(cfg.architecture, 10, case.get("kernels", "reference"))
     model.to(case["dtype"])

@@ -142,8 +142,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize(("more", "expected"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(more, expected, tmp_path, capsys):
-    args = tiny_run(tmp_path / "run", "--max-updates", "1")
-    line = refused(capsys, [*args, *more])
+    line = refused(capsys, tiny_run(tmp_path / "run", "--max-updates", "1", *more))
     assert expected in line
     assert list(tmp_path.iterdir()) == []
 

@@ -198,6 +198,44 @@ def test_a_list_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert expected in capsys.readouterr().err
 
 
+class Named:
+    """A split whose images have names alone."""
+
+    names = ("/data/val/ant/a.png", "/data/val/ant/ümlaut b.png", "/data/val/bee/c.png")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["", "{end}", "{end}{end}", "{end}  {end}"])
+def test_a_list_of_images_as_windows_writes_it(
+    start: str, end: str, last: str, tmp_path: Path
+) -> None:
+    """With a byte-order mark, with carriage returns, and with or without blank lines at its end."""
+    file = tmp_path / "list.txt"
+    text = start + end.join(("bee/c.png", "ant/ümlaut b.png", "0")) + last.format(end=end)
+    file.write_bytes(text.encode())
+    assert selection.find_listed_images(str(file), Named()) == [2, 1, 0]
+    file.write_bytes(text.encode().replace(b"c.png", b"d.png"))
+    with pytest.raises(evaluate.UserError, match=r"no validation image is called bee/d\.png$"):
+        selection.find_listed_images(str(file), Named())
+    file.write_bytes((start + last.format(end=end)).encode())
+    with pytest.raises(evaluate.UserError, match="is empty"):
+        selection.find_listed_images(str(file), Named())
+
+
+def test_a_list_of_images_in_utf_16_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "list.txt"
+    file.write_text("0\n", encoding="utf-16")
+    with pytest.raises(evaluate.UserError, match="is text in UTF-16: save it as UTF-8"):
+        selection.find_listed_images(str(file), Named())
+
+
 def test_robustbenchs_list_of_imagenet() -> None:
     """5,000 different images, found by their names whatever folder they lie in."""
 

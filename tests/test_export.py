@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,73 @@ def test_keys_with_robustbenchs_prefix_are_taken_too(swin_run, tmp_path):
     with pytest.raises(RuntimeError, match="another"):
         model.load_state_dict(weights | {"another": torch.zeros(1)})
     assert not any(p.endswith(("mean", "std")) for p in model.state_dict())
+
+
+STUB = {
+    "robustbench/model_zoo/enums.py": """
+        from enum import Enum
+
+        class BenchmarkDataset(Enum):
+            imagenet = "imagenet"
+
+        class ThreatModel(Enum):
+            Linf = "Linf"
+    """,
+    "robustbench/model_zoo/__init__.py": """
+        from .enums import BenchmarkDataset, ThreatModel
+        model_dicts = {BenchmarkDataset.imagenet: {ThreatModel.Linf: {}}}
+    """,
+    "robustbench/__init__.py": """
+        import torch
+        from pathlib import Path
+        from .model_zoo import model_dicts
+        from .model_zoo.enums import BenchmarkDataset, ThreatModel
+
+        def load_model(model_name, model_dir="./models", dataset="cifar10", threat_model="Linf"):
+            dataset, threat_model = BenchmarkDataset(dataset), ThreatModel(threat_model)
+            entry = model_dicts[dataset][threat_model][model_name]
+            assert isinstance(entry["gdrive_id"], str)
+            file = Path(model_dir) / dataset.value / threat_model.value / f"{model_name}.pt"
+            assert file.is_file(), "it would be fetched"
+            weights = torch.load(file, map_location="cpu")
+            model = entry["model"]()
+            model.load_state_dict({f"model.{k}": v for k, v in weights.items()}, strict=True)
+            return model.eval()
+
+        def benchmark(
+            model, n_examples, dataset, threat_model="Linf", *, eps, preprocessing, data_dir
+        ):
+            images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+            with torch.no_grad():
+                torch.save(model(images), "logits.pt")
+            print(n_examples, dataset, eps == 4 / 255, preprocessing, data_dir)
+    """,
+}
+"""What RobustBench does with an export of ImageNet's: without its zoo, attacks and downloads."""
+
+
+def test_the_lines_for_robustbench(swin_run, tmp_path):
+    """As they stand there, beside the export and without fastgn."""
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    (lines,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "robustbench" in b)
+    (command,) = re.findall(r"`(install -D weights\.pt [^`]*)`", page)
+    exported(swin_run, tmp_path / "OUT")
+    for name, text in STUB.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    subprocess.run(command.split(), cwd=tmp_path / "OUT", check=True)
+    blocked = "import sys; sys.modules['fastgn'] = sys.modules['fastgn_kernels'] = None\n"
+    done = subprocess.run(
+        [sys.executable, "-c", blocked + lines],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "OUT",
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "5000 imagenet True Res256Crop224 IMAGENET\n"
+    found = torch.load(tmp_path / "OUT" / "logits.pt", weights_only=True)
+    assert torch.equal(found, own_logits(swin_run))
 
 
 def test_an_export_that_is_not_the_run_is_not_written(swin_run, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,13 @@
 """Names, normalisation, activations, attention, kernels, and weights from elsewhere."""
 
 import argparse
+import copy
+import functools
 import json
 import math
 import os
 import pickle
+import re
 import time
 import warnings
 from pathlib import Path
@@ -236,6 +239,63 @@ def test_an_activation_takes_its_number():
     assert "gelu:2: only these take a number: " in refused(model="resnet18", activation="gelu:2")
     assert "must be above 0" in refused(model="resnet18", activation="softplus:0")
     assert "is not a number" in refused(model="resnet18", activation="elu:x")
+
+
+class SeveralOutputs(nn.Module):
+    """A network of one layer, whose logits come in a container of some kind."""
+
+    def __init__(self, num_classes: int, drop_rate: float, container: Any, always: bool) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+        self.container = container
+        self.always = always
+
+    def forward(self, images_BCHW: Tensor) -> Any:
+        logits = self.head(images_BCHW.mean((2, 3)))
+        return self.container(logits) if self.always or self.training else logits
+
+
+CONTAINERS: dict[str, tuple[Any, str]] = {
+    "tuple": (lambda logits: (logits, logits), "gives a tuple and not 1 x 5 logits"),
+    "dict": (lambda logits: {"logits": logits}, "gives a dict and not 1 x 5 logits"),
+    "list": (lambda logits: [logits], "gives a list and not 1 x 5 logits"),
+    "None": (lambda logits: None, "gives a NoneType and not 1 x 5 logits"),
+    "features": (lambda logits: logits[:, :, None], "gives (1, 5, 1) and not 1 x 5 logits"),
+}
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_what_gives_no_logits_is_one_line(
+    kind: str, always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it does so in training alone, as Inception with its second head."""
+    container, line = CONTAINERS[kind]
+    several = functools.partial(SeveralOutputs, container=container, always=always)
+    monkeypatch.setitem(create.OWN, "several", several)
+    cfg = ArchitectureConfig(model="several", img_size=8)
+    if always:
+        assert refused(model="several", img_size=8) == f"--model several {line}"
+        return
+    model, _ = build_model(cfg, 5)
+    with pytest.raises(UserError, match=re.escape(f"--model several {line}")):
+        network.check_training(model, cfg, 5)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "fewest"),
+    [("resnet18", 32, 2), ("resnet18", 64, 1), ("preact_resnet18", 32, 1), ("swin_t", 16, 1)],
+)
+def test_how_few_images_can_be_trained_on(name: str, side: int, fewest: int) -> None:
+    """ResNet-18 divides the side by 32: of one pixel BatchNorm has one value. What is there stays
+    as it was."""
+    cfg = ArchitectureConfig(model=name, **(TINY[name] | {"img_size": side, "drop": 0.5}))
+    model, _ = build_model(cfg, 5)
+    before, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert network.check_training(model, cfg, 5) == fewest
+    assert differences(model.state_dict(), before) == []
+    assert torch.equal(torch.get_rng_state(), drawn) and model.training
 
 
 def test_hard_activations_are_replaced_too():

@@ -21,6 +21,7 @@ from odd import (
     write_tree,
 )
 from test_errors import folder_run, image_folder
+from test_sources import png_of
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing
@@ -279,6 +280,30 @@ def test_any_folders_are_read_or_refused(ant, bee, odd, sure):
         assert status == (1 if bad else 0)
         if not bad:
             train_a_few("folders", root)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize(
+    ("content", "problem", "reason"),
+    [(b"", "empty", "it is empty"), (png_of(0, 30), "no image", "its header gives it no pixels")],
+)
+def test_files_of_no_bytes_and_images_of_no_pixels(
+    content, problem, reason, workers, tmp_path, capsys
+):
+    """The check counts them, a run stops with a line that names one, or replaces all of them."""
+    root = write_tree(tmp_path / "data", {"ant/a.png": PICTURE, "bee/b.png": PICTURE})
+    for name in ("ant/0.png", "ant/9.jpg", "bee/deep/5.png"):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_bytes(content)
+    status, said = run_check(root)
+    assert status == 1 and said.count(reason) == 3 and problem in said
+    args = run_args(root, tmp_path / "run", "--workers", workers, "--batch-size", "5")
+    assert train.main(args) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert " cannot be read as an image: " in line and reason in line and f"{root}/train/" in line
+    args = run_args(root, tmp_path / "other", "--workers", workers, "--batch-size", "5")
+    assert train.main([*args, "--on-bad-image", "skip", "--log-interval", "1"]) == 0
+    assert "bad training images, replaced " in capsys.readouterr().err
 
 
 def is_picture(path: Path) -> bool:

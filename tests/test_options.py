@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from fastgn import config, train
 from fastgn.config import FIELDS, Config
 from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
+from fastgn.config.programs import EvaluateConfig, SweepConfig
 from fastgn.errors import UserError
 from fastgn.fields import (
     Options,
     Range,
+    find_lists,
     find_paths,
     find_ranges,
     format_flag,
@@ -200,6 +202,45 @@ def test_the_last_of_two_flags_counts_everywhere() -> None:
     args = ["--recipe", "quickstart_natural", "--recipe=quickstart_gradnorm"]
     cfg = parse_config(args)
     assert (cfg.run.recipe, cfg.objective.method) == ("quickstart_gradnorm", "gradnorm")
+
+
+LISTS = [("fastgn.train", name) for name in find_lists(Config)]
+LISTS += [(program, name) for program, kind in PROGRAMS.items() for name in find_lists(kind)]
+
+
+def test_which_flags_take_any_number_of_values() -> None:
+    """As tyro itself takes them: a field that is left out of `lists` would lose values."""
+    assert {"model_kwargs", "opt_betas", "keep_epochs"} == set(find_lists(Config))
+    assert {"checkpoint", "eps", "attacks", "model_kwargs"} == set(find_lists(EvaluateConfig))
+    assert {"space", "set"} == set(find_lists(SweepConfig))
+
+
+@pytest.mark.parametrize(("program", "name"), LISTS)
+@pytest.mark.parametrize("again", ["--{}", "--{}=", "underscores"])
+def test_a_list_that_is_given_twice_is_refused(program: str, name: str, again: str) -> None:
+    """tyro keeps the last of two and drops the values before it."""
+    first = [f"--{format_flag(name)}", "1"]
+    match again:
+        case "--{}":
+            second = [f"--{format_flag(name)}", "2"]
+        case "--{}=":
+            second = [f"--{format_flag(name)}=2"]
+        case _:
+            second = [f"--{name}", "2"]
+    kind = Config if program == "fastgn.train" else PROGRAMS[program]
+    needed = [] if name in ("checkpoint", "space") else NEEDED.get(program, [])
+    with pytest.raises(
+        UserError, match=f"^--{format_flag(name)} is given 2 times.* give it once, with"
+    ):
+        parse_cli(kind, [*needed, *first, "--seed", "1", *second], program)
+
+
+def test_a_flag_overrides_the_list_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('model_kwargs = ["depths=(1, 1)"]\nkeep_epochs = [1, 2]\nepochs = 3\n')
+    cfg = parse_config(["--recipe", str(path), "--model-kwargs", "embed_dim=8", "window_size=2"])
+    assert cfg.architecture.model_kwargs == ("embed_dim=8", "window_size=2")
+    assert cfg.run.keep_epochs == (1, 2)
 
 
 @pytest.mark.parametrize("text", ["4/inf", "inf/inf", "nan/2", "1/nan", "-1/inf"])

@@ -1,5 +1,6 @@
 """A run that was interrupted, however, ends as the one that was not."""
 
+import json
 import multiprocessing
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_errors import folder_run, image_folder
 
-from fastgn import attacks, metrics, train
+from fastgn import attacks, extras, metrics, setup, train
 from fastgn.checkpoint import Checkpoints, find_checkpoint
 from fastgn.config import Config
+from fastgn.config.cli import parse_config
 from fastgn.config.outputs import RUN_FILES, SPOILT
+from fastgn.distributed import World
 from fastgn.errors import UserError
 from fastgn.files import atomic_open
 from fastgn.interrupt import Interrupt
@@ -295,7 +299,7 @@ def test_a_later_second_signal_ends_at_once() -> None:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)  # passed on by torchrun
             assert interrupt.signal == signal.SIGTERM and not heard
-            interrupt.noted_s -= 2 * interrupt.REPEAT_S
+            interrupt.noted_s -= 2 * extras.REPEAT_S
             signal.raise_signal(signal.SIGTERM)
             assert heard == [signal.SIGTERM]
     finally:
@@ -418,6 +422,70 @@ def test_the_best_is_chosen_anew_if_accuracies_cannot_be_compared(
     assert "ranks: 1, not 2" in shown
     assert (said or "") in shown and ("best.pt is chosen anew" in shown) == (said is not None)
     assert (last_state(folder)["best"] == 2.0) == (said is None)
+
+
+def images_of(**parts: Any) -> dict[str, Any]:
+    return {"training": {"images": 9}, "validation": {"images": 3, "labels": "a", **parts}}
+
+
+NATURAL = ("--method", "natural")
+CHANGES: dict[str, tuple[tuple[str, ...], Any, tuple[str, ...], Any]] = {
+    "accuracy at --eval-eps 0.01 is now clean": ((), images_of(), NATURAL, images_of()),
+    "accuracy clean is now at --eval-eps 0.01": (NATURAL, images_of(), (), images_of()),
+    "other validation images": ((), images_of(sizes="b"), (), images_of(sizes="c")),
+    "accuracy at --eval-eps 0.01 is now clean, other validation images": (
+        *((), images_of(), NATURAL, images_of() | {"validation": {"images": 4}}),
+    ),
+    "other validation images, of an older version": ((), None, (), images_of()),
+    "": ((), images_of(), (), images_of()),
+    "the same in shards": ((), images_of(names="b"), (), images_of(content="c")),
+    "other training images": (*((), images_of(), (), images_of() | {"training": {"images": 8}}),),
+    "clean, whatever the radius": (
+        *((*NATURAL, "--eval-eps", "0.02"), images_of(), NATURAL, images_of()),
+    ),
+}
+"""What is said -> flags and images of the checkpoint, and of the run that goes on from it."""
+
+
+@pytest.mark.parametrize("said", CHANGES)
+def test_what_the_best_is_not_compared_with(said: str) -> None:
+    before, its_images, now, images = CHANGES[said]
+    eps = ("--eval-eps", "0.01")
+    saved = parse_config([*eps, *before])
+    state: Any = types.SimpleNamespace(saved_config=lambda: saved, data=its_images)
+    run: Any = types.SimpleNamespace(
+        subset=(),
+        best=0.5,
+        update=1,
+        resolved=types.SimpleNamespace(last_update=2),
+        cfg=parse_config([*eps, *now]),
+        data=images,
+    )
+    forgotten = said.startswith(("accuracy", "other validation"))
+    words = said.removesuffix(", of an older version")
+    expected = [f"best.pt is chosen anew from here on: {words}"] if forgotten else []
+    assert setup.forget_best(run, state) == expected
+    assert run.best == (-1.0 if forgotten else 0.5)
+
+
+def test_ranks_that_see_other_images_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is written: each rank would take its part of another list."""
+
+    def gather(world: World, items: list[str]) -> list[str]:
+        other = json.loads(items[0])
+        other["training"]["labels"] = "others"
+        return [*items, *items, json.dumps(other)]
+
+    monkeypatch.setattr(World, "gather", gather)
+    assert train.main(tiny_run(tmp_path / "run", "--max-updates", "1")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "fastgn.train: error: rank 2 sees other images than rank 0: every machine needs the same "
+        "--data-dir"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoint_holds_everything(unbroken: Path) -> None:

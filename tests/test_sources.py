@@ -461,6 +461,10 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + encoded(0, "PNG")[33:]
 
 
+BMP_REST = (1, 24, 0, 0, 2835, 2835, 0, 0)
+"""Planes, bits a pixel, compression, bytes, resolution and colours of a bitmap's header."""
+
+
 def float_tiff() -> bytes:
     out = io.BytesIO()
     Image.new("F", (4, 4), 0.5).save(out, "TIFF")
@@ -483,6 +487,24 @@ def test_a_bad_image_is_of_a_kind(problem):
     with pytest.raises(BadImageError, match="^x.jpg cannot be read as an image: ") as caught:
         decode_image(content, "x.jpg")
     assert caught.value.problem == problem and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(0, 40), (40, 0), (0, 0)])
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "PPM", "TGA"])
+def test_an_image_without_pixels_is_bad(kind: str, size: tuple[int, int]) -> None:
+    """PIL's readers open none, and do not say why."""
+    width, height = size
+    content = {
+        "PNG": png_of(width, height),
+        "GIF": b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0) + b"\x3b",
+        "BMP": b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, width, height, *BMP_REST),
+        "PPM": f"P6 {width} {height} 255\n".encode(),
+        "TGA": struct.pack("<BBBHHBHHHHBB", 0, 0, 2, 0, 0, 0, 0, 0, width, height, 24, 0),
+    }[kind]
+    with pytest.raises(
+        BadImageError, match="^x cannot be read as an image: .* gives it no pixels$"
+    ):
+        decode_image(content, "x")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "BMP", "WEBP", "PPM"])

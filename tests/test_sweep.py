@@ -1,23 +1,28 @@
 """fastgn.sweep: what it refuses, what it keeps, prunes and goes on with."""
 
+import contextlib
 import importlib.util
 import json
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_SWIN
+from conftest import TINY_SWIN, tiny_run
 from torch import Tensor
 
 pytest.importorskip("optuna")
 
 import signal
 
-from fastgn import sweep
+from fastgn import setup, sweep, train
 from fastgn.analysis.pareto import find_front
 from fastgn.config import Config, load_recipe
 from fastgn.config.cli import parse_config
 from fastgn.data.subset import Subset
+from fastgn.distributed import session
+from fastgn.errors import UserError, check
+from fastgn.lock import lock_folder
 from fastgn.run import Run
 
 SPACE = ("--space", "gn_weight=0.1:10:log", "attack_it=1:4", "smoothing=0,0.1")
@@ -134,6 +139,32 @@ def test_an_interrupted_trial_is_tried_again_and_goes_on(
     assert trial["state"] == "complete" and trial["number"] == 1
     assert starts[0] < 58 and starts[1] >= starts[0]  # from its checkpoint, not from scratch
     assert len(list((tmp_path / "s").iterdir())) == 1
+
+
+def test_a_trial_waits_for_another_process_with_the_same_values(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on with what that one has left. Two of a study may draw the same choices."""
+    flags = tiny_run(tmp_path / "run", "--max-updates", "3", "--checkpoint-interval", "1")
+    cfg: Config = parse_config([*flags, "--resume", "auto"])
+    held, waited = contextlib.ExitStack(), []
+    held.enter_context(lock_folder(tmp_path / "run", "the other's"))
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:  # the other one is interrupted
+            held.close()
+            assert train.main([*flags, "--max-updates", "2"]) == 0
+
+    monkeypatch.setattr(sweep, "time", types.SimpleNamespace(sleep=wait))
+    with session("cpu") as world:
+        run = sweep.build_when_free(cfg, world, None)
+        assert waited == [1, 1, 1] and run.update == 2
+        train.train(run)
+    monkeypatch.setattr(setup, "load_dataset", lambda _: check(False, "no such data"))
+    with session("cpu") as world, pytest.raises(UserError, match="no such data"):
+        sweep.build_when_free(cfg, world, None)  # what waiting does not mend
+    assert len(waited) == 3
 
 
 def test_a_poor_trial_is_pruned_and_not_trained_to_its_end(

@@ -1,5 +1,6 @@
 """The program end to end: every method on CIFAR-10, Swin-B at 224 px, what a run leaves behind."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -335,7 +336,7 @@ def out_of_memory_above(limit: int) -> Callable[..., Any]:
         model, report = original(*args, **kwargs)
 
         def run_out(module: Any, inputs: Any) -> None:
-            if module.training and len(inputs[0]) > limit:
+            if module.training and torch.is_grad_enabled() and len(inputs[0]) > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
         model.backbone.register_forward_pre_hook(run_out)
@@ -367,6 +368,76 @@ def test_a_run_survives_running_out_of_memory(
         "fastgn.train: error: out of memory at update 1 with 1 images at a time;"
     )
     assert "--schedule auto" in last
+
+
+def batchnorm_run(output: Path, *more: str) -> list[str]:
+    """A run of a network whose last BatchNorm gets one value per channel from an image."""
+    network = ["--model", "resnet18", "--model-kwargs", "channels=(4, 8, 8, 8)", "--img-size", "32"]
+    fixed = ["--data", "digits", "--warmup-epochs", "0", "--eval-images", "8", "--log-interval"]
+    fixed += ["1", "--max-updates", "2", "--epochs", "1"]
+    return [*network, *fixed, "--output", str(output), *more]
+
+
+def test_no_plan_brings_one_image_through_batchnorm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """However little memory there is: of one image it has no variance."""
+    args = ["--schedule", "auto", "--batch-size", "6"]
+
+    def least(cost: Any, rates: Any, **options: Any) -> Any:  # the smallest micro-batch that fits
+        several = plan(cost, rates, **options)
+        asked.append(options["fewest"])
+        sizes = [n for n in range(options["fewest"], 7) if 6 % n == 0]
+        return dataclasses.replace(several, micro_batch=sizes[0], micro_batches=6 // sizes[0])
+
+    asked: list[int] = []
+    plan = resolved.choose_plan
+    monkeypatch.setattr(resolved, "choose_plan", least)
+    assert main(batchnorm_run(tmp_path / "run", *args)) == 0
+    assert asked == [2]
+    made = json.loads((tmp_path / "run" / "environment.json").read_text())["resolved"]
+    assert made["micro_batch"] == 2
+    monkeypatch.setattr(resolved, "choose_plan", plan)
+    monkeypatch.setattr(resolved, "free_memory", lambda device: 2**10)
+    assert main(batchnorm_run(tmp_path / "none", *args)) == 2
+    assert "--schedule auto: 2 images at a time need " in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_halving_stops_before_batchnorm_gets_one_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(network, "build_model", out_of_memory_above(2))
+    assert main(batchnorm_run(tmp_path / "fits", "--batch-size", "8")) == 0
+    assert "going on with 2, the same global batch" in capfd.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(network, "build_model", out_of_memory_above(1))
+    assert main(batchnorm_run(tmp_path / "none", "--batch-size", "8")) == 2
+    said = capfd.readouterr().err
+    assert "out of memory at update 1 with 2 images at a time" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (("--batch-size", "1"), "--batch-size 1: BatchNorm in --model resnet18 at 32 px gets one "),
+        (
+            ("--batch-size", "2", "--schedule", "subset"),
+            "--batch-size 2 and --subset-fraction 0.5: BatchNorm in --model resnet18 at 32 px ",
+        ),
+    ],
+)
+def test_one_image_for_batchnorm_is_refused(
+    more: tuple[str, ...], line: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """And twice as many train; one is enough without BatchNorm in training mode."""
+    assert main(batchnorm_run(tmp_path / "run", *more)) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"fastgn.train: error: {line}") and said.count("\n") == 1
+    needed = str(2 * int(more[1]))
+    assert f"use --batch-size {needed} or more" in said and not (tmp_path / "run").exists()
+    enough = ("--batch-size", needed, *more[2:])
+    assert main(batchnorm_run(tmp_path / "run", *enough)) == 0
+    assert main(batchnorm_run(tmp_path / "eval", *more, "--train-in-eval-mode")) == 0
 
 
 def test_an_evaluation_follows_the_device(

@@ -3,14 +3,25 @@
 No GPU is needed: the loaders are stand-ins, and the device is one in name alone.
 """
 
+import importlib.util
+import json
+import sys
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import differences
+from odd import picture, run_args, write_tree
 
+import fastgn.data.loader as loading
+from fastgn import train
+from fastgn.checkpoint import find_checkpoint, load_checkpoint
 from fastgn.data.batch import Batch
-from fastgn.data.trial import MEAN_DIFFERENCE, MEDIAN_DIFFERENCE, choose_dali_or_pil
+from fastgn.data.torch import TorchLoader
+from fastgn.data.trial import MEAN_DIFFERENCE, MEDIAN_DIFFERENCE, choose_dali_or_pil, wants_dali
 from fastgn.errors import UserError
 
 
@@ -48,7 +59,7 @@ def shifted(by: float, images: int = 6) -> Callable[[Batch], Batch]:
 
 
 def raise_(error: Exception) -> Callable[..., Any]:
-    def change(*_: object) -> Batch:
+    def change(*_: object, **options: object) -> Batch:
         raise error
 
     return change
@@ -89,7 +100,7 @@ FAULTS: dict[str, Callable[[Batch], Batch]] = {
     "its targets are torch.int64": lambda b: b._replace(targets=b.targets.argmax(1)),
     "its images differ from PIL's by at most 1.8/255": shifted(1.1 * MEAN_DIFFERENCE, images=1),
     "in the median by 0.7/255": shifted(1.4 * MEDIAN_DIFFERENCE),
-    "from PIL's at most": lambda b: b._replace(images_BCHW=b.images_BCHW.flip(3)),
+    "its images differ from PIL's": lambda b: b._replace(images_BCHW=b.images_BCHW.flip(3)),
 }
 
 
@@ -120,3 +131,74 @@ def test_a_bad_image_is_the_users_and_not_dalis():
     bad = Standin(raise_(UserError("x.jpg cannot be read")))
     with pytest.raises(UserError, match=r"x\.jpg cannot be read"):
         choose_dali_or_pil(Standin, lambda: bad)
+
+
+def test_which_devices_want_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: dict[str, object] = {}
+
+    def find(name: str) -> object:
+        if not installed:
+            raise ModuleNotFoundError("No module named 'nvidia'")
+        return installed.get(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    for device, there, wanted in (
+        ("cuda", False, False),
+        ("cuda", True, True),
+        ("cpu", True, False),
+    ):
+        installed |= {"nvidia.dali": "there"} if there else {}
+        assert wants_dali(torch.device(device)) == wanted
+    installed["nvidia.dali"] = None  # other packages of NVIDIA's alone
+    assert not wants_dali(torch.device("cuda"))
+
+
+class DaliLoader(TorchLoader):
+    """Stands in for DALI's: PIL's pictures, or brighter ones."""
+
+    brighter = 0.0
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        for batch in super().epoch(epoch, first):
+            yield batch._replace(images_BCHW=batch.images_BCHW + self.brighter)
+
+
+class BrighterLoader(DaliLoader):
+    brighter = 0.1
+
+
+@pytest.mark.parametrize(
+    ("made", "taken", "said"),
+    [
+        (DaliLoader, "DaliLoader", None),
+        (BrighterLoader, "TorchLoader", "its images differ from PIL's by at most 25.5/255"),
+        (raise_(ImportError("libnvjpeg.so")), "TorchLoader", "ImportError: libnvjpeg.so"),
+    ],
+)
+def test_a_run_with_loader_auto(
+    made: Any,
+    taken: str,
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The loader that trains, and what the run says of its choice; the images are the same."""
+    root = write_tree(tmp_path / "data", {"ant/a.png": picture(3), "bee/b.png": picture(200)})
+    module = types.SimpleNamespace(DaliLoader=made)
+    monkeypatch.setitem(sys.modules, "fastgn.data.dali.loader", module)  # type: ignore[arg-type]
+    pil = train.main(run_args(root, tmp_path / "pil"))
+    monkeypatch.setattr(loading, "wants_dali", lambda device: True)
+    assert (pil, train.main(run_args(root, tmp_path / "run"))) == (0, 0)
+    resolved = json.loads((tmp_path / "run" / "environment.json").read_text())["resolved"]
+    assert resolved["loader"] == taken
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("--loader auto uses")]
+    if said is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith(
+            f"--loader auto uses torch, because DALI did not pass its trial: {said}"
+        )
+    states = [load_checkpoint(find_checkpoint(tmp_path / name)).model for name in ("pil", "run")]
+    assert differences(*states) == []

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import device_name, exit_status, output_for, positive_int
+from benchmarks.common.arguments import device_name, output_for, positive_int
 from benchmarks.common.records import write_record
 from benchmarks.common.tables import (
     Record,
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]")
     add("--seeds", type=positive_int, default=1, help="number of seeds, from 0")
     args = parser.parse_args(argv)
-    return exit_status("activations.py", lambda: run(parser, args))
+    return trials.run_alone("activations", args, lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import exit_status, output_for, positive_int
+from benchmarks.common.arguments import output_for, positive_int
 from benchmarks.common.records import write_record
 from benchmarks.common.tables import (
     Record,
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=positive_int, default=3, help="number of seeds, from 0")
     parser.set_defaults(data="digits")
     args = parser.parse_args(argv)
-    return exit_status("edge.py", lambda: run(parser, args))
+    return trials.run_alone("edge", args, lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import device_name, exit_status, output_for, positive_int
+from benchmarks.common.arguments import device_name, output_for, positive_int
 from benchmarks.common.records import write_record
 from benchmarks.common.tables import (
     Record,
@@ -662,7 +662,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 if every training failed."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    return exit_status("robustness.py", lambda: run(parser, args))
+    return trials.run_alone("robustness", args, lambda: run(parser, args))
 
 
 if __name__ == "__main__":

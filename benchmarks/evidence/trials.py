@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +201,18 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run_all(trials: Sequence[Trial], work: Path, *, processes: int, deadline: float) -> bool:
-    """Makes what is missing of all trials, some at a time. Returns False if the time was over.
+def run_alone(script: str, args: argparse.Namespace, run: Callable[[], int]) -> int:
+    """Runs a program while no other process works in its folder, and returns its exit status.
 
-    Raises UserError if another process is at work in the folder.
+    The status is 2 after a mistake of the user, and if another process is at work there.
     """
-    with lock_folder(work, f"--work {work}"):
-        return _run_all(trials, work, processes, deadline)
+    work = work_folder(args, script)
+
+    def locked() -> int:
+        with lock_folder(work, f"--work {work}"):
+            return run()
+
+    return arguments.exit_status(f"{script}.py", locked)
 
 
 def run_with_starts(
@@ -226,7 +231,8 @@ def run_with_starts(
     return run_all(starts, work, **options) and run_all(trials, work, **options)
 
 
-def _run_all(trials: Sequence[Trial], work: Path, processes: int, deadline: float) -> bool:
+def run_all(trials: Sequence[Trial], work: Path, *, processes: int, deadline: float) -> bool:
+    """Makes what is missing of all trials, some at a time. Returns False if the time was over."""
     left = [t for t in {t.key: t for t in trials}.values() if missing(t, work)]
     stopped = False
     with tqdm(total=len(left), unit="trial", disable=None) as bar:

@@ -27,7 +27,7 @@ from fastgn.config.programs import (
     SweepConfig,
 )
 from fastgn.errors import UserError, check, nearest, parse_number, print_error
-from fastgn.fields import check_path, format_flag, format_number
+from fastgn.fields import check_path, find_lists, format_flag, format_number
 
 PROGRAMS: dict[str, type] = {
     "fastgn.evaluate": EvaluateConfig,
@@ -105,6 +105,7 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
     values of flags that are not given.
     """
     check_working_folder()
+    check_given_once(kind, args)
     box = io.StringIO()
     more: dict[str, Any] = {} if default is None else {"default": default}
     more["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
@@ -118,6 +119,19 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
         if not stop.code:
             raise
     raise UserError(translate_refusal(box.getvalue(), kind))
+
+
+def check_given_once(kind: type, args: Sequence[str]) -> None:
+    """Raises UserError if a flag that takes any number of values is given twice, because tyro would
+    drop the first ones. Of two flags with one value the last counts, as a shell's aliases need."""
+    given = [arg.partition("=")[0].replace("_", "-") for arg in args]
+    for name in map(format_flag, find_lists(kind)):
+        times = given.count(f"--{name}")
+        check(
+            times < 2,
+            f"--{name} is given {times} times, and only the last would count: give it once, with "
+            f"all values after it (--{name} A B)",
+        )
 
 
 def check_working_folder() -> None:

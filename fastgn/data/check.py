@@ -30,7 +30,8 @@ from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import map_in_workers
-from fastgn.errors import UserError, escape, print_line
+from fastgn.errors import UserError, escape, print_line, print_stopped
+from fastgn.extras import stoppable
 from fastgn.files import check_target, write_json
 
 TINY_PX = 32
@@ -178,7 +179,8 @@ def main(args: list[str] | None = None) -> int:
         cfg = parse_cli(CheckConfig, args, "fastgn.data.check")
         if cfg.output:
             check_target(Path(cfg.output))
-        report = inspect(cfg)
+        with stoppable():
+            report = inspect(cfg)
         print(format_report(report))
         if cfg.output:
             write_json(Path(cfg.output), report)
@@ -187,6 +189,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"fastgn.data.check: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print_stopped("fastgn.data.check", "run the same command again")
         return 130
     return 1 if report["bad"] else 0
 

@@ -95,8 +95,6 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     try:
         with open_image(content) as image:
             width, height = image.size
-            if width < 1 or height < 1:
-                raise make_bad_image_error(name, f"{width} x {height} pixels are none", "no pixels")
             if is_thin(width, height):
                 raise make_bad_image_error(
                     name, f"{width} x {height} pixels are too thin to resize", "thin"
@@ -109,7 +107,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
     except BadImageError:
         raise
     except UnidentifiedImageError:  # whose message names an object in memory
-        problem, reason = "no image", "its format is not known"
+        problem, reason = "no image", "its format is not known, or its header gives it no pixels"
     except Image.DecompressionBombError as error:
         problem, reason = "gigantic", str(error)
     except Exception as error:  # PIL's readers raise all kinds of a file that lies

@@ -41,7 +41,8 @@ from fastgn.data.datasets import Encoded, load_dataset
 from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import INDEX, Shards, compute_sha256
 from fastgn.data.torch import map_in_workers
-from fastgn.errors import UserError, check, escape
+from fastgn.errors import UserError, check, escape, print_stopped
+from fastgn.extras import stoppable
 from fastgn.files import atomic_open, remove_file
 from fastgn.lock import lock_folder
 
@@ -287,12 +288,14 @@ def main(args: list[str] | None = None) -> int:
     2 means that the user made a mistake, which is printed in one line.
     """
     try:
-        run(parse_cli(PackConfig, sys.argv[1:] if args is None else args, "fastgn.data.pack"))
+        cfg = parse_cli(PackConfig, sys.argv[1:] if args is None else args, "fastgn.data.pack")
+        with stoppable():
+            run(cfg)
     except UserError as error:
         print(f"fastgn.data.pack: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastgn.data.pack: stopped: run the same command again to continue", file=sys.stderr)
+        print_stopped("fastgn.data.pack")
         return 130
     return 0
 

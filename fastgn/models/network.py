@@ -4,7 +4,6 @@ It normalises its own input, and has the configured activations and kernels. All
 can be differentiated twice.
 """
 
-import copy
 import dataclasses
 from collections import Counter
 from typing import Any
@@ -15,7 +14,6 @@ from timm.data.constants import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENE
 from timm.layers import set_fused_attn
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgn.config import initial_file
 from fastgn.config.groups import ArchitectureConfig, model_kwargs
@@ -61,6 +59,8 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.img_size = img_size
         self.crop_pct = crop_pct
+        self.fewest_images = 1
+        """Smallest number of images that it can be trained on at once."""
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -239,26 +239,44 @@ def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -
         ) from None
     finally:
         model.train(training)
+    check_logits(logits, 1, num_classes, cfg)
+
+
+def check_logits(logits: Any, images: int, classes: int, cfg: ArchitectureConfig) -> None:
+    """Raises UserError unless a network has given logits for so many images and classes."""
     given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     check(
-        given == (1, num_classes),
-        f"{format_flags(cfg)} gives {given} and not 1 x {num_classes} logits",
+        given == (images, classes),
+        f"{format_flags(cfg)} gives {given} and not {images} x {classes} logits",
     )
 
 
-def check_batch(model: Classifier, cfg: ArchitectureConfig, batch_size: int) -> None:
-    """Raises UserError if BatchNorm would get one value per channel, which has no variance."""
-    if batch_size > 1 or not any(isinstance(m, _BatchNorm) for m in model.modules()):
-        return
-    trial = copy.deepcopy(model).train()
+def check_training(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> int:
+    """Returns the fewest images that a network can be trained on at once: 2 if its BatchNorm would
+    get one value per channel from one image, of which there is no variance.
+
+    Leaves weights, statistics and random numbers alone. Raises UserError if the network gives no
+    logits in training, where some give several outputs.
+    """
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def train_on(count: int) -> int:
+        images = torch.zeros(count, 3, model.img_size, model.img_size)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = torch.func.functional_call(model, buffers, images)
+        check_logits(logits, count, num_classes, cfg)
+        return count
+
+    training = model.training
+    model.train()
     try:
-        with torch.no_grad():
-            trial(torch.zeros(1, 3, model.img_size, model.img_size))
-    except ValueError:
-        raise UserError(
-            f"--batch-size 1: BatchNorm in --model {cfg.model} at {model.img_size} px gets one "
-            "value per channel and has no variance to divide by: use --batch-size 2 or more"
-        ) from None
+        return train_on(1)
+    except UserError:
+        raise
+    except ValueError:  # BatchNorm's own
+        return train_on(2)
+    finally:
+        model.train(training)
 
 
 def switch_off_fused_attention(model: nn.Module) -> int:

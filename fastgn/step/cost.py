@@ -72,7 +72,7 @@ def count_cost(
     """
     schedule = options.schedule
     step = schedule.divisor
-    few = -(-2 // step) * step
+    few = schedule.fewest(2)  # BatchNorm may take no single image
     sizes = (few, max(batch_size // step * step, 2 * few))
     eager = dataclasses.replace(options, compile=False, micro_batch=None)
     updates = share_of_updates(objective, schedule)

@@ -36,6 +36,8 @@ class StepOptions:
     micro_batch: int | None = None
     """Number of images that pass through the network at a time. It must divide the size of every
     batch. None means the whole batch."""
+    fewest: int = 1
+    """Smallest micro-batch that is taken if memory runs out."""
     cuda_graphs: bool = False
     """Whether each compiled graph is replayed as one launch. Ignored unless compiled on CUDA."""
     quirks: Quirks = Quirks()  # noqa: RUF009 - frozen

@@ -183,6 +183,7 @@ def choose_plan(
     state_bytes: int,
     held_bytes: int,
     compiled: bool,
+    fewest: int = 1,
     fixed: tuple[int, float] | None = None,
 ) -> Plan:
     """Chooses the micro-batch and activation memory budget with the shortest update that fits.
@@ -193,6 +194,7 @@ def choose_plan(
     state_bytes: memory to be allocated beside gradients and activations. AdamW's state takes
     twice the memory of the weights in fp32.
     held_bytes: memory that is allocated already.
+    fewest: smallest micro-batch that the network can be trained on.
     fixed: micro-batch and budget to predict the cost of, whether they fit or not, instead of
     choosing them. The prediction is for the nearest budget that was measured.
     Raises UserError if nothing fits.
@@ -220,11 +222,11 @@ def choose_plan(
     if fixed is not None:
         budget = min(ratios.kept, key=lambda known: abs(known - fixed[1]))
         return candidate(fixed[0], budget)
-    divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    divisors = [n for n in range(fewest, batch_size + 1) if batch_size % n == 0]
     plans = [candidate(n, budget) for n in divisors for budget in ratios.kept]
     fitting = [p for p in plans if p.peak_bytes - held_bytes <= usable]
     least = min(p.peak_bytes for p in plans) - held_bytes
-    check(bool(fitting), describe_shortage(cost, least, free_bytes, compiled))
+    check(bool(fitting), describe_shortage(cost, divisors[0], least, free_bytes, compiled))
     # sums of floating-point numbers: plans that differ in the 10th digit alone are equal
     return min(
         fitting,
@@ -232,10 +234,12 @@ def choose_plan(
     )
 
 
-def describe_shortage(cost: StepCost, least: float, free_bytes: int, compiled: bool) -> str:
+def describe_shortage(
+    cost: StepCost, images: int, least: float, free_bytes: int, compiled: bool
+) -> str:
     """Returns the error message for a device with too little memory.
 
-    least: number of bytes that the smallest plan needs.
+    images: the smallest micro-batch. least: number of bytes that the smallest plan needs.
     """
     tries = ["a smaller --img-size or --model"]
     if cost.precision in ("fp32", "tf32"):
@@ -243,7 +247,8 @@ def describe_shortage(cost: StepCost, least: float, free_bytes: int, compiled: b
     if not compiled:
         tries.append("--compile on")
     return (
-        f"--schedule auto: one image at a time needs {format_bytes(least)} of device memory, and "
+        f"--schedule auto: {'one image' if images == 1 else f'{images} images'} at a time "
+        f"need{'s' * (images == 1)} {format_bytes(least)} of device memory, and "
         f"of {format_bytes(free_bytes)} free {MARGIN:.0%} stay in reserve; try "
         f"{', '.join(tries)}, or free what else is on the device"
     )

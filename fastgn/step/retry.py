@@ -112,7 +112,7 @@ class RetryingStep:
         step = self.step
         size = step.micro_batch or batch_size
         sizes = range(step.divisor, size // 2 + 1, step.divisor)
-        fitting = [n for n in sizes if batch_size % n == 0]
+        fitting = [n for n in sizes if batch_size % n == 0 and n >= step.options.fewest]
         if not fitting:
             raise torch.OutOfMemoryError(failure)
         step.micro_batch = fitting[-1]

@@ -48,6 +48,13 @@ class Schedule:
         least = max(1, int(0.999 / share))  # fewer images have no share, so that none is tried
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
+    def fewest(self, images: int) -> int:
+        """Returns the fewest images at a time of which so many at least go through the network in
+        each of its passes: of 4 half are 2."""
+        share = self.subset_fraction if self.kind == "subset" else 1.0
+        step = self.divisor
+        return next(n for n in itertools.count(step, step) if round(share * n) >= images)
+
     @property
     def is_exact(self) -> bool:
         """Whether the penalty is on all images in every update, by double backprop."""

@@ -127,7 +127,12 @@ def test_what_failed_before_a_limit_is_said(tmp_path: Path) -> None:
         "import time\ndef test_bad():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(600)\n"
     )
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_x.py")]
-    entries = carry_out(tmp_path / "r", Part("tests", "", [command], 20))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+    try:
+        entries = carry_out(tmp_path / "r", Part("tests", "", [command], 20))
+        signal.raise_signal(signal.SIGINT)  # which it still ignores itself
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert entries["tests"]["status"] == "timed out"
     assert any("assert 1 == 2" in line for line in entries["tests"]["last_lines"][0])
 

@@ -117,6 +117,36 @@ def test_when_the_time_is_over_it_stops_and_later_goes_on(tmp_path: Path) -> Non
     assert record["complete"] and len(record["rows"]) in (1, 2)
 
 
+LOCKED = """
+import sys
+from pathlib import Path
+from fastgn.lock import lock_folder
+with lock_folder(Path(sys.argv[1]), "--work"):
+    print("begun", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_starts_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One goes on undisturbed, the other leaves with a line before it measures or writes anything.
+
+    They would train in the same folders, and each would take the other's failure for an arm's.
+    """
+    arguments = [sys.executable, "-c", LOCKED, str(tmp_path / "work")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdin=pipe, stdout=pipe, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "begun\n"
+        before = sorted((tmp_path / "work").iterdir())
+        line = f"--work {tmp_path / 'work'} is in use by process {first.pid} on host "
+        assert run(tmp_path, "--methods", "natural") == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert line in said and "wait until it has ended, or give another one" in said
+        assert sorted((tmp_path / "work").iterdir()) == before and first.poll() is None
+        assert not (tmp_path / "out.json").exists()
+        first.communicate("", timeout=60)
+    assert first.returncode == 0 and not (tmp_path / "work").exists()
+
+
 def test_a_training_interrupted_by_the_deadline_has_saved(tmp_path: Path) -> None:
     cfg = STUDY.base.replace(epochs=500, warmup_epochs=0.0, eval_images=0)
     trial = trials.Trial("long", cfg)

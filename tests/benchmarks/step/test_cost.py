@@ -10,6 +10,7 @@ import sys
 import types
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -343,6 +344,34 @@ def test_a_mistake_is_one_line(
     assert cost.main(options) == 2
     said = capsys.readouterr().err.strip()
     assert line in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: 4 TB")],
+)
+def test_no_memory_for_the_images_is_one_line(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Before any arm, such as with --batch 10**15. Another error is none of the user's."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cost, "Bench", refuse)
+    files = ["--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
+    assert cost.main([*files, *TINY]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "cost.py: error: out of memory before the first arm: lower --batch or --img-size\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cost.main([*files, *TINY])
 
 
 # --------------------------------------------------------------------------------------------- arms
