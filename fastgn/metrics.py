@@ -242,7 +242,10 @@ def open_wandb(folder: Path, config: Mapping) -> Any:
 
 
 def render(rows: list[dict[str, Any]], header: bool = True) -> bytes:
-    """Rows as CSV with COLUMNS."""
+    """Returns rows as CSV with COLUMNS.
+
+    header: whether the first line has the names of the columns.
+    """
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, restval="")
     if header:
@@ -322,7 +325,7 @@ def parse_row(columns: list[str], cells: list[str]) -> dict[str, float] | None:
 
 
 def find_wandb() -> Any:
-    """The package. Raises UserError where it is not installed."""
+    """Returns the package wandb. Raises UserError if it is not installed."""
     try:
         return importlib.import_module("wandb")
     except ImportError:
@@ -330,7 +333,8 @@ def find_wandb() -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, for a run's or a measurement's record."""
+    """Returns versions of packages, the commit and the hardware, for the record of a run or
+    measurement."""
     names = (
         *("fastgn", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "scikit-learn"),
         "pyautoattack",
@@ -359,7 +363,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with '-dirty' when it has changes; None outside a checkout."""
+    """Returns the hash of the checkout's commit, with '-dirty' if files have changed.
+
+    Returns None outside a checkout.
+    """
     try:
         out = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

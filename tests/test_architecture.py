@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,95 @@ def test_public_functions_and_classes_have_docstrings(path: Path) -> None:
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+# --------------------------------------------------------------------- limits, and language
+
+
+LONGEST_FILE = 450
+LONGEST_FUNCTION = 80
+TOO_LONG = {"fastgn/analysis/statistics.py:gradient_statistics"}
+"""Files and functions, as FILE or FILE:FUNCTION, that are still too long. This set only shrinks."""
+
+
+def too_long(path: Path) -> set[str]:
+    """Returns the file if it has too many lines, and its functions that have."""
+    text, name = path.read_text(), path.relative_to(ROOT).as_posix()
+    found = {name} if text.count("\n") > LONGEST_FILE else set()
+    for function in functions(ast.parse(text)):
+        assert function.end_lineno is not None
+        if function.end_lineno - function.lineno >= LONGEST_FUNCTION:
+            found.add(f"{name}:{function.name}")
+    return found
+
+
+def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Returns all functions and methods of a module, nested ones included."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def test_files_and_functions_are_short() -> None:
+    """A name of TOO_LONG that is short by now has to leave it."""
+    found = set().union(*(too_long(path) for path in [*files(), *kernel_files()]))
+    assert found == TOO_LONG, f"too long: {found - TOO_LONG}; short now: {TOO_LONG - found}"
+
+
+NOUNS = {"Epochs", "Options", "Rows", "Versions"}
+"""First words of phrases without a verb that end in s, as a verb in the third person does."""
+UNCLEAR = {
+    "fastgn/analysis/figures.py",
+    "fastgn/analysis/statistics.py",
+    "fastgn/config/__init__.py",
+    "fastgn/config/groups.py",
+    "fastgn/export.py",
+}
+"""Files with docstrings of functions that do not begin with a verb. This set only shrinks."""
+
+
+def begins_with_verb(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Returns whether a docstring begins like "Returns ..."; true if there is none.
+
+    A property may name what it is, as a field does. The docstring of `__init__` may begin with an
+    argument, as in "rate: ...".
+    """
+    text = ast.get_docstring(function)
+    if text is None or any("property" in ast.unparse(d) for d in function.decorator_list):
+        return True
+    first = text.split()[0].rstrip(",.")
+    if function.name == "__init__" and ":" in text.split("\n")[0]:
+        return True
+    return re.fullmatch(r"[A-Z][a-z]*[^s\W]s", first) is not None and first not in NOUNS
+
+
+def test_docstrings_of_functions_begin_with_a_verb() -> None:
+    """A name of UNCLEAR whose docstrings all begin with a verb by now has to leave it."""
+    found = {
+        f"{path.relative_to(ROOT).as_posix()}:{function.name}"
+        for path in [*files(), *kernel_files()]
+        for function in functions(ast.parse(path.read_text()))
+        if not begins_with_verb(function)
+    }
+    unclear = {name for name in found if name.partition(":")[0] not in UNCLEAR}
+    clear = UNCLEAR - {name.partition(":")[0] for name in found}
+    assert not unclear and not clear, f"unclear: {unclear}; clear now: {clear}"
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("Returns the images.", True),
+        ("Whether it is so.", False),
+        ("The images.", False),
+        ("Of each image.", False),
+        ("Rows as CSV.", False),
+        ("images: of the split.", False),
+        ("Less of it.", False),
+    ],
+)
+def test_the_rule_of_docstrings_can_fail(text: str, right: bool) -> None:
+    (function,) = functions(ast.parse(f'def f():\n    """{text}"""'))
+    assert begins_with_verb(function) == right
 
 
 # ------------------------------------------------------------------- without the extra `train`
