@@ -75,7 +75,7 @@ class Config:
 
     @property
     def eval_eps(self) -> float:
-        """Linf radius of the PGD-10 watched during training, in 0..1 pixel units."""
+        """Linf radius of PGD-10 in the evaluations during training, in 0..1 pixel units."""
         if self.run.eval_eps is not None:
             return self.run.eval_eps
         objective = self.objective
@@ -83,7 +83,7 @@ class Config:
 
     @property
     def ramp_epochs(self) -> float:
-        """Epochs over which the method's strength grows, with the default filled in."""
+        """Number of epochs until the method has its full strength, with the default filled in."""
         given = self.objective.ramp_epochs
         return brief_epochs(self.optimizer.epochs) if given is None else given
 
@@ -121,11 +121,11 @@ class Config:
 
     @staticmethod
     def from_toml(text: str) -> "Config":
-        """The defaults with a recipe's text laid over them. Raises UserError."""
+        """Returns the defaults, replaced by the values of a recipe's text. Raises UserError."""
         return Config().replace(**parse_toml(text))
 
     def to_toml(self) -> str:
-        """The resolved config as a recipe."""
+        """Returns the configuration as the text of a recipe."""
         return tomli_w.dumps(
             {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat().items()}
         )
@@ -187,7 +187,10 @@ def coerce(name: str, value: Any) -> Any:
 
 
 def coerce_scalar(name: str, value: Any, kind: type) -> Any:
-    """A value of a recipe's key, or of its list, as a type. Raises UserError if it does not fit."""
+    """Returns one value of a recipe as a type. Raises UserError if it does not fit.
+
+    name: the recipe's key.
+    """
     if (
         issubclass(kind, float)
         and isinstance(value, (int, float, str))
@@ -200,14 +203,18 @@ def coerce_scalar(name: str, value: Any, kind: type) -> Any:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Returns the names of the recipes that come with the package."""
     files = resources.files("fastgn").joinpath("recipes").iterdir()
     names = [f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")]
     return sorted(name for name in names if not name.startswith("_"))  # `_` marks a shared part
 
 
 def load_recipe(name_or_file: str) -> Config:
-    """The defaults with a recipe laid over them. Raises UserError: unknown name, key or value."""
+    """Returns the defaults, replaced by the values of a recipe.
+
+    name_or_file: name of a recipe of the package, or path of a TOML file. Raises UserError if it, a
+    key or a value is unknown.
+    """
     if not name_or_file.endswith(".toml"):
         names = recipe_names()
         check(name_or_file in names, f"--recipe {name_or_file!r}: {nearest(name_or_file, names)}")
@@ -264,9 +271,10 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def initial_file(start: str) -> Path:
-    """Returns the file of weights that --initial-checkpoint names: itself, or a finished run's.
+    """Returns the file of weights that --initial-checkpoint names.
 
-    Raises UserError if there is none, and names the recipe that makes it if one does.
+    start: the file itself, or the folder of a finished run. Raises UserError if it does not exist,
+    and names the recipe that makes it if one does.
     """
     path = Path(start)
     unfinished = os.path.isdir(path)
@@ -288,6 +296,9 @@ def initial_file(start: str) -> Path:
 
 
 def run_folder(path: Path) -> Path:
-    """The run that a path names: its folder, or a file in it or in its checkpoints/."""
+    """Returns the folder of a run.
+
+    path: the folder itself, or a file in it or in its checkpoints/.
+    """
     folder = path if path.is_dir() else path.parent
     return folder.parent if folder.name == "checkpoints" else folder

@@ -80,7 +80,7 @@ class ArchitectureConfig(Options):
         )
 
     def started(self) -> "ArchitectureConfig":
-        """Returns the same network without what it starts from: its weights come from a run."""
+        """Returns the same options without those about initial weights."""
         return dataclasses.replace(
             self, pretrained=False, initial_checkpoint=None, adapt_weights=False
         )
@@ -159,9 +159,9 @@ class AugmentationConfig(Options):
     remode: Literal["const", "rand", "pixel"] = "pixel"
     """Fill of random erasing: zero, one random colour, or noise in every pixel."""
     mixup: Annotated[float, Range(0, 100)] = 0.0
-    """Alpha of mixup; 0 turns it off."""
+    """Alpha of mixup. 0 turns it off."""
     cutmix: Annotated[float, Range(0, 100)] = 0.0
-    """Alpha of cutmix; 0 turns it off."""
+    """Alpha of cutmix. 0 turns it off."""
     mixup_switch_prob: Annotated[float, PROBABILITY] = 0.5
     """Probability of cutmix in place of mixup if both are on."""
     smoothing: Annotated[float, RATE] = 0.1
@@ -301,7 +301,7 @@ class OptimizerConfig(Options):
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up, with the default filled in."""
+        """Number of epochs of warm-up, with the default filled in."""
         return brief_epochs(self.epochs) if self.warmup_epochs is None else self.warmup_epochs
 
     def outer_rates(self, peak: float) -> tuple[float, float]:
@@ -350,22 +350,23 @@ class RunConfig(Options):
     """Seed of all randomness. What is drawn depends only on (seed, step, rank) or (seed, epoch,
     image)."""
     max_updates: Annotated[int | None, UPDATES] = None
-    """Stop after this many updates, for trials; the schedule stays that of --epochs."""
+    """Stop after this many updates, for trials. The learning rate still follows --epochs."""
     log_interval: Annotated[int, UPDATES] = 50
-    """Updates between log rows. Logging makes the host wait for the device."""
+    """Number of updates between log rows. Logging makes the host wait for the device."""
     checkpoint_interval: Annotated[int | None, UPDATES] = None
-    """Updates between checkpoints. None means one checkpoint per epoch."""
+    """Number of updates between checkpoints. None means one checkpoint per epoch."""
     checkpoint_hist: Annotated[int, Range(1, 1_000_000)] = 2
     """Number of checkpoints kept, beside the best one and those of --keep-epochs."""
     keep_epochs: Annotated[tuple[int, ...], Range(1, 100_000)] = ()
     """Keep the checkpoints at the end of these epochs for good, as checkpoints/epoch_0050.pt, so
     that other runs can start from them (--initial-checkpoint)."""
     eval_interval: Annotated[int, Range(1, 100_000)] = 1
-    """Epochs between evaluations on the fixed subset."""
+    """Number of epochs between evaluations on the same validation images."""
     eval_images: Annotated[int, Range(0, 2**31 - 1)] = 512
-    """Size of the fixed validation subset; 0 turns evaluation off."""
+    """Number of validation images in each evaluation. 0 turns evaluation off."""
     eval_eps: Annotated[float | None, PIXELS] = None
-    """Linf radius of the PGD-10 watched during training. None means the method's own radius."""
+    """Linf radius of PGD-10 in these evaluations, in 0..1 pixel units. None means the method's own
+    radius."""
     log_wandb: bool = False
     """Log to Weights & Biases as well."""
 
@@ -377,8 +378,10 @@ def brief_epochs(epochs: int) -> float:
 
 
 def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
-    """('depths=(2, 2)', ...) -> {'depths': (2, 2), ...}; a value that is no literal stays a
-    string."""
+    """Returns --model-kwargs as a dictionary, such as {'depths': (2, 2)} for ('depths=(2, 2)',).
+
+    A value that is not a Python literal stays a string. Raises UserError unless each is key=value.
+    """
     out = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
