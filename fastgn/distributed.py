@@ -153,7 +153,7 @@ def session(
             return
         limit = timedelta(minutes=rank_timeout)
         store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
-        # what an earlier start of the job has left in torchrun's store is of dead ranks
+        # torchrun's store may contain reports of dead ranks from an earlier start of the job
         store = torch.distributed.PrefixStore(f"fastgn/{count_restarts()}", store)
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         heartbeat = Heartbeat(
@@ -171,13 +171,13 @@ def session(
                 )
                 control = torch.distributed.new_group(backend="gloo", timeout=meeting_timeout)
                 yield World(rank, size, chosen, cast(Any, control), held, heartbeat)
-                # one that left early would be taken for one that has stopped
+                # a rank that leaves earlier would look like one that has stopped
                 torch.distributed.barrier(group=cast(Any, control))
         except RuntimeError as error:
             if not is_connection_loss(error):
                 raise
             raise UserError(heartbeat.explain_failure(error)) from None
-        # not after an error: it would fail the others' collectives before print_error has said why
+        # after an error, this would make the other ranks fail before print_error has printed it
         torch.distributed.destroy_process_group()
 
 

@@ -20,7 +20,7 @@ class UserError(ValueError):
     or control the terminal are printed as escapes.
     """
 
-    def __str__(self) -> str:  # the argument stays as it is: torch puts a worker's traceback there
+    def __str__(self) -> str:  # torch adds a worker's traceback to the argument itself
         return escape(super().__str__())
 
 

@@ -40,7 +40,7 @@ from fastgn.data.datasets import load_validation
 from fastgn.data.subset import Subset
 from fastgn.distributed import World, session
 from fastgn.errors import UserError, check, escape, print_error, print_line, print_stopped
-from fastgn.extras import stoppable
+from fastgn.extras import stop_on_signals
 from fastgn.files import check_target, write_json
 from fastgn.lock import lock_file
 from fastgn.metrics import environment, open_bar
@@ -277,7 +277,7 @@ def main(args: list[str] | None = None) -> int:
         # a rank that is done waits until the slowest one has attacked its last batch
         week = timedelta(days=7)
         with (
-            stoppable(),
+            stop_on_signals(),
             session(cfg.device, rank_timeout=cfg.rank_timeout, meeting_timeout=week) as world,
         ):
             run(cfg, world)

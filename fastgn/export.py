@@ -27,7 +27,7 @@ from fastgn.config.cli import parse_cli
 from fastgn.config.outputs import check_replaced, check_written, read_beginning
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, print_error, print_line, print_stopped
-from fastgn.extras import stoppable
+from fastgn.extras import stop_on_signals
 from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
 from fastgn.models import activations, create
 from fastgn.state import ExportHeader, is_number
@@ -395,7 +395,7 @@ def main(args: list[str] | None = None) -> int:
     """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
     try:
         cfg = parse_cli(ExportConfig, sys.argv[1:] if args is None else args, "fastgn.export")
-        with stoppable():
+        with stop_on_signals():
             run(cfg)
     except UserError as error:
         print_error(f"fastgn.export: error: {error}")

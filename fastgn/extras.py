@@ -34,16 +34,18 @@ TRAIN = (
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
-"""Signals of a terminal's Ctrl-C and of a scheduler that wants the machine back."""
+"""Signals that ask a program to stop: Ctrl-C in a terminal, and a scheduler's request."""
 REPEAT_S = 1.0
-"""A signal that follows another within so many seconds is the same one: torchrun passes on what a
-terminal or a scheduler has sent to all processes."""
+"""Seconds within which a second signal counts as a copy of the first.
+
+torchrun passes on a signal that a terminal or a scheduler has sent to all processes already.
+"""
 
 
 def check_start(program: str) -> None:
     """Ends the program if a package is missing, for --help, or for a mistake on the command line.
 
-    A signal during the imports that follow ends it with a line.
+    During the imports that follow, SIGINT and SIGTERM end the program with a one-line message.
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -66,9 +68,11 @@ def check_start(program: str) -> None:
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Makes SIGTERM end the block as SIGINT does, by KeyboardInterrupt, so that it can clean up. If
-    it takes longer to do so, another signal ends the process at once."""
+def stop_on_signals() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise KeyboardInterrupt inside the block, so that it can clean up.
+
+    If cleaning up takes longer than REPEAT_S, another signal ends the process at once.
+    """
     first_s: float | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -80,7 +84,7 @@ def stoppable() -> Iterator[None]:
             os._exit(128 + number)
 
     before = {n: signal.getsignal(n) for n in STOPS}
-    heeded = [n for n in STOPS if before[n] is not signal.SIG_IGN]  # as after `nohup`
+    heeded = [n for n in STOPS if before[n] is not signal.SIG_IGN]  # `nohup` ignores signals
     for number in heeded:
         signal.signal(number, stop)
     try:

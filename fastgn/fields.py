@@ -101,7 +101,7 @@ class Options:
     def __post_init__(self) -> None:
         """Raises UserError if a number is out of its field's range, a path is not valid, or a text
         is empty."""
-        kind: Any = type(self)  # mypy takes a class for its instance, which may have no hash
+        kind: Any = type(self)  # as Any, because mypy would check the hash of an instance
         for name, allowed in find_ranges(kind).items():
             for value in iterate_numbers(getattr(self, name)):
                 given = f"--{format_flag(name)} {format_number(value)}"

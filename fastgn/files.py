@@ -57,7 +57,7 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     In that case an older file at `path` is unchanged and no part of the new one remains.
     """
     check_regular(path)
-    # the name cannot be guessed, so that nobody can put a link there first
+    # the name cannot be guessed, so that nobody can create a link of this name before
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     raw: RecordingFile | None = None
     try:
@@ -77,7 +77,7 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
             "unchanged"
         ) from None
     finally:
-        with contextlib.suppress(OSError):  # the folder itself may be what cannot be had
+        with contextlib.suppress(OSError):  # the folder itself may be missing
             temporary.unlink()
 
 
@@ -112,7 +112,7 @@ def check_regular(path: Path) -> None:
     """Raises UserError if `path` exists but is not a plain file. A rename would replace it."""
     try:
         mode = path.lstat().st_mode
-    except OSError:  # not there, or the folder cannot be read: opening says so
+    except OSError:  # it is missing or unreadable, which opening it reports
         return
     kinds = {stat.S_ISDIR: "folder", stat.S_ISLNK: "symbolic link", stat.S_ISFIFO: "named pipe"}
     kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
@@ -186,7 +186,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     with open_for_reading(path):
-        pass  # says in plain words what safe_open says in Rust's
+        pass  # reports a missing file in plainer words than safe_open
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -234,7 +234,7 @@ def sort_metadata(content: bytes) -> bytes:
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors stay aligned
+    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
@@ -267,7 +267,7 @@ def read_archive(path: Path, *, legacy: bool = False) -> Any:
     None.
     """
     with open_for_reading(path) as file:
-        archive = file.read(4) == b"PK\x03\x04"  # by which torch.load decides, too
+        archive = file.read(4) == b"PK\x03\x04"  # torch.load decides by the same bytes
         check(archive or legacy, f"{path} is corrupt: it is not an archive of torch.save")
         if archive:
             check_archive(file, path)
@@ -288,11 +288,11 @@ def check_archive(file: IO[bytes], path: Path) -> None:
             size = sum(entry.file_size for entry in entries)
             right = len(set(names)) == len(names) and size <= os.fstat(file.fileno()).st_size
             check(right, f"{path} is corrupt: its entries overlap")
-            # torch's reader leaves tensors unfilled where a flipped bit makes an entry a folder
+            # if a flipped bit turns an entry into a folder, torch leaves the tensor unfilled
             bad = next((e.filename for e in entries if e.external_attr), None) or archive.testzip()
     except UserError:
         raise
-    except Exception as error:  # zipfile raises all kinds of what is not as it should be
+    except Exception as error:  # zipfile raises many kinds of errors
         raise UserError(f"{path} is corrupt ({first_line(error)})") from None
     check(bad is None, f"{path} is corrupt (checksum of {bad})")
 
@@ -338,14 +338,14 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ignored):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a pickle can make its reader raise anything
+    except Exception as error:  # reading a pickle can raise anything
         what = find_foreign_object(error)
         if what:
             raise UserError(
                 f"{path} holds more than tensors ({what}): it was not loaded, because loading it "
                 "could run code"
             ) from None
-        # torch's own first line recommends to load the file with its code
+        # the first line of torch's message recommends loading the file with its code
         known = re.search(r"WeightsUnpickler error: *(.*)", str(error))
         unpickling = isinstance(error, pickle.UnpicklingError)
         cause = (known and known[1]) or ("no pickle of torch.save" if unpickling else "")
@@ -400,7 +400,7 @@ class Plain:
         copy: Any
         if isinstance(value, dict):
             copy = {}
-            for key, item in dict.items(value):  # an instance's own `items` may be anything
+            for key, item in dict.items(value):  # a subclass may override `items`
                 named = type(key) in (str, int)
                 check(named or self.legacy, f"{self.path}: {where} has a key that is no name")
                 if named:

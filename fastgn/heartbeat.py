@@ -72,7 +72,7 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is None:  # one that fails lives on until its process has said why
+        if kind is None:  # after an error, heartbeats continue until it is printed
             self.stopped.set()
             self.announce.set()
 
@@ -93,7 +93,7 @@ class Heartbeat:
             count, last = count + 1, self.announce.is_set()
             missing = ",".join(map(str, self.missing))
             try:
-                # a store that is gone makes torch print a stack of C++: ask the system first
+                # if the store is gone, torch prints a C++ stack, so try to connect first
                 socket.create_connection(self.address, timeout=self.interval_s).close()
                 self.store.set(f"{self.rank}", f"{count};{self.collectives};{missing};{me}")
                 there = [r for r in self.others if r in self.reports or self.store.check([f"{r}"])]
@@ -112,8 +112,8 @@ class Heartbeat:
         """Watches the reports, and ends the process if a rank or the store is silent for too
         long."""
         rounds, counts, store_silent_s = 0, dict.fromkeys(self.others, ""), 0.0
-        patience_s = self.limit_s - 2 * self.interval_s  # so that all is over within the limit
-        # intervals are counted in place of a clock, which goes on while this process is stopped
+        patience_s = self.limit_s - 2 * self.interval_s  # so that the job ends within the limit
+        # count intervals, because a clock goes on while this process is suspended
         while not self.stopped.wait(self.interval_s):
             if self.rounds == rounds:
                 store_silent_s += self.interval_s
@@ -123,7 +123,7 @@ class Heartbeat:
                     changed = report[0] != counts[other]
                     self.silent_s[other] = -self.interval_s if changed else self.silent_s[other]
                     counts[other] = report[0]
-                    if report[2]:  # another rank has judged
+                    if report[2]:  # another rank has found ranks missing
                         self.missing = [int(r) for r in report[2].split(",")]
                 for other in self.others:
                     self.silent_s[other] += self.interval_s
@@ -135,7 +135,7 @@ class Heartbeat:
     def _end_process(self) -> NoReturn:
         """Ends the process, whose main thread may wait in a collective that cannot be
         interrupted."""
-        self.announce.set()  # so that the others blame the same rank
+        self.announce.set()  # so that the other ranks report the same rank
         if self.missing:
             names = " and ".join(self.describe_rank(r) for r in self.missing)
         else:

@@ -92,7 +92,7 @@ def _lock(path: Path, name: str) -> Iterator[None]:
     finally:
         if descriptor is not None:
             _release(descriptor, path)
-        for folder in created:  # the innermost first, until one is not empty
+        for folder in created:  # the innermost folder first, until one is not empty
             try:
                 folder.rmdir()
             except FileNotFoundError:
@@ -116,8 +116,8 @@ def _acquire(path: Path, name: str) -> int | None:
                 raise HeldError(f"{name} is in use by this process already: give another one")
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # a holder that leaves has just removed the folder
-            if attempt == ATTEMPTS - 1:  # or files cannot be created there, as in /proc
+        except FileNotFoundError:  # another process has just removed the folder
+            if attempt == ATTEMPTS - 1:  # or no file can be created, as in /proc
                 raise
             continue
         try:
@@ -134,7 +134,7 @@ def _acquire(path: Path, name: str) -> int | None:
             print_line(f"warning: {name}: {path} cannot be locked: the file system has no locks")
             return None
         HELD.add(_get_identity(os.fstat(descriptor)))
-        if not _is_file_at(descriptor, path):  # the holder before has removed it in the meantime
+        if not _is_file_at(descriptor, path):  # the previous holder has removed it meanwhile
             _close(descriptor)
             continue
         try:
@@ -151,7 +151,7 @@ def _release(descriptor: int, path: Path) -> None:
     """Removes the lock file and releases the lock."""
     with contextlib.suppress(OSError):
         if _is_file_at(descriptor, path):
-            path.unlink()  # before the lock goes: afterwards it may be another process's
+            path.unlink()  # while it is locked: later it may belong to another process
     _close(descriptor)
 
 

@@ -49,7 +49,7 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
         f"--opt {cfg.opt} needs products with the Hessian, which fastgn.train does not compute: "
         "use --opt adamw",
     )
-    if isinstance(info.opt_class, str):  # a class of another package, which needs a GPU
+    if isinstance(info.opt_class, str):  # a class of another package, for GPUs
         package, _, name = info.opt_class.rpartition(".")
         check(
             package == "apex.optimizers",
@@ -72,7 +72,7 @@ def check_apex(opt: str, name: str) -> None:
     """
     try:
         importlib.import_module("apex")
-    except Exception:  # the unrelated package fails in its own ways on a current Python
+    except Exception:  # the unrelated package raises anything on recent Pythons
         raise UserError(
             f"--opt {opt} needs NVIDIA apex (built from source, github.com/NVIDIA/apex); "
             "--opt adamw uses torch's own fused AdamW"
@@ -102,7 +102,7 @@ def create_optimizer(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: f
     if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         options["fused"] = groups[0]["params"][0].is_cuda
     if "deterministic" in inspect.signature(kind).parameters:
-        # Kron draws random numbers: the same ones on every rank, and again after a resume
+        # Kron then draws the same random numbers on every rank and after a resume
         options["deterministic"] = True
     return create_optimizer_v2(groups, cfg.opt, lr=peak, **options)
 
@@ -117,7 +117,7 @@ def make_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     for name, module in model.named_modules():
         names: Iterable[str] = getattr(module, "no_weight_decay", set)()
         exempt |= {f"{name}.{n}" if name else n for n in names}
-    # a decay of 1 first: timm makes a single group of all parameters if it is 0
+    # use a decay of 1 first, because with 0 timm puts all parameters into one group
     groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=exempt)
     return [g | {"weight_decay": weight_decay * g["weight_decay"]} for g in reversed(groups)]
 
@@ -254,7 +254,7 @@ def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstS
     parameters = [p for group in groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    with torch.compiler.set_stance("force_eager"):  # Kron compiles itself
+    with torch.compiler.set_stance("force_eager"):  # Kron would compile itself
         optimizer.step()
     return [
         FirstState(p.shape, count, dict(optimizer.state[p]))
@@ -326,8 +326,8 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
     """
     if not cfg.model_ema:
         return None
-    # timm goes by names, and would average a weight with several names (CoaT) several times an
-    # update; if it copies the buffers, it goes by weights
+    # timm averages by name, and would average a weight with several names (CoaT) several times per
+    # update; if it excludes buffers, it averages by weight
     named = model.state_dict(keep_vars=True).values()
     shared = len({id(tensor) for tensor in named}) < len(named)
     average = ModelEmaV3(

@@ -155,7 +155,7 @@ def build_model(
     seed_all(Stream.STEP, cfg.run.seed)
     model, report = network.build_model(architecture, len(dataset.classes), kernels)
     if not cfg.step.train_in_eval_mode:
-        model.fewest_images = network.check_training(model, architecture, len(dataset.classes))
+        model.fewest_images = network.find_smallest_batch(model, architecture, len(dataset.classes))
     check_batch(cfg, model, batching)
     model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
     model.to(world.device)

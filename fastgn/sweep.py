@@ -41,7 +41,7 @@ from fastgn.errors import (
     print_stopped,
     tolerate_failure,
 )
-from fastgn.extras import stoppable
+from fastgn.extras import stop_on_signals
 from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
 from fastgn.metrics import environment, open_bar
@@ -362,7 +362,7 @@ def main(args: list[str] | None = None) -> int:
     """Runs the program and returns its exit status, which is 2 after a mistake of the user."""
     try:
         cfg = parse_cli(SweepConfig, sys.argv[1:] if args is None else args, "fastgn.sweep")
-        with stoppable():
+        with stop_on_signals():
             return sweep(cfg)
     except UserError as error:
         print_error(f"fastgn.sweep: error: {error}")

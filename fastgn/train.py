@@ -22,7 +22,7 @@ from fastgn import optim
 from fastgn.config.cli import parse_config
 from fastgn.distributed import session
 from fastgn.errors import UserError, print_error, print_stopped
-from fastgn.extras import stoppable
+from fastgn.extras import stop_on_signals
 from fastgn.failures import explain, how_to_go_on
 from fastgn.finish import finish
 from fastgn.interrupt import Interrupt
@@ -94,7 +94,7 @@ def main(args: list[str] | None = None) -> int:
     keep_compiled()
     try:
         cfg = parse_config(args)
-        with stoppable(), session(cfg.run.device, rank_timeout=cfg.run.rank_timeout) as world:
+        with stop_on_signals(), session(cfg.run.device, rank_timeout=cfg.run.rank_timeout) as world:
             run = build(cfg, world)
             train(run)
     except (UserError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures, command lines and helpers that several test files share."""
 
 import os
 
@@ -23,11 +23,14 @@ TINY_SWIN = (
     *("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8"),
     *("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2", "--data", "digits"),
 )
-"""About 5,000 weights, and shifted windows in its first stage."""
+"""Arguments for a Swin with about 5,000 weights, whose first stage has shifted windows."""
 
 
 def tiny_run(output: Path, *more: str) -> list[str]:
-    """fastgn.train's arguments: 29 updates an epoch of 48 digits each, seconds in all."""
+    """Returns arguments for fastgn.train that train on digits for a few seconds.
+
+    One epoch has 29 updates of 48 images.
+    """
     fixed = ("--batch-size", "48", "--epochs", "1", "--warmup-epochs", "0", "--eval-images", "48")
     swin = without(TINY_SWIN, "--model-kwargs") if "--model-kwargs" in more else TINY_SWIN
     return [*swin, *fixed, "--lr", "0.003", "--output", str(output), *more]
@@ -41,7 +44,10 @@ def without(args: Sequence[str], flag: str) -> list[str]:
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
-    """Where two nested values are not the same to the last bit; [] when they are."""
+    """Returns the places at which two nested values are not bitwise equal, or [] if there are none.
+
+    where: path of the values, for the result.
+    """
     if type(a) is not type(b):
         return [f"{where}: {type(a).__name__}, {type(b).__name__}"]
     if isinstance(a, torch.Tensor):
@@ -63,7 +69,7 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under TRITON_INTERPRET=1, keeps only the tests that are marked for the interpreted pass."""
+    """Keeps only tests with a mark `interpreter` if TRITON_INTERPRET=1 is set."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         left = [item for item in items if not is_interpreted(item)]
         config.hook.pytest_deselected(items=left)
@@ -81,22 +87,25 @@ def is_interpreted(item: pytest.Item) -> bool:
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For runs that several tests look at and none changes."""
+    """Returns a folder for training runs that several tests read and none changes."""
     return tmp_path_factory.mktemp("shared")
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Returns the content of a checkpoint by name, as torch.save takes it."""
+    """Returns the content of a checkpoint by name, as torch.save receives it."""
     return {"format": FORMAT, **vars(load_checkpoint(path))}
 
 
 def small_state(update: int, /, **values: Any) -> TrainState:
-    """Returns the content of a checkpoint of a network with one weight."""
+    """Returns the content of a checkpoint of a network with one weight.
+
+    values: fields that differ from the defaults of `small_values`.
+    """
     return TrainState(**small_values(update, **values))
 
 
 def small_values(update: int, /, **values: Any) -> dict[str, Any]:
-    """Returns the content of such a checkpoint by name, whether it is valid or not."""
+    """Returns the content of such a checkpoint by name. It is not checked, so it may be invalid."""
     weights = {"weight": torch.full((3,), float(update))}
     state = {
         "update": update,

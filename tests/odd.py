@@ -1,4 +1,4 @@
-"""What the tests of data that anybody may have made share."""
+"""Helpers for the tests of data sets from untrusted sources."""
 
 import contextlib
 import io
@@ -19,23 +19,27 @@ from fastgn.data.datasets import Dataset, load_dataset
 from fastgn.errors import UserError
 
 often = settings(derandomize=True, deadline=None, max_examples=60, database=None)
+"""Settings for Hypothesis with 60 examples, which are the same in every run."""
 
 
 def picture(colour: int = 0, kind: str = "PNG") -> bytes:
+    """Returns an encoded image of 16 x 16 pixels in one colour."""
     out = io.BytesIO()
     Image.new("RGB", (16, 16), (colour, 9, 200)).save(out, kind)
     return out.getvalue()
 
 
 PICTURE = picture()
+"""Encoded PNG image."""
 
 
 def load(root: Path, data: str = "imagefolder") -> Dataset:
+    """Loads a data set from a folder."""
     return load_dataset(DatasetConfig(data=data, data_dir=str(root)))  # type: ignore[arg-type]
 
 
 def refusal(root: Path, data: str = "imagefolder") -> str:
-    """The line that refuses the data."""
+    """Returns the one-line message with which a data set is refused."""
     with pytest.raises(UserError) as caught:
         load(root, data)
     line = str(caught.value)
@@ -45,20 +49,23 @@ def refusal(root: Path, data: str = "imagefolder") -> str:
 
 @contextlib.contextmanager
 def folder() -> Iterator[Path]:
-    """A new folder for each of Hypothesis' examples."""
+    """Creates a new folder for each of Hypothesis's examples."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
 def files_below(root: Path) -> set[str]:
+    """Returns the relative paths of all files below a folder."""
     return {os.path.relpath(os.path.join(f, n), root) for f, _, ns in os.walk(root) for n in ns}
 
 
 trained: dict[str, int] = {}
+"""Kind of data set -> number of data sets that train_a_few was called with."""
 
 
 def train_a_few(kind: str, root: Path, data: str = "imagefolder", most: int = 3) -> None:
-    """Trains an update on the first few data sets of a kind."""
+    """Trains for one update on each of the first `most` data sets of a kind, and skips the
+    others."""
     trained[kind] = trained.get(kind, 0) + 1
     if trained[kind] <= most:
         with folder() as output:
@@ -66,6 +73,7 @@ def train_a_few(kind: str, root: Path, data: str = "imagefolder", most: int = 3)
 
 
 def run_args(root: Path, output: Path, *more: str) -> list[str]:
+    """Returns arguments for fastgn.train that make one update on a data set."""
     tiny = TINY_SWIN[: TINY_SWIN.index("--data")]
     fixed = ("--data-dir", str(root), "--workers", "0", "--batch-size", "2", "--epochs", "1")
     fixed += ("--warmup-epochs", "0", "--max-updates", "1", "--eval-images", "0")
@@ -73,7 +81,7 @@ def run_args(root: Path, output: Path, *more: str) -> list[str]:
 
 
 def write_tree(root: Path, files: dict[str, bytes]) -> Path:
-    """The same files in train/ and in val/."""
+    """Writes the same files into train/ and val/, and returns the folder."""
     for split in ("train", "val"):
         for name, content in files.items():
             (root / split / name).parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +90,10 @@ def write_tree(root: Path, files: dict[str, bytes]) -> Path:
 
 
 def run_check(root: Path) -> tuple[int, str]:
-    """The exit status of the check, and all that it prints, which has no control characters."""
+    """Returns the exit status and the output of fastgn.data.check.
+
+    Fails if the output has control characters.
+    """
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = checking.main([str(root), "--workers", "0"])

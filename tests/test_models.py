@@ -279,7 +279,7 @@ def test_what_gives_no_logits_is_one_line(
         return
     model, _ = build_model(cfg, 5)
     with pytest.raises(UserError, match=re.escape(f"--model several {line}")):
-        network.check_training(model, cfg, 5)
+        network.find_smallest_batch(model, cfg, 5)
     assert model.training
 
 
@@ -293,7 +293,7 @@ def test_how_few_images_can_be_trained_on(name: str, side: int, fewest: int) -> 
     cfg = ArchitectureConfig(model=name, **(TINY[name] | {"img_size": side, "drop": 0.5}))
     model, _ = build_model(cfg, 5)
     before, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    assert network.check_training(model, cfg, 5) == fewest
+    assert network.find_smallest_batch(model, cfg, 5) == fewest
     assert differences(model.state_dict(), before) == []
     assert torch.equal(torch.get_rng_state(), drawn) and model.training
 

@@ -188,7 +188,7 @@ def test_a_signal_while_it_stops_is_the_same_one(monkeypatch: pytest.MonkeyPatch
     """Within a second; a later one ends the process at once, whatever it is in."""
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with pytest.raises(KeyboardInterrupt), extras.stoppable():
+    with pytest.raises(KeyboardInterrupt), extras.stop_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
@@ -203,7 +203,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
     """As `nohup` and a shell's background jobs have it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with extras.stoppable():
+        with extras.stop_on_signals():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -160,7 +160,7 @@ def set_columns(width: int | None) -> Iterator[None]:
 
 def translate_refusal(text: str, kind: type) -> str:
     """Returns the first message in tyro's box as one line in fastgn's words."""
-    # borderless and with rules of "-" where stdout's encoding is not exactly "utf-8"
+    # if stdout's encoding is not exactly "utf-8", the box has no border and rules of "-"
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
     line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))

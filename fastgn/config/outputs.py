@@ -77,7 +77,7 @@ def read_beginning(path: Path) -> bytes:
         if path.is_file():
             with path.open("rb") as file:
                 return file.read(512)
-    except OSError:  # said by whoever writes there
+    except OSError:  # the program reports it when it writes there
         pass
     return b""
 

@@ -57,7 +57,7 @@ class BatchAugment:
         self.smoothing = cfg.smoothing
         self.device = device
         self.remode = cfg.remode
-        # its boxes alone are used
+        # only its boxes are used, and filled by draw_fill
         self.erase = RandomErasing(cfg.reprob, mode="const", device="cpu") if cfg.reprob else None
         self.mix = None
         if cfg.mixup or cfg.cutmix:
@@ -67,7 +67,7 @@ class BatchAugment:
         num, _, height, width = images_BCHW.shape
         if self.device.type != "cpu":
             return self.apply(images_BCHW, labels_B, self.draw(num, height, width))
-        # box by box: noise for whole images costs a CPU more than all the rest
+        # fill single boxes: noise for whole images would cost a CPU more than everything else
         for image, (top, bottom, left, right) in enumerate(self.draw_boxes(num, height, width)):
             if bottom > top:
                 hole = images_BCHW[image : image + 1, :, top:bottom, left:right]
@@ -98,7 +98,7 @@ class BatchAugment:
         if self.remode != "pixel":
             shape = (*shape[:2], 1, 1)
         draw = torch.zeros if self.remode == "const" else torch.randn
-        # timm's noise is normal and may leave 0..1, which attacks and the contract count on
+        # timm's noise is normal and can leave 0..1, but attacks rely on images in 0..1
         return draw(shape, device=self.device).mul_(self.std).add_(self.mean).clamp_(0, 1)
 
     def draw_mix(self, num: int, height: int, width: int) -> Tensor | None:
@@ -125,7 +125,7 @@ class BatchAugment:
         if drawn.mix_5 is not None:
             share = drawn.mix_5[4]
             box = drawn.mix_5[None, :4, None, None, None]
-            # a box that is empty at the top leaves a share of 1
+            # an empty box means mixup (or no mixing, with a share of 1)
             own = torch.where(box[:, 1] > 0, (~make_box_mask(box, height, width)).float(), share)
             images_BCHW = mix_images(images_BCHW, own)
         if drawn.mix_5 is not None or self.smoothing:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+if __name__ == "__main__":  # report a mistake before the imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.data.check")
@@ -31,7 +31,7 @@ from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import Shards
 from fastgn.data.torch import map_in_workers
 from fastgn.errors import UserError, escape, print_line, print_stopped
-from fastgn.extras import stoppable
+from fastgn.extras import stop_on_signals
 from fastgn.files import check_target, write_json
 
 TINY_PX = 32
@@ -63,7 +63,7 @@ class Inspector:
         name = self.split.name(index)
         try:
             content = self.split.read(index)
-            with warnings.catch_warnings():  # PIL's, of what is said here
+            with warnings.catch_warnings():  # find_oddities reports the same
                 warnings.simplefilter("ignore")
                 decode_image(content, name)
                 return Finding(name, notes=tuple(find_oddities(content)))
@@ -82,7 +82,8 @@ def find_oddities(content: bytes) -> list[str]:
     """Returns the keys of NOTES that apply to an image that can be decoded."""
     with open_image(content) as image:
         orientation = 1
-        with contextlib.suppress(Exception):  # of EXIF that PIL cannot read: nothing follows it
+        # if PIL cannot read the EXIF data, no program applies it
+        with contextlib.suppress(Exception):
             orientation = image.getexif().get(ORIENTATION, 1)
         png_bits = content[24] if image.format == "PNG" else 8
         found = {
@@ -179,7 +180,7 @@ def main(args: list[str] | None = None) -> int:
         cfg = parse_cli(CheckConfig, args, "fastgn.data.check")
         if cfg.output:
             check_target(Path(cfg.output))
-        with stoppable():
+        with stop_on_signals():
             report = inspect(cfg)
         print(format_report(report))
         if cfg.output:

@@ -99,18 +99,18 @@ def decode_image(content: bytes, name: str) -> Image.Image:
                 raise make_bad_image_error(
                     name, f"{width} x {height} pixels are too thin to resize", "thin"
                 )
-            if image.mode.startswith("I;16"):  # whose values above 255 PIL turns into white
+            if image.mode.startswith("I;16"):  # PIL would turn values above 255 into white
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise make_bad_image_error(name, "32-bit pixels have no known range", "32-bit")
             return image.convert("RGB")
     except BadImageError:
         raise
-    except UnidentifiedImageError:  # whose message names an object in memory
+    except UnidentifiedImageError:  # PIL's message shows an object's address
         problem, reason = "no image", "its format is not known, or its header gives it no pixels"
     except Image.DecompressionBombError as error:
         problem, reason = "gigantic", str(error)
-    except Exception as error:  # PIL's readers raise all kinds of a file that lies
+    except Exception as error:  # PIL raises many kinds of errors for damaged files
         reason = str(error) or type(error).__name__
         problem = "truncated" if "truncated" in reason.lower() else "broken"
     raise make_bad_image_error(name, reason, problem)

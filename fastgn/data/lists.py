@@ -63,7 +63,7 @@ def read_lines(path: Path, who: str | None = None) -> list[str]:
     try:
         with open_regular(path) as file:
             content = file.read()
-    except (OSError, ValueError) as error:  # a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
         raise UserError(
             f"{who} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
@@ -71,7 +71,7 @@ def read_lines(path: Path, who: str | None = None) -> list[str]:
         not content.startswith((b"\xff\xfe", b"\xfe\xff")),
         f"{who} is text in UTF-16: save it as UTF-8",
     )
-    # the names of files need not be UTF-8
+    # names of files may be in another encoding than UTF-8
     return content.decode("utf-8-sig", errors="surrogateescape").split("\n")
 
 
@@ -136,7 +136,7 @@ def check_images_exist(root: Path, path: Path, rows: Sequence[Row]) -> None:
     below: dict[str, set[str]] = {}
     for row in rows:
         folder, base = os.path.split(root / row.name)
-        if folder not in below:  # one listing a folder: a question for each file takes minutes
+        if folder not in below:  # one listing per folder: asking for each file takes minutes
             try:
                 below[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
             except OSError as error:

@@ -80,7 +80,7 @@ def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, A
             return {name: read_array(archive, name) for name in fields}
     except UserError:
         raise
-    except Exception as error:  # readers raise all kinds of a file that lies
+    except Exception as error:  # readers raise many kinds of errors for damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{where} cannot be read as .npz: {reason}") from None
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+if __name__ == "__main__":  # report a mistake before the imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.data.pack")
@@ -42,7 +42,7 @@ from fastgn.data.images import BadImageError, decode_image, open_image
 from fastgn.data.shards import INDEX, Shards, compute_sha256
 from fastgn.data.torch import map_in_workers
 from fastgn.errors import UserError, check, escape, print_stopped
-from fastgn.extras import stoppable
+from fastgn.extras import stop_on_signals
 from fastgn.files import atomic_open, remove_file
 from fastgn.lock import lock_folder
 
@@ -195,7 +195,7 @@ def pack(
         f"{folder} holds shards or an index that fastgn.data.pack has not made: give another "
         "OUTPUT",
     )
-    for left in folder.glob(".*.tmp"):  # by a kill: the caller holds the folder's lock
+    for left in folder.glob(".*.tmp"):  # a killed process left them; the caller holds the lock
         remove_file(left)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]
     parts: list[Shards] = []
@@ -289,7 +289,7 @@ def main(args: list[str] | None = None) -> int:
     """
     try:
         cfg = parse_cli(PackConfig, sys.argv[1:] if args is None else args, "fastgn.data.pack")
-        with stoppable():
+        with stop_on_signals():
             run(cfg)
     except UserError as error:
         print(f"fastgn.data.pack: error: {error}", file=sys.stderr)

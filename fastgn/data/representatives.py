@@ -66,7 +66,7 @@ def compute_representatives(
     sums = torch.zeros(classes, 3, img_size, img_size, device=device)
     counts = torch.zeros(classes, device=device)
     for images_BCHW, labels_B in source:
-        members_KB = F.one_hot(labels_B, classes).T.float()  # index_add_ adds in any order
+        members_KB = F.one_hot(labels_B, classes).T.float()  # index_add_ would sum in random order
         sums += (members_KB @ images_BCHW.flatten(1)).view_as(sums)
         counts += members_KB.sum(1)
     return sums / counts[:, None, None, None].clamp_min(1), None

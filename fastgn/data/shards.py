@@ -221,7 +221,7 @@ def compute_sha256(path: Path) -> str:
 def are_keys(key_N: np.ndarray) -> bool:
     """Returns whether no key is empty and all keys consist of ASCII letters, digits, _ and -."""
     codes = np.frombuffer(key_N.tobytes(), np.uint8).reshape(len(key_N), -1)
-    used = codes != 0  # NumPy fills up with zeros
+    used = codes != 0  # NumPy pads short keys with zeros
     allowed = np.zeros(256, bool)
     allowed[[*b"-_0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]] = True
     gaps = used[:, 1:] & ~used[:, :-1]

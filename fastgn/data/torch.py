@@ -105,7 +105,7 @@ def load_in_workers(
         num_workers=workers,
         timeout=worker_timeout if workers else 0,
         worker_init_fn=set_up_worker,
-        # workers take their seeds from the keys: leave torch's own alone
+        # workers are seeded by the keys; do not use numbers of torch's default generator
         generator=torch.Generator(),
         **options,
     )
@@ -113,14 +113,14 @@ def load_in_workers(
     open_iterators.add(iterator)
     try:
         yield from iterator
-    except UserError as error:  # a worker's comes with its traceback in front
+    except UserError as error:  # the message of a worker begins with its traceback
         message = str(error.args[0]).strip().splitlines()[-1]
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
     except RuntimeError as error:
         if str(error).startswith("DataLoader timed out"):
             raise kill_stalled_workers(iterator, worker_timeout) from None
         raise explain_worker_death(error) or error from None
-    except (ConnectionError, EOFError):  # what it had handed over went with it
+    except (ConnectionError, EOFError):  # a worker has died, and its shared memory is gone
         dead = RuntimeError("DataLoader worker has died")
         raise explain_worker_death(dead) or dead from None
     finally:
@@ -146,7 +146,7 @@ def kill_stalled_workers(iterator: Any, worker_timeout: float) -> UserError:
     Workers ignore all other signals, and Python would wait for them at its exit.
     """
     number = iterator._task_info[iterator._rcvd_idx][0]
-    # else torch would report that they died, wherever the main process happens to be
+    # otherwise torch would raise an error about their death at any place of the main process
     signal_handling._remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False
     for worker in iterator._workers:
@@ -211,9 +211,10 @@ def set_up_worker(worker: int) -> None:
     workers.
     """
     torch.set_num_threads(1)
-    with contextlib.suppress(AttributeError, OSError):  # Linux's prctl: a worker that waits to hand
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # over bytes never looks
-    # the thread that hands over tensors would print that the main process has left
+    # a worker that waits to send its result does not notice that the main process has gone
+    with contextlib.suppress(AttributeError, OSError):  # prctl exists only on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # the thread that sends tensors would print an error if the main process has gone
     sys.excepthook = lambda *error: None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

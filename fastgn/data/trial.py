@@ -22,7 +22,7 @@ MEDIAN_DIFFERENCE = 0.5 / 255
 def wants_dali(device: torch.device) -> bool:
     """Returns whether DALI is worth a trial, which means that it is installed and the device is a
     GPU."""
-    with contextlib.suppress(ModuleNotFoundError):  # no package of NVIDIA's at all
+    with contextlib.suppress(ModuleNotFoundError):  # the package nvidia is missing, too
         return device.type == "cuda" and importlib.util.find_spec("nvidia.dali") is not None
     return False
 
@@ -63,7 +63,7 @@ def try_dali(make_dali: Callable[[], Loader], expected: Batch) -> tuple[Loader |
     try:
         loader = make_dali()
         return loader, describe_difference(next(iter(loader.epoch(0))), expected)
-    except Exception as error:  # whatever DALI, its driver or its decoder raises
+    except Exception as error:  # DALI, the driver and the decoder may raise anything
         return loader, f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -33,7 +33,7 @@ def check_name(cfg: ArchitectureConfig) -> str:
     Raises UserError if the network or the activation is unknown.
     """
     name = ALIASES.get(cfg.model, cfg.model)
-    # timm looks no further than the first dot, and what stands behind it reaches generated code
+    # timm checks a name only up to the first dot, and the whole name gets into exported code
     plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
     if name not in OWN and not (plain and timm.is_model(name)):
         matches = timm.list_models(name) if set(name) & set("*?[") else []
@@ -69,11 +69,11 @@ def create_network(
         try:
             kwargs = {"drop_rate": cfg.drop} | kwargs
             return OWN[name](**kwargs), kwargs
-        except Exception as error:  # whatever a constructor makes of odd arguments
+        except Exception as error:  # constructors raise anything for odd arguments
             raise UserError(f"{format_flags(cfg)} cannot be built: {first_line(error)}") from None
     if cfg.pretrained:
         use_cache_if_offline()
-    # given even if it is 0, because Swin's own default is 0.1
+    # passed even if it is 0, because Swin's default is 0.1
     optional: dict[str, Any] = {"drop_rate": cfg.drop, "drop_path_rate": cfg.drop_path}
     optional["img_size"] = cfg.img_size
     optional = {k: v for k, v in optional.items() if v is not None and k not in kwargs}
@@ -102,7 +102,7 @@ def create_network(
                 f"--pretrained: no weights of {name} from the hub ({first_line(error)}); fetch "
                 "them elsewhere and give --initial-checkpoint FILE"
             ) from None
-        except Exception as error:  # whatever a constructor makes of odd arguments
+        except Exception as error:  # constructors raise anything for odd arguments
             what = "--pretrained" if cfg.pretrained else f"{format_flags(cfg)} cannot be built"
             raise UserError(f"{what}: {first_line(error)}") from None
 
@@ -128,7 +128,7 @@ def list_constructor_arguments(name: str) -> set[str]:
         return set(inspect.signature(OWN[name]).parameters)
     module = sys.modules[model_entrypoint(name.partition(".")[0]).__module__]
     classes = [c for c in vars(module).values() if inspect.isclass(c)]
-    found = {"bn_eps", "bn_momentum"}  # taken by the builders of EfficientNets
+    found = {"bn_eps", "bn_momentum"}  # arguments of the functions that build EfficientNets
     for kind in {k for c in classes for k in c.__mro__ if k.__module__.startswith("timm.models.")}:
         found |= set(inspect.signature(kind).parameters)
     factories = set(inspect.signature(timm.create_model).parameters)
@@ -178,5 +178,5 @@ def use_cache_if_offline() -> None:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever its HTTP library of the day raises
+    except Exception:  # depends on the HTTP library that it uses
         constants.HF_HUB_OFFLINE = True

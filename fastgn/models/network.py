@@ -158,7 +158,7 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
 
     Returns {kind: number of modules} and {name of a module that could not be changed: reason}.
     """
-    from fastgn_kernels.modules import swap_modules  # here: triton is for Linux alone
+    from fastgn_kernels.modules import swap_modules  # imported here: triton needs Linux
 
     multiply_patches(backbone)
     swapped = swap_modules(backbone)
@@ -207,7 +207,7 @@ def build_model(
     kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
     count = sum(p.numel() for p in backbone.parameters())
     fused, not_fused = use_kernels(backbone) if kernels == "triton" else (None, {})
-    with find_operators(backbone) as finder:  # after the kernels, which some no longer call
+    with find_operators(backbone) as finder:  # kernels replace some of the operators
         check_output(model, cfg, num_classes)
     replaced = replace_operators(finder)
     adapted = None
@@ -233,7 +233,7 @@ def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -
     try:
         with torch.no_grad():
             logits: Any = model.eval()(images)
-    except Exception as error:  # whatever a network makes of a size that it was not made for
+    except Exception as error:  # networks raise anything for unsuitable sizes
         raise UserError(
             f"--img-size {model.img_size} does not suit {format_flags(cfg)}: {first_line(error)}"
         ) from None
@@ -251,12 +251,14 @@ def check_logits(logits: Any, images: int, classes: int, cfg: ArchitectureConfig
     )
 
 
-def check_training(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> int:
-    """Returns the fewest images that a network can be trained on at once: 2 if its BatchNorm would
-    get one value per channel from one image, of which there is no variance.
+def find_smallest_batch(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> int:
+    """Returns the smallest batch that a network can be trained on, which is 1 or 2 images.
 
-    Leaves weights, statistics and random numbers alone. Raises UserError if the network gives no
-    logits in training, where some give several outputs.
+    It is 2 if BatchNorm would get one value per channel from a single image, because one value has
+    no variance. Weights, statistics and the state of random generators do not change.
+
+    Raises UserError if the network returns no logits in training, as networks with several outputs
+    do.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
 
@@ -273,7 +275,7 @@ def check_training(model: Classifier, cfg: ArchitectureConfig, num_classes: int)
         return train_on(1)
     except UserError:
         raise
-    except ValueError:  # BatchNorm's own
+    except ValueError:  # raised by BatchNorm
         return train_on(2)
     finally:
         model.train(training)

@@ -41,7 +41,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
     Above 40, softplus equals its argument to the last bit of float64.
     """
-    # the formula of kernels/reference.py, written again because the packages are separate
+    # same formula as in kernels/reference.py, which is in a separate package
     x = widen(input)
     return (x * F.softplus(x, threshold=40).tanh()).to(input.dtype)
 
@@ -112,7 +112,7 @@ class Twins(TorchFunctionMode):
     """Context manager that replaces each operator of `TWINS` by its twin."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for operator, twin in PAIRS:  # torch.compile cannot look a method up in a dict
+        for operator, twin in PAIRS:  # torch.compile cannot look up a method in a dict
             if func is operator:
                 func = twin
                 break
@@ -131,7 +131,7 @@ class WithTwins:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
-        # pickle finds a class by its name, and a subclass made at run time has none
+        # pickle finds a class by its name, and a class made at run time cannot be found
         return _create_twin, (self.plain,), self.__dict__
 
 
@@ -220,7 +220,7 @@ def replace_operators(finder: Finder) -> dict[str, int]:
     """
     total: Counter[str] = Counter()
     for module, calls in finder.found.items():
-        if isinstance(module, WithTwins):  # a twin is made of other operators
+        if isinstance(module, WithTwins):  # already replaced
             continue
         plain: Any = type(module)
         module.__class__ = make_twin_class(plain)

@@ -209,7 +209,7 @@ def adapt_weights(
     if resize is not None:
         try:
             weights = dict(resize(dict(weights), backbone))
-        except Exception as error:  # timm's filters take for granted that the network is the same
+        except Exception as error:  # timm's filters expect the same network
             raise UserError(f"{source} cannot be adapted: {first_line(error)}") from None
     resized = [k for k in weights if k in before and weights[k].shape != before[k].shape]
     classes = getattr(backbone, "num_classes", None)
