@@ -220,8 +220,6 @@ NOUNS = {"Epochs", "Options", "Rows", "Versions"}
 UNCLEAR = {
     "fastgn/analysis/figures.py",
     "fastgn/analysis/statistics.py",
-    "fastgn/config/__init__.py",
-    "fastgn/config/groups.py",
     "fastgn/export.py",
 }
 """Files with docstrings of functions that do not begin with a verb. This set only shrinks."""
