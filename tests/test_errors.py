@@ -612,7 +612,7 @@ def test_evaluating_on_other_classes(finished, tmp_path, capsys):
         ("--attacks", "pgd", "'pgd' is unknown"),
         ("--attacks", "pgd-0", "'pgd-0' is unknown"),
         *(
-            ("--attacks", f"pgd-10@{step}", f"'pgd-10@{step}': the step after @ should be a")
+            ("--attacks", f"pgd-10@{step}", f"'pgd-10@{step}': the step after @ must be a")
             for step in ("0", "-1/255", "nan", "inf", "1/0", "eps", "eps/0", "eps/-4", "STEP")
         ),
         ("--eps", "4", "4 is out of range"),

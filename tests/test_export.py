@@ -331,7 +331,10 @@ def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(space["load"]()(images), network.eval()(images))
     line = refused(capsys, "--checkpoint", str(file), "--robustbench", str(tmp_path / "b"), *args)
-    assert line == ("--model: the file says nothing of its data: add --dataset imagenet or cifar10")
+    assert line == (
+        "--model: the file does not say which data it was trained on: add --dataset imagenet or "
+        "cifar10"
+    )
 
 
 @pytest.mark.parametrize("content", ["1", "[]", "{}", '{"models": [{"name": "swin"}]}'])

@@ -59,9 +59,9 @@ def command(recipe: Path, study: Path, *more: str) -> list[str]:
         (("--space", "lr=1e-3:1e-2", "--set", "eval_images=0"), "judged by --eval-images"),
         (("--space", "lr=1e-3:1e-2", "--trials", "0"), "--trials 0 is out of range"),
         ((), "--space is empty"),
-        (("--space", "lr=1e-3:1e-2", "--study", "a.json"), "--study a.json should end in .db"),
-        (("--space", "lr=1e-3:1e-2", "--study", "a.sqlite"), "a.sqlite should end in .db"),
-        (("--space", "lr=1e-3:1e-2", "--study", "a?b.db"), "has no ?, # or %"),
+        (("--space", "lr=1e-3:1e-2", "--study", "a.json"), "--study a.json must end in .db"),
+        (("--space", "lr=1e-3:1e-2", "--study", "a.sqlite"), "a.sqlite must end in .db"),
+        (("--space", "lr=1e-3:1e-2", "--study", "a?b.db"), "must not have ?, # or %"),
         (("--space", "lr=1e-3:1e-2", "--seed", "-1"), "--seed -1 is out of range"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The options of the other programs: evaluate, export, sweep, data.pack and data.check."""
+"""The options of all programs except fastgn.train, and the names of the attacks."""
 
 import dataclasses
 import math
@@ -30,31 +30,29 @@ from fastgn.fields import (
 Positional = tyro.conf.Positional
 """Annotated[str, Positional]: an argument without a flag."""
 EVALUATION_EPS = Range(0, 1e4, above=True, hint="eps counts in 0..1 pixel units, write 4/255")
-"""Radii in the L2 norm may exceed 1."""
+"""Range of eps. A radius in the L2 norm may be above 1."""
 AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
     "autoattack": "standard",
     "autoattack-plus": "plus",
     "autoattack-rand": "rand",
 }
+"""Name of an attack, and the version of AutoAttack that it runs."""
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-"""AutoAttack's attacks one by one."""
+"""Names of AutoAttack's attacks, each of which can run alone."""
 NAMES = (
-    "clean",
-    "fgsm",
-    "pgd-K",
-    "pgd-KxR",
-    "pgd-K-margin",
-    "pgd-K@STEP",
+    *("clean", "fgsm", "pgd-K", "pgd-KxR", "pgd-K-margin", "pgd-K@STEP"),
     *AUTOATTACK,
     *AUTOATTACK_PARTS,
 )
+"""Names that --attacks takes. K, R and STEP stand for numbers."""
 PGD = re.compile(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?(-margin)?(?:@(.+))?")
+"""PGD's name. The groups are the number of steps, the number of starts, -margin, and the step."""
 PGD_STEPS = Range(1, 100_000)
 PGD_RESTARTS = Range(1, 10_000)
 
 
 def check_attack(name: str) -> None:
-    """Raises UserError with the nearest name if there is no such attack."""
+    """Raises UserError, which names the nearest attack, if --attacks has no such attack."""
     if name in NAMES and not name.startswith("pgd"):
         return
     match = PGD.fullmatch(name)
@@ -71,14 +69,17 @@ def check_attack(name: str) -> None:
         valid = False
     if not valid:
         raise UserError(
-            f"--attacks {name!r}: the step after @ should be a positive number, as in "
+            f"--attacks {name!r}: the step after @ must be a positive number, as in "
             "pgd-100@1/255, or a part of eps, as in pgd-100@eps/4"
         )
 
 
 def pgd_step(match: re.Match[str], eps: float) -> float:
-    """Returns PGD's step, in eps's units: the one after @, or 2.5 eps over the number of steps.
-    Raises UserError if the text after @ is not a number."""
+    """Returns the step of PGD, in the same units as eps.
+
+    It is the value after @ in the name, otherwise 2.5 eps / steps. Raises UserError if the text
+    after @ is not a number. match: the match of PGD with the name.
+    """
     text = match[4]
     if text is None:
         return 2.5 * eps / int(match[1])
@@ -89,105 +90,111 @@ def pgd_step(match: re.Match[str], eps: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class BareWeightsConfig(Options):
-    """Describes a network if a file holds only its weights."""
+    """Describes the network if --checkpoint is a file that holds only weights."""
 
     model: str | None = None
-    """timm's name of the network, needed if --checkpoint is a file of weights alone."""
+    """Name of the network in timm. It is needed if --checkpoint is a file that holds only
+    weights."""
     model_kwargs: tuple[str, ...] = ()
-    """With --model: arguments of the network's constructor, each as key=value."""
+    """With --model: arguments of the network's constructor, each written as key=value."""
     activation: str | None = None
-    """With --model: activation that replaces all of the network's, as in fastgn.train."""
+    """With --model: activation that replaces every activation of the network, as in
+    fastgn.train."""
     img_size: Annotated[int | None, Range(1, 4096)] = None
-    """With --model: side of the square input in pixels. None means timm's."""
+    """With --model: width and height of the input in pixels. None means timm's value."""
     mean: Annotated[tuple[float, float, float] | None, MEAN] = None
-    """With --model: mean of the normalisation for each channel. None means timm's."""
+    """With --model: mean of the normalisation for each channel. None means timm's values."""
     std: Annotated[tuple[float, float, float] | None, STD] = None
-    """With --model: standard deviation of the normalisation for each channel. None means timm's."""
+    """With --model: standard deviation of the normalisation for each channel. None means timm's
+    values."""
     crop_pct: Annotated[float | None, CROP] = None
-    """With --model: share of the resized image's side that the centre crop keeps (image files).
-    None means timm's."""
+    """With --model: share of the resized image's side that the centre crop keeps, if the images are
+    files. None means timm's value."""
     from_paper: bool = False
-    """With --model: the file is one of arXiv 2409.20139's (timm 0.6's keys, the EMA's weights, a
-    normalisation around the network)."""
+    """With --model: read a file that the authors of arXiv 2409.20139 have published. Such a file
+    has the keys of timm 0.6, averaged weights, and a normalisation around the network."""
     adapt_weights: bool = False
-    """With --model: resize the file's position tables to the network's image size."""
+    """With --model: resize the position embeddings in the file to the network's image size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in dataclasses.fields(BareWeightsConfig):
             check(
                 self.model is not None or not getattr(self, field.name),
-                f"--{format_flag(field.name)} describes a file of weights alone: add --model NAME, "
-                "or leave it out for what fastgn.train has made",
+                f"--{format_flag(field.name)} describes a file that holds only weights: add --model NAME, "
+                "or leave it out for a run of fastgn.train",
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(BareWeightsConfig):
-    """Clean and robust accuracy of trained models, side by side."""
+    """Measures the clean and robust accuracy of trained models, side by side."""
 
     checkpoint: Annotated[tuple[str, ...], PATH] = ()
-    """Runs' folders, checkpoints (.pt) or exports (.safetensors) of fastgn.train; with --model, any
-    file of weights in timm's keys."""
+    """Networks to evaluate: folders of runs, checkpoints (.pt) or exports (.safetensors) of
+    fastgn.train. With --model, files of weights whose keys are timm's."""
     norm: Literal["Linf", "L2"] = "Linf"
-    """Norm of the perturbation, which eps bounds."""
+    """Norm of the perturbation that eps bounds."""
     eps: Annotated[tuple[float, ...], EVALUATION_EPS] = (4 / 255,)
-    """Radii of the attacks in 0..1 pixel units."""
+    """Largest perturbations of the attacks (radii), in 0..1 pixel units, such as 4/255."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
-    """Attacks to run: clean, fgsm, pgd-K (K steps of 2.5 eps / K from a uniform start),
-    pgd-KxR (R starts), pgd-K-margin (on the margin in place of the cross-entropy), pgd-K@STEP
-    (the step itself, such as 1/255, or a part of eps, such as eps/4), autoattack (standard),
-    autoattack-plus, autoattack-rand, or one of AutoAttack's: apgd-ce, apgd-dlr, apgd-t, fab,
-    fab-t, square."""
+    """Attacks to run. clean: no attack. fgsm: one step of length eps. pgd-K: PGD with K steps of
+    2.5 eps / K from a random start. pgd-KxR: with R random starts. pgd-K-margin: on the margin of
+    the logits instead of the cross-entropy. pgd-K@STEP: with steps of that length, such as 1/255 or
+    eps/4. autoattack, autoattack-plus, autoattack-rand: versions of AutoAttack. apgd-ce, apgd-dlr,
+    apgd-t, fab, fab-t, square: parts of AutoAttack."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
-    """Kind of data set. None means that of the run's training."""
+    """Kind of data set. None means the kind that the run was trained on."""
     data_dir: Annotated[str | None, PATH] = None
-    """Folder or file of the data. None means that of the run."""
+    """Folder or file of the data. None means the data that the run was trained on."""
     val_split: Annotated[str | None, PATH] = None
-    """Folder or list of the images below --data-dir. None means that of the run."""
+    """Folder or list of the images below --data-dir. None means the validation images of the
+    run."""
     num_images: Annotated[int | None, IMAGES] = None
-    """Number of validation images. They are the first ones, or evenly spaced ones if the split is
-    sorted by class, as a folder is. None means all."""
+    """Number of validation images. They are the first ones, or evenly spaced ones if the images are
+    sorted by class, as in a folder. None means all."""
     image_list: Annotated[str | None, PATH] = None
-    """List of the images, in place of --num-images: robustbench-imagenet (its 5,000 of ImageNet's
-    validation set), or a file with the number of an image, or the end of its path, in each line."""
+    """Images to use, instead of --num-images. robustbench-imagenet: the 5,000 images of ImageNet's
+    validation set that RobustBench uses. Otherwise a text file that names one image per line, by
+    its number or by the end of its path."""
     batch_size: Annotated[int | None, BATCH] = None
-    """Images that one rank attacks at once, whose outcomes are saved together. None means at most
-    360, chosen so that all ranks have equal work."""
+    """Number of images that a process attacks at once, and after which it saves their outcomes.
+    None means at most 360, chosen so that all processes have equal work."""
     workers: Annotated[int, WORKERS] = 4
-    """Worker processes that read image files."""
+    """Number of worker processes that read image files."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
-    """Seconds to wait for what the worker processes make, before the program ends."""
+    """Seconds without a result from the worker processes after which the program ends."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the gradients of FGSM and PGD. The verdict is always the fp32 model's."""
+    """Precision of the gradients of FGSM and PGD. Whether an attack has succeeded is always decided
+    in fp32."""
     compile: bool = False
-    """Compile the network for FGSM's and PGD's gradients. Compiling takes about a minute, which
+    """Compile the network for the gradients of FGSM and PGD. Compiling takes about a minute, so it
     pays off only for many images."""
     output: Annotated[str | None, PATH] = None
-    """The JSON file to write. None means evaluation.json in the first checkpoint's folder."""
+    """JSON file to write. None means evaluation.json in the folder of the first checkpoint."""
     report: Annotated[str | None, PATH] = None
-    """Also write all results as one HTML page."""
+    """Also write all results into this HTML file."""
     statistics: bool = False
-    """Also compute gradient statistics at the last eps: the paper's table 1 and local linearity. If
-    --checkpoint is a run's folder, also compute the norm at each of its checkpoints."""
+    """Also compute statistics of the input gradients with the last eps: those in table 1 of arXiv
+    2409.20139, and how linear the loss is. If --checkpoint is a run's folder, also compute the
+    gradient's norm for each checkpoint in it."""
     sanity: bool = False
-    """Also make the sanity report at the last eps, which says whether the attacks can be
-    believed."""
+    """Also check with the last eps whether the attacks can be believed (a sanity report)."""
     analysis_images: Annotated[int, BATCH] = 256
-    """Number of images, evenly spaced, for --statistics and --sanity."""
+    """Number of images for --statistics and --sanity. They are evenly spaced."""
     curve: Annotated[str | None, PATH] = None
-    """Also draw accuracy against eps, under the last of the attacks, into this PNG."""
+    """Also draw the accuracy under the last of --attacks against eps, into this PNG file."""
     picture: Annotated[str | None, PATH] = None
-    """Also draw images, input gradients and PGD-20 perturbations (at the last eps) into this
-    PNG."""
+    """Also draw images, their input gradients, and their perturbations by PGD-20 with the last eps,
+    into this PNG file."""
     picture_images: Annotated[int, Range(1, 1000)] = 8
-    """Number of rows of --picture."""
+    """Number of images in --picture."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to run on. auto: cuda if there is one, else cpu."""
+    """Device to run on. auto: cuda if there is one, otherwise cpu."""
     rank_timeout: Annotated[float, MINUTES] = 5.0
-    """Minutes without a sign of life from one of torchrun's ranks, after which the job ends."""
+    """Minutes without a sign of life from one of torchrun's processes after which the job ends."""
     seed: Annotated[int, SEED] = 0
-    """Seed of every attack."""
+    """Seed for the random numbers of all attacks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,10 +207,10 @@ class EvaluateConfig(BareWeightsConfig):
         for name in self.attacks:
             check_attack(name)
         for field, values in (("attacks", self.attacks), ("eps", self.eps)):
-            check(len(set(values)) == len(values), f"--{field} names one twice")
+            check(len(set(values)) == len(values), f"--{field} has a value twice: leave one out")
         check(
             self.norm == "Linf" or not self.statistics,
-            "--statistics supports only --norm Linf: leave it out with --norm L2",
+            "--statistics supports only --norm Linf: remove --statistics or use --norm Linf",
         )
         read = [("--image-list", self.image_list), ("--data-dir", self.data_dir)]
         read += [("--checkpoint", path) for path in self.checkpoint]
@@ -211,20 +218,22 @@ class EvaluateConfig(BareWeightsConfig):
         check_outside_data(self.written, self.data_dir, (self.val_split or "val",))
         check(
             self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
-            "--curve draws the last of the --attacks over several --eps: give at least 2",
+            "--curve draws the accuracy under the last of --attacks against eps: name an attack "
+            "last, and give at least 2 values of --eps",
         )
         check(
             self.image_list is None or self.num_images is None,
-            "--image-list and --num-images both say which images: leave one out",
+            "--image-list and --num-images both choose the images: leave one out",
         )
         check(
             self.model is None or self.data is not None or self.data_dir is not None,
-            "--model: the file says nothing of its data: add --data-dir DIR or --data",
+            "--model: the file does not say which data it was trained on: add --data-dir DIR or "
+            "--data",
         )
 
     @property
     def written(self) -> dict[str, str | None]:
-        """Option -> the file that it writes."""
+        """Each option that writes a file, and the file's name."""
         output = self.output or str(run_folder(Path(self.checkpoint[0])) / "evaluation.json")
         more = {"--report": self.report, "--curve": self.curve, "--picture": self.picture}
         return {"--output": output} | more
@@ -232,41 +241,42 @@ class EvaluateConfig(BareWeightsConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(BareWeightsConfig):
-    """A trained model as files that need torch and timm alone, with RobustBench's record of it."""
+    """Writes a trained model as files that need only torch and timm, and a RobustBench entry."""
 
     checkpoint: Annotated[str, PATH] = ""
-    """A run's folder, a checkpoint (.pt) or an export (.safetensors); with --model, any file of
-    weights in timm's keys."""
+    """Network to export: the folder of a run, a checkpoint (.pt) or an export (.safetensors) of
+    fastgn.train. With --model, a file of weights whose keys are timm's."""
     robustbench: Annotated[str, PATH] = ""
-    """Folder to write weights.safetensors, weights.pt, model.py and model_info.json into."""
+    """Folder for weights.safetensors, weights.pt, model.py and model_info.json."""
     threat: Literal["Linf", "L2"] = "Linf"
-    """The norm that --eps is measured in."""
+    """Norm in which --eps is measured."""
     eps: Annotated[float, EVALUATION_EPS] = 4 / 255
-    """The threat's radius in 0..1 pixel units."""
+    """Largest perturbation of the attacks, in 0..1 pixel units, such as 4/255."""
     dataset: Literal["cifar10", "imagenet"] | None = None
-    """RobustBench's name of the data. None means the run's data, if that is one of these."""
+    """Data set as RobustBench names it. None means the data of the run, if it is one of these."""
     evaluation: Annotated[str | None, PATH] = None
-    """An evaluation.json of fastgn.evaluate that has the accuracies. None leaves them null."""
+    """Result of fastgn.evaluate (evaluation.json) with the accuracies. None leaves them empty."""
     name: str | None = None
-    """Title of the entry, which for RobustBench is the paper's. None means the run's name."""
+    """Title of the entry. RobustBench uses the title of the paper. None means the name of the
+    run."""
     link: str | None = None
     """Address of the paper or of the code."""
     authors: str | None = None
-    """Names of the authors, with commas between."""
+    """Names of the authors, separated by commas."""
     venue: str | None = None
     """Where and when the paper was published."""
     architecture: str | None = None
-    """The network as the leaderboard should call it, such as Swin-B. None means --model of the
-    run."""
+    """Name of the network on the leaderboard, such as Swin-B. None means the run's --model."""
     additional_data: bool | None = None
-    """Whether other images or labels than the data set's were used. None means false for a
-    run from scratch, and null for others."""
+    """Whether images or labels from outside the data set were used for training. None means false
+    for a run that began with random weights, and unknown (null) for other runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
             self.model is None or self.dataset is not None,
-            "--model: the file says nothing of its data: add --dataset imagenet or cifar10",
+            "--model: the file does not say which data it was trained on: add --dataset imagenet "
+            "or cifar10",
         )
         check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
         check(bool(self.robustbench), "--robustbench is missing: name the folder to write")
@@ -276,57 +286,60 @@ class ExportConfig(BareWeightsConfig):
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig(Options):
-    """Tunes a recipe's fields with Optuna, by fastgn.train's own runs."""
+    """Tunes options of a recipe with Optuna. Each trial is a run of fastgn.train."""
 
     recipe: Annotated[str, PATH] = "quickstart_gradnorm"
-    """Name of a recipe, or a TOML file, from which every trial starts."""
+    """Name or TOML file of the recipe that every trial starts from."""
     space: tuple[str, ...] = ()
-    """Values to try, each as FIELD=LOW:HIGH, FIELD=LOW:HIGH:log, or FIELD=A,B,C."""
+    """Options to tune and the values to try: FIELD=LOW:HIGH, FIELD=LOW:HIGH:log (logarithmic
+    scale), or FIELD=A,B,C."""
     set: tuple[str, ...] = ()
-    """Fields that differ from the recipe in every trial, each as FIELD=VALUE."""
+    """Options that differ from the recipe in every trial, each written as FIELD=VALUE."""
     trials: Annotated[int, Range(1, 1_000_000)] = 30
-    """Total number of trials. Those already in the study count."""
+    """Total number of trials, including those that are already in the study."""
     study: Annotated[str, PATH] = "runs/sweep.db"
-    """The study's SQLite file, whose name ends in .db; beside it go .json, .png, _best.toml and the
-    folder of the trials' runs."""
+    """SQLite file of the study, whose name ends in .db. The results (.json, .png, _best.toml) and a
+    folder with the trials' runs are written beside it."""
     objective: Literal["robust", "pareto"] = "robust"
-    """What to optimise. robust: the accuracy under PGD-10, above --clean-floor; poor trials
-    are pruned. pareto: that and the clean accuracy together; Optuna cannot prune with two
-    objectives."""
+    """What to maximise. robust: the accuracy under PGD-10 of trials that reach --clean-floor. Poor
+    trials are stopped early. pareto: the accuracy under PGD-10 and the clean accuracy, both at
+    once. No trial is stopped early, because Optuna cannot judge it by two values."""
     clean_floor: Annotated[float, PROBABILITY] = 0.0
-    """Lowest clean accuracy (0..1). robust: a trial below it counts as worse than any above
-    it; pareto: a trial below it cannot be the best."""
+    """Lowest acceptable clean accuracy (0..1). A trial below it cannot be the best. With
+    --objective robust, it also counts as worse than every trial above."""
     prune: bool = True
-    """robust: stop a trial that is worse than the median of the others at the same epoch."""
+    """Stop a trial early if it is worse than the median of the other trials at the same epoch. This
+    has no effect with --objective pareto."""
     startup_trials: Annotated[int, Range(1, 1_000_000)] = 5
-    """Number of trials with random values at the beginning, of which none is pruned."""
+    """Number of trials with random values at the beginning. None of them is stopped early."""
     seed: Annotated[int, SEED] = 0
-    """Seed of Optuna's choices. Each run has its own, the field `seed`."""
+    """Seed for the values that Optuna chooses. The runs use the option seed of the recipe."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.space), "--space is empty: write --space gn_weight=0.1:10:log")
-        # the sweep's other files are named after the study: no other ending may meet them
+        # the other files are named after the study, so another ending could be one of theirs
         check(
             self.database.suffix == ".db",
-            f"--study {self.study} should end in .db: write {self.database.with_suffix('.db')}",
+            f"--study {self.study} must end in .db: write {self.database.with_suffix('.db')}",
         )
         check(
             not set("?#%") & set(self.study),
-            f"--study {self.study}: a database's name has no ?, # or %: choose another name",
+            f"--study {self.study}: the name of a database must not have ?, # or %: choose "
+            "another name",
         )
         for path in self.written:
             check_written({f"--study {self.study}: its file": path}, [("--recipe", self.recipe)])
 
     @property
     def database(self) -> Path:
-        """The study's file: --study, with .db added if it has no ending."""
+        """The file of --study, with .db added if it has no ending."""
         path = Path(self.study)
         return path if path.suffix else path.with_name(f"{path.name}.db")
 
     @property
     def written(self) -> tuple[Path, ...]:
-        """The study's file, and those that are written beside it."""
+        """The study's file, and the files that are written beside it."""
         path = self.database
         beside = (f"{path.stem}.json", f"{path.stem}.png", f"{path.stem}_best.toml")
         return path, *(path.with_name(name) for name in beside)
@@ -334,48 +347,49 @@ class SweepConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig(Options):
-    """Packs images into WebDataset shards with an index; stopped, the same command goes on."""
+    """Packs images into WebDataset shards with an index. The same command continues after a
+    stop."""
 
     source: Annotated[str, Positional, PATH]
-    """Image folders, lists of files or shards: whatever --data-dir takes."""
+    """The images to pack: folders, lists of files or shards, as for --data-dir of fastgn.train."""
     output: Annotated[str, Positional, PATH]
-    """The folder for the shards; a --data-dir afterwards."""
+    """Folder for the shards. Give it to --data-dir afterwards."""
     short_side: Annotated[int | None, Range(1, 65_000)] = None
-    """Resize larger images to this shorter side in pixels (bicubic) and store them as JPEG. The
-    bytes of all others stay as they are. None means that all do."""
+    """Length in pixels of the shorter side to which larger images are resized (bicubic). They are
+    stored as JPEG, and the files of other images stay as they are. None resizes no image."""
     quality: Annotated[int, Range(1, 100)] = 90
-    """JPEG quality of resized images."""
+    """JPEG quality of the images that are resized."""
     shard_size: Annotated[int, IMAGES] = 10_000
-    """Images per shard."""
+    """Number of images per shard."""
     workers: Annotated[int, WORKERS] = 4
-    """Worker processes that decode and encode."""
+    """Number of worker processes that decode and encode images."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
-    """Seconds to wait for what the worker processes make, before the program ends."""
+    """Seconds without a result from the worker processes after which the program ends."""
     train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images below SOURCE."""
     val_split: Annotated[str, PATH] = "val"
     """Folder or list of validation images below SOURCE."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """fail: stop at an image that cannot be read; skip: leave it out."""
+    """What to do with an image that cannot be read. fail: stop. skip: leave it out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckConfig(Options):
-    """Decodes every image of a data set and names the bad ones. The exit status is 1 if it
-    finds one."""
+    """Decodes every image of a data set and names those that cannot be read. The exit status is 1
+    if there is one."""
 
     data_dir: Annotated[str, Positional, PATH]
-    """Image folders, lists of files or shards: whatever --data-dir takes."""
+    """The images: folders, lists of files or shards, as for --data-dir of fastgn.train."""
     workers: Annotated[int, WORKERS] = 4
-    """Worker processes that decode."""
+    """Number of worker processes that decode images."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
-    """Seconds to wait for what the worker processes make, before the program ends."""
+    """Seconds without a result from the worker processes after which the program ends."""
     train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images."""
     val_split: Annotated[str, PATH] = "val"
     """Folder or list of validation images."""
     output: Annotated[str | None, PATH] = None
-    """Also write the report into this JSON file."""
+    """Also write the result into this JSON file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
