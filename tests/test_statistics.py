@@ -54,8 +54,8 @@ def test_gradient_statistics_equal_a_loop_over_single_images() -> None:
     model, images, labels = data()
     got = statistics.gradient_statistics(model, cut(images, labels, 5), eps=EPS, seed=7)
 
-    starts = statistics.noise(images, range(16), 7, statistics.PGD_START)
-    shifts = statistics.noise(images, range(16), 7, statistics.UNIFORM)
+    starts = statistics.draw_noise(images, range(16), 7, statistics.PGD_START)
+    shifts = statistics.draw_noise(images, range(16), 7, statistics.UNIFORM)
     norms, channels, signed, robust, clean = [], [], [], [], []
     errors: dict[str, list[float]] = {"uniform": [], "pgd10": []}
     rises: dict[str, list[float]] = {"uniform": [], "pgd10": []}
@@ -146,7 +146,7 @@ def test_an_images_noise_follows_its_id() -> None:
     for name in ("uniform", "pgd10"):
         errors = [a["linearity"][name]["error"] for a in alone]
         assert np.mean(errors) == pytest.approx(whole["linearity"][name]["error"], rel=1e-8)
-    noises = [statistics.noise(images[:1], [i], 3, use) for i in (0, 1) for use in (0, 1)]
+    noises = [statistics.draw_noise(images[:1], [i], 3, use) for i in (0, 1) for use in (0, 1)]
     assert len({float(n.sum()) for n in noises}) == 4
     assert all(n.abs().max() <= 1 for n in noises)
 

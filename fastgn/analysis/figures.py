@@ -1,5 +1,4 @@
-"""Pictures, each as the bytes of a PNG: a run's curves; images, gradients and perturbations of
-models; models' accuracy against eps and the norms of their gradients."""
+"""Figures of runs and evaluations, each returned as the bytes of a PNG."""
 
 import dataclasses
 import math
@@ -7,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -22,11 +22,14 @@ FRAMES = {
     RED: "right before the attack, wrong after it",
     GREY: "wrong before the attack",
 }
-"""Colours of the frames of attacked images, and what they mean."""
+"""Colour of an attacked image's frame, and what it means."""
 
 
 def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
-    """A run's loss, penalty and accuracy against epochs, from metrics.csv's rows."""
+    """Draws a run's losses, gradient norm and accuracies against epochs.
+
+    rows: the rows of metrics.csv.
+    """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     figure.suptitle(short(title, 100))
     panels = figure.subplots(1, 3)
@@ -37,8 +40,11 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
     )
     for axes, (name, columns) in zip(panels, groups, strict=True):
         for column, label in columns.items():
-            there = (r for r in rows if math.isfinite(r.get(column, math.nan)) and "epoch" in r)
-            points = [(r["epoch"], r[column]) for r in there]
+            points = [
+                (row["epoch"], row[column])
+                for row in rows
+                if math.isfinite(row.get(column, math.nan)) and "epoch" in row
+            ]
             if any(y != 0 for _, y in points):
                 axes.plot(
                     *zip(*points, strict=True),
@@ -55,23 +61,26 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
                 0.5, 0.5, "not computed\nby this method", ha="center", transform=axes.transAxes
             )
     norms = [norm for line in panels[1].lines for norm in line.get_ydata()]
-    panels[1].set_ylim(0, 1.1 * max(norms, default=1))  # a norm that hardly changes looks flat
+    panels[1].set_ylim(
+        0, 1.1 * max(norms, default=1)
+    )  # so that a norm that hardly changes looks flat
     panels[2].set_ylim(0, 1)
     return to_png(figure)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelView:
-    """One model's columns in draw_pictures, for the same B images."""
+    """What draw_pictures shows of one model, for B images that all models share."""
 
     name: str
     grad_BCHW: Tensor
     """Gradient of each image's own cross-entropy with respect to its 0..1 pixels."""
     adversarial_BCHW: Tensor
+    """The images after the attack."""
     clean_B: Tensor
-    """Class predicted for the image."""
+    """Class that the model predicts for each image before the attack."""
     attacked_B: Tensor
-    """Class predicted for the adversarial image."""
+    """Class that the model predicts for each image after the attack."""
 
 
 def draw_pictures(
@@ -81,13 +90,15 @@ def draw_pictures(
     classes: Sequence[str],
     eps: float,
 ) -> bytes:
-    """A row an image: the image and its edges, then for each model its input gradient (with its L1
-    norm, and how its magnitude goes with the edges), the attack's perturbation and the attacked
-    image, in a frame that says what the attack has changed (FRAMES).
+    """Draws a row per image, with the image, its edges, and three columns per model.
 
-    A model's gradients share one scale, to the median of their 99.5th percentiles: one image's does
-    not drown the others, and between models, where the norms differ by orders of magnitude, they
-    are printed.
+    The three columns are the input gradient, the perturbation, and the attacked image. Below the
+    gradient stand its L1 norm and its correlation with the edges. The frame of the attacked image
+    shows what the attack has changed, see FRAMES.
+
+    The gradients of a model share one colour scale, which ends at the median of their 99.5th
+    percentiles, so that one large gradient does not hide the others. The scales of the models
+    differ, because the norms of their gradients may differ by orders of magnitude.
     """
     rows, columns = len(images_BCHW), 2 + 3 * len(views)
     names = [short(name, 12) for name in classes]
@@ -97,23 +108,23 @@ def draw_pictures(
     summed = [view.grad_BCHW.float().sum(1) for view in views]
     limits = [float(x.abs().flatten(1).quantile(0.995, dim=1).median()) or 1.0 for x in summed]
     added = [(view.adversarial_BCHW - images_BCHW).mean(1) for view in views]
-    largest = max(float(x.abs().max()) for x in added) or eps  # of Linf about eps, of L2 far less
+    largest = max(float(x.abs().max()) for x in added) or eps  # about eps for Linf, far less for L2
     correlations = [edge_correlation(images_BCHW, view.grad_BCHW) for view in views]
     for row in range(rows):
-        show(grid[row][0], images_BCHW[row])
+        show_image(grid[row][0], images_BCHW[row])
         label = int(labels_B[row])
         grid[row][0].set_xlabel(names[label], fontsize=8)
         grid[row][1].imshow(edges[row, 0].cpu().numpy(), cmap="gray_r")
         grid[row][1].set(xticks=[], yticks=[])
         for index, view in enumerate(views):
             gradient, perturbation, attacked = grid[row][2 + 3 * index : 5 + 3 * index]
-            signed(gradient, summed[index][row], limits[index])
+            show_signed(gradient, summed[index][row], limits[index])
             along = correlations[index][row]
             edge = "" if along is None else f", edges {along:.2f}"
             norm = float(view.grad_BCHW[row].abs().sum())
             gradient.set_xlabel(f"L1 {norm:.3g}{edge}", fontsize=8)
-            signed(perturbation, added[index][row], largest)
-            show(attacked, view.adversarial_BCHW[row])
+            show_signed(perturbation, added[index][row], largest)
+            show_image(attacked, view.adversarial_BCHW[row])
             before, after = int(view.clean_B[row]), int(view.attacked_B[row])
             colour = GREY if before != label else GREEN if after == label else RED
             attacked.set_xlabel(f"{names[before]} → {names[after]}", fontsize=8)
@@ -137,12 +148,14 @@ def draw_pictures(
     return to_png(figure)
 
 
-def show(axes, image_CHW: Tensor) -> None:
+def show_image(axes: Axes, image_CHW: Tensor) -> None:
+    """Draws an image with values in 0..1."""
     axes.imshow(image_CHW.permute(1, 2, 0).clamp(0, 1).cpu().numpy().astype(np.float32))
     axes.set(xticks=[], yticks=[])
 
 
-def signed(axes, values_HW: Tensor, limit: float) -> None:
+def show_signed(axes: Axes, values_HW: Tensor, limit: float) -> None:
+    """Draws values in -limit..limit from blue to red, with 0 in white."""
     axes.imshow(values_HW.cpu().numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.set(xticks=[], yticks=[])
 
@@ -153,10 +166,10 @@ def draw_robust_curve(
     attack: str = "PGD",
     norm: str = "Linf",
 ) -> bytes:
-    """Accuracy against the attack's radius, a line a model.
+    """Draws the accuracy under an attack against eps, with a line per model.
 
-    curves: {model: rows with eps and accuracy}; eps in 0..1 pixel units, of Linf drawn in 1/255.
-    subset: the images' name, attack the attack's, both for the title.
+    curves: each model's name and its rows with eps and accuracy. eps is in 0..1 pixel units, and is
+    drawn in units of 1/255 for Linf. subset: name of the images, for the title.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -175,18 +188,17 @@ def draw_robust_curve(
 
 
 def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
-    """The share of images by the L1 norm of their input gradient, a model a colour, with the
-    median dashed.
+    """Draws a histogram per model of the L1 norms of its input gradients, and their median.
 
-    norms: {model: one norm an image, in 0..1 pixel units}. Norms of 0, as of a loss that is 0 in
-    fp32, have no place on the log axis: the legend counts them.
+    norms: each model's name and one norm per image, in 0..1 pixel units. A norm of 0, which belongs
+    to a loss that is 0 in fp32, has no place on a logarithmic axis, so the legend counts them.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     values = {name: np.asarray(norm, dtype=np.float64) for name, norm in norms.items()}
     positive = np.concatenate([v[v > 0] for v in values.values()] or [np.ones(0)])
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
-    # a bin an eighth of a decade, the same for all, so that the models' shares compare
+    # eight bins per decade, the same for all models, so that their shares can be compared
     first = np.floor(8 * np.log10(low) - 1e-9)
     last = np.floor(8 * np.log10(high) + 1e-9) + 1
     bins = (10 ** (np.arange(first, last + 1) / 8)).tolist()
@@ -209,9 +221,10 @@ def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
 
 
 def draw_norm_against_epoch(rows: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
-    """The mean L1 norm of the input gradient during training, log scale, a line a run.
+    """Draws the mean L1 norm of the input gradient during training, with a line per run.
 
-    rows: {run: (epoch, norm) pairs}. A norm of 0 has no place on the log axis.
+    rows: each run's name and its pairs of epoch and norm. The axis of the norms is logarithmic, so
+    a norm of 0 has no place on it.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
