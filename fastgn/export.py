@@ -1,4 +1,4 @@
-"""A trained model for RobustBench, or for any program that has torch and timm but not fastgn.
+"""Writes a trained model for RobustBench, or for any program that has torch and timm.
 
 python -m fastgn.export --checkpoint runs/NAME --robustbench OUT_DIR --eps 4/255
 """
@@ -40,8 +40,9 @@ from fastgn.trained import (
 )
 
 FILES = ("model.py", "model_info.json", "weights.pt", "weights.safetensors")
+"""Names of the files that an export consists of."""
 CLASSES = {"cifar10": 10, "imagenet": 1000}
-"""RobustBench's data sets that fastgn trains on -> how many classes a model of theirs has."""
+"""Data sets of RobustBench that fastgn trains on, and the number of their classes."""
 
 
 DEFINITION = '''"""A network that fastgn has trained, for any program that has torch and timm.
@@ -92,11 +93,13 @@ def load(path=Path(__file__).with_name("weights.pt")):
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model
 '''
-"""model.py. Its normalisation is a wrapper and its weights have the bare network's keys: that is
-what RobustBench's loader makes of a file, with `model.` in front for ImageNet and without it for
-CIFAR-10."""
+"""Template of model.py.
 
-SWAP = """    for parent in list(network.modules()):
+The normalisation is a wrapper around the network, and the weights have the keys of the network
+itself. RobustBench's loader reads such a file. It puts `model.` before the keys for ImageNet, and
+nothing for CIFAR-10."""
+
+SWAP_ACTIVATIONS = """    for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, KINDS):
                 setattr(parent, name, ACTIVATION(**ACTIVATION_ARGUMENTS))
@@ -104,13 +107,16 @@ SWAP = """    for parent in list(network.modules()):
 
 
 def shortest(values: Tensor) -> tuple[float, ...]:
-    """float32 values as the shortest decimals that are read back as the same float32."""
+    """Returns float32 values as the shortest decimals that are read as the same float32."""
     return tuple(float(str(v)) for v in values.detach().cpu().flatten().numpy())
 
 
 def literal(value: Any) -> str:
-    """Returns Python text that is read back as `value` and cannot be anything but a value: all that
-    comes from a checkpoint passes through here on its way into model.py. Raises UserError."""
+    """Returns Python text that evaluates to `value` and cannot run anything.
+
+    Everything from a checkpoint passes through here before it is written into model.py. Raises
+    UserError if the value is not a literal of Python.
+    """
     text = repr(value)
     try:
         same = ast.literal_eval(text) == value
@@ -123,10 +129,10 @@ def literal(value: Any) -> str:
     return text
 
 
-def definition(trained: Trained) -> str:
-    """model.py: Python that builds the network as `network.build_model` does, fastgn not needed.
+def write_definition(trained: Trained) -> str:
+    """Returns the text of model.py, which builds the network as `network.build_model` does.
 
-    A network of fastgn's own brings its source along.
+    It needs no fastgn. If the network is one of fastgn's own, the text contains its source.
     """
     cfg = trained.cfg.architecture.started()
     name = create.check_name(cfg)
@@ -144,7 +150,9 @@ def definition(trained: Trained) -> str:
         imports += "import timm\n"
     if cfg.activation:
         imports += "from timm.layers import get_act_layer\n"
-        plain = sorted({c.__name__ for c in activations.list_replaced_classes() if is_torchs(c)})
+        plain = sorted(
+            {c.__name__ for c in activations.list_replaced_classes() if is_from_torch(c)}
+        )
         named = ", ".join(
             f"get_act_layer({a!r})" for a in activations.ACTIVATIONS if a != "softplus"
         )
@@ -155,7 +163,7 @@ def definition(trained: Trained) -> str:
             f"ACTIVATION, ACTIVATION_ARGUMENTS = {made}, {literal(keywords)}\n"
             f"KINDS = tuple({{{', '.join('nn.' + k for k in plain)},\n    {named}}})\n"
         )
-        swap = SWAP
+        swap = SWAP_ACTIVATIONS
     return DEFINITION.format(
         name=literal(trained.name),
         model=literal(cfg.model),
@@ -173,17 +181,19 @@ def definition(trained: Trained) -> str:
     )
 
 
-def is_torchs(kind: type) -> bool:
-    """Whether torch.nn has this class under its own name."""
+def is_from_torch(kind: type) -> bool:
+    """Returns whether torch.nn has this class under the same name."""
     return getattr(torch.nn, kind.__name__, None) is kind
 
 
 def check_same(source: str, pickled: bytes, trained: Trained) -> None:
-    """Runs model.py's text on weights.pt's bytes, and raises UserError where its logits for two
-    random images are not the trained model's: before anything is written.
+    """Raises UserError unless the exported network gives the logits of the trained model.
 
-    It runs in a process and a folder of its own, without fastgn: that shows that the files are
-    enough, and keeps what they do away from this process.
+    The text of model.py and the bytes of weights.pt run in another process, in a temporary folder
+    and without fastgn. This shows that the files are enough, and it protects this process from what
+    they do. Two random images are compared, before anything is written to the target.
+
+    source: the text of model.py. pickled: the bytes of weights.pt.
     """
     side = trained.model.img_size
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -214,15 +224,18 @@ model = runpy.run_path("model.py")["load"]()
 with torch.no_grad():
     torch.save(model(torch.load("images.pt", weights_only=True)), "logits.pt")
 """
+"""Program that runs model.py in a folder, without fastgn, on the images there."""
 REBUILD_LIMIT_S = 600
+"""Seconds after which the rebuilt network counts as stuck."""
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-"""Environment variables that the process with the rebuilt network sees; tokens are not among
-them."""
+"""Environment variables that the process with the rebuilt network sees. They hold no tokens."""
 
 
 def rebuild(folder: Path) -> None:
-    """Runs model.py of a folder on images.pt there, in an isolated Python, and writes logits.pt.
-    Raises UserError."""
+    """Runs a folder's model.py on its images.pt in an isolated Python, and writes logits.pt there.
+
+    Raises UserError if it fails or takes too long.
+    """
     command = [sys.executable, "-I", "-c", REBUILD, *filter(None, sys.path)]
     env = {k: os.environ[k] for k in KEPT if k in os.environ} | {"HF_HUB_OFFLINE": "1"}
     try:
@@ -233,26 +246,29 @@ def rebuild(folder: Path) -> None:
         raise UserError(
             f"the exported network gave no logits within {REBUILD_LIMIT_S} s; nothing was written"
         ) from None
-    said = done.stderr.decode(errors="replace").strip().splitlines()
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
     check(
         done.returncode == 0,
         "the exported network cannot be rebuilt without fastgn "
-        f"({said[-1] if said else 'it was killed'}); nothing was written",
+        f"({lines[-1] if lines else 'it was killed'}); nothing was written",
     )
 
 
-def ratio(eps: float) -> str:
-    """eps in RobustBench's spelling: "4/255" where it is a whole number of 255ths, else "0.5"."""
+def format_eps(eps: float) -> str:
+    """Returns eps as RobustBench writes it: 4/255 for a whole number of 255ths, otherwise 0.5."""
     n = Ratio(eps * 255).limit_denominator(1000)
     return f"{n}/255" if n.denominator == 1 and abs(n / 255 - eps) < 1e-9 else f"{eps:g}"
 
 
-def accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None]:
-    """clean_acc and autoattack_acc of the model in --evaluation, in per cent with two decimals, and
-    a footnote on the images; what was not measured there is null.
+def read_accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None]:
+    """Returns clean_acc and autoattack_acc from --evaluation, and a footnote about the images.
 
-    AutoAttack's accuracy is taken at --eps and in the norm of --threat alone. Raises UserError: no
-    such file, not an evaluation, no such model in it, or one with other weights.
+    Accuracies are texts in per cent with two decimals. None means that the evaluation did not
+    measure the value. The accuracy under AutoAttack counts only if it was measured with --eps and
+    in the norm of --threat.
+
+    Raises UserError if the file is missing or not an evaluation, or if it does not have this model
+    with these weights.
     """
     name = trained.name
     out: dict[str, str | None] = {"clean_acc": None, "autoattack_acc": None, "footnote": None}
@@ -268,7 +284,7 @@ def accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None]:
     check(
         entry.get("weights_sha256") in (None, hash_weights(trained.model)),
         f"--evaluation {cfg.evaluation}: its {name} had other weights than --checkpoint "
-        f"{cfg.checkpoint}: evaluate that one",
+        f"{cfg.checkpoint}: evaluate that checkpoint first",
     )
     for row in entry["results"]:
         percent = f"{100 * row['accuracy']:.2f}"
@@ -283,8 +299,10 @@ def accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None]:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """Returns what fastgn.evaluate has written. Raises UserError unless all that `accuracies` takes
-    from it is there and of its kind."""
+    """Returns the content of an evaluation.json.
+
+    Raises UserError if an entry that `read_accuracies` needs is missing or has another type.
+    """
     try:
         record = read_json(path)
     except UserError as error:
@@ -317,10 +335,11 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return record
 
 
-def model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
-    """RobustBench's record of a model, its fields in its order; null where nothing is known.
+def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
+    """Returns RobustBench's entry of a model, with its fields in its order. None means unknown.
 
-    Raises UserError: --dataset does not fit the model's classes, or see `accuracies`.
+    Raises UserError if --dataset has another number of classes than the model, or if the accuracies
+    cannot be read.
     """
     source = trained.cfg.dataset
     own = source.data or ("imagefolder" if source.data_dir else "digits")
@@ -335,7 +354,7 @@ def model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
         dataset = None
     start = trained.cfg.architecture
     scratch = cfg.model is None and not (start.pretrained or start.initial_checkpoint)
-    measured = accuracies(cfg, trained)
+    measured = read_accuracies(cfg, trained)
     position = f"Unfinished: {trained.unfinished}." if trained.unfinished else None
     notes = [note for note in (position, measured["footnote"]) if note is not None]
     return {
@@ -349,7 +368,7 @@ def model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
         "dataset": dataset,
         "venue": cfg.venue,
         "architecture": cfg.architecture or start.model,
-        "eps": ratio(cfg.eps),
+        "eps": format_eps(cfg.eps),
         "clean_acc": measured["clean_acc"],
         "reported": measured["autoattack_acc"],
         "autoattack_acc": measured["autoattack_acc"],
@@ -359,7 +378,7 @@ def model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
 
 
 def run(cfg: ExportConfig) -> None:
-    """Writes the four files, each whole or not at all. Raises UserError."""
+    """Writes the four files. Each appears whole or not at all. Raises UserError."""
     cpu, folder = torch.device("cpu"), Path(cfg.robustbench)
     for file in FILES:
         check_target(folder / file)
@@ -374,8 +393,8 @@ def run(cfg: ExportConfig) -> None:
         trained = load_bare_weights(cfg.checkpoint, cfg, classes, cpu)
     if trained.unfinished:
         print_line(f"{trained.name}: {trained.unfinished}")
-    info = model_info(cfg, trained)
-    source = definition(trained)
+    info = make_model_info(cfg, trained)
+    source = write_definition(trained)
     weights = {k: v.contiguous() for k, v in trained.model.backbone.state_dict().items()}
     pickled = io.BytesIO()
     torch.save(weights, pickled)
@@ -388,11 +407,11 @@ def run(cfg: ExportConfig) -> None:
     print_line(f"written: {folder}: {', '.join(FILES)}", sys.stdout)
     missing = [k for k, v in info.items() if v is None and k not in ("footnote", "unreliable")]
     if missing:
-        print(f"model_info.json has no {', '.join(missing)} yet")
+        print(f"model_info.json has no {', '.join(missing)} yet: see --help for the options")
 
 
 def main(args: list[str] | None = None) -> int:
-    """The program; returns its exit status: 2 for a mistake of the user's, said in one line."""
+    """Runs the program and returns its exit status, which is 2 after a mistake of the user."""
     try:
         cfg = parse_cli(ExportConfig, sys.argv[1:] if args is None else args, "fastgn.export")
         with stop_on_signals():

@@ -4,7 +4,7 @@ from fastgn import optim
 from fastgn.analysis.figures import draw_curves
 from fastgn.errors import UserError, tolerate_failure
 from fastgn.files import write_bytes, write_json
-from fastgn.hub import timm_config
+from fastgn.hub import make_timm_config
 from fastgn.metrics import environment
 from fastgn.run import Run
 from fastgn.state import ExportHeader
@@ -23,7 +23,9 @@ def finish(run: Run) -> None:
     export_weights(run.folder / "model.safetensors", weights, header)
     with tolerate_failure("config.json for timm", run.print):  # such as a network out of memory
         try:
-            config = timm_config(run.cfg.architecture, weights, run.classes, run.model.crop_pct)
+            config = make_timm_config(
+                run.cfg.architecture, weights, run.classes, run.model.crop_pct
+            )
             write_json(run.folder / "config.json", config)
         except UserError as reason:
             run.print(f"no config.json for timm: {reason}")

@@ -1,7 +1,7 @@
-"""A run's folder as timm reads one: config.json beside model.safetensors.
+"""Makes config.json, with which timm can load a run's folder.
 
-With it, timm.create_model('local-dir:RUN', pretrained=True) gives the network with its weights, and
-timm.data.resolve_data_config its preprocessing.
+If it lies beside model.safetensors, timm.create_model('local-dir:RUN', pretrained=True) returns the
+network with its weights. timm.data.resolve_data_config then returns its preprocessing.
 """
 
 import json
@@ -19,10 +19,10 @@ from fastgn.models.create import OWN, check_name, create_network
 from fastgn.models.network import build_model
 
 KEPT = ("first_conv", "classifier", "fixed_input_size")
-"""What a network's own pretrained_cfg says of its structure."""
+"""Keys of timm's pretrained_cfg that describe the network's structure and are kept."""
 
 
-def timm_config(
+def make_timm_config(
     cfg: ArchitectureConfig,
     weights: Mapping[str, Tensor],
     classes: Sequence[str],
@@ -43,19 +43,21 @@ def timm_config(
     del arguments["num_classes"]
     if cfg.activation:
         arguments["act_layer"] = cfg.activation
-    try:  # as JSON keeps them
+    try:  # with the arguments as they come back from JSON
         arguments = parse_json(json.dumps(arguments), "model_args")
         theirs = timm.create_model(name, num_classes=len(classes), **arguments)
         theirs.load_state_dict(loaded)
-    except Exception as error:  # whatever a constructor makes of an argument that it does not know
+    except Exception as error:  # a constructor may raise anything for an unknown argument
         reason = first_line(error)
-        raise UserError(f"timm's arguments cannot express {describe(cfg)} ({reason})") from None
+        raise UserError(
+            f"timm's arguments cannot express {describe_network(cfg)} ({reason})"
+        ) from None
     image = ours.normalize(torch.rand(1, 3, ours.img_size, ours.img_size))
     with torch.no_grad():
         expected, found = ours.eval().backbone(image), theirs.eval()(image)
     check(
         expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-3, atol=1e-4),
-        f"timm's arguments cannot express {describe(cfg)}",
+        f"timm's arguments cannot express {describe_network(cfg)}",
     )
     known: Any = network.pretrained_cfg
     return {
@@ -76,6 +78,6 @@ def timm_config(
     }
 
 
-def describe(cfg: ArchitectureConfig) -> str:
-    """Returns the network's name, with its activation if that is not its own."""
+def describe_network(cfg: ArchitectureConfig) -> str:
+    """Returns the network's name, and its activation if the configuration replaces it."""
     return f"{cfg.model} with activation {cfg.activation}" if cfg.activation else cfg.model

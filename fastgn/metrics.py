@@ -1,4 +1,4 @@
-"""Watching a run: the progress bar, metrics.csv, TensorBoard, W&B, and what the run ran on."""
+"""How a run is observed: progress bar, metrics.csv, TensorBoard, W&B, versions and hardware."""
 
 import csv
 import importlib
@@ -40,21 +40,24 @@ COLUMNS = (
     "pgd10_accuracy",
     "seconds",
 )
-"""Columns of metrics.csv. grad_l1: mean L1 norm of an image's input gradient in normalised units;
-grad_norm: L2 norm of the parameters' gradient before clipping; bad_images: replaced since the last
-row, where there were any; accuracies in 0..1, on the fixed subset; seconds since the process
-began."""
+"""Columns of metrics.csv.
+
+grad_l1: mean L1 norm of the input gradient of an image, in normalised units. grad_norm: L2 norm of
+the gradient of the parameters before clipping. data_wait_share: share of the time that was spent
+waiting for images, in 0..1. bad_images: number of images replaced since the last row, empty if
+there were none. clean_accuracy, pgd10_accuracy: on the fixed validation subset, in 0..1. seconds:
+time since the process began."""
 
 
 class Metrics:
-    """A run's rows, in metrics.csv, TensorBoard and W&B, and its progress on the terminal.
+    """Writes a run's rows to metrics.csv, TensorBoard and W&B, and its progress to the terminal.
 
-    A resumed run drops the rows that its checkpoint had not reached. None of it may fail a run:
-    what cannot be written is said in one line, and tried again or left out.
+    A resumed run drops the rows after its checkpoint. No failure here ends a run. If something
+    cannot be written, one line says so, and it is tried again or left out.
     """
 
     LINE_S = 30.0
-    """Seconds without a line after which one tells the progress, if there is no bar."""
+    """Seconds between two lines about the progress, if there is no progress bar."""
 
     def __init__(
         self,
@@ -65,12 +68,15 @@ class Metrics:
         start: int = 0,
         wandb_config: Mapping | None = None,
     ):
-        """total: updates of the run; start: those that are done. Raises UserError if the folder
-        cannot be written to."""
+        """Opens the files. Raises UserError if the folder cannot be written to.
+
+        total: number of updates of the run. start: number of updates that are done.
+        wandb_config: the run's options for W&B. None means not to use W&B.
+        """
         self.path = folder / "metrics.csv"
         self.rows = [r for r in recover_rows(self.path) if r["update"] <= start] if start else []
         self.size: int | None = None
-        """Bytes of metrics.csv as it was left; None if it has to be written again."""
+        """Bytes of metrics.csv after the last write. None means that all rows must be written."""
         self.write_rows()
         self.total, self.updates_per_epoch, self.update = total, updates_per_epoch, start
         self.board = self.wandb = None
@@ -81,12 +87,12 @@ class Metrics:
                 self.wandb = open_wandb(folder, wandb_config)
         self.began = self.said = time.perf_counter()
         self.first: tuple[int, float] | None = None
-        """(update, time) after the first update, which may have compiled the step."""
+        """Update and time after the first update, which may be slow because of compilation."""
         self.bar = open_bar(total=total, initial=start, unit="update", mininterval=0.5)
         self.closed = False
 
     def log(self, update: int, values: Mapping[str, float]) -> None:
-        """Adds values to the row of an update; NaN and absent values stay empty."""
+        """Adds values to the row of an update. NaN and missing values leave their cells empty."""
         row = {k: v for k, v in values.items() if not math.isnan(v)}
         row |= {"update": update, "seconds": time.perf_counter() - self.began}
         is_new = not self.rows or self.rows[-1]["update"] != update
@@ -116,8 +122,11 @@ class Metrics:
             self.print_progress(": " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
     def keep_rows(self, is_new: bool) -> None:
-        """Appends the last row to metrics.csv, or writes all of them: if the last one has changed,
-        or if the file is not as it was left."""
+        """Appends the last row to metrics.csv.
+
+        Writes all rows instead if the last row has changed, or if something else has changed the
+        file.
+        """
         size = self.path.stat().st_size if self.path.is_file() else None
         changed = self.size is not None and size != self.size
         with tolerate_failure(
@@ -135,11 +144,12 @@ class Metrics:
             self.print(f"{self.path} was removed or changed: all of its rows are written again")
 
     def write_rows(self) -> None:
+        """Writes all rows to metrics.csv."""
         write_bytes(self.path, render(self.rows))
         self.size = self.path.stat().st_size
 
     def advance(self) -> None:
-        """Counts an update. Waits for no device."""
+        """Counts an update. Does not wait for the device."""
         self.update += 1
         self.bar.update(1)
         now = time.perf_counter()
@@ -150,7 +160,7 @@ class Metrics:
             self.print_progress()
 
     def print_progress(self, text: str = "") -> None:
-        """Prints where the run is, if there is no bar that shows it."""
+        """Prints the progress of the run, if there is no progress bar."""
         if not self.bar.disable:
             return
         self.said = time.perf_counter()
@@ -164,14 +174,14 @@ class Metrics:
         self.print(", ".join(parts) + text)
 
     def print(self, line: str) -> None:
-        """Prints a line above the bar, with escapes for all that a terminal would obey."""
+        """Prints a line above the bar, with control characters escaped."""
         if self.bar.disable:
             print_line(line)
         else:
             self.bar.write(escape(line), file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the bar and what else is open; metrics.csv is there afterwards."""
+        """Closes the bar, TensorBoard and W&B, and writes metrics.csv if it is not up to date."""
         if self.closed:
             return
         self.closed = True
@@ -187,10 +197,10 @@ class Metrics:
 
 
 def open_bar(**options: Any) -> tqdm:
-    """Returns a progress bar on stderr, which is hidden unless stderr is a terminal.
+    """Returns a progress bar on stderr, which is shown only if stderr is a terminal.
 
-    Some terminals, such as a container's, say that they have no columns and no rows. There tqdm
-    would show nothing.
+    Some terminals, such as those of containers, report a size of 0, with which tqdm would show
+    nothing. Their bar is 80 columns wide.
     """
     try:
         known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
@@ -201,7 +211,7 @@ def open_bar(**options: Any) -> tqdm:
 
 
 def spell_time(seconds: float) -> str:
-    """Returns a time as a reader says it: 0.21 s, 45 s, 3 min 20 s, 2 h 5 min."""
+    """Returns a duration as text, such as 0.21 s, 45 s, 3 min 20 s or 2 h 5 min."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     whole = round(seconds)
@@ -214,24 +224,23 @@ def spell_time(seconds: float) -> str:
 
 
 def open_board(folder: Path, start: int) -> Any:
-    """Returns TensorBoard's writer of a run; a resumed run's later points are dropped."""
+    """Returns a TensorBoard writer that drops points after update `start` of an earlier process."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
 
 
 def add_scalars(board: Any, rows: list[dict[str, float]]) -> None:
-    """Writes rows into TensorBoard, a curve a column."""
+    """Adds rows to TensorBoard, with one curve per column."""
     for row in rows:
         for key, value in row.items():
             if key != "update":
                 board.add_scalar(key, value, row["update"])
-    board.flush()  # so that a folder that is removed later takes nothing along
+    board.flush()  # so that no row is lost if the folder is removed later
 
 
 def open_wandb(folder: Path, config: Mapping) -> Any:
-    """Returns W&B's run of this folder: the one that it had before, whose id the folder holds, or
-    a new one."""
+    """Returns the W&B run of a folder, which is a new one unless the folder holds the id of one."""
     path = folder / "wandb_id.txt"
     known = path.read_text(errors="replace").strip() if path.is_file() else ""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
@@ -256,7 +265,7 @@ def render(rows: list[dict[str, Any]], header: bool = True) -> bytes:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """Returns the rows of metrics.csv, of which some may be left out, see `parse_rows`.
+    """Returns the rows of metrics.csv. Lines that are not rows are left out, see `parse_rows`.
 
     Raises UserError if the file cannot be read.
     """
@@ -264,10 +273,10 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def recover_rows(path: Path) -> list[dict[str, float]]:
-    """Returns the rows of metrics.csv for a run that goes on and writes the file again.
+    """Returns the rows of metrics.csv for a run that continues and writes the file again.
 
-    If other lines are in it, they are left out, a line says so, and the file is kept beside. Raises
-    UserError if the file cannot be read.
+    If some lines are not rows, they are left out, a message says so, and a copy of the file is kept
+    beside it. Raises UserError if the file cannot be read.
     """
     content = read_content(path)
     rows, spoilt = parse_rows(content)
@@ -283,7 +292,7 @@ def recover_rows(path: Path) -> list[dict[str, float]]:
 
 
 def read_content(path: Path) -> bytes:
-    """Returns what a file holds, nothing if there is none."""
+    """Returns the content of a file, which is empty if there is no file."""
     if not path.exists():
         return b""
     with open_for_reading(path) as file:
@@ -291,10 +300,11 @@ def read_content(path: Path) -> bytes:
 
 
 def parse_rows(content: bytes) -> tuple[list[dict[str, float]], int]:
-    """Returns the rows of metrics.csv, one per update, and the number of lines that are no rows.
+    """Returns the rows of metrics.csv, one per update, and the number of lines that are not rows.
 
-    Empty cells are absent. A last line without its end, which a kill has cut short, does not count.
-    Older files have a row of their own for an evaluation, which joins the row of its update.
+    A row has no key for an empty cell. A last line without a line break, which a kill has cut
+    short, is neither counted nor returned. Older versions wrote two rows for an update with an
+    evaluation, and these are merged.
     """
     header, *lines = content.decode("utf-8-sig", errors="replace").split("\n")[:-1] or [""]
     columns = header.rstrip("\r").split(",")
@@ -312,7 +322,7 @@ def parse_rows(content: bytes) -> tuple[list[dict[str, float]], int]:
 
 
 def parse_row(columns: list[str], cells: list[str]) -> dict[str, float] | None:
-    """Returns a row of metrics.csv, or None if the cells are none."""
+    """Returns the cells as a row of metrics.csv, or None if they are not a valid row."""
     named = dict(zip(columns, cells, strict=False))
     if not len(named) == len(columns) == len(cells) or not named.keys() <= set(COLUMNS):
         return None
@@ -353,6 +363,7 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """Returns the name of the CPU's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(

@@ -259,7 +259,7 @@ def test_the_data_set_is_the_runs(source, count, expected, swin_run):
         classes=tuple(map(str, range(count))),
     )
     cfg = export.ExportConfig(checkpoint="x", robustbench="y")
-    assert export.model_info(cfg, trained)["dataset"] == expected
+    assert export.make_model_info(cfg, trained)["dataset"] == expected
 
 
 @pytest.mark.parametrize("norm", ["Linf", None])

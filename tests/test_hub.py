@@ -14,7 +14,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from fastgn import evaluate, train
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import UserError
-from fastgn.hub import timm_config
+from fastgn.hub import make_timm_config
 from fastgn.models.network import build_model
 
 SWIN = (
@@ -94,10 +94,10 @@ def test_what_timms_arguments_can_express(name: str, activation: str | None, exp
     weights = model.backbone.state_dict()
     if not expressed:
         with pytest.raises(UserError, match=r"timm's (arguments cannot|networks)") as caught:
-            timm_config(cfg, weights, ("a", "b", "c"), 0.9)
+            make_timm_config(cfg, weights, ("a", "b", "c"), 0.9)
         assert "\n" not in str(caught.value)
         return
-    config = timm_config(cfg, weights, ("a", "b", "c"), 0.9)
+    config = make_timm_config(cfg, weights, ("a", "b", "c"), 0.9)
     assert ("act_layer" in config["model_args"]) == (activation is not None)
     assert config["pretrained_cfg"]["crop_pct"] == 0.9
 

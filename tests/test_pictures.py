@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from fastgn.analysis import canvas, figures, pareto
-from fastgn.analysis.canvas import short, to_png
+from fastgn.analysis.canvas import shorten, to_png
 
 NAMES = (
     "$x_",
@@ -60,9 +60,9 @@ def test_any_name_can_be_drawn(kind: str, name: str) -> None:
 def test_any_text_can_be_drawn(text: str) -> None:
     figure = Figure(figsize=(2, 1))
     figure.text(0, 0, text)
-    figure.text(0, 0, short(text))
+    figure.text(0, 0, shorten(text))
     assert to_png(figure).startswith(b"\x89PNG")
-    assert len(short(text)) <= 41 and "\n" not in short(text)
+    assert len(shorten(text)) <= 41 and "\n" not in shorten(text)
 
 
 @pytest.fixture

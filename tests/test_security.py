@@ -234,8 +234,8 @@ def trained() -> Trained:
 
 
 def check_name_is_a_literal(trained: Trained, name: str) -> None:
-    benign = export.definition(trained)
-    source = export.definition(Trained(name, trained.model, trained.cfg, trained.classes))
+    benign = export.write_definition(trained)
+    source = export.write_definition(Trained(name, trained.model, trained.cfg, trained.classes))
     assert shape_of(source) == shape_of(benign)
     assert assigned(source, "NAME") == name
     source.encode()

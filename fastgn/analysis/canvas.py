@@ -37,7 +37,7 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     return out.getvalue()
 
 
-def short(name: str, limit: int = 40) -> str:
+def shorten(name: str, limit: int = 40) -> str:
     """Returns a name on one line of at most `limit` characters, its middle left out if longer.
 
     A leading underscore gets a space before it, because matplotlib leaves labels that begin with

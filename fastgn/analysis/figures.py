@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from fastgn.analysis.canvas import log_axis, short, to_png
+from fastgn.analysis.canvas import log_axis, shorten, to_png
 from fastgn.analysis.statistics import edge_correlation
 from fastgn.analysis.tables import format_radius
 from fastgn.objectives import edge_energy
@@ -31,7 +31,7 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
     rows: the rows of metrics.csv.
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    figure.suptitle(short(title, 100))
+    figure.suptitle(shorten(title, 100))
     panels = figure.subplots(1, 3)
     groups = (
         ("loss", {"loss": "total", "ce": "cross-entropy", "penalty": "penalty"}),
@@ -101,7 +101,7 @@ def draw_pictures(
     differ, because the norms of their gradients may differ by orders of magnitude.
     """
     rows, columns = len(images_BCHW), 2 + 3 * len(views)
-    names = [short(name, 12) for name in classes]
+    names = [shorten(name, 12) for name in classes]
     figure = Figure(figsize=(1.35 * columns + 0.2, 1.52 * rows + 1.1), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     edges = edge_energy(images_BCHW)
@@ -134,7 +134,7 @@ def draw_pictures(
     grid[0][1].set_title("edges", fontsize=9)
     for index, view in enumerate(views):
         heads = (
-            f"{short(view.name, 20)}\ninput gradient",
+            f"{shorten(view.name, 20)}\ninput gradient",
             f"perturbation\n(±{format_radius(largest)})",
             "attacked\n(before → after)",
         )
@@ -176,7 +176,7 @@ def draw_robust_curve(
     unit = 255 if norm == "Linf" else 1
     for name, rows in curves.items():
         points = sorted((unit * row["eps"], row["accuracy"]) for row in rows)
-        axes.plot(*zip(*points, strict=True), label=short(name), marker=".")
+        axes.plot(*zip(*points, strict=True), label=shorten(name), marker=".")
     axes.set_title(f"accuracy under {attack}: {subset}", fontsize=10)
     axes.set_xlabel("Linf eps (1/255)" if norm == "Linf" else f"{norm} eps")
     axes.set_ylabel("accuracy")
@@ -205,7 +205,7 @@ def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
     for index, (name, norm) in enumerate(values.items()):
         colour, zeros, median = f"C{index}", int((norm == 0).sum()), float(np.median(norm))
         text = f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
-        label = f"{short(name)} (median {text}" + (f", {zeros} are 0)" if zeros else ")")
+        label = f"{shorten(name)} (median {text}" + (f", {zeros} are 0)" if zeros else ")")
         shares = np.full(len(norm), 1 / len(norm))
         axes.hist(norm, bins, weights=shares, histtype="stepfilled", alpha=0.25, color=colour)
         axes.hist(norm, bins, weights=shares, histtype="step", color=colour, label=label)
@@ -230,7 +230,7 @@ def draw_norm_against_epoch(rows: Mapping[str, Sequence[tuple[float, float]]]) -
     axes = figure.subplots()
     for name, points in rows.items():
         marker = "." if len(points) < 40 else None
-        axes.plot(*zip(*sorted(points), strict=True), label=short(name), marker=marker)
+        axes.plot(*zip(*sorted(points), strict=True), label=shorten(name), marker=marker)
     log_axis(axes, "y", [norm for points in rows.values() for _, norm in points])
     axes.set_title("mean L1 norm of the input gradient", fontsize=10)
     axes.set_xlabel("epoch")

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from fastgn.analysis.canvas import short, to_png
+from fastgn.analysis.canvas import shorten, to_png
 from fastgn.analysis.figures import GREEN
 
 
@@ -53,6 +53,6 @@ def draw_pareto(trials: Sequence[dict[str, Any]], best: int | None, title: str) 
         # the axes end at 0 and 1, because an accuracy lies between them
         axes.set_xlim(max(0, axes.get_xlim()[0]), min(1, axes.get_xlim()[1]))
         axes.set_ylim(max(0, axes.get_ylim()[0]), min(1, axes.get_ylim()[1]))
-    axes.set(xlabel="clean accuracy", ylabel="accuracy under PGD-10", title=short(title, 48))
+    axes.set(xlabel="clean accuracy", ylabel="accuracy under PGD-10", title=shorten(title, 48))
     axes.grid(alpha=0.3)
     return to_png(figure)
