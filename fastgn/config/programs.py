@@ -121,8 +121,8 @@ class BareWeightsConfig(Options):
         for field in dataclasses.fields(BareWeightsConfig):
             check(
                 self.model is not None or not getattr(self, field.name),
-                f"--{format_flag(field.name)} describes a file that holds only weights: add --model "
-                "NAME, or leave it out for a run of fastgn.train",
+                f"--{format_flag(field.name)} describes a file that holds only weights: add "
+                "--model NAME, or leave it out for a run of fastgn.train",
             )
 
 
