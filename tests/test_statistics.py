@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.analysis import figures, outcomes, statistics
+from fastgn.analysis import figures, statistics
+from fastgn.analysis.attacker import Attacker
 from fastgn.errors import UserError
 from fastgn.objectives import edge_energy
 
@@ -240,9 +241,9 @@ def constant_images() -> tuple[Tensor, Tensor]:
 
 def outcomes_of(model: Threshold, eps: float, steps: int) -> str:
     images, labels = constant_images()
-    attacker = outcomes.Attacker("Linf", 0, 6, torch.device("cpu"))
-    clean = attacker.correct(model, images, labels, range(6), "clean", 0.0, None)
-    right = attacker.correct(model, images, labels, range(6), f"pgd-{steps}", eps, clean)
+    attacker = Attacker("Linf", 0, 6, torch.device("cpu"))
+    clean = attacker.find_correct(model, images, labels, range(6), "clean", 0.0, None)
+    right = attacker.find_correct(model, images, labels, range(6), f"pgd-{steps}", eps, clean)
     return "".join("01"[x] for x in right)
 
 
