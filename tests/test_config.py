@@ -235,7 +235,7 @@ REFUSED = [
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
     ("--epochs", "3.5", "3.5"),
-    ("--eps", "four", "--eps 'four' should be a number"),
+    ("--eps", "four", "--eps 'four' should be a number, such as 0.5 or 4/255"),
 ]
 
 

@@ -155,7 +155,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(more, expected, tmp_path, caps
             "4",
             "it must be at least 0 and at most 1: eps counts in 0..1 pixel units, write 4/255",
         ),
-        ("--eps", "four", "--eps 'four' should be a number"),
+        ("--eps", "four", "--eps 'four' should be a number, such as 0.5 or 4/255"),
         ("--eps", "4/0", "'4/0' divides by 0"),
         ("--epochs", "3.5", "'3.5'"),
         ("--method", "gradnrom", "--method 'gradnrom': did you mean 'gradnorm'?"),

@@ -267,6 +267,7 @@ def test_models_that_cannot_be_judged(run: Path) -> None:
         "probabilities": lambda z: z.softmax(1),
         "not finite": lambda z: z / 0,
         "each time": lambda z: z + torch.randn_like(z),
+        "cut off from the images": lambda z: z.detach(),
     }
     for expected, change in cases.items():
         with pytest.raises(evaluate.UserError, match=expected):

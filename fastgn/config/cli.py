@@ -188,7 +188,7 @@ def translate_refusal(text: str, kind: type) -> str:
     if found := re.match(r"(--[\w-]+): invalid literal for int\(\) with base 10: '(.*)'", line):
         return f"{found[1]} {found[2]!r} should be a whole number"
     if found := re.match(r"(--[\w-]+): could not convert string to float: '(.*)'", line):
-        return f"{found[1]} {found[2]!r} should be a number"
+        return f"{found[1]} {found[2]!r} should be a number, such as 0.5 or 4/255"
     return line
 
 
