@@ -361,7 +361,7 @@ def test_no_memory_for_the_images_is_one_line(
     def refuse(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(cost, "Bench", refuse)
+    monkeypatch.setattr(cost, "UpdateBench", refuse)
     files = ["--output", str(tmp_path / "x.json"), "--plot", str(tmp_path / "x.png")]
     assert cost.main([*files, *TINY]) == 2
     said = capsys.readouterr().err
