@@ -1,8 +1,8 @@
 """Adversarial attacks, used by training and evaluation.
 
 Attacks compute input gradients and never weight gradients. Shapes: B images, C channels, H x W
-pixels, K classes. Images lie in 0..1. eps is in the same units and bounds the norm, Linf or L2, of
-the perturbation, which is the difference between the attacked image and the original.
+pixels, K classes. Images lie in 0..1. A perturbation is the difference between the attacked image
+and the original. eps bounds its norm, Linf or L2, in the same units as the images.
 """
 
 import contextlib

@@ -126,8 +126,8 @@ def session(
     device: auto, cpu or cuda. rank_timeout: minutes after which a rank that gives no sign of life
     ends the job. meeting_timeout: time that hosts wait for a rank that is alive.
 
-    Raises UserError if CUDA is demanded but missing, if there are more processes than GPUs, if
-    torchrun's variables are incomplete, or if the connection to another rank is lost.
+    Raises UserError if CUDA is demanded but missing, or if there are more processes than GPUs. Also
+    raises UserError if torchrun's variables are incomplete, or if the connection to a rank is lost.
     """
     rank, size, local_rank = read_ranks()
     has_cuda = torch.cuda.is_available()

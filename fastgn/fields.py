@@ -75,7 +75,7 @@ class PathRule:
     whole_bytes: int = 4095
     """Largest number of bytes in the whole path."""
 
-    def refusal(self, text: str) -> str | None:
+    def find_fault(self, text: str) -> str | None:
         """Returns what is wrong with a path, or None."""
         try:
             content = text.encode()
@@ -126,7 +126,7 @@ def check_path(name: str, text: str) -> None:
 
     name: what the message calls the path, such as a flag.
     """
-    reason = PATH.refusal(text)
+    reason = PATH.find_fault(text)
     shown = repr(text) if len(text) < 60 else f"{text[:40]!r}..."
     check(reason is None, f"{name} {shown} is not a valid path: {reason}")
 

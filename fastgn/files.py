@@ -384,7 +384,7 @@ class Plain:
         if value is None or type(value) in (bool, int, float, str):
             return value
         if isinstance(value, torch.Tensor):
-            return self.tensor(value, where)
+            return self.copy_tensor(value, where)
         if isinstance(value, torch.dtype):
             return value
         if not isinstance(value, (dict, list, tuple)):
@@ -411,7 +411,7 @@ class Plain:
         self.copies[id(value)] = copy
         return copy
 
-    def tensor(self, value: "Tensor", where: str) -> "Tensor":
+    def copy_tensor(self, value: "Tensor", where: str) -> "Tensor":
         """Returns a tensor without its history and attributes.
 
         Raises UserError unless it is dense, on the CPU, has plain numbers and is not larger than

@@ -296,7 +296,7 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
     notes: lines about the images and the loader. state: the checkpoint that the run continues.
     """
     cfg, resolved = run.cfg, run.resolved
-    for line in report.lines(cfg.architecture):
+    for line in report.format_lines(cfg.architecture):
         run.print(line)
     if cfg.dataset.data is None and cfg.dataset.data_dir is None:
         size = resolved.img_size

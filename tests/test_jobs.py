@@ -214,7 +214,10 @@ def test_a_folder_that_takes_nothing_is_one_line(
             "RANK=2 LOCAL_RANK=0 MASTER_PORT=1 contradict each other",
         ),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1 "),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 make no"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"},
+            "MASTER_PORT=99999 contradict each other",
+        ),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x "),
     ],
 )

@@ -339,7 +339,8 @@ def test_fused_attention_is_switched_off_and_a_second_derivative_exists(name, at
     model, report = tiny(name)
     assert report.unfused_attentions == attentions
     assert not any(getattr(m, "fused_attn", False) for m in model.modules())
-    assert any("double backward" in line for line in report.lines(ArchitectureConfig(model=name)))
+    lines = report.format_lines(ArchitectureConfig(model=name))
+    assert any("double backward" in line for line in lines)
     images = torch.rand(2, 3, model.img_size, model.img_size)
     assert float(second_derivative(model, images).sum()) > 0
 
@@ -393,10 +394,10 @@ def test_the_kernels_are_put_in_and_counted(name, keys, counts):
     model, report = build_model(cfg, 5, kernels="triton")
     assert fused_kinds(plain) == [] and len(fused_kinds(model)) == sum(counts.values())
     assert report.fused == counts and report.not_fused == {} and untouched.fused is None
-    (line,) = [line for line in report.lines(cfg) if line.startswith("kernels: ")]
+    (line,) = [line for line in report.format_lines(cfg) if line.startswith("kernels: ")]
     expected = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no module has one"
     assert line == f"kernels: {expected}"
-    assert not any(line.startswith("kernels") for line in untouched.lines(cfg))
+    assert not any(line.startswith("kernels") for line in untouched.format_lines(cfg))
     assert differences(model.state_dict(), plain.state_dict()) == []
     images = torch.rand(2, 3, model.img_size, model.img_size)
     torch.testing.assert_close(model.eval()(images), plain.eval()(images))
@@ -415,7 +416,7 @@ def test_what_has_no_kernel_is_named():
     cfg = ArchitectureConfig(model="swin_t", **keys)
     _, report = build_model(cfg, 5, kernels="triton")
     assert report.fused == {"layer_norm": 11, "gelu": 4}
-    assert report.lines(cfg)[-1] == (
+    assert report.format_lines(cfg)[-1] == (
         "kernels: 4 left out, such as layers.0.blocks.0.attn: it drops attention weights"
     )
 

@@ -146,7 +146,7 @@ def update(model: Any, images: Tensor) -> list[Tensor]:
 def test_networks_train_under_the_penalty(name):
     model, report = build(name)
     assert report.replaced_operators == REPLACED[name]
-    (line,) = [x for x in report.lines(ArchitectureConfig(name)) if "second derivative" in x]
+    (line,) = [x for x in report.format_lines(ArchitectureConfig(name)) if "second derivative" in x]
     assert line.startswith("replaced because their second derivative is missing or NaN: ")
     images = torch.rand(4, 3, model.img_size, model.img_size)
     images[0] = 0.5

@@ -883,7 +883,7 @@ def test_another_head_and_size_are_adapted_on_request(swin, tmp_path, capsys):
         build_model(start, 3)
     torch.manual_seed(5)
     model, report = build_model(ArchitectureConfig(**{**start.__dict__, "adapt_weights": True}), 3)
-    (line,) = [x for x in report.lines(start) if x.startswith("initial weights: ")]
+    (line,) = [x for x in report.format_lines(start) if x.startswith("initial weights: ")]
     assert "head.fc.weight, head.fc.bias are initialised at random" in line
     assert "2 tables resized" in line
     mine, theirs = model.backbone.state_dict(), swin.backbone.state_dict()

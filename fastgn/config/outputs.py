@@ -42,8 +42,8 @@ def check_written(
 ) -> None:
     """Raises UserError if a program would overwrite a file that it should keep.
 
-    That is the case if two options name the same file, if a file is also read, if it belongs to a
-    run, or if it exists and is of another kind than the option writes.
+    It refuses two options that name the same file, a file that is also read, and a file of a run.
+    It also refuses an existing file of another kind than the option writes.
 
     written: option -> file that it writes. read: pairs of option and file that it reads.
     """

@@ -177,9 +177,9 @@ def read_digits() -> Dataset:
 def read_cifar10(data_dir: str | None) -> Dataset:
     """Returns CIFAR-10 from `data_dir`, or downloads it if that is None.
 
-    data_dir is an .npz file with train_images (uint8, NHWC), train_labels, test_images and
-    test_labels, a folder with the python batches, or a folder with train/<class>/ and
-    test/<class>/.
+    data_dir can be an .npz file with train_images, train_labels, test_images and test_labels, where
+    images are NHWC, uint8. It can also be a folder with the python batches, or a folder with
+    train/<class>/ and test/<class>/.
     """
     path = Path(data_dir) if data_dir else None
     notes: tuple[str, ...] = ()

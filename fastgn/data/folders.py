@@ -97,7 +97,7 @@ class Walk:
         self.left_out["outside the folders of classes"] += not folder
         return folder
 
-    def images(self) -> Iterator[tuple[int, str, str]]:
+    def find_images(self) -> Iterator[tuple[int, str, str]]:
         """Yields (index of the class, folder, name of the file) for each image."""
         waiting, links = [*enumerate(self.roots)], list[tuple[int, str]]()
         while waiting or links:
@@ -153,12 +153,12 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 def find_images(folder: Path, option: str) -> Tree:
     """Finds all images of a split in the folders of its classes.
 
-    Raises UserError, which begins with `option`, if a folder cannot be read, if a class has no
-    image, or if two classes are the same folder.
+    Raises UserError if a folder cannot be read, if a class has no image, or if two classes are the
+    same folder. The message begins with `option`.
     """
     walk = Walk(folder, option)
     classes = [os.path.basename(path) for path in walk.roots]
-    found = sorted(walk.images())
+    found = sorted(walk.find_images())
     labels = [number for number, _, _ in found]
     tree = Tree(
         classes, [os.path.join(path, name) for _, path, name in found], labels, +walk.left_out

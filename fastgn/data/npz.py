@@ -61,8 +61,8 @@ LABELS = Field("integers", ("N", "N x 1"))
 def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, Any]:
     """Returns the named arrays of a file. Text becomes a string or a list of strings.
 
-    Raises UserError, which begins with `where`, if the file is not an .npz or is damaged, if an
-    array is missing or not as its field demands, or if the arrays would fill the memory.
+    Raises UserError if the file is not an .npz or is damaged, or if an array is missing or does not
+    match its field. Arrays that would fill the memory are refused too. Messages begin with `where`.
     """
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:

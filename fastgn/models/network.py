@@ -94,7 +94,7 @@ class ModelReport:
     adapted: Adapted | None = None
     """How the initial weights were changed to fit. None means that the network starts at random."""
 
-    def lines(self, cfg: ArchitectureConfig) -> list[str]:
+    def format_lines(self, cfg: ArchitectureConfig) -> list[str]:
         """Returns the report as lines for the log."""
         out = [f"{cfg.model}: {self.parameters / 1e6:.2f} M parameters"]
         if self.adapted:
@@ -183,9 +183,10 @@ def build_model(
 ) -> tuple[Classifier, ModelReport]:
     """Returns the configured network on the CPU, in fp32, and a report about it.
 
-    kernels: "triton" or "reference", see `choose_kernels`. Raises UserError if a name, argument or
-    activation is unknown, if the network cannot take the image size, or if the initial weights are
-    missing or belong to another network.
+    kernels: "triton" or "reference", see `choose_kernels`.
+
+    Raises UserError if a name or an argument is unknown, or if the network cannot take the image
+    size. Also raises UserError if the initial weights are missing or belong to another network.
     """
     check(
         cfg.num_classes in (None, num_classes),
@@ -243,7 +244,7 @@ def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -
 
 
 def check_logits(logits: Any, images: int, classes: int, cfg: ArchitectureConfig) -> None:
-    """Raises UserError unless a network has given logits for so many images and classes."""
+    """Raises UserError unless a network's output has the shape `(images, classes)`."""
     given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     check(
         given == (images, classes),

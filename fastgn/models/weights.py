@@ -70,8 +70,8 @@ def load_weights(
 ) -> Adapted:
     """Loads a state dict with timm's keys into a network. A prefix that all keys share is removed.
 
-    adapt: whether to resize position tables to the network's image size with timm's filter, and to
-    keep the random head if the number of classes differs.
+    adapt: whether to resize position tables to the network's image size with timm's filter. If the
+    number of classes differs, the network then keeps its random head.
 
     Raises UserError, which begins with `source`, if the weights belong to another network, or to a
     network with another normalisation.
@@ -273,9 +273,10 @@ def find_state_dict(content: Any) -> dict[str, Tensor]:
 def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
     """Returns a Swin's state dict with timm 1.0's keys, from one of the paper's checkpoints.
 
-    The paper's checkpoints have the keys of timm 0.6. In that version a stage ends with the
-    downsampling that now begins the next stage, the classifier is `head` instead of `head.fc`, and
-    buffers that follow from the shape are stored. Keys of timm 1.0 are accepted unchanged.
+    The paper's checkpoints have the keys of timm 0.6. In that version the downsampling belongs to
+    the end of a stage, and in timm 1.0 to the beginning of the next one. The classifier is `head`
+    instead of `head.fc`. Buffers that follow from the shape are stored, too. Keys of timm 1.0 are
+    accepted unchanged.
 
     weights: the state dict, or a dict that holds it below one of WRAPPINGS. Its keys may have the
     prefixes `1.`, `model.` or `module.` of a network behind a normalisation. Tensors are not
