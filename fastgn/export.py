@@ -349,7 +349,7 @@ def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
         check(
             cfg.dataset is None,
             f"--dataset {cfg.dataset} has {expected} classes, and {trained.name} has "
-            f"{len(trained.classes)}",
+            f"{len(trained.classes)}: leave --dataset out",
         )
         dataset = None
     start = trained.cfg.architecture

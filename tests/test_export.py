@@ -291,7 +291,10 @@ def test_what_the_user_says_is_in_the_record(swin_run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--dataset", "imagenet"], "--dataset imagenet has 1000 classes, and swin has 10"),
+        (
+            ["--dataset", "imagenet"],
+            "--dataset imagenet has 1000 classes, and swin has 10: leave --dataset out",
+        ),
         (["--evaluation", "no.json"], "--evaluation no.json cannot be read: No such file"),
         (["--eps", "4"], "--eps 4 is out of range"),
         (["--eps", "0"], "--eps 0 is out of range: it must be above 0"),
