@@ -12,6 +12,7 @@ from timm.data import auto_augment
 from torchvision.transforms import functional
 
 from fastgn.config.groups import AugmentationConfig
+from fastgn.data import transform as transform_module
 from fastgn.data.dali import draws
 from fastgn.data.dali.draws import Drawn, Kind, Layer, Recipe
 from fastgn.data.dali.jpeg import plain_size
@@ -60,10 +61,10 @@ def spied(monkeypatch: pytest.MonkeyPatch, transform: Any, seen: list) -> None:
     flip = noting(functional.hflip, "flip", seen)
     monkeypatch.setattr("torchvision.transforms.transforms.F.hflip", flip)
     for step in transform.transforms:
-        for op in draws.operations(step):
+        for op in transform_module.list_operations(step):
             if op.aug_fn is auto_augment.solarize_add:
                 op.aug_fn = noting(op.aug_fn, "solarize_add", seen)
-            elif op.aug_fn is draws.posterize:
+            elif op.aug_fn is transform_module.posterize:
                 op.aug_fn = noting(op.aug_fn, "posterize_to", seen)
 
 
@@ -207,7 +208,7 @@ def test_no_bits_make_black():
     assert np.array(op(picture(9, 9))).max() == 0
     for bits in (1, 4, 8):
         image = picture(9, 9)
-        ours = draws.posterize(image, bits)
+        ours = transform_module.posterize(image, bits)
         assert np.array_equal(ours, auto_augment.posterize(image, bits))
 
 
