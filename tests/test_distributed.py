@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from fastgn import attacks, checkpoint, distributed, evaluate, setup, train
+from fastgn import attacks, checkpoint, distributed, errors, evaluate, setup, train
 from fastgn.checkpoint import find_checkpoint
 from fastgn.config.cli import parse_config
 from fastgn.errors import UserError
@@ -393,7 +393,7 @@ def fail_on_the_second_rank(args: list[str], mistake: str) -> int:
         assert torch.distributed.is_initialized(), "left the others, whose collectives now fail"
         time.sleep(seconds / 10)
 
-    distributed.time = type("Clock", (), {"sleep": sleep})  # type: ignore[assignment]
+    errors.time = type("Clock", (), {"sleep": sleep})  # type: ignore[assignment]
     if os.environ["RANK"] == "1":
 
         def mistaken(*args: Any) -> Any:

@@ -16,14 +16,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastgn import evaluate, export, lock, sweep, train
+from fastgn.analysis import report
 from fastgn.analysis.canvas import to_png
-from fastgn.analysis.report import PAGE
 from fastgn.checkpoint import Checkpoints
 from fastgn.config.outputs import RUN_FILES
 from fastgn.config.programs import CheckConfig, EvaluateConfig
 from fastgn.data import check, pack
 from fastgn.errors import UserError
 
+TEMPLATE = Path(report.__file__).with_name("report.html.jinja")
 MAINS = {
     "train": (train.main, ["--output", "run"]),
     "evaluate": (evaluate.main, ["--checkpoint", "run"]),
@@ -235,7 +236,7 @@ def test_an_evaluation_replaces_its_own_files_and_empty_ones(tmp_path):
     record = {"norm": "Linf", "eps_units": "0..1 pixels", "seed": 0, "models": []}
     made = {
         "output": json.dumps(record, indent=2).encode(),
-        "report": PAGE.template.encode(),
+        "report": TEMPLATE.read_bytes().partition(b"#}\n")[2],
         "curve": to_png(Figure()),
         "picture": to_png(Figure()),
     }
