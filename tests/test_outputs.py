@@ -117,7 +117,7 @@ def test_a_write_that_fails_says_why(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:
-        with pytest.raises(UserError, match="cannot be written: File too large; what was there"):
+        with pytest.raises(UserError, match="cannot be written: File too large; an existing file"):
             Checkpoints(tmp_path, 1).save(small_state(1, model={"weight": torch.ones(50_000)}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -274,10 +274,11 @@ def test_a_sweep_replaces_no_file_that_is_not_its_own(tmp_path, capsys):
     expected = f"its file {recipe} would overwrite the file of --recipe"
     refuses(sweep.main, [*study, "--recipe", str(recipe)], expected, tmp_path, capsys)
     pytest.importorskip("optuna")
-    refuses(sweep.main, study, f"would overwrite {recipe}, which is no file of", tmp_path, capsys)
+    expected = f"would overwrite {recipe}, which does not belong to this study"
+    refuses(sweep.main, study, expected, tmp_path, capsys)
     recipe.unlink()
     (tmp_path / "s").write_text("mine")
-    expected = f"{tmp_path / 's'}, where its runs should go, is no folder"
+    expected = f"{tmp_path / 's'}, where its runs would go, is not a folder"
     refuses(sweep.main, study, expected, tmp_path, capsys)
 
 
