@@ -11,6 +11,7 @@ from odd import PICTURE, run_args, write_tree
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing
+import fastgn.data.torch as torch_loader
 from fastgn import train
 from fastgn.data.datasets import Files
 from fastgn.data.torch import map_in_workers
@@ -87,3 +88,22 @@ def test_check_and_pack_end_with_a_line(images, standstill, tmp_path, capsys):
         assert "has made nothing for 1 s" in line
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_does_not_kill_a_worker_that_starts(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun and SLURM send signals to workers as well, at any time of their life."""
+    set_up = torch_loader.set_up_worker
+
+    def receive_then_set_up(worker: int) -> None:
+        os.kill(os.getpid(), number)
+        set_up(worker)
+
+    def is_held(index: int) -> bool:
+        return number in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    monkeypatch.setattr(torch_loader, "set_up_worker", receive_then_set_up)
+    assert list(map_in_workers(is_held, range(3), 1, 60.0)) == [False, False, False]
+    assert not is_held(0), "in the main process"

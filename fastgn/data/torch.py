@@ -24,6 +24,7 @@ from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
 from fastgn.data.transform import build_train_transform
 from fastgn.errors import UserError
+from fastgn.extras import STOPS
 from fastgn.seeding import Stream, seed_all, seed_host
 
 Key = tuple[int, int]
@@ -109,8 +110,9 @@ def load_in_workers(
         generator=torch.Generator(),
         **options,
     )
-    iterator = iter(loader)
-    open_iterators.add(iterator)
+    with hold_signals():
+        iterator = iter(loader)
+        open_iterators.add(iterator)
     try:
         yield from iterator
     except UserError as error:  # the message of a worker begins with its traceback
@@ -125,6 +127,20 @@ def load_in_workers(
         raise explain_worker_death(dead) or dead from None
     finally:
         stop_workers(iterator)
+
+
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """Holds SIGINT and SIGTERM back until the block has ended.
+
+    A process that starts inside the block holds them back as well, until `set_up_worker` ignores
+    them. Otherwise a signal to the process group would kill a worker that has just started.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 open_iterators: weakref.WeakSet = weakref.WeakSet()
@@ -216,8 +232,9 @@ def set_up_worker(worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # the thread that sends tensors would print an error if the main process has gone
     sys.excepthook = lambda *error: None
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class TorchLoader:
