@@ -42,11 +42,14 @@ from benchmarks.common.arguments import ROOT, make_parser, slugify
 from benchmarks.common.records import read_json, write_json
 
 LAST_LINES = 15
-"""Lines of output that report.json keeps of a command that failed. logs/ has all."""
+"""Number of lines of a failed command's output that report.json keeps. logs/ has all lines."""
 PROFILES_S = 45
-"""Seconds that cost.py takes after the last arm for which --minutes has room."""
+"""Seconds that cost.py still needs when its --minutes are over, for the profiles of the update."""
 LEAST_S = 20
-"""No part begins with fewer seconds left, because imports and compilation take them."""
+"""If fewer seconds than this are left, no further part of the report begins.
+
+Imports and compilation take about that long.
+"""
 
 STAND_INS = {
     "tyro": """
@@ -74,53 +77,56 @@ torch.load_file = torch.load = torch.save = torch.save_file = _missing
 sys.modules["safetensors.torch"] = torch
 """,
 }
-"""Module -> code that lets fastgn import it on a machine that lacks it, and that raises at any use.
+"""Name of a package -> code that is imported in its place on a machine without that package.
 
-The code is written into a folder that comes last on the parts' path."""
+The code lets fastgn import the package, and raises an error if it is used. The file with the code
+comes last on the import path.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One question, and the commands that answer it."""
+    """One part of the report: a question, and the commands that answer it."""
 
     name: str
     what: str
-    """Description."""
+    """Description of the question, for the summary."""
     commands: Sequence[Sequence[str]]
-    """Arguments of Python, one sequence per command. The commands run at the same time."""
+    """Command-line arguments for Python, one sequence per command. The commands run at the same
+    time."""
     limit_s: float
-    """Seconds after which the part is ended."""
+    """Seconds after which the commands are ended."""
     needs: Sequence[str] = ()
-    """Packages without which the part is skipped."""
+    """Packages that the commands import. If one is not installed, the part is skipped."""
     files: Sequence[str] = ()
-    """Files that the part writes into the folder."""
+    """Names of the files that the commands write into the report's folder."""
     beside: bool = False
-    """Whether it runs at the same time as the part before it. Neither of them measures time."""
+    """Whether this part runs at the same time as the part before. Neither of them measures time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Properties of a machine that the parts depend on."""
+    """Properties of a machine on which the parts of the report depend."""
 
     device: str
     capability: tuple[int, int] | None
-    """Compute capability, None without a GPU."""
+    """Compute capability of the GPU, None without a GPU."""
     smoke: bool
 
     @property
     def slug(self) -> str:
-        """Name of the device as a part of file names."""
+        """Name of the GPU in a form for file names, such as nvidia_h200."""
         return slugify(self.device)
 
     @property
     def precisions(self) -> list[str]:
-        """Precisions of the step, in the order of measurement."""
+        """Precisions in which the training step is measured, in the order of measurement."""
         modern = self.capability is not None and self.capability >= (8, 0)
         return ["bf16", "fp32", "tf32", "bf16-pure"] if modern else ["fp32"]
 
     @property
     def notes(self) -> list[str]:
-        """Warnings that begin and end the report."""
+        """Warnings about this machine. They are printed at the beginning and end of the report."""
         if self.capability is None:
             return ["NO GPU: toy sizes on a CPU, these times mean nothing"]
         notes = ["toy sizes: these times mean nothing"] if self.smoke else []
@@ -139,9 +145,10 @@ def this_machine(smoke: bool) -> Machine:
 
 
 def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
-    """Returns every part in the order of their value.
+    """Returns all parts of the report, the most important first.
 
-    The limits of the first parts add up to 530 s. A part that ends early leaves its time to others.
+    folder: folder of the report. The time limits of the first parts add up to 530 s. A part that
+    ends early leaves its time to the parts after it.
     """
     smoke = machine.smoke
     trainer = ("timm", "torchvision", "numpy")
@@ -159,7 +166,11 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
         return script("step.cost", "--precision", precision, *size, *options, output=output)
 
     def timed_cost(precision: str, limit_s: float, *options: object, suffix: str = "") -> Part:
-        """Returns a part that times the step. cost.py leaves out what does not fit the limit."""
+        """Returns a part that times the training step with cost.py.
+
+        cost.py leaves out what does not fit into the time limit. suffix: end of the name of its
+        record.
+        """
         file = f"cost_{'toy' if smoke else 'swin_b'}_{machine.slug}_{precision}{suffix}.json"
         if not smoke:
             options = ("--minutes", round((limit_s - PROFILES_S) / 60, 2), *options)
@@ -267,7 +278,8 @@ def run(
 ) -> list[tuple[int | None, float]]:
     """Runs Python with the arguments of each command, all at the same time.
 
-    Returns exit statuses, None beyond the limit, and seconds. Ends all that they started.
+    Returns an exit status and seconds for each command. The status is None if the time limit ended
+    it. Processes that a command has started are ended, too. logs: one output file per command.
     """
     began = time.monotonic()
     processes: list[subprocess.Popen] = []
@@ -307,7 +319,10 @@ def run(
 
 
 def last_lines(log: Path, number: int) -> list[str]:
-    """Returns the last lines that a terminal would show. A progress bar is its last state."""
+    """Returns the last lines of a log as a terminal would show them.
+
+    A progress bar, which rewrites its line, counts as one line.
+    """
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in lines]
     return [line[:300] for line in lines if line][-number:]
@@ -319,9 +334,9 @@ def missing(names: Sequence[str]) -> list[str]:
 
 
 def environment_of_parts(folder: Path) -> dict[str, str]:
-    """Returns the environment of the parts.
+    """Returns the environment variables for the commands of the report.
 
-    The checkout comes first on the path, and stand-ins for missing packages come last. The
+    The checkout comes first on the import path, and stand-ins for missing packages come last. The
     compiler's caches are in the folder, unless the environment says where they are.
     """
     stand_ins = folder / "stand_ins"
@@ -340,7 +355,7 @@ def environment_of_parts(folder: Path) -> dict[str, str]:
 
 
 def digest_of_sources() -> str:
-    """Returns a digest of all that a part can run. A copy without git has it, too."""
+    """Returns a digest of all source files that the report can run. It does not need git."""
     digest = hashlib.sha256()
     for room in ("benchmarks", "fastgn", "kernels", "tests"):
         for path in sorted((ROOT / room).rglob("*")):
@@ -350,7 +365,7 @@ def digest_of_sources() -> str:
 
 
 def commit_of_checkout() -> str | None:
-    """Returns the commit of the checkout, None if it is unknown."""
+    """Returns the commit of the checkout, or None if git or its folder is missing."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
@@ -360,7 +375,7 @@ def commit_of_checkout() -> str | None:
 
 
 class Report:
-    """Writes report.json, and runs the parts that it is about."""
+    """Runs the parts of the report, and writes their results to report.json after each."""
 
     def __init__(
         self,
@@ -381,11 +396,15 @@ class Report:
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in before}
 
     def commands(self, part: Part) -> list[list[str]]:
-        """Returns a part's commands without the path of the folder, which can be moved."""
+        """Returns a part's commands, with FOLDER in place of the folder's path, which can
+        change."""
         return [[x.replace(str(self.folder), "FOLDER") for x in c] for c in part.commands]
 
     def same(self, part: Part) -> dict[str, Any] | None:
-        """Returns the entry of an earlier call that asked for the same, else None."""
+        """Returns the earlier result of a part, or None if it has none.
+
+        A result from other sources, another device or other commands does not count.
+        """
         entry = self.entries.get(part.name)
         key = self.key | {"commands": self.commands(part)}
         if entry is None or any(entry.get(name) != value for name, value in key.items()):
@@ -393,7 +412,10 @@ class Report:
         return entry
 
     def add(self, part: Part, status: str, **more: Any) -> dict[str, Any]:
-        """Adds an entry. status: ok, failed, timed out or skipped."""
+        """Adds the result of a part to report.json and returns it.
+
+        status: "ok", "failed", "timed out" or "skipped". more: further keys of the result.
+        """
         entry = {"name": part.name, "what": part.what, "status": status, **more}
         entry |= self.key | {
             "commit": self.commit,
@@ -407,7 +429,7 @@ class Report:
         return entry
 
     def run(self, parts: Sequence[Part], limit_s: float, env: dict[str, str]) -> list[dict]:
-        """Runs parts at the same time and returns their entries."""
+        """Runs several parts at the same time and returns their results."""
         logs: list[list[Path]] = []
         (self.folder / "logs").mkdir(exist_ok=True)
         for part in parts:
@@ -441,14 +463,14 @@ class Report:
         return entries
 
     def name_commit(self, path: Path) -> None:
-        """Writes the commit into a record whose program did not know it."""
+        """Writes the commit into a benchmark's JSON record if its program could not find it out."""
         record = read_json(path) if path.suffix == ".json" else {}
         if self.commit is not None and "commit" in record and record["commit"] is None:
             write_json(path, record | {"commit": self.commit})
 
 
 def line_of(entry: dict[str, Any]) -> str:
-    """Returns an entry as a line. The last line of each program says what it found."""
+    """Returns the result of a part as one line. It ends with the last line of the part's output."""
     if entry["status"] == "skipped":
         said = entry["reason"]
     else:
@@ -459,7 +481,10 @@ def line_of(entry: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Returns the exit status: 2 for a user's mistake, 1 if a part failed."""
+    """Parses the command line, runs the report, and returns the exit status.
+
+    The status is 2 for a user's mistake, 1 if a part failed, and else 0.
+    """
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", metavar="PART", help="default: all, in the order of their value")
@@ -505,7 +530,12 @@ def main() -> int:
 def carry_out(
     report: Report, parts: Sequence[Part], *, began: float, budget_s: float, limit_s: float | None
 ) -> int:
-    """Runs the parts in turn and prints the summary. Returns 1 if a part failed or was ended."""
+    """Runs the parts of the report in turn and prints a summary.
+
+    Returns 1 if a part failed or reached its time limit, else 0. began: start of the program, as
+    time.monotonic() gives. budget_s: seconds in which parts may begin. limit_s: limit that replaces
+    the limits of the parts, if not None.
+    """
     env = environment_of_parts(report.folder)
     for note in report.head["notes"]:
         print(note)

@@ -23,12 +23,16 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def read(name: str) -> dict:
-    """Returns a record. Older ones do not hold the name of their file."""
+    """Returns the content of a JSON file in benchmarks/results, with its name under the key
+    "file"."""
     return {"file": name} | json.loads((RESULTS / name).read_text())
 
 
 def make(module: str, pattern: str) -> str:
-    """Returns the tables of a benchmark's records, "" if there is none."""
+    """Returns the Markdown tables of all JSON records of a benchmark, or "" if there are none.
+
+    module: name of the benchmark's module. pattern: glob pattern of the records' names.
+    """
     paths = sorted(RESULTS.glob(pattern))
     if not paths:
         return ""
@@ -37,7 +41,10 @@ def make(module: str, pattern: str) -> str:
 
 
 def make_short(function: str, *names: str) -> str:
-    """Returns a short table that the step's or the evidence's benchmark makes of some records."""
+    """Returns a short Markdown table for README.
+
+    function: name of the function that makes it. names: JSON records that it takes.
+    """
     module, _, name = function.rpartition(".")
     return getattr(importlib.import_module(f"benchmarks.{module}"), name)(*map(read, names))
 
@@ -53,7 +60,7 @@ README = {
         make_short, "evidence.robustness.summary_table", "robustness_digits_cpu.json"
     ),
 }  # fmt: skip
-"""Name of each table of README.md, and the function that makes it."""
+"""Name of each table in README.md -> function that makes the table."""
 TABLES = README | {
     name: functools.partial(make, module, pattern)
     for name, module, pattern in (
@@ -75,13 +82,13 @@ TABLES = README | {
         ("scaling", "step.scaling", "scaling_*.json"),
     )
 }
-"""Name of each table, and the function that makes it. All but README's are in docs/results.md."""
+"""Name of each table -> function that makes it. All tables but README's are in docs/results.md."""
 
 
 def render(page: Path, text: str) -> str:
-    """Returns the text of a page with every table between its markers made anew.
+    """Returns the text of a page in which each table between its markers is made again.
 
-    Raises AssertionError if the page has no place for one of its tables.
+    Raises AssertionError if the page has no markers for one of its tables.
     """
     for name, table in TABLES.items():
         if (page.name == "README.md") != (name in README):

@@ -40,9 +40,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def exit_status(program: str, run: Callable[[], int]) -> int:
-    """Runs a program and returns its exit status.
+    """Calls `run`, which returns the exit status of a program, and returns that status.
 
-    If the user made a mistake, prints it in one line and returns 2.
+    If the user made a mistake (UserError), prints it in one line and returns 2.
     """
     from fastgn.errors import UserError
 
@@ -59,15 +59,15 @@ def device_name() -> str:
 
 
 def slugify(name: str) -> str:
-    """Returns a device's name as a part of a file's name."""
+    """Returns the name of a device in a form for file names, such as nvidia_h200."""
     return re.sub(r"\W+", "_", name.lower())
 
 
 def gpu_output(args: argparse.Namespace, stem: str) -> Path:
-    """Returns --output, or else <stem>_<device>.json.
+    """Returns the path of the benchmark's JSON record: --output, or else <stem>_<device>.json.
 
-    That file lies in benchmarks/results if it was measured on a GPU, and in runs/ otherwise. Only
-    this process writes it from here on.
+    Without --output, the file lies in benchmarks/results if it was measured on a GPU, and in runs/
+    otherwise. From here on, only this process writes that file.
     """
     folder = RESULTS if torch.cuda.is_available() else ROOT / "runs"
     output = args.output or folder / f"{stem}_{slugify(device_name())}.json"
@@ -78,10 +78,11 @@ def gpu_output(args: argparse.Namespace, stem: str) -> Path:
 def output_for(
     file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
 ) -> Path:
-    """Returns --output, or else benchmarks/results/<file>.
+    """Returns the path of the benchmark's JSON record: --output, or else benchmarks/results/<file>.
 
     benchmarks/results keeps runs with the default options. If an option that is not in `free` has
-    another value, returns runs/<file> and prints why. Only this process writes it from here on.
+    another value than its default, returns runs/<file> and prints why. From here on, only this
+    process writes that file.
     """
     output = args.output or choose_output(file, parser, args, free)
     hold(output)
@@ -91,7 +92,10 @@ def output_for(
 def choose_output(
     file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
 ) -> Path:
-    """Returns the path that `output_for` describes, without --output."""
+    """Returns benchmarks/results/<file> if all options but those in `free` have their defaults.
+
+    Otherwise returns runs/<file> and prints why.
+    """
     free = {*free, "output"}
     changed = [
         name for name, value in vars(args).items()

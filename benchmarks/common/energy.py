@@ -14,20 +14,22 @@ import torch
 
 @dataclasses.dataclass
 class Reading:
-    """Energy of one stretch of time."""
+    """Energy that the GPU took between two moments."""
 
     joules: float | None = None
-    """Joules, None until the stretch is over, and NaN if the card did not answer."""
+    """Joules that the GPU took. None until the measurement is over, NaN if the card did not
+    answer."""
 
 
 class NoMeterError(Exception):
-    """The reason, in one line, why energy cannot be measured on this machine."""
+    """Energy cannot be measured on this machine. The message is one line that says why."""
 
 
 class Meter:
-    """Measures the energy of the current CUDA device. Raises NoMeterError if it cannot.
+    """Measures the energy of the current CUDA device. Raises NoMeterError if this is impossible.
 
-    The counter moves about ten times per second, so a stretch should take a second or more.
+    The card updates its counter about ten times per second, so a measurement should take a second
+    or more.
     """
 
     source = "NVML's energy counter"
@@ -51,7 +53,10 @@ class Meter:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Reading]:
-        """Measures the joules between entering and leaving. Read them afterwards."""
+        """Measures the joules that the GPU takes inside the with block.
+
+        Yields a Reading. Its `joules` are set when the block ends.
+        """
         reading, before = Reading(), self._read_or_nan()
         yield reading
         reading.joules = self._read_or_nan() - before
@@ -63,5 +68,5 @@ class Meter:
             return math.nan
 
     def _read(self) -> float:
-        """Returns the joules since the driver was loaded."""
+        """Returns the joules that the GPU has taken since its driver was loaded."""
         return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3

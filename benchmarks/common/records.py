@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 HELD: dict[Path, contextlib.AbstractContextManager[None]] = {}
-"""Record -> its lock, which this process holds until it ends."""
+"""Path of a JSON record -> the file lock that this process holds on it until the process ends."""
 
 
 def hold(path: Path) -> None:
-    """Makes this process the only one that writes a record, until it ends.
+    """Locks a JSON record, so that until this process ends no other one writes it.
 
-    If another process holds the record already, ends this process with one line. Programs call this
-    before they measure, because otherwise their measurements would be lost.
+    If another process has locked the record already, ends this process with one line. Programs call
+    this before they measure, because otherwise their measurements would be lost.
     """
     from fastgn.errors import UserError
     from fastgn.lock import lock_file
@@ -41,7 +41,10 @@ def hold(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically. Unlike fastgn.files, this works on a machine without fastgn."""
+    """Writes JSON to a temporary file and renames it, so that `path` is never half-written.
+
+    Unlike fastgn.files, this works on a machine without fastgn.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
@@ -49,7 +52,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a file, or {} if the file is absent or damaged."""
+    """Returns the content of a JSON file, or {} if the file is absent or damaged."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -58,26 +61,31 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unfinished(path: Path) -> Path:
-    """Returns the path of the incomplete record that lies beside a complete one."""
+    """Returns the path to which an incomplete record is written while `path` holds a complete
+    one."""
     return path.with_name(f"{path.name}.incomplete")
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """Returns the record of an earlier run: the incomplete one if there is one."""
+    """Returns the record that an earlier run left: the incomplete record if it exists, else
+    `path`'s."""
     return read_json(unfinished(path)) or read_json(path)
 
 
 def started(path: Path) -> dict[str, Any]:
-    """Returns what a call has measured that was ended early, {} if the last one was not."""
+    """Returns the record of an earlier call that ended before it was complete.
+
+    Returns {} if there is no record, or if the last one is complete.
+    """
     before = earlier(path)
     return before if before.get("complete") is False else {}
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> Path:
-    """Writes a record and returns the path of the file.
+    """Writes a benchmark's results as a JSON file and returns the path of that file.
 
-    If the record is incomplete and `path` holds a complete one, writes to `unfinished(path)`. Files
-    without the key "complete" count as complete.
+    If the results are incomplete and `path` holds complete ones, writes to `unfinished(path)`.
+    Files without the key "complete" count as complete.
     """
     hold(path)
     there = read_json(path)

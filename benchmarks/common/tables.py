@@ -8,7 +8,7 @@ Record = dict[str, Any]
 Row = Mapping[str, Any]
 
 ATTACKS = {"autoattack": "AutoAttack", "apgd-ce+t": "APGD-CE+T", "pgd-20": "PGD-20"}
-"""Name of an attack in the records, and in the tables."""
+"""Name of an attack in the JSON records -> its name in the Markdown tables."""
 
 
 def make_table(
@@ -16,7 +16,8 @@ def make_table(
 ) -> str:
     """Returns a Markdown table. A column whose cells are all empty is left out.
 
-    columns: the heading of each column, and either its cells or a function from a row to a cell.
+    columns: heading of each column -> its cells, or a function that makes a cell from one of
+    `rows`.
     """
     cells = {
         name: [column(row) for row in rows] if callable(column) else list(column)
@@ -29,34 +30,51 @@ def make_table(
 
 
 def with_notes(table: str, record: Record, *notes: str) -> str:
-    """Returns a table with a line below it: the notes, PyTorch's version and the record's file."""
+    """Returns a Markdown table with a line below it that holds notes.
+
+    The line also names PyTorch's version and the JSON file from which the table was made.
+    """
     source = f"torch {record['versions']['torch']} (`benchmarks/results/{record['file']}`)."
     return f"{table}\n\n{'; '.join([*notes, source])}"
 
 
 def device(record: Record, cpu: str = "CPU") -> str:
-    """Returns the name of the device that a record was measured on."""
+    """Returns the name of the device that a benchmark's JSON record was measured on.
+
+    cpu: name to return if it was measured without a GPU.
+    """
     return record["device"].replace("cpu", cpu)
 
 
 def cores(record: Record) -> str:
-    """Returns the name of the device, or the number of CPU cores if there was no GPU."""
+    """Returns the name of the GPU that a JSON record was measured on, or else its number of CPU
+    cores."""
     return device(record, f"{record['hardware']['cpu_count']} CPU cores")
 
 
 def plus_minus(value: Row | None, form: str) -> str:
-    """Returns mean and standard deviation, or "" for None."""
+    """Returns "mean ± standard deviation" as text, or "" if `value` is None.
+
+    value: summary of some measurements. form: format of each number, such as ".2f".
+    """
     return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Returns the mean of some values, with their standard deviation if there are several."""
+    """Returns the mean of some values as text, with their standard deviation if there are several.
+
+    form: format of each number, such as ".2f".
+    """
     text = format(statistics.fmean(values), form)
     return f"{text} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else text
 
 
 def percent(value: Row | None) -> str:
-    """Returns an accuracy in percent, with its standard deviation if there are several seeds."""
+    """Returns an accuracy in percent as text, with its standard deviation if there are several
+    seeds.
+
+    value: summary of the accuracy over the seeds, or None for an empty text.
+    """
     if value is None:
         return ""
     text = f"{100 * value['mean']:.1f}"
@@ -64,7 +82,10 @@ def percent(value: Row | None) -> str:
 
 
 def accuracy_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Returns one column per attack and eps, with clean accuracy and AutoAttack first."""
+    """Returns the accuracy columns of a table: heading -> one cell for each of `rows`.
+
+    There is a column for each attack and eps. Clean accuracy and AutoAttack come first.
+    """
     order = {"clean": 0, "autoattack": 1}
     keys = {(order.get(a["attack"], 2), a["attack"], a["eps"]) for r in rows for a in r["accuracy"]}
     columns = {}
@@ -77,5 +98,5 @@ def accuracy_columns(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def over_seeds(count: int) -> str:
-    """Returns what the numbers of a table are means of."""
+    """Returns a sentence that says over how many seeds the numbers of a table are means."""
     return f"{count} seeds, mean ± deviation" if count > 1 else "1 seed"

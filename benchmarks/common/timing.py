@@ -18,29 +18,31 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one arm."""
+    """Seconds per call of one function, measured in several rounds."""
 
     rounds: tuple[float, ...]
-    """Seconds per call, one entry per round."""
+    """Mean seconds per call, one entry per round."""
 
     @property
     def mean(self) -> float:
-        """Mean over the rounds."""
+        """Mean seconds per call over all rounds."""
         return statistics.fmean(self.rounds)
 
     @property
     def median(self) -> float:
-        """Median over the rounds."""
+        """Median of the seconds per call over all rounds."""
         return statistics.median(self.rounds)
 
     @property
     def std(self) -> float:
-        """Standard deviation over the rounds, 0 if there is only one."""
+        """Standard deviation of the seconds per call over the rounds, 0 if there is only one
+        round."""
         return statistics.stdev(self.rounds) if len(self.rounds) > 1 else 0.0
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Returns mean, spread, extremes and number of some measurements, as records keep them."""
+    """Returns mean, standard deviation, extremes and number of some measurements, for a JSON
+    record."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -51,7 +53,10 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Returns values[i] / others[i] for each round i: a drift of the machine falls on both."""
+    """Returns values[i] / others[i] for each round i.
+
+    If the machine becomes slower in a round, both times of that round grow, and the ratio stays.
+    """
     return [a / b for a, b in zip(values, others, strict=True)]
 
 
@@ -62,14 +67,15 @@ def synchronize() -> None:
 
 
 FLUSH_BYTES = 4 << 30
-"""Number of bytes that `cold` writes before each call.
+"""Number of bytes that `cold` writes before each timed call, to empty the GPU's caches.
 
 This is 70 times the cache of an H200 and takes 1 ms there. In that time the host queues the call,
-so the device does not wait for the host during the measurement."""
+so the device does not wait for the host during the measurement.
+"""
 
 
 def once(run: Callable[[], object]) -> float:
-    """Returns the seconds of one call, including the work that it queued on the device."""
+    """Returns the seconds of one call, including the work that the call queued on the device."""
     synchronize()
     start = time.perf_counter()
     run()
@@ -87,13 +93,16 @@ def interleaved(
         contextlib.nullcontext()
     ),
 ) -> dict[str, Timing]:
-    """Times all arms in turn, round after round, so that a drift of the machine falls on all alike.
+    """Times some functions in turn, round after round, so that a drift of the machine affects all.
 
-    arms: name -> function without arguments.
-    calls: number of calls per round, for all arms or for each arm.
-    warmup: number of calls of each arm that come first and are not timed.
-    during: name -> context manager that is active during the calls of an arm in a round. It is
-        entered and left while the device is idle, outside the time that is measured.
+    arms: name -> function without arguments that is timed.
+
+    calls: number of calls per round, for all functions or for each name.
+
+    warmup: number of calls of each function that come first and are not timed.
+
+    during: name -> context manager that is active during a function's calls in a round. It is
+    entered and left while the device is idle, and its own time is not measured.
     """
 
     def measure(name: str, run: Callable[[], object]) -> float:
@@ -114,6 +123,8 @@ def cold(
     arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> dict[str, Timing]:
     """Times single calls that take microseconds on a GPU, with empty caches, by CUDA events.
+
+    arms: name -> function without arguments that is timed.
 
     Before each call the cache is filled with unwritten lines, so that a call also pays for writing
     back as many bytes as it writes. Without CUDA, this is `interleaved` with one call per round.
@@ -142,7 +153,8 @@ def cold(
 class Marks:
     """Splits the time of a call into named parts.
 
-    On a GPU the instants are CUDA events, which the host does not wait for.
+    Call the object with a name after each part. On a GPU it records CUDA events, for which the host
+    does not wait.
     """
 
     def __init__(self) -> None:
@@ -150,7 +162,7 @@ class Marks:
         self("start")
 
     def __call__(self, name: str) -> None:
-        """Names the work since the mark before."""
+        """Gives a name to the work since the last call of this method."""
         if torch.cuda.is_available():
             instant: Any = torch.cuda.Event(enable_timing=True)
             instant.record()
@@ -159,7 +171,8 @@ class Marks:
         self._instants.append((name, instant))
 
     def seconds(self) -> dict[str, float]:
-        """Returns the total seconds of each name, in the order in which the names first came."""
+        """Returns the total seconds of each named part, in the order in which the names first
+        came."""
         synchronize()
         total: dict[str, float] = {}
         for (_, before), (name, after) in itertools.pairwise(self._instants):
@@ -177,7 +190,10 @@ def _measure_in_turn(
     rounds: int,
     warmup: int,
 ) -> dict[str, list[Any]]:
-    """Returns the results of `measure` for each arm, one per round."""
+    """Returns the results of `measure` for each named function, one result per round.
+
+    arms: name -> function without arguments. measure: function of a name and its function.
+    """
     for run in arms.values():
         for _ in range(warmup):
             run()

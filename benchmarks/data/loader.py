@@ -63,7 +63,7 @@ from fastgn.files import write_bytes
 from fastgn.metrics import environment
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500))
-"""Widths and heights of the most frequent ImageNet images."""
+"""(Width, height) of the most frequent ImageNet images, in pixels."""
 PAPER = AugmentationConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0)
 LOADERS = ("device", "torch", "timm", "dali")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
@@ -71,18 +71,21 @@ MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A loader, and what it loads."""
+    """One measurement: a data loader, and the images that it loads."""
 
     loader: str
     images: str
-    """Description of the images."""
+    """Description of the images for the table."""
     dataset: Dataset
     augmentation: AugmentationConfig
     img_size: int
 
 
 def jpeg(size: tuple[int, int], draw: torch.Generator) -> bytes:
-    """Returns a JPEG of about 110 KB, ImageNet's mean: smooth shapes with grain."""
+    """Returns the bytes of a random JPEG of about 110 KB, which is ImageNet's mean.
+
+    It shows smooth shapes with grain. draw: source of the random numbers.
+    """
     width, height = size
     coarse = torch.rand(1, 3, height // 24, width // 24, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
@@ -94,7 +97,7 @@ def jpeg(size: tuple[int, int], draw: torch.Generator) -> bytes:
 
 
 def jpeg_folder(folder: Path, number: int) -> list[Path]:
-    """Writes some JPEGs into a folder and returns their paths."""
+    """Writes `number` random JPEGs into a folder and returns their paths."""
     draw = torch.Generator().manual_seed(0)
     paths = [folder / f"{i:05d}.jpg" for i in range(number)]
     for i, path in enumerate(paths):
@@ -103,7 +106,10 @@ def jpeg_folder(folder: Path, number: int) -> list[Path]:
 
 
 def arrays_case(number: int) -> Case:
-    """Returns the case of the loader of small images on the device."""
+    """Returns the measurement of the loader that keeps small images on the device.
+
+    number: how many random images it loads.
+    """
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (number, 3, 32, 32), dtype=torch.uint8, generator=draw)
     split = Arrays(pixels, torch.arange(number) % 10)
@@ -120,7 +126,10 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def files_case(loader: str, paths: list[Path], epoch: int) -> Case:
-    """Returns the case of a loader of files. An epoch repeats few files, for the measurement."""
+    """Returns the measurement of a loader of image files.
+
+    epoch: number of images per epoch. If there are fewer files, the files are repeated.
+    """
     kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
     listed = (list(map(str, paths)) * (epoch // len(paths) + 1))[:epoch]
     split = Files(listed, torch.arange(epoch) % 1000)
@@ -130,7 +139,7 @@ def files_case(loader: str, paths: list[Path], epoch: int) -> Case:
 
 
 def iterator(case: Case, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
-    """Returns an epoch of the trainer's own loader, or of timm's."""
+    """Yields the batches of one epoch, from fastgn.train's own loader or from timm's."""
     if case.loader == "timm":
         return timm_batches(case, batch_size, workers, device)
     data = DatasetConfig(loader=case.loader, workers=workers)
@@ -150,7 +159,7 @@ def iterator(case: Case, batch_size: int, workers: int, device: torch.device) ->
 
 
 class TimmImages(torch.utils.data.Dataset):
-    """Images for timm's create_loader, which sets `transform`."""
+    """Images in the form that timm's create_loader takes. It sets the attribute `transform`."""
 
     transform: Any = None
 
@@ -167,7 +176,7 @@ class TimmImages(torch.utils.data.Dataset):
 def timm_batches(
     case: Case, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Yields the batches of timm's loader, mixed. On CUDA, erasing happens on the device."""
+    """Yields the mixed batches of timm's loader. On CUDA, random erasing happens on the device."""
     cfg = case.augmentation
     assert isinstance(case.dataset.train, Files)
     loader = create_loader(
@@ -197,20 +206,20 @@ def timm_batches(
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Images that a consumer took in one round, and the time."""
+    """Number of images that were taken from a loader in one round, and the times."""
 
     images: int
     seconds: float
     waited_s: float
-    """Seconds in which the consumer waited for batches."""
+    """Seconds in which the loop that takes batches had to wait for them."""
     cpu_s: float
-    """CPU seconds of all processes."""
+    """CPU seconds of all processes during the round."""
 
 
 def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
-    """Takes some batches and works on each.
+    """Takes `number` batches from a loader, pauses after each one, and returns the times.
 
-    work_s: seconds of work per batch. The host sleeps, as it does after it has queued a step.
+    work_s: seconds of each pause. It stands for a training step, during which the host sleeps.
     """
     images, waited_s = 0, 0.0
     synchronize()
@@ -257,7 +266,10 @@ def measure(
     need: float | None,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Returns a row for each loader. need: images per second that the consumer could take."""
+    """Returns one dict of results for each loader.
+
+    need: images per second that training takes. None leaves the waiting time unmeasured.
+    """
     sources = [iterator(case, batch_size, workers, device) for case in cases]
     free: list[list[Round]] = [[] for _ in cases]
     paced: list[list[Round]] = [[] for _ in cases]
@@ -298,7 +310,10 @@ def measure(
 
 
 def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str, float]] | None:
-    """Returns how many times a loader is as fast as another, and takes less CPU time."""
+    """Returns the speed of loader `name` over that of loader `base`, and the ratio of CPU times.
+
+    Returns None if one of the two was not measured.
+    """
     found = {row["loader"]: row["rounds"] for row in rows}
     if not {name, base} <= found.keys():
         return None
@@ -313,12 +328,15 @@ def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str
 
 
 def warmup(case: Case, workers: int) -> int:
-    """Returns how many batches drain the queues of what was made before the round."""
+    """Returns the number of batches to take before a measurement.
+
+    They empty the queues of batches that the workers made before.
+    """
     return 2 if case.loader == "device" else 2 * workers + 4
 
 
 def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
-    """Draws eight rows of four pairs: left from PIL, right from DALI."""
+    """Draws eight rows of four pairs of images into a file: left from PIL, right from DALI."""
     pair = []
     for loader in ("torch", "dali"):
         plain = AugmentationConfig(aa=PAPER.aa)
@@ -335,9 +353,9 @@ def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
 
 
 def need_of(cost: Path) -> float:
-    """Returns the images per second of the fastest gradnorm step in a record of cost.py.
+    """Returns the images per second of the fastest gradnorm update in a JSON file of cost.py.
 
-    Raises UserError if there is none.
+    Raises UserError if the file has none.
     """
     try:
         record = json.loads(cost.read_text())
@@ -350,7 +368,7 @@ def need_of(cost: Path) -> float:
 
 
 def installed() -> list[str]:
-    """Returns the loaders that can run on this machine."""
+    """Returns the names of the loaders that can run on this machine."""
     try:
         found = importlib.util.find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:
@@ -359,7 +377,7 @@ def installed() -> list[str]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Returns a row as a line for the terminal."""
+    """Returns the results of one loader as a line for the terminal."""
     rate, waits = row["images_per_s"], row["wait_share"]
     text = f"{row['loader']}: {rate['mean']:.0f} ± {rate['std']:.0f} images/s, "
     text += f"{row['cpu_ms_an_image']['mean']:.2f} CPU ms per image"
@@ -369,7 +387,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def table(record: Record) -> str:
-    """Returns the table of one machine."""
+    """Returns this benchmark's Markdown table, made from its JSON record."""
     ratios, gpu = record.get("ratios", {}), record["meaningful_times"]
 
     def ratio(row: Any, key: str) -> str:
@@ -397,7 +415,7 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures the loaders, or draws the sheet."""
+    """Measures the loaders and writes the JSON record, or with --sheet draws images to compare."""
     if args.smoke:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
     torch.set_num_threads(1)  # as torchrun does: the loaders have their own threads and processes
@@ -442,7 +460,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Returns the exit status: 2 for a user's mistake."""
+    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
+    mistake, else 0."""
     cuda = torch.cuda.is_available()
     parser = make_parser(__doc__)
     add = parser.add_argument

@@ -45,7 +45,10 @@ TARGET = 0.05
 
 
 def noise(folder: Path, number: int) -> Path:
-    """Writes random images as an .npz that fastgn.train takes for CIFAR-10. Returns its path."""
+    """Writes random images as an .npz file that fastgn.train reads as CIFAR-10. Returns its path.
+
+    number: how many training images it has.
+    """
     draw, path = np.random.default_rng(0), folder / "noise.npz"
     content = {}
     for split, count in (("train", number), ("test", 10)):
@@ -56,7 +59,7 @@ def noise(folder: Path, number: int) -> Path:
 
 
 def table(record: Record) -> str:
-    """Returns the share in one sentence."""
+    """Returns this benchmark's result in one sentence, made from its JSON record."""
     share, options = record["share"], " ".join(record["options"])
     return (
         f"`device`, {cores(record)}: a batch of {record['batch_size']} images as CIFAR-10's takes "
@@ -67,7 +70,10 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace, options: Sequence[str]) -> int:
-    """Measures batches and updates. options: for fastgn.train."""
+    """Times batches of the data loader and updates of the network, and writes the JSON record.
+
+    options: command-line options for fastgn.train.
+    """
     output = gpu_output(args, "small_data")
     with tempfile.TemporaryDirectory() as folder, session() as world:
         data = ("--data-dir", str(noise(Path(folder), args.images)))
@@ -102,7 +108,8 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Returns the exit status: 2 for a user's mistake."""
+    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
+    mistake, else 0."""
     cuda = torch.cuda.is_available()
     parser = make_parser(__doc__)
     add = parser.add_argument

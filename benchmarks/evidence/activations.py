@@ -60,18 +60,18 @@ SPECTRUM = (
     "tanh",
 )
 REACH, STEP = 40.0, 1e-3
-"""Half the length and the step of the grid. No point of it is 0, where the kinks are."""
+"""Half the length and the step of the grid of inputs on which f'' is computed. 0 is not on it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How the networks are trained and attacked."""
+    """Lengths of training and numbers of attacked images for one data set."""
 
     base: Config
     start_epochs: int
-    """Epochs of natural training."""
+    """Number of epochs of natural training, which comes first."""
     epochs: int
-    """Epochs of gradnorm."""
+    """Number of epochs of gradnorm, which starts from the natural weights."""
     eps: float
     images: int
     """Number of images that AutoAttack attacks."""
@@ -81,7 +81,10 @@ class Setting:
 
 
 def setting(data: str, smoke: bool) -> Setting:
-    """Returns the setting for a data set."""
+    """Returns the lengths of training and numbers of images for a data set.
+
+    smoke: whether to return toy sizes, which only show that the program runs.
+    """
     small = data == "digits"
     base = Config().replace(
         **{"data": data, "model": "preact_resnet18", "smoothing": 0.0, "clip_grad": 1.0},
@@ -98,7 +101,11 @@ def setting(data: str, smoke: bool) -> Setting:
 
 
 def properties(name: str) -> dict[str, float]:
-    """Returns width, largest and kink of an activation, see the head of this file."""
+    """Returns three numbers that describe the second derivative f'' of an activation f.
+
+    width says how wide the bend of f is, largest is the largest |f''|, and kink is the share of the
+    change of f' that lies in kinks. The module's docstring defines them.
+    """
     layer, arguments = parse_activation(name)
     f = layer(**arguments).double()
     x = torch.arange(-REACH + STEP / 2, REACH, STEP, dtype=torch.float64).requires_grad_()
@@ -116,7 +123,10 @@ def properties(name: str) -> dict[str, float]:
 
 
 def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
-    """Returns objective, cross-entropy and penalty (full strength) of `count` training images."""
+    """Returns loss, cross-entropy and penalty of a trained network on its first training images.
+
+    folder: output folder of the training. count: number of images. The penalty has full strength.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_trained(str(folder), device).model
     images = Subset(
@@ -138,7 +148,7 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
-    """Returns Spearman's rank correlation of pairs."""
+    """Returns Spearman's rank correlation of some pairs of numbers."""
 
     def ranks(values: Sequence[float]) -> list[float]:
         return [statistics.fmean(i for i, v in enumerate(sorted(values)) if v == x) for x in values]
@@ -147,7 +157,10 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def of(row: Mapping[str, Any], attack: str) -> dict[str, float]:
-    """Returns the accuracy of a row under an attack."""
+    """Returns a network's accuracy under an attack, as a summary over the seeds.
+
+    row: results of one activation in the JSON record.
+    """
     return next(r["accuracy"] for r in row["accuracy"] if r["attack"] == attack)
 
 
@@ -155,7 +168,10 @@ MEANS = ("clean_mean", "robust_mean", "penalty_ratio", "objective_ratio")
 
 
 def table(record: Record) -> str:
-    """Returns the table of all activations, and below it the means of the two kinds."""
+    """Returns this benchmark's Markdown table of all activations, made from its JSON record.
+
+    Below it are the means of the piecewise linear and of the smooth activations.
+    """
     rows = sorted(record["rows"], key=lambda r: (r["width"], r["activation"]))
     columns = {
         "activation": [row["activation"] for row in rows],
@@ -199,7 +215,12 @@ def table(record: Record) -> str:
 def rows_of(
     plan: Sequence[tuple[str, Trial]], work: Path, attack: str, train_images: int
 ) -> list[dict[str, Any]]:
-    """Returns the rows of the record, from what is finished."""
+    """Returns the results of all finished trainings, one dict per activation, for the JSON record.
+
+    plan: name of each activation and the training that uses it. work: folder that holds the
+    trainings. attack: name of the attack. train_images: number of training images on which the fit
+    is measured.
+    """
     rows = []
     for name in dict.fromkeys(name for name, _ in plan):
         row: dict[str, Any] = {"activation": name, **properties(name), "seeds": [], "failed": []}
@@ -227,7 +248,7 @@ def rows_of(
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Makes the trainings that are missing, and writes the record."""
+    """Makes the trainings that are missing, and writes the JSON record after each."""
     deadline = time.time() + 60 * args.minutes
     s, precision = setting(args.data, args.smoke), trials.device_precision()
     cfg = s.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {})
@@ -280,7 +301,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake, 1 if every training failed."""
+    """Parses the command line, runs the benchmark, and returns the exit status.
+
+    The status is 2 for a user's mistake, 1 if every training failed, and else 0.
+    """
     parser = trials.make_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=("digits", "cifar10"), default="digits")

@@ -59,7 +59,7 @@ LABELS = 10
 
 
 def tiny() -> nn.Module:
-    """Returns a network of three layers."""
+    """Returns a network of three layers with random weights."""
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.GELU()),
         *(nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.GELU()),
@@ -68,7 +68,10 @@ def tiny() -> nn.Module:
 
 
 def network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
-    """Returns a model in eval mode on the CPU, and the side of its images. Raises UserError."""
+    """Returns a model in eval mode on the CPU, and the side of its images in pixels.
+
+    Raises UserError if the name or the image size is unknown.
+    """
     torch.manual_seed(0)
     if name == "tiny":
         model, side = tiny(), img_size or 16
@@ -85,7 +88,10 @@ def network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
 
 
 def images_of(data: Path | None, count: int, side: int) -> Tensor:
-    """Returns images (count, 3, side, side) in 0..1. Raises UserError."""
+    """Returns images (count, 3, side, side) in 0..1, from the file `data` or, if None, random ones.
+
+    Raises UserError if the file does not have such images.
+    """
     if data is None:
         return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
@@ -104,7 +110,10 @@ def images_of(data: Path | None, count: int, side: int) -> Tensor:
 def direct_call(
     model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, name: str, eps: float, size: int
 ) -> float:
-    """Returns the accuracy, computed as one would without fastgn."""
+    """Returns the accuracy under an attack, computed by calling the attack without fastgn.
+
+    name: name of the attack. size: batch size.
+    """
     device = images_BCHW.device
     if name not in ("clean", PGD):
         custom = {"version": "custom", "attacks": [name]}
@@ -137,7 +146,11 @@ def through_evaluate(
     eps: float,
     output: Path,
 ) -> str:
-    """Returns the outcome of each image as a character, 0 or 1, from fastgn's own functions."""
+    """Attacks images with fastgn's own functions and returns one character per image.
+
+    "1" means that the image is still classified correctly, "0" that it is not. name: name of the
+    attack. output: file to which the outcomes are saved.
+    """
     size, parts, done = attacker.batch_size, Parts(output, [name, attacker.precision]), []
     for first in range(0, len(labels_B), size):
         x, y = images_BCHW[first : first + size], labels_B[first : first + size]
@@ -151,7 +164,10 @@ def through_evaluate(
 
 
 def ratio(above: Timing, below: Timing, less: float = 0) -> dict[str, float]:
-    """Returns the ratios within each round, minus `less`."""
+    """Returns mean and spread of the ratio of two times in each round, minus `less`.
+
+    above: numerator. below: denominator.
+    """
     return summary([r - less for r in paired_ratios(above.rounds, below.rounds)])
 
 
@@ -167,7 +183,7 @@ def radius(text: str) -> float:
 
 
 def parse() -> argparse.Namespace:
-    """Returns the options."""
+    """Parses the command line and returns the options."""
     cuda = torch.cuda.is_available()
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -197,7 +213,12 @@ def rows(
     found: dict[str, str],
     others: Sequence[str],
 ) -> list[dict]:
-    """Returns the rows of the record. found: arm -> outcomes of its images."""
+    """Returns the results as a list of dicts for the JSON record, one for each attack.
+
+    timings: name of an attack and of how it was run -> its seconds. found: the same names ->
+    outcome of each image, as "0" or "1". others: ways to run PGD-20, such as "compiled", that are
+    compared.
+    """
     out = []
     for name in args.attacks:
         ours, bits = timings[f"{name}, fp32"], found[f"{name}, fp32"]
@@ -222,7 +243,7 @@ def rows(
 
 
 def table(record: Record) -> str:
-    """Returns the table of one run."""
+    """Returns this benchmark's Markdown table, made from its JSON record."""
     columns = {
         "attack": lambda r: r["attack"],
         "over the direct call": lambda r: (
@@ -249,7 +270,7 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Times all attacks in both ways, and writes the record."""
+    """Times all attacks through fastgn and by direct calls, and writes the JSON record."""
     cuda, output = torch.cuda.is_available(), gpu_output(args, "attacks")
     where = torch.device("cuda" if cuda else "cpu")
     model, side = network(args.model, args.img_size)
@@ -301,7 +322,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Returns the exit status: 2 for a user's mistake."""
+    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
+    mistake, else 0."""
     args = parse()
     return exit_status("attacks.py", lambda: run(args))
 

@@ -39,22 +39,25 @@ ARMS: dict[str, dict[str, Any]] = {
     "edge, an RMS per image": {"method": "edge", "edge_rms": "image"},
     "edge, its largest weight at once": {"method": "edge", "ramp_epochs": 0.0},
 }
-"""Name of an arm and the fields of fastgn.train's config in which it differs."""
+"""Name of each training that is compared -> options of fastgn.train in which it differs."""
 START_EPOCHS, EPOCHS, EPS = 30, 15, 0.025
 TRAINING = {
     **{"smoothing": 0.1, "eval_eps": EPS, "eval_interval": EPOCHS, "warmup_epochs": 1.0},
     **{"ramp_start": 1 / 19, "ramp_epochs": 200.0},  # the paper's weight: 1 + 0.09 * epoch
 }
-"""Fields of fastgn.train's config that all arms share."""
+"""Options of fastgn.train that all compared trainings share."""
 FLAGS = (
     *("--attacks", "clean", "pgd-20", "apgd-ce", "apgd-t"),
     *("--eps", repr(EPS), "--num-images", "360"),
 )
-"""Flags of fastgn.evaluate."""
+"""Command-line flags of fastgn.evaluate that all evaluations share."""
 
 
 def base_config(smoke: bool) -> tuple[Config, dict[str, Any]]:
-    """Returns the config that all arms share, and the network's part of it."""
+    """Returns the configuration that all trainings share, and its options that define the network.
+
+    smoke: whether to return toy sizes, which only show that the program runs.
+    """
     study = digits()
     network = next(iter(study.networks.values()))
     cfg = study.base.replace(**network, **TRAINING)
@@ -62,7 +65,7 @@ def base_config(smoke: bool) -> tuple[Config, dict[str, Any]]:
 
 
 def survivors(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the accuracy under APGD-CE+T from one model's evaluation."""
+    """Returns the accuracy under both APGD-CE and APGD-T, from the evaluation of one model."""
     (model,) = evaluation["models"]
     bits = [r["correct"] for r in model["results"] if r["attack"] in ("apgd-ce", "apgd-t")]
     assert len(bits) == 2, "both attacks were run"
@@ -72,7 +75,11 @@ def survivors(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def row_of(arm: str, runs: Sequence[tuple[int, Trial]], work: Path) -> dict[str, Any]:
-    """Returns an arm's part of the record: each finished seed, and accuracy over the seeds."""
+    """Returns the results of one training method: each finished seed, and means over the seeds.
+
+    arm: name of the method. runs: each seed and its training. work: folder that holds the
+    trainings.
+    """
     seeds, failed = [], []
     for seed, trial in runs:
         found = trials.result(trial, work)
@@ -90,7 +97,7 @@ def row_of(arm: str, runs: Sequence[tuple[int, Trial]], work: Path) -> dict[str,
 
 
 def table(record: Record) -> str:
-    """Returns the table of all arms."""
+    """Returns this benchmark's Markdown table, made from its JSON record."""
     shown = ("clean", "pgd-20", "apgd-ce+t")
     rows = [
         row | {"accuracy": [a for a in row["accuracy"] if a["attack"] in shown]}
@@ -114,7 +121,7 @@ def table(record: Record) -> str:
 
 
 def run(parser: Any, args: Any) -> int:
-    """Makes the trainings that are missing, and writes the record."""
+    """Makes the trainings that are missing, and writes the JSON record after each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     free = {"minutes", "processes", "work", "data"}
     output = output_for(f"edge_digits_{device}.json", parser, args, free)
@@ -149,7 +156,10 @@ def run(parser: Any, args: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake, 1 if every training failed."""
+    """Parses the command line, runs the benchmark, and returns the exit status.
+
+    The status is 2 for a user's mistake, 1 if every training failed, and else 0.
+    """
     parser = trials.make_parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3, help="number of seeds, from 0")
     parser.set_defaults(data="digits")

@@ -38,31 +38,34 @@ from fastgn.step.diagnosis import Diagnosis
 
 CLASSES = 5
 SIDES = (64, 96, None)
-"""Sides of the images in pixels, of which the first that the network takes is used. None means
-timm's."""
+"""Sides of the images in pixels. The first one that the network takes is used. None means the
+network's own size in timm."""
 SIZES = (
     *("test_", "atto", "femto", "pico", "nano", "xxxs", "xxs", "xxtiny", "tiny", "small", "_s"),
     *("lite", "050", "035", "18", "_t", "mini", "b0", "a0", "x0_5", "xs"),
 )
-"""Parts of names that small networks have, the smallest first."""
+"""Parts of names that small networks of timm have, the smallest first."""
 CANDIDATES = 12
-"""Number of networks of a family whose parameters are counted."""
+"""Number of networks per family whose parameters are counted to find the smallest."""
 SHALLOW: dict[str, tuple[str, ...]] = {
     "deepseek_vit": ("depth=2",),
     "gemma4_vit": ("depth=2",),
 }
-"""Arguments for the families that have no small network."""
+"""Family of timm's networks that has no small one -> arguments that make a network small."""
 MEMORY_BYTES = 12 << 30
 TIMEOUT_S = 600
 
 
 def size_by_name(name: str) -> tuple[int, int]:
-    """Returns a sort key that puts networks first whose names promise few parameters."""
+    """Returns a sort key that puts networks first whose names suggest few parameters."""
     return next((i for i, part in enumerate(SIZES) if part in name), len(SIZES)), len(name)
 
 
 def smallest_network(family: str) -> str:
-    """Returns the family's network with the fewest parameters, of those with a promising name."""
+    """Returns the network with the fewest parameters among those whose names suggest few.
+
+    family: name of a module of timm.models.
+    """
     counts: dict[str, int] = {}
     names = sorted(timm.list_models(module=family), key=size_by_name)[:CANDIDATES]
     for name in names:
@@ -78,7 +81,11 @@ def smallest_network(family: str) -> str:
 def build(
     name: str, kwargs: Sequence[str], sides: Sequence[int | None] = SIDES
 ) -> tuple[network.Classifier, network.ModelReport]:
-    """Returns a network with random weights. Raises UserError if it takes none of the sizes."""
+    """Returns a network with random weights. Raises UserError if it takes none of the image sizes.
+
+    name: timm's name of the network. kwargs: its arguments, as NAME=VALUE. sides: image sizes to
+    try.
+    """
     for side in sides:
         torch.manual_seed(0)
         cfg = ArchitectureConfig(model=name, model_kwargs=tuple(kwargs), img_size=side)
@@ -91,7 +98,8 @@ def build(
 
 
 def differentiate(model: network.Classifier) -> dict[str, Any]:
-    """Returns the outcome of one gradnorm update: its penalty, and what is not finite in it."""
+    """Computes one gradnorm update and returns its penalty and the names of gradients not
+    finite."""
     torch.manual_seed(0)
     images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)
     images_BCHW[0, :, :20] = 0.5  # a plain area, as in photographs, whose features may vanish
@@ -114,7 +122,10 @@ def differentiate(model: network.Classifier) -> dict[str, Any]:
 
 
 def scan(family: str) -> dict[str, Any]:
-    """Returns a family's row of the record. Runs in a process of its own."""
+    """Returns the results of one family of networks, as a dict for the JSON record.
+
+    It must run in a process of its own, because some networks end their process.
+    """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
@@ -137,7 +148,10 @@ def scan(family: str) -> dict[str, Any]:
 
 
 def scan_apart(family: str) -> dict[str, Any]:
-    """Returns a family's row of the record, also if the network ends its process."""
+    """Calls `scan` for a family in a new process and returns its results.
+
+    If the network ends that process, the results say so.
+    """
     with ProcessPoolExecutor(1, get_context("fork")) as pool:
         try:
             return pool.submit(scan, family).result()
@@ -146,7 +160,10 @@ def scan_apart(family: str) -> dict[str, Any]:
 
 
 def table(record: Record) -> str:
-    """Returns how many of timm's families gradnorm can train."""
+    """Returns this benchmark's result as Markdown, made from its JSON record.
+
+    It says how many of timm's families of networks gradnorm can train.
+    """
     kinds: dict[str, list[str]] = {}
     for row in record["rows"]:
         outcome = row["with_twins"]["outcome"]
@@ -172,7 +189,7 @@ def table(record: Record) -> str:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Scans the families that are missing, and writes the record after each."""
+    """Tries the families that are missing in the JSON record, and writes it after each."""
     known = timm.list_modules()
     unknown = sorted({*(args.families or ())} - {*known})
     check(not unknown, f"--families {' '.join(unknown)}: no module of timm")
@@ -194,7 +211,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Returns the exit status: 2 for a user's mistake."""
+    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
+    mistake, else 0."""
     parser = make_parser(__doc__)
     parser.add_argument("--families", nargs="+", help="modules of timm.models; default: all")
     args = parser.parse_args()

@@ -46,15 +46,22 @@ ARGUMENTS = (
     *("--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--drop-path", "0.1"),
     *("--eval-images", "48", "--log-interval", "4", "--checkpoint-interval", "3"),
 )
-"""42 updates in epochs of 14: neither log rows, checkpoints nor epochs fall together."""
+"""Command line of the training that is killed.
+
+It makes 42 updates in epochs of 14, so that log rows, checkpoints and epochs end at different
+updates.
+"""
 STATE = ("update", "best", "accuracy", "sums", "summed", "model", "ema", "optimizer")
-"""What a checkpoint holds besides the configuration."""
+"""Keys of a checkpoint that are compared between a killed and an undisturbed training."""
 CLOCK = ("images_per_s", "data_wait_share", "seconds")
-"""metrics.csv's columns that depend on the machine's speed."""
+"""Columns of metrics.csv that depend on the machine's speed and are therefore not compared."""
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Returns what a finished run has to share with another of the same configuration."""
+    """Returns all results of a finished training that must not depend on interruptions.
+
+    folder: output folder of the training.
+    """
     last = Checkpoints(folder, 1).last()
     assert last is not None, f"{folder} has no checkpoint"
     rows = read_rows(folder / "metrics.csv")
@@ -71,7 +78,10 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def differences(mine: Any, other: Any, where: str = "") -> list[str]:
-    """Returns where two nested values are not the same to the last bit."""
+    """Returns the places at which two nested values are not the same to the last bit.
+
+    where: name of the place of both values, which begins each result.
+    """
     if type(mine) is not type(other):
         return [where]
     if isinstance(mine, torch.Tensor):
@@ -87,7 +97,7 @@ def differences(mine: Any, other: Any, where: str = "") -> list[str]:
 
 
 def phase(folder: Path) -> tuple[str, int]:
-    """Returns what a killed process was doing, as its files tell, and its last saved update."""
+    """Returns what a killed training was doing, as its files show, and its last saved update."""
     checkpoints = Checkpoints(folder, 1)
     last = checkpoints.last()
     update = int(last.stem.split("_")[1]) if last else 0
@@ -99,7 +109,10 @@ def phase(folder: Path) -> tuple[str, int]:
 
 
 def train_quietly(folder: str, log: str) -> None:
-    """Trains or continues a run, its output appended to a file, and ends the process."""
+    """Trains into a folder or continues the training there, and then ends the process.
+
+    log: file to which the output is appended.
+    """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -108,13 +121,19 @@ def train_quietly(folder: str, log: str) -> None:
 
 
 def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Returns the record of so many kills, over as many runs as they take."""
+    """Kills trainings until `kills` processes were killed, and returns the JSON record.
+
+    work: folder for the trainings. seed: seed of the random moments.
+    """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["fastgn.train"])
     draw = random.Random(seed)
 
     def run(name: str, kill_after_s: float | None = None) -> float | None:
-        """Returns the seconds that a process took, or None if it was killed."""
+        """Returns the seconds that a process took, or None if it was killed.
+
+        name: name of the training's folder. kill_after_s: seconds until the kill, None for no kill.
+        """
         began = time.monotonic()
         process = server.Process(
             target=train_quietly, args=(str(work / name), str(work / f"{name}.log"))
@@ -163,7 +182,10 @@ def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
 
 
 def table(record: Record) -> str:
-    """Returns how many kills hit which part of a run, and whether any result differed."""
+    """Returns this benchmark's Markdown table, made from its JSON record.
+
+    It says how many kills hit which part of a training, and whether any result differed.
+    """
     rows = list(Counter(moment["while"] for moment in record["moments"]).items())
     columns = {"killed while": lambda r: r[0], "kills": lambda r: str(r[1])}
     found = len(record["different"])
@@ -172,7 +194,10 @@ def table(record: Record) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the record; returns 1 if a run that was killed differs from the undisturbed one."""
+    """Runs the benchmark and writes its JSON record.
+
+    Returns 1 if a training that was killed differs from the undisturbed one, else 0.
+    """
     parser = make_parser(__doc__)
     parser.add_argument("--kills", type=positive_int, default=50, help="number of kills in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")

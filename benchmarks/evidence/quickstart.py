@@ -36,8 +36,8 @@ EVALUATE = (
 def timed(*args: str) -> dict[str, float]:
     """Runs a command that must succeed, with one thread per process as in `make train`.
 
-    Returns its seconds, and the CPU seconds of all its processes, which other programs on the
-    machine change less.
+    Returns its seconds and the CPU seconds of all its processes. Other programs on the machine
+    change CPU seconds less.
     """
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -48,7 +48,8 @@ def timed(*args: str) -> dict[str, float]:
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """Trains and evaluates both models with one seed. Returns times and accuracies."""
+    """Trains and evaluates both models of the quickstart with one seed. Returns times and
+    accuracies."""
     parts, runs = {}, {m: str(folder / m) for m in METHODS}
     for method in METHODS:
         start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []
@@ -64,7 +65,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def table(record: Record) -> str:
-    """Returns the accuracy of the quickstart's two models."""
+    """Returns the accuracy of the quickstart's two models as Markdown, from the JSON record."""
     seeds = record["seeds"]
     first = seeds[0]["models"][0]
 

@@ -71,17 +71,23 @@ ARMS: dict[str, dict[str, Any]] = {
     "trades": {"method": "trades"},
     "gradnorm+fgsm": {"method": "gradnorm+fgsm"},
 }
-"""Name of an arm -> fields of the config in which it differs.
+"""Name of each training method that is compared -> options of fastgn.train in which it differs.
 
-An arm without a precision has that of the device: fp32 on a CPU, bf16 on a GPU."""
+If the precision is not among the options, it is fp32 on a CPU and bf16 on a GPU.
+"""
 SEVERAL = math.lcm(*(arm.get("lazy_interval", 1) for arm in ARMS.values()))
-"""Number of updates per call of the clock, because those of a lazy schedule differ."""
-SAME = 0.1
-"""Budgets whose epochs differ by a smaller share are one training."""
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
+"""Number of updates per timed call.
 
-The mean of three seeds differs from 0 if it is 4.3 standard errors away from it."""
+It is a multiple of every --lazy-interval, because only some updates have a penalty.
+"""
+SAME = 0.1
+"""If the epochs for equal passes and for equal time differ by less than this share, they count as
+equal, and one training serves for both."""
+STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t (two-sided, 95 %) for 1, 2, ... degrees of freedom.
+
+The mean of three seeds differs from 0 if it is 4.3 standard errors away from 0.
+"""
 NO_MEANING = "CPU: times mean something as ratios within this run alone"
 
 
@@ -94,29 +100,32 @@ PAIRS = {
         (None, arm) for arm in ("fgsm_rs", "pgd_at", "trades", "gradnorm+fgsm")
     ],
 }
-"""Pairs of arms that the second table compares. None means exact gradnorm, see reference_of."""
+"""Pairs of training methods that the second table compares. None means exact gradnorm."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What the arms are compared on: data set, networks and lengths of training."""
+    """One comparison of training methods: data set, networks and lengths of training."""
 
     networks: dict[str, dict[str, Any]]
-    """Name in the tables -> fields of the config."""
+    """Name of each network in the tables -> options of fastgn.train that define it."""
     base: Config
-    """Configuration that all arms share."""
+    """Configuration that all trainings share."""
     arms: tuple[str, ...]
-    """Names of the arms that run by default."""
+    """Names of the training methods that are compared by default."""
     start: dict[str, Any]
-    """Fields of the config for the natural training that all arms start from."""
+    """Options of fastgn.train for the natural training from whose weights all others start."""
     epochs: int
-    """Number of gradnorm's epochs."""
+    """Number of epochs of gradnorm. The other methods get as many as cost the same."""
     eps: float
-    """Radius that the methods train for."""
+    """Radius of the perturbations that the methods train against."""
     eval_eps: tuple[float, ...]
-    """Radii of the attacks. Trainings that only equal time needs meet the first one alone."""
+    """Radii of the attacks.
+
+    Trainings that are made only for the comparison at equal time are attacked at the first radius.
+    """
     images: int
-    """Number of images that AutoAttack attacks. Each seed has its own."""
+    """Number of images per seed that AutoAttack attacks. Each seed has other images."""
     pgd_images: int
     """Number of images that PGD-20 attacks."""
     attack: str = "autoattack"
@@ -127,7 +136,8 @@ class Study:
 
 
 def digits() -> Study:
-    """Returns the study on digits, with a smaller network than the quickstart's."""
+    """Returns the comparison on scikit-learn's digits, with a smaller network than the
+    quickstart's."""
     base = load_recipe("quickstart_gradnorm")
     base = base.replace_group("architecture", {"initial_checkpoint": None})
     kwargs = [k for k in base.architecture.model_kwargs if not k.startswith("depths")]
@@ -148,7 +158,7 @@ def digits() -> Study:
 
 
 def cifar10() -> Study:
-    """Returns the study on CIFAR-10. Its networks are narrow, so that AutoAttack is fast."""
+    """Returns the comparison on CIFAR-10. Its networks are narrow, so that AutoAttack is fast."""
     base = Config().replace(
         **{"data": "cifar10", "global_batch_size": 512, "lr": 2e-3, "clip_grad": 1.0},
         **{"smoothing": 0.0, "model_ema_decay": 0.99, "eval_images": 1000, "checkpoint_hist": 1},
@@ -183,7 +193,7 @@ STUDIES = {"digits": digits, "cifar10": cifar10}
 
 
 def smoke(study: Study) -> Study:
-    """Returns a study of toy size, to see that all of it runs."""
+    """Returns a comparison of toy size, which only shows that the whole program runs."""
     name, network = next(iter(study.networks.items()))
     small = {"width=16": "width=4", "embed_dim=16": "embed_dim=8"}
     kwargs = [small.get(k, k) for k in network["model_kwargs"]]
@@ -201,7 +211,10 @@ def smoke(study: Study) -> Study:
 
 
 def known_arms(names: Sequence[str] | None, study: Study, base: Config) -> tuple[str, ...]:
-    """Returns the named arms, or those of the study that the config accepts. Raises UserError."""
+    """Returns the named training methods, or if None all of the study that the device supports.
+
+    Raises UserError if a name is unknown or a named method is not supported.
+    """
     known = []
     for name in study.arms if names is None else dict.fromkeys(names):
         check(name in ARMS, f"--methods {name!r}: {nearest(name, ARMS)}")
@@ -217,13 +230,19 @@ def known_arms(names: Sequence[str] | None, study: Study, base: Config) -> tuple
 
 
 def reference_of(arms: Sequence[str], precision: str) -> str:
-    """Returns the arm whose epochs are given: exact gradnorm in the precision of the device."""
+    """Returns the method whose number of epochs is given: exact gradnorm in the device's precision.
+
+    arms: names of the methods that are compared.
+    """
     names = ["gradnorm-bf16", "gradnorm"] if precision == "bf16" else ["gradnorm"]
     return next(name for name in [*names, *arms] if name in arms)
 
 
 def arm_config(study: Study, network: str, arm: str, precision: str) -> Config:
-    """Returns the config of an arm, but for what budget and seed decide."""
+    """Returns the configuration of a training, except for its number of epochs and its seed.
+
+    arm: name of the training method.
+    """
     values = {"precision": precision, "eps": study.eps, "attack_eps": study.eps}
     return study.base.replace(
         **values | study.networks[network] | ARMS[arm] | {"eval_eps": study.eps}
@@ -231,7 +250,7 @@ def arm_config(study: Study, network: str, arm: str, precision: str) -> Config:
 
 
 def for_epochs(cfg: Config, study: Study, epochs: int) -> Config:
-    """Returns a config with so many epochs, which evaluates about six times on the way."""
+    """Returns the configuration with another number of epochs. It evaluates about six times."""
     return cfg.replace(
         epochs=epochs,
         warmup_epochs=study.warmup_share * epochs,
@@ -241,7 +260,7 @@ def for_epochs(cfg: Config, study: Study, epochs: int) -> Config:
 
 
 def units_of(cfg: Config) -> tuple[float, float]:
-    """Returns the passes of an update as the paper counts them, and its operations in forwards."""
+    """Returns two costs of an update: the paper's number of passes, and operations / forward's."""
     passes = count_passes(
         build_objective(cfg.objective),
         schedule_of(cfg.step),
@@ -251,14 +270,21 @@ def units_of(cfg: Config) -> tuple[float, float]:
 
 
 def epochs_for(reference: int, cost: float, reference_cost: float) -> int:
-    """Returns the epochs, at least 1, that cost as much as those of the reference."""
+    """Returns how many epochs, at least 1, cost as much as `reference` epochs of another method.
+
+    cost, reference_cost: cost of one update of each method.
+    """
     return max(1, round(reference * reference_cost / cost))
 
 
 def budgets_of(
     study: Study, units: Mapping[str, float], seconds: Mapping[str, float], reference: str
 ) -> dict[str, dict[str, int]]:
-    """Returns epochs at equal passes and at equal time for each arm, as one if nearly the same."""
+    """Returns the number of epochs at equal passes and at equal time for each training method.
+
+    If both numbers are nearly the same, they are set to the same. units, seconds: costs of an
+    update. reference: name of the method whose number of epochs is given.
+    """
     out = {}
     for arm in units:
         passes = epochs_for(study.epochs, units[arm], units[reference])
@@ -273,7 +299,10 @@ def budgets_of(
 
 
 def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[str, Any]:
-    """Returns the seconds per update in each round, for each arm. All arms take turns."""
+    """Returns the seconds per update in each round, for each named configuration.
+
+    The configurations take turns in each round, so that a drift of the machine affects all alike.
+    """
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder, session() as world:
         runs, calls = [], {}
@@ -302,9 +331,9 @@ def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[st
 def timings(
     configs: Mapping[str, Config], work: Path, rounds: int, threads: int
 ) -> dict[str, list[float]]:
-    """Returns the result of `measure`, or that of an earlier call with the same arms.
+    """Returns the result of `measure`, or that of an earlier call with the same configurations.
 
-    Other times would give other epochs, and trainings that are finished would be made again.
+    Other times would give other numbers of epochs, and finished trainings would be made again.
     """
     what = {name: digest(cfg.flat()) for name, cfg in configs.items()}
     path = work / f"timings_{digest(what)}.json"
@@ -333,7 +362,11 @@ def image_list(work: Path, seed: int, count: int, total: int) -> Path:
 def evaluations_of(
     study: Study, budgets: Sequence[str], images: Path
 ) -> tuple[tuple[str, ...], ...]:
-    """Returns the flags of each evaluation. PGD-20 comes first, because it is the fastest."""
+    """Returns the command-line flags of each evaluation. PGD-20 comes first, because it is fastest.
+
+    budgets: "passes", "time" or both, for which the training is made. images: file that lists
+    images.
+    """
     all_eps, pgd = map(repr, study.eval_eps), "pgd-20"
     chosen = study.eval_eps if "passes" in budgets else study.eval_eps[:1]
     quick = ("--attacks", "clean", pgd, "--eps", *all_eps, "--num-images", str(study.pgd_images))
@@ -342,13 +375,16 @@ def evaluations_of(
 
 
 def summary_or_none(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Returns mean and spread of the values that are known, None if there are none."""
+    """Returns mean and spread of the values that are not None, or None if all are None."""
     known = [v for v in values if v is not None]
     return summary(known) if known else None
 
 
 def accuracy(row: Mapping[str, Any], attack: str, eps: float) -> list[float] | None:
-    """Returns the accuracy of each seed of a row, None if a seed lacks it."""
+    """Returns the accuracy of each seed under an attack, or None if it was not measured for a seed.
+
+    row: results of one training method in the JSON record.
+    """
     found = []
     for seed in row["seeds"]:
         same = [r for r in seed["accuracy"] if (r["attack"], r["eps"]) == (attack, eps)]
@@ -361,9 +397,13 @@ def accuracy(row: Mapping[str, Any], attack: str, eps: float) -> list[float] | N
 def difference(
     rows: Sequence[Row], pair: tuple[str, str], budget: str, attack: str, eps: float
 ) -> str:
-    """Returns the mean difference of two arms on the same seeds, in points of accuracy.
+    """Returns the mean difference in accuracy of two training methods over the same seeds, in
+    points.
 
     A star marks a difference that Student's t finds significant at 95 %.
+
+    rows: results of the JSON record. budget: "passes" or "time", which both methods have in equal
+    amounts.
     """
     found = []
     for name in pair:
@@ -381,7 +421,10 @@ def difference(
 
 
 def compare(record: Record) -> Iterator[dict[str, str]]:
-    """Yields the rows of the second table: two arms at one budget, and their differences."""
+    """Yields the rows of the second table.
+
+    Each row compares two training methods that cost the same number of passes or the same time.
+    """
     eps, reference = record["eps"], record["reference"]
     attacks = {"clean": ("clean", 0.0), f"AutoAttack {eps:.4g}": ("autoattack", eps)}
     attacks[f"PGD-20 {eps:.4g}"] = ("pgd-20", eps)
@@ -408,7 +451,7 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
 
 
 def radius_of(cfg: Config) -> float | None:
-    """Returns the radius of the attacks that exact gradnorm's penalty stands for, else None.
+    """Returns the radius of the attacks that exact gradnorm's penalty approximates, else None.
 
     To first order, ce_weight CE + gn_weight eps |grad|_1 is ce_weight times the worst cross-entropy
     within the radius gn_weight / ce_weight eps.
@@ -420,7 +463,10 @@ def radius_of(cfg: Config) -> float | None:
 
 
 def table(record: Record) -> str:
-    """Returns the table of all arms, and below it that of differences between arms."""
+    """Returns this benchmark's Markdown table of all training methods, made from its JSON record.
+
+    Below it is a table of the differences between methods.
+    """
     old = record.get("superseded", {})
     rows = [row for row in record["rows"] if row["accuracy"] and row["arm"] not in old]
     several = len(record["networks"]) > 1
@@ -463,7 +509,8 @@ def table(record: Record) -> str:
 
 
 def summary_table(record: Record) -> str:
-    """Returns the README's table: each method after as many operations."""
+    """Returns README's Markdown table from the JSON record: each method after as many
+    operations."""
     arms = {
         "natural": "natural training",
         "gradnorm": "gradient norm",
@@ -500,7 +547,7 @@ def summary_table(record: Record) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the command line."""
+    """Returns the parser of this program's command line."""
     parser = trials.make_parser(__doc__)
     add = parser.add_argument
     add("--data", choices=STUDIES, default="digits")
@@ -515,7 +562,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def choose_study(args: argparse.Namespace) -> Study:
-    """Returns the study that the options ask for."""
+    """Returns the comparison (data set, networks, lengths) that the command line asks for."""
     study = STUDIES[args.data]()
     study = smoke(study) if args.smoke else study
     names = list(study.networks)
@@ -533,20 +580,25 @@ def choose_study(args: argparse.Namespace) -> Study:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A training of the study."""
+    """One training that is to be made: network, training method and number of epochs."""
 
     network: str
     arm: str
     epochs: int
     budgets: list[str]
-    """Budgets that the epochs keep: passes, time or both."""
+    """Comparisons that the training belongs to: "passes" (equal passes), "time" (equal time) or
+    both."""
     trial: Trial
 
 
 def plan_trials(
     study: Study, arms: Sequence[str], reference: str, args: argparse.Namespace, work: Path
 ) -> tuple[list[Planned], dict[tuple[str, str], dict[str, Any]]]:
-    """Returns all trainings, and the costs of each network and arm. Measures times for that."""
+    """Returns all trainings to make, and the cost of an update for each network and method.
+
+    Times updates to find these costs. arms: names of the training methods. reference: name of the
+    method whose number of epochs is given. work: folder that holds the trainings.
+    """
     precision = trials.device_precision()
     total = len(load_dataset(study.base.dataset).val)
     lists = [image_list(work, seed, study.images, total) for seed in range(args.seeds)]
@@ -584,7 +636,10 @@ def plan_trials(
 def rows_of(
     plan: Sequence[Planned], costs: Mapping[tuple[str, str], Mapping[str, Any]], work: Path
 ) -> list[dict[str, Any]]:
-    """Returns the rows of the record, from what is finished."""
+    """Returns the results of all finished trainings for the JSON record, one dict per method.
+
+    costs: cost of an update for each network and training method. work: folder of the trainings.
+    """
     rows: dict[tuple[str, str, int], dict[str, Any]] = {}
     for one in plan:
         head = {"network": one.network, "arm": one.arm, "budgets": one.budgets}
@@ -616,7 +671,7 @@ def rows_of(
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Makes the trainings that are missing, and writes the record."""
+    """Makes the trainings that are missing, and writes the JSON record after each."""
     deadline, gpu = time.time() + 60 * args.minutes, torch.cuda.is_available()
     study, precision = choose_study(args), trials.device_precision()
     arms = known_arms(args.methods, study, study.base)
@@ -659,7 +714,10 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake, 1 if every training failed."""
+    """Parses the command line, runs the benchmark, and returns the exit status.
+
+    The status is 2 for a user's mistake, 1 if every training failed, and else 0.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     return trials.run_alone("robustness", args, lambda: run(parser, args))

@@ -33,49 +33,58 @@ from fastgn.lock import lock_folder
 from fastgn.metrics import read_rows
 
 LOCAL = ("output", "initial_checkpoint", "resume")
-"""Fields of the config that say where files lie, and do not change the weights."""
+"""Options of fastgn.train that say where files lie. They do not change the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A training, from the weights of another one or from scratch, and its evaluations."""
+    """One training and its evaluations. It starts from the weights of another one or from
+    scratch."""
 
     name: str
     cfg: Config
     evaluations: tuple[tuple[str, ...], ...] = ()
-    """Flags of fastgn.evaluate, without --checkpoint and --output, for each evaluation."""
+    """Command-line flags of each evaluation by fastgn.evaluate, without --checkpoint and
+    --output."""
     start: "Trial | None" = None
 
     @property
     def key(self) -> str:
-        """Name of the folder, from the trial's name and all that its weights depend on."""
+        """Name of the training's folder, made from its name and from all options that change its
+        weights."""
         values = {k: v for k, v in self.cfg.flat().items() if k not in LOCAL}
         content = [values, self.start.key if self.start else None]
         return f"{self.name}_{digest(content)}"
 
 
 def digest(content: Any) -> str:
-    """Returns ten characters that identify a content of JSON."""
+    """Returns ten characters that identify some content, which must fit into JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """The time is over, or the user interrupted. The same command continues."""
+    """The time limit is over, or the user pressed Ctrl-C. The same command continues."""
 
 
 class Failed(Exception):  # noqa: N818 - the other trials go on
-    """The message of a training or evaluation that failed."""
+    """A training or evaluation failed. The message is one line."""
 
 
 def evaluation_file(trial: Trial, folder: Path, flags: Sequence[str]) -> Path:
-    """Returns the file of an evaluation's results."""
+    """Returns the path of an evaluation's results.
+
+    folder: output folder of the training. flags: the evaluation's command-line flags.
+    """
     # the name of a list of images says all of its content
     content = [Path(f).name if f.endswith(".txt") else f for f in flags]
     return folder / f"evaluation_{digest(content)}.json"
 
 
 def missing(trial: Trial, work: Path) -> bool:
-    """Returns whether a part of a trial has not been made."""
+    """Returns whether the training, or one of its evaluations, has not been finished.
+
+    work: folder that holds all trainings.
+    """
     folder = work / trial.key
     files = [folder / "model.safetensors"]
     files += [evaluation_file(trial, folder, flags) for flags in trial.evaluations]
@@ -83,9 +92,11 @@ def missing(trial: Trial, work: Path) -> bool:
 
 
 def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
-    """Makes what is missing of a trial. Returns its failure in a line, or None. Raises Stopped.
+    """Makes the parts of a training and its evaluations that are not finished.
 
-    deadline: in seconds, as of time.time().
+    Returns the failure in one line, or None. Raises Stopped when the time is over.
+
+    work: folder that holds all trainings. deadline: latest time, in seconds as time.time() gives.
     """
     folder = work / trial.key
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +122,10 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
 
 
 def run_training(trial: Trial, work: Path, folder: Path) -> None:
-    """Trains, or continues, and notes seconds and joules. Raises Stopped or Failed."""
+    """Trains or continues a training, and writes down its seconds and joules.
+
+    Raises Stopped if the time is over, and Failed if the training fails.
+    """
     values = {"output": str(folder)}
     if trial.start is not None:
         values["initial_checkpoint"] = str(work / trial.start.key)
@@ -136,7 +150,10 @@ def run_training(trial: Trial, work: Path, folder: Path) -> None:
 
 
 def run_evaluation(trial: Trial, folder: Path, flags: Sequence[str]) -> None:
-    """Evaluates, unless that is done. Raises Stopped or Failed."""
+    """Evaluates a trained model, unless that is done already.
+
+    flags: flags of fastgn.evaluate. Raises Stopped if the time is over, and Failed if it fails.
+    """
     output = evaluation_file(trial, folder, flags)
     if output.exists():
         return
@@ -148,14 +165,18 @@ def run_evaluation(trial: Trial, folder: Path, flags: Sequence[str]) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Returns the last line of a log."""
+    """Returns the last line of a log file."""
     lines = log.read_text().strip().splitlines()
     return lines[-1] if lines else "no message"
 
 
 @contextlib.contextmanager
 def until(deadline: float) -> Iterator[None]:
-    """Interrupts the block as Ctrl-C does when the time is over, so that a training saves first."""
+    """Raises KeyboardInterrupt in the with block at a given time, as Ctrl-C does.
+
+    A training therefore saves a checkpoint before it ends. deadline: in seconds, as time.time()
+    gives.
+    """
     left = deadline - time.time()
     if left <= 0:
         raise Stopped
@@ -169,7 +190,7 @@ def until(deadline: float) -> Iterator[None]:
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the options of all programs that make trials."""
+    """Returns a parser with the options that all programs which train several networks share."""
     processes = 1 if torch.cuda.is_available() else 2
     parser = arguments.make_parser(description)
     add = parser.add_argument
@@ -185,7 +206,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def work_folder(args: argparse.Namespace, script: str) -> Path:
-    """Returns the folder that keeps the trials of a program."""
+    """Returns the folder in which a program keeps its trainings.
+
+    script: name of the program.
+    """
     name = f"{script}_{args.data}{'_smoke' if args.smoke else ''}"
     return (args.work or ROOT / "runs" / name).absolute()
 
@@ -197,14 +221,17 @@ def device_precision() -> str:
 
 
 def one_thread() -> None:
-    """Lets PyTorch use one thread."""
+    """Limits PyTorch to one thread."""
     torch.set_num_threads(1)
 
 
 def run_alone(script: str, args: argparse.Namespace, run: Callable[[], int]) -> int:
-    """Runs a program while no other process works in its folder, and returns its exit status.
+    """Calls `run` while no other process works in the program's folder, and returns its exit
+    status.
 
-    The status is 2 after a mistake of the user, and if another process is at work there.
+    Returns 2 after a user's mistake, and also if another process works in that folder.
+
+    script: name of the program.
     """
     work = work_folder(args, script)
 
@@ -218,10 +245,13 @@ def run_alone(script: str, args: argparse.Namespace, run: Callable[[], int]) -> 
 def run_with_starts(
     trials: Sequence[Trial], work: Path, *, processes: int, deadline: float
 ) -> bool:
-    """Makes trials and the trials that they start from. Returns False if the time was over.
+    """Makes trainings, and first the trainings from whose weights they start.
 
-    One process makes each start right before the first trial that needs it, so that a call that
-    stops has whole arms. Several processes make all starts first.
+    Returns False if the time was over. One process makes each start right before the first training
+    that needs it, so that some results are complete if it stops early. Several processes make all
+    starts first.
+
+    work: folder that holds all trainings. deadline: latest time, in seconds as time.time() gives.
     """
     options: dict[str, Any] = {"processes": processes, "deadline": deadline}
     if processes == 1:
@@ -232,7 +262,10 @@ def run_with_starts(
 
 
 def run_all(trials: Sequence[Trial], work: Path, *, processes: int, deadline: float) -> bool:
-    """Makes what is missing of all trials, some at a time. Returns False if the time was over."""
+    """Makes the missing parts of all trainings, `processes` at a time.
+
+    Returns False if the time was over. deadline: latest time, in seconds as time.time() gives.
+    """
     left = [t for t in {t.key: t for t in trials}.values() if missing(t, work)]
     stopped = False
     with tqdm(total=len(left), unit="trial", disable=None) as bar:
@@ -268,7 +301,10 @@ def run_all(trials: Sequence[Trial], work: Path, *, processes: int, deadline: fl
 
 
 def exit_status(rows: Sequence[Mapping[str, Any]], finished: bool, number: int) -> int:
-    """Prints the failures of a record's rows. Returns 1 if all of `number` trials failed."""
+    """Prints the failures in the results, and returns 1 if all `number` trainings failed, else 0.
+
+    rows: results of the JSON record. finished: whether the program came to its end in time.
+    """
     failed = [(row, failure) for row in rows for failure in row["failed"]]
     for row, failure in failed:
         name = row.get("arm") or row["activation"]
@@ -279,7 +315,10 @@ def exit_status(rows: Sequence[Mapping[str, Any]], finished: bool, number: int) 
 
 
 def statistics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the accuracy over seeds for each attack and eps that all seeds have."""
+    """Returns mean and spread of the accuracy over seeds.
+
+    results: one dict per seed. Only pairs of attack and eps that all seeds have are returned.
+    """
     out = []
     for first in results[0]["accuracy"] if results else []:
         key = first["attack"], first["eps"], first["images"]
@@ -296,7 +335,10 @@ def statistics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def result(trial: Trial, work: Path) -> dict[str, Any] | None:
-    """Returns the results of a finished training and its evaluations, None if unfinished."""
+    """Returns the results of a training and its finished evaluations, for the JSON record.
+
+    Returns None if the training is not finished. If it failed, the key "failed" holds the message.
+    """
     folder = work / trial.key
     if (folder / "failed.json").exists():
         return json.loads((folder / "failed.json").read_text())
@@ -331,14 +373,17 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
 
 
 def rows_mean(rows: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """Returns the mean of a column of metrics.csv over the last epoch."""
+    """Returns the mean of column `key` of metrics.csv over the last epoch, None if it is empty.
+
+    rows: rows of metrics.csv.
+    """
     there = [r for r in rows if key in r]
     last = [r[key] for r in there if r["epoch"] > there[-1]["epoch"] - 1]
     return sum(last) / len(last) if last else None
 
 
 def brief(trial: Trial, work: Path) -> str:
-    """Returns the accuracies of a finished trial in a line."""
+    """Returns the accuracies of a finished training as one line."""
     found = result(trial, work)
     assert found is not None
     return ", ".join(

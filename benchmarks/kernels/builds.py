@@ -50,34 +50,37 @@ DTYPES = {
     80: (torch.bfloat16, torch.float32),
     90: (torch.bfloat16, torch.float32),
 }
-"""Compute capability (of V100, A100, H200) -> dtypes that are used for training."""
+"""Compute capability (of V100, A100, H200) -> dtypes in which the kernels are compiled."""
 
 SHARED_LIMIT = {70: 96 << 10, 80: 163 << 10, 90: 227 << 10}
-"""Compute capability -> most bytes of shared memory that a block can have."""
+"""Compute capability of a GPU -> largest number of bytes of shared memory per block."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """A kernel, compiled for one card."""
+    """Result of compiling one Triton kernel for one GPU."""
 
     kernel: str
     capability: int
     constants: str
-    """Numbers and names that the kernel was specialised on."""
+    """Values of the kernel's compile-time constants, as text."""
     warps: int
     registers: int
     spills: int
-    """Bytes of spill stores and loads."""
+    """Bytes of registers that the kernel spills to memory, stores and loads together."""
     shared: int
     """Bytes of shared memory per block."""
     load_bytes: int
-    """Bytes of the widest global load of a thread."""
+    """Number of bytes of the widest load from global memory that a thread makes."""
     store_bytes: int
-    """Bytes of the widest global store of a thread."""
+    """Number of bytes of the widest store to global memory that a thread makes."""
 
 
 def width(ptx: str, access: str) -> int:
-    """Returns the bytes of the widest global access, "ld" or "st", in a kernel's PTX."""
+    """Returns the number of bytes of the widest global load or store in a kernel's PTX.
+
+    access: "ld" for loads, "st" for stores.
+    """
     widths = [0]
     for line in ptx.splitlines():
         found = re.search(rf"\b{access}\.global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\b", line)
@@ -87,7 +90,10 @@ def width(ptx: str, access: str) -> int:
 
 
 def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: str) -> Build:
-    """Returns what ptxas says of a compiled kernel."""
+    """Returns registers, spills, shared memory and widest accesses of a compiled kernel.
+
+    capability: compute capability of the GPU. constants: the compile-time constants, as text.
+    """
     ptx = kernel.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
@@ -112,9 +118,9 @@ def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: 
 
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Build]]:
-    """Makes launches on CPU tensors compile for a card and do nothing else.
+    """Makes launches of Triton kernels on CPU tensors compile them for a GPU, without running them.
 
-    Yields a list, to which each kernel that is compiled is appended.
+    Yields a list, to which each kernel that is compiled is appended. capability: of the GPU.
     """
     target = GPUTarget("cuda", capability, 32)
     driver = types.SimpleNamespace(
@@ -158,11 +164,10 @@ def all_orders(
     dtype: torch.dtype,
     weights: Sequence[tuple[int, ...]] = (),
 ) -> None:
-    """Launches an op, its backward, and the backward of that.
+    """Launches all kernels of an op: its forward, its backward, and the backward of its backward.
 
-    shapes: of the inputs, in `dtype`. weights: shapes of further inputs, in float32.
-    The second order is taken for a gradient penalty, where the inner gradient is the first input's,
-    for the first input's gradients alone, and for all gradients.
+    shapes: shapes of the inputs, in `dtype`. weights: shapes of further inputs, in float32. The
+    second order is computed as a gradient penalty needs it, and then for all gradients.
     """
     inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     inputs += [torch.empty(shape, requires_grad=True) for shape in weights]
@@ -178,7 +183,7 @@ def all_orders(
 
 
 TOKENS, HIDDEN = 2 * 56 * 56, 4 * 128
-"""Swin-B's first stage, two images."""
+"""Number of tokens of two images in Swin-B's first stage, and width of its MLP's hidden layer."""
 
 LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     f"activation {kind}": functools.partial(
@@ -197,7 +202,7 @@ LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
     )
     for kind in ("gelu", "mish")
 }
-"""Op -> function of a dtype that launches all its kernels, at Swin-B's shapes."""
+"""Name of an op -> function of a dtype that launches all kernels of the op, at Swin-B's shapes."""
 
 LAUNCHES |= {
     "cross_entropy index": lambda dtype: all_orders(
@@ -218,7 +223,8 @@ LAUNCHES |= {
 }
 
 LAYER_NORMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-"""Widths of Swin and ViT, and widths on either side of each tile size."""
+"""Numbers of channels at which LayerNorm is compiled: Swin's and ViT's, and around each tile
+size."""
 
 
 def _layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
@@ -254,7 +260,10 @@ LAUNCHES |= {
 
 
 def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:
-    """Yields a row of the record for each kernel that a row of `LAUNCHES` launches on a card."""
+    """Yields a dict for the JSON record for each kernel that `launch` launches.
+
+    launch: function of a dtype that launches the kernels of an op. capability: of the GPU.
+    """
     for dtype in DTYPES[capability]:
         with compile_only(capability) as builds:
             launch(dtype)
@@ -263,7 +272,11 @@ def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterato
 
 
 def table(record: Record) -> str:
-    """Returns a table of the kernels of each kind of op and card: how many, and their extremes."""
+    """Returns this benchmark's Markdown table, made from its JSON record.
+
+    For each kind of op and GPU it gives the number of kernels, and their largest and smallest
+    figures.
+    """
     groups: dict[tuple[str, int], list[dict]] = {}
     for build in record["builds"]:
         kind = build["op"].partition(" ")[0]

@@ -77,13 +77,14 @@ NO_MEANING = "NO GPU: small shapes on a CPU, these times mean nothing"
 
 ORDERS = ("forward", "backward", "second")
 STAGES = {1: (56, 128, 4), 2: (28, 256, 8), 3: (14, 512, 16), 4: (7, 1024, 32)}
-"""Stages of Swin-B at 224 pixels: tokens per side, channels, heads."""
+"""Stage of Swin-B at 224 pixels -> (tokens per side, channels, heads)."""
 SIDE, WINDOW, HEAD_DIM, CLASSES = 224, 7, 32, 1000
 LARGE_COPY = 2 << 30
 DIFFERENCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
-"""Largest relative L2 difference from eager that is no error.
+"""Largest relative L2 difference between our op and PyTorch's that does not count as an error.
 
-bfloat16 keeps 8 bits, and eager rounds to them between its kernels."""
+bfloat16 keeps 8 bits, and PyTorch rounds to them after each operator.
+"""
 
 SHARE, LEANER = "share of copy bandwidth", "times_less_memory_than"
 
@@ -92,7 +93,7 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An op at one shape."""
+    """One op of fastgn_kernels with inputs of one shape and dtype."""
 
     op: str
     shape: str
@@ -100,11 +101,12 @@ class Case:
     ours: Callable[..., Outputs]
     eager: Callable[..., Outputs]
     inputs: Mapping[str, Tensor]
-    """Tensors that are differentiated."""
+    """Name of each tensor input that is differentiated -> the tensor."""
     constants: Mapping[str, Tensor]
-    """Keyword arguments that are not differentiated."""
+    """Keyword arguments of the op that are not differentiated."""
     peers: Mapping[str, Callable[..., Outputs]] = dataclasses.field(default_factory=dict)
-    """Other implementations, of which first orders alone are timed."""
+    """Name of another implementation of the op -> its function. Only forward and backward are
+    timed."""
 
 
 MOVES = {
@@ -140,9 +142,10 @@ MOVES = {
     "gradient_norm_l1": ("x -> y", "gy x -> gx", "v x -> ggy"),
     "gradient_norm_l2": ("x -> y", "gy x y -> gx", "v gy x y -> ggy gx"),
 }
-"""Op -> tensors that forward, backward and second order read -> and write.
+"""Name of an op -> tensors that forward, backward and second order read, "->", tensors they write.
 
-v is the cotangent of the first input's gradient. A g before a name means its gradient."""
+v is the cotangent of the first input's gradient. A g before a tensor's name means its gradient.
+"""
 
 SAME_MOVES = (
     dict.fromkeys(ACTIVATIONS, "activation")
@@ -165,13 +168,19 @@ OPS = (
 
 
 def moves(op: str, order: str) -> tuple[list[str], list[str]]:
-    """Returns the names of the tensors that an order of an op reads, and that it writes."""
+    """Returns the names of the tensors that an op reads, and of those that it writes.
+
+    order: "forward", "backward" or "second" (the backward of the backward).
+    """
     read, written = MOVES[SAME_MOVES.get(op, op)][ORDERS.index(order)].split("->")
     return read.split(), written.split()
 
 
 def size(name: str, sizes: Mapping[str, int]) -> int:
-    """Returns the bytes of a tensor of `MOVES`. A gradient is as large as its tensor."""
+    """Returns the number of bytes of a tensor. A gradient, such as gx, is as large as its tensor x.
+
+    name: name of the tensor in `MOVES`. sizes: name of a tensor -> its bytes.
+    """
     if name == "v":
         return next(iter(sizes.values()))
     while name not in sizes:
@@ -181,9 +190,9 @@ def size(name: str, sizes: Mapping[str, int]) -> int:
 
 
 def bytes_moved(op: str, order: str, sizes: Mapping[str, int]) -> int:
-    """Returns the bytes that an order has to move.
+    """Returns the bytes that one order of differentiation of an op has to read and write.
 
-    sizes: name -> bytes, the op's first input first.
+    sizes: name of a tensor -> its bytes. The op's first input comes first.
     """
     read, written = moves(op, order)
     return sum(size(name, sizes) for name in read + written)
@@ -192,11 +201,10 @@ def bytes_moved(op: str, order: str, sizes: Mapping[str, int]) -> int:
 def targets(
     op: str, order: str, share: float, faster: float, leaner: float
 ) -> list[dict[str, Any]]:
-    """Returns the targets of a row, and whether it meets them.
+    """Returns the goals for an op in one order of differentiation, and whether they are reached.
 
-    share: of the bandwidth of a copy.
-    faster, leaner: time and peak memory of eager over ours. A kernel that beats eager in neither is
-        to be removed.
+    share: bandwidth of the op over that of a copy. faster, leaner: time and peak memory of PyTorch
+    over those of our kernel. A kernel that beats PyTorch in neither should be removed.
     """
     wanted = []
     family = SAME_MOVES.get(op, op)
@@ -222,7 +230,7 @@ def targets(
 
 
 def sdpa(qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Calls PyTorch's fused attention, which timm uses. It has first orders only."""
+    """Calls PyTorch's fused attention, which timm uses. Its backward cannot be differentiated."""
     added = bias[None]
     if mask is not None:
         added = (mask[:, None] + added).repeat(qkv.shape[1] // mask.shape[0], 1, 1, 1)
@@ -241,18 +249,18 @@ def shift_mask(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class CaseKey(NamedTuple):
-    """What a case is built from."""
+    """Op, stage and dtype that one measurement is made with."""
 
     op: str
     stage: int
-    """Stage of Swin-B, 0 for an op that has none."""
+    """Stage of Swin-B whose shapes are used, 0 for an op that exists in no stage."""
     dtype: torch.dtype
 
 
 def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
-    """Returns the first case of every op, then the second ones, and so on.
+    """Returns the measurements to make: the first one of every op, then the second ones, and so on.
 
-    If time runs out, each op has been measured.
+    If time runs out, each op has therefore been measured at least once. stages: stages of Swin-B.
     """
     by_op = []
     for op in ops:
@@ -270,7 +278,10 @@ def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
 
 
 def build(spec: CaseKey, batch: int, device: torch.device) -> Case:
-    """Returns the tensors and functions of a case, at Swin-B's shapes for a batch of images."""
+    """Returns the tensors and functions for one measurement, at Swin-B's shapes.
+
+    batch: number of images.
+    """
     op, stage, dtype = spec
     side, width, heads = STAGES.get(stage, (0, 0, 0))
     rows, columns = batch * side * side, width
@@ -341,7 +352,7 @@ def build(spec: CaseKey, batch: int, device: torch.device) -> Case:
 
 
 def listed(y: Outputs) -> list[Tensor]:
-    """Returns one or several outputs as a list."""
+    """Returns the outputs of an op as a list, even if there is only one."""
     return [y] if isinstance(y, Tensor) else list(y)
 
 
@@ -351,10 +362,11 @@ def requests(
     gys: Sequence[Tensor],
     v: Tensor | None,
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
-    """Returns a function for each order, on a graph that is built here.
+    """Returns a function that computes each order of differentiation: name of the order ->
+    function.
 
-    gys: cotangents of the outputs.
-    v: cotangent of the first input's gradient. None means first orders only.
+    The graph is built here, so that each function computes its own order alone. gys: cotangents of
+    the outputs. v: cotangent of the first input's gradient. None leaves out the second order.
     """
     ys = listed(function(*inputs))
     asked: dict[str, Callable[[], Sequence[Tensor | None]]] = {
@@ -377,9 +389,10 @@ def through(
     order: str = "second",
     wanted: Sequence[bool] | None = None,
 ) -> list[Tensor | None]:
-    """Returns the results of every order up to `order`, from the inputs on.
+    """Returns the results of all orders of differentiation up to `order`, computed from the inputs.
 
-    wanted: which cotangents and inputs have a gradient of second order. None means to find out.
+    gys: cotangents of the outputs. v: cotangent of the first input's gradient. wanted: which
+    cotangents and inputs have a gradient of second order. None means that autograd finds out.
     """
     found = ys = listed(function(*inputs))
     if order != "forward":
@@ -397,7 +410,8 @@ def through(
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Returns the most bytes that a call allocates, its results included, None on a CPU."""
+    """Returns the largest number of bytes that a call allocates, with its results. None on a
+    CPU."""
     if not torch.cuda.is_available():
         return None
     run()  # makes the workspaces of libraries, which stay
@@ -410,14 +424,15 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
 
 
 def copier(moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """Returns a device copy that moves so many bytes, half read and half written."""
+    """Returns a function that copies memory on the device: it reads moved / 2 bytes and writes as
+    many."""
     source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
     return lambda: to.copy_(source)
 
 
 def milliseconds(timing: Timing) -> dict[str, float]:
-    """Returns a timing as the record keeps it."""
+    """Returns the measured times in milliseconds, in the form that the JSON record has."""
     return {
         "mean": timing.mean * 1e3,
         "std": timing.std * 1e3,
@@ -427,7 +442,8 @@ def milliseconds(timing: Timing) -> dict[str, float]:
 
 
 def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) -> float:
-    """Returns the largest relative L2 difference of a result. None counts as zero."""
+    """Returns the largest relative L2 difference between our results and PyTorch's. None counts as
+    zero."""
     errors = [0.0]
     for x, y in zip(ours, eager, strict=True):
         x, y = (torch.zeros(()) if z is None else z.detach().double() for z in (x, y))
@@ -436,7 +452,7 @@ def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) ->
 
 
 class OpBench:
-    """Measures cases, row by row."""
+    """Measures ops and collects the results for the JSON record."""
 
     def __init__(self, device: torch.device, rounds: int, large_copy: Timing, large_bytes: int):
         self.device = device
@@ -445,9 +461,9 @@ class OpBench:
         self.meaningful = device.type == "cuda"
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[str] = []
-        """What was not measured, and why."""
+        """Measurements that were not made, each with the reason, one line each."""
         self.failed: list[str] = []
-        """What broke, and how."""
+        """Measurements that failed, each with the error, one line each."""
 
     def skip(self, op: str, what: str, why: str) -> None:
         self.skipped.append(f"{op}: {what}: {why}")
@@ -458,7 +474,7 @@ class OpBench:
         print(f"FAILED: {self.failed[-1]}", flush=True)
 
     def measure(self, case: Case) -> None:
-        """Adds the rows of the three orders, each alone."""
+        """Measures forward, backward and second order of an op separately."""
         ours, eager, inputs, gys, v = self.prepare(case)
         asked = {"ours": requests(ours, inputs, gys, v), "eager": requests(eager, inputs, gys, v)}
         for name, peer in case.peers.items():
@@ -482,7 +498,8 @@ class OpBench:
             )
 
     def measure_all(self, case: Case, compiled: bool) -> None:
-        """Adds the row of all orders in one function, with torch.compile."""
+        """Measures forward, backward and second order of an op in one function, also with
+        torch.compile."""
         ours, eager, inputs, gys, v = self.prepare(case)
         arms: dict[str, Callable] = {
             "ours": lambda: through(ours, inputs, gys, v),
@@ -505,7 +522,8 @@ class OpBench:
     def compiled(
         self, function: Callable, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
     ) -> Callable:
-        """Returns a compiled function of all three orders."""
+        """Returns a function, compiled by torch.compile, that computes all three orders of an
+        op."""
         torch._dynamo.reset()
         found = requests(function, inputs, gys, v)["second"]()
         wanted = [x is not None for x in found]
@@ -518,7 +536,10 @@ class OpBench:
         return lambda: step(inputs, gys, v)
 
     def prepare(self, case: Case) -> tuple[Callable, Callable, list[Tensor], list[Tensor], Tensor]:
-        """Returns our op, eager's, the inputs, the outputs' cotangents, and v."""
+        """Returns our op, PyTorch's version, the inputs, the outputs' cotangents, and v.
+
+        v is the cotangent of the first input's gradient.
+        """
         ours, eager = bound(case.ours, case), bound(case.eager, case)
         inputs = list(case.inputs.values())
         with torch.no_grad():
@@ -533,7 +554,12 @@ class OpBench:
         arms: Mapping[str, Callable[[], Sequence[Tensor | None]]],
         peaks: Mapping[str, int | None],
     ) -> None:
-        """Times the arms of an order beside a copy, and adds the row."""
+        """Times all implementations of an op and a copy of as many bytes, and adds the results.
+
+        order: order of differentiation. moved: bytes that it has to move. arms: name of an
+        implementation -> function that is timed. peaks: name of an implementation -> its peak
+        memory in bytes.
+        """
         off = difference(arms["ours"](), arms["eager"]())
         copy = {"copy": copier(moved, self.device)}
         timings = cold({**arms, **copy}, rounds=self.rounds)
@@ -567,12 +593,14 @@ class OpBench:
 
 
 def bound(function: Callable[..., Outputs], case: Case) -> Callable[..., Outputs]:
-    """Returns a function of the inputs alone."""
+    """Returns the function with its constant arguments filled in, so that it takes the inputs
+    alone."""
     return lambda *inputs: function(*inputs, **case.constants)
 
 
 def sizes(case: Case, function: Callable[..., Outputs]) -> dict[str, int]:
-    """Returns the bytes of each tensor of `MOVES`."""
+    """Returns the number of bytes of each tensor that the op reads or writes, by its name in
+    `MOVES`."""
     with torch.no_grad():
         ys = listed(function(*case.inputs.values()))
     tensors = {**case.inputs, **case.constants, **dict(zip(("y", "sum"), ys, strict=False))}
@@ -596,7 +624,7 @@ HEADER = (
 
 
 def line_of(row: Mapping[str, Any]) -> str:
-    """Returns a row as a line for the terminal."""
+    """Returns the results of one measurement as a line for the terminal."""
     ms = row["ms"]["ours"]
     faster = " ".join(f"{name} {value:.2f}" for name, value in row["times_as_fast_as"].items())
     leaner = " ".join(f"{name} {v:.2f}" for name, v in row["times_less_memory_than"].items())
@@ -613,7 +641,10 @@ def line_of(row: Mapping[str, Any]) -> str:
 
 
 def table(record: Record) -> str:
-    """Returns the table of each op at its first shape and dtype."""
+    """Returns this benchmark's Markdown table, made from its JSON record.
+
+    It shows each op at the first shape and dtype that was measured.
+    """
     ops: dict[str, dict[str, Any]] = {}
     for row in record["rows"]:
         first = ops.setdefault(row["op"], {"shape": row["shape"], "dtype": row["dtype"]})
@@ -655,7 +686,10 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures the cases and writes the record after each. Returns 1 if a result is wrong."""
+    """Measures all ops, and writes the JSON record after each measurement.
+
+    Returns 1 if an op failed or differs from PyTorch, else 0.
+    """
     began, gpu, card = time.perf_counter(), torch.cuda.is_available(), device_name()
     device, output = torch.device("cuda" if gpu else "cpu"), gpu_output(args, "kernels")
     if not gpu:
@@ -721,7 +755,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Returns the exit status: 1 if a case failed or differs from eager."""
+    """Parses the command line, runs the benchmark, and returns the exit status.
+
+    The status is 1 if an op failed or differs from PyTorch, and else 0.
+    """
     gpu = torch.cuda.is_available()
     stages = list(STAGES) if gpu else [3, 4]
     parser = make_parser(__doc__)

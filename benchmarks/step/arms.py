@@ -23,56 +23,61 @@ PAPER_WAY = Quirks(train_in_eval_mode=True, sync_micro_batches=True, accumulatio
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A method, a schedule and a precision."""
+    """One way to compute an update: a method, a precision, and how the penalty is
+    differentiated."""
 
     method: str
     precision: str = "fp32"
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
     budget: float = 1.0
-    """Activation memory budget of torch.compile: below 1, it recomputes to save memory."""
+    """Share of the activations that a compiled update keeps. Below 1 it recomputes the rest."""
     compile: bool = False
     kernels: str | None = None
-    """"triton" or "reference", see models.build_model. None if the benchmark decides."""
+    """Value of --kernels: "triton" or "reference". If None, the benchmark chooses."""
 
     @property
     def paper(self) -> bool:
-        """Whether this is the paper's own way."""
+        """Whether the update is computed as in the paper's code."""
         return self.method.endswith("-paper")
 
     @property
     def base(self) -> str:
-        """The method without -paper."""
+        """Name of the method without the ending -paper."""
         return self.method.removesuffix("-paper")
 
     @property
     def name(self) -> str:
-        """Name without the precision."""
+        """Name of the method and of the way in which the penalty is differentiated."""
         name = f"{self.method} {self.schedule}" if self.method == "gradnorm" else self.method
         return name if self.budget == 1 else f"{name}, budget {self.budget:g}"
 
     @property
     def key(self) -> str:
-        """Name with the precision."""
+        """Name of the method, of the way in which the penalty is differentiated, and of the
+        precision."""
         return f"{self.name}, {self.precision}"
 
     @property
     def exact(self) -> bool:
-        """Whether the derivative is exact in every update."""
+        """Whether every update has the exact derivative of the penalty."""
         return self.schedule.is_exact
 
     @property
     def cycle(self) -> int:
-        """Number of updates after which the costs repeat."""
+        """Number of updates after which the costs repeat, such as --lazy-interval."""
         return self.schedule.cycle
 
     def objective(self) -> Objective:
-        """Returns what the arm minimises."""
+        """Returns the loss that the update minimises."""
         select = "paper" if self.method == "pgd_at-paper" else "last"
         attack = AttackOptions(attack_select=select)
         return build_objective(ObjectiveConfig(self.base, attack=attack))
 
     def step(self, model: Classifier, **options: Any) -> RetryingStep:
-        """Returns the arm's step. `options` replace the StepOptions that follow from the arm."""
+        """Returns the function that computes this update's gradients.
+
+        options: fields of StepOptions with other values than this object's.
+        """
         quirks = Quirks()
         if self.paper:
             quirks = dataclasses.replace(PAPER_WAY, attack_weight_grads=self.base == "pgd_at")
@@ -83,6 +88,10 @@ class Arm:
 def random_batch(
     batch: int, side: int, classes: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Returns random images (B, 3, H, W) in 0..1 and soft targets (B, classes), as of mixup."""
+    """Returns random images (B, 3, H, W) in 0..1 and soft targets (B, classes), as mixup makes
+    them.
+
+    batch: number of images. side: height and width in pixels.
+    """
     images_BCHW = torch.rand(batch, 3, side, side, device=device)
     return images_BCHW, torch.rand(batch, classes, device=device).softmax(1)

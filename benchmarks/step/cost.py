@@ -77,29 +77,34 @@ from fastgn.step.schedule import SCHEDULES, Schedule
 NO_MEANING = "NO GPU: counts are exact, times are ratios within this run, seconds mean nothing"
 
 METHODS = ("natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper", "fgsm_rs")
-"""Methods in the order in which they are measured. If --minutes are over, the last are missing."""
+"""Methods in the order in which they are measured. If --minutes is too short, the last are
+missing."""
 SMALL_SWIN = (
     *("patch_size=4", "embed_dim=64", "depths=(2, 2)", "num_heads=(2, 4)"),
     "window_size=4",
 )
-"""Arguments of the network that is measured without a GPU, at 32 pixels."""
+"""Arguments of the small network that is measured without a GPU, with images of 32 pixels."""
 CONDITIONS = ("model_kwargs", "img_size", "classes", "batch", "kernels", "cuda_graphs", "minutes")
-"""Options whose defaults hold for all records in benchmarks/results."""
+"""Options that must have their defaults for a JSON record to be written to benchmarks/results."""
 LARGEST = 2**31
 """Limit for numbers of images, classes and rounds, and for seconds."""
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
-"""Rows and columns of the matrices whose product is the yardstick of FLOP utilisation."""
+"""Rows and columns of the square matrices whose product shows the device's highest FLOP rate."""
 
 PAPER = {
     "natural": {"passes": 2, "seconds_a_batch": 0.749, "std": 0.002},
     "gradnorm": {"passes": 5, "seconds_a_batch": 1.848, "std": 0.011},
     "pgd_at": {"passes": 8, "seconds_a_batch": 2.943, "std": 0.001},
 }
-"""arXiv 2409.20139, Table 3: Swin-B, 224 pixels, fp32, 8 V100, the same batch, three runs."""
+"""Method -> its row of Table 3 in arXiv 2409.20139.
+
+The paper trained Swin-B at 224 pixels in fp32 on 8 V100, with the same batch for all methods, three
+times.
+"""
 
 
 def choose_arms(args: argparse.Namespace) -> list[Arm]:
-    """Returns every arm that the options ask for, in the order of measurement."""
+    """Returns the kinds of update that the options ask for, in the order of measurement."""
     values = ("fd_step", "lazy_interval", "subset_fraction")
     schedules = [Schedule(k, **{v: getattr(args, v) for v in values}) for k in args.schedules]
     if args.compile == "off" and "exact" in args.schedules:  # the same as exact-eager
@@ -125,19 +130,20 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
 
 
 class NoModules(contextlib.nullcontext):
-    """Replaces FlopCounterMode's tracker of modules.
+    """Replaces FlopCounterMode's tracker of modules, and tracks nothing.
 
-    The tracker hangs hooks on the inputs of modules, and autograd.grad refuses hooks on a leaf.
+    The tracker adds hooks to the inputs of modules, and autograd.grad refuses hooks on a leaf
+    tensor.
     """
 
     parents = {"Global"}
 
 
 class Counter:
-    """Counts the operations of updates per image, on tensors without storage.
+    """Counts the floating-point operations of updates per image, on tensors without data.
 
-    network: on the CPU, with PyTorch's own operators.
-    classes: number of columns of the targets.
+    network: on the CPU, with PyTorch's own operators. batch: number of images. classes: number of
+    classes.
     """
 
     def __init__(self, network: Classifier, batch: int, classes: int):
@@ -151,7 +157,7 @@ class Counter:
         self.known: dict[tuple[str, Schedule], float] = {}
 
     def count(self, run: Callable[[], object]) -> float:
-        """Returns the operations of a call, per image."""
+        """Returns the floating-point operations of a call, divided by the number of images."""
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = NoModules()
         with self.mode, counter:
@@ -159,7 +165,7 @@ class Counter:
         return counter.get_total_flops() / self.batch
 
     def update(self, arm: Arm) -> float:
-        """Returns the operations of an arm's update per image, without those of the optimizer."""
+        """Returns the floating-point operations of an update per image, without the optimizer's."""
         same = (arm.method, arm.schedule)
         if same not in self.known:
             with self.mode:
@@ -186,19 +192,19 @@ def first_line(error: BaseException) -> str:
 
 @dataclasses.dataclass
 class Measurement:
-    """What was measured of an arm."""
+    """Results of measuring one kind of update (an Arm)."""
 
     arm: Arm
     flops: float
-    """Operations of an update, per image."""
+    """Floating-point operations of an update, per image."""
     step: RetryingStep | None = None
     why_not: str | None = None
-    """Reason why the arm has no times."""
+    """Reason why the update could not be timed, or None."""
     notes: list[str] = dataclasses.field(default_factory=list)
     first_s: float = math.nan
     """Seconds of the first update, with compilation."""
     warm_s: float = math.nan
-    """Seconds of an update after the warm-up."""
+    """Seconds per update after the warm-up."""
     peak_bytes: dict[str, int] | None = None
     launches: dict[str, Any] | None = None
     rounds: list[float] = dataclasses.field(default_factory=list)
@@ -208,11 +214,11 @@ class Measurement:
 
 
 class UpdateBench:
-    """Measures arms, which all share one model and one batch.
+    """Measures several kinds of update (Arm) with one model and one batch.
 
-    network: with PyTorch's own operators.
-    kernels: "triton" or "reference", see models.choose_kernels. Does not apply to -paper arms.
-    step_options: options of Step. They do not apply to -paper arms, either.
+    network: with PyTorch's own operators. kernels: value of --kernels, "triton" or "reference".
+    step_options: fields of StepOptions. The last two do not apply to methods whose name ends in
+    -paper.
     """
 
     def __init__(
@@ -238,26 +244,31 @@ class UpdateBench:
         self.optimizer.zero_grad()
 
     def update(self, step: RetryingStep, index: int = 0) -> None:
-        """Makes one update as fastgn.train does, but for clipping and averaging of weights."""
+        """Makes one update as fastgn.train does, without gradient clipping and averaging of
+        weights.
+
+        index: number of the update, which decides whether a lazy penalty is computed.
+        """
         step([(self.images, self.targets)], self.ramp, index)
         self.apply_gradients()
 
     def cycle(self, found: Measurement) -> None:
-        """Makes the updates of an arm's cycle."""
+        """Makes as many updates as it takes until their costs repeat, such as --lazy-interval."""
         assert found.step is not None
         for index in range(found.arm.cycle):
             self.update(found.step, index)
 
     def step(self, arm: Arm) -> RetryingStep:
-        """Returns the step of an arm."""
+        """Returns the function that computes the gradients of an update."""
         network = self.plain if arm.paper else self.network
         return arm.step(network, **({} if arm.paper else self.step_options))
 
     @contextlib.contextmanager
     def attempt(self, found: Measurement, what: str, *, needed: bool = True) -> Iterator[None]:
-        """Catches what fails inside, so that the other arms go on.
+        """Catches errors in the with block, so that the other measurements go on.
 
-        needed: whether the failure ends the arm. If not, it becomes a note.
+        found: results that get the error's text. what: name of the block for that text. needed:
+        whether the failure ends the measurement. If False, the text becomes a note.
         """
         try:
             yield
@@ -272,7 +283,10 @@ class UpdateBench:
             torch.cuda.empty_cache()
 
     def prepare(self, found: Measurement) -> None:
-        """Builds an arm, warms it up, and measures its memory and its launches."""
+        """Builds and warms up a kind of update, and measures its memory and kernel launches.
+
+        found: results to fill in.
+        """
         arm = found.arm
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
@@ -297,14 +311,17 @@ class UpdateBench:
                 found.launches = {"what": seen.what, "count": count, "busy_s": busy_s}
 
     def allocated(self) -> int:
-        """Returns the bytes that tensors take on the GPU, 0 on a CPU."""
+        """Returns the bytes that all tensors on the GPU take, 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         gc.collect()
         return torch.cuda.memory_allocated(self.device)
 
     def peak_bytes(self, found: Measurement, own: int) -> dict[str, int]:
-        """Returns the bytes that an arm needs. own: bytes that it holds between its steps."""
+        """Returns the bytes that an update needs, by what needs them.
+
+        own: bytes that the update keeps in memory between two calls.
+        """
         before = self.allocated()
         torch.cuda.reset_peak_memory_stats(self.device)
         self.cycle(found)
@@ -316,7 +333,11 @@ class UpdateBench:
         return {"shared": shared, "own": own, "step": step, "total": shared + own + step}
 
     def time(self, measured: Sequence[Measurement], seconds: float, meter: Meter | None) -> None:
-        """Times one round of all arms that have not failed. seconds: of one arm, about."""
+        """Times one round of all updates that have not failed, and adds the results to `measured`.
+
+        seconds: about how long to time each kind of update. meter: measures the energy, if not
+        None.
+        """
         live = {found.arm.key: found for found in measured if found.why_not is None}
         readings: dict[str, Any] = {}
 
@@ -346,7 +367,7 @@ class UpdateBench:
 def gemm_rates(
     precisions: Sequence[str], device: torch.device, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Returns the operations per second of a square matrix product in each precision."""
+    """Returns floating-point operations per second of a square matrix product in each precision."""
     side = GEMM_SIDE[device.type]
 
     def product(precision: str) -> Callable[[], None]:
@@ -371,24 +392,25 @@ def gemm_rates(
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Returns mean, standard deviation and the values themselves."""
+    """Returns mean, standard deviation and the values themselves, for the JSON record."""
     timing = Timing(tuple(values))
     return {"mean": timing.mean, "std": timing.std, "rounds": list(values)}
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Returns mean and standard deviation of the ratios within each round."""
+    """Returns mean and standard deviation of the ratio values / others in each round."""
     ratios = Timing(tuple(paired_ratios(values, others)))
     return {"mean": ratios.mean, "std": ratios.std}
 
 
 def time_key(name: str, meaningful: bool) -> str:
-    """Returns the key of a record for seconds, which on a CPU says that they mean nothing."""
+    """Returns the name of a time in the JSON record. On a CPU the name begins with
+    "meaningless_"."""
     return name if meaningful else f"meaningless_{name}"
 
 
 def paper_column(arm: Arm) -> dict[str, Any] | None:
-    """Returns what the paper measured of the same method, None if it did not."""
+    """Returns what the paper measured for a method and what follows from it, or None if nothing."""
     row = PAPER.get(arm.base)
     if row is None or not arm.exact or arm.budget < 1:
         return None
@@ -406,10 +428,11 @@ def row_of(
     gemm: Mapping[str, Mapping[str, float]],
     meaningful: bool,
 ) -> dict[str, Any]:
-    """Returns an arm's row of the record.
+    """Returns the results of one kind of update as a dict for the JSON record.
 
-    measured: all measurements by key of the arm.
-    forward: operations of a forward per image.
+    measured: Arm.key -> results of each kind of update, for ratios. forward: floating-point
+    operations of a forward per image. gemm: precision -> operations per second of a matrix product.
+    meaningful: whether times mean anything, which is so on a GPU.
     """
     arm = found.arm
     passes = count_passes(arm.objective(), arm.schedule, arm.method == "pgd_at-paper")
@@ -461,19 +484,24 @@ def row_of(
 
 
 def busy_share(row: Row) -> str:
-    """Returns the share of an update's time in which the GPU is at work."""
+    """Returns the share of an update's time in which the GPU is at work, as a table's cell."""
     busy_s = (row.get("launches") or {}).get("busy_s")
     seconds = row.get("seconds_a_batch")
     return f"{100 * busy_s / seconds['mean']:.0f} %" if seconds and busy_s else ""
 
 
 def over(row: Row, key: str, other: str) -> str:
-    """Returns the mean and deviation of a ratio to another arm."""
+    """Returns the ratio of an update's time, or of another quantity, to another method's, as a
+    cell.
+
+    row: results of one kind of update. key: name of the ratios in it. other: name of the other
+    method.
+    """
     return plus_minus(row.get(key, {}).get(other), ".2f")
 
 
 def paper_ratio(row: Row, other: str) -> str:
-    """Returns the ratio of times in the paper."""
+    """Returns the ratio of the paper's time to its time for method `other`, as a table's cell."""
     return f"{row['paper']['time_over'][other]:.2f}" if row["paper"] else ""
 
 
@@ -505,11 +533,11 @@ COLUMNS = {
     "paper: over natural": lambda r: paper_ratio(r, "natural"),
     "paper: over PGD-3": lambda r: paper_ratio(r, "pgd_at"),
 }
-"""Heading of each column, and the function that makes its cells."""
+"""Heading of each column of the table -> function that makes its cell from one update's results."""
 
 
 def table(record: Record) -> str:
-    """Returns the table of all arms."""
+    """Returns this benchmark's Markdown table of all kinds of update, made from its JSON record."""
     failed = [row for row in record["not_timed"] if row["failed"]]
     rows = record["rows"] + [row for row in record["not_timed"] if row not in failed]
     columns = dict(COLUMNS)
@@ -543,7 +571,7 @@ def table(record: Record) -> str:
 
 
 def headline(record: Record) -> str:
-    """Returns the README's paragraph: exact gradnorm against the paper's way of running it."""
+    """Returns a paragraph for README: exact gradnorm against the paper's way of running it."""
     rows = {(row["arm"], row["precision"]): row for row in record["rows"]}
     ours, paper = rows["gradnorm exact", "bf16"], rows["gradnorm-paper", "fp32"]
     energy = ours["joules_an_image"]["mean"] / paper["joules_an_image"]["mean"]
@@ -562,9 +590,10 @@ def headline(record: Record) -> str:
 
 
 def summary(counted: Record, graphs: Record, eager: Record) -> str:
-    """Returns the README's table: six updates of Swin-B, counted and measured.
+    """Returns a Markdown table for README: six kinds of update of Swin-B, counted and measured.
 
-    graphs, eager: records with CUDA graphs in the compiled arms, and without.
+    counted: JSON record of counts. graphs, eager: JSON records of compiled updates measured with
+    CUDA graphs, and without.
     """
     counts = {row["arm"]: row for row in counted["not_timed"]}
     shown = (
@@ -609,7 +638,10 @@ def summary(counted: Record, graphs: Record, eager: Record) -> str:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Returns the options, with defaults that depend on the machine. Raises UserError."""
+    """Parses the command line and returns the options. Some defaults depend on the machine.
+
+    Raises UserError for options that do not fit together.
+    """
     gpu = torch.cuda.is_available()
     modern = gpu and torch.cuda.get_device_capability() >= (8, 0)
     parser = make_parser(__doc__)
@@ -664,9 +696,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def differences_from_kept(args: argparse.Namespace) -> list[str]:
-    """Returns in what a run differs from the one that benchmarks/results keeps of its model.
+    """Returns the options in which a run differs from the record in benchmarks/results.
 
-    More arms and more rounds do not count as differences.
+    More kinds of update and more rounds do not count as differences.
     """
     kept = parse([] if args.name == "small_swin" else ["--model", args.name])
     found = [name for name in CONDITIONS if getattr(args, name) != getattr(kept, name)]
@@ -679,7 +711,7 @@ def differences_from_kept(args: argparse.Namespace) -> list[str]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Measures the arms that the command line asks for. Returns 1 if none could be measured."""
+    """Measures the updates that the command line asks for. Returns 1 if none could be measured."""
     args = parse(argv)
     began, longest = time.perf_counter(), 0.0
     gpu, card = torch.cuda.is_available(), device_name()
@@ -780,7 +812,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake, 1 if no arm could be measured."""
+    """Parses the command line, runs the benchmark, and returns the exit status.
+
+    The status is 2 for a user's mistake, 1 if no update could be measured, and else 0.
+    """
     return exit_status("cost.py", lambda: run(list(sys.argv[1:] if argv is None else argv)))
 
 

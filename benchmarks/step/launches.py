@@ -13,7 +13,7 @@ from benchmarks.common.timing import synchronize
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts the operators that reach a kernel, views included."""
+    """Counts the ATen operators that run, views included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,20 +26,21 @@ class Dispatched(TorchDispatchMode):
 
 @dataclasses.dataclass(frozen=True)
 class Launches:
-    """Launches of one call."""
+    """Number of kernel launches of one call, and the GPU's working time."""
 
     what: str
-    """Kind of thing that is counted."""
+    """What is counted: kernels on a GPU, ATen operators on a CPU."""
     count: int | None
     """Number of launches, None if it cannot be found out."""
     busy_s: float | None = None
-    """Seconds in which the GPU was at work. If the call took longer, the host was the limit."""
+    """Seconds in which the GPU was at work. If the call took longer, the GPU waited for the
+    host."""
 
 
 def launches(run: Callable[[], object], compiled: bool) -> Launches:
     """Counts the kernels that a call launches, or on a CPU the ATen operators that it runs.
 
-    compiled: whether the call is compiled: on a CPU, the operators of compiled code are not seen.
+    compiled: whether torch.compile has compiled the call. On a CPU its operators cannot be counted.
     """
     if torch.cuda.is_available():
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -59,7 +60,8 @@ def launches(run: Callable[[], object], compiled: bool) -> Launches:
 
 
 def is_kernel(event: Any) -> bool:
-    """Returns whether a profiler's event is a kernel, not host code, a copy or an annotation."""
+    """Returns whether an event of PyTorch's profiler is a kernel, not host code, a copy or a
+    note."""
     return (
         event.device_type == DeviceType.CUDA
         and not event.name.startswith(("Memcpy", "Memset"))

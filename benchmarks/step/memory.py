@@ -51,7 +51,7 @@ TOY = (
     *("patch_size=4", "embed_dim=16", "depths=(1, 1)", "num_heads=(2, 4)"),
     "window_size=4",
 )
-"""Arguments of the network of --smoke, at 32 pixels."""
+"""Arguments of the small network that --smoke uses, with images of 32 pixels."""
 ARMS = (
     Arm("gradnorm", schedule=Schedule("exact-eager")),  # first, because it needs no compilation
     Arm("gradnorm", compile=True),
@@ -63,7 +63,7 @@ ARMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is needed to measure one row."""
+    """One measurement: a kind of update, a batch size and a network."""
 
     arm: Arm
     batch: int
@@ -78,11 +78,14 @@ class Task:
 
 
 Todo = tuple[Callable[[Task], Any], Task]
-"""A function of this module, and its argument, for another process."""
+"""A function of this module and its argument, which are called in another process."""
 
 
 def count(task: Task) -> StepCost:
-    """Returns what fastgn.step.cost counts for a method. Takes seconds for Swin-B."""
+    """Returns the operations and bytes per image that fastgn.step.cost counts for an update.
+
+    This takes seconds for Swin-B.
+    """
     model = task.network(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     size = {"batch_size": task.batch, "img_size": model.img_size, "num_classes": CLASSES}
     objective = task.arm.objective()
@@ -90,14 +93,18 @@ def count(task: Task) -> StepCost:
 
 
 def predicted_bytes(cost: StepCost, row: dict[str, Any]) -> int:
-    """Returns the peak that fastgn.step.plan predicts for a row."""
+    """Returns the peak memory in bytes that fastgn.step.plan predicts for an update.
+
+    row: results of that update in the JSON record.
+    """
     kept = (EAGER if row["schedule"] == "exact-eager" else compiled_relations(cost)).kept
     images = row["batch"] * cost.image_bytes * kept[row["activation_memory_budget"]]
     return int(cost.weight_bytes + cost.gradient_bytes + cost.fixed_bytes + images)
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Returns the row of a task. Runs in a process of its own."""
+    """Measures one update and returns the results as a dict. It must run in a process of its
+    own."""
     arm = task.arm
     row: dict[str, Any] = {
         **{"arm": arm.name, "method": arm.method, "schedule": arm.schedule.kind},
@@ -115,7 +122,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def peak_bytes(task: Task) -> int | None:
-    """Returns the peak of the third step, None if the batch does not fit."""
+    """Returns the peak memory of the third update in bytes, or None if the batch does not fit."""
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = task.network(device).to(device)
@@ -135,10 +142,11 @@ def peak_bytes(task: Task) -> int | None:
 def run_in_processes(
     todo: Sequence[Todo], workers: int, until: float, take: Callable[[Task, Any], None]
 ) -> list[Todo]:
-    """Calls each function in a process of its own, and `take` with its result.
+    """Calls each function in a process of its own, and calls `take` with each result.
 
-    until: time of the clock after which nothing more begins.
-    Returns those that ran out of memory beside others.
+    workers: number of processes at a time. until: time after which no call begins, as
+    time.perf_counter() gives. Returns the calls that ran out of memory while other processes ran.
+    The caller can repeat these alone.
     """
     again: list[Todo] = []
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
@@ -166,7 +174,10 @@ def run_in_processes(
 
 
 def taken_over(output: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the rows of an interrupted run that asked for the same."""
+    """Returns the results of an interrupted run of the same benchmark with the same options.
+
+    output: JSON record. head: the options and versions that must be the same.
+    """
     record = earlier(output)
     if any(record.get(name) != value for name, value in head.items()):
         return []
@@ -174,7 +185,7 @@ def taken_over(output: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Returns a row as a line for the terminal."""
+    """Returns the results of one measurement as a line for the terminal."""
     gib = [
         f"{row[name] / 2**30:6.2f} GiB" if row.get(name) else "     -    "
         for name in ("peak_bytes", "predicted_bytes")
@@ -185,7 +196,8 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures the rows that are missing. Returns 1 if one failed."""
+    """Makes the measurements that are missing in the JSON record. Returns 1 if one failed, else
+    0."""
     if args.smoke:
         args.model, args.precision, args.batches, args.workers = "swin_t", "fp32", [2, 4], 0
     check_name(ArchitectureConfig(model=args.model))
@@ -244,7 +256,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake, 1 if a row failed."""
+    """Parses the command line, runs the benchmark, and returns the exit status.
+
+    The status is 2 for a user's mistake, 1 if a measurement failed, and else 0.
+    """
     workers = 5 if torch.cuda.is_available() else 0
     parser = make_parser(__doc__)
     add = parser.add_argument

@@ -41,7 +41,10 @@ PRECISIONS = ("fp32", "bf16", "bf16-pure")
 
 @contextlib.contextmanager
 def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
-    """Appends to `saved` the bytes that are live when the last backward begins."""
+    """Appends to `saved` the bytes that tensors take when the last backward of an update begins.
+
+    meter: counts these bytes.
+    """
     backward = torch.autograd.backward
 
     def noted(*args: Any, **kwargs: Any) -> None:
@@ -55,7 +58,10 @@ def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
 def count(
     model: Classifier, method: str, precision: str, batch_size: int, budget: float | None
 ) -> dict[str, float]:
-    """Returns the costs of an update per image. budget: None means eager."""
+    """Returns operations, peak memory, memory traffic and saved bytes of an update, per image.
+
+    budget: activation memory budget of torch.compile. None means not to compile.
+    """
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True):
         arm = Arm(method, precision, budget=budget or 1.0, compile=budget is not None)
@@ -73,7 +79,11 @@ def count(
 
 
 def table(record: Record) -> str:
-    """Returns a table of what each budget costs in ratios to eager."""
+    """Returns this benchmark's Markdown table, made from its JSON record.
+
+    It gives the costs of an update at each activation memory budget, relative to an update that is
+    not compiled.
+    """
     columns = {
         "network": lambda r: ", ".join((r["model"], *r["model_kwargs"])),
         "batch": lambda r: str(r["batch_size"]),

@@ -57,10 +57,13 @@ from fastgn.step.step import Step
 
 SIDE, CLASSES = 32, 10
 FD_STEPS = (0.07, 0.01, 0.001)
-"""Steps of finite differences. 0.07 is the paper's eps / sigma."""
+"""Step sizes of finite differences, in normalised units. The paper uses 0.07, its eps / sigma."""
 CE_WEIGHTS = {"whole": 0.8, "penalty": 2.0**-20}
-"""Weight of the cross-entropy. It is not 0, because a central difference finds its direction in
-the sweep of the cross-entropy."""
+"""Name of a loss -> the weight of the cross-entropy in it.
+
+The weight for "penalty" is not 0, because a central difference finds its direction while it
+computes the cross-entropy.
+"""
 NETWORKS = {
     "tiny Swin": ArchitectureConfig(
         model="swin_t",
@@ -75,12 +78,17 @@ NETWORKS = {
 
 
 def label(arm: Arm) -> str:
-    """Returns the name of an arm in the record."""
+    """Returns the name under which the JSON record keeps a precision and a way of
+    differentiation."""
     return f"{arm.schedule}, {arm.precision}"
 
 
 def choose_arms(where: torch.device, fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
-    """Returns what this device can compute, and a line for each precision that it cannot."""
+    """Returns the precisions and ways of differentiation that this device supports.
+
+    Also returns one line for each precision that the device does not support. where: the device.
+    fd_steps: step sizes of finite differences.
+    """
     precisions, notes = ["fp32"], []
     cuda = where.type == "cuda"
     modern = cuda and torch.cuda.get_device_capability(where) >= (8, 0)
@@ -102,7 +110,10 @@ def choose_arms(where: torch.device, fd_steps: Sequence[float]) -> tuple[list[Ar
 
 
 def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the gradient of all parameters (P,), float64, on the CPU. Leaves `model` as it is."""
+    """Returns the gradient of all parameters as one vector (P,), in float64 on the CPU.
+
+    arm: how the gradient is computed. `model` is not changed.
+    """
     model = copy.deepcopy(model)  # BatchNorm counts what it has seen
     objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
     options = StepOptions(schedule=arm.schedule, precision=arm.precision, compile=False)
@@ -117,7 +128,7 @@ def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, 
 
 
 def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """Returns the cosine and the relative L2 error of a float64 vector."""
+    """Returns the cosine of two float64 vectors and the relative L2 error of the first."""
     # by hand, because F.cosine_similarity rounds 1 - 1e-14 to 1
     cosine = float(value @ reference / (value.norm() * reference.norm()))
     error = float((value - reference).norm() / reference.norm())
@@ -141,9 +152,10 @@ def train(
 def batches(
     split: Arrays | None, number: int, size: int, seed: int, part: int, where: torch.device
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yields images (B, 3, H, W) in 0..1 and labels (B,), drawn anew for each seed and part.
+    """Yields `number` batches of images (B, 3, H, W) in 0..1 and labels (B,), on device `where`.
 
-    If `split` is None, the images are random.
+    split: images to draw from. If None, the images are random. seed, part: decide the random
+    numbers.
     """
     draw = make_generator(Stream.EVALUATION, seed, part)
     for _ in range(number):
@@ -158,7 +170,10 @@ def batches(
 
 
 def sources(names: Sequence[str], cifar10_file: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Returns training and held-out images by name (None for random), and what is missing."""
+    """Returns the image sets that are used: name -> (training images, held-out images).
+
+    The value for "random" is None. Also returns one line for each set that is missing.
+    """
     found: dict[str, Any] = {}
     notes = []
     for name in names:
@@ -183,9 +198,10 @@ def measure(
     arms: Sequence[Arm],
     where: torch.device,
 ) -> dict[str, Any]:
-    """Returns the errors of all arms, of one network on one kind of images.
+    """Returns the gradient errors of all precisions and ways of differentiation, for one network.
 
-    method: of the training that comes first, None for none.
+    split: training and held-out images, or None for random images. method: with which method the
+    network is trained first, or None for no training. where: the device.
     """
     found: dict[Arm, dict[str, list[dict[str, float]]]] = {
         arm: {part: [] for part in CE_WEIGHTS} for arm in arms
@@ -232,7 +248,10 @@ def measure(
 def taken_over(
     output: Path, same: dict[str, Any], arms: Sequence[Arm], updates: int
 ) -> list[dict[str, Any]]:
-    """Returns the cases of an interrupted call that asked for the same."""
+    """Returns the results of an interrupted run of the same benchmark with the same options.
+
+    output: JSON record. same: the options and versions that must be the same.
+    """
     record = earlier(output)
     if record.get("complete", True) or any(record.get(key) != value for key, value in same.items()):
         return []
@@ -245,7 +264,10 @@ def taken_over(
 
 
 def table(record: Record) -> str:
-    """Returns a table of all arms, with a column for each network and training."""
+    """Returns this benchmark's Markdown table, made from its JSON record.
+
+    It has a column for each network and way of training it.
+    """
     cases: dict[str, list[dict]] = {}
     for case in record["cases"]:
         state = f"after {case['trained_by']}" if case["trained_by"] else "untrained"
@@ -274,7 +296,7 @@ def table(record: Record) -> str:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Measures the cases that are missing."""
+    """Makes the measurements that are missing in the JSON record, and writes it after each."""
     where, name = torch.device("cuda" if torch.cuda.is_available() else "cpu"), device_name()
     output = output_for(f"precision_{slugify(name)}.json", parser, args, free=("cifar10",))
     arms, notes = choose_arms(where, args.fd_steps)
@@ -314,7 +336,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake."""
+    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
+    mistake, else 0."""
     kinds, width = ("random", "digits", "cifar10"), 64 if torch.cuda.is_available() else 8
     parser = make_parser(__doc__)
     add = parser.add_argument

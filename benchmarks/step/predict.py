@@ -63,20 +63,20 @@ METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs")
 
 @dataclasses.dataclass
 class Cost:
-    """Launches, bytes and operations of compiled graphs. Costs can be added and scaled."""
+    """Kernel launches, bytes and operations of a compiled update. Two costs can be added."""
 
     generated: float = 0
     """Number of kernels that Inductor writes."""
     extern: float = 0
-    """Number of calls of libraries' kernels and of opaque operators."""
+    """Number of calls of library kernels, and of operators that Inductor cannot see into."""
     bytes: float = 0
     flops: float = 0
     seconds: float = 0
-    """Seconds at the roofline."""
+    """Seconds that the update takes if every kernel reaches the GPU's bandwidth or FLOP rate."""
     kept_bytes: float = 0
-    """Bytes that a forward keeps for its backward."""
+    """Bytes that a forward pass keeps for its backward pass."""
     by_kind: Counter[str] = dataclasses.field(default_factory=Counter)
-    """What a kernel computes -> bytes that it moves."""
+    """Kind of computation, in names of ATen's operators -> bytes that its kernels move."""
 
     def plus(self, other: "Cost", times: float = 1) -> "Cost":
         """Returns self + times * other."""
@@ -92,7 +92,7 @@ class Cost:
 
 
 def node_flops(node: torch.fx.Node) -> int:
-    """Returns the operations of the matrix products that a node of a graph stands for."""
+    """Returns the floating-point operations of the matrix products in one node of a graph."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return 0
     values = lambda tree: torch.fx.map_arg(tree, lambda n: n.meta["val"])  # noqa: E731
@@ -117,7 +117,10 @@ def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
 
 
 def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
-    """Returns the cost of a graph, with the kernels that Inductor's scheduler has fused."""
+    """Returns the cost of a graph, with the kernels that Inductor makes of it.
+
+    lowering: Inductor's GraphLowering. precision: of the update, which decides the FLOP rate.
+    """
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
     cost = Cost(flops=sum(flops.values()))
     repeated = repetitions(lowering)
@@ -145,14 +148,17 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
 
 
 def _is_output(buffer: Any) -> bool:
-    """Returns whether a buffer is one of several outputs of an operator, and no launch itself."""
+    """Returns whether an Inductor buffer is one of several outputs of an operator.
+
+    Such a buffer is not a launch itself.
+    """
     from torch._inductor.ir import MultiOutput
 
     return isinstance(buffer, MultiOutput)
 
 
 def repetitions(lowering: Any) -> Counter[str]:
-    """Returns, for each buffer, bytes that Inductor counts although memory does not hold them.
+    """Returns the bytes that Inductor counts for each buffer although they are not in memory.
 
     An expanded tensor repeats its elements. The bytes of an operator's outputs count for the
     operator, too. Inductor counts no byte of an output that nothing reads.
@@ -179,7 +185,10 @@ def nbytes(value: Any) -> int:
 
 
 def without_data(value: Any) -> Any:
-    """Returns a tensor without data for an output of a graph."""
+    """Returns a tensor without data, with the shape and dtype of a graph's output.
+
+    Returns None if the output is not a tensor.
+    """
     if not value.has_tensor_output():
         return None
     size, stride = ([int(x) for x in xs] for xs in (value.get_size(), value.get_stride()))
@@ -187,7 +196,10 @@ def without_data(value: Any) -> Any:
 
 
 def move(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Moves a model to the pretend GPU, without its data."""
+    """Moves a model without its data to the pretended GPU.
+
+    mode: fake tensor mode of PyTorch under which its tensors have no data.
+    """
     with mode:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -205,14 +217,14 @@ def move(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """The network that is trained, and the size of its batches."""
+    """The network that is trained, and the batch size."""
 
     model: str
     img_size: int
     batch: int
     classes: int = 1000
     kwargs: tuple[str, ...] = ()
-    """Arguments as of --model-kwargs."""
+    """Arguments of the network, as NAME=VALUE, like those of --model-kwargs."""
 
     def build(self, kernels: str) -> Classifier:
         """Returns the network with random weights on the CPU."""
@@ -235,7 +247,10 @@ class Network:
 
 
 def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
-    """Returns the cost of an update, the mean over the updates of a cycle."""
+    """Returns the predicted cost of one update: the mean over all updates until the costs repeat.
+
+    arm: kind of update.
+    """
     total = Cost()
 
     def on_graph(lowering: Any) -> Callable:
@@ -272,10 +287,12 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
 
 
 def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
-    """Returns the depths of two Swins with fewer blocks in the deepest stage, and a number n.
+    """Returns the depths of two shallower Swins, from which a deep one's cost can be computed, and
+    n.
 
     The cost of the deep Swin is that of the first plus n times the difference of the two. Blocks
-    come in pairs, plain and shifted, and those of a stage cost the same. None if it is not deeper.
+    come in pairs, plain and shifted, and those of a stage cost the same. Returns None if the Swin
+    is not deeper than these two.
     """
     deepest = max(depths)
     if deepest <= 4 or deepest % 2:
@@ -286,7 +303,11 @@ def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], 
 
 
 def predict_deep(network: Network, arm: Arm, gpu: Gpu) -> tuple[Cost, list | None]:
-    """Returns the cost of an update, and the depths that a deep Swin was extrapolated from."""
+    """Returns the predicted cost of an update, and the depths of the shallower Swins it is based
+    on.
+
+    The depths are None if the network itself was predicted.
+    """
     depths = network.depths()
     parts = shallower(depths) if depths else None
     if parts is None:
@@ -300,7 +321,10 @@ def predict_deep(network: Network, arm: Arm, gpu: Gpu) -> tuple[Cost, list | Non
 
 
 def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None) -> dict[str, Any]:
-    """Returns the row of one arm on one card."""
+    """Returns the prediction for one kind of update on one GPU, as a dict for the JSON record.
+
+    source: depths of the shallower Swins from which the cost was extrapolated, or None.
+    """
     batch = network.batch
     return {
         "prediction": True,
@@ -327,7 +351,8 @@ def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None
 
 
 def eager(network: Network, arm: Arm) -> dict[str, float]:
-    """Returns how many of PyTorch's operators an eager update runs, and the bytes per image."""
+    """Returns how many PyTorch operators an update runs without torch.compile, and bytes per
+    image."""
     size = {"batch_size": network.batch, "img_size": network.img_size}
     size |= {"num_classes": network.classes}
     model = network.build("reference")
@@ -338,9 +363,11 @@ def eager(network: Network, arm: Arm) -> dict[str, float]:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each row the ratios of its bytes, time and kept activations to natural training.
+    """Adds to each prediction the ratios of its bytes, time and kept activations to natural
+    training.
 
-    Natural training is on the same card and precision, with the kernels that move fewer bytes.
+    rows: predictions in the JSON record. Natural training is on the same GPU and in the same
+    precision, with the kernels that move fewer bytes.
     """
     for row in rows:
         same = ("gpu", "precision", "activation_memory_budget")
@@ -356,9 +383,10 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def table(record: Record, measured: Sequence[Record] | None = None) -> str:
-    """Returns the table of all predictions, beside what cost.py measured on cards of that name.
+    """Returns this benchmark's Markdown table, made from its JSON record.
 
-    measured: records of cost.py. If None, those in benchmarks/results.
+    Each prediction stands beside what cost.py measured on a GPU of that name. measured: JSON
+    records of cost.py. If None, those in benchmarks/results.
     """
     if measured is None:
         measured = [read_json(path) for path in sorted(RESULTS.glob("cost_*.json"))]
@@ -422,7 +450,7 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
 
 
 def choose_arms(args: argparse.Namespace, gpu: Gpu) -> list[Arm]:
-    """Returns the arms that the options ask for, in precisions that the card supports."""
+    """Returns the kinds of update that the options ask for, in precisions that the GPU supports."""
     kernels = ("triton", "reference") if args.kernels == "both" else (args.kernels,)
     arms = []
     for wanted, kernel, method in itertools.product(args.precision, kernels, args.methods):
@@ -433,7 +461,7 @@ def choose_arms(args: argparse.Namespace, gpu: Gpu) -> list[Arm]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options. Raises UserError."""
+    """Parses the command line and returns the options. Raises UserError for invalid options."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", default="swin_b")
@@ -460,12 +488,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns what a row is about."""
+    """Returns the values that identify a prediction: GPU, kind of update, precision and kernels."""
     return tuple(row[k] for k in ("gpu", "arm", "precision", "kernels"))
 
 
 def kept_rows(record: dict[str, Any], output: Path) -> list[dict[str, Any]]:
-    """Returns the rows that an earlier call wrote, if network and versions are the same."""
+    """Returns the predictions that an earlier run wrote for the same network and versions.
+
+    record: JSON record of this run. output: path of that record.
+    """
     same = ("model", "model_kwargs", "img_size", "classes", "batch", "versions")
     for path in (unfinished(output), output):
         before = read_json(path)
@@ -475,7 +506,8 @@ def kept_rows(record: dict[str, Any], output: Path) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predicts the arms and writes the record after each."""
+    """Predicts all updates that the command line asks for, and writes the JSON record after
+    each."""
     size = (args.model, args.img_size, args.batch_size, args.classes)
     network, output = Network(*size, tuple(args.model_kwargs)), args.output
     record: dict[str, Any] = {
@@ -518,7 +550,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake."""
+    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
+    mistake, else 0."""
     return exit_status("predict.py", lambda: run(parse(argv)))
 
 

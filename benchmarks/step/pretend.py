@@ -19,25 +19,28 @@ CUDA = torch.device("cuda:0")
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Properties of a card that a prediction needs."""
+    """Properties of a GPU that a prediction needs."""
 
     name: str
     capability: tuple[int, int]
     processors: int
     """Number of streaming multiprocessors."""
     bytes_per_s: float
-    """Bandwidth of device memory, reads and writes counted."""
+    """Bandwidth of device memory in bytes per second, reads and writes together."""
     flop_per_s: dict[str, float]
-    """Precision of the step -> rate of dense matrix products. Unsupported precisions are absent."""
+    """Precision of the update -> floating-point operations per second of dense matrix products.
+
+    Precisions that the GPU does not support are absent.
+    """
     shared_bytes: int
-    """Shared memory per block."""
+    """Bytes of shared memory per block."""
     l2_bytes: int
     memory_bytes: int
     source: str
-    """Source of the two rates."""
+    """Source of the bandwidth and of the FLOP rates."""
 
     def precision(self, wanted: str) -> str:
-        """Returns `wanted`, or fp32 if the card does not support it."""
+        """Returns `wanted` if the GPU supports this precision, else "fp32"."""
         return wanted if wanted in self.flop_per_s else "fp32"
 
 
@@ -67,7 +70,7 @@ GPUS = {
         "peaks of NVIDIA's data sheet: no V100 reaches them",
     ),
 }
-"""Name on the command line -> card."""
+"""Name of a GPU on the command line -> its properties."""
 
 
 def run_backward(
@@ -79,7 +82,11 @@ def run_backward(
     allow_unreachable: bool = False,
     accumulate_grad: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Replaces PyTorch's autograd engine, which asks the CUDA driver for streams."""
+    """Computes gradients in place of PyTorch's autograd engine, which asks the CUDA driver for
+    streams.
+
+    The arguments are those of the engine's method run_backward.
+    """
 
     def edge(x: Tensor | GradientEdge) -> GradientEdge:
         return get_gradient_edge(x) if isinstance(x, Tensor) else x
@@ -139,12 +146,12 @@ def run_backward(
 
 
 _RUNNING: list[set[Any]] = []
-"""Nodes of each backward under way. The innermost backward is the last."""
+"""Nodes of each backward pass that is running. The innermost pass is the last."""
 
 
 @contextlib.contextmanager
 def running(nodes: set[Any]) -> Iterator[None]:
-    """Notes the nodes of a backward while it runs."""
+    """Keeps the nodes of a backward pass in `_RUNNING` while the with block runs."""
     _RUNNING.append(nodes)
     try:
         yield
@@ -153,7 +160,7 @@ def running(nodes: set[Any]) -> Iterator[None]:
 
 
 def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:
-    """Returns the gradients for a node's next_functions."""
+    """Runs an autograd node, and returns the gradients for its next_functions."""
     if not isinstance(node, BackwardCFunction):
         result = node(*arguments)
         return result if isinstance(result, tuple) else (result,)
@@ -170,7 +177,7 @@ def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:
 
 
 class OnCpu(TorchDispatchMode):
-    """Makes new tensors on the CPU, whichever device the operators name."""
+    """Makes operators create new tensors on the CPU, whatever device their arguments name."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -182,7 +189,7 @@ class OnCpu(TorchDispatchMode):
 
 
 def forget_devices() -> None:
-    """Empties PyTorch's caches of what it knows of the machine's devices and of Triton."""
+    """Clears what PyTorch has cached about the devices of this machine and about Triton."""
     import torch._inductor.utils as inductor
     import torch.utils._triton as triton
     from torch._inductor.runtime.hints import DeviceProperties
@@ -194,10 +201,10 @@ def forget_devices() -> None:
 
 @contextlib.contextmanager
 def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTensorMode]:
-    """Makes PyTorch believe that `gpu` is cuda:0. Yields the mode of its tensors.
+    """Makes PyTorch believe that a GPU which is not in this machine is cuda:0.
 
-    on_graph: torch._inductor.graph.GraphLowering -> function that runs in place of its code, on a
-        list of tensors.
+    Yields the mode under which tensors have no data. on_graph: takes Inductor's GraphLowering of
+    each compiled graph and returns the function that runs in its place, on a list of tensors.
     """
     import torch._dynamo.device_interface as interfaces
     import torch._inductor.fx_passes.fuse_attention as fuse_attention

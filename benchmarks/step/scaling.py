@@ -41,13 +41,16 @@ from fastgn.models.network import build_model
 
 IMAGENET_IMAGES = 1_281_167
 NVLINK_GB_PER_S = {"h200": 450.0, "a100": 300.0, "v100": 150.0}
-"""In one direction: half of the 900, 600 and 300 GB/s in NVIDIA's data sheets of the SXM cards."""
+"""GPU -> GB per second of its NVLink in one direction.
+
+These are half of the 900, 600 and 300 GB/s in NVIDIA's data sheets of the SXM cards.
+"""
 INTRA_LATENCY_S, INTER_LATENCY_S = 3.4e-6, 14.0e-6
 """Seconds per hop of NCCL's ring (protocol "simple") over NVLink and over the network.
 
 Source: the table from which NCCL chooses its algorithms, and torch/_inductor/comm_analysis.py."""
 BUCKETS_BYTES = 1 << 20, 25 << 20
-"""Bytes of DistributedDataParallel's first bucket, and of each other one."""
+"""Bytes of DistributedDataParallel's first bucket of gradients, and of each further one."""
 
 
 # ------------------------------------------------------------------------------------- the formula
@@ -68,12 +71,15 @@ class Links:
     gpus_per_node: int = 8
 
     def nodes(self, gpus: int) -> int:
-        """Returns the number of nodes that some GPUs fill."""
+        """Returns the number of nodes that so many GPUs need."""
         return math.ceil(gpus / self.gpus_per_node)
 
 
 def buckets(gradient_bytes: float) -> int:
-    """Returns how many all-reduces DistributedDataParallel makes per update."""
+    """Returns how many all-reduces DistributedDataParallel makes per update.
+
+    gradient_bytes: size of all gradients together.
+    """
     first, other = BUCKETS_BYTES
     return 1 + math.ceil(max(0.0, gradient_bytes - first) / other)
 
@@ -100,14 +106,14 @@ def update_seconds(
 ) -> float:
     """Returns the seconds of an update. Only the last micro-batch overlaps with the all-reduce.
 
-    overlap: share of a micro-batch's compute beside which gradients are reduced.
+    overlap: share of a micro-batch's compute during which gradients can be reduced.
     """
     exposed = all_reduce_seconds(gpus, gradient_bytes, links) - overlap * micro_batch_s
     return grad_accum_steps * micro_batch_s + max(0.0, exposed)
 
 
 def days(images_per_s: float, epochs: float) -> float:
-    """Returns the days that some epochs of ImageNet-1k take."""
+    """Returns how many days it takes to train `epochs` epochs on ImageNet-1k."""
     return epochs * IMAGENET_IMAGES / images_per_s / 86400
 
 
@@ -115,9 +121,10 @@ def days(images_per_s: float, epochs: float) -> float:
 
 
 def fastest(path: Path, option: str, card: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a record of cost.py or predict.py, and its fastest row of exact gradnorm.
+    """Returns a JSON record of cost.py or predict.py, and its fastest result for exact gradnorm.
 
-    Raises UserError if it has no such row, or if its times mean nothing.
+    Raises UserError if there is no such result, or if the times were measured on a CPU. option:
+    flag that gave the path, for messages. card: name of the GPU.
     """
     try:
         record = json.loads(path.read_text())
@@ -143,14 +150,17 @@ def fastest(path: Path, option: str, card: str) -> tuple[dict[str, Any], dict[st
 def gradient_bytes_of(
     model: str, model_kwargs: Sequence[str], img_size: int | None, classes: int
 ) -> int:
-    """Returns 4 bytes per weight: in every precision the optimizer moves float32 weights."""
+    """Returns the bytes of all gradients of a network: 4 per weight.
+
+    In every precision the gradients of float32 weights are float32.
+    """
     cfg = ArchitectureConfig(model=model, model_kwargs=tuple(model_kwargs), img_size=img_size)
     network, _ = build_model(cfg, classes)
     return 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def predict(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the record, without versions."""
+    """Returns the predictions for all numbers of GPUs, for the JSON record."""
     rate, source, batch = args.images_per_s, "given on the command line", args.batch
     model, kwargs, img_size, classes = args.model, args.model_kwargs, args.img_size, 1000
     card = args.card or "h200"
@@ -207,7 +217,8 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(record: Record) -> str:
-    """Returns the table of a prediction, or of the check of the model on a CPU."""
+    """Returns the Markdown table of predictions, or of their check on a CPU, from the JSON
+    record."""
     if not record.get("prediction"):
         columns = {
             "micro-batches": lambda r: str(r["grad_accum_steps"]),
@@ -244,7 +255,7 @@ def table(record: Record) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Returns the options. Raises UserError."""
+    """Parses the command line and returns the options. Raises UserError for invalid options."""
     parser = make_parser(__doc__)
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("--images-per-s", type=float, help="images per second of one GPU")
@@ -278,7 +289,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Predicts, and writes the record."""
+    """Makes the predictions, and writes the JSON record."""
     record = predict(args)
     output = args.output or RESULTS / f"scaling_{record['model']}_{record['card']}.json"
     head = {"script": "benchmarks/step/scaling.py", "file": output.name}
@@ -289,7 +300,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake."""
+    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
+    mistake, else 0."""
     return exit_status("scaling.py", lambda: run(parse(argv)))
 
 
