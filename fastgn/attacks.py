@@ -62,9 +62,10 @@ def input_gradient(
 def leaf_gradient(
     model: nn.Module, images_BCHW: Tensor, targets: Tensor, loss: LossFn = cross_entropy
 ) -> Gradient:
-    """Returns the same as `input_gradient` for images that are a leaf and require grad already.
+    """Returns each image's loss and its gradient with respect to the image.
 
-    torch.compile needs the images to be such a leaf.
+    Unlike `input_gradient` it expects images that are a leaf and require grad already, as
+    torch.compile needs them.
     """
     loss_B = loss(model(images_BCHW), targets)
     (grad_BCHW,) = torch.autograd.grad(loss_B.sum(), images_BCHW)
@@ -289,9 +290,10 @@ def autoattack(
 
 @contextlib.contextmanager
 def collect_autoattack_warnings() -> Iterator[list[str]]:
-    """Collects the warnings that AutoAttack logs inside the block, each once.
+    """Yields a list to which the warnings that AutoAttack logs inside the block are added, each
+    once.
 
-    It does so for every configuration of the logger.
+    This works however the logger is configured.
     """
     lines: list[str] = []
 

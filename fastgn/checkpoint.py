@@ -14,7 +14,7 @@ from fastgn.files import atomic_open, check_regular, read_archive, remove_file
 from fastgn.state import TrainState, as_dict, read_fields
 
 FORMAT = 1
-"""Version of the checkpoint's content. It goes up if an older reader could not use the new
+"""Version of the checkpoint's content. It is raised when older versions of fastgn could not use the
 content."""
 
 
@@ -26,7 +26,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        """folder: the run's folder. keep: number of update_*.pt files that stay."""
+        """Uses the folder checkpoints/ in a run's folder.
+
+        folder: the run's folder. keep: number of update_*.pt files that stay.
+        """
         self.folder = folder / "checkpoints"
         self.keep = keep
 
@@ -61,9 +64,9 @@ class Checkpoints:
     ) -> Path:
         """Writes update_N.pt and returns its path.
 
-        best: whether best.pt becomes another name of the same file. keep_epoch: if not None,
-        epoch_M.pt becomes another name of it too. Removes the oldest update_*.pt, and those that
-        lie after this update because the run went back to an earlier checkpoint.
+        Also removes the oldest update_*.pt, and those after this update, which remain if the run
+        went back to an earlier checkpoint. best: whether best.pt becomes another name of the new
+        file. keep_epoch: if not None, epoch_M.pt becomes another name of the new file too.
         """
         path = self.path(state.update)
         names = [self.folder / "best.pt"] if best else []
@@ -131,7 +134,11 @@ def load_checkpoint(path: Path) -> TrainState:
 
 
 def read_config(text: str, path: Path) -> Config:
-    """Returns the configuration that a checkpoint or an export was made with. Raises UserError."""
+    """Returns the configuration that a checkpoint or an export was made with.
+
+    text: the configuration as TOML. path: the file, for messages. Raises UserError if it is
+    invalid.
+    """
     try:
         return Config.from_toml(text)
     except UserError as error:

@@ -35,7 +35,7 @@ class World:
     control: "torch.distributed.ProcessGroup | None" = None
     """Process group with gloo, with which hosts agree without waiting for their devices."""
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
-    """Context managers that end with the session, such as the lock on a run's folder."""
+    """Context managers that end with the process group, such as the lock on a run's folder."""
     heartbeat: Heartbeat | None = None
     """Detects ranks that have stopped. None means that there is one rank."""
 
@@ -56,11 +56,11 @@ class World:
             torch.distributed.broadcast(value, src=0)
 
     def any(self, flag: bool) -> bool:
-        """Returns whether `flag` is True on any rank. It runs among hosts."""
+        """Returns whether `flag` is True on any rank. The devices are not waited for."""
         return self.min(-float(flag)) < 0
 
     def min(self, value: float) -> float:
-        """Returns the smallest value of all ranks. It runs among hosts."""
+        """Returns the smallest value of all ranks. The devices are not waited for."""
         if self.size == 1:
             return value
         self._count_collective()
@@ -69,7 +69,8 @@ class World:
         return float(least.item())
 
     def gather(self, items: list[str]) -> list[str]:
-        """Returns the items of all ranks, in the order of the ranks. It runs among hosts."""
+        """Returns the items of all ranks, in the order of the ranks. The devices are not waited
+        for."""
         if self.size == 1:
             return list(items)
         self._count_collective()
@@ -78,7 +79,8 @@ class World:
         return [item for part in parts for item in part]
 
     def share(self, value: Any) -> Any:
-        """Returns the first rank's value, which must support pickle. It runs among hosts."""
+        """Returns the first rank's value, which must support pickle. The devices are not waited
+        for."""
         if self.size == 1:
             return value
         self._count_collective()
@@ -87,7 +89,8 @@ class World:
         return values[0]
 
     def _count_collective(self) -> None:
-        """Counts a collective among hosts, so that the heartbeat can name a rank that is behind."""
+        """Counts a collective through CPU memory, so that the heartbeat can name a rank that is
+        behind."""
         if self.heartbeat is not None:
             self.heartbeat.collectives += 1
 

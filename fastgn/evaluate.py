@@ -52,7 +52,7 @@ from fastgn.trained import Trained, load_bare_weights, load_trained
 def run(cfg: EvaluateConfig, world: World) -> None:
     """Evaluates the models, prints the table, and writes the JSON, the pictures and the report.
 
-    Raises UserError.
+    Raises UserError if the options, the models or the images do not fit together.
     """
     check(
         world.size == 1 or not (cfg.statistics or cfg.sanity),
@@ -144,7 +144,10 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
 
 
 def make_names_unique(trained: Sequence[Trained], checkpoints: Sequence[str]) -> list[Trained]:
-    """Returns the models; those that share their name are named after their whole path."""
+    """Returns the models with different names.
+
+    If several have the same name, they are named after their whole path in `checkpoints`.
+    """
     names = [t.name for t in trained]
     return [
         dataclasses.replace(t, name=escape(where)) if names.count(t.name) > 1 else t
@@ -155,7 +158,7 @@ def make_names_unique(trained: Sequence[Trained], checkpoints: Sequence[str]) ->
 def check_few_classes(classes: int, names: Sequence[str]) -> None:
     """Raises UserError if an attack uses AutoAttack's DLR loss and there are too few classes.
 
-    That loss needs the third or fourth best logit.
+    The DLR loss needs the third or fourth best logit. names: names of the attacks.
     """
     needy = [n for n in names if n in ("apgd-dlr", "apgd-t", *AUTOATTACK)]
     check(
@@ -167,7 +170,8 @@ def check_few_classes(classes: int, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def refuse_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Raises UserError if the device has too little memory for so many images at once."""
+    """Raises UserError if the block runs out of memory. The message suggests a smaller
+    batch_size."""
     try:
         yield
     except RuntimeError as error:
@@ -192,9 +196,10 @@ def print_results(entries: Sequence[dict[str, Any]], cfg: EvaluateConfig) -> Non
 def analyse_model(
     where: str, trained: Trained, images: Subset, cfg: EvaluateConfig, parts: Parts
 ) -> dict[str, Any]:
-    """Returns what --statistics and --sanity add to a model's entry in the record.
+    """Returns what --statistics and --sanity add to a model's entry in evaluation.json.
 
     Results are saved one by one. Those that a killed evaluation has saved are not computed again.
+    where: value of --checkpoint for this model.
     """
     subset = take_evenly_spaced(images, cfg.analysis_images)
     eps, ids = cfg.eps[-1], subset.indices
@@ -255,8 +260,8 @@ def measure_checkpoint(
 ) -> list[float] | None:
     """Returns a checkpoint's epoch, and the mean L1 norm of the input gradient with its weights.
 
-    The weights are those that the checkpoint would export. None means that an older version, which
-    did not save the epoch, has written the checkpoint.
+    If the run averages its weights, the averaged weights are used. None means that the checkpoint
+    does not hold its epoch, because an older version has written it.
     """
     state = load_checkpoint(path)
     if state.epoch is None:

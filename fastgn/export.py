@@ -42,7 +42,7 @@ from fastgn.trained import (
 FILES = ("model.py", "model_info.json", "weights.pt", "weights.safetensors")
 """Names of the files that an export consists of."""
 CLASSES = {"cifar10": 10, "imagenet": 1000}
-"""Data sets of RobustBench that fastgn trains on, and the number of their classes."""
+"""Data set of RobustBench that fastgn trains on -> its number of classes."""
 
 
 DEFINITION = '''"""A network that fastgn has trained, for any program that has torch and timm.
@@ -224,11 +224,11 @@ model = runpy.run_path("model.py")["load"]()
 with torch.no_grad():
     torch.save(model(torch.load("images.pt", weights_only=True)), "logits.pt")
 """
-"""Program that runs model.py in a folder, without fastgn, on the images there."""
+"""Program that runs model.py in a folder, without fastgn, on the images in that folder."""
 REBUILD_LIMIT_S = 600
-"""Seconds after which the rebuilt network counts as stuck."""
+"""Seconds after which the exported network, run in another process, counts as stuck."""
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-"""Environment variables that the process with the rebuilt network sees. They hold no tokens."""
+"""Environment variables that are passed to the process that runs model.py. They hold no tokens."""
 
 
 def rebuild(folder: Path) -> None:
@@ -378,7 +378,10 @@ def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
 
 
 def run(cfg: ExportConfig) -> None:
-    """Writes the four files. Each appears whole or not at all. Raises UserError."""
+    """Writes the four files of an export. Each appears whole or not at all.
+
+    Raises UserError if the model cannot be exported.
+    """
     cpu, folder = torch.device("cpu"), Path(cfg.robustbench)
     for file in FILES:
         check_target(folder / file)

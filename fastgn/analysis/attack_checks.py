@@ -29,7 +29,10 @@ GAP_RULE = "Warn above max(1 point, 1 image). Fail above max(5 points, 2 images)
 
 
 def judge_gap(images: int, total: int) -> Verdict:
-    """Returns the verdict on a gap between two attacks, counted in images. See GAP_RULE."""
+    """Returns the verdict on a gap between two attacks. GAP_RULE states the limits.
+
+    images: number of images by which the attacks differ. total: number of all images.
+    """
     if exceeds(images, total, 5, at_least=2):
         return "fail"
     return "warn" if exceeds(images, total, 1) else "pass"
@@ -64,7 +67,7 @@ def check_larger_eps(target: Target) -> Check:
 
 
 def check_more_steps(target: Target) -> Check:
-    """Checks that the accuracy has settled, so that more steps of PGD would change little."""
+    """Checks that PGD with more steps would hardly lower the accuracy any further."""
     counts = {steps: int(target.resist_pgd(steps).sum()) for steps in STEPS}
     change, total = abs(counts[STEPS[-2]] - counts[STEPS[-1]]), target.images
     accuracies = ", ".join(f"{steps}: {count / total:.1%}" for steps, count in counts.items())
@@ -78,7 +81,7 @@ def check_more_steps(target: Target) -> Check:
 
 
 def check_more_restarts(target: Target) -> Check:
-    """Checks that more random starts of PGD change little."""
+    """Checks that PGD with more random starts would hardly lower the accuracy any further."""
     one_R = target.resist_pgd(20)
     several_R = target.find_resisting(target.run_pgd(20, restarts=RESTARTS))
     one, several = target.accuracy(one_R), target.accuracy(several_R)
@@ -194,7 +197,11 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
 
 
 def report_autoattack_warnings(lines: Sequence[str], images: int, has_dlr: bool) -> list[Check]:
-    """Returns a check for each kind of warning that AutoAttack has or could have given."""
+    """Returns a check for each kind of warning that AutoAttack can give.
+
+    lines: the warnings that it gave. has_dlr: whether the DLR loss was used, which has its own
+    warning.
+    """
     checks = []
     other = list(dict.fromkeys(lines))
     for name, (words, verdict) in AUTOATTACK_WARNINGS.items():

@@ -40,7 +40,7 @@ class Attacker:
     """Whether the gradients of FGSM and PGD come from the compiled model. Whether an attack has
     succeeded is always decided by the eager model."""
     compiled: dict[nn.Module, Any] = dataclasses.field(default_factory=dict, repr=False)
-    """The compiled models, each under the model that it was compiled from."""
+    """Model -> its compiled version."""
 
     def attack(
         self,
@@ -115,9 +115,9 @@ class Attacker:
 
         Waits for the device. Raises UserError if the attack has moved an image too far.
 
-        clean: whether the model classifies each image correctly without an attack. Images for which
-        it does not are not attacked. If None, no image is attacked, and the result is the value to
-        give here for the other attacks.
+        clean: whether the model classifies each image correctly without an attack. Images with
+        False are not attacked. If `clean` is None, no image is attacked, and the result can be
+        passed as `clean` to the calls for the other attacks.
         """
         if clean is None:
             with torch.no_grad():

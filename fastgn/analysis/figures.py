@@ -22,7 +22,7 @@ FRAMES = {
     RED: "right before the attack, wrong after it",
     GREY: "wrong before the attack",
 }
-"""Colour of an attacked image's frame, and what it means."""
+"""Colour of the frame around an attacked image -> its meaning."""
 
 
 def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
@@ -70,7 +70,7 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class ModelView:
-    """What draw_pictures shows of one model, for B images that all models share."""
+    """What draw_pictures shows about one model, for B images that are the same for all models."""
 
     name: str
     grad_BCHW: Tensor

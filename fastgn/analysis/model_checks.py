@@ -35,8 +35,11 @@ class Check:
     detail: str
     """One line with the numbers, and the limits at which the verdict changes."""
     numbers: dict[str, Any]
-    """The same numbers for a program, ready for JSON: shares and accuracies in 0..1 (accuracy_*,
-    *_share), counts, and eps in 0..1 pixels."""
+    """The numbers in `detail`, ready for JSON.
+
+    Shares and accuracies (accuracy_*, *_share) are in 0..1, eps is in 0..1 pixels, and the others
+    are counts.
+    """
 
 
 def exceeds(images: int, total: int, points: float, at_least: int = 1) -> bool:
@@ -57,7 +60,7 @@ def count_training_modules(model: nn.Module) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What several forward passes of the same B images show about a network's outputs."""
+    """Comparison of a network's outputs in several forward passes of the same B images."""
 
     first_BK: Tensor
     """Outputs of the first pass, float64."""
@@ -74,7 +77,7 @@ class Outputs:
 
 @torch.no_grad()
 def measure_outputs(model: nn.Module, images_BCHW: Tensor, passes: int) -> Outputs:
-    """Runs so many forward passes of the same images, and compares their outputs."""
+    """Runs `passes` forward passes of the same images, and compares their outputs."""
     outputs = torch.stack([model(images_BCHW).double() for _ in range(passes)])
     first = outputs[0]
     not_finite = int((~outputs.isfinite()).sum())
@@ -192,7 +195,8 @@ def report_mode(training_modules: int) -> Check:
 
 
 def report_outputs(outputs: Outputs) -> list[Check]:
-    """Returns the checks that outputs are logits and the same at every pass."""
+    """Returns the checks that a network's outputs are logits and do not change from pass to
+    pass."""
     first, broken = outputs.first_BK, outputs.not_finite
     probabilities = " Every row is non-negative and sums to 1, so they are probabilities."
     logits = Check(

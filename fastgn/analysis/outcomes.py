@@ -31,16 +31,19 @@ WORST = "worst case"
 """Name of the row for images that are classified correctly under every attack."""
 
 Part = dict[str, Any]
-"""Outcomes of one attack on one batch: row (index of the attack), batch (index of the batch),
-correct (the outcomes), seconds (duration of the attack), and warnings (lines, optional)."""
+"""Outcomes of one attack on one batch.
+
+Keys: row (index of the attack), batch (index of the batch), correct (one character per image),
+seconds (duration of the attack), and optionally warnings (lines).
+"""
 
 
 def evaluate_model(
     trained: Trained, images: Subset, cfg: EvaluateConfig, world: World, output: Path
 ) -> tuple[dict[str, Any], Parts]:
-    """Returns one network's entry in the record, ready for JSON, and its saved parts.
+    """Returns one network's entry in evaluation.json, and the folder with its saved results.
 
-    Each rank attacks every world.size-th batch. Parts that a killed evaluation has saved beside
+    Each rank attacks every world.size-th batch. Results that a killed evaluation has saved beside
     `output` are not computed again.
     """
     todo = [("clean", 0.0)]
@@ -107,6 +110,7 @@ def attack_batches(
     """Attacks this rank's batches with each attack, and returns the outcomes.
 
     todo: name and eps of each attack. The first entry is ("clean", 0.0), which means no attack.
+    parts: results that are already saved.
     """
     order, size = images.indices, images.batch_size
     batches = [order[i : i + size] for i in range(0, len(order), size)]
@@ -175,14 +179,20 @@ def is_valid_part(part: Part, images: int) -> bool:
 def make_part(
     row: int, batch: int, correct: Sequence[bool], seconds: float, warnings: Sequence[str] = ()
 ) -> Part:
-    """Returns the outcomes of one attack on one batch as a part."""
+    """Returns the outcomes of one attack on one batch, as they are saved.
+
+    row: index of the attack. batch: index of the batch.
+    """
     bits = "".join("1" if is_correct else "0" for is_correct in correct)
     part: Part = {"row": row, "batch": batch, "correct": bits, "seconds": seconds}
     return part | ({"warnings": list(warnings)} if warnings else {})
 
 
 def count_accuracy(parts: Iterable[Part], row: int) -> float:
-    """Returns the accuracy under one attack over the batches that are done."""
+    """Returns the accuracy under one attack over the batches that are done.
+
+    row: index of the attack.
+    """
     bits = "".join(part["correct"] for part in parts if part["row"] == row)
     return bits.count("1") / max(1, len(bits))
 
@@ -190,9 +200,10 @@ def count_accuracy(parts: Iterable[Part], row: int) -> float:
 def make_rows(
     parts: Sequence[Part], todo: Sequence[tuple[str, float]], images: int
 ) -> list[dict[str, Any]]:
-    """Returns a row for each attack and eps, from the parts of all batches and ranks.
+    """Returns a dict for each attack and eps, from the outcomes of all batches and ranks.
 
-    The rows of the worst case follow, one for each eps with more than one attack.
+    Dicts for the worst case follow, one for each eps with more than one attack. todo: name and eps
+    of each attack. images: number of images.
     """
     rows = []
     for index, (name, eps) in enumerate(todo):
@@ -210,6 +221,9 @@ def make_rows(
 
 
 def make_row(name: str, eps: float, correct: str) -> dict[str, Any]:
-    """Returns a row of the record: an attack, its eps, and its accuracy and outcomes."""
+    """Returns a dict for evaluation.json: an attack, its eps, its accuracy and its outcomes.
+
+    correct: one character per image, 1 if it is classified correctly, otherwise 0.
+    """
     accuracy = correct.count("1") / max(1, len(correct))
     return {"attack": name, "eps": eps, "accuracy": accuracy, "correct": correct}

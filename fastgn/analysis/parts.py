@@ -16,27 +16,30 @@ from fastgn.files import read_json, write_json
 
 
 class Parts:
-    """A hidden folder beside the output, with one JSON file per result.
+    """A hidden folder with the results of an unfinished evaluation, one JSON file per result.
 
-    A part is the result of one attack on one batch, or of one analysis. A tuple of values, its key,
-    names it. The folder is removed when the evaluation ends.
+    A result belongs to one attack on one batch, or to one analysis. A tuple of values, its key,
+    names it. The folder lies beside the output, and is removed when the evaluation ends.
     """
 
     KEPT_S = 7 * 86400
     """Seconds without a new part after which an evaluation counts as abandoned."""
 
     def __init__(self, output: Path, inputs: Any):
-        """inputs: everything that the results depend on, as JSON. The folder is named after its
-        hash, so parts of other inputs are never mixed in."""
+        """Chooses the folder, whose name contains a hash of `inputs`.
+
+        inputs: everything that the results depend on, as JSON. Results with other inputs have
+        another folder and are therefore never mixed in.
+        """
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = output.with_name(f".{output.stem}.{digest}.parts")
 
     def path(self, *key: object) -> Path:
-        """Returns the path of a part's file."""
+        """Returns the path of the file that holds the result with this key."""
         return self.folder / (quote("_".join(map(str, key)), safe="@") + ".json")
 
     def get(self, *key: object) -> dict[str, Any] | None:
-        """Returns a saved part. None if it is missing or cannot be read."""
+        """Returns the saved result with this key. None if it is missing or cannot be read."""
         try:
             part = read_json(self.path(*key))
         except UserError:
@@ -44,13 +47,13 @@ class Parts:
         return part if isinstance(part, dict) else None
 
     def put(self, part: dict[str, Any], *key: object) -> None:
-        """Saves a part."""
+        """Saves a result under a key."""
         write_json(self.path(*key), part)
 
     def compute_once(self, compute: Callable[[], Any], *key: object) -> Any:
-        """Returns what `compute` returns, and saves it; returns the saved value if there is one.
+        """Returns the saved result with this key, or calls `compute` and saves what that returns.
 
-        The value is anything that JSON can hold.
+        The result is anything that JSON can hold.
         """
         part = self.get(*key)
         if part is None or "made" not in part:
@@ -59,7 +62,7 @@ class Parts:
         return part["made"]
 
     def remove(self) -> None:
-        """Removes these parts, and the parts of abandoned evaluations with the same output."""
+        """Removes this folder, and those of abandoned evaluations with the same output."""
         shutil.rmtree(self.folder, ignore_errors=True)
         name = self.folder.name.split(".")
         for other in self.folder.parent.glob(".*.parts"):

@@ -31,9 +31,9 @@ Entry = dict[str, Any]
 def write_pictures(
     trained: Sequence[Trained], images: Subset, record: dict[str, Any], cfg: EvaluateConfig
 ) -> None:
-    """Writes the curve, the picture and the report that the command line asks for.
+    """Writes the files that --curve, --picture and --report ask for.
 
-    One that fails is left out, and a line says so.
+    A file that cannot be made is left out, and a line says so. record: content of evaluation.json.
     """
     entries = record["models"]
 
@@ -54,7 +54,11 @@ def write_pictures(
 
 
 def draw_curve(entries: Sequence[Entry], attack: str, norm: str) -> bytes:
-    """Returns a PNG of all networks' accuracies against eps: without an attack, and under one."""
+    """Returns a PNG that shows the accuracy of all networks against eps under one attack.
+
+    It also shows their accuracy without an attack. attack: name of the attack. norm: norm that eps
+    bounds.
+    """
     rows = {
         entry["name"]: [row for row in entry["results"] if row["attack"] in ("clean", attack)]
         for entry in entries
@@ -83,9 +87,9 @@ def draw_attacked_images(trained: Sequence[Trained], images: Subset, cfg: Evalua
 def draw_for_report(
     trained: Sequence[Trained], images: Subset, entries: Sequence[Entry], cfg: EvaluateConfig
 ) -> dict[str, bytes]:
-    """Returns the report's pictures as PNGs, each under its caption.
+    """Returns the pictures of the HTML report: caption -> PNG.
 
-    A picture that has nothing to show is missing, and so is one that fails.
+    A picture that has nothing to show, or that cannot be drawn, is missing.
     """
     pictures = {}
     if len(cfg.eps) > 1:

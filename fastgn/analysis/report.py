@@ -50,14 +50,15 @@ LABELS = {
     "batch_size": "images attacked at once",
     "ranks": "processes",
 }
-"""Key of the record, and the words that a reader sees for it."""
+"""Key in evaluation.json -> the words that a reader of the HTML report sees for it."""
 ONE_PER_IMAGE = ("l1", "channel_l1", "edge_correlation")
 """Keys of statistics that are lists with one entry per image, which the report leaves out."""
 
 Record = Mapping[str, Any]
 """evaluation.json, or a part of it."""
 Key = tuple[str, ...]
-"""Texts in the first columns of a row: a statistic, or an attack and its eps."""
+"""Texts in the first columns of a table's row: the name of a statistic, or an attack and its
+eps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +77,16 @@ class Row:
     key: Key
     cells: Sequence[Cell]
     is_worst: bool = False
-    """Whether the row sums up the others as the worst case."""
+    """Whether the row holds the worst case over all attacks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Head of a model's column."""
+    """Head of the column that shows one model's values."""
 
     name: str
     kinds: Sequence[str] = ()
-    """Texts in small type below the name: the network and the training method."""
+    """Name of the network and of the training method, in small type below the model's name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Table:
     """A table of numbers with a column per model."""
 
     keys: Sequence[str]
-    """Heads of the columns that hold a row's key."""
+    """Heads of the first columns, which name what each row shows."""
     models: Sequence[Head]
     rows: Sequence[Row]
 
@@ -166,7 +167,7 @@ def list_facts(record: Record, models: Sequence[Record]) -> list[tuple[str, str]
 
 
 def list_links(models: Sequence[Record]) -> list[tuple[str, str]]:
-    """Returns the section and the text of each link to what should be read first."""
+    """Returns (section of the report, text of the link) for what should be read first."""
     failed = sum(c["verdict"] == "fail" for m in models for c in m.get("sanity") or ())
     warned = sum(len(m.get("warnings") or ()) for m in models)
     links = []
@@ -215,14 +216,18 @@ def tabulate_statistics(models: Sequence[Record]) -> Table:
 def make_rows(
     keys: Iterable[Key], columns: Sequence[Mapping[Key, Cell]], worst: Iterable[Key] = ()
 ) -> list[Row]:
-    """Returns a row for each key, with a cell from each column."""
+    """Returns a table row for each key, with a cell from each column.
+
+    columns: for each model, key -> cell. worst: keys of the rows that hold a worst case.
+    """
     return [Row(key, [c.get(key, Cell()) for c in columns], key in set(worst)) for key in keys]
 
 
 def flatten(values: Record) -> Iterator[tuple[str, Any]]:
-    """Yields nested values, each under its keys with spaces between.
+    """Yields (key, value) for all values in nested dicts.
 
-    Lists with more than 4 entries, and lists with one entry per image, are left out.
+    The keys of the nesting levels are joined by spaces. Lists with more than 4 entries, and lists
+    with one entry per image, are left out.
     """
     for key, item in values.items():
         if isinstance(item, Mapping):
@@ -290,7 +295,8 @@ def name_norm(record: Record) -> str:
 
 
 def label(key: str) -> str:
-    """Returns a key in words: from LABELS, otherwise spelled out, as in mean_l1 -> mean L1."""
+    """Returns the words for a key: those in LABELS, otherwise the key spelled out, as mean L1 for
+    mean_l1."""
     upper = {"l1": "L1", "l2": "L2", "linf": "L∞", "cpu": "CPU"}
     spelled = " ".join(upper.get(word, word) for word in key.replace("_", " ").split())
     return LABELS.get(key, spelled)

@@ -18,7 +18,7 @@ from fastgn.trained import Trained
 
 
 def choose_dataset(training: Config, cfg: EvaluateConfig) -> DatasetConfig:
-    """Returns the data set of a training, except for what the command line names instead."""
+    """Returns the data set options of a training, replaced by those that the command line gives."""
     given = {k: getattr(cfg, k) for k in ("data", "data_dir", "val_split")}
     return dataclasses.replace(
         training.dataset, **{k: v for k, v in given.items() if v is not None}
@@ -28,9 +28,9 @@ def choose_dataset(training: Config, cfg: EvaluateConfig) -> DatasetConfig:
 def select_images(
     trained: Trained, cfg: EvaluateConfig, device: torch.device, ranks: int = 1
 ) -> Subset:
-    """Returns the validation images for a network, in batches for so many ranks.
+    """Returns the validation images for a network, in batches that `ranks` processes share.
 
-    Raises UserError if their classes are not the network's.
+    Raises UserError if the classes of the images are not those of the network.
     """
     split, classes = load_validation(choose_dataset(trained.cfg, cfg))
     check_classes(trained.classes, classes, trained.name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgn import attacks
 
 STEPS = (10, 20, 50, 100)
-"""Numbers of PGD's steps that the report compares."""
+"""Numbers of PGD steps whose accuracies the report compares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Target:
     indices: Sequence[int]
     """Index of each image among all images of the report."""
     images: int
-    """Number of all images, of which the accuracies are shares."""
+    """Number of all images, including misclassified ones. Accuracies are shares of this number."""
     classes: int
     eps: float
     seed: int
     batch_size: int
     norm: attacks.Norm
     known: dict[int, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
-    """Results of `resist_pgd`, each under its number of steps, because several checks need them."""
+    """Number of steps -> result of `resist_pgd`, kept because several checks need it."""
 
     @functools.cached_property
     def attacked(self) -> Tensor:
@@ -47,7 +47,7 @@ class Target:
 
     @functools.cached_property
     def resist_margin_pgd(self) -> Tensor:
-        """Which images withstand PGD on the margin."""
+        """Which images are still classified correctly after PGD on the margin between logits."""
         return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin_loss))
 
     def resist_pgd(self, steps: int) -> Tensor:
@@ -88,7 +88,7 @@ class Target:
         return int(resisting_R.sum()) / self.images
 
     def take_first(self, number: int) -> "Target":
-        """Returns a target with only the first images, as if there were no others."""
+        """Returns a target with only the first `number` images, as if there were no others."""
         part = min(number, len(self.labels_R))
         return dataclasses.replace(
             self,
@@ -124,7 +124,7 @@ class Target:
         restarts: int = 1,
         eps: float | None = None,
     ) -> Tensor:
-        """Returns the images after PGD. If eps is None, it is the target's."""
+        """Returns the images after PGD. If eps is None, the eps of this object is used."""
         radius = self.eps if eps is None else eps
         return torch.cat(
             [

@@ -18,8 +18,10 @@ from fastgn.data.batch import Batch
 
 
 class BatchDraws(NamedTuple):
-    """Random draws for one batch, on the batch's device. None means that the batch is not changed
-    so."""
+    """Random choices for the augmentation of one batch, on the batch's device.
+
+    A field that is None means that this kind of augmentation is left out.
+    """
 
     boxes_B4: Tensor | None = None
     """Top, bottom, left and right of the box erased in each image, `(B, 4), int64`. Zeros mean no
@@ -76,7 +78,10 @@ class BatchAugment:
         return self.apply(images_BCHW, labels_B, BatchDraws(mix_5=mix_5))
 
     def draw(self, num: int, height: int, width: int) -> BatchDraws:
-        """Draws what is done to `num` images, from the generators of Python, NumPy and PyTorch."""
+        """Draws the random choices for the augmentation of `num` images.
+
+        They come from the generators of Python, NumPy and PyTorch.
+        """
         boxes_B4 = fill = None
         if self.erase is not None:
             boxes_B4 = torch.tensor(self.draw_boxes(num, height, width))
@@ -135,10 +140,10 @@ class BatchAugment:
 
 
 def mix_images(images_BCHW: Tensor, own: Tensor) -> Tensor:
-    """Returns each image mixed with image B - 1 - i of the batch.
+    """Returns each image i of a batch mixed with image B - 1 - i.
 
-    own: share of the image itself, fp32, `(1, 1, 1, 1)` or `(1, 1, H, W)`. On a CPU the images are
-    mixed in place, two at a time, because a pair fits into the caches.
+    own: share of image i in the mixture, fp32, `(1, 1, 1, 1)` or `(1, 1, H, W)`. On a CPU the
+    images are mixed in place, two at a time, because a pair fits into the caches.
     """
     if images_BCHW.device.type != "cpu" or torch.compiler.is_compiling():
         return images_BCHW.flip(0).lerp_(images_BCHW, own)
@@ -152,7 +157,7 @@ def mix_images(images_BCHW: Tensor, own: Tensor) -> Tensor:
 
 
 class BoxRecorder:
-    """Takes the place of the image that timm erases, and records the box that timm assigns to."""
+    """Stands in for an image that timm erases, and records the box to which timm assigns values."""
 
     def __init__(self, num: int):
         self.boxes = [[0, 0, 0, 0] for _ in range(num)]

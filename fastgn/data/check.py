@@ -42,20 +42,20 @@ ORIENTATION = 0x0112
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Result of checking one image, or one whole shard."""
+    """Result of checking one image, or one whole packed shard."""
 
     name: str
     problem: str | None = None
-    """Kind of fault that would stop training. None means that training can use it."""
+    """Kind of fault that would stop training, or None if training can use the image."""
     line: str = ""
     """Error message that training would print."""
     notes: tuple[str, ...] = ()
-    """Keys of NOTES that apply. They are unusual, but no fault."""
+    """Keys of NOTES: unusual properties of the image with which training can deal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspector:
-    """Checks the image of a given index. It can be sent to worker processes."""
+    """Function of an image's index that checks the image. It can be sent to worker processes."""
 
     split: Encoded
 

@@ -51,7 +51,7 @@ class DeviceLoader:
         )
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yields the micro-batches of an epoch, see `batch.Loader`."""
+        """Yields the micro-batches of an epoch, beginning with number `first`."""
         num = len(self.labels_N)
         draw = make_generator(Stream.AUGMENT, self.seed, epoch)
         order = draw_epoch_order(num, self.seed, epoch).to(self.device)

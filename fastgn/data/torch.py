@@ -28,11 +28,11 @@ from fastgn.extras import STOPS
 from fastgn.seeding import Stream, seed_all, seed_host
 
 Key = tuple[int, int]
-"""(epoch, index of the image). Together with the seed it determines an augmented image."""
+"""(epoch, index of the image). Together with the run's seed it determines an augmented image."""
 
 
 class Decoded(Dataset):
-    """Decodes and augments the image of a key.
+    """Dataset that decodes and augments an image, given (epoch, index of the image).
 
     An item is (image as `(3, H, W), uint8`, label, messages about bad images that it replaces).
     """
@@ -70,7 +70,7 @@ def decode_batches(
     bad_images: list[str] | None,
     worker_timeout: float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (images in 0..1, labels) on the device for each list of keys.
+    """Yields (images in 0..1, labels) on the device for each list of (epoch, index of an image).
 
     bad_images: list that receives a message for each bad image, which is then replaced. If it is
     None, a bad image raises UserError.
@@ -144,7 +144,7 @@ def hold_signals() -> Iterator[None]:
 
 
 open_iterators: weakref.WeakSet = weakref.WeakSet()
-"""Iterators of `load_in_workers` that are still open, such as after an error elsewhere."""
+"""Iterators of `load_in_workers` that are still open, for example after an error elsewhere."""
 
 
 def stop_workers(iterator: Any) -> None:
@@ -271,7 +271,7 @@ class TorchLoader:
         self.device = device
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yields the micro-batches of an epoch, see `batch.Loader`."""
+        """Yields the micro-batches of an epoch, beginning with number `first`."""
         order = draw_epoch_order(len(self.split), self.seed, epoch).tolist()
         indices = range(first, self.batches_per_epoch)
         slices = (rank_slice(i, self.batch_size, self.rank, self.ranks) for i in indices)

@@ -32,11 +32,10 @@ def choose_dali_or_pil(
     make_pil: Callable[[], Loader],
     agree: Callable[[bool], bool] = bool,
 ) -> tuple[Loader, str | None]:
-    """Returns (DALI's loader, None) if its first batch equals PIL's, else (PIL's loader, the
-    reason).
+    """Returns (DALI's loader, None) if its first batch equals that of the PIL loader.
 
-    agree: returns True on all ranks if it is given True on any rank. Raises UserError if PIL's
-    loader raises it.
+    Otherwise returns (the PIL loader, the reason). agree: returns True on all ranks if it is given
+    True on any rank. Raises UserError if the PIL loader raises it.
     """
     pil = make_pil()
     with contextlib.closing(pil.epoch(0)) as batches:  # type: ignore[type-var]
@@ -54,7 +53,7 @@ def choose_dali_or_pil(
 
 
 def try_dali(make_dali: Callable[[], Loader], expected: Batch) -> tuple[Loader | None, str | None]:
-    """Returns (DALI's loader, None) if its first batch is the expected one, else (loader, the
+    """Returns (DALI's loader, None) if its first batch equals `expected`, else (loader, the
     reason).
 
     The loader is None if it could not be made.

@@ -53,7 +53,8 @@ def _process_tile(
 ):  # fmt: skip
     """Computes the outputs of one tile, and returns the terms of the bias gradient's sum.
 
-    `out` is y, gx or ggy for ORDER 0, 1 or 2.
+    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward. `out` is
+    y, gx or ggy respectively.
     """
     u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:
@@ -78,7 +79,8 @@ def _activation_kernel(
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Computes one order of an activation without a bias."""
+    """Computes the forward, the backward or the backward of the backward of an activation without a
+    bias."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _process_tile(
         x_pointer, gy_pointer, ggx_pointer, out_pointer, gx_pointer, offsets,
@@ -96,7 +98,11 @@ def _bias_activation_kernel(
     HAS_GGBIAS: tl.constexpr, BIAS_GRAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes one order of an activation with a bias, and partial sums of the bias gradient."""
+    """Computes the forward, the backward or the backward of the backward of an activation with a
+    bias.
+
+    Each program also writes a partial sum of the bias gradient.
+    """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     bias = tl.load(bias_pointer + column, mask=column < columns, other=0.0)
     bias = bias.to(COMPUTE_DTYPE)[None, :]
@@ -125,11 +131,12 @@ def _run_kernel(
     order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
     gy: Tensor | None = None, ggx: Tensor | None = None, ggbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes one order with a Triton kernel.
+    """Computes one order of differentiation of an activation with a Triton kernel.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. weight_grads:
-    whether to compute gbias. Returns (y, empty, empty), (gx, empty, gbias) or (ggy, gx, gbias);
-    gbias is empty if it is not computed.
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. kind: name of
+    the activation. parameter: its parameter, such as the slope of leaky_relu. weight_grads: whether
+    to compute gbias. Returns (y, empty, empty), (gx, empty, gbias) or (ggy, gx, gbias). gbias is
+    empty if it is not computed.
     """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
@@ -165,7 +172,10 @@ def _run_plain(
     order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
     gy: Tensor | None = None, ggx: Tensor | None = None, ggbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes the same as `_run_kernel` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `_run_kernel` computes with a Triton kernel.
+
+    The arguments and results are those of `_run_kernel`.
+    """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     value, first, second, multiply = map(in_pytorch, TABLE[kind][:4])
     u = x.to(compute_dtype(x.dtype))
@@ -249,7 +259,8 @@ def _(
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
+    arguments."""
     gx, gbias = _activation_bwd(gy, *saved, *options[-2:], wanted[1])
     return gx, gbias if wanted[1] else None, None, None
 
@@ -258,7 +269,8 @@ def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
+    arguments."""
     gy, x, bias = saved
     if ggx is None:
         ggx = torch.zeros_like(x)

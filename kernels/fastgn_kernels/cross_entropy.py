@@ -36,7 +36,7 @@ from fastgn_kernels.dispatch import (
 )
 
 TILE = 1024
-"""Number of elements that a program holds at least; a longer row is a tile of its own."""
+"""Smallest number of elements that a program holds. A longer row is a tile of its own."""
 PER_THREAD = 8
 """Number of elements per thread: one 16-byte access for 16-bit dtypes."""
 LARGEST_ROW = 64 << 10
@@ -102,7 +102,7 @@ def _cross_entropy_bwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gz."""
+    """Computes gz, the gradient with respect to the logits."""
     row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
         BLOCK_ROWS, BLOCK_COLUMNS,
@@ -118,7 +118,11 @@ def _cross_entropy_bwd_bwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggl and the gz of the second backward pass."""
+    """Computes the results of the second backward pass.
+
+    These are ggl, the gradient with respect to the gradient of the loss, and gz, the gradient with
+    respect to the logits.
+    """
     row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
         BLOCK_ROWS, BLOCK_COLUMNS,
@@ -135,10 +139,11 @@ def _cross_entropy_bwd_bwd_kernel(
 def _run_kernel(
     order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, ggz: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes one order with a Triton kernel.
+    """Computes one order of differentiation of the cross-entropy with a Triton kernel.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. Returns
-    (loss, empty), (empty, gz) or (ggl, gz).
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. gl: gradient
+    of each sample's loss. ggz: cotangent of the logits' gradient. Returns (loss, empty), (empty,
+    gz) or (ggl, gz).
     """
     per_row, gz = _allocate_outputs(order, logits)
     rows, columns = logits.shape
@@ -172,7 +177,10 @@ def _run_kernel(
 def _run_plain(
     order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, ggz: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes the same as `_run_kernel` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `_run_kernel` computes with a Triton kernel.
+
+    The arguments and results are those of `_run_kernel`.
+    """
     per_row, gz = _allocate_outputs(order, logits)
     log_p = logits.to(per_row.dtype).log_softmax(1)
     if targets.is_floating_point():
@@ -194,10 +202,10 @@ def _run_plain(
 
 
 def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the class indices, clamped to those that exist, and T, each as (B, 1).
+    """Returns the class indices, clamped to those that exist, and the sum of each sample's targets.
 
-    If an index is out of range, raises ValueError on a CPU. On CUDA that check would stall the
-    host, so T is NaN there instead, as in the kernels.
+    Both have the shape (B, 1). If an index is out of range, raises ValueError on a CPU. On CUDA
+    that check would stall the host, so the sum is NaN there instead, as in the kernels.
     """
     columns = log_p.shape[1]
     outside = (targets < 0) | (targets >= columns)
@@ -259,14 +267,16 @@ def _(ggz: Tensor, gl: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
+    arguments."""
     return _cross_entropy_bwd(gl, *saved), None
 
 
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggz: Tensor
 ) -> tuple:
-    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
+    arguments."""
     return *_cross_entropy_bwd_bwd(ggz, *saved), None
 
 

@@ -26,8 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 defined, so the value holds for the whole process."""
 
 LAUNCH = {"enable_fp_fusion": True}
-"""Options for every kernel launch. Without this one, Triton 3.10 no longer fuses multiplications
-and additions."""
+"""Options for every kernel launch. Without enable_fp_fusion, Triton 3.10 no longer fuses
+multiplications and additions."""
 
 LARGEST_GRID_Y = 65535
 """Largest size that CUDA allows for the second dimension of a launch grid."""
@@ -71,7 +71,7 @@ def _capability(index: int) -> int:
 def is_compiling() -> bool:
     """Returns whether torch.compile is tracing the code.
 
-    Then pointwise ops use PyTorch's operators instead, which Inductor fuses with their neighbours.
+    While it is, pointwise ops use PyTorch's operators, which Inductor fuses with their neighbours.
     Inductor cannot fuse across a custom op. LayerNorm and window attention remain custom ops where
     their kernels run, because they still move fewer bytes per step (benchmarks/NOTES.md).
     """
@@ -154,14 +154,15 @@ def register_derivative(
 ) -> None:
     """Registers the derivative of a custom op.
 
-    name: name of the public function, for error messages. save(inputs, output) returns the tensors
-    to keep for the backward pass. backward(options, saved, wanted, *cotangents) returns one
-    gradient, or None, for each input of the op. Its arguments are:
+    name: name of the public function, for error messages. save: function of (inputs, output) that
+    returns the tensors to keep for the backward pass. backward: function of (options, saved,
+    wanted, *cotangents) that returns one gradient, or None, for each input of the op. The arguments
+    of `backward` are:
 
     - options: the inputs of the op that are not tensors;
     - saved: the tensors that `save` returned;
     - wanted: for each input, whether the running backward pass needs its gradient;
-    - cotangents: the gradients of the loss with respect to the outputs; None means zero.
+    - cotangents: the gradients of the loss with respect to the outputs. None means zero.
     """
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -182,9 +183,9 @@ def register_derivative(
 def _find_wanted(ctx: Any) -> tuple[bool, ...]:
     """Returns, for each input of an op, whether the running backward pass needs its gradient.
 
-    ctx.needs_input_grad does not tell, because it is fixed in the forward pass. With it alone, the
+    ctx.needs_input_grad is not enough, because it is fixed in the forward pass. With it alone, the
     input gradient of a penalty or attack would also compute the gradient of every weight. If the
-    autograd engine does not tell either, the gradient is computed.
+    autograd engine does not say what it needs, the gradient is computed.
     """
     is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
     if not is_node:  # compiled autograd passes a substitute, whose nodes it cannot trace
@@ -202,9 +203,10 @@ def _engine_reaches(node: Any) -> bool:
 
 
 def forbid_third_derivative(op: Any, name: str) -> None:
-    """Makes the custom op raise RuntimeError when it is differentiated.
+    """Makes a custom op raise RuntimeError when it is differentiated.
 
-    op: an op ``fastgn::<op>_bwd_bwd``. name: name of the public function, for the error message.
+    op: the op ``fastgn::<op>_bwd_bwd``, which computes a second derivative. name: name of the
+    public function, for the error message.
     """
 
     def backward(ctx: Any, *cotangents: Tensor) -> None:

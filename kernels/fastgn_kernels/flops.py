@@ -17,8 +17,8 @@ WINDOW_ATTENTION = {
     "window_attention_bwd": (1, 5),
     "window_attention_bwd_bwd": (3, 12),
 }
-"""Name of the op -> (position of qkv among its arguments, number of matrix products per window and
-head). Products that a backward computes again are included."""
+"""Name of a custom op -> (position of qkv among its arguments, number of matrix products per window
+and head). Products that a backward computes again are included."""
 
 
 def count_products(position: int, products: int) -> Callable[..., int]:

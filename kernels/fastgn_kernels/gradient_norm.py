@@ -47,7 +47,8 @@ for 16-bit dtypes."""
 
 @triton.jit
 def _load_inverse(norm_pointer, row, rows, L1: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    """Returns 1 / norm of each sample, or 0 if the norm is 0. For L1, which needs none, it is 1."""
+    """Returns 1 / norm of each sample, or 0 if the norm is 0. For the L1 norm it returns 1, because
+    the kernels do not need the norm."""
     if L1:
         return tl.full(row.shape, 1.0, COMPUTE_DTYPE)
     norm = tl.load(norm_pointer + row, mask=row < rows, other=1.0).to(COMPUTE_DTYPE)
@@ -56,7 +57,10 @@ def _load_inverse(norm_pointer, row, rows, L1: tl.constexpr, COMPUTE_DTYPE: tl.c
 
 @triton.jit
 def _compute_direction(g, inverse, L1: tl.constexpr):
-    """Returns sign(g) or g / norm."""
+    """Returns the derivative of the norm with respect to the gradient g.
+
+    For the L1 norm it is sign(g), and for the L2 norm g / norm. inverse: 1 / norm.
+    """
     if L1:
         # gives 0 for NaN, as PyTorch's sign does
         return tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)).to(g.dtype)
@@ -69,7 +73,11 @@ def _gradient_norm_reduce_kernel(
     L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums abs(g), g^2 or, with HAS_GGG, ggg direction over a part of each sample."""
+    """Sums over a part of each sample.
+
+    The terms are abs(g) for the L1 norm and g^2 for the L2 norm. With HAS_GGG they are ggg times
+    the direction of g, for the second backward pass.
+    """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     if HAS_GGG:
         inverse = _load_inverse(norm_pointer, row, rows, L1, COMPUTE_DTYPE)
@@ -96,7 +104,10 @@ def _gradient_norm_map_kernel(
     columns, L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gg of the backward pass or, with HAS_GGG, gg of the second one."""
+    """Computes gg, the gradient with respect to g, in the backward pass.
+
+    With HAS_GGG it computes the gg of the second backward pass.
+    """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     gn = tl.load(gn_pointer + row * gn_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
     inverse = _load_inverse(norm_pointer, row, rows, L1, COMPUTE_DTYPE)
@@ -118,9 +129,9 @@ def _gradient_norm_map_kernel(
 
 
 def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the rows and columns of g as a matrix, and the constants of its kernels.
+    """Returns the rows and columns of g as a matrix, and the compile-time constants of its kernels.
 
-    A row is a sample. If samples are small, a tile holds several of them.
+    A row is a sample. If samples are small, a tile holds several of them. ord: 1 or 2 for L1 or L2.
     """
     rows, columns = g.shape[0], math.prod(g.shape[1:])
     block_columns = min(triton.next_power_of_2(columns), TILE)
@@ -134,7 +145,10 @@ def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
 
 
 def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
-    """Returns the sum of abs(g), g^2 or, if ggg is given, ggg direction for each sample."""
+    """Returns the sum for each sample of abs(g) for L1 or g^2 for L2.
+
+    If ggg is given, it returns the sum of ggg times the direction of g. ord: 1 or 2 for L1 or L2.
+    """
     rows, columns, constants = _choose_tile(g, ord)
     blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
     # as many programs as an H200 can hold threads for, each thread with one 16-byte load in flight
@@ -151,7 +165,10 @@ def _map(
     gn: Tensor, g: Tensor, norm: Tensor | None, ord: int,
     ggg: Tensor | None = None, ggn: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Returns gg of the backward pass or, if ggg is given, gg of the second one."""
+    """Returns gg, the gradient with respect to g, in the backward pass.
+
+    If ggg is given, it returns the gg of the second backward pass. ord: 1 or 2 for L1 or L2.
+    """
     gg = torch.empty_like(g)
     rows, columns, constants = _choose_tile(g, ord)
     blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
@@ -168,10 +185,10 @@ def _run_kernel(
     order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
     ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes one order with Triton kernels.
+    """Computes one order of differentiation of the norm with Triton kernels.
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. ord: 1 or 2
-    for L1 or L2. Returns (norm, empty), (empty, gg) or (ggn, gg); the last gg is empty for L1.
+    for L1 or L2. Returns (norm, empty), (empty, gg) or (ggn, gg). The last gg is empty for L1.
     """
     per_sample, gg = _allocate_outputs(order, g, ord)
     if not g.numel():
@@ -191,7 +208,10 @@ def _run_plain(
     order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
     ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes the same as `_run_kernel` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `_run_kernel` computes with Triton kernels.
+
+    The arguments and results are those of `_run_kernel`.
+    """
     per_sample, gg = _allocate_outputs(order, g, ord)
     x = g.to(per_sample.dtype)
     matrix = (g.shape[0], math.prod(g.shape[1:]))
@@ -271,7 +291,8 @@ def _(ggg: Tensor, gn: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> tupl
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
+    arguments."""
     g, norm = saved
     return _gradient_norm_bwd(gn, g, norm, options[-1]), None
 
@@ -279,7 +300,8 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggg: Tensor
 ) -> tuple:
-    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
+    arguments."""
     gn, g, norm = saved
     ord = options[-1]
     ggn, gg = _gradient_norm_bwd_bwd(ggg, gn, g, norm, ord)

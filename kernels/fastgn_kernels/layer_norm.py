@@ -37,7 +37,10 @@ def _kernel_runs(x: Tensor) -> bool:
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns y in `dtype`, and x + residual, which is y itself if there is no residual."""
+    """Returns the normalised output in `dtype`, and the sum x + residual.
+
+    If there is no residual, both are the same tensor.
+    """
     y, total = _allocate_forward(x, residual, dtype)
     if not _kernel_runs(x):
         _forward_plain(x, residual, weight, bias, eps, y, total)
@@ -50,7 +53,7 @@ def _forward_plain(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor,
     total: Tensor,
 ) -> None:  # fmt: skip
-    """Computes the same as `launch_forward` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `launch_forward` computes with a Triton kernel."""
     if residual is not None:
         x = total.copy_(x.to(compute_dtype(x.dtype)) + residual)
     x_hat, _ = _normalise(x, eps)
@@ -58,7 +61,7 @@ def _forward_plain(
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns x_hat and inv_std."""
+    """Returns the normalised rows x_hat and 1 / standard deviation of each row."""
     x = x.to(compute_dtype(x.dtype))
     centred = x - x.mean(-1, keepdim=True)
     inv_std = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -68,7 +71,10 @@ def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _backward(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (gx, gweight, gbias). The last two are empty without weight_grads."""
+    """Returns the gradients of x, weight and bias.
+
+    The last two are empty if weight_grads is False. gsum: gradient of the sum x + residual.
+    """
     gx, gweight, gbias = _allocate_backward(x, weight, weight_grads)
     if not _kernel_runs(x):
         _backward_plain(gy, gsum, x, weight, eps, weight_grads, gx, gweight, gbias)
@@ -85,7 +91,7 @@ def _backward_plain(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool,
     gx: Tensor, gweight: Tensor, gbias: Tensor,
 ) -> None:  # fmt: skip
-    """Computes the same as `launch_backward` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `launch_backward` computes with a Triton kernel."""
     x_hat, inv_std = _normalise(x, eps)
     gy = gy.to(x_hat.dtype)
     grad = inv_std * _project(gy * weight, x_hat)
@@ -96,7 +102,8 @@ def _backward_plain(
 
 
 def _project(z: Tensor, x_hat: Tensor) -> Tensor:
-    """Returns P(z): z without its mean and without its part along x_hat."""
+    """Returns each row of z without its mean and without its part along the normalised row
+    x_hat."""
     return z - z.mean(-1, keepdim=True) - x_hat * (z * x_hat).mean(-1, keepdim=True)
 
 
@@ -109,7 +116,11 @@ def _backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (ggy, gx, gweight). The last one is empty without weight_grads."""
+    """Returns (ggy, gx, gweight), the results of the second backward pass.
+
+    gweight is empty if weight_grads is False. ggx, ggweight, ggbias: cotangents of the gradients of
+    x, weight and bias.
+    """
     ggy, gx, gweight = _allocate_backward_backward(gy, x, weight, weight_grads)
     arguments = (ggx, ggweight, ggbias, gy, x, weight, eps, weight_grads, ggy, gx)
     if not _kernel_runs(x):
@@ -126,7 +137,8 @@ def _backward_backward_plain(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor, gweight: Tensor,
 ) -> None:  # fmt: skip
-    """Computes the same as `launch_backward_backward` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `launch_backward_backward` does with a Triton
+    kernel."""
     x_hat, inv_std = _normalise(x, eps)
     ggx, gy = ggx.to(x_hat.dtype), gy.to(x_hat.dtype)
     g = gy * weight
@@ -151,7 +163,10 @@ def _backward_backward_plain(
 def _allocate_forward(
     x: Tensor, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns tensors for y and the sum x + residual. Without a residual, both are the same one."""
+    """Returns tensors for the normalised output y and the sum x + residual.
+
+    Without a residual, both are the same tensor.
+    """
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     return y, torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else y
 
@@ -159,7 +174,7 @@ def _allocate_forward(
 def _allocate_backward(
     x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns tensors for gx, gweight and gbias."""
+    """Returns uninitialised tensors for the gradients of x, weight and bias."""
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return (
         gx,
@@ -171,7 +186,8 @@ def _allocate_backward(
 def _allocate_backward_backward(
     gy: Tensor, x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns tensors for ggy, gx and gweight."""
+    """Returns uninitialised tensors for ggy, gx and gweight, the results of the second backward
+    pass."""
     ggy = torch.empty(x.shape, dtype=gy.dtype, device=x.device)
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return ggy, gx, _allocate_weight_grad(weight, weight_grads)
@@ -180,7 +196,7 @@ def _allocate_backward_backward(
 def _allocate_weight_grad(weight: Tensor, weight_grads: bool) -> Tensor:
     """Returns a tensor for a gradient of the weight or bias.
 
-    It is empty if the gradient is not computed, because custom ops return tensors.
+    The tensor is empty if weight_grads is False, because custom ops must return tensors.
     """
     return torch.empty_like(weight) if weight_grads else weight.new_empty(0)
 
@@ -240,7 +256,8 @@ def _(
 
 
 def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
+    arguments."""
     gx, gweight, gbias = _call_backward(options, saved, any(wanted[1:]), gy, None)
     return gx, gweight, gbias, None, None
 
@@ -248,7 +265,10 @@ def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: T
 def _differentiate_sum(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor | None, gsum: Tensor | None
 ) -> tuple:
-    """Returns the gradients of the inputs of `_add_layer_norm`, see `register_derivative`."""
+    """Returns the gradients of the inputs of `_add_layer_norm`.
+
+    `register_derivative` describes the arguments.
+    """
     if gy is None:
         return gsum, gsum, None, None, None, None
     gx, gweight, gbias = _call_backward(options, saved, any(wanted[2:]), gy, gsum)
@@ -258,7 +278,8 @@ def _differentiate_sum(
 def _call_backward(
     options: tuple, saved: tuple, weight_grads: bool, gy: Tensor, gsum: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns gx, gweight and gbias. The last two are None without weight_grads."""
+    """Returns the gradients of x, weight and bias. The last two are None if weight_grads is
+    False."""
     x, weight = saved
     gx, gweight, gbias = _layer_norm_bwd(gy, gsum, x, weight, options[0], weight_grads)
     return (gx, gweight, gbias) if weight_grads else (gx, None, None)
@@ -268,7 +289,8 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggweight: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
+    arguments."""
     gy, gsum, x, weight = saved
     eps, had_weight_grads = options[-2:]
     if not had_weight_grads:

@@ -34,7 +34,10 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, count_strips, triton_
 
 @triton.jit
 def _normalise(x, inside, columns, eps):
-    """Returns x_hat and inv_std for each row of a tile."""
+    """Returns the normalised rows x_hat and 1 / standard deviation for each row of a tile.
+
+    inside: mask of the elements that exist. columns: length of a row.
+    """
     mean = tl.sum(x, axis=1)[:, None] / columns
     centred = tl.where(inside, x - mean, 0.0)
     inv_std = tl.rsqrt(tl.sum(centred * centred, axis=1)[:, None] / columns + eps)
@@ -47,7 +50,10 @@ def _layer_norm_fwd_kernel(
     columns, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes y and, with HAS_RESIDUAL, the sum of x and the residual that it normalises."""
+    """Computes the normalised output y.
+
+    With HAS_RESIDUAL it also writes the sum of x and the residual, which it normalises.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -70,9 +76,9 @@ def _layer_norm_bwd_kernel(
     columns, EPS: tl.constexpr, HAS_GSUM: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gx and, with WEIGHT_GRADS, partial sums of gweight and gbias.
+    """Computes gx, the gradient of x, and with WEIGHT_GRADS partial sums of gweight and gbias.
 
-    With HAS_GSUM, it adds gsum to gx: the gradient with respect to the sum that a residual adds to.
+    With HAS_GSUM it adds gsum to gx. gsum is the gradient of the sum x + residual.
     """
     column = tl.arange(0, BLOCK_COLUMNS)
     weight = tl.load(weight_pointer + column, mask=column < columns, other=0.0)
@@ -112,7 +118,10 @@ def _layer_norm_bwd_bwd_kernel(
     WEIGHT_GRADS: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggy, the second gx and, with WEIGHT_GRADS, partial sums of the second gweight."""
+    """Computes ggy and gx of the second backward pass.
+
+    With WEIGHT_GRADS it also computes partial sums of gweight of the second backward pass.
+    """
     column = tl.arange(0, BLOCK_COLUMNS)
     exists = column < columns
     weight = tl.load(weight_pointer + column, mask=exists, other=0.0).to(COMPUTE_DTYPE)[None, :]
@@ -201,7 +210,10 @@ def launch_backward(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool,
     gx: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Computes gx, plus gsum if given. Returns [gweight, gbias] if weight_grads, otherwise []."""
+    """Computes the gradient of x into gx, and adds gsum if it is given.
+
+    Returns [gweight, gbias] if weight_grads is True, otherwise [].
+    """
     columns = x.shape[-1]
     rows = x.numel() // columns
     tile = choose_tile(columns)
@@ -221,9 +233,10 @@ def launch_backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes ggy and gx of the second backward pass. Returns gweight if weight_grads, else None.
+    """Computes ggy and gx of the second backward pass into the given tensors.
 
-    ggweight and ggbias are None if they are zero.
+    Returns gweight if weight_grads is True, else None. ggweight and ggbias are None if they are
+    zero.
     """
     columns = x.shape[-1]
     rows = x.numel() // columns

@@ -50,9 +50,9 @@ def constant(u, c):
 
 
 def _by_numpy(function: Callable) -> Callable:
-    """Returns a Triton function that calls a NumPy function.
+    """Returns a Triton function that calls a NumPy function, for Triton's interpreter.
 
-    Triton's interpreter has no libdevice, the library that these functions come from on a GPU.
+    On a GPU these functions come from the library libdevice, which the interpreter lacks.
     """
 
     def run(x: Any) -> Any:
@@ -269,23 +269,28 @@ def product(g, derivative):
 
 @triton.jit
 def masked_product(g, derivative):
-    """Returns 0 where the derivative is 0, even if g is NaN or infinite, as PyTorch's relu does."""
+    """Returns g * derivative, but 0 where the derivative is 0, even if g is NaN or infinite.
+
+    PyTorch's relu does this, too.
+    """
     return where(derivative == 0.0, 0.0, g * derivative)
 
 
 class Activation(NamedTuple):
-    """The Triton functions of one activation, and the default of its parameter p."""
+    """The Triton functions of one activation, and the default value of its parameter."""
 
     value: Any
-    """Function of (u, p) that returns the value."""
+    """Function of (u, p) that returns the activation of u. p is the activation's parameter."""
     first: Any
-    """Function of (u, p) that returns the first derivative."""
+    """Function of (u, p) that returns the first derivative at u. p is the activation's
+    parameter."""
     second: Any
-    """Function of (u, p) that returns the second derivative."""
+    """Function of (u, p) that returns the second derivative at u. p is the activation's
+    parameter."""
     multiply: Any = product
     """Function that multiplies a gradient by a derivative."""
     parameter: float = 1.0
-    """Default of p."""
+    """Default value of the activation's parameter, such as the slope of leaky_relu."""
 
 
 TABLE = {
@@ -319,9 +324,9 @@ _PYTORCH: dict[str, Any] = {
 
 @functools.cache
 def in_pytorch(function: Any) -> Callable[..., torch.Tensor]:
-    """Returns a function of torch tensors with the source code of a Triton function.
+    """Returns a function of torch tensors that has the source code of a Triton function.
 
-    In its code, names such as `exp` mean PyTorch's functions.
+    Names such as `exp` in that code then refer to PyTorch's functions.
     """
     constants = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)}
     # an operator that imports a module when it first runs looks up __import__ here

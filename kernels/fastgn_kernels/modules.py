@@ -207,9 +207,10 @@ class FusedWindowAttention(nn.Module):
 
 @functools.cache
 def _in_place_of(replaced: Any, fused: Any) -> Any:
-    """Returns a subclass of both classes, for a module of class `replaced`.
+    """Returns a subclass of both classes, for modules of class `replaced`.
 
-    It computes as `fused` does, and isinstance still finds it as `replaced`.
+    The subclass computes as class `fused` does, and isinstance still finds its modules as
+    `replaced`.
     """
 
     def __reduce__(self: nn.Module) -> Any:  # noqa: N807 - a method of the class below
@@ -227,22 +228,23 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
 
 
 def _new(replaced: Any, fused: Any) -> nn.Module:
-    """Returns a swapped module without attributes, for pickle."""
+    """Returns a module of the class that `_in_place_of` makes, without attributes. pickle calls
+    it."""
     cls = _in_place_of(replaced, fused)
     return cls.__new__(cls)
 
 
 class Swapped(NamedTuple):
-    """The result of `swap_modules`. Printing it shows a report."""
+    """What `swap_modules` has replaced in a network. Printing it shows a report."""
 
     counts: dict[str, int]
     """Kind of activation, layer_norm or window_attention -> number of modules replaced."""
     left: dict[str, str]
-    """Name of a module of a known family that was not replaced -> the reason."""
+    """Name of each module that could have been replaced but was not -> the reason."""
     missed: dict[str, str]
-    """Name of a module whose computation `swap_modules` cannot replace -> a description."""
+    """Name of each module whose computation `swap_modules` cannot replace -> a description."""
     modules: int
-    """Number of modules looked at."""
+    """Number of modules in the network."""
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
@@ -256,7 +258,7 @@ class Swapped(NamedTuple):
 
 
 class _RefusedError(Exception):
-    """Says why a module is not replaced."""
+    """A module cannot be replaced. The message says why."""
 
 
 _New = tuple[str, type[nn.Module], dict[str, Any]]
@@ -264,19 +266,19 @@ _New = tuple[str, type[nn.Module], dict[str, Any]]
 
 
 def _activation(kind: str, parameter: float | None = None) -> _New:
-    """Returns the replacement of an activation module."""
+    """Returns the class and attributes that replace an activation module."""
     return kind, FusedActivation, {"kind": kind, "parameter": parameter}
 
 
 def _softplus(module: Any) -> _New:
-    """Returns the replacement of an nn.Softplus, or raises _RefusedError."""
+    """Returns the class and attributes that replace an nn.Softplus, or raises _RefusedError."""
     if module.threshold != 20:
         raise _RefusedError(f"its threshold is {module.threshold:g}, not PyTorch's 20")
     return _activation("softplus", module.beta)
 
 
 def _layer_norm(module: Any) -> _New:
-    """Returns the replacement of a LayerNorm, or raises _RefusedError."""
+    """Returns the class and attributes that replace a LayerNorm, or raises _RefusedError."""
     if len(module.normalized_shape) != 1:
         raise _RefusedError(f"it normalises {len(module.normalized_shape)} dimensions at once")
     if getattr(module, "_fast_norm", False):
@@ -285,7 +287,7 @@ def _layer_norm(module: Any) -> _New:
 
 
 def _window_attention(module: Any) -> _New:
-    """Returns the replacement of a WindowAttention, or raises _RefusedError."""
+    """Returns the class and attributes that replace a WindowAttention, or raises _RefusedError."""
     if not isinstance(module.qkv, nn.Linear):
         raise _RefusedError(f"its qkv is a {type(module.qkv).__name__}, not a Linear")
     head_dim = module.qkv.out_features // (3 * module.num_heads)
@@ -340,18 +342,22 @@ _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
     "timm.models.swin_transformer.PatchMerging": (("norm", "reduction"),),
     "timm.models.vision_transformer.Block": _BLOCK,
 }
-"""Name of each class -> its LayerNorms whose output only a linear layer reads, with that layer."""
+"""Name of a class -> pairs of a LayerNorm in it and the linear layer that alone reads its
+output."""
 
 _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
 
 
 def _name(cls: type) -> str:
-    """Returns the full name of a class."""
+    """Returns the full name of a class, with its module."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
-    """Returns the LayerNorms of `_BEFORE_LINEAR` without hooks before a plain nn.Linear."""
+    """Returns the LayerNorms of a network whose output only a plain nn.Linear without hooks reads.
+
+    `_BEFORE_LINEAR` names them.
+    """
     found = set()
     for module in model.modules():
         for name, reader in _BEFORE_LINEAR.get(_name(type(module)), ()):

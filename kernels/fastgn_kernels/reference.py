@@ -15,7 +15,10 @@ from torch import Tensor
 def activation(
     x: Tensor, kind: str, bias: Tensor | None = None, parameter: float | None = None
 ) -> Tensor:
-    """Returns f(x + bias) for an activation function f, as `fastgn_kernels.activation` does."""
+    """Returns f(x + bias) for an activation function f, in plain PyTorch.
+
+    Arguments and result are those of `fastgn_kernels.activation`.
+    """
     u = x if bias is None else x + bias.to(x.dtype)
     if kind == "gelu":
         return F.gelu(u)
@@ -54,7 +57,10 @@ def layer_norm(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalises the last dimension, as `fastgn_kernels.layer_norm` does."""
+    """Normalises the last dimension, in plain PyTorch.
+
+    Arguments and result are those of `fastgn_kernels.layer_norm`.
+    """
     total = x if residual is None else x + residual
     dtype = dtype or total.dtype
     common = torch.promote_types(total.dtype, dtype)
@@ -77,7 +83,10 @@ def window_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Returns the attention within windows, as `fastgn_kernels.window_attention` does."""
+    """Returns the attention within windows, in plain PyTorch.
+
+    Arguments and result are those of `fastgn_kernels.window_attention`.
+    """
     scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -88,9 +97,10 @@ def window_attention(
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Returns the cross-entropy loss, as `fastgn_kernels.cross_entropy` does.
+    """Returns the cross-entropy loss, in plain PyTorch.
 
-    An index out of range raises PyTorch's error.
+    Arguments and result are those of `fastgn_kernels.cross_entropy`. An index out of range raises
+    PyTorch's error.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets.is_floating_point():
@@ -102,7 +112,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 
 def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
-    """Returns the norm of each sample of a gradient, as `fastgn_kernels.gradient_norm` does."""
+    """Returns the norm of each sample of a gradient, in plain PyTorch.
+
+    Arguments and result are those of `fastgn_kernels.gradient_norm`.
+    """
     x = grad.to(torch.promote_types(grad.dtype, torch.float32))
     x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     if ord == 1:

@@ -45,7 +45,8 @@ LOOK_ALIKES = (
         re.compile(r"activation|gelu|silu|swish|mish|softplus|gate\b|[a-z]?elu\b", re.IGNORECASE),
     ),
 )
-"""Families with a pattern for the names of their classes. The first pattern that matches counts."""
+"""Pairs of a family of modules and a pattern for names of classes. The first matching pattern
+counts."""
 
 
 def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
@@ -84,7 +85,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
-    """Yields the functions that a module's attributes hold, also inside lists and partials."""
+    """Yields the functions that the attributes of a module hold, also inside lists and partials."""
     for name, value in vars(module).items():
         if name.startswith("_"):  # hooks
             continue
@@ -96,7 +97,8 @@ def _held(module: nn.Module) -> Iterator[Any]:
 
 
 def _by_name(function: Any) -> bool:
-    """Returns whether the name of a function is that of an activation, as in shifted_softplus."""
+    """Returns whether a function's name contains that of an activation, as shifted_softplus
+    does."""
     return LOOK_ALIKES[-1][1].search(function.__name__.replace("_", " ")) is not None
 
 
@@ -104,7 +106,7 @@ def _by_name(function: Any) -> bool:
 def _called(cls: type) -> tuple[Any, ...]:
     """Returns the functions of `FUNCTIONS` that the methods of a class refer to.
 
-    It also follows helper functions that are in the same module as the method.
+    Helper functions in the same Python module as the method are searched, too.
     """
     found: dict[Any, None] = {}
     waiting: list[types.FunctionType] = []

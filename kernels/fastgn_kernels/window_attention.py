@@ -32,9 +32,10 @@ LARGEST = 64
 
 
 def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a tensor like qkv and a tensor for o, laid out in memory as linear layers need them.
+    """Returns a tensor like qkv and a tensor for the attention's output.
 
-    Their shapes are (3, B, H, N, D) and (B, H, N, D).
+    Their shapes are (3, B, H, N, D) and (B, H, N, D). Both are laid out in memory as linear layers
+    need them.
     """
     _, windows, heads, tokens, dim = qkv.shape
     like_qkv = qkv.new_empty(windows, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
@@ -61,7 +62,7 @@ def _kernel_runs(qkv: Tensor) -> bool:
 
 
 def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    """Returns o."""
+    """Returns the output of the attention, (B, H, N, D)."""
     o = _allocate_outputs(qkv)[1]
     if not _kernel_runs(qkv):
         _forward_plain(qkv, bias, mask, scale, o)
@@ -73,7 +74,8 @@ def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 def _compute_probabilities(
     q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """Returns P with PyTorch's operators."""
+    """Returns the attention probabilities softmax(scale q k^T + bias + mask), with PyTorch's
+    operators."""
     scores = scale * (q @ k.mT)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -84,14 +86,14 @@ def _compute_probabilities(
 
 
 def _centre(x: Tensor, p: Tensor) -> Tensor:
-    """Returns centred(x)."""
+    """Returns x - rowsum(p x), the backward of softmax before its multiplication by p."""
     return x - (p * x).sum(-1, keepdim=True)
 
 
 def _forward_plain(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, o: Tensor
 ) -> None:
-    """Computes the same as `launch_forward` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `launch_forward` computes with a Triton kernel."""
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     o.copy_(_compute_probabilities(q, k, bias, mask, scale) @ v)
 
@@ -100,7 +102,11 @@ def _backward(
     go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns (gqkv + extra, gbias). gbias is empty without weight_grads."""
+    """Returns the gradients of qkv and of the bias.
+
+    The second one is empty if weight_grads is False. go: gradient of the output. extra: tensor to
+    add to the gradient of qkv, or None.
+    """
     learned = bias if weight_grads else None
     gqkv, gbias = _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, learned)
     if _kernel_runs(qkv) and not qkv.numel():
@@ -114,7 +120,7 @@ def _backward_plain(
     go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, learned: Tensor | None, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes the same as `launch_backward` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `launch_backward` computes with a Triton kernel."""
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     go = go.to(q.dtype)
     p = _compute_probabilities(q, k, bias, mask, scale)
@@ -131,7 +137,11 @@ def _backward_backward(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (ggo, gqkv, gbias). gbias is empty without weight_grads."""
+    """Returns (ggo, gqkv, gbias), the results of the second backward pass.
+
+    gbias is empty if weight_grads is False. ggqkv, ggbias: cotangents of the gradients of qkv and
+    bias.
+    """
     learned = bias if weight_grads else None
     (gqkv, ggo), gbias = _allocate_outputs(qkv), _allocate_bias_grad(qkv, learned)
     if _kernel_runs(qkv) and not qkv.numel():
@@ -145,7 +155,8 @@ def _backward_backward_plain(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes the same as `launch_backward_backward` with PyTorch's operators."""
+    """Computes with PyTorch's operators what `launch_backward_backward` does with a Triton
+    kernel."""
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     ggq, ggk, ggv = ggqkv.to(q.dtype)
     go = go.to(q.dtype)
@@ -167,9 +178,10 @@ def _backward_backward_plain(
 def _make_stand_in(qkv: Tensor) -> Tensor:
     """Returns a tensor with the shape of qkv and one element of memory.
 
-    The backward op depends on qkv through it. So the gradient that the second backward pass has for
-    qkv reaches the last backward op, and its kernel adds that gradient to its own result. Otherwise
-    Inductor adds them, with 15 passes over tensors as wide as a block, where the kernel takes 3.
+    The backward op depends on qkv through this tensor. So the gradient that the second backward
+    pass has for qkv reaches the last backward op, and its kernel adds that gradient to its own
+    result. Otherwise Inductor adds them, with 15 passes over tensors as wide as a block, where the
+    kernel takes 3.
     """
     return qkv.new_zeros(1).expand(qkv.shape)
 
@@ -222,7 +234,8 @@ def _(
 def _differentiate(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor | None, extra: Tensor | None
 ) -> tuple:
-    """Returns the gradients of the forward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
+    arguments."""
     qkv, bias, mask, stand_in = saved
     if go is None:
         return extra, None, None, None
@@ -238,7 +251,8 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggqkv: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradients of the backward op's inputs, see `register_derivative`."""
+    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
+    arguments."""
     go, qkv, bias, mask = saved
     filled = torch.zeros_like(qkv) if ggqkv is None else ggqkv
     scale, had_bias_grad = options[-2:]

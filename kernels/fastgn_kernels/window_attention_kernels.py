@@ -35,7 +35,8 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, triton_compute_dtype
 
 @triton.jit
 def _dot(x, y, acc):
-    """Returns acc + x y for two inputs of the op, multiplied in their own dtype."""
+    """Returns acc + x y (a matrix product) for two inputs of the op, multiplied in their own
+    dtype."""
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
@@ -75,7 +76,7 @@ def _softmax(scores):
 
 @triton.jit
 def _centre(x, p):
-    """Returns centred(x)."""
+    """Returns x - rowsum(p x), the backward of softmax before its multiplication by p."""
     return x - tl.sum(p * x, axis=1)[:, None]
 
 
@@ -136,7 +137,7 @@ def _window_attention_fwd_kernel(
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Computes o."""
+    """Computes the output of the attention."""
     head, strip = tl.program_id(0), tl.program_id(1)
     index = (strip % masks) * HEADS + head
     bias_and_mask = tl.load(_locate_matrix(bias_and_mask_pointer, index, BLOCK_TOKENS))
@@ -166,9 +167,10 @@ def _window_attention_bwd_kernel(
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BIAS_GRAD: tl.constexpr, HAS_EXTRA: tl.constexpr,
 ):  # fmt: skip
-    """Computes gqkv and, with BIAS_GRAD, partial sums of gbias.
+    """Computes gqkv, the gradient of queries, keys and values.
 
-    With HAS_EXTRA, it adds another tensor to gqkv.
+    With BIAS_GRAD it also computes partial sums of the bias gradient. With HAS_EXTRA it adds
+    another tensor to gqkv.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
@@ -232,7 +234,7 @@ def _window_attention_bwd_bwd_kernel(
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BIAS_GRAD: tl.constexpr, HAS_GGBIAS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggo, the second gqkv and, with BIAS_GRAD, partial sums of the second gbias.
+    """Computes ggo and gqkv of the second backward pass, and with BIAS_GRAD partial sums of gbias.
 
     Registers cannot hold six 64 x 64 tiles and their operands. So inputs are read where they are
     used, the second time from the cache, and the order of the products frees each tile early.
@@ -333,7 +335,8 @@ def choose_grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple
 
 
 def _choose_constants(qkv: Tensor, scale: float) -> dict[str, Any]:
-    """Returns the constants and options that every kernel takes."""
+    """Returns the compile-time constants and launch options that all kernels of the attention
+    take."""
     _, _, heads, tokens, dim = qkv.shape
     return {
         "HEADS": heads,
@@ -371,7 +374,11 @@ def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) ->
 
 
 def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
-    """Returns ggbias as (H, N', N') in the compute dtype."""
+    """Returns the cotangent of the bias gradient, padded with zeros, as (H, N', N') in the compute
+    dtype.
+
+    N' is the number of tokens of a window after padding.
+    """
     padding = _choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
@@ -387,7 +394,10 @@ def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int,
 
 
 def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
-    """Returns the gradient of `learned`, or None if it is None."""
+    """Returns the sum of the partial sums: the gradient of `learned`, or None if that is None.
+
+    learned: the bias if its gradient is wanted.
+    """
     if learned is None:
         return None
     tokens = learned.shape[-1]
@@ -409,9 +419,9 @@ def launch_backward(
     go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, learned: Tensor | None, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes gqkv, plus extra if given, into gqkv. Returns the gradient of `learned`.
+    """Computes the gradient of qkv into gqkv, and adds `extra` if it is given.
 
-    learned: the bias if its gradient is wanted, otherwise None.
+    Returns the gradient of `learned`, which is the bias if its gradient is wanted, otherwise None.
     """
     bias_and_mask, packed = _pad_bias_and_mask(qkv, bias, mask), pack(qkv)
     grid = choose_grid(qkv, mask)
@@ -428,9 +438,10 @@ def launch_backward_backward(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes ggo and gqkv of the second backward pass. Returns the gradient of `learned`.
+    """Computes ggo and gqkv of the second backward pass into the given tensors.
 
-    ggbias: None means zero. learned: the bias if its gradient is wanted, otherwise None.
+    Returns the gradient of `learned`, which is the bias if its gradient is wanted, otherwise None.
+    ggbias: None means zero.
     """
     bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
     grid = choose_grid(qkv, mask)

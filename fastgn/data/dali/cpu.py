@@ -27,7 +27,7 @@ PILLOW: dict[Kind, Callable[[Image.Image, float], Image.Image]] = {
     Kind.BRIGHTNESS: lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     Kind.SHARPNESS: lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
 }
-"""Kind -> function of (image, argument) that applies it with PIL."""
+"""Kind of operation -> function of (image, argument) that applies the operation with PIL."""
 
 
 def augment_crop(
@@ -53,16 +53,19 @@ def augment_crop(
 
 
 def resize(side: int, crop: np.ndarray, mode: str, flipped: bool) -> np.ndarray:
-    """Returns a crop resized with antialiasing, in a third of PIL's time."""
+    """Returns a crop resized with antialiasing, in a third of PIL's time.
+
+    mode: name of the interpolation. flipped: whether to mirror the result horizontally.
+    """
     image = torch.from_numpy(crop).permute(2, 0, 1)[None]
     result = F.interpolate(image, (side, side), mode=mode, antialias=True)[0].permute(1, 2, 0)
     return (result.flip(1) if flipped else result).contiguous().numpy()
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
-    """Returns the image after an affine map, see Kind.BICUBIC.
+    """Returns the image after an affine map, whose matrix draws.Kind.BICUBIC describes.
 
-    It takes half of PIL's time, and a quarter for a shear or shift along one axis. For rotations
+    This takes half of PIL's time, and a quarter for a shear or shift along one axis. For rotations
     PyTorch's bicubic kernel is less sharp than PIL's (a = -0.75 instead of -1).
     """
     a, b, c, d, e, f = matrix.tolist()

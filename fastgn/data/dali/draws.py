@@ -35,7 +35,7 @@ class Kind(IntEnum):
     """[a, b, c, d, e, f]: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), in pixels
     from the image's corner. It is FILL if that is outside the image."""
     BILINEAR = 2
-    """The same with bilinear interpolation."""
+    """[a, b, c, d, e, f]: an affine map as for BICUBIC, but with bilinear interpolation."""
     AUTO_CONTRAST = 3
     EQUALIZE = 4
     INVERT = 5
@@ -46,8 +46,11 @@ class Kind(IntEnum):
     SOLARIZE_ADD = 8
     """[number that is added to values below 128]"""
     COLOR = 9
-    """[factor]: 0 gives the grey image, and 1 the image itself. In the next three operations, 0
-    gives the mean grey, black and the blurred image."""
+    """[factor]: 0 gives the grey image, and 1 the image itself.
+
+    The three operations that follow also take a factor. For them, 0 gives the mean grey, black and
+    the blurred image.
+    """
     CONTRAST = 10
     BRIGHTNESS = 11
     SHARPNESS = 12
@@ -64,13 +67,13 @@ class Layer(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Everything that is done to one image, in this order."""
+    """Everything that is done to one image, in the order of the fields."""
 
     top: int
     left: int
     height: int
     width: int
-    """The crop, in pixels of the decoded image."""
+    """Width of the crop, in pixels of the decoded image."""
     bilinear: bool
     """Whether the crop is resized bilinearly. Otherwise it is resized bicubically."""
     flipped: bool
@@ -78,14 +81,15 @@ class Drawn(NamedTuple):
 
 
 class Recipe:
-    """Draws what is done to each image.
+    """Draws how each training image is augmented, as timm's transform would.
 
     The random numbers come from the generators of Python, NumPy and PyTorch, which the caller
     seeds.
     """
 
     def __init__(self, cfg: AugmentationConfig, img_size: int, hflip: float):
-        """Raises UserError if the policy has an operation that Kind lacks."""
+        """Builds timm's transform. Raises UserError if its policy has an operation that DALI
+        lacks."""
         transform = build_train_transform(cfg, img_size, hflip)
         # the last one makes a tensor and draws nothing
         self.steps: Sequence[Any] = transform.transforms[:-1]
@@ -105,7 +109,10 @@ class Recipe:
                 raise UserError(refusal(str(cfg.aa), type(step).__name__))
 
     def _record(self, policy: Any, name: str) -> None:
-        """Makes a policy of timm note its operations instead of applying them."""
+        """Makes a policy of timm record its operations instead of applying them.
+
+        name: name of the policy, for messages.
+        """
         if isinstance(policy, auto_augment.RandAugment):
             self.layers += policy.num_layers
         else:
@@ -118,7 +125,7 @@ class Recipe:
             op.aug_fn = functools.partial(note, self._drawn, kind, translate, self.img_size)
 
     def draw(self, width: int, height: int) -> Drawn:
-        """Returns what to do to an image of this size in pixels."""
+        """Returns how to augment an image of this size in pixels."""
         self._drawn.clear()
         flipped, bilinear = False, False
         for step in self.steps:
@@ -140,7 +147,10 @@ class Recipe:
 
 
 def refusal(policy: str, what: str) -> str:
-    """Returns the message about an operation that the DALI loader lacks."""
+    """Returns the message about an operation that the DALI loader lacks.
+
+    policy: value of --aa. what: name of the operation.
+    """
     return f"--aa {policy}: the DALI loader has no {what}: add --loader torch"
 
 
@@ -161,9 +171,10 @@ def note(
     *args: float,
     **kwargs: Any,
 ) -> None:
-    """Notes an operation in place of timm's function that would apply it.
+    """Appends an operation to `drawn`, in place of timm's function that would apply it to an image.
 
-    Takes the same arguments, and draws the same random numbers.
+    It takes the arguments of timm's function, and draws the same random numbers. translate:
+    function that turns these arguments into those of `kind`.
     """
     if kind in WARPS:
         bilinear = auto_augment._interpolation(kwargs) == Image.Resampling.BILINEAR

@@ -20,13 +20,14 @@ from fastgn.seeding import Stream, seed_host
 
 
 class Fed(NamedTuple):
-    """A batch of images that are not decoded yet, with what to do to each.
+    """A batch of encoded images, and how to augment each of them.
 
-    The values are arrays inside Feeder, and tensors in what it returns.
+    The values are NumPy arrays inside Feeder, and tensors in what Feeder returns.
     """
 
     encoded: Any
-    """uint8: the files one after the other. What is not a plain JPEG is given as a PPM."""
+    """Bytes of all image files one after the other, uint8. Images that are no plain JPEG come as
+    PPM."""
     lengths: Any
     """(B,), int64: number of bytes of each file."""
     anchors: Any
@@ -50,9 +51,9 @@ class Fed(NamedTuple):
 
 
 class Feeder(Dataset):
-    """Reads the files of a batch, and draws what to do to each image.
+    """Reads the files of a batch, and draws how to augment each image.
 
-    The index is a position: epoch * batches_per_epoch + number of the batch in its epoch.
+    It is indexed by the position of a batch: epoch * batches_per_epoch + number within the epoch.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Feeder(Dataset):
         self.recipe = recipe
         self.skip = skip
         self.spoilt: dict[int, str] = {}
-        """Image -> PIL's message about it, for images that failed only inside DALI."""
+        """Index of an image that failed inside DALI -> PIL's message about it."""
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.seed, self.rank, self.ranks = seed, rank, ranks
@@ -113,10 +114,10 @@ class Feeder(Dataset):
         return Fed._make([*map(torch.from_numpy, arrays), fed.complaints, fed.replaced])
 
     def fill(self, fed: Fed, place: int, epoch: int, image: int) -> bytes:
-        """Returns an image's encoded bytes, and writes what to do to it into `fed`.
+        """Returns an image's encoded bytes, and writes into `fed` how to augment the image.
 
         place: the image's index in the batch. A bad image may be replaced by another one. Raises
-        BadImageError.
+        BadImageError if the image is bad and is not replaced.
         """
         seed_host(Stream.IMAGE, self.seed, epoch, image)
         image, (content, decoded, size), bad = load_or_next(
@@ -161,17 +162,18 @@ BLACK = ppm(Image.new("RGB", (1, 1)))
 
 
 class Source:
-    """Gives DALI one batch after the other, and keeps in the same order what DALI does not need."""
+    """Gives DALI one batch after the other, and keeps for each batch what DALI does not need."""
 
     def __init__(self, feeder: Feeder, position: int, workers: int, worker_timeout: float):
-        """position: position of the first batch, see Feeder."""
+        """Starts at a position, which is epoch * batches_per_epoch + number of the batch in the
+        epoch."""
         positions = itertools.count(position)
         options: dict[str, Any] = {"sampler": positions, "collate_fn": return_unchanged}
         self.batches = load_in_workers(feeder, workers, worker_timeout, batch_size=None, **options)
         self.given: deque[tuple[Tensor, list[str], list[str]]] = deque()
         """(labels, complaints, replaced) of each batch that DALI has taken."""
         self.broken: str | None = None
-        """Reason why there are no more batches. None means that there are."""
+        """Reason why there are no more batches, or None if there are."""
 
     def __call__(self) -> tuple[Any, ...]:
         """Returns the next batch for DALI, as arrays."""

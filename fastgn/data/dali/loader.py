@@ -32,7 +32,7 @@ AHEAD = 2
 
 
 class DaliLoader:
-    """A loader of image files, see batch.Loader, that decodes and augments with NVIDIA DALI."""
+    """Loads training batches from image files, decoded and augmented by NVIDIA DALI."""
 
     def __init__(
         self,
@@ -83,7 +83,10 @@ class DaliLoader:
         atexit.register(close_if_alive, weakref.ref(self))
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """Yields an epoch's batches from number `first` on. Raises UserError on a bad image."""
+        """Yields the batches of an epoch, beginning with batch number `first`.
+
+        Raises UserError if an image is bad.
+        """
         for index in range(first, self.batches_per_epoch):
             images, labels = self._take(epoch * self.batches_per_epoch + index)
             seed_all(Stream.AUGMENT, self.seed, epoch, index, self.rank)
@@ -169,9 +172,10 @@ class DaliLoader:
             pipeline.schedule_run()
 
     def _explain(self, error: Exception, position: int) -> tuple[int | None, UserError]:
-        """Returns the image that an error inside DALI comes from, and the error for the user.
+        """Returns the index of the image that caused an error inside DALI, and the error for the
+        user.
 
-        DALI names no file. The image is None if it cannot be found.
+        DALI names no file. The index is None if the image cannot be found.
         """
         assert self._source is not None
         if self._source.broken is not None:
@@ -197,7 +201,10 @@ wait for itself."""
 
 
 def uses_operators(device: torch.device) -> bool:
-    """Returns whether DALI's operators resize and augment. On a CPU, cpu.py is 3 times as fast."""
+    """Returns whether DALI's own operators resize and augment.
+
+    On a CPU the functions of cpu.py do so, because they are 3 times as fast.
+    """
     return device.type == "cuda"
 
 

@@ -24,8 +24,8 @@ except ImportError:
 def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> Any:
     """Returns the augmented images of each batch: fp32, 3 x S x S, in 0..1.
 
-    device: DALI's name of the device that does the work, cpu or gpu. by_dali: whether DALI's own
-    operators resize and augment; otherwise cpu.py does.
+    device: DALI's name of the device that does the work, "cpu" or "gpu". by_dali: whether DALI's
+    own operators resize and augment. Otherwise the functions of cpu.py do.
     """
     encoded, anchor, shape, bilinear, flipped, kinds, arguments = fn.external_source(
         source=source,
@@ -84,7 +84,7 @@ def operate(
     """Returns the image after one operation.
 
     kind: int32, one of `possible`. The conditions form a tree, so that DALI runs each operation
-    only on the images that it is for.
+    only on the images that need it.
     """
     if len(possible) == 1:
         return OPERATIONS[possible[0]](image, arguments, side, device)
@@ -98,7 +98,7 @@ def operate(
 
 @do_not_convert
 def none(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image as it is."""
+    """Returns the image unchanged."""
     return image
 
 
@@ -108,7 +108,7 @@ def byte(value: int) -> Any:
 
 
 def picture(values: np.ndarray, side: int, device: str) -> Any:
-    """Returns the same uint8 S x S x 3 for every image."""
+    """Returns a constant picture, uint8, S x S x 3, that DALI uses with every image of a batch."""
     shape = (side, side, 3)
     return types.Constant(np.broadcast_to(values, shape).astype(np.uint8), device=device)
 
@@ -129,7 +129,7 @@ but for rounding errors."""
 
 
 def blend(other: Any, image: Any, factor: Any) -> Any:
-    """Returns what PIL's Image.blend does."""
+    """Returns image * factor + other * (1 - factor) as bytes, as PIL's Image.blend does."""
     return to_bytes(other * (1 - factor) + image * factor, FLOOR)
 
 
@@ -145,13 +145,13 @@ def extreme(reduction: Any, image: Any) -> Any:
 
 @do_not_convert
 def bicubic(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image after Kind.BICUBIC."""
+    """Returns the image after an affine map with bicubic interpolation (Kind.BICUBIC)."""
     return warp(image, arguments, side, device, types.INTERP_CUBIC)
 
 
 @do_not_convert
 def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image after Kind.BILINEAR."""
+    """Returns the image after an affine map with bilinear interpolation (Kind.BILINEAR)."""
     return warp(image, arguments, side, device, types.INTERP_LINEAR)
 
 
@@ -179,7 +179,8 @@ def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any)
 
 @do_not_convert
 def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns what ImageOps.autocontrast does."""
+    """Returns the image with the contrast of each channel stretched, as ImageOps.autocontrast
+    does."""
     low, high = (extreme(r, image) for r in (fn.reductions.min, fn.reductions.max))
     flat = fn.cast(low == high, dtype=types.UINT8)  # such a channel stays as it is
     low = low * (byte(1) - flat)
@@ -189,7 +190,7 @@ def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 @do_not_convert
 def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns what ImageOps.equalize does.
+    """Returns the image with the histogram of each channel equalised, as ImageOps.equalize does.
 
     PIL counts the pixels below a value, and DALI the pixels up to a value. In the negative image,
     these are the pixels that are not below it. What remains is PIL's step, a whole number.
@@ -229,26 +230,30 @@ def solarize_add(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 @do_not_convert
 def color(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns what ImageEnhance.Color does."""
+    """Returns the image with its colour changed by a factor, as ImageEnhance.Color does."""
     return blend(grey(image), image, first(arguments, device))
 
 
 @do_not_convert
 def contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns what ImageEnhance.Contrast does."""
+    """Returns the image with its contrast changed by a factor, as ImageEnhance.Contrast does."""
     mean = extreme(fn.reductions.mean, grey(image))
     return blend(math.floor(mean + 0.5), image, first(arguments, device))
 
 
 @do_not_convert
 def brightness(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns what ImageEnhance.Brightness does."""
+    """Returns the image with its brightness changed by a factor, as ImageEnhance.Brightness
+    does."""
     return fn.brightness_contrast(image, brightness=arguments[0], brightness_shift=FLOOR / 255)
 
 
 @do_not_convert
 def sharpness(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns what ImageEnhance.Sharpness does. PIL does not blur the outermost pixels."""
+    """Returns the image with its sharpness changed by a factor, as ImageEnhance.Sharpness does.
+
+    PIL does not blur the outermost pixels.
+    """
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     blurred = fn.filter(image, types.Constant(kernel, device=device))
     inner = np.zeros((side, side, 1))
@@ -272,4 +277,4 @@ OPERATIONS = {
     Kind.BRIGHTNESS: brightness,
     Kind.SHARPNESS: sharpness,
 }
-"""Kind -> function that applies it."""
+"""Kind of operation -> function that applies the operation."""
