@@ -9,7 +9,7 @@ from fastgn.step.retry import out_of_memory
 
 
 def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
-    """Returns the line for an error of PyTorch's that the user can do something about, else None.
+    """Returns a line about an error of PyTorch that the user can act on, or None for other errors.
 
     run: None if the error came before the run was built.
     """
@@ -22,7 +22,7 @@ def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
 
 
 def too_large(run: Run | None) -> str:
-    """Returns the line for a step that does not fit, even after its micro-batch was halved."""
+    """Returns the message for an update that does not fit, even with the smallest micro-batch."""
     if run is None:
         return "out of memory before the first update: the weights and their optimizer do not fit"
     tries = ["--schedule auto"]
@@ -35,7 +35,7 @@ def too_large(run: Run | None) -> str:
 
 
 def not_differentiable(cfg: Config, operator: str) -> str:
-    """Returns the line for a network with an operator that has no second derivative."""
+    """Returns the message for a network with an operator that has no second derivative."""
     method = cfg.objective.method
     tries = ["another --model"]
     if cfg.objective.allows_differences:
@@ -48,7 +48,7 @@ def not_differentiable(cfg: Config, operator: str) -> str:
 
 
 def how_to_go_on(run: Run | None) -> str:
-    """Returns what to do after a signal that has left no time for a checkpoint."""
+    """Returns a line about how to continue after a signal that left no time for a checkpoint."""
     if run is None:
         return "run the same command again"
     ways = f"continue with --resume {run.folder}", "run the same command again"

@@ -227,8 +227,8 @@ def write_safetensors(
 def sort_metadata(content: bytes) -> bytes:
     """Returns a safetensors file with its metadata in alphabetical order.
 
-    The library writes metadata in an order that differs from call to call. Sorting it makes equal
-    weights give equal bytes.
+    content: the bytes of the file. The safetensors library writes metadata in an order that differs
+    from call to call. Sorted metadata makes equal weights give equal bytes.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -323,9 +323,10 @@ IGNORED = (
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
 )
-"""Names that are read as `Ignored`: stored arguments of timm, and numbers and arrays of NumPy.
+"""Names of classes whose objects are read as `Ignored`.
 
-NumPy's own functions are not called, because a forged dtype can make them read any memory.
+These are stored arguments of timm, and numbers and arrays of NumPy. NumPy's own functions are not
+called, because a forged dtype can make them read any memory.
 """
 
 
@@ -374,11 +375,14 @@ class Plain:
         self.largest_bytes = largest_bytes
         self.legacy = legacy
         self.copies: dict[int, Any] = {}
-        """Id of an original container -> its copy, or Ellipsis while it is being copied."""
+        """id() of an original container -> its copy, or Ellipsis while the container is being
+        copied."""
 
     def __call__(self, value: Any, where: str = "it", depth: int = 0) -> Any:
-        """Returns a copy of a value. Raises UserError, which refers to the value as `where`, if it
-        is no plain value."""
+        """Returns a copy of a value. Raises UserError unless the value is a plain value.
+
+        where: name of the value for the message.
+        """
         import torch
 
         if value is None or type(value) in (bool, int, float, str):

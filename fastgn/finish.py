@@ -11,7 +11,7 @@ from fastgn.state import ExportHeader
 from fastgn.trained import export_weights
 
 LISTED = ("model.safetensors", "config.json", "summary.json", "curves.png", "metrics.csv")
-"""Files that the last line of a run names, if they exist."""
+"""Names of the files that the last line of a run's output names, if they exist."""
 
 
 def finish(run: Run) -> None:
@@ -52,10 +52,10 @@ def finish(run: Run) -> None:
 
 
 def warn_of_initial_weights(run: Run, holds: str, updates: int) -> None:
-    """Prints a warning if so much of the initial weights is in their average that it is less
-    accurate.
+    """Prints a warning if the average of the weights still contains much of the initial weights.
 
-    holds: the verb, such as "will hold". updates: number of updates after which this is so.
+    The average is then less accurate. holds: verb of the message, such as "will hold". updates:
+    number of updates after which the warning applies.
     """
     if run.ema is None:
         return

@@ -14,9 +14,9 @@ from fastgn.state import TrainState
 
 
 def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState | None]:
-    """Returns the run's folder, and the checkpoint to continue from with its content.
+    """Returns the run's folder, the checkpoint to continue from, and that checkpoint's content.
 
-    From here on no other process may write into the folder. The checkpoint is None for a new run.
+    From here on no other process may write into the folder. The last two are None for a new run.
     Raises UserError if another process writes there, or if the folder holds a run that this one
     does not continue.
     """
@@ -27,7 +27,8 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState |
 
 
 def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
-    """Returns the run's folder, which is locked now, and the checkpoint to continue from."""
+    """Locks the run's folder, and returns the folder and the checkpoint to continue from, or
+    None."""
     folder = name_folder(cfg)
     flag = "--output" if cfg.run.resume in (None, "auto") else "--resume"
     splits = cfg.dataset.train_split, cfg.dataset.val_split

@@ -51,17 +51,18 @@ class Heartbeat:
         self.agent = agent
         self.interval_s = min(limit_s / STEPS, LONGEST_INTERVAL_S)
         self.collectives = 0
-        """Number of collectives among hosts that this rank has entered."""
+        """Number of collectives through CPU memory that this rank has entered."""
         self.reports: dict[int, list[str]] = {}
-        """Rank -> [count, collectives, missing, name] as read last."""
+        """Rank -> the last report read from it: [number of heartbeats, collectives, missing ranks,
+        name]."""
         self.silent_s = dict.fromkeys(self.others, 0.0)
-        """Rank -> seconds since its count last changed."""
+        """Rank -> seconds since its last heartbeat."""
         self.rounds = 0
         """Number of times that the store has answered."""
         self.store_lost = False
         """Whether the process that serves the store has ended."""
         self.missing: list[int] = []
-        """Ranks that have stopped, because of which the job ends."""
+        """Ranks that have stopped sending heartbeats. The job ends because of them."""
         self.stopped = threading.Event()
         self.announce = threading.Event()
         """Event that makes the thread send `missing` to the other ranks at once."""
@@ -152,8 +153,8 @@ class Heartbeat:
     def explain_failure(self, error: Exception) -> str:
         """Returns in one line why a collective has failed.
 
-        Waits until the other ranks' reports are conclusive. Waits for ever if this process is about
-        to end.
+        Waits until the other ranks' reports show whether a rank has stopped. If the heartbeat's
+        thread is about to end this process, this method does not return.
         """
         for _ in range(6 * STEPS):
             if self.missing:
@@ -177,7 +178,8 @@ class Heartbeat:
 
 
 def _write_to_stderr(line: str) -> None:
-    """Writes a line to stderr without Python's buffers, whose lock the main thread may hold."""
+    """Writes a line to stderr without Python's buffers, because the main thread may hold their
+    lock."""
     with contextlib.suppress(OSError):
         os.write(2, f"{line}\n".encode())
 

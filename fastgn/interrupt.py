@@ -8,7 +8,7 @@ from fastgn.extras import REPEAT_S
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM, so that the training loop can save a checkpoint and leave.
+    """Records SIGINT and SIGTERM, so that the training loop can save a checkpoint and end.
 
     Another signal, more than REPEAT_S seconds after the first one, ends the process at once.
     """
@@ -17,7 +17,7 @@ class Interrupt:
         self.signal: int | None = None
         """Number of the first signal. None means that none has come."""
         self.noted_s = 0.0
-        """Time of the first signal, by time.monotonic."""
+        """Time of the first signal, as time.monotonic() gives."""
         self.previous: dict[int, Any] = {}
         """Signal number -> the handler that was in place before."""
 
@@ -27,7 +27,8 @@ class Interrupt:
         return self
 
     def note(self, number: int, frame: object) -> None:
-        """Handles a signal."""
+        """Handles SIGINT or SIGTERM: records the first one, and ends the process at the second
+        one."""
         now = time.monotonic()
         if self.signal is None:
             self.signal, self.noted_s = number, now
@@ -36,7 +37,7 @@ class Interrupt:
             signal.raise_signal(number)
 
     def restore(self) -> None:
-        """Puts the previous handlers back in place."""
+        """Restores the signal handlers that were in place before."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

@@ -10,14 +10,15 @@ from fastgn.objectives.options import METHODS
 
 
 def list_recipes() -> dict[str, str]:
-    """Returns name -> first line of the comment for each recipe."""
+    """Returns name of a recipe -> first line of the comment in its file."""
     folder = resources.files("fastgn").joinpath("recipes")
     first = {n: folder.joinpath(f"{n}.toml").read_text().split("\n")[0] for n in recipe_names()}
     return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in first.items()}
 
 
 def list_models() -> dict[str, str]:
-    """Returns name -> note for the networks of timm and fastgn, and for the short names."""
+    """Returns name of a network -> note, for the networks of timm and fastgn and their short
+    names."""
     import timm  # takes seconds
 
     from fastgn.models.create import ALIASES, OWN
@@ -27,7 +28,7 @@ def list_models() -> dict[str, str]:
 
 
 def list_activations() -> dict[str, str]:
-    """Returns name -> note for each activation. The note says if a number may follow."""
+    """Returns name of an activation -> note, which says if a number may follow the name."""
     from fastgn.models.activations import ACTIVATION_ARGUMENT, ACTIVATIONS
 
     arguments = ACTIVATION_ARGUMENT.items()
@@ -36,7 +37,7 @@ def list_activations() -> dict[str, str]:
 
 
 def list_optimizers() -> dict[str, str]:
-    """Returns name -> empty note for each of timm's optimizers."""
+    """Returns name of each of timm's optimizers -> empty note."""
     import timm.optim
 
     return dict.fromkeys(map(str, timm.optim.list_optimizers()), "")
@@ -49,13 +50,13 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "activations": list_activations,
     "optimizers": list_optimizers,
 }
-"""Value of --list -> function that returns name -> note."""
+"""Value of --list, such as "models" -> function that returns names and notes."""
 
 
 def format_listing(kind: str, pattern: str = "*") -> str:
-    """Returns the names of a kind that match a pattern such as '*swin*', one per line, with notes.
+    """Returns the names of a kind, such as "models", that match a pattern such as '*swin*'.
 
-    Raises UserError if no name matches.
+    Each line has one name and its note. Raises UserError if no name matches.
     """
     found = {n: note for n, note in KINDS[kind]().items() if fnmatch.fnmatch(n, pattern)}
     check(bool(found), f"--list {kind} {pattern}: no name matches")

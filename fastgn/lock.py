@@ -34,7 +34,7 @@ it."""
 
 
 class HeldError(UserError):
-    """Another process holds the lock."""
+    """Another process holds the lock on a folder or file. The message names it."""
 
 
 @contextlib.contextmanager
@@ -53,10 +53,10 @@ def lock_folder(folder: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_file(path: Path, name: str) -> Iterator[None]:
-    """Makes this process the only writer of a file inside the block, as `lock_folder` does for a
-    folder.
+    """Makes this process the only writer of a file inside the block, as `lock_folder` does.
 
-    Removes parts of the file that killed processes have left.
+    Also removes temporary files that killed processes have left while they wrote the file. name:
+    how the user calls the file, for messages.
     """
     check(len(os.fsencode(path.name)) <= 200, f"{name}: the file's name is too long")
     with _lock(path.with_name(f".{path.name}.lock"), name):
@@ -102,8 +102,10 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 
 def _acquire(path: Path, name: str) -> int | None:
-    """Returns the descriptor of the locked file, or None if the file system does not support
-    locks."""
+    """Locks the file at `path` and returns its descriptor.
+
+    Returns None if the file system does not support locks. name: how the user calls the target.
+    """
     for attempt in range(ATTEMPTS):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -162,7 +164,7 @@ def _close(descriptor: int) -> None:
 
 
 def _get_identity(status: os.stat_result) -> tuple[int, int]:
-    """Returns (device, inode) of a file."""
+    """Returns (device, inode), which identify a file."""
     return status.st_dev, status.st_ino
 
 
@@ -175,7 +177,7 @@ def _is_file_at(descriptor: int, path: Path) -> bool:
 
 
 def _read_holder(path: Path) -> str:
-    """Returns the process that holds a lock.
+    """Returns a description of the process that holds a lock, for messages.
 
     A process that has just taken the lock may not have written its name yet, so reading is
     repeated.

@@ -50,7 +50,8 @@ time since the process began."""
 
 
 class Metrics:
-    """Writes a run's rows to metrics.csv, TensorBoard and W&B, and its progress to the terminal.
+    """Writes a run's logged values to metrics.csv, TensorBoard and W&B, and its progress to the
+    terminal.
 
     A resumed run drops the rows after its checkpoint. No failure here ends a run. If something
     cannot be written, one line says so, and it is tried again or left out.
@@ -174,7 +175,7 @@ class Metrics:
         self.print(", ".join(parts) + text)
 
     def print(self, line: str) -> None:
-        """Prints a line above the bar, with control characters escaped."""
+        """Prints a line above the progress bar, with control characters escaped."""
         if self.bar.disable:
             print_line(line)
         else:
@@ -240,7 +241,10 @@ def add_scalars(board: Any, rows: list[dict[str, float]]) -> None:
 
 
 def open_wandb(folder: Path, config: Mapping) -> Any:
-    """Returns the W&B run of a folder, which is a new one unless the folder holds the id of one."""
+    """Returns the W&B run that belongs to a run's folder.
+
+    It continues the W&B run whose id the folder holds, or else begins a new one.
+    """
     path = folder / "wandb_id.txt"
     known = path.read_text(errors="replace").strip() if path.is_file() else ""
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
@@ -251,7 +255,7 @@ def open_wandb(folder: Path, config: Mapping) -> Any:
 
 
 def render(rows: list[dict[str, Any]], header: bool = True) -> bytes:
-    """Returns rows as CSV with COLUMNS.
+    """Returns rows of metrics.csv as text in CSV.
 
     header: whether the first line has the names of the columns.
     """

@@ -89,7 +89,7 @@ def check_apex(opt: str, name: str) -> None:
 def build_optimizer(cfg: OptimizerConfig, model: nn.Module, peak: float) -> torch.optim.Optimizer:
     """Returns the configured optimizer for a model's weights.
 
-    peak: highest learning rate of the run. Some optimizers scale their weight decay with it.
+    peak: highest learning rate of the run. Some optimizers scale their weight decay with this rate.
     """
     return create_optimizer(cfg, make_decay_groups(model, cfg.weight_decay), peak)
 
@@ -234,7 +234,7 @@ class FirstState:
     count: int
     """Number of weights of the model that have the same shape, dtype and parameter group."""
     state: dict[str, Any]
-    """Entries of the optimizer's state."""
+    """Name of each entry that the optimizer keeps for such a weight -> its value."""
 
 
 def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
@@ -283,8 +283,8 @@ def compute_peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
 def compute_lr(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float) -> float:
     """Returns the learning rate of an update, counted from 0.
 
-    It warms up linearly and then follows a cosine to the lowest rate. As in timm, the cosine begins
-    at epoch 0 and covers all epochs.
+    It grows linearly during the warm-up and then follows a cosine to the lowest rate. As in timm,
+    the cosine begins at epoch 0 and covers all epochs. peak: highest learning rate.
     """
     start, lowest = cfg.outer_rates(peak)
     epoch = (
@@ -351,6 +351,6 @@ def update_average(
 def compute_initial_share(cfg: OptimizerConfig, updates: int) -> float:
     """Returns the share of the initial weights that remains in the average after some updates.
 
-    It is 0 with a warm-up, whose first decay is 0.
+    If the decay of the average warms up, the share is 0, because the first decay is 0.
     """
     return 0.0 if cfg.model_ema_warmup else cfg.model_ema_decay**updates

@@ -24,7 +24,7 @@ from fastgn.step.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Batching:
-    """How the images of an update are shared out over the ranks, and over time on each rank."""
+    """How the images of an update are divided among the ranks and into micro-batches."""
 
     batch_size: int
     """Number of images per micro-batch of the loader, on each rank."""
@@ -41,9 +41,9 @@ class Batching:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """What a configuration leaves to the data, the model, the machine and the method.
+    """Values that a configuration leaves to the data, the model, the machine and the method.
 
-    It is computed once, written into environment.json, and handed to everything that needs it.
+    They are computed once, written into environment.json, and passed to everything that needs them.
     """
 
     data: str
@@ -113,10 +113,11 @@ def resolve(
     kernels: str,
     planned: Plan | None,
 ) -> Resolved:
-    """Returns what every `auto` and None of a configuration became.
+    """Returns the values that every `auto` and None of a configuration stands for.
 
-    loader: name of the loader's class. batches_per_epoch: number of its batches on each rank.
-    planned: the plan of `--schedule auto`; None if the configuration gives micro-batch and budget.
+    batching: how the images of an update are divided. loader: name of the loader's class.
+    batches_per_epoch: number of its batches on each rank. planned: micro-batch and memory budget
+    that `--schedule auto` chose, or None if the configuration gives them.
     """
     peak = optim.compute_peak_lr(cfg.optimizer, batching.global_batch)
     warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
@@ -156,7 +157,7 @@ def last_update_of(cfg: Config, updates_per_epoch: int) -> int:
 
 
 def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
-    """Returns how each update's images are shared out.
+    """Returns how the images of an update are divided among the ranks and into micro-batches.
 
     Raises UserError if the numbers of images do not divide as the options ask.
     """
@@ -203,7 +204,10 @@ def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
 
 
 def schedule_of(cfg: StepConfig) -> Schedule:
-    """Returns the configured schedule. `auto` plans how the exact one fits the device."""
+    """Returns the way in which the penalty is differentiated (--schedule).
+
+    `auto` means the exact way, in micro-batches that fit the device.
+    """
     return Schedule(
         "exact" if cfg.schedule == "auto" else cfg.schedule,
         fd_step=cfg.fd_step,
@@ -235,13 +239,14 @@ def make_plan(
     num_classes: int,
     batching: Batching,
 ) -> Plan | None:
-    """Returns what an update is predicted to cost, the same on all ranks.
+    """Returns the predicted time and memory of an update, the same on all ranks.
 
-    With `--schedule auto` the plan also picks the micro-batch and the activation memory budget, for
-    the device with the least free memory and the slowest rates. The objective is counted on the
-    CPU, without data. None means that the step of a fixed schedule cannot be counted.
+    With `--schedule auto` it also chooses the micro-batch and the share of activations to keep, for
+    the device with the least free memory and the slowest rates. Operations are counted on the CPU,
+    without data. Returns None if they cannot be counted and nothing has to be chosen. batching: how
+    the images of an update are divided.
 
-    Raises UserError if nothing fits, or if `--schedule auto` cannot count the step.
+    Raises UserError if nothing fits, or if `--schedule auto` cannot count the operations.
     """
     try:
         cost = count_cost(
@@ -280,7 +285,7 @@ def make_plan(
 
 
 def slowest_rates(world: World, precision: str) -> Rates:
-    """Returns the rates of the slowest device. Measures each device."""
+    """Returns the speed of the slowest device, for which each device is measured."""
     flops, bytes_, launch = measure_rates(world.device, precision)
     return Rates(world.min(flops), world.min(bytes_), -world.min(-launch))
 

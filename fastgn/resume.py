@@ -20,7 +20,8 @@ from fastgn.state import TrainState
 
 
 def check_ranks(world: World, identity: Identity) -> None:
-    """Raises UserError unless all ranks see the same images. Each takes its part of one list."""
+    """Raises UserError unless all ranks have the same images, because each trains on a part of
+    them."""
     seen = world.gather([json.dumps(identity)])
     other = next((rank for rank, data in enumerate(seen) if data != seen[0]), None)
     check(
@@ -109,8 +110,8 @@ def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bo
 def check_position(
     state: TrainState, path: Path, resolved: Resolved, values: int, same_data: bool
 ) -> None:
-    """Raises UserError if a checkpoint's position cannot be one of its run, or is after the end of
-    this one.
+    """Raises UserError if a checkpoint's number of updates is impossible, or after the end of this
+    run.
 
     values: number of logged values. same_data: whether an epoch of the checkpoint's run has as many
     updates as one of this run.
@@ -141,9 +142,10 @@ def check_position(
 
 
 def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> list[str]:
-    """Returns what makes the next evaluation's accuracy another quantity than the best one so far.
+    """Returns the changes that make the next accuracies incomparable with the checkpoint's best
+    one.
 
-    The list is empty if both can be compared.
+    The list is empty if they can be compared.
     """
 
     def judged_by(config: Config) -> dict[str, Any]:

@@ -36,11 +36,11 @@ SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
 
 @dataclasses.dataclass
 class Run:
-    """What the training loop works on, and how far it has come."""
+    """Everything that the training loop needs, and how far the training has come."""
 
     cfg: Config
     resolved: Resolved
-    """What every `auto` and None of `cfg` became."""
+    """Values that every `auto` and None of `cfg` stands for."""
     world: World
     folder: Path
     """The run's folder."""
@@ -56,9 +56,9 @@ class Run:
     classes: tuple[str, ...]
     """Names of the classes in the order of the network's outputs."""
     data: Identity
-    """What tells the images from others, for the checkpoints."""
+    """Digests that identify the images, for the checkpoints."""
     plan: Plan | None = None
-    """What an update was predicted to cost. None once the measured cost has been printed."""
+    """Predicted time and memory of an update. None once the measured cost has been printed."""
     on_evaluation: "Callable[[Run], None] | None" = None
     """Called after each evaluation. An exception that it raises ends the run."""
     metrics: Metrics | None = None
@@ -80,7 +80,10 @@ class Run:
         self.ramp = torch.zeros((), device=device)
         """Strength of the penalty, in 0..1. It is a tensor so that a change recompiles nothing."""
         self.attack_ramp = torch.ones((), device=device)
-        """Step of the attack as a share of its full size, a tensor for the same reason."""
+        """Step size of the attack as a share of its full size.
+
+        It is a tensor, so that a change recompiles nothing.
+        """
         self.sums = torch.zeros(2, len(SUMS), device=device)
         """Sum of each logged value since the last log row, and the number of updates that had such
         a value. With --schedule lazy, not all updates have a penalty."""
@@ -93,20 +96,23 @@ class Run:
         """Seconds that the host spent on this process's first update, which compiles the step."""
 
     def reset_clock(self) -> None:
-        """Begins the next log row."""
+        """Begins the measurements for the next row of metrics.csv."""
         self.sums.zero_()
         self.summed = 0
         """Number of updates in `sums`."""
         self.resumed = 0
-        """Number of the updates in `sums` that an earlier process made, before a resume."""
+        """Number of updates in `sums` that an earlier process made before the run was resumed."""
         self.waited = 0.0
         """Seconds that the loop has waited for images."""
         self.began = time.perf_counter()
         self.steady = (self.began, 0.0, 0)
-        """(time, waited, summed) after the first update. The later ones take equally long."""
+        """(time, seconds waited, number of updates) after the first update, which may compile.
+
+        Speed is measured from then on.
+        """
 
     def continue_from(self, state: TrainState) -> None:
-        """Takes over what a checkpoint says of the run's progress. The weights are loaded apart."""
+        """Takes the progress of the run from a checkpoint. Other code loads the weights."""
         self.update, self.best, self.accuracy = state.update, state.best, state.accuracy
         self.sums += state.sums.to(self.world.device)
         self.summed = self.resumed = state.summed
@@ -114,10 +120,10 @@ class Run:
             self.loader.bad_images += state.bad_images
 
     def state(self, sums: Tensor, bad_images: list[str]) -> TrainState:
-        """Returns what a checkpoint holds at this moment.
+        """Returns the content of a checkpoint for the present state of the run.
 
-        sums: those of all ranks together, divided by the number of ranks. bad_images: those of all
-        ranks.
+        sums: sums of the logged values over all ranks, divided by the number of ranks. bad_images:
+        lines about bad images, from all ranks.
         """
         return TrainState(
             update=self.update,
@@ -148,7 +154,10 @@ class Run:
         return self.model if self.ema is None else cast(Classifier, self.ema.module)
 
     def updates_of(self, epoch: int) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each update that is left of an epoch. Times the wait."""
+        """Yields the list of micro-batches for each remaining update of an epoch.
+
+        It also measures the time that it waits for images.
+        """
         accumulated = self.resolved.grad_accum_steps
         first = (self.update - epoch * self.resolved.updates_per_epoch) * accumulated
         batches = self.loader.epoch(epoch, first)
@@ -161,7 +170,8 @@ class Run:
             yield group
 
     def apply_gradients(self, lr: float) -> Tensor:
-        """Clips the gradients, updates the weights and their average. No host sync.
+        """Clips the gradients, and updates the weights and their average. Does not wait for the
+        device.
 
         Returns the L2 norm of the gradient before clipping.
         """
@@ -180,9 +190,9 @@ class Run:
         return grad_norm
 
     def accumulate(self, row: Tensor) -> None:
-        """Adds an update's values to the sums, and notes the first update that was not finite.
+        """Adds an update's values to the sums, and records the first update that was not finite.
 
-        row: the values of SUMS, on the device. No host sync.
+        row: the values of SUMS, on the device, for which the host does not wait.
         """
         present = ~row.isnan()
         self.sums += torch.stack([row.where(present, 0), present.to(row.dtype)])
@@ -198,13 +208,15 @@ class Run:
             self.metrics.advance()
 
     def check_finite(self) -> None:
-        """Raises UserError if an update so far was not finite. A host sync."""
+        """Raises UserError if loss or gradient of an update was not finite. Waits for the
+        device."""
         bad = int(self.bad_update.item())
         if bad >= 0:
             raise self.not_finite(f"the loss or gradient of update {bad}")
 
     def check_weights(self) -> None:
-        """Raises UserError if a weight or an average is not finite, on any rank. A host sync."""
+        """Raises UserError if a weight or its average is not finite, on any rank. Waits for the
+        device."""
         modules = [self.model] if self.ema is None else [self.model, self.ema.module]
         sound = all(are_finite(collect_trained_tensors(module).values()) for module in modules)
         if self.world.any(not sound):
@@ -213,7 +225,8 @@ class Run:
     def check_first(self, batches: list[Batch]) -> None:
         """Raises UserError if a gradient of the process's first update is not finite.
 
-        The weights are still sound then, so that the layer at fault can be found. A host sync.
+        At that moment the weights are still finite, so that the layer at fault can be found. Waits
+        for the device.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if bool(torch.nn.utils.get_total_norm(grads).isfinite()):
@@ -248,18 +261,18 @@ class Run:
         return f"{name} is {last}" if last else "no checkpoint had been written"
 
     def at_border(self) -> bool:
-        """Returns whether an epoch or the run ends here."""
+        """Returns whether an epoch or the whole run ends after the present update."""
         at_end = self.update == self.resolved.last_update
         return at_end or self.update % self.resolved.updates_per_epoch == 0
 
     def evaluation_due(self) -> bool:
-        """Returns whether to evaluate at this end of an epoch or of the run."""
+        """Returns whether to evaluate now, at the end of an epoch or of the run."""
         epoch = self.update // self.resolved.updates_per_epoch
         at_end = self.update == self.resolved.last_update
         return at_end or epoch % self.cfg.run.eval_interval == 0
 
     def kept_epoch(self) -> int | None:
-        """Returns the epoch that ends here if its checkpoint is to be kept for good."""
+        """Returns the number of the epoch that ends now if --keep-epochs names it, else None."""
         epoch, rest = divmod(self.update, self.resolved.updates_per_epoch)
         return epoch if rest == 0 and epoch in self.cfg.run.keep_epochs else None
 
@@ -273,7 +286,7 @@ class Run:
         return self.at_border() if interval is None else self.update % interval == 0
 
     def log(self, lr: float, ramp: float) -> None:
-        """Writes a row with the means since the last row. A host sync."""
+        """Writes a row with the means since the last row. Waits for the device."""
         self.check_finite()
         if not self.summed:
             return
@@ -299,18 +312,19 @@ class Run:
         self.reset_clock()
 
     def bad_images(self, source: Loader | Subset) -> list[str]:
-        """Returns a line for each image that was replaced, on any rank, since the last report.
+        """Returns a line for each bad image that was replaced on any rank since the last call.
 
-        source: the loader or subset that replaced it. The hosts talk, and wait for no device.
+        source: the loader or the validation images. The devices are not waited for.
         """
         if self.cfg.dataset.on_bad_image == "fail":
             return []
         return self.world.gather(source.bad_images)
 
     def report_bad_images(self, source: Loader | Subset, kind: str) -> int:
-        """Returns the number of images that were replaced since the last call.
+        """Returns the number of bad images that were replaced since the last call.
 
-        Prints it, with the first few names, if some of the images are new.
+        If some of them are new, prints the number and the first few names. kind: the kind of
+        images.
         """
         bad = self.bad_images(source)
         source.bad_images.clear()
@@ -322,9 +336,9 @@ class Run:
         return len(bad)
 
     def report_cost(self) -> None:
-        """Prints the measured cost of an update beside the predicted one, once.
+        """Prints the measured cost of an update beside the predicted cost, once.
 
-        Call it after a host sync.
+        Call it when the host has just waited for the device.
         """
         began, waited, summed = self.steady
         if self.plan is None or self.summed == summed:
@@ -338,7 +352,8 @@ class Run:
         self.plan = None
 
     def evaluate(self) -> None:
-        """Measures clean and PGD-10 accuracy on the fixed subset, over all ranks. A host sync."""
+        """Measures clean and PGD-10 accuracy on the validation images of all ranks. Waits for the
+        device."""
         if self.subset is None:
             return
         model, eps = self.evaluated_model.eval(), self.cfg.eval_eps
@@ -370,7 +385,7 @@ class Run:
     def count_correct(self, subset: Subset) -> Tensor | None:
         """Returns this rank's numbers of correctly classified images, clean and under PGD-10.
 
-        None means that so many images at once do not fit the device.
+        None means that the device ran out of memory.
         """
         model, eps, device = self.evaluated_model, self.cfg.eval_eps, self.world.device
         pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
@@ -386,7 +401,7 @@ class Run:
         return None
 
     def save(self) -> None:
-        """Writes a checkpoint, on the first rank. A host sync."""
+        """Writes a checkpoint, on the first rank. Waits for the device."""
         self.check_finite()
         self.check_weights()
         sums = self.world.sum(self.sums.clone()) / self.world.size

@@ -38,7 +38,10 @@ class Dimension:
 
 
 def make_base_config(cfg: SweepConfig) -> Config:
-    """Returns the configuration that all trials share. Raises UserError."""
+    """Returns the configuration that all trials share.
+
+    Raises UserError if the recipe or a value of --set is invalid.
+    """
     base = load_recipe(cfg.recipe)
     pairs = [split_assignment("--set", text) for text in cfg.set]
     try:
@@ -114,7 +117,10 @@ def parse_dimension(text: str, base: Config) -> Dimension:
 
 
 def split_assignment(flag: str, text: str) -> tuple[str, str]:
-    """Returns the name of the field and the value in FIELD=VALUE. Raises UserError."""
+    """Returns the name of the field and the value in FIELD=VALUE.
+
+    Raises UserError, which names the flag, if the text has another form.
+    """
     name, equals, value = text.partition("=")
     name = name.replace("-", "_")
     check(bool(equals and value), f"{flag} {text!r} should be FIELD=...")
@@ -127,7 +133,7 @@ def split_assignment(flag: str, text: str) -> tuple[str, str]:
 
 
 def parse_value(text: str) -> Any:
-    """Returns a value written as in a TOML recipe, except that strings have no quotes."""
+    """Returns a value that is written as in a TOML recipe, but with strings without quotes."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

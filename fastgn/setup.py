@@ -56,10 +56,10 @@ from fastgn.step.step import Step
 
 
 def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None = None) -> Run:
-    """Returns everything that the training loop needs, with the cheap checks first.
+    """Returns everything that the training loop needs. Cheap checks come first.
 
-    on_evaluation: called after each evaluation; an exception that it raises ends the run.
-    Raises UserError. A refused run leaves its folder as it was.
+    on_evaluation: function that is called after each evaluation. An exception that it raises ends
+    the run. Raises UserError if the run cannot start, and then leaves its folder unchanged.
     """
     kernels = check_options(cfg, world.device)
     folder, path, state = open_run(cfg, world)
@@ -130,9 +130,9 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
 
 
 def check_options(cfg: Config, device: torch.device) -> str:
-    """Raises UserError if the model's name, the device, the optimizer or W&B cannot be had.
+    """Raises UserError if the model's name, the device, the optimizer or W&B cannot be used.
 
-    Returns which operators of fastgn_kernels the network will use, as network.kernels_for does.
+    Returns "triton" or "reference", the operators that the network will use.
     """
     create.check_name(cfg.architecture)
     kernels = network.choose_kernels(cfg.step.kernels, device)
@@ -146,10 +146,11 @@ def check_options(cfg: Config, device: torch.device) -> str:
 def build_model(
     cfg: Config, dataset: Dataset, batching: Batching, kernels: str, world: World, resumed: bool
 ) -> tuple[Config, Classifier, ModelReport]:
-    """Returns the network on its device, a report about it, and the configuration with the
-    network's crop filled in, which later evaluations of the run need.
+    """Returns the configuration, the network on its device, and a report about the network.
 
-    resumed: whether the weights will come from a checkpoint of the run.
+    The configuration has the crop of the network filled in, for later evaluations of the run.
+    batching: how the images of an update are divided. kernels: "triton" or "reference". resumed:
+    whether the weights will come from a checkpoint of the run.
     """
     architecture = cfg.architecture.started() if resumed else cfg.architecture
     seed_all(Stream.STEP, cfg.run.seed)
@@ -184,7 +185,11 @@ def make_loader(
     world: World,
     notes: list[str],
 ) -> Loader:
-    """Returns the loader of the training images. notes: takes lines for the user."""
+    """Returns the loader of the training images.
+
+    batching: how the images of an update are divided. notes: list to which lines for the user are
+    added.
+    """
     return build_loader(
         cfg,
         dataset,
@@ -205,7 +210,10 @@ def make_loader(
 def build_objectives(
     cfg: Config, dataset: Dataset, model: Classifier, batching: Batching, world: World
 ) -> tuple[Objective, Objective]:
-    """Returns what is minimised, and the same without data on the CPU, for the plan to count."""
+    """Returns the objective that is minimised, and a copy for counting its operations beforehand.
+
+    The copy has tensors without data on the CPU. batching: how the images of an update are divided.
+    """
     if not METHODS[cfg.objective.method].needs_representatives:
         objective = build_objective(cfg.objective)
         return objective, objective
@@ -229,7 +237,7 @@ def build_objectives(
 def make_step(
     cfg: Config, resolved: Resolved, world: World, model: Classifier, objective: Objective
 ) -> Step:
-    """Returns the step of an update as it is configured."""
+    """Returns the object that computes the gradients of an update, with the configured options."""
     options = dataclasses.replace(
         step_options(cfg),
         compile=resolved.compiled,
@@ -263,9 +271,9 @@ def make_subset(
 
 
 def forget_best(run: Run, state: TrainState) -> list[str]:
-    """Forgets the best accuracy if the next evaluation cannot be compared with it.
+    """Forgets the best accuracy so far if the next evaluation cannot be compared with it.
 
-    Returns a line that says so, if it does.
+    Returns a line that says so, or no line if both can be compared.
     """
     if run.subset is None or run.best < 0 or run.update == run.resolved.last_update:
         return []
@@ -320,7 +328,7 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
 
 
 def warn(run: Run, report: ModelReport) -> None:
-    """Prints a warning for each option that defeats another one."""
+    """Prints a warning for each option that makes another one useless."""
     cfg = run.cfg
     if cfg.step.schedule == "lazy" and cfg.step.clip_grad is not None:
         run.print(

@@ -14,12 +14,12 @@ from fastgn.errors import check
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """The values that a file may hold under one key."""
+    """Condition for the value that a file holds under one key."""
 
     what: str
     """Expected content, for the error message 'X should be <what>'."""
     fits: Callable[[Any], bool]
-    """Returns whether a value is of that kind."""
+    """Function that returns whether a value is as expected."""
 
 
 def is_number(value: Any) -> bool:
@@ -28,7 +28,7 @@ def is_number(value: Any) -> bool:
 
 
 def whole(least: int) -> Key:
-    """Returns the key of a whole number that is not below `least`."""
+    """Returns the condition that a value is a whole number and not below `least`."""
     return Key(
         f"a whole number of at least {least}", lambda v: type(v) is int and least <= v < 2**53
     )
@@ -40,14 +40,15 @@ def is_texts(value: Any) -> bool:
 
 
 def is_accuracy(value: Any) -> bool:
-    """Returns whether a value is a dictionary of finite numbers with names."""
+    """Returns whether a value is a dictionary whose keys are strings and whose values are finite
+    numbers."""
     return isinstance(value, dict) and all(
         isinstance(k, str) and is_number(x) for k, x in value.items()
     )
 
 
 def is_state_dict(value: Any) -> bool:
-    """Returns whether a value is a dictionary of tensors with names, and not empty."""
+    """Returns whether a value is a dictionary of tensors by name that is not empty."""
     return (
         isinstance(value, dict)
         and len(value) > 0
@@ -73,7 +74,7 @@ def is_optimizer(value: Any) -> bool:
 
 
 def is_identity(value: Any) -> bool:
-    """Returns whether a value is an Identity: numbers and digests for each split."""
+    """Returns whether a value describes a data set: numbers and digests for each split."""
     return isinstance(value, dict) and all(
         isinstance(name, str)
         and isinstance(split, dict)
@@ -136,7 +137,7 @@ class TrainState:
     data: Annotated[Identity | None, Key("what is known of each split's images", is_identity)] = (
         None
     )
-    """What tells the run's images from others."""
+    """Digests that identify the run's images. None if an older version did not save them."""
 
     def saved_config(self) -> Config:
         """Returns the configuration of the run that wrote the checkpoint. Raises UserError."""
@@ -159,7 +160,7 @@ Content = TypeVar("Content", TrainState, ExportHeader)
 
 
 def keys_of(kind: type) -> dict[str, Key]:
-    """Returns the key that each field of TrainState or ExportHeader declares."""
+    """Returns the name of each field of TrainState or ExportHeader -> condition for its value."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
@@ -167,8 +168,8 @@ def keys_of(kind: type) -> dict[str, Key]:
 def read_fields(content: Any, kind: type[Content], where: str) -> Content:
     """Returns a file's content as a TrainState or an ExportHeader.
 
-    Raises UserError, which begins with `where`, if a key is missing, has a value of another kind,
-    or was added by a newer version.
+    Raises UserError, which begins with `where`, if a key is missing, has an unexpected value, or
+    was added by a newer version.
     """
     check(isinstance(content, dict), f"{where} holds a {type(content).__name__}, not named values")
     keys = keys_of(kind)

@@ -56,7 +56,7 @@ counts as killed, and its values are tried again."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
-    """Raised after Ctrl-C or SIGTERM, when the run has saved a checkpoint."""
+    """Ctrl-C or SIGTERM has ended a trial, after its run has saved a checkpoint."""
 
 
 def find_optuna() -> Any:
@@ -117,9 +117,11 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
 def build_when_free(
     config: Config, world: World, on_evaluation: Callable[[Run], None] | None
 ) -> Run:
-    """Returns a trial's run, as soon as no other process of the study tries the same values.
+    """Returns the run of a trial. If another process tries the same values, first waits until it
+    ends.
 
-    The run then continues from what the other process has left.
+    The run then continues from what the other process has left. on_evaluation: function that is
+    called after each evaluation.
     """
     while True:
         try:
@@ -153,7 +155,7 @@ def make_reporter(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], 
 
 
 def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
-    """Returns the study, which is created if there is none.
+    """Returns the study, and creates it if it does not exist.
 
     Raises UserError if the study was begun with other settings.
     """
@@ -198,7 +200,8 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Returns the errors of a file that is not a database or cannot be written."""
+    """Returns the classes of errors that Optuna raises for a file that is no database or not
+    writable."""
     optuna = find_optuna()
     sqlalchemy = importlib.import_module("sqlalchemy.exc")
     known = sqlalchemy.SQLAlchemyError, optuna.exceptions.StorageInternalError
@@ -319,7 +322,10 @@ def choose_best(rows: Sequence[dict[str, Any]], cfg: SweepConfig) -> dict[str, A
 
 
 def write_results(study: Any, cfg: SweepConfig, base: Config) -> str:
-    """Writes the trials, the picture and the best recipe, and returns a line about the best."""
+    """Writes all trials as JSON, their accuracies as a PNG, and the best trial as a recipe.
+
+    Returns a line about the best trial.
+    """
     rows = []
     for trial in list_finished(study):
         attrs = trial.user_attrs

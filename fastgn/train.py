@@ -74,9 +74,10 @@ def train(run: Run) -> None:
 
 
 def keep_compiled() -> None:
-    """Lets later runs find what torch.compile makes, also on another day.
+    """Makes torch.compile keep its compiled code in the user's cache, so that later runs can reuse
+    it.
 
-    PyTorch's own place for it is the temporary folder.
+    PyTorch itself would keep it in the temporary folder.
     """
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -40,7 +40,10 @@ class Saved:
 
 
 def read_saved(path: Path) -> Saved:
-    """Returns the network that an export (.safetensors) or a checkpoint holds. Raises UserError."""
+    """Returns the network that an export (.safetensors) or a checkpoint holds.
+
+    Raises UserError if the file is missing, damaged, or something else.
+    """
     if path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
         check(
@@ -90,7 +93,8 @@ class Trained:
 def load_trained(where: str, device: torch.device) -> Trained:
     """Returns the network that a run's folder, a checkpoint or an export holds.
 
-    A folder's export is preferred to its last checkpoint. Raises UserError.
+    where: path of one of these. A folder's export is preferred to its last checkpoint. Raises
+    UserError if there is no such network.
     """
     path = Path(where)
     check(path.exists(), f"--checkpoint {where}: there is no such run or file")
@@ -117,9 +121,9 @@ def load_trained(where: str, device: torch.device) -> Trained:
 def load_bare_weights(
     where: str, cfg: BareWeightsConfig, classes: tuple[str, ...], device: torch.device
 ) -> Trained:
-    """Returns the network that --model names, with the weights of a file that holds nothing else.
+    """Returns the network that --model names, with the weights of a file that holds only weights.
 
-    The keys of the weights are those of the timm network. Raises UserError.
+    The keys of the weights are those of the timm network. Raises UserError if they do not fit.
     """
     assert cfg.model is not None
     path = Path(where)

@@ -24,11 +24,11 @@ ALIASES = {
 }
 """Short name -> timm's name of the network."""
 OWN = {"preact_resnet18": PreActResNet18}
-"""Name -> class of a network that timm does not have."""
+"""Name of a network that timm does not have -> its class."""
 
 
 def check_name(cfg: ArchitectureConfig) -> str:
-    """Returns the network's full name. Needs no data.
+    """Returns the network's full name. This is possible before the data are loaded.
 
     Raises UserError if the network or the activation is unknown.
     """
@@ -115,8 +115,10 @@ def format_flags(cfg: ArchitectureConfig) -> str:
 
 
 NEVER_GIVEN = ("features_only", "out_indices", "device", "dtype", "kwargs")
-"""Constructor arguments that --model-kwargs may not set, because the result would be no
-classifier."""
+"""Constructor arguments that --model-kwargs may not set.
+
+With them the network would not be a classifier.
+"""
 
 
 def list_constructor_arguments(name: str) -> set[str]:

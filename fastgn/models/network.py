@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         self.img_size = img_size
         self.crop_pct = crop_pct
         self.fewest_images = 1
-        """Smallest number of images that it can be trained on at once."""
+        """Smallest number of images that the network can be trained on at once."""
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -90,9 +90,10 @@ class ModelReport:
     """Kind of module -> number of modules that use fastgn_kernels. None means that the kernels are
     off."""
     not_fused: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Name of a module that could have used fastgn_kernels -> reason why it does not."""
+    """Name of a module that could have used fastgn_kernels -> reason why it does not use them."""
     adapted: Adapted | None = None
-    """How the initial weights were changed to fit. None means that the network starts at random."""
+    """How the initial weights were changed to fit. None means that the network starts with random
+    weights."""
 
     def format_lines(self, cfg: ArchitectureConfig) -> list[str]:
         """Returns the report as lines for the log."""
@@ -140,7 +141,10 @@ class PatchConv2d(nn.Conv2d):
 
 
 def multiply_patches(module: nn.Module) -> int:
-    """Replaces the patch embeddings of a network by matrix products. Returns their number."""
+    """Replaces the patch embeddings of a network by matrix products, in place.
+
+    Returns the number of replaced modules.
+    """
     found = [
         m
         for m in module.modules()
@@ -156,7 +160,8 @@ def multiply_patches(module: nn.Module) -> int:
 def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     """Makes the modules of a network use the operators of fastgn_kernels, in place.
 
-    Returns {kind: number of modules} and {name of a module that could not be changed: reason}.
+    Returns {kind of module: number of changed modules} and {name of a module that could not be
+    changed: reason}.
     """
     from fastgn_kernels.modules import swap_modules  # imported here: triton needs Linux
 

@@ -103,13 +103,17 @@ TWINS: dict[Callable, Callable] = {
     torch.norm: norm,
     torch.Tensor.norm: norm,
 }
-"""Operator -> the twin that replaces it."""
+"""Operator -> the function that replaces it and can be differentiated twice (its twin)."""
 PAIRS = tuple(TWINS.items())
-"""The items of TWINS. torch.compile cannot look up a method in a dict."""
+"""The items of TWINS as a tuple, because torch.compile cannot look up a method in a dict."""
 
 
 class Twins(TorchFunctionMode):
-    """Context manager that replaces each operator of `TWINS` by its twin."""
+    """Context manager that calls a replacement for each operator that cannot be differentiated
+    twice.
+
+    TWINS lists the operators and their replacements.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for operator, twin in PAIRS:  # torch.compile cannot look up a method in a dict
@@ -120,8 +124,10 @@ class Twins(TorchFunctionMode):
 
 
 class WithTwins:
-    """Base class that `replace_operators` adds to a module's class. forward then calls the
-    twins."""
+    """Base class that `replace_operators` adds to the class of a module.
+
+    Its forward calls operators that can be differentiated twice (the twins).
+    """
 
     plain: Any
     """Class of the module before the replacement."""
@@ -136,14 +142,16 @@ class WithTwins:
 
 
 class Hardsigmoid(nn.Hardsigmoid):
-    """nn.Hardsigmoid with the twin. `Twins` does not see F.hardsigmoid under torch.compile."""
+    """nn.Hardsigmoid with a second derivative. `Twins` does not see F.hardsigmoid under
+    torch.compile."""
 
     def forward(self, input: Tensor) -> Tensor:
         return hardsigmoid(input)
 
 
 class Hardswish(nn.Hardswish):
-    """nn.Hardswish with the twin. `Twins` does not see F.hardswish under torch.compile."""
+    """nn.Hardswish with a second derivative. `Twins` does not see F.hardswish under
+    torch.compile."""
 
     def forward(self, input: Tensor) -> Tensor:
         return hardswish(input)
@@ -153,12 +161,15 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Hardsigmoid: Hardsigmoid,
     nn.Hardswish: Hardswish,
 }
-"""Class of a module -> class with twins, for modules that `Twins` cannot change."""
+"""Class of a module that `Twins` cannot change -> class that can be differentiated twice."""
 
 
 @functools.cache
 def make_twin_class(plain: Any) -> Any:
-    """Returns a subclass of a module's class that calls the twins. It keeps the class's name."""
+    """Returns a subclass of a module's class whose forward can be differentiated twice.
+
+    It calls the twins, the replacements of operators, and keeps the name of the class.
+    """
     if plain in CLASSES:
         return CLASSES[plain]
     names = {"plain": plain, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
@@ -166,14 +177,16 @@ def make_twin_class(plain: Any) -> Any:
 
 
 def _create_twin(plain: Any) -> nn.Module:
-    """Returns an uninitialised module with twins, for unpickling."""
+    """Returns an uninitialised module of the class that `make_twin_class` makes, for unpickling."""
     cls = make_twin_class(plain)
     return cls.__new__(cls)
 
 
 class Finder(TorchFunctionMode):
-    """Context manager that counts the calls of operators of `TWINS` for the innermost running
-    module."""
+    """Context manager that counts calls of operators that cannot be differentiated twice.
+
+    The calls are counted for the innermost running module. TWINS lists the operators.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,9 +201,11 @@ class Finder(TorchFunctionMode):
 
 @contextmanager
 def find_operators(network: nn.Module) -> Iterator[Finder]:
-    """Records in the Finder which operators of `TWINS` the network calls inside the block.
+    """Records which operators the network calls inside the block that cannot be differentiated
+    twice.
 
-    Operators that PyTorch calls inside another operator are not recorded.
+    TWINS lists these operators. Operators that PyTorch calls inside another operator are not
+    recorded.
     """
     finder = Finder()
 
@@ -213,10 +228,10 @@ def find_operators(network: nn.Module) -> Iterator[Finder]:
 
 
 def replace_operators(finder: Finder) -> dict[str, int]:
-    """Makes the modules that were found call the twins, in place. Returns operator -> number of
-    calls.
+    """Makes the modules that a Finder has found call operators that can be differentiated twice.
 
-    The modules remain the same objects, with their weights, hooks and names.
+    Returns {operator: number of calls}. The modules remain the same objects, with their weights,
+    hooks and names.
     """
     total: Counter[str] = Counter()
     for module, calls in finder.found.items():

@@ -29,7 +29,8 @@ SWIN_KEYS = (
 )
 """Regular expression that matches all keys of Swins in timm 0.6 and 1.0."""
 NORMALISATION = re.compile(r"(?:.*\.)?(mean|mu|std|sigma)")
-"""Regular expression for the keys of a normalisation that was saved together with a network."""
+"""Regular expression for keys of the mean and the standard deviation that a file stores with a
+network."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Adapted:
 
 
 class Normalised(Protocol):
-    """Attributes of a model that load_weights needs, such as a `network.Classifier`."""
+    """Type of a model that load_weights accepts, such as a `network.Classifier`."""
 
     backbone: nn.Module
     mean: Tensor
@@ -113,7 +114,8 @@ def find_mismatch(
 ) -> str | None:
     """Returns why a state dict does not fit a network, with examples of keys, or None if it fits.
 
-    optional: keys that may be missing, in addition to BatchNorm's counters of batches.
+    own: the network's state dict. optional: keys that may be missing, in addition to BatchNorm's
+    counters of batches.
     """
     missing = [
         k
@@ -189,8 +191,11 @@ def format_values(values: Tensor) -> list[float]:
 
 
 def find_adaptable(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Returns the keys whose shapes differ, or none if the weights also have keys that the network
-    lacks."""
+    """Returns the keys of the weights that have another shape in the network.
+
+    Returns no keys if the weights also have keys that the network lacks. own: the network's state
+    dict.
+    """
     same = weights.keys() <= own.keys()
     return [k for k in weights if same and weights[k].shape != own[k].shape]
 

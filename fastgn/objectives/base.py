@@ -18,7 +18,7 @@ from fastgn.objectives.options import METHODS, ObjectiveConfig
 
 
 class Loss(NamedTuple):
-    """The parts of a batch's loss: scalar tensors in fp32 or wider."""
+    """The parts of the loss of a batch: scalar tensors in fp32 or wider."""
 
     total: Tensor
     """The value that is minimised."""
@@ -41,13 +41,16 @@ def cross_entropy(logits_BK: Tensor, targets: Tensor) -> Tensor:
 
 
 class Representatives(NamedTuple):
-    """Images that the input gradients of pag should point to, in the units of the images."""
+    """Images towards which the method pag turns input gradients, in the units of the training
+    images."""
 
     images_NCHW: Tensor
-    """Candidates. If labels_N is None, one image per class, in the order of the classes."""
+    """The images. If labels_N is None, there is one per class, in the order of the classes."""
     labels_N: Tensor | None = None
-    """Class of each candidate, int64. If given, an image's representative of a class is the nearest
-    candidate of the class."""
+    """Class of each image, int64, or None.
+
+    If given, the nearest image of a class is used for each training image.
+    """
 
 
 def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "hard") -> Tensor:
@@ -70,7 +73,7 @@ def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "h
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A method as the step runs it: perturb the images if it attacks them, then minimise the loss.
+    """One training method: how it attacks the images, if it does, and the loss that it minimises.
 
     The model has `normalize` and `backbone`, and maps pixels in 0..1 to logits with
     backbone(normalize(pixels)). The ramp is a scalar tensor that grows from 0 to 1 over the first
@@ -92,25 +95,27 @@ class Objective:
     penalty_scale: float = 0.0
     """Factor of grad_l1 in the penalty: eps / sigma."""
     differences: bool = False
-    """Whether the penalty is penalty_scale * grad_l1, so that a finite difference of the
-    cross-entropy can replace it."""
+    """Whether a finite difference of the cross-entropy can replace the penalty.
+
+    This is so if the penalty is penalty_scale * grad_l1.
+    """
     forwards: int = 1
-    """Number of forward passes of `loss`, each of which has a backward pass."""
+    """Number of forward passes that `loss` makes, each of which has a backward pass."""
     attack_steps: int = 0
-    """Number of gradients with respect to the images that `perturb` computes."""
+    """Number of gradients with respect to the images that the attack computes."""
     attack_forwards: int = 0
-    """Number of forward passes of `perturb` without a gradient."""
+    """Number of forward passes without a gradient that the attack makes."""
     rest: "Objective | None" = None
-    """Objective of the updates in which this one does not have its turn. None means that every
-    update has this objective."""
+    """Objective of the updates that do not minimise this one. None means that all updates do."""
     share: float = 1.0
-    """Share of the updates with this objective if there is a `rest`."""
+    """Share of the updates that minimise this objective. The others minimise `rest`."""
 
     def has_turn(self, update: int) -> bool:
         """Returns whether an update minimises this objective, and not `rest`.
 
-        The turns depend only on the number of the update. They are spread evenly, and update 0 is
-        the first."""
+        This depends only on the number of the update. The updates are spread evenly, and update 0
+        is the first of them.
+        """
         if self.rest is None:
             return True
         return math.ceil((update + 1) * self.share) > math.ceil(update * self.share)
@@ -138,8 +143,10 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
 
 
 def without_penalty(objective: Objective) -> Objective:
-    """Returns an objective with only the cross-entropy of `objective`, with the same weight and at
-    the same images."""
+    """Returns an objective that minimises only the cross-entropy of `objective`.
+
+    Weight and images of the cross-entropy are those of `objective`.
+    """
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         ce = cross_entropy(model(images_BCHW), targets)
@@ -158,8 +165,11 @@ def without_penalty(objective: Objective) -> Objective:
 def build_objective(
     cfg: ObjectiveConfig, representatives: Representatives | None = None
 ) -> Objective:
-    """Returns the configured method as the step runs it. representatives: what pag's input
-    gradients should point to, which only pag needs."""
+    """Returns the configured method, with its attack and its loss.
+
+    representatives: images towards which the method pag turns input gradients. Other methods take
+    None.
+    """
     module = importlib.import_module(f"fastgn.objectives.methods.{cfg.method.replace('+', '_')}")
     needed = (representatives,) if METHODS[cfg.method].needs_representatives else ()
     objective: Objective = module.build(*cfg.own_options, *needed)

@@ -275,7 +275,7 @@ class ObjectiveConfig(Options):
 
     @property
     def takes_turns(self) -> bool:
-        """Whether some updates minimise the penalty, and the others something else."""
+        """Whether only some updates minimise the penalty, and the others something else."""
         shared = GradnormFgsmOptions in METHODS[self.method].options
         return shared and self.gradnorm_fgsm.gn_share < 1
 
@@ -300,11 +300,12 @@ def find_schedule_conflict(
     allows_differences: bool,
     ce_weight: float,
 ) -> str | None:
-    """Returns why a schedule of the step cannot compute the penalty of an objective, and what to
-    use instead, or None if it can.
+    """Returns why a way of differentiating the penalty does not suit a method, or None if it does.
 
-    name: how the message calls the objective. The other arguments are facts about the objective,
-    named as those of ObjectiveConfig.
+    The text also says what to use instead. schedule: value of --schedule. name: name of the method
+    for the text. has_penalty: whether the loss has a penalty. takes_turns: whether only some
+    updates have it. allows_differences: whether a finite difference can replace it. ce_weight:
+    weight of the cross-entropy.
     """
     if schedule in ("auto", "exact", "exact-eager"):
         return None

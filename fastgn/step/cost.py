@@ -22,7 +22,7 @@ from fastgn.step.step import Step
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """The cost of an eager update. Counts are means over updates."""
+    """The cost of an update that is not compiled. Counts are means over updates."""
 
     schedule: str
     precision: str
@@ -63,12 +63,14 @@ def count_cost(
     num_classes: int,
     device_type: str = "cuda",
 ) -> StepCost:
-    """Counts the cost of an eager update on micro-batches of up to batch_size images.
+    """Counts the cost of an update that is not compiled, on micro-batches of up to batch_size
+    images.
 
     device_type: the device whose autocast is imitated. All gradients exist from the start, as from
     the second micro-batch on. Peak memory is a line through the peaks of a few images and of
     batch_size images. The true peak is the largest of several lines, so that between the two sizes
-    the returned line is at or above it. If updates take turns, the peak is the largest one.
+    the returned line is at or above it. If only some updates have a penalty, the peak is the
+    largest one.
     """
     schedule = options.schedule
     step = schedule.divisor
@@ -119,7 +121,11 @@ def count_cost(
 
 
 def share_of_updates(objective: Objective, schedule: Schedule) -> dict[int, float]:
-    """Returns one update of each kind that takes turns, and the share of updates of that kind."""
+    """Returns, for each kind of update, the number of one such update and the share of such
+    updates.
+
+    Kinds differ if only some updates have the penalty.
+    """
     if schedule.kind == "lazy" and schedule.lazy_interval > 1:
         share = 1 / schedule.lazy_interval
         return {0: share, 1: 1 - share}

@@ -25,9 +25,11 @@ class Diagnosis:
         """What is not finite first, as a text. None if everything has been finite so far."""
 
     def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
-        """Computes a loss and its gradients eagerly. Returns what is not finite first, or None.
+        """Computes a loss and its gradients without compiling. Returns what is not finite first, or
+        None.
 
-        loss: computes the loss of `model`. It may differentiate with create_graph=True.
+        loss: function that computes the loss of `model`. It may differentiate with
+        create_graph=True.
         """
         weights = [p for p in model.parameters() if p.requires_grad]
         hooks = [

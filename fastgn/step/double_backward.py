@@ -48,10 +48,10 @@ def leaf(x: Tensor, token: Tensor) -> Tensor:
 
 
 class DoubleBackward(nn.Module):
-    """Compiles and runs a module; see compile_double_backward for the arguments.
+    """Compiles and runs a module whose forward differentiates. compile_double_backward makes it.
 
-    Its parameters are the parameters of `module`. A copy and an unpickled object have weights and
-    a compiled graph of their own.
+    Its parameters are the parameters of `module`. A copy and an unpickled object have weights and a
+    compiled graph of their own.
     """
 
     def __init__(
@@ -103,9 +103,11 @@ class DoubleBackward(nn.Module):
             return self._compiled(tokens, inputs, named)
 
     def _needs_leaf(self, inputs: tuple, named: dict[str, Any]) -> list[bool]:
-        """Returns for each tensor in the inputs, nested or not, whether it must become a leaf.
+        """Returns for each tensor in the inputs, nested or not, whether to replace it by a leaf
+        copy.
 
-        It must if the module differentiates with respect to it and it does not require grad yet.
+        That is necessary if the module differentiates with respect to the tensor and the tensor
+        does not require grad yet.
         """
         needed = []
         for key, value in itertools.chain(enumerate(inputs), named.items()):

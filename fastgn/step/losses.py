@@ -30,9 +30,9 @@ class LossModule(nn.Module):
 
 
 class LossModules(nn.ModuleDict):
-    """Computes the loss with the given name.
+    """Computes one of several losses, which is chosen by its name.
 
-    DistributedDataParallel wraps this module once, however many losses take turns.
+    DistributedDataParallel wraps this module once, whatever loss an update needs.
     """
 
     def forward(self, name: str, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
@@ -54,10 +54,10 @@ class AttackGradient(nn.Module):
 
 
 def split_objective(objective: Objective, schedule: Schedule) -> dict[str, Objective]:
-    """Returns the objectives that updates take turns with, by name.
+    """Returns name -> objective, for all losses that the updates of a run need.
 
-    "penalty" and "plain" are updates with and without the penalty. "point" is the cross-entropy
-    at one point of a finite difference.
+    "penalty" and "plain" are losses with and without the penalty. "point" is the cross-entropy at
+    one point of a finite difference. schedule: the way in which the penalty is differentiated.
     """
     if schedule.differences:
 
@@ -75,7 +75,10 @@ def split_objective(objective: Objective, schedule: Schedule) -> dict[str, Objec
 
 
 def name_of_turn(objective: Objective, schedule: Schedule, update: int) -> str:
-    """Returns the name, among those of `split_objective`, of the objective of an update."""
+    """Returns the name of the loss that an update needs, as `split_objective` names it.
+
+    update: number of the update. schedule: the way in which the penalty is differentiated.
+    """
     if schedule.differences:
         return "point"
     lazy = schedule.kind == "lazy" and update % schedule.lazy_interval != 0

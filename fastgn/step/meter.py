@@ -43,7 +43,7 @@ class Meter(TorchDispatchMode):
         self.operators = 0
         """Number of operators that read or write memory. Views do not."""
         self.live_bytes = 0
-        """Memory of all live storages."""
+        """Bytes of memory that tensors hold now."""
         self.peak_bytes = 0
         """Largest value of live_bytes so far."""
         self.kernels = False

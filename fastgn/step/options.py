@@ -8,7 +8,8 @@ from fastgn.step.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Quirks:
-    """Habits of the paper's code that change an update or its time. All are off by default."""
+    """Peculiarities of the paper's code that change an update or its time. All are off by
+    default."""
 
     accumulation: str = "mean"
     """"mean" averages the losses of the batches of an update, "sum" adds them up."""
@@ -25,19 +26,19 @@ class StepOptions:
     """How an update is computed. None of these options changes what is minimised."""
 
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
-    """How the penalty is differentiated."""
+    """The way in which the penalty is differentiated (--schedule)."""
     precision: str = "fp32"
     """"fp32"; "tf32"; "bf16" for autocast; "bf16-pure" for bf16 weights and activations within
     the update, see precision.InBfloat16."""
     compile: bool = True
-    """Whether the loss is compiled into one graph. The schedule exact-eager is never compiled."""
+    """Whether the loss is compiled into one graph. With --schedule exact-eager it never is."""
     activation_memory_budget: float = 1.0
     """Share of the activations that a compiled update keeps. Its backward recomputes the rest."""
     micro_batch: int | None = None
     """Number of images that pass through the network at a time. It must divide the size of every
     batch. None means the whole batch."""
     fewest: int = 1
-    """Smallest micro-batch that is taken if memory runs out."""
+    """Smallest micro-batch that is tried if memory runs out."""
     cuda_graphs: bool = False
     """Whether each compiled graph is replayed as one launch. Ignored unless compiled on CUDA."""
     quirks: Quirks = Quirks()  # noqa: RUF009 - frozen
@@ -50,5 +51,5 @@ class StepOptions:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the loss is compiled with this schedule."""
+        """Whether the loss is compiled, which --schedule exact-eager rules out."""
         return self.compile and self.schedule.kind != "exact-eager"

@@ -22,9 +22,10 @@ class Passes(NamedTuple):
 def count_passes(
     objective: Objective, schedule: Schedule, attack_weight_grads: bool = False
 ) -> Passes:
-    """Returns the passes of an update of `objective` with `schedule`.
+    """Returns the number of passes of an update through the network.
 
-    attack_weight_grads: see options.Quirks.
+    schedule: the way in which the penalty is differentiated. attack_weight_grads: whether each step
+    of an attack also computes the weights' gradients, as the paper's code does.
     """
     if objective.rest is not None:
         alone = dataclasses.replace(objective, rest=None)

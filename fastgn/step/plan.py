@@ -25,12 +25,14 @@ MARGIN = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Relations:
-    """The cost of an update as it runs, divided by the cost of the eager one in `StepCost`."""
+    """The cost of a compiled update, divided by the cost of one that is not compiled."""
 
     kept: dict[float, float]
-    """Activation memory budget -> ratio of peak memory beside weights and gradients."""
+    """Share of the activations that is kept -> ratio of peak memory beside weights and
+    gradients."""
     recomputed: dict[float, float]
-    """Activation memory budget -> share of the operations that are done a second time."""
+    """Share of the activations that is kept -> share of the operations that are done a second
+    time."""
     traffic: float
     """Ratio of bytes read and written."""
     operators: float
@@ -52,7 +54,10 @@ budget halves what is saved between forward and backward. Its peak hardly change
 backward recomputes those activations and keeps them until its end."""
 
 RECOMPUTED = {1.0: 0.0, 0.7: 0.0, 0.5: 0.01, 0.3: 0.05}
-"""Budget -> share of the operations that are done a second time, at most. Source: as above."""
+"""Share of the activations that is kept -> share of the operations that are done again, at most.
+
+Source: benchmarks/results/memory_budget.json.
+"""
 
 TRAFFIC = {(False, False): 0.90, (True, False): 0.57, (True, True): 0.90}
 LAUNCHES = {(False, False): 0.89, (True, False): 0.43, (True, True): 1.09}
@@ -121,7 +126,8 @@ def free_memory(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How an update runs on each rank, and its predicted memory and time."""
+    """How an update is divided into micro-batches on each rank, and its predicted memory and
+    time."""
 
     cost: StepCost
     micro_batch: int
@@ -150,7 +156,7 @@ class Plan:
         ]
 
     def measured(self, peak_bytes: int | None, seconds: float) -> str:
-        """Returns a line with the measured beside the predicted cost.
+        """Returns a line with the measured cost of an update beside the predicted cost.
 
         peak_bytes: None if the device does not report its peak memory.
         """

@@ -99,15 +99,17 @@ class RetryingStep:
         return None
 
     def _note_finished(self, update: int) -> None:
-        """Notes that all processes have finished an update with the current micro-batch."""
+        """Records that all processes have finished an update with the present size of the
+        micro-batch."""
         # compared before this update counts: the optimizer allocates its state after the first
         self._fits = self._finished == set(self.step.parts)
         self._finished.add(self.step.turn(update))
 
     def _halve(self, batch_size: int, failure: str) -> None:
-        """Takes the largest divisor of the batch that is at most half the micro-batch.
+        """Sets the micro-batch to the largest divisor of the batch that is at most half its size.
 
-        Drops what the failed update has left. Raises torch.OutOfMemoryError if no divisor is left.
+        Removes the gradients that the failed update has left. failure: the error message. Raises
+        torch.OutOfMemoryError if no divisor is left.
         """
         step = self.step
         size = step.micro_batch or batch_size
@@ -145,7 +147,7 @@ class Snapshot:
         self._random_state = RandomState(self.device)
 
     def restore(self) -> None:
-        """Writes the last copies back."""
+        """Writes the values of the last `save` back into the buffers and the random state."""
         for buffers, copies in self._copies:
             torch._foreach_copy_(buffers, copies)
         self._random_state.restore()

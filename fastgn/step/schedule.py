@@ -49,8 +49,10 @@ class Schedule:
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
     def fewest(self, images: int) -> int:
-        """Returns the fewest images at a time of which so many at least go through the network in
-        each of its passes: of 4 half are 2."""
+        """Returns the smallest micro-batch with which each pass gets at least `images` images.
+
+        If only half of the images have the penalty, 2 images in a pass need a micro-batch of 4.
+        """
         share = self.subset_fraction if self.kind == "subset" else 1.0
         step = self.divisor
         return next(n for n in itertools.count(step, step) if round(share * n) >= images)
@@ -67,7 +69,8 @@ class Schedule:
 
     @property
     def cycle(self) -> int:
-        """Number of updates until their kinds repeat."""
+        """Number of updates until the kinds of update repeat: lazy_interval for lazy, otherwise
+        1."""
         return self.lazy_interval if self.kind == "lazy" else 1
 
     def __str__(self) -> str:
@@ -85,7 +88,7 @@ def is_whole(x: float) -> bool:
 
 
 def check_schedule(schedule: Schedule, objective: Objective) -> None:
-    """Raises ValueError if a schedule cannot compute the penalty of an objective."""
+    """Raises ValueError if a way of differentiating the penalty does not suit an objective."""
     conflict = find_schedule_conflict(
         schedule.kind,
         "this objective",

@@ -31,7 +31,8 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 class MicroBatch(NamedTuple):
-    """Images that pass through the network at a time, and how their loss enters the update."""
+    """Images that pass through the network at one time, and the weight of their loss in the
+    update."""
 
     images_BCHW: Tensor
     targets: Tensor
@@ -172,7 +173,7 @@ class Step:
         return Loss(*(sums / len(pairs)).unbind())
 
     def turn(self, update: int) -> str:
-        """Returns the name of the loss that an update minimises."""
+        """Returns the name of the loss that an update minimises, such as "penalty" or "plain"."""
         return name_of_turn(self.objective, self.options.schedule, update)
 
     def has_gradients(self) -> bool:
@@ -189,9 +190,11 @@ class Step:
     def diagnose(
         self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor
     ) -> str | None:
-        """Computes the losses and gradients of an update once more, eagerly, and keeps none.
+        """Computes the losses and gradients of an update once more, without compiling, and keeps
+        none.
 
-        Returns the layer in which a value or a derivative stops being finite, or None if all are.
+        Returns the layer in which a value or a derivative stops being finite, or None if all are
+        finite.
         """
         name = self.turn(update)
         module = LossModule(self.model, self.parts[name], self.options.precision)
@@ -286,7 +289,8 @@ class Step:
         torch.autograd.backward(total, inputs=[*self.weights, *images])
 
     def _reduction(self, reduces: bool) -> contextlib.AbstractContextManager:
-        """Returns a context in which DistributedDataParallel averages gradients, or does not."""
+        """Returns a context in which DistributedDataParallel averages gradients if `reduces` is
+        True."""
         if self.parallel is not None and not reduces:
             return self.parallel.no_sync()
         return contextlib.nullcontext()
@@ -296,10 +300,11 @@ class Step:
     def _perturb(
         self, name: str, images_BCHW: Tensor, targets: Tensor, attack_ramp: Tensor
     ) -> Tensor:
-        """Returns the images that the loss with this name is computed at, attacked if it says so.
+        """Returns the images at which the loss with this name is computed, attacked if the method
+        does so.
 
-        The attack runs in eval mode, so that it sees the network as a user does and leaves the
-        statistics of BatchNorm alone.
+        The attack runs in eval mode, so that it sees the network as a user does and does not change
+        the statistics of BatchNorm.
         """
         perturb: Callable[..., Tensor] | None = self.parts[name].perturb
         if perturb is None:

@@ -169,8 +169,7 @@ def _window_attention_bwd_kernel(
 ):  # fmt: skip
     """Computes gqkv, the gradient of queries, keys and values.
 
-    With BIAS_GRAD it also computes partial sums of the bias gradient. With HAS_EXTRA it adds
-    another tensor to gqkv.
+    BIAS_GRAD adds partial sums of the bias gradient. HAS_EXTRA adds another tensor to gqkv.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
@@ -374,11 +373,8 @@ def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) ->
 
 
 def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
-    """Returns the cotangent of the bias gradient, padded with zeros, as (H, N', N') in the compute
-    dtype.
-
-    N' is the number of tokens of a window after padding.
-    """
+    """Returns ggbias, padded with zeros to the tokens of a tile, as (H, N', N') in the compute
+    dtype."""
     padding = _choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
@@ -394,10 +390,8 @@ def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int,
 
 
 def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
-    """Returns the sum of the partial sums: the gradient of `learned`, or None if that is None.
-
-    learned: the bias if its gradient is wanted.
-    """
+    """Returns the sum of the partial sums, which is the gradient of `learned`, or None if that is
+    None."""
     if learned is None:
         return None
     tokens = learned.shape[-1]

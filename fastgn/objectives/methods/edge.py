@@ -19,6 +19,7 @@ def bessel(order: int) -> float:
 
 
 GAUSSIAN = [bessel(abs(i)) for i in range(-3, 4)]
+"""Filter of the discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels."""
 GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
 """Taps of the discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels."""
 
@@ -64,8 +65,10 @@ def edge_energy(images_BCHW: Tensor) -> Tensor:
 
 
 def over_rms(x_BCHW: Tensor, rms: str) -> Tensor:
-    """Returns images divided by their root mean square over the 'batch', or per 'image'. Zeros
-    stay zeros."""
+    """Returns images divided by their root mean square. Images that are 0 stay 0.
+
+    rms: 'batch' for one root mean square of the whole batch, 'image' for one per image.
+    """
     dims = (0, 1, 2, 3) if rms == "batch" else (1, 2, 3)
     return x_BCHW / x_BCHW.square().mean(dims, keepdim=True).clamp_min(1e-24).sqrt()
 
@@ -121,7 +124,7 @@ def edge(
 
 
 def build(options: EdgeOptions) -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns the method edge, with its loss, as an Objective."""
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         return edge(

@@ -25,5 +25,5 @@ def fgsm_rs(
 
 
 def build(attack: AttackOptions) -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns the method fgsm_rs, with its attack and its loss, as an Objective."""
     return pgd_at.train_on_attacked(attack.attack_eps, attack.single_step_size, 1, "last")

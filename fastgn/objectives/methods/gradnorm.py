@@ -91,7 +91,7 @@ def image_norms(x_BCHW: Tensor, norm: str) -> Tensor:
 
 
 def build(options: GradnormOptions, attack: AttackOptions) -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns the method gradnorm, with its loss and perhaps an attack, as an Objective."""
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         if options.gn_start:

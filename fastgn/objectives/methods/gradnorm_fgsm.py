@@ -10,7 +10,10 @@ from fastgn.objectives.options import AttackOptions, GradnormFgsmOptions, Gradno
 def build(
     options: GradnormFgsmOptions, penalty: GradnormOptions, attack: AttackOptions
 ) -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns the method gradnorm+fgsm as an Objective: a share of the updates has the penalty.
+
+    The other updates train on images that FGSM has attacked.
+    """
     penalised = gradnorm.build(penalty, attack)
     if options.gn_share == 1:
         return penalised

@@ -15,7 +15,7 @@ def natural(model: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Loss:
 
 
 def build() -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns natural training as an Objective, whose loss is the cross-entropy."""
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         return natural(model, images, targets)

@@ -67,7 +67,7 @@ def unit(x_BCHW: Tensor) -> Tensor:
 
 
 def build(options: PagOptions, representatives: Representatives | None) -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns the method pag, with its loss, as an Objective."""
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         assert representatives is not None, "pag needs its classes' representatives"

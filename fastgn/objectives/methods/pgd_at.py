@@ -33,14 +33,14 @@ def pgd_at(
 
 
 def build(attack: AttackOptions) -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns the method pgd_at, with its attack and its loss, as an Objective."""
     return train_on_attacked(
         attack.attack_eps, attack.step_size, attack.attack_it, attack.attack_select
     )
 
 
 def train_on_attacked(eps: float, step_size: float, steps: int, select: str) -> Objective:
-    """Returns the cross-entropy at the images that PGD finds, as the step runs it.
+    """Returns an Objective that minimises the cross-entropy at the images that PGD finds.
 
     The arguments are those of attacks.pgd. The ramp multiplies the step size.
     """

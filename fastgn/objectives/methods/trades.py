@@ -85,7 +85,7 @@ def trades_loss(
 
 
 def build(options: TradesOptions, attack: AttackOptions) -> Objective:
-    """Returns the method as the step runs it."""
+    """Returns the method trades, with its attack and its loss, as an Objective."""
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         return trades_loss(model, images, targets, beta=options.trades_beta)
