@@ -118,7 +118,7 @@ def check_regular(path: Path) -> None:
     kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
     check(
         stat.S_ISREG(mode),
-        f"{path} is a {kind}, which writing would replace: name a plain file",
+        f"{path} is a {kind}, which would be replaced: name a plain file",
     )
 
 
@@ -396,7 +396,7 @@ class Plain:
             return None
         check(
             depth < 100 and self.copies.get(id(value)) is not ...,
-            f"{self.path}: {where[:80]} holds itself, or is nested too deeply",
+            f"{self.path}: {where[:80]} contains itself, or is nested too deeply",
         )
         if id(value) in self.copies:
             return self.copies[id(value)]
@@ -406,7 +406,10 @@ class Plain:
             copy = {}
             for key, item in dict.items(value):  # a subclass may override `items`
                 named = type(key) in (str, int)
-                check(named or self.legacy, f"{self.path}: {where} has a key that is no name")
+                check(
+                    named or self.legacy,
+                    f"{self.path}: {where} has a key that is not a string or a number",
+                )
                 if named:
                     copy[key] = self(item, str(key), depth + 1)
         else:

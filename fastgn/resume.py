@@ -123,20 +123,24 @@ def check_position(
     )
     check(
         epoch is None or 0 <= epoch <= own.optimizer.epochs,
-        f"{path} is damaged: epoch {epoch} is not within its --epochs {own.optimizer.epochs}",
+        f"{path} is damaged: epoch {epoch} is not within the checkpoint's "
+        f"--epochs {own.optimizer.epochs}",
     )
     if same_data:
         last = last_update_of(own, resolved.updates_per_epoch)
         here = update / resolved.updates_per_epoch
-        check(update <= last, f"{path} is damaged: update {update} is after its run's last, {last}")
+        check(
+            update <= last,
+            f"{path} is damaged: update {update} is after the last update of its run, {last}",
+        )
         check(
             epoch is None or epoch == here,
             f"{path} is damaged: epoch {epoch} is not that of update {update}, which is {here:g}",
         )
     check(
         update <= resolved.last_update,
-        f"nothing is left to do: {path} is of update {update}, and this run ends at update "
-        f"{resolved.last_update}: give a higher --max-updates or --epochs, or an earlier "
+        f"nothing is left to do: {path} was saved after update {update}, and this run ends at "
+        f"update {resolved.last_update}: give a higher --max-updates or --epochs, or an earlier "
         "checkpoint",
     )
 

@@ -60,7 +60,7 @@ def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
     """Returns the dimensions of --space. Raises UserError, also if trials could not be compared."""
     space = [parse_dimension(text, base) for text in cfg.space]
     names = [d.name for d in space]
-    check(len(set(names)) == len(names), "--space names a field twice")
+    check(len(set(names)) == len(names), "--space names a field twice: leave one out")
     judges = {"eval_images", "eval_eps", "eval_interval"} & set(names)
     check(
         not judges,

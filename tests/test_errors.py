@@ -304,7 +304,7 @@ def test_a_truncated_checkpoint_is_named_with_the_others(run_copy, capsys):
     before = contents(run_copy)
     line = refused(capsys, ["--resume", str(run_copy)])
     assert line.startswith(f"{last} is corrupt")
-    assert "others there: best.pt, update_00000001.pt" in line
+    assert "other checkpoints in its folder: best.pt, update_00000001.pt" in line
     assert contents(run_copy) == before
 
 

@@ -597,7 +597,7 @@ def test_a_damaged_checkpoint_is_refused(damage: str, tmp_path: Path) -> None:
         read_state(path)
     assert "\n" not in str(refusal.value)
     if damage != "other":
-        assert "others there: update_00000001.pt" in str(refusal.value)
+        assert "other checkpoints in its folder: update_00000001.pt" in str(refusal.value)
 
 
 def test_the_export_is_the_averaged_model(unbroken: Path) -> None:

@@ -121,7 +121,7 @@ def arrays_case(number: int) -> Case:
 def files_below(folder: Path) -> list[Path]:
     """Returns the JPEGs below a folder. Raises UserError if there are none."""
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
-    check(bool(paths), f"--data-dir {folder}: there are no JPEGs below it")
+    check(bool(paths), f"--data-dir {folder}: the folder holds no JPEG: give another one")
     return paths
 
 
@@ -363,7 +363,11 @@ def need_of(cost: Path) -> float:
         raise UserError(f"--cost {cost} cannot be read: {error}") from None
     rows = [row for row in record.get("rows", ()) if row.get("method") == "gradnorm"]
     rates = [row["images_per_s"] for row in rows if row.get("images_per_s")]
-    check(bool(rates), f"--cost {cost}: it has no gradnorm row with images_per_s (of a GPU)")
+    check(
+        bool(rates),
+        f"--cost {cost}: the file has no gradnorm result with images_per_s: give one "
+        "that was measured on a GPU",
+    )
     return max(rates)
 
 

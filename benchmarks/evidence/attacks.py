@@ -77,7 +77,7 @@ def network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
         model, side = tiny(), img_size or 16
     elif name == "autoattack-resnet18":
         if img_size not in (None, 32):
-            raise UserError(f"--img-size {img_size}: {name} takes 32")
+            raise UserError(f"--img-size {img_size}: {name} takes only images of 32 pixels")
         file = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
         model, side = ResNet18(), 32
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))

@@ -192,7 +192,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Tries the families that are missing in the JSON record, and writes it after each."""
     known = timm.list_modules()
     unknown = sorted({*(args.families or ())} - {*known})
-    check(not unknown, f"--families {' '.join(unknown)}: no module of timm")
+    check(not unknown, f"--families {' '.join(unknown)}: not the name of a module of timm.models")
     families = args.families or known
     output = output_for("families_cpu.json", parser, args, ())
     head = {"device": "cpu", "images": 2, "method": "gradnorm"} | environment()

@@ -691,7 +691,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         check(value > 0, f"{flag} must be positive")
         check(value < LARGEST or name == "minutes", f"{flag} must be below {LARGEST}")
     for value in (args.subset_fraction, *args.budgets):
-        check(0 < value <= 1, f"--subset-fraction and --budgets lie in (0, 1], {value} does not")
+        check(
+            0 < value <= 1,
+            f"--subset-fraction and --budgets must be above 0 and at most 1, not {value}",
+        )
     return args
 
 
@@ -720,7 +723,7 @@ def run(argv: Sequence[str]) -> int:
     if not args.counts_only:
         reasons = dict.fromkeys(explain_unsupported(arm.precision, device) for arm in arms)
         why = "; ".join(filter(None, reasons))
-        check(None in reasons, f"--precision leaves no arm to measure: {why}")
+        check(None in reasons, f"--precision leaves nothing to measure: {why}")
     stem = f"cost_{args.name}_{'counts' if args.counts_only else slugify(card)}"
     output = args.output or RESULTS / f"{stem}.json"
     if not args.output and (unlike := differences_from_kept(args)):

@@ -134,11 +134,14 @@ def fastest(path: Path, option: str, card: str) -> tuple[dict[str, Any], dict[st
             if (row["method"], row["schedule"]) == ("gradnorm", "exact") and row["images_per_s"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{option} {path} is no such record: {error!r}") from None
+        raise UserError(
+            f"{option} {path} is not a JSON record of that benchmark: {error!r}"
+        ) from None
     if option == "--cost":
         check(
             bool(record.get("meaningful_times")),
-            f"--cost {path}: its times mean nothing (no GPU): give one of a GPU or --images-per-s",
+            f"--cost {path}: its times were measured without a GPU: give a record of a GPU, "
+            "or --images-per-s",
         )
     else:
         rows = [row for row in rows if row.get("gpu") == card]

@@ -124,7 +124,11 @@ def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list
     """
     check(not count_training_modules(model), "the model is in training mode: call eval() first")
     outputs = measure_outputs(model, images_BCHW, passes=2)
-    check(not outputs.not_finite, "the model's logits are not finite on clean images")
+    check(
+        not outputs.not_finite,
+        "the model's logits are not finite on images without an attack: "
+        "check its weights and precision",
+    )
     check(
         not outputs.are_probabilities,
         "the model returns probabilities: their softmax hides gradients from attacks; remove the "
@@ -141,7 +145,11 @@ def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list
         "the model's outputs are cut off from the images: remove detach() and no_grad() from it",
     )
     assert norms_B is not None
-    check(bool(norms_B.isfinite().all()), "the gradients of clean images are not finite")
+    check(
+        bool(norms_B.isfinite().all()),
+        "the model's gradients are not finite on images without an attack: "
+        "check its weights and precision",
+    )
     doubts = []
     if not bool(norms_B.any()):
         doubts.append("the gradients of all images are 0: attacks that need gradients mean nothing")

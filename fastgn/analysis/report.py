@@ -120,7 +120,7 @@ def html_report(record: Record, pictures: Mapping[str, bytes], *, title: str) ->
     record: the content of evaluation.json. pictures: PNGs, each under its caption.
     """
     models = record.get("models", ())
-    check(bool(models), "the record holds no models: nothing to report")
+    check(bool(models), "the evaluation holds no models: there is nothing to report")
     page = load_template().render(
         title=title,
         facts=list_facts(record, models),

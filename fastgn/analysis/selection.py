@@ -74,7 +74,7 @@ def find_listed_images(name: str, split: Arrays | Encoded) -> list[int]:
             "of the path",
         )
         chosen += found
-    check(bool(chosen), f"--image-list {name} is empty")
+    check(bool(chosen), f"--image-list {name} is empty: write one image per line")
     check(len(set(chosen)) == len(chosen), f"--image-list {name} names an image twice")
     return chosen
 

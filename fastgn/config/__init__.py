@@ -246,7 +246,7 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     check(len(extended_by) <= BASES, f"more than {BASES} recipes extend one another")
     read = parse_toml(read_text(path))
     values = {key.replace("-", "_"): value for key, value in read.items()}
-    check(len(values) == len(read), "a key stands there twice, with - and with _")
+    check(len(values) == len(read), "a key is given twice, with - and with _")
     base = values.pop("base", None)
     if base is None:
         return values

@@ -60,7 +60,7 @@ def check_written(
         below = real.parent.name == "checkpoints" and holds_run(real.parent.parent)
         check(
             not below and (real.name not in RUN_FILES or not holds_run(real.parent)),
-            f"{option} {path} would overwrite a file of the run there: name another file",
+            f"{option} {path} would overwrite a file of the run in its folder: name another file",
         )
         kind, start = KINDS.get(option, ("", None))
         head = read_beginning(real)

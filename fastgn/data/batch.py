@@ -55,4 +55,4 @@ def explain_worker_death(error: RuntimeError) -> UserError | None:
     line = str(error).strip(" .")
     if not line.startswith("DataLoader worker"):
         return None
-    return UserError(f"{line}: where the memory was short, lower --workers")
+    return UserError(f"{line}: if the memory was full, lower --workers")

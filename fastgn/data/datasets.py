@@ -81,7 +81,8 @@ def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> Non
     check(
         len(known) == len(classes),
         f"{who} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data has "
-        f"{len(classes)} ({', '.join(classes[:3])}, ...): give its own --data-dir",
+        f"{len(classes)} ({', '.join(classes[:3])}, ...): give the --data-dir that it was "
+        "trained on",
     )
     other = next(
         (i for i, pair in enumerate(zip(known, classes, strict=True)) if len(set(pair)) > 1), None

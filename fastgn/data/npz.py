@@ -103,7 +103,7 @@ def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) 
         found = archive.getinfo(f"{name}.npy").file_size - member.tell()
         check(
             found == expected,
-            f"{where}: {name} should take {expected} bytes and takes {found}",
+            f"{where}: {name} should take {expected} bytes, but takes {found}: the file is damaged",
         )
 
 

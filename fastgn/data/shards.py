@@ -139,7 +139,7 @@ class Shards(Encoded):
         labels_N = convert_labels(labels, len(texts["classes"]), str(path))
         index = Shards(folder, **texts, **values, labels_N=labels_N)
         wrong = index._wrong()
-        check(wrong is None, f"{path} is spoilt: {wrong}")
+        check(wrong is None, f"{path} is damaged: {wrong}")
         for shard, size in enumerate(index.shard_bytes.tolist()):
             where = index._path(shard)
             try:

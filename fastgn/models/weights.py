@@ -292,7 +292,7 @@ def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
     would ignore it.
     """
     tensors = find_state_dict(weights)
-    check(bool(tensors), "no tensor in it")
+    check(bool(tensors), "the file holds no tensor")
     out: dict[str, Tensor] = {}
     plain = {re.sub(r"^((module|model|backbone|1)\.)+", "", k): k for k in tensors}
     old = OLD_SWIN in plain

@@ -423,7 +423,7 @@ def test_what_the_step_needs_is_read_from_its_cost(tmp_path: Path) -> None:
     rows = [{"method": method, "images_per_s": rate} for method, rate in rows] + [{}]
     file.write_text(json.dumps({"rows": rows}))
     assert loader.need_of(file) == 400
-    for content, message in (('{"rows": []}', "no gradnorm row"), ("{", "cannot be read")):
+    for content, message in (('{"rows": []}', "no gradnorm result"), ("{", "cannot be read")):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
             loader.need_of(file)

@@ -227,7 +227,7 @@ def test_no_arm_that_can_be_timed(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert cost.main(options) == 2
     said = capsys.readouterr()
     assert said.err == (
-        "cost.py: error: --precision leaves no arm to measure: "
+        "cost.py: error: --precision leaves nothing to measure: "
         "tf32 exists on CUDA alone, not on cpu\n"
     )
     assert said.out == "" and list(tmp_path.iterdir()) == []

@@ -131,7 +131,7 @@ def test_a_record_gives_the_fastest_exact_gradnorm_and_its_own_network(tmp_path)
         (("--images-per-s", "9", "--model", "swin_bb"), "swin_bb"),
         (("--cost", "nowhere.json"), "nowhere.json"),
         (("--predict", "RECORD"), "--card h200"),
-        (("--cost", "CPU"), "mean nothing"),
+        (("--cost", "CPU"), "measured without a GPU"),
         (("--cost", "EMPTY"), "no images_per_s of exact gradnorm"),
     ],
 )
