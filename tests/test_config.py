@@ -217,7 +217,7 @@ REFUSED = [
     (
         "--ce-weight 0 --schedule",
         "central-difference",
-        "use a weight (--ce-weight) of at least 1e-6",
+        "use a weight (--ce-weight) of at least 1e-7",
     ),
     (
         "--clip-grad",
@@ -235,6 +235,8 @@ REFUSED = [
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
     ("--epochs", "3.5", "3.5"),
+    ("--mixup", "1e-5", "--mixup 1e-05 is too small to draw with: use at least 0.001, or 0"),
+    ("--cutmix", "1e-4", "--cutmix 0.0001 is too small to draw with"),
     ("--eps", "four", "--eps 'four' should be a number, such as 0.5 or 4/255"),
 ]
 

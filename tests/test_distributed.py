@@ -475,7 +475,7 @@ def evaluate_on_a_rank(args: list[str], folder: str) -> int:
 def test_all_ranks_evaluate_with_the_statistics_that_are_saved(tmp_path: Path) -> None:
     """BatchNorm's are each rank's own during training."""
     network = ("--model", "preact_resnet18", "--model-kwargs", "width=4", "--img-size", "16")
-    args = [*tiny_run(tmp_path / "run"), *network, "--activation", "gelu"]
+    args = tiny_run(tmp_path / "run", *network, "--activation", "gelu")
     on_two_ranks(tmp_path, evaluate_on_a_rank, args, str(tmp_path))
     first, second = (torch.load(tmp_path / f"buffers{rank}.pt") for rank in range(2))
     assert "backbone.norm.running_mean" in first

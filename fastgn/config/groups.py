@@ -171,6 +171,13 @@ class AugmentationConfig(Options):
         super().__post_init__()
         low, high = self.scale
         check(low <= high, f"--scale {low} {high}: the lower end comes first")
+        for name in ("mixup", "cutmix"):  # NumPy draws NaN from a beta distribution of tiny alpha
+            value = getattr(self, name)
+            check(
+                value == 0 or value >= 1e-3,
+                f"--{name} {format_number(value)} is too small to draw with: use at least 0.001, "
+                "or 0 to turn it off",
+            )
         if self.aa is not None:
             check_policy(self.aa)
 

@@ -318,10 +318,10 @@ def find_schedule_conflict(
             "computes only the L1 norm of the loss's gradient, and with these options the penalty "
             f"of {name} is another one: use exact"
         )
-    if schedule == "central-difference" and ce_weight < 1e-6:
+    if schedule == "central-difference" and ce_weight < 1e-7:
         return (
             "takes its direction from the weighted gradient of the cross-entropy: use a weight "
-            "(--ce-weight) of at least 1e-6, or finite-difference"
+            "(--ce-weight) of at least 1e-7, or finite-difference"
         )
     return None
 

@@ -126,7 +126,8 @@ def test_what_failed_before_a_limit_is_said(tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(
         "import time\ndef test_bad():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(600)\n"
     )
-    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_x.py")]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]
+    command.append(str(tmp_path / "test_x.py"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
     try:
         entries = carry_out(tmp_path / "r", Part("tests", "", [command], 20))
