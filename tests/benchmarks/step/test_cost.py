@@ -333,7 +333,7 @@ def test_how_a_run_is_unlike_a_kept_one(options: list[str], unlike: list[str]) -
         (["--batch", "0"], "--batch 0 must be positive"),
         (["--batch", str(10**15)], "--batch 1000000000000000 must be below"),
         (["--round-seconds", "inf"], "--round-seconds inf must be below"),
-        (["--budgets", "0.5", "1.5"], "1.5 does not"),
+        (["--budgets", "0.5", "1.5"], "at most 1, not 1.5"),
         (["--model", "swim_b"], "--model 'swim_b' is unknown"),
         (["--lazy-interval", "-1"], "--lazy-interval -1 must be positive"),
     ],
