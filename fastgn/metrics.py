@@ -1,4 +1,4 @@
-"""How a run is observed: progress bar, metrics.csv, TensorBoard, W&B, versions and hardware."""
+"""Observes a run: progress bar, metrics.csv, TensorBoard, W&B, versions and hardware."""
 
 import csv
 import importlib

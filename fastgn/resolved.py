@@ -1,4 +1,4 @@
-"""What every `auto` and every None of a configuration became on this machine, with these data."""
+"""Resolves every `auto` and None of a configuration for this machine and these data."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ class Batching:
 
 
 @dataclasses.dataclass(frozen=True)
-class Resolved:
+class Resolved(Batching):
     """Values that a configuration leaves to the data, the model, the machine and the method.
 
     They are computed once, written into environment.json, and passed to everything that needs them.
@@ -58,16 +58,10 @@ class Resolved:
     """Standard deviation of each channel, by which the network normalises."""
     loader: str
     """Name of the loader's class."""
-    batch_size: int
-    """Number of images per micro-batch of the loader, on each rank."""
-    grad_accum_steps: int
-    """Number of the loader's micro-batches per update."""
     micro_batch: int
     """Number of images that go through the network at once."""
     activation_memory_budget: float
     """Share of the activations that the compiled step keeps for its backward."""
-    ranks: int
-    """Number of ranks."""
     lr: float
     """Peak learning rate."""
     warmup_lr: float
@@ -95,11 +89,6 @@ class Resolved:
     last_update: int
     """Number of updates of the whole run."""
 
-    @property
-    def global_batch(self) -> int:
-        """Number of images per update over all ranks."""
-        return self.batch_size * self.grad_accum_steps * self.ranks
-
 
 def resolve(
     cfg: Config,
@@ -108,6 +97,7 @@ def resolve(
     batching: Batching,
     model: Classifier,
     *,
+    peak: float,
     loader: str,
     batches_per_epoch: int,
     kernels: str,
@@ -115,11 +105,10 @@ def resolve(
 ) -> Resolved:
     """Returns the values that every `auto` and None of a configuration stands for.
 
-    batching: how the images of an update are divided. loader: name of the loader's class.
-    batches_per_epoch: number of its batches on each rank. planned: micro-batch and memory budget
-    that `--schedule auto` chose, or None if the configuration gives them.
+    batching: how the images of an update are divided. peak: peak learning rate. loader: name of
+    the loader's class. batches_per_epoch: number of its batches on each rank. planned: micro-batch
+    and memory budget that `--schedule auto` chose, or None if the configuration gives them.
     """
-    peak = optim.compute_peak_lr(cfg.optimizer, batching.global_batch)
     warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
     updates_per_epoch = batches_per_epoch // batching.grad_accum_steps
     return Resolved(
@@ -129,11 +118,9 @@ def resolve(
         mean=model.mean.flatten().tolist(),
         std=model.std.flatten().tolist(),
         loader=loader,
-        batch_size=batching.batch_size,
-        grad_accum_steps=batching.grad_accum_steps,
+        **vars(batching),
         micro_batch=planned.micro_batch if planned is not None else batching.batch_size,
         activation_memory_budget=(planned or cfg.step).activation_memory_budget,
-        ranks=batching.ranks,
         lr=peak,
         warmup_lr=warmup_lr,
         min_lr=min_lr,
@@ -162,9 +149,6 @@ def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
     Raises UserError if the numbers of images do not divide as the options ask.
     """
     batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
-    optim.compute_peak_lr(
-        cfg.optimizer, batch_size * accum * world.size
-    )  # checks the peak learning rate
     divisor = schedule_of(cfg.step).divisor
     check(
         batch_size % divisor == 0,

@@ -1,4 +1,4 @@
-"""What a sweep varies: the fields of --space with their allowed values, and the fields of --set."""
+"""The search space of a sweep: fields of --space with their allowed values, and those of --set."""
 
 import contextlib
 import dataclasses

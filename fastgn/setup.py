@@ -73,14 +73,13 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
     identity = describe_dataset(dataset)
     check_ranks(world, identity)
     batching = batch_images(cfg, dataset, world)
+    peak = optim.compute_peak_lr(cfg.optimizer, batching.global_batch)
     cfg, model, report = build_model(
         cfg, dataset, batching, kernels, world, resumed=state is not None
     )
     notes = list(dataset.notes)
     loader = make_loader(cfg, dataset, model, batching, world, notes)
-    optimizer = optim.build_optimizer(
-        cfg.optimizer, model, optim.compute_peak_lr(cfg.optimizer, batching.global_batch)
-    )
+    optimizer = optim.build_optimizer(cfg.optimizer, model, peak)
     ema = optim.build_average(cfg.optimizer, model)
     changes: list[str] = []
     if state is not None and path is not None:
@@ -98,6 +97,7 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
         dataset,
         batching,
         model,
+        peak=peak,
         loader=type(loader).__name__,
         batches_per_epoch=loader.batches_per_epoch,
         kernels=kernels,

@@ -1,1 +1,1 @@
-"""What the benchmarks share: clock, records, command lines, energy."""
+"""Parts that the benchmarks share: clock, records, command lines, energy."""

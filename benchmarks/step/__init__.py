@@ -1,1 +1,1 @@
-"""What an update costs: time, memory, bytes, and the accuracy of its gradient."""
+"""Benchmarks of one update: time, memory, bytes, and the accuracy of its gradient."""

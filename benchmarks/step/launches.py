@@ -29,7 +29,7 @@ class Launches:
     """Number of kernel launches of one call, and the GPU's working time."""
 
     what: str
-    """What is counted: kernels on a GPU, ATen operators on a CPU."""
+    """Kind of launches that are counted: kernels on a GPU, ATen operators on a CPU."""
     count: int | None
     """Number of launches, None if it cannot be found out."""
     busy_s: float | None = None

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 from unittest import mock
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,1 +1,1 @@
-"""What a run or a model shows."""
+"""Analyses of runs and trained models: attacks, checks, statistics, figures and the report."""

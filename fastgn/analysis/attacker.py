@@ -1,4 +1,4 @@
-"""How an evaluation attacks a batch of images.
+"""Attacks a batch of images for an evaluation.
 
 What is drawn for an image depends only on the seed and on the image, so batches may be cut in any
 way and shared out over any number of ranks.

@@ -70,7 +70,7 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class ModelView:
-    """What draw_pictures shows about one model, for B images that are the same for all models."""
+    """Values that draw_pictures shows about one model, for B images that all models share."""
 
     name: str
     grad_BCHW: Tensor

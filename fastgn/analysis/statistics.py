@@ -26,7 +26,7 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """Quantiles of the L1 norms that are reported, in per cent."""
 
 PGD_START, UNIFORM = 0, 1
-"""What noise is drawn for. The number is a part of the noise's seed."""
+"""Purposes of random noise. The number of a purpose is a part of the noise's seed."""
 
 
 def gradient_statistics(

@@ -1,4 +1,4 @@
-"""What an update minimises: the methods of --method, their options and their losses.
+"""The objectives that an update can minimise: methods of --method, their options and losses.
 
 Names are imported when they are first used: the command line reads this package without torch.
 """

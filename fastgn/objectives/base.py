@@ -1,4 +1,4 @@
-"""What every method shares: the loss and the objective as the step sees them, and helpers.
+"""Parts that every method shares: the loss and the objective as the step sees them, and helpers.
 
 Targets are class indices, `(B,), int64`, or probabilities, `(B, K)`, after mixup, cutmix or label
 smoothing. B is the number of images, K the number of classes, CE the cross-entropy.

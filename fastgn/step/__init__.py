@@ -1,1 +1,1 @@
-"""How one update is computed: its passes, compilation, precision, memory and cost."""
+"""Computes one update: its passes, compilation, precision, memory and cost."""

@@ -1,4 +1,4 @@
-"""What every op shares: registration, the choice of an implementation, and checks of its inputs.
+"""Parts that every op shares: registration, choice of an implementation, checks of its inputs.
 
 Each op is a chain of three ``torch.library`` custom ops, ``fastgn::<op>``, ``fastgn::<op>_bwd`` and
 ``fastgn::<op>_bwd_bwd``. Each of the first two registers the next one as its derivative. PyTorch
