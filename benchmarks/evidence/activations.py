@@ -26,15 +26,12 @@ import argparse
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import device_name, output_for, positive_int
-from benchmarks.common.records import write_record
 from benchmarks.common.tables import (
     Record,
     accuracy_columns,
@@ -44,12 +41,18 @@ from benchmarks.common.tables import (
     with_notes,
 )  # fmt: skip
 from benchmarks.common.timing import summary
-from benchmarks.evidence import trials
-from benchmarks.evidence.trials import Trial, statistics_of
+from benchmarks.evidence.study import (
+    Arm,
+    Results,
+    Study,
+    device_precision,
+    make_parser,
+    run_program,
+)
+from benchmarks.evidence.trials import Trial
 from fastgn.config import Config
 from fastgn.data.datasets import load_dataset
 from fastgn.data.subset import Subset
-from fastgn.metrics import environment
 from fastgn.models.activations import parse_activation
 from fastgn.objectives import gradnorm
 from fastgn.trained import load_trained
@@ -77,6 +80,8 @@ class Setting:
     """Number of images that AutoAttack attacks."""
     pgd_images: int
     """Number of images that PGD-20 attacks."""
+    train_images: int
+    """Number of training images on which the fit is measured."""
     attack: str = "autoattack"
 
 
@@ -94,10 +99,10 @@ def setting(data: str, smoke: bool) -> Setting:
     )
     base = base.replace(**{"img_size": 16} if small else {})
     if smoke:
-        return Setting(base.replace(eval_images=16), 1, 1, 0.025, 2, 16, "apgd-ce")
+        return Setting(base.replace(eval_images=16), 1, 1, 0.025, 2, 16, 256, "apgd-ce")
     if small:
-        return Setting(base, 8, 12, 0.1, 30, 360)
-    return Setting(base, 10, 10, 4 / 255, 500, 1000)
+        return Setting(base, 8, 12, 0.1, 30, 360, 1437)
+    return Setting(base, 10, 10, 4 / 255, 500, 1000, 5000)
 
 
 def properties(name: str) -> dict[str, float]:
@@ -156,14 +161,6 @@ def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     return statistics.correlation(*(ranks(v) for v in zip(*pairs, strict=True)))
 
 
-def of(row: Mapping[str, Any], attack: str) -> dict[str, float]:
-    """Returns a network's accuracy under an attack, as a summary over the seeds.
-
-    row: results of one activation in the JSON record.
-    """
-    return next(r["accuracy"] for r in row["accuracy"] if r["attack"] == attack)
-
-
 MEANS = ("clean_mean", "robust_mean", "penalty_ratio", "objective_ratio")
 
 
@@ -172,7 +169,8 @@ def table(record: Record) -> str:
 
     Below it are the means of the piecewise linear and of the smooth activations.
     """
-    rows = sorted(record["rows"], key=lambda r: (r["width"], r["activation"]))
+    finished = [row for row in record["rows"] if row["accuracy"]]
+    rows = sorted(finished, key=lambda r: (r["width"], r["activation"]))
     columns = {
         "activation": [row["activation"] for row in rows],
         "width of the bend": [f"{row['width']:.2g}" for row in rows],
@@ -212,92 +210,56 @@ def table(record: Record) -> str:
     return f"{with_notes(make_table(rows, columns), record, *notes)}\n\n{second}"
 
 
-def rows_of(
-    plan: Sequence[tuple[str, Trial]], work: Path, attack: str, train_images: int
-) -> list[dict[str, Any]]:
-    """Returns the results of all finished trainings, one dict per activation, for the JSON record.
-
-    plan: name of each activation and the training that uses it. work: folder that holds the
-    trainings. attack: name of the attack. train_images: number of training images on which the fit
-    is measured.
-    """
-    rows = []
-    for name in dict.fromkeys(name for name, _ in plan):
-        row: dict[str, Any] = {"activation": name, **properties(name), "seeds": [], "failed": []}
-        for trial in (t for n, t in plan if n == name):
-            found, seed = trials.result(trial, work), {"seed": trial.cfg.run.seed}
-            if found and found["failed"]:
-                row["failed"].append(seed | {"why": found["failed"]})
-            elif found and len(found["accuracy"]) == 3:
-                assert trial.start is not None
-                folders = {"before": trial.start.key, "after": trial.key}
-                fits = {k: fitted(work / f, trial.cfg, train_images) for k, f in folders.items()}
-                found.pop("seconds")
-                row["seeds"].append(seed | fits | found)
-        if seeds := row["seeds"]:
-            row["accuracy"] = statistics_of(seeds)
-            for key in ("objective", "penalty"):
-                ratios = [x["after"][key] / x["before"][key] for x in seeds]
-                row[f"{key}_ratio"] = summary(ratios)
-            for key in ("ce", "penalty"):
-                row[f"{key}_after"] = summary([x["after"][key] for x in seeds])
-                row[f"{key}_before"] = summary([x["before"][key] for x in seeds])
-            row |= {"clean_mean": of(row, "clean"), "robust_mean": of(row, attack)}
-        rows.append(row)
-    return rows
+def summarize(row: Mapping[str, Any]) -> Results:
+    """Returns means over the seeds of an activation: what training leaves of penalty and loss."""
+    fits = [(cell["before"], cell["after"]) for cell in row["seeds"]]
+    by_attack = {a["attack"]: a["accuracy"] for a in row["accuracy"]}
+    robust = next(name for name in ("autoattack", "apgd-ce") if name in by_attack)
+    return {
+        **{f"{k}_ratio": summary([b[k] / a[k] for a, b in fits]) for k in ("objective", "penalty")},
+        **{f"{k}_before": summary([a[k] for a, _ in fits]) for k in ("ce", "penalty")},
+        **{f"{k}_after": summary([b[k] for _, b in fits]) for k in ("ce", "penalty")},
+        **{"clean_mean": by_attack["clean"], "robust_mean": by_attack[robust]},
+    }
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Makes the trainings that are missing, and writes the JSON record after each."""
-    deadline = time.time() + 60 * args.minutes
-    s, precision = setting(args.data, args.smoke), trials.device_precision()
-    cfg = s.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {})
-    cfg = cfg.replace(precision=precision, eps=s.eps, eval_eps=s.eps)
-    names = tuple(dict.fromkeys(args.activations))
-    where = "cuda" if torch.cuda.is_available() else "cpu"
-    free = {"data_dir", "minutes", "processes", "work", "data"}
-    output = output_for(f"activations_{args.data}_{where}.json", parser, args, free)
-    work = trials.work_folder(args, "activations")
+def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
+    """Returns the study that the command line asks for. It depends on no earlier record."""
+    s = setting(args.data, args.smoke)
+    base = s.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {})
+    base = base.replace(precision=device_precision(), eps=s.eps, eval_eps=s.eps)
     evaluations = (
         ("--attacks", "clean", "pgd-20", "--eps", repr(s.eps), "--num-images", str(s.pgd_images)),
         ("--attacks", s.attack, "--eps", repr(s.eps), "--num-images", str(s.images)),
     )
 
-    def with_epochs(c: Config, epochs: int) -> Config:
-        shares = {"warmup_epochs": 0.1 * epochs, "ramp_epochs": 0.25 * epochs}
-        return c.replace(epochs=epochs, eval_interval=max(1, epochs // 4), **shares)
+    def training(name: str, seed: int, epochs: int, method: str) -> Config:
+        lengths = {"epochs": epochs, "warmup_epochs": 0.1 * epochs, "ramp_epochs": 0.25 * epochs}
+        values = {"activation": name, "seed": seed, "method": method}
+        return base.replace(**values, **lengths, eval_interval=max(1, epochs // 4))
 
-    plan = []
-    for seed in range(args.seeds):
-        for name in names:
-            own = cfg.replace(activation=name, seed=seed)
-            natural = with_epochs(own.replace(method="natural"), s.start_epochs)
-            start = Trial(f"natural_{name}_s{seed}", natural)
-            trained = with_epochs(own, s.epochs)
-            plan.append((name, Trial(f"gradnorm_{name}_s{seed}", trained, evaluations, start)))
-    every = [trial for _, trial in plan]
-    finished = trials.run_with_starts(every, work, processes=args.processes, deadline=deadline)
-    train_images = 256 if args.smoke else 1437 if args.data == "digits" else 5000
-    rows = rows_of(plan, work, s.attack, train_images)
-    record: dict[str, Any] = {
-        "script": "benchmarks/evidence/activations.py",
-        "file": output.name,
-        "data": args.data,
-        "device": device_name(),
-        "network": f"PreActResNet-18, {', '.join(cfg.architecture.model_kwargs)}",
+    def trial(name: str, seed: int) -> Trial:
+        natural = training(name, seed, s.start_epochs, "natural")
+        start = Trial(f"natural_{name}_s{seed}", natural)
+        cfg = training(name, seed, s.epochs, "gradnorm")
+        return Trial(f"gradnorm_{name}_s{seed}", cfg, evaluations, start)
+
+    def measure(trial: Trial, work: Path) -> Results:
+        assert trial.start is not None
+        keys = {"before": trial.start.key, "after": trial.key}
+        return {when: fitted(work / key, trial.cfg, s.train_images) for when, key in keys.items()}
+
+    arms = [
+        Arm({"activation": name, **properties(name)}, [trial(name, i) for i in range(args.seeds)])
+        for name in dict.fromkeys(args.activations)
+    ]
+    head = {
+        "network": f"PreActResNet-18, {', '.join(base.architecture.model_kwargs)}",
         "epochs": {"natural": s.start_epochs, "gradnorm": s.epochs},
         "eps": s.eps,
         "images": {"autoattack": s.images, "pgd": s.pgd_images},
-        "precision": precision,
-        "seeds": args.seeds,
-        **environment(),
-        "rows": [row for row in rows if row["seeds"]],
-        "failed": [{"activation": r["activation"], **f} for r in rows for f in r["failed"]],
-        "complete": finished,
     }
-    output = write_record(output, record)
-    print(f"{len(record['rows'])} of {len(names)} activations -> {output}")
-    return trials.exit_status(rows, finished, len(plan))
+    return Study(arms, head, measure, summarize)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -305,13 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 2 for a user's mistake, 1 if every training failed, and else 0.
     """
-    parser = trials.make_parser(__doc__)
-    add = parser.add_argument
-    add("--data", choices=("digits", "cifar10"), default="digits")
-    add("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]")
-    add("--seeds", type=positive_int, default=1, help="number of seeds, from 0")
-    args = parser.parse_args(argv)
-    return trials.run_alone("activations", args, lambda: run(parser, args))
+    parser = make_parser(__doc__, data=("digits", "cifar10"), seeds=1)
+    parser.add_argument("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]")
+    return run_program("activations", parser, argv, plan)
 
 
 if __name__ == "__main__":

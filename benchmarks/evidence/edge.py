@@ -9,17 +9,13 @@ APGD-CE+T if it survives both.
 Writes benchmarks/results/edge_digits_<device>.json.
 """
 
+import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common.arguments import output_for, positive_int
-from benchmarks.common.records import write_record
 from benchmarks.common.tables import (
     Record,
     accuracy_columns,
@@ -27,11 +23,9 @@ from benchmarks.common.tables import (
     over_seeds,
     with_notes,
 )  # fmt: skip
-from benchmarks.evidence import trials
 from benchmarks.evidence.robustness import digits
-from benchmarks.evidence.trials import Trial, statistics_of
-from fastgn.config import Config
-from fastgn.metrics import environment
+from benchmarks.evidence.study import Arm, Results, Study, make_parser, run_program
+from benchmarks.evidence.trials import Trial, evaluation_file
 
 ARMS: dict[str, dict[str, Any]] = {
     "natural": {"method": "natural"},
@@ -53,17 +47,6 @@ FLAGS = (
 """Command-line flags of fastgn.evaluate that all evaluations share."""
 
 
-def base_config(smoke: bool) -> tuple[Config, dict[str, Any]]:
-    """Returns the configuration that all trainings share, and its options that define the network.
-
-    smoke: whether to return toy sizes, which only show that the program runs.
-    """
-    study = digits()
-    network = next(iter(study.networks.values()))
-    cfg = study.base.replace(**network, **TRAINING)
-    return (cfg.replace(eval_images=16) if smoke else cfg), network
-
-
 def survivors(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the accuracy under both APGD-CE and APGD-T, from the evaluation of one model."""
     (model,) = evaluation["models"]
@@ -74,26 +57,14 @@ def survivors(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {"attack": "apgd-ce+t", "eps": EPS, "accuracy": right / images, "images": images}
 
 
-def row_of(arm: str, runs: Sequence[tuple[int, Trial]], work: Path) -> dict[str, Any]:
-    """Returns the results of one training method: each finished seed, and means over the seeds.
+def measure(trial: Trial, work: Path) -> Results:
+    """Returns the accuracy of a training under both APGD-CE and APGD-T, for its cell.
 
-    arm: name of the method. runs: each seed and its training. work: folder that holds the
-    trainings.
+    work: folder that holds the trainings.
     """
-    seeds, failed = [], []
-    for seed, trial in runs:
-        found = trials.result(trial, work)
-        if found is None:
-            continue
-        if found["failed"]:
-            failed.append({"seed": seed, "why": found["failed"]})
-            continue
-        (flags,) = trial.evaluations
-        path = trials.evaluation_file(trial, work / trial.key, flags)
-        if path.exists():
-            rows = [*found["accuracy"], survivors(json.loads(path.read_text()))]
-            seeds.append({"seed": seed, "accuracy": rows, "final": found["final"]})
-    return {"arm": arm, "seeds": seeds, "failed": failed, "accuracy": statistics_of(seeds)}
+    (flags,) = trial.evaluations
+    evaluation = json.loads(evaluation_file(work / trial.key, flags).read_text())
+    return {"accuracy": [survivors(evaluation)]}
 
 
 def table(record: Record) -> str:
@@ -120,39 +91,30 @@ def table(record: Record) -> str:
     )
 
 
-def run(parser: Any, args: Any) -> int:
-    """Makes the trainings that are missing, and writes the JSON record after each."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    free = {"minutes", "processes", "work", "data"}
-    output = output_for(f"edge_digits_{device}.json", parser, args, free)
-    work = trials.work_folder(args, "edge")
-    base, network = base_config(args.smoke)
-    epochs = {"start": 2, "arm": 2} if args.smoke else {"start": START_EPOCHS, "arm": EPOCHS}
-    flags = (*FLAGS[:-1], "8") if args.smoke else FLAGS
-
-    plan: dict[str, list[tuple[int, Trial]]] = {arm: [] for arm in ARMS}
-    for seed in range(args.seeds):
-        natural = base.replace(seed=seed, method="natural", epochs=epochs["start"])
-        start = Trial(f"start_s{seed}", natural)
-        for index, (arm, values) in enumerate(ARMS.items()):
-            cfg = base.replace(**values, seed=seed, epochs=epochs["arm"])
-            plan[arm].append((seed, Trial(f"arm{index}_s{seed}", cfg, (flags,), start)))
-    every = [trial for runs in plan.values() for _, trial in runs]
-    options = {"processes": args.processes, "deadline": time.time() + 60 * args.minutes}
-    finished = trials.run_with_starts(every, work, **options)
-    rows = [row_of(arm, runs, work) for arm, runs in plan.items()]
-    record = {
-        "script": "benchmarks/evidence/edge.py",
-        "file": output.name,
-        "network": network,
-        **{"data": "digits", "device": device, "precision": "fp32"},
-        **{"eps": EPS, "epochs": epochs, "training": TRAINING, "arms": ARMS},
-        **{"images": int(flags[-1]), "seeds": args.seeds, "complete": finished},
-        "rows": [row for row in rows if row["seeds"] or row["failed"]],
-        **environment(),
+def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
+    """Returns the study that the command line asks for. It depends on no earlier record."""
+    setting = digits()
+    (network,) = setting.networks.values()
+    base = setting.base.replace(**network, **TRAINING)
+    epochs, flags = {"start": START_EPOCHS, "arm": EPOCHS}, FLAGS
+    if args.smoke:
+        base, epochs = base.replace(eval_images=16), {"start": 2, "arm": 2}
+        flags = (*FLAGS[:-1], "8")
+    natural = base.replace(method="natural", epochs=epochs["start"])
+    starts = [Trial(f"start_s{s}", natural.replace(seed=s)) for s in range(args.seeds)]
+    arms = []
+    for index, (arm, values) in enumerate(ARMS.items()):
+        cfg = base.replace(**values, epochs=epochs["arm"])
+        runs = [
+            Trial(f"arm{index}_s{seed}", cfg.replace(seed=seed), (flags,), start)
+            for seed, start in enumerate(starts)
+        ]
+        arms.append(Arm({"arm": arm}, runs))
+    head = {
+        **{"network": network, "eps": EPS, "epochs": epochs, "training": TRAINING, "arms": ARMS},
+        "images": int(flags[-1]),
     }
-    print(write_record(output, record))
-    return trials.exit_status(rows, finished, len(every))
+    return Study(arms, head, measure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,11 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 2 for a user's mistake, 1 if every training failed, and else 0.
     """
-    parser = trials.make_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=3, help="number of seeds, from 0")
-    parser.set_defaults(data="digits")
-    args = parser.parse_args(argv)
-    return trials.run_alone("edge", args, lambda: run(parser, args))
+    parser = make_parser(__doc__, data=("digits",), seeds=3)
+    return run_program("edge", parser, argv, plan)
 
 
 if __name__ == "__main__":

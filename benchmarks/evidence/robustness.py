@@ -7,31 +7,27 @@ the seconds per update of one interleaved run of all arms.
     python -m benchmarks.evidence.robustness --data digits --seeds 3
     python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9
 
-A finished training or evaluation is kept in --work and not made again. The same command continues
-an interrupted one. On a CPU, times mean something as ratios within that run alone.
+Finished results are kept in the record and not made again. The same command continues an interrupted
+one. On a CPU, times mean something as ratios within that run alone.
 
 Writes benchmarks/results/robustness_<data>_<device>.json.
 """
 
 import argparse
 import dataclasses
-import json
+import itertools
 import math
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import device_name, output_for, positive_int
-from benchmarks.common.records import write_record
+from benchmarks.common.arguments import positive_int
 from benchmarks.common.tables import (
     Record,
-    Row,
     accuracy_columns,
     device,
     make_table,
@@ -41,14 +37,22 @@ from benchmarks.common.tables import (
     with_notes,
 )  # fmt: skip
 from benchmarks.common.timing import interleaved, summary
-from benchmarks.evidence import trials
-from benchmarks.evidence.trials import Trial, digest, statistics_of
+from benchmarks.evidence.digests import digest, digests_of
+from benchmarks.evidence.study import (
+    Arm,
+    Results,
+    Study,
+    device_precision,
+    make_parser,
+    paired_difference,
+    run_program,
+)  # fmt: skip
+from benchmarks.evidence.trials import Trial
 from fastgn.config import Config, load_recipe
 from fastgn.data.datasets import load_dataset
 from fastgn.distributed import session
-from fastgn.errors import UserError, check, nearest
-from fastgn.files import write_bytes, write_json
-from fastgn.metrics import environment
+from fastgn.errors import check, nearest
+from fastgn.files import write_bytes
 from fastgn.objectives import build_objective
 from fastgn.resolved import schedule_of
 from fastgn.setup import build
@@ -83,29 +87,20 @@ It is a multiple of every --lazy-interval, because only some updates have a pena
 SAME = 0.1
 """If the epochs for equal passes and for equal time differ by less than this share, they count as
 equal, and one training serves for both."""
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Student's t (two-sided, 95 %) for 1, 2, ... degrees of freedom.
-
-The mean of three seeds differs from 0 if it is 4.3 standard errors away from 0.
-"""
 NO_MEANING = "CPU: times mean something as ratios within this run alone"
 
 
-PAIRS = {
-    "bf16 and finite differences": [("gradnorm-bf16", "gradnorm"), ("gradnorm-fd", "gradnorm")],
-    "lazy penalties and subsets": [
-        (arm, None) for arm in ("gradnorm-lazy2", "gradnorm-lazy4", "gradnorm-subset")
-    ],
-    "adversarial training": [
-        (None, arm) for arm in ("fgsm_rs", "pgd_at", "trades", "gradnorm+fgsm")
-    ],
-}
+PAIRS = (
+    *(("gradnorm-bf16", None), ("gradnorm-fd", None)),
+    *(("gradnorm-lazy2", None), ("gradnorm-lazy4", None), ("gradnorm-subset", None)),
+    *((None, "fgsm_rs"), (None, "pgd_at"), (None, "trades"), (None, "gradnorm+fgsm")),
+)
 """Pairs of training methods that the second table compares. None means exact gradnorm."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Study:
-    """One comparison of training methods: data set, networks and lengths of training."""
+class Setting:
+    """Data set, networks and lengths of training of one comparison of training methods."""
 
     networks: dict[str, dict[str, Any]]
     """Name of each network in the tables -> options of fastgn.train that define it."""
@@ -135,13 +130,13 @@ class Study:
     """Share of the epochs in which the learning rate warms up."""
 
 
-def digits() -> Study:
+def digits() -> Setting:
     """Returns the comparison on scikit-learn's digits, with a smaller network than the
     quickstart's."""
     base = load_recipe("quickstart_gradnorm")
     base = base.replace_group("architecture", {"initial_checkpoint": None})
     kwargs = [k for k in base.architecture.model_kwargs if not k.startswith("depths")]
-    return Study(
+    return Setting(
         networks={"Swin": {"model_kwargs": [*kwargs, "depths=(1, 1)"]}},
         base=base.replace(
             **{"lr": 4e-3, "smoothing": 0.0, "model_ema_decay": 0.98, "ramp_epochs": 5.0},
@@ -157,7 +152,7 @@ def digits() -> Study:
     )
 
 
-def cifar10() -> Study:
+def cifar10() -> Setting:
     """Returns the comparison on CIFAR-10. Its networks are narrow, so that AutoAttack is fast."""
     base = Config().replace(
         **{"data": "cifar10", "global_batch_size": 512, "lr": 2e-3, "clip_grad": 1.0},
@@ -166,7 +161,7 @@ def cifar10() -> Study:
     # global_batch_size would accumulate batches of 32
     base = base.replace_group("dataset", {"global_batch_size": None, "batch_size": 512})
     swin = ["patch_size=2", "embed_dim=48", "depths=(2, 2, 2)", "num_heads=(2, 4, 8)"]
-    return Study(
+    return Setting(
         networks={
             "PreActResNet-18, GELU, width 16": {
                 **{"model": "preact_resnet18", "activation": "gelu", "model_kwargs": ["width=16"]}
@@ -177,9 +172,7 @@ def cifar10() -> Study:
             },
         },
         base=base,
-        arms=(
-            *("natural", "gradnorm", "gradnorm-bf16", "gradnorm-fd", "edge", "pgd_at", "fgsm_rs"),
-        ),
+        arms=("natural", "gradnorm", "gradnorm-bf16", "gradnorm-fd", "edge", "pgd_at", "fgsm_rs"),
         start={"epochs": 12, "warmup_epochs": 1.0},
         epochs=8,
         eps=4 / 255,
@@ -189,44 +182,25 @@ def cifar10() -> Study:
     )
 
 
-STUDIES = {"digits": digits, "cifar10": cifar10}
+SETTINGS = {"digits": digits, "cifar10": cifar10}
 
 
-def smoke(study: Study) -> Study:
+def smoke(setting: Setting) -> Setting:
     """Returns a comparison of toy size, which only shows that the whole program runs."""
-    name, network = next(iter(study.networks.items()))
+    name, network = next(iter(setting.networks.items()))
     small = {"width=16": "width=4", "embed_dim=16": "embed_dim=8"}
     kwargs = [small.get(k, k) for k in network["model_kwargs"]]
     return dataclasses.replace(
-        study,
+        setting,
         networks={name: network | {"model_kwargs": kwargs}},
-        base=study.base.replace(eval_images=16),
+        base=setting.base.replace(eval_images=16),
         start={"epochs": 1, "warmup_epochs": 0.0},
         epochs=2,
-        eval_eps=study.eval_eps[:1],
+        eval_eps=setting.eval_eps[:1],
         images=2,
         pgd_images=16,
         attack="apgd-ce",
     )
-
-
-def known_arms(names: Sequence[str] | None, study: Study, base: Config) -> tuple[str, ...]:
-    """Returns the named training methods, or if None all of the study that the device supports.
-
-    Raises UserError if a name is unknown or a named method is not supported.
-    """
-    known = []
-    for name in study.arms if names is None else dict.fromkeys(names):
-        check(name in ARMS, f"--methods {name!r}: {nearest(name, ARMS)}")
-        try:
-            base.replace(**ARMS[name])
-        except UserError as error:
-            if names is not None:
-                raise UserError(f"--methods {name}: {error}") from None
-            print(f"left out: {name}: {error}")
-            continue
-        known.append(name)
-    return tuple(known)
 
 
 def reference_of(arms: Sequence[str], precision: str) -> str:
@@ -238,23 +212,23 @@ def reference_of(arms: Sequence[str], precision: str) -> str:
     return next(name for name in [*names, *arms] if name in arms)
 
 
-def arm_config(study: Study, network: str, arm: str, precision: str) -> Config:
+def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Config:
     """Returns the configuration of a training, except for its number of epochs and its seed.
 
     arm: name of the training method.
     """
-    values = {"precision": precision, "eps": study.eps, "attack_eps": study.eps}
-    return study.base.replace(
-        **values | study.networks[network] | ARMS[arm] | {"eval_eps": study.eps}
+    values = {"precision": precision, "eps": setting.eps, "attack_eps": setting.eps}
+    return setting.base.replace(
+        **values | setting.networks[network] | ARMS[arm] | {"eval_eps": setting.eps}
     )
 
 
-def for_epochs(cfg: Config, study: Study, epochs: int) -> Config:
+def for_epochs(cfg: Config, setting: Setting, epochs: int) -> Config:
     """Returns the configuration with another number of epochs. It evaluates about six times."""
     return cfg.replace(
         epochs=epochs,
-        warmup_epochs=study.warmup_share * epochs,
-        ramp_epochs=study.ramp_share * epochs,
+        warmup_epochs=setting.warmup_share * epochs,
+        ramp_epochs=setting.ramp_share * epochs,
         eval_interval=max(1, epochs // 6),
     )
 
@@ -278,7 +252,7 @@ def epochs_for(reference: int, cost: float, reference_cost: float) -> int:
 
 
 def budgets_of(
-    study: Study, units: Mapping[str, float], seconds: Mapping[str, float], reference: str
+    setting: Setting, units: Mapping[str, float], seconds: Mapping[str, float], reference: str
 ) -> dict[str, dict[str, int]]:
     """Returns the number of epochs at equal passes and at equal time for each training method.
 
@@ -287,15 +261,12 @@ def budgets_of(
     """
     out = {}
     for arm in units:
-        passes = epochs_for(study.epochs, units[arm], units[reference])
-        times = epochs_for(study.epochs, seconds[arm], seconds[reference])
+        passes = epochs_for(setting.epochs, units[arm], units[reference])
+        times = epochs_for(setting.epochs, seconds[arm], seconds[reference])
         if abs(times - passes) <= SAME * passes:
             times = passes
         out[arm] = {"passes": passes, "time": times}
     return out
-
-
-# ------------------------------------------------------------------------------------------ clock
 
 
 def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[str, Any]:
@@ -328,23 +299,6 @@ def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[st
     return {name: [s / SEVERAL for s in t.rounds] for name, t in timings.items()}
 
 
-def timings(
-    configs: Mapping[str, Config], work: Path, rounds: int, threads: int
-) -> dict[str, list[float]]:
-    """Returns the result of `measure`, or that of an earlier call with the same configurations.
-
-    Other times would give other numbers of epochs, and finished trainings would be made again.
-    """
-    what = {name: digest(cfg.flat()) for name, cfg in configs.items()}
-    path = work / f"timings_{digest(what)}.json"
-    if not path.exists():
-        write_json(path, measure(configs, rounds, threads))
-    return json.loads(path.read_text())
-
-
-# ----------------------------------------------------------------------------------------- record
-
-
 def image_list(work: Path, seed: int, count: int, total: int) -> Path:
     """Writes a file that names `count` of `total` images, evenly spaced. Returns its path.
 
@@ -360,64 +314,18 @@ def image_list(work: Path, seed: int, count: int, total: int) -> Path:
 
 
 def evaluations_of(
-    study: Study, budgets: Sequence[str], images: Path
+    setting: Setting, budgets: Sequence[str], images: Path
 ) -> tuple[tuple[str, ...], ...]:
     """Returns the command-line flags of each evaluation. PGD-20 comes first, because it is fastest.
 
     budgets: "passes", "time" or both, for which the training is made. images: file that lists
     images.
     """
-    all_eps, pgd = map(repr, study.eval_eps), "pgd-20"
-    chosen = study.eval_eps if "passes" in budgets else study.eval_eps[:1]
-    quick = ("--attacks", "clean", pgd, "--eps", *all_eps, "--num-images", str(study.pgd_images))
-    auto = ("--attacks", study.attack, "--image-list", str(images), "--eps")
+    all_eps, pgd = map(repr, setting.eval_eps), "pgd-20"
+    chosen = setting.eval_eps if "passes" in budgets else setting.eval_eps[:1]
+    quick = ("--attacks", "clean", pgd, "--eps", *all_eps, "--num-images", str(setting.pgd_images))
+    auto = ("--attacks", setting.attack, "--image-list", str(images), "--eps")
     return (quick, *((*auto, repr(eps)) for eps in chosen))
-
-
-def summary_or_none(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Returns mean and spread of the values that are not None, or None if all are None."""
-    known = [v for v in values if v is not None]
-    return summary(known) if known else None
-
-
-def accuracy(row: Mapping[str, Any], attack: str, eps: float) -> list[float] | None:
-    """Returns the accuracy of each seed under an attack, or None if it was not measured for a seed.
-
-    row: results of one training method in the JSON record.
-    """
-    found = []
-    for seed in row["seeds"]:
-        same = [r for r in seed["accuracy"] if (r["attack"], r["eps"]) == (attack, eps)]
-        if not same:
-            return None
-        found.append(same[0]["accuracy"])
-    return found or None
-
-
-def difference(
-    rows: Sequence[Row], pair: tuple[str, str], budget: str, attack: str, eps: float
-) -> str:
-    """Returns the mean difference in accuracy of two training methods over the same seeds, in
-    points.
-
-    A star marks a difference that Student's t finds significant at 95 %.
-
-    rows: results of the JSON record. budget: "passes" or "time", which both methods have in equal
-    amounts.
-    """
-    found = []
-    for name in pair:
-        same = [r for r in rows if r["arm"] == name and budget in r["budgets"]]
-        found.append(accuracy(same[0], attack, eps) if same else None)
-    if found[0] is None or found[1] is None or len(found[0]) != len(found[1]):
-        return ""
-    points = [100 * (a - b) for a, b in zip(*found, strict=True)]
-    mean, n = statistics.fmean(points), len(points)
-    if n == 1:
-        return f"{mean:+.1f}"
-    std = statistics.stdev(points)
-    t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 2.0
-    return f"{mean:+.1f} ± {std:.1f}{' *' if abs(mean) > t * std / math.sqrt(n) else ''}"
 
 
 def compare(record: Record) -> Iterator[dict[str, str]]:
@@ -428,26 +336,22 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
     eps, reference = record["eps"], record["reference"]
     attacks = {"clean": ("clean", 0.0), f"AutoAttack {eps:.4g}": ("autoattack", eps)}
     attacks[f"PGD-20 {eps:.4g}"] = ("pgd-20", eps)
+    rows = {(r["network"], r["arm"], budget): r for r in record["rows"] for budget in r["budgets"]}
     for network in record["networks"]:
-        rows = [r for r in record["rows"] if r["network"] == network]
-        costs = {r["arm"]: r for r in rows}
-        for pair in (pair for pairs in PAIRS.values() for pair in pairs):
-            one, other = (name or reference for name in pair)
-            for budget in ("passes", "time"):
-                cells = {
-                    name: difference(rows, (one, other), budget, *attack)
-                    for name, attack in attacks.items()
+        for pair, budget in itertools.product(PAIRS, ("passes", "time")):
+            names = [name or reference for name in pair]
+            one, other = (rows.get((network, name, budget)) for name in names)
+            if one is None or other is None or one is other:
+                continue
+            found = {name: paired_difference(one, other, *a) for name, a in attacks.items()}
+            if any(found.values()):
+                cells = {name: str(value or "") for name, value in found.items()}
+                yield {
+                    **{"network": network, "arm": names[0], "against": names[1], "equal": budget},
+                    **cells,
+                    "time per update": f"{one['seconds_over'] / other['seconds_over']:.2f}",
+                    "operations": f"{one['units'] / other['units']:.2f}",
                 }
-                if one != other and any(cells.values()):
-                    ratios = (
-                        f"{costs[one][key] / costs[other][key]:.2f}"
-                        for key in ("seconds_over", "units")
-                    )
-                    yield {
-                        **{"network": network, "arm": one, "against": other, "equal": budget},
-                        **cells,
-                        **dict(zip(("time per update", "operations"), ratios, strict=True)),
-                    }
 
 
 def radius_of(cfg: Config) -> float | None:
@@ -543,174 +447,102 @@ def summary_table(record: Record) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------- the program
+def choose_arms(names: Sequence[str] | None, setting: Setting) -> tuple[str, ...]:
+    """Returns the named training methods without repetitions, or if None all of the setting.
 
-
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of this program's command line."""
-    parser = trials.make_parser(__doc__)
-    add = parser.add_argument
-    add("--data", choices=STUDIES, default="digits")
-    add("--methods", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}; default: the data's")
-    add("--networks", nargs="+", type=int, metavar="N", help="first, second, ... of the data's")
-    seeds = 1 if torch.cuda.is_available() else 3
-    add("--seeds", type=positive_int, default=seeds, help="number of seeds, from 0")
-    add("--epochs", type=positive_int, help="epochs of gradnorm; the others' follow from it")
-    add("--images", type=positive_int, help="number of images that AutoAttack attacks")
-    add("--rounds", type=positive_int, default=15, help="rounds of the clock")
-    return parser
-
-
-def choose_study(args: argparse.Namespace) -> Study:
-    """Returns the comparison (data set, networks, lengths) that the command line asks for."""
-    study = STUDIES[args.data]()
-    study = smoke(study) if args.smoke else study
-    names = list(study.networks)
-    for number in args.networks or ():
-        check(1 <= number <= len(names), f"--networks {number}: there are {len(names)}")
-    chosen = {n for i, n in enumerate(names, 1) if i in (args.networks or [i])}
-    return dataclasses.replace(
-        study,
-        networks={name: study.networks[name] for name in names if name in chosen},
-        epochs=args.epochs or study.epochs,
-        images=args.images or study.images,
-        base=study.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {}),
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """One training that is to be made: network, training method and number of epochs."""
-
-    network: str
-    arm: str
-    epochs: int
-    budgets: list[str]
-    """Comparisons that the training belongs to: "passes" (equal passes), "time" (equal time) or
-    both."""
-    trial: Trial
-
-
-def plan_trials(
-    study: Study, arms: Sequence[str], reference: str, args: argparse.Namespace, work: Path
-) -> tuple[list[Planned], dict[tuple[str, str], dict[str, Any]]]:
-    """Returns all trainings to make, and the cost of an update for each network and method.
-
-    Times updates to find these costs. arms: names of the training methods. reference: name of the
-    method whose number of epochs is given. work: folder that holds the trainings.
+    Raises UserError if a name is unknown.
     """
-    precision = trials.device_precision()
-    total = len(load_dataset(study.base.dataset).val)
-    lists = [image_list(work, seed, study.images, total) for seed in range(args.seeds)]
-    plan, costs = [], {}
-    for network in study.networks:
-        configs = {arm: arm_config(study, network, arm, precision) for arm in arms}
-        plain = arm_config(study, network, "natural", precision)
-        seconds = timings(configs, work, args.rounds, args.processes if args.processes > 1 else 1)
-        units = {arm: units_of(cfg) for arm, cfg in configs.items()}
-        least = {arm: min(s) for arm, s in seconds.items()}
-        budgets = budgets_of(study, {a: u[1] for a, u in units.items()}, least, reference)
-        against = "natural" if "natural" in arms else reference
-        for arm in arms:
-            costs[network, arm] = {
-                "passes": units[arm][0],
-                "units": units[arm][1],
-                "seconds_over": least[arm] / least[against],
+    for name in names or ():
+        check(name in ARMS, f"--methods {name!r}: {nearest(name, ARMS)}")
+    return tuple(dict.fromkeys(names or setting.arms))
+
+
+def arms_of(
+    network: str,
+    configs: Mapping[str, Config],
+    seconds: Mapping[str, Sequence[float]],
+    setting: Setting,
+    reference: str,
+    lists: Sequence[Path],
+) -> Iterator[Arm]:
+    """Yields each training method of a network, once or twice, with its number of epochs.
+
+    configs: configuration of each method. seconds: its seconds per update in each round. reference:
+    name of the method whose number of epochs is given. lists: files with the images of each seed.
+    """
+    costs = {arm: units_of(cfg) for arm, cfg in configs.items()}
+    units, least = {a: c[1] for a, c in costs.items()}, {a: min(s) for a, s in seconds.items()}
+    against = least["natural" if "natural" in least else reference]
+    plain = arm_config(setting, network, "natural", device_precision())
+    plain = plain.replace(**setting.start, eval_interval=setting.start["epochs"])
+    number = list(setting.networks).index(network) + 1
+    for arm, budgets in budgets_of(setting, units, least, reference).items():
+        for epochs in dict.fromkeys(budgets.values()):
+            kept = [budget for budget, e in budgets.items() if e == epochs]
+            head = {
+                **{"network": network, "arm": arm, "budgets": kept, "epochs": epochs},
+                **{"passes": costs[arm][0], "units": units[arm]},
+                "seconds_over": least[arm] / against,
                 "radius": radius_of(configs[arm]),
+                "total_units": epochs * units[arm],
+                "total_time_over": epochs * least[arm] / against,
             }
             if torch.cuda.is_available():
-                costs[network, arm]["seconds_an_update"] = summary(seconds[arm])
-        for seed in range(args.seeds):
-            values = study.start | {"seed": seed, "eval_interval": study.start["epochs"]}
-            start = Trial(f"start_s{seed}", plain.replace(**values))
-            for arm in arms:
-                for epochs in dict.fromkeys(budgets[arm].values()):
-                    kept = [b for b, e in budgets[arm].items() if e == epochs]
-                    cfg = for_epochs(configs[arm], study, epochs).replace(seed=seed)
-                    flags = evaluations_of(study, kept, lists[seed])
-                    trial = Trial(f"{arm}_s{seed}_e{epochs}", cfg, flags, start)
-                    plan.append(Planned(network, arm, epochs, kept, trial))
-    return plan, costs
+                head["seconds_an_update"] = summary(seconds[arm])
+            cfg = for_epochs(configs[arm], setting, epochs)
+            yield Arm(
+                head,
+                [
+                    Trial(
+                        f"{arm}_n{number}_s{seed}_e{epochs}",
+                        cfg.replace(seed=seed),
+                        evaluations_of(setting, kept, images),
+                        Trial(f"start_n{number}_s{seed}", plain.replace(seed=seed)),
+                    )
+                    for seed, images in enumerate(lists)
+                ],
+            )
 
 
-def rows_of(
-    plan: Sequence[Planned], costs: Mapping[tuple[str, str], Mapping[str, Any]], work: Path
-) -> list[dict[str, Any]]:
-    """Returns the results of all finished trainings for the JSON record, one dict per method.
+def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
+    """Returns the study that the command line asks for. Times updates unless `before` has times.
 
-    costs: cost of an update for each network and training method. work: folder of the trainings.
+    Other times would give other numbers of epochs, and finished trainings would be made again.
+    work: folder that holds the trainings. before: record of an earlier call.
     """
-    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for one in plan:
-        head = {"network": one.network, "arm": one.arm, "budgets": one.budgets}
-        row = rows.setdefault(
-            (one.network, one.arm, one.epochs),
-            {
-                **head,
-                "epochs": one.epochs,
-                **costs[one.network, one.arm],
-                "seeds": [],
-                "failed": [],
-            },
-        )
-        seed, found = {"seed": one.trial.cfg.run.seed}, trials.result(one.trial, work)
-        if found and found["failed"]:
-            row["failed"].append(seed | {"why": found["failed"]})
-        elif found and found["accuracy"]:
-            if not torch.cuda.is_available():
-                del found["seconds"]
-            row["seeds"].append(seed | found)
-    for row in rows.values():
-        row["accuracy"] = statistics_of(row["seeds"])
-        row["total_units"] = row["epochs"] * row["units"]
-        row["total_time_over"] = row["epochs"] * row["seconds_over"]
-        for key in ("seconds", "joules"):
-            if value := summary_or_none([s.get(key) for s in row["seeds"]]):
-                row[key] = value
-    return [row for row in rows.values() if row["seeds"] or row["failed"]]
-
-
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Makes the trainings that are missing, and writes the JSON record after each."""
-    deadline, gpu = time.time() + 60 * args.minutes, torch.cuda.is_available()
-    study, precision = choose_study(args), trials.device_precision()
-    arms = known_arms(args.methods, study, study.base)
-    reference = reference_of(arms, precision)
-    free = {"data_dir", "minutes", "processes", "work", "data"}
-    free |= {"seeds"} if args.seeds >= parser.get_default("seeds") else set()
-    file = f"robustness_{args.data}_{'cuda' if gpu else 'cpu'}.json"
-    output, work = output_for(file, parser, args, free), trials.work_folder(args, "robustness")
+    gpu, setting = torch.cuda.is_available(), SETTINGS[args.data]()
+    setting = smoke(setting) if args.smoke else setting
+    if args.data_dir:
+        setting = dataclasses.replace(setting, base=setting.base.replace(data_dir=args.data_dir))
+    names, precision = choose_arms(args.methods, setting), device_precision()
+    reference = reference_of(names, precision)
     print("" if gpu else NO_MEANING)
-    plan, costs = plan_trials(study, arms, reference, args, work)
-    every = [one.trial for one in plan]
-    finished = trials.run_with_starts(every, work, processes=args.processes, deadline=deadline)
-    record: dict[str, Any] = {
-        "script": "benchmarks/evidence/robustness.py",
-        "file": output.name,
-        "data": args.data,
-        "device": device_name(),
+    total = len(load_dataset(setting.base.dataset).val)
+    lists = [image_list(work, seed, setting.images, total) for seed in range(args.seeds)]
+    timings, arms = {}, []
+    for network in setting.networks:
+        configs = {arm: arm_config(setting, network, arm, precision) for arm in names}
+        key = digest([digests_of(cfg) for cfg in configs.values()])
+        timings[key] = before.get("timings", {}).get(key)
+        if timings[key] is None:
+            timings[key] = measure(configs, args.rounds, args.processes)
+        arms += arms_of(network, configs, timings[key], setting, reference, lists)
+    head = {
         "meaningful_times": gpu,
-        "precision": precision,
-        "networks": list(study.networks),
-        "architectures": study.networks,
+        "networks": list(setting.networks),
+        "architectures": setting.networks,
         "reference": reference,
-        "reference_epochs": study.epochs,
-        "start": study.start,
-        "eps": study.eps,
-        "eval_eps": sorted(study.eval_eps),
-        "images": {"autoattack, each seed its own": study.images, "pgd-20": study.pgd_images},
-        "seeds": args.seeds,
-        "arms": {arm: ARMS[arm] for arm in arms},
+        "reference_epochs": setting.epochs,
+        "start": setting.start,
+        "eps": setting.eps,
+        "eval_eps": sorted(setting.eval_eps),
+        "images": {"autoattack, each seed its own": setting.images, "pgd-20": setting.pgd_images},
+        "arms": {arm: ARMS[arm] for arm in names},
         "time": "an update's, the least of all arms' interleaved rounds (other work adds to it): "
         f"{args.rounds} of {SEVERAL} updates" + ("" if gpu else f"; {NO_MEANING}"),
-        **environment(),
-        "rows": rows_of(plan, costs, work),
-        "complete": finished,
+        "timings": timings,
     }
-    written = write_record(output, record)
-    left = sum(trials.missing(t, work) for t in every)
-    print(f"{len(every) - left} of {len(every)} trainings finished -> {written}")
-    return trials.exit_status(record["rows"], finished, len(every))
+    return Study(arms, head)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -718,9 +550,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The status is 2 for a user's mistake, 1 if every training failed, and else 0.
     """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    return trials.run_alone("robustness", args, lambda: run(parser, args))
+    seeds = 1 if torch.cuda.is_available() else 3
+    parser = make_parser(__doc__, data=tuple(SETTINGS), seeds=seeds)
+    add = parser.add_argument
+    add("--methods", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}; default: the data's")
+    add("--rounds", type=positive_int, default=15, help="rounds of the clock")
+    return run_program("robustness", parser, argv, plan)
 
 
 if __name__ == "__main__":

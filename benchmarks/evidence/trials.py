@@ -1,15 +1,14 @@
 """Trainings with their evaluations, each of which is made once.
 
-A trial lies in a folder whose name follows from all that it depends on. So a finished trial is
-found again, and an interrupted one goes on. fastgn.train and fastgn.evaluate do the work.
+A trial lies in a folder whose name follows from all that its weights depend on. So a finished trial
+is found again, and an interrupted one goes on. fastgn.train and fastgn.evaluate do the work.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gc
-import hashlib
 import json
 import multiprocessing
 import os
@@ -22,18 +21,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import ROOT, positive_float, positive_int
 from benchmarks.common.energy import Meter, NoMeterError
-from benchmarks.common.timing import summary
+from benchmarks.evidence.digests import digest, digests_of
 from fastgn import evaluate, train
 from fastgn.config import Config
 from fastgn.files import write_bytes, write_json
-from fastgn.lock import lock_folder
 from fastgn.metrics import read_rows
-
-LOCAL = ("output", "initial_checkpoint", "resume")
-"""Options of fastgn.train that say where files lie. They do not change the weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +42,36 @@ class Trial:
     start: "Trial | None" = None
 
     @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return self.cfg.run.seed
+
+    @functools.cached_property
+    def weights_made_by(self) -> dict[str, str]:
+        """Digests of the network, the objective and the training that make the weights."""
+        found = digests_of(self.cfg)
+        start = self.start.weights_made_by if self.start else None
+        return found | {"training": digest([found["training"], start])}
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """Digests of the network, objective, training and evaluation that make the results."""
+        flags = [portable(flags) for flags in self.evaluations]
+        return self.weights_made_by | {"evaluation": digest(flags)}
+
+    @property
     def key(self) -> str:
-        """Name of the training's folder, made from its name and from all options that change its
+        """Name of the training's folder, made from its name and from all that changes its
         weights."""
-        values = {k: v for k, v in self.cfg.flat().items() if k not in LOCAL}
-        content = [values, self.start.key if self.start else None]
-        return f"{self.name}_{digest(content)}"
+        return f"{self.name}_{digest(self.weights_made_by)}"
 
 
-def digest(content: Any) -> str:
-    """Returns ten characters that identify some content, which must fit into JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+def portable(flags: Sequence[str]) -> list[str]:
+    """Returns the flags of an evaluation without the folders in them.
+
+    The name of a list of images says all of its content.
+    """
+    return [Path(f).name if f.endswith(".txt") else f for f in flags]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -70,14 +82,12 @@ class Failed(Exception):  # noqa: N818 - the other trials go on
     """A training or evaluation failed. The message is one line."""
 
 
-def evaluation_file(trial: Trial, folder: Path, flags: Sequence[str]) -> Path:
+def evaluation_file(folder: Path, flags: Sequence[str]) -> Path:
     """Returns the path of an evaluation's results.
 
     folder: output folder of the training. flags: the evaluation's command-line flags.
     """
-    # the name of a list of images says all of its content
-    content = [Path(f).name if f.endswith(".txt") else f for f in flags]
-    return folder / f"evaluation_{digest(content)}.json"
+    return folder / f"evaluation_{digest(portable(flags))}.json"
 
 
 def missing(trial: Trial, work: Path) -> bool:
@@ -87,7 +97,7 @@ def missing(trial: Trial, work: Path) -> bool:
     """
     folder = work / trial.key
     files = [folder / "model.safetensors"]
-    files += [evaluation_file(trial, folder, flags) for flags in trial.evaluations]
+    files += [evaluation_file(folder, flags) for flags in trial.evaluations]
     return not (folder / "failed.json").exists() and not all(f.exists() for f in files)
 
 
@@ -106,7 +116,7 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
                 if not (folder / "model.safetensors").exists():
                     run_training(trial, work, folder)
                 for flags in trial.evaluations:
-                    run_evaluation(trial, folder, flags)
+                    run_evaluation(folder, flags)
     except KeyboardInterrupt:
         raise Stopped from None
     except (Failed, RuntimeError) as error:  # the same call would fail again
@@ -149,12 +159,12 @@ def run_training(trial: Trial, work: Path, folder: Path) -> None:
         raise Failed(last_line(folder / "log.txt"))
 
 
-def run_evaluation(trial: Trial, folder: Path, flags: Sequence[str]) -> None:
+def run_evaluation(folder: Path, flags: Sequence[str]) -> None:
     """Evaluates a trained model, unless that is done already.
 
     flags: flags of fastgn.evaluate. Raises Stopped if the time is over, and Failed if it fails.
     """
-    output = evaluation_file(trial, folder, flags)
+    output = evaluation_file(folder, flags)
     if output.exists():
         return
     code = evaluate.main(["--checkpoint", str(folder), "--output", str(output), *flags])
@@ -189,187 +199,107 @@ def until(deadline: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all programs which train several networks share."""
-    processes = 1 if torch.cuda.is_available() else 2
-    parser = arguments.make_parser(description)
-    add = parser.add_argument
-    add("--data-dir", help="CIFAR-10, as fastgn.train --data-dir takes it")
-    add(
-        "--minutes", type=positive_float, default=1e6,
-        help="stop after so many minutes; the same command continues",
-    )  # fmt: skip
-    add("--processes", type=positive_int, default=processes, help="trainings at a time")
-    add("--work", type=Path, help="folder that keeps finished trainings; default: below runs/")
-    add("--smoke", action="store_true", help="use toy sizes and APGD-CE alone")
-    return parser
-
-
-def work_folder(args: argparse.Namespace, script: str) -> Path:
-    """Returns the folder in which a program keeps its trainings.
-
-    script: name of the program.
-    """
-    name = f"{script}_{args.data}{'_smoke' if args.smoke else ''}"
-    return (args.work or ROOT / "runs" / name).absolute()
-
-
-def device_precision() -> str:
-    """Returns bf16 if the GPU supports it, else fp32."""
-    modern = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    return "bf16" if modern else "fp32"
-
-
-def one_thread() -> None:
-    """Limits PyTorch to one thread."""
-    torch.set_num_threads(1)
-
-
-def run_alone(script: str, args: argparse.Namespace, run: Callable[[], int]) -> int:
-    """Calls `run` while no other process works in the program's folder, and returns its exit
-    status.
-
-    Returns 2 after a user's mistake, and also if another process works in that folder.
-
-    script: name of the program.
-    """
-    work = work_folder(args, script)
-
-    def locked() -> int:
-        with lock_folder(work, f"--work {work}"):
-            return run()
-
-    return arguments.exit_status(f"{script}.py", locked)
-
-
-def run_with_starts(
-    trials: Sequence[Trial], work: Path, *, processes: int, deadline: float
+def run_all(
+    trials: Sequence[Trial],
+    work: Path,
+    *,
+    processes: int,
+    deadline: float,
+    save: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Makes trainings, and first the trainings from whose weights they start.
+    """Makes the missing parts of trainings, and first the trainings from whose weights they start.
 
     Returns False if the time was over. One process makes each start right before the first training
     that needs it, so that some results are complete if it stops early. Several processes make all
     starts first.
 
     work: folder that holds all trainings. deadline: latest time, in seconds as time.time() gives.
+    save: function that is called after each training.
     """
-    options: dict[str, Any] = {"processes": processes, "deadline": deadline}
+    stages = [[t.start for t in trials if t.start is not None], trials]
     if processes == 1:
-        order = [t for trial in trials for t in (trial.start, trial) if t is not None]
-        return run_all(order, work, **options)
-    starts = [trial.start for trial in trials if trial.start is not None]
-    return run_all(starts, work, **options) and run_all(trials, work, **options)
-
-
-def run_all(trials: Sequence[Trial], work: Path, *, processes: int, deadline: float) -> bool:
-    """Makes the missing parts of all trainings, `processes` at a time.
-
-    Returns False if the time was over. deadline: latest time, in seconds as time.time() gives.
-    """
-    left = [t for t in {t.key: t for t in trials}.values() if missing(t, work)]
-    stopped = False
-    with tqdm(total=len(left), unit="trial", disable=None) as bar:
-
-        def done(trial: Trial, failure: str | None) -> None:
-            bar.update()
-            print(f"{trial.name}: {f'failed: {failure}' if failure else brief(trial, work)}")
-
-        if processes == 1:
-            for trial in left:
-                try:
-                    done(trial, run_trial(trial, work, deadline))
-                except Stopped:
-                    return False
-            return True
-        os.environ["OMP_NUM_THREADS"] = "1"  # as in `make train`
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(
-            processes, mp_context=context, initializer=one_thread
-        ) as pool:
-            futures = {pool.submit(run_trial, t, work, deadline): t for t in left}
+        stages = [[t for trial in trials for t in (trial.start, trial) if t is not None]]
+    for stage in stages:
+        left = [t for t in {t.key: t for t in stage}.values() if missing(t, work)]
+        with tqdm(total=len(left), unit="trial", disable=None) as bar:
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    try:
-                        done(futures[future], future.result())
-                    except (Stopped, concurrent.futures.CancelledError):
-                        stopped = True
-                        pool.shutdown(wait=False, cancel_futures=True)
-            except KeyboardInterrupt:  # the workers were interrupted, too
-                pool.shutdown(wait=True, cancel_futures=True)
+                for trial, failure in outcomes(left, work, processes, deadline):
+                    bar.update()
+                    outcome = f"failed: {failure}" if failure else brief(trial, work)
+                    print(f"{trial.name}: {outcome}")
+                    save()
+            except Stopped:
                 return False
-    return not stopped
+    return True
 
 
-def exit_status(rows: Sequence[Mapping[str, Any]], finished: bool, number: int) -> int:
-    """Prints the failures in the results, and returns 1 if all `number` trainings failed, else 0.
+def outcomes(
+    trials: Sequence[Trial], work: Path, processes: int, deadline: float
+) -> Iterator[tuple[Trial, str | None]]:
+    """Makes trainings, `processes` at a time, and yields each one and its failure when it has
+    ended.
 
-    rows: results of the JSON record. finished: whether the program came to its end in time.
+    Raises Stopped if the time is over.
     """
-    failed = [(row, failure) for row in rows for failure in row["failed"]]
-    for row, failure in failed:
-        name = row.get("arm") or row["activation"]
-        print(f"FAILED: {name}, seed {failure['seed']}: {failure['why']}")
-    if not finished:
-        print("stopped: run the same command again to continue")
-    return int(bool(number) and len(failed) == number)
-
-
-def statistics_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns mean and spread of the accuracy over seeds.
-
-    results: one dict per seed. Only pairs of attack and eps that all seeds have are returned.
-    """
-    out = []
-    for first in results[0]["accuracy"] if results else []:
-        key = first["attack"], first["eps"], first["images"]
-        values = [
-            row["accuracy"]
-            for r in results
-            for row in r["accuracy"]
-            if (row["attack"], row["eps"], row["images"]) == key
-        ]
-        if len(values) == len(results):
-            row = dict(zip(("attack", "eps", "images"), key, strict=True))
-            out.append(row | {"accuracy": summary(values)})
-    return out
+    if processes == 1:
+        for trial in trials:
+            yield trial, run_trial(trial, work, deadline)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # as in `make train`
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        futures = {pool.submit(run_trial, t, work, deadline): t for t in trials}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield futures[future], future.result()
+        except (KeyboardInterrupt, Stopped):  # the workers were interrupted, too
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise Stopped from None
 
 
 def result(trial: Trial, work: Path) -> dict[str, Any] | None:
-    """Returns the results of a training and its finished evaluations, for the JSON record.
+    """Returns the results of a training and of its evaluations, for the JSON record.
 
-    Returns None if the training is not finished. If it failed, the key "failed" holds the message.
+    Returns None if one of them is not finished. If the training failed, the key "failed" holds the
+    message. On a CPU, "seconds" is None, because other programs on the machine change it.
     """
+    if missing(trial, work):
+        return None
     folder = work / trial.key
     if (folder / "failed.json").exists():
         return json.loads((folder / "failed.json").read_text())
-    if not (folder / "model.safetensors").exists():
-        return None
     rows = read_rows(folder / "metrics.csv")
     there = folder / "cost.json"
-    cost = json.loads(there.read_text()) if there.exists() else []  # absent after a kill
-    measured = bool(cost) and all("joules" in part for part in cost)
-    out: dict[str, Any] = {
+    cost = json.loads(there.read_text()) if there.exists() else [{}]  # absent after a kill
+    models = [
+        model
+        for flags in trial.evaluations
+        for model in json.loads(evaluation_file(folder, flags).read_text())["models"]
+    ]
+    return {
         "failed": None,
-        "seconds": sum(part["seconds"] for part in cost) if cost else None,
-        "joules": sum(part["joules"] for part in cost) if measured else None,
+        "seconds": total(cost, "seconds") if torch.cuda.is_available() else None,
+        "joules": total(cost, "joules"),
         "history": [
             {"epoch": r["epoch"], "clean": r["clean_accuracy"], "pgd10": r["pgd10_accuracy"]}
             for r in rows
             if "clean_accuracy" in r
         ],
         "final": {k: rows_mean(rows, k) for k in ("loss", "ce", "penalty", "grad_l1")},
-        "accuracy": [],
+        "accuracy": [
+            {k: row[k] for k in ("attack", "eps", "accuracy")} | {"images": model["images"]}
+            for model in models
+            for row in model["results"]
+            if row["attack"] != "worst case"
+        ],
     }
-    for flags in trial.evaluations:
-        path = evaluation_file(trial, folder, flags)
-        if path.exists():
-            (model,) = json.loads(path.read_text())["models"]
-            out["accuracy"] += [
-                {k: row[k] for k in ("attack", "eps", "accuracy")} | {"images": model["images"]}
-                for row in model["results"]
-                if row["attack"] != "worst case"
-            ]
-    return out
+
+
+def total(parts: Sequence[Mapping[str, float]], key: str) -> float | None:
+    """Returns the sum of a cost over all parts of a training, None if a part does not have it."""
+    return sum(part[key] for part in parts) if all(key in part for part in parts) else None
 
 
 def rows_mean(rows: Sequence[Mapping[str, float]], key: str) -> float | None:

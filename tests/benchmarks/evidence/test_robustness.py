@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import robustness, trials
-from fastgn.errors import UserError
+from benchmarks.evidence import digests, robustness, study, trials
 from fastgn.objectives import METHODS
 
 ROOT = Path(__file__).parents[3]
 
-STUDY = robustness.digits()
+SETTING = robustness.digits()
 
 
 def run(folder: Path, *more: str) -> int:
@@ -36,11 +35,11 @@ def test_budgets_are_those_counted_by_hand() -> None:
     on, and those within 5 % share a training."""
     arms = ("gradnorm", "natural", "pgd_at", "gradnorm-lazy4")
     units = {
-        a: robustness.units_of(robustness.arm_config(STUDY, "Swin", a, "fp32"))[1] for a in arms
+        a: robustness.units_of(robustness.arm_config(SETTING, "Swin", a, "fp32"))[1] for a in arms
     }
     assert units == {"gradnorm": 6, "natural": 3, "pgd_at": 9, "gradnorm-lazy4": 3.75}
     seconds = {"gradnorm": 2.0, "natural": 1.02, "pgd_at": 2.0, "gradnorm-lazy4": 1.0}
-    assert robustness.budgets_of(STUDY, units, seconds, "gradnorm") == {
+    assert robustness.budgets_of(SETTING, units, seconds, "gradnorm") == {
         "gradnorm": {"passes": 15, "time": 15},
         "natural": {"passes": 30, "time": 30},  # 29.4 in time
         "pgd_at": {"passes": 10, "time": 15},
@@ -50,33 +49,19 @@ def test_budgets_are_those_counted_by_hand() -> None:
 
 
 def test_each_arm_is_a_line_that_config_accepts() -> None:
-    there = {n for n, fields in robustness.ARMS.items() if fields["method"] in METHODS}
-    known = robustness.known_arms(None, STUDY, STUDY.base)
-    assert set(known) == there >= {"natural", "gradnorm", "pgd_at", "fgsm_rs"}
-    for arm in known:
-        cfg = robustness.for_epochs(robustness.arm_config(STUDY, "Swin", arm, "fp32"), STUDY, 1)
-        objective = cfg.objective
+    arms = robustness.choose_arms(None, SETTING)
+    assert set(arms) == set(robustness.ARMS) >= {"natural", "gradnorm", "pgd_at", "fgsm_rs"}
+    for arm in arms:
+        cfg = robustness.arm_config(SETTING, "Swin", arm, "fp32")
+        objective = robustness.for_epochs(cfg, SETTING, 1).objective
+        assert objective.method in METHODS
         assert objective.gradnorm.eps == objective.attack.attack_eps == cfg.eval_eps == 0.025
 
 
-@pytest.mark.parametrize(
-    ("more", "line"),
-    [
-        (("--methods", "gradnrom"), "--methods 'gradnrom': did you mean 'gradnorm'?"),
-        (("--networks", "2"), "--networks 2: there are 1"),
-    ],
-)
-def test_a_mistake_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture, more: tuple[str, ...], line: str
-) -> None:
-    assert run(tmp_path, *more) == 2
-    assert line in capsys.readouterr().err and not (tmp_path / "out.json").exists()
-
-
-def test_an_arm_that_config_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(robustness.ARMS, "new", {"method": "newer"})
-    with pytest.raises(UserError, match="--methods new: method = 'newer'"):
-        robustness.known_arms(["new"], STUDY, STUDY.base)
+def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(tmp_path, "--methods", "gradnrom") == 2
+    assert "--methods 'gradnrom': did you mean 'gradnorm'?" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_record_holds_every_arm_with_accuracy_cost_and_history(done: Path) -> None:
@@ -104,6 +89,35 @@ def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(trials.evaluate, "main", never)
     assert run(done, "--methods", "natural", "gradnorm") == 0
     assert json.loads((done / "out.json").read_text())["rows"] == before
+
+
+def test_another_machine_goes_on_with_the_record(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the record and no trainings. It makes the missing cells and keeps the others as they
+    are, unless the code of their objective has changed."""
+    record = json.loads((done / "out.json").read_text())
+    lost = record["rows"].pop()
+    (tmp_path / "out.json").write_text(json.dumps(record | {"complete": False}))
+    methods = ("--methods", "natural", "gradnorm")
+
+    with monkeypatch.context() as patch:
+        changed = {"natural": ["1"], "gradnorm": ["2"]}
+        patch.setattr(digests, "objective_code", changed.get)
+        assert run(tmp_path, *methods) == 2
+    said = capsys.readouterr().err
+    assert "is of another objective and training: remove the file" in said
+    assert json.loads((tmp_path / "out.json").read_text())["rows"] == record["rows"]
+
+    made = []
+    train = trials.train.main
+    monkeypatch.setattr(trials.train, "main", lambda flags: made.append(flags) or train(flags))
+    assert run(tmp_path, *methods) == 0
+    again = json.loads((tmp_path / "out.json").read_text())
+    assert again["complete"] and again["timings"] == record["timings"]
+    assert again["rows"][:-1] == record["rows"]
+    assert again["rows"][-1]["arm"] == lost["arm"] and len(again["rows"][-1]["seeds"]) == 1
+    assert len(made) == 2  # the start, and the missing one
 
 
 def test_when_the_time_is_over_it_stops_and_later_goes_on(tmp_path: Path) -> None:
@@ -148,7 +162,7 @@ def test_two_starts_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_training_interrupted_by_the_deadline_has_saved(tmp_path: Path) -> None:
-    cfg = STUDY.base.replace(epochs=500, warmup_epochs=0.0, eval_images=0)
+    cfg = SETTING.base.replace(epochs=500, warmup_epochs=0.0, eval_images=0)
     trial = trials.Trial("long", cfg)
     with pytest.raises(trials.Stopped):
         trials.run_trial(trial, tmp_path, trials.time.time() + 2)
@@ -158,7 +172,7 @@ def test_a_training_interrupted_by_the_deadline_has_saved(tmp_path: Path) -> Non
 
 
 def test_a_trial_that_fails_is_recorded_and_not_tried_again(tmp_path: Path) -> None:
-    trial = trials.Trial("bad", STUDY.base.replace(model="swin_x"))
+    trial = trials.Trial("bad", SETTING.base.replace(model="swin_x"))
     failure = trials.run_trial(trial, tmp_path, float("inf"))
     assert failure is not None and "swin_x" in failure
     assert not trials.missing(trial, tmp_path)
@@ -168,7 +182,7 @@ def test_a_trial_that_fails_is_recorded_and_not_tried_again(tmp_path: Path) -> N
 def test_what_the_compiler_raises_is_one_arms_end_and_a_full_disk_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial = trials.Trial("odd", STUDY.base)
+    trial = trials.Trial("odd", SETTING.base)
 
     def raises(error: Exception):
         def train(*_):
@@ -186,7 +200,7 @@ def test_what_the_compiler_raises_is_one_arms_end_and_a_full_disk_is_not(
 
 
 def test_a_cost_that_a_kill_has_lost_is_none(tmp_path: Path) -> None:
-    trial = trials.Trial("cut", STUDY.base)
+    trial = trials.Trial("cut", SETTING.base)
     folder = tmp_path / trial.key
     folder.mkdir()
     (folder / "model.safetensors").touch()
@@ -222,7 +236,7 @@ def fake_record() -> dict:
         shared = {"network": "Net", "epochs": 3, "passes": 5, "units": 6.0, "seconds_over": 2.0}
         return shared | {
             **{"arm": arm, "budgets": budgets, "radius": None, "seeds": seeds, "failed": []},
-            "accuracy": trials.statistics_of(seeds),
+            "accuracy": study.statistics_of(seeds),
         }
 
     record = {
@@ -255,17 +269,21 @@ def test_arms_are_compared_on_the_same_seeds() -> None:
 
 def test_three_seeds_show_less_than_two_standard_errors_suggest() -> None:
     """Differences of 2, 4 and 9 points: mean 5, standard error 2.08, t 2.40 of the 4.30 needed."""
-    rows = [
+    a, b = (
         {
-            **{"arm": arm, "budgets": ["time"]},
             "seeds": [
-                {"accuracy": [{"attack": "clean", "eps": 0.0, "accuracy": value}]}
-                for value in values
-            ],
+                {"seed": seed, "accuracy": [{"attack": "clean", "eps": 0.0, "accuracy": value}]}
+                for seed, value in enumerate(values)
+            ]
         }
-        for arm, values in {"a": [0.52, 0.54, 0.59], "b": [0.5] * 3}.items()
-    ]
-    assert robustness.difference(rows, ("a", "b"), "time", "clean", 0.0) == "+5.0 ± 3.6"
+        for values in ([0.52, 0.54, 0.59], [0.5] * 3)
+    )
+    found = study.paired_difference(a, b, "clean", 0.0)
+    assert str(found) == "+5.0 ± 3.6"
+    assert found.half_width == pytest.approx(8.957, abs=1e-3) and not found.significant
+    assert study.paired_difference(a, b, "pgd-20", 0.1) is None
+    b["seeds"] = b["seeds"][2:]
+    assert str(study.paired_difference(a, b, "clean", 0.0)) == "+9.0"  # of the one seed of both
 
 
 def test_the_table_is_made_from_the_record() -> None:

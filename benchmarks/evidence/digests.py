@@ -1,0 +1,83 @@
+"""Digests of all that the results of a training depend on.
+
+A record keeps them for each result. So a program on another machine knows whether it would have got
+the same result, and never puts results of different code or options into one table.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import inspect
+import json
+from types import ModuleType
+from typing import Any
+
+from fastgn import attacks
+from fastgn.config import FIELDS, Config
+from fastgn.models import preact_resnet
+from fastgn.objectives import base
+
+LOCAL = ("output", "initial_checkpoint", "resume", "data_dir")
+"""Options of fastgn.train that say where files lie. They do not change the weights."""
+
+
+def digest(content: Any) -> str:
+    """Returns ten characters that identify some content, which must fit into JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def digests_of(cfg: Config) -> dict[str, str]:
+    """Returns digests of the network, of the objective and of everything else in a training.
+
+    They cover the options, and the code of the objective and of fastgn's own network.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in cfg.flat().items():
+        if key not in LOCAL:
+            groups.setdefault(FIELDS[key], {})[key] = value
+    own = [dataclasses.asdict(options) for options in cfg.objective.own_options]
+    rest = {name: g for name, g in groups.items() if name.split(".")[0] not in NAMED}
+    return {
+        "network": digest([groups["architecture"], code_of(preact_resnet)]),
+        "objective": digest([groups["objective"], own, objective_code(cfg.objective.method)]),
+        "training": digest(rest),
+    }
+
+
+NAMED = ("architecture", "objective")
+"""Groups of options that have a digest of their own."""
+
+
+def objective_code(method: str) -> list[str]:
+    """Returns the code that computes the loss and the attack of a training method.
+
+    method: value of --method.
+    """
+    folder, found = "fastgn.objectives.methods", {base, attacks}
+    left = [importlib.import_module(f"{folder}.{method.replace('+', '_')}")]
+    while left:
+        module = left.pop()
+        found.add(module)
+        used = [value for value in vars(module).values() if inspect.ismodule(value)]
+        left += [value for value in used if value.__name__.startswith(folder)]
+    return [code_of(module) for module in sorted(found, key=lambda m: m.__name__)]
+
+
+@functools.cache
+def code_of(module: ModuleType) -> str:
+    """Returns the source of a module without comments, docstrings and messages."""
+    return ast.unparse(Essence().visit(ast.parse(inspect.getsource(module))))
+
+
+class Essence(ast.NodeTransformer):
+    """Removes the parts of a module that do not change what it computes."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:  # noqa: N802 - ast's name
+        """Removes a docstring."""
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:  # noqa: N802 - ast's name
+        """Empties a message. Versions of Python write its code differently."""
+        return ast.Constant("")
