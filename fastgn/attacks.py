@@ -236,7 +236,7 @@ def fgsm(
 ) -> Tensor:
     """Returns images after one step of length eps from the original (Goodfellow et al. 2015).
 
-    The step is signed for Linf.
+    For Linf, every pixel moves by eps in the direction of the gradient's sign.
     """
     grad_BCHW = input_gradient(model, images_BCHW, targets, loss).images_BCHW
     return attack_step(images_BCHW, images_BCHW, grad_BCHW, eps, eps, norm)
@@ -293,7 +293,7 @@ def collect_autoattack_warnings() -> Iterator[list[str]]:
     """Yields a list to which the warnings that AutoAttack logs inside the block are added, each
     once.
 
-    This works however the logger is configured.
+    The warnings are collected even if the configuration of the logger would suppress them.
     """
     lines: list[str] = []
 

@@ -1,7 +1,7 @@
 """Checks of the sanity report that attack the images.
 
-Each check compares two attacks of which one should not be weaker than the other. If it is weaker,
-the gradients that it follows may be hidden, which is called masking.
+Most checks compare two attacks, one of which should be at least as strong as the other. If it is
+weaker, the model may hide the gradients that this attack follows, which is called masking.
 """
 
 import re
@@ -22,8 +22,8 @@ AUTOATTACK_WARNINGS: dict[str, tuple[str, Verdict]] = {
     "AutoAttack: probabilities": ("probability distribution", "fail"),
     "AutoAttack: dynamic": ("dynamic defense", "warn"),
 }
-"""Name of a check, words of pyautoattack's warning, and the verdict if that warning came. Warnings
-of zero gradients are not here because their number counts."""
+"""Name of a check -> words by which a warning of pyautoattack is known, and the verdict if it came.
+Warnings of zero gradients are not here, because their verdict depends on a number."""
 
 GAP_RULE = "Warn above max(1 point, 1 image). Fail above max(5 points, 2 images)."
 
@@ -40,7 +40,8 @@ def judge_gap(images: int, total: int) -> Verdict:
 
 def check_larger_eps(target: Target) -> Check:
     """Checks that the accuracy falls to 0 as eps grows."""
-    # at the largest radius every image can become every other: the cube's side or its diagonal
+    # With this eps an attack can turn any image into any other, so no image should resist it. It
+    # is the side (Linf) or the diagonal (L2) of the cube that contains all images.
     largest = 1.0 if target.norm == "Linf" else target.images_RCHW[0].numel() ** 0.5
     radii, counts = [target.eps], [int(target.resist_pgd(20).sum())]
     while counts[-1] and radii[-1] < largest:
@@ -51,7 +52,7 @@ def check_larger_eps(target: Target) -> Check:
     rise = max([0, *(b - a for a, b in zip(counts, counts[1:], strict=False))])
     verdict: Verdict = "pass"
     if exceeds(left, total, 1):
-        # a model can still guess the class of an image that the attack has made grey
+        # if all images become grey, a model is still right by chance, so this only warns
         verdict = "fail" if left * target.classes > total else "warn"
     if exceeds(rise, total, 1):
         verdict = "fail"
@@ -177,8 +178,9 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
     part = target.take_first(apgd_images)
     if not part.images:
         return [Check(name, "warn", "APGD was not run: apgd_images is 0.", {"apgd_images": 0})]
-    # DLR comes first because AutoAttack looks for zero gradients only there. With three classes
-    # DLR is constant for an image whose label comes last, so the warning would mean nothing.
+    # AutoAttack looks for zero gradients only with its DLR loss (difference of logits ratio), so
+    # that comes first, when all images are left. With three classes DLR is constant for an image
+    # whose label has the lowest logit, so the warning would mean nothing.
     has_dlr = target.classes >= 4
     with attacks.collect_autoattack_warnings() as lines:
         apgd_R = part.resist_autoattack(["apgd-dlr", "apgd-ce"] if has_dlr else ["apgd-ce"])
@@ -199,8 +201,8 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
 def report_autoattack_warnings(lines: Sequence[str], images: int, has_dlr: bool) -> list[Check]:
     """Returns a check for each kind of warning that AutoAttack can give.
 
-    lines: the warnings that it gave. has_dlr: whether the DLR loss was used, which has its own
-    warning.
+    lines: the warnings that it gave. images: number of attacked images. has_dlr: whether its DLR
+    loss was used, because only then it warns of zero gradients.
     """
     checks = []
     other = list(dict.fromkeys(lines))
@@ -238,7 +240,7 @@ def report_autoattack_warnings(lines: Sequence[str], images: int, has_dlr: bool)
 
 
 def check_precision(target: Target) -> Check:
-    """Checks that the model in bf16 and in fp32 agrees on the attacked images."""
+    """Checks that the model predicts the same classes in bf16 as in fp32 for attacked images."""
     attacked: Tensor = target.attacked
     disagree = 0
     counts = {"fp32": 0, "bf16": 0}

@@ -40,7 +40,7 @@ class Attacker:
     """Whether the gradients of FGSM and PGD come from the compiled model. Whether an attack has
     succeeded is always decided by the eager model."""
     compiled: dict[nn.Module, Any] = dataclasses.field(default_factory=dict, repr=False)
-    """Model -> its compiled version."""
+    """Model -> its compiled version, which later batches use again."""
 
     def attack(
         self,
@@ -53,8 +53,8 @@ class Attacker:
     ) -> Tensor:
         """Returns the attacked images.
 
-        ids: index of each image in its split. The noise that an attack draws for an image depends
-        on it. name: an attack as --attacks names it.
+        ids: index of each image in its split, which determines the noise that an attack draws for
+        the image. name: name of the attack as in --attacks.
         """
         if name in AUTOATTACK or name in AUTOATTACK_PARTS:
             return attacks.autoattack(
@@ -96,7 +96,11 @@ class Attacker:
     def draw_starts(
         self, ids: Sequence[int], shape: Sequence[int], eps: float, restarts: int
     ) -> Iterator[Tensor]:
-        """Yields one start of PGD per restart: noise in the eps ball, to be added to the images."""
+        """Yields one start of PGD per restart, which is noise in the eps ball.
+
+        PGD adds it to the images. ids: index of each image in its split, which determines the
+        image's noise. shape: shape of one image.
+        """
         for restart in range(restarts):
             seeds = [derive_seed(Stream.EVALUATION, self.seed, index, restart) for index in ids]
             yield attacks.draw_uniform_noise(seeds, shape, eps, self.norm).to(self.device)
@@ -140,7 +144,7 @@ class Attacker:
         added = (attacked - images_BCHW).flatten(1)
         distances = added.abs().amax(1) if self.norm == "Linf" else added.norm(dim=1)
         farthest = float(distances.max())
-        if not farthest <= eps * 1.001 + 1e-6:  # also if it is not a number
+        if not farthest <= eps * 1.001 + 1e-6:  # written with `not` so that NaN is refused, too
             raise UserError(
                 f"{name} has moved an image by {farthest:g} although eps is {eps:g}: the model's "
                 "gradients may not be finite"

@@ -1,4 +1,4 @@
-"""Shared parts of all figures: text drawn as it is written, and readable logarithmic axes."""
+"""Functions that all figures share, such as for drawing any text and for logarithmic axes."""
 
 import io
 import math
@@ -19,8 +19,8 @@ from fastgn.errors import escape
 def to_png(figure: Figure, dpi: int = 110) -> bytes:
     """Returns a figure as a PNG.
 
-    All texts are drawn as they are written, because names of runs and classes may hold any
-    character and `$` would begin a formula.
+    All texts are drawn exactly as they are written. Names of runs and classes may contain `$`,
+    which would begin a formula in matplotlib.
     """
     FigureCanvasAgg(figure)
     for text in figure.findobj(Text):
@@ -32,13 +32,13 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     with plain, warnings.catch_warnings():
         # a character that the font lacks, such as an emoji, is drawn as a box
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        # by its first bytes fastgn knows a figure that it may replace
+        # this entry in the first bytes shows fastgn that it made the figure and may overwrite it
         figure.savefig(out, format="png", dpi=dpi, metadata={"Software": "fastgn"})
     return out.getvalue()
 
 
 def shorten(name: str, limit: int = 40) -> str:
-    """Returns a name on one line of at most `limit` characters, its middle left out if longer.
+    """Returns a name on one line, without its middle part if it is longer than `limit` characters.
 
     A leading underscore gets a space before it, because matplotlib leaves labels that begin with
     an underscore out of legends.
@@ -54,7 +54,7 @@ def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> N
     """Makes one axis logarithmic over the values, with plain numbers at ticks that do not overlap.
 
     The limits are at least a factor of 10 apart, so that values which hardly differ look as if
-    they hardly differ. Values that are not above 0 or not finite have no place on the axis.
+    they hardly differ. Values that are not above 0 or not finite cannot be drawn and are ignored.
     """
     shown = [v for v in values if 0 < v < math.inf] or [1.0]
     middle = math.sqrt(min(shown)) * math.sqrt(max(shown))

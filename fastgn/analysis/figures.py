@@ -190,8 +190,8 @@ def draw_robust_curve(
 def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
     """Draws a histogram per model of the L1 norms of its input gradients, and their median.
 
-    norms: each model's name and one norm per image, in 0..1 pixel units. A norm of 0, which belongs
-    to a loss that is 0 in fp32, has no place on a logarithmic axis, so the legend counts them.
+    norms: each model's name and one norm per image, in 0..1 pixel units. A norm is 0 if the loss is
+    0 in fp32. It cannot be drawn on a logarithmic axis, so the legend says how many norms are 0.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -224,7 +224,7 @@ def draw_norm_against_epoch(rows: Mapping[str, Sequence[tuple[float, float]]]) -
     """Draws the mean L1 norm of the input gradient during training, with a line per run.
 
     rows: each run's name and its pairs of epoch and norm. The axis of the norms is logarithmic, so
-    a norm of 0 has no place on it.
+    a norm of 0 is not drawn.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

@@ -19,7 +19,7 @@ from fastgn.errors import check
 Verdict = Literal["pass", "warn", "fail"]
 
 FEW_IMAGES = 100
-"""Number of images below which one image is more than one point of accuracy."""
+"""With fewer images, a single image changes the accuracy by more than one percentage point."""
 VANISHED_L1 = 1e-12
 """L1 norm of an image's gradient below which the gradient counts as vanished."""
 REPEATS = 5
@@ -67,12 +67,12 @@ class Outputs:
     not_finite: int
     """Number of outputs, over all passes, that are not finite."""
     are_probabilities: bool
-    """Whether each row is non-negative and sums to 1."""
+    """Whether the outputs for each image are non-negative and sum to 1."""
     spread: float
-    """Largest distance of a row from the row of the first pass, relative to that row's norm. 0 if
-    some outputs are not finite."""
+    """Largest L2 distance between an image's outputs in a later pass and in the first pass, divided
+    by the norm of the latter. 0 if some outputs are not finite."""
     changed_classes: int
-    """Number of images whose predicted class differs between passes."""
+    """Number of images whose predicted class is not the same in all forward passes."""
 
 
 @torch.no_grad()
@@ -81,9 +81,11 @@ def measure_outputs(model: nn.Module, images_BCHW: Tensor, passes: int) -> Outpu
     outputs = torch.stack([model(images_BCHW).double() for _ in range(passes)])
     first = outputs[0]
     not_finite = int((~outputs.isfinite()).sum())
-    # 1e-4, because a softmax in half precision misses a sum of 1 by more than one in fp32 does
+    # the tolerance is 1e-4 because the outputs of a softmax in half precision do not sum to 1
+    # exactly
     are_probabilities = bool((first >= 0).all() and ((first.sum(1) - 1).abs() < 1e-4).all())
-    # relative to the norm, as in pyautoattack: kernels with atomics differ in the last bits
+    # distances relative to the norm, as in pyautoattack, because kernels that add with atomics
+    # give results that differ in the last bits
     distances = (outputs - first).norm(dim=2) / first.norm(dim=1).clamp_min(1e-10)
     changed = int((outputs.argmax(2) != first.argmax(1)).any(0).sum())
     spread = float(distances.amax()) if not not_finite else 0.0
@@ -119,8 +121,8 @@ def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list
     """Returns a line for each reason to doubt the accuracies of a model, judged by one batch.
 
     Raises UserError if the accuracies would mean nothing: if the model is in training mode, if it
-    returns probabilities instead of logits, if its logits differ from pass to pass, or if its
-    logits or gradients are not finite.
+    returns probabilities instead of logits, if its logits differ between two forward passes, or if
+    its logits or gradients are not finite.
     """
     check(not count_training_modules(model), "the model is in training mode: call eval() first")
     outputs = measure_outputs(model, images_BCHW, passes=2)
@@ -203,7 +205,7 @@ def report_mode(training_modules: int) -> Check:
 
 
 def report_outputs(outputs: Outputs) -> list[Check]:
-    """Returns the checks that a network's outputs are logits and do not change from pass to
+    """Returns the checks that a network's outputs are logits, and are the same in every forward
     pass."""
     first, broken = outputs.first_BK, outputs.not_finite
     probabilities = " Every row is non-negative and sums to 1, so they are probabilities."
@@ -241,7 +243,10 @@ def report_clean_accuracy(correct_B: Tensor, classes: int) -> Check:
 
 
 def report_gradients(norms_B: Tensor | None) -> Check:
-    """Returns the check that the gradients of the images have not vanished."""
+    """Returns the check that the gradients of the images have not vanished.
+
+    norms_B: result of `measure_gradients`.
+    """
     name = "gradients reach the images"
     if norms_B is None:
         return Check(
@@ -250,7 +255,7 @@ def report_gradients(norms_B: Tensor | None) -> Check:
             "The outputs are cut off from the images (detach, no_grad), so no attack was run.",
             {"vanished_share": None},
         )
-    # written so that a gradient that is not a number counts as vanished
+    # written with `~` so that a norm that is NaN counts as vanished
     vanished, images = int((~(norms_B >= VANISHED_L1)).sum()), len(norms_B)
     verdict: Verdict = "fail" if exceeds(vanished, images, 1) else "warn" if vanished else "pass"
     return Check(

@@ -202,8 +202,9 @@ def make_rows(
 ) -> list[dict[str, Any]]:
     """Returns a dict for each attack and eps, from the outcomes of all batches and ranks.
 
-    Dicts for the worst case follow, one for each eps with more than one attack. todo: name and eps
-    of each attack. images: number of images.
+    If an eps has several attacks, a dict for the worst case follows. There an image counts as
+    correct only if it is correct under all attacks with this eps. todo: name and eps of each
+    attack. images: number of images.
     """
     rows = []
     for index, (name, eps) in enumerate(todo):

@@ -18,18 +18,19 @@ from fastgn.files import read_json, write_json
 class Parts:
     """A hidden folder with the results of an unfinished evaluation, one JSON file per result.
 
-    A result belongs to one attack on one batch, or to one analysis. A tuple of values, its key,
-    names it. The folder lies beside the output, and is removed when the evaluation ends.
+    A result belongs to one attack on one batch, or to one analysis. It is found by its key, which
+    is a tuple of values. The folder lies beside the output, and is removed when the evaluation
+    ends.
     """
 
     KEPT_S = 7 * 86400
-    """Seconds without a new part after which an evaluation counts as abandoned."""
+    """Seconds without a new result after which an evaluation counts as abandoned."""
 
     def __init__(self, output: Path, inputs: Any):
         """Chooses the folder, whose name contains a hash of `inputs`.
 
-        inputs: everything that the results depend on, as JSON. Results with other inputs have
-        another folder and are therefore never mixed in.
+        inputs: everything that the results depend on, ready for JSON. Results for other inputs are
+        in another folder, so they are never mixed with these.
         """
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = output.with_name(f".{output.stem}.{digest}.parts")

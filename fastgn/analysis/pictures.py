@@ -33,7 +33,8 @@ def write_pictures(
 ) -> None:
     """Writes the files that --curve, --picture and --report ask for.
 
-    A file that cannot be made is left out, and a line says so. record: content of evaluation.json.
+    If a file cannot be made, it is left out and a line is printed. record: content of
+    evaluation.json.
     """
     entries = record["models"]
 

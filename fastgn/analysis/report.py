@@ -108,7 +108,7 @@ class SanityGroup:
     counts: str
     """The number of checks with each verdict, as text."""
     checks: Sequence[Record]
-    """Checks with verdict, name and detail."""
+    """One dict per check, with its verdict, name and detail."""
 
 
 def html_report(record: Record, pictures: Mapping[str, bytes], *, title: str) -> str:
@@ -167,7 +167,10 @@ def list_facts(record: Record, models: Sequence[Record]) -> list[tuple[str, str]
 
 
 def list_links(models: Sequence[Record]) -> list[tuple[str, str]]:
-    """Returns (section of the report, text of the link) for what should be read first."""
+    """Returns (section of the report, text of a link to it) for failed checks and warnings.
+
+    The page begins with these links, because a reader should see them first.
+    """
     failed = sum(c["verdict"] == "fail" for m in models for c in m.get("sanity") or ())
     warned = sum(len(m.get("warnings") or ()) for m in models)
     links = []
@@ -191,7 +194,7 @@ def tabulate_accuracies(models: Sequence[Record]) -> Table:
             if result["attack"] == "worst case":
                 worst.add(key)
         columns.append(column)
-    # The worst case sums up, so it stands below the attacks that only a later model has met.
+    # rows of the worst case come last, even after attacks that only a later model has
     keys = sorted(
         remove_duplicates(key for c in columns for key in c), key=lambda key: key in worst
     )
@@ -295,15 +298,15 @@ def name_norm(record: Record) -> str:
 
 
 def label(key: str) -> str:
-    """Returns the words for a key: those in LABELS, otherwise the key spelled out, as mean L1 for
-    mean_l1."""
+    """Returns the words for a key, which are those in LABELS if it is there. Otherwise the key is
+    spelled out, such as mean L1 for mean_l1."""
     upper = {"l1": "L1", "l2": "L2", "linf": "L∞", "cpu": "CPU"}
     spelled = " ".join(upper.get(word, word) for word in key.replace("_", " ").split())
     return LABELS.get(key, spelled)
 
 
 def join_counted(item: Any) -> str:
-    """Returns a value as text; equal entries of a list are counted, as in 8 × NVIDIA H100."""
+    """Returns a value as text. Equal entries of a list are counted, as in 8 × NVIDIA H100."""
     if not isinstance(item, (list, tuple)):
         return str(item)
     counts = Counter(map(str, item)).items()

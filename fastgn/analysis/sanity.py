@@ -2,7 +2,8 @@
 
 The checks are those of Carlini et al. 2019 (arXiv 1902.06705), "On evaluating adversarial
 robustness". Training with a penalty on the gradient's norm lowers the very gradient that
-cross-entropy attacks follow, so a model that merely hides its gradient must not pass for robust.
+attacks on the cross-entropy follow. A model that merely hides its gradient must not be taken for a
+robust one.
 No check proves robustness, but a failed check disproves the evaluation.
 
 Shapes: B images, C channels, H x W pixels, K classes. Images lie in 0..1, eps is in the same units.
@@ -44,12 +45,13 @@ def make_sanity_report(
 ) -> list[Check]:
     """Returns the checks of Carlini et al. 2019 (arXiv 1902.06705, section 5).
 
-    A gap between two attacks counts if it is above max(1 point, 1 image). The severe gaps fail
-    above max(5 points, 2 images).
+    Most checks compare the accuracies under two attacks. A difference of at most max(1 percentage
+    point, 1 image) is accepted, and some checks only warn up to max(5 points, 2 images).
 
     A start of PGD depends only on the seed, the image's index and the number of the restart. So
     batch_size does not change the result, except by rounding and by AutoAttack's own draws. Images
-    that are misclassified without an attack are not attacked, and count as lost in every accuracy.
+    that are misclassified without an attack are not attacked, and count as misclassified under
+    every attack.
 
     model: returns fp32 logits (B, K). It is attacked in evaluation mode, and modules that were in
         training mode are put back into it.
@@ -118,7 +120,8 @@ def check_inputs(images_BCHW: Tensor, labels_B: Tensor, eps: float, batch_size: 
 
 
 def list_attack_stages(target: Target, square_images: int, apgd_images: int) -> dict[str, Compute]:
-    """Returns the name of each part of the report with attacks, and what computes its checks."""
+    """Returns the name of each part of the report that needs attacks -> function that computes its
+    checks."""
     stages: dict[str, Compute] = {
         "radii": lambda: [attack_checks.check_larger_eps(target)],
         "iterations": lambda: [attack_checks.check_more_steps(target)],
@@ -156,7 +159,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def format_checks(checks: Sequence[Check], title: str) -> str:
-    """Returns the report as plain text: a title, the number of each verdict, a line per check."""
+    """Returns the report as plain text, with a title, the number of checks with each verdict, and a
+    line per check."""
     count = {v: sum(c.verdict == v for c in checks) for v in ("fail", "warn", "pass")}
     width = max((len(c.name) for c in checks), default=0)
     return "\n".join(

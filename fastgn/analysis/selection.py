@@ -1,4 +1,4 @@
-"""The validation images of an evaluation: which data set, which of its images, their names."""
+"""Chooses the data set and the validation images of an evaluation, and names the images."""
 
 import copy
 import dataclasses
@@ -18,7 +18,8 @@ from fastgn.trained import Trained
 
 
 def choose_dataset(training: Config, cfg: EvaluateConfig) -> DatasetConfig:
-    """Returns the data set options of a training, replaced by those that the command line gives."""
+    """Returns the data set options of a training run, except those that the evaluation's command
+    line replaces."""
     given = {k: getattr(cfg, k) for k in ("data", "data_dir", "val_split")}
     return dataclasses.replace(
         training.dataset, **{k: v for k, v in given.items() if v is not None}
@@ -80,10 +81,10 @@ def find_listed_images(name: str, split: Arrays | Encoded) -> list[int]:
 
 
 def index_path_ends(split: Arrays | Encoded) -> dict[str, list[int]]:
-    """Returns the indices of the images whose path ends with a text, for each possible text.
+    """Returns each possible end of a path -> indices of the images whose path ends like this.
 
-    The texts are whole parts of the path: c/d.png and d.png for /b/c/d.png. Images in arrays have
-    no path.
+    An end consists of whole parts of the path, such as c/d.png and d.png for /b/c/d.png. Images in
+    arrays have no path.
     """
     indices: dict[str, list[int]] = {}
     if not isinstance(split, Arrays):

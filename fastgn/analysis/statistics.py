@@ -26,7 +26,8 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """Quantiles of the L1 norms that are reported, in per cent."""
 
 PGD_START, UNIFORM = 0, 1
-"""Purposes of random noise. The number of a purpose is a part of the noise's seed."""
+"""What random noise is used for. This number is a part of the noise's seed, so that each use gets
+other noise."""
 
 
 def gradient_statistics(
@@ -93,10 +94,13 @@ def measure_batch(
 ) -> dict[str, Tensor]:
     """Returns what the statistics need to know about each image, with B entries per key.
 
-    clean: whether the image is classified correctly. l1 and signed: sums of |g| and g in each
-    channel (B, C). edges: correlation of |g| with the edges. For each of the points uniform and
-    pgd10: *_correct, whether it is classified correctly; *_rise, |change of the loss|; *_error,
-    the error of the linear prediction of that change.
+    g is the gradient of the image's cross-entropy with respect to its pixels. clean: whether the
+    image is classified correctly. l1 and signed: sums of |g| and g in each channel (B, C). edges:
+    correlation of |g| with the image's edges.
+
+    The other keys are about two points near the image, which are uniform (random noise is added)
+    and pgd10 (PGD-10 is run). *_correct: whether the point is classified correctly. *_rise: the
+    absolute change of the loss. *_error: the absolute error if g predicts this change.
     """
     grad_BCHW = attacks.input_gradient(model, images_BCHW, labels_B, cross_entropy).images_BCHW
     clean_B, loss_B = classify(model, images_BCHW, labels_B)
@@ -156,8 +160,8 @@ def summarise(values: dict[str, Tensor]) -> dict[str, Any]:
 def edge_correlation(images_BCHW: Tensor, grad_BCHW: Tensor) -> list[float | None]:
     """Returns for each image how strongly its input gradient follows its edges, in -1..1.
 
-    This is Pearson's correlation over the pixels between edge_energy and the absolute gradient,
-    summed over channels. None means that one of them is constant.
+    This is Pearson's correlation over the pixels between the strength of the edges (edge_energy)
+    and the absolute gradient, summed over channels. None means that one of them is constant.
     """
     return replace_nan(correlate_with_edges(images_BCHW, grad_BCHW).cpu())
 
@@ -165,7 +169,7 @@ def edge_correlation(images_BCHW: Tensor, grad_BCHW: Tensor) -> list[float | Non
 def correlate_with_edges(images_BCHW: Tensor, grad_BCHW: Tensor) -> Tensor:
     """Returns the result of edge_correlation as a tensor (B,), with NaN instead of None."""
     edges = edge_energy(images_BCHW.double()).flatten(1)
-    # a constant image has edges below 1e-9, which are only rounding
+    # a constant image gets edges below 1e-9, which are only rounding errors
     edges = edges * (edges.amax(1, keepdim=True) > 1e-9)
     sizes = grad_BCHW.double().abs().sum(1).flatten(1)
     return (standardise_rows(edges) * standardise_rows(sizes)).sum(1).clamp(-1, 1)
@@ -180,7 +184,7 @@ def standardise_rows(values_BN: Tensor) -> Tensor:
     """Returns the rows with mean 0 and L2 norm 1. A constant row becomes NaN."""
     centred = values_BN - values_BN.mean(1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
-    # a constant row keeps about 1e-16 of itself, because the mean is rounded
+    # about 1e-16 of a constant row remains after centring, because the mean is rounded
     constant = length <= 1e-12 * values_BN.norm(dim=1, keepdim=True)
     return (centred / length).masked_fill(constant, torch.nan)
 
@@ -208,7 +212,10 @@ def pair_with_ids(
 
 
 def draw_noise(images_BCHW: Tensor, ids: Sequence[int], seed: int, use: int) -> Tensor:
-    """Returns uniform noise in -1..1 with the shape, dtype and device of the images."""
+    """Returns uniform noise in -1..1 with the shape, dtype and device of the images.
+
+    use: PGD_START or UNIFORM. It determines the noise, together with the seed and the images' ids.
+    """
     keys = [
         int(np.random.SeedSequence([use, seed, i]).generate_state(1, np.uint64)[0] >> 1)
         for i in ids

@@ -1,4 +1,4 @@
-"""Numbers of an evaluation as text: radii, confidence intervals, and the table on the terminal."""
+"""Turns numbers of an evaluation into text, such as the table of accuracies on the terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ Z = 1.959964
 
 
 def format_radius(eps: float) -> str:
-    """Returns eps as n/255 if n is 0.5 or a whole number up to 64, otherwise as a number."""
+    """Returns eps as n/255 if n is 0.5 or a whole number up to 64, otherwise as a decimal."""
     n = round(eps * 255) or 0.5
     return f"{n:g}/255" if n <= 64 and math.isclose(n, eps * 255, rel_tol=1e-6) else f"{eps:.4g}"
 

@@ -1,4 +1,4 @@
-"""The images of a sanity report that are attacked, and the attacks on them.
+"""The images that a sanity report attacks, and the attacks on them.
 
 Shapes: R images that are classified correctly without an attack, C channels, H x W pixels.
 """
@@ -21,8 +21,9 @@ STEPS = (10, 20, 50, 100)
 class Target:
     """The R images that are classified correctly without an attack.
 
-    The methods attack them and return a bool tensor (R,) on the CPU, which is True for the images
-    that withstand the attack. What is drawn for an image depends only on the seed and its index.
+    Methods named resist_... attack them and return a bool tensor (R,) on the CPU, which is True for
+    the images that withstand the attack. What is drawn for an image depends only on the seed and
+    the image's index.
     """
 
     model: nn.Module
@@ -38,7 +39,7 @@ class Target:
     batch_size: int
     norm: attacks.Norm
     known: dict[int, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
-    """Number of steps -> result of `resist_pgd`, kept because several checks need it."""
+    """Number of steps of PGD -> result of `resist_pgd`, kept because several checks need it."""
 
     @functools.cached_property
     def attacked(self) -> Tensor:
@@ -99,7 +100,7 @@ class Target:
         )
 
     def batches(self) -> Iterator[slice]:
-        """Yields the slice of each batch."""
+        """Yields for each batch the slice of its images."""
         for low in range(0, len(self.labels_R), self.batch_size):
             yield slice(low, low + self.batch_size)
 
@@ -124,7 +125,10 @@ class Target:
         restarts: int = 1,
         eps: float | None = None,
     ) -> Tensor:
-        """Returns the images after PGD. If eps is None, the eps of this object is used."""
+        """Returns the images after PGD with a number of steps and random starts (restarts).
+
+        loss: what PGD increases. If eps is None, the eps of this object is used.
+        """
         radius = self.eps if eps is None else eps
         return torch.cat(
             [

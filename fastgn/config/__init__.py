@@ -1,7 +1,8 @@
 """The configuration of a run: every option of ``python -m fastgn.train``, and recipes.
 
-A recipe is a command line written down, in TOML. Later sources win: field defaults < recipe <
-command line. Nothing here imports torch, so that a mistake is answered at once.
+A recipe is a TOML file with options of the command line. The command line overrides the recipe, and
+the recipe overrides the defaults of the fields. Nothing here imports torch, so that a mistake is
+reported at once.
 """
 
 import dataclasses
@@ -34,9 +35,9 @@ from fastgn.objectives.options import ObjectiveConfig, find_schedule_conflict
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains an image classifier. Example: --recipe quickstart_gradnorm. To see what there is to
-    choose from: --list recipes, models, methods, activations or optimizers, and a pattern such as
-    '*swin*' if you like."""
+    """Trains an image classifier. Example: --recipe quickstart_gradnorm. To see the names that you
+    can choose from, use --list with recipes, models, methods, activations or optimizers. A pattern
+    such as '*swin*' may follow."""
 
     architecture: tyro.conf.OmitArgPrefixes[ArchitectureConfig] = dataclasses.field(
         default_factory=ArchitectureConfig
@@ -88,8 +89,8 @@ class Config:
         return brief_epochs(self.optimizer.epochs) if given is None else given
 
     def replace(self, **values: Any) -> "Config":
-        """Returns a copy with other values for flat keys (those of recipes). Raises UserError for
-        an unknown key, or for a value that does not fit."""
+        """Returns a copy in which some options, named by their keys in recipes, have other values.
+        Raises UserError for an unknown key, or for a value that does not fit."""
         fitting = {}
         for key, value in values.items():
             name = key.replace("-", "_")
@@ -98,30 +99,33 @@ class Config:
         return replace_keys(self, fitting)
 
     def replace_group(self, group: str, values: dict[str, Any]) -> "Config":
-        """Returns a copy with other values for fields of one group, None included."""
+        """Returns a copy with other values, which may be None, for some fields of one group."""
         return dataclasses.replace(
             self, **{group: dataclasses.replace(getattr(self, group), **values)}
         )
 
     def value(self, key: str) -> Any:
-        """Returns the value of a flat key."""
+        """Returns the value of an option. key: its key in recipes."""
         return getattr(operator.attrgetter(FIELDS[key])(self), key)
 
     def flat(self) -> dict[str, Any]:
-        """Returns {key: value} for all groups, without the keys whose value is None."""
+        """Returns {key: value} for the options of all groups, without those that are None."""
         pairs = {key: self.value(key) for key in FIELDS}
         return {key: value for key, value in pairs.items() if value is not None}
 
     def changed(self, other: "Config", group: str) -> list[str]:
-        """Returns 'key: ours, not theirs' for each key of a group, and of the groups in it, whose
-        values differ between two configs."""
+        """Returns 'key: ours, not theirs' for each option whose value differs in the other config.
+
+        Only the options of one group, and of the groups in it, are compared.
+        """
         keys = [key for key, path in FIELDS.items() if path.split(".")[0] == group]
         pairs = ((key, self.value(key), other.value(key)) for key in keys)
         return [f"{key}: {ours!r}, not {theirs!r}" for key, ours, theirs in pairs if ours != theirs]
 
     @staticmethod
     def from_toml(text: str) -> "Config":
-        """Returns the defaults, replaced by the values of a recipe's text. Raises UserError."""
+        """Returns the defaults with the values that the text of a recipe sets. Raises UserError if
+        the text is invalid."""
         return Config().replace(**parse_toml(text))
 
     def to_toml(self) -> str:
@@ -132,8 +136,8 @@ class Config:
 
 
 def replace_keys(options: Any, values: dict[str, Any]) -> Any:
-    """Returns a copy of an options dataclass with other values for some keys, which may belong to
-    the groups in it."""
+    """Returns a copy of an options dataclass with other values for some options, which may belong
+    to groups inside it."""
     changes = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -165,8 +169,11 @@ FIELDS: dict[str, str] = {
 
 
 def coerce(name: str, value: Any) -> Any:
-    """Returns the value of a recipe's key as its field's type. Raises UserError if it does not
-    fit."""
+    """Returns a value from a recipe, converted to the type of the field. Raises UserError if it
+    does not fit.
+
+    name: key in the recipe, which is the name of the field.
+    """
     hint = typing.get_type_hints(GROUPS[FIELDS[name]])[name]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if union else (hint,)
@@ -187,9 +194,10 @@ def coerce(name: str, value: Any) -> Any:
 
 
 def coerce_scalar(name: str, value: Any, kind: type) -> Any:
-    """Returns one value of a recipe as a type. Raises UserError if it does not fit.
+    """Returns a single value from a recipe, converted to type `kind`. Raises UserError if it does
+    not fit.
 
-    name: the recipe's key.
+    name: key in the recipe.
     """
     if (
         issubclass(kind, float)
@@ -206,14 +214,15 @@ def recipe_names() -> list[str]:
     """Returns the names of the recipes that come with the package."""
     files = resources.files("fastgn").joinpath("recipes").iterdir()
     names = [f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")]
-    return sorted(name for name in names if not name.startswith("_"))  # `_` marks a shared part
+    # files that begin with `_` hold options that several recipes share
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def load_recipe(name_or_file: str) -> Config:
-    """Returns the defaults, replaced by the values of a recipe.
+    """Returns the defaults with the values that a recipe sets.
 
-    name_or_file: name of a recipe of the package, or path of a TOML file. Raises UserError if it, a
-    key or a value is unknown.
+    name_or_file: name of a recipe of the package, or path of a TOML file. Raises UserError if there
+    is no such recipe, or if a key or a value in it is invalid.
     """
     if not name_or_file.endswith(".toml"):
         names = recipe_names()
@@ -225,15 +234,15 @@ def load_recipe(name_or_file: str) -> Config:
 
 
 BASES = 8
-"""Largest number of recipes that may be between a recipe and the first one that it extends."""
+"""Largest number of recipes in a chain in which each one extends the next one."""
 
 
 def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Returns a recipe's keys and values, laid over those of the recipe that its `base` names.
+    """Returns a recipe's keys and values, and those that it takes over from its base.
 
-    A base is a recipe of the package, or a file whose path is relative to the file that names it.
-    extended_by: the recipes that led here. Raises UserError if a recipe extends itself, or if it
-    cannot be read.
+    The base is the recipe that the key `base` names. It is a recipe of the package, or a file whose
+    path is relative to the file that names it. extended_by: files of the recipes that extend this
+    one, directly or indirectly. Raises UserError if a recipe extends itself, or cannot be read.
     """
     path, missing = Path(name_or_file), "there is no such file"
     if path.suffix != ".toml":
@@ -260,10 +269,10 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Returns the keys and values of a recipe's text. Raises UserError."""
+    """Returns the keys and values in the text of a recipe. Raises UserError if it is not TOML."""
     try:
         values = tomllib.loads(text)
-        repr(values)  # fails if a number has too many digits for a message that shows it
+        repr(values)  # fails if a number has more digits than Python can print in a message
     except (ValueError, RecursionError) as error:
         raise UserError(f"not TOML: {first_line(error)}") from None
     check("self" not in values, "unknown key 'self'")
@@ -273,8 +282,8 @@ def parse_toml(text: str) -> dict[str, Any]:
 def initial_file(start: str) -> Path:
     """Returns the file of weights that --initial-checkpoint names.
 
-    start: the file itself, or the folder of a finished run. Raises UserError if it does not exist,
-    and names the recipe that makes it if one does.
+    start: the file itself, or the folder of a finished run. Raises UserError if it does not exist.
+    The message then names the recipe that makes it, if there is one.
     """
     path = Path(start)
     unfinished = os.path.isdir(path)
@@ -298,7 +307,7 @@ def initial_file(start: str) -> Path:
 def run_folder(path: Path) -> Path:
     """Returns the folder of a run.
 
-    path: the folder itself, or a file in it or in its checkpoints/.
+    path: the folder itself, a file in it, or a file in its subfolder checkpoints/.
     """
     folder = path if path.is_dir() else path.parent
     return folder.parent if folder.name == "checkpoints" else folder

@@ -76,7 +76,7 @@ def find_flag_value(args: Sequence[str], name: str) -> str | None:
 Parsed = typing.TypeVar("Parsed")
 
 TYPES = tyro.constructors.ConstructorRegistry()
-"""Rules for reading and printing types on the command line in another way than tyro's."""
+"""Rules that replace tyro's own for some types of values on the command line."""
 
 
 @TYPES.primitive_rule
@@ -110,7 +110,7 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
     more: dict[str, Any] = {} if default is None else {"default": default}
     more["config"] = (tyro.conf.PositionalMetavarFromFieldName,)
     helping = {"-h", "--help"} & set(args)
-    if helping:  # `--help | head` ends the program quietly
+    if helping:  # in `--help | head`, end quietly when head closes the pipe
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         with contextlib.redirect_stderr(box), set_columns(None if helping else 10_000):
@@ -123,7 +123,8 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
 
 def check_given_once(kind: type, args: Sequence[str]) -> None:
     """Raises UserError if a flag that takes any number of values is given twice, because tyro would
-    drop the first ones. Of two flags with one value the last counts, as a shell's aliases need."""
+    ignore the first values. A flag with one value may be given twice, and the last value counts, so
+    that a user can override a flag in a shell alias."""
     given = [arg.partition("=")[0].replace("_", "-") for arg in args]
     for name in map(format_flag, find_lists(kind)):
         times = given.count(f"--{name}")
@@ -145,8 +146,10 @@ def check_working_folder() -> None:
 
 @contextlib.contextmanager
 def set_columns(width: int | None) -> Iterator[None]:
-    """Sets the width of the terminal for tyro inside the block. A narrow box would break words in
-    two."""
+    """Sets the width of the terminal, in characters, that tyro sees inside the block.
+
+    In a narrow terminal tyro would break the words of its message in two. None means no change.
+    """
     before = os.environ.get("COLUMNS")
     if width is not None:
         os.environ["COLUMNS"] = str(width)
@@ -160,7 +163,8 @@ def set_columns(width: int | None) -> Iterator[None]:
 
 def translate_refusal(text: str, kind: type) -> str:
     """Returns the first message in tyro's box as one line in fastgn's words."""
-    # if stdout's encoding is not exactly "utf-8", the box has no border and rules of "-"
+    # tyro draws a box of lines around its message; if the encoding of stdout is not exactly
+    # "utf-8", it draws only lines of "-" above and below
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
     line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))

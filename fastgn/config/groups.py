@@ -32,11 +32,11 @@ from fastgn.fields import (
 MEAN = Range(-10, 10)
 STD = Range(1e-3, 1e3)
 CROP = Range(0.05, 1)
-"""The share of an image's side that a centre crop keeps."""
+"""Range of the share of an image's side that a centre crop keeps."""
 UPDATES = Range(1, 2**40)
 LEARNING_RATE = Range(0, 10, above=True)
 OUTER_RATE = Range(0, 10)
-"""A learning rate at the beginning or the end of a run."""
+"""Range of the learning rate at the beginning and at the end of a run."""
 FD_STEP = Range(1e-6, 10, hint="below 1e-6 fp32 rounds the difference away; 1e-3 is good")
 
 
@@ -45,31 +45,34 @@ class ArchitectureConfig(Options):
     """The network."""
 
     model: str = "swin_b"
-    """Any timm model name, or swin_t, swin_s, swin_b, swin_l, resnet50, preact_resnet18 (CIFAR)."""
+    """Name of the network. It is one of timm's names, or swin_t, swin_s, swin_b, swin_l, resnet50,
+    preact_resnet18 (CIFAR)."""
     model_kwargs: tuple[str, ...] = ()
     """Arguments of the model's constructor, each as key=value (timm's --model-kwargs)."""
     pretrained: bool = False
-    """Start from timm's weights, fetched from the hub."""
+    """Start from timm's pretrained weights, which are downloaded from the Hugging Face hub."""
     initial_checkpoint: Annotated[str | None, PATH] = None
-    """Start from a local file (.safetensors, .pt, .pth) or from a finished run's folder."""
+    """Start from the weights in a local file (.safetensors, .pt, .pth) or in the folder of a
+    finished run."""
     adapt_weights: bool = False
-    """Make the initial weights fit: position tables are resized to the image size, and a head for
-    another number of classes is initialised at random."""
+    """Change initial weights that do not fit the network. Position tables are resized to the image
+    size. A classifier head for another number of classes is replaced by a random one."""
     activation: str | None = None
-    """Activation that replaces every other (gelu, silu, relu, ..., or with a number
-    leaky_relu:0.3, elu:1, softplus:10). None means the model's own."""
+    """Activation that replaces all activations of the network, such as gelu, silu or relu, or with
+    a number leaky_relu:0.3, elu:1 or softplus:10. None means the model's own activations."""
     img_size: Annotated[int | None, Range(1, 4096)] = None
-    """Side of the square input in pixels. None means the model's own."""
+    """Side of the square input in pixels. None means the model's own size."""
     num_classes: Annotated[int | None, Range(2, 1_000_000)] = None
-    """Number of classes, which must be that of the data. None means that of the data."""
+    """Number of classes. It must be the number in the data, which is also what None means."""
     drop: Annotated[float, RATE] = 0.0
-    """Dropout rate of the head."""
+    """Dropout rate of the classifier head."""
     drop_path: Annotated[float, RATE] = 0.0
-    """Stochastic depth rate."""
+    """Rate of stochastic depth, the share of residual branches that training leaves out."""
     mean: Annotated[tuple[float, float, float] | None, MEAN] = None
-    """Per-channel mean of the normalisation inside the model. None means the model's own."""
+    """Mean of each channel for the normalisation inside the model. None means the model's own."""
     std: Annotated[tuple[float, float, float] | None, STD] = None
-    """Per-channel standard deviation of the normalisation. None means the model's own."""
+    """Standard deviation of each channel for the normalisation inside the model. None means the
+    model's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +83,7 @@ class ArchitectureConfig(Options):
         )
 
     def started(self) -> "ArchitectureConfig":
-        """Returns the same options without those about initial weights."""
+        """Returns a copy in which the options about initial weights have their defaults."""
         return dataclasses.replace(
             self, pretrained=False, initial_checkpoint=None, adapt_weights=False
         )
@@ -88,41 +91,41 @@ class ArchitectureConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig(Options):
-    """The images, and how they are grouped."""
+    """The images, their loader, and the sizes of batches."""
 
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
-    """Kind of data set. None means imagefolder if --data-dir is given, else scikit-learn's embedded
-    digits."""
+    """Kind of data set. None means imagefolder if --data-dir is given, else the small data set of
+    digits that comes with scikit-learn."""
     data_dir: Annotated[str | None, PATH] = None
-    """Folder of the data: an ImageFolder tree, lists of files (train.txt, val.txt) or packed
-    shards (fastgn.data.pack). For CIFAR-10: python batches, .npz or image folder; if None, it
-    is downloaded."""
+    """Folder of the data. It holds a folder per class (as for ImageFolder), lists of files
+    (train.txt, val.txt) or packed shards (fastgn.data.pack). For CIFAR-10 it holds python batches,
+    an .npz or a folder per class. If None, CIFAR-10 is downloaded."""
     train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images below --data-dir."""
     val_split: Annotated[str, PATH] = "val"
     """Folder or list of validation images below --data-dir."""
     on_bad_image: Literal["fail", "skip"] = "fail"
-    """fail: stop at an image that cannot be read, and name it; skip: take the next one of the
-    split, name it and count it (torch and dali loaders)."""
+    """What to do with an image that cannot be read. fail: stop and name it. skip: take the next
+    image of the split instead, and name and count the bad one (torch and dali loaders)."""
     loader: Literal["auto", "device", "torch", "dali"] = "auto"
-    """Loader of the training images. device: keep the whole set as tensors on the device and
-    augment it there; torch: use PIL in worker processes; dali: use NVIDIA DALI, which decodes
-    and augments on the GPU if there is one. auto: device for digits and cifar10; for image
-    folders dali on a GPU, if it is installed and its first batch is the same as torch's, and
-    torch otherwise."""
+    """Loader of the training images. device: keep all images as tensors on the device and augment
+    them there. torch: use PIL in worker processes. dali: use NVIDIA DALI, which decodes and
+    augments on the GPU if there is one. auto: device for digits and cifar10. For image folders on a
+    GPU, auto is dali if it is installed and its first batch is the same as torch's. Otherwise it is
+    torch."""
     workers: Annotated[int, WORKERS] = 4
-    """Number of worker processes of the torch loader, per rank. For dali it is the number of
-    threads, with a quarter as many worker processes."""
+    """Number of worker processes of the torch loader, per rank. The dali loader uses this number of
+    threads, and a quarter as many worker processes."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
-    """Seconds to wait for a batch of the worker processes before the run ends, because their
-    disk or network has stopped."""
+    """Seconds that a run waits for a batch from the worker processes. Then it ends, because their
+    disk or network no longer answers."""
     batch_size: Annotated[int | None, BATCH] = None
-    """Images per rank and micro-batch. None means 32 on CUDA and 8 on CPU."""
+    """Number of images per rank and micro-batch. None means 32 on CUDA and 8 on CPU."""
     grad_accum_steps: Annotated[int, BATCH] = 1
     """Number of micro-batches accumulated into one update."""
     global_batch_size: Annotated[int | None, IMAGES] = None
-    """Images per update over all ranks. It sets grad_accum_steps, and must be a multiple of
-    the images per micro-batch over all ranks."""
+    """Number of images per update over all ranks. It sets --grad-accum-steps, and must be a
+    multiple of --batch-size times the number of ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,36 +137,38 @@ class DatasetConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationConfig(Options):
-    """What is done to training images. The defaults are those of timm's script, except that the
-    random crop is always bicubic."""
+    """How training images are augmented. The defaults are those of timm's training script, except
+    that the random crop is always resized bicubically."""
 
     aa: str | None = None
     """timm's auto-augment policy, such as rand-m9-mstd0.5-inc1 (torch and dali loaders)."""
     color_jitter: Annotated[float, Range(0, 10)] = 0.4
-    """Strength of the colour jitter (torch and dali loaders; timm leaves it out if --aa is
-    given)."""
+    """Strength of the colour jitter (torch and dali loaders). If --aa is given, timm leaves the
+    jitter out."""
     scale: Annotated[tuple[float, float], Range(0, 1, above=True)] = (0.08, 1.0)
-    """Area range of the random resized crop (torch and dali loaders)."""
+    """Smallest and largest share of the image's area that the random resized crop takes (torch and
+    dali loaders)."""
     train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Interpolation of the random resized crop (torch and dali loaders)."""
     crop_pct: Annotated[float | None, CROP] = None
-    """Share of the resized image's side that the centre crop of evaluation keeps (image
-    files). None means the model's own."""
+    """Share of the resized image's side that the centre crop of evaluation keeps (for image files).
+    None means the model's own share."""
     crop_padding: Annotated[int | None, Range(0, 4096)] = None
-    """Random shift in pixels (device loader). None means 1/8 of the side for cifar10, and 1/16 for
-    digits."""
+    """Largest random shift of an image in pixels (device loader). None means 1/8 of the side for
+    cifar10, and 1/16 for digits."""
     hflip: Annotated[float | None, PROBABILITY] = None
     """Probability of a horizontal flip. None means 0.5, but 0 for digits."""
     reprob: Annotated[float, PROBABILITY] = 0.0
     """Probability of random erasing."""
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    """Fill of random erasing: zero, one random colour, or noise in every pixel."""
+    """What random erasing puts into the box. const: zeros. rand: one random colour. pixel: noise in
+    every pixel."""
     mixup: Annotated[float, Range(0, 100)] = 0.0
-    """Alpha of mixup. 0 turns it off."""
+    """Alpha of mixup, the parameter of its beta distribution. 0 turns mixup off."""
     cutmix: Annotated[float, Range(0, 100)] = 0.0
-    """Alpha of cutmix. 0 turns it off."""
+    """Alpha of cutmix, the parameter of its beta distribution. 0 turns cutmix off."""
     mixup_switch_prob: Annotated[float, PROBABILITY] = 0.5
-    """Probability of cutmix in place of mixup if both are on."""
+    """Probability that a batch gets cutmix instead of mixup, if both are on."""
     smoothing: Annotated[float, RATE] = 0.1
     """Strength of label smoothing."""
 
@@ -193,34 +198,35 @@ class StepConfig(Options):
     """How an update is computed."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """on: compile the whole step into one graph; off: eager double backprop. auto: on for CUDA, and
-    off on CPU because compiling takes longer than it saves in a short run."""
+    """Whether to use torch.compile. on: compile the whole step into one graph. off: run it eagerly.
+    auto: on for CUDA, and off on CPU, because there compiling takes longer than it saves in a short
+    run."""
     schedule: Literal["auto", ScheduleKind] = "exact"
-    """Way to compute the penalty. exact: double backprop, in one graph if compiled;
-    exact-eager: never compiled; auto: exact, in micro-batches and with an activation memory
-    budget that fit the device. finite-difference and central-difference approximate
-    gradnorm's penalty without double backprop; lazy has the penalty in every lazy_interval-th
-    update; subset has it on a share of the images."""
+    """Way to compute the penalty. exact: double backprop, in one graph if compiled. exact-eager:
+    the same, but never compiled. auto: exact, with micro-batches and an activation memory budget
+    that fit the device. finite-difference, central-difference: approximate gradnorm's penalty
+    without double backprop. lazy: compute the penalty only at every lazy_interval-th update.
+    subset: compute it on a share of the images."""
     fd_step: Annotated[float, FD_STEP] = 1e-2
-    """finite-difference, central-difference: the step h in normalised units. The larger h is, the
-    more the result is like training on FGSM's images. Below 1e-2 bf16 rounds the difference away
-    (1e-3 is good in fp32)."""
+    """With --schedule finite-difference or central-difference: length h of the step between two
+    gradients, in normalised units. The larger h is, the more the result is like training on FGSM's
+    images. Below 1e-2 bf16 rounds the difference away (1e-3 is good in fp32)."""
     lazy_interval: Annotated[int, Range(1, 1_000_000)] = 4
-    """lazy: number of updates from one with the penalty to the next. The penalty is that many times
-    as strong, which clip_grad undoes in part."""
+    """With --schedule lazy: the penalty is computed once in this many updates. It is multiplied by
+    this number to make up for that, which --clip-grad undoes in part."""
     subset_fraction: Annotated[float, Range(0, 1, above=True)] = 0.5
-    """subset: share of the images with the penalty. The share of batch_size must be a whole
-    number of images."""
+    """With --schedule subset: share of the images that have the penalty. This share of --batch-size
+    must be a whole number of images."""
     precision: Precision = "fp32"
-    """Precision of the training step. fp32; tf32: fp32 with tf32 products (CUDA); bf16:
-    autocast with fp32 weights; bf16-pure: weights and activations in bf16 within the step,
-    fp32 for the updated weights and for statistics."""
+    """Precision of the training step. fp32. tf32: fp32 with matrix products in tf32 (CUDA). bf16:
+    autocast with fp32 weights. bf16-pure: weights and activations in bf16 within the step, but fp32
+    for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Replay each compiled graph as one launch, so that a slow host does not hold the GPU up.
-    auto: on for one process on CUDA. With several processes, on has not been tried."""
+    """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
+    host. auto: on for one process on CUDA. With several processes, on has not been tried."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Kernels of the network. triton: compute activations, LayerNorms and Swin's window
-    attention with fastgn_kernels; reference: use PyTorch's operators. auto: triton for CUDA,
+    attention with fastgn_kernels. reference: use PyTorch's operators. auto: triton for CUDA,
     reference on CPU."""
     activation_memory_budget: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of the activations that the compiled step keeps. The backward recomputes the rest."""
@@ -229,13 +235,13 @@ class StepConfig(Options):
     ] = None
     """Clip the gradient's global L2 norm to this value. None means no clipping."""
     train_in_eval_mode: bool = False
-    """Quirk of the paper's code: train with the model in eval mode, which freezes BatchNorm."""
+    """Train with the model in eval mode, which freezes BatchNorm. The paper's code does so."""
     accumulation: Literal["mean", "sum"] = "mean"
-    """Average the losses of the micro-batches, or sum them before clipping as the paper's
-    code does."""
+    """What to do with the losses of the micro-batches of an update. mean: average them. sum: sum
+    them before clipping, as the paper's code does."""
     sync_micro_batches: bool = False
-    """Quirk of the paper's code: synchronise the device after every micro-batch (for timing
-    alone)."""
+    """Synchronise the device after every micro-batch, as the paper's code does. Use it only to
+    compare times."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,15 +272,15 @@ class OptimizerConfig(Options):
 
     opt: str = "adamw"
     """Name of one of timm's optimizers, such as adamw, sgd (with Nesterov's momentum),
-    momentum or lion. fusedadamw and similar names are NVIDIA apex's."""
+    momentum or lion. fusedadamw and similar names need NVIDIA's package apex."""
     epochs: Annotated[int, Range(1, 100_000)] = 100
     """Number of passes over the training images."""
     lr: Annotated[float | None, LEARNING_RATE] = None
-    """Peak learning rate. None means lr_base * global batch / lr_base_size."""
+    """Peak learning rate. None means lr_base * images per update / lr_base_size."""
     lr_base: Annotated[float, LEARNING_RATE] = 6.25e-4
-    """Peak learning rate at a global batch of lr_base_size."""
+    """Peak learning rate if an update has lr_base_size images."""
     lr_base_size: Annotated[int, IMAGES] = 512
-    """Global batch size at which --lr-base is the peak learning rate."""
+    """Number of images per update at which --lr-base is the peak learning rate."""
     weight_decay: Annotated[float, Range(0, 100)] = 0.05
     """Weight decay of matrices and convolutions. Norms, biases and relative-position tables have
     none."""
@@ -291,15 +297,16 @@ class OptimizerConfig(Options):
     min_lr: Annotated[float | None, OUTER_RATE] = None
     """Learning rate at the end of the cosine. None means 1e-5, but at most a 50th of the peak."""
     sched_on_updates: bool = True
-    """Move the learning rate at every update. The paper's code moves it once an epoch."""
+    """Change the learning rate at every update. The paper's code changes it once an epoch."""
     model_ema: bool = True
-    """Keep an exponential moving average of the weights in fp32, which is then what is evaluated
-    and exported."""
+    """Keep an exponential moving average of the weights in fp32. Then the average is evaluated and
+    exported instead of the weights."""
     model_ema_decay: Annotated[float, RATE] = 0.9998
-    """Decay of the average per update."""
+    """Decay of the average of the weights at each update."""
     model_ema_warmup: bool = True
     """Let the decay of the average grow to --model-ema-decay, as timm does, so that a short run
-    forgets its initial weights; off: the same decay at every update, as in the paper's code."""
+    forgets its initial weights. If off, the decay is the same at every update, as in the paper's
+    code."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -340,11 +347,11 @@ class RunConfig(Options):
     """The run: its folder, device, seed, and how often it logs, saves and evaluates."""
 
     recipe: Annotated[str | None, PATH] = None
-    """A recipe's name (fastgn/recipes) or a TOML file; the command line overrides it."""
+    """Name of a recipe (fastgn/recipes), or path of a TOML file. The command line overrides it."""
     output: Annotated[str | None, PATH] = None
-    """The run's folder. None means runs/<time>-<model>-<method>."""
+    """Folder for the run's files. None means runs/<time>-<model>-<method>."""
     resume: Annotated[str | None, PATH] = None
-    """A run's folder or one of its checkpoints, which is continued exactly. 'auto' means the
+    """Continue a run exactly, from its folder or from one of its checkpoints. 'auto' means the
     folder of --output, if it has a checkpoint."""
     allow_changed_data: bool = False
     """Continue a run even if its images, their labels or --seed have changed since the
@@ -354,16 +361,17 @@ class RunConfig(Options):
     rank_timeout: Annotated[float, MINUTES] = 5.0
     """Minutes without a sign of life from one of torchrun's ranks, after which the job ends."""
     seed: Annotated[int, SEED] = 0
-    """Seed of all randomness. What is drawn depends only on (seed, step, rank) or (seed, epoch,
+    """Seed of all randomness. All random numbers depend only on (seed, step, rank) or (seed, epoch,
     image)."""
     max_updates: Annotated[int | None, UPDATES] = None
-    """Stop after this many updates, for trials. The learning rate still follows --epochs."""
+    """Stop after this many updates, to try a run out. The learning rate still follows --epochs."""
     log_interval: Annotated[int, UPDATES] = 50
-    """Number of updates between log rows. Logging makes the host wait for the device."""
+    """Number of updates between two rows of metrics.csv. Logging a row makes the host wait for the
+    device."""
     checkpoint_interval: Annotated[int | None, UPDATES] = None
     """Number of updates between checkpoints. None means one checkpoint per epoch."""
     checkpoint_hist: Annotated[int, Range(1, 1_000_000)] = 2
-    """Number of checkpoints kept, beside the best one and those of --keep-epochs."""
+    """Number of newest checkpoints to keep, besides the best one and those of --keep-epochs."""
     keep_epochs: Annotated[tuple[int, ...], Range(1, 100_000)] = ()
     """Keep the checkpoints at the end of these epochs for good, as checkpoints/epoch_0050.pt, so
     that other runs can start from them (--initial-checkpoint)."""
@@ -372,15 +380,15 @@ class RunConfig(Options):
     eval_images: Annotated[int, Range(0, 2**31 - 1)] = 512
     """Number of validation images in each evaluation. 0 turns evaluation off."""
     eval_eps: Annotated[float | None, PIXELS] = None
-    """Linf radius of PGD-10 in these evaluations, in 0..1 pixel units. None means the method's own
-    radius."""
+    """Linf radius of PGD-10 in the evaluations during training, in 0..1 pixel units. None means the
+    method's own radius."""
     log_wandb: bool = False
     """Log to Weights & Biases as well."""
 
 
 def brief_epochs(epochs: int) -> float:
-    """Returns the length in epochs that warm-up and ramp have by default: the paper's 5, but at
-    most a tenth of the run."""
+    """Returns the default length of the warm-up and of the ramp in epochs. It is 5 as in the paper,
+    but at most a tenth of the run."""
     return min(5.0, epochs / 10)
 
 

@@ -1,8 +1,8 @@
 """Checks that a program does not overwrite files that it should keep.
 
-These are files that it reads, images of the data set, and files of a run. Links and lists can name
-images anywhere. Therefore an existing file is only replaced if it is of the kind that the option
-writes.
+These are files that it reads, images of the data set, and files of a run. Images may lie in any
+folder, because links and lists can point there. Therefore an existing file is replaced only if it
+is of the kind that the option writes.
 """
 
 import os
@@ -21,7 +21,7 @@ RUN_FILES = (
 """Files that a run may write, besides its checkpoints."""
 
 REPORTS = (".json", ".html")
-"""Endings of files that are no images."""
+"""Endings of files that a program writes and that cannot be images of a data set."""
 PICTURE = ("a figure of fastgn's", re.compile(rb"\x89PNG.{,200}Software\0fastgn", re.DOTALL))
 KINDS = {
     "--output": ("JSON", re.compile(rb"\s*\{")),
@@ -77,16 +77,16 @@ def read_beginning(path: Path) -> bytes:
         if path.is_file():
             with path.open("rb") as file:
                 return file.read(512)
-    except OSError:  # the program reports it when it writes there
+    except OSError:  # the error is reported later, when the program writes the file
         pass
     return b""
 
 
 def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, maker: str) -> None:
-    """Raises UserError if a folder has one of the files to write and `ours` is false.
+    """Raises UserError if a folder already has one of the files to write, unless `ours` is True.
 
-    names: files to write. ours: whether the program itself made the content of the folder. maker:
-    name of the program that makes such files, for the message.
+    option: flag that names the folder. names: files to write. ours: whether the program itself made
+    the content of the folder. maker: name of the program that makes such files, for the message.
     """
     for name in names:
         check(
@@ -101,7 +101,7 @@ def check_outside_data(
 ) -> None:
     """Raises UserError if a file would be written into a split or over a file below --data-dir.
 
-    written: option -> file or folder that it writes.
+    written: option -> file or folder that it writes. splits: names of the splits below data_dir.
     """
     if data_dir is None:
         return

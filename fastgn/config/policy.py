@@ -1,7 +1,8 @@
 """Checks the names of timm's auto-augmentation policies before timm is imported.
 
-timm ignores parts that it does not understand. For example, it reads `rand-zzz` as `rand`, and
-replaces the magnitude of `rand-mnan` by a default.
+A policy such as rand-m9-mstd0.5 is a kind (rand) followed by sections, which are parts between
+dashes. Most sections are a key and a number. timm ignores sections that it does not understand. For
+example, it reads rand-zzz as rand, and replaces the magnitude of rand-mnan by a default.
 """
 
 import re
@@ -34,7 +35,7 @@ SECTIONS: dict[str, dict[str, tuple[type, Range]]] = {
 }
 """Kind of policy -> key of a section -> (type, range) of the number that follows the key."""
 SETS = ("tweights", "t3a", "t3aw")
-"""Sections of RandAugment that select a set of operations."""
+"""Sections without a number, as in rand-m9-t3a, that select a set of operations."""
 
 
 def check_policy(policy: str) -> None:

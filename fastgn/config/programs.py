@@ -28,7 +28,7 @@ from fastgn.fields import (
 )
 
 Positional = tyro.conf.Positional
-"""Annotated[str, Positional]: an argument without a flag."""
+"""Marks an option as an argument without a flag, as in Annotated[str, Positional]."""
 EVALUATION_EPS = Range(0, 1e4, above=True, hint="eps counts in 0..1 pixel units, write 4/255")
 """Range of eps. A radius in the L2 norm may be above 1."""
 AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
@@ -46,13 +46,14 @@ NAMES = (
 )
 """Names that --attacks takes. K, R and STEP stand for numbers."""
 PGD = re.compile(r"pgd-([1-9]\d*)(?:x([1-9]\d*))?(-margin)?(?:@(.+))?")
-"""PGD's name. The groups are the number of steps, the number of starts, -margin, and the step."""
+"""Pattern of PGD's names, such as pgd-20x5-margin@1/255. Its groups are the number of steps, the
+number of starts, -margin, and the size of a step."""
 PGD_STEPS = Range(1, 100_000)
 PGD_RESTARTS = Range(1, 10_000)
 
 
 def check_attack(name: str) -> None:
-    """Raises UserError, which names the nearest attack, if --attacks has no such attack."""
+    """Raises UserError, which suggests similar names, if there is no attack with this name."""
     if name in NAMES and not name.startswith("pgd"):
         return
     match = PGD.fullmatch(name)
@@ -75,10 +76,10 @@ def check_attack(name: str) -> None:
 
 
 def pgd_step(match: re.Match[str], eps: float) -> float:
-    """Returns the step of PGD, in the same units as eps.
+    """Returns the size of a step of PGD, in the same units as eps.
 
-    It is the value after @ in the name, otherwise 2.5 eps / steps. Raises UserError if the text
-    after @ is not a number. match: the match of PGD with the name.
+    It is the value after @ in the name of the attack, otherwise 2.5 eps / steps. Raises UserError
+    if the text after @ is not a number. match: the match of the pattern PGD with the name.
     """
     text = match[4]
     if text is None:
@@ -318,7 +319,8 @@ class SweepConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.space), "--space is empty: write --space gn_weight=0.1:10:log")
-        # the other files are named after the study, so another ending could be one of theirs
+        # other files such as NAME.json lie beside the study NAME.db, so with another ending the
+        # study could have the name of one of them
         check(
             self.database.suffix == ".db",
             f"--study {self.study} must end in .db: write {self.database.with_suffix('.db')}",
