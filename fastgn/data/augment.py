@@ -59,7 +59,7 @@ class BatchAugment:
         self.smoothing = cfg.smoothing
         self.device = device
         self.remode = cfg.remode
-        # only its boxes are used, and filled by draw_fill
+        # timm only draws the boxes here, and draw_fill makes the pixels in them
         self.erase = RandomErasing(cfg.reprob, mode="const", device="cpu") if cfg.reprob else None
         self.mix = None
         if cfg.mixup or cfg.cutmix:
@@ -118,9 +118,9 @@ class BatchAugment:
         return mix_5.to(self.device, non_blocking=True)
 
     def apply(self, images_BCHW: Tensor, labels_B: Tensor, drawn: BatchDraws) -> Batch:
-        """Returns the batch with the draws applied.
+        """Returns the batch after erasing, mixing and label smoothing with the given draws.
 
-        It does not wait for the device, and a compiled graph can hold it.
+        It does not wait for the device, and torch.compile can put it into one graph.
         """
         height, width = images_BCHW.shape[-2:]
         share: Tensor | float = 1.0
@@ -130,7 +130,7 @@ class BatchAugment:
         if drawn.mix_5 is not None:
             share = drawn.mix_5[4]
             box = drawn.mix_5[None, :4, None, None, None]
-            # an empty box means mixup (or no mixing, with a share of 1)
+            # an empty box means mixup, or no mixing if the share is 1
             own = torch.where(box[:, 1] > 0, (~make_box_mask(box, height, width)).float(), share)
             images_BCHW = mix_images(images_BCHW, own)
         if drawn.mix_5 is not None or self.smoothing:
@@ -206,5 +206,5 @@ def shift(images_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
 
 
 def flip(images_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
-    """Returns the images with those mirrored for which `flipped_B`, bool, is True."""
+    """Returns the images, mirrored horizontally where `flipped_B`, `(B,), bool`, is True."""
     return torch.where(flipped_B[:, None, None, None], images_BCHW.flip(3), images_BCHW)

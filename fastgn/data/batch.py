@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """Loads training batches, so that a resumed run only has to know the epoch and the batch.
+    """Loads training batches. To continue, a resumed run needs only the epoch and the batch number.
 
     The batches that all ranks use for one update are one contiguous part of the epoch's order. How
     an image is augmented depends only on (seed, epoch, image) or on (seed, epoch, batch, rank).
@@ -31,7 +31,7 @@ class Loader(Protocol):
     bad_images: list[str]
     """Messages about images that were replaced because of --on-bad-image skip.
 
-    The list covers the batches yielded since it was last emptied. Its reader empties it.
+    The list covers the batches yielded since it was last emptied. Whoever reads it should empty it.
     """
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:

@@ -3,7 +3,8 @@
     python -m fastgn.data.check DIR
 
 DIR is what --data-dir takes. Exit status 1 means that at least one image would stop a training run,
-or would be replaced with --on-bad-image skip. Unusual images that can be trained on are counted.
+or would be replaced by another one with --on-bad-image skip. Images that are unusual but can be
+used for training are counted.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # report a mistake before the imports that take seconds
+if __name__ == "__main__":  # report a mistake of the user before imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.data.check")
@@ -50,12 +51,12 @@ class Finding:
     line: str = ""
     """Error message that training would print."""
     notes: tuple[str, ...] = ()
-    """Keys of NOTES: unusual properties of the image with which training can deal."""
+    """Unusual properties of the image with which training can deal, as keys of NOTES."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspector:
-    """Function of an image's index that checks the image. It can be sent to worker processes."""
+    """Checks an image when it is called with the image's index. It can be sent to workers."""
 
     split: Encoded
 
@@ -63,7 +64,7 @@ class Inspector:
         name = self.split.name(index)
         try:
             content = self.split.read(index)
-            with warnings.catch_warnings():  # find_oddities reports the same
+            with warnings.catch_warnings():  # find_oddities reports what PIL warns about
                 warnings.simplefilter("ignore")
                 decode_image(content, name)
                 return Finding(name, notes=tuple(find_oddities(content)))
@@ -82,7 +83,7 @@ def find_oddities(content: bytes) -> list[str]:
     """Returns the keys of NOTES that apply to an image that can be decoded."""
     with open_image(content) as image:
         orientation = 1
-        # if PIL cannot read the EXIF data, no program applies it
+        # EXIF data that PIL cannot read is no fault, because training ignores it anyway
         with contextlib.suppress(Exception):
             orientation = image.getexif().get(ORIENTATION, 1)
         png_bits = content[24] if image.format == "PNG" else 8

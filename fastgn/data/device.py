@@ -1,6 +1,6 @@
 """A loader that keeps a small data set on the device and augments it there.
 
-With compiled=True the augmentation of a batch is one graph.
+If its argument `compiled` is True, the augmentation of a batch is compiled into one graph.
 """
 
 from collections.abc import Iterator

@@ -20,7 +20,7 @@ ENDINGS = frozenset(
 NO_CLASSES = frozenset(("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"))
 """Names of folders that file servers and archives create, and that hold no training images."""
 NAMED_REASONS = 5
-"""Number of reasons that a message lists, the most frequent ones."""
+"""Largest number of reasons that a message lists. It lists the most frequent ones."""
 
 
 class Tree(NamedTuple):
@@ -48,7 +48,8 @@ class Tree(NamedTuple):
 class Walk:
     """Walks once through a split's folders and visits each real folder once.
 
-    Links are followed after all real folders, so that a link never takes another class's images.
+    Links are followed after all real folders. So images that a link points to belong to the class
+    in whose folder they really lie, if there is one.
     """
 
     def __init__(self, folder: Path, option: str) -> None:
@@ -83,7 +84,10 @@ class Walk:
             ) from None
 
     def is_hidden(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether a name marks an entry that is no data, and counts such entries."""
+        """Returns whether an entry's name shows that it is no data, and counts such entries.
+
+        These are names that begin with a dot, and those in NO_CLASSES.
+        """
         hidden = entry.name.startswith(".") or entry.name in NO_CLASSES
         self.left_out["hidden"] += hidden
         return hidden
@@ -146,7 +150,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
     """Returns whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # for example a link that points to itself
         return False
 
 

@@ -70,9 +70,9 @@ def read_sizes(split: Encoded) -> Iterator[int]:
 def describe_changes(before: Identity | None, now: Identity) -> list[str]:
     """Returns how a data set differs from the one of a checkpoint, as one phrase per split.
 
-    Only properties that both descriptions have are compared, because files and the shards packed
-    from them are the same images. before: None for a checkpoint of a version that kept no
-    description.
+    Only properties that both descriptions have are compared. So files and the shards that were
+    packed from them count as the same images. before: None for a checkpoint of an older version,
+    which kept no description.
     """
     if before is None:
         return ["the checkpoint does not say which images it was made with"]

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastgn.errors import UserError
 
 SKIPPED_IN_A_ROW = 100
-"""Number of consecutive bad images after which a run stops, because a folder or shard must be
-gone."""
+"""Number of consecutive bad images after which a run stops, because then a whole folder or shard is
+probably gone."""
 
 THINNEST = 1000
 """Largest ratio of an image's longer side to its shorter side.
@@ -99,14 +99,14 @@ def decode_image(content: bytes, name: str) -> Image.Image:
                 raise make_bad_image_error(
                     name, f"{width} x {height} pixels are too thin to resize", "thin"
                 )
-            if image.mode.startswith("I;16"):  # PIL would turn values above 255 into white
+            if image.mode.startswith("I;16"):  # PIL's convert would make all values above 255 white
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if image.mode in ("I", "F"):
                 raise make_bad_image_error(name, "32-bit pixels have no known range", "32-bit")
             return image.convert("RGB")
     except BadImageError:
         raise
-    except UnidentifiedImageError:  # PIL's message shows an object's address
+    except UnidentifiedImageError:  # PIL's own message shows only the address of an object
         problem, reason = "no image", "its format is not known, or its header gives it no pixels"
     except Image.DecompressionBombError as error:
         problem, reason = "gigantic", str(error)

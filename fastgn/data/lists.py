@@ -136,7 +136,7 @@ def check_images_exist(root: Path, path: Path, rows: Sequence[Row]) -> None:
     below: dict[str, set[str]] = {}
     for row in rows:
         folder, base = os.path.split(root / row.name)
-        if folder not in below:  # one listing per folder: asking for each file takes minutes
+        if folder not in below:  # list each folder once, because a check of each file takes minutes
             try:
                 below[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
             except OSError as error:

@@ -1,7 +1,7 @@
-"""The loader of the training images: which one it is, and how large its batches are.
+"""Chooses and builds the loader of the training images, and the sizes of its batches.
 
-Each loader has a module of its own, which build_loader imports if it is chosen: device.py, torch.py
-or dali/loader.py.
+Each loader has a module of its own (device.py, torch.py or dali/loader.py), which is imported only
+if this loader is chosen.
 """
 
 import os
@@ -75,7 +75,7 @@ def build_loader(
 ) -> Loader:
     """Returns the loader of the training images.
 
-    An epoch is a whole number of updates. The images that remain are left out.
+    An epoch is a whole number of updates. Images that remain at its end are left out of it.
 
     compiled: whether the device loader compiles its augmentation. agree: returns True on all ranks
     if any rank passes True. notes: list to which a message is added if `auto` cannot use DALI.

@@ -16,10 +16,10 @@ from fastgn.errors import UserError, check
 from fastgn.files import open_regular
 
 INFLATED_BYTES = 2**28
-"""Number of bytes that arrays may always take in memory.
+"""Arrays that take at most this number of bytes in memory are always allowed.
 
-Larger arrays may take INFLATED_TIMES the bytes of their file. Photographs compress to about one
-half, and no data set compresses to one hundredth.
+Larger arrays may take at most INFLATED_TIMES the bytes of their file. Photographs compress to about
+one half, and no data set compresses to one hundredth.
 """
 INFLATED_TIMES = 100
 """Largest ratio of the bytes in memory to the bytes of the file, for arrays above

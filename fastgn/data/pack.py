@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__":  # report a mistake before the imports that take seconds
+if __name__ == "__main__":  # report a mistake of the user before imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.data.pack")
@@ -62,10 +62,10 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Returns the image of a given index as Packed. It can be sent to worker processes.
+    """Returns an image as Packed when it is called with the image's index.
 
-    If an image is bad, a call returns the error message if `skip` is set, and raises BadImageError
-    otherwise.
+    If the image is bad, the call returns the error message if `skip` is set, and raises
+    BadImageError otherwise. A Packer can be sent to worker processes.
     """
 
     split: Encoded
@@ -130,7 +130,7 @@ def write_shard(
 ) -> Shards:
     """Writes a shard and its own index, and returns the index.
 
-    images: (key, label, image) for each image of the shard.
+    images: (key, label, image) for each image of the shard. recipe: digest from `hash_packing`.
     """
     path = folder / f"{name}.tar"
     rows: list[tuple[str, int, int, int, int]] = []
@@ -195,7 +195,8 @@ def pack(
         f"{folder} holds shards or an index that fastgn.data.pack has not made: give another "
         "OUTPUT",
     )
-    for left in folder.glob(".*.tmp"):  # a killed process left them; the caller holds the lock
+    # left by a killed process; none is still in use, because the caller holds the folder's lock
+    for left in folder.glob(".*.tmp"):
         remove_file(left)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]
     parts: list[Shards] = []
@@ -226,10 +227,10 @@ def pack(
 
 
 def check_apart(cfg: PackConfig) -> None:
-    """Raises UserError unless all folders to write lie in OUTPUT and apart from the folders to
-    read.
+    """Raises UserError unless all folders to write are inside OUTPUT and separate from SOURCE.
 
-    Shards in or around a folder of SOURCE would later be taken for images of SOURCE.
+    If a folder with shards were inside a folder of SOURCE or contained it, the shards would later
+    be taken for images of SOURCE.
     """
     source, output = Path(cfg.source).resolve(), Path(cfg.output).resolve()
     splits = {"train": cfg.train_split, "val": cfg.val_split}

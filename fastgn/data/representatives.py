@@ -1,4 +1,7 @@
-"""Pictures of each class for --method pag, whose input gradients are to point towards them."""
+"""Computes images that represent the classes for --method pag.
+
+That method trains the input gradients to point towards these images.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +69,8 @@ def compute_representatives(
     sums = torch.zeros(classes, 3, img_size, img_size, device=device)
     counts = torch.zeros(classes, device=device)
     for images_BCHW, labels_B in source:
-        members_KB = F.one_hot(labels_B, classes).T.float()  # index_add_ would sum in random order
+        # a matrix product, because index_add_ sums in another order each time on a GPU
+        members_KB = F.one_hot(labels_B, classes).T.float()
         sums += (members_KB @ images_BCHW.flatten(1)).view_as(sums)
         counts += members_KB.sum(1)
     return sums / counts[:, None, None, None].clamp_min(1), None

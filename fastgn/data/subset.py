@@ -1,4 +1,4 @@
-"""The images of an evaluation, divided among the ranks. They are the same at every call."""
+"""Chooses the images of an evaluation, always the same ones, and divides them among the ranks."""
 
 import os
 from collections.abc import Iterator

@@ -106,7 +106,8 @@ def load_in_workers(
         num_workers=workers,
         timeout=worker_timeout if workers else 0,
         worker_init_fn=set_up_worker,
-        # workers are seeded by the keys; do not use numbers of torch's default generator
+        # Images are seeded by their keys. Without this generator, DataLoader would draw a number
+        # from torch's default generator and so change the other random numbers of the run.
         generator=torch.Generator(),
         **options,
     )
@@ -150,7 +151,8 @@ open_iterators: weakref.WeakSet = weakref.WeakSet()
 def stop_workers(iterator: Any) -> None:
     """Ends the workers of a DataLoader's iterator.
 
-    Python would send them a signal at its exit, which they ignore, and would then wait for them.
+    Otherwise Python would send them a signal at its exit, which they ignore, and wait for them for
+    ever.
     """
     getattr(iterator, "_shutdown_workers", lambda: None)()
 
@@ -159,10 +161,10 @@ def kill_stalled_workers(iterator: Any, worker_timeout: float) -> UserError:
     """Kills the workers of an iterator, and returns the error that names the worker that has
     stalled.
 
-    Workers ignore all other signals, and Python would wait for them at its exit.
+    They must be killed, because they ignore other signals and Python would wait for them at exit.
     """
     number = iterator._task_info[iterator._rcvd_idx][0]
-    # otherwise torch would raise an error about their death at any place of the main process
+    # otherwise torch would notice their death and raise an error somewhere in the main process
     signal_handling._remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False
     for worker in iterator._workers:
@@ -182,7 +184,7 @@ def stop_all_workers() -> None:
 
 
 class Mapped(Dataset):
-    """A dataset whose items are the results of a function of the index."""
+    """A dataset whose item at an index is the result of a function of the index."""
 
     def __init__(self, function: Callable[[int], Any]):
         self.function = function
@@ -227,7 +229,8 @@ def set_up_worker(worker: int) -> None:
     workers.
     """
     torch.set_num_threads(1)
-    # a worker that waits to send its result does not notice that the main process has gone
+    # let Linux kill the worker when the main process ends, because a worker that waits to send its
+    # result does not notice that
     with contextlib.suppress(AttributeError, OSError):  # prctl exists only on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # the thread that sends tensors would print an error if the main process has gone

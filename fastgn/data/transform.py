@@ -33,7 +33,8 @@ def build_train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) 
 
 
 def replace_posterize(step: Any) -> None:
-    """Replaces timm's posterize by `posterize` in one step of a transform."""
+    """Replaces timm's posterize, which may raise ValueError, by `posterize` in one step of a
+    transform."""
     for op in list_operations(step):
         if op.aug_fn is auto_augment.posterize:
             op.aug_fn = posterize

@@ -22,7 +22,7 @@ MEDIAN_DIFFERENCE = 0.5 / 255
 def wants_dali(device: torch.device) -> bool:
     """Returns whether DALI is worth a trial, which means that it is installed and the device is a
     GPU."""
-    with contextlib.suppress(ModuleNotFoundError):  # the package nvidia is missing, too
+    with contextlib.suppress(ModuleNotFoundError):  # raised if even the package nvidia is missing
         return device.type == "cuda" and importlib.util.find_spec("nvidia.dali") is not None
     return False
 

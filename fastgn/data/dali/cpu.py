@@ -1,7 +1,7 @@
 """Resizing and augmenting on a CPU, one image at a time, with PyTorch's kernels and PIL.
 
-DALI's own CPU operators take three times as long, because each of them has a cost for every few
-images of a batch. All arrays are one image: uint8, H x W x 3.
+DALI's own CPU operators take three times as long, because each of them has a fixed cost for every
+few images of a batch. All arrays are one image: uint8, H x W x 3.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,8 @@ def augment_crop(
 ) -> np.ndarray:
     """Returns a decoded crop after resizing and all operations: side x side x 3.
 
-    The other arguments are the image's values in feeder.Fed.
+    side: width and height of the result. The other arguments are one image's entries in the fields
+    of feeder.Fed with these names.
     """
     image = resize(side, crop, "bilinear" if bilinear else "bicubic", bool(flipped))
     for kind, given in zip(kinds.tolist(), arguments, strict=True):
@@ -63,7 +64,7 @@ def resize(side: int, crop: np.ndarray, mode: str, flipped: bool) -> np.ndarray:
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
-    """Returns the image after an affine map, whose matrix draws.Kind.BICUBIC describes.
+    """Returns the image after an affine map. matrix: [a, b, c, d, e, f] as in draws.Kind.BICUBIC.
 
     This takes half of PIL's time, and a quarter for a shear or shift along one axis. For rotations
     PyTorch's bicubic kernel is less sharp than PIL's (a = -0.75 instead of -1).
@@ -111,7 +112,8 @@ def shear_rows(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
     mixed = pixels[:, :side] * weights[0]
     for k in (1, 2, 3):
         mixed.addcmul_(pixels[:, k : k + side], weights[k])
-    # PIL rounds down in double precision, and here fp32 may be just below a whole number
+    # PIL rounds double precision down. In fp32 a value may be just below the whole number that it
+    # would be in double precision, so add a little before rounding down.
     result = mixed.add_(0.002).clamp_(0, 255).numpy().astype(np.uint8)
     for y, inside in enumerate(np.ceil(-start - 0.5).astype(int).tolist()):
         if inside > 0:

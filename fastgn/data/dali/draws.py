@@ -1,7 +1,7 @@
 """Draws what timm's training transform would do to an image, without the image.
 
-timm's own objects draw, in their own order, so that a seed gives the picture that the PIL loader
-makes with it.
+timm's own objects draw the random numbers, in their usual order. So a seed gives the same augmented
+image as in the PIL loader.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Kind(IntEnum):
     NONE = 0
     BICUBIC = 1
     """[a, b, c, d, e, f]: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), in pixels
-    from the image's corner. It is FILL if that is outside the image."""
+    from the image's corner. The pixel is FILL if that point is outside the image."""
     BILINEAR = 2
     """[a, b, c, d, e, f]: an affine map as for BICUBIC, but with bilinear interpolation."""
     AUTO_CONTRAST = 3
@@ -67,7 +67,7 @@ class Layer(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Everything that is done to one image, in the order of the fields."""
+    """How one image is augmented. It is cropped, resized, flipped and given to the `layers`."""
 
     top: int
     left: int
@@ -91,7 +91,7 @@ class Recipe:
         """Builds timm's transform. Raises UserError if its policy has an operation that DALI
         lacks."""
         transform = build_train_transform(cfg, img_size, hflip)
-        # the last one makes a tensor and draws nothing
+        # leave out the last transform, which makes a tensor and draws no random numbers
         self.steps: Sequence[Any] = transform.transforms[:-1]
         self.img_size = img_size
         self.kinds = {Kind.NONE}
@@ -130,7 +130,8 @@ class Recipe:
         flipped, bilinear = False, False
         for step in self.steps:
             if isinstance(step, RandomResizedCropAndInterpolation):
-                shape = torch.empty(()).expand(height, width)  # all that get_params looks at
+                # stands in for the image, because get_params looks only at its shape
+                shape = torch.empty(()).expand(height, width)
                 top, left, crop_height, crop_width = step.get_params(shape, step.scale, step.ratio)
                 chosen = step.interpolation
                 if isinstance(chosen, (tuple, list)):
@@ -185,7 +186,8 @@ def note(
 
 
 def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
-    """Returns the affine map of PIL's Image.rotate about the middle."""
+    """Returns the affine map of PIL's Image.rotate about the middle of an image, or None for a
+    rotation by 0 degrees. side: width and height of the image."""
     if degrees % 360 == 0:
         return None
     angle, middle = -math.radians(degrees % 360), side / 2
@@ -197,7 +199,7 @@ def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
 
 
 def posterized(side: int, bits: int) -> tuple[float, ...] | None:
-    """Returns the mask of the bits that stay. None means that all of them do."""
+    """Returns the mask of the bits that are kept, or None if all 8 are kept."""
     return (256 - 2 ** (8 - bits),) if bits < 8 else None
 
 

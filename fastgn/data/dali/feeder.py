@@ -1,4 +1,4 @@
-"""Reading the files of each batch, in worker processes, and drawing what to do to each image."""
+"""Reads the files of each batch in worker processes, and draws how to augment each image."""
 
 import itertools
 from collections import deque
@@ -162,7 +162,7 @@ BLACK = ppm(Image.new("RGB", (1, 1)))
 
 
 class Source:
-    """Gives DALI one batch after the other, and keeps for each batch what DALI does not need."""
+    """Gives DALI one batch after the other, and keeps the labels and messages for the loader."""
 
     def __init__(self, feeder: Feeder, position: int, workers: int, worker_timeout: float):
         """Starts at a position, which is epoch * batches_per_epoch + number of the batch in the

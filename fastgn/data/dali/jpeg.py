@@ -1,4 +1,4 @@
-"""Reading the header of a JPEG: its size, and whether all decoders decode it alike."""
+"""Reads from the header of a JPEG its size, and whether all decoders decode it alike."""
 
 import struct
 
@@ -10,7 +10,7 @@ OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
 ADOBE = 0xEE
 ALONE = {0x01, *range(0xD0, 0xD8)}
-"""Markers without a length after them."""
+"""Markers that no length and no data follow."""
 RGB = (ord("R"), ord("G"), ord("B"))
 
 

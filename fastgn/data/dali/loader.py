@@ -1,10 +1,10 @@
 """The DALI loader. It does to an image what the PIL loader does, with NVIDIA DALI on a CPU or GPU.
 
 Worker processes read the files, and draw with timm's own objects what to do to each image
-(feeder.py, draws.py). DALI gets bytes and numbers (operations.py). So one seed gives the same
-pictures as in the PIL loader, except for resampling and rounding, and a run continues from a
-position alone. DALI's readers, shuffling and random operators are not used. Its worker processes
-are not used either, because DALI waits for ever if one of them dies.
+(feeder.py, draws.py). DALI gets the bytes and the drawn numbers (operations.py). So one seed gives
+the same pictures as in the PIL loader, except for resampling and rounding. A run can continue from
+the number of a batch alone. DALI's readers, shuffling and random operators are not used. Its worker
+processes are not used either, because DALI waits for ever if one of them dies.
 """
 
 import atexit
@@ -52,9 +52,11 @@ class DaliLoader:
         ranks: int,
         device: torch.device,
     ):
-        """workers: number of threads that decode and augment. A quarter as many processes read
-        files and draw. With fewer than 4 workers the main process does it. That takes 0.35 ms per
-        image, and 0.8 ms in a process of its own on the same two cores.
+        """Sets up the loader. The first batch starts the pipelines.
+
+        workers: number of threads that decode and augment. A quarter as many processes read files
+        and draw random numbers. With fewer than 4 workers the main process does this, which takes
+        0.35 ms per image on two cores. A process of its own would take 0.8 ms there.
         """
         if isinstance(split, Arrays):
             raise UserError("--loader dali decodes files: arrays need --loader device")
@@ -79,7 +81,7 @@ class DaliLoader:
         self._pipelines: deque[Any] = deque()
         """The pipelines in the order in which they will give a batch."""
         self._next = -1
-        # worker processes ignore signals, and Python waits for them at exit: end them before
+        # at exit Python waits for the worker processes, which ignore its signal, so end them first
         atexit.register(close_if_alive, weakref.ref(self))
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -108,8 +110,8 @@ class DaliLoader:
     def _take(self, position: int) -> tuple[Tensor, Tensor]:
         """Returns (images in 0..1, labels) of the batch at a position, on the device.
 
-        The pipelines continue from epoch to epoch. They start anew if another position than the
-        next one is wanted.
+        The pipelines run on from epoch to epoch. They start anew if `position` does not follow the
+        last one.
         """
         if self._source is None or position != self._next:
             self.close()
@@ -138,7 +140,10 @@ class DaliLoader:
         return images_BCHW, labels_B.to(self.device, non_blocking=True)
 
     def _stream(self) -> dict[str, Any]:
-        """Returns arguments that order DALI's outputs after PyTorch's work, without a host sync."""
+        """Returns arguments that make DALI write its outputs in PyTorch's CUDA stream.
+
+        DALI's work is then in order with PyTorch's work, without a host sync.
+        """
         if self.device.type != "cuda":
             return {}
         return {"cuda_stream": torch.cuda.current_stream(self.device)}
@@ -146,9 +151,9 @@ class DaliLoader:
     def _start(self, position: int) -> None:
         """Starts the pipelines at a position.
 
-        On CUDA there is one pipeline, AHEAD batches ahead. On a CPU there is a pipeline with one
-        thread for each worker, and one more while the main process feeds them. Threads of the same
-        pipeline would wait for each other after every operation on a few images.
+        On CUDA there is one pipeline, which makes AHEAD batches before they are needed. On a CPU
+        there is one more pipeline than workers, each with one thread. Threads of the same pipeline
+        would wait for each other after every operation on a few images.
         """
         cuda = self.device.type == "cuda"
         count = 1 if cuda or not self.workers else self.workers + 1
@@ -195,9 +200,11 @@ class DaliLoader:
 
 
 KEPT: list[tuple["weakref.ref[DaliLoader]", deque[Any]]] = []
-"""All pipelines of this process. Python's garbage collector would otherwise end the pipelines of a
-forgotten loader. It may run in one of their own threads, which call Python, and that thread would
-wait for itself."""
+"""All pipelines of this process, kept so that the garbage collector never ends a pipeline.
+
+A pipeline's threads call Python, so the garbage collector may run in one of them. If it ended that
+pipeline, the thread would wait for itself.
+"""
 
 
 def uses_operators(device: torch.device) -> bool:

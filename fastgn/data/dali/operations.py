@@ -73,9 +73,9 @@ def apply_operations(
     return image
 
 
-# The operations work on uint8 S x S x 3, and differ from PIL's by at most 1 except where they
-# interpolate. They keep bytes as bytes, without broadcasting, wherever possible, because DALI takes
-# several times as long for floats.
+# The operations work on images of uint8, S x S x 3. Their results differ from PIL's by at most 1,
+# except where they interpolate. Wherever possible they compute with bytes and do not broadcast,
+# because DALI takes several times as long for floats.
 
 
 def operate(
@@ -83,8 +83,8 @@ def operate(
 ) -> Any:
     """Returns the image after one operation.
 
-    kind: int32, one of `possible`. The conditions form a tree, so that DALI runs each operation
-    only on the images that need it.
+    kind: number of the operation, int32, one of `possible`. Nested conditions choose among them, so
+    that DALI runs each operation only on the images that need it.
     """
     if len(possible) == 1:
         return OPERATIONS[possible[0]](image, arguments, side, device)
@@ -124,8 +124,10 @@ def to_bytes(values: Any, shift: float = 0.0) -> Any:
 
 
 FLOOR = -0.498
-"""Added before rounding. PIL rounds down, and a value 0.002 below a whole number may be equal to it
-but for rounding errors."""
+"""Number that is added before rounding to the nearest, in order to round down as PIL does.
+
+It is not -0.5, because rounding errors may put a value slightly below the whole number that it is.
+"""
 
 
 def blend(other: Any, image: Any, factor: Any) -> Any:
@@ -182,7 +184,7 @@ def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
     """Returns the image with the contrast of each channel stretched, as ImageOps.autocontrast
     does."""
     low, high = (extreme(r, image) for r in (fn.reductions.min, fn.reductions.max))
-    flat = fn.cast(low == high, dtype=types.UINT8)  # such a channel stays as it is
+    flat = fn.cast(low == high, dtype=types.UINT8)  # a channel with one value is not changed
     low = low * (byte(1) - flat)
     scale = 255.0 / (high - low + (byte(255) - high) * flat)
     return to_bytes((image - low) * scale, FLOOR)
@@ -192,14 +194,15 @@ def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
 def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     """Returns the image with the histogram of each channel equalised, as ImageOps.equalize does.
 
-    PIL counts the pixels below a value, and DALI the pixels up to a value. In the negative image,
-    these are the pixels that are not below it. What remains is PIL's step, a whole number.
+    PIL counts the pixels below a value, and DALI the pixels up to a value. Therefore DALI equalises
+    the negative image, in which the pixels up to a value are those that are not below it in the
+    image. The last factor is needed because PIL divides by a step that is a whole number.
     """
     shares = byte(255) - fn.equalize(byte(255) - image)
     brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
     others = side * side - fn.cast(extreme(fn.reductions.sum, brightest), dtype=types.FLOAT)
     step = math.floor(others / 255.0)
-    few = fn.cast(step == 0.0, dtype=types.UINT8)  # such a channel stays as it is
+    few = fn.cast(step == 0.0, dtype=types.UINT8)  # a channel with a step of 0 is not changed
     table = to_bytes(shares * (others / 255.0 / (step + few)))
     return table * (byte(1) - few) + image * few
 
@@ -212,13 +215,13 @@ def invert(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 @do_not_convert
 def posterize(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image with the bits of a mask only."""
+    """Returns the image with only those bits of each value that a mask keeps."""
     return image & fn.cast(first(arguments, device), dtype=types.UINT8)
 
 
 @do_not_convert
 def solarize(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image with the values from a threshold on inverted."""
+    """Returns the image with all values inverted that are not below a threshold."""
     return image ^ ((image >= fn.cast(first(arguments, device), dtype=types.INT32)) * byte(255))
 
 
