@@ -1,4 +1,4 @@
-"""The activations that `--activation` offers, and code that puts them into a network."""
+"""Knows the activations that `--activation` offers, and puts them into a network."""
 
 import math
 

@@ -33,7 +33,8 @@ def check_name(cfg: ArchitectureConfig) -> str:
     Raises UserError if the network or the activation is unknown.
     """
     name = ALIASES.get(cfg.model, cfg.model)
-    # timm checks a name only up to the first dot, and the whole name gets into exported code
+    # check the whole name, because timm looks only at the part before the first dot, and the whole
+    # name is written into exported code
     plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
     if name not in OWN and not (plain and timm.is_model(name)):
         matches = timm.list_models(name) if set(name) & set("*?[") else []
@@ -73,7 +74,7 @@ def create_network(
             raise UserError(f"{format_flags(cfg)} cannot be built: {first_line(error)}") from None
     if cfg.pretrained:
         use_cache_if_offline()
-    # passed even if it is 0, because Swin's default is 0.1
+    # pass drop_path_rate even if it is 0, because Swin's default is 0.1
     optional: dict[str, Any] = {"drop_rate": cfg.drop, "drop_path_rate": cfg.drop_path}
     optional["img_size"] = cfg.img_size
     optional = {k: v for k, v in optional.items() if v is not None and k not in kwargs}
@@ -180,5 +181,5 @@ def use_cache_if_offline() -> None:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # depends on the HTTP library that it uses
+    except Exception:  # the class of the error depends on the HTTP library that the client uses
         constants.HF_HUB_OFFLINE = True

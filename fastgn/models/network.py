@@ -74,7 +74,7 @@ class Classifier(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class ModelReport:
-    """Changes that were made to a network, for the log."""
+    """Report for the log about a network and the changes that were made to it."""
 
     parameters: int
     """Number of parameters."""
@@ -122,9 +122,9 @@ class ModelReport:
 class PatchConv2d(nn.Conv2d):
     """A convolution whose windows do not overlap, computed as one matrix product.
 
-    cuDNN computes the derivatives of a convolution with 3 channels slowly, and its output would
-    have to be transposed for the next layer. A compiled step skips the parts of a product that it
-    does not need.
+    This is faster, because cuDNN computes the derivatives of a convolution with 3 channels slowly,
+    and its output would have to be transposed for the next layer. Also, a compiled step can leave
+    out the parts of a matrix product whose results are not used.
     """
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     Returns {kind of module: number of changed modules} and {name of a module that could not be
     changed: reason}.
     """
-    from fastgn_kernels.modules import swap_modules  # imported here: triton needs Linux
+    from fastgn_kernels.modules import swap_modules  # here, because Triton exists only on Linux
 
     multiply_patches(backbone)
     swapped = swap_modules(backbone)
@@ -213,7 +213,7 @@ def build_model(
     kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
     count = sum(p.numel() for p in backbone.parameters())
     fused, not_fused = use_kernels(backbone) if kernels == "triton" else (None, {})
-    with find_operators(backbone) as finder:  # kernels replace some of the operators
+    with find_operators(backbone) as finder:  # after use_kernels, which replaces some of them
         check_output(model, cfg, num_classes)
     replaced = replace_operators(finder)
     adapted = None

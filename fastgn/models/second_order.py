@@ -1,8 +1,8 @@
 """Replaces operators in a network that cannot be differentiated twice.
 
-PyTorch's L2 norm has the first derivative 0 at a zero vector, but its second derivative is NaN.
-Normalisations divide by that norm. The second derivative of Mish overflows from 89 on. hardsigmoid
-and hardswish have no second derivative.
+PyTorch's L2 norm has the first derivative 0 at a zero vector, but its second derivative there is
+NaN. F.normalize divides by this norm. The second derivative of Mish overflows for inputs from 89
+on. hardsigmoid and hardswish have no second derivative.
 
 `find_operators` finds the modules that call such operators. `replace_operators` makes these modules
 call replacements, the twins, which have the same values and first derivatives.
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def widen(x: Tensor) -> Tensor:
-    """Returns `x` in the dtype that PyTorch's own activations compute in."""
+    """Returns `x` in the dtype in which PyTorch computes activations, such as fp32 for bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -41,7 +41,7 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
 
     Above 40, softplus equals its argument to the last bit of float64.
     """
-    # same formula as in kernels/reference.py, which is in a separate package
+    # repeats the formula of kernels/reference.py, because that is a separate package
     x = widen(input)
     return (x * F.softplus(x, threshold=40).tanh()).to(input.dtype)
 
@@ -51,8 +51,8 @@ def normalize(
 ) -> Tensor:
     """Computes F.normalize with finite derivatives for vectors that are shorter than eps.
 
-    For such vectors the norm is replaced by eps. The function is then linear, so that no derivative
-    needs the norm's derivative.
+    For such vectors eps replaces the norm. The function is then linear, and its derivatives do not
+    contain those of the norm.
     """
     norm = functools.partial(torch.Tensor.norm, p=p, dim=dim, keepdim=True)
     short = norm(input.detach()) < eps
@@ -109,10 +109,9 @@ PAIRS = tuple(TWINS.items())
 
 
 class Twins(TorchFunctionMode):
-    """Context manager that calls a replacement for each operator that cannot be differentiated
-    twice.
+    """Context manager that replaces calls of operators that cannot be differentiated twice.
 
-    TWINS lists the operators and their replacements.
+    TWINS lists these operators and the functions that are called instead.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -142,16 +141,16 @@ class WithTwins:
 
 
 class Hardsigmoid(nn.Hardsigmoid):
-    """nn.Hardsigmoid with a second derivative. `Twins` does not see F.hardsigmoid under
-    torch.compile."""
+    """nn.Hardsigmoid with a second derivative. It is needed because `Twins` cannot replace calls of
+    F.hardsigmoid under torch.compile."""
 
     def forward(self, input: Tensor) -> Tensor:
         return hardsigmoid(input)
 
 
 class Hardswish(nn.Hardswish):
-    """nn.Hardswish with a second derivative. `Twins` does not see F.hardswish under
-    torch.compile."""
+    """nn.Hardswish with a second derivative. It is needed because `Twins` cannot replace calls of
+    F.hardswish under torch.compile."""
 
     def forward(self, input: Tensor) -> Tensor:
         return hardswish(input)
@@ -161,7 +160,8 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Hardsigmoid: Hardsigmoid,
     nn.Hardswish: Hardswish,
 }
-"""Class of a module that `Twins` cannot change -> class that can be differentiated twice."""
+"""Class of modules whose operators `Twins` cannot replace -> class that can be differentiated
+twice."""
 
 
 @functools.cache

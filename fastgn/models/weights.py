@@ -71,8 +71,9 @@ def load_weights(
 ) -> Adapted:
     """Loads a state dict with timm's keys into a network. A prefix that all keys share is removed.
 
-    adapt: whether to resize position tables to the network's image size with timm's filter. If the
-    number of classes differs, the network then keeps its random head.
+    adapt: whether to change weights that do not fit. timm's filter for checkpoints resizes position
+    tables to the network's image size. If the number of classes differs, the network keeps its
+    random classifier head.
 
     Raises UserError, which begins with `source`, if the weights belong to another network, or to a
     network with another normalisation.
@@ -214,7 +215,7 @@ def adapt_weights(
     if resize is not None:
         try:
             weights = dict(resize(dict(weights), backbone))
-        except Exception as error:  # timm's filters expect the same network
+        except Exception as error:  # timm's filter may raise anything for another network's weights
             raise UserError(f"{source} cannot be adapted: {first_line(error)}") from None
     resized = [k for k in weights if k in before and weights[k].shape != before[k].shape]
     classes = getattr(backbone, "num_classes", None)

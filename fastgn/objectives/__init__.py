@@ -1,6 +1,7 @@
 """The objectives that an update can minimise: methods of --method, their options and losses.
 
-Names are imported when they are first used: the command line reads this package without torch.
+Names are imported when they are first used, so that the command line can read the options without
+importing torch.
 """
 
 import importlib

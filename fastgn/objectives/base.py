@@ -1,4 +1,4 @@
-"""Parts that every method shares: the loss and the objective as the step sees them, and helpers.
+"""Types and functions that all methods share. The training step works with Loss and Objective.
 
 Targets are class indices, `(B,), int64`, or probabilities, `(B, K)`, after mixup, cutmix or label
 smoothing. B is the number of images, K the number of classes, CE the cross-entropy.
@@ -25,8 +25,8 @@ class Loss(NamedTuple):
     ce: Tensor
     """Mean cross-entropy of the images that the network trains on."""
     penalty: Tensor
-    """Penalty before it is multiplied by its weight: for gradnorm (eps / sigma) * grad_l1. 0 for
-    methods without a penalty."""
+    """Penalty before it is multiplied by its weight. For gradnorm it is (eps / sigma) * grad_l1. 0
+    for methods without a penalty."""
     grad_l1: Tensor
     """Mean over the images of the L1 norm of the loss's gradient with respect to the image, in the
     units of the images that the loss got. NaN if the method does not compute it."""
@@ -65,15 +65,15 @@ def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "h
         return ((logits_BK + gumbel_BK) / temperature).softmax(1)
     if sampling != "hard":
         raise ValueError(f"sampling {sampling!r} should be hard or relaxed")
-    # the class with the largest sum is distributed as the softmax
+    # the class with the largest sum of logit and Gumbel noise is a draw from the softmax
     drawn_B1 = (logits_BK.detach() / temperature + gumbel_BK).argmax(1, keepdim=True)
-    # F.one_hot looks at its input's range on the host
+    # not F.one_hot, because it makes the host wait for the range of its input
     return torch.zeros_like(gumbel_BK).scatter(1, drawn_B1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One training method: how it attacks the images, if it does, and the loss that it minimises.
+    """A configured training method, with the loss that it minimises and its attack, if it has one.
 
     The model has `normalize` and `backbone`, and maps pixels in 0..1 to logits with
     backbone(normalize(pixels)). The ramp is a scalar tensor that grows from 0 to 1 over the first
@@ -93,14 +93,14 @@ class Objective:
     penalty_weight: float = 0.0
     """Weight of the penalty in `loss` if the ramp is 1."""
     penalty_scale: float = 0.0
-    """Factor of grad_l1 in the penalty: eps / sigma."""
+    """Factor of grad_l1 in the penalty, which is eps / sigma for gradnorm."""
     differences: bool = False
     """Whether a finite difference of the cross-entropy can replace the penalty.
 
     This is so if the penalty is penalty_scale * grad_l1.
     """
     forwards: int = 1
-    """Number of forward passes that `loss` makes, each of which has a backward pass."""
+    """Number of forward passes that `loss` makes. Each one needs a backward pass later."""
     attack_steps: int = 0
     """Number of gradients with respect to the images that the attack computes."""
     attack_forwards: int = 0
@@ -113,8 +113,8 @@ class Objective:
     def has_turn(self, update: int) -> bool:
         """Returns whether an update minimises this objective, and not `rest`.
 
-        This depends only on the number of the update. The updates are spread evenly, and update 0
-        is the first of them.
+        This depends only on the number of the update. The updates that minimise this objective are
+        spread evenly, and begin with update 0.
         """
         if self.rest is None:
             return True
@@ -125,8 +125,8 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
     """Returns an objective with the penalty on only the first `fraction` of the images, and the
     cross-entropy on all images.
 
-    Both parts go through the network one after the other, so that BatchNorm in train mode sees two
-    batches.
+    The images with the penalty and those without it go through the network one after the other. So
+    BatchNorm in train mode normalises them separately.
     """
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
@@ -145,7 +145,7 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
 def without_penalty(objective: Objective) -> Objective:
     """Returns an objective that minimises only the cross-entropy of `objective`.
 
-    Weight and images of the cross-entropy are those of `objective`.
+    The cross-entropy has the same weight and is computed on the same (attacked) images as there.
     """
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:

@@ -14,8 +14,8 @@ from fastgn.fields import EPOCHS, IMAGES, PIXELS, PROBABILITY, WEIGHT, Options, 
 
 @dataclasses.dataclass(frozen=True)
 class GradnormOptions(Options):
-    """gradnorm and gradnorm+fgsm: the penalty on the input gradient. Source of the defaults:
-    arXiv 2409.20139, equation 2."""
+    """Options of gradnorm and gradnorm+fgsm, which penalise the norm of the input gradient. The
+    defaults come from arXiv 2409.20139, equation 2."""
 
     ce_weight: Annotated[float, WEIGHT] = 0.8
     """Weight of the cross-entropy."""
@@ -24,7 +24,8 @@ class GradnormOptions(Options):
     eps: Annotated[float, PIXELS] = 4 / 255
     """Radius of the penalty in 0..1 pixel units. The penalty is multiplied by eps / sigma."""
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
-    """Pixel units per normalised unit. All channels use the same number, as in the paper."""
+    """Number by which the normalisation divides pixels, for the factor eps / sigma. It is the same
+    for all channels, as in the paper."""
     gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
     """Norm of each image's gradient that is penalised."""
     gn_of: Literal["loss", "logit"] = "loss"
@@ -35,11 +36,11 @@ class GradnormOptions(Options):
     """Penalise only the part of the norm above this value. The value is in normalised units, before
     the multiplication by eps / sigma."""
     gn_start: Annotated[float, PIXELS] = 0.0
-    """Take loss and gradient at a random point, drawn uniformly within this Linf radius of the
-    image in 0..1 pixel units. 0 means at the image itself."""
+    """Compute the loss and its gradient at a random point near each image, drawn uniformly within
+    this Linf radius in 0..1 pixel units. 0 means at the image itself."""
     gn_attacked: bool = False
-    """Take cross-entropy and penalty at images that PGD has attacked, instead of at the images
-    themselves. The attack_ options describe the attack (gradnorm only)."""
+    """Compute the cross-entropy and the penalty at images that PGD has attacked, instead of at the
+    images themselves. The attack_ options describe the attack (gradnorm only)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +68,7 @@ class GradnormOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class GradnormFgsmOptions(Options):
-    """gradnorm+fgsm: which updates have the penalty."""
+    """Options of gradnorm+fgsm, which uses the penalty only in some updates."""
 
     gn_share: Annotated[
         float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
@@ -77,8 +78,9 @@ class GradnormFgsmOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class AttackOptions(Options):
-    """pgd_at, fgsm_rs, trades, gradnorm+fgsm, and gradnorm with --gn-attacked: the attack on the
-    training images. (fgsm_rs and gradnorm+fgsm always take one step.)"""
+    """Options of the attack on the training images. The methods pgd_at, fgsm_rs, trades and
+    gradnorm+fgsm use it, and so does gradnorm with --gn-attacked. (fgsm_rs and gradnorm+fgsm always
+    take one step.)"""
 
     attack_eps: Annotated[float, PIXELS] = 4 / 255
     """Linf radius of the attack in 0..1 pixel units."""
@@ -88,8 +90,8 @@ class AttackOptions(Options):
     attack_it: Annotated[int, Range(1, 10_000)] = 3
     """Number of attack steps."""
     attack_select: Literal["last", "best", "paper"] = "last"
-    """Images of the attack to train on. last: those of the last step; best: for each image the one
-    with the highest loss of all steps (costs one more forward pass); paper: best, but the extra
+    """Which attacked images to train on. last: those after the last step. best: for each image the
+    step with the highest loss (costs one more forward pass). paper: the same as best, but the extra
     forward pass gets images that are not normalised, as in the paper's code."""
     attack_ramp_epochs: Annotated[float | None, EPOCHS] = None
     """Epochs over which the attack's step size grows to its full value. None means the value of
@@ -98,8 +100,8 @@ class AttackOptions(Options):
     """Let the attack's step size grow at every update. In the paper's code it grows once per epoch,
     so that it is 0 in the first epoch."""
     attack_weight_grads: bool = False
-    """Quirk of the paper's code: compute, all-reduce and discard weight gradients at every attack
-    step. Use it only to compare costs, because the attacked images stay the same."""
+    """Compute, all-reduce and discard weight gradients at every attack step, as the paper's code
+    does. Use it only to compare costs, because the attacked images stay the same."""
 
     @property
     def step_size(self) -> float:
@@ -116,7 +118,8 @@ class AttackOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class TradesOptions(Options):
-    """trades: the divergence between the predictions for images and for attacked images."""
+    """Options of trades, which penalises the divergence between the predictions for images and for
+    their attacked versions."""
 
     trades_beta: Annotated[float, WEIGHT] = 6.0
     """Weight of the divergence."""
@@ -124,7 +127,8 @@ class TradesOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class EdgeOptions(Options):
-    """edge: the comparison of input gradients with the edges of the image."""
+    """Options of edge, which penalises the distance of input gradients from the edges of the
+    image."""
 
     edge_of: Literal["logit", "loss"] = "logit"
     """Value whose gradient is compared: the logit of a sampled class, or the cross-entropy."""
@@ -140,20 +144,21 @@ class EdgeOptions(Options):
     """What is compared with the edges. gradient: the signed gradient of every channel. saliency:
     the largest magnitude of the gradient over the channels."""
     edge_rms: Literal["batch", "image"] = "batch"
-    """Divide gradients and edges by their root mean square over a micro-batch, as the paper's code
-    does, or over each image."""
+    """Images over which the root mean square is taken that divides gradients and edges. batch: all
+    images of a micro-batch, as in the paper's code. image: each image alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PagOptions(Options):
-    """pag: the angle between input gradients and the direction to a representative image."""
+    """Options of pag, which penalises the angle between input gradients and the direction to a
+    representative image."""
 
     pag_weight: Annotated[float, WEIGHT] = 15.0
-    """Weight of the penalty at full strength (its authors' code: 1.5 times 10)."""
+    """Weight of the penalty at full strength. It is 1.5 times 10 in the code of pag's authors."""
     pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
     """Image that the gradient for a class should point to. class-mean: the mean of the class's
-    training images; nearest-neighbour: the training image of the class that is nearest to the image
-    (only for data that fits on the device); random-image: one training image of the class, drawn by
+    training images. nearest-neighbour: the training image of the class that is nearest to the image
+    (only for data that fits on the device). random-image: one training image of the class, drawn by
     the seed."""
     pag_images: Annotated[int, IMAGES] = 100
     """Number of image files from which each class mean is computed, drawn by the seed. For cifar10
@@ -162,9 +167,9 @@ class PagOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What is known of a method before torch is imported.
+    """What the command line needs to know of a method. This does not need torch.
 
-    Its loss, and the function `build` that takes its options, are in the module of
+    The method's loss, and a function `build` that takes its options, are in the module of
     fastgn.objectives.methods that has its name (with _ in place of +).
     """
 
@@ -177,7 +182,7 @@ class Method:
     has_attack: bool = False
     """Whether every update trains on attacked images."""
     single_step: bool = False
-    """Whether its attack has one step, of another default size."""
+    """Whether its attack has only one step, which has another default size."""
     needs_representatives: bool = False
     """Whether `build` takes one more argument, base.Representatives of the training images."""
 
@@ -275,13 +280,13 @@ class ObjectiveConfig(Options):
 
     @property
     def takes_turns(self) -> bool:
-        """Whether only some updates minimise the penalty, and the others something else."""
+        """Whether only some updates minimise the penalty, and the others another loss."""
         shared = GradnormFgsmOptions in METHODS[self.method].options
         return shared and self.gradnorm_fgsm.gn_share < 1
 
     @property
     def allows_differences(self) -> bool:
-        """Whether a finite difference of the cross-entropy can stand in for the penalty."""
+        """Whether a finite difference of the cross-entropy can replace the penalty."""
         return GradnormOptions in METHODS[self.method].options and not self.gradnorm.is_variant
 
     @property

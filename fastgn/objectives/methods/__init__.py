@@ -1,1 +1,1 @@
-"""One method a file: its loss as a pure function, and the function that builds its objective."""
+"""The methods, one per file, each with its loss as a pure function and a function `build`."""

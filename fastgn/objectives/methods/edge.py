@@ -1,4 +1,7 @@
-"""Cross-entropy plus the distance of a logit's input gradient from the image's edges."""
+"""The method edge, which minimises the cross-entropy plus a penalty.
+
+The penalty is the distance of a logit's input gradient from the edges of the image.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,16 +22,16 @@ def bessel(order: int) -> float:
 
 
 GAUSSIAN = [bessel(abs(i)) for i in range(-3, 4)]
-"""Filter of the discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels."""
+"""Discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels, times e."""
 GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
-"""Taps of the discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels."""
+"""The same filter, scaled so that its taps sum to 1."""
 
 
 def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
     """Returns the correlation of images with a filter along dim 2 (rows) or dim 3 (columns).
 
-    The images are mirrored at their border pixels. The function adds shifted images, and not a
-    convolution, because autocast would change the dtype of a convolution.
+    The images are mirrored at their border pixels. The function adds shifted images instead of
+    calling a convolution, because autocast would change the dtype of the convolution.
     """
     reach = len(taps) // 2
     padded = mirror(x_BCHW, reach, dim)
@@ -38,7 +41,7 @@ def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
 
 def mirror(x_BCHW: Tensor, reach: int, dim: int) -> Tensor:
     """Extends the images by `reach` pixels on both sides, as numpy.pad's mode 'reflect' does."""
-    while reach:  # one reflection adds at most the side less one pixel
+    while reach:  # F.pad can add at most one pixel less than the side of the images at once
         step = min(reach, max(x_BCHW.shape[dim] - 1, 1))
         mode = "replicate" if x_BCHW.shape[dim] == 1 else "reflect"
         x_BCHW = F.pad(x_BCHW, (0, 0, step, step) if dim == 2 else (step, step, 0, 0), mode=mode)
@@ -47,11 +50,11 @@ def mirror(x_BCHW: Tensor, reach: int, dim: int) -> Tensor:
 
 
 def edge_energy(images_BCHW: Tensor) -> Tensor:
-    """Returns where an image has edges: B x 1 x H x W, in the images' dtype and units.
+    """Returns the strength of an image's edges at each pixel, B x 1 x H x W, in the images' units.
 
-    The image is blurred by a Gaussian of sigma 1 pixel. Sobel's 3 x 3 filters along rows and
-    columns follow, then the root of their squares' sum over directions and channels, then the blur
-    again. Each filter mirrors its input at the border. Source: the code of arXiv 2409.20139.
+    First a Gaussian of sigma 1 pixel blurs the image. Then Sobel's 3 x 3 filters give its slopes
+    along rows and columns. Their L2 norm over both directions and all channels is blurred again.
+    Each filter mirrors its input at the border. Source: the code of arXiv 2409.20139.
     """
 
     def blur(x: Tensor) -> Tensor:
@@ -89,8 +92,8 @@ def edge(
 
     total = CE + weight * MSE(G / rms(G), E / rms(E)). G is the gradient with respect to the images
     of sum_k w_k f_k, where f_k is the logit of class k and w comes from draw_classes. E is
-    edge_energy, repeated for all channels. The mean is over images, channels and pixels. Edges are
-    never negative, so that the sign of the gradient counts. The cost is the same as for gradnorm.
+    edge_energy, repeated for all channels. The mean is over images, channels and pixels. E is never
+    negative, so the sign of the gradient matters. The cost is the same as for gradnorm.
     Source: arXiv 2409.20139 and its code.
 
     images_BCHW: in the units that `model` takes. The edges are computed in these units.

@@ -1,4 +1,4 @@
-"""Adversarial training with one attack step from a random start."""
+"""The method fgsm_rs, adversarial training with one attack step from a random start."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,7 @@
-"""Cross-entropy plus the L1 norm of its input gradient, by double backprop."""
+"""The method gradnorm, which minimises the cross-entropy plus the norm of its input gradient.
+
+The penalty is differentiated exactly by double backprop.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -60,7 +63,7 @@ def gradnorm(
         own_BCHW = len(images_BCHW) * grad_BCHW
         if (
             channel_weights is not None
-        ):  # numbers, because copying a tensor of them would wait for the device
+        ):  # multiply by Python numbers, because copying a tensor to the device would wait for it
             channels = own_BCHW.unbind(1)
             weighted = [w * x for w, x in zip(channel_weights, channels, strict=True)]
             own_BCHW = torch.stack(weighted, 1)

@@ -1,4 +1,4 @@
-"""gradnorm on a share of the updates, fgsm_rs on the others."""
+"""The method gradnorm+fgsm, which uses gradnorm in a share of the updates and fgsm_rs in others."""
 
 import dataclasses
 
@@ -10,13 +10,14 @@ from fastgn.objectives.options import AttackOptions, GradnormFgsmOptions, Gradno
 def build(
     options: GradnormFgsmOptions, penalty: GradnormOptions, attack: AttackOptions
 ) -> Objective:
-    """Returns the method gradnorm+fgsm as an Objective: a share of the updates has the penalty.
+    """Returns the method gradnorm+fgsm as an Objective.
 
-    The other updates train on images that FGSM has attacked.
+    Only a share of the updates has the penalty. The others train on images that FGSM has attacked.
+    penalty: options of the penalty.
     """
     penalised = gradnorm.build(penalty, attack)
     if options.gn_share == 1:
         return penalised
-    # log rows of the other updates have no penalty, which is not the same as a penalty of 0
+    # log rows of the other updates leave the penalty empty, because 0 would look measured
     attacked = without_penalty(fgsm_rs.build(attack))
     return dataclasses.replace(penalised, rest=attacked, share=options.gn_share)

@@ -1,4 +1,4 @@
-"""Cross-entropy alone."""
+"""The method natural, which minimises only the cross-entropy."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fastgn.objectives.base import Loss, Objective, cross_entropy
 
 
 def natural(model: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Loss:
-    """Returns the cross-entropy."""
+    """Returns the cross-entropy of the images as a Loss without a penalty."""
     ce = cross_entropy(model(images_BCHW), targets)
     return Loss(ce, ce, torch.zeros_like(ce), torch.full_like(ce, torch.nan))
 

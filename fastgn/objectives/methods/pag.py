@@ -1,4 +1,7 @@
-"""Cross-entropy plus the angle of input gradients to a representative of the class."""
+"""The method pag, which minimises the cross-entropy plus a penalty on the input gradients' angle.
+
+It is the angle to the direction in which an image that represents the class lies.
+"""
 
 from typing import Any
 
@@ -12,9 +15,9 @@ from fastgn.objectives.options import PagOptions
 def nearest_of_class(images_BCHW: Tensor, classes_B: Tensor, among: Representatives) -> Tensor:
     """Returns the representative of one class for each image, of shape (B, C, H, W).
 
-    classes_B: the classes. If the candidates in `among` have labels, the representative is the
-    candidate of the class with the least L2 distance from the image, else the only candidate of
-    the class.
+    classes_B: the class for each image. among: the candidates. If they have labels, the result is
+    the candidate of this class with the least L2 distance from the image. Otherwise it is the only
+    candidate of the class.
     """
     candidates_NCHW, labels_N = among
     if labels_N is None:
@@ -36,13 +39,13 @@ def pag(
     *,
     weight: float | Tensor = 1.0,
 ) -> Loss:
-    """Returns the cross-entropy plus the angle of input gradients to a representative of a class.
+    """Returns the cross-entropy plus a penalty on the angle of input gradients.
 
     total = CE + weight * mean_i (1 - cos(d f_c(x_i) / d x_i, r_c - x_i)), called perceptually
-    aligned gradients. For every image a class c is drawn uniformly from all classes. f_c is its
-    logit, and r_c its representative (see nearest_of_class). If r_c is the image itself, the cosine
-    counts as 0. The cost is the same as for gradnorm. Source: arXiv 2207.11378, equation 4, which
-    sums over all classes.
+    aligned gradients. For every image a class c is drawn uniformly from all classes. f_c is the
+    logit of the class, and r_c an image that represents it (see nearest_of_class). If r_c is x_i
+    itself, the cosine counts as 0. The cost is the same as for gradnorm. Source: arXiv 2207.11378,
+    equation 4, which sums over all classes.
 
     images_BCHW: in the units of the representatives, such as pixels in 0..1.
     """

@@ -1,4 +1,4 @@
-"""Adversarial training: cross-entropy at the images that PGD finds."""
+"""The method pgd_at (adversarial training): cross-entropy of images that PGD has attacked."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Cross-entropy plus the divergence between predictions for images and attacked ones."""
+"""The method trades, which minimises the cross-entropy plus a divergence between predictions.
+
+It compares the predictions for images with those for their attacked versions.
+"""
 
 from typing import Any
 
@@ -25,8 +28,8 @@ def trades(
 ) -> Loss:
     """Returns the cross-entropy plus the divergence of predictions for attacked images.
 
-    total = CE(x) + beta * KL(p(x) || p(x_adv)), where trades_attack finds x_adv (Zhang et al. 2019,
-    arXiv 1901.08573, equation 5).
+    total = CE(x) + beta * KL(p(x) || p(x_adv)), where p are the predicted probabilities and
+    trades_attack finds x_adv (Zhang et al. 2019, arXiv 1901.08573, equation 5).
 
     images_BCHW: pixels in 0..1. If the model has BatchNorm or dropout, it should be in eval mode
     during the attack. Then call trades_attack and trades_loss one after the other.
@@ -45,10 +48,11 @@ def trades_attack(
     select: str = "last",
     gradient: attacks.GradientFn = attacks.input_gradient,
 ) -> Tensor:
-    """Returns images that PGD finds from a uniform start by increasing KL(p(x) || p(x')).
+    """Returns images x' that PGD finds from a uniform start by increasing KL(p(x) || p(x')).
 
-    p(x) is constant during the attack. The divergence therefore has the same gradient as the
-    cross-entropy with p(x) as soft targets. See attacks.pgd for the arguments.
+    p are the predicted probabilities, and p(x) is constant during the attack. The divergence
+    therefore has the same gradient as the cross-entropy with p(x) as soft targets. See attacks.pgd
+    for the arguments.
     """
     with torch.no_grad():
         logits_BK = model(images_BCHW)
@@ -74,8 +78,9 @@ def trades_loss(
 ) -> Loss:
     """Returns the loss of `trades` for images and their attacked versions.
 
-    both_2BCHW: the images, followed by the attacked images. Both go through the network one after
-    the other. The gradient flows through p(x) as well.
+    both_2BCHW: a batch of 2 B images, first the images and then their attacked versions. The
+    network runs on one half after the other. The predictions for the images are not detached, so
+    the gradient of the divergence flows through both halves.
     """
     here_BK, there_BK = (model(part) for part in both_2BCHW.chunk(2))
     ce = cross_entropy(here_BK, targets)
