@@ -20,7 +20,7 @@ class UserError(ValueError):
     or control the terminal are printed as escapes.
     """
 
-    def __str__(self) -> str:  # torch adds a worker's traceback to the argument itself
+    def __str__(self) -> str:  # escape only here, because torch adds a worker's traceback to args
         return escape(super().__str__())
 
 
@@ -169,7 +169,8 @@ def tolerate_failure(
 
     If the block fails, the error is reported in one line. Yields a list that then holds the error.
 
-    what: what the block does, for the message. report: takes the message; None means no message.
+    what: what the block does, for the message. report: function that is called with the message.
+    None means no message.
     """
     failure: list[Exception] = []
     try:

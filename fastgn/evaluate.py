@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+if __name__ == "__main__":  # report a mistake of the user before imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.evaluate")
@@ -84,7 +84,7 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         "models": entries,
         **environment(),
     }
-    write_json(output, record)  # before the analyses, which may take as long again
+    write_json(output, record)  # save it already, because the analyses may take as long again
     print_results(entries, cfg)
     print_line(f"written: {output}", sys.stdout)
     if cfg.statistics or cfg.sanity:
@@ -138,7 +138,7 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
         "out, or evaluate each checkpoint by itself",
     )
     batch_size = min(subset.batch_size for subset in subsets)
-    for subset in subsets:  # one batch size for all models, because the record has one
+    for subset in subsets:  # one batch size for all models, because evaluation.json names only one
         subset.batch_size = batch_size
     return trained, subsets
 

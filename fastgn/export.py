@@ -15,7 +15,7 @@ from fractions import Fraction as Ratio
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+if __name__ == "__main__":  # report a mistake of the user before imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.export")
@@ -96,8 +96,8 @@ def load(path=Path(__file__).with_name("weights.pt")):
 """Template of model.py.
 
 The normalisation is a wrapper around the network, and the weights have the keys of the network
-itself. RobustBench's loader reads such a file. It puts `model.` before the keys for ImageNet, and
-nothing for CIFAR-10."""
+itself. RobustBench's loader can read such a file. For ImageNet it adds `model.` to the beginning of
+the keys, and for CIFAR-10 it does not change them."""
 
 SWAP_ACTIVATIONS = """    for parent in list(network.modules()):
         for name, child in parent.named_children():
@@ -107,15 +107,15 @@ SWAP_ACTIVATIONS = """    for parent in list(network.modules()):
 
 
 def shortest(values: Tensor) -> tuple[float, ...]:
-    """Returns float32 values as the shortest decimals that are read as the same float32."""
+    """Returns float32 values as the shortest decimal numbers that give the same float32 again."""
     return tuple(float(str(v)) for v in values.detach().cpu().flatten().numpy())
 
 
 def literal(value: Any) -> str:
     """Returns Python text that evaluates to `value` and cannot run anything.
 
-    Everything from a checkpoint passes through here before it is written into model.py. Raises
-    UserError if the value is not a literal of Python.
+    All values from a checkpoint pass through here before they are written into model.py, because a
+    checkpoint may come from a stranger. Raises UserError if the value is not a literal of Python.
     """
     text = repr(value)
     try:
@@ -255,7 +255,8 @@ def rebuild(folder: Path) -> None:
 
 
 def format_eps(eps: float) -> str:
-    """Returns eps as RobustBench writes it: 4/255 for a whole number of 255ths, otherwise 0.5."""
+    """Returns eps as RobustBench writes it, such as 4/255 for a whole number of 255ths, and 0.5 for
+    other values."""
     n = Ratio(eps * 255).limit_denominator(1000)
     return f"{n}/255" if n.denominator == 1 and abs(n / 255 - eps) < 1e-9 else f"{eps:g}"
 
@@ -336,7 +337,9 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
-    """Returns RobustBench's entry of a model, with its fields in its order. None means unknown.
+    """Returns RobustBench's entry for a model, with the fields in RobustBench's order.
+
+    None means unknown.
 
     Raises UserError if --dataset has another number of classes than the model, or if the accuracies
     cannot be read.
@@ -378,7 +381,7 @@ def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
 
 
 def run(cfg: ExportConfig) -> None:
-    """Writes the four files of an export. Each appears whole or not at all.
+    """Writes the four files of an export. Each file is written completely or not at all.
 
     Raises UserError if the model cannot be exported.
     """
@@ -402,7 +405,7 @@ def run(cfg: ExportConfig) -> None:
     pickled = io.BytesIO()
     torch.save(weights, pickled)
     check_same(source, pickled.getvalue(), trained)
-    write_bytes(folder / "model.py", source)  # first: it tells that the others are ours
+    write_bytes(folder / "model.py", source)  # first, because it shows that the others are fastgn's
     header = ExportHeader(trained.cfg.to_toml(), list(trained.classes), trained.update)
     export_weights(folder / "weights.safetensors", weights, header)
     write_bytes(folder / "weights.pt", pickled.getvalue())

@@ -71,7 +71,7 @@ def check_start(program: str) -> None:
 def stop_on_signals() -> Iterator[None]:
     """Makes SIGINT and SIGTERM raise KeyboardInterrupt inside the block, so that it can clean up.
 
-    If cleaning up takes longer than REPEAT_S, another signal ends the process at once.
+    If a second signal comes more than REPEAT_S after the first one, it ends the process at once.
     """
     first_s: float | None = None
 
@@ -84,7 +84,8 @@ def stop_on_signals() -> Iterator[None]:
             os._exit(128 + number)
 
     before = {n: signal.getsignal(n) for n in STOPS}
-    heeded = [n for n in STOPS if before[n] is not signal.SIG_IGN]  # `nohup` ignores signals
+    # a signal that is ignored, for example because of nohup, stays ignored
+    heeded = [n for n in STOPS if before[n] is not signal.SIG_IGN]
     for number in heeded:
         signal.signal(number, stop)
     try:

@@ -1,4 +1,4 @@
-"""Lines for a run that cannot go on: what happened, what is left, and what to try."""
+"""Messages for a run that cannot go on, which say what happened and what the user can do."""
 
 from fastgn.config import Config
 from fastgn.data.batch import explain_worker_death
@@ -18,7 +18,8 @@ def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
     operator = find_missing_derivative(error)
     if run is not None and operator is not None:
         return not_differentiable(run.cfg, operator)
-    return explain_worker_death(error)  # PyTorch raises it wherever the main process happens to be
+    # PyTorch may raise this error at any place of the main process, not only in the loader
+    return explain_worker_death(error)
 
 
 def too_large(run: Run | None) -> str:

@@ -101,13 +101,14 @@ class Options:
     def __post_init__(self) -> None:
         """Raises UserError if a number is out of its field's range, a path is not valid, or a text
         is empty."""
-        kind: Any = type(self)  # as Any, because mypy would check the hash of an instance
+        kind: Any = type(self)  # Any, because mypy does not know that this class can be hashed
         for name, allowed in find_ranges(kind).items():
             for value in iterate_numbers(getattr(self, name)):
                 given = f"--{format_flag(name)} {format_number(value)}"
                 hint = f": {allowed.hint}" if allowed.hint else ""
                 check(value in allowed, f"{given} is out of range: it must be {allowed}{hint}")
-        for field in dataclasses.fields(self):  # `--output "$UNSET"` is no choice of the default
+        # an empty text, such as from --output "$UNSET", must not pass for the default
+        for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             empty = value == "" and field.default != ""
             check(
@@ -168,8 +169,8 @@ def find_paths(kind: Any) -> list[str]:
 
 @functools.cache
 def find_lists(kind: Any) -> list[str]:
-    """Returns the fields of an options dataclass, its groups' included, that hold any number of
-    values."""
+    """Returns the names of fields that hold any number of values, in an options dataclass and in
+    the groups inside it."""
     found = []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         parts = list(iterate_annotations(hint))
@@ -180,7 +181,7 @@ def find_lists(kind: Any) -> list[str]:
 
 
 def iterate_annotations(hint: Any) -> Iterator[Any]:
-    """Yields the plain types and the metadata in a type hint."""
+    """Yields the plain types in a type hint, and the metadata such as a Range."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         yield from hint.__metadata__

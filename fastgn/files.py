@@ -57,7 +57,7 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     In that case an older file at `path` is unchanged and no part of the new one remains.
     """
     check_regular(path)
-    # the name cannot be guessed, so that nobody can create a link of this name before
+    # a name that cannot be guessed, so that nobody can put a link there first
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     raw: RecordingFile | None = None
     try:
@@ -99,7 +99,10 @@ def remove_file(path: Path) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Raises UserError if a file cannot be written to `path`. Called before long work starts."""
+    """Raises UserError if a file cannot be written to `path`.
+
+    It is called before long work starts, so that the result of this work is not lost.
+    """
     check_regular(path)
     parent = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     check(
@@ -109,10 +112,11 @@ def check_target(path: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises UserError if `path` exists but is not a plain file. A rename would replace it."""
+    """Raises UserError if `path` exists but is not a plain file, because a rename would replace
+    it."""
     try:
         mode = path.lstat().st_mode
-    except OSError:  # it is missing or unreadable, which opening it reports
+    except OSError:  # it is missing or unreadable, which is reported when it is opened
         return
     kinds = {stat.S_ISDIR: "folder", stat.S_ISLNK: "symbolic link", stat.S_ISFIFO: "named pipe"}
     kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
@@ -186,7 +190,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     with open_for_reading(path):
-        pass  # reports a missing file in plainer words than safe_open
+        pass  # raises UserError if the file is missing, in plainer words than safe_open
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -288,7 +292,7 @@ def check_archive(file: IO[bytes], path: Path) -> None:
             size = sum(entry.file_size for entry in entries)
             right = len(set(names)) == len(names) and size <= os.fstat(file.fileno()).st_size
             check(right, f"{path} is corrupt: its entries overlap")
-            # if a flipped bit turns an entry into a folder, torch leaves the tensor unfilled
+            # a flipped bit can turn an entry into a folder, and torch then leaves its tensor empty
             bad = next((e.filename for e in entries if e.external_attr), None) or archive.testzip()
     except UserError:
         raise
@@ -346,7 +350,7 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
                 f"{path} holds more than tensors ({what}): it was not loaded, because loading it "
                 "could run code"
             ) from None
-        # the first line of torch's message recommends loading the file with its code
+        # leave out the rest of torch's message, which recommends to run the code in the file
         known = re.search(r"WeightsUnpickler error: *(.*)", str(error))
         unpickling = isinstance(error, pickle.UnpicklingError)
         cause = (known and known[1]) or ("no pickle of torch.save" if unpickling else "")
@@ -356,8 +360,8 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
 def find_foreign_object(error: BaseException) -> str | None:
     """Returns the name of the class or function that torch.load(weights_only=True) refused.
 
-    None means that `error` has another cause. torch.load stops at the first instruction of a pickle
-    of protocol 4 or later. It then knows no name, and the result is "a bare pickle".
+    None means that `error` has another cause. The result is "a bare pickle" if the pickle has
+    protocol 4 or later, because torch.load then stops before it has read any name.
     """
     if not isinstance(error, pickle.UnpicklingError):
         return None

@@ -11,17 +11,18 @@ from fastgn.state import ExportHeader
 from fastgn.trained import export_weights
 
 LISTED = ("model.safetensors", "config.json", "summary.json", "curves.png", "metrics.csv")
-"""Names of the files that the last line of a run's output names, if they exist."""
+"""Files of a run that the last line of its output lists, if they exist."""
 
 
 def finish(run: Run) -> None:
-    """Writes the export, the summary and the curves, on the first rank."""
+    """Writes the exported weights, the summary and the curves. Does so only on the first rank."""
     if not run.world.is_main:
         return
     weights = run.evaluated_model.backbone.state_dict()
     header = ExportHeader(run.cfg.to_toml(), list(run.classes), run.update)
     export_weights(run.folder / "model.safetensors", weights, header)
-    with tolerate_failure("config.json for timm", run.print):  # such as a network out of memory
+    # it may fail, for example if there is not enough memory for another copy of the network
+    with tolerate_failure("config.json for timm", run.print):
         try:
             config = make_timm_config(
                 run.cfg.architecture, weights, run.classes, run.model.crop_pct

@@ -20,7 +20,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState |
     Raises UserError if another process writes there, or if the folder holds a run that this one
     does not continue.
     """
-    # only the first rank looks: another one could look later, and find one checkpoint more
+    # only the first rank looks, because another rank could look later and find a newer checkpoint
     found = choose_folder(cfg, world) if world.is_main else None
     folder, path = world.share(found)
     return folder, path, load_checkpoint(path) if path is not None else None
@@ -52,7 +52,7 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
         f"--output {folder} holds a run already: --resume {folder} continues it, another "
         "--output starts a new one",
     )
-    # each run writes environment.json first
+    # each run writes environment.json first, so this file shows that the folder is a run's
     made = last is not None or (folder / "environment.json").exists()
     check_replaced(flag, folder, (*RUN_FILES, "checkpoints/best.pt"), made, "run")
     return folder, found
@@ -65,7 +65,7 @@ def name_folder(cfg: Config) -> Path:
         "a rank that is started again finds its run only if --output names the run's folder",
     )
     if cfg.run.resume not in (None, "auto"):
-        find_checkpoint(Path(cfg.run.resume))  # before a folder is made for nothing
+        find_checkpoint(Path(cfg.run.resume))  # raises UserError now, before a folder is created
     if cfg.run.output is not None:
         return Path(cfg.run.output)
     started = time.strftime("%Y%m%d-%H%M%S")

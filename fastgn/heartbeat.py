@@ -18,7 +18,7 @@ import torch
 from fastgn.errors import first_line
 
 STEPS = 10
-"""Number of heartbeats sent per time limit."""
+"""Number of heartbeats that a rank sends within the time limit, unless they come more often."""
 LONGEST_INTERVAL_S = 2.0
 """Longest time between two heartbeats, in seconds."""
 
@@ -51,7 +51,7 @@ class Heartbeat:
         self.agent = agent
         self.interval_s = min(limit_s / STEPS, LONGEST_INTERVAL_S)
         self.collectives = 0
-        """Number of collectives through CPU memory that this rank has entered."""
+        """Number of collective operations through CPU memory that this rank has begun."""
         self.reports: dict[int, list[str]] = {}
         """Rank -> the last report read from it: [number of heartbeats, collectives, missing ranks,
         name]."""
@@ -73,7 +73,7 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is None:  # after an error, heartbeats continue until it is printed
+        if kind is None:  # after an error, heartbeats continue until the error is printed
             self.stopped.set()
             self.announce.set()
 
@@ -94,7 +94,7 @@ class Heartbeat:
             count, last = count + 1, self.announce.is_set()
             missing = ",".join(map(str, self.missing))
             try:
-                # if the store is gone, torch prints a C++ stack, so try to connect first
+                # try to connect first, because torch prints a C++ stack if the store is gone
                 socket.create_connection(self.address, timeout=self.interval_s).close()
                 self.store.set(f"{self.rank}", f"{count};{self.collectives};{missing};{me}")
                 there = [r for r in self.others if r in self.reports or self.store.check([f"{r}"])]
@@ -113,7 +113,8 @@ class Heartbeat:
         """Watches the reports, and ends the process if a rank or the store is silent for too
         long."""
         rounds, counts, store_silent_s = 0, dict.fromkeys(self.others, ""), 0.0
-        patience_s = self.limit_s - 2 * self.interval_s  # so that the job ends within the limit
+        # shorter than the limit, because a silence is noticed up to two intervals late
+        patience_s = self.limit_s - 2 * self.interval_s
         # count intervals, because a clock goes on while this process is suspended
         while not self.stopped.wait(self.interval_s):
             if self.rounds == rounds:
@@ -136,7 +137,7 @@ class Heartbeat:
     def _end_process(self) -> NoReturn:
         """Ends the process, whose main thread may wait in a collective that cannot be
         interrupted."""
-        self.announce.set()  # so that the other ranks report the same rank
+        self.announce.set()  # so that the messages of the other ranks name the same missing rank
         if self.missing:
             names = " and ".join(self.describe_rank(r) for r in self.missing)
         else:

@@ -1,7 +1,8 @@
 """Makes config.json, with which timm can load a run's folder.
 
-If it lies beside model.safetensors, timm.create_model('local-dir:RUN', pretrained=True) returns the
-network with its weights. timm.data.resolve_data_config then returns its preprocessing.
+If config.json lies beside model.safetensors in RUN, timm.create_model('local-dir:RUN',
+pretrained=True) returns the network with its weights. timm.data.resolve_data_config then returns
+the preprocessing of images for it.
 """
 
 import json
@@ -30,8 +31,8 @@ def make_timm_config(
 ) -> dict[str, Any]:
     """Returns the content of config.json for a network with these weights, in timm's keys.
 
-    Raises UserError if timm's arguments cannot express the network. To know that, the function
-    builds the network as timm would from them, and compares the logits of one image.
+    Raises UserError if timm's arguments cannot express the network. To test this, the function
+    builds the network from the arguments as timm would, and compares the logits of one image.
     """
     name = check_name(cfg)
     check(name not in OWN, f"{name} is not one of timm's networks")
@@ -43,7 +44,7 @@ def make_timm_config(
     del arguments["num_classes"]
     if cfg.activation:
         arguments["act_layer"] = cfg.activation
-    try:  # with the arguments as they come back from JSON
+    try:  # use the arguments as JSON returns them, because timm will read them from there
         arguments = parse_json(json.dumps(arguments), "model_args")
         theirs = timm.create_model(name, num_classes=len(classes), **arguments)
         theirs.load_state_dict(loaded)

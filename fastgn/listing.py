@@ -10,16 +10,15 @@ from fastgn.objectives.options import METHODS
 
 
 def list_recipes() -> dict[str, str]:
-    """Returns name of a recipe -> first line of the comment in its file."""
+    """Returns name of each recipe -> note, which is the first line of the comment in its file."""
     folder = resources.files("fastgn").joinpath("recipes")
     first = {n: folder.joinpath(f"{n}.toml").read_text().split("\n")[0] for n in recipe_names()}
     return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in first.items()}
 
 
 def list_models() -> dict[str, str]:
-    """Returns name of a network -> note, for the networks of timm and fastgn and their short
-    names."""
-    import timm  # takes seconds
+    """Returns name of each network of timm and fastgn, and each short name -> note."""
+    import timm  # here, because this import takes seconds
 
     from fastgn.models.create import ALIASES, OWN
 
@@ -28,7 +27,7 @@ def list_models() -> dict[str, str]:
 
 
 def list_activations() -> dict[str, str]:
-    """Returns name of an activation -> note, which says if a number may follow the name."""
+    """Returns name of each activation -> note, which says if a number may follow the name."""
     from fastgn.models.activations import ACTIVATION_ARGUMENT, ACTIVATIONS
 
     arguments = ACTIVATION_ARGUMENT.items()

@@ -1,8 +1,8 @@
 """Locks that allow one writer at a time for a folder or a file.
 
 Other processes are refused before they change anything. The kernel releases a lock when its process
-ends for any reason. POSIX locks belong to the process. They work over NFS, and the forked workers
-of a data loader do not inherit them.
+ends for any reason. The locks are POSIX locks, which belong to a process. They work over NFS, and
+the forked workers of a data loader do not inherit them.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ from fastgn.files import remove_file
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Error numbers of file systems that do not support locks."""
 HELD: set[tuple[int, int]] = set()
-"""(device, inode) of each lock that this process holds.
+"""(device, inode) of each lock file that this process has locked.
 
-POSIX would let a process take a lock twice, and closing the second one would release the first.
+It is needed because POSIX lets a process lock a file twice, and closing the file once then releases
+both locks.
 """
 
 
@@ -42,9 +43,9 @@ def lock_folder(folder: Path, name: str) -> Iterator[None]:
     """Makes this process the only writer of a folder inside the block.
 
     The folder is created if it is missing. Folders that were created are removed at the end if they
-    are still empty. The lock ends with the process, too.
+    are still empty. The lock is also released if the process is killed.
 
-    name: how the user calls the folder, such as "--output runs/a". Raises HeldError if another
+    name: how messages call the folder, such as "--output runs/a". Raises HeldError if another
     process holds the lock, and UserError if the folder cannot be written to.
     """
     with _lock(folder / ".lock", name):
@@ -56,7 +57,7 @@ def lock_file(path: Path, name: str) -> Iterator[None]:
     """Makes this process the only writer of a file inside the block, as `lock_folder` does.
 
     Also removes temporary files that killed processes have left while they wrote the file. name:
-    how the user calls the file, for messages.
+    how messages call the file.
     """
     check(len(os.fsencode(path.name)) <= 200, f"{name}: the file's name is too long")
     with _lock(path.with_name(f".{path.name}.lock"), name):
@@ -78,7 +79,10 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, name: str) -> Iterator[None]:
-    """Holds the lock file at `path` inside the block, and creates and removes folders for it."""
+    """Holds a lock on the file at `path` inside the block, and creates missing folders for it.
+
+    At the end, the folders that it created are removed if they are empty.
+    """
     created = [p for p in (path.parent, *path.parent.parents) if not os.path.lexists(p)]
     descriptor = None
     try:
@@ -104,7 +108,7 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 def _acquire(path: Path, name: str) -> int | None:
     """Locks the file at `path` and returns its descriptor.
 
-    Returns None if the file system does not support locks. name: how the user calls the target.
+    Returns None if the file system does not support locks. name: how messages call what is locked.
     """
     for attempt in range(ATTEMPTS):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +123,7 @@ def _acquire(path: Path, name: str) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just removed the folder
-            if attempt == ATTEMPTS - 1:  # or no file can be created, as in /proc
+            if attempt == ATTEMPTS - 1:  # the cause must be another one, as in a folder of /proc
                 raise
             continue
         try:
@@ -153,7 +157,7 @@ def _release(descriptor: int, path: Path) -> None:
     """Removes the lock file and releases the lock."""
     with contextlib.suppress(OSError):
         if _is_file_at(descriptor, path):
-            path.unlink()  # while it is locked: later it may belong to another process
+            path.unlink()  # now, because after the release it may belong to another process
     _close(descriptor)
 
 

@@ -1,4 +1,4 @@
-"""Observes a run: progress bar, metrics.csv, TensorBoard, W&B, versions and hardware."""
+"""Records a run in metrics.csv, TensorBoard and W&B, shows its progress, and lists versions."""
 
 import csv
 import importlib
@@ -54,7 +54,7 @@ class Metrics:
     terminal.
 
     A resumed run drops the rows after its checkpoint. No failure here ends a run. If something
-    cannot be written, one line says so, and it is tried again or left out.
+    cannot be written, a line is printed, and writing is tried again later or left out.
     """
 
     LINE_S = 30.0
@@ -71,7 +71,7 @@ class Metrics:
     ):
         """Opens the files. Raises UserError if the folder cannot be written to.
 
-        total: number of updates of the run. start: number of updates that are done.
+        total: number of updates of the run. start: number of updates that are already done.
         wandb_config: the run's options for W&B. None means not to use W&B.
         """
         self.path = folder / "metrics.csv"
@@ -125,8 +125,8 @@ class Metrics:
     def keep_rows(self, is_new: bool) -> None:
         """Appends the last row to metrics.csv.
 
-        Writes all rows instead if the last row has changed, or if something else has changed the
-        file.
+        is_new: whether the last row is not in the file yet. If it is there and has changed, or if
+        another program has changed the file, all rows are written instead.
         """
         size = self.path.stat().st_size if self.path.is_file() else None
         changed = self.size is not None and size != self.size
@@ -161,7 +161,10 @@ class Metrics:
             self.print_progress()
 
     def print_progress(self, text: str = "") -> None:
-        """Prints the progress of the run, if there is no progress bar."""
+        """Prints a line about the progress of the run, if there is no progress bar.
+
+        text: what is added at the end of the line, such as the logged values.
+        """
         if not self.bar.disable:
             return
         self.said = time.perf_counter()
@@ -225,7 +228,8 @@ def spell_time(seconds: float) -> str:
 
 
 def open_board(folder: Path, start: int) -> Any:
-    """Returns a TensorBoard writer that drops points after update `start` of an earlier process."""
+    """Returns a TensorBoard writer. Points after update `start`, which an earlier process of the
+    run has written, are dropped."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
@@ -237,7 +241,7 @@ def add_scalars(board: Any, rows: list[dict[str, float]]) -> None:
         for key, value in row.items():
             if key != "update":
                 board.add_scalar(key, value, row["update"])
-    board.flush()  # so that no row is lost if the folder is removed later
+    board.flush()  # write now, because later the folder may have been removed
 
 
 def open_wandb(folder: Path, config: Mapping) -> Any:

@@ -326,8 +326,9 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
     """
     if not cfg.model_ema:
         return None
-    # timm averages by name, and would average a weight with several names (CoaT) several times per
-    # update; if it excludes buffers, it averages by weight
+    # In some networks, such as CoaT, a weight has several names. timm averages each name, so it
+    # would average such a weight several times per update. If it excludes buffers, it averages each
+    # weight once.
     named = model.state_dict(keep_vars=True).values()
     shared = len({id(tensor) for tensor in named}) < len(named)
     average = ModelEmaV3(

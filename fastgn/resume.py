@@ -1,4 +1,4 @@
-"""Continuing from a checkpoint: what has to be the same, what may change, and what is said."""
+"""Continues a run from a checkpoint, checks that they belong together, and reports changes."""
 
 import dataclasses
 import json
@@ -20,8 +20,10 @@ from fastgn.state import TrainState
 
 
 def check_ranks(world: World, identity: Identity) -> None:
-    """Raises UserError unless all ranks have the same images, because each trains on a part of
-    them."""
+    """Raises UserError unless all ranks have the same images.
+
+    They must be the same because each rank trains on a part of them.
+    """
     seen = world.gather([json.dumps(identity)])
     other = next((rank for rank, data in enumerate(seen) if data != seen[0]), None)
     check(
@@ -33,7 +35,7 @@ def check_ranks(world: World, identity: Identity) -> None:
 def check_same_run(cfg: Config, state: TrainState, classes: tuple[str, ...], images: int) -> None:
     """Raises UserError if a checkpoint belongs to another model, optimizer or list of classes.
 
-    images: number of images per update of this run, which has to be the checkpoint's as well.
+    images: number of images per update of this run. It must be the same as in the checkpoint.
     """
     there = state.saved_config()
     mine, theirs = (
@@ -88,9 +90,9 @@ def restore(
 
 
 def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bool) -> list[str]:
-    """Returns a line that names how the images, or their order, differ from the checkpoint's.
+    """Returns a line that says how the images, or their order, differ from those of the checkpoint.
 
-    The list is empty if nothing differs. Raises UserError if something differs and is not allowed.
+    The list is empty if they do not differ. Raises UserError if they differ and `allowed` is False.
     """
     changes = describe_changes(state.data, identity)
     seed = state.saved_config().run.seed
@@ -113,8 +115,8 @@ def check_position(
     """Raises UserError if a checkpoint's number of updates is impossible, or after the end of this
     run.
 
-    values: number of logged values. same_data: whether an epoch of the checkpoint's run has as many
-    updates as one of this run.
+    path: the checkpoint's file, for messages. values: number of logged values of which `sums` must
+    hold the sums. same_data: whether an epoch has as many updates as in the checkpoint's run.
     """
     own, update, epoch = state.saved_config(), state.update, state.epoch
     check(
@@ -146,11 +148,8 @@ def check_position(
 
 
 def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> list[str]:
-    """Returns the changes that make the next accuracies incomparable with the checkpoint's best
-    one.
-
-    The list is empty if they can be compared.
-    """
+    """Returns the changes because of which new accuracies cannot be compared with the checkpoint's
+    best accuracy. The list is empty if they can be compared."""
 
     def judged_by(config: Config) -> dict[str, Any]:
         natural = config.objective.method == "natural"

@@ -10,7 +10,7 @@ from fastgn.config.programs import SweepConfig
 from fastgn.errors import UserError, check, nearest, parse_number
 
 NOT_SWEPT = ("recipe", "output", "resume", "device", "data", "data_dir", "log_wandb")
-"""Fields that --space may not vary, because a trial would not be comparable or not be a run."""
+"""Fields that --space may not vary, because trials could not be compared or could not run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,10 @@ def make_base_config(cfg: SweepConfig) -> Config:
 
 
 def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
-    """Returns the dimensions of --space. Raises UserError, also if trials could not be compared."""
+    """Returns the dimensions of --space.
+
+    Raises UserError if one is invalid, or if its trials could not be compared with each other.
+    """
     space = [parse_dimension(text, base) for text in cfg.space]
     names = [d.name for d in space]
     check(len(set(names)) == len(names), "--space names a field twice: leave one out")

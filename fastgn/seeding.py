@@ -1,7 +1,7 @@
 """Random numbers that depend only on a key such as (seed, epoch, image).
 
-A resumed run therefore needs no saved state of a generator. The numbers of ranks and workers do not
-matter, unless the key contains them.
+A resumed run therefore needs no saved state of a generator. The random numbers do not depend on how
+many ranks and workers there are, unless the key contains the rank.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Everything that a checkpoint or an export holds, declared once and checked at each reading."""
+"""Declares everything that a checkpoint or an export holds, and checks it when a file is read."""
 
 import dataclasses
 import typing
@@ -23,7 +23,8 @@ class Key:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number, and not a bool, that a float holds exactly."""
+    """Returns whether a value is a finite number that a float holds exactly. A bool is no number
+    here."""
     return type(value) in (int, float) and abs(value) < 2**53
 
 
@@ -59,7 +60,8 @@ def is_state_dict(value: Any) -> bool:
 def is_optimizer(value: Any) -> bool:
     """Returns whether a value has the form of an optimizer's state_dict.
 
-    That is, moments by the number of their parameter, and groups that list these numbers.
+    Such a dict holds the optimizer's tensors for each number of a parameter, and parameter groups
+    that list these numbers.
     """
     if not isinstance(value, dict) or not value.keys() >= {"state", "param_groups"}:
         return False
@@ -95,7 +97,7 @@ CLASSES = Key(
 class TrainState:
     """Everything that a checkpoint holds. To keep something new, add a field here.
 
-    A field with a default value is missing in the files of an older version.
+    A field with a default value was added later, so files of older versions do not have it.
     """
 
     update: Annotated[int, whole(0)]
@@ -108,9 +110,9 @@ class TrainState:
         Tensor,
         Key("a tensor of numbers", lambda v: isinstance(v, Tensor) and v.is_floating_point()),
     ]
-    """Sums of the logged values since the last log row, as in Run.sums."""
+    """Sums of the logged values over the updates since the last log row, as in Run.sums."""
     summed: Annotated[int, whole(0)]
-    """Number of updates in `sums`."""
+    """Number of updates over which `sums` were taken."""
     model: Annotated[dict[str, Tensor], STATE_DICT]
     """state_dict of the network."""
     ema: Annotated[

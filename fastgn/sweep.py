@@ -3,8 +3,8 @@
     python -m fastgn.sweep --recipe quickstart_gradnorm --study runs/sweep.db --trials 30 \\
         --space gn_weight=0.1:10:log lr=1e-3:1e-2:log
 
-A trial is a run of fastgn.train with other values of the fields. Two accuracies judge it, which the
-run itself measures on its validation subset: without an attack and under PGD-10. The same
+A trial is a run of fastgn.train with other values of the fields. It is judged by two accuracies,
+without an attack and under PGD-10, which the run itself measures on its validation images. The same
 command continues a study, and several processes may work on one study at once.
 """
 
@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+if __name__ == "__main__":  # report a mistake of the user before imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.sweep")
@@ -71,8 +71,8 @@ def find_optuna() -> Any:
 def score(clean: float, robust: float, floor: float) -> float:
     """Returns what --objective robust maximises.
 
-    It is the robust accuracy. If the clean accuracy is below the floor, it is the difference to the
-    floor, a negative number.
+    It is the robust accuracy. But if the clean accuracy is below the floor, it is the clean
+    accuracy minus the floor, which is negative.
     """
     return robust if clean >= floor else clean - floor
 
@@ -80,13 +80,14 @@ def score(clean: float, robust: float, floor: float) -> float:
 def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]) -> Any:
     """Trains one trial, and returns the value that Optuna maximises, or the two values.
 
-    Raises optuna.TrialPruned if the trial is stopped because it is poor, and Interrupted or
-    UserError.
+    Raises optuna.TrialPruned if the trial is stopped because it is poor, Interrupted after Ctrl-C
+    or SIGTERM, and UserError if the run cannot be made or fails.
     """
     optuna = find_optuna()
     values = {d.name: d.suggest(trial) for d in space}
     config = base.replace(**values)
-    # named after the values, so that an interrupted run continues when they are tried again
+    # name the folder after the values, so that an interrupted run continues when the same values
+    # are tried again
     name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     folder = cfg.database.with_suffix("") / name
     trial.set_user_attr("folder", str(folder))
@@ -101,7 +102,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
         ):
             run = build_when_free(config, world, make_reporter(trial, cfg, optuna))
             train(run)
-    except KeyboardInterrupt:  # it came before the first update
+    except KeyboardInterrupt:  # raised only before the first update; later, train() returns early
         raise Interrupted from None
     finally:
         if run is not None and run.metrics is not None:
@@ -143,7 +144,8 @@ def make_reporter(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], 
     def report(run: Run) -> None:
         epoch = run.update // run.resolved.updates_per_epoch
         clean, robust = run.accuracy["clean_accuracy"], run.accuracy["pgd10_accuracy"]
-        with warnings.catch_warnings():  # Optuna warns if an interrupted process has reported it
+        # Optuna warns if an interrupted process has reported the same evaluation before
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial.report(score(clean, robust, cfg.clean_floor), epoch)
         if run.update < run.resolved.last_update and trial.should_prune():
@@ -237,7 +239,7 @@ def check_targets(cfg: SweepConfig) -> None:
 def sweep(cfg: SweepConfig) -> int:
     """Runs the trials that are left, writes the results, and returns the exit status.
 
-    Raises UserError.
+    Raises UserError if the options are invalid, or if the study's files cannot be used.
     """
     optuna = find_optuna()
     base = make_base_config(cfg)
@@ -261,7 +263,7 @@ def sweep(cfg: SweepConfig) -> int:
                 study.enqueue_trial(trial.params)
                 study.stop()
                 raise
-            except UserError as error:  # such as a loss that is not finite; the trial counts
+            except UserError as error:  # for example a loss that is not finite; the trial counts
                 trial.set_user_attr("failed", str(error))
                 raise
             finally:
@@ -373,7 +375,7 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         print_error(f"fastgn.sweep: error: {error}")
         return 2
-    except KeyboardInterrupt:  # it came between trials
+    except KeyboardInterrupt:  # Ctrl-C between two trials
         print_stopped("fastgn.sweep")
         return 130
 

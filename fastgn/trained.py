@@ -35,8 +35,8 @@ class Saved:
     update: int | None
     """Number of updates that the weights have had. None if an older version did not say."""
     unfinished: str | None
-    """A line that says how far the run had come, if the file is a checkpoint from before its end.
-    None for an export, which a run writes at its end."""
+    """A line that says how far the run had come, if the file is a checkpoint from before the run's
+    end. None for an export, which a run writes at its end."""
 
 
 def read_saved(path: Path) -> Saved:
@@ -66,7 +66,7 @@ def read_saved(path: Path) -> Saved:
 
 
 def describe_unfinished(state: TrainState, config: Config) -> str | None:
-    """Returns a line that says how far a checkpoint's run had come. None means to its end."""
+    """Returns a line that says how far a checkpoint's run had come, or None if it had ended."""
     epoch, epochs, limit = state.epoch, config.optimizer.epochs, config.run.max_updates
     if (epoch is not None and epoch >= epochs) or (limit is not None and state.update >= limit):
         return None
@@ -147,7 +147,7 @@ def load_bare_weights(
 
 
 def hash_weights(model: torch.nn.Module) -> str:
-    """Returns the SHA-256 of a network's state dict, its names and its values, in hexadecimal."""
+    """Returns the SHA-256 of the names and values in a network's state dict, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
