@@ -26,9 +26,9 @@ class Gradient(NamedTuple):
 
 
 GradientFn = Callable[[nn.Module, Tensor, Tensor], Gradient]
-"""(model, images, targets) -> Gradient."""
+"""Function (model, images, targets) -> Gradient."""
 LossFn = Callable[[Tensor, Tensor], Tensor]
-"""(logits `(B, K)`, targets) -> loss of each image, `(B,)`, which the attack increases."""
+"""Function (logits `(B, K)`, targets) -> loss of each image, `(B,)`, which an attack increases."""
 Norm = Literal["Linf", "L2"]
 
 

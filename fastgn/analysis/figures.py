@@ -108,7 +108,8 @@ def draw_pictures(
     summed = [view.grad_BCHW.float().sum(1) for view in views]
     limits = [float(x.abs().flatten(1).quantile(0.995, dim=1).median()) or 1.0 for x in summed]
     added = [(view.adversarial_BCHW - images_BCHW).mean(1) for view in views]
-    largest = max(float(x.abs().max()) for x in added) or eps  # about eps for Linf, far less for L2
+    # the colour scale ends at the largest change of a pixel, because eps is far too large for L2
+    largest = max(float(x.abs().max()) for x in added) or eps
     correlations = [edge_correlation(images_BCHW, view.grad_BCHW) for view in views]
     for row in range(rows):
         show_image(grid[row][0], images_BCHW[row])

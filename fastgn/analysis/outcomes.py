@@ -1,4 +1,4 @@
-"""Which images a network classifies correctly, without an attack and under each attack.
+"""Finds which images a network classifies correctly, without an attack and under each attack.
 
 The outcomes of an attack are a text with one character per image, in the order of the images: 1 if
 the image is classified correctly, otherwise 0.
@@ -222,7 +222,7 @@ def make_rows(
 
 
 def make_row(name: str, eps: float, correct: str) -> dict[str, Any]:
-    """Returns a dict for evaluation.json: an attack, its eps, its accuracy and its outcomes.
+    """Returns a dict for evaluation.json with an attack, its eps, its accuracy and its outcomes.
 
     correct: one character per image, 1 if it is classified correctly, otherwise 0.
     """

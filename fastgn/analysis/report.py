@@ -133,7 +133,8 @@ def html_report(record: Record, pictures: Mapping[str, bytes], *, title: str) ->
         warnings=[(m["name"], text) for m in models for text in m.get("warnings") or ()],
         about=list_conditions(record, models),
     )
-    return page.encode(errors="replace").decode()  # names of files may hold half a surrogate pair
+    # a file name may hold half a surrogate pair, which UTF-8 cannot encode
+    return page.encode(errors="replace").decode()
 
 
 def load_template() -> jinja2.Template:

@@ -3,8 +3,7 @@
 The checks are those of Carlini et al. 2019 (arXiv 1902.06705), "On evaluating adversarial
 robustness". Training with a penalty on the gradient's norm lowers the very gradient that
 attacks on the cross-entropy follow. A model that merely hides its gradient must not be taken for a
-robust one.
-No check proves robustness, but a failed check disproves the evaluation.
+robust one. No check proves robustness, but a failed check disproves the evaluation.
 
 Shapes: B images, C channels, H x W pixels, K classes. Images lie in 0..1, eps is in the same units.
 """
@@ -62,8 +61,8 @@ def make_sanity_report(
     apgd_images: the same for APGD, with 5 restarts of 100 steps on DLR and cross-entropy (Croce &
         Hein 2020).
     keep: called for each part of the report with its name (one of STAGES) and a function that
-        computes its checks. It returns the checks, computed now or in an earlier call. None
-        computes all of them.
+        computes its checks. It returns these checks, which may come from an earlier evaluation. If
+        None, all checks are computed.
 
     Raises UserError if there are no images, if the lengths differ, if pixels lie outside 0..1, or
     if eps or batch_size is not above 0.

@@ -107,7 +107,8 @@ class Target:
     def draw_noise(self, part: slice, eps: float, *, use: int, draw: int) -> Tensor:
         """Returns uniform noise in the eps ball for a batch.
 
-        use: 0 for starts of PGD, 1 for noise that is itself the attack. draw: number of the draw.
+        part: the images of the batch. use: 0 for starts of PGD, 1 for noise that is itself the
+        attack. draw: number of the start or of the noise, so that each one differs.
         """
         seeds = [
             int(np.random.SeedSequence([self.seed, use, i, draw]).generate_state(1, np.uint64)[0])

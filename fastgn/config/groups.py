@@ -42,7 +42,7 @@ FD_STEP = Range(1e-6, 10, hint="below 1e-6 fp32 rounds the difference away; 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class ArchitectureConfig(Options):
-    """The network."""
+    """Options of the network and its initial weights."""
 
     model: str = "swin_b"
     """Name of the network. It is one of timm's names, or swin_t, swin_s, swin_b, swin_l, resnet50,
@@ -91,15 +91,15 @@ class ArchitectureConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetConfig(Options):
-    """The images, their loader, and the sizes of batches."""
+    """Options of the images, their loader, and the sizes of batches."""
 
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """Kind of data set. None means imagefolder if --data-dir is given, else the small data set of
     digits that comes with scikit-learn."""
     data_dir: Annotated[str | None, PATH] = None
-    """Folder of the data. It holds a folder per class (as for ImageFolder), lists of files
-    (train.txt, val.txt) or packed shards (fastgn.data.pack). For CIFAR-10 it holds python batches,
-    an .npz or a folder per class. If None, CIFAR-10 is downloaded."""
+    """Folder of the data. It holds a folder per split and class (as for ImageFolder), lists of
+    files (train.txt, val.txt) or packed shards (fastgn.data.pack). For CIFAR-10 it may also hold
+    python batches, or be an .npz file. If None, CIFAR-10 is downloaded."""
     train_split: Annotated[str, PATH] = "train"
     """Folder or list of training images below --data-dir."""
     val_split: Annotated[str, PATH] = "val"
@@ -208,9 +208,9 @@ class StepConfig(Options):
     without double backprop. lazy: compute the penalty only at every lazy_interval-th update.
     subset: compute it on a share of the images."""
     fd_step: Annotated[float, FD_STEP] = 1e-2
-    """With --schedule finite-difference or central-difference: length h of the step between two
-    gradients, in normalised units. The larger h is, the more the result is like training on FGSM's
-    images. Below 1e-2 bf16 rounds the difference away (1e-3 is good in fp32)."""
+    """With --schedule finite-difference or central-difference: step h from an image to the point
+    with which it is compared, in normalised units. The larger h is, the more the result is like
+    training on FGSM's images. Below 1e-2 bf16 rounds the difference away (1e-3 is good in fp32)."""
     lazy_interval: Annotated[int, Range(1, 1_000_000)] = 4
     """With --schedule lazy: the penalty is computed once in this many updates. It is multiplied by
     this number to make up for that, which --clip-grad undoes in part."""
@@ -218,9 +218,9 @@ class StepConfig(Options):
     """With --schedule subset: share of the images that have the penalty. This share of --batch-size
     must be a whole number of images."""
     precision: Precision = "fp32"
-    """Precision of the training step. fp32. tf32: fp32 with matrix products in tf32 (CUDA). bf16:
-    autocast with fp32 weights. bf16-pure: weights and activations in bf16 within the step, but fp32
-    for the updated weights and for statistics."""
+    """Precision of the training step. fp32: all in fp32. tf32: fp32 with matrix products in tf32
+    (CUDA). bf16: autocast with fp32 weights. bf16-pure: weights and activations in bf16 within the
+    step, but fp32 for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
     host. auto: on for one process on CUDA. With several processes, on has not been tried."""
@@ -268,7 +268,7 @@ class StepConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Options):
-    """The optimizer, the schedule of its learning rate, and the average of the weights."""
+    """Options of the optimizer, its learning rate, and the average of the weights."""
 
     opt: str = "adamw"
     """Name of one of timm's optimizers, such as adamw, sgd (with Nesterov's momentum),
@@ -344,7 +344,7 @@ class OptimizerConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(Options):
-    """The run: its folder, device, seed, and how often it logs, saves and evaluates."""
+    """Options of the run, such as its folder, device and seed, and how often it logs and saves."""
 
     recipe: Annotated[str | None, PATH] = None
     """Name of a recipe (fastgn/recipes), or path of a TOML file. The command line overrides it."""

@@ -305,7 +305,7 @@ def find_schedule_conflict(
     allows_differences: bool,
     ce_weight: float,
 ) -> str | None:
-    """Returns why a way of differentiating the penalty does not suit a method, or None if it does.
+    """Returns why a value of --schedule does not suit a method, or None if it does.
 
     The text also says what to use instead. schedule: value of --schedule. name: name of the method
     for the text. has_penalty: whether the loss has a penalty. takes_turns: whether only some
