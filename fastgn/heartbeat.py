@@ -18,7 +18,7 @@ import torch
 from fastgn.errors import first_line
 
 STEPS = 10
-"""Number of heartbeats that a rank sends within the time limit, unless they come more often."""
+"""Smallest number of heartbeats that a rank sends within the time limit."""
 LONGEST_INTERVAL_S = 2.0
 """Longest time between two heartbeats, in seconds."""
 

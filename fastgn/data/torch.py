@@ -94,7 +94,9 @@ def decode_batches(
 def load_in_workers(
     items: Dataset, workers: int, worker_timeout: float, **options: Any
 ) -> Generator[Any, None, None]:
-    """Yields the items of a dataset in order, made in worker processes that end with the iterator.
+    """Yields the items of a dataset in order, made in worker processes.
+
+    The worker processes end when the iterator does.
 
     options: further arguments of torch's DataLoader.
 
@@ -295,8 +297,8 @@ class TorchLoader:
 
 
 def build_evaluation_transform(img_size: int, crop_pct: float) -> Any:
-    """Returns timm's transform for evaluation: resizing the shorter side and a centre crop,
-    bicubic.
+    """Returns timm's transform for evaluation, which resizes the shorter side bicubically and takes
+    a centre crop.
 
     crop_pct: share of the resized image's side that the crop keeps.
     """

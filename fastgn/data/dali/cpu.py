@@ -1,4 +1,4 @@
-"""Resizing and augmenting on a CPU, one image at a time, with PyTorch's kernels and PIL.
+"""Resizes and augments images on a CPU, one at a time, with PyTorch's kernels and PIL.
 
 DALI's own CPU operators take three times as long, because each of them has a fixed cost for every
 few images of a batch. All arrays are one image: uint8, H x W x 3.

@@ -28,7 +28,7 @@ ARGUMENTS = 6
 
 
 class Kind(IntEnum):
-    """An operation on an image, as PIL defines it. Its arguments are in brackets."""
+    """An operation on an image, as PIL defines it. Lists in brackets are its arguments."""
 
     NONE = 0
     BICUBIC = 1
@@ -40,16 +40,16 @@ class Kind(IntEnum):
     EQUALIZE = 4
     INVERT = 5
     POSTERIZE = 6
-    """[mask of the bits that stay]"""
+    """[mask]: keeps only the bits of the mask in each value."""
     SOLARIZE = 7
-    """[smallest value that is inverted]"""
+    """[threshold]: inverts all values that are not below the threshold."""
     SOLARIZE_ADD = 8
-    """[number that is added to values below 128]"""
+    """[number]: adds the number to values below 128."""
     COLOR = 9
-    """[factor]: 0 gives the grey image, and 1 the image itself.
+    """[factor]: blends the grey image (factor 0) with the image itself (factor 1).
 
-    The three operations that follow also take a factor. For them, 0 gives the mean grey, black and
-    the blurred image.
+    CONTRAST, BRIGHTNESS and SHARPNESS also take a factor. For them, a factor of 0 gives the mean
+    grey, black and the blurred image.
     """
     CONTRAST = 10
     BRIGHTNESS = 11
@@ -236,5 +236,5 @@ TRANSLATIONS: dict[Any, tuple[Kind, Callable[..., tuple[float, ...] | None]]] = 
     auto_augment.sharpness: (Kind.SHARPNESS, as_given),
 }
 """timm's function -> its Kind, and a function that turns (side in pixels, timm's arguments) into
-the operation's arguments. If that returns None, the operation does nothing. Functions that are not
-here are refused."""
+the arguments of the Kind. The latter returns None if nothing is to be done. Policies with other
+functions of timm are refused."""

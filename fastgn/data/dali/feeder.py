@@ -26,8 +26,8 @@ class Fed(NamedTuple):
     """
 
     encoded: Any
-    """Bytes of all image files one after the other, uint8. Images that are no plain JPEG come as
-    PPM."""
+    """Bytes of all image files one after the other, uint8. Images that are no plain JPEG are
+    converted to PPM."""
     lengths: Any
     """(B,), int64: number of bytes of each file."""
     anchors: Any
@@ -79,7 +79,7 @@ class Feeder(Dataset):
         self._order = (-1, torch.empty(0))
 
     def keys(self, position: int) -> list[tuple[int, int]]:
-        """Returns (epoch, image) for each image of the batch at a position."""
+        """Returns (epoch, index of the image) for each image of the batch at a position."""
         epoch, index = divmod(position, self.batches_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, draw_epoch_order(len(self.split), self.seed, epoch))
