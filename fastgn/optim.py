@@ -1,4 +1,4 @@
-"""The optimizer, the learning rate of each update, and the moving average of the weights."""
+"""Builds the optimizer and the moving average of the weights, and computes learning rates."""
 
 import dataclasses
 import importlib
@@ -49,7 +49,7 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
         f"--opt {cfg.opt} needs products with the Hessian, which fastgn.train does not compute: "
         "use --opt adamw",
     )
-    if isinstance(info.opt_class, str):  # a class of another package, for GPUs
+    if isinstance(info.opt_class, str):  # the name of a class in another package, for GPUs only
         package, _, name = info.opt_class.rpartition(".")
         check(
             package == "apex.optimizers",
@@ -352,6 +352,6 @@ def update_average(
 def compute_initial_share(cfg: OptimizerConfig, updates: int) -> float:
     """Returns the share of the initial weights that remains in the average after some updates.
 
-    If the decay of the average warms up, the share is 0, because the first decay is 0.
+    If the decay of the average warms up, the share is 0, because the first update has a decay of 0.
     """
     return 0.0 if cfg.model_ema_warmup else cfg.model_ema_decay**updates

@@ -256,8 +256,8 @@ class Split(NamedTuple):
 def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | None = None) -> Split:
     """Finds the images of one split of a folder.
 
-    The first of these that exists is used: shards with an index in root/<split>/, the files listed
-    in root/<split>.txt, the files root/<split>/<class>/<image>.
+    These are shards with an index in root/<split>/, or else the files listed in root/<split>.txt,
+    or else the files root/<split>/<class>/<image>.
 
     option: flag that names the split, for messages. known: classes of the training images.
 

@@ -281,8 +281,8 @@ def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
 
     The paper's checkpoints have the keys of timm 0.6. In that version the downsampling belongs to
     the end of a stage, and in timm 1.0 to the beginning of the next one. The classifier is `head`
-    instead of `head.fc`. Buffers that follow from the shape are stored, too. Keys of timm 1.0 are
-    accepted unchanged.
+    instead of `head.fc`. Buffers that can be computed from the shapes are left out of the result.
+    Keys of timm 1.0 are accepted unchanged.
 
     weights: the state dict, or a dict that holds it below one of WRAPPINGS. Its keys may have the
     prefixes `1.`, `model.` or `module.` of a network behind a normalisation. Tensors are not
