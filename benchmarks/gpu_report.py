@@ -204,7 +204,7 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
 
     if not smoke:
         # tyro reads the flags that the trainer's run is made of
-        gpu = tests("-m", "gpu", "tests/test_schedule.py", "tests/benchmarks/step/test_cost.py")
+        gpu = tests("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py")
         needs = ("pytest", "sklearn", *trainer)
         what = "CUDA graphs, and the cost suite on a GPU"
         parts.append(Part("gpu_tests", what, [[*gpu, "-k", "not synchronise"]], 90, needs))

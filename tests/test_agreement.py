@@ -8,8 +8,9 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
-from conftest import tiny_run
 from pyautoattack.examples.resnet import ResNet18
+from support import SHARED
+from support.runs import tiny_run
 from torch import Tensor, nn
 
 from fastgn import attacks
@@ -20,7 +21,7 @@ from fastgn.train import main as train_main
 from fastgn.trained import load_trained
 
 CPU = torch.device("cpu")
-CIFAR = Path(__file__).parents[2] / "shared/data/cifar10_lossless_5k_1k.npz"
+CIFAR = SHARED / "cifar10_lossless_5k_1k.npz"
 WEIGHTS = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
 VERSIONS = {"autoattack": "standard", "autoattack-rand": "rand"}
 SEED = 3

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from fastgn.extras import TRAIN
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastgn"
+TESTS = ROOT / "tests"
 KERNELS = ROOT / "kernels" / "fastgn_kernels"
 
 MAY_IMPORT = {
@@ -113,6 +114,10 @@ def kernel_files() -> list[Path]:
     return sorted(KERNELS.rglob("*.py"))
 
 
+def files_of_tests() -> list[Path]:
+    return sorted(TESTS.rglob("*.py"))
+
+
 def packages(path: Path) -> set[str]:
     """What a file imports, the standard library left out."""
     return {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
@@ -157,6 +162,23 @@ def test_outside_packages_are_known_in_one_place(package: str) -> None:
 
 def test_every_room_is_listed() -> None:
     assert {room(p) for p in files()} == set(MAY_IMPORT) | set(COMPOSE)
+
+
+def imported_tests(path: Path) -> set[str]:
+    """Returns the test files, conftest.py included, that a file imports."""
+    parts = {part for name in imports(path) for part in name.split(".")}
+    return {part for part in parts if part.startswith("test_") or part == "conftest"}
+
+
+@pytest.mark.parametrize("path", files_of_tests(), ids=lambda p: str(p.relative_to(TESTS)))
+def test_tests_share_helpers_through_support_alone(path: Path) -> None:
+    assert not imported_tests(path), "move what they share to tests/support"
+
+
+def test_the_rule_of_helpers_can_fail(tmp_path: Path) -> None:
+    path = tmp_path / "test_x.py"
+    path.write_text("from test_y import helper\nimport tests.data.test_z\nfrom conftest import a\n")
+    assert imported_tests(path) == {"test_y", "test_z", "conftest"}
 
 
 def test_loop_fits_one_screen() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 import fastgn
 from fastgn.config import FIELDS, load_recipe, recipe_names
@@ -22,7 +23,6 @@ from fastgn.config.cli import PROGRAMS, parse_cli, parse_config
 from fastgn.config.groups import StepConfig
 from fastgn.objectives import METHODS
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]

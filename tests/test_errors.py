@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import TINY_SWIN, differences, read_state, small_state, tiny_run
-from PIL import Image
+from support.images import image_folder
+from support.runs import contents, error_line, folder_run, tiny_run
+from support.states import differences, read_state, small_state
 
 import fastgn.data.check as check
 import fastgn.data.pack as pack
@@ -24,8 +24,6 @@ from fastgn.config.groups import OptimizerConfig
 from fastgn.errors import UserError
 from fastgn.objectives.methods import gradnorm
 
-TINY_MODEL = TINY_SWIN[: TINY_SWIN.index("--data")]
-
 
 def refused(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
     """What fastgn.train says about a mistake, checked to be one line and nothing else."""
@@ -34,40 +32,8 @@ def refused(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
     return error_line(capsys.readouterr().err, "fastgn.train")
 
 
-def error_line(stderr: str, program: str) -> str:
-    assert "Traceback" not in stderr
-    lines = stderr.splitlines()
-    found = [line for line in lines if line.startswith(f"{program}: error: ")]
-    assert len(found) == 1, stderr
-    assert lines[-1] == found[0], "the error has more than one line, or something follows it"
-    return found[0].removeprefix(f"{program}: error: ")
-
-
 def half_written(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.tmp"))
-
-
-def save_image(path: Path, side: int = 16, seed: int = 0) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def image_folder(
-    root: Path, train_classes: str = "ab", val_classes: str = "ab", images: int = 4
-) -> Path:
-    """One class a letter."""
-    for split, names in (("train", train_classes), ("val", val_classes)):
-        for name in names:
-            for index in range(images):
-                save_image(root / split / name / f"{index}.png", seed=index)
-    return root
-
-
-def folder_run(data: Path, output: Path, *more: str) -> list[str]:
-    fixed = ("--data-dir", str(data), "--workers", "0", "--batch-size", "4", "--epochs", "1")
-    fixed += ("--warmup-epochs", "0", "--output", str(output))
-    return [*TINY_MODEL, *fixed, *more]
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +48,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_copy(finished: Path, tmp_path: Path) -> Path:
     """A copy of `finished` that a test may spoil."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {

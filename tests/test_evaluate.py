@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import tiny_run
 from PIL import Image
 from pyautoattack import AutoAttack
+from support.runs import tiny_run
 
 from fastgn import attacks, evaluate
 from fastgn.analysis import outcomes, selection

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_run
+from support.runs import tiny_run
 
 from fastgn import evaluate
 from fastgn.analysis import outcomes, pictures, selection

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import tiny_run
 from safetensors.torch import load_file
+from support import ROOT
+from support.runs import tiny_run
 
 from fastgn import export, train
 from fastgn.trained import hash_weights, load_trained
@@ -169,7 +170,7 @@ STUB = {
 
 def test_the_lines_for_robustbench(swin_run, tmp_path):
     """As they stand there, beside the export and without fastgn."""
-    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    page = (ROOT / "docs" / "evaluation.md").read_text()
     (lines,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "robustbench" in b)
     (command,) = re.findall(r"`(install -D weights\.pt [^`]*)`", page)
     exported(swin_run, tmp_path / "OUT")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import tiny_run
 from PIL import Image
+from support.runs import tiny_run
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 from fastgn import evaluate, train

@@ -12,9 +12,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import differences, read_state, tiny_run
-from test_distributed import TORCHRUN, free_port, start_two
-from test_errors import contents, error_line, image_folder
+from support.images import image_folder
+from support.processes import TORCHRUN, free_port, start_two
+from support.runs import contents, error_line, tiny_run
+from support.states import differences, read_state
 
 from fastgn import distributed, evaluate, lock, train
 from fastgn.checkpoint import find_checkpoint

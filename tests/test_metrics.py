@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.runs import tiny_run
 
 from fastgn import finish, metrics, train
 from fastgn.config.outputs import RUN_FILES, SPOILT

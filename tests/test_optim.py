@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import differences, read_state, small_state, tiny_run
+from support.runs import tiny_run
+from support.states import differences, read_state, small_state
 from timm.optim import get_optimizer_info, list_optimizers
 from torch import nn
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import differences, read_state, small_state, tiny_run
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_errors import folder_run, image_folder
+from support.images import image_folder
+from support.runs import folder_run, tiny_run
+from support.states import differences, last_state, read_state, small_state, trained_state
 
 from fastgn import attacks, extras, metrics, setup, train
 from fastgn.checkpoint import Checkpoints, find_checkpoint
@@ -41,16 +42,6 @@ REGULARISED = (
 )
 CLOCK = ("images_per_s", "data_wait_share", "seconds")
 """metrics.csv's columns that two runs of the same thing do not share."""
-
-
-def last_state(folder: Path) -> dict[str, Any]:
-    return read_state(find_checkpoint(folder))
-
-
-def trained_state(folder: Path) -> dict[str, Any]:
-    """What has to be the same to the last bit, however the run got there."""
-    state = last_state(folder)
-    return {k: state[k] for k in ("update", "model", "ema", "optimizer")}
 
 
 def timeless_rows(folder: Path) -> list[dict[str, float]]:

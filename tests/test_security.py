@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import differences, read_state, small_state, small_values, tiny_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support import ROOT
+from support.runs import tiny_run
+from support.states import differences, read_state, small_state, small_values
 from timm.models import list_models
 from torch import Tensor, nn
 
@@ -43,7 +45,6 @@ from fastgn.trained import Trained, load_bare_weights, load_trained, read_saved
 
 PACKAGE = Path(files.__file__).parent
 CHECKPOINT = keys_of(TrainState)
-ROOT = PACKAGE.parent
 
 # ------------------------------------------------------------------------ one reader a kind of file
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import differences, tiny_run
-from test_resume import last_state, trained_state
+from support.runs import tiny_run
+from support.states import differences, last_state, trained_state
 
 from fastgn import evaluate, export, extras, finish, interrupt, setup, train
 from fastgn.checkpoint import Checkpoints

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_SWIN, tiny_run
+from support.runs import TINY_SWIN, tiny_run
 from torch import Tensor
 
 pytest.importorskip("optuna")

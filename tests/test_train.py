@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_run
 from PIL import Image
+from support import SHARED
+from support.runs import tiny_run
 
 from fastgn import optim, resolved, train
 from fastgn.distributed import World
@@ -28,7 +29,6 @@ from fastgn.step.double_backward import count_graphs
 from fastgn.train import main
 from fastgn.trained import load_trained
 
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 CIFAR = SHARED / "cifar10_lossless_5k_1k.npz"
 IMAGENET = SHARED / "imagenet_sample_200.tar"
 

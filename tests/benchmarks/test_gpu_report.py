@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import ROOT
 from torch import Tensor
 
 from benchmarks import gpu_report, tables
@@ -21,8 +22,6 @@ from benchmarks.gpu_report import Machine, Part
 from benchmarks.step import memory, precision
 from fastgn.data.batch import Batch
 from fastgn.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 H200 = Machine("NVIDIA H200", (9, 0), smoke=False)
 V100 = Machine("Tesla V100", (7, 0), smoke=False)

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from benchmarks import tables
 
-ROOT = Path(__file__).parents[2]
 RESULTS_PAGE = ROOT / "docs" / "results.md"
 
 

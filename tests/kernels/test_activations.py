@@ -5,11 +5,11 @@ import itertools
 import math
 from collections.abc import Callable
 
-import checks
 import pytest
 import torch
-from checks import DEVICE, LAYOUTS, SHAPES, random
 from fastgn_kernels import ACTIVATIONS, activation, activations, gelu, reference, silu
+from support import checks
+from support.checks import DEVICE, LAYOUTS, SHAPES, random
 from torch import Tensor
 from torch.testing import assert_close
 

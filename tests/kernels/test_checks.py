@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import checks
 import pytest
 import torch
-from checks import random
 from fastgn_kernels import gelu, reference
+from support import checks
+from support.checks import random
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 

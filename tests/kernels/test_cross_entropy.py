@@ -5,7 +5,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import (
+from fastgn_kernels import cross_entropy, reference
+from fastgn_kernels.dispatch import INTERPRETED
+from support.checks import (
     DEVICE,
     LAYOUTS,
     NUMPY_DTYPES,
@@ -23,8 +25,6 @@ from checks import (
     random,
     relative,
 )
-from fastgn_kernels import cross_entropy, reference
-from fastgn_kernels.dispatch import INTERPRETED
 
 # the attribute of the package with this name is the function, not the module
 module = sys.modules["fastgn_kernels.cross_entropy"]

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import (
+from fastgn_kernels import cross_entropy, gradient_norm, reference
+from support.checks import (
     DEVICE,
     LAYOUTS,
     NUMPY_DTYPES,
@@ -24,7 +25,6 @@ from checks import (
     random,
     relative,
 )
-from fastgn_kernels import cross_entropy, gradient_norm, reference
 from torch import nn
 
 from fastgn import objectives

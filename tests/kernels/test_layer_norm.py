@@ -5,11 +5,11 @@ import itertools
 import sys
 from collections.abc import Callable
 
-import checks
 import pytest
 import torch
-from checks import DEVICE, LAYOUTS, random
 from fastgn_kernels import layer_norm, reference
+from support import checks
+from support.checks import DEVICE, LAYOUTS, random
 from torch import Tensor
 from torch.testing import assert_close
 

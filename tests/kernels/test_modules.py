@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, ops_called, random, recording_backend, relative
 from fastgn_kernels.modules import (
     FAMILIES,
     FusedActivation,
@@ -22,6 +21,7 @@ from fastgn_kernels.modules import (
     FusedWindowAttention,
     swap_modules,
 )
+from support.checks import DEVICE, ops_called, random, recording_backend, relative
 from timm.layers import LayerNorm2d, activations, set_fused_attn
 from timm.layers.norm import LayerNorm as TimmLayerNorm
 from timm.layers.norm import LayerNormFp32

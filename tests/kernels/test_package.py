@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import setuptools
-
-ROOT = Path(__file__).parents[2]
+from support import ROOT
 
 
 def read_project(folder: Path) -> dict[str, Any]:

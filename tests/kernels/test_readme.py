@@ -13,19 +13,17 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import checks
 import fastgn_kernels
 import pytest
 import torch
-from checks import ops_called, random, relative
 from fastgn_kernels import ACTIVATIONS, cross_entropy, layer_norm, reference, window_attention
+from support import ROOT, checks
+from support.checks import ops_called, random, relative
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "kernels" / "README.md"
 PAGES = (README, ROOT / "docs" / "kernel_details.md")
 

@@ -10,8 +10,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from checks import DEVICE, random
 from fastgn_kernels.modules import swap_modules
+from support.checks import DEVICE, random
 from torch import Tensor, nn
 from torch.nn.functional import silu
 

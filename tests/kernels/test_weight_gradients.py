@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-import checks
 import pytest
 import timm
 import torch
 import triton
-from checks import DEVICE, random
 from fastgn_kernels import activation, dispatch, layer_norm, reference, window_attention_qkvpacked
 from fastgn_kernels.modules import swap_modules
+from support import checks
+from support.checks import DEVICE, random
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd

@@ -5,12 +5,12 @@ import itertools
 import sys
 from collections.abc import Callable
 
-import checks
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, LAYOUTS, random
 from fastgn_kernels import reference, window_attention, window_attention_qkvpacked
+from support import checks
+from support.checks import DEVICE, LAYOUTS, random
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 
 from benchmarks.common import records
 from benchmarks.common.arguments import output_for
-
-ROOT = Path(__file__).parents[3]
 
 
 def writes(tree: ast.AST, inside: bool = False) -> Iterator[int]:

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
+from support import ROOT
 
 from benchmarks.evidence import attacks
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_attacks_runs_at_toy_size(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from benchmarks.evidence import digests, robustness, study, trials
 from fastgn.objectives import METHODS
-
-ROOT = Path(__file__).parents[3]
 
 SETTING = robustness.digits()
 

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +17,10 @@ from fastgn_kernels import (
     window_attention_qkvpacked,
 )
 from fastgn_kernels.dispatch import LAUNCH
+from support import ROOT
 
 from benchmarks.kernels import builds as kernel_builds
 from benchmarks.kernels.builds import DTYPES, LAUNCHES, SHARED_LIMIT, builds_of, compile_only
-
-ROOT = Path(__file__).parents[3]
 
 NARROW: dict[str, str] = {}
 """Op -> why a kernel of its has no 16-byte access where its arguments are aligned."""

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels import ops as kernels
-
-ROOT = Path(__file__).parents[3]
 
 
 def run_kernels(folder: Path, *options: str) -> tuple[list[str], dict, dict]:

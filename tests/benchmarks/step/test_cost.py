@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_objectives import made, swin
+from support.networks import made, swin
 
 from benchmarks.common import energy
 from benchmarks.common.arguments import RESULTS

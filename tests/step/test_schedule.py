@@ -1,7 +1,6 @@
 """The compiled step against eager double backprop, and the general form for other people's
 losses."""
 
-import contextlib
 import dataclasses
 from functools import partial
 from itertools import islice
@@ -11,8 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_run
-from test_objectives import made, relative, resnet, soft_targets, swin, vit
+from support.networks import (
+    IMAGES,
+    REPRESENTATIVES,
+    NoModules,
+    classifier,
+    objective,
+    relative,
+    resnet,
+    soft_targets,
+    swin,
+    vit,
+)
+from support.runs import tiny_run
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -22,7 +32,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn import compile_double_backward
 from fastgn.attacks import pgd
-from fastgn.config import Config
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.distributed import World
@@ -31,7 +40,6 @@ from fastgn.objectives import (
     METHODS as ALL_METHODS,
 )
 from fastgn.objectives import (
-    Objective,
     ObjectiveConfig,
     Representatives,
     build_objective,
@@ -48,17 +56,6 @@ from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
 from fastgn.step.step import Step
 
-IMAGES = {swin: 16, vit: 16, resnet: 32}
-
-
-REPRESENTATIVES = Representatives(torch.rand(5, 3, 16, 16, generator=torch.Generator()))
-"""Of pag, for images of 16 px."""
-
-
-def classifier(build, dtype: torch.dtype = torch.float32) -> Classifier:
-    model = Classifier(made(build, dtype), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), IMAGES[build])
-    return model.to(dtype)
-
 
 def gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -71,10 +68,6 @@ def batches_for(build, count: int, dtype: torch.dtype = torch.float32) -> list:
         (torch.rand(4, 3, side, side, dtype=dtype), soft_targets(4, dtype=dtype))
         for _ in range(count)
     ]
-
-
-def objective(**values) -> Objective:
-    return build_objective(Config().replace(**values).objective, REPRESENTATIVES)
 
 
 @pytest.fixture(autouse=True)
@@ -212,13 +205,6 @@ def test_the_attack_leaves_batchnorm_and_weight_gradients_alone() -> None:
     assert (attacked - images).abs().max() <= 4 / 255 + 1e-6
     step([(images, targets)], torch.tensor(1.0))
     assert counter.item() == 1
-
-
-class NoModules(contextlib.nullcontext):
-    """FlopCounterMode's own tracker of modules hangs hooks on their inputs, and autograd.grad
-    refuses those on a leaf."""
-
-    parents = {"Global"}
 
 
 def flops(

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import differences
 from PIL import Image
+from support import ROOT, SHARED
+from support.states import differences
 from timm.data import auto_augment
 
 from fastgn.config import Config
@@ -42,7 +43,7 @@ from fastgn.data.dali import loader as dali_loader  # noqa: E402
 CPU = torch.device("cpu")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
 PAPER = "rand-m9-mstd0.5-inc1"
-SAMPLE = Path(__file__).parents[2] / "shared/data/imagenet_sample_200.tar"
+SAMPLE = SHARED / "imagenet_sample_200.tar"
 SIDE = 64
 
 
@@ -493,7 +494,7 @@ def test_worker_processes_end_with_the_loader_and_ignore_signals(photographs, co
 def run_apart(dataset: Dataset, then: str) -> subprocess.CompletedProcess[str]:
     """Python of its own that prints its worker processes with a batch taken, and goes on."""
     code = f"""
-import sys; sys.path[:0] = {[str(Path(__file__).parent)]}
+import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "tests")]}
 import os, signal, test_dali
 os.cpu_count = lambda: 8
 dataset = test_dali.dataset_of({list(dataset.train.paths)})

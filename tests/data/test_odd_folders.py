@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from odd import (
+from support.images import image_folder, png_of
+from support.odd import (
     PICTURE,
     files_below,
     folder,
@@ -20,8 +21,7 @@ from odd import (
     train_a_few,
     write_tree,
 )
-from test_errors import folder_run, image_folder
-from test_sources import png_of
+from support.runs import folder_run
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing

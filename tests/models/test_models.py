@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import differences, read_state, tiny_run
 from fastgn_kernels import modules as fused
 from safetensors.torch import save_file
+from support.runs import tiny_run
+from support.states import differences, read_state
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 

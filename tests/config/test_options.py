@@ -15,9 +15,9 @@ from typing import Annotated, Any
 
 import pytest
 import tomli_w
-from conftest import tiny_run
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
+from support.runs import tiny_run
 
 from fastgn import config, train
 from fastgn.config import FIELDS, Config

@@ -13,7 +13,6 @@ import sys
 import tarfile
 import time
 import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SWIN, differences, read_state
 from PIL import Image
-from test_distributed import on_two_ranks
+from support.images import encoded, png_of
+from support.processes import on_two_ranks
+from support.runs import TINY_SWIN
+from support.states import differences, read_state
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing
@@ -51,16 +52,6 @@ from fastgn.metrics import read_rows
 
 CPU = torch.device("cpu")
 CLASSES = ("ant", "bee", "cat")
-
-
-def encoded(index: int, kind: str = "JPEG", size: tuple[int, int] = (40, 36)) -> bytes:
-    """Smooth, and of a colour that tells its index."""
-    width, height = size
-    pixels = np.full((height, width, 3), (index * 5 % 256, 255 - index * 5 % 256, 128), np.uint8)
-    pixels[: height // 2] //= 2
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind)
-    return out.getvalue()
 
 
 def tree(root: Path, train_images: int = 6, val_images: int = 2) -> Path:
@@ -452,13 +443,6 @@ def test_16_bit_grey_keeps_its_shades():
         Image.fromarray(shades).save(out, end)
         pixels = np.array(decode_image(out.getvalue(), "grey"))
         assert np.array_equal(pixels, np.repeat((shades >> 8)[..., None], 3, 2))
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG that is nothing but its claim to be this large."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + encoded(0, "PNG")[33:]
 
 
 BMP_REST = (1, 24, 0, 0, 2835, 2835, 0, 0)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import differences
-from odd import picture, run_args, write_tree
+from support.odd import picture, run_args, write_tree
+from support.states import differences
 
 import fastgn.data.loader as loading
 from fastgn import train

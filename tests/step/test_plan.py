@@ -7,13 +7,12 @@ import os
 import resource
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_objectives import soft_targets, swin
-from test_schedule import NoModules, classifier, objective
+from support import ROOT
+from support.networks import NoModules, classifier, objective, soft_targets, swin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,8 +26,6 @@ from fastgn.step.passes import Passes
 from fastgn.step.plan import BUDGETS, MARGIN, Rates
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
-
-ROOT = Path(__file__).parent.parent
 
 
 def cost_of(

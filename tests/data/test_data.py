@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import differences
 from PIL import Image
+from support import SHARED
+from support.states import differences
 from timm.data import auto_augment
 from timm.data.mixup import rand_bbox
 from torch import Tensor
@@ -27,7 +28,7 @@ from fastgn.seeding import seed_all
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
-REAL_CIFAR10 = Path(__file__).parents[2] / "shared/data/cifar10_lossless_5k_1k.npz"
+REAL_CIFAR10 = SHARED / "cifar10_lossless_5k_1k.npz"
 FULL: dict[str, Any] = {
     "color_jitter": 0.4,
     "reprob": 0.25,

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_state, small_state, tiny_run
 from matplotlib.figure import Figure
 from PIL import Image
+from support.runs import tiny_run
+from support.states import read_state, small_state
 
 from fastgn import evaluate, export, lock, sweep, train
 from fastgn.analysis import report

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_run
+from support.runs import tiny_run
 from torch import Tensor, nn
 
 from fastgn import train

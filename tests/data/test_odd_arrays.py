@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from odd import PICTURE, folder, load, often, refusal, train_a_few, write_tree
+from support.odd import PICTURE, folder, load, often, refusal, train_a_few, write_tree
 
 import fastgn.data.pack as packing
 from fastgn.data import npz as archives

@@ -5,18 +5,16 @@ import math
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from scipy import ndimage, special
-from timm.models.resnet import BasicBlock, ResNet
+from support.networks import made, relative, resnet, soft_targets, swin, vit
 from torch import Tensor, nn
 
 from fastgn import attacks
 from fastgn.config import load_recipe, recipe_names
 from fastgn.config.cli import parse_config
-from fastgn.models.activations import swap_activations
-from fastgn.models.network import Classifier, switch_off_fused_attention
+from fastgn.models.network import Classifier
 from fastgn.objectives import (
     METHODS,
     AttackOptions,
@@ -41,59 +39,10 @@ from fastgn.objectives import (
 CE_WEIGHT, GN_WEIGHT, EPS, SIGMA = 0.7, 1.3, 3 / 255, 0.21
 
 
-def swin() -> nn.Module:
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        img_size=16,
-        patch_size=2,
-        embed_dim=8,
-        depths=(2,),
-        num_heads=(2,),
-        window_size=4,
-        num_classes=5,
-        drop_path_rate=0.0,
-    )
-
-
-def vit() -> nn.Module:
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        num_classes=5,
-    )
-
-
-def resnet() -> nn.Module:
-    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 8, 16, 16))
-    swap_activations(model, "gelu")
-    return model
-
-
-def made(build, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    model = build().to(dtype).train()
-    switch_off_fused_attention(model)
-    for parameter in model.parameters():  # so that no gradient is zero by the initialisation
-        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
-    return model
-
-
-def soft_targets(num: int, classes: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand(num, classes, dtype=dtype).softmax(1)
-
-
 def gradients(total: Tensor, model: nn.Module) -> Tensor:
     grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
     assert all(g is not None for g in grads)
     return torch.cat([g.flatten() for g in grads])
-
-
-def relative(value: Tensor, reference: Tensor) -> float:
-    return float((value - reference).norm() / reference.norm())
 
 
 def soft_ce(logits: Tensor, targets: Tensor) -> Tensor:

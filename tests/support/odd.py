@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TINY_SWIN
 from hypothesis import settings
 from PIL import Image
 
@@ -17,6 +16,7 @@ from fastgn import train
 from fastgn.config.groups import DatasetConfig
 from fastgn.data.datasets import Dataset, load_dataset
 from fastgn.errors import UserError
+from support.runs import TINY_SWIN
 
 often = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 """Settings for Hypothesis with 60 examples, which are the same in every run."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_state
-from odd import PICTURE, picture, run_args, write_tree
+from support.odd import PICTURE, picture, run_args, write_tree
+from support.states import read_state
 
 import fastgn.data.pack as packing
 from fastgn import train

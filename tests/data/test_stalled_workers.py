@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from odd import PICTURE, run_args, write_tree
+from support.odd import PICTURE, run_args, write_tree
 
 import fastgn.data.check as checking
 import fastgn.data.pack as packing

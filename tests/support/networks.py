@@ -1,0 +1,85 @@
+"""Small networks, their inputs and targets."""
+
+import contextlib
+
+import timm
+import torch
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from fastgn.config import Config
+from fastgn.models.activations import swap_activations
+from fastgn.models.network import Classifier, switch_off_fused_attention
+from fastgn.objectives import Objective, Representatives, build_objective
+
+
+def swin() -> nn.Module:
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        img_size=16,
+        patch_size=2,
+        embed_dim=8,
+        depths=(2,),
+        num_heads=(2,),
+        window_size=4,
+        num_classes=5,
+        drop_path_rate=0.0,
+    )
+
+
+def vit() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+    )
+
+
+def resnet() -> nn.Module:
+    model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 8, 16, 16))
+    swap_activations(model, "gelu")
+    return model
+
+
+def made(build, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    model = build().to(dtype).train()
+    switch_off_fused_attention(model)
+    for parameter in model.parameters():  # so that no gradient is zero by the initialisation
+        nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
+    return model
+
+
+def soft_targets(num: int, classes: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(num, classes, dtype=dtype).softmax(1)
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
+
+
+IMAGES = {swin: 16, vit: 16, resnet: 32}
+
+
+REPRESENTATIVES = Representatives(torch.rand(5, 3, 16, 16, generator=torch.Generator()))
+"""Of pag, for images of 16 px."""
+
+
+def classifier(build, dtype: torch.dtype = torch.float32) -> Classifier:
+    model = Classifier(made(build, dtype), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), IMAGES[build])
+    return model.to(dtype)
+
+
+def objective(**values) -> Objective:
+    return build_objective(Config().replace(**values).objective, REPRESENTATIVES)
+
+
+class NoModules(contextlib.nullcontext):
+    """FlopCounterMode's own tracker of modules hangs hooks on their inputs, and autograd.grad
+    refuses those on a leaf."""
+
+    parents = {"Global"}
