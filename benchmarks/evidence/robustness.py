@@ -7,8 +7,8 @@ the seconds per update of one interleaved run of all arms.
     python -m benchmarks.evidence.robustness --data digits --seeds 3
     python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9
 
-Finished results are kept in the record and not made again. The same command continues an interrupted
-one. On a CPU, times mean something as ratios within that run alone.
+Finished results are kept in the record and not made again. The same command continues an
+interrupted one. On a CPU, times mean something as ratios within that run alone.
 
 Writes benchmarks/results/robustness_<data>_<device>.json.
 """
