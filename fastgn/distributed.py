@@ -211,6 +211,11 @@ def read_ranks() -> tuple[int, int, int]:
     return numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"]
 
 
+def is_under_torchrun() -> bool:
+    """Returns whether torchrun has started this process and watches its exit status."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def has_agent_store() -> bool:
     """Returns whether torchrun itself serves the store. The store then outlives the ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import math
 import os
 import sys
@@ -157,8 +158,22 @@ def print_stopped(program: str, how: str = "run the same command again to contin
 
 
 def print_line(line: str, file: TextIO | None = None) -> None:
-    """Prints a line to stderr or to `file`. Unprintable characters are replaced by escapes."""
-    print(escape(line), file=file or sys.stderr, flush=True)
+    """Prints a line to stderr or to `file`. Unprintable characters are replaced by escapes.
+
+    Does nothing if a terminal that has been closed makes that impossible.
+    """
+    with tolerate_hangup():
+        print(escape(line), file=file or sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def tolerate_hangup() -> Iterator[None]:
+    """Ignores the error of a block that writes to a terminal that has been closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 @contextlib.contextmanager

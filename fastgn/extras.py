@@ -33,8 +33,12 @@ TRAIN = (
 """Modules that the extra `train` installs."""
 
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that ask a program to stop: Ctrl-C in a terminal, and a scheduler's request."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that ask a program to stop.
+
+They come from Ctrl-C, from a scheduler, from SLURM before a time limit, and from a terminal that is
+closed.
+"""
 REPEAT_S = 1.0
 """Seconds within which a second signal counts as a copy of the first.
 
@@ -45,16 +49,15 @@ torchrun passes on a signal that a terminal or a scheduler has sent to all proce
 def check_start(program: str) -> None:
     """Ends the program if a package is missing, for --help, or for a mistake on the command line.
 
-    During the imports that follow, SIGINT and SIGTERM end the program with a one-line message.
+    During the imports that follow, a signal of STOPS ends the program with a one-line message.
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         print_stopped(program)
         os._exit(128 + number)
 
-    for number in STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
+    for number in list_heeded():
+        signal.signal(number, stop)
     missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -67,9 +70,14 @@ def check_start(program: str) -> None:
     check_command_line(program)
 
 
+def list_heeded() -> list[signal.Signals]:
+    """Returns the signals of STOPS that this process does not ignore, as `nohup` makes it do."""
+    return [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Makes SIGINT and SIGTERM raise KeyboardInterrupt inside the block, so that it can clean up.
+    """Makes a signal of STOPS raise KeyboardInterrupt inside the block, so that it can clean up.
 
     If a second signal comes more than REPEAT_S after the first one, it ends the process at once.
     """
@@ -83,13 +91,10 @@ def stop_on_signals() -> Iterator[None]:
         if time.monotonic() - first_s > REPEAT_S:
             os._exit(128 + number)
 
-    before = {n: signal.getsignal(n) for n in STOPS}
     # a signal that is ignored, for example because of nohup, stays ignored
-    heeded = [n for n in STOPS if before[n] is not signal.SIG_IGN]
-    for number in heeded:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in list_heeded()}
     try:
         yield
     finally:
-        for number in heeded:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

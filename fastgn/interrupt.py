@@ -4,11 +4,17 @@ import signal
 import time
 from typing import Any
 
-from fastgn.extras import REPEAT_S
+from fastgn.extras import REPEAT_S, list_heeded
+
+STOPPED = 75
+"""Exit status of a run that a signal has ended early, after it has saved a checkpoint.
+
+sysexits.h calls it EX_TEMPFAIL: running the same command again continues.
+"""
 
 
 class Interrupt:
-    """Records SIGINT and SIGTERM, so that the training loop can save a checkpoint and end.
+    """Records signals that ask to stop, so that the training loop can save a checkpoint and end.
 
     Another signal, more than REPEAT_S seconds after the first one, ends the process at once.
     """
@@ -22,13 +28,13 @@ class Interrupt:
         """Signal number -> the handler that was in place before."""
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # a run in the background of a shell, which ignores SIGINT, can still be asked to stop
+        for number in {*list_heeded(), signal.SIGINT, signal.SIGTERM}:
             self.previous[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number: int, frame: object) -> None:
-        """Handles SIGINT or SIGTERM: records the first one, and ends the process at the second
-        one."""
+        """Handles a signal. The first one is recorded, and a later one ends the process."""
         now = time.monotonic()
         if self.signal is None:
             self.signal, self.noted_s = number, now

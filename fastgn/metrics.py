@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from fastgn.config.outputs import SPOILT
-from fastgn.errors import UserError, escape, print_line, tolerate_failure
+from fastgn.errors import UserError, escape, print_line, tolerate_failure, tolerate_hangup
 from fastgn.files import open_for_reading, write_bytes
 
 COLUMNS = (
@@ -182,7 +182,8 @@ class Metrics:
         if self.bar.disable:
             print_line(line)
         else:
-            self.bar.write(escape(line), file=sys.stderr)
+            with tolerate_hangup():
+                self.bar.write(escape(line), file=sys.stderr)
 
     def close(self) -> None:
         """Closes the bar, TensorBoard and W&B, and writes metrics.csv if it is not up to date."""

@@ -16,7 +16,7 @@ from fastgn.data.representatives import compute_representatives
 from fastgn.data.subset import Subset
 from fastgn.distributed import World
 from fastgn.errors import check
-from fastgn.files import write_bytes, write_json
+from fastgn.files import remove_file, write_bytes, write_json
 from fastgn.finish import warn_of_initial_weights
 from fastgn.folder import open_run
 from fastgn.metrics import Metrics, environment, find_wandb
@@ -285,8 +285,13 @@ def forget_best(run: Run, state: TrainState) -> list[str]:
 
 
 def begin_records(run: Run) -> None:
-    """Writes environment.json and config.toml, and opens the run's metrics."""
+    """Writes environment.json and config.toml, and opens the run's metrics.
+
+    summary.json is there only if the run is done, so that of an earlier end is removed.
+    """
     resolved: dict[str, Any] = vars(run.resolved)
+    if run.update < run.resolved.last_update:
+        remove_file(run.folder / "summary.json")
     write_json(run.folder / "environment.json", environment() | {"resolved": resolved})
     write_bytes(run.folder / "config.toml", run.cfg.to_toml())
     run.metrics = Metrics(

@@ -56,7 +56,7 @@ counts as killed, and its values are tried again."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
-    """Ctrl-C or SIGTERM has ended a trial, after its run has saved a checkpoint."""
+    """A signal has ended a trial, after its run has saved a checkpoint."""
 
 
 def find_optuna() -> Any:
@@ -81,7 +81,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
     """Trains one trial, and returns the value that Optuna maximises, or the two values.
 
     Raises optuna.TrialPruned if the trial is stopped because it is poor, Interrupted after Ctrl-C
-    or SIGTERM, and UserError if the run cannot be made or fails.
+    or another signal, and UserError if the run cannot be made or fails.
     """
     optuna = find_optuna()
     values = {d.name: d.suggest(trial) for d in space}

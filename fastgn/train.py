@@ -20,12 +20,12 @@ import torch
 
 from fastgn import optim
 from fastgn.config.cli import parse_config
-from fastgn.distributed import session
+from fastgn.distributed import is_under_torchrun, session
 from fastgn.errors import UserError, print_error, print_stopped
 from fastgn.extras import stop_on_signals
 from fastgn.failures import explain, how_to_go_on
 from fastgn.finish import finish
-from fastgn.interrupt import Interrupt
+from fastgn.interrupt import STOPPED, Interrupt
 from fastgn.run import Run
 from fastgn.seeding import Stream, seed_all
 from fastgn.setup import build
@@ -90,7 +90,11 @@ def keep_compiled() -> None:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Runs the program and returns its exit status: 2 for a mistake of the user's."""
+    """Runs the program and returns its exit status.
+
+    0 means that the run is done, 2 that it cannot go on, and STOPPED or 130 that a signal has ended
+    it early. Under torchrun, 0 replaces STOPPED, because torchrun would restart the ranks.
+    """
     run: Run | None = None
     keep_compiled()
     try:
@@ -113,7 +117,8 @@ def main(args: list[str] | None = None) -> int:
         return 130
     if run.metrics is not None:
         run.metrics.close()
-    return 0
+    stopped = run.update < run.resolved.last_update
+    return STOPPED if stopped and not is_under_torchrun() else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fastgn import distributed, evaluate, lock, train
 from fastgn.checkpoint import find_checkpoint
 from fastgn.data import pack
 from fastgn.errors import UserError
+from fastgn.interrupt import STOPPED
 from fastgn.metrics import read_rows
 
 ENDLESS = ("--epochs", "100000", "--batch-size", "24", "--log-interval", "1", "--eval-images", "0")
@@ -54,6 +55,25 @@ def test_a_rank_that_is_stopped_ends_the_job(stopped: int, seed: int, tmp_path: 
         for process in ranks:
             process.kill()
             process.join()
+
+
+def test_a_signal_to_any_rank_saves(tmp_path: Path) -> None:
+    """And all ranks say by their exit status that the run is not done."""
+    folder = tmp_path / "run"
+    ranks = start_two(tmp_path, train.main, tiny_run(folder, *ENDLESS))
+    try:
+        wait_for_rows(folder, 3, ranks)
+        os.kill(ranks[1].pid or 0, signal.SIGUSR1)
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [STOPPED, STOPPED]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    last = read_state(find_checkpoint(folder))["update"]
+    assert last == read_rows(folder / "metrics.csv")[-1]["update"]
+    assert f"stopped at update {last}; continue with" in (tmp_path / "log0").read_text()
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -232,8 +252,10 @@ def test_variables_that_torchrun_would_not_set(
         pass
 
 
-def test_torchruns_restarts_continue_the_run(tmp_path: Path) -> None:
-    """Without --output and --resume, as it was first started."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+def test_torchruns_restarts_continue_the_run(number: int, tmp_path: Path) -> None:
+    """Without --output and --resume, as it was first started. A rank that was asked to stop is not
+    started again."""
     args = tiny_run(tmp_path, "--checkpoint-interval", "1", "--log-interval", "1")
     args = args[: args.index("--output")] + args[args.index("--output") + 2 :]
     command = [*TORCHRUN, "--nproc-per-node", "1", "--max-restarts", "1", "--master-port"]
@@ -248,10 +270,12 @@ def test_torchruns_restarts_continue_the_run(tmp_path: Path) -> None:
             time.sleep(0.01)
         (folder,) = (tmp_path / "runs").iterdir()
         worker = (folder / ".lock").read_text().split()[1]
-        os.kill(int(worker), signal.SIGKILL)
+        os.kill(int(worker), number)
         assert process.wait(300) == 0, log.read_text()
     finally:
         process.kill()
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [folder.name]
-    assert "resumed at update " in log.read_text()
-    assert read_state(find_checkpoint(folder))["update"] == 29
+    stopped = number == signal.SIGUSR1
+    assert ("resumed at update " in log.read_text()) == (not stopped)
+    assert (read_state(find_checkpoint(folder))["update"] == 29) == (not stopped)
+    assert (folder / "summary.json").exists() == (not stopped)

@@ -29,7 +29,7 @@ from fastgn.config.outputs import RUN_FILES, SPOILT
 from fastgn.distributed import World
 from fastgn.errors import UserError
 from fastgn.files import atomic_open
-from fastgn.interrupt import Interrupt
+from fastgn.interrupt import STOPPED, Interrupt
 from fastgn.metrics import read_rows
 from fastgn.run import Run
 from fastgn.seeding import Stream, derive_seed
@@ -210,7 +210,7 @@ def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
     assert_same_run(folder, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_the_last_update(number: int, unbroken: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "stopped", tmp_path / "log"
     args = tiny_run(folder, *LONG)
@@ -224,7 +224,7 @@ def test_signal_saves_the_last_update(number: int, unbroken: Path, tmp_path: Pat
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         process.send_signal(number)
-        assert process.wait(timeout=60) == 0, log.read_text()
+        assert process.wait(timeout=60) == STOPPED, log.read_text()
     last = last_state(folder)["update"]
     assert 5 <= last < 42
     assert last == read_rows(folder / "metrics.csv")[-1]["update"]
@@ -266,7 +266,7 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_working(tmp_path
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(60) == 0, log.read_text()
+            assert process.wait(60) == STOPPED, log.read_text()
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

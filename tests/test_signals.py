@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from support.states import differences, last_state, trained_state
 from fastgn import evaluate, export, extras, finish, interrupt, setup, train
 from fastgn.checkpoint import Checkpoints
 from fastgn.data import check, pack
+from fastgn.metrics import read_rows
 from fastgn.run import Run
 
 SHORT = ("--max-updates", "4", "--checkpoint-interval", "2", "--log-interval", "2")
 NUMBERS = pytest.mark.parametrize("number", extras.STOPS)
+TWO = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+"""Of tests that take long: one list serves all signals."""
 CONTINUE = "run the same command again to continue"
 
 
@@ -39,6 +42,17 @@ def half_written(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if p.suffix == ".tmp" or p.name.endswith(".lock")]
 
 
+@pytest.fixture(autouse=True)
+def heeded_signals() -> Iterator[None]:
+    """`nohup` and a shell's background jobs ignore some, which fastgn then leaves ignored."""
+    ignored = [n for n in extras.STOPS if signal.getsignal(n) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
@@ -51,8 +65,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_during_the_imports(program: str, number: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     args = tiny_run(folder) if program == "train" else ["--checkpoint", str(folder)]
-    code = (  # a parent in the background ignores SIGINT, and so would its child
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    code = (  # a parent in the background ignores SIGINT or SIGHUP, and so would its child
+        f"import os, signal, sys; signal.signal({int(number)}, signal.SIG_DFL); "
         f"os.execv(sys.executable, [sys.executable, '-m', 'fastgn.{program}', *sys.argv[1:]])"
     )
     process = subprocess.Popen(
@@ -80,7 +94,7 @@ PLACES: dict[str, tuple[str, bool]] = {
 """Where a signal finds a run that starts -> what is called next, whether its folder is there."""
 
 
-@NUMBERS
+@TWO
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_before_the_first_update(
     place: str,
@@ -115,7 +129,7 @@ FINISH = {
 the checkpoint that is there."""
 
 
-@NUMBERS
+@TWO
 @pytest.mark.parametrize("place", FINISH)
 def test_a_signal_while_a_run_finishes(
     place: str,
@@ -199,11 +213,42 @@ def test_a_signal_while_it_stops_is_the_same_one(monkeypatch: pytest.MonkeyPatch
             assert ended == [128 + signal.SIGINT]
 
 
-def test_a_signal_that_the_parent_ignores_stays_ignored() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_the_parent_ignores_stays_ignored(number: int) -> None:
     """As `nohup` and a shell's background jobs have it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with extras.stop_on_signals():
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
+            with interrupt.Interrupt() as noted:
+                signal.raise_signal(number)
+        # a run in the background of a shell, which ignores SIGINT, can be asked to stop
+        assert noted.signal == (None if number == signal.SIGHUP else number)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_terminal_that_is_closed_stops_a_run(tmp_path: Path) -> None:
+    """Whose every further write to it fails."""
+    folder = tmp_path / "run"
+    code = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'fastgn.train', *sys.argv[1:]])"
+    )
+    endless = ("--epochs", "1000", "--log-interval", "1", "--eval-images", "0")
+    master, slave = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *tiny_run(folder, *endless)],
+        **{"stdin": slave, "stdout": slave, "stderr": slave, "start_new_session": True},
+    )
+    os.close(slave)
+    try:
+        said, deadline = b"", time.monotonic() + 120
+        while len(read_rows(folder / "metrics.csv")) < 3:
+            assert process.poll() is None and time.monotonic() < deadline, said.decode()
+            said += os.read(master, 65536)
+        os.close(master)
+        assert process.wait(60) == interrupt.STOPPED, said.decode()
+    finally:
+        process.kill()
+    assert last_state(folder)["update"] == read_rows(folder / "metrics.csv")[-1]["update"] >= 3

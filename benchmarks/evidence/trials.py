@@ -26,6 +26,7 @@ from benchmarks.evidence.digests import digest, digests_of
 from fastgn import evaluate, train
 from fastgn.config import Config
 from fastgn.files import write_bytes, write_json
+from fastgn.interrupt import STOPPED
 from fastgn.metrics import read_rows
 
 
@@ -153,7 +154,7 @@ def run_training(trial: Trial, work: Path, folder: Path) -> None:
     if reading is not None and reading.joules == reading.joules:
         cost["joules"] = reading.joules
     write_json(there, [*parts, cost])
-    if code == 130 or (code == 0 and not (folder / "model.safetensors").exists()):
+    if code in (STOPPED, 130):
         raise Stopped
     if code:
         raise Failed(last_line(folder / "log.txt"))

@@ -134,7 +134,7 @@ def load_in_workers(
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back until the block has ended.
+    """Holds signals that ask to stop back until the block has ended.
 
     A process that starts inside the block holds them back as well, until `set_up_worker` ignores
     them. Otherwise a signal to the process group would kill a worker that has just started.
@@ -225,7 +225,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def set_up_worker(worker: int) -> None:
-    """Makes a worker ignore SIGINT and SIGTERM, and end if the main process is killed.
+    """Makes a worker ignore signals that ask to stop, and end if the main process is killed.
 
     A signal to the process group is handled by the main process, which saves and then ends its
     workers.
