@@ -4,12 +4,13 @@ import os
 import re
 import secrets
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from fastgn.config import Config, run_folder
-from fastgn.errors import UserError, check
+from fastgn.errors import UserError, check, tolerate_failure
 from fastgn.files import atomic_open, check_regular, read_archive, remove_file
 from fastgn.state import TrainState, as_dict, read_fields
 
@@ -32,6 +33,10 @@ class Checkpoints:
         """
         self.folder = folder / "checkpoints"
         self.keep = keep
+        self._thread = ThreadPoolExecutor(1)
+        """Thread that writes files while the training goes on. It starts with the first file."""
+        self._writing: Future[Path] | None = None
+        """The file that the thread writes, or has written. None once `wait` has seen it."""
 
     def path(self, update: int) -> Path:
         """Returns the file of the checkpoint after an update."""
@@ -82,6 +87,36 @@ class Checkpoints:
         for old in there[: max(end - self.keep, 0)] + there[end:]:
             remove_file(old)
         return path
+
+    def save_later(
+        self, state: TrainState, *, best: bool = False, keep_epoch: int | None = None
+    ) -> None:
+        """Copies the state to the host's memory, and lets a thread call `save` with the copy.
+
+        First waits until the file before it is written, as `wait` does.
+        """
+        self.wait()
+        copied = state.copy_to_host()
+        self._writing = self._thread.submit(self.save, copied, best=best, keep_epoch=keep_epoch)
+
+    def wait(self) -> None:
+        """Waits until the file of the last `save_later` is written.
+
+        Raises UserError, once, if it cannot be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def settle(self) -> None:
+        """Waits like `wait`, but only prints a warning if the file cannot be written."""
+        with tolerate_failure("the last checkpoint"):
+            self.wait()
+
+    def close(self) -> None:
+        """Waits like `settle`, and ends the thread."""
+        self.settle()
+        self._thread.shutdown()
 
     def remove_leftovers(self) -> None:
         """Removes files that a killed process has left half-written.

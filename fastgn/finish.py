@@ -18,6 +18,7 @@ def finish(run: Run) -> None:
     """Writes the exported weights, the summary and the curves. Does so only on the first rank."""
     if not run.world.is_main:
         return
+    run.checkpoints.wait()
     weights = run.evaluated_model.backbone.state_dict()
     header = ExportHeader(run.cfg.to_toml(), list(run.classes), run.update)
     export_weights(run.folder / "model.safetensors", weights, header)

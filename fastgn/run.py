@@ -77,6 +77,8 @@ class Run:
         self.compute_gradients = RetryingStep(self.step, self.world.any, self.print)
         """Runs `attack_step`, in smaller micro-batches if the device runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
+        # whatever ends the run, its folder stays locked until the last file is written
+        self.world.held.callback(self.checkpoints.close)
         self.ramp = torch.zeros((), device=device)
         """Strength of the penalty, in 0..1. It is a tensor so that a change recompiles nothing."""
         self.attack_ramp = torch.ones((), device=device)
@@ -257,6 +259,7 @@ class Run:
 
     def last_checkpoint(self, name: str) -> str:
         """Returns a clause that says where the last checkpoint is. name: what to call it."""
+        self.checkpoints.settle()
         last = self.checkpoints.last()
         return f"{name} is {last}" if last else "no checkpoint had been written"
 
@@ -401,15 +404,17 @@ class Run:
         return None
 
     def save(self) -> None:
-        """Writes a checkpoint, on the first rank. Waits for the device."""
+        """Saves a checkpoint, on the first rank. Waits for the device.
+
+        The ranks wait only until the state is copied. A thread writes the file.
+        """
         self.check_finite()
         self.check_weights()
         sums = self.world.sum(self.sums.clone()) / self.world.size
         bad = self.bad_images(self.loader)  # since the last log row, like the sums
         if self.world.is_main:
-            self.checkpoints.save(
-                self.state(sums, bad), best=self.is_best, keep_epoch=self.kept_epoch()
-            )
+            state = self.state(sums, bad)
+            self.checkpoints.save_later(state, best=self.is_best, keep_epoch=self.kept_epoch())
         self.is_best = False
         self.world.barrier()
 

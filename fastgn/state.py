@@ -1,11 +1,14 @@
 """Declares everything that a checkpoint or an export holds, and checks it when a file is read."""
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastgn.config import Config
 from fastgn.data.identity import Identity
@@ -144,6 +147,30 @@ class TrainState:
     def saved_config(self) -> Config:
         """Returns the configuration of the run that wrote the checkpoint. Raises UserError."""
         return Config.from_toml(self.config)
+
+    def copy_to_host(self) -> "TrainState":
+        """Returns a copy in the host's memory, which later updates do not change.
+
+        Tensors that share memory share it in the copy as well, so that the file is the same.
+        """
+        storages: dict[int, Any] = {}
+        found = tree_leaves(vars(self))
+        copies = {id(x): copy_tensor(x, storages) for x in found if isinstance(x, Tensor)}
+        return TrainState(**copy.deepcopy(vars(self), copies))
+
+
+def copy_tensor(tensor: Tensor, storages: dict[int, Any]) -> Tensor:
+    """Returns a copy of a tensor in the host's memory.
+
+    storages: the storages that have been copied, by the identity of the original. The tensor's own
+    is added.
+    """
+    storage = tensor.untyped_storage()
+    if storage._cdata not in storages:
+        on_host = storage.device.type == "cpu"
+        storages[storage._cdata] = storage.clone() if on_host else storage.cpu()
+    place = tensor.storage_offset(), tensor.size(), tensor.stride()
+    return torch.empty(0, dtype=tensor.dtype).set_(storages[storage._cdata], *place)
 
 
 @dataclasses.dataclass(frozen=True)

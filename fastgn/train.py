@@ -68,6 +68,7 @@ def train(run: Run) -> None:
                 if stopped or run.update == last_update:
                     break
             if stopped and run.update < last_update:
+                run.checkpoints.wait()
                 run.print(f"stopped at update {run.update}; continue with --resume {run.folder}")
                 return
         finish(run)

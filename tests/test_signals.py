@@ -121,7 +121,7 @@ def test_a_signal_before_the_first_update(
 
 FINISH = {
     "the last evaluation": (Run, "count_correct", 2),
-    "the last checkpoint": (Checkpoints, "save", 2),
+    "the last checkpoint": (Checkpoints, "save_later", 2),
     "the export": (finish, "export_weights", 4),
     "the summary": (finish, "draw_curves", 4),
 }
@@ -145,7 +145,7 @@ def test_a_signal_while_a_run_finishes(
 
     def at_the_end(*numbers: int) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            last = name != "save" or args[1].update == 4
+            last = name != "save_later" or args[1].update == 4
             return (signalled(original, *numbers) if last else original)(*args, **options)
 
         return call
