@@ -51,10 +51,10 @@ def _process_tile(
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Computes the outputs of one tile, and returns the terms of the bias gradient's sum.
+    """Computes the outputs of one tile, and returns the gradient of u, which gbias is the sum of.
 
     ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward. `out` is
-    y, gx or ggy respectively.
+    y, gx or ggy respectively. The forward has no gradient and returns u.
     """
     u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:
@@ -134,9 +134,9 @@ def _run_kernel(
     """Computes one order of differentiation of an activation with a Triton kernel.
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. kind: name of
-    the activation. parameter: its parameter, such as the slope of leaky_relu. weight_grads: whether
-    to compute gbias. Returns (y, empty, empty), (gx, empty, gbias) or (ggy, gx, gbias). gbias is
-    empty if it is not computed.
+    the activation. parameter: parameter of that activation, such as the slope of leaky_relu.
+    weight_grads: whether to compute gbias. Returns (y, empty, empty), (gx, empty, gbias) or (ggy,
+    gx, gbias). gbias is empty if it is not computed.
     """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
@@ -305,7 +305,7 @@ def activation(
     Args:
         x: tensor of any shape (..., C) and any floating-point dtype.
         kind: one of ``fastgn_kernels.ACTIVATIONS``.
-        bias: (C,), any floating-point dtype. The backward kernel also sums its gradient.
+        bias: (C,), any floating-point dtype. The backward kernel also sums the gradient of bias.
         parameter: beta of softplus, alpha of elu or negative slope of leaky_relu. If None,
             PyTorch's default is used.
 

@@ -1,10 +1,10 @@
 """Cross-entropy with class indices or class probabilities, and its two derivatives.
 
 Names: z are the logits of one sample and p = softmax(z). t are its target probabilities, which are
-0 and a single 1 for a class index. T is the sum of t. gl is the gradient with respect to the
-sample's loss, and gz the one with respect to z. ggz is the cotangent of gz: the gradient that the
-second backward pass starts from. Its results are ggl, the gradient with respect to gl, and again
-gz.
+0 and a single 1 for a class index. T is the sum of t. gl is the gradient of the final loss with
+respect to this sample's loss, and gz its gradient with respect to z. ggz is the cotangent of gz:
+the gradient that the second backward pass starts from. That pass computes ggl, the gradient with
+respect to gl, and again a gradient with respect to z, which is also called gz.
 
 Forward: loss = T logsumexp(z) - sum(t z).
 Backward: gz = gl (T p - t).
@@ -36,13 +36,15 @@ from fastgn_kernels.dispatch import (
 )
 
 TILE = 1024
-"""Smallest number of elements that a program holds. A longer row is a tile of its own."""
+"""Smallest number of elements in a program's tile. Shorter rows share a tile of this size, and a
+longer row has a tile of its own."""
 PER_THREAD = 8
 """Number of elements per thread: one 16-byte access for 16-bit dtypes."""
 LARGEST_ROW = 64 << 10
 """Bytes, in the compute dtype, of the widest row that 1024 threads can hold in their registers.
 Rows of 16384 float32 classes spill no registers on sm_70, 80 and 90. With 32768 classes, a thread
-spills up to 700 bytes. Rows of 8192 float64 classes spill 112 bytes in the last order."""
+spills up to 700 bytes. Rows of 8192 float64 classes spill 112 bytes in the kernel of the second
+derivative."""
 
 
 @triton.jit
@@ -53,13 +55,14 @@ def _load_tile(
 ):  # fmt: skip
     """Loads the rows of a program.
 
-    Returns (row, offsets, inside, chosen, t, T, z - max(z), exp(z - max(z)), sum of the latter).
+    Returns (row, offsets, inside, chosen, t, T, z - max(z), e, sum of e), e = exp(z - max(z)).
     `inside` marks the elements that exist, and `chosen` those that may contribute to sum(t z).
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = row[:, None]
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    # COLUMNS is a constant, so the compiler knows that rows of 1000 start at multiples of 8
+    # COLUMNS is a constant, so the compiler knows, for example, that rows of 1000 elements start at
+    # multiples of 8 elements, and can load 8 elements at once
     offsets = row * COLUMNS + column
     inside = (row < rows) & (column < COLUMNS)
     z = tl.load(logits_pointer + offsets, mask=inside, other=float("-inf")).to(COMPUTE_DTYPE)
@@ -70,7 +73,7 @@ def _load_tile(
         valid = (index >= 0) & (index < COLUMNS)
         total = tl.where(valid, 1.0, float("nan")).to(COMPUTE_DTYPE)
     else:
-        # PyTorch's loss is NaN if a target is 0 where the logit is -inf
+        # all elements, because PyTorch's loss is NaN where a target is 0 and its logit is -inf
         chosen = inside
         t = tl.load(targets_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = tl.sum(t, axis=1, keep_dims=True)
@@ -91,7 +94,7 @@ def _cross_entropy_fwd_kernel(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
         BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
-    # with z instead of z - max(z), a large offset common to all logits would cost digits
+    # with z instead of z - max(z), a large offset common to all logits would cost precision
     picked = tl.sum(tl.where(chosen, t * shifted, 0.0), axis=1, keep_dims=True)
     tl.store(loss_pointer + row, total * tl.log(normaliser) - picked, mask=row < rows)
 
@@ -142,8 +145,8 @@ def _run_kernel(
     """Computes one order of differentiation of the cross-entropy with a Triton kernel.
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. gl: gradient
-    of each sample's loss. ggz: cotangent of the logits' gradient. Returns (loss, empty), (empty,
-    gz) or (ggl, gz).
+    with respect to each sample's loss. ggz: cotangent of the logits' gradient. Returns (loss,
+    empty), (empty, gz) or (ggl, gz).
     """
     per_row, gz = _allocate_outputs(order, logits)
     rows, columns = logits.shape
@@ -211,8 +214,8 @@ def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     outside = (targets < 0) | (targets >= columns)
     if not targets.is_cuda and outside.any():
         raise ValueError(
-            f"cross_entropy: target {targets[outside][0].item()} should be in 0..{columns - 1} "
-            "(there is no ignore_index)"
+            f"cross_entropy: target {targets[outside][0].item()} should be in 0..{columns - 1}, "
+            "because cross_entropy has no ignore_index"
         )
     total = torch.ones_like(log_p[:, 0]).masked_fill_(outside, torch.nan)
     return targets.clamp(0, columns - 1)[:, None], total[:, None]
@@ -335,7 +338,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
         )
     if targets.requires_grad:
         raise ValueError(
-            "cross_entropy: targets requires grad, which it would not get: detach it, or use "
+            "cross_entropy: targets requires grad, but would get no gradient: detach it, or use "
             "fastgn_kernels.reference.cross_entropy"
         )
     if reduction not in ("none", "mean", "sum"):

@@ -26,8 +26,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 defined, so the value holds for the whole process."""
 
 LAUNCH = {"enable_fp_fusion": True}
-"""Options for every kernel launch. Without enable_fp_fusion, Triton 3.10 no longer fuses
-multiplications and additions."""
+"""Options for every kernel launch. Without enable_fp_fusion, Triton 3.10 no longer fuses a
+multiplication and an addition into one instruction."""
 
 LARGEST_GRID_Y = 65535
 """Largest size that CUDA allows for the second dimension of a launch grid."""
@@ -45,12 +45,15 @@ def source_hash() -> str:
 # graphs that hold the derivatives of another version of this package.
 torch.compiler.config.cache_key_tag += f" fastgn_kernels {source_hash()}"
 
-# Tells whether the running backward pass will execute a node. PyTorch's own formulas ask the same.
+# Tells whether the running backward pass will execute a node. PyTorch's derivatives call it too.
 _engine_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Returns whether an op on `x` runs its Triton kernels: on CUDA, or if Triton interprets."""
+    """Returns whether an op on `x` runs its Triton kernels.
+
+    It does if x is on CUDA, or if Triton interprets its kernels on the CPU.
+    """
     return x.is_cuda or INTERPRETED
 
 
@@ -100,8 +103,8 @@ def count_strips(rows: int, rows_per_block: int, column_blocks: int, programs: i
     """Returns into how many strips of rows a kernel divides its input to sum over the rows.
 
     One program sums each strip and writes one partial sum. column_blocks: number of blocks that
-    divide the columns. programs: number of programs to aim at; 1056 are 8 for each of the 132
-    processors of an H200.
+    divide the columns. programs: number of programs to aim at. The default is 8 programs for each
+    of the 132 processors of an H200.
     """
     wanted = max(programs // max(column_blocks, 1), 1)
     return max(1, min(triton.cdiv(rows, rows_per_block), wanted, LARGEST_GRID_Y))
@@ -188,9 +191,9 @@ def _find_wanted(ctx: Any) -> tuple[bool, ...]:
     autograd engine does not say what it needs, the gradient is computed.
     """
     is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
-    if not is_node:  # compiled autograd passes a substitute, whose nodes it cannot trace
+    if not is_node:  # compiled autograd passes another object, and cannot trace the code below
         return tuple(ctx.needs_input_grad)
-    nodes = (node for node, _ in ctx.next_functions)  # one per tensor; None means no gradient
+    nodes = (node for node, _ in ctx.next_functions)  # None for a tensor without gradient
     return tuple(is_tensor and _engine_reaches(next(nodes)) for is_tensor in ctx.is_tensor)
 
 

@@ -1,7 +1,7 @@
-"""Registers the operations of window attention with PyTorch's counter.
+"""Registers the number of operations of window attention with PyTorch's counter of FLOPs.
 
-After this, FlopCounterMode and `torch.utils.flop_counter.flop_registry` know the ops. The ops of
-other modules run no matrix products.
+After this, FlopCounterMode counts the operations of these ops. The other ops of fastgn_kernels need
+no entry, because they compute no matrix products and the counter counts nothing else.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def count_products(position: int, products: int) -> Callable[..., int]:
     """Returns a formula that counts the operations of an op of window attention.
 
     Each product takes 2 * N * N * D operations for N tokens and D channels. A multiplication and
-    an addition are two operations.
+    an addition are two operations. position, products: see `WINDOW_ATTENTION`.
     """
 
     def formula(*shapes: Any, **named: Any) -> int:

@@ -1,10 +1,10 @@
 """The L1 or L2 norm of each sample of a gradient, and the two derivatives of that norm.
 
-These are norms for gradient penalties. Names: g is the gradient of one sample. gn is the gradient
-of the loss with respect to its norm, and gg the one with respect to g. ggg is the cotangent of gg:
-the gradient that the second backward pass starts from. Its results are ggn, the gradient with
-respect to gn, and again gg. The direction is sign(g) for L1. For L2 it is g / norm, or 0 if the
-norm is 0.
+These are norms for gradient penalties. Names: g is the gradient of one sample, whose norm is
+computed. gn is the gradient of the loss with respect to this norm, and gg its gradient with respect
+to g. ggg is the cotangent of gg: the gradient that the second backward pass starts from. That pass
+computes ggn, the gradient with respect to gn, and again gg. The direction is sign(g) for L1. For L2
+it is g / norm, or 0 if the norm is 0.
 
 Forward: norm = sum(abs(g)) or sqrt(sum(g^2)).
 Backward: gg = gn direction.
@@ -73,10 +73,10 @@ def _gradient_norm_reduce_kernel(
     L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a part of each sample.
+    """Writes partial sums for the norm of each sample, one sum for each part of the sample.
 
-    The terms are abs(g) for the L1 norm and g^2 for the L2 norm. With HAS_GGG they are ggg times
-    the direction of g, for the second backward pass.
+    The kernel sums abs(g) for the L1 norm and g^2 for the L2 norm. With HAS_GGG it sums ggg times
+    the direction of g instead, for the second backward pass.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     if HAS_GGG:
@@ -106,7 +106,7 @@ def _gradient_norm_map_kernel(
 ):  # fmt: skip
     """Computes gg, the gradient with respect to g, in the backward pass.
 
-    With HAS_GGG it computes the gg of the second backward pass.
+    With HAS_GGG it computes the gg of the second backward pass, from ggg and ggn.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     gn = tl.load(gn_pointer + row * gn_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
@@ -129,9 +129,10 @@ def _gradient_norm_map_kernel(
 
 
 def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the rows and columns of g as a matrix, and the compile-time constants of its kernels.
+    """Returns the rows and columns of g as a matrix, and the compile-time constants of the kernels.
 
-    A row is a sample. If samples are small, a tile holds several of them. ord: 1 or 2 for L1 or L2.
+    A row of the matrix is a sample. If samples are small, a tile holds several of them. ord: 1 or 2
+    for L1 or L2.
     """
     rows, columns = g.shape[0], math.prod(g.shape[1:])
     block_columns = min(triton.next_power_of_2(columns), TILE)
@@ -151,7 +152,8 @@ def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None 
     """
     rows, columns, constants = _choose_tile(g, ord)
     blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
-    # as many programs as an H200 can hold threads for, each thread with one 16-byte load in flight
+    # 2112 programs of 128 threads are as many as an H200 holds at once. Each thread then has one
+    # 16-byte load in flight.
     strips = count_strips(columns, constants["BLOCK_COLUMNS"], blocks, programs=2112)
     sums = torch.empty(rows, strips, dtype=compute_dtype(g.dtype), device=g.device)
     _gradient_norm_reduce_kernel[(blocks, strips)](
@@ -240,7 +242,7 @@ def _with_samples_in_blocks(g: Tensor) -> Tensor:
     The order of the elements within a sample does not matter, so images in channels_last are not
     copied.
     """
-    if torch.empty_like(g, device="meta").stride() == g.stride():  # no holes
+    if torch.empty_like(g, device="meta").stride() == g.stride():  # no holes between elements
         if g.shape[0] < 2 or g.stride(0) == math.prod(g.shape[1:]):
             return g
     return g.contiguous()
@@ -327,9 +329,10 @@ forbid_third_derivative(_gradient_norm_bwd_bwd, "gradient_norm")
 def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
     """Returns the norm of each sample of a gradient, for gradient penalties.
 
-    The penalty of gradnorm uses L1, and that of WGAN-GP uses L2. The norm is summed in float32, or
-    in float64 for float64 gradients, so that sums and squares of float16 do not overflow. If each
-    sample fills one block of memory, as also in channels_last, grad is read without a copy.
+    The penalty of fastgn's method gradnorm uses L1, and WGAN-GP uses L2. The norm is summed in
+    float32, or in float64 for float64 gradients, so that sums and squares of float16 do not
+    overflow. If each sample fills one block of memory, which includes channels_last, grad is read
+    without a copy.
 
     As in PyTorch, sign(0) and the gradient of the L2 norm at 0 are 0. The second derivative of the
     L2 norm at 0 is 0 too, where PyTorch's is NaN. For L1, grad gets no second-order gradient,

@@ -26,7 +26,8 @@ from fastgn_kernels.layer_norm_kernels import (
 LARGEST = 4096
 """Number of columns of the widest row that a program can hold. Wider rows use PyTorch's operators.
 With 8192 columns, the kernel of the second derivative spilled 144 bytes of registers per thread.
-In float64, which serves for checks, it spills 80 bytes with 1024 columns and more with 4096."""
+In float64, which is only used to check results, it spills 80 bytes with 1024 columns and more with
+4096."""
 
 
 def _kernel_runs(x: Tensor) -> bool:

@@ -4,8 +4,8 @@ Names, for a row x of C values:
 - inv_std = 1 / sqrt(variance of x + eps), and x_hat = (x - mean of x) inv_std;
 - gy, gx, gweight and gbias are the gradients of the loss with respect to y, x, weight and bias;
 - ggx, ggweight and ggbias are the cotangents of gx, gweight and gbias: the gradients that the
-  second backward pass starts from. Its results are ggy, the gradient with respect to gy, and again
-  gx and gweight;
+  second backward pass starts from. That pass computes ggy, the gradient with respect to gy, and
+  again gx and gweight;
 - g = gy weight is the gradient with respect to x_hat;
 - P(z) = z - mean(z) - x_hat mean(z x_hat) removes the mean of a row z and its part along x_hat.
 
@@ -18,8 +18,9 @@ Then ggy = weight tangent + ggweight x_hat + ggbias,
     gx = inv_std P(z) - inv_std^2 x_hat covariance,
     gweight = sum(tangent gy) over the rows.
 
-Statistics are float32, or float64 for float64 inputs. Every kernel recomputes them, because it
-holds the row in registers anyway. So only the inputs of the op are kept for the backward.
+Means and variances are float32, or float64 for float64 inputs. Every kernel recomputes them,
+because it holds the row in registers anyway. So only the inputs of the op are kept for the
+backward.
 """
 
 from typing import Any
@@ -149,10 +150,10 @@ def _layer_norm_bwd_bwd_kernel(
         covariance = covariance - mean_ggx_x_hat * mean_g_x_hat
         tangent = inv_std * (ggx - mean_ggx - x_hat * mean_ggx_x_hat)
         if WEIGHT_GRADS:
-            # tangent is NaN beyond the last row if eps is 0
+            # beyond the last row the variance is 0, so tangent is NaN there if eps is 0
             gweight += tl.where(inside, gy * tangent, 0.0)
         ggy = weight * tangent
-        # mean(z) and mean(z x_hat) follow from the means above
+        # mean(z) and mean(z x_hat) follow from the means above, without another sum over the row
         z = -inv_std * (mean_g_x_hat * ggx + mean_ggx_x_hat * g)
         mean_z = -inv_std * (mean_g_x_hat * mean_ggx + mean_ggx_x_hat * mean_g)
         mean_z_x_hat = -2.0 * inv_std * mean_g_x_hat * mean_ggx_x_hat
@@ -180,8 +181,8 @@ def choose_tile(columns: int, forward: bool = False) -> dict[str, Any]:
     block_columns = triton.next_power_of_2(columns)
     warps = 4 if block_columns <= 1024 else 8
     if forward and block_columns in (1024, 4096):
-        # with fewer warps, a thread of the forward spills 16 bytes on sm_80; with these, the other
-        # kernels would spill as much
+        # With half as many warps, the forward kernel spills 16 bytes per thread on sm_80. The other
+        # kernels would spill as much with twice as many.
         warps *= 2
     return {
         "BLOCK_ROWS": max(2048 // block_columns, 1),

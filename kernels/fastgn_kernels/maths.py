@@ -18,7 +18,7 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# Write tensor * constant: for constant * tensor, Triton's interpreter computes a constant.
+# In products, write the constant last. If it comes first, Triton's interpreter returns a constant.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -44,7 +44,7 @@ def where(condition, a, b):
 def constant(u, c):
     """Returns the number c in the dtype of u.
 
-    `where` with two plain numbers returns float32 even if u is float64.
+    A formula needs it because `where` with two plain numbers returns float32 even if u is float64.
     """
     return tl.full(u.shape, c, u.dtype)
 
@@ -329,7 +329,7 @@ def in_pytorch(function: Any) -> Callable[..., torch.Tensor]:
     Names such as `exp` in that code then refer to PyTorch's functions.
     """
     constants = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)}
-    # an operator that imports a module when it first runs looks up __import__ here
+    # if an operator of PyTorch imports a module when called, Python looks up __import__ here
     names = constants | _PYTORCH | {"__builtins__": builtins}
     for helper in (logistic, log_one_plus_exp):
         names[helper.fn.__name__] = types.FunctionType(helper.fn.__code__, names)

@@ -62,7 +62,7 @@ class FusedActivation(nn.Module):
             return self.plain(x) if needs_plain(x) else self.fused(x)
 
     def fused(self, x: Tensor) -> Tensor:
-        """Computes the activation with its op."""
+        """Computes the activation with the fused op."""
         if self.kind == "softplus" and x.is_cuda and torch.is_autocast_enabled("cuda"):
             x = x.to(torch.promote_types(x.dtype, torch.float32))  # as F.softplus does
         return activation(x, self.kind, parameter=self.parameter)
@@ -141,7 +141,7 @@ class FusedLayerNorm(nn.LayerNorm):
         """Computes the normalisation with PyTorch's operators."""
         return nn.LayerNorm.forward(self, x)
 
-    # There is no return type, because torch.jit would take the pair for it.
+    # There is no annotation of the result, because torch.jit would expect the pair in every call.
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if torch.jit.is_scripting():
             return self.plain(x)
@@ -152,7 +152,8 @@ class FusedLayerNorm(nn.LayerNorm):
             return self.plain(total) if residual is None else (self.plain(total), total)
 
     def fused(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Computes the normalisation with its op."""
+        """Returns the normalised x, computed by the fused op. With a residual, returns the pair
+        (normalised sum, sum) for the sum x + residual."""
         if x.shape[-1:] != self.normalized_shape:  # the op cannot check this without a weight
             raise ValueError(
                 f"FusedLayerNorm: x is {tuple(x.shape)}, its last dimension should be "
@@ -172,7 +173,7 @@ class FusedWindowAttention(nn.Module):
     an image, or None.
     """
 
-    if TYPE_CHECKING:  # timm's attributes; at run time, torch.jit would read these declarations
+    if TYPE_CHECKING:  # these are timm's attributes, and torch.jit must not see the declarations
         num_heads: int
         scale: float
         qkv: nn.Module
@@ -188,7 +189,7 @@ class FusedWindowAttention(nn.Module):
             return self.plain(x, mask) if needs_plain(x) else self.fused(x, mask)
 
     def fused(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Computes the attention with its op."""
+        """Computes the attention with the fused op."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self._get_rel_pos_bias().squeeze(0)
         out = window_attention_qkvpacked(qkv, bias, mask, self.scale)
@@ -199,8 +200,8 @@ class FusedWindowAttention(nn.Module):
         height, width = (window_size,) * 2 if isinstance(window_size, int) else window_size
         if height * width > LARGEST:
             raise ValueError(
-                f"FusedWindowAttention: a window of {height} x {width} is over {LARGEST} "
-                "tokens; set the size of the model's input before swap_modules"
+                f"FusedWindowAttention: a window of {height} x {width} has more than {LARGEST} "
+                "tokens: set the size of the model's input before you call swap_modules"
             )
         super().set_window_size(window_size)  # type: ignore[misc]
 
@@ -217,12 +218,12 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
         # pickle finds classes by name, but cannot find one that is made at run time
         return _new, (replaced, fused), vars(self)
 
-    # torch.jit identifies a method by the name of its function
+    # torch.jit identifies a method by the name of its function, so this copy is named "plain"
     forward = replaced.forward
     plain = types.FunctionType(
         forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
     )
-    # torch.fx does not trace into classes whose __module__ is in torch.nn
+    # torch.fx does not trace into classes of torch.nn, and recognises them by their __module__
     names = {"__module__": replaced.__module__, "__reduce__": __reduce__, "plain": plain}
     return type(fused.__name__, (fused, replaced), names)
 
@@ -258,11 +259,11 @@ class Swapped(NamedTuple):
 
 
 class _RefusedError(Exception):
-    """A module cannot be replaced. The message says why."""
+    """Raised if a module cannot be replaced. The message says why."""
 
 
 _New = tuple[str, type[nn.Module], dict[str, Any]]
-"""Kind of a replacement, its class, and the attributes to set."""
+"""Kind of a replacement, the class of the new module, and the attributes to set on it."""
 
 
 def _activation(kind: str, parameter: float | None = None) -> _New:
@@ -293,12 +294,12 @@ def _window_attention(module: Any) -> _New:
     head_dim = module.qkv.out_features // (3 * module.num_heads)
     if module.window_area > LARGEST or head_dim > LARGEST:
         raise _RefusedError(
-            f"its {module.window_area} tokens of {head_dim} channels a head are over "
-            f"{LARGEST} x {LARGEST}"
+            f"its {module.window_area} tokens per window or {head_dim} channels per head are more "
+            f"than {LARGEST}"
         )
     if getattr(module.attn_drop, "p", None) != 0:
-        raise _RefusedError("it drops attention weights")
-    for name in ("softmax", "attn_drop"):  # the op does not call these modules
+        raise _RefusedError("it uses dropout on attention weights")
+    for name in ("softmax", "attn_drop"):  # the op would not run their hooks
         inner = vars(getattr(module, name))
         if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
             raise _RefusedError(f"its {name} has hooks")
@@ -342,8 +343,8 @@ _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
     "timm.models.swin_transformer.PatchMerging": (("norm", "reduction"),),
     "timm.models.vision_transformer.Block": _BLOCK,
 }
-"""Name of a class -> pairs of a LayerNorm in it and the linear layer that alone reads its
-output."""
+"""Name of a class -> pairs of names. The first names a LayerNorm in the class, and the second the
+linear layer that is the only one to read the LayerNorm's output."""
 
 _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
 
@@ -384,7 +385,7 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
 
     Args:
         model: any network.
-        only: the families to replace, of `FAMILIES`.
+        only: names of the families to replace, each from `FAMILIES`.
 
     Returns:
         What was replaced, what was not and why, and which computations cannot be replaced, such as
@@ -409,7 +410,7 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
             if known != names[0]:
                 raise _RefusedError(f"{names[0]} is a subclass of {known}")
             if "forward" in vars(module):
-                raise _RefusedError("its forward was replaced by another")
+                raise _RefusedError("its forward method was replaced by another one")
             kind, cls, attributes = _KNOWN[known][1](module)
         except _RefusedError as reason:
             left[name or type(module).__name__] = str(reason)

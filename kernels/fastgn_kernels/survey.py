@@ -71,7 +71,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, nn.MultiheadAttention):
         return "window_attention", f"its attention is a function, {SDPA}"
     calls = [f for f in _called(cls) if f in FUNCTIONS] if cls.__module__[:8] != "torch.nn" else []
-    if getattr(module, "fused_attn", True) is False:  # timm then computes plain products
+    if getattr(module, "fused_attn", True) is False:  # timm then uses matrix products
         calls = [f for f in calls if f is not F.scaled_dot_product_attention]
     held = [f for f in _held(module) if f in FUNCTIONS or _by_name(f)]
     for function, verb in [(f, "calls") for f in calls] + [(f, "holds") for f in held]:
@@ -87,7 +87,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
 def _held(module: nn.Module) -> Iterator[Any]:
     """Yields the functions that the attributes of a module hold, also inside lists and partials."""
     for name, value in vars(module).items():
-        if name.startswith("_"):  # hooks
+        if name.startswith("_"):  # hooks, which the network does not compute with
             continue
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, functools.partial):
@@ -97,7 +97,7 @@ def _held(module: nn.Module) -> Iterator[Any]:
 
 
 def _by_name(function: Any) -> bool:
-    """Returns whether a function's name contains that of an activation, as shifted_softplus
+    """Returns whether a function's name contains the name of an activation, as shifted_softplus
     does."""
     return LOOK_ALIKES[-1][1].search(function.__name__.replace("_", " ")) is not None
 

@@ -43,9 +43,10 @@ def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
-    """Returns a tensor for the gradient of `learned`, the bias if its gradient is wanted.
+    """Returns a tensor for the gradient of `learned`, which is the bias if its gradient is wanted.
 
-    If `learned` is None the tensor is empty, because custom ops return tensors.
+    If the gradient is not wanted, `learned` is None. The tensor is then empty, because custom ops
+    return tensors.
     """
     return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
 
@@ -178,10 +179,11 @@ def _backward_backward_plain(
 def _make_stand_in(qkv: Tensor) -> Tensor:
     """Returns a tensor with the shape of qkv and one element of memory.
 
-    The backward op depends on qkv through this tensor. So the gradient that the second backward
-    pass has for qkv reaches the last backward op, and its kernel adds that gradient to its own
-    result. Otherwise Inductor adds them, with 15 passes over tensors as wide as a block, where the
-    kernel takes 3.
+    The gradient of qkv has two parts if the loss contains a gradient penalty. The second backward
+    pass computes one part, and the last call of the backward op computes the other. The backward op
+    depends on qkv through this tensor, so the first part reaches that call, whose kernel adds it to
+    the second part. Otherwise Inductor would add the parts, which takes 15 passes over memory where
+    the kernel takes 3.
     """
     return qkv.new_zeros(1).expand(qkv.shape)
 
@@ -300,7 +302,7 @@ def window_attention_qkvpacked(
         scale: factor of the products of queries and keys. None means D ** -0.5.
 
     Returns:
-        (B, H, N, D) in the dtype of qkv. transpose(1, 2).flatten(2) of it is a view.
+        (B, H, N, D) in the dtype of qkv. transpose(1, 2).flatten(2) of the result is a view.
 
     Raises:
         ValueError: if a shape does not fit, or if the mask requires a gradient.
@@ -327,7 +329,10 @@ def window_attention_qkvpacked(
                 f"{name}: {windows} windows are not a multiple of {mask.shape[0]} masks"
             )
         if mask.requires_grad:
-            raise ValueError(f"{name}: the mask gets no gradient: detach it, or add it to the bias")
+            raise ValueError(
+                f"{name}: mask requires grad, but would get no gradient: "
+                "detach it, or add it to bias"
+            )
     check_floating(name, qkv=qkv, bias=bias, mask=mask)
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
@@ -354,5 +359,5 @@ def window_attention(
     """
     if not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"window_attention: q, k, v are {shapes}, should be of one shape")
+        raise ValueError(f"window_attention: q, k, v are {shapes}, should have the same shape")
     return window_attention_qkvpacked(torch.stack((q, k, v)), bias, mask, scale)

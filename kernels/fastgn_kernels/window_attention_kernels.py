@@ -5,7 +5,7 @@ Names, for one window and head with N tokens of D channels:
 - S are the scores and P = softmax(S) their probabilities, (N, N) each;
 - gx is the gradient of the loss with respect to x, for any tensor x;
 - ggqkv and ggbias are the cotangents of gqkv and gbias: the gradients that the second backward pass
-  starts from. Its results are ggo, the gradient with respect to go, and again gqkv and gbias;
+  starts from. That pass computes ggo, the gradient with respect to go, and again gqkv and gbias;
 - dS is the change of S along these cotangents;
 - centred(X) = X - rowsum(P X). Products of two (N, N) matrices are elementwise.
 
@@ -45,8 +45,8 @@ def _dot_of_float32(x, y, acc, TRANSPOSED: tl.constexpr = False):
     """Returns acc + x y, or acc + x^T y, for an intermediate result x and an input y of the op.
 
     If y has 16 bits, x is split into a sum of two 16-bit tiles. With bfloat16 that keeps 16 bits of
-    the mantissa, and the tensor cores read the tiles where the last product left them. TF32 would
-    keep 11 bits and go through shared memory.
+    the mantissa, and the tensor cores read the tiles from registers. TF32 would keep 11 bits and
+    go through shared memory.
     """
     if y.dtype.primitive_bitwidth == 16:
         high = x.to(y.dtype)
@@ -98,10 +98,10 @@ def _locate_channels(
     part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Returns the offsets of some channels from `_locate_window`'s pointer, and which ones exist.
+    """Returns the offsets of some elements from a pointer of `_locate_window`, and which exist.
 
-    The channels are BLOCK_DIM from `channel` on, for all tokens. PARTS is 3 for qkv, of which q, k
-    and v are the parts 0, 1 and 2. It is 1 for o.
+    The elements are BLOCK_DIM channels of all tokens. `channel` is the first of these channels.
+    PARTS is 3 for qkv, where q, k and v are the parts 0, 1 and 2. It is 1 for o.
     """
     n, d = tl.arange(0, BLOCK_TOKENS)[:, None], channel + tl.arange(0, BLOCK_DIM)[None, :]
     return n * (PARTS * HEADS * DIM) + part * HEADS * DIM + d, (n < TOKENS) & (d < DIM)
@@ -309,7 +309,7 @@ def _window_attention_bwd_bwd_kernel(
 
 
 def pack(qkv: Tensor) -> Tensor:
-    """Returns (3, B, H, N, D) as a contiguous (B, N, 3, H, D).
+    """Returns qkv, which is (3, B, H, N, D), as a contiguous tensor (B, N, 3, H, D).
 
     If qkv is a view of the output of a linear layer, nothing is copied.
     """
@@ -317,7 +317,7 @@ def pack(qkv: Tensor) -> Tensor:
 
 
 def pack_output(o: Tensor) -> Tensor:
-    """Returns (B, H, N, D) as a contiguous (B, N, H, D)."""
+    """Returns o, which is (B, H, N, D), as a contiguous tensor (B, N, H, D)."""
     return o.transpose(1, 2).contiguous()
 
 
@@ -326,7 +326,7 @@ def choose_grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple
 
     A program processes the windows of one strip for one head. All windows of a strip have the same
     mask, so the number of strips is a multiple of the number of masks. programs: number of programs
-    to aim at; 1056 are 8 for each of the 132 processors of an H200.
+    to aim at. The default is 8 programs for each of the 132 processors of an H200.
     """
     _, windows, heads, _, _ = qkv.shape
     masks = 1 if mask is None else mask.shape[0]
@@ -352,15 +352,15 @@ def _choose_constants(qkv: Tensor, scale: float) -> dict[str, Any]:
 
 
 def _choose_block(qkv: Tensor) -> int:
-    """Returns the number of tokens of a window after padding."""
+    """Returns the number of tokens per window after padding to the size of a tile."""
     return max(16, triton.next_power_of_2(qkv.shape[3]))
 
 
 def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
     """Returns bias + mask for each mask and head: (W, H, N', N') with N' >= N padded tokens.
 
-    The padding makes programs read whole lines at constant offsets. Padded keys have -inf, so that
-    no query sees them. Padded queries have 0, so that their softmax is finite.
+    The padding makes programs read whole cache lines at constant offsets. Padded keys have -inf, so
+    that no query sees them. Padded queries have 0, so that their softmax is finite.
     """
     _, _, heads, tokens, _ = qkv.shape
     block, masks = _choose_block(qkv), 1 if mask is None else mask.shape[0]
@@ -378,7 +378,7 @@ def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
     padding = _choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
-    return padded.contiguous()  # a padding of 0 keeps the strides
+    return padded.contiguous()  # a padding of 0 does not copy, so strides may remain
 
 
 def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -390,8 +390,8 @@ def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int,
 
 
 def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
-    """Returns the sum of the partial sums, which is the gradient of `learned`, or None if that is
-    None."""
+    """Returns the sum of the partial sums, which is the gradient of `learned`. Returns None if
+    `learned` is None."""
     if learned is None:
         return None
     tokens = learned.shape[-1]

@@ -411,7 +411,7 @@ def test_timms_methods_stay():
         model.set_input_size((24, 24), window_size=3)
     assert attention.window_area == 9
     torch.testing.assert_close(swapped(images(24)), plain(images(24)))
-    with pytest.raises(ValueError, match="a window of 9 x 9 is over 64 tokens"):
+    with pytest.raises(ValueError, match="a window of 9 x 9 has more than 64 tokens"):
         attention.set_window_size((9, 9))
     attention.set_window_size(3)
     torch.testing.assert_close(swapped(images(24)), plain(images(24)))
@@ -480,9 +480,9 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fast norm": (lambda: changed(TimmLayerNorm(4), "_fast_norm", True), "timm's fast norm"),
     "a subclass": (MyGELU, "test_modules.MyGELU is a subclass of torch.nn.modules.activation.GELU"),
     "another forward": (lambda: changed(nn.GELU(), "forward", F.relu), "its forward was replaced"),
-    "a large window": (lambda: attention(window_size=9), "its 81 tokens of 4 channels a head are"),
-    "wide heads": (lambda: attention(head_dim=65), "its 16 tokens of 65 channels a head are over"),
-    "dropout": (lambda: attention(attn_drop=0.1), "it drops attention weights"),
+    "a large window": (lambda: attention(window_size=9), "its 81 tokens per window or 4"),
+    "wide heads": (lambda: attention(head_dim=65), "its 16 tokens per window or 65 channels"),
+    "dropout": (lambda: attention(attn_drop=0.1), "it uses dropout on attention weights"),
     "a hook within": (hooked, "its softmax has hooks"),
     "no linear layer": (
         lambda: changed(attention(), "qkv", nn.Identity()),

@@ -418,7 +418,7 @@ def test_what_has_no_kernel_is_named():
     _, report = build_model(cfg, 5, kernels="triton")
     assert report.fused == {"layer_norm": 11, "gelu": 4}
     assert report.format_lines(cfg)[-1] == (
-        "kernels: 4 left out, such as layers.0.blocks.0.attn: it drops attention weights"
+        "kernels: 4 left out, such as layers.0.blocks.0.attn: it uses dropout on attention weights"
     )
 
 
