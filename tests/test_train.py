@@ -325,7 +325,7 @@ def test_auto_takes_what_fits(
     assert main(tiny_run(tmp_path / "none", *args)) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("fastgn.train: error: --schedule auto: one image at a time needs ")
-    assert "MiB of device memory, and of 0.000977 MiB free 10% stay in reserve; try" in line
+    assert "MiB of device memory, but only 0.000977 MiB are free, and 10% of them stay" in line
 
 
 def out_of_memory_above(limit: int) -> Callable[..., Any]:

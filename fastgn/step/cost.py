@@ -1,7 +1,7 @@
 """Counts the cost of an update before it runs.
 
-`count_cost` runs the real Step, eagerly, on fake tensors, which have shapes and lifetimes but no
-data. It takes seconds and no memory even for Swin-B at a large batch.
+`count_cost` runs the real Step without compiling it, on fake tensors, which have shapes and
+lifetimes but no data. Even for Swin-B with a large batch it takes only seconds and no memory.
 """
 
 import contextlib
@@ -36,20 +36,21 @@ class StepCost:
     operators: float
     """Number of operators per micro-batch."""
     fixed_bytes: float
-    """Peak memory beside weights and gradients, except for what grows with the micro-batch."""
+    """The part of the peak memory in bytes that does not grow with the micro-batch, without weights
+    and gradients."""
     image_bytes: float
-    """Peak memory per image of the micro-batch."""
+    """Bytes by which the peak memory grows with every image of the micro-batch."""
     weight_bytes: int
-    """Memory of weights and buffers."""
+    """Bytes of all weights and buffers."""
     gradient_bytes: int
-    """Memory of the weights' gradients."""
+    """Bytes of all gradients of the weights."""
     kernels: bool
     """Whether LayerNorm or window attention run as ops of fastgn_kernels."""
     double_backward: bool
     """Whether the loss contains a gradient that is differentiated again."""
 
     def peak_bytes(self, images: int) -> float:
-        """Returns the peak memory of a micro-batch beside weights and gradients."""
+        """Returns the peak memory of a micro-batch in bytes, without weights and gradients."""
         return self.fixed_bytes + images * self.image_bytes
 
 
@@ -66,15 +67,15 @@ def count_cost(
     """Counts the cost of an update that is not compiled, on micro-batches of up to batch_size
     images.
 
-    device_type: the device whose autocast is imitated. All gradients exist from the start, as from
-    the second micro-batch on. Peak memory is a line through the peaks of a few images and of
-    batch_size images. The true peak is the largest of several lines, so that between the two sizes
-    the returned line is at or above it. If only some updates have a penalty, the peak is the
-    largest one.
+    device_type: the device whose autocast is imitated. All gradients exist from the start, as they
+    do from the second micro-batch on. Peak memory is counted for a few images and for batch_size
+    images, and a line is drawn through both. The true peak is the largest of several lines, so it
+    is never above this line between the two sizes. If only some updates have a penalty, the largest
+    peak of all updates is taken.
     """
     schedule = options.schedule
     step = schedule.divisor
-    few = schedule.fewest(2)  # BatchNorm may take no single image
+    few = schedule.fewest(2)  # because BatchNorm cannot be trained on one image
     sizes = (few, max(batch_size // step * step, 2 * few))
     eager = dataclasses.replace(options, compile=False, micro_batch=None)
     updates = share_of_updates(objective, schedule)
@@ -97,7 +98,7 @@ def count_cost(
         return sum(share * getattr(meters[u][index], name) for u, share in updates.items())
 
     def line(few: float, many: float) -> tuple[float, float]:
-        """Returns the value at 0 images, at least 0, and the slope."""
+        """Returns the value of the line at 0 images, or 0 if it is negative, and the slope."""
         slope = (many - few) / (sizes[1] - sizes[0])
         return max(few - sizes[0] * slope, 0.0), slope
 
@@ -121,10 +122,10 @@ def count_cost(
 
 
 def share_of_updates(objective: Objective, schedule: Schedule) -> dict[int, float]:
-    """Returns, for each kind of update, the number of one such update and the share of such
+    """Returns, for each kind of update, the index of an update of this kind -> their share of all
     updates.
 
-    Kinds differ if only some updates have the penalty.
+    There are two kinds if only some updates have the penalty, otherwise one.
     """
     if schedule.kind == "lazy" and schedule.lazy_interval > 1:
         share = 1 / schedule.lazy_interval

@@ -16,17 +16,17 @@ LABEL = "fastgn_layer"
 class Diagnosis:
     """Looks for the first layer of a network whose output or derivative is not finite.
 
-    Outputs are checked layer by layer. Derivatives are checked node by node of the autograd graph,
+    Outputs are checked layer by layer. Derivatives are checked at every node of the autograd graph,
     so that a NaN that the next operator masks does not count. Every check waits for the device.
     """
 
     def __init__(self) -> None:
         self.found: str | None = None
-        """What is not finite first, as a text. None if everything has been finite so far."""
+        """Text that names the first value that is not finite. None if all were finite so far."""
 
     def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> str | None:
-        """Computes a loss and its gradients without compiling. Returns what is not finite first, or
-        None.
+        """Computes a loss and its gradients without compiling. Returns a text that names the first
+        value that is not finite, or None.
 
         loss: function that computes the loss of `model`. It may differentiate with
         create_graph=True.
@@ -38,7 +38,8 @@ class Diagnosis:
         try:
             with warnings.catch_warnings():  # PyTorch warns that this mode is slow
                 warnings.simplefilter("ignore")
-                # this mode stores in each node of the second backward its node of the first one
+                # in this mode, each node of the second backward stores which node of the first
+                # backward created it, so describe_node can name its layer
                 with torch.autograd.set_detect_anomaly(True, check_nan=False):
                     total = loss()
                     self.watch_nodes(find_nodes(total), set())

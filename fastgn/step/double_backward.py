@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 COMPILER = {
-    "trace_autograd_ops": True,  # else torch.autograd.grad breaks the graph
-    "optimize_ddp": False,  # else the graph is cut between a gradient and its input
+    "trace_autograd_ops": True,  # otherwise torch.autograd.grad breaks the graph
+    "optimize_ddp": False,  # otherwise the graph is cut between a gradient and its input
     "recompile_limit": 64,  # all losses of a process share this limit because they share code
 }
 """Settings of torch._dynamo.config while a DoubleBackward runs."""
@@ -25,7 +25,7 @@ COMPILER = {
 def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns a tensor of zeros that requires grad because `token` does.
 
-    Its backward computes nothing. The zeros take the memory of one number.
+    The backward of the zeros computes nothing. All of them share the memory of one number.
     """
     return token.new_zeros(()).expand(shape)
 
@@ -42,7 +42,8 @@ def leaf(x: Tensor, token: Tensor) -> Tensor:
     """Returns a copy of `x` that a loss can be differentiated with respect to.
 
     A compiled graph cannot contain ``requires_grad_()``. If the caller called it outside instead,
-    the backward would compute and keep a gradient of `x`. The sum is fused with the next operator.
+    the backward would compute and keep a gradient of `x`. The copy is a sum with zeros, which the
+    compiler fuses with the next operator.
     """
     return x + zero(token, x.shape)
 
@@ -87,7 +88,8 @@ class DoubleBackward(nn.Module):
             for x, needs in zip(tree_leaves((inputs, named)), needed, strict=True)
         ]
         if self._compiled is None:
-            # a function, because a submodule would put its parameters into the state dict twice
+            # a function is compiled, because a compiled submodule would put the parameters into the
+            # state dict a second time
             self._compiled = torch.compile(
                 self._run_on_leaves, fullgraph=True, dynamic=False, **self._options
             )
@@ -95,15 +97,16 @@ class DoubleBackward(nn.Module):
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # If True, values that both backwards use are kept although their inputs are kept
-                # too. They are a fifteenth of the bytes that gradnorm moves (benchmarks/NOTES.md).
+                # If True, values that both backwards use are kept, although they could be
+                # recomputed from their inputs, which are kept too. For the method gradnorm these
+                # values are a fifteenth of the bytes that are moved (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
         ):
             return self._compiled(tokens, inputs, named)
 
     def _needs_leaf(self, inputs: tuple, named: dict[str, Any]) -> list[bool]:
-        """Returns for each tensor in the inputs, nested or not, whether to replace it by a leaf
+        """Returns for each tensor in the inputs, nested or not, whether to replace it with a leaf
         copy.
 
         That is necessary if the module differentiates with respect to the tensor and the tensor
@@ -121,7 +124,7 @@ class DoubleBackward(nn.Module):
     def _run_on_leaves(
         self, tokens: list[Tensor | None], inputs: tuple, named: dict[str, Any]
     ) -> Any:
-        """Runs the module on its inputs. Leaves replace the inputs that have a token."""
+        """Runs the module on its inputs. Each input that has a token is replaced with a leaf."""
         flat, structure = tree_flatten((inputs, named))
         leaves: list[Any] = []
         for index, (x, token) in enumerate(zip(flat, tokens, strict=True)):
@@ -161,8 +164,8 @@ def compile_double_backward(
     tuples and dictionaries of tensors, by position or by keyword.
     differentiate: positions and keywords of the inputs that `module` differentiates with respect
     to. None means every floating-point tensor in the inputs. An input that does not require grad
-    is replaced by a copy that does; the backward computes no gradient of it. If an input requires
-    grad, its .grad is filled as usual.
+    is replaced by a copy that does, and the backward computes no gradient of the input. If an input
+    requires grad, its .grad is filled as usual.
     activation_memory_budget: share of the saved activations to keep. The backward recomputes the
     rest.
     options: passed on to torch.compile.
@@ -174,12 +177,13 @@ def compile_double_backward(
 
 
 def describe_compilations() -> str:
-    """Returns a text with the numbers of graphs that this process has compiled or found in the
-    cache, forward and backward, and of calls that could not use CUDA graphs."""
+    """Returns a text that counts the graphs that this process has compiled or loaded from the cache
+    on disk, and the calls that could not use CUDA graphs."""
     counters = torch._dynamo.utils.counters["inductor"]
     made, found = (counters[f"fxgraph_cache_{what}"] for what in ("miss", "hit"))
-    skipped = f", {counters['cudagraph_skips']} no CUDA graphs" * bool(counters["cudagraph_skips"])
-    return f"{made} graphs compiled, {found} found compiled{skipped}"
+    skips = counters["cudagraph_skips"]
+    skipped = f", {skips} calls without CUDA graphs" if skips else ""
+    return f"{made} graphs compiled, {found} loaded from the cache{skipped}"
 
 
 def count_graphs() -> int:

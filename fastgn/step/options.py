@@ -28,8 +28,8 @@ class StepOptions:
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
     """The way in which the penalty is differentiated (--schedule)."""
     precision: str = "fp32"
-    """"fp32"; "tf32"; "bf16" for autocast; "bf16-pure" for bf16 weights and activations within
-    the update, see precision.InBfloat16."""
+    """"fp32", "tf32", "bf16" or "bf16-pure". "bf16" uses autocast. "bf16-pure" computes the whole
+    update with bf16 weights and activations, see precision.InBfloat16."""
     compile: bool = True
     """Whether the loss is compiled into one graph. With --schedule exact-eager it never is."""
     activation_memory_budget: float = 1.0
@@ -40,7 +40,8 @@ class StepOptions:
     fewest: int = 1
     """Smallest micro-batch that is tried if memory runs out."""
     cuda_graphs: bool = False
-    """Whether each compiled graph is replayed as one launch. Ignored unless compiled on CUDA."""
+    """Whether each compiled graph is recorded as a CUDA graph, whose kernels the host starts with
+    one launch. Ignored if the loss is not compiled or the device is not CUDA."""
     quirks: Quirks = Quirks()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:

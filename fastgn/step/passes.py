@@ -8,15 +8,15 @@ from fastgn.step.schedule import Schedule
 
 
 class Passes(NamedTuple):
-    """Passes of an update, on average over updates."""
+    """Number of passes that an update makes, on average over all updates."""
 
     paper: float
     """Number of forward and backward passes, as arXiv 2409.20139 counts them: 2 for natural, 5 for
     gradnorm, 8 for PGD-3."""
     units: float
     """Number of operations, divided by the operations of a forward: 3 for natural, 6 for gradnorm,
-    9 for PGD-3. A forward counts 1, the gradient of the images 1, the gradient of the weights 1,
-    and a double backward 4."""
+    9 for PGD-3. A forward, the gradient of the images and the gradient of the weights count 1 each,
+    and a double backward counts 4."""
 
 
 def count_passes(

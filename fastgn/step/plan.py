@@ -17,10 +17,12 @@ from fastgn.step.cost import StepCost
 from fastgn.step.precision import matmul_precision
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
-"""Activation memory budgets whose effect was measured."""
+"""Activation memory budgets whose effect was measured. A budget is the share of the saved
+activations that a compiled update keeps."""
 
 MARGIN = 0.1
-"""Share of the free memory that a plan leaves for fragments and for workspaces of libraries."""
+"""Share of the free memory that a plan leaves unused, because memory becomes fragmented and
+libraries allocate workspaces."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +50,10 @@ KEPT: dict[tuple[bool, bool], dict[float, float]] = {
     (True, True): {1.0: 1.08, 0.7: 1.15, 0.5: 1.13, 0.3: 1.11},
 }
 """(whether the loss is differentiated twice, whether in bf16) -> peak memory of a compiled update,
-divided by the eager one's, at each budget. Source: benchmarks/results/memory_budget.json. The
-ratios are upper bounds because they were counted before operators are fused. With gradnorm a lower
-budget halves what is saved between forward and backward. Its peak hardly changes because the
-backward recomputes those activations and keeps them until its end."""
+divided by that of the eager one, at each budget. Source: benchmarks/results/memory_budget.json. The
+ratios are upper bounds because they were counted before operators are fused. For gradnorm a lower
+budget halves what is saved between forward and backward. The peak hardly changes, because the
+backward recomputes those activations and keeps them until it ends."""
 
 RECOMPUTED = {1.0: 0.0, 0.7: 0.0, 0.5: 0.01, 0.3: 0.05}
 """Share of the activations that is kept -> share of the operations that are done again, at most.
@@ -62,7 +64,7 @@ Source: benchmarks/results/memory_budget.json.
 TRAFFIC = {(False, False): 0.90, (True, False): 0.57, (True, True): 0.90}
 LAUNCHES = {(False, False): 0.89, (True, False): 0.43, (True, True): 1.09}
 """(whether the loss is differentiated twice, whether it runs ops of fastgn_kernels) -> bytes and
-launches of a compiled update, divided by the eager one's. Source: updates of a Swin-T with
+launches of a compiled update, divided by those of the eager one. Source: updates of a Swin-T with
 2 + 2 + 2 + 2 blocks in bf16, compiled for an H200 (benchmarks/NOTES.md) and counted by `Meter`:
 
 | update | MB per image: compiled, counted | launches: compiled, counted |
@@ -95,7 +97,7 @@ def measure_rates(device: torch.device, precision: str) -> Rates:
     def seconds(run: Callable[[], object], calls: int) -> float:
         """Returns the seconds per call of `run` in the fastest round."""
         rounds = []
-        for _ in range(4):  # the first one warms up
+        for _ in range(4):  # the first round warms up
             start = time.perf_counter()
             for _ in range(calls):
                 run()
@@ -113,7 +115,7 @@ def measure_rates(device: torch.device, precision: str) -> Rates:
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the number of bytes that can be allocated.
+    """Returns the number of bytes that can be allocated on a device.
 
     On CUDA it includes the memory that PyTorch holds but does not use.
     """
@@ -174,7 +176,8 @@ def format_bytes(bytes_: float) -> str:
 def compiled_relations(cost: StepCost) -> Relations:
     """Returns the cost of the compiled update, divided by the cost of the eager one."""
     double = cost.double_backward
-    # a single backward with kernels was not measured: assumed to gain as much as a double one
+    # a single backward with kernels was not measured, so it is assumed to gain as much as a double
+    # backward
     kind = (double or cost.kernels, cost.kernels)
     kept = KEPT[double, cost.precision in ("bf16", "bf16-pure")]
     return Relations(kept, RECOMPUTED, TRAFFIC[kind], LAUNCHES[kind])
@@ -197,8 +200,8 @@ def choose_plan(
     Among equally short updates it prefers fewer micro-batches, then a higher budget.
     batch_size: number of images per rank and update, which the micro-batch must divide.
     free_bytes: free memory when the weights are allocated, see `free_memory`.
-    state_bytes: memory to be allocated beside gradients and activations. AdamW's state takes
-    twice the memory of the weights in fp32.
+    state_bytes: memory that will be allocated for anything but gradients and activations. AdamW's
+    state takes twice the memory of the weights in fp32.
     held_bytes: memory that is allocated already.
     fewest: smallest micro-batch that the network can be trained on.
     fixed: micro-batch and budget to predict the cost of, whether they fit or not, instead of
@@ -233,7 +236,7 @@ def choose_plan(
     fitting = [p for p in plans if p.peak_bytes - held_bytes <= usable]
     least = min(p.peak_bytes for p in plans) - held_bytes
     check(bool(fitting), describe_shortage(cost, divisors[0], least, free_bytes, compiled))
-    # sums of floating-point numbers: plans that differ in the 10th digit alone are equal
+    # plans count as equally long if their seconds, which are rounded sums, agree to 9 digits
     return min(
         fitting,
         key=lambda p: (float(f"{p.seconds:.9e}"), p.micro_batches, -p.activation_memory_budget),
@@ -254,7 +257,7 @@ def describe_shortage(
         tries.append("--compile on")
     return (
         f"--schedule auto: {'one image' if images == 1 else f'{images} images'} at a time "
-        f"need{'s' * (images == 1)} {format_bytes(least)} of device memory, and "
-        f"of {format_bytes(free_bytes)} free {MARGIN:.0%} stay in reserve; try "
-        f"{', '.join(tries)}, or free what else is on the device"
+        f"need{'s' * (images == 1)} {format_bytes(least)} of device memory, but "
+        f"only {format_bytes(free_bytes)} are free, and {MARGIN:.0%} of them stay in reserve: try "
+        f"{', '.join(tries)}, or end other programs on the device"
     )

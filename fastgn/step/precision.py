@@ -15,7 +15,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """Returns a context with bf16 autocast if `precision` is "bf16", else one without effect."""
+    """Returns a context with bf16 autocast if `precision` is "bf16", or one without effect."""
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -29,8 +29,8 @@ class InBfloat16:
 
     The weights and buffers are cast when a forward begins, so that the optimizer updates fp32
     weights. BatchNorm keeps its weights and statistics in fp32. What a forward writes to any other
-    buffer is lost. Images and logits are fp32. LayerNorm's statistics, softmax and sums are fp32
-    inside the operators of PyTorch and fastgn_kernels.
+    buffer is lost, because it goes to a copy. Images and logits are fp32. LayerNorm's statistics,
+    softmax and sums are fp32 inside the operators of PyTorch and fastgn_kernels.
 
     model: a classifier with `normalize` and `backbone`.
     """
@@ -66,18 +66,18 @@ class InBfloat16:
 def explain_unsupported(precision: str, device: torch.device) -> str | None:
     """Returns why `device` cannot compute in `precision`, or None if it can."""
     if precision == "tf32" and device.type != "cuda":
-        return f"tf32 exists on CUDA alone, not on {device.type}"
+        return f"tf32 needs a CUDA device, not {device.type}"
     if precision != "fp32" and device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             name = torch.cuda.get_device_name(device)
-            return f"{precision} needs compute capability 8.0, and {name} has {major}.{minor}"
+            return f"{precision} needs compute capability 8.0, but {name} has only {major}.{minor}"
     return None
 
 
 @contextlib.contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Lets matrix products and convolutions run in TF32 if `precision` is "tf32", else in fp32.
+    """Lets matrix products and convolutions run in TF32 if `precision` is "tf32", or else in fp32.
 
     PyTorch's own default is fp32 for matrix products and TF32 for convolutions.
     """
@@ -85,7 +85,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
     before: tuple[Any, Any]
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the program uses PyTorch's newer settings, which exclude the older ones
+    except RuntimeError:  # the program set PyTorch's newer settings, which exclude the old
         settings: tuple[Any, Any]
         settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
         before = settings[0].fp32_precision, settings[1].fp32_precision

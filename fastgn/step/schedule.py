@@ -15,12 +15,12 @@ SCHEDULES: tuple[str, ...] = get_args(ScheduleKind)
 class Schedule:
     """A way to compute and differentiate the penalty.
 
-    exact: double backprop, in one graph if compiled.
+    exact: double backprop, in one graph if the loss is compiled.
     exact-eager: double backprop by PyTorch's eager autograd.
     finite-difference: (CE(x + h d) - CE(x)) / h, with d the signs of the gradient with respect to
     the images x (Finlay & Oberman 2019). It needs no double backprop.
-    central-difference: (CE(x + h d) - CE(x - h d)) / 2h. In both, BatchNorm in train mode sees all
-    of these points.
+    central-difference: (CE(x + h d) - CE(x - h d)) / 2h. In both kinds of difference, BatchNorm in
+    train mode sees all of these points.
     lazy: only every lazy_interval-th update has the penalty, which is that many times as strong
     (Karras et al. 2020). Gradient clipping weakens it again.
     subset: only the first subset_fraction of the images of each micro-batch have the penalty.
@@ -42,10 +42,11 @@ class Schedule:
     def divisor(self) -> int:
         """The number that must divide the size of a micro-batch.
 
-        A subset of 0.75 needs a multiple of 4, because its share must be a whole number of images.
+        A subset_fraction of 0.75 needs a multiple of 4, because the images with the penalty must be
+        a whole number.
         """
         share = self.subset_fraction if self.kind == "subset" else 1.0
-        least = max(1, int(0.999 / share))  # fewer images have no share, so that none is tried
+        least = max(1, int(0.999 / share))  # for fewer, the share is below one image
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
     def fewest(self, images: int) -> int:
@@ -69,8 +70,8 @@ class Schedule:
 
     @property
     def cycle(self) -> int:
-        """Number of updates until the kinds of update repeat: lazy_interval for lazy, otherwise
-        1."""
+        """Number of updates after which the kinds of update repeat. It is lazy_interval for lazy,
+        otherwise 1."""
         return self.lazy_interval if self.kind == "lazy" else 1
 
     def __str__(self) -> str:
@@ -80,15 +81,15 @@ class Schedule:
 
 
 def is_whole(x: float) -> bool:
-    """Returns whether `x` is a whole number, to the digits that people write a fraction with.
+    """Returns whether `x` is within 0.001 of a whole number.
 
-    3 times 0.3333 counts as whole.
+    So 3 times 0.3333 counts as whole, because people write 0.3333 for a third.
     """
     return abs(x - round(x)) < 1e-3
 
 
 def check_schedule(schedule: Schedule, objective: Objective) -> None:
-    """Raises ValueError if a way of differentiating the penalty does not suit an objective."""
+    """Raises ValueError if the schedule cannot compute the penalty of the objective."""
     conflict = find_schedule_conflict(
         schedule.kind,
         "this objective",

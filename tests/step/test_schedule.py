@@ -963,7 +963,7 @@ def test_matrix_precision_beside_the_newer_settings(monkeypatch: pytest.MonkeyPa
 
 def test_what_a_cpu_cannot_compute_in() -> None:
     cpu = torch.device("cpu")
-    assert explain_unsupported("tf32", cpu) == "tf32 exists on CUDA alone, not on cpu"
+    assert explain_unsupported("tf32", cpu) == "tf32 needs a CUDA device, not cpu"
     assert all(explain_unsupported(name, cpu) is None for name in ("fp32", "bf16", "bf16-pure"))
 
 
@@ -974,7 +974,7 @@ def test_what_a_volta_card_cannot_compute_in(monkeypatch: pytest.MonkeyPatch) ->
     assert explain_unsupported("fp32", cuda) is None
     for precision in ("tf32", "bf16", "bf16-pure"):
         reason = explain_unsupported(precision, cuda)
-        assert reason == f"{precision} needs compute capability 8.0, and Tesla V100 has 7.0"
+        assert reason == f"{precision} needs compute capability 8.0, but Tesla V100 has only 7.0"
 
 
 @pytest.mark.gpu

@@ -216,7 +216,7 @@ def test_what_a_cpu_cannot_compute_in_is_not_timed(tmp_path: Path) -> None:
     assert [row["precision"] for row in record["rows"]] == ["fp32"]
     (row,) = record["not_timed"]
     assert row["precision"] == "tf32" and row["forwards_by_count"] == pytest.approx(3, rel=0.2)
-    assert row["failed"] == "tf32 exists on CUDA alone, not on cpu"
+    assert row["failed"] == "tf32 needs a CUDA device, not cpu"
     assert record["gemm"].keys() == {"fp32"}
 
 
@@ -227,8 +227,7 @@ def test_no_arm_that_can_be_timed(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert cost.main(options) == 2
     said = capsys.readouterr()
     assert said.err == (
-        "cost.py: error: --precision leaves nothing to measure: "
-        "tf32 exists on CUDA alone, not on cpu\n"
+        "cost.py: error: --precision leaves nothing to measure: tf32 needs a CUDA device, not cpu\n"
     )
     assert said.out == "" and list(tmp_path.iterdir()) == []
     assert cost.main([*options, "--counts-only"]) == 0, "counts need no device"
