@@ -162,8 +162,7 @@ def load_checkpoint(path: Path) -> TrainState:
     )
     check(
         found == FORMAT,
-        f"{path} is of format {found}, and this version of fastgn reads format {FORMAT}: update "
-        "fastgn",
+        f"{path} has format {found}, but this version of fastgn reads {FORMAT}: update fastgn",
     )
     state = read_fields({k: v for k, v in content.items() if k != "format"}, TrainState, str(path))
     read_config(state.config, path)
@@ -179,7 +178,7 @@ def read_config(text: str, path: Path) -> Config:
     try:
         return Config.from_toml(text)
     except UserError as error:
-        raise UserError(f"{path}: its config: {error}") from None
+        raise UserError(f"{path}: the config in it: {error}") from None
 
 
 def find_checkpoint(where: Path, flag: str = "--resume") -> Path:
@@ -192,5 +191,5 @@ def find_checkpoint(where: Path, flag: str = "--resume") -> Path:
     check(where.is_dir(), f"{flag} {where}: there is no such run or checkpoint")
     last = Checkpoints(run_folder(where / "config.toml"), 1).last()
     if last is None:
-        raise UserError(f"{flag} {where}: no checkpoint below it")
+        raise UserError(f"{flag} {where}: there is no checkpoint in this folder")
     return last

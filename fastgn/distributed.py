@@ -199,7 +199,7 @@ def read_ranks() -> tuple[int, int, int]:
     remedy = "start with torchrun, which sets them, or unset WORLD_SIZE"
     check(
         not missing,
-        f"WORLD_SIZE={given['WORLD_SIZE']} without {', '.join(missing)}: {remedy}",
+        f"WORLD_SIZE={given['WORLD_SIZE']} is set without {', '.join(missing)}: {remedy}",
     )
     numbers = {n: int(v) if v.isdecimal() else -1 for n, v in given.items() if n != "MASTER_ADDR"}
     check(
@@ -243,8 +243,8 @@ def connect_to_store(limit: timedelta, *, serve: bool = False) -> torch.distribu
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"MASTER_ADDR={host} MASTER_PORT={port}: the first rank's store cannot be "
-            f"{'served' if serve else 'reached'} there: {first_line(error)}"
+            f"MASTER_ADDR={host} MASTER_PORT={port}: rank 0 "
+            f"{'cannot listen' if serve else 'cannot be reached'} there: {first_line(error)}"
         ) from None
 
 

@@ -134,8 +134,8 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
     sizes = sorted({t.model.img_size for t in trained})
     check(
         cfg.picture is None or len(sizes) == 1,
-        f"--picture needs models that take images of one size, and these take {sizes}: leave it "
-        "out, or evaluate each checkpoint by itself",
+        f"--picture needs models that take images of one size, but these take {sizes}: leave "
+        "--picture out, or evaluate each checkpoint by itself",
     )
     batch_size = min(subset.batch_size for subset in subsets)
     for subset in subsets:  # one batch size for all models, because evaluation.json names only one

@@ -210,7 +210,7 @@ def check_same(source: str, pickled: bytes, trained: Trained) -> None:
     check(
         difference <= 1e-4 * max(1.0, float(theirs.abs().max())),
         f"--checkpoint {trained.name}: the exported network's logits differ from the run's by "
-        f"{difference:g}; nothing was written",
+        f"{difference:g}, so nothing was written",
     )
 
 
@@ -244,13 +244,13 @@ def rebuild(folder: Path) -> None:
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"the exported network gave no logits within {REBUILD_LIMIT_S} s; nothing was written"
+            f"the exported network gave no logits within {REBUILD_LIMIT_S} s: nothing was written"
         ) from None
     lines = done.stderr.decode(errors="replace").strip().splitlines()
     check(
         done.returncode == 0,
         "the exported network cannot be rebuilt without fastgn "
-        f"({lines[-1] if lines else 'it was killed'}); nothing was written",
+        f"({lines[-1] if lines else 'it was killed'}), so nothing was written",
     )
 
 
@@ -279,13 +279,13 @@ def read_accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None
     entries = {entry["name"]: entry for entry in record["models"]}
     check(
         name in entries,
-        f"--evaluation {cfg.evaluation} has no model {name!r}: it has {', '.join(entries)}",
+        f"--evaluation {cfg.evaluation} has no model {name!r}: its models are {', '.join(entries)}",
     )
     entry = entries[name]
     check(
         entry.get("weights_sha256") in (None, hash_weights(trained.model)),
-        f"--evaluation {cfg.evaluation}: its {name} had other weights than --checkpoint "
-        f"{cfg.checkpoint}: evaluate that checkpoint first",
+        f"--evaluation {cfg.evaluation} measured {name} with other weights than those of "
+        f"--checkpoint {cfg.checkpoint}: evaluate this checkpoint first",
     )
     for row in entry["results"]:
         percent = f"{100 * row['accuracy']:.2f}"
@@ -351,7 +351,7 @@ def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
     if expected is None or expected != len(trained.classes):
         check(
             cfg.dataset is None,
-            f"--dataset {cfg.dataset} has {expected} classes, and {trained.name} has "
+            f"--dataset {cfg.dataset} has {expected} classes, but {trained.name} has "
             f"{len(trained.classes)}: leave --dataset out",
         )
         dataset = None

@@ -61,7 +61,8 @@ def check_start(program: str) -> None:
     missing = [name for name in TRAIN if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"{program}: error: not installed: {', '.join(missing)}; pip install 'fastgn[train]'",
+            f"{program}: error: not installed: {', '.join(missing)}: "
+            "run pip install 'fastgn[train]'",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -25,7 +25,10 @@ def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
 def too_large(run: Run | None) -> str:
     """Returns the message for an update that does not fit, even with the smallest micro-batch."""
     if run is None:
-        return "out of memory before the first update: the weights and their optimizer do not fit"
+        return (
+            "out of memory before the first update: the weights and the state of the optimizer do "
+            "not fit: use a smaller --model"
+        )
     tries = ["--schedule auto"]
     if run.resolved.compiled:
         tries.append("--activation-memory-budget 0.5")
@@ -42,7 +45,7 @@ def not_differentiable(cfg: Config, operator: str) -> str:
     if cfg.objective.allows_differences:
         tries.insert(0, "--schedule finite-difference")
     return (
-        f"--model {cfg.architecture.model} calls {operator}, which has no second derivative, and "
+        f"--model {cfg.architecture.model} calls {operator}, which has no second derivative, but "
         f"--method {method} with --schedule {cfg.step.schedule} needs one: try "
         f"{' or '.join(tries)}"
     )

@@ -47,7 +47,7 @@ PROBABILITY = Range(0, 1)
 """Range of a probability."""
 RATE = Range(0, 1, below=True)
 """Range of a share that is below 1, such as a dropout rate."""
-PIXELS = Range(0, 1, hint="eps counts in 0..1 pixel units, write 4/255")
+PIXELS = Range(0, 1, hint="pixels are in 0..1, so write 4/255")
 """Range of a distance between images whose pixels lie in 0..1."""
 WEIGHT = Range(0, 1e6)
 """Range of the factor of a term of the loss."""
@@ -82,7 +82,7 @@ class PathRule:
         except UnicodeEncodeError:
             return "it is not UTF-8"
         if b"\0" in content:
-            return "it has a null character in it"
+            return "it contains a null character"
         if max(map(len, content.split(b"/"))) > self.part_bytes:
             return f"no name in it may be longer than {self.part_bytes} bytes"
         if len(content) > self.whole_bytes:

@@ -107,7 +107,7 @@ def check_target(path: Path) -> None:
     parent = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     check(
         parent.is_dir() and os.access(parent, os.W_OK),
-        f"{path} cannot be written: {parent} is no folder that can be written to",
+        f"{path} cannot be written: {parent} is not a folder that can be written to",
     )
 
 
@@ -197,7 +197,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} is corrupt, or no safetensors file ({first_line(error)})"
+            f"{path} is corrupt, or not a safetensors file ({first_line(error)})"
         ) from None
     if DIGEST in metadata:
         same = metadata[DIGEST] == compute_digest(tensors, metadata)
@@ -353,7 +353,7 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
         # leave out the rest of torch's message, which recommends to run the code in the file
         known = re.search(r"WeightsUnpickler error: *(.*)", str(error))
         unpickling = isinstance(error, pickle.UnpicklingError)
-        cause = (known and known[1]) or ("no pickle of torch.save" if unpickling else "")
+        cause = (known and known[1]) or ("not a pickle of torch.save" if unpickling else "")
         raise UserError(f"{path} is corrupt ({cause or first_line(error)})") from None
 
 
@@ -396,11 +396,12 @@ class Plain:
         if isinstance(value, torch.dtype):
             return value
         if not isinstance(value, (dict, list, tuple)):
-            check(self.legacy, f"{self.path}: {where} is a {type(value).__name__}")
+            kind = type(value).__name__
+            check(self.legacy, f"{self.path}: {where} is a {kind}, which is not a plain value")
             return None
         check(
             depth < 100 and self.copies.get(id(value)) is not ...,
-            f"{self.path}: {where[:80]} contains itself, or is nested too deeply",
+            f"{self.path}: {where[:80]} contains itself or is nested too deeply",
         )
         if id(value) in self.copies:
             return self.copies[id(value)]
@@ -441,5 +442,5 @@ class Plain:
             kind = "quantized tensor"
         elif value.numel() * value.element_size() > self.largest_bytes:
             kind = f"tensor of {value.numel()} elements, more than the file can hold"
-        check(kind is None, f"{self.path}: {where} is a {kind}, and should be a plain tensor")
+        check(kind is None, f"{self.path}: {where} is a {kind}, but should be a plain tensor")
         return value.detach()

@@ -30,7 +30,7 @@ def finish(run: Run) -> None:
             )
             write_json(run.folder / "config.json", config)
         except UserError as reason:
-            run.print(f"no config.json for timm: {reason}")
+            run.print(f"config.json for timm was not written: {reason}")
     summary = {"updates": run.update, "global_batch": run.resolved.global_batch, "best": run.best}
     if run.ema is not None:
         share = optim.compute_initial_share(run.cfg.optimizer, run.update)
@@ -42,7 +42,7 @@ def finish(run: Run) -> None:
             write_bytes(run.folder / "curves.png", picture)
         run.metrics.close()
     if not (run.folder / "config.toml").is_file():
-        run.print(f"{run.folder / 'config.toml'} was removed: it is written again")
+        run.print(f"{run.folder / 'config.toml'} was removed, so it is written again")
         write_bytes(run.folder / "config.toml", run.cfg.to_toml())
     accuracy = ", ".join(f"{k.replace('_', ' ')} {v:.1%}" for k, v in run.accuracy.items())
     written = [name for name in LISTED if (run.folder / name).is_file()]

@@ -42,15 +42,15 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
     last = found = checkpoints.last()
     continues = count_restarts() > 0
     if cfg.run.resume == "auto":
-        check(cfg.run.output is not None, "--resume auto needs --output, the run's folder")
+        check(cfg.run.output is not None, "--resume auto needs --output with the run's folder")
         continues = True
     elif cfg.run.resume is not None:
         found = find_checkpoint(Path(cfg.run.resume))
         continues |= folder.resolve() in found.resolve().parents
     check(
         continues or (last is None and not (folder / "model.safetensors").exists()),
-        f"--output {folder} holds a run already: --resume {folder} continues it, another "
-        "--output starts a new one",
+        f"--output {folder} holds a run already: use --resume {folder} to continue it, or another "
+        "--output to start a new one",
     )
     # each run writes environment.json first, so this file shows that the folder is a run's
     made = last is not None or (folder / "environment.json").exists()
@@ -62,7 +62,7 @@ def name_folder(cfg: Config) -> Path:
     """Returns the path of the run's folder. A rank that torchrun restarts gets the same one."""
     check(
         count_restarts() == 0 or cfg.run.output is not None or has_agent_store(),
-        "a rank that is started again finds its run only if --output names the run's folder",
+        "a rank was started again but cannot find its run: add --output with the run's folder",
     )
     if cfg.run.resume not in (None, "auto"):
         find_checkpoint(Path(cfg.run.resume))  # raises UserError now, before a folder is created

@@ -146,7 +146,7 @@ class Heartbeat:
         if self.rank == min(left) or not self.missing:
             _write_to_stderr(
                 f"error: no sign of life from {names} for {self.limit_s / 60:.3g} minutes "
-                "(--rank-timeout): the job ends, and --resume continues it from its last checkpoint"
+                "(--rank-timeout): the job ends; --resume continues it from its last checkpoint"
             )
         time.sleep(min(1.0, self.interval_s))
         os._exit(1)
@@ -167,14 +167,13 @@ class Heartbeat:
                     if self.store_lost
                     else " and ".join(map(self.describe_rank, silent))
                 )
-                return f"ended before the other ranks: {names}"
+                return f"{names} ended before the other ranks"
             time.sleep(self.interval_s / STEPS)
         reason = first_line(error)
         late = [r for r, report in self.reports.items() if int(report[1]) < self.collectives]
         if late:
-            return (
-                f"behind the other ranks: {' and '.join(map(self.describe_rank, late))}: {reason}"
-            )
+            names = " and ".join(map(self.describe_rank, late))
+            return f"{names} fell behind the other ranks: {reason}"
         return f"a connection between ranks was lost: {reason}"
 
 

@@ -58,6 +58,6 @@ def format_listing(kind: str, pattern: str = "*") -> str:
     Each line has one name and its note. Raises UserError if no name matches.
     """
     found = {n: note for n, note in KINDS[kind]().items() if fnmatch.fnmatch(n, pattern)}
-    check(bool(found), f"--list {kind} {pattern}: no name matches")
+    check(bool(found), f"--list {kind} {pattern}: no name matches this pattern")
     width = min(40, max(map(len, found)))
     return "\n".join(f"{name:{width}}  {note}".rstrip() for name, note in found.items())

@@ -59,7 +59,10 @@ def lock_file(path: Path, name: str) -> Iterator[None]:
     Also removes temporary files that killed processes have left while they wrote the file. name:
     how messages call the file.
     """
-    check(len(os.fsencode(path.name)) <= 200, f"{name}: the file's name is too long")
+    check(
+        len(os.fsencode(path.name)) <= 200,
+        f"{name}: the file's name is longer than 200 bytes: give a shorter one",
+    )
     with _lock(path.with_name(f".{path.name}.lock"), name):
         remove_leftovers(path.parent, [path.name])
         yield
@@ -116,7 +119,7 @@ def _acquire(path: Path, name: str) -> int | None:
             status = os.stat(path, follow_symlinks=False)
             check(
                 stat.S_ISREG(status.st_mode),
-                f"{name} cannot be written: its lock, {path}, is no plain file: remove it",
+                f"{name} cannot be written: its lock file {path} is not a plain file: remove it",
             )
             if _get_identity(status) in HELD:
                 raise HeldError(f"{name} is in use by this process already: give another one")
@@ -137,7 +140,9 @@ def _acquire(path: Path, name: str) -> int | None:
                 ) from None
             if error.errno not in NO_LOCKS:
                 raise
-            print_line(f"warning: {name}: {path} cannot be locked: the file system has no locks")
+            print_line(
+                f"warning: {name}: {path} cannot be locked, because the file system has no locks"
+            )
             return None
         HELD.add(_get_identity(os.fstat(descriptor)))
         if not _is_file_at(descriptor, path):  # the previous holder has removed it meanwhile

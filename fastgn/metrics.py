@@ -104,7 +104,7 @@ class Metrics:
             with tolerate_failure("TensorBoard", self.print) as failure:
                 rows = [row]
                 if not Path(self.board.log_dir).is_dir():
-                    self.print(f"{self.board.log_dir} was removed: it is written again")
+                    self.print(f"{self.board.log_dir} was removed, so it is written again")
                     self.board, rows = open_board(self.path.parent, 0), self.rows
                 add_scalars(self.board, rows)
             self.board = None if failure else self.board
@@ -142,7 +142,7 @@ class Metrics:
         if failure:
             self.size = None
         elif changed:
-            self.print(f"{self.path} was removed or changed: all of its rows are written again")
+            self.print(f"{self.path} was removed or changed, so all of its rows are written again")
 
     def write_rows(self) -> None:
         """Writes all rows to metrics.csv."""
@@ -156,7 +156,7 @@ class Metrics:
         now = time.perf_counter()
         if self.first is None:
             self.first = self.update, now
-            self.print_progress(f": the first one took {spell_time(now - self.began)}")
+            self.print_progress(f": the first update took {spell_time(now - self.began)}")
         elif now - self.said > self.LINE_S:
             self.print_progress()
 
@@ -292,11 +292,11 @@ def recover_rows(path: Path) -> list[dict[str, float]]:
     if spoilt:
         write_bytes(path.with_name(SPOILT), content)
         what = (
-            "1 line is no whole row and is"
+            "1 line is not a whole row and is"
             if spoilt == 1
-            else f"{spoilt} lines are no rows and are"
+            else f"{spoilt} lines are not whole rows and are"
         )
-        print_line(f"{path}: {what} left out; the file as it was is {SPOILT} beside it")
+        print_line(f"{path}: {what} left out; the old file was copied to {SPOILT} beside it")
     return rows
 
 
@@ -348,7 +348,7 @@ def find_wandb() -> Any:
     try:
         return importlib.import_module("wandb")
     except ImportError:
-        raise UserError("--log-wandb needs the package wandb: pip install wandb") from None
+        raise UserError("--log-wandb needs the package wandb: run pip install wandb") from None
 
 
 def environment() -> dict[str, Any]:

@@ -42,7 +42,7 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
     check(
         cfg.opt_betas is None or len(cfg.opt_betas) == info.num_betas,
         f"--opt-betas {' '.join(map(str, cfg.opt_betas or ()))}: --opt {cfg.opt} takes "
-        f"{info.num_betas} of them",
+        f"{info.num_betas} betas",
     )
     check(
         not info.second_order,
@@ -139,11 +139,11 @@ def load_state(
     """
     mine, theirs = optimizer.param_groups, saved["param_groups"]
     if [len(g["params"]) for g in mine] != [len(g["params"]) for g in theirs]:
-        return "its groups have other numbers of weights"
+        return "its groups have other numbers of weights than this network"
     numbers = [n for g in theirs for n in g["params"]]
     weights = dict(zip(numbers, (p for g in mine for p in g["params"]), strict=True))
     if len(weights) != len(numbers) or not saved["state"].keys() <= weights.keys():
-        return "it numbers the weights in another way"
+        return "it numbers the weights in another way than this network"
     expected = simulate_first_states(cfg, model)
     for number, state in saved["state"].items():
         shape = weights[number].shape
@@ -152,9 +152,9 @@ def load_state(
             shapes = [list_shapes(s.state[name]) for s in known if name in s.state]
             fits = list_shapes(value) in (shapes or [[None], [torch.Size(())], [shape]])
             if not fits:
-                return f"{name} of weight {number}, which is {tuple(shape)}, is of another shape"
+                return f"{name} of weight {number}, which is {tuple(shape)}, has another shape"
             if not is_valid_state(name, value):
-                return f"{name} of weight {number} has a value that no training gives it"
+                return f"{name} of weight {number} has a value that training never gives it"
     lacking = {
         number: weight
         for number, weight in weights.items()
@@ -165,7 +165,7 @@ def load_state(
         unused = find_unused_weights(model)
         number = next((n for n, weight in lacking.items() if id(weight) not in unused), None)
         if number is not None:
-            return f"it lacks what {cfg.opt} keeps of weight {number}"
+            return f"it lacks the state of {cfg.opt} for weight {number}"
     groups = [
         there | {k: here[k] for k in optimizer.defaults if k in here}
         for there, here in zip(theirs, mine, strict=True)

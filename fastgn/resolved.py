@@ -152,8 +152,9 @@ def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
     divisor = schedule_of(cfg.step).divisor
     check(
         batch_size % divisor == 0,
-        f"--subset-fraction {cfg.step.subset_fraction:g} of --batch-size {batch_size} is no whole "
-        f"number of images: take a multiple of {divisor}, or another fraction",
+        f"--subset-fraction {cfg.step.subset_fraction:g} of --batch-size {batch_size} is not a "
+        f"whole number of images: use a --batch-size that is a multiple of {divisor}, or another "
+        "--subset-fraction",
     )
     if cfg.step.schedule == "auto":  # the step splits it: the data do not depend on the plan
         batch_size, accum = batch_size * accum, 1
@@ -166,12 +167,12 @@ def check_device(cfg: StepConfig, device: torch.device) -> None:
     check(reason is None, f"--precision {reason}: use --precision fp32")
     check(
         cfg.cuda_graphs != "on" or device.type == "cuda",
-        f"--cuda-graphs on needs a CUDA device, and this run is on {device.type}: leave it out",
+        f"--cuda-graphs on needs a CUDA device, but this run is on {device.type}: leave it out",
     )
     check(
         is_compiled(cfg, device) or cfg.activation_memory_budget == 1,
         f"--activation-memory-budget {cfg.activation_memory_budget} works only with --compile on, "
-        "and this step is eager: add --compile on, or leave it out",
+        "but this run does not compile: add --compile on, or leave it out",
     )
 
 
@@ -247,7 +248,7 @@ def make_plan(
             raise
         check(
             cfg.step.schedule != "auto",
-            f"--schedule auto cannot count {cfg.architecture.model}'s step "
+            f"--schedule auto cannot count the cost of an update of {cfg.architecture.model} "
             f"({first_line(error)}): use --schedule exact",
         )
         return None

@@ -42,17 +42,18 @@ def check_same_run(cfg: Config, state: TrainState, classes: tuple[str, ...], ima
         dataclasses.replace(c, architecture=c.architecture.started()) for c in (cfg, there)
     )
     other = mine.changed(theirs, "architecture")
-    check(not other, f"the checkpoint is of another model: {'; '.join(other)}")
+    check(not other, f"the checkpoint belongs to another model: {'; '.join(other)}")
     check_classes(state.classes, classes, "the checkpoint")
     check(
         state.global_batch == images,
-        f"the checkpoint was made with a global batch of {state.global_batch}, this run has "
-        f"{images}: set --batch-size, --grad-accum-steps and the ranks so that it is the same",
+        f"the checkpoint was made with {state.global_batch} images per update, but this run has "
+        f"{images}: change --batch-size, --grad-accum-steps or the number of ranks",
     )
     check(
         there.optimizer.opt == cfg.optimizer.opt,
-        f"the checkpoint is of --opt {there.optimizer.opt}, whose state --opt {cfg.optimizer.opt} "
-        "cannot continue: leave out --opt, or start another run by --initial-checkpoint",
+        f"the checkpoint was made with --opt {there.optimizer.opt}, which --opt "
+        f"{cfg.optimizer.opt} cannot continue: leave --opt out, or start another run with "
+        "--initial-checkpoint",
     )
     averaged = cfg.optimizer.model_ema
     check(
@@ -83,7 +84,7 @@ def restore(
         module.load_state_dict(weights)
         check(
             are_finite(collect_trained_tensors(module).values()),
-            f"{path} is damaged: {key}: a weight is not finite",
+            f"{path} is damaged: a weight in {key} is not finite",
         )
     problem = optim.load_state(cfg.optimizer, model, optimizer, state.optimizer, state.update)
     check(problem is None, f"{path} is damaged: optimizer: {problem}")
@@ -100,11 +101,11 @@ def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bo
         changes.append(f"--seed {seed} is now {cfg.run.seed}")
     if not changes:
         return []
-    line = f"other data than the checkpoint's: {', '.join(changes)}"
+    line = f"the data is not the checkpoint's: {', '.join(changes)}"
     check(
         allowed,
-        f"{line}: give the same --data-dir and --seed, or add --allow-changed-data to go on with "
-        "these",
+        f"{line}: give the same --data-dir and --seed, or add --allow-changed-data to "
+        "continue with the new data",
     )
     return [line]
 
@@ -121,12 +122,11 @@ def check_position(
     own, update, epoch = state.saved_config(), state.update, state.epoch
     check(
         state.sums.shape == (2, values),
-        f"{path} is damaged: sums: {tuple(state.sums.shape)} in place of {(2, values)}",
+        f"{path} is damaged: sums has shape {tuple(state.sums.shape)} instead of {(2, values)}",
     )
     check(
         epoch is None or 0 <= epoch <= own.optimizer.epochs,
-        f"{path} is damaged: epoch {epoch} is not within the checkpoint's "
-        f"--epochs {own.optimizer.epochs}",
+        f"{path} is damaged: epoch {epoch} is outside of its own --epochs {own.optimizer.epochs}",
     )
     if same_data:
         last = last_update_of(own, resolved.updates_per_epoch)
@@ -137,7 +137,7 @@ def check_position(
         )
         check(
             epoch is None or epoch == here,
-            f"{path} is damaged: epoch {epoch} is not that of update {update}, which is {here:g}",
+            f"{path} is damaged: it says epoch {epoch}, but update {update} is in epoch {here:g}",
         )
     check(
         update <= resolved.last_update,
@@ -161,7 +161,7 @@ def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> lis
     before, now = judged_by(state.saved_config()), judged_by(cfg)
     changes = [f"{k} {was} is now {now[k]}" for k, was in before.items() if was != now[k]]
     if describe_changes(state.data, {"validation": identity["validation"]}):
-        changes.append("other validation images")
+        changes.append("the validation images have changed")
     return changes
 
 

@@ -236,15 +236,15 @@ class Run:
         seed_all(Stream.STEP, self.cfg.run.seed, self.update, self.world.rank)
         found = self.step.diagnose(batches, self.ramp, self.update, self.attack_ramp)
         named = self.world.gather([found] if found is not None else [])
-        what = named[0] if named else "no layer alone is at fault, so their sum is too large"
+        what = named[0] if named else "every layer alone is finite, so their sum is too large"
         tries = ["another --model or --initial-checkpoint"]
         if self.step.objective.differences:
             tries.insert(0, "--schedule finite-difference")
         if self.cfg.step.precision != "fp32":
             tries.insert(0, "--precision fp32")
         raise UserError(
-            f"the gradient of update {self.update + 1}, the first one here, is not finite: {what}; "
-            f"try {' or '.join(tries)}"
+            f"the gradient of update {self.update + 1}, the first one since the start of this "
+            f"process, is not finite: {what}; try {' or '.join(tries)}"
         )
 
     def not_finite(self, what: str) -> UserError:
@@ -261,7 +261,7 @@ class Run:
         """Returns a clause that says where the last checkpoint is. name: what to call it."""
         self.checkpoints.settle()
         last = self.checkpoints.last()
-        return f"{name} is {last}" if last else "no checkpoint had been written"
+        return f"{name} is {last}" if last else "no checkpoint was written before"
 
     def at_border(self) -> bool:
         """Returns whether an epoch or the whole run ends after the present update."""
@@ -350,7 +350,7 @@ class Run:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
         seconds = time.perf_counter() - began - (self.waited - waited)
         measured = seconds / (self.summed - summed)
-        self.print(f"first update {self.first_s:.3g} s ({describe_compilations()})")
+        self.print(f"the first update took {self.first_s:.3g} s ({describe_compilations()})")
         self.print(self.plan.measured(peak, measured))
         self.plan = None
 

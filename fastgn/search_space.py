@@ -51,7 +51,7 @@ def make_base_config(cfg: SweepConfig) -> Config:
     base = base.replace_group("run", {"output": None, "resume": None})
     check(
         base.run.eval_images > 0,
-        "a trial is judged by --eval-images, and the recipe has 0: add --set eval_images=1000",
+        "trials are judged by --eval-images, but the recipe has 0: add --set eval_images=1000",
     )
     return base
 
@@ -67,8 +67,8 @@ def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
     judges = {"eval_images", "eval_eps", "eval_interval"} & set(names)
     check(
         not judges,
-        f"--space {' '.join(sorted(judges))}: trials are judged by it, so it must be the same for "
-        "all: use --set",
+        f"--space {' '.join(sorted(judges))}: trials are judged by it, so it must be the same in "
+        "all of them: use --set instead",
     )
     radii = {"eps", "attack_eps", "method"} & set(names)
     check(

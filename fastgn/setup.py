@@ -281,7 +281,7 @@ def forget_best(run: Run, state: TrainState) -> list[str]:
     if not changes:
         return []
     run.best = -1.0
-    return [f"best.pt is chosen anew from here on: {', '.join(changes)}"]
+    return [f"best.pt is chosen anew from here on, because {', '.join(changes)}"]
 
 
 def begin_records(run: Run) -> None:
@@ -313,7 +313,7 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
         run.print(line)
     if cfg.dataset.data is None and cfg.dataset.data_dir is None:
         size = resolved.img_size
-        run.print(f"no --data-dir: training on scikit-learn's embedded digits at {size} px")
+        run.print(f"no --data-dir: training on the digits that scikit-learn contains, at {size} px")
     run.print(
         f"{cfg.objective.method} on {resolved.data} at {resolved.img_size} px, {resolved.ranks} x "
         f"{resolved.device}, {cfg.step.precision}, {'compiled' if resolved.compiled else 'eager'}"
@@ -328,7 +328,9 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
     for line in run.plan.lines() if run.plan is not None else []:
         run.print(line)
     if resolved.compiled:
-        run.print("the first update compiles the step: seconds to minutes, then cached on disk")
+        run.print(
+            "the first update compiles the step, which takes up to minutes; later runs reuse it"
+        )
     warn(run, report)
 
 
@@ -337,8 +339,8 @@ def warn(run: Run, report: ModelReport) -> None:
     cfg = run.cfg
     if cfg.step.schedule == "lazy" and cfg.step.clip_grad is not None:
         run.print(
-            f"warning: --clip-grad {cfg.step.clip_grad:g} takes from the updates with the penalty "
-            f"what makes it {cfg.step.lazy_interval} times as strong"
+            f"warning: --schedule lazy makes the penalty {cfg.step.lazy_interval} times as strong, "
+            f"but --clip-grad {cfg.step.clip_grad:g} also limits the gradient of these updates"
         )
     warn_of_initial_weights(run, "will hold", run.resolved.last_update)
     if cfg.optimizer.warmup >= cfg.optimizer.epochs:
@@ -350,7 +352,7 @@ def warn(run: Run, report: ModelReport) -> None:
         full = optim.compute_ramp(cfg, run.resolved.last_update, run.resolved.updates_per_epoch)
         run.print(
             f"warning: --ramp-epochs {cfg.ramp_epochs:g} is longer than the run: the strength of "
-            f"{cfg.objective.method} ends at {full:.2g} of the full one"
+            f"{cfg.objective.method} reaches only {full:.2g} of its full value"
         )
     warning = piecewise_linear_warning(cfg.objective, report.piecewise_linear)
     if warning:

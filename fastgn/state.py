@@ -139,7 +139,7 @@ class TrainState:
     """One line for each unreadable image that was replaced since the last log row."""
     ranks: Annotated[int | None, whole(1)] = None
     """Number of ranks of the run."""
-    data: Annotated[Identity | None, Key("what is known of each split's images", is_identity)] = (
+    data: Annotated[Identity | None, Key("a description of each split's images", is_identity)] = (
         None
     )
     """Digests that identify the run's images. None if an older version did not save them."""
@@ -206,7 +206,7 @@ def read_fields(content: Any, kind: type[Content], where: str) -> Content:
     check(
         unknown is None,
         f"{where} holds {str(unknown)[:80]!r}, which this version of fastgn does not know: a newer "
-        "one has written it; update fastgn",
+        "version has written it, so update fastgn",
     )
     for field in dataclasses.fields(kind):
         may_lack = field.default is not dataclasses.MISSING or (

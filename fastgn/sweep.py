@@ -63,7 +63,7 @@ def find_optuna() -> Any:
     """Returns the package Optuna. Raises UserError if it is not installed."""
     check(
         importlib.util.find_spec("optuna") is not None,
-        "fastgn.sweep needs the package optuna: pip install 'fastgn[sweep]'",
+        "fastgn.sweep needs the package optuna: run pip install 'fastgn[sweep]'",
     )
     return importlib.import_module("optuna")
 
@@ -188,7 +188,7 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
         saved = study.user_attrs.get(key)
         check(
             saved in (None, value),
-            f"--study {path} was begun with another {key}"
+            f"--study {path} was started with another {key}"
             + (f" ({saved})" if key != "recipe" else "")
             + ": name another file",
         )

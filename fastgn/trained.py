@@ -48,8 +48,8 @@ def read_saved(path: Path) -> Saved:
         weights, metadata = read_safetensors(path)
         check(
             METADATA in metadata,
-            f"{path} was not exported by fastgn.train: it carries no config; name its network by "
-            "--model",
+            f"{path} was not exported by fastgn.train, so it holds no config: name its network "
+            "with --model",
         )
         where = f"the header of {path}"
         header = read_fields(parse_json(metadata[METADATA], where), ExportHeader, where)

@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "wrong model argument": (["--model-kwargs", "embed_dimm=8"], "embed_dimm"),
     "kernels of a GPU on a CPU": (
         ["--kernels", "triton", "--device", "cpu"],
-        "--kernels triton needs a CUDA device, and this run is on cpu: leave it out (auto), or",
+        "--kernels triton needs a CUDA device, but this run is on cpu: leave it out (auto), or",
     ),
     "unknown kernels": (["--kernels", "tritan"], "--kernels 'tritan': did you mean 'triton'?"),
     "missing initial checkpoint": (
@@ -115,7 +115,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(more, expected, tmp_path, caps
         (
             "--eps",
             "4",
-            "it must be at least 0 and at most 1: eps counts in 0..1 pixel units, write 4/255",
+            "it must be at least 0 and at most 1: pixels are in 0..1, so write 4/255",
         ),
         ("--eps", "four", "--eps 'four' should be a number, such as 0.5 or 4/255"),
         ("--eps", "4/0", "'4/0' divides by 0"),
@@ -231,16 +231,19 @@ def test_the_device_loader_takes_no_image_folder(tmp_path, capsys):
 def test_a_run_that_is_there_is_not_overwritten(finished, capsys):
     before = contents(finished)
     line = refused(capsys, tiny_run(finished, "--max-updates", "2"))
-    assert f"--output {finished} holds a run already: --resume {finished} continues it" in line
+    assert f"--output {finished} holds a run already: use --resume {finished} to" in line
     assert contents(finished) == before
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--model", "preact_resnet18", "--model-kwargs", "width=4"], "of another model: model: "),
-        (["--img-size", "24"], "of another model: img_size: 24, not 16"),
-        (["--batch-size", "24"], "a global batch of 48, this run has 24"),
+        (
+            ["--model", "preact_resnet18", "--model-kwargs", "width=4"],
+            "another model: model: ",
+        ),
+        (["--img-size", "24"], "another model: img_size: 24, not 16"),
+        (["--batch-size", "24"], "made with 48 images per update, but this run has 24"),
         (["--no-model-ema"], "the checkpoint has an average of the weights: add --model-ema"),
     ],
 )
@@ -386,12 +389,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_next_checkpoint(
     run = tmp_path / "run"
     more = ("--max-updates", "6", "--checkpoint-interval", "2", "--precision", "bf16")
     line = refused(capsys, tiny_run(run, *more))
-    first = "the gradient of update 1, the first one here, is not finite"
+    first = "the gradient of update 1, the first one since the start of this process, is not finite"
     later = f"the loss or gradient of update {number} is not finite"
     assert (first if bad == "first" else later) in line
     assert "--precision fp32" in line
     good = f"the last good checkpoint is {run}/checkpoints/update_00000002.pt"
-    assert {"first": "no layer alone is at fault", "third": good}[bad] in line
+    assert {"first": "every layer alone is finite", "third": good}[bad] in line
     assert half_written(run) == []
     assert not (run / "model.safetensors").exists()
 
@@ -551,8 +554,8 @@ def test_evaluating_what_is_no_run(tmp_path, capsys):
     weights.write_bytes(b"nothing")
     for where, expected in (
         (tmp_path / "nowhere", "there is no such run or file"),
-        (tmp_path, "no checkpoint below it"),
-        (weights, "no safetensors file"),
+        (tmp_path, "there is no checkpoint in this folder"),
+        (weights, "not a safetensors file"),
     ):
         assert evaluate.main(["--checkpoint", str(where)]) == 2
         line = error_line(capsys.readouterr().err, "fastgn.evaluate")

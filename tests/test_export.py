@@ -317,7 +317,9 @@ def test_an_evaluation_of_other_weights_is_one_line(swin_run, tmp_path, capsys):
     other = evaluation(tmp_path / "other.json", weights_sha256="0" * 64)
     where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "b"))
     line = refused(capsys, *where, "--evaluation", other)
-    assert line.startswith(f"--evaluation {other}: its swin had other weights than --checkpoint")
+    assert line.startswith(
+        f"--evaluation {other} measured swin with other weights than those of --checkpoint"
+    )
 
 
 def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys):
@@ -357,4 +359,4 @@ def test_an_evaluation_of_other_models_is_one_line(swin_run, tmp_path, capsys):
     Path(file).write_text(json.dumps(record))
     where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out"))
     line = refused(capsys, *where, "--evaluation", file)
-    assert line == f"--evaluation {file} has no model 'swin': it has other"
+    assert line == f"--evaluation {file} has no model 'swin': its models are other"

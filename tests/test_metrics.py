@@ -111,16 +111,16 @@ HEADER = ",".join(COLUMNS).encode()
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        (b"\xff" + ROW, "1 line is no whole row and is"),
-        (b"nan" + ROW[1:], "1 line is no whole row and is"),
-        (b"inf" + ROW[1:], "1 line is no whole row and is"),
-        (b"-1" + ROW[1:], "1 line is no whole row and is"),
-        (b"2.5" + ROW[1:], "1 line is no whole row and is"),
-        (b"9" * 5000 + ROW[1:], "1 line is no whole row and is"),
-        (ROW + b"x" * 200_000, "1 line is no whole row and is"),
-        (ROW + b",1", "1 line is no whole row and is"),
-        (b'"', "1 line is no whole row and is"),
-        (b"\0\r\n\x1b[2J", "2 lines are no rows and are"),
+        (b"\xff" + ROW, "1 line is not a whole row and is"),
+        (b"nan" + ROW[1:], "1 line is not a whole row and is"),
+        (b"inf" + ROW[1:], "1 line is not a whole row and is"),
+        (b"-1" + ROW[1:], "1 line is not a whole row and is"),
+        (b"2.5" + ROW[1:], "1 line is not a whole row and is"),
+        (b"9" * 5000 + ROW[1:], "1 line is not a whole row and is"),
+        (ROW + b"x" * 200_000, "1 line is not a whole row and is"),
+        (ROW + b",1", "1 line is not a whole row and is"),
+        (b'"', "1 line is not a whole row and is"),
+        (b"\0\r\n\x1b[2J", "2 lines are not whole rows and are"),
     ],
 )
 def test_lines_that_are_no_rows_are_left_out_and_kept_aside(
@@ -130,7 +130,7 @@ def test_lines_that_are_no_rows_are_left_out_and_kept_aside(
     assert resume(tmp_path, b"".join([head, rows[0], line, b"\r\n", *rows[1:]])) == [1, 2, 3, 4]
     said = capsys.readouterr().err.splitlines()[0]
     file = tmp_path / "metrics.csv"
-    assert said == f"{file}: {what} left out; the file as it was is {SPOILT} beside it"
+    assert said == f"{file}: {what} left out; the old file was copied to {SPOILT} beside it"
     assert (tmp_path / SPOILT).exists()
 
 
@@ -296,7 +296,7 @@ def test_progress_has_total_epoch_rate_and_time_left(
             log.log(20, {"loss": 1.25, "images_per_s": 12.4})
     log.close()
     assert capsys.readouterr().err.splitlines() == [
-        "update 1/100, epoch 0.1/10: the first one took 1 min 0 s",
+        "update 1/100, epoch 0.1/10: the first update took 1 min 0 s",
         "update 9/100, epoch 0.9/10, 4 s per update, 6 min 4 s left",
         "update 17/100, epoch 1.7/10, 4 s per update, 5 min 32 s left",
         "update 20/100, epoch 2/10, 4 s per update, 5 min 20 s left: loss 1.25, img/s 12",

@@ -204,7 +204,10 @@ def test_sgd_trains_resumes_and_is_not_continued_by_another(tmp_path, capsys) ->
     capsys.readouterr()
     args = ["--resume", str(tmp_path / "broken"), "--opt", "momentum"]
     assert train.main(args) == 2
-    assert "the checkpoint is of --opt sgd, whose state --opt momentum" in capsys.readouterr().err
+    assert (
+        "the checkpoint was made with --opt sgd, which --opt momentum cannot"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("build", [swin, lambda: PreActResNet18(width=4)])

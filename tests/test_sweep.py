@@ -83,7 +83,7 @@ def test_without_optuna_it_says_what_to_install(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "optuna" else find(n))
     assert sweep.main(command(recipe, tmp_path / "s.db", "--space", "lr=1e-3:1e-2")) == 2
-    assert "needs the package optuna: pip install 'fastgn[sweep]'" in capsys.readouterr().err
+    assert "needs the package optuna: run pip install 'fastgn[sweep]'" in capsys.readouterr().err
 
 
 def test_a_study_goes_on_and_writes_its_best_recipe(
@@ -108,7 +108,7 @@ def test_a_study_goes_on_and_writes_its_best_recipe(
     capsys.readouterr()
     assert sweep.main([*args, "--objective", "pareto"]) == 2
     assert sweep.main([*args, "--clean-floor", "0.5"]) == 2
-    assert "was begun with another objective" in capsys.readouterr().err
+    assert "was started with another objective" in capsys.readouterr().err
 
 
 def test_an_interrupted_trial_is_tried_again_and_goes_on(

@@ -155,7 +155,7 @@ def test_bare_command_takes_the_embedded_digits(tmp_path: Path, capsys) -> None:
     args = tiny_run(tmp_path / "run", "--max-updates", "1")
     position = args.index("--data")
     assert main(args[:position] + args[position + 2 :]) == 0
-    assert "no --data-dir: training on scikit-learn's embedded digits at 16 px" in (
+    assert "no --data-dir: training on the digits that scikit-learn contains, at 16 px" in (
         capsys.readouterr().err
     )
 
@@ -265,7 +265,7 @@ def test_without_the_package_wandb(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert main(tiny_run(tmp_path / "run", "--max-updates", "1", "--log-wandb")) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
-    said = "--log-wandb needs the package wandb: pip install wandb"
+    said = "--log-wandb needs the package wandb: run pip install wandb"
     assert lines == [f"fastgn.train: error: {said}"]
     assert not list(tmp_path.rglob("*.pt"))
 
@@ -479,8 +479,8 @@ def test_what_a_step_cannot_do_is_said_before_it_runs(tmp_path: Path, capfd) -> 
         (("--activation-memory-budget", "0.5"), "--activation-memory-budget 0.5 works only"),
         (
             ("--schedule", "subset", "--subset-fraction", "0.3"),
-            "--subset-fraction 0.3 of --batch-size 48 is no whole number of images: take a "
-            "multiple of 10, or another fraction",
+            "--subset-fraction 0.3 of --batch-size 48 is not a whole number of images: use "
+            "a --batch-size that is a multiple of 10, or another --subset-fraction",
         ),
     ):
         assert main(tiny_run(tmp_path / "run", *args)) == 2

@@ -29,7 +29,7 @@ from fastgn.fields import (
 
 Positional = tyro.conf.Positional
 """Marks an option as an argument without a flag, as in Annotated[str, Positional]."""
-EVALUATION_EPS = Range(0, 1e4, above=True, hint="eps counts in 0..1 pixel units, write 4/255")
+EVALUATION_EPS = Range(0, 1e4, above=True, hint="pixels are in 0..1, so write 4/255")
 """Range of eps. A radius in the L2 norm may be above 1."""
 AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
     "autoattack": "standard",

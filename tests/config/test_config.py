@@ -178,7 +178,7 @@ REFUSED = [
     (
         "--eps",
         "4",
-        "it must be at least 0 and at most 1: eps counts in 0..1 pixel",
+        "it must be at least 0 and at most 1: pixels are in 0..1",
     ),
     ("--eps", "nan", "--eps nan is out of range"),
     ("--eps", "-1/255", "--eps -1/255 is out of range"),

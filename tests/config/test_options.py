@@ -427,7 +427,7 @@ def test_a_pattern_lists_what_matches(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         parse_config(["--list", "models", "*swin*tiny*"])
     assert "swin_tiny_patch4_window7_224\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--list models nosuch: no name matches"):
+    with pytest.raises(UserError, match="--list models nosuch: no name matches this pattern"):
         parse_config(["--list", "models", "nosuch"])
     with pytest.raises(UserError, match="--list 'recipe': did you mean 'recipes'"):
         parse_config(["--list", "recipe"])

@@ -126,7 +126,9 @@ def test_a_write_that_fails_says_why(tmp_path):
 
 def test_a_folder_without_a_run_is_named_by_its_flag(tmp_path, capsys):
     assert evaluate.main(["--checkpoint", str(tmp_path)]) == 2
-    assert f"error: --checkpoint {tmp_path}: no checkpoint below it" in capsys.readouterr().err
+    assert (
+        f"error: --checkpoint {tmp_path}: there is no checkpoint in this" in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------------- inputs that are no outputs
@@ -337,7 +339,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_resuming_elsewhere_leaves_another_run_alone(trained, run, tmp_path, capsys):
     args = ["--resume", str(trained), "--output", str(run)]
-    expected = f"--output {run} holds a run already: --resume {run} continues it"
+    expected = f"--output {run} holds a run already: use --resume {run} to continue it"
     refuses(train.main, args, expected, tmp_path, capsys)
 
 

@@ -83,7 +83,7 @@ def test_changed_data_are_refused_or_allowed_and_said(said, stopped, tmp_path, c
     assert line.count("\n") == 1 and said.strip() in line and "--allow-changed-data" in line
     assert {p: p.read_bytes() for p in (root / "run").rglob("*") if p.is_file()} == before
     assert resume(root, "--allow-changed-data") == 0
-    assert f"other data than the checkpoint's: {said.strip()}" in capsys.readouterr().err
+    assert f"the data is not the checkpoint's: {said.strip()}" in capsys.readouterr().err
     # the flag is of that one start, and the data of today are the checkpoint's from then on
     assert "allow_changed_data = true" not in (root / "run" / "config.toml").read_text()
     assert resume(root, "--max-updates", "11") == 0
@@ -96,7 +96,7 @@ def test_another_seed_is_refused_or_allowed_and_said(stopped, tmp_path, capsys):
     assert resume(root, "--seed", "5") == 2
     assert "--seed 0 is now 5: give the same" in capsys.readouterr().err
     assert resume(root, "--seed", "5", "--allow-changed-data") == 0
-    assert "other data than the checkpoint's: --seed 0 is now 5" in capsys.readouterr().err
+    assert "the data is not the checkpoint's: --seed 0 is now 5" in capsys.readouterr().err
 
 
 def test_the_same_data_elsewhere_and_packed_are_the_same(stopped, tmp_path, capsys):

@@ -283,7 +283,7 @@ def test_any_other_operator_without_a_second_derivative_is_one_line(
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert line == (
         "fastgn.train: error: --model preact_resnet18 calls "
-        "_scaled_dot_product_flash_attention_for_cpu, which has no second derivative, and "
+        "_scaled_dot_product_flash_attention_for_cpu, which has no second derivative, but "
         "--method gradnorm with --schedule exact needs one: try --schedule finite-difference or "
         "another --model"
     )
