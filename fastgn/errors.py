@@ -8,7 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TextIO
+from typing import TextIO, TypeVar
+
+T = TypeVar("T")
 
 SUGGESTIONS = 5
 """Largest number of similar names that a message suggests."""
@@ -50,7 +52,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(map(repr, close[:SUGGESTIONS]))}?"
     if len(names) > 60:
-        return f"none of the {len(names)} valid names is like it"
+        return f"none of the {len(names)} valid names is similar"
     return f"valid: {', '.join(names)}"
 
 
@@ -114,6 +116,16 @@ def count_edits(left: str, right: str) -> int:
             if i and j and (a, left[i - 1]) == (right[j - 1], b):
                 row[-1] = min(row[-1], above[j - 1] + 1)
     return row[-1]
+
+
+def find_duplicate(values: Iterable[T]) -> T | None:
+    """Returns the first value that occurs a second time, or None if all are different."""
+    seen = set()
+    for value in values:
+        if value in seen:
+            return value
+        seen.add(value)
+    return None
 
 
 def parse_number(text: str | float) -> float:

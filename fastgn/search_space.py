@@ -7,7 +7,7 @@ from typing import Any
 
 from fastgn.config import FIELDS, Config, load_recipe
 from fastgn.config.programs import SweepConfig
-from fastgn.errors import UserError, check, nearest, parse_number
+from fastgn.errors import UserError, check, find_duplicate, nearest, parse_number
 
 NOT_SWEPT = ("recipe", "output", "resume", "device", "data", "data_dir", "log_wandb")
 """Fields that --space may not vary, because trials could not be compared or could not run."""
@@ -63,7 +63,8 @@ def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
     """
     space = [parse_dimension(text, base) for text in cfg.space]
     names = [d.name for d in space]
-    check(len(set(names)) == len(names), "--space names a field twice: leave one out")
+    twice = find_duplicate(names)
+    check(twice is None, f"--space has the field {twice} twice: leave one out")
     judges = {"eval_images", "eval_eps", "eval_interval"} & set(names)
     check(
         not judges,

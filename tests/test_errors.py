@@ -77,8 +77,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--batch-size", "1000", "--grad-accum-steps", "2"],
         "1000 images x 2 accumulated x 1 ranks = 2000 exceeds the 1437 training images",
     ),
-    "odd batch with mixup": (["--mixup", "0.8", "--batch-size", "7"], "--batch-size 7 is odd"),
-    "odd batch with cutmix": (["--cutmix", "1.0", "--batch-size", "7"], "--batch-size 7 is odd"),
+    "odd batch with mixup": (
+        ["--mixup", "0.8", "--batch-size", "7"],
+        "so --batch-size 7 must be even",
+    ),
+    "odd batch with cutmix": (
+        ["--cutmix", "1.0", "--batch-size", "7"],
+        "so --batch-size 7 must be even",
+    ),
     "auto-augment on the device": (["--aa", "rand-m9-mstd0.5-inc1"], "add --loader torch"),
     "unknown auto-augment policy": (
         ["--aa", "original9", "--loader", "torch"],
@@ -94,7 +100,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["--initial-checkpoint", "nowhere/weights.pt"],
         "--initial-checkpoint nowhere/weights.pt: there is no such file or run below /",
     ),
-    "resuming nothing": (["--resume", "nowhere/run"], "nowhere/run: no run in it"),
+    "resuming nothing": (["--resume", "nowhere/run"], "nowhere/run: there is no run in it"),
     "resuming nothing with a recipe": (
         ["--recipe", "quickstart_natural", "--resume", "nowhere/run"],
         "--resume nowhere/run: there is no such run or checkpoint",
@@ -258,7 +264,7 @@ def test_resuming_with_data_of_other_classes(finished, tmp_path, capsys):
     data = image_folder(tmp_path / "data", images=24)
     more = ["--data", "imagefolder", "--data-dir", str(data), "--workers", "0"]
     line = refused(capsys, ["--resume", str(finished), *more])
-    assert "knows 10 classes (0, 1, 2, ...), the data has 2 (a, b, ...)" in line
+    assert "knows 10 classes (0, 1, 2, ...), but the data has 2 (a, b, ...)" in line
     assert contents(finished) == before
 
 
@@ -503,7 +509,7 @@ def test_nvidias_apex_trains_as_adamw(finished, tmp_path, monkeypatch):
             [".", "out", "--quality", "101"],
             "--quality 101 is out of range: it must be at least 1 and at most 100",
         ),
-        (pack, [".", "out"], "train is missing; it should hold one folder of images a class, or"),
+        (pack, [".", "out"], "train is missing; it should hold one folder of images per class or"),
         (check, [], "missing: DATA-DIR (see --help)"),
         (check, ["."], "train is missing"),
         (check, [".", "--wrokers", "3"], "--wrokers is unknown: did you mean '--workers'?"),
@@ -568,7 +574,7 @@ def test_evaluating_on_other_classes(finished, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate.main([*args, "--attacks", "clean"]) == 2
     line = error_line(capsys.readouterr().err, "fastgn.evaluate")
-    assert "knows 10 classes (0, 1, 2, ...), the data has 2 (a, b, ...)" in line
+    assert "knows 10 classes (0, 1, 2, ...), but the data has 2 (a, b, ...)" in line
 
 
 @pytest.mark.parametrize(

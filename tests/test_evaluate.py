@@ -190,7 +190,7 @@ def test_a_list_of_images(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     args = ["--checkpoint", str(run), "--attacks", "clean"]
     everything = record_of(tmp_path / "all.json", *args)["models"][0]["results"][0]["correct"]
     model = record_of(tmp_path / "e.json", *args, "--image-list", str(file))["models"][0]
-    assert model["ids"] == wanted and model["subset"] == "3 named ones of 360"
+    assert model["ids"] == wanted and model["subset"] == "3 listed ones of 360"
     assert model["results"][0]["correct"] == "".join(everything[i] for i in wanted)
     for text, expected in (("7\n7\n", "twice"), ("360\n", "called 360"), ("", "is empty")):
         file.write_text(text)
@@ -459,8 +459,8 @@ def test_an_image_is_named_by_as_much_as_it_takes(
     found = record_of(tmp_path / "e.json", *args, "--image-list", str(names))["models"][0]
     assert found["ids"] == ["c3/1.png", "c0/2.png", "c1/2.png"]
     for text, expected in (
-        ("1.png\n", "10 validation images are called 1.png; write more of the path"),
-        ("c3/1.png\nval/c3/1.png\n", "names an image twice"),
+        ("1.png\n", "10 validation images are called 1.png: write more of the path"),
+        ("c3/1.png\nval/c3/1.png\n", "names the image c3/1.png twice: remove one of the lines"),
         ("3/1.png\n", "no validation image is called 3/1.png"),
         ("\n", "is empty"),
     ):

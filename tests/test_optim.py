@@ -474,6 +474,6 @@ def test_kept_epochs_stay_and_others_start_from_them(tmp_path: Path) -> None:
 
 
 def test_a_kept_epoch_beyond_the_run_is_refused() -> None:
-    with pytest.raises(UserError, match="^--keep-epochs 50 is after the last of --epochs 30"):
+    with pytest.raises(UserError, match="^--keep-epochs 50 is after the last epoch, --epochs 30"):
         Config().replace(epochs=30, keep_epochs=[10, 50])
     assert Config().replace(keep_epochs=[10, 50]).run.keep_epochs == (10, 50)

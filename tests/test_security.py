@@ -762,7 +762,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_written(change, run, t
         ('{"config": "", "classes": ["a", "b"], "update": NaN}', "NaN is not a finite number"),
         ('{"config": "", "classes": ["a", "b"], "update": -1}', "'update' should be a whole"),
         ('{"config": "", "classes": ["a", "b"], "x": 1}', "holds 'x', which this version"),
-        ('{"config": "x = ", "classes": ["a", "b"]}', "the config in it: not TOML"),
+        ('{"config": "x = ", "classes": ["a", "b"]}', "the config in it: it is not TOML"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

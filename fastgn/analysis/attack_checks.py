@@ -75,8 +75,8 @@ def check_more_steps(target: Target) -> Check:
     return Check(
         "more iterations",
         judge_gap(change, total),
-        f"Accuracy under PGD with each number of steps: {accuracies}. The change from "
-        f"{STEPS[-2]} to {STEPS[-1]} steps counts. {GAP_RULE}",
+        f"Accuracy under PGD with each number of steps: {accuracies}. This check judges the "
+        f"change from {STEPS[-2]} to {STEPS[-1]} steps. {GAP_RULE}",
         {f"accuracy_pgd{steps}": count / total for steps, count in counts.items()},
     )
 
@@ -90,7 +90,7 @@ def check_more_restarts(target: Target) -> Check:
         "more restarts",
         judge_gap(int(one_R.sum()) - int(several_R.sum()), target.images),
         f"Accuracy under PGD-20 with 1 start: {one:.1%}; with {RESTARTS} starts: {several:.1%}. "
-        f"The drop counts. {GAP_RULE}",
+        f"This check judges the drop. {GAP_RULE}",
         {"accuracy_1_start": one, f"accuracy_{RESTARTS}_starts": several},
     )
 
@@ -103,8 +103,8 @@ def check_single_step(target: Target) -> Check:
     return Check(
         "iterations beat one step",
         "fail" if exceeds(gap, target.images, 1) else "pass",
-        f"Accuracy under PGD-20: {pgd:.1%}; under FGSM: {fgsm:.1%}. Fail if PGD leaves more than "
-        "max(1 point, 1 image) above FGSM.",
+        f"Accuracy under PGD-20: {pgd:.1%}; under FGSM: {fgsm:.1%}. Fail if the accuracy under "
+        "PGD is higher by more than max(1 point, 1 image).",
         {"accuracy_pgd20": pgd, "accuracy_fgsm": fgsm},
     )
 
@@ -129,8 +129,8 @@ def check_noise(target: Target) -> Check:
         "PGD beats noise",
         verdict,
         f"Accuracy under PGD-20: {pgd:.1%}; under the worst of {NOISE_DRAWS} uniform draws: "
-        f"{noise:.1%}. Warn if PGD's is not lower. Fail if it is higher by more than max(1 point, "
-        "1 image).",
+        f"{noise:.1%}. Warn if it is not lower under PGD-20. Fail if it is higher by more than "
+        "max(1 point, 1 image).",
         {"accuracy_pgd20": pgd, "accuracy_noise": noise},
     )
 
@@ -150,7 +150,7 @@ def check_black_box(target: Target, square_images: int) -> Check:
         "fail" if exceeds(gap, part.images, 1) else "pass",
         f"Accuracy on {part.images} images that are right without an attack: {white:.1%} under "
         f"PGD-{STEPS[-1]} (the better of cross-entropy and margin), {square:.1%} under Square. "
-        "Fail if PGD leaves more than max(1 point, 1 image) above Square.",
+        "Fail if the accuracy under PGD is higher by more than max(1 point, 1 image).",
         {"square_images": part.images, "accuracy_pgd": white, "accuracy_square": square},
     )
 
@@ -210,7 +210,8 @@ def report_autoattack_warnings(lines: Sequence[str], images: int, has_dlr: bool)
         found = [line for line in other if words in line]
         other = [line for line in other if words not in line]
         detail = (
-            f"{' '.join(found) or 'AutoAttack gave no such warning.'} One counts as a {verdict}."
+            f"{' '.join(found) or 'AutoAttack gave no such warning.'} "
+            f"Any such warning counts as a {verdict}."
         )
         checks.append(Check(name, verdict if found else "pass", detail, {"warned": bool(found)}))
     zero = [re.search(r"there are (\d+) points with zero gradient", line) for line in other]

@@ -133,13 +133,13 @@ def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list
     )
     check(
         not outputs.are_probabilities,
-        "the model returns probabilities: their softmax hides gradients from attacks; remove the "
-        "model's last softmax",
+        "the model returns probabilities: their softmax hides gradients from attacks, so remove "
+        "the model's last softmax",
     )
     check(
         outputs.spread <= 1e-3,
         "the model returns different logits each time for the same images: remove its randomness, "
-        "because an attack on one draw says nothing about the next",
+        "because an image that is right in one pass may be wrong in the next",
     )
     norms_B = measure_gradients(model, images_BCHW, labels_B, len(images_BCHW))
     check(
@@ -154,7 +154,9 @@ def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list
     )
     doubts = []
     if not bool(norms_B.any()):
-        doubts.append("the gradients of all images are 0: attacks that need gradients mean nothing")
+        doubts.append(
+            "the gradients of all images are 0, so attacks that need gradients mean nothing"
+        )
     images, classes = outputs.first_BK.shape
     accuracy = float((outputs.first_BK.argmax(1) == labels_B).float().mean())
     chance = 1 / classes + 2 * (1 / classes * (1 - 1 / classes) / images) ** 0.5
@@ -236,8 +238,8 @@ def report_clean_accuracy(correct_B: Tensor, classes: int) -> Check:
         "clean accuracy",
         "fail" if by_chance else "warn" if images < FEW_IMAGES else "pass",
         f"{correct / images:.1%} ({correct} of {images} images). Fail at or below chance "
-        f"(1/{classes}). Warn with fewer than {FEW_IMAGES} images, because one is then more than "
-        "a point.",
+        f"(1/{classes}). Warn with fewer than {FEW_IMAGES} images, because one image is then "
+        "more than a point.",
         {"accuracy_clean": correct / images, "images": images, "classes": classes},
     )
 

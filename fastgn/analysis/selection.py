@@ -13,7 +13,7 @@ from fastgn.config.programs import EvaluateConfig
 from fastgn.data.datasets import Arrays, Encoded, check_classes, load_validation
 from fastgn.data.lists import read_lines
 from fastgn.data.subset import Subset, choose_batch_size
-from fastgn.errors import check
+from fastgn.errors import UserError, check, find_duplicate
 from fastgn.trained import Trained
 
 
@@ -71,12 +71,17 @@ def find_listed_images(name: str, split: Arrays | Encoded) -> list[int]:
         check(bool(found), f"--image-list {name}: no validation image is called {line}")
         check(
             len(found) == 1,
-            f"--image-list {name}: {len(found)} validation images are called {line}; write more "
+            f"--image-list {name}: {len(found)} validation images are called {line}: write more "
             "of the path",
         )
         chosen += found
     check(bool(chosen), f"--image-list {name} is empty: write one image per line")
-    check(len(set(chosen)) == len(chosen), f"--image-list {name} names an image twice")
+    twice = find_duplicate(chosen)
+    if twice is not None:
+        line = lines[chosen.index(twice)]
+        raise UserError(
+            f"--image-list {name} names the image {line} twice: remove one of the lines"
+        )
     return chosen
 
 

@@ -71,7 +71,7 @@ class Config:
         last = max(self.run.keep_epochs, default=1)
         check(
             last <= self.optimizer.epochs,
-            f"--keep-epochs {last} is after the last of --epochs {self.optimizer.epochs}",
+            f"--keep-epochs {last} is after the last epoch, --epochs {self.optimizer.epochs}",
         )
 
     @property
@@ -251,11 +251,11 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     # Path.is_file would raise an OSError for a name that is too long
     check(os.path.isfile(path), missing)
     path = path.resolve()
-    check(path not in extended_by, "it extends itself")
-    check(len(extended_by) <= BASES, f"more than {BASES} recipes extend one another")
+    check(path not in extended_by, "this recipe extends itself")
+    check(len(extended_by) <= BASES, f"more than {BASES} recipes extend one another: use fewer")
     read = parse_toml(read_text(path))
     values = {key.replace("-", "_"): value for key, value in read.items()}
-    check(len(values) == len(read), "a key is given twice, with - and with _")
+    check(len(values) == len(read), "a key is given twice, once with - and once with _")
     base = values.pop("base", None)
     if base is None:
         return values
@@ -274,7 +274,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         values = tomllib.loads(text)
         repr(values)  # fails if a number has more digits than Python can print in a message
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not TOML: {first_line(error)}") from None
+        raise UserError(f"it is not TOML: {first_line(error)}") from None
     check("self" not in values, "unknown key 'self'")
     return values
 

@@ -226,7 +226,8 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
         check_path("--resume", str(resume))
         folder = run_folder(Path(str(resume)))
         check(
-            (folder / "config.toml").is_file(), f"--resume {resume}: no run in it (no config.toml)"
+            (folder / "config.toml").is_file(),
+            f"--resume {resume}: there is no run in it (no config.toml)",
         )
         default = load_recipe(str(folder / "config.toml")).replace(output=str(folder))
     return parse_cli(Config, args, "fastgn.train", default)

@@ -79,7 +79,7 @@ class ArchitectureConfig(Options):
         model_kwargs(self.model_kwargs)
         check(
             not (self.pretrained and self.initial_checkpoint),
-            "--pretrained and --initial-checkpoint both give the weights to start from: take one",
+            "--pretrained and --initial-checkpoint both give the weights to start from: use one",
         )
 
     def started(self) -> "ArchitectureConfig":
@@ -180,8 +180,8 @@ class AugmentationConfig(Options):
             value = getattr(self, name)
             check(
                 value == 0 or value >= 1e-3,
-                f"--{name} {format_number(value)} is too small to draw with: use at least 0.001, "
-                "or 0 to turn it off",
+                f"--{name} {format_number(value)} is too small for random draws: use at least "
+                f"0.001, or 0 to turn --{name} off",
             )
         if self.aa is not None:
             check_policy(self.aa)
@@ -247,21 +247,22 @@ class StepConfig(Options):
         super().__post_init__()
         check(
             self.schedule != "exact-eager" or self.compile != "on",
-            "--schedule exact-eager is never compiled: leave out --compile on, or take exact",
+            "--schedule exact-eager is never compiled: leave out --compile on, or use exact",
         )
         check(
             self.cuda_graphs != "on" or (self.compile != "off" and self.schedule != "exact-eager"),
-            "--cuda-graphs on replays compiled graphs: leave out --compile off and exact-eager",
+            "--cuda-graphs on needs a compiled step: leave out --compile off and --schedule "
+            "exact-eager",
         )
         if self.schedule == "auto":
             check(
                 self.accumulation != "sum",
-                "--schedule auto splits the batch itself, and --accumulation sum weighs it by its "
-                "parts: use --accumulation mean, or --schedule exact",
+                "--schedule auto chooses the micro-batches, and with --accumulation sum the loss "
+                "grows with their number: use --accumulation mean, or --schedule exact",
             )
             check(
                 self.activation_memory_budget == 1,
-                f"--schedule auto picks the budget: leave out --activation-memory-budget "
+                f"--schedule auto chooses the budget itself: leave out --activation-memory-budget "
                 f"{self.activation_memory_budget}",
             )
 

@@ -114,8 +114,8 @@ def check_outside_data(
         for split in splits:
             check(
                 Path(os.path.realpath(root / split)) not in around,
-                f"{option} {path} lies in {root / split}, where the images are: give a place "
-                "outside of it",
+                f"{option} {path} lies in {root / split}, where the images are: give a path "
+                "outside of that folder",
             )
         data = root in around and real.is_file() and real.suffix not in REPORTS
         check(

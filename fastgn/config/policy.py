@@ -52,8 +52,8 @@ def check_policy(policy: str) -> None:
         keys = ", ".join(known)
         if match is None or match[1] not in known:
             raise UserError(
-                f"--aa {policy}: section {section!r} should be one of {keys} and a number; "
-                "write rand-m9-mstd0.5-inc1"
+                f"--aa {policy}: section {section!r} should be one of {keys} and a number, "
+                "as in rand-m9-mstd0.5-inc1"
             )
         key, text = match.groups()
         kind, allowed = known[key]

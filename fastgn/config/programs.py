@@ -11,7 +11,7 @@ import tyro
 from fastgn.config import run_folder
 from fastgn.config.groups import CROP, MEAN, STD
 from fastgn.config.outputs import check_outside_data, check_written
-from fastgn.errors import UserError, check, nearest, parse_number
+from fastgn.errors import UserError, check, find_duplicate, nearest, parse_number
 from fastgn.fields import (
     BATCH,
     IMAGES,
@@ -208,7 +208,8 @@ class EvaluateConfig(BareWeightsConfig):
         for name in self.attacks:
             check_attack(name)
         for field, values in (("attacks", self.attacks), ("eps", self.eps)):
-            check(len(set(values)) == len(values), f"--{field} has a value twice: leave one out")
+            twice = find_duplicate(values)
+            check(twice is None, f"--{field} has the value {twice} twice: leave one out")
         check(
             self.norm == "Linf" or not self.statistics,
             "--statistics supports only --norm Linf: remove --statistics or use --norm Linf",

@@ -77,7 +77,7 @@ def read_arrays(path: Path, splits: tuple[str, ...], classes: int, where: str) -
         images, labels = values[f"{split}_images"], values[f"{split}_labels"]
         check(
             len(images) == len(labels) > 0,
-            f"{where}: {len(images)} {split} images, {len(labels)} labels",
+            f"{where} has {len(images)} {split} images, but {len(labels)} labels",
         )
         check(images.size > 0, f"{where}: {split} images of {images.shape[1:3]} have no pixels")
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -93,6 +93,7 @@ def decode_all(split: Arrays | Encoded) -> Arrays:
     odd = next((i for i, x in enumerate(images) if x.shape != images[0].shape), None)
     if odd is not None:
         raise UserError(
-            f"{split.name(odd)} is {tuple(images[odd].shape)}, not {tuple(images[0].shape)}"
+            f"{split.name(odd)} has shape {tuple(images[odd].shape)}, but the first image has "
+            f"{tuple(images[0].shape)}"
         )
     return Arrays(torch.stack(images).permute(0, 3, 1, 2).contiguous(), split.labels_N)

@@ -102,10 +102,10 @@ def find_oddities(content: bytes) -> list[str]:
 NOTES = {
     "not JPEG": "decoded by PIL",
     "CMYK": "converted to RGB",
-    "greyscale": "taken as RGB",
-    "16-bit": "the high byte is taken",
-    "EXIF-rotated": "taken as stored, not turned",
-    "tiny": f"a side below {TINY_PX} px",
+    "greyscale": "converted to RGB",
+    "16-bit": "only the high byte is used",
+    "EXIF-rotated": "used as stored, not rotated",
+    "tiny": f"one side is below {TINY_PX} px",
     "gigantic": "decoding takes seconds and gigabytes",
 }
 """Unusual property of an image -> what training does with such an image."""

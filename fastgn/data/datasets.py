@@ -80,7 +80,7 @@ def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> Non
     """
     check(
         len(known) == len(classes),
-        f"{who} knows {len(known)} classes ({', '.join(known[:3])}, ...), the data has "
+        f"{who} knows {len(known)} classes ({', '.join(known[:3])}, ...), but the data has "
         f"{len(classes)} ({', '.join(classes[:3])}, ...): give the --data-dir that it was "
         "trained on",
     )
@@ -89,8 +89,8 @@ def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> Non
     )
     if other is not None:
         raise UserError(
-            f"{who} knows class {other} of {len(known)} as {known[other]}, the data has "
-            f"{classes[other]} there: give its own --data-dir"
+            f"{who} knows class {other} of {len(known)} as {known[other]}, but in the data it "
+            f"is {classes[other]}: give the --data-dir that it was trained on"
         )
 
 
@@ -104,7 +104,7 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
         if cfg.data_dir is not None:
             check(
                 kind != "digits",
-                f"--data-dir {cfg.data_dir}: the digits come with scikit-learn: leave "
+                f"--data-dir {cfg.data_dir}: the digits come with scikit-learn, so leave "
                 "--data-dir out",
             )
             check(
@@ -216,10 +216,10 @@ def read_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
         parts = [CIFAR10(str(root), train=train, download=path is None) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         if path is None:
-            raise UserError(f"CIFAR-10 cannot be downloaded ({error}); give --data-dir") from None
+            raise UserError(f"CIFAR-10 cannot be downloaded ({error}): give --data-dir") from None
         raise UserError(
-            f"--data-dir {path}: no CIFAR-10 there: neither an .npz, nor train/ and test/ folders, "
-            "nor cifar-10-batches-py/ whole"
+            f"--data-dir {path}: there is no CIFAR-10: it should be an .npz file, or a folder with "
+            "train/ and test/ or with a complete cifar-10-batches-py/"
         ) from None
     train, val = (
         Arrays(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets))
@@ -273,10 +273,13 @@ def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | Non
         found = Split(images, rows.classes, tuple(rows.notes))
     else:
         found = find_files(root, split, option)
-    check(len(found.images) > 0, f"--data-dir {root}: {folder} has no image")
+    check(
+        len(found.images) > 0,
+        f"--data-dir {root}: {folder} holds no images: add images, or give another --data-dir",
+    )
     check(
         len(found.classes) > 1,
-        f"--data-dir {root}: {folder} has {len(found.classes)} class; at least 2 are needed",
+        f"--data-dir {root}: {folder} has {len(found.classes)} class, but at least 2 are needed",
     )
     return found
 
@@ -286,14 +289,14 @@ def find_files(root: Path, split: str, option: str) -> Split:
     classes."""
     folder = root / split
     hint = (
-        f"it should hold one folder of images a class, or the shards of fastgn.data.pack, or be "
-        f"listed in {split}.txt ({option} names another)"
+        f"it should hold one folder of images per class or the shards of fastgn.data.pack, or "
+        f"{split}.txt should list its images; {option} names another folder"
     )
     check(folder.is_dir(), f"--data-dir {root}: {folder} is missing; {hint}")
     check(
         not any(folder.glob("shard-*.tar")),
-        f"--data-dir {root}: {folder} has shards without {INDEX}: fastgn.data.pack, called again, "
-        "finishes them",
+        f"--data-dir {root}: {folder} has shards without {INDEX}: run fastgn.data.pack again to "
+        "finish them",
     )
     tree = find_images(folder, f"--data-dir {root}")
     check(bool(tree.classes), f"--data-dir {root}: {folder} has no folder in it; {hint}")

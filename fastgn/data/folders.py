@@ -70,7 +70,7 @@ class Walk:
             first = self.seen.setdefault(os.path.realpath(path), path)
             check(
                 first == path,
-                f"{self.option}: {path} and {first} are the same folder, and would be two classes",
+                f"{self.option}: {path} and {first} are the same folder, but would be two classes",
             )
 
     def list_entries(self, folder: str) -> list[os.DirEntry[str]]:
@@ -108,7 +108,7 @@ class Walk:
             if not waiting:  # all real folders have been visited
                 number, path = links.pop(0)
                 if not self.is_new(path):
-                    self.left_out["linked folders that are there already"] += 1
+                    self.left_out["linked folders that were read already"] += 1
                     continue
                 waiting.append((number, path))
             number, folder = waiting.pop()
@@ -123,7 +123,7 @@ class Walk:
                 elif self.is_new(entry.path):
                     waiting.append((number, entry.path))
                 else:
-                    self.left_out["linked folders that are there already"] += 1
+                    self.left_out["linked folders that were read already"] += 1
 
     def is_new(self, path: str) -> bool:
         """Returns whether a folder has not been visited and does not contain the whole split."""

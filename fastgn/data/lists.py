@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgn.errors import UserError, check
+from fastgn.errors import UserError, check, find_duplicate
 from fastgn.files import open_regular
 
 
@@ -45,7 +45,7 @@ def read_list(root: Path, path: Path, known: tuple[str, ...] | None) -> Listed:
         check(len(parts) != 1, f"{path}, line {number}: {line!r} has no label: write `path label`")
         if parts:
             rows.append(Row(number, *parts))
-    check(bool(rows), f"{path} lists no image: a line is `path label`")
+    check(bool(rows), f"{path} lists no images: write `path label` on each line")
     classes, known_by = find_classes(root, path, rows, known)
     numbers = read_labels(path, rows, classes, known_by)
     check_images_exist(root, path, rows)
@@ -86,12 +86,13 @@ def find_classes(
     labels = {row.label for row in rows}
     if named.exists():
         classes = tuple(line.strip() for line in read_lines(named) if line.strip())
-        check(len(set(classes)) == len(classes), f"{named} names a class twice")
+        twice = find_duplicate(classes)
+        check(twice is None, f"{named} has the class {twice} twice: remove one of its lines")
         return classes, str(named)
     if known is not None:
         return known, "the training images"
     if all(label.lstrip("-").isdecimal() for label in labels):
-        return tuple(map(str, range(len(labels)))), "the list's number of labels"
+        return tuple(map(str, range(len(labels)))), "the list, which has as many labels"
     return tuple(sorted(labels)), str(path)
 
 
@@ -108,8 +109,8 @@ def read_labels(
     for row in rows:
         check(
             row.label in by_name or row.label in by_number,
-            f"{path}, line {row.number}: label {row.label} is out of range: {len(classes)} classes "
-            f"by {known_by}, 0 to {len(classes) - 1} or their names",
+            f"{path}, line {row.number}: label {row.label} is none of the {len(classes)} classes "
+            f"of {known_by}: write a number from 0 to {len(classes) - 1}, or a class's name",
         )
     unnamed = next((row for row in rows if row.label not in by_name), None)
     if unnamed is None:
@@ -124,9 +125,9 @@ def read_labels(
     )
     check(
         digits is None,
-        f"{path}, line {unnamed.number}: label {unnamed.label} is no class's name, and as names of "
-        f"classes are numbers themselves ({digits}) it may not stand for a class's place: write "
-        "all labels as names",
+        f"{path}, line {unnamed.number}: label {unnamed.label} is not the name of a class, and it "
+        f"cannot be a class's number, because a class has the name {digits}: write all labels as "
+        "names",
     )
     return by_number
 
@@ -162,7 +163,7 @@ def find_repeated(
         repeated.append(index)
         check(
             labels[before] == labels[index],
-            f"{path}, line {rows[index].number}: {name} has label {rows[index].label}, in line "
+            f"{path}, line {rows[index].number}: {name} has label {rows[index].label}, but in line "
             f"{rows[before].number} it has {rows[before].label}",
         )
     if not repeated:

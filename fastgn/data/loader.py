@@ -52,7 +52,7 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
     mixing = cfg.augmentation.mixup or cfg.augmentation.cutmix
     check(
         not mixing or batch % 2 == 0,
-        f"--mixup and --cutmix pair images: --batch-size {batch} is odd",
+        f"--mixup and --cutmix mix pairs of images, so --batch-size {batch} must be even",
     )
     return batch, accum
 
@@ -158,6 +158,6 @@ def build_device_loader(
         padding = side // (16 if dataset.name == "digits" else 8)
     check(
         padding <= side,
-        f"--crop-padding {padding} shifts images of {side} px out of sight: at most {side}",
+        f"--crop-padding {padding} shifts images of {side} px out of sight: use at most {side}",
     )
     return DeviceLoader(split, augment, padding=padding, compiled=compiled, **common)

@@ -171,8 +171,8 @@ def load_finished_shard(folder: Path, name: str, recipe: str) -> Shards | None:
         return None
     check(
         part.recipe == recipe,
-        f"{folder} holds shards of other images, or made with other options: give another OUTPUT, "
-        "or remove it",
+        f"{folder} holds shards of other images or options: give another OUTPUT, or remove "
+        "this folder",
     )
     return part if part.find_fault(0) is None else None
 
@@ -245,8 +245,8 @@ def check_apart(cfg: PackConfig) -> None:
         for read in ((source / split).resolve() for split in splits.values()):
             check(
                 not (written.is_relative_to(read) or read.is_relative_to(written)),
-                f"OUTPUT {cfg.output}: its {name} would lie in or around {read}, which is read: "
-                "give a folder outside of SOURCE",
+                f"OUTPUT {cfg.output}: its {name} would be inside {read}, where the images are, or "
+                "would contain it: give a folder outside of SOURCE",
             )
 
 

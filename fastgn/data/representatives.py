@@ -38,15 +38,15 @@ def compute_representatives(
     draw = make_generator(Stream.REPRESENTATIVES, cfg.run.seed)
     by_class = [(split.labels_N == index).nonzero()[:, 0] for index in range(classes)]
     for name, members in zip(dataset.classes, by_class, strict=True):
-        check(len(members) > 0, f"--method pag: class {name} has no training image to stand for it")
+        check(len(members) > 0, f"--method pag: class {name} has no training image, but needs one")
     small = isinstance(split, Arrays)
     if kind == "nearest-neighbour":
         size = len(split) * 3 * img_size**2 * 4
         check(
             small and size <= LARGEST_BYTES,
             f"--pag-representative nearest-neighbour keeps all {len(split)} training images on the "
-            f"device, {size / 2**30:.3g} GiB at {img_size} px: it takes cifar10 and digits, up to "
-            f"{LARGEST_BYTES / 2**30:g} GiB; use class-mean or random-image",
+            f"device, {size / 2**30:.3g} GiB at {img_size} px: it takes only cifar10 and digits, "
+            f"up to {LARGEST_BYTES / 2**30:g} GiB: use class-mean or random-image",
         )
     elif kind == "random-image" or not small:
         most = 1 if kind == "random-image" else cfg.objective.pag.pag_images

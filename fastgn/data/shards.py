@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgn.data.arrays import convert_labels
 from fastgn.data.images import Encoded, make_bad_image_error
 from fastgn.data.npz import LABELS, Field, read_npz
-from fastgn.errors import UserError, check
+from fastgn.errors import UserError, check, find_duplicate
 from fastgn.files import atomic_open, open_regular
 
 INDEX = "index.npz"
@@ -78,7 +78,7 @@ class Shards(Encoded):
             raise make_bad_image_error(self.name(index), reason, "truncated")
         if zlib.crc32(content) != self.crc_N[index]:
             raise make_bad_image_error(
-                self.name(index), "its checksum is not the index's", "checksum"
+                self.name(index), "its checksum is not the one in the index", "checksum"
             )
         return content
 
@@ -107,7 +107,7 @@ class Shards(Encoded):
         except OSError as error:
             return f"{path} cannot be read: {error.strerror or error}"
         if digest != self.sha256[shard]:
-            return f"{path} has changed since it was packed: its SHA-256 is not its index's"
+            return f"{path} has changed since it was packed: its SHA-256 is another one"
         return None
 
     def save(self, name: str = INDEX) -> None:
@@ -148,7 +148,9 @@ class Shards(Encoded):
                 raise UserError(
                     f"{where}, of {path}, cannot be read: {error.strerror or error}"
                 ) from None
-            check(found == size, f"{where} has {found} bytes, {path} says {size}: pack it again")
+            check(
+                found == size, f"{where} has {found} bytes, not {size} as in {path}: pack it again"
+            )
         return index
 
     def _wrong(self) -> str | None:
@@ -156,24 +158,25 @@ class Shards(Encoded):
         counts = {len(self.shards), len(self.sha256), len(self.shard_bytes)}
         lengths = {len(self), *(len(getattr(self, name)) for name in ARRAYS[1:])}
         if len(counts) != 1 or len(lengths) != 1:
-            return "its arrays are not of one length"
-        if len(set(self.classes)) < len(self.classes):
-            return "it names a class twice"
+            return "its arrays have different lengths"
+        twice = find_duplicate(self.classes)
+        if twice is not None:
+            return f"it has the class {twice} twice"
         for name in self.shards:
             if not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-                return f"{name!r} is no name of a shard in its folder"
+                return f"{name!r} is not the name of a shard in its folder"
         for digest in self.sha256:
             if not re.fullmatch("[0-9a-f]{64}", digest):
-                return f"{digest!r} is no SHA-256"
+                return f"{digest!r} is not a SHA-256"
         if not len(self):
             return None
         if self.shard_N.min() < 0 or self.shard_N.max() >= len(self.shards):
-            return f"an image lies in shard {self.shard_N.max()} of {len(self.shards)}"
+            return f"an image is in shard {self.shard_N.max()} of only {len(self.shards)}"
         room_N = self.shard_bytes[self.shard_N] - self.offset_N
         if self.offset_N.min() < 0 or self.size_N.min() < 0 or (self.size_N > room_N).any():
-            return "an image lies outside its shard"
+            return "an image lies outside of its shard"
         if not are_keys(self.key_N):
-            return "a key has more than letters, digits, _ and -"
+            return "a key has a character that is not a letter, a digit, _ or -"
         return None
 
     @staticmethod

@@ -66,7 +66,7 @@ class Subset:
         total = len(split)
         num = total if num is None else min(num, total)
         if chosen is not None:
-            num, self.name = len(chosen), f"{len(chosen)} named ones of {total}"
+            num, self.name = len(chosen), f"{len(chosen)} listed ones of {total}"
         elif num == total or not is_by_class(split):
             chosen = list(range(num))
             self.name = f"all {total}" if num == total else f"first {num} of {total}"

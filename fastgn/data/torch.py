@@ -172,7 +172,7 @@ def kill_stalled_workers(iterator: Any, worker_timeout: float) -> UserError:
     for worker in iterator._workers:
         worker.kill()
     return UserError(
-        f"worker process {iterator._workers[number].pid} of the data loader has made nothing for "
+        f"worker process {iterator._workers[number].pid} of the data loader has given nothing for "
         f"{worker_timeout:g} s, and was ended: the disk or network may have stopped; "
         "--worker-timeout sets how long to wait"
     )

@@ -91,5 +91,5 @@ def swap_activations(model: nn.Module, name: str) -> int:
             if isinstance(child, known):
                 setattr(parent, child_name, layer(**arguments))
                 count += 1
-    check(count > 0, f"--activation {name}: the network has no activation module to replace")
+    check(count > 0, f"--activation {name}: the network has no activation to replace")
     return count

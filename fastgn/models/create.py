@@ -62,7 +62,10 @@ def create_network(
     check_kwargs(name, given)
     kwargs = {"num_classes": num_classes, **given}
     if name in OWN:
-        check(not cfg.pretrained, f"--pretrained: there are no weights of {name} to fetch")
+        check(
+            not cfg.pretrained,
+            f"--pretrained: there are no weights of {name} to fetch: leave --pretrained out",
+        )
         check(
             not cfg.drop_path,
             f"--drop-path {cfg.drop_path}: {name} has no stochastic depth: leave --drop-path out",
@@ -100,8 +103,8 @@ def create_network(
             del optional[refused]
         except OSError as error:
             raise UserError(
-                f"--pretrained: no weights of {name} from the hub ({first_line(error)}); fetch "
-                "them elsewhere and give --initial-checkpoint FILE"
+                f"--pretrained: the hub gave no weights of {name} ({first_line(error)}): get them "
+                "from elsewhere and add --initial-checkpoint FILE"
             ) from None
         except Exception as error:  # constructors raise anything for odd arguments
             what = "--pretrained" if cfg.pretrained else f"{format_flags(cfg)} cannot be built"

@@ -112,10 +112,10 @@ class ModelReport:
             out.append(f"replaced because their second derivative is missing or NaN: {calls}")
         if self.fused is not None:
             kinds = ", ".join(f"{n} {kind}" for kind, n in self.fused.items())
-            out.append(f"kernels: {kinds or 'no module has one'}")
+            out.append(f"kernels: {kinds or 'no module has a fused one'}")
         if self.not_fused:
             name, reason = next(iter(self.not_fused.items()))
-            out.append(f"kernels: {len(self.not_fused)} left out, such as {name}: {reason}")
+            out.append(f"kernels: {len(self.not_fused)} not replaced, such as {name}: {reason}")
         return out
 
 
@@ -177,8 +177,8 @@ def choose_kernels(choice: str, device: torch.device) -> str:
     """
     check(
         choice != "triton" or device.type == "cuda",
-        f"--kernels triton needs a CUDA device, and this run is on {device.type}: leave it out "
-        "(auto), or --kernels reference",
+        f"--kernels triton needs a CUDA device, but this run is on {device.type}: leave it out "
+        "(auto), or use --kernels reference",
     )
     return choice if choice != "auto" else "triton" if device.type == "cuda" else "reference"
 
@@ -195,7 +195,7 @@ def build_model(
     """
     check(
         cfg.num_classes in (None, num_classes),
-        f"--num-classes {cfg.num_classes} does not fit the data, which has {num_classes}",
+        f"--num-classes {cfg.num_classes} does not fit the data, which has {num_classes} classes",
     )
     name = check_name(cfg)
     backbone, _ = create_network(name, cfg, num_classes)
@@ -253,7 +253,7 @@ def check_logits(logits: Any, images: int, classes: int, cfg: ArchitectureConfig
     given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     check(
         given == (images, classes),
-        f"{format_flags(cfg)} gives {given} and not {images} x {classes} logits",
+        f"{format_flags(cfg)} gives {given} instead of {images} x {classes} logits",
     )
 
 

@@ -49,7 +49,7 @@ class Adapted:
         parts = []
         if self.anew:
             parts.append(
-                f"{', '.join(self.anew)} are initialised at random, for another number of classes"
+                f"{', '.join(self.anew)} are initialised at random, because the classes differ"
             )
         if self.resized:
             parts.append(
@@ -86,7 +86,7 @@ def load_weights(
     problem = find_mismatch(weights, own, adapted.anew)
     if problem:
         fits = not adapt and bool(find_adaptable(weights, own))
-        hint = "; with --initial-checkpoint, add --adapt-weights to make them fit"
+        hint = "; with --initial-checkpoint, add --adapt-weights to make the weights fit"
         raise UserError(f"{source} belongs to another network: {problem}{hint if fits else ''}")
     model.backbone.load_state_dict(weights, strict=False)
     return adapted
@@ -136,10 +136,10 @@ def find_mismatch(
         given = weights.get(key, mine)
         if given.shape != mine.shape:
             return (
-                f"{key} is {tuple(given.shape)} in the file and {tuple(mine.shape)} in the network"
+                f"{key} is {tuple(given.shape)} in the file, but {tuple(mine.shape)} in the network"
             )
         if given.is_complex() != mine.is_complex():
-            return f"{key} is {given.dtype} in the file and {mine.dtype} in the network"
+            return f"{key} is {given.dtype} in the file, but {mine.dtype} in the network"
     return None
 
 
@@ -179,7 +179,7 @@ def check_normalisations(
         mine = getattr(model, name).flatten().float().cpu()
         check(
             bool(((value.flatten().float() - mine).abs() < 1e-4).all()),
-            f"{source}: {key} is {format_values(value)}, and the network's {name} is "
+            f"{source}: {key} is {format_values(value)}, but the network's {name} is "
             f"{format_values(mine)}: add "
             f"--{name} {' '.join(map(str, format_values(value) * (3 // value.numel())))}",
         )
@@ -326,4 +326,4 @@ def check_normalisation(key: str, given: Tensor, kind: str) -> None:
     same = len(values) == 3 and all(
         abs(a - b) < 1e-4 for a, b in zip(values, expected, strict=True)
     )
-    check(same, f"{key} is {format_values(given)} and not ImageNet's {list(expected)}")
+    check(same, f"{key} is {format_values(given)} instead of ImageNet's {list(expected)}")

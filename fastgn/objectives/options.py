@@ -51,7 +51,7 @@ class GradnormOptions(Options):
         check(
             not (self.gn_attacked and self.gn_start),
             f"--gn-start {format_number(self.gn_start)} and --gn-attacked both move the images: "
-            "give one of the two",
+            "use only one of them",
         )
 
     @property
@@ -71,7 +71,7 @@ class GradnormFgsmOptions(Options):
     """Options of gradnorm+fgsm, which uses the penalty only in some updates."""
 
     gn_share: Annotated[
-        float, Range(0, 1, above=True, hint="for no penalty take --method fgsm_rs")
+        float, Range(0, 1, above=True, hint="for no penalty use --method fgsm_rs")
     ] = 0.5
     """Share of the updates with the penalty, spread evenly. 1 means all updates."""
 
@@ -212,7 +212,7 @@ METHODS: Mapping[str, Method] = {
         has_penalty=True,
     ),
     "pag": Method(
-        "cross-entropy plus the angle of input gradients to a representative of the class",
+        "cross-entropy plus the angle between input gradients and a representative of the class",
         (PagOptions,),
         has_penalty=True,
         needs_representatives=True,
@@ -258,7 +258,7 @@ class ObjectiveConfig(Options):
         )
         check(
             self.method != "trades" or self.attack.attack_select != "paper",
-            "--attack-select paper is a quirk of the paper's PGD-3: with --method trades take best "
+            "--attack-select paper imitates the paper's PGD-3: with --method trades use best "
             "or last",
         )
 
@@ -317,11 +317,14 @@ def find_schedule_conflict(
     if not has_penalty:
         return f"is a way to compute a penalty, but {name} has no penalty: use exact"
     if takes_turns:
-        return f"cannot be used, because {name} takes turns already: use exact, or gradnorm"
+        return (
+            f"cannot be used, because only some updates of {name} have the penalty: use exact, or "
+            "gradnorm"
+        )
     if schedule in ("finite-difference", "central-difference") and not allows_differences:
         return (
-            "computes only the L1 norm of the loss's gradient, and with these options the penalty "
-            f"of {name} is another one: use exact"
+            "computes only the L1 norm of the loss's gradient, but with these options {name} has "
+            "another penalty: use exact"
         )
     if schedule == "central-difference" and ce_weight < 1e-7:
         return (

@@ -118,7 +118,7 @@ def test_resume_auto_and_resume_with_a_recipe_take_no_runs_config(tmp_path):
 
 
 def test_resuming_what_is_no_run(tmp_path):
-    with pytest.raises(UserError, match=f"--resume {tmp_path}: no run in it"):
+    with pytest.raises(UserError, match=f"--resume {tmp_path}: there is no run in it"):
         parse_config(["--resume", str(tmp_path)])
 
 
@@ -147,7 +147,7 @@ def test_the_nearest_names_come_first(args, near):
 @pytest.mark.parametrize("flag", ["--nosuch", "--x", "--zzzzzz"])
 def test_nothing_is_suggested_for_what_is_like_nothing(flag):
     line = refused(flag, "1")
-    assert re.fullmatch(rf"{flag} is unknown: none of the \d+ valid names is like it", line)
+    assert re.fullmatch(rf"{flag} is unknown: none of the \d+ valid names is similar", line)
 
 
 def test_unknown_names_come_with_the_nearest(tmp_path):
@@ -187,12 +187,12 @@ REFUSED = [
     (
         "--gn-share",
         "0",
-        "it must be above 0 and at most 1: for no penalty take",
+        "it must be above 0 and at most 1: for no penalty use",
     ),
     ("--gn-norm", "l3", "--gn-norm 'l3': did you mean"),
     ("--method trades --attack-select", "paper", "with --method trades take best or last"),
     ("--method trades --schedule", "subset", "but --method trades has no penalty: use exact"),
-    ("--method gradnorm+fgsm --schedule", "lazy", "gradnorm+fgsm takes turns already"),
+    ("--method gradnorm+fgsm --schedule", "lazy", "only some updates of gradnorm+fgsm have the"),
     ("--method edge --schedule", "finite-difference", "the penalty of --method edge is another"),
     ("--gn-attacked --method", "edge", "--gn-attacked is an option of --method gradnorm: leave it"),
     (
@@ -207,12 +207,12 @@ REFUSED = [
     ("--gn-of logit --schedule", "finite-difference", "only the L1 norm of the loss's gradient"),
     ("--method", "trade", "--method 'trade': did you mean 'trades'?"),
     ("--compile on --schedule", "exact-eager", "--schedule exact-eager is never compiled"),
-    ("--cuda-graphs on --compile", "off", "--cuda-graphs on replays compiled graphs"),
+    ("--cuda-graphs on --compile", "off", "--cuda-graphs on needs a compiled step"),
     ("--fd-step", "0", "--fd-step 0 is out of range"),
     ("--fd-step", "1e-7", "--fd-step 1e-07 is out of range"),
     ("--fd-step", "inf", "--fd-step inf is out of range"),
     ("--schedule auto --accumulation", "sum", "use --accumulation mean, or --schedule exact"),
-    ("--schedule auto --activation-memory-budget", "0.5", "--schedule auto picks the budget"),
+    ("--schedule auto --activation-memory-budget", "0.5", "--schedule auto chooses the budget"),
     ("--method pgd_at --schedule", "lazy", "--schedule lazy is a way to compute a penalty"),
     (
         "--ce-weight 0 --schedule",
@@ -226,7 +226,7 @@ REFUSED = [
     ),
     ("--epochs", "0", "--epochs 0 is out of range: it must be at least 1 and at most 100000"),
     ("--lr 1e-6 --min-lr", "1e-5", "--min-lr 1e-05 is above --lr 1e-06: leave --min-lr out"),
-    ("--epochs 30 --keep-epochs", "10 50", "--keep-epochs 50 is after the last of --epochs 30"),
+    ("--epochs 30 --keep-epochs", "10 50", "--keep-epochs 50 is after the last epoch, --epochs 30"),
     ("--keep-epochs", "0", "--keep-epochs 0 is out of range"),
     ("--method", "gradnrom", "--method 'gradnrom': did you mean 'gradnorm'?"),
     ("--loader torch --aa", "rand-zzz", "--aa rand-zzz: section 'zzz' should be one of m, n, p, "),
@@ -235,8 +235,8 @@ REFUSED = [
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
     ("--epochs", "3.5", "3.5"),
-    ("--mixup", "1e-5", "--mixup 1e-05 is too small to draw with: use at least 0.001, or 0"),
-    ("--cutmix", "1e-4", "--cutmix 0.0001 is too small to draw with"),
+    ("--mixup", "1e-5", "--mixup 1e-05 is too small for random draws: use at least 0.001, or 0"),
+    ("--cutmix", "1e-4", "--cutmix 0.0001 is too small for random draws"),
     ("--eps", "four", "--eps 'four' should be a number, such as 0.5 or 4/255"),
 ]
 

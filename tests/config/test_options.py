@@ -252,7 +252,7 @@ def test_a_fraction_has_two_finite_parts(text: str) -> None:
 def test_one_key_in_two_spellings_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "twice.toml"
     path.write_text("min-lr = 1e-6\nmin_lr = 1e-7\n")
-    with pytest.raises(UserError, match="a key is given twice"):
+    with pytest.raises(UserError, match="a key is given twice, once with - and once with _"):
         parse_config(["--recipe", str(path)])
 
 

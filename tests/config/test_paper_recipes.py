@@ -295,8 +295,8 @@ def test_a_recipe_extends_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('base = "a.toml"\n', r"base = .*a\.toml': it extends itself"),
-        ('base = "../{folder}/a.toml"\n', r"base = .*a\.toml': it extends itself"),
+        ('base = "a.toml"\n', r"base = .*a\.toml': this recipe extends itself"),
+        ('base = "../{folder}/a.toml"\n', r"base = .*a\.toml': this recipe extends itself"),
         ('base = "nosuch.toml"\n', r"base = .*nosuch\.toml': there is no such file"),
         (f'base = "{300 * "a"}.toml"\n', r"a\.toml': there is no such file"),
         ('base = "a\\u0000.toml"\n', r"there is no such file"),

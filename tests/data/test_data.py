@@ -176,7 +176,7 @@ def test_the_real_cifar10_sample():
         ({"test_labels": None}, "lacks test_labels"),
         ({"train_images": np.zeros((20, 32, 32, 3))}, "uint8 N x H x W x 3, not float64"),
         ({"train_images": np.zeros((20, 3, 32, 32), np.uint8)}, "N x H x W x 3, not uint8"),
-        ({"train_labels": np.arange(19) % 10}, "20 train images, 19 labels"),
+        ({"train_labels": np.arange(19) % 10}, "20 train images, but 19 labels"),
         ({"test_labels": np.arange(1, 11)}, "label 10 is out of range"),
     ],
 )
@@ -233,7 +233,7 @@ def test_cifar10_from_python_batches(below, tmp_path, monkeypatch):
 def test_python_batches_with_other_checksums_are_refused(tmp_path):
     """So nothing is unpickled that is not CIFAR-10's."""
     write_batches(tmp_path / "cifar-10-batches-py")
-    with pytest.raises(UserError, match="no CIFAR-10 there: neither"):
+    with pytest.raises(UserError, match="there is no CIFAR-10: it should be"):
         cifar10(tmp_path)
 
 
@@ -494,8 +494,8 @@ def test_batch_sizes(keys, ranks, expected):
         ({"global_batch_size": 25}, 2, "--global-batch-size 25 is not a multiple of 2 ranks"),
         ({"global_batch_size": 24, "batch_size": 5}, 2, "take a multiple of 10"),
         ({"batch_size": 22}, 2, "22 images x 1 accumulated x 2 ranks = 44 exceeds the 42"),
-        ({"batch_size": 7, "cutmix": 1.0}, 1, "--batch-size 7 is odd"),
-        ({"global_batch_size": 14, "mixup": 0.1}, 2, "--batch-size 7 is odd"),
+        ({"batch_size": 7, "cutmix": 1.0}, 1, "so --batch-size 7 must be even"),
+        ({"global_batch_size": 14, "mixup": 0.1}, 2, "so --batch-size 7 must be even"),
     ],
 )
 def test_batch_sizes_that_cannot_be(keys, ranks, expected):

@@ -181,7 +181,7 @@ def test_pickles_do_not_go_off(tmp_path):
     batches.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
         (batches / name).write_bytes(pickle.dumps(bomb))
-    assert "no CIFAR-10 there" in refusal(tmp_path, "cifar10")
+    assert "there is no CIFAR-10" in refusal(tmp_path, "cifar10")
     path.write_bytes(pickle.dumps(bomb))
     assert "cannot be read as .npz" in refusal(path, "cifar10")
     assert not bomb.path.exists()

@@ -149,9 +149,9 @@ def test_a_list_beside_a_folder(source, tmp_path):
     ("line", "expected"),
     [
         ("train/ant/pic.0.jpg", "train.txt, line 19: 'train/ant/pic.0.jpg' has no label: write"),
-        ("train/ant/pic.0.jpg 3", "line 19: label 3 is out of range: 3 classes by"),
-        ("train/ant/pic.0.jpg -1", "line 19: label -1 is out of range"),
-        ("train/ant/pic.0.jpg dog", "line 19: label dog is out of range"),
+        ("train/ant/pic.0.jpg 3", "line 19: label 3 is none of the 3 classes"),
+        ("train/ant/pic.0.jpg -1", "line 19: label -1 is none of the 3 classes"),
+        ("train/ant/pic.0.jpg dog", "line 19: label dog is none of the 3 classes"),
         ("train/ant/gone.jpg 0", "line 19: no such file: "),
         ("gone/pic.jpg 0", "line 19: no such file: "),
     ],
@@ -166,7 +166,8 @@ def test_a_bad_line_of_a_list_is_named(line, expected, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "expected"), [("123", "label 3 is out of range"), ("018", "label 8 is out of")]
+    ("numbers", "expected"),
+    [("123", "label 3 is none of the 3"), ("018", "label 8 is none of the 3")],
 )
 def test_numbers_without_names_count_from_0_without_a_gap(numbers, expected, source, tmp_path):
     """Else a list that counts from 1 would train a class that there is not."""
@@ -177,14 +178,14 @@ def test_numbers_without_names_count_from_0_without_a_gap(numbers, expected, sou
 def test_what_else_is_no_list(source, tmp_path):
     write_lists(tmp_path, source, str)
     (tmp_path / "classes.txt").write_text("ant\nbee\nant\ncat")
-    assert "classes.txt names a class twice" in refusal(tmp_path)
+    assert "classes.txt has the class ant twice" in refusal(tmp_path)
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "val.txt").write_text("\n")
-    assert "val.txt lists no image" in refusal(tmp_path)
+    assert "val.txt lists no images: write `path label`" in refusal(tmp_path)
     (tmp_path / "val.txt").unlink()
     line = refusal(tmp_path)
     assert f"{tmp_path / 'val'} is missing" in line and "fastgn.data.pack" in line
-    assert "listed in val.txt (--val-split names another)" in line
+    assert "or val.txt should list its images; --val-split names another folder" in line
 
 
 # --------------------------------------------------------------------------------------------- pack
@@ -284,7 +285,7 @@ def test_packing_goes_on_where_it_was(source, packed, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "write_shard", counted)
     assert pack(source, output, *options) == 130
     assert calls == ["shard-000000", "shard-000001"]
-    assert "has shards without index.npz: fastgn.data.pack, called again" in refusal(output)
+    assert "has shards without index.npz: run fastgn.data.pack again to finish" in refusal(output)
     (output / "train" / ".shard-000002.tar.99.tmp").write_bytes(b"half")
     monkeypatch.setattr(packing, "write_shard", whole)
     assert pack(source, output, *options) == 0
@@ -316,7 +317,7 @@ def test_what_is_there_is_not_packed_over(source, packed, tmp_path, capsys):
     for more in (["--shard-size", "5"], ["--shard-size", "4", "--short-side", "20"]):
         assert pack(source, packed, *more) == 2
         line = capsys.readouterr().err
-        assert "holds shards of other images, or made with other options" in line
+        assert "holds shards of other images or options" in line
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "shard-000000.tar").write_bytes(b"another's")
     assert pack(source, tmp_path) == 2
@@ -362,7 +363,7 @@ def test_a_shard_that_does_not_fit_its_index_is_named(shards):
     shard.write_bytes(content[:-512])
     size = len(content)
     assert f"{shard} has {size - 512} bytes, " in refusal(shards)
-    assert f"says {size}: pack it again" in refusal(shards)
+    assert f"bytes, not {size} as in " in refusal(shards)
     shard.unlink()
     assert f"{shard}, of {shards}/train/index.npz, cannot be read: No such file" in refusal(shards)
 
@@ -418,7 +419,7 @@ def test_splits_with_the_same_classes_in_other_orders(shards):
     index = Shards.load(shards / "val")
     dataclasses.replace(index, classes=("bee", "ant", "cat")).save()
     line = refusal(shards)
-    assert "val knows class 0 of 3 as bee, the data has ant there" in line
+    assert "val knows class 0 of 3 as bee, but in the data it is ant" in line
 
 
 def test_shards_go_to_other_processes_without_their_files(packed, monkeypatch):
@@ -742,5 +743,7 @@ def test_classes_must_be_the_known_ones_in_order(source):
     check_classes(CLASSES, classes, "the model")
     with pytest.raises(UserError, match=r"the model knows 2 classes \(ant, bee, ...\), the data h"):
         check_classes(CLASSES[:2], classes, "the model")
-    with pytest.raises(UserError, match="the model knows class 1 of 3 as cat, the data has bee"):
+    with pytest.raises(
+        UserError, match="the model knows class 1 of 3 as cat, but in the data it is bee"
+    ):
         check_classes(("ant", "cat", "bee"), classes, "the model")

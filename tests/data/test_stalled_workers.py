@@ -17,7 +17,7 @@ from fastgn.data.datasets import Files
 from fastgn.data.torch import map_in_workers
 from fastgn.errors import UserError
 
-SAID = r"^worker process \d+ of the data loader has made nothing for 3 s, and was ended: "
+SAID = r"^worker process \d+ of the data loader has given nothing for 3 s, and was ended: "
 
 
 def stop_at_2(index: int) -> int:
@@ -76,7 +76,7 @@ def test_a_run_whose_worker_stands_still_ends_with_a_line(
     assert train.main(args) == 2
     assert time.monotonic() - began < 60
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "has made nothing for 1 s, and was ended" in line and "--worker-timeout" in line
+    assert "has given nothing for 1 s, and was ended" in line and "--worker-timeout" in line
     assert multiprocessing.active_children() == []
 
 
@@ -85,7 +85,7 @@ def test_check_and_pack_end_with_a_line(images, standstill, tmp_path, capsys):
     assert checking.main([str(images), *more]) == 2
     assert packing.main([str(images), str(tmp_path / "out"), *more]) == 2
     for line in capsys.readouterr().err.splitlines():
-        assert "has made nothing for 1 s" in line
+        assert "has given nothing for 1 s" in line
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert multiprocessing.active_children() == []
 

@@ -479,7 +479,10 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "fp32": (lambda: LayerNormFp32(4), "LayerNormFp32 is a subclass of torch.nn.modules.norm"),
     "fast norm": (lambda: changed(TimmLayerNorm(4), "_fast_norm", True), "timm's fast norm"),
     "a subclass": (MyGELU, "test_modules.MyGELU is a subclass of torch.nn.modules.activation.GELU"),
-    "another forward": (lambda: changed(nn.GELU(), "forward", F.relu), "its forward was replaced"),
+    "another forward": (
+        lambda: changed(nn.GELU(), "forward", F.relu),
+        "its forward method was replaced",
+    ),
     "a large window": (lambda: attention(window_size=9), "its 81 tokens per window or 4"),
     "wide heads": (lambda: attention(head_dim=65), "its 16 tokens per window or 65 channels"),
     "dropout": (lambda: attention(attn_drop=0.1), "it uses dropout on attention weights"),

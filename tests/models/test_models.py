@@ -148,7 +148,7 @@ ENCODER = {
 
 def test_dropout_that_a_network_lacks_is_refused_only_if_asked_for():
     assert "has no dropout: leave --drop out" in refused(**ENCODER, drop=0.1)
-    assert "and not 1 x 5 logits" in refused(**ENCODER)
+    assert "instead of 1 x 5 logits" in refused(**ENCODER)
 
 
 # ------------------------------------------------------------------------------------ normalisation
@@ -257,11 +257,11 @@ class SeveralOutputs(nn.Module):
 
 
 CONTAINERS: dict[str, tuple[Any, str]] = {
-    "tuple": (lambda logits: (logits, logits), "gives a tuple and not 1 x 5 logits"),
-    "dict": (lambda logits: {"logits": logits}, "gives a dict and not 1 x 5 logits"),
-    "list": (lambda logits: [logits], "gives a list and not 1 x 5 logits"),
-    "None": (lambda logits: None, "gives a NoneType and not 1 x 5 logits"),
-    "features": (lambda logits: logits[:, :, None], "gives (1, 5, 1) and not 1 x 5 logits"),
+    "tuple": (lambda logits: (logits, logits), "gives a tuple instead of 1 x 5 logits"),
+    "dict": (lambda logits: {"logits": logits}, "gives a dict instead of 1 x 5 logits"),
+    "list": (lambda logits: [logits], "gives a list instead of 1 x 5 logits"),
+    "None": (lambda logits: None, "gives a NoneType instead of 1 x 5 logits"),
+    "features": (lambda logits: logits[:, :, None], "gives (1, 5, 1) instead of 1 x 5 logits"),
 }
 
 
@@ -396,7 +396,7 @@ def test_the_kernels_are_put_in_and_counted(name, keys, counts):
     assert fused_kinds(plain) == [] and len(fused_kinds(model)) == sum(counts.values())
     assert report.fused == counts and report.not_fused == {} and untouched.fused is None
     (line,) = [line for line in report.format_lines(cfg) if line.startswith("kernels: ")]
-    expected = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no module has one"
+    expected = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or "no module has a fused one"
     assert line == f"kernels: {expected}"
     assert not any(line.startswith("kernels") for line in untouched.format_lines(cfg))
     assert differences(model.state_dict(), plain.state_dict()) == []
@@ -418,7 +418,8 @@ def test_what_has_no_kernel_is_named():
     _, report = build_model(cfg, 5, kernels="triton")
     assert report.fused == {"layer_norm": 11, "gelu": 4}
     assert report.format_lines(cfg)[-1] == (
-        "kernels: 4 left out, such as layers.0.blocks.0.attn: it uses dropout on attention weights"
+        "kernels: 4 not replaced, such as layers.0.blocks.0.attn: it uses dropout on attention "
+        "weights"
     )
 
 
@@ -463,7 +464,7 @@ SWIN = TINY["swin_t"]["model_kwargs"]
         ),
         (
             {"model": "swin_t", "model_kwargs": (*SWIN, "num_classes=7"), "img_size": 16},
-            "gives (1, 7) and not 1 x 5 logits",
+            "gives (1, 7) instead of 1 x 5 logits",
         ),
         (
             {"model": "preact_resnet18", "model_kwargs": ("widht=4",)},
@@ -539,9 +540,9 @@ def test_an_initial_checkpoint_of_another_network(trained, tmp_path):
     wide = {"model": "preact_resnet18", "model_kwargs": ("width=8",)}
     line = refused(**wide, **start)
     assert f"--initial-checkpoint {path} belongs to another network" in line
-    assert "conv1.weight is (4, 3, 3, 3) in the file and (8, 3, 3, 3) in the network" in line
+    assert "conv1.weight is (4, 3, 3, 3) in the file, but (8, 3, 3, 3) in the network" in line
     narrow = {"model": "preact_resnet18", "model_kwargs": ("width=4",)}
-    assert "fc.weight is (5, 32) in the file and (7, 32) in the network" in refused(
+    assert "fc.weight is (5, 32) in the file, but (7, 32) in the network" in refused(
         7, **narrow, **start
     )
     line = refused(model="swin_t", **TINY["swin_t"], **start)
@@ -737,7 +738,7 @@ def test_what_is_not_the_papers_is_named(swin, tmp_path):
         read_weights(path, paper=True)
     assert str(caught.value).startswith(f"{path}: conv1.weight is unknown")
     other = normalised(old, "sequential") | {"0.std": torch.tensor((0.5, 0.5, 0.5))}
-    with pytest.raises(UserError, match=r"^0\.std is \[0\.5, 0\.5, 0\.5\] and not ImageNet's"):
+    with pytest.raises(UserError, match=r"^0\.std is \[0\.5, 0\.5, 0\.5\] instead of ImageNet's"):
         convert_paper_weights(other)
     with pytest.raises(UserError, match="the file holds no tensor"):
         convert_paper_weights({"epoch": 3})
@@ -756,7 +757,7 @@ def test_pretrained_without_a_hub_is_one_line_and_soon(monkeypatch, tmp_path):
     start = time.perf_counter()
     line = refused(model="resnet18", pretrained=True)
     assert time.perf_counter() - start < 20
-    assert line.startswith("--pretrained: no weights of resnet18 from the hub (")
+    assert line.startswith("--pretrained: the hub gave no weights of resnet18 (")
     assert line.endswith("fetch them elsewhere and give --initial-checkpoint FILE")
     assert constants.HF_HUB_OFFLINE
 

@@ -522,7 +522,7 @@ def test_every_schedule_is_at_the_attacked_images(kind: str) -> None:
     [
         ({"method": "edge"}, "finite-difference", "only the L1 norm of the loss's gradient"),
         ({"gn_threshold": 0.1}, "central-difference", "only the L1 norm of the loss's gradient"),
-        ({"method": "gradnorm+fgsm"}, "lazy", "this objective takes turns already"),
+        ({"method": "gradnorm+fgsm"}, "lazy", "only some updates of this objective have"),
         ({"method": "trades"}, "subset", "this objective has no penalty"),
         ({"ce_weight": 0.0}, "central-difference", "of at least 1e-7, or finite-difference"),
     ],

@@ -59,7 +59,7 @@ class DaliLoader:
         0.35 ms per image on two cores. A process of its own would take 0.8 ms there.
         """
         if isinstance(split, Arrays):
-            raise UserError("--loader dali decodes files: arrays need --loader device")
+            raise UserError("--loader dali decodes image files: use --loader device for arrays")
         self.feeder = Feeder(
             split,
             Recipe(cfg, img_size, hflip),

@@ -15,8 +15,8 @@ try:
     from nvidia.dali.pipeline import do_not_convert
 except ImportError:
     raise UserError(
-        "--loader dali: NVIDIA DALI is not installed: pip install 'fastgn[dali]', which takes "
-        "nvidia-dali-cuda130 (fastgn[dali-cuda120]: nvidia-dali-cuda120)"
+        "--loader dali: NVIDIA DALI is not installed: run pip install 'fastgn[dali]' for CUDA 13, "
+        "or pip install 'fastgn[dali-cuda120]' for CUDA 12"
     ) from None
 
 

@@ -317,7 +317,7 @@ def test_two_ranks_see_together_what_one_sees(photographs):
 
 
 def test_arrays_are_refused():
-    with pytest.raises(UserError, match="--loader dali decodes files"):
+    with pytest.raises(UserError, match="--loader dali decodes image files"):
         loader_of(load_dataset(DatasetConfig()))
 
 
