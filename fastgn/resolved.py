@@ -167,12 +167,13 @@ def check_device(cfg: StepConfig, device: torch.device) -> None:
     check(reason is None, f"--precision {reason}: use --precision fp32")
     check(
         cfg.cuda_graphs != "on" or device.type == "cuda",
-        f"--cuda-graphs on needs a CUDA device, but this run is on {device.type}: leave it out",
+        f"--cuda-graphs on needs a CUDA device, but this run is on {device.type}: leave "
+        "--cuda-graphs out",
     )
     check(
         is_compiled(cfg, device) or cfg.activation_memory_budget == 1,
         f"--activation-memory-budget {cfg.activation_memory_budget} works only with --compile on, "
-        "but this run does not compile: add --compile on, or leave it out",
+        "but this run does not compile: add --compile on, or leave the budget out",
     )
 
 

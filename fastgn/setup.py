@@ -328,9 +328,7 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
     for line in run.plan.lines() if run.plan is not None else []:
         run.print(line)
     if resolved.compiled:
-        run.print(
-            "the first update compiles the step, which takes up to minutes; later runs reuse it"
-        )
+        run.print("the first update compiles the step, which can take minutes; later runs reuse it")
     warn(run, report)
 
 

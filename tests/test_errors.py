@@ -93,7 +93,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "wrong model argument": (["--model-kwargs", "embed_dimm=8"], "embed_dimm"),
     "kernels of a GPU on a CPU": (
         ["--kernels", "triton", "--device", "cpu"],
-        "--kernels triton needs a CUDA device, but this run is on cpu: leave it out (auto), or",
+        "--kernels triton needs a CUDA device, but this run is on cpu: leave --kernels out, or",
     ),
     "unknown kernels": (["--kernels", "tritan"], "--kernels 'tritan': did you mean 'triton'?"),
     "missing initial checkpoint": (

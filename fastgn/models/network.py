@@ -177,8 +177,8 @@ def choose_kernels(choice: str, device: torch.device) -> str:
     """
     check(
         choice != "triton" or device.type == "cuda",
-        f"--kernels triton needs a CUDA device, but this run is on {device.type}: leave it out "
-        "(auto), or use --kernels reference",
+        f"--kernels triton needs a CUDA device, but this run is on {device.type}: leave "
+        "--kernels out, or use --kernels reference",
     )
     return choice if choice != "auto" else "triton" if device.type == "cuda" else "reference"
 
