@@ -51,10 +51,10 @@ def _process_tile(
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Computes the outputs of one tile, and returns the gradient of u, which gbias is the sum of.
+    """Computes the outputs of one tile. Returns the gradient with respect to u (the forward: u).
 
-    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward. `out` is
-    y, gx or ggy respectively. The forward has no gradient and returns u.
+    The sum of these gradients over the rows is gbias. ORDER is 0 for the forward, 1 for the
+    backward and 2 for the backward of the backward. `out` is y, gx or ggy respectively.
     """
     u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:

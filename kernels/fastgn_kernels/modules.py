@@ -249,8 +249,8 @@ class Swapped(NamedTuple):
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.counts.items())
-        lines = [f"{self.modules} modules, replaced: {kinds or 'none, the network is as it was'}"]
-        for what, reasons in (("left", self.left), ("not reached", self.missed)):
+        lines = [f"{self.modules} modules, replaced: {kinds or 'none, the network is unchanged'}"]
+        for what, reasons in (("not replaced", self.left), ("cannot be replaced", self.missed)):
             for reason, count in Counter(reasons.values()).items():
                 first = next(name for name, r in reasons.items() if r == reason)
                 more = f" and {count - 1} more" if count > 1 else ""

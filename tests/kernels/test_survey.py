@@ -106,13 +106,13 @@ def test_what_no_swap_reaches_is_named(make, reason):
     swapped = swap_modules(nn.ModuleDict({"it": make(), "other": nn.Tanh()}))
     assert swapped.counts == {"tanh": 1} and swapped.left == {}
     assert swapped.missed["it"].startswith(reason)
-    assert f"not reached: it: {reason}" in str(swapped)
+    assert f"cannot be replaced: it: {reason}" in str(swapped)
 
 
 def test_no_more_is_named_than_is_there():
     swapped = swap_modules(nn.Sequential(CallsNothing(), nn.BatchNorm1d(3), nn.GroupNorm(1, 3)))
     assert swapped.missed == {} and swapped.modules == 6
-    assert str(swapped) == "6 modules, replaced: none, the network is as it was"
+    assert str(swapped) == "6 modules, replaced: none, the network is unchanged"
     assert str(swap_modules(nn.Sequential(nn.GELU(), nn.ReLU(), nn.GELU()))) == (
         "4 modules, replaced: 2 gelu, 1 relu"
     )
@@ -131,8 +131,10 @@ def test_the_report_counts_what_repeats():
         model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3)
     lines = str(swap_modules(model)).splitlines()
     assert lines[0] == "32 modules, replaced: 6 layer_norm"
-    assert lines[1] == "not reached: layers.0 and 2 more: it holds relu as a function"
-    assert lines[2].startswith("not reached: layers.0.self_attn and 2 more: its attention is")
+    assert lines[1] == "cannot be replaced: layers.0 and 2 more: it holds relu as a function"
+    assert lines[2].startswith(
+        "cannot be replaced: layers.0.self_attn and 2 more: its attention is"
+    )
     assert "sdpa_kernel(SDPBackend.MATH)" in lines[2] and len(lines) == 3
 
 
