@@ -323,4 +323,4 @@ def test_the_programs_name_the_extra_in_one_line(program: str) -> None:
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]  # torch itself warns where there is no numpy
     assert line.startswith(f"{program}: error: not installed: matplotlib, numpy, ")
-    assert line.endswith("; pip install 'fastgn[train]'")
+    assert line.endswith(": run pip install 'fastgn[train]'")

@@ -403,7 +403,7 @@ def test_what_cannot_be_written_is_said_first(
     )
     (tmp_path / "file").touch()
     assert evaluate.main([*args, flag, str(tmp_path / "file" / "below")]) == 2
-    assert "no folder that can be written to" in capsys.readouterr().err
+    assert "not a folder that can be written to" in capsys.readouterr().err
 
 
 def test_few_classes_have_no_dlr_loss() -> None:

@@ -294,7 +294,7 @@ def test_what_the_user_says_is_in_the_record(swin_run, tmp_path):
     [
         (
             ["--dataset", "imagenet"],
-            "--dataset imagenet has 1000 classes, and swin has 10: leave --dataset out",
+            "--dataset imagenet has 1000 classes, but swin has 10: leave --dataset out",
         ),
         (["--evaluation", "no.json"], "--evaluation no.json cannot be read: No such file"),
         (["--eps", "4"], "--eps 4 is out of range"),

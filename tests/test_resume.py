@@ -329,7 +329,7 @@ def test_another_global_batch_is_refused(
     assert train.main([*wrong, "--batch-size", "24"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Traceback" not in said
-    assert "global batch of 48, this run has 24" in said
+    assert "48 images per update, but this run has 24" in said
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     # the same global batch, cut in another way, is the same run
     assert train.main([*wrong, "--batch-size", "24", "--grad-accum-steps", "2"]) == 0

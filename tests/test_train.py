@@ -492,7 +492,7 @@ def test_what_a_step_cannot_do_is_said_before_it_runs(tmp_path: Path, capfd) -> 
 def test_a_clipped_lazy_run_is_warned(tmp_path: Path, capfd) -> None:
     args = ["--schedule", "lazy", "--clip-grad", "1", "--max-updates", "1", "--eval-images", "0"]
     assert main(tiny_run(tmp_path / "run", *args)) == 0
-    assert "warning: --clip-grad 1 takes from the updates" in capfd.readouterr().err
+    assert "but --clip-grad 1 also limits the gradient" in capfd.readouterr().err
 
 
 def test_a_lazy_run_logs_the_penalty_of_the_updates_that_had_it(tmp_path: Path) -> None:

@@ -190,10 +190,14 @@ REFUSED = [
         "it must be above 0 and at most 1: for no penalty use",
     ),
     ("--gn-norm", "l3", "--gn-norm 'l3': did you mean"),
-    ("--method trades --attack-select", "paper", "with --method trades take best or last"),
+    ("--method trades --attack-select", "paper", "with --method trades use best or last"),
     ("--method trades --schedule", "subset", "but --method trades has no penalty: use exact"),
     ("--method gradnorm+fgsm --schedule", "lazy", "only some updates of gradnorm+fgsm have the"),
-    ("--method edge --schedule", "finite-difference", "the penalty of --method edge is another"),
+    (
+        "--method edge --schedule",
+        "finite-difference",
+        "--method edge has another penalty: use exact",
+    ),
     ("--gn-attacked --method", "edge", "--gn-attacked is an option of --method gradnorm: leave it"),
     (
         "--gn-attacked --gn-start",

@@ -339,7 +339,7 @@ def test_what_was_left_out_is_said(tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         f"left out below {tmp_path}/train: 2 hidden, 2 with the ending .txt, 2 linked folders that "
-        "are there already, 1 " in out
+        "were read already, 1 " in out
     )
     assert "1 outside the folders of classes" in out and "1 that are no regular files" in out
     assert train.main(run_args(tmp_path, tmp_path / "run")) == 0

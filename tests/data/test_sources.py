@@ -374,7 +374,7 @@ def test_a_flipped_byte_is_found_when_its_image_is_read(shards):
     shard = shards / "train" / "shard-000000.tar"
     shard.write_bytes(flipped(shard.read_bytes(), int(split.offset_N[2]) + 300))
     fresh = dataset_at(shards).train
-    with pytest.raises(BadImageError, match=r"00000002_pic_2 cannot be .* checksum is not the ind"):
+    with pytest.raises(BadImageError, match=r"00000002_pic_2 cannot be .* checksum is not the "):
         fresh.read(2)
     assert fresh.read(1) == split.read(1)
 
@@ -741,7 +741,7 @@ def test_check_of_sound_data_and_of_shards(source, packed, shards, capsys):
 def test_classes_must_be_the_known_ones_in_order(source):
     classes = dataset_at(source).classes
     check_classes(CLASSES, classes, "the model")
-    with pytest.raises(UserError, match=r"the model knows 2 classes \(ant, bee, ...\), the data h"):
+    with pytest.raises(UserError, match=r"the model knows 2 classes \(ant, bee, ...\), but the "):
         check_classes(CLASSES[:2], classes, "the model")
     with pytest.raises(
         UserError, match="the model knows class 1 of 3 as cat, but in the data it is bee"

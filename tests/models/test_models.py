@@ -758,7 +758,7 @@ def test_pretrained_without_a_hub_is_one_line_and_soon(monkeypatch, tmp_path):
     line = refused(model="resnet18", pretrained=True)
     assert time.perf_counter() - start < 20
     assert line.startswith("--pretrained: the hub gave no weights of resnet18 (")
-    assert line.endswith("fetch them elsewhere and give --initial-checkpoint FILE")
+    assert line.endswith("get them from elsewhere and add --initial-checkpoint FILE")
     assert constants.HF_HUB_OFFLINE
 
 
