@@ -63,7 +63,8 @@ class Diagnosis:
     def watch_nodes(self, nodes: list[Any], inputs: set[Any], where: str | None = None) -> None:
         """Adds a hook to each autograd node on the way from `nodes` back to `inputs`.
 
-        A node that has a hook keeps it, because it belongs to a layer inside this one.
+        If a node has a hook already, it keeps that hook, because the node belongs to a layer inside
+        this one.
         where: text that names the layer of the nodes. None means the loss itself.
         """
         seen = set(inputs)

@@ -146,7 +146,7 @@ def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
 
 
 def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
-    """Returns the sum for each sample of abs(g) for L1 or g^2 for L2.
+    """Returns, for each sample, the sum of abs(g) for L1 or of g^2 for L2.
 
     If ggg is given, it returns the sum of ggg times the direction of g. ord: 1 or 2 for L1 or L2.
     """

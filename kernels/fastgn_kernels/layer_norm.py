@@ -40,7 +40,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the normalised output in `dtype`, and the sum x + residual.
 
-    If there is no residual, both are the same tensor.
+    If there is no residual, the output takes the place of the sum.
     """
     y, total = _allocate_forward(x, residual, dtype)
     if not _kernel_runs(x):
@@ -166,7 +166,7 @@ def _allocate_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns tensors for the normalised output y and the sum x + residual.
 
-    Without a residual, both are the same tensor.
+    Without a residual, y takes the place of the sum.
     """
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     return y, torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else y

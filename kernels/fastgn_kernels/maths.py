@@ -96,9 +96,9 @@ def gelu_2(u, p):
     return exp(-0.5 * u * u) * INV_SQRT_2_PI * (2.0 - u * u)
 
 
-# logistic(2 z) is 0.5 (1 + tanh(z)), but keeps its digits where tanh is close to -1. logistic(-2 z)
-# is 1 - logistic(2 z), but keeps its digits where logistic(2 z) is close to 1. With 1 - tanh(z)^2,
-# the second derivative in float32 had 8 times the error of PyTorch.
+# logistic(2 z) equals 0.5 (1 + tanh(z)), but is exact where tanh(z) is close to -1. logistic(-2 z)
+# equals 1 - logistic(2 z), but is exact where logistic(2 z) is close to 1. With 1 - tanh(z)^2, the
+# second derivative in float32 had 8 times the error of PyTorch.
 @triton.jit
 def gelu_tanh(u, p):
     return u * logistic((u + u * u * u * TANH_CUBIC) * (SQRT_2_OVER_PI * 2.0))

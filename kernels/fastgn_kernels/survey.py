@@ -129,7 +129,7 @@ def _called(cls: type) -> tuple[Any, ...]:
 
 
 def _referred(function: types.FunctionType) -> Iterator[Any]:
-    """Yields the functions that a function's code refers to, by global names such as F.gelu."""
+    """Yields the functions that the code of `function` refers to by global names such as F.gelu."""
     value: Any = None
     for step in dis.get_instructions(function):
         if step.opname == "LOAD_GLOBAL":
