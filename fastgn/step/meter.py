@@ -87,7 +87,7 @@ class Meter(TorchDispatchMode):
         if key not in self._sizes:  # an operator may return the same storage twice
             self._sizes[key] = size
             self.live_bytes += size
-            # the Python object lives as long as anything holds the storage, C++ included
+            # its Python object lives until nothing holds the storage any more, in C++ either
             weakref.finalize(storage, self._release, key).atexit = False
 
     def _release(self, key: int) -> None:

@@ -242,7 +242,7 @@ def _differentiate(
     if go is None:
         return extra, None, None, None
     if not torch.is_grad_enabled():
-        stand_in = None  # nothing differentiates this backward pass
+        stand_in = None  # not needed, because nothing differentiates this backward pass
     gqkv, gbias = _window_attention_bwd(
         go, qkv, stand_in, extra, bias, mask, options[-1], wanted[1]
     )

@@ -169,7 +169,7 @@ def _window_attention_bwd_kernel(
 ):  # fmt: skip
     """Computes gqkv, the gradient of queries, keys and values.
 
-    BIAS_GRAD adds partial sums of the bias gradient. HAS_EXTRA adds another tensor to gqkv.
+    With BIAS_GRAD it also computes partial sums of gbias. With HAS_EXTRA it adds `extra` to gqkv.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
