@@ -38,6 +38,16 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_name(name: str, valid: Iterable[str], message: str) -> None:
+    """Raises UserError unless a name is valid.
+
+    message: how the error begins. Suggestions follow it, which take too long to look for if the
+    name is valid.
+    """
+    if name not in valid:
+        raise UserError(f"{message}: {nearest(name, valid)}")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns a question that suggests similar names, or a list of the valid names if none is
     similar.

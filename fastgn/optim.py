@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastgn.config import Config, OptimizerConfig
-from fastgn.errors import UserError, check, nearest
+from fastgn.errors import UserError, check, check_name
 
 
 def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
@@ -31,7 +31,7 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
     fit.
     """
     names = [str(name) for name in list_optimizers()]
-    check(cfg.opt in names, f"--opt {cfg.opt!r}: {nearest(cfg.opt.lower(), names)}")
+    check_name(cfg.opt, names, f"--opt {cfg.opt!r}")
     info = get_optimizer_info(cfg.opt)
     for name, given, known in (
         ("--opt-eps", cfg.opt_eps, info.has_eps),

@@ -128,7 +128,8 @@ def split_assignment(flag: str, text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     name = name.replace("-", "_")
     check(bool(equals and value), f"{flag} {text!r} should be FIELD=...")
-    check(name in FIELDS, f"{flag} {text}: unknown field {name!r}, {nearest(name, FIELDS)}")
+    if name not in FIELDS:
+        raise UserError(f"{flag} {text}: unknown field {name!r}, {nearest(name, FIELDS)}")
     check(
         flag != "--space" or name not in NOT_SWEPT,
         f"{flag} {text}: {name} is not a field that can be tuned",

@@ -51,7 +51,7 @@ from benchmarks.evidence.trials import Trial
 from fastgn.config import Config, load_recipe
 from fastgn.data.datasets import load_dataset
 from fastgn.distributed import session
-from fastgn.errors import check, nearest
+from fastgn.errors import check_name
 from fastgn.files import write_bytes
 from fastgn.objectives import build_objective
 from fastgn.resolved import schedule_of
@@ -453,7 +453,7 @@ def choose_arms(names: Sequence[str] | None, setting: Setting) -> tuple[str, ...
     Raises UserError if a name is unknown.
     """
     for name in names or ():
-        check(name in ARMS, f"--methods {name!r}: {nearest(name, ARMS)}")
+        check_name(name, ARMS, f"--methods {name!r}")
     return tuple(dict.fromkeys(names or setting.arms))
 
 

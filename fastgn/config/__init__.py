@@ -28,7 +28,7 @@ from fastgn.config.groups import (
     StepConfig,
     brief_epochs,
 )
-from fastgn.errors import UserError, check, first_line, nearest, parse_number
+from fastgn.errors import UserError, check, check_name, first_line, nearest, parse_number
 from fastgn.files import read_text
 from fastgn.objectives.options import ObjectiveConfig, find_schedule_conflict
 
@@ -94,7 +94,7 @@ class Config:
         fitting = {}
         for key, value in values.items():
             name = key.replace("-", "_")
-            check(name in FIELDS, f"unknown key {key!r}: {nearest(name, FIELDS)}")
+            check_name(name, FIELDS, f"unknown key {key!r}")
             fitting[name] = coerce(name, value)
         return replace_keys(self, fitting)
 
@@ -182,7 +182,8 @@ def coerce(name: str, value: Any) -> Any:
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
-        check(value in choices, f"{name} = {value!r}: {nearest(str(value), choices)}")
+        if value not in choices:
+            raise UserError(f"{name} = {value!r}: {nearest(str(value), choices)}")
         return value
     if origin is tuple:
         items, want = value, typing.get_args(kind)
@@ -226,7 +227,7 @@ def load_recipe(name_or_file: str) -> Config:
     """
     if not name_or_file.endswith(".toml"):
         names = recipe_names()
-        check(name_or_file in names, f"--recipe {name_or_file!r}: {nearest(name_or_file, names)}")
+        check_name(name_or_file, names, f"--recipe {name_or_file!r}")
     try:
         return Config().replace(**recipe_values(name_or_file))
     except UserError as error:

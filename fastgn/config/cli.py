@@ -26,7 +26,7 @@ from fastgn.config.programs import (
     PackConfig,
     SweepConfig,
 )
-from fastgn.errors import UserError, check, nearest, parse_number, print_error
+from fastgn.errors import UserError, check, check_name, nearest, parse_number, print_error
 from fastgn.fields import check_path, find_lists, format_flag, format_number
 
 PROGRAMS: dict[str, type] = {
@@ -202,7 +202,7 @@ def print_names(args: Sequence[str]) -> typing.NoReturn:
 
     kinds = ", ".join(KINDS)
     check(len(args) in (1, 2), f"--list takes one of {kinds}, and a pattern such as '*swin*'")
-    check(args[0] in KINDS, f"--list {args[0]!r}: {nearest(args[0], KINDS)}")
+    check_name(args[0], KINDS, f"--list {args[0]!r}")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print(format_listing(*args))
     sys.exit(0)

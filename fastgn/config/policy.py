@@ -7,7 +7,7 @@ example, it reads rand-zzz as rand, and replaces the magnitude of rand-mnan by a
 
 import re
 
-from fastgn.errors import UserError, check, nearest
+from fastgn.errors import UserError, check, check_name
 from fastgn.fields import Range
 
 AUTOAUGMENT = ("original", "originalr", "v0", "v0r", "3a")
@@ -42,7 +42,7 @@ def check_policy(policy: str) -> None:
     """Raises UserError unless timm understands every section of an auto-augmentation policy."""
     name, *sections = policy.split("-")
     kinds = {"rand": "rand", "augmix": "augmix"} | dict.fromkeys(AUTOAUGMENT, "autoaugment")
-    check(name in kinds, f"--aa {policy}: {nearest(name, kinds)}")
+    check_name(name, kinds, f"--aa {policy}")
     known = SECTIONS[kinds[name]]
     seen = set()
     for section in sections:

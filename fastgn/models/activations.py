@@ -5,7 +5,7 @@ import math
 from timm.layers import get_act_layer
 from torch import nn
 
-from fastgn.errors import check, nearest, parse_number
+from fastgn.errors import check, check_name, parse_number
 
 PIECEWISE_LINEAR = (
     nn.ReLU,
@@ -42,7 +42,7 @@ def get_activation_layer(name: str) -> type[nn.Module]:
 
     name: one of ACTIVATIONS, without a number.
     """
-    check(name in ACTIVATIONS, f"--activation {name!r} is unknown: {nearest(name, ACTIVATIONS)}")
+    check_name(name, ACTIVATIONS, f"--activation {name!r} is unknown")
     layer = nn.Softplus if name == "softplus" else get_act_layer(name)
     assert layer is not None
     return layer

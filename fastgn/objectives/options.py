@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from fastgn.errors import check, nearest
+from fastgn.errors import check, check_name
 from fastgn.fields import EPOCHS, IMAGES, PIXELS, PROBABILITY, WEIGHT, Options, Range, format_number
 
 
@@ -251,7 +251,7 @@ class ObjectiveConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.method in METHODS, f"--method {self.method!r}: {nearest(self.method, METHODS)}")
+        check_name(self.method, METHODS, f"--method {self.method!r}")
         check(
             not self.gradnorm.gn_attacked or self.method == "gradnorm",
             f"--gn-attacked is an option of --method gradnorm: leave it out with {self.method}",
