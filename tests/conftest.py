@@ -5,7 +5,10 @@ import os
 # threads that spin against the machine's other work made a tiny step 15 times slower than one alone
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +32,32 @@ def is_interpreted(item: pytest.Item) -> bool:
         all(parameters[name] in values for name, values in mark.kwargs.items())
         for mark in item.iter_markers("interpreter")
     )
+
+
+DRAWN: list[bytes] = []
+"""The picture of the first run of this process, or nothing."""
+
+
+@pytest.fixture(autouse=True)
+def curves_drawn_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gives all runs of a process the same curves.png, because drawing it takes half of a tiny run.
+
+    A test with the mark `curves` draws its own.
+    """
+    finish = sys.modules.get("fastgn.finish")
+    if finish is None or request.node.get_closest_marker("curves"):
+        yield
+        return
+    draw = finish.draw_curves
+
+    def draw_once(*args: Any, **options: Any) -> bytes:
+        if not DRAWN:
+            DRAWN.append(draw(*args, **options))
+        return DRAWN[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finish, "draw_curves", draw_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -343,6 +343,7 @@ def finished(folder: Path, capsys: pytest.CaptureFixture, *more: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.curves
 def test_a_dollar_in_a_runs_name_is_no_formula(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -350,6 +351,7 @@ def test_a_dollar_in_a_runs_name_is_no_formula(
     assert line.endswith(": model.safetensors, config.json, summary.json, curves.png, metrics.csv")
 
 
+@pytest.mark.curves
 def test_a_finished_run_names_only_files_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

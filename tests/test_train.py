@@ -120,6 +120,7 @@ def test_digits_train_with_each_method(flags: str, penalised: bool, tmp_path: Pa
     assert losses[0] == losses[1] != losses[2]
 
 
+@pytest.mark.curves
 def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "run"
     assert main(tiny_run(folder, "--max-updates", "4", "--log-interval", "2")) == 0
