@@ -1,52 +1,40 @@
 """Files of strangers: they are read, and nothing else. Every hostile file is made here."""
 
 import ast
-import io
 import json
 import math
 import os
-import pickle
 import random
-import re
 import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import ROOT
+from support.models import TINY_KWARGS
 from support.runs import tiny_run
-from support.states import differences, read_state, small_state, small_values
-from timm.models import list_models
-from torch import Tensor, nn
+from support.states import differences, read_state, small_state
 
 from fastgn import evaluate, export, files, sweep, train
-from fastgn.checkpoint import (
-    FORMAT,
-    Checkpoints,
-    find_checkpoint,
-)
+from fastgn.checkpoint import Checkpoints, find_checkpoint
 from fastgn.config import Config
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.config.programs import EvaluateConfig
 from fastgn.data import check
 from fastgn.errors import UserError
-from fastgn.models import create
-from fastgn.models.network import Classifier, build_model
-from fastgn.models.weights import load_weights, read_weights
-from fastgn.state import ExportHeader, TrainState, keys_of
-from fastgn.trained import Trained, load_bare_weights, load_trained, read_saved
+from fastgn.models.network import build_model
+from fastgn.models.weights import read_weights
+from fastgn.state import TrainState
+from fastgn.trained import Trained, read_saved
 
 PACKAGE = Path(files.__file__).parent
-CHECKPOINT = keys_of(TrainState)
-
 # ------------------------------------------------------------------------ one reader a kind of file
+
 
 READERS: dict[str, set[str]] = {
     "torch.load": {"files.py"},
@@ -127,6 +115,7 @@ def test_a_reader_elsewhere_is_found(name):
 
 # -------------------------------------------------------------------------------- code from strings
 
+
 HOSTILE = [
     'x"""\nopen("PWNED","w")\n"""',
     "x'''\nopen('PWNED','w')\n'''",
@@ -148,7 +137,6 @@ HOSTILE = [
 ]
 IN_FILES = [text for text in HOSTILE if "\ud800" not in text]
 """JSON and TOML hold no lone surrogates."""
-TINY_KWARGS = ("patch_size=4", "embed_dim=8", "depths=(1, 1)", "num_heads=(1, 2)", "window_size=2")
 
 
 @pytest.fixture(scope="module")
@@ -274,61 +262,6 @@ def test_a_definition_runs_in_a_process_of_its_own(trained, tmp_path, monkeypatc
     monkeypatch.setattr(export, "REBUILD_LIMIT_S", 0.5)
     with pytest.raises(UserError, match="no logits within 0.5 s"):
         export.check_same("import time\ntime.sleep(60)\n", b"", trained)
-
-
-# ----------------------------------------------------------------------- arguments of a constructor
-
-NO_CONSTRUCTORS = (
-    *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
-    *("pretrained_strict", "pretrained_filter_fn", "pretrained_model_args", "model_cfg", "pruned"),
-    *("features_only", "feature_cls", "out_indices", "feature_cfg", "kwargs_filter", "variant"),
-    *(
-        "scriptable",
-        "exportable",
-        "no_jit",
-        "jit",
-        "device",
-        "dtype",
-        "model_name",
-        "kwargs",
-        "self",
-    ),
-)
-
-
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, proof: Path):
-        self.proof = proof
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.proof),)
-
-
-@pytest.mark.parametrize("model", ["resnet10t", "swin_t", "preact_resnet18", "test_byobnet"])
-@pytest.mark.parametrize("key", NO_CONSTRUCTORS)
-def test_arguments_that_are_not_the_constructors_are_refused(key, model, tmp_path):
-    bomb, proof = tmp_path / "bomb.pt", tmp_path / "proof"
-    torch.save({"state_dict": Bomb(proof)}, bomb)
-    cfg = ArchitectureConfig(model=model, model_kwargs=(f"{key}={bomb}",))
-    with pytest.raises(UserError, match=f"--model-kwargs {key}: the constructor of .* takes no"):
-        build_model(cfg, 10)
-    assert not proof.exists()
-
-
-def test_no_network_of_timms_takes_a_file():
-    for name in list_models():
-        arguments = create.list_constructor_arguments(name)
-        assert not arguments & set(NO_CONSTRUCTORS), name
-        assert not [a for a in arguments if re.search("pretrained(?!_window)|checkpoint_|url", a)]
-
-
-@pytest.mark.parametrize("value", ["1e999", "-1e999", "2**99", "9" * 40, "{1, 2}", "b'x'", "..."])
-def test_values_are_plain(value):
-    cfg = ArchitectureConfig(model="resnet10t", model_kwargs=(f"stem_width={value}",))
-    with pytest.raises(UserError):
-        build_model(cfg, 10)
 
 
 def test_the_lowest_timm_reads_weights_alone():
@@ -549,142 +482,6 @@ def test_the_digest_covers_the_header(key, run, tmp_path):
         read_saved(path)
 
 
-# ------------------------------------------------------------ what checkpoints and exports may hold
-
-
-def save_state(path: Path, state: dict[str, Any]) -> Path:
-    torch.save({"format": FORMAT, **state}, path)
-    return path
-
-
-def refused_state(path: Path) -> str:
-    with pytest.raises(UserError) as refusal:
-        read_state(path)
-    line = str(refusal.value)
-    assert line.startswith(f"{path}") and line.isprintable(), line
-    return line
-
-
-@pytest.mark.parametrize("key", sorted(CHECKPOINT))
-def test_a_missing_key_is_named(key, tmp_path):
-    state = small_values(1)
-    del state[key]
-    path = save_state(tmp_path / "update_00000001.pt", state)
-    if key in ("epoch", "bad_images", "data", "ranks"):  # older versions did not write them
-        assert not read_state(path)[key]
-    else:
-        assert refused_state(path) == f"{path} is damaged: it lacks '{key}'"
-
-
-WRONG: dict[str, Any] = {
-    "None": None,
-    "text": "x",
-    "number": 1.5,
-    "negative": -1,
-    "true": True,
-    "enormous": 2**200,
-    "NaN": float("nan"),
-    "inf": float("inf"),
-    "empty list": [],
-    "empty dict": {},
-    "list": [1, None],
-    "dict": {"a": {"b": object}},
-    "tensor": torch.tensor(1),
-    "list of lists": [["a"], ["b"]],
-    "doubled": ["a", "a"],
-    "unnamed": {1: 2},
-    "sparse": {"weight": torch.eye(2).to_sparse()},
-    "meta": {"weight": torch.empty(2, device="meta")},
-    "quantized": {"weight": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8)},
-    "nested": {"weight": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
-    "expanded": {"weight": torch.ones(1).expand(10**12)},
-    "complex": {"weight": 1j},
-    "set": {"weight": {1}},
-    "bytes": b"x",
-    "NaN inside": {"weight": float("nan")},
-}
-FINE = {
-    ("epoch", "number"),
-    ("epoch", "negative"),
-    ("epoch", "None"),
-    ("best", "number"),
-    ("best", "negative"),
-    ("accuracy", "empty dict"),
-    ("bad_images", "empty list"),
-    ("bad_images", "doubled"),
-    ("ema", "None"),
-    ("data", "empty dict"),
-}
-"""What is not wrong after all."""
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("key", sorted(CHECKPOINT))
-def test_a_key_of_another_kind_is_named(key, tmp_path):
-    path = tmp_path / "update_00000001.pt"
-    for kind, value in WRONG.items():
-        if (key, kind) in FINE:
-            continue
-        try:
-            save_state(path, small_values(1, **{key: value}))
-        except (pickle.PicklingError, AttributeError):
-            continue
-        line = refused_state(path)
-        assert key in line or "weight" in line or "more than tensors" in line, (kind, line)
-
-
-def test_a_newer_version_is_named(tmp_path):
-    path = save_state(tmp_path / "update_00000001.pt", small_values(1) | {"format": FORMAT + 1})
-    later = f"has format {FORMAT + 1}, but this version of fastgn reads {FORMAT}: update fastgn"
-    assert refused_state(path) == f"{path} {later}: update fastgn"
-    save_state(path, small_values(1, later=1))
-    assert "holds 'later', which this version of fastgn does not know: a newer" in refused_state(
-        path
-    )
-    with pytest.raises(TypeError, match="later"):  # a key that TrainState does not declare
-        small_state(1, later=1)
-
-
-def test_a_state_that_holds_itself_is_refused(tmp_path):
-    loop: list[Any] = []
-    loop.append(loop)
-    path = save_state(tmp_path / "update_00000001.pt", small_values(1, bad_images=loop))
-    assert "contains itself" in refused_state(path)
-    deep: Any = []
-    for _ in range(300):
-        deep = [deep]
-    save_state(path, small_values(1, bad_images=deep))
-    assert "nested too deeply" in refused_state(path)
-
-
-values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=5)
-    | st.builds(torch.ones, st.integers(0, 3)),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-@given(key=st.sampled_from(sorted(CHECKPOINT)), value=values)
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_any_value_of_any_key_is_read_or_refused_in_one_line(key, value, tmp_path):
-    path = save_state(tmp_path / "update_00000001.pt", small_values(1) | {key: value})
-    try:
-        state = read_state(path)
-    except UserError as error:
-        assert str(error).startswith(str(path)) and str(error).isprintable()
-    else:
-        assert CHECKPOINT[key].fits(state[key])
-
-
 def damaged(run: Path, folder: Path, change: Any) -> Path:
     """A copy of a run's last checkpoint, changed, in a run's folder of its own."""
     state = read_state(find_checkpoint(run))
@@ -748,198 +545,6 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_written(change, run, t
     assert "checkpoint" in one_line(capsys, "fastgn.train")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert path.exists()
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        ("no JSON", "is not JSON"),
-        ("[]", "holds a list, not named values"),
-        ("{}", "lacks 'config'"),
-        ('{"config": 1, "classes": ["a", "b"]}', "'config' should be a recipe's text"),
-        ('{"config": "", "classes": "ab"}', "'classes' should be a list of different texts"),
-        ('{"config": "", "classes": ["a", "a"]}', "'classes' should be a list of different texts"),
-        ('{"config": "", "classes": ["a", "b"], "update": NaN}', "NaN is not a finite number"),
-        ('{"config": "", "classes": ["a", "b"], "update": -1}', "'update' should be a whole"),
-        ('{"config": "", "classes": ["a", "b"], "x": 1}', "holds 'x', which this version"),
-        ('{"config": "x = ", "classes": ["a", "b"]}', "the config in it: it is not TOML"),
-        ("[" * 100_000, "is not JSON"),
-    ],
-)
-def test_a_header_that_is_none_is_named(header, expected, tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"weight": torch.ones(1)}, path, metadata={"fastgn": header})
-    with pytest.raises(UserError) as refusal:
-        read_saved(path)
-    assert expected in str(refusal.value) and str(path) in str(refusal.value)
-    assert str(refusal.value).isprintable()
-
-
-def test_what_cannot_be_read_is_named(tmp_path):
-    for name in ("a.pt", "a.safetensors", "a.json"):
-        path = tmp_path / name
-        read = {".pt": read_weights, ".safetensors": read_weights, ".json": files.read_json}[
-            path.suffix
-        ]
-        with pytest.raises(UserError, match=f"^{path} cannot be read: No such file"):
-            read(path)
-        os.mkfifo(path)  # would be waited for
-        with pytest.raises(UserError, match=f"^{path} cannot be read: it is not a file"):
-            read(path)
-
-
-def test_a_class_behind_numpys_names_is_not_run(tmp_path):
-    """NumPy's numbers beside tensors are passed over, and none of its functions is called."""
-    content = {"state_dict": {"a": torch.ones(2)}, "loss": np.float64(0.5), "seen": np.arange(3)}
-    torch.save(content, tmp_path / "with_numpy.pt")
-    assert differences(read_weights(tmp_path / "with_numpy.pt"), {"a": torch.ones(2)}) == []
-    with pytest.raises(UserError, match="holds more than tensors"):
-        save_state(tmp_path / "update_00000001.pt", small_values(1, best=np.float64(0.5)))
-        read_state(tmp_path / "update_00000001.pt")
-    stream = io.BytesIO()
-    torch.save({"a": torch.ones(1), "d": np.dtype([("x", "O")])}, stream)
-    (tmp_path / "dtype.pt").write_bytes(stream.getvalue())
-    assert list(read_weights(tmp_path / "dtype.pt")) == ["a"]
-
-
-# ----------------------------------------------------------------------------- weights of elsewhere
-
-
-@pytest.fixture(scope="module")
-def swin() -> Classifier:
-    torch.manual_seed(1)
-    return build_model(
-        ArchitectureConfig(model="swin_t", model_kwargs=TINY_KWARGS, img_size=16), 5
-    )[0]
-
-
-NESTS = [
-    (),
-    ("net",),
-    ("model_state_dict",),
-    ("state_dict",),
-    ("model",),
-    ("model_ema",),
-    ("module",),
-    ("network",),
-    ("model", "state_dict"),
-    ("ema", "module"),
-]
-
-
-@pytest.mark.parametrize(
-    "prefix",
-    ["", "_orig_mod.", "model.", "1.", "module.", "backbone.", "module._orig_mod.1.model.", "a.b."],
-)
-@pytest.mark.parametrize("nest", NESTS, ids="/".join)
-def test_prefixes_and_nests_are_seen_through(nest, prefix, swin, tmp_path):
-    weights = swin.backbone.state_dict()
-    content: Any = {f"{prefix}{k}": v for k, v in weights.items()}
-    for key in reversed(nest):
-        content = {key: content, "epoch": 3, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}
-    torch.save(content, tmp_path / "weights.pt")
-    torch.manual_seed(2)
-    start = ArchitectureConfig(
-        model="swin_t",
-        model_kwargs=TINY_KWARGS,
-        img_size=16,
-        initial_checkpoint=str(tmp_path / "weights.pt"),
-    )
-    model, _ = build_model(start, 5)
-    assert differences(model.backbone.state_dict(), weights) == []
-
-
-def test_another_normalisation_is_refused_and_its_own_taken(swin):
-    weights = {f"1.{k}": v for k, v in swin.backbone.state_dict().items()}
-    mean = torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)
-    load_weights(swin, weights | {"0.mean": mean}, "FILE")
-    with pytest.raises(UserError) as refusal:
-        load_weights(swin, weights | {"normalize.mean": 0 * mean + 0.5}, "FILE")
-    assert "normalize.mean is [0.5, 0.5, 0.5]" in str(refusal.value)
-    assert str(refusal.value).endswith("add --mean 0.5 0.5 0.5")
-
-
-def test_a_mismatch_shows_a_key_of_each(swin):
-    weights = {f"blocks.{k}": v for k, v in swin.backbone.state_dict().items()} | {
-        "x": torch.ones(1)
-    }
-    with pytest.raises(UserError) as refusal:
-        load_weights(swin, weights, "FILE")
-    assert re.search(
-        r"\d+ keys are missing, \d+ unknown: the file has blocks\.\S+ where the network has \S+$",
-        str(refusal.value),
-    )
-
-
-def test_another_head_and_size_are_adapted_on_request(swin, tmp_path, capsys):
-    save_file(swin.backbone.state_dict(), tmp_path / "weights.safetensors")
-    kwargs = (*TINY_KWARGS[:-1], "window_size=4")
-    start = ArchitectureConfig(
-        model="swin_t",
-        model_kwargs=kwargs,
-        img_size=32,
-        initial_checkpoint=str(tmp_path / "weights.safetensors"),
-    )
-    with pytest.raises(UserError, match="--adapt-weights"):
-        build_model(start, 3)
-    torch.manual_seed(5)
-    model, report = build_model(ArchitectureConfig(**{**start.__dict__, "adapt_weights": True}), 3)
-    (line,) = [x for x in report.format_lines(start) if x.startswith("initial weights: ")]
-    assert "head.fc.weight, head.fc.bias are initialised at random" in line
-    assert "2 tables resized" in line
-    mine, theirs = model.backbone.state_dict(), swin.backbone.state_dict()
-    assert torch.equal(mine["patch_embed.proj.weight"], theirs["patch_embed.proj.weight"])
-    assert mine["head.fc.weight"].shape == (3, 16)
-
-
-def test_an_evaluation_needs_the_head_itself(swin, tmp_path):
-    save_file(swin.backbone.state_dict(), tmp_path / "weights.safetensors")
-    cfg = EvaluateConfig(
-        checkpoint=(str(tmp_path / "weights.safetensors"),),
-        model="swin_t",
-        model_kwargs=TINY_KWARGS,
-        img_size=16,
-        adapt_weights=True,
-        data="digits",
-    )
-    with pytest.raises(UserError, match="another number of classes than the data"):
-        load_bare_weights(cfg.checkpoint[0], cfg, tuple("0123456789"), torch.device("cpu"))
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Linear(3, 3)
-        self.b = self.a
-
-
-def test_shared_weights_are_written_and_read(tmp_path):
-    weights: dict[str, Tensor] = Tied().state_dict()
-    whole = torch.arange(8.0)
-    weights |= {"first": whole[:4], "second": whole[4:], "turned": whole.view(2, 4).T}
-    path = tmp_path / "model.safetensors"
-    files.write_safetensors(path, weights, {})
-    read = read_weights(path)
-    assert read.keys() == weights.keys()
-    assert all(torch.equal(read[k], weights[k]) for k in weights)
-
-
-def test_a_network_with_shared_weights_ends_its_run(tmp_path):
-    """coat_lite_tiny has them, from training to the export and back."""
-    torch.manual_seed(0)
-    cfg = ArchitectureConfig(model="coat_lite_tiny", img_size=32)
-    model, _ = build_model(cfg, 10)
-    weights = model.backbone.state_dict()
-    assert len({v.data_ptr() for v in weights.values()}) < len(weights)
-    path = tmp_path / "model.safetensors"
-    config = Config(architecture=cfg)
-    metadata = {"config": config.to_toml(), "classes": list("0123456789")}
-    assert metadata.keys() <= keys_of(ExportHeader).keys()
-    files.write_safetensors(path, weights, metadata)
-    again = load_trained(str(path), torch.device("cpu"))
-    images = torch.rand(1, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(again.model(images), model.eval()(images))
 
 
 def test_an_unfinished_run_says_its_update(run, tmp_path, capsys, monkeypatch):

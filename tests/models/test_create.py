@@ -1,14 +1,17 @@
 """Names of networks, what can be built, and what is refused."""
 
 import functools
+import os
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from support.models import TINY, refused, tiny
+from timm.models import list_models
 from torch import Tensor, nn
 
 from fastgn.config.groups import ArchitectureConfig
@@ -154,3 +157,56 @@ def test_pretrained_without_a_hub_is_one_line_and_soon(monkeypatch, tmp_path):
     assert line.startswith("--pretrained: the hub gave no weights of resnet18 (")
     assert line.endswith("get them from elsewhere and add --initial-checkpoint FILE")
     assert constants.HF_HUB_OFFLINE
+
+
+NO_CONSTRUCTORS = (
+    *("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"),
+    *("pretrained_strict", "pretrained_filter_fn", "pretrained_model_args", "model_cfg", "pruned"),
+    *("features_only", "feature_cls", "out_indices", "feature_cfg", "kwargs_filter", "variant"),
+    *(
+        "scriptable",
+        "exportable",
+        "no_jit",
+        "jit",
+        "device",
+        "dtype",
+        "model_name",
+        "kwargs",
+        "self",
+    ),
+)
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize("model", ["resnet10t", "swin_t", "preact_resnet18", "test_byobnet"])
+@pytest.mark.parametrize("key", NO_CONSTRUCTORS)
+def test_arguments_that_are_not_the_constructors_are_refused(key, model, tmp_path):
+    bomb, proof = tmp_path / "bomb.pt", tmp_path / "proof"
+    torch.save({"state_dict": Bomb(proof)}, bomb)
+    cfg = ArchitectureConfig(model=model, model_kwargs=(f"{key}={bomb}",))
+    with pytest.raises(UserError, match=f"--model-kwargs {key}: the constructor of .* takes no"):
+        build_model(cfg, 10)
+    assert not proof.exists()
+
+
+def test_no_network_of_timms_takes_a_file():
+    for name in list_models():
+        arguments = create.list_constructor_arguments(name)
+        assert not arguments & set(NO_CONSTRUCTORS), name
+        assert not [a for a in arguments if re.search("pretrained(?!_window)|checkpoint_|url", a)]
+
+
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "2**99", "9" * 40, "{1, 2}", "b'x'", "..."])
+def test_values_are_plain(value):
+    cfg = ArchitectureConfig(model="resnet10t", model_kwargs=(f"stem_width={value}",))
+    with pytest.raises(UserError):
+        build_model(cfg, 10)

@@ -37,3 +37,6 @@ def refused(classes: int = 5, **keys: Any) -> str:
         build_model(ArchitectureConfig(**keys), classes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+TINY_KWARGS = ("patch_size=4", "embed_dim=8", "depths=(1, 1)", "num_heads=(1, 2)", "window_size=2")

@@ -7,7 +7,7 @@ import torch
 
 from fastgn.checkpoint import FORMAT, find_checkpoint, load_checkpoint
 from fastgn.config import Config
-from fastgn.state import TrainState
+from fastgn.state import TrainState, keys_of
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -79,3 +79,6 @@ def trained_state(folder: Path) -> dict[str, Any]:
     """What has to be the same to the last bit, however the run got there."""
     state = last_state(folder)
     return {k: state[k] for k in ("update", "model", "ema", "optimizer")}
+
+
+CHECKPOINT = keys_of(TrainState)
