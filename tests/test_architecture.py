@@ -209,6 +209,7 @@ def test_public_functions_and_classes_have_docstrings(path: Path) -> None:
 
 
 LONGEST_FILE = 450
+LONGEST_TEST_FILE = 650
 LONGEST_FUNCTION = 80
 
 
@@ -227,6 +228,11 @@ def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Returns all functions and methods of a module, nested ones included."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def test_files_of_tests_are_short() -> None:
+    lines = {path.relative_to(ROOT).as_posix(): path.read_text() for path in files_of_tests()}
+    assert not [name for name, text in lines.items() if text.count("\n") > LONGEST_TEST_FILE]
 
 
 def test_files_and_functions_are_short() -> None:
