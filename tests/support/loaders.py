@@ -25,7 +25,7 @@ FULL: dict[str, Any] = {
 
 
 def coloured(index: int, side: int) -> np.ndarray:
-    """One colour an image, so that an image can be told from its pixels: H x W x 3."""
+    """Returns an image of one colour, (H, W, 3), by which a test finds its index."""
     return np.full((side, side, 3), (index, 255 - index, 128), np.uint8)
 
 
@@ -39,6 +39,10 @@ def loader_of(
     compiled: bool = False,
     **keys: Any,
 ) -> Loader:
+    """Builds a loader of images of 8 pixels on the CPU.
+
+    keys: options that differ from the defaults.
+    """
     return build_loader(
         Config().replace(**keys),
         dataset,
@@ -58,5 +62,5 @@ PLAIN: dict[str, Any] = {"smoothing": 0.0, "crop_padding": 0, "hflip": 0.0}
 
 
 def indices(batch: Batch) -> list[int]:
-    """Which of `arrays`' images an unaugmented batch holds."""
+    """Returns which images of the fixture `arrays` a batch without augmentation holds."""
     return (batch.images_BCHW[:, 0, 0, 0] * 255).round().int().tolist()

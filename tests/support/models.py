@@ -28,11 +28,13 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def tiny(name: str, num_classes: int = 5, **keys: Any) -> tuple[Classifier, ModelReport]:
+    """Builds a network of TINY. keys: options that differ from its own."""
     torch.manual_seed(0)
     return build_model(ArchitectureConfig(model=name, **(TINY[name] | keys)), num_classes)
 
 
 def refused(classes: int = 5, **keys: Any) -> str:
+    """Returns the one-line message with which a network is refused."""
     with pytest.raises(UserError) as caught:
         build_model(ArchitectureConfig(**keys), classes)
     assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from fastgn.objectives import Objective, Representatives, build_objective
 
 
 def swin() -> nn.Module:
+    """Returns a Swin with one stage, for 16 pixels and 5 classes."""
     return timm.create_model(
         "swin_tiny_patch4_window7_224",
         img_size=16,
@@ -28,6 +29,7 @@ def swin() -> nn.Module:
 
 
 def vit() -> nn.Module:
+    """Returns a ViT with two blocks, for 16 pixels and 5 classes."""
     return timm.create_model(
         "vit_tiny_patch16_224",
         img_size=16,
@@ -40,12 +42,14 @@ def vit() -> nn.Module:
 
 
 def resnet() -> nn.Module:
+    """Returns a small ResNet with GELU, for 5 classes."""
     model = ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 8, 16, 16))
     swap_activations(model, "gelu")
     return model
 
 
 def made(build, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Builds a network with fixed random weights, in training mode."""
     torch.manual_seed(0)
     model = build().to(dtype).train()
     switch_off_fused_attention(model)
@@ -55,10 +59,12 @@ def made(build, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def soft_targets(num: int, classes: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Returns random target distributions, (B, K)."""
     return torch.rand(num, classes, dtype=dtype).softmax(1)
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
+    """Returns the norm of the difference, divided by the norm of the reference."""
     return float((value - reference).norm() / reference.norm())
 
 
@@ -66,15 +72,17 @@ IMAGES = {swin: 16, vit: 16, resnet: 32}
 
 
 REPRESENTATIVES = Representatives(torch.rand(5, 3, 16, 16, generator=torch.Generator()))
-"""Of pag, for images of 16 px."""
+"""Images that pag's gradients point to, of 16 pixels, one per class."""
 
 
 def classifier(build, dtype: torch.dtype = torch.float32) -> Classifier:
+    """Builds a network with fixed random weights that normalises its images."""
     model = Classifier(made(build, dtype), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3), IMAGES[build])
     return model.to(dtype)
 
 
 def objective(**values) -> Objective:
+    """Builds an objective. values: options that differ from the defaults."""
     return build_objective(Config().replace(**values).objective, REPRESENTATIVES)
 
 

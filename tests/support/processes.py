@@ -15,13 +15,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def free_port() -> int:
+    """Returns the number of a port that nothing uses at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def as_rank(rank: int, port: int, log: str, function: Callable[..., Any], args: tuple) -> None:
-    """What torchrun gives a process, and its output in a file."""
+    """Calls a function as one of two ranks, as torchrun would, with its output in a file."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     os.environ.update({k: str(v) for k, v in names.items()})
@@ -33,8 +34,10 @@ def as_rank(rank: int, port: int, log: str, function: Callable[..., Any], args: 
 
 
 def start_two(folder: Path, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:
-    """Ranks 0 and 1 of function(*args), from a fork server that has imported torch for both; their
-    output goes to folder/log0 and log1."""
+    """Starts function(*args) on ranks 0 and 1, from a fork server that has imported torch.
+
+    Their output goes to folder/log0 and folder/log1.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastgn.train", "fastgn.evaluate"])
     port = free_port()

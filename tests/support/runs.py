@@ -32,12 +32,14 @@ TINY_MODEL = TINY_SWIN[: TINY_SWIN.index("--data")]
 
 
 def folder_run(data: Path, output: Path, *more: str) -> list[str]:
+    """Returns arguments for fastgn.train that train for one epoch on a folder of images."""
     fixed = ("--data-dir", str(data), "--workers", "0", "--batch-size", "4", "--epochs", "1")
     fixed += ("--warmup-epochs", "0", "--output", str(output))
     return [*TINY_MODEL, *fixed, *more]
 
 
 def error_line(stderr: str, program: str) -> str:
+    """Returns the one line with which a program has refused, checked to be its last output."""
     assert "Traceback" not in stderr
     lines = stderr.splitlines()
     found = [line for line in lines if line.startswith(f"{program}: error: ")]
@@ -47,4 +49,5 @@ def error_line(stderr: str, program: str) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Returns the relative path and the content of each file below a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

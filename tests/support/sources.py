@@ -23,7 +23,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def tree(root: Path, train_images: int = 6, val_images: int = 2) -> Path:
-    """root/{train,val}/<class>/<index>.jpg, and one PNG a class."""
+    """Writes {train,val}/<class>/<name>.jpg, and one PNG per class, and returns the root."""
     for split, count in (("train", train_images), ("val", val_images)):
         for number, name in enumerate(CLASSES):
             (root / split / name).mkdir(parents=True)
@@ -35,10 +35,12 @@ def tree(root: Path, train_images: int = 6, val_images: int = 2) -> Path:
 
 
 def dataset_at(root: Path) -> Dataset:
+    """Loads the data set in a folder."""
     return load_dataset(DatasetConfig(data_dir=str(root)))
 
 
 def refusal(root: Path) -> str:
+    """Returns the one-line message with which the data set in a folder is refused."""
     with pytest.raises(UserError) as caught:
         dataset_at(root)
     assert "\n" not in str(caught.value)
@@ -46,12 +48,13 @@ def refusal(root: Path) -> str:
 
 
 def encoded_images(split: Arrays | Encoded) -> list[bytes]:
+    """Returns the encoded bytes of each image of a split."""
     assert isinstance(split, Encoded)
     return [split.read(i) for i in range(len(split))]
 
 
 def batches(dataset: Dataset, first: int = 0, **keys: Any) -> tuple[list, list[str]]:
-    """An epoch of the torch loader, augmented, and the lines about bad images."""
+    """Returns an augmented epoch of the torch loader, and the lines about bad images."""
     settings = {"aa": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "reprob": 0.25, "workers": 0} | keys
     loader = build_loader(
         Config().replace(**settings),
@@ -69,7 +72,7 @@ def batches(dataset: Dataset, first: int = 0, **keys: Any) -> tuple[list, list[s
 
 
 def write_lists(root: Path, source: Path, label: Callable[[str], str]) -> Path:
-    """Lists of the source's files, from the last to the first."""
+    """Writes lists of the source's files, from the last to the first. label: class -> its text."""
     root.mkdir(exist_ok=True)
     for split in ("train", "val"):
         files = sorted((source / split).rglob("*.*g"), reverse=True)
@@ -79,10 +82,12 @@ def write_lists(root: Path, source: Path, label: Callable[[str], str]) -> Path:
 
 
 def pack(source: Path, output: Path, *more: str) -> int:
+    """Runs fastgn.data.pack and returns its exit status."""
     return packing.main([str(source), str(output), "--workers", "0", *more])
 
 
 def flipped(content: bytes, where: int) -> bytes:
+    """Returns the bytes with one bit changed."""
     spoilt = bytearray(content)
     spoilt[where] ^= 0x10
     return bytes(spoilt)
@@ -93,6 +98,7 @@ BMP_REST = (1, 24, 0, 0, 2835, 2835, 0, 0)
 
 
 def float_tiff() -> bytes:
+    """Returns an encoded image whose pixels are 32-bit numbers."""
     out = io.BytesIO()
     Image.new("F", (4, 4), 0.5).save(out, "TIFF")
     return out.getvalue()

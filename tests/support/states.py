@@ -72,11 +72,12 @@ def small_values(update: int, /, **values: Any) -> dict[str, Any]:
 
 
 def last_state(folder: Path) -> dict[str, Any]:
+    """Returns the content of a run's last checkpoint by name."""
     return read_state(find_checkpoint(folder))
 
 
 def trained_state(folder: Path) -> dict[str, Any]:
-    """What has to be the same to the last bit, however the run got there."""
+    """Returns the values of a run's last checkpoint that depend on neither stops nor restarts."""
     state = last_state(folder)
     return {k: state[k] for k in ("update", "model", "ema", "optimizer")}
 

@@ -14,10 +14,12 @@ from support.networks import IMAGES, NoModules, classifier, objective, soft_targ
 
 
 def gradients(model: nn.Module) -> Tensor:
+    """Returns the gradients of all parameters that have one, as one vector."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def batches_for(build, count: int, dtype: torch.dtype = torch.float32) -> list:
+    """Returns batches of 4 random images with soft targets, the same for each call."""
     torch.manual_seed(1)
     side = IMAGES[build]
     return [
@@ -33,6 +35,10 @@ def flops(
     update: int = 0,
     **values,
 ) -> int:
+    """Returns the floating-point operations of one eager update.
+
+    values: options of the objective that differ from the defaults.
+    """
     quirks = Quirks(attack_weight_grads=values.pop("attack_weight_grads", False))
     options = StepOptions(schedule, compile=False, quirks=quirks)
     step = Step(model, objective(**values), options)
@@ -44,13 +50,17 @@ def flops(
 
 
 def model_and_batch(build=vit, dtype: torch.dtype = torch.float64) -> tuple[Classifier, tuple]:
+    """Returns a network and one batch for it."""
     return classifier(build, dtype), batches_for(build, 1, dtype)[0]
 
 
 def scheduled(
     kind: str, build=vit, dtype: torch.dtype = torch.float64, update: int = 0, **values
 ) -> tuple[Tensor, Any]:
-    """The weights' gradients after one update by a schedule, and its losses."""
+    """Returns the weights' gradients after one update with a schedule, and its losses.
+
+    values: options of the objective, the step and the schedule that differ from the defaults.
+    """
     options = {k: values.pop(k) for k in ("compile", "micro_batch", "precision") if k in values}
     keys = ("fd_step", "lazy_interval", "subset_fraction")
     schedule = Schedule(kind, **{k: values.pop(k) for k in keys if k in values})
