@@ -130,7 +130,7 @@ def count_edits(left: str, right: str) -> int:
 
 def find_duplicate(values: Iterable[T]) -> T | None:
     """Returns the first value that occurs a second time, or None if all are different."""
-    seen = set()
+    seen: set[T] = set()
     for value in values:
         if value in seen:
             return value
