@@ -185,6 +185,8 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
 
 def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """Returns whether the configured step replays CUDA graphs."""
+    if cfg.sync_bn and world.size > 1:  # nccl inside Inductor's CUDA graphs is unreliable
+        return False
     wanted = cfg.cuda_graphs == "on" or (cfg.cuda_graphs == "auto" and world.size == 1)
     return wanted and world.device.type == "cuda" and is_compiled(cfg, world.device)
 

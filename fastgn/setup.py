@@ -22,6 +22,7 @@ from fastgn.folder import open_run
 from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.models import create, network
 from fastgn.models.network import Classifier, ModelReport
+from fastgn.models.sync_batch_norm import sync_batch_norms
 from fastgn.objectives import (
     METHODS,
     Objective,
@@ -156,7 +157,14 @@ def build_model(
     seed_all(Stream.STEP, cfg.run.seed)
     model, report = network.build_model(architecture, len(dataset.classes), kernels)
     if not cfg.step.train_in_eval_mode:
-        model.fewest_images = network.find_smallest_batch(model, architecture, len(dataset.classes))
+        together = world.size if cfg.step.sync_bn else 1
+        classes = len(dataset.classes)
+        model.fewest_images = network.find_smallest_batch(model, architecture, classes, together)
+    if cfg.step.sync_bn:
+        check(
+            sync_batch_norms(model, 1 if cfg.step.train_in_eval_mode else world.size) > 0,
+            f"--sync-bn: --model {architecture.model} has no BatchNorm: leave --sync-bn out",
+        )
     check_batch(cfg, model, batching)
     model.crop_pct = cfg.augmentation.crop_pct or model.crop_pct
     model.to(world.device)
@@ -339,6 +347,11 @@ def warn(run: Run, report: ModelReport) -> None:
         run.print(
             f"warning: --schedule lazy makes the penalty {cfg.step.lazy_interval} times as strong, "
             f"but --clip-grad {cfg.step.clip_grad:g} also limits the gradient of these updates"
+        )
+    if cfg.step.sync_bn and cfg.step.train_in_eval_mode:
+        run.print(
+            "warning: --sync-bn does nothing with --train-in-eval-mode, because BatchNorm then "
+            "uses its stored statistics"
         )
     warn_of_initial_weights(run, "will hold", run.resolved.last_update)
     if cfg.optimizer.warmup >= cfg.optimizer.epochs:

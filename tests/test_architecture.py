@@ -72,6 +72,7 @@ ONLY_IN = {
         "models/activations.py",
         "models/create.py",
         "models/network.py",
+        "models/sync_batch_norm.py",
         "models/weights.py",
         "optim.py",
         "data/augment.py",

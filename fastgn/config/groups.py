@@ -234,6 +234,9 @@ class StepConfig(Options):
         float | None, Range(0.0, 1e9, above=True, hint="leave it out for no clipping")
     ] = None
     """Clip the gradient's global L2 norm to this value. None means no clipping."""
+    sync_bn: bool = False
+    """Compute BatchNorm's statistics over the images of all ranks, to second order. Off: over
+    those of each rank alone. It turns CUDA graphs off if there are several ranks."""
     train_in_eval_mode: bool = False
     """Train with the model in eval mode, which freezes BatchNorm. The paper's code does so."""
     accumulation: Literal["mean", "sum"] = "mean"
@@ -253,6 +256,11 @@ class StepConfig(Options):
             self.cuda_graphs != "on" or (self.compile != "off" and self.schedule != "exact-eager"),
             "--cuda-graphs on needs a compiled step: leave out --compile off and --schedule "
             "exact-eager",
+        )
+        check(
+            self.cuda_graphs != "on" or not self.sync_bn,
+            "--cuda-graphs on cannot replay what --sync-bn sends between ranks: leave out one of "
+            "the two",
         )
         if self.schedule == "auto":
             check(

@@ -5,6 +5,7 @@ can be differentiated twice.
 """
 
 import dataclasses
+import math
 from collections import Counter
 from typing import Any
 
@@ -257,11 +258,15 @@ def check_logits(logits: Any, images: int, classes: int, cfg: ArchitectureConfig
     )
 
 
-def find_smallest_batch(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> int:
-    """Returns the smallest batch that a network can be trained on, which is 1 or 2 images.
+def find_smallest_batch(
+    model: Classifier, cfg: ArchitectureConfig, num_classes: int, ranks: int = 1
+) -> int:
+    """Returns the smallest batch on each rank that a network can be trained on: 1 or 2 images.
 
     It is 2 if BatchNorm would get one value per channel from a single image, because one value has
     no variance. Weights, statistics and the state of random generators do not change.
+
+    ranks: number of ranks whose images BatchNorm uses together, see `sync_batch_norm`.
 
     Raises UserError if the network returns no logits in training, as networks with several outputs
     do.
@@ -282,7 +287,7 @@ def find_smallest_batch(model: Classifier, cfg: ArchitectureConfig, num_classes:
     except UserError:
         raise
     except ValueError:  # raised by BatchNorm
-        return train_on(2)
+        return math.ceil(train_on(2) / ranks)
     finally:
         model.train(training)
 

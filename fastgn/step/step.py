@@ -198,6 +198,7 @@ class Step:
         """
         name = self.turn(update)
         module = LossModule(self.model, self.parts[name], self.options.precision)
+        first = None
         for images_BCHW, targets in self._split(batches):
             images_BCHW = self._perturb(name, images_BCHW, targets, attack_ramp)
             if self.options.schedule.differences:
@@ -205,9 +206,8 @@ class Step:
             self.model.train(not self.options.quirks.train_in_eval_mode)
             inputs = images_BCHW.detach().requires_grad_(), targets, ramp
             found = Diagnosis().run(self.model, lambda: module(*inputs).total)  # noqa: B023
-            if found is not None:
-                return found
-        return None
+            first = first or found  # on to the next one, in which other processes may wait
+        return first
 
     def _split(self, batches: Batches) -> list[tuple[Tensor, Tensor]]:
         """Returns images and targets of each micro-batch.

@@ -212,6 +212,7 @@ REFUSED = [
     ("--method", "trade", "--method 'trade': did you mean 'trades'?"),
     ("--compile on --schedule", "exact-eager", "--schedule exact-eager is never compiled"),
     ("--cuda-graphs on --compile", "off", "--cuda-graphs on needs a compiled step"),
+    ("--sync-bn --cuda-graphs", "on", "--cuda-graphs on cannot replay what --sync-bn sends"),
     ("--fd-step", "0", "--fd-step 0 is out of range"),
     ("--fd-step", "1e-7", "--fd-step 1e-07 is out of range"),
     ("--fd-step", "inf", "--fd-step inf is out of range"),

@@ -79,6 +79,7 @@ def test_how_few_images_can_be_trained_on(name: str, side: int, fewest: int) -> 
     model, _ = build_model(cfg, 5)
     before, drawn = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     assert network.find_smallest_batch(model, cfg, 5) == fewest
+    assert network.find_smallest_batch(model, cfg, 5, ranks=2) == 1
     assert differences(model.state_dict(), before) == []
     assert torch.equal(torch.get_rng_state(), drawn) and model.training
 

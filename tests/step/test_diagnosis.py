@@ -9,8 +9,13 @@ from support.runs import tiny_run
 from torch import Tensor, nn
 
 from fastgn import train
+from fastgn.config import Config
 from fastgn.models import network
+from fastgn.models.network import Classifier
+from fastgn.objectives import build_objective
 from fastgn.step.diagnosis import Diagnosis
+from fastgn.step.options import StepOptions
+from fastgn.step.step import Step
 
 
 class Normalized(nn.Module):
@@ -89,3 +94,20 @@ def test_a_first_update_that_is_not_finite_names_the_layer(
     )
     assert "--lr" not in said
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_every_micro_batch_is_diagnosed() -> None:
+    """With --sync-bn another process may wait in one whose predecessor is at fault here alone."""
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), Logarithm())
+    model = Classifier(backbone, (0.5,) * 3, (0.2,) * 3, 2)
+    step = Step(
+        model,
+        build_objective(Config().replace(method="natural").objective),
+        StepOptions(compile=False, micro_batch=2),
+    )
+    seen = []
+    backbone.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    batches = [(torch.rand(6, 3, 2, 2), torch.zeros(6, dtype=torch.int64))]
+    found = step.diagnose(batches, torch.ones(()), 0, torch.ones(()))
+    assert found == "layer backbone.2 (Logarithm) gives a value that is not finite"
+    assert seen == [2, 2, 2]
