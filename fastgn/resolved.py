@@ -187,8 +187,8 @@ def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """Returns whether the configured step replays CUDA graphs."""
     if cfg.sync_bn and world.size > 1:  # nccl inside Inductor's CUDA graphs is unreliable
         return False
-    wanted = cfg.cuda_graphs == "on" or (cfg.cuda_graphs == "auto" and world.size == 1)
-    return wanted and world.device.type == "cuda" and is_compiled(cfg, world.device)
+    on_cuda = world.device.type == "cuda"
+    return cfg.cuda_graphs != "off" and on_cuda and is_compiled(cfg, world.device)
 
 
 def schedule_of(cfg: StepConfig) -> Schedule:
@@ -264,7 +264,7 @@ def make_plan(
         slowest_rates(world, cfg.step.precision),
         batch_size=images,
         free_bytes=int(world.min(free_memory(world.device) / processes)),
-        state_bytes=state_bytes(cfg, world, model, optimizer, images),
+        state_bytes=state_bytes(cfg, model, optimizer, images),
         held_bytes=torch.cuda.memory_allocated(world.device) if on_cuda else 0,
         compiled=is_compiled(cfg.step, world.device),
         fewest=schedule_of(cfg.step).fewest(model.fewest_images),
@@ -280,17 +280,13 @@ def slowest_rates(world: World, precision: str) -> Rates:
 
 def state_bytes(
     cfg: Config,
-    world: World,
     model: Classifier,
     optimizer: torch.optim.Optimizer,
     images: int,
 ) -> int:
     """Returns the number of bytes that will be allocated beside gradients and activations.
 
-    These are the optimizer's state, the copies of the gradients that DistributedDataParallel and
-    CUDA graphs keep, and the images of this update and the next one.
+    These are the optimizer's state, and the images of this update and the next one.
     """
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     own = 0 if optimizer.state else optim.measure_state_bytes(cfg.optimizer, model)
-    copies = (world.size > 1) + has_cuda_graphs(cfg.step, world)
-    return own + copies * trained + 2 * images * 3 * model.img_size**2 * 4
+    return own + 2 * images * 3 * model.img_size**2 * 4

@@ -74,7 +74,7 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        self.compute_gradients = RetryingStep(self.step, self.world.any, self.print)
+        self.compute_gradients = RetryingStep(self.step, self.print)
         """Runs `attack_step`, in smaller micro-batches if the device runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         # whatever ends the run, its folder stays locked until the last file is written
@@ -359,11 +359,8 @@ class Run:
         device."""
         if self.subset is None:
             return
-        model, eps = self.evaluated_model.eval(), self.cfg.eval_eps
-        for (
-            buffer
-        ) in model.buffers():  # BatchNorm's differ between ranks, and the first's are saved
-            self.world.broadcast(buffer)
+        self.evaluated_model.eval()
+        eps = self.cfg.eval_eps
         # a training step of more images did not fit
         self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
         while (counts := self.count_correct(self.subset)) is None:

@@ -254,7 +254,7 @@ def make_step(
         fewest=schedule_of(cfg.step).fewest(model.fewest_images),
         cuda_graphs=resolved.cuda_graphs,
     )
-    return Step(model, objective, options, distributed=world.size > 1)
+    return Step(model, objective, options, ranks=world)
 
 
 def make_subset(

@@ -276,7 +276,7 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
         with mode:
             batch = random_batch(network.batch, network.img_size, network.classes, CUDA)
             ramp = torch.ones((), device=CUDA)
-            for module in (*step.losses.modules(), step.attack):
+            for module in (*step.losses.values(), step.attack):
                 if isinstance(module, DoubleBackward):
                     module.token_like(batch[0])
         for update in range(arm.cycle):

@@ -223,7 +223,7 @@ class StepConfig(Options):
     step, but fp32 for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
-    host. auto: on for one process on CUDA. With several processes, on has not been tried."""
+    host. auto: on for CUDA."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Kernels of the network. triton: compute activations, LayerNorms and Swin's window
     attention with fastgn_kernels. reference: use PyTorch's operators. auto: triton for CUDA,

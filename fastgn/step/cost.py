@@ -87,8 +87,9 @@ def count_cost(
             pixels = torch.empty(images, 3, img_size, img_size)
             targets = torch.empty(images, num_classes)
             ramp = torch.empty(())
+            step = Step(copied, objective, eager)
             with Meter() as meter:
-                Step(copied, objective, eager)([(pixels, targets)], ramp, update)
+                step([(pixels, targets)], ramp, update)
         return meter
 
     with autocast_as_on_cuda() if cuda_autocast else contextlib.nullcontext():

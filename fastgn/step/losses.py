@@ -13,8 +13,7 @@ from fastgn.step.schedule import Schedule
 class LossModule(nn.Module):
     """Computes the whole loss of an objective, its input gradient included.
 
-    One module holds the loss so that it is compiled as one graph, and so that
-    DistributedDataParallel sees an ordinary backward.
+    One module holds the whole loss so that it is compiled as one graph.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, precision: str):
@@ -27,16 +26,6 @@ class LossModule(nn.Module):
         with autocast(images_BCHW.device.type, self.precision):
             network = in_precision(self.model, self.precision)
             return self.objective.loss(network, images_BCHW, targets, ramp)
-
-
-class LossModules(nn.ModuleDict):
-    """Computes one of several losses, which is chosen by its name.
-
-    DistributedDataParallel wraps this module once, whatever loss an update needs.
-    """
-
-    def forward(self, name: str, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
-        return self[name](images_BCHW, targets, ramp)
 
 
 class AttackGradient(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastgn.objectives import Loss
 from fastgn.step.random_state import RandomState
-from fastgn.step.step import Batches, Step
+from fastgn.step.step import Batches, PeerOutOfMemory, Step
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -30,30 +30,17 @@ class RetryingStep:
     A retry starts from the beginning of the update, with the same random numbers and the same
     BatchNorm statistics, so that nothing of the update is lost.
 
-    step: its `micro_batch` is halved when memory runs out.
-    agree: returns whether any process failed, given whether this one did. Needed for a retry with
-    several processes. They can retry only until each loss has been computed at the current size,
-    and in at least two updates: after that, a failure of one process raises torch.OutOfMemoryError.
+    With several processes, all of them agree after each update that none has run out of memory, and
+    only then sum the gradients. They agree through CPU memory, while their devices still compute.
+
+    step: its `micro_batch` is halved when memory runs out, in all processes.
     report: called with a line of text when the micro-batch was halved.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        agree: Callable[[bool], bool] | None = None,
-        report: Callable[[str], object] = warnings.warn,
-    ):
+    def __init__(self, step: Step, report: Callable[[str], object] = warnings.warn):
         self.step = step
         self.report = report
-        self._agree = agree
         self._snapshot = Snapshot(step.device, step.statistics)
-        # with the quirk, the attack itself communicates: no failure can wait until its end
-        quirk = step.options.quirks.attack_weight_grads
-        self._fits = step.parallel is None or agree is None or quirk
-        """Whether a process takes for granted that all processes have enough memory. Then it may
-        begin to communicate before the end of an update."""
-        self._finished: set[str] = set()
-        """Names of the losses that all processes have computed with the current micro-batch."""
 
     def __call__(
         self,
@@ -64,46 +51,38 @@ class RetryingStep:
     ) -> Loss:
         """Adds the gradients of an update to the parameters' .grad. See Step.__call__.
 
+        With several processes, the gradients are those of the mean loss of all processes.
+
         Raises torch.OutOfMemoryError if memory runs out and either no smaller micro-batch exists
         or a retry would lose gradients that were there before the call.
         """
         keeps = self.step.has_gradients()
         while True:
             self._snapshot.save()
-            failure = None
+            failure: RuntimeError | None = None
             try:
-                loss = self.step(batches, ramp, update, attack_ramp, all_reduce=self._fits)
+                loss = self.step(batches, ramp, update, attack_ramp)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                failure = str(error)
-            if not self._fits:
-                failure = self._share_failure(failure)
-                if failure is None:
-                    self.step.average_gradients()
-                    self._note_finished(update)
-            elif failure is not None and self.step.parallel is not None:
-                raise torch.OutOfMemoryError(failure)  # the other processes wait for this one
+                failure = error
+            failure = self._share_failure(failure)
             if failure is None:
+                if self.step.ranks.size > 1:
+                    self.step.sum_over_ranks()
                 return loss
             if keeps:
-                raise torch.OutOfMemoryError(failure)
-            self._halve(len(batches[0][0]), failure)
+                raise torch.OutOfMemoryError(str(failure))
+            self._halve(len(batches[0][0]), str(failure))
             self._snapshot.restore()
 
-    def _share_failure(self, failure: str | None) -> str | None:
+    def _share_failure(self, failure: RuntimeError | None) -> RuntimeError | None:
         """Returns the failure of this or another process, or None if all have succeeded."""
-        assert self._agree is not None
-        if self._agree(failure is not None):
-            return failure or "another process ran out of memory"
+        if isinstance(failure, PeerOutOfMemory):  # the processes have agreed already
+            return failure
+        if self.step.ranks.any(failure is not None):
+            return failure or PeerOutOfMemory("another process ran out of memory")
         return None
-
-    def _note_finished(self, update: int) -> None:
-        """Records that all processes have finished an update with the present size of the
-        micro-batch."""
-        # compared before this update counts: the optimizer allocates its state after the first
-        self._fits = self._finished == set(self.step.parts)
-        self._finished.add(self.step.turn(update))
 
     def _halve(self, batch_size: int, failure: str) -> None:
         """Sets the micro-batch to the largest divisor of the batch that is at most half its size.
@@ -118,11 +97,9 @@ class RetryingStep:
         if not fitting:
             raise torch.OutOfMemoryError(failure)
         step.micro_batch = fitting[-1]
-        for parameter in step.weights:
-            parameter.grad = None
+        step.gradients.clear()
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._finished.clear()
         self.report(
             f"out of memory with {size} images at a time: going on with {step.micro_batch}, the "
             "same global batch"

@@ -1,6 +1,5 @@
 """Computes the gradients of one update."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,19 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from fastgn.attacks import Gradient
 from fastgn.objectives import Loss, Objective
 from fastgn.step.diagnosis import Diagnosis
 from fastgn.step.double_backward import compile_double_backward
-from fastgn.step.losses import (
-    AttackGradient,
-    LossModule,
-    LossModules,
-    name_of_turn,
-    split_objective,
-)
+from fastgn.step.gradients import GradientBuffer, OneRank, Ranks, average_over_ranks
+from fastgn.step.losses import AttackGradient, LossModule, name_of_turn, split_objective
 from fastgn.step.options import StepOptions
 from fastgn.step.precision import autocast, in_precision, matmul_precision
 from fastgn.step.random_state import RandomState
@@ -38,8 +31,11 @@ class MicroBatch(NamedTuple):
     targets: Tensor
     divisor: int
     """The loss is divided by this number before its backward."""
-    reduces: bool
-    """Whether DistributedDataParallel averages the gradients over processes in its backward."""
+
+
+class PeerOutOfMemory(torch.OutOfMemoryError):
+    """Raised in a process in the middle of an update because another process has run out of
+    memory."""
 
 
 class Step:
@@ -47,7 +43,8 @@ class Step:
 
     model: a classifier with `normalize` and `backbone` (see objectives.Objective), on its device.
     options: see StepOptions.
-    distributed: whether torch.distributed averages the gradients over several processes.
+    ranks: the processes that compute an update together. If there are several, the gradients are
+    this process's part of the mean until `sum_over_ranks` is called.
 
     Runs no more forwards and backwards than the schedule needs, and never waits for the device
     except for the quirk sync_micro_batches. Running out of memory raises; see retry.RetryingStep.
@@ -60,12 +57,13 @@ class Step:
         objective: Objective,
         options: StepOptions = StepOptions(),  # noqa: B008 - frozen
         *,
-        distributed: bool = False,
+        ranks: Ranks = OneRank(),  # noqa: B008 - without state
     ):
         check_schedule(options.schedule, objective)
         self.model = model
         self.objective = objective
         self.options = options
+        self.ranks = ranks
         self.micro_batch = options.micro_batch
         """Number of images that pass through the network at a time. None means the batch."""
         self.divisor = options.schedule.divisor
@@ -77,25 +75,16 @@ class Step:
         """The buffers of the BatchNorm layers."""
         cuda_graphs = options.cuda_graphs and options.is_compiled and self.device.type == "cuda"
         self._compile_mode = {"mode": "reduce-overhead"} if cuda_graphs else {}
-        # the outputs of a CUDA graph are overwritten when it runs again: gradients must not be
-        self._graph_grads = [torch.zeros_like(p) for p in self.weights] if cuda_graphs else []
+        self.gradients = GradientBuffer(self.weights)
 
         self.parts = split_objective(objective, options.schedule)
         self.attack = self._compile(AttackGradient(model, options.precision), True)
-        self.losses = LossModules(
-            {
-                name: self._compile(
-                    LossModule(model, part, options.precision), part.needs_input_gradient
-                )
-                for name, part in self.parts.items()
-            }
-        )
-        self.parallel: DistributedDataParallel | None = None
-        if distributed:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                self.losses, device_ids=ids, gradient_as_bucket_view=True
+        self.losses = {
+            name: self._compile(
+                LossModule(model, part, options.precision), part.needs_input_gradient
             )
+            for name, part in self.parts.items()
+        }
 
     def _compile(self, module: nn.Module, differentiates: bool) -> nn.Module:
         """Returns `module`, compiled if the options say so.
@@ -117,8 +106,6 @@ class Step:
         ramp: Tensor,
         update: int = 0,
         attack_ramp: Tensor | None = None,
-        *,
-        all_reduce: bool = True,
     ) -> Loss:
         """Adds the gradients of an update to the parameters' .grad.
 
@@ -127,44 +114,26 @@ class Step:
         ramp: scalar tensor in 0..1 on the device, the strength of the penalty.
         update: number of the update, which decides about the turns of several losses.
         attack_ramp: like ramp, for the step of an attack. None means `ramp`.
-        all_reduce: whether the gradients are averaged over the processes. If False, the caller
-        must call `average_gradients` afterwards.
         """
-        if self.parallel is not None and (self._attacks() or not all_reduce):
-            # DistributedDataParallel makes buffers equal in its forward, which is too late here
-            for buffer in self.statistics:
-                torch.distributed.broadcast(buffer, src=0)
         with matmul_precision(self.options.precision):
             return self._accumulate(
-                batches, ramp, update, ramp if attack_ramp is None else attack_ramp, all_reduce
+                batches, ramp, update, ramp if attack_ramp is None else attack_ramp
             )
 
-    def _attacks(self) -> bool:
-        """Returns whether an update may attack its images."""
-        return any(part.perturb is not None for part in self.parts.values())
-
-    def _accumulate(
-        self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor, all_reduce: bool
-    ) -> Loss:
+    def _accumulate(self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor) -> Loss:
         """Runs the forward and backward of each micro-batch. Returns the mean of their losses."""
-        if self._graph_grads and not self.has_gradients():
-            torch._foreach_zero_(self._graph_grads)
-            for parameter, grad in zip(self.weights, self._graph_grads, strict=True):
-                parameter.grad = grad
         name, quirks = self.turn(update), self.options.quirks
         pairs = self._split(batches)
         divisor = len(pairs) if quirks.accumulation == "mean" else len(pairs) // len(batches)
         sums: Tensor | None = None
-        for index, (images_BCHW, targets) in enumerate(pairs):
+        for images_BCHW, targets in pairs:
             images_BCHW = self._perturb(name, images_BCHW, targets, attack_ramp)
             self.model.train(not quirks.train_in_eval_mode)
-            reduces = all_reduce and index == len(pairs) - 1
-            part = MicroBatch(images_BCHW, targets, divisor, reduces)
-            module = self.parallel if all_reduce and self.parallel is not None else self.losses
+            part = MicroBatch(images_BCHW, targets, divisor * self.ranks.size)
             if self.options.schedule.differences:
-                loss = self._differentiate_difference(module, part, ramp)
+                loss = self._differentiate_difference(part, ramp)
             else:
-                loss = self._differentiate_exactly(module, name, part, ramp)
+                loss = self._differentiate_exactly(name, part, ramp)
             row = torch.stack([x.detach() for x in loss])
             sums = row if sums is None else sums + row
             if quirks.sync_micro_batches and self.device.type == "cuda":
@@ -180,12 +149,25 @@ class Step:
         """Returns whether any parameter holds a gradient."""
         return any(p.grad is not None for p in self.weights)
 
-    def average_gradients(self) -> None:
-        """Averages the gradients over the processes, for an update without all_reduce."""
-        for parameter in self.weights:
-            if parameter.grad is not None:
-                parameter.grad /= torch.distributed.get_world_size()
-                torch.distributed.all_reduce(parameter.grad)
+    def sum_over_ranks(self) -> None:
+        """Sums the gradients over the processes, and averages the statistics of BatchNorm.
+
+        Each process's loss has been divided by the number of processes, so that the sum of the
+        gradients is the gradient of the mean loss. Afterwards the networks of all processes are
+        equal.
+        """
+        self.gradients.sum_over_ranks()
+        if not self.options.quirks.train_in_eval_mode:
+            average_over_ranks(self.statistics, self.ranks.size)
+
+    def confirm(self) -> None:
+        """Raises PeerOutOfMemory if a process has run out of memory in this update.
+
+        Must be called before a collective in the middle of an update, for which the process without
+        memory would never come.
+        """
+        if self.ranks.any(False):
+            raise PeerOutOfMemory("another process ran out of memory")
 
     def diagnose(
         self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor
@@ -230,21 +212,18 @@ class Step:
 
     # ------------------------------------------------------------------ forward and backward
 
-    def _differentiate_exactly(
-        self, module: nn.Module, name: str, part: MicroBatch, ramp: Tensor
-    ) -> Loss:
+    def _differentiate_exactly(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
         """Runs the forward and backward of a loss that computes its own penalty."""
         if self.options.schedule.kind == "lazy":
             ramp = ramp * self.options.schedule.lazy_interval
         images_BCHW = part.images_BCHW
         if self.objective.needs_input_gradient and not self.options.is_compiled:
             images_BCHW = images_BCHW.detach().requires_grad_()
-        with self._reduction(part.reduces):
-            loss = self._forward(module, name, images_BCHW, part.targets, ramp)
-            self._backward(loss.total / part.divisor)
+        loss = self._forward(name, images_BCHW, part.targets, ramp)
+        self._backward(loss.total / part.divisor)
         return loss
 
-    def _differentiate_difference(self, module: nn.Module, part: MicroBatch, ramp: Tensor) -> Loss:
+    def _differentiate_difference(self, part: MicroBatch, ramp: Tensor) -> Loss:
         """Runs the forwards and backwards of a finite difference, and returns its loss.
 
         One backward at the images gives both the direction of the difference and the weights'
@@ -257,43 +236,36 @@ class Step:
             here_BCHW = self.model.normalize(part.images_BCHW).detach()  # type: ignore[operator]
         coefficient = objective.ce_weight - weight * (not central)
         random_state = RandomState(self.device)
-        with self._reduction(False):
-            here = self._forward(module, "point", here_BCHW.requires_grad_(), part.targets, ramp)
-            self._backward(here.ce * coefficient / part.divisor, here_BCHW)
-        assert here_BCHW.grad is not None
+        here = self._forward("point", here_BCHW.requires_grad_(), part.targets, ramp)
+        (grad_BCHW,) = self._backward(here.ce * coefficient / part.divisor, here_BCHW)
+        assert grad_BCHW is not None
         ce = here.ce.detach().clone()  # a CUDA graph overwrites its output when it runs again
-        direction_BCHW = here_BCHW.grad.sign() * coefficient.sign()
+        direction_BCHW = grad_BCHW.sign() * coefficient.sign()
         signs = (1, -1) if central else (1,)
         ces = [ce] if not central else []
-        for index, sign in enumerate(signs):
+        for sign in signs:
             random_state.restore()  # the same dropout: only the images may differ between points
-            with self._reduction(part.reduces and index == len(signs) - 1):
-                point_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
-                there = self._forward(module, "point", point_BCHW, part.targets, ramp)
-                self._backward(there.ce * (sign * weight / len(signs) / part.divisor))
+            point_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
+            there = self._forward("point", point_BCHW, part.targets, ramp)
+            self._backward(there.ce * (sign * weight / len(signs) / part.divisor))
             ces.append(there.ce.detach().clone())
         slope = (ces[0] - ces[1]) / (2 * h) if central else (ces[1] - ces[0]) / h
         penalty = objective.penalty_scale * slope
         total = objective.ce_weight * ce + objective.penalty_weight * ramp * penalty
         return Loss(total, ce, penalty, slope)
 
-    def _forward(self, module: nn.Module, name: str, *inputs: Any) -> Loss:
+    def _forward(self, name: str, *inputs: Any) -> Loss:
         """Computes the loss with this name."""
-        if self._graph_grads:  # also if an earlier forward found no memory for its backward
+        if self._compile_mode:  # also if an earlier forward found no memory for its backward
             torch.compiler.cudagraph_mark_step_begin()
-        loss: Loss = module(name, *inputs)
+        loss: Loss = self.losses[name](*inputs)
         return loss
 
-    def _backward(self, total: Tensor, *images: Tensor) -> None:
-        """Adds to the gradients of the weights and of the given images, but of no others."""
-        torch.autograd.backward(total, inputs=[*self.weights, *images])
-
-    def _reduction(self, reduces: bool) -> contextlib.AbstractContextManager:
-        """Returns a context in which DistributedDataParallel averages gradients if `reduces` is
-        True."""
-        if self.parallel is not None and not reduces:
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
+    def _backward(self, total: Tensor, *images: Tensor) -> Sequence[Tensor | None]:
+        """Adds to the gradients of the weights, and returns those of the given images."""
+        grads = torch.autograd.grad(total, [*self.weights, *images], allow_unused=True)
+        self.gradients.add(grads[: len(self.weights)])
+        return grads[len(self.weights) :]
 
     # ----------------------------------------------------------------------------- attack
 
@@ -328,7 +300,8 @@ class Step:
         grad_BCHW, *wasted = torch.autograd.grad(
             loss_B.sum(), [images_BCHW, *self.weights], allow_unused=True
         )
-        if self.parallel is not None:
+        if self.ranks.size > 1:
+            self.confirm()
             for grad in wasted:
                 if grad is not None:
                     torch.distributed.all_reduce(grad)

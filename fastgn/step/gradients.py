@@ -1,0 +1,132 @@
+"""Keeps the gradients of an update in a few large tensors, and sums them over the processes."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64
+"""Each gradient begins at a multiple of this number of elements, so that kernels can load whole
+vectors."""
+CHUNK_BYTES = 128 * 2**20
+"""Largest size of one all-reduce. While one is on its way, the next one is cast and begun."""
+
+
+class Ranks(Protocol):
+    """The processes that compute an update together, each one on its own images."""
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+
+    def any(self, flag: bool) -> bool:
+        """Returns True in all processes if one of them passes True. Waits for no device."""
+
+
+class OneRank:
+    """The only process of an update."""
+
+    size = 1
+
+    def any(self, flag: bool) -> bool:
+        """Returns `flag`."""
+        return flag
+
+
+class GradientBuffer:
+    """Holds the gradients of all weights in one tensor per dtype.
+
+    The .grad of each weight is a view of such a tensor. However many weights there are, a few
+    copies fill the buffer, and a few all-reduces sum it over the processes. The buffer also keeps
+    the gradients that a CUDA graph has computed, because the next replay overwrites the graph's
+    own.
+
+    weights: the parameters, which all require grad. sum_dtype: dtype in which the gradients travel
+    between processes. None means their own.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], sum_dtype: torch.dtype | None = None):
+        self.weights = list(weights)
+        self.sum_dtype = sum_dtype
+        self.flats: list[Tensor] = []
+        """One tensor (N,) for each dtype of the weights."""
+        self.views: list[Tensor] = []
+        """The part of the buffer that belongs to each weight, in the shape of the weight."""
+        starts: dict[torch.dtype, list[int]] = {}
+        ends: dict[torch.dtype, int] = {}
+        for weight in self.weights:
+            start = ends.get(weight.dtype, 0)
+            starts.setdefault(weight.dtype, []).append(start)
+            ends[weight.dtype] = start + -(-weight.numel() // ALIGNMENT) * ALIGNMENT
+        by_dtype = {
+            dtype: self.weights[0].new_zeros(size, dtype=dtype) for dtype, size in ends.items()
+        }
+        self.flats = list(by_dtype.values())
+        left = {dtype: iter(numbers) for dtype, numbers in starts.items()}
+        for weight in self.weights:
+            start = next(left[weight.dtype])
+            part = by_dtype[weight.dtype][start : start + weight.numel()]
+            self.views.append(part.view(weight.shape))
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Adds the gradients of a micro-batch to the .grad of the weights.
+
+        A weight whose .grad is None takes the gradient as it is. grads: one gradient for each
+        weight, or None for a weight that the loss does not depend on.
+        """
+        copies: tuple[list[Tensor], list[Tensor]] = [], []
+        sums: tuple[list[Tensor], list[Tensor]] = [], []
+        for weight, view, grad in zip(self.weights, self.views, grads, strict=True):
+            if grad is None:
+                continue
+            targets, sources = copies if weight.grad is None else sums
+            if weight.grad is None:
+                weight.grad = view
+            targets.append(weight.grad)
+            sources.append(grad)
+        with torch.no_grad():
+            if copies[0]:
+                torch._foreach_copy_(*copies)
+            if sums[0]:
+                torch._foreach_add_(*sums)
+
+    def clear(self) -> None:
+        """Sets the .grad of all weights to None."""
+        for weight in self.weights:
+            weight.grad = None
+
+    def sum_over_ranks(self) -> None:
+        """Replaces the gradients by their sums over all processes. The host waits for no GPU."""
+        unused = []
+        for weight, view in zip(self.weights, self.views, strict=True):
+            if weight.grad is None:
+                unused.append(view)
+            elif weight.grad is not view:  # a gradient that the caller has put there
+                view.copy_(weight.grad)
+                weight.grad = view
+        if unused:  # else old values would double in each update
+            torch._foreach_zero_(unused)
+        sums = []
+        for flat in self.flats:
+            for chunk in flat.split(CHUNK_BYTES // flat.element_size()):
+                sent = chunk.to(self.sum_dtype or chunk.dtype)
+                sums.append((chunk, sent, torch.distributed.all_reduce(sent, async_op=True)))
+        for chunk, sent, work in sums:
+            work.wait()
+            if sent is not chunk:
+                chunk.copy_(sent)
+
+
+def average_over_ranks(buffers: Sequence[Tensor], size: int) -> None:
+    """Replaces floating-point buffers by their means over all processes, in one all-reduce for each
+    dtype. size: number of processes."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in buffers:
+        if buffer.is_floating_point():
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for group in by_dtype.values():
+        flat = torch.cat([buffer.flatten() for buffer in group]) / size
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([buffer.numel() for buffer in group])
+        torch._foreach_copy_(group, [p.view_as(b) for p, b in zip(parts, group, strict=True)])
