@@ -1,4 +1,4 @@
-"""Processes of a run: their ranks, their devices, and the collectives that DDP does not do itself.
+"""Processes of a run: their ranks, their devices, and collectives beside those of the gradients.
 
 Collectives "among hosts" use gloo and CPU memory, so that no device has to finish its work.
 """
@@ -38,6 +38,11 @@ class World:
     """Context managers that end with the process group, such as the lock on a run's folder."""
     heartbeat: Heartbeat | None = None
     """Detects ranks that have stopped. None means that there is one rank."""
+
+    @property
+    def nodes(self) -> int:
+        """Returns the number of machines, according to torchrun's LOCAL_WORLD_SIZE."""
+        return -(-self.size // int(os.environ.get("LOCAL_WORLD_SIZE") or self.size))
 
     @property
     def is_main(self) -> bool:

@@ -80,6 +80,8 @@ class Resolved(Batching):
     """Whether torch.compile compiles the step."""
     cuda_graphs: bool
     """Whether CUDA graphs replay the compiled step."""
+    grad_sync: str
+    """How the ranks sum their gradients: flat or overlap, see --grad-sync."""
     kernels: str
     """Which operators of fastgn_kernels the network uses: triton, or reference for none."""
     device: str
@@ -130,6 +132,7 @@ def resolve(
         eval_eps=cfg.eval_eps,
         compiled=is_compiled(cfg.step, world.device),
         cuda_graphs=has_cuda_graphs(cfg.step, world),
+        grad_sync=choose_grad_sync(cfg.step, world),
         kernels=kernels,
         device=world.device.type,
         updates_per_epoch=updates_per_epoch,
@@ -171,6 +174,11 @@ def check_device(cfg: StepConfig, device: torch.device) -> None:
         "--cuda-graphs out",
     )
     check(
+        cfg.grad_sync != "overlap" or is_compiled(cfg, device),
+        "--grad-sync overlap works only with --compile on, and this step is eager: add --compile "
+        "on, or use --grad-sync flat",
+    )
+    check(
         is_compiled(cfg, device) or cfg.activation_memory_budget == 1,
         f"--activation-memory-budget {cfg.activation_memory_budget} works only with --compile on, "
         "but this run does not compile: add --compile on, or leave the budget out",
@@ -184,11 +192,26 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
 
 
 def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
-    """Returns whether the configured step replays CUDA graphs."""
-    if cfg.sync_bn and world.size > 1:  # nccl inside Inductor's CUDA graphs is unreliable
+    """Returns whether the configured step replays CUDA graphs.
+
+    Inductor's CUDA graphs are not relied on to replay nccl's collectives.
+    """
+    if choose_grad_sync(cfg, world) == "overlap" or (cfg.sync_bn and world.size > 1):
         return False
     on_cuda = world.device.type == "cuda"
     return cfg.cuda_graphs != "off" and on_cuda and is_compiled(cfg, world.device)
+
+
+def choose_grad_sync(cfg: StepConfig, world: World) -> str:
+    """Returns "flat" or "overlap", the way in which the ranks sum their gradients.
+
+    Within a machine the links are so fast that overlap gains less than CUDA graphs do.
+    """
+    if cfg.grad_sync != "auto":
+        return cfg.grad_sync if world.size > 1 else "flat"
+    fits = world.device.type == "cuda" and is_compiled(cfg, world.device)
+    fits = fits and cfg.cuda_graphs != "on" and not schedule_of(cfg).differences
+    return "overlap" if world.nodes > 1 and fits else "flat"
 
 
 def schedule_of(cfg: StepConfig) -> Schedule:
@@ -209,6 +232,7 @@ def step_options(cfg: Config) -> StepOptions:
     return StepOptions(
         schedule=schedule_of(cfg.step),
         precision=cfg.step.precision,
+        grad_dtype=cfg.step.grad_dtype,
         quirks=Quirks(
             accumulation=cfg.step.accumulation,
             train_in_eval_mode=cfg.step.train_in_eval_mode,

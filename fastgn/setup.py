@@ -253,7 +253,10 @@ def make_step(
         micro_batch=resolved.micro_batch if cfg.step.schedule == "auto" else None,
         fewest=schedule_of(cfg.step).fewest(model.fewest_images),
         cuda_graphs=resolved.cuda_graphs,
+        grad_sync=resolved.grad_sync,
     )
+    for tensor in model.state_dict().values():  # ranks may read different copies of a file
+        world.broadcast(tensor)
     return Step(model, objective, options, ranks=world)
 
 

@@ -33,6 +33,7 @@ from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
+
 def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
     """Gradients and losses of one update on a rank's share of a fixed global batch of 16 images,
     and the collectives that it took."""

@@ -223,7 +223,13 @@ class StepConfig(Options):
     step, but fp32 for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
-    host. auto: on for CUDA."""
+    host. auto: on for CUDA, except with --grad-sync overlap."""
+    grad_sync: Literal["auto", "flat", "overlap"] = "auto"
+    """When several processes sum their gradients. flat: when the backward has ended. overlap:
+    while it computes, which needs a compiled step and no CUDA graphs. An update that runs out of
+    memory in such a backward ends the run. auto: overlap for several machines, else flat."""
+    grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which gradients travel between processes. bf16 halves the bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Kernels of the network. triton: compute activations, LayerNorms and Swin's window
     attention with fastgn_kernels. reference: use PyTorch's operators. auto: triton for CUDA,
@@ -262,6 +268,22 @@ class StepConfig(Options):
             "--cuda-graphs on cannot replay what --sync-bn sends between ranks: leave out one of "
             "the two",
         )
+        if self.grad_sync == "overlap":
+            check(
+                self.compile != "off" and self.schedule != "exact-eager",
+                "--grad-sync overlap needs a compiled step: leave out --compile off and "
+                "exact-eager, or use --grad-sync flat",
+            )
+            check(
+                self.schedule not in ("finite-difference", "central-difference"),
+                f"--schedule {self.schedule} has several backwards, and --grad-sync overlap "
+                "supports one: use --grad-sync flat",
+            )
+            check(
+                self.cuda_graphs != "on",
+                "--cuda-graphs on cannot replay the collectives of --grad-sync overlap: leave one "
+                "of them out",
+            )
         if self.schedule == "auto":
             check(
                 self.accumulation != "sum",

@@ -1,4 +1,8 @@
-"""Keeps the gradients of an update in a few large tensors, and sums them over the processes."""
+"""Keeps the gradients of an update in a few large tensors, and sums them over the processes.
+
+Here they are summed when the backward has ended. overlap.py sums some of them while the backward
+computes the others.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,6 +15,10 @@ ALIGNMENT = 64
 vectors."""
 CHUNK_BYTES = 128 * 2**20
 """Largest size of one all-reduce. While one is on its way, the next one is cast and begun."""
+
+
+GRAD_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+"""Value of --grad-dtype -> dtype in which gradients travel. None means the dtype of the weights."""
 
 
 class Ranks(Protocol):
@@ -90,6 +98,16 @@ class GradientBuffer:
                 torch._foreach_copy_(*copies)
             if sums[0]:
                 torch._foreach_add_(*sums)
+
+    def make_slots(self) -> list[Tensor]:
+        """Returns one tensor for each weight, in its shape and in the dtype in which gradients
+        travel, that requires grad. See overlap.SummedInBackward."""
+        return [
+            (view if self.sum_dtype is None else torch.empty_like(view, dtype=self.sum_dtype))
+            .detach()
+            .requires_grad_()
+            for view in self.views
+        ]
 
     def clear(self) -> None:
         """Sets the .grad of all weights to None."""

@@ -42,6 +42,11 @@ class StepOptions:
     cuda_graphs: bool = False
     """Whether each compiled graph is recorded as a CUDA graph, whose kernels the host starts with
     one launch. Ignored if the loss is not compiled or the device is not CUDA."""
+    grad_sync: str = "flat"
+    """"flat" sums the gradients over the processes when the backward has ended, "overlap" within
+    a compiled backward of one micro-batch. More micro-batches are always summed at the end."""
+    grad_dtype: str = "fp32"
+    """Dtype in which gradients travel between processes: "fp32", the weights' own, or "bf16"."""
     quirks: Quirks = Quirks()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:

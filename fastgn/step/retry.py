@@ -53,8 +53,9 @@ class RetryingStep:
 
         With several processes, the gradients are those of the mean loss of all processes.
 
-        Raises torch.OutOfMemoryError if memory runs out and either no smaller micro-batch exists
-        or a retry would lose gradients that were there before the call.
+        Raises torch.OutOfMemoryError if memory runs out and no smaller micro-batch exists. Also
+        raises it if a retry would lose gradients that were there before the call, or if memory runs
+        out in a backward that sums gradients.
         """
         keeps = self.step.has_gradients()
         while True:
@@ -64,6 +65,8 @@ class RetryingStep:
                 loss = self.step(batches, ramp, update, attack_ramp)
             except RuntimeError as error:
                 if not out_of_memory(error):
+                    raise
+                if self.step.is_summed:  # the other processes wait for this one
                     raise
                 failure = error
             failure = self._share_failure(failure)
@@ -78,7 +81,7 @@ class RetryingStep:
 
     def _share_failure(self, failure: RuntimeError | None) -> RuntimeError | None:
         """Returns the failure of this or another process, or None if all have succeeded."""
-        if isinstance(failure, PeerOutOfMemory):  # the processes have agreed already
+        if self.step.is_summed or isinstance(failure, PeerOutOfMemory):  # they have agreed already
             return failure
         if self.step.ranks.any(failure is not None):
             return failure or PeerOutOfMemory("another process ran out of memory")

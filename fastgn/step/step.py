@@ -12,9 +12,10 @@ from fastgn.attacks import Gradient
 from fastgn.objectives import Loss, Objective
 from fastgn.step.diagnosis import Diagnosis
 from fastgn.step.double_backward import compile_double_backward
-from fastgn.step.gradients import GradientBuffer, OneRank, Ranks, average_over_ranks
+from fastgn.step.gradients import GRAD_DTYPES, GradientBuffer, OneRank, Ranks, average_over_ranks
 from fastgn.step.losses import AttackGradient, LossModule, name_of_turn, split_objective
 from fastgn.step.options import StepOptions
+from fastgn.step.overlap import INDUCTOR, SummedInBackward, find_default_group
 from fastgn.step.precision import autocast, in_precision, matmul_precision
 from fastgn.step.random_state import RandomState
 from fastgn.step.schedule import check_schedule
@@ -75,21 +76,36 @@ class Step:
         """The buffers of the BatchNorm layers."""
         cuda_graphs = options.cuda_graphs and options.is_compiled and self.device.type == "cuda"
         self._compile_mode = {"mode": "reduce-overhead"} if cuda_graphs else {}
-        self.gradients = GradientBuffer(self.weights)
+        self.gradients = GradientBuffer(self.weights, GRAD_DTYPES[options.grad_dtype])
+        self.is_summed = False
+        """Whether the backward of the present update also sums its gradients. From then on it
+        cannot be repeated, because other processes may wait for this one."""
 
         self.parts = split_objective(objective, options.schedule)
         self.attack = self._compile(AttackGradient(model, options.precision), True)
-        self.losses = {
-            name: self._compile(
-                LossModule(model, part, options.precision), part.needs_input_gradient
-            )
-            for name, part in self.parts.items()
-        }
+        self.losses: dict[str, nn.Module] = {}
+        """Computes each loss of `parts`, compiled if the options say so."""
+        self.overlapped: dict[str, nn.Module] = {}
+        """Computes each loss, with a backward that sums the gradients. Empty for --grad-sync flat.
+        """
+        self._slots: list[Tensor] = []
+        overlaps = options.grad_sync == "overlap" and ranks.size > 1
+        if overlaps and not options.schedule.differences:
+            self._slots = self.gradients.make_slots()
+        for name, part in self.parts.items():
+            module = LossModule(model, part, options.precision)
+            self.losses[name] = self._compile(module, part.needs_input_gradient)
+            if self._slots:
+                summed = SummedInBackward(module, find_default_group())
+                self.overlapped[name] = self._compile(
+                    summed, part.needs_input_gradient, options=INDUCTOR
+                )
 
-    def _compile(self, module: nn.Module, differentiates: bool) -> nn.Module:
+    def _compile(self, module: nn.Module, differentiates: bool, **options: Any) -> nn.Module:
         """Returns `module`, compiled if the options say so.
 
         differentiates: whether the module computes a gradient with respect to its first input.
+        options: passed on to torch.compile, in place of CUDA graphs.
         """
         if not self.options.is_compiled:
             return module
@@ -97,7 +113,7 @@ class Step:
             module,
             differentiate=(0,) if differentiates else (),
             activation_memory_budget=self.options.activation_memory_budget,
-            **self._compile_mode,
+            **(options or self._compile_mode),
         )
 
     def __call__(
@@ -123,14 +139,18 @@ class Step:
     def _accumulate(self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor) -> Loss:
         """Runs the forward and backward of each micro-batch. Returns the mean of their losses."""
         name, quirks = self.turn(update), self.options.quirks
+        self.is_summed = False
         pairs = self._split(batches)
+        overlaps = bool(self.overlapped) and len(pairs) == 1 and not self.has_gradients()
         divisor = len(pairs) if quirks.accumulation == "mean" else len(pairs) // len(batches)
         sums: Tensor | None = None
         for images_BCHW, targets in pairs:
             images_BCHW = self._perturb(name, images_BCHW, targets, attack_ramp)
             self.model.train(not quirks.train_in_eval_mode)
             part = MicroBatch(images_BCHW, targets, divisor * self.ranks.size)
-            if self.options.schedule.differences:
+            if overlaps:
+                loss = self._differentiate_and_sum(name, part, ramp)
+            elif self.options.schedule.differences:
                 loss = self._differentiate_difference(part, ramp)
             else:
                 loss = self._differentiate_exactly(name, part, ramp)
@@ -154,9 +174,10 @@ class Step:
 
         Each process's loss has been divided by the number of processes, so that the sum of the
         gradients is the gradient of the mean loss. Afterwards the networks of all processes are
-        equal.
+        equal. Gradients that the backward has summed are left as they are.
         """
-        self.gradients.sum_over_ranks()
+        if not self.is_summed:
+            self.gradients.sum_over_ranks()
         if not self.options.quirks.train_in_eval_mode:
             average_over_ranks(self.statistics, self.ranks.size)
 
@@ -214,14 +235,28 @@ class Step:
 
     def _differentiate_exactly(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
         """Runs the forward and backward of a loss that computes its own penalty."""
+        loss = self._forward(self.losses[name], *self._inputs(part, ramp))
+        self._backward(loss.total / part.divisor)
+        return loss
+
+    def _differentiate_and_sum(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
+        """Does the same for the only micro-batch of an update, and sums the gradients over the
+        processes."""
+        loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *self._slots)
+        self.confirm()
+        self.is_summed = True
+        total = loss.total / part.divisor
+        self.gradients.add(torch.autograd.grad(total, self._slots, allow_unused=True))
+        return loss
+
+    def _inputs(self, part: MicroBatch, ramp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the images, targets and ramp with which a loss is called."""
         if self.options.schedule.kind == "lazy":
             ramp = ramp * self.options.schedule.lazy_interval
         images_BCHW = part.images_BCHW
         if self.objective.needs_input_gradient and not self.options.is_compiled:
             images_BCHW = images_BCHW.detach().requires_grad_()
-        loss = self._forward(name, images_BCHW, part.targets, ramp)
-        self._backward(loss.total / part.divisor)
-        return loss
+        return images_BCHW, part.targets, ramp
 
     def _differentiate_difference(self, part: MicroBatch, ramp: Tensor) -> Loss:
         """Runs the forwards and backwards of a finite difference, and returns its loss.
@@ -236,7 +271,7 @@ class Step:
             here_BCHW = self.model.normalize(part.images_BCHW).detach()  # type: ignore[operator]
         coefficient = objective.ce_weight - weight * (not central)
         random_state = RandomState(self.device)
-        here = self._forward("point", here_BCHW.requires_grad_(), part.targets, ramp)
+        here = self._forward(self.losses["point"], here_BCHW.requires_grad_(), part.targets, ramp)
         (grad_BCHW,) = self._backward(here.ce * coefficient / part.divisor, here_BCHW)
         assert grad_BCHW is not None
         ce = here.ce.detach().clone()  # a CUDA graph overwrites its output when it runs again
@@ -246,7 +281,7 @@ class Step:
         for sign in signs:
             random_state.restore()  # the same dropout: only the images may differ between points
             point_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
-            there = self._forward("point", point_BCHW, part.targets, ramp)
+            there = self._forward(self.losses["point"], point_BCHW, part.targets, ramp)
             self._backward(there.ce * (sign * weight / len(signs) / part.divisor))
             ces.append(there.ce.detach().clone())
         slope = (ces[0] - ces[1]) / (2 * h) if central else (ces[1] - ces[0]) / h
@@ -254,11 +289,11 @@ class Step:
         total = objective.ce_weight * ce + objective.penalty_weight * ramp * penalty
         return Loss(total, ce, penalty, slope)
 
-    def _forward(self, name: str, *inputs: Any) -> Loss:
-        """Computes the loss with this name."""
+    def _forward(self, module: nn.Module, *inputs: Any) -> Loss:
+        """Computes a loss."""
         if self._compile_mode:  # also if an earlier forward found no memory for its backward
             torch.compiler.cudagraph_mark_step_begin()
-        loss: Loss = self.losses[name](*inputs)
+        loss: Loss = module(*inputs)
         return loss
 
     def _backward(self, total: Tensor, *images: Tensor) -> Sequence[Tensor | None]:
