@@ -1,0 +1,240 @@
+"""The gradients of an update, in one process and in several."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from support.processes import on_ranks
+from support.runs import TINY_SWIN
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+from fastgn import attacks, distributed
+from fastgn.config.cli import parse_config
+from fastgn.models import network
+from fastgn.objectives import build_objective
+from fastgn.step.gradients import ALIGNMENT, GradientBuffer, OneRank, Ranks
+from fastgn.step.options import StepOptions
+from fastgn.step.retry import RetryingStep
+from fastgn.step.schedule import Schedule
+from fastgn.step.step import Step
+
+UPDATES, IMAGES = 20, 16
+
+
+def small_weights() -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    shapes = ((3, 5), (7,), (2, 2))
+    weights = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    return [*weights, nn.Parameter(torch.randn(4, dtype=torch.float64))]
+
+
+def test_a_buffer_holds_all_gradients() -> None:
+    weights = small_weights()
+    buffer = GradientBuffer(weights)
+    assert [flat.dtype for flat in buffer.flats] == [torch.float32, torch.float64]
+    first, second = ([torch.randn_like(w) for w in weights] for _ in range(2))
+    buffer.add(first)
+    buffer.add(second)
+    for weight, a, b in zip(weights, first, second, strict=True):
+        assert weight.grad is not None and torch.equal(weight.grad, a + b)
+        inside = [f for f in buffer.flats if f.dtype == weight.dtype][0]
+        offset = weight.grad.storage_offset()
+        assert weight.grad.untyped_storage().data_ptr() == inside.untyped_storage().data_ptr()
+        assert offset % ALIGNMENT == 0
+    buffer.clear()
+    buffer.add(first)
+    assert all(torch.equal(w.grad, a) for w, a in zip(weights, first, strict=True))  # type: ignore
+
+
+def test_a_weight_without_gradient_keeps_none() -> None:
+    """So that the optimizer leaves the weight alone, its decay included."""
+    weights = small_weights()
+    buffer = GradientBuffer(weights)
+    buffer.add([torch.ones_like(weights[0]), None, torch.ones_like(weights[2]), None])
+    assert [w.grad is None for w in weights] == [False, True, False, True]
+
+
+def test_a_gradient_of_the_callers_is_added_to() -> None:
+    (weight, *_) = small_weights()
+    weight.grad = torch.ones_like(weight)
+    GradientBuffer([weight]).add([torch.full_like(weight, 2)])
+    assert torch.equal(weight.grad, torch.full_like(weight, 3))
+
+
+# -------------------------------------------------------------------- several processes against one
+
+
+def drop_by_position(rank: int) -> Callable[..., Tensor]:
+    """Returns a dropout that drops elements by the position of their image in the global batch.
+
+    torch's own draws differ between processes by design.
+    """
+
+    def forward(self: nn.Dropout, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        row = torch.arange(len(x)).view(-1, *[1] * (x.dim() - 1)) + rank * len(x)
+        column = torch.arange(x[0].numel()).view(1, *x.shape[1:])
+        keep = (row * 13 + column * 7) % 10 != 0
+        return x * keep.to(x.dtype) / 0.9
+
+    return forward
+
+
+def global_batch(update: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns mixed images and their targets, the same in each process."""
+    draw = torch.Generator().manual_seed(update)
+    images = torch.rand(IMAGES, 3, 16, 16, generator=draw)
+    targets = torch.nn.functional.one_hot(torch.arange(IMAGES) % 10, 10).float()
+    images, targets = (0.7 * x + 0.3 * x.flip(0) for x in (images, targets))
+    return images.to(dtype), targets.to(dtype)
+
+
+def train(world: Ranks, rank: int, count: int, case: dict[str, Any]) -> dict[str, Any]:
+    """Returns the weights after UPDATES updates of a rank, and the hashes of its compiled graphs.
+
+    count: number of ranks whose order of images is used, so that one process can have the order
+    of several.
+    """
+    dtype = case.get("dtype", torch.float64)
+    swin = [*TINY_SWIN]
+    if case.get("dropout"):
+        at = swin.index("window_size=2") + 1
+        swin[at:at] = ["drop_rate=0.1", "proj_drop_rate=0.1", "attn_drop_rate=0.1"]
+    cfg = parse_config([*swin, "--method", case.get("method", "gradnorm")])
+    torch.manual_seed(0)
+    model, _ = network.build_model(cfg.architecture, 10, "reference")
+    model.to(dtype)
+    nn.Dropout.forward = drop_by_position(rank)  # type: ignore[method-assign]
+    attacks.draw_random_start = lambda images_BCHW, eps: images_BCHW  # type: ignore
+    hashes: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        text = graph.print_readable(print_output=False)
+        hashes.append(hashlib.sha256(text.encode()).hexdigest())
+        assert "c10d" not in text or case.get("sync") == "overlap"
+        return make_boxed_func(graph.forward)
+
+    original = torch.compile
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    torch.compile = functools.partial(original, backend=backend)  # type: ignore
+    torch._dynamo.reset()
+    try:
+        options = StepOptions(
+            schedule=Schedule(case.get("schedule", "exact"), lazy_interval=2),
+            compile=case.get("compile", False),
+            grad_sync=case.get("sync", "flat"),
+            grad_dtype=case.get("grad_dtype", "fp32"),
+        )
+        step = RetryingStep(Step(model, build_objective(cfg.objective), options, ranks=world))
+        # AdamW divides by the size of the gradients, and so makes the rounding of the smallest ones
+        # as large as a step. At twice this learning rate, fp32's error is 1.2e-5.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+        accumulated = case.get("accumulated", 1)
+        size = IMAGES // accumulated  # of a micro-batch over all ranks
+        for update in range(UPDATES):
+            images, targets = global_batch(update, dtype)
+            batches = []
+            for start in range(0, IMAGES, size):
+                order = start + torch.arange(size).view(count, -1)
+                if case.get("schedule") == "subset" and world.size == 1:
+                    # the subset is the first half of each rank's images
+                    order = order.view(count, 2, -1).transpose(0, 1)
+                all_images = world.size == 1 and not case.get("one_share")
+                mine = order.flatten() if all_images else order[rank]
+                batches.append((images[mine], targets[mine]))
+            step(batches, torch.ones((), dtype=dtype), update)
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.compile = original
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return {"weights": weights, "hashes": sorted(hashes)}
+
+
+FP32 = {"dtype": torch.float32, "compile": True}
+CASES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "accumulated": {"accumulated": 2},
+    "dropout": {"dropout": True},
+    "lazy": {"schedule": "lazy"},
+    "subset": {"schedule": "subset"},
+    "attack": {"method": "pgd_at"},
+    "overlap, eager": {"sync": "overlap"},
+    "compiled": FP32,
+    "overlap": {**FP32, "sync": "overlap"},
+    "bf16 gradients": {"dtype": torch.float32, "grad_dtype": "bf16"},
+}
+
+
+def train_on_a_rank(cases: dict[str, dict[str, Any]], folder: str) -> int:
+    with distributed.session("cpu") as world:
+        results = {n: train(world, world.rank, world.size, case) for n, case in cases.items()}
+        torch.save(results, Path(folder) / f"{world.rank}.pt")
+    return 0
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, list[dict[str, Any]]]:
+    """Number of ranks, and what each of them has computed: case -> result."""
+    count = request.param
+    folder = tmp_path_factory.mktemp(f"ranks{count}")
+    # four compile no other graph than two, and take twice as long
+    cases = {n: c for n, c in CASES.items() if count == 2 or not c.get("compile")}
+    on_ranks(folder, count, train_on_a_rank, cases, str(folder))
+    return count, [torch.load(folder / f"{rank}.pt") for rank in range(count)]
+
+
+@pytest.fixture
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes the replacements of `train` in this process."""
+    monkeypatch.setattr(attacks, "draw_random_start", attacks.draw_random_start)
+    monkeypatch.setattr(nn.Dropout, "forward", nn.Dropout.forward)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_train_the_weights_of_one(
+    name: str, several: tuple[int, list[dict[str, Any]]], restored: None
+) -> None:
+    count, ranks = several
+    if name not in ranks[0]:
+        pytest.skip("compiled with two ranks only")
+    case = CASES[name]
+    alone = train(OneRank(), 0, count, case | {"sync": "flat", "grad_dtype": "fp32"})
+    for rank in ranks[1:]:
+        assert torch.equal(rank[name]["weights"], ranks[0][name]["weights"])
+    error = (ranks[0][name]["weights"] - alone["weights"]).norm() / alone["weights"].norm()
+    bound = {"bf16 gradients": 1e-2}.get(name, 1e-5 if "dtype" in case else 1e-12)
+    assert error < bound
+    if name == "bf16 gradients":
+        assert error > 1e-6, "gradients in bf16 are rounded"
+
+
+def test_the_compiled_graphs_are_those_of_one_process(
+    several: tuple[int, list[dict[str, Any]]], restored: None
+) -> None:
+    """Forward and backward have no collective in them, which `train` checks too."""
+    count, ranks = several
+    if "compiled" not in ranks[0]:
+        pytest.skip("compiled with two ranks only")
+    alone = train(OneRank(), 0, count, CASES["compiled"] | {"one_share": True})
+    assert len(alone["hashes"]) == 2
+    assert [rank["compiled"]["hashes"] for rank in ranks] == [alone["hashes"]] * count
+    assert ranks[0]["overlap"]["hashes"] != alone["hashes"]
+
+
+def test_the_cases_differ(several: tuple[int, list[dict[str, Any]]]) -> None:
+    """Else one case would show no more than another."""
+    _, ranks = several
+    weights = [r["weights"] for n, r in ranks[0].items() if n in ("exact", "lazy", "dropout")]
+    weights += [ranks[0][n]["weights"] for n in ("subset", "attack")]
+    for index, one in enumerate(weights):
+        assert all((one - other).norm() / one.norm() > 1e-6 for other in weights[:index])
