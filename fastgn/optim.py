@@ -270,6 +270,13 @@ def measure_state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
     )
 
 
+def missing_state_bytes(
+    cfg: OptimizerConfig, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Returns the number of bytes that the optimizer's first step will allocate, 0 after it."""
+    return 0 if optimizer.state else measure_state_bytes(cfg, model)
+
+
 def compute_peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
     """Returns the highest learning rate: lr, or lr_base scaled linearly with the images per update.
 

@@ -312,5 +312,5 @@ def state_bytes(
 
     These are the optimizer's state, and the images of this update and the next one.
     """
-    own = 0 if optimizer.state else optim.measure_state_bytes(cfg.optimizer, model)
+    own = optim.missing_state_bytes(cfg.optimizer, model, optimizer)
     return own + 2 * images * 3 * model.img_size**2 * 4

@@ -74,7 +74,9 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        self.compute_gradients = RetryingStep(self.step, self.print)
+        optimizer = self.cfg.optimizer, self.model, self.optimizer
+        reserve_bytes = partial(optim.missing_state_bytes, *optimizer)
+        self.compute_gradients = RetryingStep(self.step, self.print, reserve_bytes)
         """Runs `attack_step`, in smaller micro-batches if the device runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         # whatever ends the run, its folder stays locked until the last file is written

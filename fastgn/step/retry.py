@@ -35,11 +35,19 @@ class RetryingStep:
 
     step: its `micro_batch` is halved when memory runs out, in all processes.
     report: called with a line of text when the micro-batch was halved.
+    reserve_bytes: returns the memory that the optimizer will allocate after the first update. An
+    update that leaves less than that counts as out of memory.
     """
 
-    def __init__(self, step: Step, report: Callable[[str], object] = warnings.warn):
+    def __init__(
+        self,
+        step: Step,
+        report: Callable[[str], object] = warnings.warn,
+        reserve_bytes: Callable[[], int] = int,
+    ):
         self.step = step
         self.report = report
+        self.reserve_bytes = reserve_bytes
         self._snapshot = Snapshot(step.device, step.statistics)
 
     def __call__(
@@ -61,16 +69,22 @@ class RetryingStep:
         while True:
             self._snapshot.save()
             failure: RuntimeError | None = None
+            reserved = None
             try:
+                reserved = torch.empty(
+                    self.reserve_bytes(), dtype=torch.uint8, device=self.step.device
+                )
                 loss = self.step(batches, ramp, update, attack_ramp)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if self.step.is_summed:  # the other processes wait for this one
+                if self.step.is_committed:  # the other processes wait for this one
                     raise
                 failure = error
+            del reserved  # PyTorch's allocator keeps it for the next allocations
             failure = self._share_failure(failure)
             if failure is None:
+                self.reserve_bytes = int  # the optimizer is about to allocate its state
                 if self.step.ranks.size > 1:
                     self.step.sum_over_ranks()
                 return loss
@@ -81,7 +95,9 @@ class RetryingStep:
 
     def _share_failure(self, failure: RuntimeError | None) -> RuntimeError | None:
         """Returns the failure of this or another process, or None if all have succeeded."""
-        if self.step.is_summed or isinstance(failure, PeerOutOfMemory):  # they have agreed already
+        if self.step.is_committed or isinstance(
+            failure, PeerOutOfMemory
+        ):  # they have agreed already
             return failure
         if self.step.ranks.any(failure is not None):
             return failure or PeerOutOfMemory("another process ran out of memory")

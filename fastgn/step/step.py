@@ -77,9 +77,11 @@ class Step:
         cuda_graphs = options.cuda_graphs and options.is_compiled and self.device.type == "cuda"
         self._compile_mode = {"mode": "reduce-overhead"} if cuda_graphs else {}
         self.gradients = GradientBuffer(self.weights, GRAD_DTYPES[options.grad_dtype])
+        self.is_committed = False
+        """Whether the present update has come to a collective, so that it cannot be repeated in one
+        process alone."""
         self.is_summed = False
-        """Whether the backward of the present update also sums its gradients. From then on it
-        cannot be repeated, because other processes may wait for this one."""
+        """Whether the backward of the present update also sums its gradients."""
 
         self.parts = split_objective(objective, options.schedule)
         self.attack = self._compile(AttackGradient(model, options.precision), True)
@@ -139,7 +141,7 @@ class Step:
     def _accumulate(self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor) -> Loss:
         """Runs the forward and backward of each micro-batch. Returns the mean of their losses."""
         name, quirks = self.turn(update), self.options.quirks
-        self.is_summed = False
+        self.is_committed = self.is_summed = False
         pairs = self._split(batches)
         overlaps = bool(self.overlapped) and len(pairs) == 1 and not self.has_gradients()
         divisor = len(pairs) if quirks.accumulation == "mean" else len(pairs) // len(batches)
@@ -180,6 +182,7 @@ class Step:
             self.gradients.sum_over_ranks()
         if not self.options.quirks.train_in_eval_mode:
             average_over_ranks(self.statistics, self.ranks.size)
+        self.is_committed = self.is_summed = False
 
     def confirm(self) -> None:
         """Raises PeerOutOfMemory if a process has run out of memory in this update.
@@ -244,7 +247,7 @@ class Step:
         processes."""
         loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *self._slots)
         self.confirm()
-        self.is_summed = True
+        self.is_committed = self.is_summed = True
         total = loss.total / part.divisor
         self.gradients.add(torch.autograd.grad(total, self._slots, allow_unused=True))
         return loss
