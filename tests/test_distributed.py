@@ -385,23 +385,27 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def evaluate_on_a_rank(args: list[str], folder: str) -> int:
-    cfg = parse_config(args)
+def average_statistics_on_a_rank(args: list[str], folder: str) -> int:
+    cfg = parse_config([*args, "--no-model-ema"])
     with distributed.session("cpu") as world:
         run = build(cfg, world)
-        buffers = dict(run.evaluated_model.named_buffers())
-        for buffer in buffers.values():
-            buffer += world.rank  # as if each rank had seen other images
-        run.evaluate()
-        torch.save(buffers, Path(folder) / f"buffers{world.rank}.pt")
+        run.step(next(run.updates_of(0)), run.ramp)
+        buffers = dict(run.model.named_buffers())
+        own = {name: buffer.clone() for name, buffer in buffers.items()}
+        run.step.sum_over_ranks()
+        torch.save((own, buffers), Path(folder) / f"buffers{world.rank}.pt")
     return 0
 
 
-def test_all_ranks_evaluate_with_the_statistics_that_are_saved(tmp_path: Path) -> None:
-    """BatchNorm's are each rank's own during training."""
+def test_statistics_of_batch_norm_are_averaged_after_an_update(tmp_path: Path) -> None:
+    """So that every rank evaluates, and the first one saves, the same network."""
     network = ("--model", "preact_resnet18", "--model-kwargs", "width=4", "--img-size", "16")
     args = tiny_run(tmp_path / "run", *network, "--activation", "gelu")
-    on_two_ranks(tmp_path, evaluate_on_a_rank, args, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"buffers{rank}.pt") for rank in range(2))
-    assert "backbone.norm.running_mean" in first
+    on_two_ranks(tmp_path, average_statistics_on_a_rank, args, str(tmp_path))
+    (own, first), (other, second) = (torch.load(tmp_path / f"buffers{r}.pt") for r in range(2))
     assert differences(first, second) == []
+    names = [name for name in first if name.endswith(("running_mean", "running_var"))]
+    assert names and any(differences(own[name], other[name]) for name in names)
+    for name, value in first.items():
+        wanted = (own[name] + other[name]) / 2 if name in names else own[name]
+        torch.testing.assert_close(value, wanted)
