@@ -22,7 +22,7 @@ from fastgn.folder import open_run
 from fastgn.metrics import Metrics, environment, find_wandb
 from fastgn.models import create, network
 from fastgn.models.network import Classifier, ModelReport
-from fastgn.models.sync_batch_norm import sync_batch_norms
+from fastgn.models.sync_batch_norm import has_collectives, sync_batch_norms
 from fastgn.objectives import (
     METHODS,
     Objective,
@@ -254,6 +254,7 @@ def make_step(
         fewest=schedule_of(cfg.step).fewest(model.fewest_images),
         cuda_graphs=resolved.cuda_graphs,
         grad_sync=resolved.grad_sync,
+        communicates=has_collectives(model),
     )
     for tensor in model.state_dict().values():  # ranks may read different copies of a file
         world.broadcast(tensor)

@@ -47,6 +47,9 @@ class StepOptions:
     a compiled backward of one micro-batch. More micro-batches are always summed at the end."""
     grad_dtype: str = "fp32"
     """Dtype in which gradients travel between processes: "fp32", the weights' own, or "bf16"."""
+    communicates: bool = False
+    """Whether the network's forward in train mode sends something to other processes, as with
+    --sync-bn. An update that runs out of memory in such a forward cannot be repeated."""
     quirks: Quirks = Quirks()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:

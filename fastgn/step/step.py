@@ -150,6 +150,9 @@ class Step:
             images_BCHW = self._perturb(name, images_BCHW, targets, attack_ramp)
             self.model.train(not quirks.train_in_eval_mode)
             part = MicroBatch(images_BCHW, targets, divisor * self.ranks.size)
+            if self.options.communicates:
+                self.confirm()
+                self.is_committed = True
             if overlaps:
                 loss = self._differentiate_and_sum(name, part, ramp)
             elif self.options.schedule.differences:
@@ -180,7 +183,7 @@ class Step:
         """
         if not self.is_summed:
             self.gradients.sum_over_ranks()
-        if not self.options.quirks.train_in_eval_mode:
+        if not (self.options.quirks.train_in_eval_mode or self.options.communicates):
             average_over_ranks(self.statistics, self.ranks.size)
         self.is_committed = self.is_summed = False
 
