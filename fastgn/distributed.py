@@ -231,6 +231,11 @@ def count_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def count_local_ranks() -> int:
+    """Returns the number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def connect_to_store(limit: timedelta, *, serve: bool = False) -> torch.distributed.TCPStore:
     """Returns the job's store, which this process serves if `serve` is True.
 

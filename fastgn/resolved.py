@@ -1,7 +1,6 @@
 """Resolves every `auto` and None of a configuration for this machine and these data."""
 
 import dataclasses
-import os
 
 import torch
 
@@ -9,8 +8,8 @@ from fastgn import optim
 from fastgn.config import Config
 from fastgn.config.groups import StepConfig
 from fastgn.data.datasets import Dataset
-from fastgn.data.loader import batch_sizes
-from fastgn.distributed import World
+from fastgn.data.loader import batch_sizes, divide_again
+from fastgn.distributed import World, count_local_ranks
 from fastgn.errors import check, first_line
 from fastgn.models.network import Classifier
 from fastgn.objectives import Objective
@@ -282,7 +281,7 @@ def make_plan(
     images = batching.batch_size * batching.grad_accum_steps
     fixed = batching.batch_size, cfg.step.activation_memory_budget
     on_cuda = world.device.type == "cuda"
-    processes = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = 1 if on_cuda else count_local_ranks()
     return choose_plan(
         cost,
         slowest_rates(world, cfg.step.precision),

@@ -1,6 +1,7 @@
 """Assembling a run: from a configuration to everything that the training loop works on."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastgn.data.identity import describe_dataset
 from fastgn.data.loader import build_loader
 from fastgn.data.representatives import compute_representatives
 from fastgn.data.subset import Subset
-from fastgn.distributed import World
+from fastgn.distributed import World, count_local_ranks
 from fastgn.errors import check
 from fastgn.files import remove_file, write_bytes, write_json
 from fastgn.finish import warn_of_initial_weights
@@ -369,6 +370,21 @@ def warn(run: Run, report: ModelReport) -> None:
             f"warning: --ramp-epochs {cfg.ramp_epochs:g} is longer than the run: the strength of "
             f"{cfg.objective.method} reaches only {full:.2g} of its full value"
         )
+    if run.resolved.loader != "DeviceLoader":  # which has no workers
+        warn_of_workers(run, count_local_ranks(), os.cpu_count() or 1)
     warning = piecewise_linear_warning(cfg.objective, report.piecewise_linear)
     if warning:
         run.print(f"warning: {warning}")
+
+
+def warn_of_workers(run: Run, ranks: int, cores: int) -> None:
+    """Prints a warning if the workers of all ranks on a machine are more than its cores.
+
+    Each rank alone has at most as many workers as there are cores.
+    """
+    workers = run.cfg.dataset.workers
+    if ranks * min(workers, cores) > cores:
+        run.print(
+            f"warning: {ranks} ranks on this machine x --workers {workers} are more than its "
+            f"{cores} cores, and slow each other down: use --workers {max(1, cores // ranks)}"
+        )

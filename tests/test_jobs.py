@@ -17,8 +17,9 @@ from support.processes import TORCHRUN, free_port, start_two
 from support.runs import contents, error_line, tiny_run
 from support.states import differences, read_state
 
-from fastgn import distributed, evaluate, lock, train
+from fastgn import distributed, evaluate, lock, setup, train
 from fastgn.checkpoint import find_checkpoint
+from fastgn.config.cli import parse_config
 from fastgn.data import pack
 from fastgn.errors import UserError
 from fastgn.interrupt import STOPPED
@@ -109,6 +110,22 @@ def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "cores", "best"),
+    [(8, 8, 64, None), (8, 9, 64, 8), (1, 8, 4, None), (2, 8, 4, 2), (4, 1, 2, 1), (2, 0, 1, None)],
+)
+def test_too_many_workers_are_named(ranks: int, workers: int, cores: int, best: int | None) -> None:
+    said: list[str] = []
+    cfg = parse_config(["--data", "digits", "--workers", str(workers)])
+    run = type("Run", (), {"cfg": cfg, "print": staticmethod(said.append)})
+    setup.warn_of_workers(run, ranks, cores)  # type: ignore[arg-type]
+    line = (
+        f"warning: {ranks} ranks on this machine x --workers {workers} are more than its {cores} "
+        f"cores, and slow each other down: use --workers {best}"
+    )
+    assert said == ([] if best is None else [line])
 
 
 # -------------------------------------------------------------------------------------------- locks
