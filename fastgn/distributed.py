@@ -161,8 +161,11 @@ def session(
             return
         limit = timedelta(minutes=rank_timeout)
         store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
-        # torchrun's store may contain reports of dead ranks from an earlier start of the job
-        store = torch.distributed.PrefixStore(f"fastgn/{count_restarts()}", store)
+        # torchrun's store may contain reports of dead ranks from an earlier start of the job, and
+        # a start with another number of ranks may not count as a restart; without that store,
+        # machines that have joined later have counted fewer restarts
+        start = count_restarts() if has_agent_store() else 0
+        store = torch.distributed.PrefixStore(f"fastgn/{start}/{size}", store)
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         heartbeat = Heartbeat(
             store.clone(), place, rank, size, limit.total_seconds(), agent=has_agent_store()

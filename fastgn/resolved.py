@@ -13,6 +13,7 @@ from fastgn.distributed import World, count_local_ranks
 from fastgn.errors import check, first_line
 from fastgn.models.network import Classifier
 from fastgn.objectives import Objective
+from fastgn.state import TrainState
 from fastgn.step.cost import count_cost
 from fastgn.step.options import Quirks, StepOptions
 from fastgn.step.plan import Plan, Rates, choose_plan, free_memory, measure_rates
@@ -145,13 +146,20 @@ def last_update_of(cfg: Config, updates_per_epoch: int) -> int:
     return min(total, cfg.run.max_updates or total)
 
 
-def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
+def batch_images(
+    cfg: Config, dataset: Dataset, world: World, state: TrainState | None = None
+) -> Batching:
     """Returns how the images of an update are divided among the ranks and into micro-batches.
 
-    Raises UserError if the numbers of images do not divide as the options ask.
+    state: the checkpoint that the run continues, if any. It decides about the images per update if
+    only the number of ranks has changed. Raises UserError if the numbers of images do not divide.
     """
-    batch_size, accum = batch_sizes(cfg, len(dataset.train), world.size, world.device)
     divisor = schedule_of(cfg.step).divisor
+    place = len(dataset.train), world.size, world.device
+    if state is not None and keeps_global_batch(cfg, state, world.size):
+        batch_size, accum = divide_again(cfg, state.global_batch, *place, divisor)
+    else:
+        batch_size, accum = batch_sizes(cfg, *place)
     check(
         batch_size % divisor == 0,
         f"--subset-fraction {cfg.step.subset_fraction:g} of --batch-size {batch_size} is not a "
@@ -161,6 +169,20 @@ def batch_images(cfg: Config, dataset: Dataset, world: World) -> Batching:
     if cfg.step.schedule == "auto":  # the step splits it: the data do not depend on the plan
         batch_size, accum = batch_size * accum, 1
     return Batching(batch_size, accum, world.size)
+
+
+def keeps_global_batch(cfg: Config, state: TrainState, ranks: int) -> bool:
+    """Returns whether a checkpoint decides about the number of images per update.
+
+    It does so if another number of ranks continues the run, unless the options give the number.
+    Options that are still those of the checkpoint mean the ranks that the run began with.
+    """
+    if cfg.dataset.global_batch_size not in (None, state.global_batch):
+        return False
+    names = "batch_size", "grad_accum_steps", "global_batch_size"
+    saved = state.saved_config().dataset
+    same = all(getattr(saved, name) == getattr(cfg.dataset, name) for name in names)
+    return same or state.ranks not in (None, ranks)
 
 
 def check_device(cfg: StepConfig, device: torch.device) -> None:

@@ -74,7 +74,7 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
         dataset = load_dataset(cfg.dataset)
     identity = describe_dataset(dataset)
     check_ranks(world, identity)
-    batching = batch_images(cfg, dataset, world)
+    batching = batch_images(cfg, dataset, world, state)
     peak = optim.compute_peak_lr(cfg.optimizer, batching.global_batch)
     cfg, model, report = build_model(
         cfg, dataset, batching, kernels, world, resumed=state is not None

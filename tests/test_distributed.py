@@ -269,16 +269,20 @@ def test_only_the_first_rank_writes(runs: tuple[Path, Path, list[str]]) -> None:
     assert len(list((two / "tensorboard").iterdir())) == 1
 
 
+@pytest.mark.parametrize("more", [("--batch-size", "48"), ()])
 def test_one_rank_resumes_what_two_began(
-    runs: tuple[Path, Path, list[str]], tmp_path: Path
+    more: tuple[str, ...], runs: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:
-    """The checkpoint lies between two log rows: it carries the sums of both ranks' losses."""
+    """The checkpoint lies between two log rows: it carries the sums of both ranks' losses.
+
+    With the same options, the one rank has two micro-batches in place of two ranks.
+    """
     one, two, _ = runs
     folder = tmp_path / "run"
     shutil.copytree(two, folder)
     earlier = folder / "checkpoints" / "update_00000010.pt"
     assert read_state(earlier)["summed"] == 1
-    assert train.main(["--resume", str(earlier), "--batch-size", "48"]) == 0
+    assert train.main(["--resume", str(earlier), *more]) == 0
     weights = [read_state(find_checkpoint(f))["model"] for f in (folder, one)]
     assert relative_error(*weights) < 1e-5
     (row,), (want,) = (

@@ -4,6 +4,7 @@ Each loader has a module of its own (device.py, torch.py or dali/loader.py), whi
 if this loader is chosen.
 """
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
     data = cfg.dataset
     batch, accum = data.batch_size, data.grad_accum_steps
     if data.global_batch_size is None:
-        batch = batch or (32 if device.type == "cuda" else 8)
+        batch = batch or default_batch_size(device)
     else:
         per_rank, rest = divmod(data.global_batch_size, ranks)
         check(
@@ -55,6 +56,41 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
         f"--mixup and --cutmix mix pairs of images, so --batch-size {batch} must be even",
     )
     return batch, accum
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Returns the number of images per rank and micro-batch if no option gives it."""
+    return 32 if device.type == "cuda" else 8
+
+
+def divide_again(
+    cfg: Config, images: int, num_images: int, ranks: int, device: torch.device, divisor: int
+) -> tuple[int, int]:
+    """Returns (images per rank and micro-batch, micro-batches per update) of a run that goes on.
+
+    The run may have had another number of ranks. Micro-batches are the largest ones of at most
+    --batch-size that divide the images of a rank.
+
+    images: number of images per update over all ranks. num_images: number of training images.
+    divisor: number that must divide the size of a micro-batch. Raises UserError if nothing fits.
+    """
+    data, augmentation = cfg.dataset, cfg.augmentation
+    per_rank, rest = divmod(images, ranks)
+    given = data.batch_size or (per_rank if data.global_batch_size else default_batch_size(device))
+    step = math.lcm(divisor, 2 if augmentation.mixup or augmentation.cutmix else 1)
+    fitting = [n for n in range(step, given + 1, step) if per_rank % n == 0]
+    check(
+        images <= num_images,
+        f"the checkpoint's global batch of {images} images exceeds the {num_images} training "
+        "images",
+    )
+    check(
+        rest == 0 and bool(fitting),
+        f"the checkpoint's global batch of {images} images cannot be divided among {ranks} ranks "
+        f"in micro-batches of at most {given} images: continue with another number of ranks, or "
+        "another --batch-size",
+    )
+    return fitting[-1], per_rank // fitting[-1]
 
 
 def build_loader(
