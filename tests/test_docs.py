@@ -26,7 +26,8 @@ from fastgn.objectives import METHODS
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
-OTHERS = {"help", "nproc-per-node", "max-restarts", "list"}
+TORCHRUN = {"nproc-per-node", "nnodes", "max-restarts", "signals-to-handle", "shutdown-timeout"}
+OTHERS = {"help", "list", "signal", *TORCHRUN}
 """Flags that are no field: --help, torchrun's, and the --list of fastgn.train."""
 PACKAGE = ROOT / "fastgn"
 ROOMS = {p.stem for p in (*PACKAGE.glob("*.py"), *PACKAGE.glob("*/"))} - {"__init__", "__pycache__"}
