@@ -121,3 +121,26 @@ def test_one_image_that_does_not_fit_raises() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         compute(batches_for(vit, 1), torch.tensor(1.0))
     assert model.backbone.failures == 3, "4, 2 and 1 images were tried"
+
+
+def test_an_update_leaves_room_for_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the optimizer allocates after the first update counts as part of this update."""
+    held: list[int] = []
+    empty = torch.empty
+
+    def allocate(*size: int, **options: object) -> Tensor:
+        if options.get("dtype") == torch.uint8:
+            held.append(size[0])
+            if size[0] and len(held) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty(*size, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    model = classifier(vit)
+    step = Step(model, objective(), StepOptions(compile=False))
+    compute = RetryingStep(step, lambda line: None, reserve_bytes=lambda: 1000)
+    compute(batches_for(vit, 1), torch.tensor(1.0))
+    assert step.micro_batch == 2 and held == [1000, 1000]
+    model.zero_grad()
+    compute(batches_for(vit, 1), torch.tensor(1.0))
+    assert held == [1000, 1000, 0], "the optimizer has allocated it"
