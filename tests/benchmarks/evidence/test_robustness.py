@@ -296,6 +296,7 @@ def test_the_table_is_made_from_the_record() -> None:
     assert lines[-3].startswith("| gradnorm | fgsm_rs | time | +0.0 ± 0.0 | +10.0 ± 0.0 * |")
 
 
+@pytest.mark.slow
 def test_cifar10_at_toy_size_by_the_script_itself(tmp_path: Path) -> None:
     """--data cifar10 --smoke on noise, the two processes of a CPU; --methods of what there is."""
     from benchmarks.data.small_data import noise
