@@ -52,12 +52,14 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """Replaces a tensor by its sum over all ranks, in place, and returns it."""
         if self.size > 1:
+            self._count_collective()
             torch.distributed.all_reduce(value)
         return value
 
     def broadcast(self, value: Tensor) -> None:
         """Replaces a tensor by the first rank's, in place."""
         if self.size > 1:
+            self._count_collective()
             torch.distributed.broadcast(value, src=0)
 
     def any(self, flag: bool) -> bool:
@@ -94,8 +96,7 @@ class World:
         return values[0]
 
     def _count_collective(self) -> None:
-        """Counts a collective through CPU memory, so that the heartbeat can name a rank that is
-        behind."""
+        """Counts a collective, so that the heartbeat can name a rank that is behind."""
         if self.heartbeat is not None:
             self.heartbeat.collectives += 1
 
@@ -182,6 +183,7 @@ def session(
                 )
                 control = torch.distributed.new_group(backend="gloo", timeout=meeting_timeout)
                 yield World(rank, size, chosen, cast(Any, control), held, heartbeat)
+                heartbeat.collectives += 1
                 # a rank that leaves earlier would look like one that has stopped
                 torch.distributed.barrier(group=cast(Any, control))
         except RuntimeError as error:

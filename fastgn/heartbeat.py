@@ -1,5 +1,7 @@
 """Detects ranks that have stopped while other ranks wait for them, and ends the job.
 
+A rank that is alive but late is named by a warning.
+
 A waiting collective cannot tell a slow rank from a dead one. Therefore a thread of each rank
 reports every few seconds that its process is alive, through torch.distributed's store. The same
 thread reads the reports of the other ranks. A second thread watches the reports, because the store
@@ -21,6 +23,8 @@ STEPS = 10
 """Smallest number of heartbeats that a rank sends within the time limit."""
 LONGEST_INTERVAL_S = 2.0
 """Longest time between two heartbeats, in seconds."""
+WAITING_S = 60.0
+"""Seconds for which a rank waits for another one before a warning names it."""
 
 
 class Heartbeat:
@@ -51,7 +55,9 @@ class Heartbeat:
         self.agent = agent
         self.interval_s = min(limit_s / STEPS, LONGEST_INTERVAL_S)
         self.collectives = 0
-        """Number of collective operations through CPU memory that this rank has begun."""
+        """Number of collectives of distributed.World that this rank has begun."""
+        self.wait = (0, 0.0, WAITING_S)
+        """(collective in which this rank waits, seconds waited, seconds after which to warn)."""
         self.reports: dict[int, list[str]] = {}
         """Rank -> the last report read from it: [number of heartbeats, collectives, missing ranks,
         name]."""
@@ -133,6 +139,28 @@ class Heartbeat:
                 self.missing = [r for r in self.others if self.silent_s[r] >= patience_s]
             if self.missing or store_silent_s >= patience_s:
                 self._end_process()
+            self._name_late_ranks()
+
+    def _name_late_ranks(self) -> None:
+        """Prints which ranks are alive but late, after WAITING_S and then after twice as long each
+        time.
+
+        A rank is late if it has not entered the collective in which this rank waits.
+        """
+        late = [r for r, report in self.reports.items() if int(report[1]) < self.collectives]
+        number, waited_s, warn_s = self.wait
+        if number != self.collectives or not late:
+            self.wait = self.collectives, 0.0, WAITING_S
+            return
+        waited_s += self.interval_s
+        if waited_s >= warn_s:
+            warn_s *= 2
+            if self.rank == min(r for r in (self.rank, *self.others) if r not in late):
+                names = " and ".join(map(self.describe_rank, late))
+                minutes = round(waited_s / 60, 1)
+                unit = "minute" if minutes == 1 else "minutes"
+                _write_to_stderr(f"warning: waiting for {names} for {minutes:g} {unit}")
+        self.wait = number, waited_s, warn_s
 
     def _end_process(self) -> NoReturn:
         """Ends the process, whose main thread may wait in a collective that cannot be

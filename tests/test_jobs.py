@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 from support.images import image_folder
-from support.processes import TORCHRUN, free_port, start_two
+from support.processes import TORCHRUN, free_port, on_two_ranks, start_two
 from support.runs import contents, error_line, tiny_run
 from support.states import differences, read_state
+from torch import Tensor
 
-from fastgn import distributed, evaluate, lock, setup, train
+from fastgn import distributed, evaluate, heartbeat, lock, setup, train
 from fastgn.checkpoint import find_checkpoint
 from fastgn.config.cli import parse_config
 from fastgn.data import pack
 from fastgn.errors import UserError
 from fastgn.interrupt import STOPPED
 from fastgn.metrics import read_rows
+from fastgn.run import Run
 
 ENDLESS = ("--epochs", "100000", "--batch-size", "24", "--log-interval", "1", "--eval-images", "0")
 LIMIT_S = 10
@@ -110,6 +112,29 @@ def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path) -> None:
         for process in ranks:
             process.kill()
             process.join()
+
+
+def be_late_once(args: list[str]) -> int:
+    """Trains, and sleeps before the second rank's third update is done."""
+    apply, sleep_s = Run.apply_gradients, 5.0
+
+    def late(self: Run, lr: float) -> Tensor:
+        if self.world.rank == 1 and self.update == 2:
+            time.sleep(sleep_s)
+        return apply(self, lr)
+
+    heartbeat.WAITING_S, Run.apply_gradients = 1.2, late  # type: ignore[method-assign]
+    return train.main(args)
+
+
+def test_a_late_rank_is_named(tmp_path: Path) -> None:
+    """By one of those that wait, again when twice as much time has passed, and the job goes on."""
+    args = tiny_run(tmp_path / "run", "--max-updates", "4", "--batch-size", "24")
+    said = on_two_ranks(tmp_path, be_late_once, [*args, "--rank-timeout", str(LIMIT_S / 60)])
+    lines = [line for line in said[0].splitlines() if "waiting" in line]
+    pattern = r"warning: waiting for rank 1 \(process \d+ on host .*\) for [\d.]+ minutes?"
+    assert lines and all(re.fullmatch(pattern, line) for line in lines), lines
+    assert not any("waiting for rank 1" in line for line in said[1].splitlines())
 
 
 @pytest.mark.parametrize(
