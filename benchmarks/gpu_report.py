@@ -144,7 +144,7 @@ def this_machine(smoke: bool) -> Machine:
     return Machine(name, capability, smoke)
 
 
-def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
+def parts_for(machine: Machine, folder: Path) -> list[Part]:
     """Returns all parts of the report, the most important first.
 
     folder: folder of the report. The time limits of the first parts add up to 530 s. A part that
@@ -195,8 +195,7 @@ def parts_for(machine: Machine, folder: Path, commit: str | None) -> list[Part]:
 
     files = (f"kernels_{machine.slug}.json",)
     size = ("--ops", "cross_entropy_index", "--stages", 4, "--batch-size", 2, "--rounds", 2)
-    options = (*(size if smoke else ("--minutes", 0.6, "--rounds", 20)), "--no-compile")
-    options += ("--commit", commit) if commit else ()
+    options = size if smoke else ("--minutes", 0.6, "--rounds", 20)
     command = script("kernels.ops", *options, output=files[0])
     parts.append(Part("kernels", "each op's time and bandwidth", [command], 50, ("numpy",), files))
 
@@ -501,7 +500,7 @@ def main() -> int:
         return 2
     folder = (args.output or ROOT / "runs" / f"gpu_report_{machine.slug}").resolve()
     commit = commit_of_checkout() or args.commit
-    parts = parts_for(machine, folder, commit)
+    parts = parts_for(machine, folder)
     names = [part.name for part in parts]
     for name in args.parts or ():
         if name not in names:

@@ -1,22 +1,19 @@
 """Time, bandwidth and memory of every op of fastgn_kernels, in each order of differentiation.
 
-Each op is timed against eager PyTorch and torch.compile, beside a device copy of as many bytes.
+Each op is timed against eager PyTorch, beside a device copy of as many bytes.
 
     python -m benchmarks.kernels.ops  # on a GPU: Swin-B's shapes, 64 images, within --minutes
-    python -m benchmarks.kernels.ops --ops gelu layer_norm --no-compile
-    PYTHONPATH=.:kernels python -m benchmarks.kernels.ops  # with torch, triton and numpy alone
+    python -m benchmarks.kernels.ops --ops gelu layer_norm
 
 A row is one order. `forward` is the op. `backward` gives all its gradients. `second` is what a
 gradient penalty needs: from the cotangent of the gradient to the op's first input, the gradients to
 the backward's cotangents and to all inputs. Each is timed alone, on a graph that was built before.
-`all` is the three in one function, which torch.compile takes. PyTorch's fused attention (sdpa) has
-first orders only.
 
 Bytes are what the op needs by definition, not what a kernel happens to move: each tensor that the
-order needs is read once, and each that it returns is written once (`MOVES`). The copy moves as many
-bytes, half read and half written, in the same rounds. `share_of_copy` is its median time over the
-op's, and `share_of_large_copy` compares with a copy of 2 GiB. Caches are empty before each call.
-Peak memory is what a call allocates above inputs and cotangents, its graph included.
+order needs is read once, and each that it returns is written once (`Family.moves`). The copy moves
+as many bytes, half read and half written, in the same rounds. `share_of_copy` is its median time
+over the op's, and `share_of_large_copy` compares with a copy of 2 GiB. Caches are empty before each
+call. Peak memory is what a call allocates above inputs and cotangents, its graph included.
 
 Writes benchmarks/results/kernels_<card>.json after every case. On a CPU it runs small shapes, its
 times mean nothing, and it writes to runs/.
@@ -28,16 +25,12 @@ import functools
 import gc
 import itertools
 import math
-import os
-import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-import triton
 from fastgn_kernels import (
     ACTIVATIONS,
     activation,
@@ -53,25 +46,8 @@ from benchmarks.common.arguments import device_name, gpu_output, make_parser
 from benchmarks.common.records import write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.common.timing import Timing, cold
-
-try:
-    from fastgn.metrics import environment
-except ImportError as error:  # a borrowed machine may lack the trainer's packages
-    LACKING = str(error)
-
-    def environment() -> dict[str, Any]:
-        """Returns what can be known of versions and hardware without the trainer."""
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        hardware: dict[str, Any] = {"cpu": platform.processor(), "cpu_count": os.cpu_count()}
-        if torch.cuda.is_available():
-            hardware |= {"gpus": [torch.cuda.get_device_name()], "cuda": torch.version.cuda}
-        return {
-            "versions": versions | {"triton": triton.__version__},
-            "commit": None,
-            "hardware": hardware,
-            "environment_lacks": LACKING,
-        }
-
+from fastgn.errors import first_line
+from fastgn.metrics import environment
 
 NO_MEANING = "NO GPU: small shapes on a CPU, these times mean nothing"
 
@@ -86,100 +62,203 @@ DIFFERENCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
 bfloat16 keeps 8 bits, and PyTorch rounds to them after each operator.
 """
 
-SHARE, LEANER = "share of copy bandwidth", "times_less_memory_than"
-
 Outputs = Tensor | tuple[Tensor, ...]
+Function = Callable[..., Outputs]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One op of fastgn_kernels with inputs of one shape and dtype."""
+class Family:
+    """Ops that need the same tensors and have the same goals."""
 
-    op: str
-    shape: str
-    dtype: torch.dtype
-    ours: Callable[..., Outputs]
-    eager: Callable[..., Outputs]
-    inputs: Mapping[str, Tensor]
-    """Name of each tensor input that is differentiated -> the tensor."""
-    constants: Mapping[str, Tensor]
-    """Keyword arguments of the op that are not differentiated."""
-    peers: Mapping[str, Callable[..., Outputs]] = dataclasses.field(default_factory=dict)
-    """Name of another implementation of the op -> its function. Only forward and backward are
-    timed."""
+    moves: tuple[str, str, str]
+    """Tensors that forward, backward and second order read, "->", and those that they write.
+
+    v is the cotangent of the first input's gradient. A g before a tensor's name means its gradient.
+    """
+    share_of_copy: float = 0.0
+    """Least bandwidth over that of a copy. 0 means no goal."""
+    faster: float = 0.0
+    """Least time of eager PyTorch over ours at second order. 0 means no goal."""
+    leaner: float = 0.0
+    """Least peak memory of eager PyTorch over ours at second order. 0 means no goal."""
 
 
-MOVES = {
-    "activation": ("x -> y", "gy x -> gx", "v gy x -> ggy gx"),
-    "bias_activation": ("x bias -> y", "gy x bias -> gx gbias", "v gy x bias -> ggy gx gbias"),
-    "layer_norm": (
-        "x weight bias -> y",
-        "gy x weight -> gx gweight gbias",
-        "v gy x weight -> ggy gx gweight",
+FAMILIES = {
+    "activation": Family(("x -> y", "gy x -> gx", "v gy x -> ggy gx"), 0.9, 2.5),
+    "bias_activation": Family(
+        ("x bias -> y", "gy x bias -> gx gbias", "v gy x bias -> ggy gx gbias"), 0.9, 2.5
+    ),
+    "layer_norm": Family(
+        (
+            "x weight bias -> y",
+            "gy x weight -> gx gweight gbias",
+            "v gy x weight -> ggy gx gweight",
+        ),
+        *(0.8, 4),
     ),
     # the two inputs have one gradient between them, and v goes to gsum as it is
-    "add_layer_norm": (
-        "x residual weight bias -> y sum",
-        "gy gsum sum weight -> gx gweight gbias",
-        "v gy sum weight -> ggy gx gweight",
+    "add_layer_norm": Family(
+        (
+            "x residual weight bias -> y sum",
+            "gy gsum sum weight -> gx gweight gbias",
+            "v gy sum weight -> ggy gx gweight",
+        ),
+        *(0.8, 4),
     ),
-    "window_attention": (
-        "qkv bias -> y",
-        "gy qkv bias -> gqkv gbias",
-        "v gy qkv bias -> ggy gqkv gbias",
+    "window_attention": Family(
+        ("qkv bias -> y", "gy qkv bias -> gqkv gbias", "v gy qkv bias -> ggy gqkv gbias"),
+        *(0, 5, 4),
     ),
-    "shifted_window_attention": (
-        "qkv bias mask -> y",
-        "gy qkv bias mask -> gqkv gbias",
-        "v gy qkv bias mask -> ggy gqkv gbias",
+    "shifted_window_attention": Family(
+        (
+            "qkv bias mask -> y",
+            "gy qkv bias mask -> gqkv gbias",
+            "v gy qkv bias mask -> ggy gqkv gbias",
+        ),
+        *(0, 5, 4),
     ),
-    "cross_entropy": (
-        "logits targets -> y",
-        "gy logits targets -> glogits",
-        "v gy logits targets -> ggy glogits",
+    "cross_entropy": Family(
+        (
+            "logits targets -> y",
+            "gy logits targets -> glogits",
+            "v gy logits targets -> ggy glogits",
+        )
     ),
     # L1's second derivative to x is zero: nothing to write
-    "gradient_norm_l1": ("x -> y", "gy x -> gx", "v x -> ggy"),
-    "gradient_norm_l2": ("x -> y", "gy x y -> gx", "v gy x y -> ggy gx"),
+    "gradient_norm_l1": Family(("x -> y", "gy x -> gx", "v x -> ggy")),
+    "gradient_norm_l2": Family(("x -> y", "gy x y -> gx", "v gy x y -> ggy gx")),
 }
-"""Name of an op -> tensors that forward, backward and second order read, "->", tensors they write.
-
-v is the cotangent of the first input's gradient. A g before a tensor's name means its gradient.
-"""
-
-SAME_MOVES = (
-    dict.fromkeys(ACTIVATIONS, "activation")
-    | {"bias_gelu": "bias_activation"}
-    | {f"cross_entropy_{kind}": "cross_entropy" for kind in ("index", "soft")}
-)
-
-OPS = (
-    *ACTIVATIONS,
-    "bias_gelu",
-    "layer_norm",
-    "add_layer_norm",
-    "window_attention",
-    "shifted_window_attention",
-    "cross_entropy_index",
-    "cross_entropy_soft",
-    "gradient_norm_l1",
-    "gradient_norm_l2",
-)
+"""Name of a family -> its tensors, and its goals."""
 
 
-def moves(op: str, order: str) -> tuple[list[str], list[str]]:
-    """Returns the names of the tensors that an op reads, and of those that it writes.
+class Size(NamedTuple):
+    """Sizes from which the shapes of an op's inputs are made."""
 
-    order: "forward", "backward" or "second" (the backward of the backward).
-    """
-    read, written = MOVES[SAME_MOVES.get(op, op)][ORDERS.index(order)].split("->")
-    return read.split(), written.split()
+    images: int
+    side: int
+    """Tokens per side of the feature map."""
+    channels: int
+    heads: int
+
+    @property
+    def rows(self) -> int:
+        """Number of tokens of all images."""
+        return self.images * self.side**2
+
+    @property
+    def windows(self) -> int:
+        """Number of windows of all images."""
+        return self.rows // WINDOW**2
 
 
-def size(name: str, sizes: Mapping[str, int]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One op of fastgn_kernels: how to call it, and which inputs it is measured with."""
+
+    family: str
+    ours: Function
+    eager: Function
+    shapes: Callable[[Size], dict[str, tuple[int, ...]]]
+    """Function of the sizes -> name of each input that is differentiated -> its shape."""
+    constants: Callable[[Size, torch.dtype], dict[str, Tensor]] = lambda size, dtype: {}
+    """Function of the sizes -> keyword arguments that are not differentiated, on the CPU."""
+    stages: str = "first"
+    """Stages of Swin-B at which the op is measured: "all", the "first", or "none"."""
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+
+
+def shift_mask(size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns Swin's mask (windows, N, N): -100 between tokens from opposite edges of the image."""
+    band = torch.zeros(size.side)
+    band[-WINDOW:] = 1
+    band[-(WINDOW // 2) :] = 2
+    region = band[:, None] * 3 + band
+    windows = region.unfold(0, WINDOW, WINDOW).unfold(1, WINDOW, WINDOW).reshape(-1, WINDOW**2)
+    masked = windows[:, None] != windows[..., None]
+    return {"mask": torch.where(masked, -100.0, 0.0).to(dtype)}
+
+
+def hidden(size: Size) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of the input of an MLP's activation."""
+    return {"x": (size.rows, 4 * size.channels)}
+
+
+def tokens(size: Size) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of LayerNorm's inputs."""
+    one = (size.channels,)
+    return {"x": (size.rows, size.channels), "weight": one, "bias": one}
+
+
+def eager_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Calls the twin of window attention, which takes query, key and value one by one."""
+    return reference.window_attention(*qkv.unbind(), bias, mask)
+
+
+ATTENTION = {
+    "ours": window_attention_qkvpacked,
+    "eager": eager_attention,
+    "shapes": lambda s: {
+        "qkv": (s.windows, WINDOW**2, 3, s.heads, HEAD_DIM),
+        "bias": (s.heads, WINDOW**2, WINDOW**2),
+    },
+    "stages": "all",
+}
+
+
+def activation_op(kind: str, **more: Any) -> Op:
+    """Returns the description of an activation. more: further fields of Op."""
+    ours, eager = (functools.partial(f, kind=kind) for f in (activation, reference.activation))
+    return Op("activation", ours, eager, hidden, **more)
+
+
+def cross_entropy_op(targets: Callable[[Size], Tensor]) -> Op:
+    """Returns the description of cross-entropy with the targets that a function makes."""
+    ours, eager = (
+        functools.partial(f, reduction="none") for f in (cross_entropy, reference.cross_entropy)
+    )
+    shapes = lambda s: {"logits": (s.images, CLASSES)}  # noqa: E731
+    constants = lambda s, dtype: {"targets": targets(s)}  # noqa: E731
+    return Op("cross_entropy", ours, eager, shapes, constants, "none")
+
+
+def gradient_norm_op(ord: int) -> Op:
+    """Returns the description of the gradient's norm. ord: 1 or 2."""
+    ours, eager = (functools.partial(f, ord=ord) for f in (gradient_norm, reference.gradient_norm))
+    shapes = lambda s: {"x": (s.images, 3, SIDE, SIDE)}  # noqa: E731
+    return Op(f"gradient_norm_l{ord}", ours, eager, shapes, stages="none")
+
+
+OPS: dict[str, Op] = {
+    # the other kinds differ from gelu in arithmetic alone: one shape and dtype tells
+    **{kind: activation_op(kind, dtypes=(torch.bfloat16,)) for kind in ACTIVATIONS},
+    "gelu": activation_op("gelu", stages="all"),
+    "bias_gelu": Op(
+        "bias_activation",
+        lambda x, bias: activation(x, "gelu", bias),
+        lambda x, bias: reference.activation(x, "gelu", bias),
+        lambda s: {**hidden(s), "bias": (4 * s.channels,)},
+    ),
+    "layer_norm": Op("layer_norm", layer_norm, reference.layer_norm, tokens, stages="all"),
+    "add_layer_norm": Op(
+        "add_layer_norm",
+        lambda x, r, weight, bias: layer_norm(x, weight, bias, residual=r),
+        lambda x, r, weight, bias: reference.layer_norm(x, weight, bias, residual=r),
+        lambda s: {"x": tokens(s)["x"], "residual": tokens(s)["x"], **tokens(s)},
+    ),
+    "window_attention": Op("window_attention", **ATTENTION),
+    "shifted_window_attention": Op("shifted_window_attention", constants=shift_mask, **ATTENTION),
+    "cross_entropy_index": cross_entropy_op(lambda s: torch.randint(CLASSES, (s.images,))),
+    "cross_entropy_soft": cross_entropy_op(lambda s: torch.rand(s.images, CLASSES).softmax(1)),
+    "gradient_norm_l1": gradient_norm_op(1),
+    "gradient_norm_l2": gradient_norm_op(2),
+}
+"""Name of each op -> its description."""
+
+
+def tensor_bytes(name: str, sizes: Mapping[str, int]) -> int:
     """Returns the number of bytes of a tensor. A gradient, such as gx, is as large as its tensor x.
 
-    name: name of the tensor in `MOVES`. sizes: name of a tensor -> its bytes.
+    name: name of the tensor in `Family.moves`. sizes: name of a tensor -> its bytes.
     """
     if name == "v":
         return next(iter(sizes.values()))
@@ -192,10 +271,11 @@ def size(name: str, sizes: Mapping[str, int]) -> int:
 def bytes_moved(op: str, order: str, sizes: Mapping[str, int]) -> int:
     """Returns the bytes that one order of differentiation of an op has to read and write.
 
-    sizes: name of a tensor -> its bytes. The op's first input comes first.
+    order: "forward", "backward" or "second" (the backward of the backward). sizes: name of a tensor
+    -> its bytes. The op's first input comes first.
     """
-    read, written = moves(op, order)
-    return sum(size(name, sizes) for name in read + written)
+    moves = FAMILIES[OPS[op].family].moves[ORDERS.index(order)].replace("->", "")
+    return sum(tensor_bytes(name, sizes) for name in moves.split())
 
 
 def targets(
@@ -206,46 +286,22 @@ def targets(
     share: bandwidth of the op over that of a copy. faster, leaner: time and peak memory of PyTorch
     over those of our kernel. A kernel that beats PyTorch in neither should be removed.
     """
-    wanted = []
-    family = SAME_MOVES.get(op, op)
-    if order in ORDERS and family.endswith("activation"):
-        wanted.append((SHARE, share, 0.9))
-    if order in ORDERS and family.endswith("layer_norm"):
-        wanted.append((SHARE, share, 0.8))
-    if order == "second":
-        times = {"activation": 2.5, "layer_norm": 4, "window_attention": 5}
-        wanted += [
-            ("times as fast as eager", faster, least)
-            for end, least in times.items()
-            if family.endswith(end)
-        ]
-        if family.endswith("window_attention"):
-            wanted.append(("times less peak memory than eager", leaner, 4))
-    rows = [
-        {"target": name, "value": value, "at_least": least, "met": value >= least}
-        for name, value, least in wanted
+    family, twice = FAMILIES[OPS[op].family], order == "second"
+    wanted = (
+        ("share of copy bandwidth", share, family.share_of_copy),
+        ("times as fast as eager", faster, family.faster if twice else 0),
+        ("times less peak memory than eager", leaner, family.leaner if twice else 0),
+    )
+    best = max(faster, leaner)
+    return [
+        *(
+            {"target": name, "value": value, "at_least": least, "met": value >= least}
+            for name, value, least in wanted
+            if least
+        ),
+        {"target": "better than eager in time or memory", "value": best}
+        | {"at_least": 1, "met": best > 1},
     ]
-    better = {"target": "better than eager in time or memory", "value": max(faster, leaner)}
-    return [*rows, better | {"at_least": 1, "met": max(faster, leaner) > 1}]
-
-
-def sdpa(qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Calls PyTorch's fused attention, which timm uses. Its backward cannot be differentiated."""
-    added = bias[None]
-    if mask is not None:
-        added = (mask[:, None] + added).repeat(qkv.shape[1] // mask.shape[0], 1, 1, 1)
-    q, k, v = qkv.unbind()
-    return F.scaled_dot_product_attention(q, k, v, added.expand(qkv.shape[1], -1, -1, -1))
-
-
-def shift_mask(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns Swin's mask (windows, N, N): -100 between tokens from opposite edges of the image."""
-    band = torch.zeros(side, device=device)
-    band[-WINDOW:] = 1
-    band[-(WINDOW // 2) :] = 2
-    region = band[:, None] * 3 + band
-    windows = region.unfold(0, WINDOW, WINDOW).unfold(1, WINDOW, WINDOW).reshape(-1, WINDOW**2)
-    return torch.where(windows[:, None] != windows[..., None], -100.0, 0.0).to(dtype)
 
 
 class CaseKey(NamedTuple):
@@ -256,6 +312,23 @@ class CaseKey(NamedTuple):
     """Stage of Swin-B whose shapes are used, 0 for an op that exists in no stage."""
     dtype: torch.dtype
 
+    def __str__(self) -> str:
+        return f"{self.op}, stage {self.stage}, {name_of(self.dtype)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op of fastgn_kernels with inputs of one shape and dtype."""
+
+    key: CaseKey
+    shape: str
+    ours: Function
+    eager: Function
+    inputs: Mapping[str, Tensor]
+    """Name of each tensor input that is differentiated -> the tensor."""
+    constants: Mapping[str, Tensor]
+    """Name of each tensor input that is not differentiated -> the tensor."""
+
 
 def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
     """Returns the measurements to make: the first one of every op, then the second ones, and so on.
@@ -263,92 +336,37 @@ def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
     If time runs out, each op has therefore been measured at least once. stages: stages of Swin-B.
     """
     by_op = []
-    for op in ops:
-        family = SAME_MOVES.get(op, op)
-        if op in ("gelu", "layer_norm") or family.endswith("window_attention"):
-            # a stage of one window is not shifted
-            at = [s for s in stages if op != "shifted_window_attention" or STAGES[s][0] > WINDOW]
-        else:
-            at = [0] if family.startswith(("cross_entropy", "gradient_norm")) else list(stages[:1])
-        # the other kinds differ from gelu in arithmetic alone: one shape and dtype tells
-        alone = op in ACTIVATIONS and op != "gelu"
-        dtypes = (torch.bfloat16,) if alone else (torch.bfloat16, torch.float32)
-        by_op.append([CaseKey(op, stage, dtype) for stage in at for dtype in dtypes])
-    return [spec for rank in itertools.zip_longest(*by_op) for spec in rank if spec]
+    for name in ops:
+        # a stage of one window is not shifted
+        fitting = [s for s in stages if STAGES[s][0] > WINDOW or not name.startswith("shifted")]
+        at = {"all": fitting, "first": stages[:1], "none": [0]}[OPS[name].stages]
+        by_op.append([CaseKey(name, stage, dtype) for stage in at for dtype in OPS[name].dtypes])
+    return [key for rank in itertools.zip_longest(*by_op) for key in rank if key]
 
 
-def build(spec: CaseKey, batch: int, device: torch.device) -> Case:
+def build(key: CaseKey, batch: int, device: torch.device) -> Case:
     """Returns the tensors and functions for one measurement, at Swin-B's shapes.
 
     batch: number of images.
     """
-    op, stage, dtype = spec
-    side, width, heads = STAGES.get(stage, (0, 0, 0))
-    rows, columns = batch * side * side, width
-    constants: dict[str, Tensor] = {}
-    others: dict[str, Callable[..., Outputs]] = {}
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    ours: Callable[..., Outputs]
-    eager: Callable[..., Outputs]
-    if op in ACTIVATIONS:
-        columns *= 4
-        shape = f"{rows} x {columns}"
-        ours = functools.partial(activation, kind=op)
-        eager = functools.partial(reference.activation, kind=op)
-        inputs = {"x": random(rows, columns)}
-    elif op == "bias_gelu":
-        columns *= 4
-        shape = f"{rows} x {columns}"
-        ours = lambda x, bias: activation(x, "gelu", bias)  # noqa: E731
-        eager = lambda x, bias: reference.activation(x, "gelu", bias)  # noqa: E731
-        inputs = {"x": random(rows, columns), "bias": random(columns)}
-    elif op == "layer_norm":
-        shape = f"{rows} x {columns}"
-        ours, eager = layer_norm, reference.layer_norm
-        inputs = {"x": random(rows, columns), "weight": random(columns), "bias": random(columns)}
-    elif op == "add_layer_norm":
-        shape = f"{rows} x {columns}"
-        ours = lambda x, r, weight, bias: layer_norm(x, weight, bias, residual=r)  # noqa: E731
-        eager = lambda x, r, weight, bias: reference.layer_norm(  # noqa: E731
-            x, weight, bias, residual=r
-        )
-        inputs = {"x": random(rows, columns), "residual": random(rows, columns)}
-        inputs |= {"weight": random(columns), "bias": random(columns)}
-    elif op.endswith("window_attention"):
-        tokens = WINDOW**2
-        windows = rows // tokens
-        shape = f"{windows} windows x {heads} heads"
-        ours = window_attention_qkvpacked
-        eager = lambda qkv, bias, mask=None: reference.window_attention(  # noqa: E731
-            *qkv.unbind(), bias, mask
-        )
-        if op.startswith("shifted"):
-            constants = {"mask": shift_mask(side, dtype, device)}
-        others = {"sdpa": sdpa}
-        # as a linear layer gives it
-        qkv = random(windows, tokens, 3, heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
-        inputs = {"qkv": qkv, "bias": random(heads, tokens, tokens)}
-    elif op.startswith("cross_entropy"):
-        shape = f"{batch} x {CLASSES}"
-        ours = functools.partial(cross_entropy, reduction="none")
-        eager = functools.partial(reference.cross_entropy, reduction="none")
-        soft = torch.rand(batch, CLASSES, device=device).softmax(1)
-        index = torch.randint(CLASSES, (batch,), device=device)
-        constants = {"targets": soft if op.endswith("soft") else index}
-        inputs = {"logits": random(batch, CLASSES)}
-    else:
-        shape = f"{batch} x 3 x {SIDE} x {SIDE}"
-        ord = 1 if op.endswith("l1") else 2
-        ours = functools.partial(gradient_norm, ord=ord)
-        eager = functools.partial(reference.gradient_norm, ord=ord)
-        inputs = {"x": random(batch, 3, SIDE, SIDE)}
-    if stage:
-        shape = f"stage {stage}: {shape}"
-    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
-    return Case(op, shape, dtype, ours, eager, inputs, constants, others)
+    op, size = OPS[key.op], Size(batch, *STAGES.get(key.stage, (0, 0, 0)))
+    constants = {k: x.to(device) for k, x in op.constants(size, key.dtype).items()}
+    inputs = {
+        name: torch.randn(shape, device=device, dtype=key.dtype)
+        for name, shape in op.shapes(size).items()
+    }
+    shape = " x ".join(map(str, next(iter(inputs.values())).shape))
+    if "qkv" in inputs:
+        inputs["qkv"] = inputs["qkv"].permute(2, 0, 3, 1, 4)  # as a linear layer gives it
+        shape = f"{size.windows} windows x {size.heads} heads"
+    return Case(
+        key,
+        f"stage {key.stage}: {shape}" if key.stage else shape,
+        functools.partial(op.ours, **constants),
+        functools.partial(op.eager, **constants),
+        {name: x.requires_grad_() for name, x in inputs.items()},
+        constants,
+    )
 
 
 def listed(y: Outputs) -> list[Tensor]:
@@ -357,42 +375,31 @@ def listed(y: Outputs) -> list[Tensor]:
 
 
 def requests(
-    function: Callable[..., Outputs],
-    inputs: Sequence[Tensor],
-    gys: Sequence[Tensor],
-    v: Tensor | None,
+    function: Function, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
     """Returns a function that computes each order of differentiation: name of the order ->
     function.
 
     The graph is built here, so that each function computes its own order alone. gys: cotangents of
-    the outputs. v: cotangent of the first input's gradient. None leaves out the second order.
+    the outputs. v: cotangent of the first input's gradient.
     """
     ys = listed(function(*inputs))
-    asked: dict[str, Callable[[], Sequence[Tensor | None]]] = {
+    gx = torch.autograd.grad(ys, inputs, gys, create_graph=True)[0]
+    return {
         "forward": lambda: listed(function(*inputs)),
         "backward": lambda: torch.autograd.grad(ys, inputs, gys, retain_graph=True),
-    }
-    if v is not None:
-        gx = torch.autograd.grad(ys, inputs, gys, create_graph=True)[0]
-        asked["second"] = lambda: torch.autograd.grad(
+        "second": lambda: torch.autograd.grad(
             gx, [*gys, *inputs], v, retain_graph=True, allow_unused=True
-        )
-    return asked
+        ),
+    }
 
 
 def through(
-    function: Callable[..., Outputs],
-    inputs: Sequence[Tensor],
-    gys: Sequence[Tensor],
-    v: Tensor,
-    order: str = "second",
-    wanted: Sequence[bool] | None = None,
+    function: Function, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor, order: str
 ) -> list[Tensor | None]:
     """Returns the results of all orders of differentiation up to `order`, computed from the inputs.
 
-    gys: cotangents of the outputs. v: cotangent of the first input's gradient. wanted: which
-    cotangents and inputs have a gradient of second order. None means that autograd finds out.
+    gys: cotangents of the outputs. v: cotangent of the first input's gradient.
     """
     found = ys = listed(function(*inputs))
     if order != "forward":
@@ -400,13 +407,8 @@ def through(
         gxs = torch.autograd.grad(ys, inputs, gys, create_graph=twice)
         found = [*ys, *gxs]
         if twice:
-            to = [*gys, *inputs]
-            if wanted is not None:
-                to = [x for x, one in zip(to, wanted, strict=True) if one]
-            unused = wanted is None
-            found += torch.autograd.grad(gxs[0], to, v, allow_unused=unused)
-    # no output of a compiled step may ask for one derivative more
-    return [None if x is None else x.detach() for x in found]
+            found += torch.autograd.grad(gxs[0], [*gys, *inputs], v, allow_unused=True)
+    return found
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
@@ -451,158 +453,56 @@ def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) ->
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-class OpBench:
-    """Measures ops and collects the results for the JSON record."""
+def measure(
+    case: Case, rounds: int, large_bytes_per_s: float, meaningful: bool
+) -> Iterator[dict[str, Any]]:
+    """Times forward, backward and second order of an op, and yields a row of the record for each.
 
-    def __init__(self, device: torch.device, rounds: int, large_copy: Timing, large_bytes: int):
-        self.device = device
-        self.rounds = rounds
-        self.large_bytes_per_s = large_bytes / large_copy.median
-        self.meaningful = device.type == "cuda"
-        self.rows: list[dict[str, Any]] = []
-        self.skipped: list[str] = []
-        """Measurements that were not made, each with the reason, one line each."""
-        self.failed: list[str] = []
-        """Measurements that failed, each with the error, one line each."""
-
-    def skip(self, op: str, what: str, why: str) -> None:
-        self.skipped.append(f"{op}: {what}: {why}")
-        print(f"skipped: {self.skipped[-1]}", flush=True)
-
-    def fail(self, op: str, what: str, error: Exception) -> None:
-        self.failed.append(f"{op}: {what}: {first_line(error)}")
-        print(f"FAILED: {self.failed[-1]}", flush=True)
-
-    def measure(self, case: Case) -> None:
-        """Measures forward, backward and second order of an op separately."""
-        ours, eager, inputs, gys, v = self.prepare(case)
-        asked = {"ours": requests(ours, inputs, gys, v), "eager": requests(eager, inputs, gys, v)}
-        for name, peer in case.peers.items():
-            try:
-                asked[name] = requests(bound(peer, case), inputs, gys, None)
-                for run in asked[name].values():
-                    run()
-            except Exception as error:  # the limits of other libraries
-                asked.pop(name, None)
-                self.skip(f"{case.op}, {case.shape}", name, first_line(error))
-        for order in ORDERS:
-            self.row(
-                case,
-                order,
-                bytes_moved(case.op, order, sizes(case, ours)),
-                {name: runs[order] for name, runs in asked.items() if order in runs},
-                {
-                    name: peak_bytes(functools.partial(through, f, inputs, gys, v, order))
-                    for name, f in (("ours", ours), ("eager", eager))
-                },
-            )
-
-    def measure_all(self, case: Case, compiled: bool) -> None:
-        """Measures forward, backward and second order of an op in one function, also with
-        torch.compile."""
-        ours, eager, inputs, gys, v = self.prepare(case)
-        arms: dict[str, Callable] = {
-            "ours": lambda: through(ours, inputs, gys, v),
-            "eager": lambda: through(eager, inputs, gys, v),
+    large_bytes_per_s: bandwidth of a large copy. meaningful: whether the times mean something, so
+    that the goals are judged.
+    """
+    op, inputs = case.key.op, list(case.inputs.values())
+    functions = {"ours": case.ours, "eager": case.eager}
+    with torch.no_grad():
+        gys = [torch.randn_like(y).requires_grad_() for y in listed(case.ours(*inputs))]
+    v = torch.randn_like(inputs[0])
+    asked = {name: requests(f, inputs, gys, v) for name, f in functions.items()}
+    for order in ORDERS:
+        moved = bytes_moved(op, order, sizes(case))
+        arms: dict[str, Callable] = {name: runs[order] for name, runs in asked.items()}
+        peaks = {
+            name: peak_bytes(functools.partial(through, f, inputs, gys, v, order))
+            for name, f in functions.items()
         }
-        if compiled:
-            try:
-                arms["compile"] = self.compiled(eager, inputs, gys, v)
-            except Exception as error:  # the compiler fails on PyTorch's own operators
-                self.skip(f"{case.op}, {case.shape}", "torch.compile", first_line(error))
-        sized = sizes(case, ours)
-        self.row(
-            case,
-            "all",
-            sum(bytes_moved(case.op, order, sized) for order in ORDERS),
-            arms,
-            {name: peak_bytes(run) for name, run in arms.items()},
-        )
-
-    def compiled(
-        self, function: Callable, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
-    ) -> Callable:
-        """Returns a function, compiled by torch.compile, that computes all three orders of an
-        op."""
-        torch._dynamo.reset()
-        found = requests(function, inputs, gys, v)["second"]()
-        wanted = [x is not None for x in found]
-        step = torch.compile(
-            lambda inputs, gys, v: through(function, inputs, gys, v, wanted=wanted),
-            fullgraph=True,
-            dynamic=False,
-        )
-        step(inputs, gys, v)
-        return lambda: step(inputs, gys, v)
-
-    def prepare(self, case: Case) -> tuple[Callable, Callable, list[Tensor], list[Tensor], Tensor]:
-        """Returns our op, PyTorch's version, the inputs, the outputs' cotangents, and v.
-
-        v is the cotangent of the first input's gradient.
-        """
-        ours, eager = bound(case.ours, case), bound(case.eager, case)
-        inputs = list(case.inputs.values())
-        with torch.no_grad():
-            gys = [torch.randn_like(y).requires_grad_() for y in listed(ours(*inputs))]
-        return ours, eager, inputs, gys, torch.randn_like(inputs[0])
-
-    def row(
-        self,
-        case: Case,
-        order: str,
-        moved: int,
-        arms: Mapping[str, Callable[[], Sequence[Tensor | None]]],
-        peaks: Mapping[str, int | None],
-    ) -> None:
-        """Times all implementations of an op and a copy of as many bytes, and adds the results.
-
-        order: order of differentiation. moved: bytes that it has to move. arms: name of an
-        implementation -> function that is timed. peaks: name of an implementation -> its peak
-        memory in bytes.
-        """
         off = difference(arms["ours"](), arms["eager"]())
-        copy = {"copy": copier(moved, self.device)}
-        timings = cold({**arms, **copy}, rounds=self.rounds)
+        timings = cold({**arms, "copy": copier(moved, v.device)}, rounds=rounds)
         seconds = {name: timing.median for name, timing in timings.items()}
-        share = seconds["copy"] / seconds["ours"]
-        faster = {n: s / seconds["ours"] for n, s in seconds.items() if n not in ("ours", "copy")}
-        known = {name: peak for name, peak in peaks.items() if peak is not None}
-        leaner = {n: p / max(known["ours"], 1) for n, p in known.items() if n != "ours"}
-        judged = []
-        if self.meaningful:
-            judged = targets(case.op, order, share, faster["eager"], leaner["eager"])
-        row = {
-            "op": case.op,
+        share, faster = (seconds[name] / seconds["ours"] for name in ("copy", "eager"))
+        leaner = peaks["eager"] / max(peaks["ours"], 1) if peaks["ours"] is not None else None
+        yield {
+            "op": op,
             "shape": case.shape,
-            "dtype": name_of(case.dtype),
+            "dtype": name_of(case.key.dtype),
             "order": order,
             "bytes": moved,
             "ms": {name: milliseconds(timing) for name, timing in timings.items()},
             "bytes_per_s": moved / seconds["ours"],
             "share_of_copy": share,
-            "share_of_large_copy": moved / seconds["ours"] / self.large_bytes_per_s,
-            "times_as_fast_as": faster,
-            "peak_bytes": dict(peaks),
-            "times_less_memory_than": leaner,
+            "share_of_large_copy": moved / seconds["ours"] / large_bytes_per_s,
+            "times_as_fast_as": {"eager": faster},
+            "peak_bytes": peaks,
+            "times_less_memory_than": {} if leaner is None else {"eager": leaner},
             "relative_difference_to_eager": off if math.isfinite(off) else None,
-            "agrees": off <= DIFFERENCE[case.dtype],
-            "targets": judged,
+            "agrees": off <= DIFFERENCE[case.key.dtype],
+            "targets": targets(op, order, share, faster, leaner) if meaningful else [],
         }
-        self.rows.append(row)
-        print(line_of(row), flush=True)
 
 
-def bound(function: Callable[..., Outputs], case: Case) -> Callable[..., Outputs]:
-    """Returns the function with its constant arguments filled in, so that it takes the inputs
-    alone."""
-    return lambda *inputs: function(*inputs, **case.constants)
-
-
-def sizes(case: Case, function: Callable[..., Outputs]) -> dict[str, int]:
+def sizes(case: Case) -> dict[str, int]:
     """Returns the number of bytes of each tensor that the op reads or writes, by its name in
-    `MOVES`."""
+    `Family.moves`."""
     with torch.no_grad():
-        ys = listed(function(*case.inputs.values()))
+        ys = listed(case.ours(*case.inputs.values()))
     tensors = {**case.inputs, **case.constants, **dict(zip(("y", "sum"), ys, strict=False))}
     return {name: x.nbytes for name, x in tensors.items()}
 
@@ -612,32 +512,16 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def first_line(error: Exception) -> str:
-    """Returns an error's class and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-
-
-HEADER = (
-    f"{'op':24} {'shape':30} {'dtype':8} {'order':8} {'ours ms':>16} {'GB/s':>6} {'copy':>5}  "
-    "as fast as (times); memory; targets"
-)
-
-
 def line_of(row: Mapping[str, Any]) -> str:
     """Returns the results of one measurement as a line for the terminal."""
-    ms = row["ms"]["ours"]
-    faster = " ".join(f"{name} {value:.2f}" for name, value in row["times_as_fast_as"].items())
-    leaner = " ".join(f"{name} {v:.2f}" for name, v in row["times_less_memory_than"].items())
-    judged = "; ".join(
-        f"{'met' if t['met'] else 'MISSED'} {t['value']:.2f} of {t['at_least']:g} {t['target']}"
-        for t in row["targets"]
-    )
-    off = "" if row["agrees"] else f"  DIFFERS by {row['relative_difference_to_eager']}"
+    ms, missed = row["ms"]["ours"], [t["target"] for t in row["targets"] if not t["met"]]
+    off = "" if row["agrees"] else f"DIFFERS by {row['relative_difference_to_eager']}"
     return (
         f"{row['op']:24} {row['shape']:30} {row['dtype']:8} {row['order']:8} "
-        f"{ms['mean']:8.4f} ± {ms['std']:5.4f} {row['bytes_per_s'] / 1e9:6.0f} "
-        f"{100 * row['share_of_copy']:4.0f}%  {faster}; {leaner or '-'}; {judged or '-'}{off}"
-    )
+        f"{ms['mean']:8.4f} ± {ms['std']:5.4f} ms, {100 * row['share_of_copy']:4.0f} % of a copy, "
+        f"{row['times_as_fast_as']['eager']:.2f} times as fast as eager "
+        f"{'; '.join(f'MISSED {name}' for name in missed)} {off}"
+    ).rstrip()
 
 
 def table(record: Record) -> str:
@@ -657,12 +541,10 @@ def table(record: Record) -> str:
         return ", ".join(f"{100 * row[order]['share_of_copy']:.0f} %" for order in ORDERS)
 
     def second(row: Any) -> str:
-        faster, leaner = (row["second"][k]["eager"] for k in ("times_as_fast_as", LEANER))
+        faster, leaner = (
+            row["second"][k]["eager"] for k in ("times_as_fast_as", "times_less_memory_than")
+        )
         return f"{faster:.2f} ({leaner:.2f})"
-
-    def compiled(row: Any) -> str:
-        ratio = row.get("all", {}).get("times_as_fast_as", {}).get("compile")
-        return "" if ratio is None else f"{ratio:.2f}"
 
     def met(row: Any) -> str:
         judged = [t["met"] for r in record["rows"] if r["op"] == row["op"] for t in r["targets"]]
@@ -673,7 +555,6 @@ def table(record: Record) -> str:
         "shape": lambda r: r["shape"],
         "share of copy bandwidth: forward, backward, second": shares,
         "second: eager / fused, time (memory)": second,
-        "all: compiled / fused, time": compiled,
         "targets": met,
     }
     note = (
@@ -690,68 +571,54 @@ def run(args: argparse.Namespace) -> int:
 
     Returns 1 if an op failed or differs from PyTorch, else 0.
     """
-    began, gpu, card = time.perf_counter(), torch.cuda.is_available(), device_name()
+    began, gpu = time.perf_counter(), torch.cuda.is_available()
     device, output = torch.device("cuda" if gpu else "cpu"), gpu_output(args, "kernels")
-    if not gpu:
-        print(NO_MEANING)
+    print("" if gpu else NO_MEANING)
     torch.manual_seed(0)
-    torch._dynamo.config.trace_autograd_ops = True
     large_bytes = LARGE_COPY if gpu else 64 << 20
     large_copy = cold({"copy": copier(large_bytes, device)}, rounds=args.rounds)["copy"]
-    bench = OpBench(device, args.rounds, large_copy, large_bytes)
-    rate = bench.large_bytes_per_s
-    print(f"{card}: a copy of {large_bytes >> 20} MiB moves {rate / 1e9:.0f} GB/s")
-    known = environment()
-    known["commit"] = known["commit"] or args.commit
+    rate = large_bytes / large_copy.median
+    print(f"{device_name()}: a copy of {large_bytes >> 20} MiB moves {rate / 1e9:.0f} GB/s")
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    failed: list[str] = []
+    head = {
+        "device": device_name(),
+        "meaningful_times": gpu,
+        "batch_size": args.batch_size,
+        "rounds": args.rounds,
+        "l2_cold": gpu,
+        "large_copy": {"bytes": large_bytes, "bytes_per_s": rate, "ms": milliseconds(large_copy)},
+        **environment(),
+    }
 
     def save(complete: bool) -> None:
-        large = {"bytes": large_bytes, "bytes_per_s": rate, "ms": milliseconds(large_copy)}
-        content = {
-            "device": card,
-            "meaningful_times": gpu,
-            "complete": complete,
-            "batch_size": args.batch_size,
-            "rounds": args.rounds,
-            "l2_cold": gpu,
-            "large_copy": large,
-            "skipped": bench.skipped,
-            "failed": bench.failed,
-            "seconds": time.perf_counter() - began,
-            "rows": bench.rows,
-        }
-        write_record(output, content | known)
+        found = {"skipped": skipped, "failed": failed, "rows": rows, "complete": complete}
+        write_record(output, head | found | {"seconds": time.perf_counter() - began})
 
-    print(HEADER)
-    for together in (False, True):  # torch.compile comes last, because it takes longest
-        what = "all orders together" if together else "each order"
-        for key in choose_cases(args.ops, args.stages):
-            name = f"{key.op}, stage {key.stage}, {name_of(key.dtype)}"
-            if time.perf_counter() - began > 60 * args.minutes:
-                bench.skip(name, what, "--minutes were over")
-                continue
-            try:
-                gc.collect()
-                if gpu:
-                    torch.cuda.empty_cache()
-                case = build(key, args.batch_size, device)
-                if together:
-                    bench.measure_all(case, not args.no_compile)
-                else:
-                    bench.measure(case)
-            except Exception as error:  # the other cases go on
-                bench.fail(name, what, error)
-            save(complete=False)
+    for key in choose_cases(args.ops, args.stages):
+        if time.perf_counter() - began > 60 * args.minutes:
+            skipped.append(f"{key}: --minutes were over")
+            continue
+        try:
+            gc.collect()
+            torch.cuda.empty_cache()
+            for row in measure(build(key, args.batch_size, device), args.rounds, rate, gpu):
+                rows.append(row)
+                print(line_of(row), flush=True)
+        except Exception as error:  # the other cases go on
+            failed.append(f"{key}: {type(error).__name__}: {first_line(error)}")
+            print(f"FAILED: {failed[-1]}", flush=True)
+        save(complete=False)
     save(complete=True)
-    judged = [t["met"] for row in bench.rows for t in row["targets"]]
-    wrong = [row for row in bench.rows if not row["agrees"]]
+    judged = [t["met"] for row in rows for t in row["targets"]]
+    wrong = [row for row in rows if not row["agrees"]]
     print(
-        f"{len(bench.rows)} rows, {sum(judged)} of {len(judged)} targets met, "
-        f"{len(bench.skipped)} skipped, {len(bench.failed)} failed, {len(wrong)} differ from eager "
-        f"-> {output}"
+        f"{len(rows)} rows, {sum(judged)} of {len(judged)} targets met, {len(skipped)} skipped, "
+        f"{len(failed)} failed, {len(wrong)} differ from eager -> {output}"
     )
-    if not gpu:
-        print(NO_MEANING)
-    return int(bool(wrong or bench.failed))
+    print("" if gpu else NO_MEANING)
+    return int(bool(wrong or failed))
 
 
 def main() -> int:
@@ -763,13 +630,11 @@ def main() -> int:
     stages = list(STAGES) if gpu else [3, 4]
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--ops", nargs="+", choices=OPS, metavar="OP", default=OPS, help="default: all")
+    add("--ops", nargs="+", choices=OPS, metavar="OP", default=list(OPS), help="default: all")
     add("--stages", nargs="+", type=int, choices=STAGES, default=stages, help="stages of Swin-B")
     add("--batch-size", type=int, default=64 if gpu else 2, help="number of images")
     add("--rounds", type=int, default=30 if gpu else 3)
-    add("--no-compile", action="store_true", help="do not measure torch.compile")
     add("--minutes", type=float, default=5, help="begin no case after so many minutes")
-    add("--commit", help="commit to record if the checkout does not know its own")
     return run(parser.parse_args())
 
 

@@ -192,7 +192,7 @@ while not all((folder / other).exists() for other in {others!r}):
 
 @pytest.mark.parametrize("machine", [H200, V100], ids=["h200", "v100"])
 def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
-    parts = gpu_report.parts_for(machine, Path("/folder"), "abc")
+    parts = gpu_report.parts_for(machine, Path("/folder"))
     names = [p.name for p in parts]
     assert len(set(names)) == len(names)
     assert {"kernel_tests", "kernels", "memory", "precision", "loader", "gpu_tests"} < set(names)
@@ -212,7 +212,7 @@ def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
 
 def precisions(machine: Machine) -> set[str]:
     """Those that a machine's commands name."""
-    parts = gpu_report.parts_for(machine, Path("/folder"), None)
+    parts = gpu_report.parts_for(machine, Path("/folder"))
     commands = [command for p in parts for command in p.commands]
     return {c[c.index("--precision") + 1] for c in commands if "--precision" in c}
 
@@ -225,7 +225,7 @@ def test_before_sm_80_float32_takes_the_place_of_bfloat16_and_says_so() -> None:
 
 
 def test_the_first_parts_fit_nine_minutes() -> None:
-    parts = gpu_report.parts_for(H200, Path("/folder"), None)
+    parts = gpu_report.parts_for(H200, Path("/folder"))
     least = parts[: [p.name for p in parts].index("kernels") + 1]
     assert [p.name for p in least] == ["cost_bf16", "kernel_tests", "kernels"]
     assert sum(p.limit_s for p in least) <= 530 and not any(p.beside for p in least)
@@ -234,7 +234,7 @@ def test_the_first_parts_fit_nine_minutes() -> None:
 def test_what_is_judged_is_asked_for() -> None:
     """The arms that the targets compare have room in the first bf16 part, by what a step took to
     prepare on a slow machine, and the budgets stand in a part of their own."""
-    parts = {p.name: p for p in gpu_report.parts_for(H200, Path("/folder"), None)}
+    parts = {p.name: p for p in gpu_report.parts_for(H200, Path("/folder"))}
     (command,) = parts["cost_bf16"].commands
     assert {"natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper"} < set(command)
     assert float(command[command.index("--minutes") + 1]) > 2.3
@@ -326,7 +326,7 @@ def one(folder: Path, pattern: str) -> dict[str, Any]:
 
 def test_smoke_runs_every_part(toy: Path) -> None:
     entries = one(toy, "report.json")["parts"]
-    names = {p.name for p in gpu_report.parts_for(Machine("cpu", None, True), toy, None)}
+    names = {p.name for p in gpu_report.parts_for(Machine("cpu", None, True), toy)}
     assert {entry["name"] for entry in entries} == names
     timed = {"cost_fp32", "kernels", "attacks", "small_data", "memory", "precision", "loader"}
     assert names == {"kernel_tests", *timed}

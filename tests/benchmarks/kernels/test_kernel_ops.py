@@ -34,13 +34,13 @@ def run_kernels(folder: Path, *options: str) -> tuple[list[str], dict, dict]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what the script does without a GPU")
 def test_kernels_runs_on_a_cpu_and_counts_bytes(tmp_path: Path) -> None:
     ops = ["--ops", "layer_norm", "cross_entropy_index"]
-    options = ["--stages", "4", "--batch-size", "2", "--rounds", "2", "--no-compile"]
+    options = ["--stages", "4", "--batch-size", "2", "--rounds", "2"]
     lines, record, rows = run_kernels(tmp_path, *ops, *options)
     assert lines[0] == lines[-1] == kernels.NO_MEANING
     assert record["meaningful_times"] is False and record["complete"] is True
     assert record["device"] == "cpu" and record["failed"] == record["skipped"] == []
     assert {"versions", "commit", "hardware", "large_copy"} <= record.keys()
-    assert len(rows) == len(record["rows"]) == 2 * 2 * 4
+    assert len(rows) == len(record["rows"]) == 2 * 2 * 3
     for row in rows.values():
         assert row["agrees"] and row["targets"] == []
         assert row["ms"].keys() >= {"ours", "eager", "copy"}
@@ -58,7 +58,6 @@ def test_kernels_runs_on_a_cpu_and_counts_bytes(tmp_path: Path) -> None:
         (2 * x + c) + (x + 2 * c),  # gy, x, weight; gx, gweight, gbias
         (3 * x + c) + (2 * x + c),  # v, gy, x, weight; ggy, gx, gweight
     ]
-    assert rows["layer_norm", "bfloat16", "all"]["bytes"] == sum(layer_norm)
     z, t, loss = 2 * 1000 * 4, 2 * 8, 2 * 4
     assert [rows["cross_entropy_index", "float32", o]["bytes"] for o in kernels.ORDERS] == [
         z + t + loss,
@@ -92,10 +91,10 @@ class Seen(TorchDispatchMode):
 @pytest.mark.parametrize("op", kernels.OPS)
 def test_bytes_are_those_of_what_an_op_takes_and_returns(op: str) -> None:
     case = kernels.build(kernels.choose_cases([op], [3])[0], 1, torch.device("cpu"))
-    ours, inputs = kernels.bound(case.ours, case), list(case.inputs.values())
+    ours, inputs = case.ours, list(case.inputs.values())
     gys = [torch.randn_like(y).requires_grad_() for y in kernels.listed(ours(*inputs))]
     asked = kernels.requests(ours, inputs, gys, torch.randn_like(inputs[0]))
-    sizes = kernels.sizes(case, ours)
+    sizes = kernels.sizes(case)
     for order, suffix in zip(kernels.ORDERS, ("", "_bwd", "_bwd_bwd"), strict=True):
         with Seen() as seen:
             results = asked[order]()
@@ -129,7 +128,7 @@ def test_targets_are_judged() -> None:
     assert met("shifted_window_attention", "second", 0.1, 4.9, 4.0) == [False, True, True]
     assert met("window_attention", "forward", 0.1, 0.9, 1.1) == [True]
     assert met("cross_entropy_soft", "second", 0.1, 0.9, 1.0) == [False]
-    assert met("gelu", "all", 0.1, 0.9, 0.9) == [False]
+    assert met("gradient_norm_l1", "forward", 0.1, 0.9, 0.9) == [False]
 
 
 def test_a_wrong_result_is_not_a_fast_one() -> None:
@@ -145,7 +144,7 @@ def test_a_wrong_result_is_not_a_fast_one() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_on_a_gpu(tmp_path: Path) -> None:
-    options = ["--ops", "gelu", "--stages", "1", "--rounds", "5", "--no-compile"]
+    options = ["--ops", "gelu", "--stages", "1", "--rounds", "5"]
     _, record, rows = run_kernels(tmp_path, *options)
     assert record["meaningful_times"] is True and not record["failed"]
     for row in rows.values():
