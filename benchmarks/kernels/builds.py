@@ -182,81 +182,86 @@ def all_orders(
         torch.autograd.grad(gxs, wanted, vs, retain_graph=True, allow_unused=True)
 
 
-TOKENS, HIDDEN = 2 * 56 * 56, 4 * 128
-"""Number of tokens of two images in Swin-B's first stage, and width of its MLP's hidden layer."""
-
-LAUNCHES: dict[str, Callable[[torch.dtype], None]] = {
-    f"activation {kind}": functools.partial(
-        lambda kind, dtype: all_orders(
-            lambda x: activation(x, kind), (TOKENS, HIDDEN), dtype=dtype
-        ),
-        kind,
-    )
-    for kind in ACTIVATIONS
-} | {
-    f"activation {kind} with bias": functools.partial(
-        lambda kind, dtype: all_orders(
-            lambda x, bias: activation(x, kind, bias), (TOKENS, HIDDEN), (HIDDEN,), dtype=dtype
-        ),
-        kind,
-    )
-    for kind in ("gelu", "mish")
-}
-"""Name of an op -> function of a dtype that launches all kernels of the op, at Swin-B's shapes."""
-
-LAUNCHES |= {
-    "cross_entropy index": lambda dtype: all_orders(
-        lambda z: cross_entropy(z, torch.zeros(256, dtype=torch.int64)), (256, 1000), dtype=dtype
-    ),
-    "cross_entropy soft": lambda dtype: all_orders(
-        lambda z: cross_entropy(z, torch.zeros(256, 1000)), (256, 1000), dtype=dtype
-    ),
-    "cross_entropy 16384 classes": lambda dtype: all_orders(
-        lambda z: cross_entropy(z, torch.zeros(8, 16384)), (8, 16384), dtype=dtype
-    ),
-    "gradient_norm L1": lambda dtype: all_orders(
-        lambda g: gradient_norm(g, 1), (32, 3, 224, 224), dtype=dtype
-    ),
-    "gradient_norm L2": lambda dtype: all_orders(
-        lambda g: gradient_norm(g, 2), (32, 3, 224, 224), dtype=dtype
-    ),
-}
-
 LAYER_NORMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 """Numbers of channels at which LayerNorm is compiled: Swin's and ViT's, and around each tile
 size."""
 
 
-def _layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
+def layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
+    """Launches all kernels of LayerNorm at each number of channels.
+
+    residual: whether LayerNorm adds a second input, which is a kernel of its own.
+    """
     for columns in LAYER_NORMS[:-1] if residual else LAYER_NORMS:
-        x, weight = (64, columns), (columns,)
+        inputs, weights = [(64, columns)], [(columns,)] * 2
         if residual:
             op = lambda x, y, *affine: layer_norm(x, *affine, residual=y)  # noqa: E731
-            all_orders(op, x, x, dtype=dtype, weights=(weight, weight))
+            all_orders(op, *inputs, *inputs, dtype=dtype, weights=weights)
         else:
-            all_orders(layer_norm, x, dtype=dtype, weights=(weight, weight))
+            all_orders(layer_norm, *inputs, dtype=dtype, weights=weights)
 
 
-def _window_attention(
-    dtype: torch.dtype, heads: int, dim: int, masks: int = 0, biased: bool = True
-) -> None:
+def launch(
+    op: Callable, *shapes: tuple[int, ...], weights: Sequence[tuple[int, ...]] = ()
+) -> Callable[..., None]:
+    """Returns a function of a dtype that launches all kernels of an op, as `all_orders` does."""
+    return lambda dtype: all_orders(op, *shapes, dtype=dtype, weights=weights)
+
+
+def launch_attention(
+    heads: int, dim: int, masks: int = 0, biased: bool = True
+) -> Callable[..., None]:
+    """Returns a function of a dtype that launches all kernels of window attention.
+
+    dim: channels per head. masks: number of windows per image that have a mask.
+    """
     mask = torch.zeros(masks, 49, 49) if masks else None
-    all_orders(
-        lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask),
-        (3, 64, heads, 49, dim), dtype=dtype, weights=((heads, 49, 49),) if biased else (),
-    )  # fmt: skip
+    op = lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask)  # noqa: E731
+    return launch(op, (3, 64, heads, 49, dim), weights=[(heads, 49, 49)] if biased else [])
 
 
-LAUNCHES |= {
-    "layer_norm": _layer_norms,
-    "layer_norm of a sum": functools.partial(_layer_norms, residual=True),
+TOKENS, HIDDEN = 2 * 56 * 56, 4 * 128
+"""Number of tokens of two images in Swin-B's first stage, and width of its MLP's hidden layer."""
+
+LAUNCHES: dict[str, Callable[..., None]] = {
+    **{
+        f"activation {kind}": launch(functools.partial(activation, kind=kind), (TOKENS, HIDDEN))
+        for kind in ACTIVATIONS
+    },
+    **{
+        f"activation {kind} with bias": launch(
+            lambda x, bias, kind=kind: activation(x, kind, bias), (TOKENS, HIDDEN), (HIDDEN,)
+        )
+        for kind in ("gelu", "mish")
+    },
+    **{
+        f"cross_entropy {name}": launch(
+            functools.partial(cross_entropy, targets=targets), (len(targets), classes)
+        )
+        for name, classes, targets in (
+            ("index", 1000, torch.zeros(256, dtype=torch.int64)),
+            ("soft", 1000, torch.zeros(256, 1000)),
+            ("16384 classes", 16384, torch.zeros(8, 16384)),
+        )
+    },
+    **{
+        f"gradient_norm L{ord}": launch(
+            functools.partial(gradient_norm, ord=ord), (32, 3, 224, 224)
+        )
+        for ord in (1, 2)
+    },
+    "layer_norm": layer_norms,
+    "layer_norm of a sum": functools.partial(layer_norms, residual=True),
     # Swin-B's first stage, shifted; its third, not shifted; wider heads
-    "window_attention": functools.partial(_window_attention, heads=4, dim=32, masks=64),
-    "window_attention no mask": functools.partial(_window_attention, heads=16, dim=32),
-    "window_attention no bias": functools.partial(_window_attention, heads=4, dim=32, biased=False),
-    "window_attention D = 64": functools.partial(_window_attention, heads=4, dim=64, masks=64),
+    "window_attention": launch_attention(heads=4, dim=32, masks=64),
+    "window_attention no mask": launch_attention(heads=16, dim=32),
+    "window_attention no bias": launch_attention(heads=4, dim=32, biased=False),
+    "window_attention D = 64": launch_attention(heads=4, dim=64, masks=64),
 }
-"""window_attention launches nothing on a card before sm_80, nor in float32."""
+"""Name of an op -> function of a dtype that launches all kernels of the op, at Swin-B's shapes.
+
+window_attention launches nothing on a card before sm_80, nor in float32.
+"""
 
 
 def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:
@@ -295,26 +300,15 @@ def table(record: Record) -> str:
 
 
 def main() -> int:
-    parser = make_parser(__doc__)
-    parser.add_argument("--ops", nargs="+", choices=LAUNCHES, metavar="OP", help="default: all")
-    args = parser.parse_args()
-    rows = [
-        {"op": op, **build}
-        for op in args.ops or LAUNCHES
-        for capability in SHARED_LIMIT
-        for build in builds_of(LAUNCHES[op], capability)
-    ]
-    print(f"{'op':28} {'card':5} {'dtype':8} registers spills shared load store  kernel")
-    for r in rows:
-        print(
-            f"{r['op']:28} sm_{r['capability']} {r['dtype']:8} {r['registers']:9} {r['spills']:6} "
-            f"{r['shared']:6} {r['load_bytes']:4} {r['store_bytes']:5}  {r['kernel']} "
-            f"{r['constants']}"
-        )
-    if args.output or not args.ops:
-        write_json(args.output or RESULT, {"builds": rows, **environment()})
-    else:
-        print(f"not all ops: {RESULT.name} stays as it was")
+    args = make_parser(__doc__).parse_args()
+    rows = []
+    for op, capability in itertools.product(LAUNCHES, SHARED_LIMIT):
+        found = [{"op": op, **build} for build in builds_of(LAUNCHES[op], capability)]
+        print(f"{op}, sm_{capability}: {len(found)} kernels", flush=True)
+        rows += found
+    record = {"builds": rows, **environment()}
+    write_json(args.output or RESULT, record)
+    print(table({"file": (args.output or RESULT).name, **record}))
     return 0
 
 
