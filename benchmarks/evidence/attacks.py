@@ -7,25 +7,23 @@ standard AutoAttack). The overhead should stay below 5 %.
     python -m benchmarks.evidence.attacks --batch-size 128 --images 512 --eps 1/255
 
 The direct call fills batches with images that an earlier attack has left, and fastgn's batches stay
-by themselves: that is in the overhead. PGD-20 is also timed with gradients in bf16, and with
---compile with a compiled model: how many times as fast, and the share of verdicts that differ.
+by themselves: that is in the overhead. PGD-20 is also timed with gradients in bf16, and on a GPU
+with a compiled model: how many times as fast, and the share of verdicts that differ.
 
---model: autoattack-resnet18 (the CIFAR-10 network of pyautoattack), tiny (three untrained layers),
-or any untrained model of fastgn.train. Images are noise, or the first test images of --data. Labels
-are the model's own answers, so that both ways attack every image.
+The model is the CIFAR-10 network of pyautoattack, or --model tiny, three untrained layers. Images
+are noise, and labels are the model's own answers, so that both ways attack every image.
 
 Writes benchmarks/results/attacks_<device>.json. On a CPU only the ratios mean something.
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
 import pyautoattack
 import torch
 import torch.nn.functional as F
@@ -46,15 +44,15 @@ from benchmarks.common.timing import Timing, interleaved, paired_ratios, summary
 from fastgn.analysis.attacker import Attacker, Precision
 from fastgn.analysis.outcomes import make_part, make_rows
 from fastgn.analysis.parts import Parts
-from fastgn.config.groups import ArchitectureConfig
-from fastgn.errors import UserError
+from fastgn.errors import check, parse_number
 from fastgn.metrics import environment
-from fastgn.models import network as networks
 
 TARGET = 0.05
 STEPS = 20
 PGD = f"pgd-{STEPS}"
 ATTACKS = ("clean", PGD, "apgd-ce", "autoattack")
+CALLS = {"clean": 5, PGD: 5}
+"""Number of calls per round of the attacks that take little time."""
 LABELS = 10
 
 
@@ -67,44 +65,18 @@ def tiny() -> nn.Module:
     )
 
 
-def network(name: str, img_size: int | None) -> tuple[nn.Module, int]:
+def network(name: str) -> tuple[nn.Module, int]:
     """Returns a model in eval mode on the CPU, and the side of its images in pixels.
 
-    Raises UserError if the name or the image size is unknown.
+    name: "tiny" or "autoattack-resnet18".
     """
     torch.manual_seed(0)
-    if name == "tiny":
-        model, side = tiny(), img_size or 16
-    elif name == "autoattack-resnet18":
-        if img_size not in (None, 32):
-            raise UserError(f"--img-size {img_size}: {name} takes only images of 32 pixels")
+    model, side = tiny(), 16
+    if name == "autoattack-resnet18":
         file = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
         model, side = ResNet18(), 32
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    else:
-        built, _ = networks.build_model(ArchitectureConfig(model=name, img_size=img_size), LABELS)
-        model, side = built, built.img_size
     return model.eval().requires_grad_(False), side
-
-
-def images_of(data: Path | None, count: int, side: int) -> Tensor:
-    """Returns images (count, 3, side, side) in 0..1, from the file `data` or, if None, random ones.
-
-    Raises UserError if the file does not have such images.
-    """
-    if data is None:
-        return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-    try:
-        with np.load(data) as arrays:
-            images_BHWC = arrays["test_images"][:count]
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"--data {data} cannot be read: {error}") from None
-    if images_BHWC.shape != (count, side, side, 3):
-        shape = " x ".join(map(str, images_BHWC.shape))
-        raise UserError(
-            f"--data {data}: {count} images of {side} x {side} x 3 are asked of {shape}"
-        )
-    return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def direct_call(
@@ -171,40 +143,20 @@ def ratio(above: Timing, below: Timing, less: float = 0) -> dict[str, float]:
     return summary([r - less for r in paired_ratios(above.rounds, below.rounds)])
 
 
-def radius(text: str) -> float:
-    """Returns a radius such as 4/255 or 0.0157. This is a type for argparse."""
-    try:
-        value = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text} is no number such as 4/255 or 0.0157") from None
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1 (0..1 pixels)")
-    return value
-
-
-def parse() -> argparse.Namespace:
-    """Parses the command line and returns the options."""
+def make_options() -> argparse.ArgumentParser:
+    """Returns the parser of this program's command line."""
     cuda = torch.cuda.is_available()
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--model", default="autoattack-resnet18" if cuda else "tiny")
-    add("--img-size", type=positive_int, help="height and width in pixels; default: the model's")
+    models = ("autoattack-resnet18", "tiny")
+    add("--model", choices=models, default=models[0] if cuda else models[1])
     add("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS))
-    add("--data", type=Path, help="an .npz with test_images (N, H, W, 3), uint8, instead of noise")
     add("--images", type=positive_int, default=512 if cuda else 32, help="number of images")
     add("--batch-size", type=positive_int, default=128 if cuda else 16)
-    add("--eps", type=radius, default=1 / 255, help="radius in Linf, for pixels in 0..1")
+    add("--eps", default="1/255", help="radius in Linf, for pixels in 0..1, such as 4/255")
     add("--rounds", type=positive_int, default=3)
-    add("--calls", type=positive_int, default=5, help="calls per round of clean and PGD-20")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda)
     add("--smoke", action="store_true", help="use toy sizes and two rounds")
-    args = parser.parse_args()
-    if args.smoke:
-        args.model, args.images, args.batch_size, args.rounds = "tiny", 4, 2, 2
-        args.img_size, args.data, args.calls, args.compile = 8, None, 1, False
-        args.attacks = [name for name in args.attacks if name != "autoattack"]
-        args.output = args.output or ROOT / "runs" / "attacks_smoke.json"
-    return args
+    return parser
 
 
 def rows(
@@ -224,7 +176,7 @@ def rows(
         ours, bits = timings[f"{name}, fp32"], found[f"{name}, fp32"]
         row = {
             "attack": name,
-            "calls_a_round": args.calls if name in ("clean", PGD) else 1,
+            "calls_a_round": CALLS.get(name, 1),
             "robust": bits.count("1") / len(bits),
             "overhead": ratio(ours, timings[name], less=1),
         }
@@ -271,37 +223,33 @@ def table(record: Record) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Times all attacks through fastgn and by direct calls, and writes the JSON record."""
-    cuda, output = torch.cuda.is_available(), gpu_output(args, "attacks")
+    cuda, eps = torch.cuda.is_available(), parse_number(args.eps)
+    check(0 < eps <= 1, f"--eps {args.eps} must be above 0 and at most 1 (0..1 pixels)")
+    output = gpu_output(args, "attacks")
     where = torch.device("cuda" if cuda else "cpu")
-    model, side = network(args.model, args.img_size)
-    images = images_of(args.data, args.images, side).to(where)
-    model.to(where)
+    model, side = network(args.model)
+    noise = torch.rand(args.images, 3, side, side, generator=torch.Generator().manual_seed(0))
+    model, images = model.to(where), noise.to(where)
     with torch.no_grad():
         labels = torch.cat([model(x).argmax(1) for x in images.split(args.batch_size)])
-    others = ("bf16", "compiled") if args.compile else ("bf16",)
-    arms: dict[str, Callable[[], object]] = {}
+    others = ("bf16", "compiled") if cuda and not args.smoke else ("bf16",)
     found: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "e.json"
 
-        def add(name: str, way: str) -> None:
-            precision: Precision = "bf16" if way == "bf16" else "fp32"
-            compiled = way == "compiled"
-            attacker = Attacker("Linf", 0, args.batch_size, where, precision, compiled)
-            arm = f"{name}, {way}"
+        def ours(attacker: Attacker, name: str, arm: str) -> None:
+            found[arm] = through_evaluate(attacker, model, images, labels, name, eps, file)
 
-            def call() -> None:
-                file = Path(temporary) / "e.json"
-                found[arm] = through_evaluate(attacker, model, images, labels, name, args.eps, file)
-
-            arms[arm] = call
-
+        arms: dict[str, Callable[[], object]] = {}
         for name in args.attacks:
-            arms[name] = lambda name=name: direct_call(
-                model, images, labels, name, args.eps, args.batch_size
+            arms[name] = functools.partial(
+                direct_call, model, images, labels, name, eps, args.batch_size
             )
             for way in ("fp32", *(others if name == PGD else ())):
-                add(name, way)
-        calls = {arm: args.calls if arm.startswith(("clean", PGD)) else 1 for arm in arms}
+                precision: Precision = "bf16" if way == "bf16" else "fp32"
+                attacker = Attacker("Linf", 0, args.batch_size, where, precision, way == "compiled")
+                arms[f"{name}, {way}"] = functools.partial(ours, attacker, name, f"{name}, {way}")
+        calls = {arm: CALLS.get(arm.partition(",")[0], 1) for arm in arms}
         timings = interleaved(arms, rounds=args.rounds, calls=calls, warmup=1)
     record = {
         "file": output.name,
@@ -309,10 +257,10 @@ def run(args: argparse.Namespace) -> int:
         "meaningful_times": cuda,
         "model": args.model,
         "img_size": side,
-        "images": "noise" if args.data is None else args.data.name,
+        "images": "noise",
         "number": args.images,
         "batch_size": args.batch_size,
-        "eps": args.eps,
+        "eps": eps,
         "rows": rows(args, timings, found, others),
         **environment(),
     }
@@ -324,7 +272,11 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
     mistake, else 0."""
-    args = parse()
+    args = make_options().parse_args()
+    if args.smoke:
+        args.model, args.images, args.batch_size, args.rounds = "tiny", 4, 2, 2
+        args.attacks = [name for name in args.attacks if name != "autoattack"]
+        args.output = args.output or ROOT / "runs" / "attacks_smoke.json"
     return exit_status("attacks.py", lambda: run(args))
 
 

@@ -26,4 +26,4 @@ def test_attacks_runs_at_toy_size(tmp_path: Path) -> None:
     out = subprocess.run(
         [*script, "--eps", "7"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    assert out.returncode == 2 and "--eps: 7 must be above 0" in out.stderr
+    assert out.returncode == 2 and "--eps 7 must be above 0" in out.stderr
