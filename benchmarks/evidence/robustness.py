@@ -124,10 +124,6 @@ class Setting:
     pgd_images: int
     """Number of images that PGD-20 attacks."""
     attack: str = "autoattack"
-    ramp_share: float = 0.25
-    """Share of the epochs in which the penalty ramps up."""
-    warmup_share: float = 0.05
-    """Share of the epochs in which the learning rate warms up."""
 
 
 def digits() -> Setting:
@@ -223,12 +219,15 @@ def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Conf
     )
 
 
-def for_epochs(cfg: Config, setting: Setting, epochs: int) -> Config:
-    """Returns the configuration with another number of epochs. It evaluates about six times."""
+def for_epochs(cfg: Config, epochs: int) -> Config:
+    """Returns the configuration with another number of epochs. It evaluates about six times.
+
+    The penalty ramps up in a quarter of the epochs, and the learning rate in a twentieth.
+    """
     return cfg.replace(
         epochs=epochs,
-        warmup_epochs=setting.warmup_share * epochs,
-        ramp_epochs=setting.ramp_share * epochs,
+        warmup_epochs=0.05 * epochs,
+        ramp_epochs=0.25 * epochs,
         eval_interval=max(1, epochs // 6),
     )
 
@@ -489,7 +488,7 @@ def arms_of(
             }
             if torch.cuda.is_available():
                 head["seconds_an_update"] = summary(seconds[arm])
-            cfg = for_epochs(configs[arm], setting, epochs)
+            cfg = for_epochs(configs[arm], epochs)
             yield Arm(
                 head,
                 [

@@ -135,14 +135,15 @@ def run_study(
     """
     planned = {trial.name: trial for arm in study.arms for trial in arm.trials}
     cells = reusable_cells(before, planned, output)
-    failures: dict[str, str] = {}
+    failures: Results = {}
 
     def save(complete: bool = False) -> Path:
         for name in planned.keys() - cells.keys() - failures.keys():
-            collect(planned[name], work, study.measure, cells, failures)
+            if found := collect(study, planned[name], work):
+                (failures if found["failed"] else cells)[name] = found
         rows = [row_of(arm, cells, failures, study.summarize) for arm in study.arms]
-        found = {"complete": complete, "rows": [r for r in rows if r["seeds"] or r["failed"]]}
-        return write_record(output, {**study.head, **found})
+        begun = [row for row in rows if row["seeds"] or row["failed"]]
+        return write_record(output, {**study.head, "complete": complete, "rows": begun})
 
     save()
     # all arms of a seed, before the next seed
@@ -179,36 +180,33 @@ def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) 
     return found
 
 
-def collect(
-    trial: Trial,
-    work: Path,
-    measure: Callable[[Trial, Path], Results],
-    cells: Results,
-    failures: dict[str, str],
-) -> None:
-    """Adds the result of a training to `cells` or `failures` if the training is finished."""
+def collect(study: Study, trial: Trial, work: Path) -> Results | None:
+    """Returns the cell of a training, or None if the training is not finished.
+
+    If the training failed, the key "failed" holds the message.
+    """
     found = trials.result(trial, work)
-    if found and found["failed"]:
-        failures[trial.name] = found["failed"]
-    elif found:
-        more = measure(trial, work)
-        more["accuracy"] = found["accuracy"] + more.get("accuracy", [])
-        head = {"seed": trial.seed, "name": trial.name, "made_by": trial.made_by}
-        cells[trial.name] = head | found | more
+    if found is None or found["failed"]:
+        return found
+    more = study.measure(trial, work)
+    return {
+        **{"seed": trial.seed, "name": trial.name, "made_by": trial.made_by},
+        "made_on": {key: study.head[key] for key in ("device", "commit")},
+        **found,
+        **more,
+        "accuracy": found["accuracy"] + more.get("accuracy", []),
+    }
 
 
 def row_of(
-    arm: Arm,
-    cells: Results,
-    failures: Mapping[str, str],
-    summarize: Callable[[Results], Results],
+    arm: Arm, cells: Results, failures: Results, summarize: Callable[[Results], Results]
 ) -> Results:
     """Returns an arm's row of the record: its head, its cells, and their means."""
     seeds = [cells[t.name] for t in arm.trials if t.name in cells]
     row = {**arm.head, "seeds": seeds, "failed": [], "accuracy": statistics_of(seeds)}
     for trial in arm.trials:
         if trial.name in failures:
-            row["failed"].append({"seed": trial.seed, "why": failures[trial.name]})
+            row["failed"].append({"seed": trial.seed, "why": failures[trial.name]["failed"]})
     for key in ("seconds", "joules"):
         if values := [cell[key] for cell in seeds if cell[key] is not None]:
             row[key] = summary(values)

@@ -52,7 +52,7 @@ def test_each_arm_is_a_line_that_config_accepts() -> None:
     assert set(arms) == set(robustness.ARMS) >= {"natural", "gradnorm", "pgd_at", "fgsm_rs"}
     for arm in arms:
         cfg = robustness.arm_config(SETTING, "Swin", arm, "fp32")
-        objective = robustness.for_epochs(cfg, SETTING, 1).objective
+        objective = robustness.for_epochs(cfg, 1).objective
         assert objective.method in METHODS
         assert objective.gradnorm.eps == objective.attack.attack_eps == cfg.eval_eps == 0.025
 
