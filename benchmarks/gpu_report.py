@@ -21,6 +21,7 @@ sm_80 (V100), fp32 replaces bf16 and tf32, and the report says so. --smoke runs 
 size, also without a GPU, where its times mean nothing.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import datetime
@@ -38,8 +39,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import ROOT, make_parser, slugify
+from benchmarks.common.arguments import ROOT, exit_status, make_parser, positive_float, slugify
 from benchmarks.common.records import read_json, write_json
+from fastgn.errors import UserError, check
 
 LAST_LINES = 15
 """Number of lines of a failed command's output that report.json keeps. logs/ has all lines."""
@@ -64,18 +66,6 @@ def cli(*args, **kwargs): raise RuntimeError("tyro is not installed")
     "tomli_w": """
 def dumps(*args, **kwargs): raise RuntimeError("tomli_w is not installed")
 """,
-    "tqdm": """
-class tqdm:
-    def __init__(self, *args, **kwargs): raise RuntimeError("tqdm is not installed")
-""",
-    "safetensors": """
-import sys, types
-class SafetensorError(Exception): pass
-def _missing(*args, **kwargs): raise RuntimeError("safetensors is not installed")
-torch = types.ModuleType("safetensors.torch")
-torch.load_file = torch.load = torch.save = torch.save_file = _missing
-sys.modules["safetensors.torch"] = torch
-""",
 }
 """Name of a package -> code that is imported in its place on a machine without that package.
 
@@ -86,20 +76,19 @@ comes last on the import path.
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of the report: a question, and the commands that answer it."""
+    """One part of the report: a question, and the command that answers it."""
 
     name: str
     what: str
     """Description of the question, for the summary."""
-    commands: Sequence[Sequence[str]]
-    """Command-line arguments for Python, one sequence per command. The commands run at the same
-    time."""
+    command: Sequence[str]
+    """Command-line arguments for Python."""
     limit_s: float
-    """Seconds after which the commands are ended."""
+    """Seconds after which the command is ended."""
     needs: Sequence[str] = ()
-    """Packages that the commands import. If one is not installed, the part is skipped."""
-    files: Sequence[str] = ()
-    """Names of the files that the commands write into the report's folder."""
+    """Packages that the command imports. If one is not installed, the part is skipped."""
+    file: str | None = None
+    """Name of the JSON record that the command writes into the report's folder."""
     beside: bool = False
     """Whether this part runs at the same time as the part before. Neither of them measures time."""
 
@@ -150,126 +139,115 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     folder: folder of the report. The time limits of the first parts add up to 530 s. A part that
     ends early leaves its time to the parts after it.
     """
-    smoke = machine.smoke
     trainer = ("timm", "torchvision", "numpy")
-
-    def script(name: str, *args: object, output: str) -> list[str]:
-        return [str(x) for x in ("-m", f"benchmarks.{name}", *args, "--output", folder / output)]
-
-    def tests(*args: str) -> list[str]:
-        return ["-m", "pytest", "-q", "-p", "no:cacheprovider", *args]
-
-    def cost(precision: str, output: str, *options: object) -> list[str]:
-        size = ("--batch", 2, "--round-seconds", 0.01, "--schedules", "exact")
-        if not smoke:
-            size = ("--model", "swin_b", "--batch", 64)
-        return script("step.cost", "--precision", precision, *size, *options, output=output)
-
-    def timed_cost(precision: str, limit_s: float, *options: object, suffix: str = "") -> Part:
-        """Returns a part that times the training step with cost.py.
-
-        cost.py leaves out what does not fit into the time limit. suffix: end of the name of its
-        record.
-        """
-        file = f"cost_{'toy' if smoke else 'swin_b'}_{machine.slug}_{precision}{suffix}.json"
-        if not smoke:
-            options = ("--minutes", round((limit_s - PROFILES_S) / 60, 2), *options)
-        command = cost(precision, file, *options)
-        what = f"the step's seconds, FLOPs and memory in {precision}{suffix.replace('_', ' ')}"
-        return Part(f"cost_{precision}{suffix}", what, [command], limit_s, trainer, (file,))
-
+    flags = ("tyro", "tomli_w")  # tyro reads the flags that the trainer's run is made of
+    network = "toy" if machine.smoke else "swin_b"
     best, *others = machine.precisions
-    few = ("--schedules", "exact", "--methods", "natural", "gradnorm", "pgd_at", "gradnorm-paper")
 
-    options = ("--rounds", 2, "--methods", "natural", "gradnorm")
-    timed = timed_cost(best, 290, *(options if smoke else (*few, "pgd_at-paper")))
-    parts = [timed]
+    def measure(
+        name: str,
+        module: str,
+        what: str,
+        limit_s: float,
+        options: Sequence[object],
+        toy: Sequence[object] = ("--smoke",),
+        needs: Sequence[str] = trainer,
+        stem: str | None = None,
+    ) -> Part:
+        """Returns a part that runs a benchmark with `options`, or with those of its toy.
 
+        stem: name of its record without the ending. If None, the names of the part and of the GPU.
+        """
+        file = f"{stem or f'{name}_{machine.slug}'}.json"
+        chosen = toy if machine.smoke else options
+        command = ("-m", f"benchmarks.{module}", *chosen, "--output", folder / file)
+        return Part(name, what, list(map(str, command)), limit_s, needs, file)
+
+    def cost(precision: str, limit_s: float, *options: object, suffix: str = "") -> Part:
+        """Returns a part that times the training step in one precision.
+
+        cost.py leaves out what does not fit into the time limit. suffix: end of the part's name.
+        """
+        what = f"the step's seconds, FLOPs and memory in {precision}{suffix.replace('_', ' ')}"
+        minutes = round((limit_s - PROFILES_S) / 60, 2)
+        size = ("--precision", precision, "--model", "swin_b", "--batch", 64, "--minutes", minutes)
+        toy = ("--precision", precision, "--batch", 2, "--round-seconds", 0.01, "--rounds", 2)
+        toy += ("--schedules", "exact", "--methods", "natural", "gradnorm")
+        stem = f"cost_{network}_{machine.slug}_{precision}{suffix}"
+        name = f"cost_{precision}{suffix}"
+        return measure(name, "step.cost", what, limit_s, (*size, *options), toy, stem=stem)
+
+    def test(
+        name: str, what: str, limit_s: float, *options: str, needs: Sequence[str] = ()
+    ) -> Part:
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+        return Part(name, what, command, limit_s, ("pytest", "numpy", *needs))
+
+    exact = ("--schedules", "exact", "--methods", "natural", "gradnorm")
+    few = (*exact, "pgd_at", "gradnorm-paper")
+    timed = cost(best, 290, *few, "pgd_at-paper")
     # most of the time is Triton's compiler
-    many = ("-n", min(12, os.cpu_count() or 1)) if importlib.util.find_spec("xdist") else ()
-    correct = tests("tests/kernels", *map(str, many))
-    if smoke:
-        correct = tests("tests/kernels/test_checks.py")
-    what = "every op against its twin"
-    parts.append(Part("kernel_tests", what, [correct], 180, ("pytest", "numpy")))
+    many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
+    ops = ("tests/kernels/test_checks.py",) if machine.smoke else ("tests/kernels", *many)
+    parts = [timed, test("kernel_tests", "every op against its twin", 180, *ops)]
 
-    files = (f"kernels_{machine.slug}.json",)
-    size = ("--ops", "cross_entropy_index", "--stages", 4, "--batch-size", 2, "--rounds", 2)
-    options = size if smoke else ("--minutes", 0.6, "--rounds", 20)
-    command = script("kernels.ops", *options, output=files[0])
-    parts.append(Part("kernels", "each op's time and bandwidth", [command], 50, ("numpy",), files))
+    what = "each op's time and bandwidth"
+    options = ("--minutes", 0.6, "--rounds", 20)
+    toy = ("--rounds", 2, "--ops", "cross_entropy_index", "--stages", 4)
+    toy += ("--batch-size", 2)
+    parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=("numpy",)))
 
     # from here on for a second call
-
-    if not smoke:
-        # tyro reads the flags that the trainer's run is made of
-        gpu = tests("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py")
-        needs = ("pytest", "sklearn", *trainer)
+    if not machine.smoke:
+        on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
+        needs = ("sklearn", *trainer)
         what = "CUDA graphs, and the cost suite on a GPU"
-        parts.append(Part("gpu_tests", what, [[*gpu, "-k", "not synchronise"]], 90, needs))
+        parts.append(test("gpu_tests", what, 90, *on_gpu, "not synchronise", needs=needs))
         what = "no update waits for the device"
-        parts.append(
-            Part(
-                "sync_tests",
-                what,
-                [[*gpu, "-k", "synchronise"]],
-                90,
-                (*needs, "tyro", "tomli_w"),
-                beside=True,
-            )
-        )
+        sync = test("sync_tests", what, 90, *on_gpu, "synchronise", needs=(*needs, *flags))
+        parts.append(dataclasses.replace(sync, beside=True))
 
-    files = (f"attacks_{machine.slug}.json",)
-    size = ("--smoke",) if smoke else ("--images", 1000, "--batch-size", 500, "--eps", "8/255")
-    command = script("evidence.attacks", *size, output=files[0])
     what = "what an evaluation costs over its attacks"
-    parts.append(Part("attacks", what, [command], 150, (*trainer, "pyautoattack"), files))
+    options = ("--images", 1000, "--batch-size", 500, "--eps", "8/255")
+    needs = (*trainer, "pyautoattack")
+    parts.append(measure("attacks", "evidence.attacks", what, 150, options, needs=needs))
 
-    if not smoke:
-        parts += [timed_cost(p, 200, *few) for p in others if p == "fp32"]
+    if "fp32" in others:
+        parts.append(cost("fp32", 200, *few))
 
-    files = (f"small_data_{machine.slug}.json",)
-    size = ("--images", 64, "--batch-size", 4, "--rounds", 1, "--calls", 1) if smoke else ()
-    command = script("data.small_data", *size, output=files[0])
     what = "the share of small data in an update"
-    parts.append(Part("small_data", what, [command], 150, (*trainer, "tyro", "tomli_w"), files))
+    toy = ("--images", 64, "--batch-size", 4, "--rounds", 1, "--calls", 1)
+    needs = (*trainer, *flags)
+    parts.append(measure("small_data", "data.small_data", what, 150, (), toy, needs=needs))
 
-    files = (f"memory_{'toy' if smoke else 'swin_b'}_{machine.slug}.json",)
-    options = ("--smoke",) if smoke else ("--precision", best, "--minutes", 3.2, "--workers", 3)
-    curve = script("step.memory", *options, output=files[0])
-    what = "peak memory over the batch size"
-    parts.append(Part("memory", what, [curve], 200, trainer, files))
+    what, stem = "peak memory over the batch size", f"memory_{network}_{machine.slug}"
+    options = ("--precision", best, "--minutes", 3.2, "--workers", 3)
+    parts.append(measure("memory", "step.memory", what, 200, options, stem=stem))
 
-    files = (f"precision_{machine.slug}.json",)
-    size = ("--seeds", 2, "--fd-steps", 0.01)
-    if smoke:
-        size = (*("--seeds", 1, "--batches", 1, "--batch-size", 2), "--fd-steps", 0.01)
-        size += ("--images", "random", "--networks", "tiny Swin")
-    command = script("step.precision", *size, output=files[0])
     what = "the gradient's distance from float64"
-    parts.append(Part("precision", what, [command], 90, trainer, files, beside=True))
+    options = ("--seeds", 2, "--fd-steps", 0.01)
+    toy = ("--seeds", 1, "--fd-steps", 0.01, "--batches", 1, "--batch-size", 2)
+    toy += ("--images", "random", "--networks", "tiny Swin")
+    distance = measure("precision", "step.precision", what, 90, options, toy)
+    parts.append(dataclasses.replace(distance, beside=True))
 
-    if not smoke:
-        what = "saving memory by recomputing"
-        budgets = (*("--methods", "natural", "gradnorm", "--schedules", "exact"), "--budgets")
-        parts.append(timed_cost(best, 250, *budgets, 0.7, 0.5, suffix="_budgets"))
-        parts += [timed_cost(p, 200, *few) for p in others if p == "tf32"]
+    if not machine.smoke:
+        parts.append(cost(best, 250, *exact, "--budgets", 0.7, 0.5, suffix="_budgets"))
+    if "tf32" in others:
+        parts.append(cost("tf32", 200, *few))
 
-    files = (f"loader_{machine.slug}.json",)
-    options = ("--smoke",) if smoke else ("--cost", folder / timed.files[0])
-    command = script("data.loader", *options, output=files[0])
+    options, needs = ("--cost", folder / str(timed.file)), (*trainer, "PIL")
     what = "images a second of the loaders"
-    parts.append(Part("loader", what, [command], 60, (*trainer, "PIL"), files))
+    parts.append(measure("loader", "data.loader", what, 60, options, needs=needs))
 
-    if not smoke:
-        graphs = ("--methods", "natural", "gradnorm", "--schedules", "exact", "--no-cuda-graphs")
-        parts.append(timed_cost(best, 150, *graphs, suffix="_no_graphs"))
-        parts += [timed_cost(p, 200, *few) for p in others if p not in ("fp32", "tf32")]
-        rest = ("finite-difference", "central-difference", "lazy", "subset")
-        every = ("--methods", "natural", "gradnorm", "fgsm_rs", "pgd_at", "--schedules", *rest)
-        parts.append(timed_cost(best, 300, *every, suffix="_schedules"))
-    # toys are not timed
-    return [dataclasses.replace(p, beside=True, limit_s=300) for p in parts] if smoke else parts
+    if machine.smoke:  # toys are not timed
+        return [dataclasses.replace(part, beside=True, limit_s=300) for part in parts]
+    parts.append(cost(best, 150, *exact, "--no-cuda-graphs", suffix="_no_graphs"))
+    if "bf16-pure" in others:
+        parts.append(cost("bf16-pure", 200, *few))
+    rest = ("finite-difference", "central-difference", "lazy", "subset")
+    every = ("--methods", "natural", "gradnorm", "fgsm_rs", "pgd_at", "--schedules", *rest)
+    return [*parts, cost(best, 300, *every, suffix="_schedules")]
 
 
 def run(
@@ -285,20 +263,15 @@ def run(
     ended: dict[int, tuple[int | None, float]] = {}
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it in the background
         signal.signal(signal.SIGINT, lambda *_: None)  # the same here, but no child inherits it
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     try:
         for command, log in zip(commands, logs, strict=True):
+            words = [sys.executable, *command]
             with open(log, "wb") as out:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *command],
-                        cwd=ROOT,
-                        env=env,
-                        stdin=subprocess.DEVNULL,
-                        stdout=out,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
+                process = subprocess.Popen(
+                    words, cwd=ROOT, env=env, stdout=out, start_new_session=True, **pipes
                 )
+            processes.append(process)
         while len(ended) < len(processes) and time.monotonic() < began + limit_s:
             for index, process in enumerate(processes):
                 if index not in ended and process.poll() is not None:
@@ -347,10 +320,8 @@ def environment_of_parts(folder: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
     }
-    return {**caches, **os.environ} | {
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "PYTHONUNBUFFERED": "1",
-    }
+    path_of_parts = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
+    return {**caches, **os.environ, **path_of_parts}
 
 
 def digest_of_sources() -> str:
@@ -376,13 +347,7 @@ def commit_of_checkout() -> str | None:
 class Report:
     """Runs the parts of the report, and writes their results to report.json after each."""
 
-    def __init__(
-        self,
-        folder: Path,
-        machine: Machine,
-        sources: str,
-        commit: str | None,
-    ):
+    def __init__(self, folder: Path, machine: Machine, sources: str, commit: str | None):
         self.folder = folder
         self.key = {"sources": sources, "device": machine.device, "smoke": machine.smoke}
         self.commit = commit
@@ -394,33 +359,28 @@ class Report:
         before = read_json(folder / "report.json").get("parts", [])
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in before}
 
-    def commands(self, part: Part) -> list[list[str]]:
-        """Returns a part's commands, with FOLDER in place of the folder's path, which can
-        change."""
-        return [[x.replace(str(self.folder), "FOLDER") for x in c] for c in part.commands]
+    def key_of(self, part: Part) -> dict[str, Any]:
+        """Returns what must be the same for an earlier result of a part to count."""
+        # the folder's path can change
+        return self.key | {"command": [x.replace(str(self.folder), "FOLDER") for x in part.command]}
 
     def same(self, part: Part) -> dict[str, Any] | None:
         """Returns the earlier result of a part, or None if it has none.
 
-        A result from other sources, another device or other commands does not count.
+        A result from other sources, another device or another command does not count.
         """
-        entry = self.entries.get(part.name)
-        key = self.key | {"commands": self.commands(part)}
-        if entry is None or any(entry.get(name) != value for name, value in key.items()):
-            return None
-        return entry
+        entry = self.entries.get(part.name, {})
+        same = all(entry.get(name) == value for name, value in self.key_of(part).items())
+        return entry if same else None
 
     def add(self, part: Part, status: str, **more: Any) -> dict[str, Any]:
         """Adds the result of a part to report.json and returns it.
 
         status: "ok", "failed", "timed out" or "skipped". more: further keys of the result.
         """
+        ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         entry = {"name": part.name, "what": part.what, "status": status, **more}
-        entry |= self.key | {
-            "commit": self.commit,
-            "commands": self.commands(part),
-            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
+        entry |= self.key_of(part) | {"commit": self.commit, "ended": ended}
         # an interrupted call must not forget what an earlier one found out
         if status != "skipped" or self.entries.get(part.name, {}).get("status") in (None, status):
             self.entries[part.name] = entry
@@ -429,115 +389,52 @@ class Report:
 
     def run(self, parts: Sequence[Part], limit_s: float, env: dict[str, str]) -> list[dict]:
         """Runs several parts at the same time and returns their results."""
-        logs: list[list[Path]] = []
         (self.folder / "logs").mkdir(exist_ok=True)
         for part in parts:
-            if self.same(part) is None:  # left by other sources or another device
-                for name in part.files:
-                    (self.folder / name).unlink(missing_ok=True)
-            names = [f"{part.name}_{i}" for i in range(len(part.commands))]
-            if len(names) == 1:
-                names = [part.name]
-            logs.append([self.folder / "logs" / f"{name}.log" for name in names])
-        commands = [command for part in parts for command in part.commands]
-        ended = iter(run(commands, sum(logs, []), limit_s, env))
+            if part.file and self.same(part) is None:  # left by other sources or another device
+                (self.folder / part.file).unlink(missing_ok=True)
+        logs = [self.folder / "logs" / f"{part.name}.log" for part in parts]
+        ended = run([part.command for part in parts], logs, limit_s, env)
         entries = []
-        for part, its_logs in zip(parts, logs, strict=True):
-            codes, seconds = zip(*(next(ended) for _ in part.commands), strict=True)
-            status = "timed out" if None in codes else "failed" if any(codes) else "ok"
-            for name in part.files:
-                self.name_commit(self.folder / name)
-            kept = [1 if code == 0 else LAST_LINES for code in codes]
-            entries.append(
-                self.add(
-                    part,
-                    status,
-                    seconds=round(max(seconds), 1),
-                    limit_s=round(limit_s, 1),
-                    exit_statuses=list(codes),
-                    last_lines=[last_lines(*each) for each in zip(its_logs, kept, strict=True)],
-                    files=[name for name in part.files if (self.folder / name).is_file()],
-                )
+        for part, log, (code, seconds) in zip(parts, logs, ended, strict=True):
+            written = part.file is not None and (self.folder / part.file).is_file()
+            if written:
+                self.name_commit(self.folder / str(part.file))
+            entry = self.add(
+                part,
+                "timed out" if code is None else "failed" if code else "ok",
+                seconds=round(seconds, 1),
+                limit_s=round(limit_s, 1),
+                exit_status=code,
+                last_lines=last_lines(log, 1 if code == 0 else LAST_LINES),
+                file=part.file if written else None,
             )
+            entries.append(entry)
         return entries
 
     def name_commit(self, path: Path) -> None:
         """Writes the commit into a benchmark's JSON record if its program could not find it out."""
-        record = read_json(path) if path.suffix == ".json" else {}
+        record = read_json(path)
         if self.commit is not None and "commit" in record and record["commit"] is None:
             write_json(path, record | {"commit": self.commit})
 
 
 def line_of(entry: dict[str, Any]) -> str:
     """Returns the result of a part as one line. It ends with the last line of the part's output."""
-    if entry["status"] == "skipped":
-        said = entry["reason"]
-    else:
-        last = [lines[-1] if lines else "no output" for lines in entry["last_lines"]]
-        said = "; ".join(line.strip("= ").partition(" -> ")[0] for line in last)
+    said = entry.get("reason") or (entry["last_lines"] or ["no output"])[-1]
+    said = said.strip("= ").partition(" -> ")[0]
     seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
     return f"{entry['name']:16} {entry['status']:9} {seconds:>6}  {said}"
 
 
-def main() -> int:
-    """Parses the command line, runs the report, and returns the exit status.
-
-    The status is 2 for a user's mistake, 1 if a part failed, and else 0.
-    """
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--parts", nargs="+", metavar="PART", help="default: all, in the order of their value")
-    add("--budget-s", type=float, default=530, help="seconds of this call")
-    add("--limit-s", type=float, help="seconds of a part; default: each has its own limit")
-    add("--commit", help="commit to record if the checkout does not know its own")
-    add("--smoke", action="store_true", help="use toy sizes, on any machine")
-    args = parser.parse_args()
-
-    began = time.monotonic()
-    machine = this_machine(args.smoke)
-    if machine.capability is None and not args.smoke:
-        print("gpu_report.py: error: no GPU here; --smoke runs toy sizes", file=sys.stderr)
-        return 2
-    folder = (args.output or ROOT / "runs" / f"gpu_report_{machine.slug}").resolve()
-    commit = commit_of_checkout() or args.commit
-    parts = parts_for(machine, folder)
-    names = [part.name for part in parts]
-    for name in args.parts or ():
-        if name not in names:
-            print(f"gpu_report.py: error: --parts {name}: {', '.join(names)}", file=sys.stderr)
-            return 2
-    if not args.budget_s >= LEAST_S:
-        print(f"gpu_report.py: error: --budget-s {args.budget_s:g}: no part begins with less than "
-              f"{LEAST_S}", file=sys.stderr)  # fmt: skip
-        return 2
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"gpu_report.py: error: --output {folder}: {error.strerror}", file=sys.stderr)
-        return 2
-    report = Report(folder, machine, digest_of_sources(), commit)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    return carry_out(
-        report,
-        [part for part in parts if not args.parts or part.name in args.parts],
-        began=began,
-        budget_s=args.budget_s,
-        limit_s=args.limit_s,
-    )
-
-
-def carry_out(
-    report: Report, parts: Sequence[Part], *, began: float, budget_s: float, limit_s: float | None
-) -> int:
+def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: float) -> int:
     """Runs the parts of the report in turn and prints a summary.
 
     Returns 1 if a part failed or reached its time limit, else 0. began: start of the program, as
-    time.monotonic() gives. budget_s: seconds in which parts may begin. limit_s: limit that replaces
-    the limits of the parts, if not None.
+    time.monotonic() gives. budget_s: seconds in which parts may begin.
     """
     env = environment_of_parts(report.folder)
-    for note in report.head["notes"]:
-        print(note)
+    print(*report.head["notes"], sep="\n")
     entries: list[dict[str, Any]] = []
     groups: list[list[Part]] = []
     for part in parts:
@@ -547,29 +444,62 @@ def carry_out(
         left_s = budget_s - (time.monotonic() - began)
         for part in group:
             before, lacking = report.same(part), missing(part.needs)
+            reason = f"not installed: {', '.join(lacking)}" if lacking else None
+            if not lacking and left_s < LEAST_S:
+                reason = f"no time left: {max(left_s, 0):.0f} of {budget_s:.0f} s"
             if before is not None and before["status"] == "ok":
                 entries.append(before | {"status": "ok before"})
-            elif lacking:
-                reason = f"not installed: {', '.join(lacking)}"
-                entries.append(report.add(part, "skipped", reason=reason))
-            elif left_s < LEAST_S:
-                reason = f"no time left: {max(left_s, 0):.0f} of {budget_s:.0f} s"
+            elif reason:
                 entries.append(report.add(part, "skipped", reason=reason))
             else:
                 print(f"{part.name}: {part.what} ...", flush=True)
                 todo.append(part)
         if todo:
-            limits_s = [limit_s or part.limit_s for part in todo]
-            entries += report.run(todo, min(max(limits_s), left_s), env)
+            limit_s = min(max(part.limit_s for part in todo), left_s)
+            entries += report.run(todo, limit_s, env)
         for entry in entries[-len(group) :]:
             if entry["status"] in ("failed", "timed out"):
-                print(*[line for lines in entry["last_lines"] for line in lines], sep="\n")
+                print(*entry["last_lines"], sep="\n")
             print(line_of(entry), flush=True)
     print(f"\n{report.key['device']}, commit {report.commit}, sources {report.key['sources']}")
-    print(*map(line_of, entries), sep="\n")
-    print(*report.head["notes"], sep="\n")
+    print(*map(line_of, entries), *report.head["notes"], sep="\n")
     print(f"{time.monotonic() - began:.0f} s -> {report.folder}")
     return int(any(entry["status"] in ("failed", "timed out") for entry in entries))
+
+
+def make_report(args: argparse.Namespace) -> int:
+    """Runs the report that the options ask for, and returns the exit status."""
+    began = time.monotonic()
+    machine = this_machine(args.smoke)
+    usable = machine.capability is not None or args.smoke
+    check(usable, "no GPU here; --smoke runs toy sizes")
+    folder = (args.output or ROOT / "runs" / f"gpu_report_{machine.slug}").resolve()
+    parts = {part.name: part for part in parts_for(machine, folder)}
+    for name in args.parts or ():
+        check(name in parts, f"--parts {name} must be one of {', '.join(parts)}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}") from None
+    report = Report(folder, machine, digest_of_sources(), commit_of_checkout() or args.commit)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    chosen = [part for name, part in parts.items() if not args.parts or name in args.parts]
+    return carry_out(report, chosen, began=began, budget_s=args.budget_s)
+
+
+def main() -> int:
+    """Runs the report and returns its exit status.
+
+    The status is 2 for a user's mistake, 1 if a part failed, and else 0.
+    """
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--parts", nargs="+", metavar="PART", help="default: all, in the order of their value")
+    add("--budget-s", type=positive_float, default=530, help="seconds of this call")
+    add("--commit", help="commit to record if the checkout does not know its own")
+    add("--smoke", action="store_true", help="use toy sizes, on any machine")
+    args = parser.parse_args()
+    return exit_status("gpu_report.py", lambda: make_report(args))
 
 
 if __name__ == "__main__":

@@ -22,67 +22,58 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
-def read(name: str) -> dict:
-    """Returns the content of a JSON file in benchmarks/results, with its name under the key
-    "file"."""
-    return {"file": name} | json.loads((RESULTS / name).read_text())
+def make(function: str, *patterns: str, together: bool = False) -> str:
+    """Returns the Markdown tables of some JSON records, or "" if there are none.
 
-
-def make(module: str, pattern: str) -> str:
-    """Returns the Markdown tables of all JSON records of a benchmark, or "" if there are none.
-
-    module: name of the benchmark's module. pattern: glob pattern of the records' names.
+    function: name of the function that makes a table. patterns: glob patterns of the records'
+    names. together: whether all records make one table. If False, each makes its own.
     """
-    paths = sorted(RESULTS.glob(pattern))
-    if not paths:
+    paths = [path for pattern in patterns for path in sorted(RESULTS.glob(pattern))]
+    records = [{"file": path.name} | json.loads(path.read_text()) for path in paths]
+    if not records:
         return ""
-    table = importlib.import_module(f"benchmarks.{module}").table
-    return "\n\n".join(table(read(path.name)) for path in paths)
-
-
-def make_short(function: str, *names: str) -> str:
-    """Returns a short Markdown table for README.
-
-    function: name of the function that makes it. names: JSON records that it takes.
-    """
     module, _, name = function.rpartition(".")
-    return getattr(importlib.import_module(f"benchmarks.{module}"), name)(*map(read, names))
+    table = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+    return table(*records) if together else "\n\n".join(map(table, records))
 
 
 SWIN = "cost_swin_b_nvidia_h200_bf16"
 README = {
-    "headline": functools.partial(make_short, "step.cost.headline", f"{SWIN}.json"),
-    "cost_summary": functools.partial(
-        make_short, "step.cost.summary",
-        *("cost_swin_b_counts.json", f"{SWIN}.json", f"{SWIN}_no_graphs.json"),
+    "headline": ("step.cost.headline", f"{SWIN}.json"),
+    "cost_summary": (
+        *("step.cost.summary_table", "cost_swin_b_counts.json"),
+        *(f"{SWIN}.json", f"{SWIN}_no_graphs.json"),
     ),
-    "robustness_summary": functools.partial(
-        make_short, "evidence.robustness.summary_table", "robustness_digits_cpu.json"
-    ),
-}  # fmt: skip
-"""Name of each table in README.md -> function that makes the table."""
-TABLES = README | {
-    name: functools.partial(make, module, pattern)
-    for name, module, pattern in (
-        ("loader", "data.loader", "loader_*.json"),
-        ("small_data", "data.small_data", "small_data_*.json"),
-        ("attacks", "evidence.attacks", "attacks_*.json"),
-        ("quickstart", "evidence.quickstart", "quickstart_*.json"),
-        ("kills", "evidence.kills", "kills_*.json"),
-        ("families", "evidence.families", "families_*.json"),
-        ("robustness", "evidence.robustness", "robustness_*.json"),
-        ("edge", "evidence.edge", "edge_*.json"),
-        ("activations", "evidence.activations", "activations_*.json"),
-        ("kernels", "kernels.ops", "kernels_*.json"),
-        ("kernel_builds", "kernels.builds", "kernel_builds.json"),
-        ("cost", "step.cost", "cost_*.json"),
-        ("memory_budget", "step.memory_budget", "memory_budget.json"),
-        ("precision", "step.precision", "precision_*.json"),
-        ("predict", "step.predict", "predict_*.json"),
-        ("scaling", "step.scaling", "scaling_*.json"),
-    )
+    "robustness_summary": ("evidence.robustness.summary_table", "robustness_digits_cpu.json"),
 }
-"""Name of each table -> function that makes it. All tables but README's are in docs/results.md."""
+"""Name of each table in README.md -> function that makes it, and the JSON records that it takes."""
+RESULTS_PAGE = {
+    "loader": "data.loader",
+    "small_data": "data.small_data",
+    "attacks": "evidence.attacks",
+    "quickstart": "evidence.quickstart",
+    "kills": "evidence.kills",
+    "families": "evidence.families",
+    "robustness": "evidence.robustness",
+    "edge": "evidence.edge",
+    "activations": "evidence.activations",
+    "kernels": "kernels.ops",
+    "kernel_builds": "kernels.builds",
+    "cost": "step.cost",
+    "memory": "step.memory",
+    "precision": "step.precision",
+    "predict": "step.predict",
+    "scaling": "step.scaling",
+}
+"""Name of each table in docs/results.md, with which its records' names begin -> its benchmark."""
+TABLES = {
+    **{name: functools.partial(make, *row, together=True) for name, row in README.items()},
+    **{
+        name: functools.partial(make, f"{module}.table", f"{name}.json", f"{name}_*.json")
+        for name, module in RESULTS_PAGE.items()
+    },
+}
+"""Name of each table -> function that makes it."""
 
 
 def render(page: Path, text: str) -> str:

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -30,11 +31,25 @@ def positive_float(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """Returns a number from 0 to 1. This is a type for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1]")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error messages are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Returns a parser with the option --output. Its help begins with a program's docstring."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=description, formatter_class=formatter)
     parser.add_argument("--output", type=Path, help="JSON file to write the record to")
     return parser
 
@@ -84,25 +99,14 @@ def output_for(
     another value than its default, returns runs/<file> and prints why. From here on, only this
     process writes that file.
     """
-    output = args.output or choose_output(file, parser, args, free)
+    changed = [
+        f"--{name.replace('_', '-')}" for name, value in vars(args).items()
+        if name not in (*free, "output") and value != parser.get_default(name)
+    ]  # fmt: skip
+    output = args.output or RESULTS / file
+    if changed and not args.output:
+        names = ", ".join(changed)
+        print(f"benchmarks/results keeps no run with other {names}: written to runs/{file}")
+        output = ROOT / "runs" / file
     hold(output)
     return output
-
-
-def choose_output(
-    file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
-) -> Path:
-    """Returns benchmarks/results/<file> if all options but those in `free` have their defaults.
-
-    Otherwise returns runs/<file> and prints why.
-    """
-    free = {*free, "output"}
-    changed = [
-        name for name, value in vars(args).items()
-        if name not in free and value != parser.get_default(name)
-    ]  # fmt: skip
-    if not changed:
-        return RESULTS / file
-    names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-    print(f"benchmarks/results keeps no run with other {names}: written to runs/{file}")
-    return ROOT / "runs" / file

@@ -4,21 +4,12 @@ Volta and later cards have that counter. It counts the whole board, for all prog
 """
 
 import contextlib
-import dataclasses
 import math
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-
-@dataclasses.dataclass
-class Reading:
-    """Energy that the GPU took between two moments."""
-
-    joules: float | None = None
-    """Joules that the GPU took. None until the measurement is over, NaN if the card did not
-    answer."""
 
 
 class NoMeterError(Exception):
@@ -47,26 +38,24 @@ class Meter:
             # by UUID, because NVML does not know CUDA_VISIBLE_DEVICES
             uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
             self._card = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            self._read()
+            pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card)
         except pynvml.NVMLError as error:
             raise NoMeterError(f"NVML: {error}") from None
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[Reading]:
+    def measuring(self) -> Iterator[types.SimpleNamespace]:
         """Measures the joules that the GPU takes inside the with block.
 
-        Yields a Reading. Its `joules` are set when the block ends.
+        Yields an object whose attribute `joules` is set when the block ends. It is None before, and
+        NaN if the card did not answer.
         """
-        reading, before = Reading(), self._read_or_nan()
+        reading, before = types.SimpleNamespace(joules=None), self._read()
         yield reading
-        reading.joules = self._read_or_nan() - before
-
-    def _read_or_nan(self) -> float:
-        try:
-            return self._read()
-        except self._nvml.NVMLError:  # this is no reason to end a run
-            return math.nan
+        reading.joules = self._read() - before
 
     def _read(self) -> float:
-        """Returns the joules that the GPU has taken since its driver was loaded."""
-        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3
+        """Returns the joules that the GPU has taken since its driver was loaded, or NaN."""
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3
+        except self._nvml.NVMLError:  # this is no reason to end a run
+            return math.nan

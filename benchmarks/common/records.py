@@ -60,25 +60,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def first_line(error: BaseException) -> str:
+    """Returns an error's class and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+
+
 def unfinished(path: Path) -> Path:
-    """Returns the path to which an incomplete record is written while `path` holds a complete
-    one."""
+    """Returns the path of an incomplete record while `path` holds a complete one."""
     return path.with_name(f"{path.name}.incomplete")
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """Returns the record that an earlier run left: the incomplete record if it exists, else
-    `path`'s."""
+    """Returns the record that an earlier run left, an incomplete one if there is one, or {}."""
     return read_json(unfinished(path)) or read_json(path)
 
 
 def started(path: Path) -> dict[str, Any]:
-    """Returns the record of an earlier call that ended before it was complete.
-
-    Returns {} if there is no record, or if the last one is complete.
-    """
+    """Returns the record of an earlier call that ended before it was complete, or {}."""
     before = earlier(path)
     return before if before.get("complete") is False else {}
+
+
+def taken_over(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the record that an earlier call left, or {} if it differs from `head`.
+
+    head: keys and values that both must have, such as the options and versions.
+    """
+    before = earlier(path)
+    return before if all(before.get(key) == value for key, value in head.items()) else {}
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> Path:
@@ -95,3 +104,27 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
         unfinished(path).unlink(missing_ok=True)
     write_json(path, record)
     return path
+
+
+def fastest_gradnorm(path: Path, option: str, card: str | None = None) -> tuple[Any, Any]:
+    """Returns a JSON record of cost.py or predict.py, and its fastest result for exact gradnorm.
+
+    option: flag that gave the path, for messages. card: name of the GPU in a record of predict.py.
+    Raises UserError if there is no such result, or if the times were measured on a CPU.
+    """
+    from fastgn.errors import check
+
+    record = read_json(path)
+    check("rows" in record, f"{option} {path} is not a JSON record of that benchmark")
+    wrong = f"{option} {path}: its times were measured without a GPU: give a record of a GPU"
+    check(bool(card or record.get("meaningful_times")), wrong)
+    rows = [
+        row
+        for row in record["rows"]
+        if (row["method"], row["schedule"]) == ("gradnorm", "exact")
+        and row["images_per_s"]
+        and (card is None or row["gpu"] == card)
+    ]
+    wanted = f"exact gradnorm on --card {card}" if card else "exact gradnorm"
+    check(bool(rows), f"{option} {path} has no images_per_s of {wanted}")
+    return record, max(rows, key=lambda row: row["images_per_s"])

@@ -47,8 +47,7 @@ def device(record: Record, cpu: str = "CPU") -> str:
 
 
 def cores(record: Record) -> str:
-    """Returns the name of the GPU that a JSON record was measured on, or else its number of CPU
-    cores."""
+    """Returns the name of the GPU of a JSON record, or else its number of CPU cores."""
     return device(record, f"{record['hardware']['cpu_count']} CPU cores")
 
 
@@ -70,8 +69,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def percent(value: Row | None) -> str:
-    """Returns an accuracy in percent as text, with its standard deviation if there are several
-    seeds.
+    """Returns an accuracy in percent as text, with its deviation if there are several seeds.
 
     value: summary of the accuracy over the seeds, or None for an empty text.
     """

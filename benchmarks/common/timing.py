@@ -7,7 +7,6 @@ round, waits for the device, and gives mean and spread.
 import contextlib
 import dataclasses
 import gc
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,14 +34,12 @@ class Timing:
 
     @property
     def std(self) -> float:
-        """Standard deviation of the seconds per call over the rounds, 0 if there is only one
-        round."""
+        """Standard deviation over the rounds, 0 if there is only one round."""
         return statistics.stdev(self.rounds) if len(self.rounds) > 1 else 0.0
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Returns mean, standard deviation, extremes and number of some measurements, for a JSON
-    record."""
+    """Returns mean, standard deviation, extremes and number of some measurements."""
     return {
         "mean": statistics.fmean(values),
         "std": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -89,20 +86,14 @@ def interleaved(
     rounds: int,
     calls: int | Mapping[str, int],
     warmup: int = 2,
-    during: Callable[[str], contextlib.AbstractContextManager] = lambda name: (
-        contextlib.nullcontext()
-    ),
+    during: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, Timing]:
     """Times some functions in turn, round after round, so that a drift of the machine affects all.
 
-    arms: name -> function without arguments that is timed.
-
-    calls: number of calls per round, for all functions or for each name.
-
-    warmup: number of calls of each function that come first and are not timed.
-
-    during: name -> context manager that is active during a function's calls in a round. It is
-    entered and left while the device is idle, and its own time is not measured.
+    arms: name -> function without arguments that is timed. calls: number of calls per round, for
+    all functions or for each name. warmup: number of calls of each function that come first and are
+    not timed. during: name -> context manager that is active during a function's calls in a round.
+    It is entered and left while the device is idle, and its own time is not measured.
     """
 
     def measure(name: str, run: Callable[[], object]) -> float:
@@ -124,10 +115,9 @@ def cold(
 ) -> dict[str, Timing]:
     """Times single calls that take microseconds on a GPU, with empty caches, by CUDA events.
 
-    arms: name -> function without arguments that is timed.
-
-    Before each call the cache is filled with unwritten lines, so that a call also pays for writing
-    back as many bytes as it writes. Without CUDA, this is `interleaved` with one call per round.
+    arms: name -> function without arguments that is timed. Before each call the cache is filled
+    with unwritten lines, so that a call also pays for writing back as many bytes as it writes.
+    Without CUDA, this is `interleaved` with one call per round.
     """
     if not torch.cuda.is_available():
         return interleaved(arms, rounds=rounds, calls=1, warmup=warmup)
@@ -148,40 +138,6 @@ def cold(
         name: Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in events))
         for name, events in measured.items()
     }
-
-
-class Marks:
-    """Splits the time of a call into named parts.
-
-    Call the object with a name after each part. On a GPU it records CUDA events, for which the host
-    does not wait.
-    """
-
-    def __init__(self) -> None:
-        self._instants: list[tuple[str, Any]] = []
-        self("start")
-
-    def __call__(self, name: str) -> None:
-        """Gives a name to the work since the last call of this method."""
-        if torch.cuda.is_available():
-            instant: Any = torch.cuda.Event(enable_timing=True)
-            instant.record()
-        else:
-            instant = time.perf_counter()
-        self._instants.append((name, instant))
-
-    def seconds(self) -> dict[str, float]:
-        """Returns the total seconds of each named part, in the order in which the names first
-        came."""
-        synchronize()
-        total: dict[str, float] = {}
-        for (_, before), (name, after) in itertools.pairwise(self._instants):
-            if torch.cuda.is_available():
-                spent = before.elapsed_time(after) / 1e3
-            else:
-                spent = after - before
-            total[name] = total.get(name, 0.0) + spent
-        return total
 
 
 def _measure_in_turn(

@@ -1,16 +1,15 @@
-"""Images per second of each data loader, and whether a training step waits for them.
+"""Images per second of each loader of image files, and whether a training step waits for them.
 
-`torch` and `dali` are fastgn's own loaders of image files. `timm` is timm's create_loader with the
-same recipe, as in timm's training script. `device` is the loader of CIFAR-10 on the device.
+`torch` and `dali` are fastgn's own loaders. `timm` is timm's create_loader with the same recipe, as
+in timm's training script. benchmarks/data/small_data.py measures the loader of small images.
 
     python -m benchmarks.data.loader --need 2000  # images per second that the step takes
     python -m benchmarks.data.loader --cost benchmarks/results/cost_swin_b_nvidia_h200.json
     python -m benchmarks.data.loader --data-dir FOLDER --sheet sheet.png
 
-`device` loads arrays of CIFAR-10's number and size, with its augmentation. The others load JPEGs at
-224 pixels with the paper's augmentation. The JPEGs are in the page cache, so that decoding and
-augmenting count, and the disk does not. They are those below --data-dir, or are made here in the
-usual sizes of ImageNet.
+They load JPEGs at 224 pixels with the paper's augmentation. The JPEGs are in the page cache, so
+that decoding and augmenting count, and the disk does not. They are those below --data-dir, or are
+made here in the usual sizes of ImageNet.
 
 The loaders take turns, round after round. A round is some batches in the middle of an epoch, with
 workers that run and queues that were drained. First the consumer takes every batch at once: this
@@ -26,13 +25,12 @@ import argparse
 import dataclasses
 import importlib.util
 import io
-import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,50 +40,31 @@ from PIL import Image
 from timm.data import create_loader
 from timm.data.mixup import Mixup
 
-from benchmarks.common.arguments import (
-    device_name,
-    exit_status,
-    gpu_output,
-    make_parser,
-    positive_int,
-)  # fmt: skip
-from benchmarks.common.records import write_json
+from benchmarks.common import arguments
+from benchmarks.common.arguments import positive_float, positive_int
+from benchmarks.common.records import fastest_gradnorm, write_json
 from benchmarks.common.tables import Record, cores, make_table, plus_minus, with_notes
 from benchmarks.common.timing import paired_ratios, summary, synchronize
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.batch import Batch
-from fastgn.data.datasets import Arrays, Dataset, Files
+from fastgn.data.datasets import Dataset, Files
 from fastgn.data.loader import build_loader
 from fastgn.data.transform import replace_posterize
-from fastgn.errors import UserError, check
+from fastgn.errors import check
 from fastgn.files import write_bytes
 from fastgn.metrics import environment
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500))
 """(Width, height) of the most frequent ImageNet images, in pixels."""
 PAPER = AugmentationConfig(aa="rand-m9-mstd0.5-inc1", reprob=0.25, mixup=0.8, cutmix=1.0)
-LOADERS = ("device", "torch", "timm", "dali")
+SIDE, CLASSES = 224, 1000
+LOADERS = ("torch", "timm", "dali")
 MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One measurement: a data loader, and the images that it loads."""
-
-    loader: str
-    images: str
-    """Description of the images for the table."""
-    dataset: Dataset
-    augmentation: AugmentationConfig
-    img_size: int
-
-
 def jpeg(size: tuple[int, int], draw: torch.Generator) -> bytes:
-    """Returns the bytes of a random JPEG of about 110 KB, which is ImageNet's mean.
-
-    It shows smooth shapes with grain. draw: source of the random numbers.
-    """
+    """Returns a random JPEG of smooth shapes with grain, of about 110 KB as ImageNet's mean."""
     width, height = size
     coarse = torch.rand(1, 3, height // 24, width // 24, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
@@ -105,19 +84,6 @@ def jpeg_folder(folder: Path, number: int) -> list[Path]:
     return paths
 
 
-def arrays_case(number: int) -> Case:
-    """Returns the measurement of the loader that keeps small images on the device.
-
-    number: how many random images it loads.
-    """
-    draw = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (number, 3, 32, 32), dtype=torch.uint8, generator=draw)
-    split = Arrays(pixels, torch.arange(number) % 10)
-    dataset = Dataset("cifar10", split, split, tuple("0123456789"))
-    augmentation = AugmentationConfig(reprob=0.25, mixup=0.8, cutmix=1.0)
-    return Case("device", f"{number} arrays, 32 x 32", dataset, augmentation, 32)
-
-
 def files_below(folder: Path) -> list[Path]:
     """Returns the JPEGs below a folder. Raises UserError if there are none."""
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in (".jpg", ".jpeg")]
@@ -125,37 +91,29 @@ def files_below(folder: Path) -> list[Path]:
     return paths
 
 
-def files_case(loader: str, paths: list[Path], epoch: int) -> Case:
-    """Returns the measurement of a loader of image files.
-
-    epoch: number of images per epoch. If there are fewer files, the files are repeated.
-    """
-    kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
-    listed = (list(map(str, paths)) * (epoch // len(paths) + 1))[:epoch]
-    split = Files(listed, torch.arange(epoch) % 1000)
-    dataset = Dataset("jpeg", split, split, tuple(map(str, range(1000))))
-    images = f"{len(paths)} JPEGs, {kib:.0f} KiB in the mean"
-    return Case(loader, images, dataset, PAPER, 224)
+def repeated(paths: list[Path], number: int) -> Files:
+    """Returns a split of `number` images. If there are fewer files, the files are repeated."""
+    listed = (list(map(str, paths)) * (number // len(paths) + 1))[:number]
+    return Files(listed, torch.arange(number) % CLASSES)
 
 
-def iterator(case: Case, batch_size: int, workers: int, device: torch.device) -> Iterator[Batch]:
+def iterator(
+    name: str,
+    split: Files,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    augmentation: AugmentationConfig = PAPER,
+) -> Iterator[Batch]:
     """Yields the batches of one epoch, from fastgn.train's own loader or from timm's."""
-    if case.loader == "timm":
-        return timm_batches(case, batch_size, workers, device)
-    data = DatasetConfig(loader=case.loader, workers=workers)
-    loader = build_loader(
-        dataclasses.replace(Config(), dataset=data, augmentation=case.augmentation),
-        case.dataset,
-        img_size=case.img_size,
-        mean=MEAN,
-        std=STD,
-        batch_size=batch_size,
-        grad_accum_steps=1,
-        rank=0,
-        ranks=1,
-        device=device,
-    )
-    return loader.epoch(0)
+    if name == "timm":
+        return timm_batches(split, batch_size, workers, device)
+    data = DatasetConfig(loader=name, workers=workers)
+    config = dataclasses.replace(Config(), dataset=data, augmentation=augmentation)
+    dataset = Dataset("jpeg", split, split, tuple(map(str, range(CLASSES))))
+    size = {"img_size": SIDE, "batch_size": batch_size, "grad_accum_steps": 1}
+    where: dict[str, Any] = {"rank": 0, "ranks": 1, "device": device}
+    return build_loader(config, dataset, mean=MEAN, std=STD, **size, **where).epoch(0)
 
 
 class TimmImages(torch.utils.data.Dataset):
@@ -174,24 +132,22 @@ class TimmImages(torch.utils.data.Dataset):
 
 
 def timm_batches(
-    case: Case, batch_size: int, workers: int, device: torch.device
+    split: Files, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yields the mixed batches of timm's loader. On CUDA, random erasing happens on the device."""
-    cfg = case.augmentation
-    assert isinstance(case.dataset.train, Files)
     loader = create_loader(
-        TimmImages(case.dataset.train),
-        case.img_size,
+        TimmImages(split),
+        SIDE,
         batch_size,
         is_training=True,
         use_prefetcher=device.type == "cuda",
-        re_prob=cfg.reprob,
-        re_mode=cfg.remode,
-        scale=cfg.scale,
+        re_prob=PAPER.reprob,
+        re_mode=PAPER.remode,
+        scale=PAPER.scale,
         hflip=0.5,
-        color_jitter=cfg.color_jitter,
-        auto_augment=cfg.aa,
-        interpolation=cfg.train_interpolation,
+        color_jitter=PAPER.color_jitter,
+        auto_augment=PAPER.aa,
+        interpolation=PAPER.train_interpolation,
         num_workers=workers,
         persistent_workers=False,
         pin_memory=device.type == "cuda",
@@ -199,7 +155,8 @@ def timm_batches(
     )
     for step in getattr(loader.dataset.transform, "transforms", ()):
         replace_posterize(step)
-    mix = Mixup(cfg.mixup, cfg.cutmix, switch_prob=0.5, label_smoothing=0.1, num_classes=1000)
+    smoothing: dict[str, Any] = {"label_smoothing": 0.1, "num_classes": CLASSES}
+    mix = Mixup(PAPER.mixup, PAPER.cutmix, switch_prob=0.5, **smoothing)
     for images, labels in loader:
         yield Batch(*mix(images, labels.to(device)))
 
@@ -223,8 +180,7 @@ def consume(batches: Iterator[Batch], number: int, work_s: float) -> Round:
     """
     images, waited_s = 0, 0.0
     synchronize()
-    cpu = cpu_seconds()
-    began = time.perf_counter()
+    cpu, began = cpu_seconds(), time.perf_counter()
     for _ in range(number):
         asked = time.perf_counter()
         batch = next(batches)
@@ -257,7 +213,8 @@ def cpu_seconds() -> float:
 
 
 def measure(
-    cases: list[Case],
+    loaders: Sequence[str],
+    paths: list[Path],
     *,
     batch_size: int,
     workers: int,
@@ -270,43 +227,37 @@ def measure(
 
     need: images per second that training takes. None leaves the waiting time unmeasured.
     """
-    sources = [iterator(case, batch_size, workers, device) for case in cases]
-    free: list[list[Round]] = [[] for _ in cases]
-    paced: list[list[Round]] = [[] for _ in cases]
-    work_s = batch_size / need if need else 0
+    drain = 2 * workers + 4  # batches that empty the queues before a measurement
+    split = repeated(paths, batch_size * ((rounds + 1) * drain + 2 * rounds * batches))
+    sources = [iterator(name, split, batch_size, workers, device) for name in loaders]
+    free: list[list[Round]] = [[] for _ in loaders]
+    paced: list[list[Round]] = [[] for _ in loaders]
     try:
         for number in range(rounds + 1):
-            for source, case, these, those in zip(sources, cases, free, paced, strict=True):
-                consume(source, warmup(case, workers), 0)
+            for source, these, those in zip(sources, free, paced, strict=True):
+                consume(source, drain, 0)
                 if not number:
                     continue  # the first round compiles and fills caches
                 these.append(consume(source, batches, 0))
                 if need:
-                    those.append(consume(source, batches, work_s))
+                    those.append(consume(source, batches, batch_size / need))
     finally:
         for source in sources:
             source.close()  # type: ignore[attr-defined]
-    return [
-        {
-            "loader": case.loader,
-            "images": case.images,
-            "img_size": case.img_size,
-            "batch_size": batch_size,
-            "workers": 0 if case.loader == "device" else workers,
-            "images_per_s": summary([r.images / r.seconds for r in these]),
-            "cpu_ms_an_image": summary([1e3 * r.cpu_s / r.images for r in these]),
-            "need_images_per_s": need,
-            "wait_share": summary([r.waited_s / r.seconds for r in those]) if those else None,
-            "enough": statistics.fmean(r.images / r.seconds for r in these) >= need
-            if need
-            else None,
-            "rounds": [
-                {"images_per_s": r.images / r.seconds, "cpu_ms_an_image": 1e3 * r.cpu_s / r.images}
-                for r in these
-            ],
-        }
-        for case, these, those in zip(cases, free, paced, strict=True)
-    ]
+    kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
+    images = f"{len(paths)} JPEGs, {kib:.0f} KiB in the mean"
+    size = {"images": images, "img_size": SIDE, "batch_size": batch_size, "workers": workers}
+    rows = []
+    for name, these, those in zip(loaders, free, paced, strict=True):
+        seen = [
+            {"images_per_s": r.images / r.seconds, "cpu_ms_an_image": 1e3 * r.cpu_s / r.images}
+            for r in these
+        ]
+        row = {"loader": name, **size, "need_images_per_s": need, "rounds": seen}
+        row |= {key: summary([r[key] for r in seen]) for key in seen[0]}
+        waits = [r.waited_s / r.seconds for r in those]
+        rows.append(row | {"wait_share": summary(waits) if waits else None})
+    return rows
 
 
 def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str, float]] | None:
@@ -317,22 +268,11 @@ def over(rows: list[dict[str, Any]], name: str, base: str) -> dict[str, dict[str
     found = {row["loader"]: row["rounds"] for row in rows}
     if not {name, base} <= found.keys():
         return None
-    speeds, cpu = (
-        paired_ratios(*([r[key] for r in found[n]] for n in order))
-        for key, order in (("images_per_s", (name, base)), ("cpu_ms_an_image", (base, name)))
-    )
-    return {
-        "images_per_s": summary(speeds) | {"median": statistics.median(speeds)},
-        "cpu_ms_an_image": summary(cpu) | {"median": statistics.median(cpu)},
-    }
-
-
-def warmup(case: Case, workers: int) -> int:
-    """Returns the number of batches to take before a measurement.
-
-    They empty the queues of batches that the workers made before.
-    """
-    return 2 if case.loader == "device" else 2 * workers + 4
+    ratios = {}
+    for key, order in (("images_per_s", (name, base)), ("cpu_ms_an_image", (base, name))):
+        values = paired_ratios(*([r[key] for r in found[n]] for n in order))
+        ratios[key] = summary(values) | {"median": statistics.median(values)}
+    return ratios
 
 
 def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
@@ -340,8 +280,8 @@ def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
     pair = []
     for loader in ("torch", "dali"):
         plain = AugmentationConfig(aa=PAPER.aa)
-        case = dataclasses.replace(files_case(loader, paths, 32), augmentation=plain)
-        pair.append(next(iterator(case, 32, 0, device)).images_BCHW.cpu())
+        batch = next(iterator(loader, repeated(paths, 32), 32, 0, device, plain))
+        pair.append(batch.images_BCHW.cpu())
     together = torch.stack(pair, 1).flatten(0, 1)
     grid = torchvision.utils.make_grid(together, nrow=8, padding=4, pad_value=1.0)
     pixels = (255 * grid).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -352,25 +292,6 @@ def sheet(paths: list[Path], file: Path, device: torch.device) -> None:
     print(f"{file}: mean difference {difference.mean():.2f} of 255, worst {difference.max():.2f}")
 
 
-def need_of(cost: Path) -> float:
-    """Returns the images per second of the fastest gradnorm update in a JSON file of cost.py.
-
-    Raises UserError if the file has none.
-    """
-    try:
-        record = json.loads(cost.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--cost {cost} cannot be read: {error}") from None
-    rows = [row for row in record.get("rows", ()) if row.get("method") == "gradnorm"]
-    rates = [row["images_per_s"] for row in rows if row.get("images_per_s")]
-    check(
-        bool(rates),
-        f"--cost {cost}: the file has no gradnorm result with images_per_s: give one "
-        "that was measured on a GPU",
-    )
-    return max(rates)
-
-
 def installed() -> list[str]:
     """Returns the names of the loaders that can run on this machine."""
     try:
@@ -378,16 +299,6 @@ def installed() -> list[str]:
     except ModuleNotFoundError:
         found = False
     return [x for x in LOADERS if x != "dali" or found]
-
-
-def line_of(row: dict[str, Any]) -> str:
-    """Returns the results of one loader as a line for the terminal."""
-    rate, waits = row["images_per_s"], row["wait_share"]
-    text = f"{row['loader']}: {rate['mean']:.0f} ± {rate['std']:.0f} images/s, "
-    text += f"{row['cpu_ms_an_image']['mean']:.2f} CPU ms per image"
-    if waits is not None:
-        text += f" of {row['need_images_per_s']:.0f} needed, waits {100 * waits['mean']:.0f} %"
-    return text
 
 
 def table(record: Record) -> str:
@@ -424,65 +335,55 @@ def run(args: argparse.Namespace) -> int:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
     torch.set_num_threads(1)  # as torchrun does: the loaders have their own threads and processes
     cuda = torch.cuda.is_available()
-    device, output = torch.device("cuda" if cuda else "cpu"), gpu_output(args, "loader")
-    need, why = args.need, None
-    check(need is None or need > 0, f"--need {need} must be positive")
+    device, need = torch.device("cuda" if cuda else "cpu"), args.need
+    output = arguments.gpu_output(args, "loader")
     workers = min(args.workers, os.cpu_count() or 1)  # as build_loader does
     check(workers >= 0, f"--workers {workers} must be at least 0")
     if args.cost is not None and args.cost.exists():
-        need = need_of(args.cost)
+        need = fastest_gradnorm(args.cost, "--cost")[1]["images_per_s"]
     elif args.cost is not None:
-        why = f"--cost {args.cost}: there is no such file"
-        print(f"{why}: waiting is not measured")
+        print(f"--cost {args.cost}: there is no such file: waiting is not measured")
     with tempfile.TemporaryDirectory() as folder:
         below = files_below(args.data_dir) if args.data_dir else None
         paths = below or jpeg_folder(Path(folder), args.files)
         if args.sheet:
             sheet(paths, args.sheet, device)
             return 0
-        taken = (args.rounds + 1) * (2 * workers + 4) + 2 * args.rounds * args.batches
-        epoch = taken * args.batch_size
-        cases = [
-            arrays_case(max(50_000, epoch)) if x == "device" else files_case(x, paths, epoch)
-            for x in args.loaders or installed()
-        ]
         size = {"batch_size": args.batch_size, "batches": args.batches, "rounds": args.rounds}
-        rows = measure(cases, **size, workers=workers, need=need, device=device)
+        rows = measure(installed(), paths, **size, workers=workers, need=need, device=device)
     ratios = {f"dali over {x}": over(rows, "dali", x) for x in ("torch", "timm")}
-    content = {"device": device_name(), "meaningful_times": cuda and not args.smoke, "rows": rows}
-    content |= {"ratios": {k: v for k, v in ratios.items() if v}}
-    content |= {"need_unknown": why, "batches_per_round": args.batches}
-    write_json(output, content | environment())
-    for ratio, value in content["ratios"].items():
-        speed, cpu = value["images_per_s"], value["cpu_ms_an_image"]
-        print(
-            f"{ratio}: {speed['mean']:.2f} ± {speed['std']:.2f} times as fast, "
-            f"{cpu['mean']:.2f} ± {cpu['std']:.2f} times less CPU time (n = {cpu['n']})"
-        )
-    print(f"{'; '.join(map(line_of, rows))} -> {output}")
+    record = {
+        "file": output.name,
+        "device": arguments.device_name(),
+        "meaningful_times": cuda and not args.smoke,
+        "rows": rows,
+        "ratios": {k: v for k, v in ratios.items() if v},
+        "batches_per_round": args.batches,
+        **environment(),
+    }
+    write_json(output, record)
+    print(f"{table(record)}\n-> {output}")
     return 0
 
 
 def main() -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
-    mistake, else 0."""
+    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
     cuda = torch.cuda.is_available()
-    parser = make_parser(__doc__)
+    parser = arguments.make_parser(__doc__)
     add = parser.add_argument
-    add("--loaders", nargs="+", choices=LOADERS, help="default: all that are installed")
     add("--data-dir", type=Path, help="folder with JPEGs to read")
     add("--sheet", type=Path, help="PNG to draw 32 images into, from PIL and DALI")
     needs = parser.add_mutually_exclusive_group()
-    needs.add_argument("--need", type=float, metavar="IMAGES_PER_S", help="speed of the step")
+    needs.add_argument("--need", type=positive_float, metavar="IMAGES_PER_S", help="the step's")
     needs.add_argument("--cost", type=Path, help="record of cost.py with the speed of the step")
     add("--batch-size", type=positive_int, default=64 if cuda else 16)
-    add("--workers", type=int, default=os.cpu_count(), help="for every loader but device")
+    add("--workers", type=int, default=os.cpu_count(), help="processes of each loader")
     add("--rounds", type=positive_int, default=3)
     add("--batches", type=positive_int, default=30 if cuda else 4, help="batches per round")
     add("--files", type=positive_int, default=512 if cuda else 64, help="number of JPEGs to make")
     add("--smoke", action="store_true", help="use toy sizes")
     args = parser.parse_args()
-    return exit_status("loader.py", lambda: run(args))
+    return arguments.exit_status("loader.py", lambda: run(args))
 
 
 if __name__ == "__main__":

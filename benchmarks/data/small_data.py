@@ -22,13 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common.arguments import (
-    device_name,
-    exit_status,
-    gpu_output,
-    make_parser,
-    positive_int,
-)  # fmt: skip
+from benchmarks.common import arguments
+from benchmarks.common.arguments import positive_int
 from benchmarks.common.records import write_json
 from benchmarks.common.tables import Record, cores
 from benchmarks.common.timing import interleaved, paired_ratios, summary
@@ -45,10 +40,7 @@ TARGET = 0.05
 
 
 def noise(folder: Path, number: int) -> Path:
-    """Writes random images as an .npz file that fastgn.train reads as CIFAR-10. Returns its path.
-
-    number: how many training images it has.
-    """
+    """Writes `number` random images as an .npz file in CIFAR-10's form, and returns its path."""
     draw, path = np.random.default_rng(0), folder / "noise.npz"
     content = {}
     for split, count in (("train", number), ("test", 10)):
@@ -70,11 +62,8 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace, options: Sequence[str]) -> int:
-    """Times batches of the data loader and updates of the network, and writes the JSON record.
-
-    options: command-line options for fastgn.train.
-    """
-    output = gpu_output(args, "small_data")
+    """Times batches of the loader and updates with fastgn.train's options, writes the record."""
+    output = arguments.gpu_output(args, "small_data")
     with tempfile.TemporaryDirectory() as folder, session() as world:
         data = ("--data-dir", str(noise(Path(folder), args.images)))
         flags = (*RUN, *data, "--batch-size", str(args.batch_size), *options)
@@ -93,7 +82,7 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> int:
     share = summary(paired_ratios(timings["data"].rounds, timings["training"].rounds))
     record = {
         "file": output.name,
-        "device": device_name(),
+        "device": arguments.device_name(),
         "meaningful_times": torch.cuda.is_available(),
         "batch_size": args.batch_size,
         "options": list(options),
@@ -108,17 +97,16 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
-    mistake, else 0."""
+    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
     cuda = torch.cuda.is_available()
-    parser = make_parser(__doc__)
+    parser = arguments.make_parser(__doc__)
     add = parser.add_argument
     add("--batch-size", type=positive_int, default=128 if cuda else 8)
     add("--images", type=positive_int, default=50_000, help="number of images in the data set")
     add("--rounds", type=positive_int, default=10 if cuda else 3)
     add("--calls", type=positive_int, default=20 if cuda else 1, help="batches per round")
     args, options = parser.parse_known_args()
-    return exit_status("small_data.py", lambda: run(args, options))
+    return arguments.exit_status("small_data.py", lambda: run(args, options))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgn.models.network import Classifier
 from fastgn.objectives import AttackOptions, Objective, ObjectiveConfig, build_objective
+from fastgn.step.cost import StepCost, count_cost
 from fastgn.step.options import Quirks, StepOptions
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
@@ -23,8 +24,7 @@ PAPER_WAY = Quirks(train_in_eval_mode=True, sync_micro_batches=True, accumulatio
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to compute an update: a method, a precision, and how the penalty is
-    differentiated."""
+    """One way to compute an update."""
 
     method: str
     precision: str = "fp32"
@@ -53,14 +53,8 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Name of the method, of the way in which the penalty is differentiated, and of the
-        precision."""
+        """Name of the arm, and of the precision."""
         return f"{self.name}, {self.precision}"
-
-    @property
-    def exact(self) -> bool:
-        """Whether every update has the exact derivative of the penalty."""
-        return self.schedule.is_exact
 
     @property
     def cycle(self) -> int:
@@ -73,23 +67,28 @@ class Arm:
         attack = AttackOptions(attack_select=select)
         return build_objective(ObjectiveConfig(self.base, attack=attack))
 
-    def step(self, model: Classifier, **options: Any) -> RetryingStep:
-        """Returns the function that computes this update's gradients.
-
-        options: fields of StepOptions with other values than this object's.
-        """
+    def options(self, **options: Any) -> StepOptions:
+        """Returns how the step computes this update. options: fields with other values."""
         quirks = Quirks()
         if self.paper:
             quirks = dataclasses.replace(PAPER_WAY, attack_weight_grads=self.base == "pgd_at")
         own = StepOptions(self.schedule, self.precision, self.compile, self.budget, quirks=quirks)
-        return RetryingStep(Step(model, self.objective(), dataclasses.replace(own, **options)))
+        return dataclasses.replace(own, **options)
+
+    def step(self, model: Classifier, **options: Any) -> RetryingStep:
+        """Returns the function that computes this update's gradients."""
+        return RetryingStep(Step(model, self.objective(), self.options(**options)))
+
+    def count(self, model: Classifier, batch: int, classes: int) -> StepCost:
+        """Counts the cost of this update without compilation, on tensors without data."""
+        size = {"batch_size": batch, "img_size": model.img_size, "num_classes": classes}
+        return count_cost(model, self.objective(), self.options(), **size)
 
 
 def random_batch(
     batch: int, side: int, classes: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Returns random images (B, 3, H, W) in 0..1 and soft targets (B, classes), as mixup makes
-    them.
+    """Returns random images (B, 3, H, W) in 0..1 and soft targets (B, classes), as of mixup.
 
     batch: number of images. side: height and width in pixels.
     """

@@ -15,13 +15,13 @@ mean of the ratios within a round. The figures of a lazy arm are means over its 
 --kernels and --compile do not apply to the arms named -paper. The schedule exact-eager has the
 kernels, but is not compiled. gradnorm-paper always runs in fp32 too, the precision of the paper.
 
-Operations are counted (FlopCounterMode) with PyTorch's operators, without what torch.compile
+Operations are counted with PyTorch's operators, without what torch.compile
 recomputes. FLOP utilisation compares with a square matrix product in the same precision and run.
 Peak memory is what the arm would hold alone: weights, optimizer, images, what it keeps between
 steps, and the most that a step allocates.
 
-Writes benchmarks/results/cost_<model>_<device>.json after every arm and round. A run without all
-default arms, or under other conditions, writes to runs/cost_<model>_<device>_partial.json.
+Writes benchmarks/results/cost_<model>_<device>.json after every arm and round. A run with other
+options than --model and --counts-only writes to runs/.
 On a CPU, counts are exact, times are ratios of one run, and seconds mean nothing.
 """
 
@@ -40,38 +40,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import FakeCopyMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common.arguments import (
-    RESULTS,
-    ROOT,
-    device_name,
-    exit_status,
-    make_parser,
-    slugify,
-)  # fmt: skip
+from benchmarks.common import arguments
+from benchmarks.common.arguments import positive_float, positive_int
 from benchmarks.common.energy import Meter, NoMeterError
-from benchmarks.common.records import hold, write_record
+from benchmarks.common.records import first_line, write_record
 from benchmarks.common.tables import Record, Row, device, make_table, plus_minus, with_notes
-from benchmarks.common.timing import (
-    Timing,
-    interleaved,
-    once,
-    paired_ratios,
-    synchronize,
-)  # fmt: skip
+from benchmarks.common.timing import interleaved, once, paired_ratios, summary, synchronize
 from benchmarks.step.arms import Arm, random_batch
 from benchmarks.step.launches import launches
 from fastgn.config.groups import ArchitectureConfig, OptimizerConfig
-from fastgn.errors import UserError, check
+from fastgn.errors import check
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model, choose_kernels, use_kernels
 from fastgn.optim import build_optimizer
+from fastgn.step.meter import Meter as OperationMeter
+from fastgn.step.meter import fake_copy
 from fastgn.step.passes import count_passes
 from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precision
-from fastgn.step.retry import RetryingStep, out_of_memory
+from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
 
 NO_MEANING = "NO GPU: counts are exact, times are ratios within this run, seconds mean nothing"
@@ -83,11 +71,7 @@ SMALL_SWIN = (
     *("patch_size=4", "embed_dim=64", "depths=(2, 2)", "num_heads=(2, 4)"),
     "window_size=4",
 )
-"""Arguments of the small network that is measured without a GPU, with images of 32 pixels."""
-CONDITIONS = ("model_kwargs", "img_size", "classes", "batch", "kernels", "cuda_graphs", "minutes")
-"""Options that must have their defaults for a JSON record to be written to benchmarks/results."""
-LARGEST = 2**31
-"""Limit for numbers of images, classes and rounds, and for seconds."""
+"""Arguments of the network small_swin, which is a swin_t for images of 32 pixels."""
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
 """Rows and columns of the square matrices whose product shows the device's highest FLOP rate."""
 
@@ -105,21 +89,19 @@ times.
 
 def choose_arms(args: argparse.Namespace) -> list[Arm]:
     """Returns the kinds of update that the options ask for, in the order of measurement."""
-    values = ("fd_step", "lazy_interval", "subset_fraction")
-    schedules = [Schedule(k, **{v: getattr(args, v) for v in values}) for k in args.schedules]
-    if args.compile == "off" and "exact" in args.schedules:  # the same as exact-eager
-        schedules = [s for s in schedules if s.kind != "exact-eager"]
+    kinds = list(args.schedules)
+    if args.compile == "off" and "exact" in kinds:  # the same as exact-eager
+        kinds = [kind for kind in kinds if kind != "exact-eager"]
     arms = []
     for precision in args.precision:
         for method in args.methods:
-            for schedule in schedules if method == "gradnorm" else [Schedule()]:
-                arm = Arm(method, precision, schedule)
-                compiled = args.compile == "on" and schedule.kind != "exact-eager"
-                arm = dataclasses.replace(arm, compile=compiled and not arm.paper)
-                arms.append(arm)
-                if arm.compile and arm.name == "gradnorm exact":
+            for kind in kinds if method == "gradnorm" else ["exact"]:
+                arm = Arm(method, precision, Schedule(kind))
+                compiled = args.compile == "on" and kind != "exact-eager" and not arm.paper
+                arms.append(dataclasses.replace(arm, compile=compiled))
+                if compiled and arm.name == "gradnorm exact":
                     budgets = (b for b in args.budgets if b < 1)
-                    arms += [dataclasses.replace(arm, budget=b) for b in budgets]
+                    arms += [dataclasses.replace(arms[-1], budget=b) for b in budgets]
     if "gradnorm-paper" in args.methods and "fp32" not in args.precision:
         arms.append(Arm("gradnorm-paper", "fp32"))
     order = lambda a: (SCHEDULES.index(a.schedule.kind), a.budget < 1, METHODS.index(a.method))  # noqa: E731
@@ -129,65 +111,42 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
 # ------------------------------------------------------------------------------------------ counts
 
 
-class NoModules(contextlib.nullcontext):
-    """Replaces FlopCounterMode's tracker of modules, and tracks nothing.
-
-    The tracker adds hooks to the inputs of modules, and autograd.grad refuses hooks on a leaf
-    tensor.
-    """
-
-    parents = {"Global"}
-
-
 class Counter:
     """Counts the floating-point operations of updates per image, on tensors without data.
 
-    network: on the CPU, with PyTorch's own operators. batch: number of images. classes: number of
-    classes.
+    network: on the CPU, with PyTorch's own operators. batch: number of images.
     """
 
     def __init__(self, network: Classifier, batch: int, classes: int):
         self.batch = batch
-        self.mode = FakeTensorMode()
-        with FakeCopyMode(self.mode):
-            self.network = copy.deepcopy(network)
-        with self.mode, torch.no_grad():
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.mode:
+            self.network = fake_copy(network)
             self.images, self.targets = random_batch(batch, network.img_size, classes)
-            self.forward = self.count(lambda: self.network(self.images))
+            self.ramp = torch.ones(())
+        self.forward = self.count(lambda: self.network(self.images))
         self.known: dict[tuple[str, Schedule], float] = {}
 
     def count(self, run: Callable[[], object]) -> float:
         """Returns the floating-point operations of a call, divided by the number of images."""
-        counter = FlopCounterMode(display=False)
-        counter.mod_tracker = NoModules()
-        with self.mode, counter:
+        with self.mode, OperationMeter() as meter:
             run()
-        return counter.get_total_flops() / self.batch
+        return meter.flops / self.batch
 
     def update(self, arm: Arm) -> float:
         """Returns the floating-point operations of an update per image, without the optimizer's."""
         same = (arm.method, arm.schedule)
         if same not in self.known:
-            with self.mode:
-                step = arm.step(self.network, compile=False, precision="fp32")
-                ramp = torch.ones(())
-
-                def cycle() -> None:
-                    for update in range(arm.cycle):
-                        step([(self.images, self.targets)], ramp, update)
-                        self.network.zero_grad()
-
-                self.known[same] = self.count(cycle) / arm.cycle
+            step = arm.step(self.network, compile=False, precision="fp32")
+            updates = [
+                self.count(lambda: step([(self.images, self.targets)], self.ramp, update))  # noqa: B023
+                for update in range(arm.cycle)
+            ]
+            self.known[same] = statistics.fmean(updates)
         return self.known[same]
 
 
 # ------------------------------------------------------------------------------------ measurements
-
-
-def first_line(error: BaseException) -> str:
-    """Returns an error's class and the first line of its message."""
-    line = str(error).strip().partition("\n")[0][:200]
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 @dataclasses.dataclass
@@ -244,8 +203,7 @@ class UpdateBench:
         self.optimizer.zero_grad()
 
     def update(self, step: RetryingStep, index: int = 0) -> None:
-        """Makes one update as fastgn.train does, without gradient clipping and averaging of
-        weights.
+        """Makes one update as fastgn.train does, without clipping and averaging of weights.
 
         index: number of the update, which decides whether a lazy penalty is computed.
         """
@@ -279,14 +237,10 @@ class UpdateBench:
         found.why_not = line if needed else found.why_not
         self.optimizer.zero_grad()
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def prepare(self, found: Measurement) -> None:
-        """Builds and warms up a kind of update, and measures its memory and kernel launches.
-
-        found: results to fill in.
-        """
+        """Builds and warms up an update, and measures its memory and launches for `found`."""
         arm = found.arm
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
@@ -304,18 +258,14 @@ class UpdateBench:
                 found.peak_bytes = self.peak_bytes(found, self.allocated() - held)
         if found.why_not is None:
             with self.attempt(found, "launches", needed=False):
-                seen = launches(lambda: self.cycle(found), arm.compile)
-                count, busy_s = (
-                    None if x is None else x / arm.cycle for x in (seen.count, seen.busy_s)
-                )
-                found.launches = {"what": seen.what, "count": count, "busy_s": busy_s}
+                what, *seen = launches(lambda: self.cycle(found), arm.compile)
+                count, busy_s = (x and x / arm.cycle for x in seen)
+                found.launches = {"what": what, "count": count, "busy_s": busy_s}
 
     def allocated(self) -> int:
         """Returns the bytes that all tensors on the GPU take, 0 on a CPU."""
-        if self.device.type != "cuda":
-            return 0
         gc.collect()
-        return torch.cuda.memory_allocated(self.device)
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def peak_bytes(self, found: Measurement, own: int) -> dict[str, int]:
         """Returns the bytes that an update needs, by what needs them.
@@ -391,28 +341,20 @@ def gemm_rates(
 # ------------------------------------------------------------------------------------------ record
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Returns mean, standard deviation and the values themselves, for the JSON record."""
-    timing = Timing(tuple(values))
-    return {"mean": timing.mean, "std": timing.std, "rounds": list(values)}
+def rounds_of(values: Sequence[float]) -> dict[str, Any]:
+    """Returns a summary of some measurements and the measurements themselves."""
+    return summary(values) | {"rounds": list(values)}
 
 
 def ratio(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Returns mean and standard deviation of the ratio values / others in each round."""
-    ratios = Timing(tuple(paired_ratios(values, others)))
-    return {"mean": ratios.mean, "std": ratios.std}
-
-
-def time_key(name: str, meaningful: bool) -> str:
-    """Returns the name of a time in the JSON record. On a CPU the name begins with
-    "meaningless_"."""
-    return name if meaningful else f"meaningless_{name}"
+    """Returns a summary of the ratio values / others in each round."""
+    return summary(paired_ratios(values, others))
 
 
 def paper_column(arm: Arm) -> dict[str, Any] | None:
     """Returns what the paper measured for a method and what follows from it, or None if nothing."""
     row = PAPER.get(arm.base)
-    if row is None or not arm.exact or arm.budget < 1:
+    if row is None or not arm.schedule.is_exact or arm.budget < 1:
         return None
     others = ("natural", "pgd_at")
     ratios = {name: row["seconds_a_batch"] / PAPER[name]["seconds_a_batch"] for name in others}
@@ -420,21 +362,13 @@ def paper_column(arm: Arm) -> dict[str, Any] | None:
 
 
 def row_of(
-    found: Measurement,
-    measured: Mapping[str, Measurement],
-    *,
-    forward: float,
-    batch: int,
-    gemm: Mapping[str, Mapping[str, float]],
-    meaningful: bool,
+    found: Measurement, measured: Mapping[str, Measurement], record: Record
 ) -> dict[str, Any]:
     """Returns the results of one kind of update as a dict for the JSON record.
 
-    measured: Arm.key -> results of each kind of update, for ratios. forward: floating-point
-    operations of a forward per image. gemm: precision -> operations per second of a matrix product.
-    meaningful: whether times mean anything, which is so on a GPU.
+    measured: Arm.key -> results of each kind of update, for ratios. record: the rest of the record.
     """
-    arm = found.arm
+    arm, batch, meaningful = found.arm, record["batch"], record["meaningful_times"]
     passes = count_passes(arm.objective(), arm.schedule, arm.method == "pgd_at-paper")
     row: dict[str, Any] = {
         "arm": arm.name,
@@ -444,7 +378,7 @@ def row_of(
         "compiled": arm.compile,
         "passes": passes.paper,
         "flops_an_image": found.flops,
-        "forwards_by_count": found.flops / forward,
+        "forwards_by_count": found.flops / record["forward_flops_an_image"],
         "forwards_by_schedule": passes.units,
         "paper": paper_column(arm),
         "failed": found.why_not,
@@ -453,22 +387,24 @@ def row_of(
     if found.why_not or not found.rounds:
         return row
     assert found.step is not None
-    mean = statistics.fmean(found.rounds)
+    images_per_s = batch / statistics.fmean(found.rounds)
 
     def timed(method: str, precision: str = arm.precision) -> list[Measurement]:
         other = measured.get(f"{method}, {precision}")
         return [other] if other is not None and not other.why_not and other.rounds else []
 
     rivals = [(n, other) for n in ("natural", "pgd_at", "pgd_at-paper") for other in timed(n)]
+    prefix = "" if meaningful else "meaningless_"
+    rate = record["gemm"][arm.precision]["flops_per_s"]
     row |= {
         "micro_batch": found.step.step.micro_batch or batch,
-        time_key("first_step_s", meaningful): found.first_s,
-        time_key("seconds_a_batch", meaningful): spread(found.rounds),
-        "images_per_s": batch / mean if meaningful else None,
+        f"{prefix}first_step_s": found.first_s,
+        f"{prefix}seconds_a_batch": rounds_of(found.rounds),
+        "images_per_s": images_per_s if meaningful else None,
         "time_over": {name: ratio(found.rounds, other.rounds) for name, other in rivals},
-        "flop_utilisation": found.flops * batch / mean / gemm[arm.precision]["flops_per_s"],
+        "flop_utilisation": found.flops * images_per_s / rate,
         "peak_bytes": found.peak_bytes,
-        "joules_an_image": spread([j / batch for j in found.joules]) if found.joules else None,
+        "joules_an_image": rounds_of([j / batch for j in found.joules]) if found.joules else None,
         "launches": found.launches,
     }
     if arm.base == "gradnorm":
@@ -589,7 +525,7 @@ def headline(record: Record) -> str:
     )
 
 
-def summary(counted: Record, graphs: Record, eager: Record) -> str:
+def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
     """Returns a Markdown table for README: six kinds of update of Swin-B, counted and measured.
 
     counted: JSON record of counts. graphs, eager: JSON records of compiled updates measured with
@@ -637,149 +573,103 @@ def summary(counted: Record, graphs: Record, eager: Record) -> str:
 # ------------------------------------------------------------------------------------ command line
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses the command line and returns the options. Some defaults depend on the machine.
-
-    Raises UserError for options that do not fit together.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line. Some defaults depend on the machine."""
     gpu = torch.cuda.is_available()
     modern = gpu and torch.cuda.get_device_capability() >= (8, 0)
-    parser = make_parser(__doc__)
+    parser = arguments.make_parser(__doc__)
     add = parser.add_argument
-    add("--model", help="any model of fastgn.train; default: swin_b, or a small Swin on a CPU")
+    model = "swin_b" if gpu else "small_swin"
+    add("--model", default=model, help="small_swin, or any model of fastgn.train")
     add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model")
-    add("--img-size", type=int, help="height and width of the images in pixels")
-    add("--classes", type=int, help="number of classes; default: 1000, or 10 for the small Swin")
-    add("--batch", type=int, default=64 if gpu else 8, help="number of images per update")
+    add("--img-size", type=positive_int, help="height and width of the images in pixels")
+    add("--classes", type=positive_int, help="default: 1000, or 10 for small_swin")
+    add("--batch", type=positive_int, default=64 if gpu else 8, help="number of images per update")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm")
-    default = ["fp32", "bf16"] if modern else ["fp32"]
-    add("--precision", nargs="+", choices=PRECISIONS, default=default)
-    add("--fd-step", type=float, default=Schedule.fd_step, help="step of finite differences")
-    add("--lazy-interval", type=int, default=Schedule.lazy_interval, help="updates per penalty")
-    add("--subset-fraction", type=float, default=Schedule.subset_fraction)
-    add(
-        "--budgets", nargs="+", type=float, default=(),
-        help="activation memory budgets of further exact arms",
-    )  # fmt: skip
+    precisions = ["fp32", "bf16"] if modern else ["fp32"]
+    add("--precision", nargs="+", choices=PRECISIONS, default=precisions)
+    budgets = "activation memory budgets of further exact arms"
+    add("--budgets", nargs="+", type=arguments.share, default=(), help=budgets)
     add("--kernels", choices=("auto", "triton", "reference"), default="auto")
     add("--compile", choices=("on", "off"), default="on" if gpu else "off")
-    add(
-        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=gpu,
-        help="replay compiled arms as CUDA graphs; default: on CUDA, as fastgn.train does",
-    )  # fmt: skip
-    add("--rounds", type=int, default=3)
-    add(
-        "--round-seconds", type=float, default=1.0 if gpu else 0.3,
-        help="seconds per arm and round, about",
-    )  # fmt: skip
-    add("--minutes", type=float, default=math.inf, help="leave out arms that would take longer")
+    graphs = "replay compiled arms as CUDA graphs; default: on CUDA, as fastgn.train does"
+    add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=gpu, help=graphs)
+    add("--rounds", type=positive_int, default=3)
+    seconds = "seconds per arm and round, about"
+    add("--round-seconds", type=positive_float, default=1.0 if gpu else 0.3, help=seconds)
+    add("--minutes", type=positive_float, help="leave out arms that would take longer")
     add("--counts-only", action="store_true", help="count passes and operations, time nothing")
-    add("--markdown", action="store_true", help="print the table")
-    args = parser.parse_args(argv)
-    small = args.model is None and not gpu
-    args.name = "small_swin" if small else args.model or "swin_b"
-    args.model = "swin_t" if small else args.name
-    if small:
-        args.model_kwargs = args.model_kwargs or list(SMALL_SWIN)
-        args.img_size = args.img_size or 32
-    args.classes = args.classes or (10 if small else 1000)
-    numbers = ("batch", "classes", "rounds", "lazy_interval", "fd_step", "round_seconds", "minutes")
-    for name in numbers:
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        check(value > 0, f"{flag} must be positive")
-        check(value < LARGEST or name == "minutes", f"{flag} must be below {LARGEST}")
-    for value in (args.subset_fraction, *args.budgets):
-        check(
-            0 < value <= 1,
-            f"--subset-fraction and --budgets must be above 0 and at most 1, not {value}",
-        )
-    return args
+    return parser
 
 
-def differences_from_kept(args: argparse.Namespace) -> list[str]:
-    """Returns the options in which a run differs from the record in benchmarks/results.
-
-    More kinds of update and more rounds do not count as differences.
-    """
-    kept = parse([] if args.name == "small_swin" else ["--model", args.name])
-    found = [name for name in CONDITIONS if getattr(args, name) != getattr(kept, name)]
-    found += [n for n in ("rounds", "round_seconds") if getattr(args, n) < getattr(kept, n)]
-    out = [f"--{name.replace('_', '-')}" for name in found]
-    # compared by name, because a schedule also holds values that only others use
-    chosen = {(arm.key, arm.compile) for arm in choose_arms(args)}
-    missing = [a.key for a in choose_arms(kept) if (a.key, a.compile) not in chosen]
-    return out + ([f"no {missing[0]}"] if missing else [])
+def architecture(args: argparse.Namespace) -> ArchitectureConfig:
+    """Returns the settings of the network."""
+    small = args.model == "small_swin"
+    return ArchitectureConfig(
+        model="swin_t" if small else args.model,
+        model_kwargs=tuple(args.model_kwargs or (SMALL_SWIN if small else ())),
+        img_size=args.img_size or (32 if small else None),
+    )
 
 
-def run(argv: Sequence[str]) -> int:
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Measures the updates that the command line asks for. Returns 1 if none could be measured."""
-    args = parse(argv)
     began, longest = time.perf_counter(), 0.0
-    gpu, card = torch.cuda.is_available(), device_name()
+    gpu, card = torch.cuda.is_available(), arguments.device_name()
     device = torch.device("cuda" if gpu else "cpu")
     arms = choose_arms(args)
     if not args.counts_only:
         reasons = dict.fromkeys(explain_unsupported(arm.precision, device) for arm in arms)
         why = "; ".join(filter(None, reasons))
         check(None in reasons, f"--precision leaves nothing to measure: {why}")
-    stem = f"cost_{args.name}_{'counts' if args.counts_only else slugify(card)}"
-    output = args.output or RESULTS / f"{stem}.json"
-    if not args.output and (unlike := differences_from_kept(args)):
-        output = ROOT / "runs" / f"{stem}_partial.json"
-        print(f"benchmarks/results keeps other runs ({', '.join(unlike)}): written to {output}")
-    hold(output)
+    where = "counts" if args.counts_only else arguments.slugify(card)
+    file = f"cost_{args.model}_{where}.json"
+    output = arguments.output_for(file, parser, args, free=("model", "counts_only"))
     # one function compiles for the loss of each arm
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
 
     torch.manual_seed(0)
-    kwargs = {"model_kwargs": tuple(args.model_kwargs), "img_size": args.img_size}
-    network, _ = build_model(ArchitectureConfig(model=args.model, **kwargs), args.classes)
-    kernels = choose_kernels(args.kernels, device)
-    graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
-    counter = Counter(network, args.batch, args.classes)
-    bench, meter, energy = None, None, "not measured"
-    gemm: dict[str, dict[str, float]] = {}
-    if not args.counts_only:
-        print(card if gpu else NO_MEANING, flush=True)
-        gemm = gemm_rates(list(dict.fromkeys(a.precision for a in arms)), device, args.rounds)
-        try:
-            bench = UpdateBench(network.to(device), args.classes, args.batch, kernels, **graphs)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            line = "out of memory before the first arm: lower --batch or --img-size"
-            raise UserError(line) from None
-        try:
-            meter = Meter()
-            energy = meter.source
-        except NoMeterError as error:
-            energy = f"not measured: {error}"
-    measured: dict[str, Measurement] = {}
-    skipped: list[str] = []
+    cfg = architecture(args)
+    classes = args.classes or (10 if args.model == "small_swin" else 1000)
+    network, _ = build_model(cfg, classes)
+    counter = Counter(network, args.batch, classes)
     record: dict[str, Any] = {
         "script": "benchmarks/step/cost.py",
         "file": output.name,
         "device": card,
         "meaningful_times": gpu,
         "meaning": "measured" if gpu else NO_MEANING,
-        "model": args.name,
-        "architecture": {"model": args.model, "model_kwargs": args.model_kwargs},
+        "model": args.model,
+        "architecture": {"model": cfg.model, "model_kwargs": list(cfg.model_kwargs)},
         "img_size": network.img_size,
-        **{key: getattr(args, key) for key in ("classes", "batch", "rounds", "round_seconds")},
-        "kernels": kernels,
+        "classes": classes,
+        **{key: getattr(args, key) for key in ("batch", "rounds", "round_seconds")},
+        "kernels": choose_kernels(args.kernels, device),
         "cuda_graphs": args.cuda_graphs,
-        "energy": energy,
-        "gemm": gemm,
+        "energy": "not measured",
+        "gemm": {},
         "forward_flops_an_image": counter.forward,
         **environment(),
     }
+    bench, meter = None, None
+    if not args.counts_only:
+        print(card if gpu else NO_MEANING, flush=True)
+        precisions = list(dict.fromkeys(arm.precision for arm in arms))
+        record["gemm"] = gemm_rates(precisions, device, args.rounds)
+        graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
+        network = network.to(device)
+        bench = UpdateBench(network, classes, args.batch, record["kernels"], **graphs)
+        try:
+            meter = Meter()
+            record["energy"] = meter.source
+        except NoMeterError as error:
+            record["energy"] = f"not measured: {error}"
+    measured: dict[str, Measurement] = {}
+    skipped: list[str] = []
 
     def save(complete: bool = False) -> None:
-        sizes = {"forward": counter.forward, "batch": args.batch}
-        options = {"gemm": gemm, "meaningful": gpu}
-        rows = [row_of(found, measured, **sizes, **options) for found in measured.values()]
+        rows = [row_of(found, measured, record) for found in measured.values()]
         record["complete"] = complete
         record["skipped"] = skipped
         record["rows"] = [row for row in rows if "time_over" in row]
@@ -790,36 +680,35 @@ def run(argv: Sequence[str]) -> int:
         start = time.perf_counter()
         rest = (args.rounds + 1) * args.round_seconds * (len(measured) + 1)
         rest += longest if arm.compile else 0
-        if start - began + rest > 60 * args.minutes:
+        if args.minutes and start - began + rest > 60 * args.minutes:
             skipped.append(f"{arm.key}: --minutes {args.minutes:g} had no room for it")
             continue
         found = measured[arm.key] = Measurement(arm, counter.update(arm))
         if bench:
             bench.prepare(found)
         longest = max(longest, time.perf_counter() - start)
-        forwards = f"{found.flops / counter.forward:6.3f} forwards"
-        print(f"{arm.key:42} {found.flops / 1e9:9.3f} GFLOP per image, {forwards}", flush=True)
+        print(f"{arm.key}: prepared", flush=True)
         save()
     if bench:
         for _ in range(args.rounds):
             bench.time(list(measured.values()), args.round_seconds, meter)
             save()
     save(complete=True)
-    if args.markdown:
-        print(table(record))
     failed = [f"{m.arm.key}: {m.why_not}" for m in measured.values() if m.why_not]
-    for line in [f"FAILED: {line}" for line in failed] + [f"skipped: {line}" for line in skipped]:
-        print(line)
+    print(table(record))
+    print(*[f"skipped: {line}" for line in skipped], sep="\n")
     print(f"{len(record['rows'])} arms timed, {len(failed)} failed -> {output}")
     return int(len(failed) == len(measured))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status.
+    """Runs the benchmark and returns its exit status.
 
     The status is 2 for a user's mistake, 1 if no update could be measured, and else 0.
     """
-    return exit_status("cost.py", lambda: run(list(sys.argv[1:] if argv is None else argv)))
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    return arguments.exit_status("cost.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Number of kernels that an update launches, and how long the GPU is at work on them."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,53 +14,37 @@ from benchmarks.common.timing import synchronize
 class Dispatched(TorchDispatchMode):
     """Counts the ATen operators that run, views included."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += 1
         return function(*args, **(kwargs or {}))
 
 
-@dataclasses.dataclass(frozen=True)
-class Launches:
-    """Number of kernel launches of one call, and the GPU's working time."""
-
-    what: str
-    """Kind of launches that are counted: kernels on a GPU, ATen operators on a CPU."""
-    count: int | None
-    """Number of launches, None if it cannot be found out."""
-    busy_s: float | None = None
-    """Seconds in which the GPU was at work. If the call took longer, the GPU waited for the
-    host."""
-
-
-def launches(run: Callable[[], object], compiled: bool) -> Launches:
+def launches(run: Callable[[], object], compiled: bool) -> tuple[str, int | None, float | None]:
     """Counts the kernels that a call launches, or on a CPU the ATen operators that it runs.
 
-    compiled: whether torch.compile has compiled the call. On a CPU its operators cannot be counted.
+    compiled: whether torch.compile has compiled the call. Returns what is counted, the number, and
+    the seconds in which the GPU was at work. A number that cannot be found out is None, such as
+    that of a compiled call's operators.
     """
     if torch.cuda.is_available():
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             run()
             synchronize()
         kernels = [e for e in profiler.events() if is_kernel(e)]
-        what = "kernels launched"
-        if not kernels:  # the machine does not let programs profile
-            return Launches(what, None)
-        return Launches(what, len(kernels), sum(e.time_range.elapsed_us() for e in kernels) / 1e6)
-    what = "aten operators dispatched"
+        busy_s = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
+        # without any kernel, the machine does not let programs profile
+        return "kernels launched", len(kernels) or None, busy_s or None
     if compiled:
-        return Launches(what, None)
+        return "aten operators dispatched", None, None
     with Dispatched() as dispatched:
         run()
-    return Launches(what, dispatched.count)
+    return "aten operators dispatched", dispatched.count, None
 
 
 def is_kernel(event: Any) -> bool:
-    """Returns whether an event of PyTorch's profiler is a kernel, not host code, a copy or a
-    note."""
+    """Returns whether an event of PyTorch's profiler is a kernel, not host code or a copy."""
     return (
         event.device_type == DeviceType.CUDA
         and not event.name.startswith(("Memcpy", "Memset"))

@@ -1,56 +1,58 @@
-"""Peak memory of an update over the batch size, measured and as fastgn.step.plan predicts it.
-
-Bytes that PyTorch's allocator has handed out at most during a step: weights, gradients and what
-the step takes. The optimizer's state, the images and CUDA's context are not counted.
+"""Peak memory of an update: measured over the batch size, or counted at each memory budget.
 
     python -m benchmarks.step.memory  # on a GPU: Swin-B in bf16, batches of 16 to 128
+    python -m benchmarks.step.memory --counted  # an hour on 2 cores; no GPU, no data
+    python -m benchmarks.step.memory --counted --precision fp32 --model-kwargs 'depths=(2, 2, 2, 2)'
 
-A row is one arm and batch, measured in a process of its own. --workers rows run at a time, because
-most of the time is compilation. A row that runs out of memory beside others is measured again
-alone. An interrupted call goes on with the rows that are missing.
+Measured: the bytes that PyTorch's allocator has handed out at most during a step, beside what
+fastgn.step.plan predicts. These are weights, gradients and what the step takes. The optimizer's
+state, the images and CUDA's context are not counted. A row is one arm and batch, measured in a
+process of its own. --workers rows run at a time, because most of the time is compilation. A row
+that runs out of memory beside others is measured again alone. An interrupted call goes on with the
+rows that are missing. Writes benchmarks/results/memory_<model>_<device>.json after every row. On a
+CPU, where no allocator counts, writes predictions alone, to runs/.
 
-Writes benchmarks/results/memory_<model>_<device>.json after every row. On a CPU, where no allocator
-counts, writes predictions alone, to runs/.
+Counted: what a compiled update keeps, moves and recomputes per image at each activation memory
+budget, against eager. These counts are the source of the constants in fastgn/step/plan.py. They are
+made on fake tensors, with the backend aot_eager_decomp_partition: the compiler's partitioner
+decides what the forward keeps for the backward, and no code is generated. Generated code fuses
+operators and frees temporaries sooner, so the peaks are upper bounds. Adds its rows to
+benchmarks/results/memory_budget.json.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common.arguments import (
-    device_name,
-    exit_status,
-    gpu_output,
-    make_parser,
-    positive_float,
-    positive_int,
-)  # fmt: skip
-from benchmarks.common.records import earlier, write_record
+from benchmarks.common import arguments
+from benchmarks.common.arguments import device_name, positive_float, positive_int
+from benchmarks.common.records import earlier, first_line, hold, taken_over, write_record
+from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import check
 from fastgn.metrics import environment
 from fastgn.models.create import check_name
 from fastgn.models.network import Classifier, build_model, choose_kernels
-from fastgn.step.cost import StepCost, count_cost
-from fastgn.step.options import StepOptions
-from fastgn.step.plan import EAGER, compiled_relations
+from fastgn.step.cost import StepCost
+from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
+from fastgn.step.plan import BUDGETS, EAGER, compiled_relations
 from fastgn.step.precision import PRECISIONS
 from fastgn.step.schedule import Schedule
 
 CLASSES = 1000
-TOY = (
-    *("patch_size=4", "embed_dim=16", "depths=(1, 1)", "num_heads=(2, 4)"),
-    "window_size=4",
-)
+TOY = ("patch_size=4", "embed_dim=16", "depths=(1, 1)", "num_heads=(2, 4)", "window_size=4")
 """Arguments of the small network that --smoke uses, with images of 32 pixels."""
 ARMS = (
     Arm("gradnorm", schedule=Schedule("exact-eager")),  # first, because it needs no compilation
@@ -61,216 +63,248 @@ ARMS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One measurement: a kind of update, a batch size and a network."""
-
-    arm: Arm
-    batch: int
-    model: str
-    smoke: bool
-
-    def network(self, device: torch.device) -> Classifier:
-        """Returns the network with random weights."""
-        toy = {"model_kwargs": TOY, "img_size": 32} if self.smoke else {}
-        config = ArchitectureConfig(model=self.model, **toy)
-        return build_model(config, CLASSES, choose_kernels("auto", device))[0]
+def build(args: argparse.Namespace, kernels: str = "auto") -> Classifier:
+    """Returns the network with random weights on the CPU. kernels: value of --kernels."""
+    toy: dict[str, Any] = {"model_kwargs": TOY, "img_size": 32} if args.smoke else {}
+    config = ArchitectureConfig(model=args.model, model_kwargs=tuple(args.model_kwargs))
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = dataclasses.replace(config, **toy)
+    return build_model(config, CLASSES, choose_kernels(kernels, where))[0]
 
 
-Todo = tuple[Callable[[Task], Any], Task]
-"""A function of this module and its argument, which are called in another process."""
+# ---------------------------------------------------------------------------------------- measured
 
 
-def count(task: Task) -> StepCost:
-    """Returns the operations and bytes per image that fastgn.step.cost counts for an update.
+def predicted_bytes(cost: StepCost, arm: Arm, batch: int) -> int:
+    """Returns the peak memory in bytes that fastgn.step.plan predicts for an update."""
+    kept = (compiled_relations(cost) if arm.compile else EAGER).kept[arm.budget]
+    fixed = cost.weight_bytes + cost.gradient_bytes + cost.fixed_bytes
+    return int(fixed + batch * cost.image_bytes * kept)
 
-    This takes seconds for Swin-B.
+
+def measure(args: argparse.Namespace, until: float, case: tuple[Arm, int]) -> dict | None:
+    """Measures an arm with a batch size. This must run in a process of its own.
+
+    until: time after which no measurement begins, as time.time() gives. Returns the results, or
+    None if it is too late.
     """
-    model = task.network(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    size = {"batch_size": task.batch, "img_size": model.img_size, "num_classes": CLASSES}
-    objective = task.arm.objective()
-    return count_cost(model, objective, StepOptions(precision=task.arm.precision), **size)
-
-
-def predicted_bytes(cost: StepCost, row: dict[str, Any]) -> int:
-    """Returns the peak memory in bytes that fastgn.step.plan predicts for an update.
-
-    row: results of that update in the JSON record.
-    """
-    kept = (EAGER if row["schedule"] == "exact-eager" else compiled_relations(cost)).kept
-    images = row["batch"] * cost.image_bytes * kept[row["activation_memory_budget"]]
-    return int(cost.weight_bytes + cost.gradient_bytes + cost.fixed_bytes + images)
-
-
-def measure(task: Task) -> dict[str, Any]:
-    """Measures one update and returns the results as a dict. It must run in a process of its
-    own."""
-    arm = task.arm
+    began = time.time()
+    if began >= until:
+        return None
+    arm, batch = case
     row: dict[str, Any] = {
         **{"arm": arm.name, "method": arm.method, "schedule": arm.schedule.kind},
-        **{"activation_memory_budget": arm.budget, "batch": task.batch, "peak_bytes": None},
-        **{"predicted_bytes": None, "out_of_memory": False, "failed": None},
+        **{"activation_memory_budget": arm.budget, "batch": batch, "peak_bytes": None},
+        **{"out_of_memory": False, "failed": None},
     }
-    began = time.perf_counter()
     try:
         if torch.cuda.is_available():
-            row["peak_bytes"] = peak_bytes(task)
+            row["peak_bytes"] = peak_bytes(args, arm, batch)
             row["out_of_memory"] = row["peak_bytes"] is None
     except Exception as error:  # the other rows go on
-        row["failed"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-    return row | {"seconds": time.perf_counter() - began}
+        row["failed"] = first_line(error)
+    return row | {"seconds": time.time() - began}
 
 
-def peak_bytes(task: Task) -> int | None:
+def peak_bytes(args: argparse.Namespace, arm: Arm, batch: int) -> int | None:
     """Returns the peak memory of the third update in bytes, or None if the batch does not fit."""
-    device = torch.device("cuda")
+    cuda = torch.device("cuda")
     torch.manual_seed(0)
-    model = task.network(device).to(device)
-    step = task.arm.step(model)
-    images, targets = random_batch(task.batch, model.img_size, CLASSES, device)
-    ramp = torch.ones((), device=device)
+    model = build(args).to(cuda)
+    step = arm.step(model, precision=args.precision)
+    images, targets = random_batch(batch, model.img_size, CLASSES, cuda)
+    ramp = torch.ones((), device=cuda)
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         step([(images, targets)], ramp)
-        if step.step.micro_batch not in (None, task.batch):
+        if step.step.micro_batch not in (None, batch):
             return None  # the step has halved it
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - images.nbytes - targets.nbytes
 
 
-def run_in_processes(
-    todo: Sequence[Todo], workers: int, until: float, take: Callable[[Task, Any], None]
-) -> list[Todo]:
-    """Calls each function in a process of its own, and calls `take` with each result.
+def in_processes(work: Callable, values: Sequence, workers: int) -> Iterator:
+    """Yields work(value) for each value, each computed in a process of its own.
 
-    workers: number of processes at a time. until: time after which no call begins, as
-    time.perf_counter() gives. Returns the calls that ran out of memory while other processes ran.
-    The caller can repeat these alone.
+    workers: number of processes at a time. If 0, everything runs in this process.
     """
-    again: list[Todo] = []
+    if not workers:
+        yield from map(work, values)
+        return
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=spawn, max_tasks_per_child=1
-    ) as pool:
-        futures = {}
-        for function, task in todo:
-            if time.perf_counter() < until:
-                futures[pool.submit(function, task)] = function, task
-        for future in concurrent.futures.as_completed(futures):
-            function, task = futures[future]
-            if time.perf_counter() >= until:
-                for waiting in futures:
-                    waiting.cancel()
-            if future.cancelled():
-                continue
-            if (error := future.exception()) is not None:  # a process that died
-                print(f"FAILED: {task.arm.name}, batch {task.batch}: {error}", flush=True)
-            elif workers > 1 and function is measure and future.result()["out_of_memory"]:
-                again.append((function, task))
-            else:
-                take(task, future.result())
-    return again
+    options: dict[str, Any] = {"mp_context": spawn, "max_tasks_per_child": 1}
+    with concurrent.futures.ProcessPoolExecutor(workers, **options) as pool:
+        yield from pool.map(work, values)
 
 
-def taken_over(output: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the results of an interrupted run of the same benchmark with the same options.
+def measure_all(args: argparse.Namespace) -> int:
+    """Makes the measurements that are missing in the JSON record. Returns 1 if one failed."""
+    until = time.time() + 60 * args.minutes
+    output = arguments.gpu_output(args, f"memory_{args.model}")
+    head = {"file": output.name, "device": device_name(), "model": args.model}
+    head |= {"precision": args.precision, "smoke": args.smoke}
+    rows = [row for row in taken_over(output, head).get("rows", []) if row["failed"] is None]
+    known = {(row["arm"], row["batch"]) for row in rows}
+    cases = [(arm, batch) for batch in args.batches for arm in ARMS]
+    todo = [(arm, batch) for arm, batch in cases if (arm.name, batch) not in known]
+    number = len(rows) + len(todo)
+    model, most = build(args), max(args.batches)
+    methods = ("natural", "gradnorm")
+    costs = {m: Arm(m, args.precision).count(model, most, CLASSES) for m in methods}
+    versions = environment()
+    work = functools.partial(measure, args, until)
+    for workers in dict.fromkeys((args.workers, min(args.workers, 1))):
+        again = []
+        for (arm, batch), row in zip(todo, in_processes(work, todo, workers), strict=True):
+            if row and row["out_of_memory"] and workers > 1:
+                again.append((arm, batch))
+            elif row:
+                row["predicted_bytes"] = predicted_bytes(costs[arm.method], arm, batch)
+                rows.append(row)
+                record = head | {"complete": len(rows) == number, "rows": rows} | versions
+                write_record(output, record)
+                print(f"{len(rows)} of {number}: {arm.name}, batch {batch}", flush=True)
+        todo = again
+    if rows:
+        print(table(head | {"rows": rows} | versions))
+    failed = sum(row["failed"] is not None for row in rows)
+    print(f"{len(rows)} of {number} rows, {failed} failed -> {output}")
+    return int(bool(failed))
 
-    output: JSON record. head: the options and versions that must be the same.
+
+# ----------------------------------------------------------------------------------------- counted
+
+
+@contextlib.contextmanager
+def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
+    """Appends to `saved` the bytes that tensors take when the last backward of an update begins.
+
+    meter: counts these bytes.
     """
-    record = earlier(output)
-    if any(record.get(name) != value for name, value in head.items()):
-        return []
-    return [row for row in record["rows"] if row["failed"] is None]
+    backward = torch.autograd.backward
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        saved.append(meter.live_bytes)
+        backward(*args, **kwargs)
+
+    with mock.patch.object(torch.autograd, "backward", noted):
+        yield
 
 
-def line_of(row: dict[str, Any]) -> str:
-    """Returns the results of one measurement as a line for the terminal."""
-    gib = [
-        f"{row[name] / 2**30:6.2f} GiB" if row.get(name) else "     -    "
-        for name in ("peak_bytes", "predicted_bytes")
-    ]
-    note = row["failed"] or ("out of memory" if row["out_of_memory"] else "")
-    name = f"{row['arm']:28} batch {row['batch']:4}"
-    return f"{name} measured {gib[0]} predicted {gib[1]} {note}"
+def count(model: Classifier, arm: Arm, batch_size: int) -> dict[str, float]:
+    """Returns operations, peak memory, memory traffic and saved bytes of an update, per image."""
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step = arm.step(fake_copy(model))
+        batch = random_batch(batch_size, model.img_size, CLASSES)
+        ramp = torch.empty(())
+        step([batch], ramp)  # compiles
+        saved: list[int] = []
+        with Meter() as meter, noting(meter, saved):
+            step([batch], ramp)
+    names = ("flops", "peak_bytes", "traffic_bytes")
+    row = {name: getattr(meter, name) for name in names} | {"saved_bytes": saved[-1]}
+    return {k: v / batch_size for k, v in row.items()} | {"operators": meter.operators}
+
+
+def count_all(args: argparse.Namespace) -> int:
+    """Counts natural and gradnorm at each budget, and writes the JSON record after each count."""
+    output = args.output or arguments.RESULTS / "memory_budget.json"
+    hold(output)
+    model = build(args, "reference")
+    rows = earlier(output).get("rows", [])
+    size = {"model": args.model, "model_kwargs": args.model_kwargs, "swap": False}
+    size["batch_size"] = max(args.batches)
+    # the partitioner's choice is Inductor's, but no code is generated
+    backend = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    for method in ("natural", "gradnorm"):
+        eager: dict[str, float] = {}
+        for budget in (None, *BUDGETS):
+            case = size | {"method": method, "precision": args.precision, "budget": budget}
+            arm = Arm(method, args.precision, budget=budget or 1.0, compile=budget is not None)
+            autocast = autocast_as_on_cuda if args.precision == "bf16" else contextlib.nullcontext
+            with autocast(), mock.patch.object(torch, "compile", backend):
+                counted = count(model, arm, size["batch_size"])
+            eager = eager or counted
+            ratios = {f"{k}_to_eager": counted[k] / eager[k] for k in counted}
+            rows = [r for r in rows if any(r[k] != case[k] for k in case)]
+            rows.append(case | counted | ratios)
+            last = (method, budget) == ("gradnorm", BUDGETS[-1])
+            record = {"file": output.name, "complete": last, "rows": rows, **environment()}
+            write_record(output, record)
+            print(f"{method}, budget {budget}", flush=True)
+    print(f"{table(record)}\n-> {output}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- table
+
+
+def gib(value: int | None) -> str:
+    """Returns a number of bytes in GiB as text, or "" if it is None."""
+    return "" if value is None else f"{value / 2**30:.2f}"
+
+
+def table(record: Record) -> str:
+    """Returns this benchmark's Markdown table, made from its JSON record."""
+    if "device" in record:
+        columns = {
+            "arm": lambda r: r["arm"],
+            "batch": lambda r: str(r["batch"]),
+            "predicted GiB": lambda r: gib(r["predicted_bytes"]),
+            "measured GiB": lambda r: gib(r["peak_bytes"]),
+            "failed": lambda r: r["failed"] or ("out of memory" if r["out_of_memory"] else ""),
+        }
+        what = f"{record['model']}, {record['precision']}, {device(record)}"
+        return with_notes(make_table(record["rows"], columns), record, what)
+    columns = {
+        "network": lambda r: ", ".join((r["model"], *r["model_kwargs"])),
+        "batch": lambda r: str(r["batch_size"]),
+        "method": lambda r: r["method"],
+        "precision": lambda r: r["precision"],
+        "budget": lambda r: "eager" if r["budget"] is None else f"{r['budget']:g}",
+        "kept MB an image": lambda r: f"{r['saved_bytes'] / 1e6:.0f}",
+        "peak": lambda r: f"{r['peak_bytes_to_eager']:.2f}",
+        "operations": lambda r: f"{r['flops_to_eager']:.2f}",
+        "bytes moved": lambda r: f"{r['traffic_bytes_to_eager']:.2f}",
+        "operators": lambda r: f"{r['operators_to_eager']:.2f}",
+    }
+    ratios = "PyTorch's operators; peak, operations, bytes and operators over those of eager"
+    notes = (ratios, "counted on fake tensors")
+    return with_notes(make_table(record["rows"], columns), record, *notes)
+
+
+# ------------------------------------------------------------------------------------ command line
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the measurements that are missing in the JSON record. Returns 1 if one failed, else
-    0."""
+    """Measures or counts, and returns the exit status."""
     if args.smoke:
         args.model, args.precision, args.batches, args.workers = "swin_t", "fp32", [2, 4], 0
     check_name(ArchitectureConfig(model=args.model))
     check(args.workers >= 0, f"--workers {args.workers} must be at least 0")
-    until = time.perf_counter() + 60 * args.minutes
-    output = gpu_output(args, f"memory_{args.model}")
-    head = {"device": device_name(), "model": args.model, "precision": args.precision}
-    head["smoke"] = args.smoke
-    rows = taken_over(output, head)
-    have = {(row["arm"], row["batch"]) for row in rows}
-    arms = [dataclasses.replace(arm, precision=args.precision) for arm in ARMS]
-    tasks = [
-        Task(arm, batch, args.model, args.smoke)
-        for batch in args.batches
-        for arm in arms
-        if (arm.name, batch) not in have
-    ]
-    known = environment()
-    costs: dict[str, StepCost] = {}
-
-    def save() -> None:
-        for row in rows:
-            if row["method"] in costs:
-                row["predicted_bytes"] = predicted_bytes(costs[row["method"]], row)
-        complete = len(rows) == len(have) + len(tasks)
-        write_record(output, head | {"complete": complete, "rows": rows} | known)
-
-    def take(task: Task, result: dict[str, Any] | StepCost) -> None:
-        if isinstance(result, StepCost):
-            costs[task.arm.method] = result
-            save()
-        else:
-            rows.append(result)
-            save()
-            print(line_of(result), flush=True)
-
-    save()
-    methods = {arm.method: Task(arm, max(args.batches), args.model, args.smoke) for arm in arms}
-    todo: list[Todo] = [(count, task) for task in methods.values()]
-    todo += [(measure, task) for task in tasks]
-    if args.workers:
-        again = run_in_processes(todo, args.workers, until, take)
-        run_in_processes(again, 1, until, take)
-    else:
-        for function, task in todo:
-            take(task, function(task))
-    failed = sum(row["failed"] is not None for row in rows)
-    off = [
-        r["peak_bytes"] / r["predicted_bytes"]
-        for r in rows
-        if r["peak_bytes"] and r["predicted_bytes"]
-    ]
-    span = f"measured / predicted {min(off):.2f} to {max(off):.2f}" if off else "none measured"
-    print(f"{len(rows)} of {len(have) + len(tasks)} rows, {failed} failed, {span} -> {output}")
-    return int(bool(failed))
+    return count_all(args) if args.counted else measure_all(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status.
+    """Runs the benchmark and returns its exit status.
 
     The status is 2 for a user's mistake, 1 if a measurement failed, and else 0.
     """
     workers = 5 if torch.cuda.is_available() else 0
-    parser = make_parser(__doc__)
+    parser = arguments.make_parser(__doc__)
     add = parser.add_argument
+    add("--counted", action="store_true", help="count at each memory budget, measure nothing")
     add("--model", default="swin_b")
+    add("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'")
     add("--precision", choices=PRECISIONS, default="bf16")
     add("--batches", nargs="+", type=positive_int, default=[64, 16, 32, 128], help="in this order")
     add("--workers", type=int, default=workers, help="processes at a time; 0 means this process")
     add("--minutes", type=positive_float, default=10, help="begin no row after so many minutes")
     add("--smoke", action="store_true", help="use toy sizes")
     args = parser.parse_args(argv)
-    return exit_status("memory.py", lambda: run(args))
+    return arguments.exit_status("memory.py", lambda: run(args))
 
 
 if __name__ == "__main__":

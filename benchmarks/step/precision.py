@@ -25,22 +25,14 @@ import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.arguments import (
-    device_name,
-    exit_status,
-    make_parser,
-    output_for,
-    positive_float,
-    positive_int,
-    slugify,
-)  # fmt: skip
-from benchmarks.common.records import earlier, write_record
+from benchmarks.common import arguments
+from benchmarks.common.arguments import device_name, positive_float, positive_int
+from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.common.timing import summary
 from benchmarks.step.arms import Arm
@@ -52,6 +44,7 @@ from fastgn.models.network import build_model, choose_kernels
 from fastgn.objectives import GradnormOptions, ObjectiveConfig, build_objective
 from fastgn.seeding import Stream, make_generator, seed_all
 from fastgn.step.options import StepOptions
+from fastgn.step.precision import PRECISIONS, explain_unsupported
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -78,35 +71,23 @@ NETWORKS = {
 
 
 def label(arm: Arm) -> str:
-    """Returns the name under which the JSON record keeps a precision and a way of
-    differentiation."""
+    """Returns the name under which the JSON record keeps a precision and a schedule."""
     return f"{arm.schedule}, {arm.precision}"
 
 
 def choose_arms(where: torch.device, fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
-    """Returns the precisions and ways of differentiation that this device supports.
+    """Returns the precisions and ways of differentiation that a device supports.
 
-    Also returns one line for each precision that the device does not support. where: the device.
-    fd_steps: step sizes of finite differences.
+    Also returns one line for each precision that the device does not support.
     """
-    precisions, notes = ["fp32"], []
-    cuda = where.type == "cuda"
-    modern = cuda and torch.cuda.get_device_capability(where) >= (8, 0)
-    if modern:
-        precisions.append("tf32")
-    else:
-        notes.append(f"tf32: {'sm_70 and sm_75 have' if cuda else 'a CPU has'} no such products")
-    if modern or not cuda:
-        precisions += ["bf16", "bf16-pure"]
-    else:
-        notes.append("bf16, bf16-pure: no bfloat16 products before sm_80")
+    reasons = {precision: explain_unsupported(precision, where) for precision in PRECISIONS}
+    precisions = [precision for precision, why in reasons.items() if why is None]
     arms = [Arm("gradnorm", precision) for precision in precisions]
-    for kind, precision in itertools.product(
-        ("finite-difference", "central-difference"), ("fp32", "bf16")
-    ):
-        if precision in precisions:
-            arms += [Arm("gradnorm", precision, Schedule(kind, fd_step=h)) for h in fd_steps]
-    return arms, notes
+    for kind in ("finite-difference", "central-difference"):
+        for precision in ("fp32", "bf16"):
+            if precision in precisions:
+                arms += [Arm("gradnorm", precision, Schedule(kind, fd_step=h)) for h in fd_steps]
+    return arms, [why for why in reasons.values() if why is not None]
 
 
 def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -245,24 +226,6 @@ def measure(
     }
 
 
-def taken_over(
-    output: Path, same: dict[str, Any], arms: Sequence[Arm], updates: int
-) -> list[dict[str, Any]]:
-    """Returns the results of an interrupted run of the same benchmark with the same options.
-
-    output: JSON record. same: the options and versions that must be the same.
-    """
-    record = earlier(output)
-    if record.get("complete", True) or any(record.get(key) != value for key, value in same.items()):
-        return []
-    return [
-        {"commit": record["commit"]} | case
-        for case in record["cases"]
-        if [row["arm"] for row in case["arms"]] == [label(arm) for arm in arms]
-        and case["updates"] in (0, updates)
-    ]
-
-
 def table(record: Record) -> str:
     """Returns this benchmark's Markdown table, made from its JSON record.
 
@@ -298,19 +261,23 @@ def table(record: Record) -> str:
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Makes the measurements that are missing in the JSON record, and writes it after each."""
     where, name = torch.device("cuda" if torch.cuda.is_available() else "cpu"), device_name()
-    output = output_for(f"precision_{slugify(name)}.json", parser, args, free=("cifar10",))
+    file = f"precision_{arguments.slugify(name)}.json"
+    output = arguments.output_for(file, parser, args, free=("cifar10",))
     arms, notes = choose_arms(where, args.fd_steps)
     splits, missing = sources(args.images, args.cifar10)
     for note in notes + missing:
         print(f"left out: {note}")
     record = environment()
-    head = {"device": name, "compiled": False}
-    head |= {key: getattr(args, key) for key in ("seeds", "batches", "batch_size", "width")}
-    cases = taken_over(output, head | {"versions": record["versions"]}, arms, args.updates)
+    head = {"file": output.name, "device": name, "arms": [label(arm) for arm in arms]}
+    options = ("seeds", "batches", "batch_size", "updates", "width")
+    head |= {key: getattr(args, key) for key in options}
+    before = taken_over(output, head | {"versions": record["versions"], "complete": False})
+    cases = before.get("cases", [])
 
-    def save(complete: bool) -> None:
+    def save(complete: bool) -> dict[str, Any]:
         content = head | {"complete": complete, "left_out": notes + missing, "cases": cases}
         write_record(output, content | record)
+        return content | record
 
     for images, split in splits.items():
         methods = [None] if split is None else ["natural", "gradnorm"]
@@ -321,25 +288,16 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             case = measure(network, args, split, method, arms, where)
             cases.append({"images": images, "commit": record["commit"]} | case)
             save(complete=False)
-            trained = f"after {args.updates} updates of {method}" if method else "untrained"
-            print(f"{network}, {trained}, {images}: relative error (cosine) of the gradient")
-            for row in case["arms"]:
-                cells = [
-                    f"{part} {row[part]['relative_error']['mean']:.2e} "
-                    f"({row[part]['cosine']['mean']:.6f})"
-                    for part in CE_WEIGHTS
-                ]
-                print(f"  {row['arm']:36} {', '.join(cells)}", flush=True)
-    save(complete=True)
+            print(f"{network}, {images}, trained by {method}", flush=True)
+    print(table(save(complete=True)))
     print(f"{len(cases)} cases -> {output}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
-    mistake, else 0."""
+    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
     kinds, width = ("random", "digits", "cifar10"), 64 if torch.cuda.is_available() else 8
-    parser = make_parser(__doc__)
+    parser = arguments.make_parser(__doc__)
     add = parser.add_argument
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     add("--images", nargs="+", choices=kinds, default=list(kinds), help="kinds of images")
@@ -351,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--width", type=positive_int, default=width, help="width of PreActResNet-18; He's has 64")
     add("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H")
     args = parser.parse_args(argv)
-    return exit_status("precision.py", lambda: run(parser, args))
+    return arguments.exit_status("precision.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

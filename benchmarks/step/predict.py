@@ -28,11 +28,11 @@ import argparse
 import dataclasses
 import gc
 import itertools
+import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,25 +40,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.common.arguments import RESULTS, exit_status, make_parser, output_for
-from benchmarks.common.records import read_json, unfinished, write_record
+from benchmarks.common import arguments
+from benchmarks.common.arguments import positive_int
+from benchmarks.common.records import read_json, taken_over, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
 from benchmarks.step.pretend import CUDA, GPUS, Gpu, pretend
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.errors import check
 from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
-from fastgn.step.cost import count_cost
 from fastgn.step.double_backward import DoubleBackward
-from fastgn.step.options import StepOptions
 from fastgn.step.precision import PRECISIONS
 from fastgn.step.schedule import SCHEDULES, Schedule
 
 METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs")
-
-
-# -------------------------------------------------------------------------------------- the counts
 
 
 @dataclasses.dataclass
@@ -80,39 +75,31 @@ class Cost:
 
     def plus(self, other: "Cost", times: float = 1) -> "Cost":
         """Returns self + times * other."""
-        values = {}
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "by_kind":
-                keys = {**mine, **theirs}
-                values["by_kind"] = Counter({k: mine[k] + times * theirs[k] for k in keys})
-            else:
-                values[field.name] = mine + times * theirs
-        return Cost(**values)
+        kinds = {**self.by_kind, **other.by_kind}
+        both = {k: self.by_kind[k] + times * other.by_kind[k] for k in kinds}
+        numbers = {
+            field.name: getattr(self, field.name) + times * getattr(other, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "by_kind"
+        }
+        return Cost(**numbers, by_kind=Counter(both))
 
 
 def node_flops(node: torch.fx.Node) -> int:
     """Returns the floating-point operations of the matrix products in one node of a graph."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if formula is None:
         return 0
-    values = lambda tree: torch.fx.map_arg(tree, lambda n: n.meta["val"])  # noqa: E731
-    packet = node.target.overloadpacket
-    if packet in flop_registry:
-        kwargs = {k: v for k, v in values(node.kwargs).items()}
-        return flop_registry[packet](*values(node.args), **kwargs, out_val=node.meta["val"])
-    return 0
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return formula(*args, **kwargs, out_val=node.meta["val"])
 
 
 def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
     """Returns what a kernel computes, in the names of ATen's operators."""
-    called = getattr(kernel.node, "op_overload", None)
-    if called is not None:
-        return str(called)
-    named = getattr(kernel.node, "python_kernel_name", None)
-    if named is not None:
-        return str(named)
-    targets = (n.target for n in origins)
-    packed = (getattr(t, "overloadpacket", t) for t in targets)
+    for attribute in ("op_overload", "python_kernel_name"):
+        if getattr(kernel.node, attribute, None) is not None:
+            return str(getattr(kernel.node, attribute))
+    packed = (getattr(n.target, "overloadpacket", n.target) for n in origins)
     return "+".join(sorted({getattr(p, "__name__", str(p)) for p in packed}))
 
 
@@ -121,12 +108,15 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
 
     lowering: Inductor's GraphLowering. precision: of the update, which decides the FLOP rate.
     """
+    from torch._inductor.ir import MultiOutput
+
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
     cost = Cost(flops=sum(flops.values()))
     repeated = repetitions(lowering)
     for kernel in lowering.scheduler.nodes:
         kind = type(kernel).__name__
-        if kind == "NopKernelSchedulerNode" or _is_output(kernel.node):
+        # one of several outputs of an operator is no launch itself
+        if kind == "NopKernelSchedulerNode" or isinstance(kernel.node, MultiOutput):
             continue
         inner = [n.node for n in kernel.get_nodes()]
         origins = list(dict.fromkeys(o for n in inner for o in getattr(n, "origins", None) or ()))
@@ -147,32 +137,22 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
     return cost
 
 
-def _is_output(buffer: Any) -> bool:
-    """Returns whether an Inductor buffer is one of several outputs of an operator.
-
-    Such a buffer is not a launch itself.
-    """
-    from torch._inductor.ir import MultiOutput
-
-    return isinstance(buffer, MultiOutput)
-
-
 def repetitions(lowering: Any) -> Counter[str]:
     """Returns the bytes that Inductor counts for each buffer although they are not in memory.
 
     An expanded tensor repeats its elements. The bytes of an operator's outputs count for the
     operator, too. Inductor counts no byte of an output that nothing reads.
     """
+    from torch._inductor.ir import MultiOutput
+
     found: Counter[str] = Counter()
     alive = {name for node in lowering.scheduler.nodes for name in node.get_buffer_names()}
     for name, buffer in {**lowering.graph_inputs, **lowering.name_to_buffer}.items():
         if not hasattr(buffer, "has_tensor_output") or not buffer.has_tensor_output():
             continue
-        count = 1
-        for side in buffer.get_size():
-            count *= int(side)
+        count = math.prod(int(side) for side in buffer.get_size())
         found[name] = count * buffer.get_dtype().itemsize - nbytes(buffer)
-        if _is_output(buffer) and name in alive:
+        if isinstance(buffer, MultiOutput) and name in alive:
             found[buffer.inputs[0].get_name()] += found[name]
     return found
 
@@ -185,10 +165,7 @@ def nbytes(value: Any) -> int:
 
 
 def without_data(value: Any) -> Any:
-    """Returns a tensor without data, with the shape and dtype of a graph's output.
-
-    Returns None if the output is not a tensor.
-    """
+    """Returns a tensor without data for a graph's output, None if the output is no tensor."""
     if not value.has_tensor_output():
         return None
     size, stride = ([int(x) for x in xs] for xs in (value.get_size(), value.get_stride()))
@@ -196,10 +173,7 @@ def without_data(value: Any) -> Any:
 
 
 def move(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Moves a model without its data to the pretended GPU.
-
-    mode: fake tensor mode of PyTorch under which its tensors have no data.
-    """
+    """Moves a model to the pretended GPU, without its data, under a fake tensor mode."""
     with mode:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -287,8 +261,7 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
 
 
 def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
-    """Returns the depths of two shallower Swins, from which a deep one's cost can be computed, and
-    n.
+    """Returns depths of two shallower Swins that a deep one's cost can be computed from, and n.
 
     The cost of the deep Swin is that of the first plus n times the difference of the two. Blocks
     come in pairs, plain and shifted, and those of a stage cost the same. Returns None if the Swin
@@ -303,8 +276,7 @@ def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], 
 
 
 def predict_deep(network: Network, arm: Arm, gpu: Gpu) -> tuple[Cost, list | None]:
-    """Returns the predicted cost of an update, and the depths of the shallower Swins it is based
-    on.
+    """Returns the predicted cost of an update, and the depths of the Swins it is based on.
 
     The depths are None if the network itself was predicted.
     """
@@ -351,26 +323,20 @@ def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None
 
 
 def eager(network: Network, arm: Arm) -> dict[str, float]:
-    """Returns how many PyTorch operators an update runs without torch.compile, and bytes per
-    image."""
-    size = {"batch_size": network.batch, "img_size": network.img_size}
-    size |= {"num_classes": network.classes}
-    model = network.build("reference")
-    options = StepOptions(arm.schedule, arm.precision)
-    counted = count_cost(model, arm.objective(), options, **size)
+    """Returns an uncompiled update's number of PyTorch operators, and its bytes per image."""
+    counted = arm.count(network.build("reference"), network.batch, network.classes)
     moved = counted.traffic_bytes + counted.fixed_traffic_bytes / network.batch
     return {"operators": counted.operators, "bytes_an_image": moved}
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each prediction the ratios of its bytes, time and kept activations to natural
-    training.
+    """Adds the ratios to natural training to each prediction in the JSON record.
 
-    rows: predictions in the JSON record. Natural training is on the same GPU and in the same
-    precision, with the kernels that move fewer bytes.
+    Natural training is on the same GPU and in the same precision, with the kernels that move fewer
+    bytes.
     """
+    same = ("gpu", "precision", "activation_memory_budget")
     for row in rows:
-        same = ("gpu", "precision", "activation_memory_budget")
         naturals = [
             r for r in rows if r["method"] == "natural" and all(r[k] == row[k] for k in same)
         ]
@@ -389,7 +355,7 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
     records of cost.py. If None, those in benchmarks/results.
     """
     if measured is None:
-        measured = [read_json(path) for path in sorted(RESULTS.glob("cost_*.json"))]
+        measured = [read_json(path) for path in sorted(arguments.RESULTS.glob("cost_*.json"))]
         # where a card was measured twice, the run with CUDA graphs is shown, as in training
         measured = sorted(measured, key=lambda record: record["cuda_graphs"])
     same = ("model", "img_size", "batch", "kernels")
@@ -460,99 +426,72 @@ def choose_arms(args: argparse.Namespace, gpu: Gpu) -> list[Arm]:
     return list(dict.fromkeys(arms))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line and returns the options. Raises UserError for invalid options."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--model", default="swin_b")
-    add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of the model")
-    add("--img-size", type=int, default=224, help="height and width of the images in pixels")
-    add("--classes", type=int, default=1000, help="number of classes")
-    add("--batch-size", type=int, default=64, help="number of images per update")
-    add("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="cards to predict")
-    add(
-        "--precision", nargs="+", default=["bf16", "bf16-pure"], choices=PRECISIONS,
-        help="precisions of the step; fp32 replaces what a card does not support",
-    )  # fmt: skip
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    add(
-        "--schedules", nargs="+", default=["exact", "finite-difference", "lazy", "subset"],
-        choices=[s for s in SCHEDULES if s != "exact-eager"], help="schedules of gradnorm",
-    )  # fmt: skip
-    add("--kernels", default="both", choices=("triton", "reference", "both"))
-    args = parser.parse_args(argv)
-    check(args.batch_size > 0, f"--batch-size {args.batch_size} must be at least 1")
-    choices = ("model", "gpus", "precision", "methods", "schedules", "kernels")
-    args.output = output_for(f"predict_{args.model}.json", parser, args, free=choices)
-    return args
-
-
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """Returns the values that identify a prediction: GPU, kind of update, precision and kernels."""
     return tuple(row[k] for k in ("gpu", "arm", "precision", "kernels"))
 
 
-def kept_rows(record: dict[str, Any], output: Path) -> list[dict[str, Any]]:
-    """Returns the predictions that an earlier run wrote for the same network and versions.
-
-    record: JSON record of this run. output: path of that record.
-    """
-    same = ("model", "model_kwargs", "img_size", "classes", "batch", "versions")
-    for path in (unfinished(output), output):
-        before = read_json(path)
-        if all(before.get(k) == record[k] for k in same):
-            return before["rows"]
-    return []
-
-
-def run(args: argparse.Namespace) -> int:
-    """Predicts all updates that the command line asks for, and writes the JSON record after
-    each."""
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Predicts all updates that the options ask for, and writes the JSON record after each."""
+    choices = ("model", "gpus", "precision", "methods", "schedules", "kernels")
+    output = arguments.output_for(f"predict_{args.model}.json", parser, args, free=choices)
     size = (args.model, args.img_size, args.batch_size, args.classes)
-    network, output = Network(*size, tuple(args.model_kwargs)), args.output
-    record: dict[str, Any] = {
-        "script": "benchmarks/step/predict.py",
-        "file": output.name,
-        "prediction": True,
-        "meaning": "prediction: nothing was measured on these cards",
+    network = Network(*size, tuple(args.model_kwargs))
+    versions = environment()
+    head = {
         "model": args.model,
         "model_kwargs": list(network.kwargs),
         "img_size": args.img_size,
         "classes": args.classes,
         "batch": args.batch_size,
-        "gpus": {},
-        "complete": False,
-        **environment(),
-        "rows": [],
     }
-    record["rows"] = kept_rows(record, output)
+    same = head | {"versions": versions["versions"]}
+    rows = taken_over(output, same).get("rows", [])
+    record: dict[str, Any] = {
+        "script": "benchmarks/step/predict.py",
+        "file": output.name,
+        "prediction": True,
+        "meaning": "prediction: nothing was measured on these cards",
+        **head,
+        **versions,
+    }
     wanted = [(name, arm) for name in args.gpus for arm in choose_arms(args, GPUS[name])]
     for index, (name, arm) in enumerate(wanted):
         began = time.perf_counter()
         cost, source = predict_deep(network, arm, GPUS[name])
         row = row_of(network, arm, name, cost, source) | {"commit": record["commit"]}
-        rows = [r for r in record["rows"] if key_of(r) != key_of(row)] + [row]
+        rows = [r for r in rows if key_of(r) != key_of(row)] + [row]
         rows.sort(key=lambda r: (list(GPUS).index(r["gpu"]), METHODS.index(r["method"])))
         compare(rows)
         cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
         record |= {"gpus": cards, "complete": index + 1 == len(wanted), "rows": rows}
         write_record(output, record)
-        print(
-            f"prediction, {GPUS[name].name}: {arm.name}, {arm.precision}, {arm.kernels} "
-            f"kernels: {cost.generated:.0f} + {cost.extern:.0f} launches, "
-            f"{row['bytes_an_image'] / 1e6:.0f} MB and {row['flops_an_image'] / 1e9:.1f} GFLOP "
-            f"per image, {row['images_per_s']:.0f} images/s at the roofline; "
-            f"{time.perf_counter() - began:.0f} s to lower",
-            flush=True,
-        )
-    print(f"{len(record['rows'])} predictions -> {output}")
+        seconds = time.perf_counter() - began
+        print(f"prediction, {', '.join(key_of(row))}: {seconds:.0f} s to lower", flush=True)
+    print(f"{table(record)}\n{len(rows)} predictions -> {output}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
-    mistake, else 0."""
-    return exit_status("predict.py", lambda: run(parse(argv)))
+    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
+    parser = arguments.make_parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="swin_b")
+    add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of the model")
+    add("--img-size", type=positive_int, default=224, help="height and width of images in pixels")
+    add("--classes", type=positive_int, default=1000, help="number of classes")
+    add("--batch-size", type=positive_int, default=64, help="number of images per update")
+    add("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="cards to predict")
+    precisions = "precisions of the step; fp32 replaces what a card does not support"
+    default = ["bf16", "bf16-pure"]
+    add("--precision", nargs="+", default=default, choices=PRECISIONS, help=precisions)
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    kinds = [s for s in SCHEDULES if s != "exact-eager"]
+    default = ["exact", "finite-difference", "lazy", "subset"]
+    add("--schedules", nargs="+", default=default, choices=kinds, help="schedules of gradnorm")
+    add("--kernels", default="both", choices=("triton", "reference", "both"))
+    args = parser.parse_args(argv)
+    return arguments.exit_status("predict.py", lambda: run(parser, args))
 
 
 if __name__ == "__main__":

@@ -82,8 +82,7 @@ def run_backward(
     allow_unreachable: bool = False,
     accumulate_grad: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Computes gradients in place of PyTorch's autograd engine, which asks the CUDA driver for
-    streams.
+    """Computes gradients in place of PyTorch's engine, which asks the CUDA driver for streams.
 
     The arguments are those of the engine's method run_backward.
     """
@@ -94,16 +93,16 @@ def run_backward(
     wanted = [edge(x)[:2] for x in inputs]
     roots = [edge(x) for x in outputs]
     order: list[Any] = []  # each node comes after the nodes that it leads to
-    stack = [(root.node, False) for root in roots]
+    todo = [(root.node, False) for root in roots]
     seen = set()
-    while stack:
-        node, done = stack.pop()
+    while todo:
+        node, done = todo.pop()
         if done:
             order.append(node)
         elif node not in seen:
             seen.add(node)
-            stack.append((node, True))
-            stack += [(n, False) for n, _ in node.next_functions if n is not None]
+            todo.append((node, True))
+            todo += [(n, False) for n, _ in node.next_functions if n is not None]
     needed = {node for node, _ in wanted}
     for node in order:
         if any(n in needed for n, _ in node.next_functions):
@@ -122,7 +121,9 @@ def run_backward(
         into[number] = into[number] + grad if number in into else grad
 
     found: dict[Any, Tensor] = {}
-    with torch.set_grad_enabled(create_graph), running(needed):
+    with torch.set_grad_enabled(create_graph), contextlib.ExitStack() as stack:
+        _RUNNING.append(needed)
+        stack.callback(_RUNNING.pop)
         for root, grad in zip(roots, grads, strict=True):
             add(root.node, root.output_nr, grad)
         for node in reversed(order):
@@ -147,16 +148,6 @@ def run_backward(
 
 _RUNNING: list[set[Any]] = []
 """Nodes of each backward pass that is running. The innermost pass is the last."""
-
-
-@contextlib.contextmanager
-def running(nodes: set[Any]) -> Iterator[None]:
-    """Keeps the nodes of a backward pass in `_RUNNING` while the with block runs."""
-    _RUNNING.append(nodes)
-    try:
-        yield
-    finally:
-        _RUNNING.pop()
 
 
 def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:

@@ -24,18 +24,17 @@ of one CPU (benchmarks/results/scaling_check_cpu.json).
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.arguments import RESULTS, exit_status, make_parser
-from benchmarks.common.records import write_json
+from benchmarks.common import arguments
+from benchmarks.common.arguments import positive_float, positive_int
+from benchmarks.common.records import fastest_gradnorm, write_json
 from benchmarks.common.tables import Record, make_table, plus_minus, with_notes
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.errors import UserError, check
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
 
@@ -51,9 +50,6 @@ INTRA_LATENCY_S, INTER_LATENCY_S = 3.4e-6, 14.0e-6
 Source: the table from which NCCL chooses its algorithms, and torch/_inductor/comm_analysis.py."""
 BUCKETS_BYTES = 1 << 20, 25 << 20
 """Bytes of DistributedDataParallel's first bucket of gradients, and of each further one."""
-
-
-# ------------------------------------------------------------------------------------- the formula
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +72,7 @@ class Links:
 
 
 def buckets(gradient_bytes: float) -> int:
-    """Returns how many all-reduces DistributedDataParallel makes per update.
-
-    gradient_bytes: size of all gradients together.
-    """
+    """Returns how many all-reduces DistributedDataParallel makes per update."""
     first, other = BUCKETS_BYTES
     return 1 + math.ceil(max(0.0, gradient_bytes - first) / other)
 
@@ -117,73 +110,42 @@ def days(images_per_s: float, epochs: float) -> float:
     return epochs * IMAGENET_IMAGES / images_per_s / 86400
 
 
-# ---------------------------------------------------------------------------------- the prediction
-
-
-def fastest(path: Path, option: str, card: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns a JSON record of cost.py or predict.py, and its fastest result for exact gradnorm.
-
-    Raises UserError if there is no such result, or if the times were measured on a CPU. option:
-    flag that gave the path, for messages. card: name of the GPU.
-    """
-    try:
-        record = json.loads(path.read_text())
-        rows = [
-            row
-            for row in record["rows"]
-            if (row["method"], row["schedule"]) == ("gradnorm", "exact") and row["images_per_s"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{option} {path} is not a JSON record of that benchmark: {error!r}"
-        ) from None
-    if option == "--cost":
-        check(
-            bool(record.get("meaningful_times")),
-            f"--cost {path}: its times were measured without a GPU: give a record of a GPU, "
-            "or --images-per-s",
-        )
-    else:
-        rows = [row for row in rows if row.get("gpu") == card]
-    wanted = "exact gradnorm" if option == "--cost" else f"exact gradnorm on --card {card}"
-    check(bool(rows), f"{option} {path} has no images_per_s of {wanted}")
-    return record, max(rows, key=lambda row: row["images_per_s"])
-
-
-def gradient_bytes_of(
-    model: str, model_kwargs: Sequence[str], img_size: int | None, classes: int
-) -> int:
+def gradient_bytes_of(config: ArchitectureConfig, classes: int) -> int:
     """Returns the bytes of all gradients of a network: 4 per weight.
 
     In every precision the gradients of float32 weights are float32.
     """
-    cfg = ArchitectureConfig(model=model, model_kwargs=tuple(model_kwargs), img_size=img_size)
-    network, _ = build_model(cfg, classes)
+    network, _ = build_model(config, classes)
     return 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def predict(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the predictions for all numbers of GPUs, for the JSON record."""
-    rate, source, batch = args.images_per_s, "given on the command line", args.batch
-    model, kwargs, img_size, classes = args.model, args.model_kwargs, args.img_size, 1000
-    card = args.card or "h200"
-    path, option = (args.cost, "--cost") if args.cost else (args.predict, "--predict")
-    if path:
-        record, row = fastest(path, option, card)
+    rate, batch, steps = args.images_per_s, args.batch, args.grad_accum_steps
+    config = ArchitectureConfig(
+        model=args.model, model_kwargs=tuple(args.model_kwargs), img_size=args.img_size
+    )
+    card, classes, source = args.card or "h200", 1000, "given on the command line"
+    if args.cost or args.predict:
+        path, option = (args.cost, "--cost") if args.cost else (args.predict, "--predict")
+        record, row = fastest_gradnorm(path, option, card if args.predict else None)
         rate, batch = row["images_per_s"], batch or record["batch"]
-        known = record.get("architecture", record)
-        model, kwargs = known["model"], known["model_kwargs"]
-        img_size, classes = record["img_size"], record["classes"]
+        known, classes = record.get("architecture", record), record["classes"]
+        config = ArchitectureConfig(
+            model=known["model"],
+            model_kwargs=tuple(known["model_kwargs"]),
+            img_size=record["img_size"],
+        )
         how = "from a prediction"
         if args.cost:
             how = f"measured on {record['device']}"
             device = record["device"].lower()
             card = args.card or next((c for c in NVLINK_GB_PER_S if c in device), card)
         source = f"{how}: {row['arm']}, {row['precision']}, {path.name}"
-    nbytes = gradient_bytes_of(model, kwargs, img_size, classes)
-    intra = NVLINK_GB_PER_S[card] if args.intra_node is None else args.intra_node
+    batch = batch or 64
+    nbytes = gradient_bytes_of(config, classes)
+    intra = args.intra_node or NVLINK_GB_PER_S[card]
     links = Links(intra * 1e9, args.inter_node * 1e9 / 8, gpus_per_node=args.gpus_per_node)
-    batch, steps = batch or 64, args.grad_accum_steps
     rows = []
     for gpus in args.gpus:
         update_s = update_seconds(gpus, batch / rate, steps, nbytes, links, args.overlap)
@@ -205,8 +167,8 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         "meaning": "prediction: no run of several GPUs was measured",
         "source": source,
         "card": card,
-        "model": model,
-        "img_size": img_size,
+        "model": config.model,
+        "img_size": config.img_size,
         "images_per_s_of_one_gpu": rate,
         "batch": batch,
         "grad_accum_steps": steps,
@@ -220,8 +182,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(record: Record) -> str:
-    """Returns the Markdown table of predictions, or of their check on a CPU, from the JSON
-    record."""
+    """Returns the Markdown table of predictions, or of their check on a CPU, from the record."""
     if not record.get("prediction"):
         columns = {
             "micro-batches": lambda r: str(r["grad_accum_steps"]),
@@ -254,47 +215,10 @@ def table(record: Record) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------ command line
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses the command line and returns the options. Raises UserError for invalid options."""
-    parser = make_parser(__doc__)
-    rate = parser.add_mutually_exclusive_group()
-    rate.add_argument("--images-per-s", type=float, help="images per second of one GPU")
-    rate.add_argument("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm")
-    rate.add_argument("--predict", type=Path, help="record of predict.py, in the same way")
-    add = parser.add_argument
-    add("--card", choices=NVLINK_GB_PER_S, help="default: the card of --cost, or h200")
-    add("--model", default="swin_b", help="if neither --cost nor --predict names it")
-    add("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'")
-    add("--img-size", type=int, help="height and width of the images in pixels")
-    add("--batch", type=int, help="images per GPU and micro-batch; default: the record's, or 64")
-    add("--grad-accum-steps", type=int, default=1, help="micro-batches per update")
-    add("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    add("--gpus-per-node", type=int, default=8)
-    add("--intra-node", type=float, help="GB/s of each GPU in one direction; default: NVLink")
-    add("--inter-node", type=float, default=400.0, help="Gbit/s of each GPU between nodes")
-    add("--overlap", type=float, default=0.0, help="share of compute beside which gradients move")
-    add("--epochs", type=float, default=100.0)
-    args = parser.parse_args(argv)
-    known = args.cost or args.predict or args.images_per_s is not None
-    missing = "the speed of one GPU is missing"
-    check(bool(known), f"{missing}: give --images-per-s, --cost FILE or --predict FILE")
-    names = ("images_per_s", "batch", "grad_accum_steps", "gpus_per_node", "intra_node")
-    for name in (*names, "inter_node", "epochs"):
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        check(value is None or 0 < value < math.inf, f"{flag} must be positive and finite")
-    check(min(args.gpus) > 0, f"--gpus {min(args.gpus)} must be at least 1")
-    check(0 <= args.overlap <= 1, f"--overlap {args.overlap} must lie in [0, 1]")
-    return args
-
-
 def run(args: argparse.Namespace) -> int:
     """Makes the predictions, and writes the JSON record."""
     record = predict(args)
-    output = args.output or RESULTS / f"scaling_{record['model']}_{record['card']}.json"
+    output = args.output or arguments.RESULTS / f"scaling_{record['model']}_{record['card']}.json"
     head = {"script": "benchmarks/step/scaling.py", "file": output.name}
     record = head | record | environment()
     write_json(output, record)
@@ -303,9 +227,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
-    mistake, else 0."""
-    return exit_status("scaling.py", lambda: run(parse(argv)))
+    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
+    parser = arguments.make_parser(__doc__)
+    speed = parser.add_mutually_exclusive_group(required=True)
+    add = speed.add_argument
+    add("--images-per-s", type=positive_float, help="images per second of one GPU")
+    add("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm")
+    add("--predict", type=Path, help="record of predict.py, in the same way")
+    add = parser.add_argument
+    add("--card", choices=NVLINK_GB_PER_S, help="default: the card of --cost, or h200")
+    add("--model", default="swin_b", help="if neither --cost nor --predict names it")
+    add("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'")
+    add("--img-size", type=int, help="height and width of the images in pixels")
+    batch = "images per GPU and micro-batch; default: the record's, or 64"
+    add("--batch", type=positive_int, help=batch)
+    add("--grad-accum-steps", type=positive_int, default=1, help="micro-batches per update")
+    add("--gpus", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    add("--gpus-per-node", type=positive_int, default=8)
+    intra = "GB/s of each GPU in one direction; default: NVLink"
+    add("--intra-node", type=positive_float, help=intra)
+    add("--inter-node", type=positive_float, default=400.0, help="Gbit/s of each GPU between nodes")
+    overlap = "share of compute beside which gradients move"
+    add("--overlap", type=arguments.share, default=0.0, help=overlap)
+    add("--epochs", type=positive_float, default=100.0)
+    args = parser.parse_args(argv)
+    return arguments.exit_status("scaling.py", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -21,21 +21,20 @@ from benchmarks.data import loader
 from benchmarks.gpu_report import Machine, Part
 from benchmarks.step import memory, precision
 from fastgn.data.batch import Batch
-from fastgn.errors import UserError
 
 H200 = Machine("NVIDIA H200", (9, 0), smoke=False)
 V100 = Machine("Tesla V100", (7, 0), smoke=False)
 
 
 def part(name: str, code: str, limit_s: float = 30, **more: Any) -> Part:
-    return Part(name, "a test's", [["-c", code]], limit_s, **more)
+    return Part(name, "a test's", ["-c", code], limit_s, **more)
 
 
 def carry_out(folder: Path, *parts: Part, sources: str = "a", **options: Any) -> dict[str, dict]:
     """report.json's parts by name, after one call."""
     folder.mkdir(exist_ok=True)
     report = gpu_report.Report(folder, H200, sources, commit=None)
-    options = {"began": time.monotonic(), "budget_s": 300, "limit_s": None} | options
+    options = {"began": time.monotonic(), "budget_s": 300} | options
     status = gpu_report.carry_out(report, parts, **options)
     entries = {e["name"]: e for e in json.loads((folder / "report.json").read_text())["parts"]}
     bad = [p.name for p in parts if entries[p.name]["status"] in ("failed", "timed out")]
@@ -62,7 +61,7 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys) -
         part("dies", "import os; os.kill(os.getpid(), 9)"),
         part("hangs", hang, limit_s=3),
         part("lacks", "raise SystemExit(1)", needs=["json", "unheard_of"]),
-        part("works", f"open('{tmp_path}/r/file', 'w').write('x')\n{seen}", files=["file", "none"]),
+        part("works", f"open('{tmp_path}/r/file', 'w').write('x')\n{seen}", file="file"),
     )
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "breaks": "failed",
@@ -71,18 +70,18 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys) -
         "lacks": "skipped",
         "works": "ok",
     }
-    assert entries["breaks"]["exit_statuses"] == [1]
-    (lines,) = entries["breaks"]["last_lines"]
+    assert entries["breaks"]["exit_status"] == 1 and entries["breaks"]["file"] is None
+    lines = entries["breaks"]["last_lines"]
     assert lines[0] == "working" and lines[-1] == "OSError: the disk is gone"
-    assert entries["dies"]["exit_statuses"] == [-signal.SIGKILL]
-    assert entries["hangs"]["exit_statuses"] == [None]
-    assert entries["hangs"]["last_lines"] == [["begun"]] and 3 <= entries["hangs"]["seconds"] < 15
+    assert entries["dies"]["exit_status"] == -signal.SIGKILL
+    assert entries["hangs"]["exit_status"] is None
+    assert entries["hangs"]["last_lines"] == ["begun"] and 3 <= entries["hangs"]["seconds"] < 15
     stat = Path("/proc") / child.read_text() / "stat"  # its own child's
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
     assert entries["lacks"]["reason"] == "not installed: unheard_of"
-    assert entries["works"]["files"] == ["file"]
+    assert entries["works"]["file"] == "file"
     # on disk when the next part began
-    assert entries["works"]["last_lines"] == [["['breaks', 'dies', 'hangs', 'lacks']"]]
+    assert entries["works"]["last_lines"] == ["['breaks', 'dies', 'hangs', 'lacks']"]
     printed = capsys.readouterr().out
     assert "OSError: the disk is gone" in printed and "not installed: unheard_of" in printed
 
@@ -104,7 +103,7 @@ def test_what_succeeded_is_not_done_again(tmp_path: Path) -> None:
 def test_a_folder_that_was_moved_goes_on(tmp_path: Path) -> None:
     def writes(folder: Path) -> Part:
         code = f"open('{folder}/file', 'w').write('x'); open('{tmp_path}/counts', 'a').write('1')"
-        return part("writes", code, files=["file"])
+        return part("writes", code, file="file")
 
     carry_out(tmp_path / "r", writes(tmp_path / "r"))
     there = tmp_path / "elsewhere" / "r"
@@ -117,7 +116,7 @@ def test_a_record_is_told_its_commit(tmp_path: Path) -> None:
     code = f"open('{tmp_path}/r/x.json', 'w').write('{{\"commit\": null}}')"
     report = gpu_report.Report(tmp_path / "r", H200, "a", "abc")
     (tmp_path / "r").mkdir()
-    report.run([part("writes", code, files=["x.json"])], 30, dict(os.environ))
+    report.run([part("writes", code, file="x.json")], 30, dict(os.environ))
     assert json.loads((tmp_path / "r" / "x.json").read_text()) == {"commit": "abc"}
 
 
@@ -129,21 +128,21 @@ def test_what_failed_before_a_limit_is_said(tmp_path: Path) -> None:
     command.append(str(tmp_path / "test_x.py"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
     try:
-        entries = carry_out(tmp_path / "r", Part("tests", "", [command], 20))
+        entries = carry_out(tmp_path / "r", Part("tests", "", command, 20))
         signal.raise_signal(signal.SIGINT)  # which it still ignores itself
     finally:
         signal.signal(signal.SIGINT, before)
     assert entries["tests"]["status"] == "timed out"
-    assert any("assert 1 == 2" in line for line in entries["tests"]["last_lines"][0])
+    assert any("assert 1 == 2" in line for line in entries["tests"]["last_lines"])
 
 
 def test_a_file_of_other_sources_is_no_result(tmp_path: Path) -> None:
     code = (
         f"import os, pathlib; p = pathlib.Path('{tmp_path}/r/file'); print(p.exists()); p.touch()"
     )
-    writes = part("writes", code + "; raise SystemExit(1)", files=["file"])
+    writes = part("writes", code + "; raise SystemExit(1)", file="file")
     said = [
-        carry_out(tmp_path / "r", writes, sources=sources)["writes"]["last_lines"][0][0]
+        carry_out(tmp_path / "r", writes, sources=sources)["writes"]["last_lines"][0]
         for sources in ("a", "a", "b")
     ]
     assert said == ["False", "True", "False"]  # the second call goes on with what the first left
@@ -167,24 +166,23 @@ def test_no_part_begins_when_the_budget_is_spent(
     assert entries["late"]["status"] == "ok", "a call without time forgets nothing"
 
 
-def test_parts_beside_each_other_and_a_parts_own_commands_run_at_once(tmp_path: Path) -> None:
-    def meet(mine: str, *others: str) -> str:
-        wait = f"""
+def test_parts_beside_each_other_run_at_once(tmp_path: Path) -> None:
+    def meet(mine: str, other: str) -> str:
+        return f"""
 import pathlib, time
 folder = pathlib.Path('{tmp_path}')
 (folder / '{mine}').touch()
 until = time.monotonic() + 20
-while not all((folder / other).exists() for other in {others!r}):
+while not (folder / '{other}').exists():
     assert time.monotonic() < until
     time.sleep(0.02)
 """
-        return wait
 
-    pair = [["-c", meet("a", "b", "c")], ["-c", meet("b", "a", "c")]]
-    breaks = part("breaks", meet("c", "a", "b") + "raise SystemExit(4)", beside=True)
-    entries = carry_out(tmp_path / "r", Part("pair", "", pair, 30), breaks)
-    assert entries["pair"]["exit_statuses"] == [0, 0] and entries["pair"]["status"] == "ok"
-    assert entries["breaks"]["exit_statuses"] == [4] and entries["breaks"]["status"] == "failed"
+    works = part("works", meet("a", "b"))
+    breaks = part("breaks", meet("b", "a") + "raise SystemExit(4)", beside=True)
+    entries = carry_out(tmp_path / "r", works, breaks)
+    assert entries["works"]["exit_status"] == 0 and entries["works"]["status"] == "ok"
+    assert entries["breaks"]["exit_status"] == 4 and entries["breaks"]["status"] == "failed"
 
 
 # ----------------------------------------------------------------------------------------- machines
@@ -196,7 +194,7 @@ def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
     names = [p.name for p in parts]
     assert len(set(names)) == len(names)
     assert {"kernel_tests", "kernels", "memory", "precision", "loader", "gpu_tests"} < set(names)
-    for command in (c for p in parts for c in p.commands):
+    for command in (p.command for p in parts):
         assert command[0] == "-m"
         if command[1] == "pytest":
             assert all((ROOT / x).exists() for x in command if x.startswith("tests/"))
@@ -206,14 +204,14 @@ def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
         for option in (x for x in command if x.startswith("--")):
             names = option, option.replace("--no-", "--")
             assert any(f'"{n}"' in source for n in names), f"{command[1]} has no {option}"
-    files = [file for p in parts for file in p.files]
+    files = [p.file for p in parts if p.file]
     assert len(set(files)) == len(files)
 
 
 def precisions(machine: Machine) -> set[str]:
     """Those that a machine's commands name."""
     parts = gpu_report.parts_for(machine, Path("/folder"))
-    commands = [command for p in parts for command in p.commands]
+    commands = [p.command for p in parts]
     return {c[c.index("--precision") + 1] for c in commands if "--precision" in c}
 
 
@@ -235,12 +233,12 @@ def test_what_is_judged_is_asked_for() -> None:
     """The arms that the targets compare have room in the first bf16 part, by what a step took to
     prepare on a slow machine, and the budgets stand in a part of their own."""
     parts = {p.name: p for p in gpu_report.parts_for(H200, Path("/folder"))}
-    (command,) = parts["cost_bf16"].commands
+    command = parts["cost_bf16"].command
     assert {"natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper"} < set(command)
     assert float(command[command.index("--minutes") + 1]) > 2.3
-    assert "--budgets" in parts["cost_bf16_budgets"].commands[0]
-    assert "--no-cuda-graphs" in parts["cost_bf16_no_graphs"].commands[0]
-    assert "fgsm_rs" in parts["cost_bf16_schedules"].commands[0]
+    assert "--budgets" in parts["cost_bf16_budgets"].command
+    assert "--no-cuda-graphs" in parts["cost_bf16_no_graphs"].command
+    assert "fgsm_rs" in parts["cost_bf16_schedules"].command
 
 
 def refusal(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys, *options: str) -> str:
@@ -259,9 +257,7 @@ def test_refusals_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     line = refusal(tmp_path, monkeypatch, capsys)
     assert line == "gpu_report.py: error: no GPU here; --smoke runs toy sizes"
     line = refusal(tmp_path, monkeypatch, capsys, "--smoke", "--parts", "cots_fp32")
-    assert line.startswith("gpu_report.py: error: --parts cots_fp32: cost_fp32, kernel_tests, ")
-    line = refusal(tmp_path, monkeypatch, capsys, "--smoke", "--budget-s", "-5")
-    assert line == "gpu_report.py: error: --budget-s -5: no part begins with less than 20"
+    assert line.startswith("gpu_report.py: error: --parts cots_fp32 must be one of cost_fp32, ")
     (tmp_path / "r").touch()
     arguments = ["gpu_report.py", "--smoke", "--output", str(tmp_path / "r" / "x")]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -332,8 +328,7 @@ def test_smoke_runs_every_part(toy: Path) -> None:
     assert names == {"kernel_tests", *timed}
     for entry in entries:
         assert entry["status"] == "ok", entry
-        records = [file for file in entry["files"] if file.endswith(".json")]
-        assert len(records) == (entry["name"] != "kernel_tests"), entry
+        assert (entry["file"] is None) == (entry["name"] == "kernel_tests"), entry
 
 
 def test_memory_predicts_every_row(toy: Path) -> None:
@@ -372,11 +367,11 @@ def test_precision_of_the_step(toy: Path) -> None:
 def test_the_loaders_toy_record(toy: Path) -> None:
     record = one(toy, "loader_*.json")
     assert [row["loader"] for row in record["rows"]] == loader.installed()
-    assert {"device", "torch", "timm"} <= set(loader.installed())
+    assert {"torch", "timm"} <= set(loader.installed())
     assert record["meaningful_times"] is False
     for row in record["rows"]:
         assert row["images_per_s"]["n"] == 2 and row["images_per_s"]["min"] > 0
-        assert row["wait_share"] is row["enough"] is None
+        assert row["wait_share"] is None
 
 
 # ------------------------------------------------------------------------------ loader, precision
@@ -398,16 +393,16 @@ def test_a_consumer_counts_images_and_its_waiting() -> None:
 
 
 def test_the_torch_loaders_row(tmp_path: Path) -> None:
-    case = loader.files_case("torch", loader.jpeg_folder(tmp_path, 2), 60)
-    assert len(case.dataset.train) == 60 and len(set(case.dataset.train.paths)) == 2
+    paths = loader.jpeg_folder(tmp_path, 2)
+    split = loader.repeated(paths, 60)
+    assert len(split) == 60 and len(set(split.paths)) == 2
     options = {"batch_size": 2, "workers": 0, "batches": 3, "rounds": 2}
     device = torch.device("cpu")
-    (row,) = loader.measure([case], **options, need=1e6, device=device)
-    assert row["enough"] is False and row["images_per_s"]["n"] == 2
+    (row,) = loader.measure(["torch"], paths, **options, need=1e6, device=device)
+    assert row["images_per_s"]["n"] == 2
     assert row["wait_share"]["min"] > 0.5, "no loader makes a million images a second"
     need = row["images_per_s"]["min"] / 6
-    (row,) = loader.measure([case], **options, need=need, device=device)
-    assert row["enough"] is True
+    (row,) = loader.measure(["torch"], paths, **options, need=need, device=device)
     assert row["wait_share"]["max"] < 0.5, "a seventh, on a machine that is at rest"
 
 
@@ -415,18 +410,6 @@ def test_jpegs_are_of_imagenets_size() -> None:
     draw = torch.Generator().manual_seed(0)
     sizes = [len(loader.jpeg(size, draw)) / 1024 for size in loader.SIZES]
     assert 80 < sum(sizes) / len(sizes) < 140
-
-
-def test_what_the_step_needs_is_read_from_its_cost(tmp_path: Path) -> None:
-    file = tmp_path / "cost.json"
-    rows = [("natural", 900), ("gradnorm", 300), ("gradnorm", 400), ("gradnorm", None)]
-    rows = [{"method": method, "images_per_s": rate} for method, rate in rows] + [{}]
-    file.write_text(json.dumps({"rows": rows}))
-    assert loader.need_of(file) == 400
-    for content, message in (('{"rows": []}', "no gradnorm result"), ("{", "cannot be read")):
-        file.write_text(content)
-        with pytest.raises(UserError, match=message):
-            loader.need_of(file)
 
 
 def test_distance_of_vectors() -> None:
@@ -462,33 +445,36 @@ def test_the_gradient_is_of_all_weights_and_leaves_the_network_alone() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_an_interrupted_precision_run_is_taken_over(tmp_path: Path) -> None:
-    todo = [precision.Arm("gradnorm", "fp32"), precision.Arm("gradnorm", "bf16")]
-    rows = [{"arm": precision.label(arm)} for arm in todo]
-    cases = [
-        {"updates": 0, "arms": rows},
-        {"updates": 9, "arms": rows, "commit": "old"},
-        {"updates": 8, "arms": rows},
-        {"updates": 9, "arms": rows[:1]},
-    ]
-    same, file = {"device": "cpu", "seeds": 3}, tmp_path / "precision.json"
+def test_interrupted_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """precision.py with the cases that it lacks, memory.py with the rows that it lacks or that
+    failed."""
+    seen: list[Any] = []
 
-    def taken_over(**changed: Any) -> list[str]:
-        record = same | {"complete": False, "commit": "new", "cases": cases} | changed
-        file.write_text(json.dumps(record))
-        return [c["commit"] for c in precision.taken_over(file, same, todo, updates=9)]
+    def case(network: str, *_: Any) -> dict[str, Any]:
+        seen.append(network)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return {"network": network, "trained_by": None}
 
-    assert taken_over() == ["new", "old"]
-    assert taken_over(seeds=2) == taken_over(complete=True) == []
+    monkeypatch.setattr(precision, "measure", case)
+    monkeypatch.setattr(precision, "table", lambda record: "")
+    argv = ["--images", "random", "--output", str(tmp_path / "precision.json")]
+    with pytest.raises(KeyboardInterrupt):
+        precision.main(argv)
+    assert precision.main(argv) == 0 and seen == ["tiny Swin", *2 * ["PreActResNet-18, GELU"]]
+    assert precision.main(argv) == 0 and len(seen) == 5, "a complete record is made anew"
 
+    def row(args: Any, until: float, todo: tuple[Any, int]) -> dict[str, Any]:
+        seen.append(todo)
+        failed = "OSError: x" if len(seen) == 1 else None
+        names = {"arm": todo[0].name, "batch": todo[1], "failed": failed, "out_of_memory": False}
+        return names | {"peak_bytes": None}
 
-def test_an_interrupted_memory_run_is_taken_over(tmp_path: Path) -> None:
-    rows = [{"arm": "natural", "failed": None}, {"arm": "gradnorm exact", "failed": "OSError: x"}]
-    head, file = {"device": "NVIDIA H200", "precision": "bf16"}, tmp_path / "memory.json"
-    assert memory.taken_over(file, head) == []
-    file.write_text(json.dumps(head | {"rows": rows}))
-    assert memory.taken_over(file, head) == rows[:1]
-    assert memory.taken_over(file, head | {"precision": "fp32"}) == []
+    seen = []
+    monkeypatch.setattr(memory, "measure", row)
+    argv = ["--smoke", "--output", str(tmp_path / "memory.json")]
+    assert memory.main(argv) == 1 and len(seen) == 10
+    assert memory.main(argv) == 0 and seen[10:] == seen[:1]
 
 
 # ------------------------------------------------------------------------------- what is recorded

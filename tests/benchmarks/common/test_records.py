@@ -87,3 +87,13 @@ def test_two_scripts_do_not_write_one_record(
         other.join()
     records.write_record(path, {"complete": True, "value": 3})
     assert records.started(path) == {} and records.read_json(path)["value"] == 3
+
+
+def test_a_call_takes_over_a_record_of_the_same_options(tmp_path: Path) -> None:
+    path, head = tmp_path / "r.json", {"device": "cpu", "seeds": 3}
+    assert records.taken_over(path, head) == {}
+    records.write_record(path, head | {"complete": True, "rows": [1]})
+    records.write_record(path, head | {"complete": False, "rows": [1, 2]})
+    assert records.taken_over(path, head)["rows"] == [1, 2]
+    assert records.taken_over(path, head | {"seeds": 2}) == {}
+    assert records.taken_over(path, head | {"complete": True}) == {}

@@ -15,6 +15,7 @@ from fastgn.step.step import Step
 
 pytest.importorskip("triton")  # Linux alone
 
+from benchmarks.common import arguments  # noqa: E402
 from benchmarks.step import predict, pretend  # noqa: E402
 
 RATIO = 2.33
@@ -140,7 +141,7 @@ def test_the_record_and_its_table_say_that_they_predict(tmp_path, capsys):
     argv += ["--gpus", "v100", "--methods", "natural", "--precision", "bf16", "bf16-pure"]
     argv += ["--kernels", "reference", "--model-kwargs", *KWARGS, "--output", str(output)]
     assert predict.main(argv) == 0
-    assert capsys.readouterr().out.startswith("prediction, Tesla V100")
+    assert capsys.readouterr().out.startswith("prediction, v100, natural, fp32, reference: ")
     record = json.loads(output.read_text())
     (row,) = record["rows"]  # no bf16 on a V100: one row, in fp32
     assert record["prediction"] and row["prediction"] and row["precision"] == "fp32"
@@ -169,8 +170,9 @@ def test_rows_that_are_there_are_kept_and_a_trial_leaves_them_alone(tmp_path, mo
         predict, "predict_deep", lambda *_: (predict.Cost(bytes=8, seconds=1, kept_bytes=8), None)
     )
     monkeypatch.setattr(predict, "eager", lambda *_: {})
-    monkeypatch.setattr(predict, "print", lambda *_, **__: None, raising=False)
-    monkeypatch.setattr(predict, "output_for", lambda *_, **__: tmp_path / "predict_swin_b.json")
+    monkeypatch.setattr(predict, "table", lambda *_: "")
+    for name in ("ROOT", "RESULTS"):
+        monkeypatch.setattr(arguments, name, tmp_path)
     argv = ["--gpus", "h200", "--methods", "natural", "--kernels", "triton", "--precision", "bf16"]
     assert predict.main(argv) == 0
     file = tmp_path / "predict_swin_b.json"
@@ -182,11 +184,11 @@ def test_rows_that_are_there_are_kept_and_a_trial_leaves_them_alone(tmp_path, mo
     file.write_text(json.dumps(record | {"versions": {"torch": "2.0"}}))
     assert predict.main(argv) == 0
     assert [r["gpu"] for r in json.loads(file.read_text())["rows"]] == ["h200"]
-    monkeypatch.undo()
-    for options, folder in (((), "results"), (("--batch-size", "8"), "runs")):
-        assert predict.parse([*argv, *options]).output.parent.name == folder
+    assert predict.main([*argv, "--batch-size", "8"]) == 0
+    assert json.loads((tmp_path / "runs" / file.name).read_text())["batch"] == 8
 
 
 def test_a_wrong_batch_size_is_one_line(capsys):
-    assert predict.main(["--batch-size", "0"]) == 2
-    assert capsys.readouterr().err == "predict.py: error: --batch-size 0 must be at least 1\n"
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(["--batch-size", "0"])
+    assert capsys.readouterr().err.endswith("--batch-size: 0 must be at least 1\n")
