@@ -68,6 +68,11 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
         return 2
 
 
+def default_device() -> torch.device:
+    """Returns the first GPU, or the CPU if there is no GPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_name() -> str:
     """Returns the name of the first GPU, or "cpu" if there is no GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

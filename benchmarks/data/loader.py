@@ -335,7 +335,7 @@ def run(args: argparse.Namespace) -> int:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
     torch.set_num_threads(1)  # as torchrun does: the loaders have their own threads and processes
     cuda = torch.cuda.is_available()
-    device, need = torch.device("cuda" if cuda else "cpu"), args.need
+    device, need = arguments.default_device(), args.need
     output = arguments.gpu_output(args, "loader")
     workers = min(args.workers, os.cpu_count() or 1)  # as build_loader does
     check(workers >= 0, f"--workers {workers} must be at least 0")

@@ -15,10 +15,10 @@ mean of the ratios within a round. The figures of a lazy arm are means over its 
 --kernels and --compile do not apply to the arms named -paper. The schedule exact-eager has the
 kernels, but is not compiled. gradnorm-paper always runs in fp32 too, the precision of the paper.
 
-Operations are counted with PyTorch's operators, without what torch.compile
-recomputes. FLOP utilisation compares with a square matrix product in the same precision and run.
-Peak memory is what the arm would hold alone: weights, optimizer, images, what it keeps between
-steps, and the most that a step allocates.
+Operations are counted with PyTorch's operators, without what torch.compile recomputes. FLOP
+utilisation compares with a square matrix product in the same precision and run. Peak memory is what
+the arm would hold alone: weights, optimizer, images, what it keeps between steps, and the most that
+a step allocates.
 
 Writes benchmarks/results/cost_<model>_<device>.json after every arm and round. A run with other
 options than --model and --counts-only writes to runs/.
@@ -45,7 +45,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.common import arguments
 from benchmarks.common.arguments import positive_float, positive_int
 from benchmarks.common.energy import Meter, NoMeterError
-from benchmarks.common.records import first_line, write_record
+from benchmarks.common.records import describe_error, write_record
 from benchmarks.common.tables import Record, Row, device, make_table, plus_minus, with_notes
 from benchmarks.common.timing import interleaved, once, paired_ratios, summary, synchronize
 from benchmarks.step.arms import Arm, random_batch
@@ -175,9 +175,8 @@ class Measurement:
 class UpdateBench:
     """Measures several kinds of update (Arm) with one model and one batch.
 
-    network: with PyTorch's own operators. kernels: value of --kernels, "triton" or "reference".
-    step_options: fields of StepOptions. The last two do not apply to methods whose name ends in
-    -paper.
+    network: with PyTorch's own operators. kernels: "triton" or "reference". step_options: fields of
+    StepOptions. The last two do not apply to methods whose name ends in -paper.
     """
 
     def __init__(
@@ -232,7 +231,7 @@ class UpdateBench:
             yield
             return
         except Exception as error:
-            line = f"{what}: {first_line(error)}"
+            line = f"{what}: {describe_error(error)}"
         found.notes += [] if needed else [line]
         found.why_not = line if needed else found.why_not
         self.optimizer.zero_grad()
@@ -419,20 +418,22 @@ def row_of(
 # ------------------------------------------------------------------------------------------- table
 
 
+PAPER_IN_FP32 = "gradnorm-paper, fp32"
+
+
+def percentage(share: float | None) -> str:
+    """Returns a share in percent as a table's cell, "" if it is None."""
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
 def busy_share(row: Row) -> str:
     """Returns the share of an update's time in which the GPU is at work, as a table's cell."""
-    busy_s = (row.get("launches") or {}).get("busy_s")
-    seconds = row.get("seconds_a_batch")
-    return f"{100 * busy_s / seconds['mean']:.0f} %" if seconds and busy_s else ""
+    busy_s, seconds = (row.get("launches") or {}).get("busy_s"), row.get("seconds_a_batch")
+    return percentage(busy_s / seconds["mean"]) if seconds and busy_s else ""
 
 
 def over(row: Row, key: str, other: str) -> str:
-    """Returns the ratio of an update's time, or of another quantity, to another method's, as a
-    cell.
-
-    row: results of one kind of update. key: name of the ratios in it. other: name of the other
-    method.
-    """
+    """Returns a ratio of an update to another method as a cell. key: name of the ratios."""
     return plus_minus(row.get(key, {}).get(other), ".2f")
 
 
@@ -452,12 +453,8 @@ COLUMNS = {
     "time over natural": lambda r: over(r, "time_over", "natural"),
     "over PGD-3": lambda r: over(r, "time_over", "pgd_at"),
     "over the paper's PGD-3": lambda r: over(r, "time_over", "pgd_at-paper"),
-    "speed over the paper's way, fp32": lambda r: over(
-        r, "times_as_fast_as", "gradnorm-paper, fp32"
-    ),
-    "FLOP utilisation": lambda r: (
-        f"{100 * r['flop_utilisation']:.0f} %" if "flop_utilisation" in r else ""
-    ),
+    "speed over the paper's way, fp32": lambda r: over(r, "times_as_fast_as", PAPER_IN_FP32),
+    "FLOP utilisation": lambda r: percentage(r.get("flop_utilisation")),
     "peak GiB": lambda r: f"{r['peak_bytes']['total'] / 2**30:.1f}" if r.get("peak_bytes") else "",
     "J an image": lambda r: plus_minus(r.get("joules_an_image"), ".3f"),
     "launches": lambda r: (
@@ -519,17 +516,16 @@ def headline(record: Record) -> str:
         f"training. The same update in eager PyTorch, as the paper runs it, reaches "
         f"{eager['bf16']:.0f} images/s in bf16 and {eager['fp32']:.0f} in fp32, the paper's "
         f"precision. Compared with the latter, fastgn is "
-        f"{over(ours, 'times_as_fast_as', 'gradnorm-paper, fp32')} times as fast and takes "
+        f"{over(ours, 'times_as_fast_as', PAPER_IN_FP32)} times as fast and takes "
         f"{energy:.2f} times the energy (n = {record['rounds']}, "
         f"`benchmarks/results/{record['file']}`)."
     )
 
 
 def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
-    """Returns a Markdown table for README: six kinds of update of Swin-B, counted and measured.
+    """Returns a Markdown table for README: six kinds of update of Swin-B.
 
-    counted: JSON record of counts. graphs, eager: JSON records of compiled updates measured with
-    CUDA graphs, and without.
+    counted: JSON record of counts. graphs, eager: records of times with and without CUDA graphs.
     """
     counts = {row["arm"]: row for row in counted["not_timed"]}
     shown = (
@@ -617,7 +613,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Measures the updates that the command line asks for. Returns 1 if none could be measured."""
     began, longest = time.perf_counter(), 0.0
     gpu, card = torch.cuda.is_available(), arguments.device_name()
-    device = torch.device("cuda" if gpu else "cpu")
+    device = arguments.default_device()
     arms = choose_arms(args)
     if not args.counts_only:
         reasons = dict.fromkeys(explain_unsupported(arm.precision, device) for arm in arms)

@@ -37,7 +37,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common import arguments
 from benchmarks.common.arguments import device_name, positive_float, positive_int
-from benchmarks.common.records import earlier, first_line, hold, taken_over, write_record
+from benchmarks.common.records import describe_error, earlier, hold, taken_over, write_record
 from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
 from fastgn.config.groups import ArchitectureConfig
@@ -67,9 +67,8 @@ def build(args: argparse.Namespace, kernels: str = "auto") -> Classifier:
     """Returns the network with random weights on the CPU. kernels: value of --kernels."""
     toy: dict[str, Any] = {"model_kwargs": TOY, "img_size": 32} if args.smoke else {}
     config = ArchitectureConfig(model=args.model, model_kwargs=tuple(args.model_kwargs))
-    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = dataclasses.replace(config, **toy)
-    return build_model(config, CLASSES, choose_kernels(kernels, where))[0]
+    return build_model(config, CLASSES, choose_kernels(kernels, arguments.default_device()))[0]
 
 
 # ---------------------------------------------------------------------------------------- measured
@@ -102,7 +101,7 @@ def measure(args: argparse.Namespace, until: float, case: tuple[Arm, int]) -> di
             row["peak_bytes"] = peak_bytes(args, arm, batch)
             row["out_of_memory"] = row["peak_bytes"] is None
     except Exception as error:  # the other rows go on
-        row["failed"] = first_line(error)
+        row["failed"] = describe_error(error)
     return row | {"seconds": time.time() - began}
 
 

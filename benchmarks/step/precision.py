@@ -31,19 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import arguments
-from benchmarks.common.arguments import device_name, positive_float, positive_int
+from benchmarks.common.arguments import default_device, positive_float, positive_int
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.common.timing import summary
 from benchmarks.step.arms import Arm
 from fastgn.config.groups import ArchitectureConfig, DatasetConfig
 from fastgn.data.augment import to_float
-from fastgn.data.datasets import Arrays, load_dataset, read_cifar10
+from fastgn.data.datasets import Arrays, load_dataset
 from fastgn.metrics import environment
 from fastgn.models.network import build_model, choose_kernels
 from fastgn.objectives import GradnormOptions, ObjectiveConfig, build_objective
 from fastgn.seeding import Stream, make_generator, seed_all
-from fastgn.step.options import StepOptions
 from fastgn.step.precision import PRECISIONS, explain_unsupported
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
@@ -75,12 +74,14 @@ def label(arm: Arm) -> str:
     return f"{arm.schedule}, {arm.precision}"
 
 
-def choose_arms(where: torch.device, fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
-    """Returns the precisions and ways of differentiation that a device supports.
+def choose_arms(fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
+    """Returns the precisions and ways of differentiation that the device supports.
 
-    Also returns one line for each precision that the device does not support.
+    Also returns one line for each precision that it does not support.
     """
-    reasons = {precision: explain_unsupported(precision, where) for precision in PRECISIONS}
+    reasons = {
+        precision: explain_unsupported(precision, default_device()) for precision in PRECISIONS
+    }
     precisions = [precision for precision, why in reasons.items() if why is None]
     arms = [Arm("gradnorm", precision) for precision in precisions]
     for kind in ("finite-difference", "central-difference"):
@@ -97,14 +98,10 @@ def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, 
     """
     model = copy.deepcopy(model)  # BatchNorm counts what it has seen
     objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
-    options = StepOptions(schedule=arm.schedule, precision=arm.precision, compile=False)
-    step = Step(model, objective, options)
+    step = Step(model, objective, arm.options())
     step([batch], torch.ones((), device=batch[0].device))
-    grads = [
-        torch.zeros_like(p) if p.grad is None else p.grad
-        for p in model.parameters()
-        if p.requires_grad
-    ]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     return torch.cat([grad.detach().flatten().double().cpu() for grad in grads])
 
 
@@ -116,14 +113,12 @@ def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
     return {"cosine": cosine, "relative_error": error}
 
 
-def train(
-    model: nn.Module, method: str, split: Arrays, updates: int, seed: int, where: torch.device
-) -> float:
+def train(model: nn.Module, method: str, split: Arrays, updates: int, seed: int) -> float:
     """Trains in float32 with AdamW. Returns the cross-entropy of the last batch."""
-    step = Step(model, build_objective(ObjectiveConfig(method=method)), StepOptions(compile=False))
+    step = Arm(method).step(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ramp, ce = torch.ones((), device=where), float("nan")
-    for batch in batches(split, updates, 32, seed, 0, where):
+    ramp, ce = torch.ones((), device=default_device()), float("nan")
+    for batch in batches(split, updates, 32, seed, 0):
         optimizer.zero_grad()
         ce = step([batch], ramp).ce
         optimizer.step()
@@ -131,22 +126,21 @@ def train(
 
 
 def batches(
-    split: Arrays | None, number: int, size: int, seed: int, part: int, where: torch.device
+    split: Arrays | None, number: int, size: int, seed: int, part: int
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yields `number` batches of images (B, 3, H, W) in 0..1 and labels (B,), on device `where`.
+    """Yields `number` batches of images (B, 3, H, W) in 0..1 and labels (B,).
 
     split: images to draw from. If None, the images are random. seed, part: decide the random
     numbers.
     """
-    draw = make_generator(Stream.EVALUATION, seed, part)
+    draw, where = make_generator(Stream.EVALUATION, seed, part), default_device()
     for _ in range(number):
         if split is None:
             images = torch.rand(size, 3, SIDE, SIDE, generator=draw)
             labels = torch.randint(CLASSES, (size,), generator=draw)
         else:
             chosen = torch.randint(len(split), (size,), generator=draw)
-            images = to_float(split.images_NCHW[chosen], SIDE)
-            labels = split.labels_N[chosen]
+            images, labels = to_float(split.images_NCHW[chosen], SIDE), split.labels_N[chosen]
         yield images.to(where), labels.to(where)
 
 
@@ -165,8 +159,8 @@ def sources(names: Sequence[str], cifar10_file: str | None) -> tuple[dict[str, A
         elif name == "cifar10" and cifar10_file is None:
             notes.append("cifar10: no --cifar10 FILE was given")
         else:
-            digits = name == "digits"
-            data = load_dataset(DatasetConfig(data=name)) if digits else read_cifar10(cifar10_file)
+            file = cifar10_file if name == "cifar10" else None
+            data = load_dataset(DatasetConfig(data=name, data_dir=file))
             found[name] = (data.train, data.val)
     return found, notes
 
@@ -177,60 +171,51 @@ def measure(
     split: tuple[Arrays, Arrays] | None,
     method: str | None,
     arms: Sequence[Arm],
-    where: torch.device,
 ) -> dict[str, Any]:
     """Returns the gradient errors of all precisions and ways of differentiation, for one network.
 
     split: training and held-out images, or None for random images. method: with which method the
-    network is trained first, or None for no training. where: the device.
+    network is trained first, or None for no training.
     """
-    found: dict[Arm, dict[str, list[dict[str, float]]]] = {
-        arm: {part: [] for part in CE_WEIGHTS} for arm in arms
-    }
-    config = NETWORKS[network]
+    where, config = default_device(), NETWORKS[network]
     if config.model == "preact_resnet18":
         config = dataclasses.replace(config, model_kwargs=(f"width={args.width}",))
+    found: dict[tuple[Arm, str], list[dict[str, float]]] = {
+        pair: [] for pair in itertools.product(arms, CE_WEIGHTS)
+    }
     last_ce, parameters = [], 0
     for seed in range(args.seeds):
         seed_all(Stream.EVALUATION, seed)
         plain, report = build_model(config, CLASSES)
         plain.to(where)
         if split is not None and method is not None:
-            last_ce.append(train(plain, method, split[0], args.updates, seed, where))
+            last_ce.append(train(plain, method, split[0], args.updates, seed))
         fused, _ = build_model(config, CLASSES, choose_kernels("auto", where))
         fused.to(where).load_state_dict(plain.state_dict())
         reference, parameters = plain.double(), report.parameters
         held_out = None if split is None else split[1]
-        for images, labels in batches(held_out, args.batches, args.batch_size, seed, 1, where):
+        for images, labels in batches(held_out, args.batches, args.batch_size, seed, 1):
             for part, ce_weight in CE_WEIGHTS.items():
                 double = (images.double(), labels)
                 exact = gradient(reference, Arm("gradnorm"), ce_weight, double)
                 for arm in arms:
                     value = gradient(fused, arm, ce_weight, (images, labels))
-                    found[arm][part].append(distance(value, exact))
+                    found[arm, part].append(distance(value, exact))
     rows = []
-    for arm, parts in found.items():
-        row: dict[str, Any] = {"arm": label(arm), "schedule": arm.schedule.kind}
-        row["fd_step"] = arm.schedule.fd_step if "difference" in arm.schedule.kind else None
-        row["precision"] = arm.precision
-        for part, values in parts.items():
+    for arm in arms:
+        row: dict[str, Any] = {"arm": label(arm), "precision": arm.precision}
+        for part in CE_WEIGHTS:
+            values = found[arm, part]
             row[part] = {key: summary([d[key] for d in values]) for key in values[0]}
         rows.append(row)
     return {
-        "network": network,
-        "parameters": parameters,
-        "trained_by": method,
-        "updates": args.updates if method else 0,
-        "last_cross_entropy": last_ce,
-        "arms": rows,
+        **{"network": network, "parameters": parameters, "trained_by": method},
+        **{"updates": args.updates if method else 0, "last_cross_entropy": last_ce, "arms": rows},
     }
 
 
 def table(record: Record) -> str:
-    """Returns this benchmark's Markdown table, made from its JSON record.
-
-    It has a column for each network and way of training it.
-    """
+    """Returns a Markdown table with a column for each network and way of training it."""
     cases: dict[str, list[dict]] = {}
     for case in record["cases"]:
         state = f"after {case['trained_by']}" if case["trained_by"] else "untrained"
@@ -260,10 +245,10 @@ def table(record: Record) -> str:
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Makes the measurements that are missing in the JSON record, and writes it after each."""
-    where, name = torch.device("cuda" if torch.cuda.is_available() else "cpu"), device_name()
+    name = arguments.device_name()
     file = f"precision_{arguments.slugify(name)}.json"
     output = arguments.output_for(file, parser, args, free=("cifar10",))
-    arms, notes = choose_arms(where, args.fd_steps)
+    arms, notes = choose_arms(args.fd_steps)
     splits, missing = sources(args.images, args.cifar10)
     for note in notes + missing:
         print(f"left out: {note}")
@@ -285,7 +270,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
             keys = [(case["network"], case["images"], case["trained_by"]) for case in cases]
             if (network, images, method) in keys:
                 continue
-            case = measure(network, args, split, method, arms, where)
+            case = measure(network, args, split, method, arms)
             cases.append({"images": images, "commit": record["commit"]} | case)
             save(complete=False)
             print(f"{network}, {images}, trained by {method}", flush=True)

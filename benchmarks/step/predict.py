@@ -29,6 +29,7 @@ import dataclasses
 import gc
 import itertools
 import math
+import operator
 import sys
 import time
 from collections import Counter
@@ -104,10 +105,7 @@ def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
 
 
 def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
-    """Returns the cost of a graph, with the kernels that Inductor makes of it.
-
-    lowering: Inductor's GraphLowering. precision: of the update, which decides the FLOP rate.
-    """
+    """Returns the cost of a graph (Inductor's GraphLowering), with the kernels it becomes."""
     from torch._inductor.ir import MultiOutput
 
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
@@ -202,17 +200,8 @@ class Network:
 
     def build(self, kernels: str) -> Classifier:
         """Returns the network with random weights on the CPU."""
-        cfg = ArchitectureConfig(
-            model=self.model, img_size=self.img_size, pretrained=False, model_kwargs=self.kwargs
-        )
+        cfg = ArchitectureConfig(model=self.model, img_size=self.img_size, model_kwargs=self.kwargs)
         return build_model(cfg, self.classes, kernels=kernels)[0]
-
-    def depths(self) -> tuple[int, ...] | None:
-        """Returns the number of blocks in each stage of a Swin, None for another network."""
-        backbone = self.build("reference").backbone
-        if type(backbone).__name__ != "SwinTransformer":
-            return None
-        return tuple(len(stage.blocks) for stage in backbone.layers)
 
     def with_depths(self, depths: Sequence[int]) -> "Network":
         """Returns the same Swin with other numbers of blocks."""
@@ -221,10 +210,7 @@ class Network:
 
 
 def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
-    """Returns the predicted cost of one update: the mean over all updates until the costs repeat.
-
-    arm: kind of update.
-    """
+    """Returns the predicted cost of an update, the mean over all until the costs repeat."""
     total = Cost()
 
     def on_graph(lowering: Any) -> Callable:
@@ -280,8 +266,9 @@ def predict_deep(network: Network, arm: Arm, gpu: Gpu) -> tuple[Cost, list | Non
 
     The depths are None if the network itself was predicted.
     """
-    depths = network.depths()
-    parts = shallower(depths) if depths else None
+    backbone = network.build("reference").backbone
+    swin = type(backbone).__name__ == "SwinTransformer"
+    parts = shallower([len(stage.blocks) for stage in backbone.layers]) if swin else None
     if parts is None:
         return predict(network, arm, gpu), None
     few, more, times = parts
@@ -293,10 +280,7 @@ def predict_deep(network: Network, arm: Arm, gpu: Gpu) -> tuple[Cost, list | Non
 
 
 def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None) -> dict[str, Any]:
-    """Returns the prediction for one kind of update on one GPU, as a dict for the JSON record.
-
-    source: depths of the shallower Swins from which the cost was extrapolated, or None.
-    """
+    """Returns a prediction as a dict for the JSON record. source: as `predict_deep` returns it."""
     batch = network.batch
     return {
         "prediction": True,
@@ -349,10 +333,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def table(record: Record, measured: Sequence[Record] | None = None) -> str:
-    """Returns this benchmark's Markdown table, made from its JSON record.
+    """Returns a Markdown table of the predictions beside what cost.py measured on such a GPU.
 
-    Each prediction stands beside what cost.py measured on a GPU of that name. measured: JSON
-    records of cost.py. If None, those in benchmarks/results.
+    measured: JSON records of cost.py. If None, those in benchmarks/results.
     """
     if measured is None:
         measured = [read_json(path) for path in sorted(arguments.RESULTS.glob("cost_*.json"))]
@@ -381,7 +364,7 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
         return f"{rate:.0f}" if rate else ""
 
     columns = {
-        **{name: (lambda r, n=name: r[n]) for name in ("card", "arm", "precision", "kernels")},
+        **{name: operator.itemgetter(name) for name in ("card", "arm", "precision", "kernels")},
         "launches": lambda r: f"{sum(r['launches'].values()):.0f}",
         "measured launches": measured_launches,
         "eager operators": lambda r: f"{r['eager']['operators']:.0f}",

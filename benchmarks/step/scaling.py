@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks.common import arguments
 from benchmarks.common.arguments import positive_float, positive_int
 from benchmarks.common.records import fastest_gradnorm, write_json
-from benchmarks.common.tables import Record, make_table, plus_minus, with_notes
+from benchmarks.common.tables import Record, Row, make_table, plus_minus, with_notes
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
@@ -110,32 +110,27 @@ def days(images_per_s: float, epochs: float) -> float:
     return epochs * IMAGENET_IMAGES / images_per_s / 86400
 
 
-def gradient_bytes_of(config: ArchitectureConfig, classes: int) -> int:
+def gradient_bytes_of(network: Row) -> int:
     """Returns the bytes of all gradients of a network: 4 per weight.
 
     In every precision the gradients of float32 weights are float32.
     """
-    network, _ = build_model(config, classes)
-    return 4 * sum(p.numel() for p in network.parameters() if p.requires_grad)
+    options = {"model": network["model"], "img_size": network["img_size"]}
+    config = ArchitectureConfig(model_kwargs=tuple(network["model_kwargs"]), **options)
+    model, _ = build_model(config, network["classes"])
+    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def predict(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the predictions for all numbers of GPUs, for the JSON record."""
     rate, batch, steps = args.images_per_s, args.batch, args.grad_accum_steps
-    config = ArchitectureConfig(
-        model=args.model, model_kwargs=tuple(args.model_kwargs), img_size=args.img_size
-    )
-    card, classes, source = args.card or "h200", 1000, "given on the command line"
+    card, source = args.card or "h200", "given on the command line"
+    network = vars(args) | {"classes": 1000}
     if args.cost or args.predict:
         path, option = (args.cost, "--cost") if args.cost else (args.predict, "--predict")
         record, row = fastest_gradnorm(path, option, card if args.predict else None)
         rate, batch = row["images_per_s"], batch or record["batch"]
-        known, classes = record.get("architecture", record), record["classes"]
-        config = ArchitectureConfig(
-            model=known["model"],
-            model_kwargs=tuple(known["model_kwargs"]),
-            img_size=record["img_size"],
-        )
+        network = record | record.get("architecture", {})
         how = "from a prediction"
         if args.cost:
             how = f"measured on {record['device']}"
@@ -143,7 +138,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
             card = args.card or next((c for c in NVLINK_GB_PER_S if c in device), card)
         source = f"{how}: {row['arm']}, {row['precision']}, {path.name}"
     batch = batch or 64
-    nbytes = gradient_bytes_of(config, classes)
+    nbytes = gradient_bytes_of(network)
     intra = args.intra_node or NVLINK_GB_PER_S[card]
     links = Links(intra * 1e9, args.inter_node * 1e9 / 8, gpus_per_node=args.gpus_per_node)
     rows = []
@@ -167,8 +162,8 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         "meaning": "prediction: no run of several GPUs was measured",
         "source": source,
         "card": card,
-        "model": config.model,
-        "img_size": config.img_size,
+        "model": network["model"],
+        "img_size": network["img_size"],
         "images_per_s_of_one_gpu": rate,
         "batch": batch,
         "grad_accum_steps": steps,

@@ -431,7 +431,7 @@ def test_the_gradient_is_of_all_weights_and_leaves_the_network_alone() -> None:
         precision.dataclasses.replace(config, model_kwargs=("width=2",)), 10
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    (batch,) = precision.batches(None, 1, 2, 0, 0, torch.device("cpu"))
+    (batch,) = precision.batches(None, 1, 2, 0, 0)
     whole, penalty, ce = (
         precision.gradient(model, precision.Arm("gradnorm"), weight, batch)
         for weight in (0.8, precision.CE_WEIGHTS["penalty"], 1.8)
