@@ -291,10 +291,7 @@ def run(
 
 
 def last_lines(log: Path, number: int) -> list[str]:
-    """Returns the last lines of a log as a terminal would show them.
-
-    A progress bar, which rewrites its line, counts as one line.
-    """
+    """Returns the last lines of a log as a terminal shows them, a progress bar as one line."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in lines]
     return [line[:300] for line in lines if line][-number:]
@@ -434,7 +431,9 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
     time.monotonic() gives. budget_s: seconds in which parts may begin.
     """
     env = environment_of_parts(report.folder)
-    print(*report.head["notes"], sep="\n")
+    notes = report.head["notes"]
+    for note in notes:
+        print(note)
     entries: list[dict[str, Any]] = []
     groups: list[list[Part]] = []
     for part in parts:
@@ -462,7 +461,7 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
                 print(*entry["last_lines"], sep="\n")
             print(line_of(entry), flush=True)
     print(f"\n{report.key['device']}, commit {report.commit}, sources {report.key['sources']}")
-    print(*map(line_of, entries), *report.head["notes"], sep="\n")
+    print(*map(line_of, entries), *notes, sep="\n")
     print(f"{time.monotonic() - began:.0f} s -> {report.folder}")
     return int(any(entry["status"] in ("failed", "timed out") for entry in entries))
 

@@ -41,10 +41,7 @@ def hold(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON to a temporary file and renames it, so that `path` is never half-written.
-
-    Unlike fastgn.files, this works on a machine without fastgn.
-    """
+    """Writes JSON to a temporary file and renames it, so that `path` is never half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -30,19 +30,13 @@ def make_table(
 
 
 def with_notes(table: str, record: Record, *notes: str) -> str:
-    """Returns a Markdown table with a line below it that holds notes.
-
-    The line also names PyTorch's version and the JSON file from which the table was made.
-    """
+    """Returns a Markdown table with a line of notes, PyTorch's version and the record's name."""
     source = f"torch {record['versions']['torch']} (`benchmarks/results/{record['file']}`)."
     return f"{table}\n\n{'; '.join([*notes, source])}"
 
 
 def device(record: Record, cpu: str = "CPU") -> str:
-    """Returns the name of the device that a benchmark's JSON record was measured on.
-
-    cpu: name to return if it was measured without a GPU.
-    """
+    """Returns the name of the GPU that a JSON record was measured on, or else `cpu`."""
     return record["device"].replace("cpu", cpu)
 
 
@@ -52,18 +46,12 @@ def cores(record: Record) -> str:
 
 
 def plus_minus(value: Row | None, form: str) -> str:
-    """Returns "mean ± standard deviation" as text, or "" if `value` is None.
-
-    value: summary of some measurements. form: format of each number, such as ".2f".
-    """
+    """Returns "mean ± standard deviation" of a summary as text, or "" if it is None."""
     return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Returns the mean of some values as text, with their standard deviation if there are several.
-
-    form: format of each number, such as ".2f".
-    """
+    """Returns the mean of some values as text, with their deviation if there are several."""
     text = format(statistics.fmean(values), form)
     return f"{text} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else text
 

@@ -112,10 +112,7 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
 
 
 class Counter:
-    """Counts the floating-point operations of updates per image, on tensors without data.
-
-    network: on the CPU, with PyTorch's own operators. batch: number of images.
-    """
+    """Counts the floating-point operations of updates per image, on tensors without data."""
 
     def __init__(self, network: Classifier, batch: int, classes: int):
         self.batch = batch
@@ -202,10 +199,7 @@ class UpdateBench:
         self.optimizer.zero_grad()
 
     def update(self, step: RetryingStep, index: int = 0) -> None:
-        """Makes one update as fastgn.train does, without clipping and averaging of weights.
-
-        index: number of the update, which decides whether a lazy penalty is computed.
-        """
+        """Makes update number `index` as fastgn.train does, without clipping and averaging."""
         step([(self.images, self.targets)], self.ramp, index)
         self.apply_gradients()
 
@@ -222,10 +216,9 @@ class UpdateBench:
 
     @contextlib.contextmanager
     def attempt(self, found: Measurement, what: str, *, needed: bool = True) -> Iterator[None]:
-        """Catches errors in the with block, so that the other measurements go on.
+        """Writes an error of the with block into `found`, so that the other measurements go on.
 
-        found: results that get the error's text. what: name of the block for that text. needed:
-        whether the failure ends the measurement. If False, the text becomes a note.
+        needed: whether the failure ends the measurement. If False, the error becomes a note.
         """
         try:
             yield
@@ -267,10 +260,7 @@ class UpdateBench:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def peak_bytes(self, found: Measurement, own: int) -> dict[str, int]:
-        """Returns the bytes that an update needs, by what needs them.
-
-        own: bytes that the update keeps in memory between two calls.
-        """
+        """Returns the bytes that an update needs. own: those that it keeps between two calls."""
         before = self.allocated()
         torch.cuda.reset_peak_memory_stats(self.device)
         self.cycle(found)
@@ -692,7 +682,8 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     save(complete=True)
     failed = [f"{m.arm.key}: {m.why_not}" for m in measured.values() if m.why_not]
     print(table(record))
-    print(*[f"skipped: {line}" for line in skipped], sep="\n")
+    for line in skipped:
+        print(f"skipped: {line}")
     print(f"{len(record['rows'])} arms timed, {len(failed)} failed -> {output}")
     return int(len(failed) == len(measured))
 

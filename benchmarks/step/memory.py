@@ -177,10 +177,7 @@ def measure_all(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
-    """Appends to `saved` the bytes that tensors take when the last backward of an update begins.
-
-    meter: counts these bytes.
-    """
+    """Appends to `saved` the bytes that tensors take whenever a backward begins."""
     backward = torch.autograd.backward
 
     def noted(*args: Any, **kwargs: Any) -> None:

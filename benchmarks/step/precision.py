@@ -92,10 +92,7 @@ def choose_arms(fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
 
 
 def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the gradient of all parameters as one vector (P,), in float64 on the CPU.
-
-    arm: how the gradient is computed. `model` is not changed.
-    """
+    """Returns the gradient of all parameters as one vector (P,), in float64 on the CPU."""
     model = copy.deepcopy(model)  # BatchNorm counts what it has seen
     objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
     step = Step(model, objective, arm.options())

@@ -36,6 +36,8 @@ class Gpu:
     """Bytes of shared memory per block."""
     l2_bytes: int
     memory_bytes: int
+    link_bytes_per_s: float
+    """Bytes per second of NVLink in one direction: half of the number in NVIDIA's data sheet."""
     source: str
     """Source of the bandwidth and of the FLOP rates."""
 
@@ -53,20 +55,20 @@ _MIB, _GB = 1 << 20, 10**9
 GPUS = {
     "h200": Gpu(
         *("NVIDIA H200", (9, 0), 132, 4.3e12, _rates(790e12, 494e12, 67e12)),
-        *(227 << 10, 50 * _MIB, 141 * _GB, _HOPPER),
+        *(227 << 10, 50 * _MIB, 141 * _GB, 450e9, _HOPPER),
     ),
     "h100": Gpu(
         *("NVIDIA H100 80GB HBM3", (9, 0), 132, 3.0e12, _rates(798e12, 494e12, 67e12)),
-        *(227 << 10, 50 * _MIB, 80 * _GB, _HOPPER),
+        *(227 << 10, 50 * _MIB, 80 * _GB, 450e9, _HOPPER),
     ),
     "a100": Gpu(
         *("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2.039e12, _rates(312e12, 156e12, 19.5e12)),
-        *(163 << 10, 40 * _MIB, 80 * _GB),
+        *(163 << 10, 40 * _MIB, 80 * _GB, 300e9),
         "peaks of NVIDIA's data sheet: no A100 reaches them",
     ),
     "v100": Gpu(  # the step has no precision for its fp16 matrix units
         *("Tesla V100-SXM2-32GB", (7, 0), 80, 0.9e12, {"fp32": 15.7e12}),
-        *(96 << 10, 6 * _MIB, 32 * _GB),
+        *(96 << 10, 6 * _MIB, 32 * _GB, 150e9),
         "peaks of NVIDIA's data sheet: no V100 reaches them",
     ),
 }
@@ -82,10 +84,7 @@ def run_backward(
     allow_unreachable: bool = False,
     accumulate_grad: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Computes gradients in place of PyTorch's engine, which asks the CUDA driver for streams.
-
-    The arguments are those of the engine's method run_backward.
-    """
+    """Computes gradients as PyTorch's engine, which would ask the CUDA driver for streams."""
 
     def edge(x: Tensor | GradientEdge) -> GradientEdge:
         return get_gradient_edge(x) if isinstance(x, Tensor) else x

@@ -34,16 +34,12 @@ from benchmarks.common import arguments
 from benchmarks.common.arguments import positive_float, positive_int
 from benchmarks.common.records import fastest_gradnorm, write_json
 from benchmarks.common.tables import Record, Row, make_table, plus_minus, with_notes
+from benchmarks.step.pretend import GPUS
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
 
 IMAGENET_IMAGES = 1_281_167
-NVLINK_GB_PER_S = {"h200": 450.0, "a100": 300.0, "v100": 150.0}
-"""GPU -> GB per second of its NVLink in one direction.
-
-These are half of the 900, 600 and 300 GB/s in NVIDIA's data sheets of the SXM cards.
-"""
 INTRA_LATENCY_S, INTER_LATENCY_S = 3.4e-6, 14.0e-6
 """Seconds per hop of NCCL's ring (protocol "simple") over NVLink and over the network.
 
@@ -135,12 +131,12 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         if args.cost:
             how = f"measured on {record['device']}"
             device = record["device"].lower()
-            card = args.card or next((c for c in NVLINK_GB_PER_S if c in device), card)
+            card = args.card or next((c for c in GPUS if c in device), card)
         source = f"{how}: {row['arm']}, {row['precision']}, {path.name}"
     batch = batch or 64
     nbytes = gradient_bytes_of(network)
-    intra = args.intra_node or NVLINK_GB_PER_S[card]
-    links = Links(intra * 1e9, args.inter_node * 1e9 / 8, gpus_per_node=args.gpus_per_node)
+    intra = args.intra_node * 1e9 if args.intra_node else GPUS[card].link_bytes_per_s
+    links = Links(intra, args.inter_node * 1e9 / 8, gpus_per_node=args.gpus_per_node)
     rows = []
     for gpus in args.gpus:
         update_s = update_seconds(gpus, batch / rate, steps, nbytes, links, args.overlap)
@@ -230,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm")
     add("--predict", type=Path, help="record of predict.py, in the same way")
     add = parser.add_argument
-    add("--card", choices=NVLINK_GB_PER_S, help="default: the card of --cost, or h200")
+    add("--card", choices=GPUS, help="default: the card of --cost, or h200")
     add("--model", default="swin_b", help="if neither --cost nor --predict names it")
     add("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'")
     add("--img-size", type=int, help="height and width of the images in pixels")
