@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from benchmarks.common.records import hold
+from fastgn.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,8 +60,6 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
 
     If the user made a mistake (UserError), prints it in one line and returns 2.
     """
-    from fastgn.errors import UserError
-
     try:
         return run()
     except UserError as error:

@@ -8,11 +8,14 @@ record at once.
 import atexit
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from fastgn import files
+from fastgn.errors import UserError, check
+from fastgn.lock import lock_file
 
 HELD: dict[Path, contextlib.AbstractContextManager[None]] = {}
 """Path of a JSON record -> the file lock that this process holds on it until the process ends."""
@@ -24,9 +27,6 @@ def hold(path: Path) -> None:
     If another process has locked the record already, ends this process with one line. Programs call
     this before they measure, because otherwise their measurements would be lost.
     """
-    from fastgn.errors import UserError
-    from fastgn.lock import lock_file
-
     real = path.resolve()
     if real in HELD:
         return
@@ -41,11 +41,9 @@ def hold(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON to a temporary file and renames it, so that `path` is never half-written."""
+    """Writes indented JSON atomically. Makes the folder of the file if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+    files.write_json(path, content)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,8 +107,6 @@ def fastest_gradnorm(path: Path, option: str, card: str | None = None) -> tuple[
     option: flag that gave the path, for messages. card: name of the GPU in a record of predict.py.
     Raises UserError if there is no such result, or if the times were measured on a CPU.
     """
-    from fastgn.errors import check
-
     record = read_json(path)
     check("rows" in record, f"{option} {path} is not a JSON record of that benchmark")
     wrong = f"{option} {path}: its times were measured without a GPU: give a record of a GPU"
