@@ -104,7 +104,7 @@ def test_a_key_of_another_kind_is_named(key, tmp_path):
 
 def test_a_newer_version_is_named(tmp_path):
     path = save_state(tmp_path / "update_00000001.pt", small_values(1) | {"format": FORMAT + 1})
-    later = f"has format {FORMAT + 1}, but this version of fastgn reads {FORMAT}: update fastgn"
+    later = f"has format {FORMAT + 1}, but this version of fastgn reads {FORMAT}"
     assert refused_state(path) == f"{path} {later}: update fastgn"
     save_state(path, small_values(1, later=1))
     assert "holds 'later', which this version of fastgn does not know: a newer" in refused_state(

@@ -323,8 +323,8 @@ def find_schedule_conflict(
         )
     if schedule in ("finite-difference", "central-difference") and not allows_differences:
         return (
-            "computes only the L1 norm of the loss's gradient, but with these options {name} has "
-            "another penalty: use exact"
+            "computes only the L1 norm of the loss's gradient, but with these options "
+            f"{name} has another penalty: use exact"
         )
     if schedule == "central-difference" and ce_weight < 1e-7:
         return (

@@ -7,9 +7,26 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-INDUCTOR = {"bucket_all_reduces_fx": "all"}
+BUCKET_MB = 40
+"""Megabytes of gradients that one all-reduce sums.
+
+PyTorch's default joins all gradients, so that their sum begins when the backward has ended.
+Inductor begins an all-reduce only after the one before has been waited for, so a few large ones
+hide behind the kernels better than many small ones.
+"""
+
+
+def size_bucket(index: int) -> int:
+    """Returns the megabytes of a bucket. index: number of the bucket."""
+    return BUCKET_MB
+
+
+INDUCTOR = {
+    "bucket_all_reduces_fx": "all",
+    "bucket_all_reduces_fx_bucket_size_determinator": size_bucket,
+}
 """Options of torch.compile that join the all-reduces of several weights into one, and begin each of
-these as early as its gradients are there."""
+these when its gradients are known."""
 
 
 @torch.library.custom_op("fastgn::zero_summed", mutates_args=())
@@ -46,7 +63,7 @@ class SummedInBackward(nn.Module):
 
     The gradients come out as those of `slots`, one tensor for each weight, in the slot's dtype.
     Nothing in a compiled graph reads them, neither a cast nor a division. The compiler can thus
-    begin an all-reduce as soon as its gradients are known, and wait for it at the end.
+    begin an all-reduce as soon as its gradients are known, and compute meanwhile.
 
     module: computes the loss, divided by the number of processes. group: name of the process group.
     """

@@ -181,7 +181,8 @@ def test_cifar10_images_of_two_sizes_name_the_odd_one(tmp_path):
     write_tree(tmp_path, CIFAR10_CLASSES, ("train", "test"))
     odd = tmp_path / "train" / "bird" / "1.png"
     Image.fromarray(coloured(0, 7)).save(odd)
-    with pytest.raises(UserError, match=f"{odd} is .7, 7, 3., not .6, 6, 3."):
+    shapes = "has shape .7, 7, 3., but the first image has .6, 6, 3."
+    with pytest.raises(UserError, match=f"{odd} {shapes}"):
         cifar10(tmp_path)
 
 

@@ -88,10 +88,10 @@ MISSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "SDPA": (CallsAttention, "it calls scaled_dot_product_attention as a function, which has no"),
     "multi-head": (lambda: nn.MultiheadAttention(4, 2), "its attention is a function, which has"),
-    "transformers' GELU": (GELUActivation, "swap_modules does not know test_survey.GELUActivation"),
+    "transformers' GELU": (GELUActivation, f"swap_modules does not know {__name__}.GELUActivation"),
     "transformers' attention": (
         ViTSelfAttention,
-        "swap_modules does not know test_survey.ViTSelfAttention",
+        f"swap_modules does not know {__name__}.ViTSelfAttention",
     ),
     "torchvision's attention": (
         lambda: torchvision.models.swin_transformer.ShiftedWindowAttention(4, [2, 2], [0, 0], 2),

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.double_backward import compile_double_backward
-from fastgn.step.losses import LossModule, LossModules
+from fastgn.step.losses import LossModule
 
 # traced and differentiated as for Inductor, but no code is generated
 compiled = functools.partial(compile_double_backward, backend="aot_eager")
@@ -150,22 +150,22 @@ class Network(nn.Module):
 def test_copies_of_a_schedules_losses():
     torch._dynamo.reset()
     methods = {"penalty": "gradnorm", "plain": "natural"}
-    losses = LossModules(
+    losses = nn.ModuleDict(
         {
             name: compiled(LossModule(Network(), build_objective(ObjectiveConfig(method)), "fp32"))
             for name, method in methods.items()
         }
     )
     batch = torch.rand(2, 3, 2, 2), torch.tensor([0, 2]), torch.ones(())
-    before = {name: losses(name, *batch).total for name in losses}
+    before = {name: losses[name](*batch).total for name in losses}
     other = copy.deepcopy(losses)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(2)
     for name, total in before.items():
-        assert not torch.allclose(other(name, *batch).total, total)
-        torch.testing.assert_close(losses(name, *batch).total, total)
-        other(name, *batch).total.backward()
+        assert not torch.allclose(other[name](*batch).total, total)
+        torch.testing.assert_close(losses[name](*batch).total, total)
+        other[name](*batch).total.backward()
     assert all(p.grad is None for p in losses.parameters())
 
 
