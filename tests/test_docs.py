@@ -26,6 +26,7 @@ from fastgn.objectives import METHODS
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md"]
 PAGES += [ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+PAGES += [ROOT / "examples" / "launch" / "README.md"]
 TORCHRUN = {"nproc-per-node", "nnodes", "max-restarts", "signals-to-handle", "shutdown-timeout"}
 OTHERS = {"help", "list", "signal", *TORCHRUN}
 """Flags that are no field: --help, torchrun's, and the --list of fastgn.train."""
@@ -162,8 +163,8 @@ def test_flags_in_the_text_exist(page: Path) -> None:
     known = set().union(*map(flags_of, programs))
     spans = re.findall(r"`([^`]+)`", prose(page))
     given = {f for span in spans for f in re.findall(r"(?<!\S)--([\w-]+)", span)}
-    pip = {"editable"}
-    assert given <= known | pip
+    pip, sbatch = {"editable"}, {"gpus-per-node", "gpus-per-task"}
+    assert given <= known | pip | sbatch
 
 
 @every_page
