@@ -64,8 +64,8 @@ def leaf_gradient(
 ) -> Gradient:
     """Returns each image's loss and its gradient with respect to the image.
 
-    Unlike `input_gradient` it expects images that are a leaf and require grad already, as
-    torch.compile needs them.
+    Unlike `input_gradient`, it does not make the images a leaf that requires grad, because
+    torch.compile cannot compile that. The caller must have done so.
     """
     loss_B = loss(model(images_BCHW), targets)
     (grad_BCHW,) = torch.autograd.grad(loss_B.sum(), images_BCHW)
@@ -85,9 +85,10 @@ def l2_norm(x_BCHW: Tensor) -> Tensor:
 def draw_uniform_noise(
     seeds: Sequence[int], shape: Sequence[int], eps: float, norm: Norm
 ) -> Tensor:
-    """Returns noise that is uniform in the eps ball, `(B, *shape), fp32`, on the CPU.
+    """Returns noise drawn uniformly from the ball of radius eps, `(B, *shape), fp32`, on the CPU.
 
-    The noise of an image depends only on the image's seed.
+    seeds: one seed per image. The noise of an image depends only on its seed. shape: shape of one
+    image.
     """
     draws = []
     for seed in seeds:
@@ -109,7 +110,12 @@ def attack_step(
     step_size: float | Tensor,
     norm: Norm,
 ) -> Tensor:
-    """Returns images after one step of steepest ascent, projected on the eps ball and on 0..1."""
+    """Returns attacked images after one step of steepest ascent.
+
+    The result is projected on the ball of radius eps around the original images, and on 0..1.
+    adversarial_BCHW: the attacked images before the step. images_BCHW: the original images.
+    grad_BCHW: gradient of the loss at the attacked images.
+    """
     if norm == "Linf":
         return fgsm_step(adversarial_BCHW, images_BCHW, grad_BCHW, eps, step_size)
     moved = adversarial_BCHW + step_size * grad_BCHW / l2_norm(grad_BCHW).clamp_min(1e-12)
@@ -125,7 +131,11 @@ def fgsm_step(
     eps: float,
     step_size: float | Tensor,
 ) -> Tensor:
-    """Returns images after one signed step, projected on the Linf eps ball and on 0..1."""
+    """Returns attacked images after one step in the direction of the gradient's sign.
+
+    The result is projected on the Linf ball of radius eps around the original images, and on 0..1.
+    See `attack_step` for the arguments.
+    """
     moved = adversarial_BCHW + step_size * grad_BCHW.sign()
     return torch.clamp(moved, images_BCHW - eps, images_BCHW + eps).clamp(0, 1)
 
@@ -147,8 +157,9 @@ def pgd(
     """Returns images attacked by projected gradient ascent on the cross-entropy (Madry et al.
     2018).
 
-    start: initial perturbation. None means uniform in the Linf eps ball. gradient: function that
-    returns the gradient; give another one to attack another loss.
+    start: initial perturbation. None means a uniform draw from the Linf ball of radius eps.
+    gradient: function that computes losses and input gradients. Give another one to attack another
+    loss.
 
     select: which iterate is returned. 'last' is the last one. 'best' is each image's iterate with
     the highest loss, which costs one more forward pass. 'paper' is the same, but the last forward
@@ -195,11 +206,12 @@ def restarted_pgd(
 ) -> Tensor:
     """Returns images attacked by one run of PGD from each of several starts.
 
-    An image that is misclassified at the end of a run keeps that perturbation and is not attacked
-    again. The function waits for the device once per start.
+    An image that is misclassified at the end of a run keeps the perturbation of that run and is not
+    attacked again. The function waits for the device once per start.
 
-    starts: initial perturbations. step_size: None means 2.5 eps / steps. judge: fp32 model that
-    decides whether an image is misclassified. None means the attacked model.
+    starts: initial perturbations of all images, one tensor per run. step_size: None means
+    2.5 eps / steps. judge: fp32 model that decides whether an image is misclassified. None means
+    the attacked model.
     """
     gradient = partial(input_gradient, loss=loss)
     result = images_BCHW.clone()
@@ -290,10 +302,10 @@ def autoattack(
 
 @contextlib.contextmanager
 def collect_autoattack_warnings() -> Iterator[list[str]]:
-    """Yields a list to which the warnings that AutoAttack logs inside the block are added, each
-    once.
+    """Yields a list that collects the warnings that AutoAttack logs inside the block.
 
-    The warnings are collected even if the configuration of the logger would suppress them.
+    A repeated warning is added only once. The warnings are collected even if the configuration of
+    the logger would suppress them.
     """
     lines: list[str] = []
 
@@ -328,7 +340,8 @@ def count_correct(
 
     The result is an int64 scalar on the device. Reading it waits for the device.
 
-    attack: applied to each batch first. None means no attack.
+    attack: function (model, images, labels) -> attacked images, which are then classified. None
+    means no attack.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     for images_BCHW, labels_B in batches:

@@ -1,4 +1,7 @@
-"""The checkpoints of a run: written whole, kept for a while, and read with everything checked."""
+"""Writes, keeps and reads the checkpoints of a run.
+
+A checkpoint is written completely or not at all. Everything in it is checked when it is read.
+"""
 
 import os
 import re
@@ -15,8 +18,8 @@ from fastgn.files import atomic_open, check_regular, read_archive, remove_file
 from fastgn.state import TrainState, as_dict, read_fields
 
 FORMAT = 1
-"""Version of the checkpoint's content. It is raised when older versions of fastgn could not use the
-content."""
+"""Version number of the checkpoint's content. It grows with every change of the content that older
+versions of fastgn could not use."""
 
 
 class Checkpoints:
@@ -29,14 +32,15 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         """Uses the folder checkpoints/ in a run's folder.
 
-        folder: the run's folder. keep: number of update_*.pt files that stay.
+        folder: the run's folder. keep: number of the newest update_*.pt files that `save` keeps.
         """
         self.folder = folder / "checkpoints"
         self.keep = keep
         self._thread = ThreadPoolExecutor(1)
         """Thread that writes files while the training goes on. It starts with the first file."""
         self._writing: Future[Path] | None = None
-        """The file that the thread writes, or has written. None once `wait` has seen it."""
+        """Result of the last write, which may still be going on. None means that `wait` has
+        returned since then."""
 
     def path(self, update: int) -> Path:
         """Returns the file of the checkpoint after an update."""
@@ -47,7 +51,8 @@ class Checkpoints:
         return self.folder / f"epoch_{epoch:04d}.pt"
 
     def all(self) -> list[Path]:
-        """Returns update_*.pt, oldest first. Folders of such a name are left out."""
+        """Returns the paths of all files update_*.pt, oldest first. Folders with such a name are
+        left out."""
         found = (
             p
             for p in self.folder.glob("update_*.pt")
@@ -56,7 +61,7 @@ class Checkpoints:
         return sorted(found, key=lambda p: int(p.stem.split("_")[1]))
 
     def last(self) -> Path | None:
-        """Returns the newest update_*.pt. None means that there is none."""
+        """Returns the path of the newest file update_*.pt, or None if no such file exists."""
         paths = self.all()
         return paths[-1] if paths else None
 
@@ -69,14 +74,17 @@ class Checkpoints:
     ) -> Path:
         """Writes update_N.pt and returns its path.
 
-        Also removes the oldest update_*.pt, and those after this update, which remain if the run
-        went back to an earlier checkpoint. best: whether best.pt becomes another name of the new
-        file. keep_epoch: if not None, epoch_M.pt becomes another name of the new file too.
+        Also removes the oldest files update_*.pt, so that `keep` of them stay. Files of later
+        updates are removed too. They exist if the run was continued from an earlier checkpoint.
+
+        best: whether best.pt becomes another name of the new file. keep_epoch: number M of an
+        epoch. If it is not None, epoch_M.pt becomes another name of the new file too.
         """
         path = self.path(state.update)
         names = [self.folder / "best.pt"] if best else []
         names += [] if keep_epoch is None else [self.epoch_path(keep_epoch)]
-        # update_N.pt last: a kill between two names replays the update that they belong to
+        # create update_N.pt last: if the process is killed before that, the run continues from the
+        # checkpoint before it, and writes all of these names again
         first, *others = [*names, path]
         with atomic_open(first) as file:
             torch.save({"format": FORMAT, **as_dict(state)}, file)
@@ -93,7 +101,7 @@ class Checkpoints:
     ) -> None:
         """Copies the state to the host's memory, and lets a thread call `save` with the copy.
 
-        First waits until the file before it is written, as `wait` does.
+        First waits until the previous file is written, as `wait` does.
         """
         self.wait()
         copied = state.copy_to_host()
@@ -121,7 +129,8 @@ class Checkpoints:
     def remove_leftovers(self) -> None:
         """Removes files that a killed process has left half-written.
 
-        Only a process that holds the lock of the run's folder may call it.
+        Only a process that holds the lock of the run's folder may call this, because another
+        process could still be writing such a file.
         """
         for left in self.folder.glob(".*.tmp"):
             remove_file(left)
@@ -182,9 +191,10 @@ def read_config(text: str, path: Path) -> Config:
 
 
 def find_checkpoint(where: Path, flag: str = "--resume") -> Path:
-    """Returns the checkpoint that a flag names. That is a file, or the last one in a run's folder.
+    """Returns the path of the checkpoint that a flag names.
 
-    Raises UserError if there is none.
+    where: the checkpoint itself, or a run's folder, which stands for its last checkpoint. flag: the
+    flag, for messages. Raises UserError if no checkpoint is found.
     """
     if where.is_file():
         return where

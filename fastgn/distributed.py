@@ -1,6 +1,7 @@
-"""Processes of a run: their ranks, their devices, and collectives beside those of the gradients.
+"""The processes of a run, with their ranks, their devices and the collectives between them.
 
-Collectives "among hosts" use gloo and CPU memory, so that no device has to finish its work.
+Collectives on Python values use gloo and CPU memory, so that no host has to wait for its device.
+The collectives that sum gradients are in fastgn.step.
 """
 
 import contextlib
@@ -17,8 +18,8 @@ from fastgn.errors import UserError, check, first_line
 from fastgn.heartbeat import Heartbeat, is_connection_loss
 
 MEETING_TIMEOUT = timedelta(minutes=30)
-"""Time that a collective waits for a rank that is alive, because it may download or compile
-alone."""
+"""Longest time that a collective waits for a rank. It is long because a rank may download or
+compile something while the others wait."""
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets for each process of a job."""
 
@@ -33,9 +34,11 @@ class World:
     """Number of processes."""
     device: torch.device
     control: "torch.distributed.ProcessGroup | None" = None
-    """Process group with gloo, with which hosts agree without waiting for their devices."""
+    """Process group that uses gloo, so that the hosts exchange values without waiting for their
+    devices. None means that there is one rank."""
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
-    """Context managers that end with the process group, such as the lock on a run's folder."""
+    """Context managers that are left at the end of the session, such as the lock on a run's
+    folder."""
     heartbeat: Heartbeat | None = None
     """Detects ranks that have stopped. None means that there is one rank."""
 
@@ -57,17 +60,17 @@ class World:
         return value
 
     def broadcast(self, value: Tensor) -> None:
-        """Replaces a tensor by the first rank's, in place."""
+        """Replaces a tensor by the tensor of the first rank, in place."""
         if self.size > 1:
             self._count_collective()
             torch.distributed.broadcast(value, src=0)
 
     def any(self, flag: bool) -> bool:
-        """Returns whether `flag` is True on any rank. The devices are not waited for."""
+        """Returns whether `flag` is True on any rank. Does not wait for the devices."""
         return self.min(-float(flag)) < 0
 
     def min(self, value: float) -> float:
-        """Returns the smallest value of all ranks. The devices are not waited for."""
+        """Returns the smallest of the values that the ranks pass. Does not wait for the devices."""
         if self.size == 1:
             return value
         self._count_collective()
@@ -76,8 +79,8 @@ class World:
         return float(least.item())
 
     def gather(self, items: list[str]) -> list[str]:
-        """Returns the items of all ranks, in the order of the ranks. The devices are not waited
-        for."""
+        """Returns the items of all ranks, in the order of the ranks. Does not wait for the
+        devices."""
         if self.size == 1:
             return list(items)
         self._count_collective()
@@ -86,8 +89,8 @@ class World:
         return [item for part in parts for item in part]
 
     def share(self, value: Any) -> Any:
-        """Returns the first rank's value, which must support pickle. The devices are not waited
-        for."""
+        """Returns the first rank's value, which must support pickle. Does not wait for the
+        devices."""
         if self.size == 1:
             return value
         self._count_collective()
@@ -114,7 +117,7 @@ class World:
             self.barrier()
 
     def barrier(self) -> None:
-        """Waits until all ranks have called it."""
+        """Waits until all ranks have called this method."""
         if self.size > 1:
             self._count_collective()
             torch.distributed.barrier()
@@ -133,7 +136,8 @@ def session(
     Without torchrun there is one process and no group.
 
     device: auto, cpu or cuda. rank_timeout: minutes after which a rank that gives no sign of life
-    ends the job. meeting_timeout: time that hosts wait for a rank that is alive.
+    ends the job. meeting_timeout: longest time that a collective with gloo waits for a rank that is
+    alive but late.
 
     Raises UserError if CUDA is demanded but missing, or if there are more processes than GPUs. Also
     raises UserError if torchrun's variables are incomplete, or if the connection to a rank is lost.
@@ -162,9 +166,10 @@ def session(
             return
         limit = timedelta(minutes=rank_timeout)
         store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
-        # torchrun's store may contain reports of dead ranks from an earlier start of the job, and
-        # a start with another number of ranks may not count as a restart; without that store,
-        # machines that have joined later have counted fewer restarts
+        # torchrun's store may contain reports of dead ranks from an earlier start of the job, so
+        # the keys of this start begin with its number and, because a start with another number of
+        # ranks may not count as a restart, with the number of ranks. Without torchrun's store the
+        # number is 0, because machines that have joined later have counted fewer restarts.
         start = count_restarts() if has_agent_store() else 0
         store = torch.distributed.PrefixStore(f"fastgn/{start}/{size}", store)
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -190,14 +195,14 @@ def session(
             if not is_connection_loss(error):
                 raise
             raise UserError(heartbeat.explain_failure(error)) from None
-        # after an error, this would make the other ranks fail before print_error has printed it
+        # not after an error, because the other ranks would fail before print_error has printed it
         torch.distributed.destroy_process_group()
 
 
 def read_ranks() -> tuple[int, int, int]:
     """Returns (rank, number of ranks, rank on this machine) from torchrun's variables.
 
-    Raises UserError if some are missing or contradict each other.
+    Raises UserError if some of the variables are missing or contradict each other.
     """
     given = {name: os.environ.get(name, "").strip() for name in VARIABLES}
     if given["WORLD_SIZE"] in ("", "1"):
@@ -227,7 +232,8 @@ def is_under_torchrun() -> bool:
 
 
 def has_agent_store() -> bool:
-    """Returns whether torchrun itself serves the store. The store then outlives the ranks."""
+    """Returns whether torchrun itself serves the job's key-value store, which then outlives the
+    ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -242,7 +248,7 @@ def count_local_ranks() -> int:
 
 
 def connect_to_store(limit: timedelta, *, serve: bool = False) -> torch.distributed.TCPStore:
-    """Returns the job's store, which this process serves if `serve` is True.
+    """Returns the job's key-value store, which this process serves if `serve` is True.
 
     limit: time to wait for a connection. Raises UserError if the store cannot be served or reached.
     """
@@ -264,7 +270,11 @@ def connect_to_store(limit: timedelta, *, serve: bool = False) -> torch.distribu
 
 
 def share_across_restarts(key: str, value: str) -> str:
-    """Returns the value that the first start of a torchrun job passed, also on later restarts."""
+    """Returns the value that was passed for a key when a torchrun job was first started.
+
+    Ranks that torchrun restarts therefore get the same value again. If torchrun serves no store,
+    returns `value`.
+    """
     if not has_agent_store():
         return value
     return connect_to_store(timedelta(minutes=1)).compare_set(f"fastgn/{key}", "", value).decode()

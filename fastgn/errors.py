@@ -41,8 +41,8 @@ def check(condition: bool, message: str) -> None:
 def check_name(name: str, valid: Iterable[str], message: str) -> None:
     """Raises UserError unless a name is valid.
 
-    message: how the error begins. Suggestions follow it, which take too long to look for if the
-    name is valid.
+    message: beginning of the error's message. Suggestions follow it. They are computed only if the
+    name is not valid, because that takes long.
     """
     if name not in valid:
         raise UserError(f"{message}: {nearest(name, valid)}")
@@ -52,10 +52,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns a question that suggests similar names, or a list of the valid names if none is
     similar.
 
-    Names that differ by a typing error, or by very little, are suggested alone. Otherwise names
-    that begin with the text come first. Names that contain or abbreviate it come next, and then
-    names that look like it. If no name is similar and more than 60 names are valid, only their
-    number is given.
+    Names that differ from `name` by a typing error, or by very little, are suggested alone.
+    Otherwise names that begin with `name` come first. Names that contain or abbreviate `name` come
+    next, and then names that look like it. If no name is similar and more than 60 names are valid,
+    the text gives only their number.
     """
     names = sorted(set(valid))
     close = find_mistyped(name, names) or find_similar(name, names)
@@ -67,7 +67,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def find_mistyped(name: str, names: Sequence[str]) -> list[str]:
-    """Returns the names with the fewest edits from `name`: at most two, or one if it is short."""
+    """Returns the names that differ from `name` by the fewest edits.
+
+    Returns no names if more than two edits are needed, or more than one if `name` is short.
+    """
     text = simplify(name)
     allowed = 2 if len(text) > 5 else 1
     found = {
@@ -80,9 +83,9 @@ def find_mistyped(name: str, names: Sequence[str]) -> list[str]:
 
 
 def find_similar(name: str, names: Sequence[str]) -> list[str]:
-    """Returns the names that are similar to a text, the most similar first.
+    """Returns the names that are similar to `name`, the most similar first.
 
-    If the first one is very similar, it is returned alone.
+    If the first of them is very similar, it is returned alone.
     """
     text = simplify(name)
     ratios = {n: difflib.SequenceMatcher(None, simplify(n), text).ratio() for n in names}
@@ -102,8 +105,10 @@ def find_similar(name: str, names: Sequence[str]) -> list[str]:
 
 
 def simplify(name: str) -> str:
-    """Returns a name in the form in which names are compared: lower case, without a flag's
-    dashes."""
+    """Returns a name in lower case, without a flag's leading dashes, and with - in place of _.
+
+    Names are compared in this form.
+    """
     return name.lstrip("-").lower().replace("_", "-")
 
 
@@ -164,9 +169,9 @@ def first_line(error: BaseException) -> str:
 def print_error(line: str) -> None:
     """Prints a mistake to stderr, once for all ranks.
 
-    torchrun ends all ranks as soon as one exits with an error. Other ranks than the first therefore
-    wait for 10 seconds. If only one rank has the error, such as an unreadable image, it survives
-    the wait and prints its own message.
+    If all ranks have the error, only the first rank prints it. The others wait for 10 seconds, and
+    torchrun ends them meanwhile, because the first rank exits with an error. If only one rank has
+    the error, such as an unreadable image, it is not ended and prints the error after the wait.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
@@ -182,7 +187,7 @@ def print_stopped(program: str, how: str = "run the same command again to contin
 def print_line(line: str, file: TextIO | None = None) -> None:
     """Prints a line to stderr or to `file`. Unprintable characters are replaced by escapes.
 
-    Does nothing if a terminal that has been closed makes that impossible.
+    Does nothing if the terminal has been closed.
     """
     with tolerate_hangup():
         print(escape(line), file=file or sys.stderr, flush=True)
@@ -190,7 +195,7 @@ def print_line(line: str, file: TextIO | None = None) -> None:
 
 @contextlib.contextmanager
 def tolerate_hangup() -> Iterator[None]:
-    """Ignores the error of a block that writes to a terminal that has been closed."""
+    """Ignores the error that is raised if the block writes to a terminal that has been closed."""
     try:
         yield
     except OSError as error:
@@ -202,9 +207,9 @@ def tolerate_hangup() -> Iterator[None]:
 def tolerate_failure(
     what: str, report: Callable[[str], None] | None = print_line
 ) -> Iterator[list[Exception]]:
-    """Runs a block that a run or an evaluation can do without, such as drawing a picture.
+    """Runs a block whose failure must not end the program, such as drawing a picture.
 
-    If the block fails, the error is reported in one line. Yields a list that then holds the error.
+    If the block fails, the error is reported in one line, and added to the list that is yielded.
 
     what: what the block does, for the message. report: function that is called with the message.
     None means no message.

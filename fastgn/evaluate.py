@@ -84,7 +84,7 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         "models": entries,
         **environment(),
     }
-    write_json(output, record)  # save it already, because the analyses may take as long again
+    write_json(output, record)  # save now, because the analyses may take as long again
     print_results(entries, cfg)
     print_line(f"written: {output}", sys.stdout)
     if cfg.statistics or cfg.sanity:
@@ -198,8 +198,8 @@ def analyse_model(
 ) -> dict[str, Any]:
     """Returns what --statistics and --sanity add to a model's entry in evaluation.json.
 
-    Results are saved one by one. Those that a killed evaluation has saved are not computed again.
-    where: value of --checkpoint for this model.
+    Each result is saved as soon as it is known. Results that a killed evaluation has saved are not
+    computed again. where: value of --checkpoint for this model. parts: the saved results.
     """
     subset = take_evenly_spaced(images, cfg.analysis_images)
     eps, ids = cfg.eps[-1], subset.indices
@@ -260,8 +260,8 @@ def measure_checkpoint(
 ) -> list[float] | None:
     """Returns a checkpoint's epoch, and the mean L1 norm of the input gradient with its weights.
 
-    If the run averages its weights, the averaged weights are used. None means that the checkpoint
-    does not hold its epoch, because an older version has written it.
+    If the run averages its weights, the averaged weights are used. Returns None if the checkpoint
+    does not hold its epoch, because an older version of fastgn has written it.
     """
     state = load_checkpoint(path)
     if state.epoch is None:

@@ -96,8 +96,8 @@ def load(path=Path(__file__).with_name("weights.pt")):
 """Template of model.py.
 
 The normalisation is a wrapper around the network, and the weights have the keys of the network
-itself. RobustBench's loader can read such a file. For ImageNet it adds `model.` to the beginning of
-the keys, and for CIFAR-10 it does not change them."""
+itself. RobustBench's loader can read such a file. For ImageNet, this loader adds `model.` to the
+beginning of the keys. For CIFAR-10, it does not change them."""
 
 SWAP_ACTIVATIONS = """    for parent in list(network.modules()):
         for name, child in parent.named_children():
@@ -132,7 +132,8 @@ def literal(value: Any) -> str:
 def write_definition(trained: Trained) -> str:
     """Returns the text of model.py, which builds the network as `network.build_model` does.
 
-    It needs no fastgn. If the network is one of fastgn's own, the text contains its source.
+    model.py does not import fastgn. If the network is one of fastgn's own, the text contains the
+    source of its class.
     """
     cfg = trained.cfg.architecture.started()
     name = create.check_name(cfg)
@@ -189,9 +190,9 @@ def is_from_torch(kind: type) -> bool:
 def check_same(source: str, pickled: bytes, trained: Trained) -> None:
     """Raises UserError unless the exported network gives the logits of the trained model.
 
-    The text of model.py and the bytes of weights.pt run in another process, in a temporary folder
-    and without fastgn. This shows that the files are enough, and it protects this process from what
-    they do. Two random images are compared, before anything is written to the target.
+    model.py and weights.pt are used in another process, in a temporary folder and without fastgn.
+    This shows that the files are enough, and protects this process from the code in them. The
+    logits of two random images are compared before anything is written into the export's folder.
 
     source: the text of model.py. pickled: the bytes of weights.pt.
     """
@@ -226,15 +227,17 @@ with torch.no_grad():
 """
 """Program that runs model.py in a folder, without fastgn, on the images in that folder."""
 REBUILD_LIMIT_S = 600
-"""Seconds after which the exported network, run in another process, counts as stuck."""
+"""Seconds after which the process that runs the exported network is stopped."""
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-"""Environment variables that are passed to the process that runs model.py. They hold no tokens."""
+"""Environment variables that are passed to the process that runs model.py. Others are not passed,
+because they may hold tokens."""
 
 
 def rebuild(folder: Path) -> None:
-    """Runs a folder's model.py on its images.pt in an isolated Python, and writes logits.pt there.
+    """Runs a folder's model.py in an isolated Python process, which writes logits.pt there.
 
-    Raises UserError if it fails or takes too long.
+    The logits are those of the images in the folder's images.pt. Raises UserError if the process
+    fails or takes too long.
     """
     command = [sys.executable, "-I", "-c", REBUILD, *filter(None, sys.path)]
     env = {k: os.environ[k] for k in KEPT if k in os.environ} | {"HF_HUB_OFFLINE": "1"}
@@ -265,7 +268,7 @@ def read_accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None
     """Returns clean_acc and autoattack_acc from --evaluation, and a footnote about the images.
 
     Accuracies are texts in per cent with two decimals. None means that the evaluation did not
-    measure the value. The accuracy under AutoAttack counts only if it was measured with --eps and
+    measure the value. The accuracy under AutoAttack is used only if it was measured with --eps and
     in the norm of --threat.
 
     Raises UserError if the file is missing or not an evaluation, or if it does not have this model
@@ -339,7 +342,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
     """Returns RobustBench's entry for a model, with the fields in RobustBench's order.
 
-    None means unknown.
+    A field is None if its value is unknown.
 
     Raises UserError if --dataset has another number of classes than the model, or if the accuracies
     cannot be read.
@@ -405,7 +408,8 @@ def run(cfg: ExportConfig) -> None:
     pickled = io.BytesIO()
     torch.save(weights, pickled)
     check_same(source, pickled.getvalue(), trained)
-    write_bytes(folder / "model.py", source)  # first, because it shows that the others are fastgn's
+    # write model.py first, because another export replaces these files only if it finds model.py
+    write_bytes(folder / "model.py", source)
     header = ExportHeader(trained.cfg.to_toml(), list(trained.classes), trained.update)
     export_weights(folder / "weights.safetensors", weights, header)
     write_bytes(folder / "weights.pt", pickled.getvalue())

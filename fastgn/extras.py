@@ -40,9 +40,10 @@ They come from Ctrl-C, from a scheduler, from SLURM before a time limit, and fro
 closed.
 """
 REPEAT_S = 1.0
-"""Seconds within which a second signal counts as a copy of the first.
+"""Seconds within which a second signal is taken for a copy of the first.
 
-torchrun passes on a signal that a terminal or a scheduler has sent to all processes already.
+A process gets two copies because torchrun passes on a signal that the terminal or the scheduler has
+already sent to all processes.
 """
 
 
@@ -72,13 +73,16 @@ def check_start(program: str) -> None:
 
 
 def list_heeded() -> list[signal.Signals]:
-    """Returns the signals of STOPS that this process does not ignore, as `nohup` makes it do."""
+    """Returns the signals of STOPS that this process does not ignore.
+
+    For example, `nohup` makes a process ignore SIGHUP.
+    """
     return [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Makes a signal of STOPS raise KeyboardInterrupt inside the block, so that it can clean up.
+    """Makes a signal of STOPS raise KeyboardInterrupt, so that the block can clean up.
 
     If a second signal comes more than REPEAT_S after the first one, it ends the process at once.
     """

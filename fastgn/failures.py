@@ -18,7 +18,7 @@ def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
     operator = find_missing_derivative(error)
     if run is not None and operator is not None:
         return not_differentiable(run.cfg, operator)
-    # PyTorch may raise this error at any place of the main process, not only in the loader
+    # after the death of a worker, PyTorch may raise an error anywhere in the main process
     return explain_worker_death(error)
 
 

@@ -107,7 +107,7 @@ class Options:
                 given = f"--{format_flag(name)} {format_number(value)}"
                 hint = f": {allowed.hint}" if allowed.hint else ""
                 check(value in allowed, f"{given} is out of range: it must be {allowed}{hint}")
-        # an empty text, such as from --output "$UNSET", must not pass for the default
+        # an empty text, such as from --output "$UNSET", must not be taken for the default
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             empty = value == "" and field.default != ""
@@ -147,7 +147,7 @@ def check_pixels(name: str, value: float) -> None:
 def find_ranges(kind: Any) -> dict[str, Range]:
     """Returns the range of each numeric field of an options dataclass.
 
-    Raises AssertionError if a numeric field has no range, because nothing would check it.
+    Raises AssertionError if a numeric field has no range, because nothing would check its values.
     """
     found = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():

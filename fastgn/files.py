@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA = "fastgn"
-"""Key of fastgn's JSON in the header of a safetensors file."""
+"""Key for fastgn's own values, as JSON, in the header of a safetensors file."""
 DIGEST = "fastgn_sha256"
-"""Key of the digest of all other content in the header of a safetensors file."""
+"""Key in the header of a safetensors file for the digest of all other content of the file."""
 
 # ------------------------------------------------------------------------------------------ writing
 
 
 class RecordingFile(io.FileIO):
-    """File that keeps the error of a failed write. torch.save does not pass on the reason."""
+    """File that keeps the error of a failed write, because torch.save does not pass it on."""
 
     failure: OSError | None = None
     """Error of the last failed write, such as a full disk."""
@@ -132,8 +132,8 @@ def check_regular(path: Path) -> None:
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     """Opens a plain file for reading, without a buffer.
 
-    Raises OSError if the file cannot be opened, or if it is of another kind. Opening a named pipe
-    would wait for a writer, and a device may never end.
+    Raises OSError if the file cannot be opened or is not a plain file. A named pipe would make the
+    process wait for a writer, and a device may never end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -170,7 +170,8 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Returns the value of a JSON text. Raises UserError, which begins with `where`."""
+    """Returns the value of a JSON text. Raises UserError if the text is not valid. where: beginning
+    of the error's message."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not a finite number")
@@ -210,8 +211,8 @@ def write_safetensors(
 ) -> None:
     """Writes weights as a safetensors file, atomically.
 
-    The header contains `metadata` as JSON and a digest of everything else. The format cannot share
-    memory, so tensors that share memory are each written completely.
+    The header contains `metadata` as JSON and a digest of everything else. Tensors that share
+    memory are each written completely, because the format cannot express sharing.
     """
     from safetensors.torch import save
 
@@ -246,7 +247,7 @@ def compute_digest(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str])
     """Returns the SHA-256, in hexadecimal, of all tensors and of the metadata except the digest
     itself.
 
-    It covers names, dtypes, shapes and values.
+    For each tensor it covers the name, dtype, shape and values.
     """
     import torch
 
@@ -261,10 +262,10 @@ def compute_digest(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str])
 def read_archive(path: Path, *, legacy: bool = False) -> Any:
     """Returns the content of a file that torch.save has written, on the CPU. No code is run.
 
-    The result consists of plain dicts, lists, tuples, strings, numbers, booleans, None, types of
-    numbers, and dense tensors that are not larger than the file. Raises UserError for anything
+    The result consists of plain dicts, lists, tuples, strings, numbers, booleans, None, dtypes, and
+    dense tensors that are not larger than the file. Raises UserError for anything
     else, for missing or truncated files, for wrong checksums, and for compressed entries, which
-    could be of any size.
+    could fill the memory.
 
     legacy: whether to read files of torch.save before version 1.6 too, which have no checksums.
     Other objects that training scripts store, such as arguments and NumPy numbers, then become
@@ -424,10 +425,10 @@ class Plain:
         return copy
 
     def copy_tensor(self, value: "Tensor", where: str) -> "Tensor":
-        """Returns a tensor without its history and attributes.
+        """Returns a tensor without its autograd history and Python attributes.
 
-        Raises UserError unless it is dense, on the CPU, has plain numbers and is not larger than
-        the file.
+        Raises UserError unless the tensor is dense, on the CPU, has plain numbers and is not larger
+        than the file.
         """
         import torch
 

@@ -22,7 +22,7 @@ def finish(run: Run) -> None:
     weights = run.evaluated_model.backbone.state_dict()
     header = ExportHeader(run.cfg.to_toml(), list(run.classes), run.update)
     export_weights(run.folder / "model.safetensors", weights, header)
-    # it may fail, for example if there is not enough memory for another copy of the network
+    # this may fail, for example if there is not enough memory for another copy of the network
     with tolerate_failure("config.json for timm", run.print):
         try:
             config = make_timm_config(

@@ -27,8 +27,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState |
 
 
 def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
-    """Locks the run's folder, and returns the folder and the checkpoint to continue from, or
-    None."""
+    """Locks the run's folder. Returns the folder, and the checkpoint to continue from or None."""
     folder = name_folder(cfg)
     flag = "--output" if cfg.run.resume in (None, "auto") else "--resume"
     splits = cfg.dataset.train_split, cfg.dataset.val_split
@@ -59,7 +58,7 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
 
 
 def name_folder(cfg: Config) -> Path:
-    """Returns the path of the run's folder. A rank that torchrun restarts gets the same one."""
+    """Returns the path of the run's folder. A rank that torchrun restarts gets the same path."""
     check(
         count_restarts() == 0 or cfg.run.output is not None or has_agent_store(),
         "a rank was started again but cannot find its run: add --output with the run's folder",

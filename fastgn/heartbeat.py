@@ -1,6 +1,6 @@
 """Detects ranks that have stopped while other ranks wait for them, and ends the job.
 
-A rank that is alive but late is named by a warning.
+If a rank is alive but late, a warning names it.
 
 A waiting collective cannot tell a slow rank from a dead one. Therefore a thread of each rank
 reports every few seconds that its process is alive, through torch.distributed's store. The same
@@ -57,10 +57,11 @@ class Heartbeat:
         self.collectives = 0
         """Number of collectives of distributed.World that this rank has begun."""
         self.wait = (0, 0.0, WAITING_S)
-        """(collective in which this rank waits, seconds waited, seconds after which to warn)."""
+        """(number of the collective in which this rank waits, seconds waited, seconds after which
+        to warn)."""
         self.reports: dict[int, list[str]] = {}
-        """Rank -> the last report read from it: [number of heartbeats, collectives, missing ranks,
-        name]."""
+        """Rank -> its last report: [number of heartbeats, number of collectives, missing ranks,
+        name of the process]."""
         self.silent_s = dict.fromkeys(self.others, 0.0)
         """Rank -> seconds since its last heartbeat."""
         self.rounds = 0
@@ -142,10 +143,10 @@ class Heartbeat:
             self._name_late_ranks()
 
     def _name_late_ranks(self) -> None:
-        """Prints which ranks are alive but late, after WAITING_S and then after twice as long each
-        time.
+        """Prints which ranks are alive but late.
 
-        A rank is late if it has not entered the collective in which this rank waits.
+        A rank is late if it has not entered the collective in which this rank waits. The first
+        warning comes after WAITING_S seconds, and each further one after twice as long a time.
         """
         late = [r for r, report in self.reports.items() if int(report[1]) < self.collectives]
         number, waited_s, warn_s = self.wait

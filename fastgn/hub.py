@@ -1,8 +1,8 @@
 """Makes config.json, with which timm can load a run's folder.
 
-If config.json lies beside model.safetensors in RUN, timm.create_model('local-dir:RUN',
+If the folder RUN holds config.json and model.safetensors, timm.create_model('local-dir:RUN',
 pretrained=True) returns the network with its weights. timm.data.resolve_data_config then returns
-the preprocessing of images for it.
+the preprocessing that the network expects of images.
 """
 
 import json
@@ -20,7 +20,8 @@ from fastgn.models.create import OWN, check_name, create_network
 from fastgn.models.network import build_model
 
 KEPT = ("first_conv", "classifier", "fixed_input_size")
-"""Keys of timm's pretrained_cfg that describe the network's structure and are kept."""
+"""Keys of timm's pretrained_cfg that are copied into config.json. They describe the structure of
+the network."""
 
 
 def make_timm_config(
@@ -44,7 +45,7 @@ def make_timm_config(
     del arguments["num_classes"]
     if cfg.activation:
         arguments["act_layer"] = cfg.activation
-    try:  # use the arguments as JSON returns them, because timm will read them from there
+    try:  # use the arguments as JSON returns them, because timm will read them from JSON
         arguments = parse_json(json.dumps(arguments), "model_args")
         theirs = timm.create_model(name, num_classes=len(classes), **arguments)
         theirs.load_state_dict(loaded)

@@ -9,7 +9,8 @@ from fastgn.extras import REPEAT_S, list_heeded
 STOPPED = 75
 """Exit status of a run that a signal has ended early, after it has saved a checkpoint.
 
-sysexits.h calls it EX_TEMPFAIL: running the same command again continues.
+sysexits.h calls this status EX_TEMPFAIL, a failure that may not occur again. Running the same
+command again continues the run.
 """
 
 
@@ -23,12 +24,12 @@ class Interrupt:
         self.signal: int | None = None
         """Number of the first signal. None means that none has come."""
         self.noted_s = 0.0
-        """Time of the first signal, as time.monotonic() gives."""
+        """Time of the first signal, as returned by time.monotonic()."""
         self.previous: dict[int, Any] = {}
         """Signal number -> the handler that was in place before."""
 
     def __enter__(self) -> "Interrupt":
-        # a run in the background of a shell, which ignores SIGINT, can still be asked to stop
+        # include SIGINT even if it is ignored, as it is in a run in the background of a shell
         for number in {*list_heeded(), signal.SIGINT, signal.SIGTERM}:
             self.previous[number] = signal.signal(number, self.note)
         return self

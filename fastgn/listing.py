@@ -10,14 +10,18 @@ from fastgn.objectives.options import METHODS
 
 
 def list_recipes() -> dict[str, str]:
-    """Returns name of each recipe -> note, which is the first line of the comment in its file."""
+    """Returns {name: note} for the recipes. The note is the first line of the comment in the
+    recipe's file."""
     folder = resources.files("fastgn").joinpath("recipes")
     first = {n: folder.joinpath(f"{n}.toml").read_text().split("\n")[0] for n in recipe_names()}
     return {name: line.lstrip("# ") if line.startswith("#") else "" for name, line in first.items()}
 
 
 def list_models() -> dict[str, str]:
-    """Returns name of each network of timm and fastgn, and each short name -> note."""
+    """Returns {name: note} for the networks of timm and fastgn.
+
+    The names include short names, such as swin_b. Their notes give timm's full names.
+    """
     import timm  # here, because this import takes seconds
 
     from fastgn.models.create import ALIASES, OWN
@@ -27,7 +31,10 @@ def list_models() -> dict[str, str]:
 
 
 def list_activations() -> dict[str, str]:
-    """Returns name of each activation -> note, which says if a number may follow the name."""
+    """Returns {name: note} for the activations.
+
+    If a number may follow the name, as in elu:1, the note says which property it sets.
+    """
     from fastgn.models.activations import ACTIVATION_ARGUMENT, ACTIVATIONS
 
     arguments = ACTIVATION_ARGUMENT.items()
@@ -36,7 +43,7 @@ def list_activations() -> dict[str, str]:
 
 
 def list_optimizers() -> dict[str, str]:
-    """Returns name of each of timm's optimizers -> empty note."""
+    """Returns {name: note} for timm's optimizers. All notes are empty."""
     import timm.optim
 
     return dict.fromkeys(map(str, timm.optim.list_optimizers()), "")

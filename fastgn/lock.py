@@ -30,8 +30,8 @@ both locks.
 
 
 ATTEMPTS = 100
-"""Number of attempts to create a lock. An attempt can fail because another process just releases
-it."""
+"""Number of attempts to create a lock. An attempt fails if another process removes the lock file or
+its folder at the same moment."""
 
 
 class HeldError(UserError):
@@ -45,7 +45,7 @@ def lock_folder(folder: Path, name: str) -> Iterator[None]:
     The folder is created if it is missing. Folders that were created are removed at the end if they
     are still empty. The lock is also released if the process is killed.
 
-    name: how messages call the folder, such as "--output runs/a". Raises HeldError if another
+    name: name of the folder in messages, such as "--output runs/a". Raises HeldError if another
     process holds the lock, and UserError if the folder cannot be written to.
     """
     with _lock(folder / ".lock", name):
@@ -57,7 +57,7 @@ def lock_file(path: Path, name: str) -> Iterator[None]:
     """Makes this process the only writer of a file inside the block, as `lock_folder` does.
 
     Also removes temporary files that killed processes have left while they wrote the file. name:
-    how messages call the file.
+    name of the file in messages.
     """
     check(
         len(os.fsencode(path.name)) <= 200,
@@ -72,7 +72,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Removes temporary files that killed processes have left while they wrote files of these
     names.
 
-    Only the holder of the lock may call it.
+    Only the holder of the lock may call this, because another holder could be writing such a file.
     """
     ours = re.compile(rf"\.(?:{'|'.join(re.escape(name[:40]) for name in names)})\.[^.]*\.tmp")
     for left in folder.glob(".*.tmp"):
@@ -84,7 +84,7 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
 def _lock(path: Path, name: str) -> Iterator[None]:
     """Holds a lock on the file at `path` inside the block, and creates missing folders for it.
 
-    At the end, the folders that it created are removed if they are empty.
+    At the end, the created folders are removed if they are empty.
     """
     created = [p for p in (path.parent, *path.parent.parents) if not os.path.lexists(p)]
     descriptor = None
@@ -111,7 +111,8 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 def _acquire(path: Path, name: str) -> int | None:
     """Locks the file at `path` and returns its descriptor.
 
-    Returns None if the file system does not support locks. name: how messages call what is locked.
+    Returns None if the file system does not support locks. name: name of the locked folder or file
+    in messages.
     """
     for attempt in range(ATTEMPTS):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def _acquire(path: Path, name: str) -> int | None:
             )
             return None
         HELD.add(_get_identity(os.fstat(descriptor)))
-        if not _is_file_at(descriptor, path):  # the previous holder has removed it meanwhile
+        if not _is_file_at(descriptor, path):  # the previous holder removed the file
             _close(descriptor)
             continue
         try:

@@ -36,7 +36,7 @@ AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
     "autoattack-plus": "plus",
     "autoattack-rand": "rand",
 }
-"""Name of an attack, and the version of AutoAttack that it runs."""
+"""Name of an attack -> version of AutoAttack that it runs."""
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 """Names of AutoAttack's attacks, each of which can run alone."""
 NAMES = (
@@ -78,8 +78,9 @@ def check_attack(name: str) -> None:
 def pgd_step(match: re.Match[str], eps: float) -> float:
     """Returns the size of a step of PGD, in the same units as eps.
 
-    It is the value after @ in the name of the attack, otherwise 2.5 eps / steps. Raises UserError
-    if the text after @ is not a number. match: the match of the pattern PGD with the name.
+    It is the value after @ in the name of the attack, or 2.5 eps / steps if the name has no @.
+    Raises UserError if the text after @ is not a number. match: the match of the pattern PGD with
+    the name.
     """
     text = match[4]
     if text is None:
@@ -176,18 +177,19 @@ class EvaluateConfig(BareWeightsConfig):
     report: Annotated[str | None, PATH] = None
     """Also write all results into this HTML file."""
     statistics: bool = False
-    """Also compute statistics of the input gradients with the last eps: those in table 1 of arXiv
-    2409.20139, and how linear the loss is. If --checkpoint is a run's folder, also compute the
-    gradient's norm for each checkpoint in it."""
+    """Also compute statistics of the input gradients: those in table 1 of arXiv 2409.20139, and how
+    linear the loss is within the last radius of --eps. If --checkpoint is a run's folder, also
+    compute the norm of the input gradient for each checkpoint in that folder."""
     sanity: bool = False
-    """Also check with the last eps whether the attacks can be believed (a sanity report)."""
+    """Also check with the last radius of --eps whether the attacks can be believed (a sanity
+    report)."""
     analysis_images: Annotated[int, BATCH] = 256
     """Number of images for --statistics and --sanity. They are evenly spaced."""
     curve: Annotated[str | None, PATH] = None
     """Also draw the accuracy under the last of --attacks against eps, into this PNG file."""
     picture: Annotated[str | None, PATH] = None
-    """Also draw images, their input gradients, and their perturbations by PGD-20 with the last eps,
-    into this PNG file."""
+    """Also draw images, their input gradients, and their perturbations by PGD-20 with the last
+    radius of --eps, into this PNG file."""
     picture_images: Annotated[int, Range(1, 1000)] = 8
     """Number of images in --picture."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -235,7 +237,7 @@ class EvaluateConfig(BareWeightsConfig):
 
     @property
     def written(self) -> dict[str, str | None]:
-        """Each option that writes a file, and the file's name."""
+        """Option -> name of the file that it writes, or None if the option is not given."""
         output = self.output or str(run_folder(Path(self.checkpoint[0])) / "evaluation.json")
         more = {"--report": self.report, "--curve": self.curve, "--picture": self.picture}
         return {"--output": output} | more
@@ -308,7 +310,7 @@ class SweepConfig(Options):
     once. No trial is stopped early, because Optuna cannot judge it by two values."""
     clean_floor: Annotated[float, PROBABILITY] = 0.0
     """Lowest acceptable clean accuracy (0..1). A trial below it cannot be the best. With
-    --objective robust, it also counts as worse than every trial above."""
+    --objective robust, such a trial also counts as worse than every trial that reaches it."""
     prune: bool = True
     """Stop a trial early if it is worse than the median of the other trials at the same epoch. This
     has no effect with --objective pareto."""

@@ -63,8 +63,8 @@ class Diagnosis:
     def watch_nodes(self, nodes: list[Any], inputs: set[Any], where: str | None = None) -> None:
         """Adds a hook to each autograd node on the way from `nodes` back to `inputs`.
 
-        If a node has a hook already, it keeps that hook, because the node belongs to a layer inside
-        this one.
+        A node that already has a hook gets no other one, because it belongs to an inner layer,
+        whose hooks were added before.
         where: text that names the layer of the nodes. None means the loss itself.
         """
         seen = set(inputs)
@@ -89,7 +89,8 @@ class Diagnosis:
 
 
 def describe_node(node: Any) -> str:
-    """Returns the order and the layer of the derivative that an autograd node computes."""
+    """Returns a text that names the derivative that an autograd node computes: its order and its
+    layer."""
     order, layer = 0, None
     while node is not None:
         order += 1

@@ -46,7 +46,8 @@ class StepOptions:
     """"flat" sums the gradients over the processes when the backward has ended, "overlap" within
     a compiled backward of one micro-batch. More micro-batches are always summed at the end."""
     grad_dtype: str = "fp32"
-    """Dtype in which gradients travel between processes: "fp32", the weights' own, or "bf16"."""
+    """Dtype in which gradients travel between processes: "bf16", or "fp32" for the dtype of the
+    weights."""
     communicates: bool = False
     """Whether the network's forward in train mode sends something to other processes, as with
     --sync-bn. An update that runs out of memory in such a forward cannot be repeated."""
