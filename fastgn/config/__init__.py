@@ -158,14 +158,14 @@ def find_groups(options: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 GROUPS: dict[str, type] = {path: type(group) for path, group in find_groups(Config())}
-"""Dotted path of each group of options in a Config -> its class, such as objective.gradnorm."""
+"""Dotted path of each group of options in a Config, such as objective.gradnorm -> its class."""
 FIELDS: dict[str, str] = {
     field.name: path
     for path, group in GROUPS.items()
     for field in dataclasses.fields(group)
     if f"{path}.{field.name}" not in GROUPS
 }
-"""Recipe key -> the path of the group that it belongs to."""
+"""Key of an option in recipes -> dotted path of the group that the option belongs to."""
 
 
 def coerce(name: str, value: Any) -> Any:
@@ -215,7 +215,7 @@ def recipe_names() -> list[str]:
     """Returns the names of the recipes that come with the package."""
     files = resources.files("fastgn").joinpath("recipes").iterdir()
     names = [f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")]
-    # files that begin with `_` hold options that several recipes share
+    # files whose names begin with `_` hold options that several recipes share
     return sorted(name for name in names if not name.startswith("_"))
 
 
@@ -283,8 +283,8 @@ def parse_toml(text: str) -> dict[str, Any]:
 def initial_file(start: str) -> Path:
     """Returns the file of weights that --initial-checkpoint names.
 
-    start: the file itself, or the folder of a finished run. Raises UserError if it does not exist.
-    The message then names the recipe that makes it, if there is one.
+    start: the file itself, or the folder of a finished run. Raises UserError if the file does not
+    exist. If a recipe makes this file, the message names the recipe.
     """
     path = Path(start)
     unfinished = os.path.isdir(path)

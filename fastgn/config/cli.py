@@ -81,9 +81,9 @@ TYPES = tyro.constructors.ConstructorRegistry()
 
 @TYPES.primitive_rule
 def read_float(field: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Returns the rule for floats, which may be written as a number or as a fraction such as 4/255.
+    """Returns tyro's rule for floats, which may be written as a number or a fraction such as 4/255.
 
-    Returns None for every other type.
+    Returns None for fields of every other type.
     """
     if field.type is not float:
         return None
@@ -197,7 +197,10 @@ def translate_refusal(text: str, kind: type) -> str:
 
 
 def print_names(args: Sequence[str]) -> typing.NoReturn:
-    """Prints the names that `--list KIND [PATTERN]` asks for, and exits. Raises UserError."""
+    """Prints the names that `--list KIND [PATTERN]` asks for, and exits.
+
+    args: what follows --list. Raises UserError if the kind is unknown or no name matches.
+    """
     from fastgn.listing import KINDS, format_listing
 
     kinds = ", ".join(KINDS)

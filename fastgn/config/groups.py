@@ -212,8 +212,8 @@ class StepConfig(Options):
     with which it is compared, in normalised units. The larger h is, the more the result is like
     training on FGSM's images. Below 1e-2 bf16 rounds the difference away (1e-3 is good in fp32)."""
     lazy_interval: Annotated[int, Range(1, 1_000_000)] = 4
-    """With --schedule lazy: the penalty is computed once in this many updates. It is multiplied by
-    this number to make up for that, which --clip-grad undoes in part."""
+    """With --schedule lazy: the penalty is computed once in this many updates. To make up for that,
+    it is multiplied by this number. Clipping (--clip-grad) partly undoes the multiplication."""
     subset_fraction: Annotated[float, Range(0, 1, above=True)] = 0.5
     """With --schedule subset: share of the images that have the penalty. This share of --batch-size
     must be a whole number of images."""
@@ -225,9 +225,9 @@ class StepConfig(Options):
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
     host. auto: on for CUDA, except with --grad-sync overlap."""
     grad_sync: Literal["auto", "flat", "overlap"] = "auto"
-    """When several processes sum their gradients. flat: when the backward has ended. overlap:
-    while it computes, which needs a compiled step and no CUDA graphs. An update that runs out of
-    memory in such a backward ends the run. auto: overlap for several machines, else flat."""
+    """When several processes sum their gradients. flat: when the backward has ended. overlap: while
+    the backward computes, which needs a compiled step and no CUDA graphs. If memory runs out in
+    such a backward, the run ends. auto: overlap for several machines, else flat."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients travel between processes. bf16 halves the bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -241,8 +241,8 @@ class StepConfig(Options):
     ] = None
     """Clip the gradient's global L2 norm to this value. None means no clipping."""
     sync_bn: bool = False
-    """Compute BatchNorm's statistics over the images of all ranks, to second order. Off: over
-    those of each rank alone. It turns CUDA graphs off if there are several ranks."""
+    """Compute BatchNorm's statistics over the images of all ranks, also in double backprop. Off:
+    over the images of each rank alone. With several ranks, this option turns CUDA graphs off."""
     train_in_eval_mode: bool = False
     """Train with the model in eval mode, which freezes BatchNorm. The paper's code does so."""
     accumulation: Literal["mean", "sum"] = "mean"

@@ -1,8 +1,8 @@
 """Checks that a program does not overwrite files that it should keep.
 
-These are files that it reads, images of the data set, and files of a run. Images may lie in any
-folder, because links and lists can point there. Therefore an existing file is replaced only if it
-is of the kind that the option writes.
+A program should keep the files that it reads, the images of the data set, and the files of a run.
+Images may lie in any folder, because links and lists can point there. Therefore an existing file is
+replaced only if it is of the kind that the option writes.
 """
 
 import os
@@ -42,8 +42,8 @@ def check_written(
 ) -> None:
     """Raises UserError if a program would overwrite a file that it should keep.
 
-    It refuses two options that name the same file, a file that is also read, and a file of a run.
-    It also refuses an existing file of another kind than the option writes.
+    Two options must not name the same file. An option must not name a file that is also read, a
+    file of a run, or an existing file of another kind than the option writes.
 
     written: option -> file that it writes. read: pairs of option and file that it reads.
     """
@@ -99,7 +99,8 @@ def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, 
 def check_outside_data(
     written: Mapping[str, str | Path | None], data_dir: str | None, splits: Iterable[str]
 ) -> None:
-    """Raises UserError if a file would be written into a split or over a file below --data-dir.
+    """Raises UserError if a file would be written into the folder of a split, or over a file below
+    --data-dir.
 
     written: option -> file or folder that it writes. splits: names of the splits below data_dir.
     """
