@@ -45,8 +45,8 @@ COLUMNS = (
 grad_l1: mean L1 norm of the input gradient of an image, in normalised units. grad_norm: L2 norm of
 the gradient of the parameters before clipping. data_wait_share: share of the time that was spent
 waiting for images, in 0..1. bad_images: number of images replaced since the last row, empty if
-there were none. clean_accuracy, pgd10_accuracy: on the fixed validation subset, in 0..1. seconds:
-time since the process began."""
+there were none. clean_accuracy, pgd10_accuracy: accuracy without an attack and under PGD-10, in
+0..1, always on the same validation images. seconds: time since the process began."""
 
 
 class Metrics:
@@ -88,7 +88,8 @@ class Metrics:
                 self.wandb = open_wandb(folder, wandb_config)
         self.began = self.said = time.perf_counter()
         self.first: tuple[int, float] | None = None
-        """Update and time after the first update, which may be slow because of compilation."""
+        """(number of updates, time) after the first update of this process. Speed is measured from
+        then on, because the first update may be slow due to compilation."""
         self.bar = open_bar(total=total, initial=start, unit="update", mininterval=0.5)
         self.closed = False
 
@@ -125,8 +126,8 @@ class Metrics:
     def keep_rows(self, is_new: bool) -> None:
         """Appends the last row to metrics.csv.
 
-        is_new: whether the last row is not in the file yet. If it is there and has changed, or if
-        another program has changed the file, all rows are written instead.
+        is_new: whether the last row is not in the file yet. If it is False, or if another program
+        has changed the file, all rows are written again instead.
         """
         size = self.path.stat().st_size if self.path.is_file() else None
         changed = self.size is not None and size != self.size
@@ -205,7 +206,7 @@ def open_bar(**options: Any) -> tqdm:
     """Returns a progress bar on stderr, which is shown only if stderr is a terminal.
 
     Some terminals, such as those of containers, report a size of 0, with which tqdm would show
-    nothing. Their bar is 80 columns wide.
+    nothing. In such a terminal the bar is 80 columns wide.
     """
     try:
         known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
@@ -248,7 +249,7 @@ def add_scalars(board: Any, rows: list[dict[str, float]]) -> None:
 def open_wandb(folder: Path, config: Mapping) -> Any:
     """Returns the W&B run that belongs to a run's folder.
 
-    It continues the W&B run whose id the folder holds, or else begins a new one.
+    If the folder holds the id of a W&B run, that run is continued. Otherwise a new one begins.
     """
     path = folder / "wandb_id.txt"
     known = path.read_text(errors="replace").strip() if path.is_file() else ""
@@ -311,9 +312,9 @@ def read_content(path: Path) -> bytes:
 def parse_rows(content: bytes) -> tuple[list[dict[str, float]], int]:
     """Returns the rows of metrics.csv, one per update, and the number of lines that are not rows.
 
-    A row has no key for an empty cell. A last line without a line break, which a kill has cut
-    short, is neither counted nor returned. Older versions wrote two rows for an update with an
-    evaluation, and these are merged.
+    A row has no key for an empty cell. If the last line has no line break, a kill has cut it short,
+    and it is neither counted nor returned. Older versions of fastgn wrote two rows for an update
+    with an evaluation, and these are merged.
     """
     header, *lines = content.decode("utf-8-sig", errors="replace").split("\n")[:-1] or [""]
     columns = header.rstrip("\r").split(",")

@@ -27,8 +27,8 @@ from fastgn.errors import UserError, check, check_name
 def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
     """Raises UserError unless the optimizer can be used.
 
-    It must be one of timm's, its package must be installed, and its options and the device must
-    fit.
+    It must be one of timm's, its package must be installed, and it must support the given options
+    and the device.
     """
     names = [str(name) for name in list_optimizers()]
     check_name(cfg.opt, names, f"--opt {cfg.opt!r}")
@@ -177,7 +177,7 @@ def load_state(
 def is_valid_state(name: str, value: Any) -> bool:
     """Returns whether all numbers in an optimizer's state are possible.
 
-    They must be finite. Squares and counts must also be at least 0.
+    They must be finite. Averages of squares and numbers of steps must also be at least 0.
     """
     signed = name != "step" and not name.endswith("exp_avg_sq")
     for leaf in tree_leaves(value):
@@ -211,7 +211,7 @@ def find_unused_weights(model: nn.Module) -> set[int]:
 
 
 def list_shapes(value: Any) -> list[torch.Size | str | None]:
-    """Returns the shapes of the tensors in an optimizer's state. Numbers count as scalars.
+    """Returns the shapes of the tensors in an optimizer's state. A number has the shape ().
 
     Other values are represented by the name of their type.
     """
@@ -273,14 +273,15 @@ def measure_state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
 def missing_state_bytes(
     cfg: OptimizerConfig, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Returns the number of bytes that the optimizer's first step will allocate, 0 after it."""
+    """Returns the number of bytes that the optimizer's first step will allocate, or 0 if it is
+    done."""
     return 0 if optimizer.state else measure_state_bytes(cfg, model)
 
 
 def compute_peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
-    """Returns the highest learning rate: lr, or lr_base scaled linearly with the images per update.
+    """Returns the peak learning rate, which is lr, or lr_base * global_batch / lr_base_size.
 
-    Raises UserError if it is out of range, or if a given --warmup-lr or --min-lr is above it.
+    Raises UserError if the peak is out of range, or below a given --warmup-lr or --min-lr.
     """
     peak = cfg.lr if cfg.lr is not None else cfg.lr_base * global_batch / cfg.lr_base_size
     cfg.check_peak(peak)
@@ -305,7 +306,7 @@ def compute_lr(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: 
 def compute_ramp(cfg: Config, update: int, updates_per_epoch: int) -> float:
     """Returns the factor of the penalty at an update, counted from 0.
 
-    It grows linearly from ramp_start to 1 during the first ramp_epochs.
+    It grows linearly from ramp_start to 1 during the first ramp_epochs epochs.
     """
     return grow_linearly(cfg.objective.ramp_start, cfg.ramp_epochs, update / updates_per_epoch)
 
@@ -319,9 +320,10 @@ def compute_attack_ramp(cfg: Config, update: int, updates_per_epoch: int) -> flo
 
 
 def grow_linearly(start: float, epochs: float, epoch: float) -> float:
-    """Returns the value at a fractional epoch of a line from `start` at 0 to 1 at `epochs`.
+    """Returns a value that grows linearly from `start` to 1 during the first epochs and then stays
+    1.
 
-    After that the value stays 1.
+    epochs: length of the growth. epoch: number of epochs done, with a fraction.
     """
     return start + (1 - start) * (min(epoch / epochs, 1.0) if epochs else 1.0)
 
@@ -334,8 +336,8 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
     if not cfg.model_ema:
         return None
     # In some networks, such as CoaT, a weight has several names. timm averages each name, so it
-    # would average such a weight several times per update. If it excludes buffers, it averages each
-    # weight once.
+    # would average such a weight several times per update. With exclude_buffers=True, timm averages
+    # each weight once.
     named = model.state_dict(keep_vars=True).values()
     shared = len({id(tensor) for tensor in named}) < len(named)
     average = ModelEmaV3(

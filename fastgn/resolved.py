@@ -53,9 +53,9 @@ class Resolved(Batching):
     img_size: int
     """Side of the network's input in pixels."""
     mean: list[float]
-    """Mean of each channel, by which the network normalises."""
+    """Mean of each channel, which the network subtracts from pixels in 0..1."""
     std: list[float]
-    """Standard deviation of each channel, by which the network normalises."""
+    """Standard deviation of each channel, by which the network then divides."""
     loader: str
     """Name of the loader's class."""
     micro_batch: int
@@ -151,8 +151,9 @@ def batch_images(
 ) -> Batching:
     """Returns how the images of an update are divided among the ranks and into micro-batches.
 
-    state: the checkpoint that the run continues, if any. It decides about the images per update if
-    only the number of ranks has changed. Raises UserError if the numbers of images do not divide.
+    state: content of the checkpoint that the run continues, or None. If only the number of ranks
+    has changed, an update has as many images as in the checkpoint's run. Raises UserError if the
+    images cannot be divided evenly.
     """
     divisor = schedule_of(cfg.step).divisor
     place = len(dataset.train), world.size, world.device
@@ -166,16 +167,16 @@ def batch_images(
         f"whole number of images: use a --batch-size that is a multiple of {divisor}, or another "
         "--subset-fraction",
     )
-    if cfg.step.schedule == "auto":  # the step splits it: the data do not depend on the plan
+    if cfg.step.schedule == "auto":  # Step divides the batch, so the data do not depend on the plan
         batch_size, accum = batch_size * accum, 1
     return Batching(batch_size, accum, world.size)
 
 
 def keeps_global_batch(cfg: Config, state: TrainState, ranks: int) -> bool:
-    """Returns whether a checkpoint decides about the number of images per update.
+    """Returns whether an update has as many images as in the checkpoint's run.
 
-    It does so if another number of ranks continues the run, unless the options give the number.
-    Options that are still those of the checkpoint mean the ranks that the run began with.
+    This is so if another number of ranks continues the run, or if the options for the batch are
+    still those of the checkpoint's run. It is not so if --global-batch-size gives another number.
     """
     if cfg.dataset.global_batch_size not in (None, state.global_batch):
         return False
@@ -215,7 +216,8 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
 def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """Returns whether the configured step replays CUDA graphs.
 
-    Inductor's CUDA graphs are not relied on to replay nccl's collectives.
+    It does not if it contains collectives of nccl, because Inductor's CUDA graphs are not trusted
+    to replay these.
     """
     if choose_grad_sync(cfg, world) == "overlap" or (cfg.sync_bn and world.size > 1):
         return False
@@ -226,7 +228,8 @@ def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
 def choose_grad_sync(cfg: StepConfig, world: World) -> str:
     """Returns "flat" or "overlap", the way in which the ranks sum their gradients.
 
-    Within a machine the links are so fast that overlap gains less than CUDA graphs do.
+    `auto` means "overlap" only for several machines. The links inside a machine are so fast that
+    overlap saves less time than CUDA graphs, which it excludes.
     """
     if cfg.grad_sync != "auto":
         return cfg.grad_sync if world.size > 1 else "flat"
@@ -318,7 +321,7 @@ def make_plan(
 
 
 def slowest_rates(world: World, precision: str) -> Rates:
-    """Returns the speed of the slowest device, for which each device is measured."""
+    """Measures the device of every rank, and returns the slowest of each of the rates."""
     flops, bytes_, launch = measure_rates(world.device, precision)
     return Rates(world.min(flops), world.min(bytes_), -world.min(-launch))
 
@@ -329,9 +332,10 @@ def state_bytes(
     optimizer: torch.optim.Optimizer,
     images: int,
 ) -> int:
-    """Returns the number of bytes that will be allocated beside gradients and activations.
+    """Returns the number of bytes that will be allocated besides gradients and activations.
 
-    These are the optimizer's state, and the images of this update and the next one.
+    These are the optimizer's state, and the images of this update and the next one. images: number
+    of images per update on this rank.
     """
     own = optim.missing_state_bytes(cfg.optimizer, model, optimizer)
     return own + 2 * images * 3 * model.img_size**2 * 4

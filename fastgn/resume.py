@@ -1,4 +1,4 @@
-"""Continues a run from a checkpoint, checks that they belong together, and reports changes."""
+"""Continues a run from a checkpoint, after checks that the checkpoint fits, and reports changes."""
 
 import dataclasses
 import json
@@ -113,11 +113,12 @@ def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bo
 def check_position(
     state: TrainState, path: Path, resolved: Resolved, values: int, same_data: bool
 ) -> None:
-    """Raises UserError if a checkpoint's number of updates is impossible, or after the end of this
-    run.
+    """Raises UserError if a checkpoint's number of updates is impossible, or above this run's last
+    update.
 
-    path: the checkpoint's file, for messages. values: number of logged values of which `sums` must
-    hold the sums. same_data: whether an epoch has as many updates as in the checkpoint's run.
+    path: the checkpoint's file, for messages. values: number of logged values, for each of which
+    `sums` must hold a sum. same_data: whether an epoch has as many updates as in the checkpoint's
+    run.
     """
     own, update, epoch = state.saved_config(), state.update, state.epoch
     check(

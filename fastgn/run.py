@@ -1,4 +1,4 @@
-"""A run: what the training loop works on, and what it does between the steps."""
+"""The class Run, with which the training loop updates, logs, evaluates and saves a network."""
 
 import dataclasses
 import time
@@ -66,7 +66,8 @@ class Run:
     update: int = 0
     """Number of updates done."""
     best: float = -1.0
-    """Best accuracy so far: under PGD-10, or clean for the natural method. -1 means none yet."""
+    """Best accuracy so far, under PGD-10, or without an attack for the method natural. -1 means
+    that there was no evaluation yet."""
     is_best: bool = False
     """Whether the current weights have the best accuracy."""
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -77,7 +78,7 @@ class Run:
         optimizer = self.cfg.optimizer, self.model, self.optimizer
         reserve_bytes = partial(optim.missing_state_bytes, *optimizer)
         self.compute_gradients = RetryingStep(self.step, self.print, reserve_bytes)
-        """Runs `attack_step`, in smaller micro-batches if the device runs out of memory."""
+        """Runs `step`, in smaller micro-batches if the device runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         # whatever ends the run, its folder stays locked until the last file is written
         self.world.held.callback(self.checkpoints.close)
@@ -194,9 +195,10 @@ class Run:
         return grad_norm
 
     def accumulate(self, row: Tensor) -> None:
-        """Adds an update's values to the sums, and records the first update that was not finite.
+        """Adds an update's values to the sums, and records the first update whose loss or gradient
+        was not finite.
 
-        row: the values of SUMS, on the device, for which the host does not wait.
+        row: one value for each name in SUMS, on the device. The host does not wait for them.
         """
         present = ~row.isnan()
         self.sums += torch.stack([row.where(present, 0), present.to(row.dtype)])
@@ -212,7 +214,7 @@ class Run:
             self.metrics.advance()
 
     def check_finite(self) -> None:
-        """Raises UserError if loss or gradient of an update was not finite. Waits for the
+        """Raises UserError if the loss or gradient of an update was not finite. Waits for the
         device."""
         bad = int(self.bad_update.item())
         if bad >= 0:
@@ -260,7 +262,8 @@ class Run:
         return UserError(f"{what} is not finite; {good}; try {', '.join(tries)}")
 
     def last_checkpoint(self, name: str) -> str:
-        """Returns a clause that says where the last checkpoint is. name: what to call it."""
+        """Returns a clause for a message that says where the last checkpoint is. name: name of the
+        checkpoint in the clause."""
         self.checkpoints.settle()
         last = self.checkpoints.last()
         return f"{name} is {last}" if last else "no checkpoint was written before"
@@ -343,7 +346,8 @@ class Run:
     def report_cost(self) -> None:
         """Prints the measured cost of an update beside the predicted cost, once.
 
-        Call it when the host has just waited for the device.
+        Call it when the host has just waited for the device, because the time is measured on the
+        host.
         """
         began, waited, summed = self.steady
         if self.plan is None or self.summed == summed:
@@ -363,7 +367,7 @@ class Run:
             return
         self.evaluated_model.eval()
         eps = self.cfg.eval_eps
-        # a training step of more images did not fit
+        # a training step with more images may have run out of memory
         self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
         while (counts := self.count_correct(self.subset)) is None:
             self.subset.batch_size //= 2

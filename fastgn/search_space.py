@@ -1,4 +1,8 @@
-"""The search space of a sweep: fields of --space with their allowed values, and those of --set."""
+"""The search space of a sweep.
+
+--space names fields and the values that trials may give them. --set gives a field the same value in
+all trials.
+"""
 
 import contextlib
 import dataclasses
@@ -59,7 +63,8 @@ def make_base_config(cfg: SweepConfig) -> Config:
 def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
     """Returns the dimensions of --space.
 
-    Raises UserError if one is invalid, or if its trials could not be compared with each other.
+    Raises UserError if a dimension is invalid, or if trials that differ in it could not be
+    compared.
     """
     space = [parse_dimension(text, base) for text in cfg.space]
     names = [d.name for d in space]
@@ -138,7 +143,8 @@ def split_assignment(flag: str, text: str) -> tuple[str, str]:
 
 
 def parse_value(text: str) -> Any:
-    """Returns a value that is written as in a TOML recipe, but with strings without quotes."""
+    """Returns the value of a text that is written as in a TOML recipe, except that strings have no
+    quotes."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

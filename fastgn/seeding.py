@@ -12,7 +12,8 @@ import torch
 
 
 class Stream(IntEnum):
-    """First part of every key. Each use of random numbers has its own value."""
+    """First part of every key. Each use of random numbers has a value of its own, so that no two
+    uses draw the same numbers."""
 
     ORDER = 0
     AUGMENT = 1
@@ -40,7 +41,7 @@ def seed_all(stream: Stream, *key: int) -> None:
 def seed_host(stream: Stream, *key: int) -> None:
     """Seeds the generators of Python, NumPy and PyTorch on the CPU from a key.
 
-    It takes 0.05 ms. torch.manual_seed takes 0.3 ms in a process that does not use CUDA.
+    It takes 0.05 ms, but `seed_all` takes 0.3 ms even in a process that does not use CUDA.
     """
     seed = derive_seed(stream, *key)
     random.seed(seed)

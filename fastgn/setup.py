@@ -1,4 +1,4 @@
-"""Assembling a run: from a configuration to everything that the training loop works on."""
+"""Builds a Run, which holds everything that the training loop works on, from a configuration."""
 
 import dataclasses
 import os
@@ -68,7 +68,7 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
     if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs it no more
         initial_file(cfg.architecture.initial_checkpoint)
     allow_changed_data = cfg.run.allow_changed_data
-    # config.toml is a recipe: one that resumes would write into this run from another --output
+    # config.toml can be used as a recipe, and a new run from it must not continue this run
     cfg = cfg.replace_group("run", {"resume": None, "allow_changed_data": False})
     with world.run_first_rank_first():
         dataset = load_dataset(cfg.dataset)
@@ -150,7 +150,7 @@ def build_model(
 ) -> tuple[Config, Classifier, ModelReport]:
     """Returns the configuration, the network on its device, and a report about the network.
 
-    The configuration has the crop of the network filled in, for later evaluations of the run.
+    The configuration has the network's crop_pct filled in, for later evaluations of the run.
     batching: how the images of an update are divided. kernels: "triton" or "reference". resumed:
     whether the weights will come from a checkpoint of the run.
     """
@@ -219,9 +219,10 @@ def make_loader(
 def build_objectives(
     cfg: Config, dataset: Dataset, model: Classifier, batching: Batching, world: World
 ) -> tuple[Objective, Objective]:
-    """Returns the objective that is minimised, and a copy for counting its operations beforehand.
+    """Returns the objective that is minimised, and a copy with which its operations are counted.
 
-    The copy has tensors without data on the CPU. batching: how the images of an update are divided.
+    The tensors of the copy are on the CPU and hold no data. batching: how the images of an update
+    are divided.
     """
     if not METHODS[cfg.objective.method].needs_representatives:
         objective = build_objective(cfg.objective)
@@ -257,7 +258,7 @@ def make_step(
         grad_sync=resolved.grad_sync,
         communicates=has_collectives(model),
     )
-    for tensor in model.state_dict().values():  # ranks may read different copies of a file
+    for tensor in model.state_dict().values():  # ranks may have read different files of weights
         world.broadcast(tensor)
     return Step(model, objective, options, ranks=world)
 
@@ -300,7 +301,8 @@ def forget_best(run: Run, state: TrainState) -> list[str]:
 def begin_records(run: Run) -> None:
     """Writes environment.json and config.toml, and opens the run's metrics.
 
-    summary.json is there only if the run is done, so that of an earlier end is removed.
+    If the run goes on after an earlier end, summary.json is removed, because this file shows that a
+    run is done.
     """
     resolved: dict[str, Any] = vars(run.resolved)
     if run.update < run.resolved.last_update:
@@ -346,7 +348,7 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
 
 
 def warn(run: Run, report: ModelReport) -> None:
-    """Prints a warning for each option that makes another one useless."""
+    """Prints a warning for each option that another option, or the network, makes useless."""
     cfg = run.cfg
     if cfg.step.schedule == "lazy" and cfg.step.clip_grad is not None:
         run.print(
@@ -378,7 +380,7 @@ def warn(run: Run, report: ModelReport) -> None:
 
 
 def warn_of_workers(run: Run, ranks: int, cores: int) -> None:
-    """Prints a warning if the workers of all ranks on a machine are more than its cores.
+    """Prints a warning if the ranks on a machine together have more workers than it has cores.
 
     Each rank alone has at most as many workers as there are cores.
     """

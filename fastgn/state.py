@@ -106,7 +106,7 @@ class TrainState:
     update: Annotated[int, whole(0)]
     """Number of updates done."""
     best: Annotated[float, NUMBER]
-    """Best accuracy of the run's evaluations so far, in 0..1; -1 before the first one."""
+    """Best accuracy of the run's evaluations so far, in 0..1, or -1 before the first evaluation."""
     accuracy: Annotated[dict[str, float], Key("finite numbers by name", is_accuracy)]
     """Accuracies of the last evaluation, in 0..1."""
     sums: Annotated[
@@ -145,7 +145,8 @@ class TrainState:
     """Digests that identify the run's images. None if an older version did not save them."""
 
     def saved_config(self) -> Config:
-        """Returns the configuration of the run that wrote the checkpoint. Raises UserError."""
+        """Returns the configuration of the run that wrote the checkpoint. Raises UserError if it is
+        invalid."""
         return Config.from_toml(self.config)
 
     def copy_to_host(self) -> "TrainState":
@@ -162,8 +163,8 @@ class TrainState:
 def copy_tensor(tensor: Tensor, storages: dict[int, Any]) -> Tensor:
     """Returns a copy of a tensor in the host's memory.
 
-    storages: the storages that have been copied, by the identity of the original. The tensor's own
-    is added.
+    storages: identity of an original storage -> its copy. If the tensor's storage is not in it, a
+    copy is added, so that tensors that share a storage share the copy.
     """
     storage = tensor.untyped_storage()
     if storage._cdata not in storages:
@@ -189,7 +190,7 @@ Content = TypeVar("Content", TrainState, ExportHeader)
 
 
 def keys_of(kind: type) -> dict[str, Key]:
-    """Returns the name of each field of TrainState or ExportHeader -> condition for its value."""
+    """Returns {name: condition for the value} for the fields of TrainState or ExportHeader."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 

@@ -134,9 +134,8 @@ def build_when_free(
 def make_reporter(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], None] | None:
     """Returns a function that reports an evaluation of a run to Optuna, or None.
 
-    The function stops the run if it is worse than the others.
-
-    None means that the options allow no run to be stopped.
+    The function stops the run if it is worse than the runs of other trials. None means that the
+    options allow no run to be stopped.
     """
     if cfg.objective == "pareto" or not cfg.prune:
         return None
@@ -211,7 +210,10 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 
 def list_finished(study: Any) -> list[Any]:
-    """Returns the trials that count, which are all except those ended by an interrupt or a kill."""
+    """Returns the trials that are complete, were stopped because they were poor, or have failed.
+
+    Trials that an interrupt or a kill has ended are left out, because their values are tried again.
+    """
     return [
         t
         for t in study.get_trials(deepcopy=False)
@@ -263,7 +265,7 @@ def sweep(cfg: SweepConfig) -> int:
                 study.enqueue_trial(trial.params)
                 study.stop()
                 raise
-            except UserError as error:  # for example a loss that is not finite; the trial counts
+            except UserError as error:  # the trial has failed, for example with an infinite loss
                 trial.set_user_attr("failed", str(error))
                 raise
             finally:

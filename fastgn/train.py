@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m fastgn.train --recipe swin_b_gradnorm --data-dir IMAGENET
     python -m fastgn.train --resume runs/NAME
 
-`train` is the loop. setup.py makes the Run that it works on.
+`train` is the training loop. setup.py builds the Run that the loop works on.
 """
 
 import os
@@ -61,7 +61,7 @@ def train(run: Run) -> None:
                     run.log(lr, ramp if cfg.objective.has_penalty else attack_ramp)
                 if border and run.evaluation_due():
                     run.evaluate()
-                # last, so that a checkpoint lacks nothing of what its update had to do
+                # save last, so that the checkpoint includes the evaluation of its update
                 stopped = world.any(interrupt.signal is not None)
                 if stopped or run.checkpoint_due():
                     run.save()
@@ -84,8 +84,8 @@ def keep_compiled() -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = root / "fastgn" / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # its files are run, so another user's folder is refused
-    except (OSError, RuntimeError):  # no home, or none to write to
+        folder.chmod(0o700)  # fails for another user's folder, whose code must not be run
+    except (OSError, RuntimeError):  # no home folder, or no permission to write there
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
@@ -94,7 +94,8 @@ def main(args: list[str] | None = None) -> int:
     """Runs the program and returns its exit status.
 
     0 means that the run is done, 2 that it cannot go on, and STOPPED or 130 that a signal has ended
-    it early. Under torchrun, 0 replaces STOPPED, because torchrun would restart the ranks.
+    it early. Under torchrun, 0 replaces STOPPED, because torchrun restarts ranks that end with
+    another status.
     """
     run: Run | None = None
     keep_compiled()
@@ -111,7 +112,7 @@ def main(args: list[str] | None = None) -> int:
             run.metrics.close()
         print_error(f"fastgn.train: error: {line}")
         return 2
-    except KeyboardInterrupt:  # before the first update, or the second time
+    except KeyboardInterrupt:  # a signal before the first update, or a second signal
         if run is not None and run.metrics is not None:
             run.metrics.close()
         print_stopped("fastgn.train", how_to_go_on(run))

@@ -1,4 +1,4 @@
-"""A trained network on disk: how it is written, read, and made ready for attacks."""
+"""Writes and reads trained networks, and makes them ready for attacks."""
 
 import dataclasses
 import hashlib
@@ -30,10 +30,11 @@ class Saved:
     config: Config
     classes: tuple[str, ...]
     weights: dict[str, Tensor]
-    """The averaged weights if the run kept an average, otherwise the weights. The keys are those of
-    the timm network in an export, and those of a Classifier in a checkpoint."""
+    """The averaged weights if the run kept an average, otherwise the weights. In an export the keys
+    are those of the timm network, and in a checkpoint those of a Classifier."""
     update: int | None
-    """Number of updates that the weights have had. None if an older version did not say."""
+    """Number of updates that the weights have had. None if an older version of fastgn did not save
+    it."""
     unfinished: str | None
     """A line that says how far the run had come, if the file is a checkpoint from before the run's
     end. None for an export, which a run writes at its end."""
@@ -93,8 +94,8 @@ class Trained:
 def load_trained(where: str, device: torch.device) -> Trained:
     """Returns the network that a run's folder, a checkpoint or an export holds.
 
-    where: path of one of these. A folder's export is preferred to its last checkpoint. Raises
-    UserError if there is no such network.
+    where: path of one of these. If a folder holds an export, it is used instead of the last
+    checkpoint. Raises UserError if there is no such network.
     """
     path = Path(where)
     check(path.exists(), f"--checkpoint {where}: there is no such run or file")
