@@ -145,7 +145,7 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
 def without_penalty(objective: Objective) -> Objective:
     """Returns an objective that minimises only the cross-entropy of `objective`.
 
-    The cross-entropy has the same weight and is computed on the same (attacked) images as there.
+    The weight of the cross-entropy and the (attacked) images are the same as in `objective`.
     """
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:

@@ -144,8 +144,9 @@ class EdgeOptions(Options):
     """What is compared with the edges. gradient: the signed gradient of every channel. saliency:
     the largest magnitude of the gradient over the channels."""
     edge_rms: Literal["batch", "image"] = "batch"
-    """Images over which the root mean square is taken that divides gradients and edges. batch: all
-    images of a micro-batch, as in the paper's code. image: each image alone."""
+    """Gradients and edges are each divided by their root mean square before they are compared.
+    batch: one root mean square over all images of a micro-batch, as in the paper's code. image: one
+    for each image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,7 @@ class PagOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What the command line needs to know of a method. This does not need torch.
+    """What the command line needs to know about a method, so that it need not import torch.
 
     The method's loss, and a function `build` that takes its options, are in the module of
     fastgn.objectives.methods that has its name (with _ in place of +).
@@ -224,7 +225,7 @@ METHODS: Mapping[str, Method] = {
         single_step=True,
     ),
 }
-"""The choices of --method."""
+"""Value of --method -> what the command line needs to know about this method."""
 if TYPE_CHECKING:
     MethodName = str
 else:  # the choices of the command line
@@ -309,8 +310,8 @@ def find_schedule_conflict(
 
     The text also says what to use instead. schedule: value of --schedule. name: name of the method
     for the text. has_penalty: whether the loss has a penalty. takes_turns: whether only some
-    updates have it. allows_differences: whether a finite difference can replace it. ce_weight:
-    weight of the cross-entropy.
+    updates have the penalty. allows_differences: whether a finite difference can replace the
+    penalty. ce_weight: weight of the cross-entropy.
     """
     if schedule in ("auto", "exact", "exact-eager"):
         return None

@@ -38,8 +38,8 @@ def gradnorm(
 
     images_BCHW: in the units that `model` takes. For normalised images, eps / sigma converts the
     pixel radius eps to these units. For pixels in 0..1 use sigma=1. If the images do not require
-    grad, the function differentiates with respect to a copy that does. BatchNorm in train mode
-    couples the images. The penalty is then the gradient of the summed loss.
+    grad, the function differentiates with respect to a copy that does. If BatchNorm in train mode
+    couples the images, the gradient of the summed loss takes the place of d CE_i / d x_i.
 
     norm: 'l1', or 'l2' or 'l2_squared' (double backpropagation, Drucker & LeCun 1992; Ross &
     Doshi-Velez 2018).

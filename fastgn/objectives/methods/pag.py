@@ -1,6 +1,7 @@
 """The method pag, which minimises the cross-entropy plus a penalty on the input gradients' angle.
 
-It is the angle to the direction in which an image that represents the class lies.
+It is the angle between the gradient of a class's logit with respect to an image, and the direction
+from this image to one that represents the class.
 """
 
 from typing import Any

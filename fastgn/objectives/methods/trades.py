@@ -1,6 +1,6 @@
 """The method trades, which minimises the cross-entropy plus a divergence between predictions.
 
-It compares the predictions for images with those for their attacked versions.
+The divergence compares the predictions for images with those for their attacked versions.
 """
 
 from typing import Any
@@ -32,7 +32,8 @@ def trades(
     trades_attack finds x_adv (Zhang et al. 2019, arXiv 1901.08573, equation 5).
 
     images_BCHW: pixels in 0..1. If the model has BatchNorm or dropout, it should be in eval mode
-    during the attack. Then call trades_attack and trades_loss one after the other.
+    during the attack only. In this case call trades_attack and trades_loss instead of this
+    function, and change the mode between them.
     """
     attacked = trades_attack(model, images_BCHW, eps=eps, step_size=step_size, steps=steps)
     return trades_loss(model, torch.cat([images_BCHW, attacked]), targets, beta=beta)
