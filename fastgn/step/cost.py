@@ -67,11 +67,13 @@ def count_cost(
     """Counts the cost of an update that is not compiled, on micro-batches of up to batch_size
     images.
 
-    device_type: the device whose autocast is imitated. All gradients exist from the start, as they
-    do from the second micro-batch on. Peak memory is counted for a few images and for batch_size
-    images, and a line is drawn through both. The true peak is the largest of several lines, so it
-    is never above this line between the two sizes. If only some updates have a penalty, the largest
-    peak of all updates is taken.
+    The gradients of the weights exist from the start, as they do from the second micro-batch on.
+    Peak memory is counted for a few images and for batch_size images, and a line is drawn through
+    both peaks. Between these two sizes the true peak is never above this line, because it is the
+    largest of several lines. If only some updates have a penalty, the largest peak of all updates
+    is taken.
+
+    device_type: the device whose autocast is imitated.
     """
     schedule = options.schedule
     step = schedule.divisor
@@ -123,10 +125,10 @@ def count_cost(
 
 
 def share_of_updates(objective: Objective, schedule: Schedule) -> dict[int, float]:
-    """Returns, for each kind of update, the index of an update of this kind -> their share of all
-    updates.
+    """Returns {index: share} with one entry for each kind of update.
 
-    There are two kinds if only some updates have the penalty, otherwise one.
+    The index is the number of an update of this kind. The share is the part of all updates that are
+    of this kind. There are two kinds if only some updates have the penalty, otherwise one.
     """
     if schedule.kind == "lazy" and schedule.lazy_interval > 1:
         share = 1 / schedule.lazy_interval

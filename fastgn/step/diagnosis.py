@@ -16,8 +16,9 @@ LABEL = "fastgn_layer"
 class Diagnosis:
     """Looks for the first layer of a network whose output or derivative is not finite.
 
-    Outputs are checked layer by layer. Derivatives are checked at every node of the autograd graph,
-    so that a NaN that the next operator masks does not count. Every check waits for the device.
+    Outputs are checked at the end of each layer, so that an infinity inside a layer, as in an
+    attention mask, does not count. Derivatives are checked at every node of the autograd graph.
+    Every check waits for the device.
     """
 
     def __init__(self) -> None:

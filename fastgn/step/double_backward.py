@@ -25,7 +25,7 @@ COMPILER = {
 def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns a tensor of zeros that requires grad because `token` does.
 
-    The backward of the zeros computes nothing. All of them share the memory of one number.
+    The backward of this op computes nothing. All of the zeros share the memory of one number.
     """
     return token.new_zeros(()).expand(shape)
 
@@ -132,7 +132,7 @@ class DoubleBackward(nn.Module):
                 leaves.append(x)
                 continue
             before = [j for j in range(index) if flat[j] is x and tokens[j] is not None]
-            # a tensor that is given twice is one variable
+            # a tensor that is given twice gets one leaf, because it is one variable
             leaves.append(leaves[before[0]] if before else leaf(x, token))
         inputs, named = tree_unflatten(leaves, structure)
         return self.module(*inputs, **named)
@@ -177,8 +177,8 @@ def compile_double_backward(
 
 
 def describe_compilations() -> str:
-    """Returns a text that counts the graphs that this process has compiled or loaded from the cache
-    on disk, and the calls that could not use CUDA graphs."""
+    """Returns a text with the numbers of graphs that this process has compiled and loaded from the
+    cache on disk, and with the number of calls that could not use CUDA graphs."""
     counters = torch._dynamo.utils.counters["inductor"]
     made, found = (counters[f"fxgraph_cache_{what}"] for what in ("miss", "hit"))
     skips = counters["cudagraph_skips"]

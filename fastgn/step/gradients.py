@@ -14,7 +14,8 @@ ALIGNMENT = 64
 """Each gradient begins at a multiple of this number of elements, so that kernels can load whole
 vectors."""
 CHUNK_BYTES = 128 * 2**20
-"""Largest size of one all-reduce. While one is on its way, the next one is cast and begun."""
+"""Largest number of bytes of one all-reduce. While one all-reduce runs, the gradients of
+the next one are cast and its all-reduce is begun."""
 
 
 GRAD_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -33,7 +34,7 @@ class Ranks(Protocol):
 
 
 class OneRank:
-    """The only process of an update."""
+    """Takes the place of Ranks if one process computes the update alone."""
 
     size = 1
 
@@ -46,12 +47,11 @@ class GradientBuffer:
     """Holds the gradients of all weights in one tensor per dtype.
 
     The .grad of each weight is a view of such a tensor. However many weights there are, a few
-    copies fill the buffer, and a few all-reduces sum it over the processes. The buffer also keeps
-    the gradients that a CUDA graph has computed, because the next replay overwrites the graph's
-    own.
+    copies fill the buffer, and a few all-reduces sum it over the processes. The copies are also
+    needed for CUDA graphs, because the next replay of a graph overwrites the gradients in it.
 
     weights: the parameters, which all require grad. sum_dtype: dtype in which the gradients travel
-    between processes. None means their own.
+    between processes. None means the dtype of each weight.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], sum_dtype: torch.dtype | None = None):
@@ -123,7 +123,7 @@ class GradientBuffer:
             elif weight.grad is not view:  # a gradient that the caller has put there
                 view.copy_(weight.grad)
                 weight.grad = view
-        if unused:  # else old values would double in each update
+        if unused:  # otherwise each all-reduce would sum their old values again
             torch._foreach_zero_(unused)
         sums = []
         for flat in self.flats:

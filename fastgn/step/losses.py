@@ -43,7 +43,7 @@ class AttackGradient(nn.Module):
 
 
 def split_objective(objective: Objective, schedule: Schedule) -> dict[str, Objective]:
-    """Returns name -> objective, for all losses that the updates of a run need.
+    """Returns {name: objective} for the losses that the updates of a run need.
 
     "penalty" and "plain" are losses with and without the penalty. "point" is the cross-entropy at
     one point of a finite difference. schedule: the way in which the penalty is differentiated.

@@ -87,7 +87,7 @@ class Meter(TorchDispatchMode):
         if key not in self._sizes:  # an operator may return the same storage twice
             self._sizes[key] = size
             self.live_bytes += size
-            # its Python object lives until nothing holds the storage any more, in C++ either
+            # the Python object of a storage lives as long as anything holds it, also in C++
             weakref.finalize(storage, self._release, key).atexit = False
 
     def _release(self, key: int) -> None:
@@ -102,8 +102,8 @@ def _storage(x: Tensor) -> torch.UntypedStorage:
 def autocast_as_on_cuda() -> Iterator[None]:
     """Makes autocast on the CPU run the same operators in float32 as autocast on CUDA.
 
-    What the operators save for the backward then has the same size. Fake tensors on a CUDA device
-    are no alternative on a machine without one, because autograd asks the CUDA driver.
+    The tensors that the operators save for the backward then have the same size. On a machine
+    without CUDA, fake tensors on a CUDA device would not work, because autograd asks the driver.
     """
     unset = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 

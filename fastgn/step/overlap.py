@@ -10,9 +10,9 @@ from torch.func import functional_call
 BUCKET_MB = 40
 """Megabytes of gradients that one all-reduce sums.
 
-PyTorch's default joins all gradients, so that their sum begins when the backward has ended.
-Inductor begins an all-reduce only after the one before has been waited for, so a few large ones
-hide behind the kernels better than many small ones.
+PyTorch's default joins all gradients, so that their sum begins only when the backward has ended.
+Inductor begins an all-reduce only when the one before it has ended. Therefore a few large ones run
+beside the kernels better than many small ones.
 """
 
 
@@ -25,8 +25,8 @@ INDUCTOR = {
     "bucket_all_reduces_fx": "all",
     "bucket_all_reduces_fx_bucket_size_determinator": size_bucket,
 }
-"""Options of torch.compile that join the all-reduces of several weights into one, and begin each of
-these when its gradients are known."""
+"""Options of torch.compile that join the all-reduces of several weights into one, which begins when
+all of its gradients are known."""
 
 
 @torch.library.custom_op("fastgn::zero_summed", mutates_args=())
@@ -61,9 +61,9 @@ zero_summed.register_autograd(_sum_gradient, setup_context=_keep_dtype)
 class SummedInBackward(nn.Module):
     """Computes a loss whose backward also sums the gradients over the processes.
 
-    The gradients come out as those of `slots`, one tensor for each weight, in the slot's dtype.
-    Nothing in a compiled graph reads them, neither a cast nor a division. The compiler can thus
-    begin an all-reduce as soon as its gradients are known, and compute meanwhile.
+    The sums are the gradients of `slots`, one tensor for each weight, and have the dtype of the
+    slot. No operator in the compiled graph reads a sum, not even a cast or a division. Therefore
+    the compiler can begin an all-reduce as soon as its gradients are known, and compute meanwhile.
 
     module: computes the loss, divided by the number of processes. group: name of the process group.
     """
@@ -76,7 +76,7 @@ class SummedInBackward(nn.Module):
     def forward(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor, *slots: Tensor) -> Any:
         named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
         weights = {
-            # the sum is fused with the next operator, such as autocast's cast
+            # this addition is fused with the next operator, such as autocast's cast
             name: weight.detach() + zero_summed(slot, weight.shape, weight.dtype, self.group)
             for (name, weight), slot in zip(named, slots, strict=True)
         }

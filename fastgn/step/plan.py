@@ -200,12 +200,12 @@ def choose_plan(
     Among equally short updates it prefers fewer micro-batches, then a higher budget.
     batch_size: number of images per rank and update, which the micro-batch must divide.
     free_bytes: free memory when the weights are allocated, see `free_memory`.
-    state_bytes: memory that will be allocated for anything but gradients and activations. AdamW's
-    state takes twice the memory of the weights in fp32.
+    state_bytes: memory that will be allocated for anything but gradients and activations, such as
+    the optimizer's state, which for AdamW is twice as large as the weights in fp32.
     held_bytes: memory that is allocated already.
     fewest: smallest micro-batch that the network can be trained on.
-    fixed: micro-batch and budget to predict the cost of, whether they fit or not, instead of
-    choosing them. The prediction is for the nearest budget that was measured.
+    fixed: (micro-batch, budget). If given, nothing is chosen, and the cost of these is predicted
+    whether they fit or not. The prediction is for the nearest budget that was measured.
     Raises UserError if nothing fits.
     """
     ratios = compiled_relations(cost) if compiled else EAGER

@@ -39,7 +39,7 @@ class InBfloat16:
         self.model = model
 
     def cast_weights(self) -> dict[str, Tensor]:
-        """Returns bf16 copies of the network's weights and buffers, without BatchNorm's."""
+        """Returns bf16 copies of the network's weights and buffers, except those of BatchNorm."""
         model = self.model
         norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}

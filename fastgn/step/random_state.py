@@ -6,7 +6,7 @@ import torch
 class RandomState:
     """The state of the CPU's generator and of a device's generator when this object was made.
 
-    It lets a pass draw the same random numbers once more.
+    Restoring it lets a second forward draw the same random numbers, for example the same dropout.
     """
 
     def __init__(self, device: torch.device):

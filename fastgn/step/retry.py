@@ -14,8 +14,8 @@ from fastgn.step.step import Batches, PeerOutOfMemory, Step
 def out_of_memory(error: BaseException) -> bool:
     """Returns whether an error says that a device or the host had no memory left.
 
-    PyTorch's allocator raises a class of its own. What allocates beside it (handles of cuBLAS,
-    modules of Triton, NCCL) raises a RuntimeError with other words.
+    PyTorch's allocator raises torch.OutOfMemoryError. Libraries that allocate memory themselves,
+    such as cuBLAS, Triton and NCCL, raise a RuntimeError with other words.
     """
     if isinstance(error, torch.OutOfMemoryError):
         return True
@@ -78,13 +78,13 @@ class RetryingStep:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if self.step.is_committed:  # the other processes wait for this one
+                if self.step.is_committed:  # the others wait in a collective, and cannot retry
                     raise
                 failure = error
             del reserved  # PyTorch's allocator keeps it for the next allocations
             failure = self._share_failure(failure)
             if failure is None:
-                self.reserve_bytes = int  # the optimizer is about to allocate its state
+                self.reserve_bytes = int  # from now on 0, because the optimizer allocates its state
                 if self.step.ranks.size > 1:
                     self.step.sum_over_ranks()
                 return loss
@@ -97,7 +97,7 @@ class RetryingStep:
         """Returns the failure of this or another process, or None if all have succeeded."""
         if self.step.is_committed or isinstance(
             failure, PeerOutOfMemory
-        ):  # they have agreed already
+        ):  # the processes have agreed already
             return failure
         if self.step.ranks.any(failure is not None):
             return failure or PeerOutOfMemory("another process ran out of memory")
@@ -126,7 +126,8 @@ class RetryingStep:
 
 
 class Snapshot:
-    """Copies of buffers and of the random state, to run an update again as if it were the first."""
+    """Copies of buffers and of the random state, with which an update can be run again from the
+    same start."""
 
     def __init__(self, device: torch.device, buffers: Sequence[Tensor]):
         self.device = device

@@ -21,8 +21,8 @@ class Schedule:
     the images x (Finlay & Oberman 2019). It needs no double backprop.
     central-difference: (CE(x + h d) - CE(x - h d)) / 2h. In both kinds of difference, BatchNorm in
     train mode sees all of these points.
-    lazy: only every lazy_interval-th update has the penalty, which is that many times as strong
-    (Karras et al. 2020). Gradient clipping weakens it again.
+    lazy: only every lazy_interval-th update has the penalty, which is then lazy_interval times as
+    strong (Karras et al. 2020). Gradient clipping weakens the penalty again.
     subset: only the first subset_fraction of the images of each micro-batch have the penalty.
     """
 
@@ -83,7 +83,7 @@ class Schedule:
 def is_whole(x: float) -> bool:
     """Returns whether `x` is within 0.001 of a whole number.
 
-    So 3 times 0.3333 counts as whole, because people write 0.3333 for a third.
+    For example, 3 times 0.3333 counts as whole, because people write 0.3333 for a third.
     """
     return abs(x - round(x)) < 1e-3
 

@@ -47,9 +47,9 @@ class Step:
     ranks: the processes that compute an update together. If there are several, the gradients are
     this process's part of the mean until `sum_over_ranks` is called.
 
-    Runs no more forwards and backwards than the schedule needs, and never waits for the device
-    except for the quirk sync_micro_batches. Running out of memory raises; see retry.RetryingStep.
-    Raises ValueError if the schedule does not fit the objective.
+    Runs only the forwards and backwards that the schedule needs. Never waits for the device, except
+    with Quirks.sync_micro_batches. If memory runs out, PyTorch's error is raised, which
+    retry.RetryingStep handles. Raises ValueError if the schedule does not fit the objective.
     """
 
     def __init__(
@@ -78,18 +78,18 @@ class Step:
         self._compile_mode = {"mode": "reduce-overhead"} if cuda_graphs else {}
         self.gradients = GradientBuffer(self.weights, GRAD_DTYPES[options.grad_dtype])
         self.is_committed = False
-        """Whether the present update has come to a collective, so that it cannot be repeated in one
-        process alone."""
+        """Whether the present update has begun a collective. If so, a process cannot repeat the
+        update alone."""
         self.is_summed = False
         """Whether the backward of the present update also sums its gradients."""
 
         self.parts = split_objective(objective, options.schedule)
         self.attack = self._compile(AttackGradient(model, options.precision), True)
         self.losses: dict[str, nn.Module] = {}
-        """Computes each loss of `parts`, compiled if the options say so."""
+        """Name of a loss in `parts` -> module that computes it, compiled if the options say so."""
         self.overlapped: dict[str, nn.Module] = {}
-        """Computes each loss, with a backward that sums the gradients. Empty for --grad-sync flat.
-        """
+        """Name of a loss -> module whose backward also sums the gradients over the processes. Empty
+        for --grad-sync flat."""
         self._slots: list[Tensor] = []
         overlaps = options.grad_sync == "overlap" and ranks.size > 1
         if overlaps and not options.schedule.differences:
@@ -107,7 +107,7 @@ class Step:
         """Returns `module`, compiled if the options say so.
 
         differentiates: whether the module computes a gradient with respect to its first input.
-        options: passed on to torch.compile, in place of CUDA graphs.
+        options: passed on to torch.compile. If they are given, no CUDA graphs are used.
         """
         if not self.options.is_compiled:
             return module
@@ -130,8 +130,9 @@ class Step:
         Returns the mean of the micro-batches' losses, detached.
         batches: their losses are averaged (or summed, see Quirks.accumulation).
         ramp: scalar tensor in 0..1 on the device, the strength of the penalty.
-        update: number of the update, which decides about the turns of several losses.
-        attack_ramp: like ramp, for the step of an attack. None means `ramp`.
+        update: number of the update. If several losses take turns, it says whose turn it is.
+        attack_ramp: scalar tensor in 0..1 on the device, which multiplies the step size of an
+        attack. None means `ramp`.
         """
         with matmul_precision(self.options.precision):
             return self._accumulate(
@@ -190,8 +191,8 @@ class Step:
     def confirm(self) -> None:
         """Raises PeerOutOfMemory if a process has run out of memory in this update.
 
-        Must be called before a collective in the middle of an update, for which the process without
-        memory would never come.
+        Call this before each collective in the middle of an update. A process without memory would
+        never begin that collective, and the other processes would wait for it.
         """
         if self.ranks.any(False):
             raise PeerOutOfMemory("another process ran out of memory")
@@ -199,11 +200,10 @@ class Step:
     def diagnose(
         self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor
     ) -> str | None:
-        """Computes the losses and gradients of an update once more, without compiling, and keeps
-        none.
+        """Finds the layer in which a value or a derivative of an update stops being finite.
 
-        Returns the layer in which a value or a derivative stops being finite, or None if all are
-        finite.
+        Computes the losses and gradients once more, without compiling, and discards them. Returns a
+        text that names the layer, or None if everything is finite.
         """
         name = self.turn(update)
         module = LossModule(self.model, self.parts[name], self.options.precision)
@@ -215,13 +215,13 @@ class Step:
             self.model.train(not self.options.quirks.train_in_eval_mode)
             inputs = images_BCHW.detach().requires_grad_(), targets, ramp
             found = Diagnosis().run(self.model, lambda: module(*inputs).total)  # noqa: B023
-            first = first or found  # on to the next one, in which other processes may wait
+            first = first or found  # go on, because other processes may wait in the next one
         return first
 
     def _split(self, batches: Batches) -> list[tuple[Tensor, Tensor]]:
         """Returns images and targets of each micro-batch.
 
-        Raises ValueError if the size of a batch or micro-batch does not divide.
+        Raises ValueError if a batch cannot be divided into micro-batches of the right size.
         """
         pairs: list[tuple[Tensor, Tensor]] = []
         for images_BCHW, targets in batches:
@@ -246,8 +246,8 @@ class Step:
         return loss
 
     def _differentiate_and_sum(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
-        """Does the same for the only micro-batch of an update, and sums the gradients over the
-        processes."""
+        """Runs the forward and backward of an update with one micro-batch. The backward also sums
+        the gradients over the processes."""
         loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *self._slots)
         self.confirm()
         self.is_committed = self.is_summed = True
@@ -267,8 +267,9 @@ class Step:
     def _differentiate_difference(self, part: MicroBatch, ramp: Tensor) -> Loss:
         """Runs the forwards and backwards of a finite difference, and returns its loss.
 
-        One backward at the images gives both the direction of the difference and the weights'
-        gradients of the cross-entropy there, whatever its coefficient.
+        One backward at the images gives both the direction of the difference and the gradients of
+        the weights. It can do so because the direction consists only of signs, which do not depend
+        on the coefficient of the cross-entropy.
         """
         objective, schedule = self.objective, self.options.schedule
         h, central = schedule.fd_step, schedule.kind == "central-difference"
@@ -285,7 +286,7 @@ class Step:
         signs = (1, -1) if central else (1,)
         ces = [ce] if not central else []
         for sign in signs:
-            random_state.restore()  # the same dropout: only the images may differ between points
+            random_state.restore()  # draw the same dropout, so that only the images differ
             point_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
             there = self._forward(self.losses["point"], point_BCHW, part.targets, ramp)
             self._backward(there.ce * (sign * weight / len(signs) / part.divisor))
@@ -297,13 +298,14 @@ class Step:
 
     def _forward(self, module: nn.Module, *inputs: Any) -> Loss:
         """Computes a loss."""
-        if self._compile_mode:  # also if an earlier forward found no memory for its backward
+        if self._compile_mode:  # needed if an earlier forward had no backward for lack of memory
             torch.compiler.cudagraph_mark_step_begin()
         loss: Loss = module(*inputs)
         return loss
 
     def _backward(self, total: Tensor, *images: Tensor) -> Sequence[Tensor | None]:
-        """Adds to the gradients of the weights, and returns those of the given images."""
+        """Differentiates a loss. Adds the gradients of the weights to their .grad, and returns the
+        gradients of the given images."""
         grads = torch.autograd.grad(total, [*self.weights, *images], allow_unused=True)
         self.gradients.add(grads[: len(self.weights)])
         return grads[len(self.weights) :]
@@ -313,8 +315,9 @@ class Step:
     def _perturb(
         self, name: str, images_BCHW: Tensor, targets: Tensor, attack_ramp: Tensor
     ) -> Tensor:
-        """Returns the images at which the loss with this name is computed, attacked if the method
-        does so.
+        """Returns the images at which a loss is computed, after the method's attack if it has one.
+
+        name: name of the loss.
 
         The attack runs in eval mode, so that it sees the network as a user does and does not change
         the statistics of BatchNorm.
@@ -330,7 +333,10 @@ class Step:
             )
 
     def attack_gradient(self, model: nn.Module, images_BCHW: Tensor, targets: Tensor) -> Gradient:
-        """Returns the losses and input gradients that a step of an attack needs."""
+        """Returns the losses and input gradients that a step of an attack needs.
+
+        With Quirks.attack_weight_grads, weight gradients are computed, summed and discarded too.
+        """
         if not self.options.quirks.attack_weight_grads:
             if not self.options.is_compiled:
                 images_BCHW = images_BCHW.detach().requires_grad_()
