@@ -2,8 +2,8 @@
 
 Names: u = x + bias is the input of the activation f, and y = f(u). gy is the gradient of the loss
 with respect to y; gx and gbias are those with respect to x and bias. ggx and ggbias are the
-cotangents of gx and gbias: the gradients that the second backward pass starts from. Its results are
-ggy, the gradient with respect to gy, and again gx and gbias.
+cotangents of gx and gbias: the gradients that the second backward pass starts from. The results of
+that pass are ggy, the gradient with respect to gy, and again gx and gbias.
 
 Forward: y = f(u).
 Backward: gx = gy f'(u), and gbias is the sum of gx over the rows.
@@ -36,10 +36,10 @@ from fastgn_kernels.dispatch import (
 from fastgn_kernels.maths import TABLE, in_pytorch
 
 BLOCK = 1024
-"""Number of elements per program if there is no bias. Each thread has 8 of them, which are one
-16-byte access for 16-bit dtypes."""
+"""Number of elements per program if there is no bias. Each thread has 8 elements, so it reads
+16-bit dtypes with accesses of 16 bytes."""
 TILE = 2048
-"""Number of elements of a program's tile if there is a bias."""
+"""Number of elements per program if there is a bias. They form a tile of rows and columns."""
 
 WITH_PARAMETER = ("softplus", "elu", "leaky_relu")
 """Kinds of activation that take a parameter."""
@@ -51,10 +51,11 @@ def _process_tile(
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Computes the outputs of one tile. Returns the gradient with respect to u (the forward: u).
+    """Computes the outputs of one tile. Returns the gradient with respect to u.
 
-    The sum of these gradients over the rows is gbias. ORDER is 0 for the forward, 1 for the
-    backward and 2 for the backward of the backward. `out` is y, gx or ggy respectively.
+    The sum of this gradient over the rows is gbias. ORDER is 0 for the forward, which returns u
+    instead. It is 1 for the backward and 2 for the backward of the backward. The tensor `out` is y
+    for order 0, gx for order 1 and ggy for order 2.
     """
     u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:
@@ -131,12 +132,12 @@ def _run_kernel(
     order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
     gy: Tensor | None = None, ggx: Tensor | None = None, ggbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes one order of differentiation of an activation with a Triton kernel.
+    """Computes an activation or one of its two derivatives with a Triton kernel.
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. kind: name of
     the activation. parameter: parameter of that activation, such as the slope of leaky_relu.
-    weight_grads: whether to compute gbias. Returns (y, empty, empty), (gx, empty, gbias) or (ggy,
-    gx, gbias). gbias is empty if it is not computed.
+    weight_grads: whether to compute gbias. Returns (y, empty, empty) for order 0, (gx, empty,
+    gbias) for order 1 and (ggy, gx, gbias) for order 2. gbias is empty if it is not computed.
     """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
@@ -201,9 +202,9 @@ def _run_plain(
 def _allocate_outputs(
     order: int, x: Tensor, bias: Tensor | None, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns tensors for the results of `_run_kernel`.
+    """Returns uninitialised tensors for the results of `_run_kernel`.
 
-    A result that an order does not have is an empty tensor, because custom ops return tensors.
+    A result that an order does not have is an empty tensor, because custom ops must return tensors.
     Without a bias, the results have the strides of `x` if these leave no holes in memory.
     """
     memory_format = torch.preserve_format if bias is None else torch.contiguous_format
@@ -305,7 +306,8 @@ def activation(
     Args:
         x: tensor of any shape (..., C) and any floating-point dtype.
         kind: one of ``fastgn_kernels.ACTIVATIONS``.
-        bias: (C,), any floating-point dtype. The backward kernel also sums the gradient of bias.
+        bias: (C,), any floating-point dtype. The kernel that computes the gradient of x also
+            computes the gradient of bias.
         parameter: beta of softplus, alpha of elu or negative slope of leaky_relu. If None,
             PyTorch's default is used.
 
@@ -313,15 +315,15 @@ def activation(
         A tensor with the shape and dtype of x.
 
     Raises:
-        ValueError: if kind is unknown, takes no parameter although one is given, or if the shape of
-            bias does not fit.
+        ValueError: if kind is unknown, if a parameter is given for a kind that has none, or if the
+            shape of bias does not fit.
         TypeError: if a tensor is not floating-point.
         RuntimeError: if the result is differentiated three times.
     """
     if kind not in TABLE:
         raise ValueError(f"activation: kind {kind!r} is not one of {', '.join(TABLE)}")
     if parameter is not None and kind not in WITH_PARAMETER:
-        # reference.activation, which compiled code calls, would ignore it
+        # refused, because reference.activation, which compiled code calls, would ignore it
         raise ValueError(
             f"activation: {kind} has no parameter, only {', '.join(WITH_PARAMETER)} have one"
         )

@@ -1,10 +1,11 @@
 """Cross-entropy with class indices or class probabilities, and its two derivatives.
 
-Names: z are the logits of one sample and p = softmax(z). t are its target probabilities, which are
-0 and a single 1 for a class index. T is the sum of t. gl is the gradient of the final loss with
-respect to this sample's loss, and gz its gradient with respect to z. ggz is the cotangent of gz:
-the gradient that the second backward pass starts from. That pass computes ggl, the gradient with
-respect to gl, and again a gradient with respect to z, which is also called gz.
+Names: z are the logits of one sample and p = softmax(z). t are the sample's target probabilities.
+For a class index, t is 1 for that class and 0 for the others. T is the sum of t. gl is the gradient
+of the final loss with respect to this sample's loss, and gz is the gradient of the final loss with
+respect to z. ggz is the cotangent of gz: the gradient that the second backward pass starts from.
+That pass computes ggl, the gradient with respect to gl, and again a gradient with respect to z,
+which is also called gz.
 
 Forward: loss = T logsumexp(z) - sum(t z).
 Backward: gz = gl (T p - t).
@@ -39,12 +40,12 @@ TILE = 1024
 """Smallest number of elements in a program's tile. Shorter rows share a tile of this size, and a
 longer row has a tile of its own."""
 PER_THREAD = 8
-"""Number of elements per thread: one 16-byte access for 16-bit dtypes."""
+"""Number of elements per thread, so that it reads 16-bit dtypes with accesses of 16 bytes."""
 LARGEST_ROW = 64 << 10
-"""Bytes, in the compute dtype, of the widest row that 1024 threads can hold in their registers.
-Rows of 16384 float32 classes spill no registers on sm_70, 80 and 90. With 32768 classes, a thread
-spills up to 700 bytes. Rows of 8192 float64 classes spill 112 bytes in the kernel of the second
-derivative."""
+"""Largest size in bytes, in the compute dtype, of a row that 1024 threads can hold in registers.
+Rows of 16384 float32 classes spill no registers on sm_70, sm_80 and sm_90. With 32768 classes, a
+thread spills up to 700 bytes. With 8192 float64 classes, the kernel of the second derivative spills
+112 bytes per thread."""
 
 
 @triton.jit
@@ -53,10 +54,11 @@ def _load_tile(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Loads the rows of a program.
+    """Loads the rows of a program, and computes what all kernels need.
 
-    Returns (row, offsets, inside, chosen, t, T, z - max(z), e, sum of e), e = exp(z - max(z)).
-    `inside` marks the elements that exist, and `chosen` those that may contribute to sum(t z).
+    Returns (row, offsets, inside, chosen, t, T, z - max(z), e, sum of e) for e = exp(z - max(z)).
+    inside: mask of the elements that exist. chosen: mask of the elements that may contribute to
+    sum(t z).
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = row[:, None]
@@ -73,7 +75,7 @@ def _load_tile(
         valid = (index >= 0) & (index < COLUMNS)
         total = tl.where(valid, 1.0, float("nan")).to(COMPUTE_DTYPE)
     else:
-        # all elements, because PyTorch's loss is NaN where a target is 0 and its logit is -inf
+        # all elements contribute: if a target is 0 and its logit is -inf, PyTorch's loss is NaN too
         chosen = inside
         t = tl.load(targets_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = tl.sum(t, axis=1, keep_dims=True)
@@ -142,11 +144,11 @@ def _cross_entropy_bwd_bwd_kernel(
 def _run_kernel(
     order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, ggz: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes one order of differentiation of the cross-entropy with a Triton kernel.
+    """Computes the cross-entropy or one of its two derivatives with a Triton kernel.
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. gl: gradient
     with respect to each sample's loss. ggz: cotangent of the logits' gradient. Returns (loss,
-    empty), (empty, gz) or (ggl, gz).
+    empty) for order 0, (empty, gz) for order 1 and (ggl, gz) for order 2.
     """
     per_row, gz = _allocate_outputs(order, logits)
     rows, columns = logits.shape
@@ -208,7 +210,8 @@ def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the class indices, clamped to those that exist, and the sum of each sample's targets.
 
     Both have the shape (B, 1). If an index is out of range, raises ValueError on a CPU. On CUDA
-    that check would stall the host, so the sum is NaN there instead, as in the kernels.
+    that check would stall the host. There the sum is NaN, as in the kernels, so that the sample's
+    loss becomes NaN.
     """
     columns = log_p.shape[1]
     outside = (targets < 0) | (targets >= columns)
@@ -222,9 +225,9 @@ def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _allocate_outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns tensors for the results of `_run_kernel`.
+    """Returns uninitialised tensors for the results of `_run_kernel`.
 
-    A result that an order does not have is an empty tensor, because custom ops return tensors.
+    A result that an order does not have is an empty tensor, because custom ops must return tensors.
     """
     rows = 0 if order == 1 else logits.shape[0]
     per_row = logits.new_empty(rows, dtype=compute_dtype(logits.dtype))

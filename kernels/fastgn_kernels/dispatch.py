@@ -1,4 +1,4 @@
-"""Parts that every op shares: registration, choice of an implementation, checks of its inputs.
+"""Functions that all ops share: they register ops, choose an implementation and check inputs.
 
 Each op is a chain of three ``torch.library`` custom ops, ``fastgn::<op>``, ``fastgn::<op>_bwd`` and
 ``fastgn::<op>_bwd_bwd``. Each of the first two registers the next one as its derivative. PyTorch
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton interprets its kernels on the CPU. Triton reads the variable when a kernel is
-defined, so the value holds for the whole process."""
+"""Whether Triton interprets its kernels on the CPU. Triton reads the environment variable when a
+kernel is defined, so the value holds for the whole process."""
 
 LAUNCH = {"enable_fp_fusion": True}
 """Options for every kernel launch. Without enable_fp_fusion, Triton 3.10 no longer fuses a
@@ -45,14 +45,15 @@ def source_hash() -> str:
 # graphs that hold the derivatives of another version of this package.
 torch.compiler.config.cache_key_tag += f" fastgn_kernels {source_hash()}"
 
-# Tells whether the running backward pass will execute a node. PyTorch's derivatives call it too.
+# Function that tells whether the running backward pass will execute a node. PyTorch's own
+# derivatives call it too. If a version of PyTorch lacks it, all gradients are computed.
 _engine_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def runs_triton(x: Tensor) -> bool:
     """Returns whether an op on `x` runs its Triton kernels.
 
-    It does if x is on CUDA, or if Triton interprets its kernels on the CPU.
+    An op runs them if x is on CUDA, or if Triton interprets its kernels on the CPU.
     """
     return x.is_cuda or INTERPRETED
 
@@ -74,9 +75,10 @@ def _capability(index: int) -> int:
 def is_compiling() -> bool:
     """Returns whether torch.compile is tracing the code.
 
-    While it is, pointwise ops use PyTorch's operators, which Inductor fuses with their neighbours.
-    Inductor cannot fuse across a custom op. LayerNorm and window attention remain custom ops where
-    their kernels run, because they still move fewer bytes per step (benchmarks/NOTES.md).
+    In compiled code, pointwise ops use PyTorch's operators, which Inductor fuses with their
+    neighbours. Inductor cannot fuse across a custom op. LayerNorm and window attention remain
+    custom ops if their kernels run, because even so they move fewer bytes per step
+    (benchmarks/NOTES.md).
     """
     return torch.compiler.is_compiling()
 
@@ -92,19 +94,21 @@ def triton_compute_dtype(dtype: torch.dtype) -> Any:
 
 
 def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
-    """Returns `x`, copied if its strides differ from those of `other`.
+    """Returns `x` with the strides of `other`. It is a copy if the strides of `x` differ.
 
-    Both tensors have the same shape, and the elements of `other` fill its memory without holes.
+    Both tensors must have the same shape. The elements of `other` must fill its memory without
+    holes.
     """
     return x if x.stride() == other.stride() else torch.empty_like(other, dtype=x.dtype).copy_(x)
 
 
 def count_strips(rows: int, rows_per_block: int, column_blocks: int, programs: int = 1056) -> int:
-    """Returns into how many strips of rows a kernel divides its input to sum over the rows.
+    """Returns the number of strips of rows into which a kernel divides its input.
 
-    One program sums each strip and writes one partial sum. column_blocks: number of blocks that
-    divide the columns. programs: number of programs to aim at. The default is 8 programs for each
-    of the 132 processors of an H200.
+    A kernel does so to sum over the rows. For each strip and block of columns, one program writes
+    one partial sum. column_blocks: number of blocks into which the columns are divided. programs:
+    largest number of programs that is useful. The default is 8 programs for each of the 132
+    processors of an H200.
     """
     wanted = max(programs // max(column_blocks, 1), 1)
     return max(1, min(triton.cdiv(rows, rows_per_block), wanted, LARGEST_GRID_Y))
@@ -133,8 +137,8 @@ def define_op(name: str) -> Callable[[Callable], Any]:
     """Returns a decorator that registers a function as the custom op `name`.
 
     The first argument of the function is a tensor, and the function changes none of its arguments.
-    It runs on the device of that tensor, because Triton launches on the current device. It runs
-    without autocast, which would otherwise act inside custom ops.
+    The op makes the device of that tensor the current device, because Triton launches kernels
+    there. It turns autocast off, which would otherwise cast tensors inside the function.
     """
 
     def custom_op(body: Callable) -> Any:

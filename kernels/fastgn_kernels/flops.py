@@ -1,7 +1,7 @@
 """Registers the number of operations of window attention with PyTorch's counter of FLOPs.
 
-After this, FlopCounterMode counts the operations of these ops. The other ops of fastgn_kernels need
-no entry, because they compute no matrix products and the counter counts nothing else.
+After an import of this module, FlopCounterMode counts the operations of these ops. It counts only
+matrix products, so the other ops of fastgn_kernels, which compute none, need no entry.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ WINDOW_ATTENTION = {
     "window_attention_bwd_bwd": (3, 12),
 }
 """Name of a custom op -> (position of qkv among its arguments, number of matrix products per window
-and head). Products that a backward computes again are included."""
+and head). Products that a backward pass computes a second time are included."""
 
 
 def count_products(position: int, products: int) -> Callable[..., int]:

@@ -1,10 +1,11 @@
 """The L1 or L2 norm of each sample of a gradient, and the two derivatives of that norm.
 
-These are norms for gradient penalties. Names: g is the gradient of one sample, whose norm is
-computed. gn is the gradient of the loss with respect to this norm, and gg its gradient with respect
-to g. ggg is the cotangent of gg: the gradient that the second backward pass starts from. That pass
-computes ggn, the gradient with respect to gn, and again gg. The direction is sign(g) for L1. For L2
-it is g / norm, or 0 if the norm is 0.
+Gradient penalties need these norms. Names: g is the gradient of one sample, whose norm is computed.
+gn is the gradient of the loss with respect to this norm, and gg is the gradient of the loss with
+respect to g. ggg is the cotangent of gg: the gradient that the second backward pass starts from.
+That pass computes ggn, the gradient with respect to gn, and again gg. The direction is the
+derivative of the norm with respect to g. It is sign(g) for L1. For L2 it is g / norm, or 0 if the
+norm is 0.
 
 Forward: norm = sum(abs(g)) or sqrt(sum(g^2)).
 Backward: gg = gn direction.
@@ -41,14 +42,14 @@ from fastgn_kernels.dispatch import (
 )
 
 TILE = 1024
-"""Number of elements of a program's tile. Each thread has 8 of them, which are one 16-byte access
-for 16-bit dtypes."""
+"""Number of elements of a program's tile. Each thread has 8 elements, so it reads 16-bit dtypes
+with accesses of 16 bytes."""
 
 
 @triton.jit
 def _load_inverse(norm_pointer, row, rows, L1: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
     """Returns 1 / norm of each sample, or 0 if the norm is 0. For the L1 norm it returns 1, because
-    the kernels do not need the norm."""
+    the derivatives of that norm do not contain the norm."""
     if L1:
         return tl.full(row.shape, 1.0, COMPUTE_DTYPE)
     norm = tl.load(norm_pointer + row, mask=row < rows, other=1.0).to(COMPUTE_DTYPE)
@@ -73,10 +74,11 @@ def _gradient_norm_reduce_kernel(
     L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes partial sums for the norm of each sample, one sum for each part of the sample.
+    """Computes partial sums over the elements of each sample, from which the norm follows.
 
-    The kernel sums abs(g) for the L1 norm and g^2 for the L2 norm. With HAS_GGG it sums ggg times
-    the direction of g instead, for the second backward pass.
+    Each program writes the sum over its share of the elements. The kernel sums abs(g) for the L1
+    norm and g^2 for the L2 norm. With HAS_GGG it sums ggg times the direction of g instead, for the
+    second backward pass.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     if HAS_GGG:
@@ -129,10 +131,10 @@ def _gradient_norm_map_kernel(
 
 
 def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the rows and columns of g as a matrix, and the compile-time constants of the kernels.
+    """Returns the number of rows, the number of columns, and the kernels' compile-time constants.
 
-    A row of the matrix is a sample. If samples are small, a tile holds several of them. ord: 1 or 2
-    for L1 or L2.
+    They describe g as a matrix in which each row is a sample. If samples are small, a tile holds
+    several of them. ord: 1 or 2 for L1 or L2.
     """
     rows, columns = g.shape[0], math.prod(g.shape[1:])
     block_columns = min(triton.next_power_of_2(columns), TILE)
@@ -187,10 +189,11 @@ def _run_kernel(
     order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
     ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes one order of differentiation of the norm with Triton kernels.
+    """Computes the norm or one of its two derivatives with Triton kernels.
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. ord: 1 or 2
-    for L1 or L2. Returns (norm, empty), (empty, gg) or (ggn, gg). The last gg is empty for L1.
+    for L1 or L2. Returns (norm, empty) for order 0, (empty, gg) for order 1 and (ggn, gg) for order
+    2. The gg of order 2 is empty for L1, because it is zero.
     """
     per_sample, gg = _allocate_outputs(order, g, ord)
     if not g.numel():
@@ -237,7 +240,7 @@ def _run_plain(
 
 
 def _with_samples_in_blocks(g: Tensor) -> Tensor:
-    """Returns g, copied if a sample does not fill one contiguous block of memory.
+    """Returns g. It is a copy if a sample does not fill one contiguous block of memory.
 
     The order of the elements within a sample does not matter, so images in channels_last are not
     copied.
@@ -249,10 +252,10 @@ def _with_samples_in_blocks(g: Tensor) -> Tensor:
 
 
 def _allocate_outputs(order: int, g: Tensor, ord: int) -> tuple[Tensor, Tensor]:
-    """Returns tensors for the results of `_run_kernel`.
+    """Returns uninitialised tensors for the results of `_run_kernel`.
 
-    A result that an order does not have is an empty tensor, because custom ops return tensors. gg
-    has the strides that `_with_samples_in_blocks` gives to g.
+    A result that an order does not have is an empty tensor, because custom ops must return tensors.
+    gg has the strides that `_with_samples_in_blocks` gives to g.
     """
     rows = 0 if order == 1 else g.shape[0]
     per_sample = g.new_empty(rows, dtype=compute_dtype(g.dtype))
@@ -331,13 +334,13 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
 
     The penalty of fastgn's method gradnorm uses L1, and WGAN-GP uses L2. The norm is summed in
     float32, or in float64 for float64 gradients, so that sums and squares of float16 do not
-    overflow. If each sample fills one block of memory, which includes channels_last, grad is read
-    without a copy.
+    overflow. grad is read without a copy if each sample fills one block of memory, as it also does
+    in channels_last.
 
     As in PyTorch, sign(0) and the gradient of the L2 norm at 0 are 0. The second derivative of the
-    L2 norm at 0 is 0 too, where PyTorch's is NaN. For L1, grad gets no second-order gradient,
-    because it is zero almost everywhere. In code compiled by torch.compile the function calls
-    `reference.gradient_norm` instead, whose operators Inductor fuses with their neighbours.
+    L2 norm at 0 is 0 too, although PyTorch's is NaN. For L1, grad gets no second-order gradient,
+    because that gradient is zero almost everywhere. In code compiled by torch.compile the function
+    calls `reference.gradient_norm` instead, whose operators Inductor fuses with their neighbours.
 
     Args:
         grad: (B, ...), any floating-point dtype.

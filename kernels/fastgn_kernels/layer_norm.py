@@ -26,8 +26,8 @@ from fastgn_kernels.layer_norm_kernels import (
 LARGEST = 4096
 """Number of columns of the widest row that a program can hold. Wider rows use PyTorch's operators.
 With 8192 columns, the kernel of the second derivative spilled 144 bytes of registers per thread.
-In float64, which is only used to check results, it spills 80 bytes with 1024 columns and more with
-4096."""
+In float64, which is only used to check results, that kernel spills 80 bytes with 1024 columns and
+more with 4096."""
 
 
 def _kernel_runs(x: Tensor) -> bool:
@@ -40,7 +40,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the normalised output in `dtype`, and the sum x + residual.
 
-    If there is no residual, the output takes the place of the sum.
+    Without a residual there is no sum, and the output is returned twice.
     """
     y, total = _allocate_forward(x, residual, dtype)
     if not _kernel_runs(x):
@@ -74,7 +74,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias.
 
-    The last two are empty if weight_grads is False. gsum: gradient of the sum x + residual.
+    The last two are empty if weight_grads is False. gsum: gradient of the sum x + residual. None
+    means zero.
     """
     gx, gweight, gbias = _allocate_backward(x, weight, weight_grads)
     if not _kernel_runs(x):
@@ -103,8 +104,7 @@ def _backward_plain(
 
 
 def _project(z: Tensor, x_hat: Tensor) -> Tensor:
-    """Returns each row of z without its mean and without its part along the normalised row
-    x_hat."""
+    """Removes from each row of z its mean and its component along the normalised row x_hat."""
     return z - z.mean(-1, keepdim=True) - x_hat * (z * x_hat).mean(-1, keepdim=True)
 
 
@@ -164,9 +164,9 @@ def _backward_backward_plain(
 def _allocate_forward(
     x: Tensor, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns tensors for the normalised output y and the sum x + residual.
+    """Returns uninitialised tensors for the normalised output y and the sum x + residual.
 
-    Without a residual, y takes the place of the sum.
+    Without a residual there is no sum, and y is returned twice.
     """
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     return y, torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else y
@@ -195,7 +195,7 @@ def _allocate_backward_backward(
 
 
 def _allocate_weight_grad(weight: Tensor, weight_grads: bool) -> Tensor:
-    """Returns a tensor for a gradient of the weight or bias.
+    """Returns an uninitialised tensor for a gradient of the weight or bias.
 
     The tensor is empty if weight_grads is False, because custom ops must return tensors.
     """
@@ -336,7 +336,8 @@ def layer_norm(
     or in float64 for float64 inputs. Rows wider than 4096 use PyTorch's operators. In compiled
     code, the function remains a custom op on CUDA if its kernel runs.
 
-    Source: Ba et al. 2016, arXiv 1607.06450. `layer_norm_kernels` has the second derivative.
+    Source: Ba et al. 2016, arXiv 1607.06450. The formulas of the second derivative are in
+    `layer_norm_kernels`.
 
     Args:
         x: (..., C), any floating-point dtype.
@@ -344,8 +345,8 @@ def layer_norm(
         bias: (C,), any floating-point dtype. None means 0.
         eps: number added to the variance of a row.
         residual: a tensor with the shape of x, which is added to x before the normalisation.
-        dtype: dtype of the normalised output. None means the dtype of x or, under autocast on CUDA,
-            float32, as ``F.layer_norm`` returns.
+        dtype: dtype of the normalised output. None means the dtype that ``F.layer_norm`` would
+            return, which is that of x, or float32 under autocast on CUDA.
 
     Returns:
         The normalised x, (..., C). With a residual, the pair (normalised sum, sum). The sum is

@@ -7,7 +7,8 @@ Names, for a row x of C values:
   second backward pass starts from. That pass computes ggy, the gradient with respect to gy, and
   again gx and gweight;
 - g = gy weight is the gradient with respect to x_hat;
-- P(z) = z - mean(z) - x_hat mean(z x_hat) removes the mean of a row z and its part along x_hat.
+- P(z) = z - mean(z) - x_hat mean(z x_hat) removes from a row z its mean and its component along
+  x_hat.
 
 Forward: y = x_hat weight + bias.
 Backward: gx = inv_std P(g), gweight = sum(gy x_hat) and gbias = sum(gy), summed over the rows.
@@ -77,9 +78,10 @@ def _layer_norm_bwd_kernel(
     columns, EPS: tl.constexpr, HAS_GSUM: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gx, the gradient of x, and with WEIGHT_GRADS partial sums of gweight and gbias.
+    """Computes gx, the gradient of x.
 
-    With HAS_GSUM it adds gsum to gx. gsum is the gradient of the sum x + residual.
+    With WEIGHT_GRADS it also computes partial sums of gweight and gbias. With HAS_GSUM it adds to
+    gx the tensor gsum, which is the gradient of the sum x + residual.
     """
     column = tl.arange(0, BLOCK_COLUMNS)
     weight = tl.load(weight_pointer + column, mask=column < columns, other=0.0)
@@ -181,8 +183,8 @@ def choose_tile(columns: int, forward: bool = False) -> dict[str, Any]:
     block_columns = triton.next_power_of_2(columns)
     warps = 4 if block_columns <= 1024 else 8
     if forward and block_columns in (1024, 4096):
-        # With half as many warps, the forward kernel spills 16 bytes per thread on sm_80. The other
-        # kernels would spill as much with twice as many.
+        # Otherwise the forward kernel spills 16 bytes of registers per thread on sm_80. The number
+        # is not doubled for the other kernels, because they would spill as much as before.
         warps *= 2
     return {
         "BLOCK_ROWS": max(2048 // block_columns, 1),
@@ -195,7 +197,7 @@ def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor,
     total: Tensor,
 ) -> None:  # fmt: skip
-    """Computes the normalised rows into y and, if there is a residual, x + residual into total."""
+    """Writes the normalised rows into y. If there is a residual, writes x + residual into total."""
     x = x.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -211,7 +213,7 @@ def launch_backward(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool,
     gx: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Computes the gradient of x into gx, and adds gsum if it is given.
+    """Writes the gradient of x into gx, and adds gsum to gx if it is not None.
 
     Returns [gweight, gbias] if weight_grads is True, otherwise [].
     """
@@ -234,7 +236,7 @@ def launch_backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes ggy and gx of the second backward pass into the given tensors.
+    """Computes ggy and gx of the second backward pass, and writes them into the given tensors.
 
     Returns gweight if weight_grads is True, else None. ggweight and ggbias are None if they are
     zero.

@@ -18,7 +18,8 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# In products, write the constant last. If it comes first, Triton's interpreter returns a constant.
+# In products, write the constant last. If it comes first, Triton's interpreter returns a constant
+# instead of a tensor.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -52,7 +53,7 @@ def constant(u, c):
 def _by_numpy(function: Callable) -> Callable:
     """Returns a Triton function that calls a NumPy function, for Triton's interpreter.
 
-    On a GPU these functions come from the library libdevice, which the interpreter lacks.
+    On a GPU, functions such as log1p come from the library libdevice, which the interpreter lacks.
     """
 
     def run(x: Any) -> Any:

@@ -3,8 +3,8 @@
 `swap_modules` changes the class of a module to a subclass of its old class. The module remains the
 same object, so its weights, buffers, state-dict keys, flags and hooks stay. A module that is used
 in two places remains one module, and optimizers and isinstance see no change. The ops cannot run
-under torch.fx and torch.jit or on nested tensors. There, the module runs the forward of its old
-class. timm's classes are found by name, so this package does not import timm.
+under torch.fx and torch.jit or on nested tensors. In these cases, the module runs the forward of
+its old class. timm's classes are found by name, so this package does not import timm.
 """
 
 import functools
@@ -72,7 +72,7 @@ class FusedActivation(nn.Module):
 
 
 class FusedGELU(FusedActivation):
-    """Replaces nn.GELU.
+    """Applies GELU with the fused op, in place of nn.GELU.
 
     approximate: "none" for the exact function with erf, or "tanh". Raises ValueError for any other
     value.
@@ -85,17 +85,18 @@ class FusedGELU(FusedActivation):
 
 
 class FusedSiLU(FusedActivation):
-    """Replaces nn.SiLU."""
+    """Applies SiLU with the fused op, in place of nn.SiLU."""
 
     def __init__(self) -> None:
         super().__init__("silu")
 
 
 class FusedBiasGELU(nn.Module):
-    """Computes gelu(x + bias) with a learned bias, whose gradient the backward kernel also sums.
+    """Computes gelu(x + bias) with a learned bias.
 
-    num_features: C of the input x, which is (..., C). approximate: see `gelu`. Do not use this
-    module for the bias of an nn.Linear, which the matrix product adds at no cost.
+    The kernel that computes the gradient of x also computes the gradient of the bias. Do not use
+    this module for the bias of an nn.Linear, which the matrix product adds at no cost.
+    num_features: C of the input x, which is (..., C). approximate: see `gelu`.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class FusedBiasGELU(nn.Module):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """Replaces nn.LayerNorm over the last dimension, with the same arguments.
+    """Replaces nn.LayerNorm over the last dimension by the fused op, with the same arguments.
 
     forward(x) returns the normalised x. forward(x, residual) returns the pair (normalised sum, sum)
     for the sum x + residual, see `layer_norm`. Raises ValueError if normalized_shape has more than
@@ -128,8 +129,8 @@ class FusedLayerNorm(nn.LayerNorm):
     """Whether only a linear layer reads the output.
 
     If so, the output under autocast has autocast's dtype instead of float32. The linear layer would
-    round it to that dtype anyway, so its result has the same bits. The output and its gradient then
-    take half the memory traffic.
+    round its input to that dtype anyway, so the linear layer's result does not change. The output
+    and its gradient then take half the memory traffic.
     """
 
     def __init__(self, normalized_shape: int | Sequence[int], *args: Any, **kwargs: Any):
@@ -166,10 +167,10 @@ class FusedLayerNorm(nn.LayerNorm):
 
 
 class FusedWindowAttention(nn.Module):
-    """Replaces ``WindowAttention`` of timm's Swin and computes the attention with its op.
+    """Replaces ``WindowAttention`` of timm's Swin, and computes the attention with the fused op.
 
-    Only `swap_modules` makes such modules. They inherit everything but `forward` from timm's class.
-    forward(x, mask) takes x as (B, N, C) for B windows, and mask as (W, N, N) for the W windows of
+    Only `swap_modules` makes such modules. They inherit their other methods from timm's class.
+    forward(x, mask) takes x as (B, N, C) for B windows. The mask is (W, N, N) for the W windows of
     an image, or None.
     """
 
@@ -196,7 +197,8 @@ class FusedWindowAttention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def set_window_size(self, window_size: int | tuple[int, int]) -> None:
-        """Changes the window size, as timm's method does. Raises ValueError if it is too large."""
+        """Changes the window size, as timm's method does. Raises ValueError if a window would have
+        more tokens than the op supports."""
         height, width = (window_size,) * 2 if isinstance(window_size, int) else window_size
         if height * width > LARGEST:
             raise ValueError(
@@ -210,7 +212,7 @@ class FusedWindowAttention(nn.Module):
 def _in_place_of(replaced: Any, fused: Any) -> Any:
     """Returns a subclass of both classes, for modules of class `replaced`.
 
-    The subclass computes as class `fused` does, and isinstance still finds its modules as
+    Its modules compute as those of class `fused` do. For isinstance they are still of class
     `replaced`.
     """
 
@@ -229,21 +231,26 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
 
 
 def _new(replaced: Any, fused: Any) -> nn.Module:
-    """Returns a module of the class that `_in_place_of` makes, without attributes. pickle calls
-    it."""
+    """Returns a module without attributes, of the class that `_in_place_of` makes. pickle calls
+    this function."""
     cls = _in_place_of(replaced, fused)
     return cls.__new__(cls)
 
 
 class Swapped(NamedTuple):
-    """What `swap_modules` has replaced in a network. Printing it shows a report."""
+    """Result of `swap_modules`: which modules of a network were replaced, and which were not.
+
+    Print it to see a report.
+    """
 
     counts: dict[str, int]
-    """Kind of activation, layer_norm or window_attention -> number of modules replaced."""
+    """Name of an activation such as "gelu", or "layer_norm", or "window_attention" -> number of
+    modules of this kind that were replaced."""
     left: dict[str, str]
-    """Name of each module that could have been replaced but was not -> the reason."""
+    """Name of each module of a known class that was not replaced -> the reason."""
     missed: dict[str, str]
-    """Name of each module whose computation `swap_modules` cannot replace -> a description."""
+    """Name of each module of another class whose computation resembles that of an op -> why
+    `swap_modules` cannot replace it."""
     modules: int
     """Number of modules in the network."""
 
@@ -299,7 +306,7 @@ def _window_attention(module: Any) -> _New:
         )
     if getattr(module.attn_drop, "p", None) != 0:
         raise _RefusedError("it uses dropout on attention weights")
-    for name in ("softmax", "attn_drop"):  # the op would not run their hooks
+    for name in ("softmax", "attn_drop"):  # the op does not call them, so hooks would never run
         inner = vars(getattr(module, name))
         if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
             raise _RefusedError(f"its {name} has hooks")
@@ -343,8 +350,8 @@ _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
     "timm.models.swin_transformer.PatchMerging": (("norm", "reduction"),),
     "timm.models.vision_transformer.Block": _BLOCK,
 }
-"""Name of a class -> pairs of names. The first names a LayerNorm in the class, and the second the
-linear layer that is the only one to read the LayerNorm's output."""
+"""Name of a class -> pairs of names of its submodules. The first is a LayerNorm, and the second is
+the linear layer that alone reads the LayerNorm's output."""
 
 _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
 
@@ -355,9 +362,9 @@ def _name(cls: type) -> str:
 
 
 def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
-    """Returns the LayerNorms of a network whose output only a plain nn.Linear without hooks reads.
+    """Returns the LayerNorms without forward hooks whose output is read only by a plain nn.Linear.
 
-    `_BEFORE_LINEAR` names them.
+    `_BEFORE_LINEAR` says where networks have such pairs of layers.
     """
     found = set()
     for module in model.modules():
@@ -379,9 +386,9 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
     second call finds nothing to replace.
 
     Modules that the op could not compute exactly stay as they were. So do subclasses of known
-    classes, which may compute something else. Activations no longer work in place. Under autocast,
-    the LayerNorms before a linear layer in timm's Swin and ViT return autocast's dtype, see
-    `FusedLayerNorm.before_linear`.
+    classes, which may compute something else. Activations no longer overwrite their input. Under
+    autocast, the LayerNorms before a linear layer in timm's Swin and ViT return autocast's dtype,
+    see `FusedLayerNorm.before_linear`.
 
     Args:
         model: any network.

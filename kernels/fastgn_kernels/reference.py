@@ -105,8 +105,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets.is_floating_point():
         return F.cross_entropy(z, targets.to(z.dtype), reduction=reduction)
-    # With PyTorch's default ignore_index, a target of -100 would have a loss of 0. With this one,
-    # any index out of range raises an error.
+    # With PyTorch's default ignore_index, a target of -100 would have a loss of 0. With this
+    # ignore_index, any target out of range raises an error.
     ignored = torch.iinfo(torch.int64).min
     return F.cross_entropy(z, targets, reduction=reduction, ignore_index=ignored)
 

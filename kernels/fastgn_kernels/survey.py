@@ -20,7 +20,7 @@ SDPA = (
     "which has no second derivative in its fused forms: "
     "run the forward inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
-"""Explanation that the report adds for scaled_dot_product_attention."""
+"""Explanation that a reason contains if the module uses scaled_dot_product_attention."""
 
 FUNCTIONS: dict[Any, str] = {
     F.scaled_dot_product_attention: "window_attention",
@@ -35,7 +35,7 @@ FUNCTIONS: dict[Any, str] = {
     ),
     "activation",
 )
-"""Each function that an op could replace -> the family of `swap_modules` that the op belongs to."""
+"""Function that a fused op could replace -> family of `swap_modules` to which the op belongs."""
 
 LOOK_ALIKES = (
     ("window_attention", re.compile("attention", re.IGNORECASE)),
@@ -45,8 +45,8 @@ LOOK_ALIKES = (
         re.compile(r"activation|gelu|silu|swish|mish|softplus|gate\b|[a-z]?elu\b", re.IGNORECASE),
     ),
 )
-"""Pairs of a family of modules and a pattern for names of classes. The first matching pattern
-counts."""
+"""Pairs of a family of modules and a pattern for names of classes. A class belongs to the family
+of the first pattern that matches its name."""
 
 
 def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
@@ -87,7 +87,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
 def _held(module: nn.Module) -> Iterator[Any]:
     """Yields the functions that the attributes of a module hold, also inside lists and partials."""
     for name, value in vars(module).items():
-        if name.startswith("_"):  # hooks, which the network does not compute with
+        if name.startswith("_"):  # such as hooks, which do not belong to the computation
             continue
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, functools.partial):

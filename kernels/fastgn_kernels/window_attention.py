@@ -34,8 +34,8 @@ LARGEST = 64
 def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
     """Returns a tensor like qkv and a tensor for the attention's output.
 
-    Their shapes are (3, B, H, N, D) and (B, H, N, D). Both are laid out in memory as linear layers
-    need them.
+    Their shapes are (3, B, H, N, D) and (B, H, N, D). Both are laid out in memory so that linear
+    layers can use them without a copy.
     """
     _, windows, heads, tokens, dim = qkv.shape
     like_qkv = qkv.new_empty(windows, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
@@ -43,10 +43,10 @@ def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
-    """Returns a tensor for the gradient of `learned`, which is the bias if its gradient is wanted.
+    """Returns an uninitialised tensor for the gradient of the bias.
 
-    If the gradient is not wanted, `learned` is None. The tensor is then empty, because custom ops
-    return tensors.
+    learned: the bias, or None if its gradient is not wanted. With None the tensor is empty, because
+    custom ops must return tensors.
     """
     return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
 
@@ -55,7 +55,7 @@ def _kernel_runs(qkv: Tensor) -> bool:
     """Returns whether the Triton kernels compute the attention.
 
     With float32 inputs, and on cards before compute capability 8.0, Triton's matrix products would
-    spill thousands of bytes of registers per thread. There PyTorch's operators run.
+    spill thousands of bytes of registers per thread. In these cases PyTorch's operators run.
     """
     if not runs_triton(qkv) or INTERPRETED:
         return runs_triton(qkv)
@@ -87,7 +87,7 @@ def _compute_probabilities(
 
 
 def _centre(x: Tensor, p: Tensor) -> Tensor:
-    """Returns x - rowsum(p x), the backward of softmax before its multiplication by p."""
+    """Returns x - rowsum(p x). If it is multiplied by p, it becomes the backward of softmax."""
     return x - (p * x).sum(-1, keepdim=True)
 
 
@@ -105,8 +105,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns the gradients of qkv and of the bias.
 
-    The second one is empty if weight_grads is False. go: gradient of the output. extra: tensor to
-    add to the gradient of qkv, or None.
+    The gradient of the bias is empty if weight_grads is False. go: gradient of the output. extra:
+    tensor to add to the gradient of qkv, or None.
     """
     learned = bias if weight_grads else None
     gqkv, gbias = _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, learned)
@@ -177,13 +177,13 @@ def _backward_backward_plain(
 
 
 def _make_stand_in(qkv: Tensor) -> Tensor:
-    """Returns a tensor with the shape of qkv and one element of memory.
+    """Returns a tensor with the shape of qkv and one element of memory, which carries a gradient.
 
-    The gradient of qkv has two parts if the loss contains a gradient penalty. The second backward
-    pass computes one part, and the last call of the backward op computes the other. The backward op
-    depends on qkv through this tensor, so the first part reaches that call, whose kernel adds it to
-    the second part. Otherwise Inductor would add the parts, which takes 15 passes over memory where
-    the kernel takes 3.
+    If the loss contains a gradient penalty, the gradient of qkv is a sum of two terms. The second
+    backward pass computes the first term. The last call of the backward op computes the second
+    term. In autograd's graph the backward op depends on qkv through this tensor. So the last call
+    receives the first term as its argument `extra`, and its kernel adds both terms. Without this
+    tensor Inductor would add them, with 15 passes over memory instead of 3.
     """
     return qkv.new_zeros(1).expand(qkv.shape)
 
@@ -287,22 +287,23 @@ def window_attention_qkvpacked(
     """Returns softmax(scale Q K^T + bias + mask) V within each window.
 
     The value and each of the two derivatives take one kernel. Under autocast the inputs are cast to
-    its dtype, as ``F.scaled_dot_product_attention`` does. In compiled code, the function remains a
-    custom op where its kernels run.
+    autocast's dtype, as ``F.scaled_dot_product_attention`` does. In compiled code, the function
+    remains a custom op if its kernels run.
 
     Source: Liu et al. 2021, arXiv 2103.14030.
 
     Args:
-        qkv: (3, B, H, N, D), any floating-point dtype: queries, keys and values of B windows with
-            at most 64 tokens N and H heads with at most 64 channels D. If it is a view of the
-            (B, N, 3 H D) output of a linear layer, no copy is made of it or of its gradient.
+        qkv: (3, B, H, N, D), any floating-point dtype: queries, keys and values of B windows and H
+            heads. A window has N tokens and a head has D channels, at most 64 each. If qkv is a
+            view of a linear layer's output (B, N, 3 H D), neither qkv nor its gradient is copied.
         bias: (H, N, N), any floating-point dtype, for example Swin's relative position bias.
         mask: (W, N, N), any floating-point dtype, where W divides B. Window i uses mask[i % W].
             A value of -inf makes a query ignore a key. The mask gets no gradient.
         scale: factor of the products of queries and keys. None means D ** -0.5.
 
     Returns:
-        (B, H, N, D) in the dtype of qkv. transpose(1, 2).flatten(2) of the result is a view.
+        (B, H, N, D) in the dtype of qkv. transpose(1, 2).flatten(2) of the result is a view, so a
+        linear layer can use it without a copy.
 
     Raises:
         ValueError: if a shape does not fit, or if the mask requires a gradient.

@@ -76,7 +76,7 @@ def _softmax(scores):
 
 @triton.jit
 def _centre(x, p):
-    """Returns x - rowsum(p x), the backward of softmax before its multiplication by p."""
+    """Returns x - rowsum(p x). If it is multiplied by p, it becomes the backward of softmax."""
     return x - tl.sum(p * x, axis=1)[:, None]
 
 
@@ -98,10 +98,10 @@ def _locate_channels(
     part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Returns the offsets of some elements from a pointer of `_locate_window`, and which exist.
+    """Returns offsets of elements from a pointer of `_locate_window`, and which elements exist.
 
     The elements are BLOCK_DIM channels of all tokens. `channel` is the first of these channels.
-    PARTS is 3 for qkv, where q, k and v are the parts 0, 1 and 2. It is 1 for o.
+    PARTS is 3 for qkv, whose parts 0, 1 and 2 are q, k and v. PARTS is 1 for o.
     """
     n, d = tl.arange(0, BLOCK_TOKENS)[:, None], channel + tl.arange(0, BLOCK_DIM)[None, :]
     return n * (PARTS * HEADS * DIM) + part * HEADS * DIM + d, (n < TOKENS) & (d < DIM)
@@ -235,8 +235,8 @@ def _window_attention_bwd_bwd_kernel(
 ):  # fmt: skip
     """Computes ggo and gqkv of the second backward pass, and with BIAS_GRAD partial sums of gbias.
 
-    Registers cannot hold six 64 x 64 tiles and their operands. So inputs are read where they are
-    used, the second time from the cache, and the order of the products frees each tile early.
+    Registers cannot hold six 64 x 64 tiles and their operands. So inputs are read again whenever
+    they are used, mostly from the cache, and the products are ordered to free each tile early.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
@@ -325,8 +325,8 @@ def choose_grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple
     """Returns the grid of a launch: (number of heads, number of strips of windows).
 
     A program processes the windows of one strip for one head. All windows of a strip have the same
-    mask, so the number of strips is a multiple of the number of masks. programs: number of programs
-    to aim at. The default is 8 programs for each of the 132 processors of an H200.
+    mask, so the number of strips is a multiple of the number of masks. programs: largest number of
+    programs that is useful. The default is 8 for each of the 132 processors of an H200.
     """
     _, windows, heads, _, _ = qkv.shape
     masks = 1 if mask is None else mask.shape[0]
@@ -357,7 +357,7 @@ def _choose_block(qkv: Tensor) -> int:
 
 
 def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Returns bias + mask for each mask and head: (W, H, N', N') with N' >= N padded tokens.
+    """Returns bias + mask for each mask and head, padded from N to N' tokens: (W, H, N', N').
 
     The padding makes programs read whole cache lines at constant offsets. Padded keys have -inf, so
     that no query sees them. Padded queries have 0, so that their softmax is finite.
@@ -378,7 +378,7 @@ def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
     padding = _choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
-    return padded.contiguous()  # a padding of 0 does not copy, so strides may remain
+    return padded.contiguous()  # a padding of 0 makes no copy and keeps the strides of ggbias
 
 
 def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -401,7 +401,7 @@ def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
 def launch_forward(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, o: Tensor
 ) -> None:
-    """Computes the output of the attention into o."""
+    """Computes the output of the attention, and writes it into o."""
     bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
     _window_attention_fwd_kernel[choose_grid(qkv, mask)](
         pack(qkv), bias_and_mask, o, qkv.shape[1], bias_and_mask.shape[0],
@@ -413,9 +413,9 @@ def launch_backward(
     go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, learned: Tensor | None, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes the gradient of qkv into gqkv, and adds `extra` if it is given.
+    """Writes the gradient of qkv into gqkv, and adds `extra` to gqkv if it is not None.
 
-    Returns the gradient of `learned`, which is the bias if its gradient is wanted, otherwise None.
+    learned: the bias, or None if its gradient is not wanted. Returns that gradient or None.
     """
     bias_and_mask, packed = _pad_bias_and_mask(qkv, bias, mask), pack(qkv)
     grid = choose_grid(qkv, mask)
@@ -432,9 +432,9 @@ def launch_backward_backward(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes ggo and gqkv of the second backward pass into the given tensors.
+    """Computes ggo and gqkv of the second backward pass, and writes them into the given tensors.
 
-    Returns the gradient of `learned`, which is the bias if its gradient is wanted, otherwise None.
+    learned: the bias, or None if its gradient is not wanted. Returns that gradient or None.
     ggbias: None means zero.
     """
     bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
