@@ -1,7 +1,7 @@
 """Checks of the sanity report that attack the images.
 
-Most checks compare two attacks, one of which should be at least as strong as the other. If it is
-weaker, the model may hide the gradients that this attack follows, which is called masking.
+Most checks compare two attacks, one of which should be at least as strong as the other. If that
+attack is weaker, the model may hide the gradients that the attack follows. This is called masking.
 """
 
 import re
@@ -22,8 +22,8 @@ AUTOATTACK_WARNINGS: dict[str, tuple[str, Verdict]] = {
     "AutoAttack: probabilities": ("probability distribution", "fail"),
     "AutoAttack: dynamic": ("dynamic defense", "warn"),
 }
-"""Name of a check -> words by which a warning of pyautoattack is known, and the verdict if it came.
-Warnings of zero gradients are not here, because their verdict depends on a number."""
+"""Name of a check -> (words that identify a warning of pyautoattack, verdict if it warned so).
+Warnings of zero gradients are left out, because their verdict depends on a number."""
 
 GAP_RULE = "Warn above max(1 point, 1 image). Fail above max(5 points, 2 images)."
 
@@ -40,8 +40,8 @@ def judge_gap(images: int, total: int) -> Verdict:
 
 def check_larger_eps(target: Target) -> Check:
     """Checks that the accuracy falls to 0 as eps grows."""
-    # With this eps an attack can turn any image into any other, so no image should resist it. It
-    # is the side (Linf) or the diagonal (L2) of the cube that contains all images.
+    # With this eps an attack can turn any image into any other, so no image should withstand it.
+    # The eps is the side (Linf) or the diagonal (L2) of the cube that contains all images.
     largest = 1.0 if target.norm == "Linf" else target.images_RCHW[0].numel() ** 0.5
     radii, counts = [target.eps], [int(target.resist_pgd(20).sum())]
     while counts[-1] and radii[-1] < largest:
@@ -178,9 +178,9 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
     part = target.take_first(apgd_images)
     if not part.images:
         return [Check(name, "warn", "APGD was not run: apgd_images is 0.", {"apgd_images": 0})]
-    # AutoAttack looks for zero gradients only with its DLR loss (difference of logits ratio), so
-    # that comes first, when all images are left. With three classes DLR is constant for an image
-    # whose label has the lowest logit, so the warning would mean nothing.
+    # AutoAttack looks for zero gradients only with its DLR loss (difference of logits ratio). So
+    # APGD on DLR comes first, while no image has been left out. With three classes DLR is constant
+    # for an image whose label has the lowest logit, so the warning would mean nothing.
     has_dlr = target.classes >= 4
     with attacks.collect_autoattack_warnings() as lines:
         apgd_R = part.resist_autoattack(["apgd-dlr", "apgd-ce"] if has_dlr else ["apgd-ce"])
@@ -201,8 +201,8 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
 def report_autoattack_warnings(lines: Sequence[str], images: int, has_dlr: bool) -> list[Check]:
     """Returns a check for each kind of warning that AutoAttack can give.
 
-    lines: the warnings that it gave. images: number of attacked images. has_dlr: whether its DLR
-    loss was used, because only then it warns of zero gradients.
+    lines: the warnings that AutoAttack gave. images: number of attacked images. has_dlr: whether
+    AutoAttack used its DLR loss, without which it does not warn of zero gradients.
     """
     checks = []
     other = list(dict.fromkeys(lines))

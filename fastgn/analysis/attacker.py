@@ -1,7 +1,7 @@
 """Attacks a batch of images for an evaluation.
 
-What is drawn for an image depends only on the seed and on the image, so batches may be cut in any
-way and shared out over any number of ranks.
+The random numbers for an image depend only on the seed and on the image. So the results depend
+neither on the batch size nor on the number of ranks.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Attacker:
     """
 
     norm: Norm
-    """Norm of the perturbation, which eps bounds."""
+    """Norm in which the size of a perturbation is measured. eps is the largest size allowed."""
     seed: int
     batch_size: int
     """Number of images that AutoAttack attacks at once."""
@@ -96,10 +96,10 @@ class Attacker:
     def draw_starts(
         self, ids: Sequence[int], shape: Sequence[int], eps: float, restarts: int
     ) -> Iterator[Tensor]:
-        """Yields one start of PGD per restart, which is noise in the eps ball.
+        """Yields one start of PGD per restart: noise in the eps ball, which PGD adds to the images.
 
-        PGD adds it to the images. ids: index of each image in its split, which determines the
-        image's noise. shape: shape of one image.
+        ids: index of each image in its split, which determines the image's noise. shape: shape of
+        one image.
         """
         for restart in range(restarts):
             seeds = [derive_seed(Stream.EVALUATION, self.seed, index, restart) for index in ids]
@@ -119,9 +119,9 @@ class Attacker:
 
         Waits for the device. Raises UserError if the attack has moved an image too far.
 
-        clean: whether the model classifies each image correctly without an attack. Images with
-        False are not attacked. If `clean` is None, no image is attacked, and the result can be
-        passed as `clean` to the calls for the other attacks.
+        clean: whether the model classifies each image correctly without an attack. Images that it
+        classifies wrongly are not attacked. If `clean` is None, no image is attacked, and the
+        result can be passed as `clean` to the calls for the other attacks.
         """
         if clean is None:
             with torch.no_grad():

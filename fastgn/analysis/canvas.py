@@ -1,4 +1,4 @@
-"""Functions that all figures share, such as for drawing any text and for logarithmic axes."""
+"""Functions that all figures share: they save a figure, shorten names and set up an axis."""
 
 import io
 import math
@@ -51,7 +51,7 @@ def shorten(name: str, limit: int = 40) -> str:
 
 
 def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> None:
-    """Makes one axis logarithmic over the values, with plain numbers at ticks that do not overlap.
+    """Makes one axis logarithmic, with limits around the values and plain numbers at the ticks.
 
     The limits are at least a factor of 10 apart, so that values which hardly differ look as if
     they hardly differ. Values that are not above 0 or not finite cannot be drawn and are ignored.

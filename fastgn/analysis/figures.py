@@ -70,7 +70,7 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class ModelView:
-    """Values that draw_pictures shows about one model, for B images that all models share."""
+    """What `draw_pictures` shows about one model, for B images that are the same for all models."""
 
     name: str
     grad_BCHW: Tensor
@@ -108,7 +108,8 @@ def draw_pictures(
     summed = [view.grad_BCHW.float().sum(1) for view in views]
     limits = [float(x.abs().flatten(1).quantile(0.995, dim=1).median()) or 1.0 for x in summed]
     added = [(view.adversarial_BCHW - images_BCHW).mean(1) for view in views]
-    # the colour scale ends at the largest change of a pixel, because eps is far too large for L2
+    # the colour scale ends at the largest change of a pixel instead of eps, because an L2 eps is
+    # far larger than the change of any pixel
     largest = max(float(x.abs().max()) for x in added) or eps
     correlations = [edge_correlation(images_BCHW, view.grad_BCHW) for view in views]
     for row in range(rows):
@@ -169,7 +170,7 @@ def draw_robust_curve(
 ) -> bytes:
     """Draws the accuracy under an attack against eps, with a line per model.
 
-    curves: each model's name and its rows with eps and accuracy. eps is in 0..1 pixel units, and is
+    curves: name of a model -> its rows with eps and accuracy. eps is in 0..1 pixel units, and is
     drawn in units of 1/255 for Linf. subset: name of the images, for the title.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -189,10 +190,10 @@ def draw_robust_curve(
 
 
 def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
-    """Draws a histogram per model of the L1 norms of its input gradients, and their median.
+    """Draws a histogram of the L1 norms of the input gradients, and their median, for each model.
 
-    norms: each model's name and one norm per image, in 0..1 pixel units. A norm is 0 if the loss is
-    0 in fp32. It cannot be drawn on a logarithmic axis, so the legend says how many norms are 0.
+    norms: name of a model -> one norm per image, in 0..1 pixel units. A norm is 0 if the loss is 0
+    in fp32. A norm of 0 cannot be drawn on a logarithmic axis, so the legend says how many are 0.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -224,8 +225,8 @@ def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
 def draw_norm_against_epoch(rows: Mapping[str, Sequence[tuple[float, float]]]) -> bytes:
     """Draws the mean L1 norm of the input gradient during training, with a line per run.
 
-    rows: each run's name and its pairs of epoch and norm. The axis of the norms is logarithmic, so
-    a norm of 0 is not drawn.
+    rows: name of a run -> its pairs (epoch, norm). The axis of the norms is logarithmic, so a norm
+    of 0 is not drawn.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,7 +1,8 @@
-"""Whether a network can be attacked at all: checks of its outputs and of its input gradients.
+"""Checks of a network's outputs and input gradients, which show whether it can be attacked at all.
 
-`check_model` looks at one batch before an evaluation and stops it if its accuracies would mean
-nothing. `report_on_model` makes the first checks of the sanity report, which never stops.
+`check_model` looks at one batch before an evaluation. It raises an error if the accuracies of the
+evaluation would mean nothing. `report_on_model` makes the first checks of the sanity report, and
+raises no error if a check fails.
 
 Shapes: B images, C channels, H x W pixels, K classes.
 """
@@ -37,8 +38,8 @@ class Check:
     numbers: dict[str, Any]
     """The numbers in `detail`, ready for JSON.
 
-    Shares and accuracies (accuracy_*, *_share) are in 0..1, eps is in 0..1 pixels, and the others
-    are counts.
+    Shares and accuracies (accuracy_*, *_share) are in 0..1, and eps is in 0..1 pixels. Most other
+    numbers count images or modules.
     """
 
 
@@ -69,8 +70,9 @@ class Outputs:
     are_probabilities: bool
     """Whether the outputs for each image are non-negative and sum to 1."""
     spread: float
-    """Largest L2 distance between an image's outputs in a later pass and in the first pass, divided
-    by the norm of the latter. 0 if some outputs are not finite."""
+    """Largest relative difference between an image's outputs in a later pass and in the first pass:
+    the L2 norm of the difference, divided by that of the first outputs. 0 if some outputs are not
+    finite."""
     changed_classes: int
     """Number of images whose predicted class is not the same in all forward passes."""
 
@@ -97,8 +99,8 @@ def measure_gradients(
 ) -> Tensor | None:
     """Returns the L1 norm of the cross-entropy's gradient for each image, float64.
 
-    None means that the outputs do not depend on the images as far as autograd can see, for example
-    because of a detach.
+    Returns None if autograd finds no dependence of the outputs on the images, for example because
+    of a detach.
     """
     norms = []
     try:

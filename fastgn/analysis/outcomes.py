@@ -166,7 +166,7 @@ def read_part(
 
 
 def is_valid_part(part: Part, images: int) -> bool:
-    """Returns whether a saved part has valid outcomes for a batch of so many images."""
+    """Returns whether a saved part has valid outcomes. images: number of images in the batch."""
     correct, seconds = part.get("correct"), part.get("seconds")
     warnings = part.get("warnings", [])
     return (
@@ -189,7 +189,7 @@ def make_part(
 
 
 def count_accuracy(parts: Iterable[Part], row: int) -> float:
-    """Returns the accuracy under one attack over the batches that are done.
+    """Returns the accuracy under one attack, over the batches that have been attacked so far.
 
     row: index of the attack.
     """
@@ -202,7 +202,7 @@ def make_rows(
 ) -> list[dict[str, Any]]:
     """Returns a dict for each attack and eps, from the outcomes of all batches and ranks.
 
-    If an eps has several attacks, a dict for the worst case follows. There an image counts as
+    If an eps has several attacks, a dict for the worst case is added. In the worst case an image is
     correct only if it is correct under all attacks with this eps. todo: name and eps of each
     attack. images: number of images.
     """

@@ -12,8 +12,8 @@ from fastgn.analysis.figures import GREEN
 def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Returns the indices of the points of the Pareto front, in order of the first coordinate.
 
-    A point belongs to it unless another point is better in one coordinate and at least as good in
-    the other.
+    A point belongs to the front unless another point is better in one coordinate and at least as
+    good in the other.
     """
     kept = [
         i
@@ -26,8 +26,8 @@ def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
 def draw_pareto(trials: Sequence[dict[str, Any]], best: int | None, title: str) -> bytes:
     """Returns a PNG of the trials' robust accuracy against their clean accuracy.
 
-    trials: dicts with the trial's number and its accuracies clean and robust, in 0..1. best: number
-    of the trial that gets a ring.
+    trials: dicts with the keys number, clean and robust. The last two are accuracies in 0..1. best:
+    number of the trial that gets a ring around its point, or None.
     """
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()

@@ -52,9 +52,9 @@ class Parts:
         write_json(self.path(*key), part)
 
     def compute_once(self, compute: Callable[[], Any], *key: object) -> Any:
-        """Returns the saved result with this key, or calls `compute` and saves what that returns.
+        """Returns the saved result with this key. If there is none, computes and saves it.
 
-        The result is anything that JSON can hold.
+        compute: function that returns the result, which is anything that JSON can hold.
         """
         part = self.get(*key)
         if part is None or "made" not in part:

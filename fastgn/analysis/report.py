@@ -55,7 +55,7 @@ ONE_PER_IMAGE = ("l1", "channel_l1", "edge_correlation")
 """Keys of statistics that are lists with one entry per image, which the report leaves out."""
 
 Record = Mapping[str, Any]
-"""evaluation.json, or a part of it."""
+"""Content of evaluation.json, or a part of it."""
 Key = tuple[str, ...]
 """Texts in the first columns of a table's row: the name of a statistic, or an attack and its
 eps."""
@@ -293,13 +293,13 @@ def format_value(item: str | bool | int | float | None) -> str:
 
 
 def name_norm(record: Record) -> str:
-    """Returns the norm of the attacks as a reader writes it."""
+    """Returns the norm of the attacks as text for the reader, such as L∞."""
     name = str(record.get("norm", "Linf"))
     return NORMS.get(name, name)
 
 
 def label(key: str) -> str:
-    """Returns the words for a key, which are those in LABELS if it is there. Otherwise the key is
+    """Returns the words that the report shows for a key. If LABELS does not have the key, it is
     spelled out, such as mean L1 for mean_l1."""
     upper = {"l1": "L1", "l2": "L2", "linf": "L∞", "cpu": "CPU"}
     spelled = " ".join(upper.get(word, word) for word in key.replace("_", " ").split())

@@ -1,9 +1,9 @@
-"""The sanity report: whether a robust accuracy can be believed.
+"""Makes the sanity report, which shows whether a robust accuracy can be believed.
 
 The checks are those of Carlini et al. 2019 (arXiv 1902.06705), "On evaluating adversarial
-robustness". Training with a penalty on the gradient's norm lowers the very gradient that
-attacks on the cross-entropy follow. A model that merely hides its gradient must not be taken for a
-robust one. No check proves robustness, but a failed check disproves the evaluation.
+robustness". They are needed because training with a penalty on the gradient's norm lowers the very
+gradient that attacks on the cross-entropy follow. A model that merely hides its gradient must not
+be taken for a robust one. No check proves robustness, but a failed check disproves the evaluation.
 
 Shapes: B images, C channels, H x W pixels, K classes. Images lie in 0..1, eps is in the same units.
 """
@@ -47,22 +47,21 @@ def make_sanity_report(
     Most checks compare the accuracies under two attacks. A difference of at most max(1 percentage
     point, 1 image) is accepted, and some checks only warn up to max(5 points, 2 images).
 
-    A start of PGD depends only on the seed, the image's index and the number of the restart. So
-    batch_size does not change the result, except by rounding and by AutoAttack's own draws. Images
-    that are misclassified without an attack are not attacked, and count as misclassified under
-    every attack.
+    A random start of PGD depends only on the seed, the image's index and the number of the restart.
+    So batch_size changes the result only by rounding and by AutoAttack's own draws. Images that are
+    misclassified without an attack are not attacked, and count as misclassified under every attack.
 
-    model: returns fp32 logits (B, K). It is attacked in evaluation mode, and modules that were in
-        training mode are put back into it.
+    model: returns fp32 logits (B, K). It is attacked in evaluation mode. Afterwards, modules that
+        were in training mode are in training mode again.
     images_BCHW: fp32 in 0..1, on the model's device.
     labels_B: int64, on the model's device.
     square_images: number of the correctly classified images that Square attacks, with 5000 queries
         per image (Andriushchenko et al. 2020). 0 leaves Square out, and the report says so.
-    apgd_images: the same for APGD, with 5 restarts of 100 steps on DLR and cross-entropy (Croce &
-        Hein 2020).
-    keep: called for each part of the report with its name (one of STAGES) and a function that
-        computes its checks. It returns these checks, which may come from an earlier evaluation. If
-        None, all checks are computed.
+    apgd_images: the same for APGD, with 5 restarts of 100 steps on the losses DLR and cross-entropy
+        (Croce & Hein 2020).
+    keep: function that gets the name of a part of the report (one of STAGES) and a function that
+        computes this part's checks. It returns the checks, which may come from an earlier
+        evaluation. If None, all checks are computed.
 
     Raises UserError if there are no images, if the lengths differ, if pixels lie outside 0..1, or
     if eps or batch_size is not above 0.

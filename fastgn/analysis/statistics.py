@@ -4,8 +4,8 @@ They are the norms of the gradients, how much the gradients follow the edges of 
 linear the loss is near the images.
 
 Shapes: B images, C channels, H x W pixels. Models are in evaluation mode, and map images in 0..1 to
-logits. Batches are pairs of images (B, C, H, W) and labels (B,), int64, on the model's device. What
-the functions return is ready for JSON. None stands for the mean of no values.
+logits. Batches are pairs of images (B, C, H, W) and labels (B,), int64, on the model's device. The
+statistics are ready for JSON, and None stands for a mean over no values.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +26,8 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """Quantiles of the L1 norms that are reported, in per cent."""
 
 PGD_START, UNIFORM = 0, 1
-"""What random noise is used for. This number is a part of the noise's seed, so that each use gets
-other noise."""
+"""Numbers of the two uses of random noise. The number is a part of the noise's seed, so that the
+noise of the two uses differs."""
 
 
 def gradient_statistics(
@@ -42,9 +42,9 @@ def gradient_statistics(
 
     In the following, g is the gradient of an image's own cross-entropy L with respect to its 0..1
     pixels. eps is an Linf radius in the same units. PGD-10 takes steps of eps / 4 from one uniform
-    start. It fails if the model classifies the image correctly both with and without the attack,
-    otherwise it succeeds. All noise depends only on the seed and on the image's id, so batches may
-    be cut in any way.
+    start. PGD-10 fails if the model classifies the image correctly both with and without the
+    attack, otherwise it succeeds. All noise depends only on the seed and on the image's id, so the
+    division into batches does not matter.
 
     ids: a number per image, at least 0. None means 0, 1, ... in order.
 
@@ -63,10 +63,10 @@ def gradient_statistics(
     channel_l1: L1 norm of g within each channel, a list of C for each image
     edge_correlation: result of the function edge_correlation for each image
     edge_correlation_mean: mean over the images that have a correlation
-    linearity: {"uniform", "pgd10": {"error", "relative_error"}}, measured at x + d within 0..1. d
-        is uniform in the eps ball, or the perturbation of PGD-10. error: mean of
-        |L(x + d) - L(x) - d . g| in nats. Its maximum over the ball is the local linearity measure
-        of Qin et al. 2019 (arXiv 1907.02610, equation 5), so it is a lower bound of that measure.
+    linearity: {"uniform", "pgd10": {"error", "relative_error"}}, measured at the points x + d,
+        clipped to 0..1. d is uniform noise in the eps ball, or the perturbation of PGD-10. error:
+        mean of |L(x + d) - L(x) - d . g| in nats. It is at most the local linearity measure of Qin
+        et al. 2019 (arXiv 1907.02610, equation 5), which is the maximum over the ball.
         relative_error: error / mean of |L(x + d) - L(x)|. None if the loss changes nowhere.
 
     Raises UserError if eps lies outside 0..1, if there are no images, or if the number of ids is
@@ -98,9 +98,10 @@ def measure_batch(
     image is classified correctly. l1 and signed: sums of |g| and g in each channel (B, C). edges:
     correlation of |g| with the image's edges.
 
-    The other keys are about two points near the image, which are uniform (random noise is added)
-    and pgd10 (PGD-10 is run). *_correct: whether the point is classified correctly. *_rise: the
-    absolute change of the loss. *_error: the absolute error if g predicts this change.
+    The other keys begin with the name of a point near the image: uniform (the image plus random
+    noise) or pgd10 (the image after PGD-10). *_correct: whether the point is classified correctly.
+    *_rise: absolute change of the loss from the image to the point. *_error: absolute difference
+    between this change and the one that g predicts.
     """
     grad_BCHW = attacks.input_gradient(model, images_BCHW, labels_B, cross_entropy).images_BCHW
     clean_B, loss_B = classify(model, images_BCHW, labels_B)
@@ -158,10 +159,11 @@ def summarise(values: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def edge_correlation(images_BCHW: Tensor, grad_BCHW: Tensor) -> list[float | None]:
-    """Returns for each image how strongly its input gradient follows its edges, in -1..1.
+    """Returns for each image how strongly the input gradient follows the image's edges, in -1..1.
 
     This is Pearson's correlation over the pixels between the strength of the edges (edge_energy)
-    and the absolute gradient, summed over channels. None means that one of them is constant.
+    and the absolute gradient, summed over channels. It is None if the strength of the edges or the
+    gradient is the same in all pixels.
     """
     return replace_nan(correlate_with_edges(images_BCHW, grad_BCHW).cpu())
 
@@ -214,7 +216,7 @@ def pair_with_ids(
 def draw_noise(images_BCHW: Tensor, ids: Sequence[int], seed: int, use: int) -> Tensor:
     """Returns uniform noise in -1..1 with the shape, dtype and device of the images.
 
-    use: PGD_START or UNIFORM. It determines the noise, together with the seed and the images' ids.
+    use: PGD_START or UNIFORM. The use, the seed and the images' ids determine the noise.
     """
     keys = [
         int(np.random.SeedSequence([use, seed, i]).generate_state(1, np.uint64)[0] >> 1)

@@ -17,8 +17,8 @@ def format_radius(eps: float) -> str:
 def wilson_interval(accuracy: float, images: int) -> tuple[float, float]:
     """Returns the 95 % score interval (Wilson 1927) of an accuracy.
 
-    images: number of images from which the accuracy was computed. Unlike the normal interval it
-    stays within 0..1, and its width is not 0 if the accuracy is 0 or 1.
+    Unlike the interval of a normal approximation, it stays within 0..1, and its width is not 0 if
+    the accuracy is 0 or 1. images: number of images from which the accuracy was computed.
     """
     if images < 1:
         return 0.0, 1.0

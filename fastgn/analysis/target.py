@@ -22,8 +22,8 @@ class Target:
     """The R images that are classified correctly without an attack.
 
     Methods named resist_... attack them and return a bool tensor (R,) on the CPU, which is True for
-    the images that withstand the attack. What is drawn for an image depends only on the seed and
-    the image's index.
+    the images that withstand the attack. The random numbers for an image depend only on the seed
+    and the image's index.
     """
 
     model: nn.Module
@@ -48,7 +48,7 @@ class Target:
 
     @functools.cached_property
     def resist_margin_pgd(self) -> Tensor:
-        """Which images are still classified correctly after PGD on the margin between logits."""
+        """Whether each image withstands PGD on the margin, which is a difference between logits."""
         return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin_loss))
 
     def resist_pgd(self, steps: int) -> Tensor:
@@ -108,7 +108,7 @@ class Target:
         """Returns uniform noise in the eps ball for a batch.
 
         part: the images of the batch. use: 0 for starts of PGD, 1 for noise that is itself the
-        attack. draw: number of the start or of the noise, so that each one differs.
+        attack. draw: number of the start or of the noise, so that no two draws are the same.
         """
         seeds = [
             int(np.random.SeedSequence([self.seed, use, i, draw]).generate_state(1, np.uint64)[0])
@@ -126,9 +126,10 @@ class Target:
         restarts: int = 1,
         eps: float | None = None,
     ) -> Tensor:
-        """Returns the images after PGD with a number of steps and random starts (restarts).
+        """Returns the images after PGD.
 
-        loss: what PGD increases. If eps is None, the eps of this object is used.
+        restarts: number of random starts. loss: function that PGD increases. eps: None means the
+        eps of this object.
         """
         radius = self.eps if eps is None else eps
         return torch.cat(

@@ -1,4 +1,4 @@
-"""Knows the activations that `--activation` offers, and puts them into a network."""
+"""The activations that `--activation` offers, and functions that put them into a network."""
 
 import math
 
@@ -40,7 +40,7 @@ ACTIVATION_ARGUMENT = {"leaky_relu": "negative_slope", "elu": "alpha", "softplus
 def get_activation_layer(name: str) -> type[nn.Module]:
     """Returns the class of an activation. Raises UserError, which suggests names, if it is unknown.
 
-    name: one of ACTIVATIONS, without a number.
+    name: one of ACTIVATIONS, without the number that may follow it on the command line.
     """
     check_name(name, ACTIVATIONS, f"--activation {name!r} is unknown")
     layer = nn.Softplus if name == "softplus" else get_act_layer(name)
@@ -51,7 +51,8 @@ def get_activation_layer(name: str) -> type[nn.Module]:
 def parse_activation(text: str) -> tuple[type[nn.Module], dict[str, float]]:
     """Returns the class of an activation NAME or NAME:NUMBER, and its constructor's arguments.
 
-    Raises UserError if the name is unknown, or if the number is out of range or does not apply.
+    Raises UserError if the name is unknown, if the number is out of range, or if the activation
+    takes no number.
     """
     name, colon, number = text.partition(":")
     layer = get_activation_layer(name)

@@ -28,7 +28,7 @@ OWN = {"preact_resnet18": PreActResNet18}
 
 
 def check_name(cfg: ArchitectureConfig) -> str:
-    """Returns the network's full name. This is possible before the data are loaded.
+    """Returns the full name of the configured network. The data need not be loaded for that.
 
     Raises UserError if the network or the activation is unknown.
     """
@@ -53,7 +53,7 @@ def check_name(cfg: ArchitectureConfig) -> str:
 def create_network(
     name: str, cfg: ArchitectureConfig, num_classes: int
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Returns a network without normalisation, and the arguments that its constructor received.
+    """Returns a network that does not normalise its input, and its constructor's arguments.
 
     name: full name from `check_name`. Raises UserError if the constructor refuses the arguments, or
     if pretrained weights cannot be fetched.
@@ -126,9 +126,9 @@ With them the network would not be a classifier.
 
 
 def list_constructor_arguments(name: str) -> set[str]:
-    """Returns the arguments that the classes of a network and of its blocks take.
+    """Returns the names of the arguments that the classes of a network and of its blocks take.
 
-    Arguments of timm's own factories are excluded, because some name files and folders to load.
+    Arguments of timm's own factories are excluded, because some of them name files to load.
     """
     if name in OWN:
         return set(inspect.signature(OWN[name]).parameters)
@@ -145,8 +145,8 @@ def list_constructor_arguments(name: str) -> set[str]:
 def check_kwargs(name: str, given: dict[str, Any]) -> None:
     """Raises UserError unless --model-kwargs are plain values that the network's constructor takes.
 
-    A checkpoint from a stranger holds such arguments too. They must not make timm open another
-    file.
+    A checkpoint from a stranger holds such arguments too, and they must not make timm open other
+    files.
     """
     known = list_constructor_arguments(name) if given else set()
     for key, value in given.items():

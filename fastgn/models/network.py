@@ -1,7 +1,7 @@
 """Builds the classifier that is trained.
 
-It normalises its own input, and has the configured activations and kernels. All of its operators
-can be differentiated twice.
+The classifier normalises its own input, and has the configured activations and kernels. All of its
+operators can be differentiated twice.
 """
 
 import dataclasses
@@ -88,8 +88,8 @@ class ModelReport:
     replaced_operators: dict[str, int]
     """Operator without a finite second derivative -> number of calls that were replaced."""
     fused: dict[str, int] | None = None
-    """Kind of module -> number of modules that use fastgn_kernels. None means that the kernels are
-    off."""
+    """Name of an activation such as "gelu", or "layer_norm", or "window_attention" -> number of
+    modules of this kind that use fastgn_kernels. None means that the kernels are off."""
     not_fused: dict[str, str] = dataclasses.field(default_factory=dict)
     """Name of a module that could have used fastgn_kernels -> reason why it does not use them."""
     adapted: Adapted | None = None
@@ -123,9 +123,9 @@ class ModelReport:
 class PatchConv2d(nn.Conv2d):
     """A convolution whose windows do not overlap, computed as one matrix product.
 
-    This is faster, because cuDNN computes the derivatives of a convolution with 3 channels slowly,
-    and its output would have to be transposed for the next layer. Also, a compiled step can leave
-    out the parts of a matrix product whose results are not used.
+    This is faster for two reasons. cuDNN computes the derivatives of a convolution with 3 channels
+    slowly, and the convolution's output would have to be transposed for the next layer. Also, a
+    compiled step can leave out those parts of a matrix product whose results are not used.
     """
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
@@ -142,9 +142,9 @@ class PatchConv2d(nn.Conv2d):
 
 
 def multiply_patches(module: nn.Module) -> int:
-    """Replaces the patch embeddings of a network by matrix products, in place.
+    """Makes the patch embeddings of a network compute with matrix products, in place.
 
-    Returns the number of replaced modules.
+    Returns the number of changed modules.
     """
     found = [
         m
@@ -172,9 +172,9 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def choose_kernels(choice: str, device: torch.device) -> str:
-    """Returns "triton" or "reference", the kernels that --kernels stands for on a device.
+    """Returns which kernels a device uses, "triton" or "reference".
 
-    choice: value of --kernels. Raises UserError if the device cannot run the kernels.
+    choice: value of --kernels. Raises UserError if it is "triton" and the device cannot run them.
     """
     check(
         choice != "triton" or device.type == "cuda",
@@ -214,7 +214,7 @@ def build_model(
     kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
     count = sum(p.numel() for p in backbone.parameters())
     fused, not_fused = use_kernels(backbone) if kernels == "triton" else (None, {})
-    with find_operators(backbone) as finder:  # after use_kernels, which replaces some of them
+    with find_operators(backbone) as finder:  # after use_kernels, which replaces some operators
         check_output(model, cfg, num_classes)
     replaced = replace_operators(finder)
     adapted = None
@@ -229,7 +229,8 @@ def build_model(
 
 
 def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -> None:
-    """Raises UserError unless the network returns one logit per class for an image of its size."""
+    """Raises UserError unless a model returns one logit per class for an image of model.img_size
+    pixels."""
     images = torch.zeros(1, 3, model.img_size, model.img_size)
     training = model.training
     channels = model_kwargs(cfg.model_kwargs).get("in_chans", 3)
@@ -263,8 +264,8 @@ def find_smallest_batch(
 ) -> int:
     """Returns the smallest batch on each rank that a network can be trained on: 1 or 2 images.
 
-    It is 2 if BatchNorm would get one value per channel from a single image, because one value has
-    no variance. Weights, statistics and the state of random generators do not change.
+    The result is 2 if BatchNorm would get only one value per channel from a single image, because
+    one value has no variance. Weights, statistics and the state of random generators do not change.
 
     ranks: number of ranks whose images BatchNorm uses together, see `sync_batch_norm`.
 

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 
 class PreActBlock(nn.Module):
-    """Two times normalisation, activation and convolution, plus a shortcut.
+    """Applies normalisation, activation and convolution twice, and adds a shortcut.
 
-    If the shape changes, the shortcut is a convolution of the first activation's output.
+    The shortcut is the block's input. If the block changes the shape, the shortcut is a convolution
+    of the first activation's output instead.
     """
 
     def __init__(self, in_chs: int, out_chs: int, stride: int):

@@ -1,11 +1,11 @@
 """Replaces operators in a network that cannot be differentiated twice.
 
-PyTorch's L2 norm has the first derivative 0 at a zero vector, but its second derivative there is
-NaN. F.normalize divides by this norm. The second derivative of Mish overflows for inputs from 89
-on. hardsigmoid and hardswish have no second derivative.
+At a zero vector, the first derivative of PyTorch's L2 norm is 0, but its second derivative is NaN.
+F.normalize divides by this norm. The second derivative of Mish overflows for inputs from 89 on.
+hardsigmoid and hardswish have no second derivative.
 
 `find_operators` finds the modules that call such operators. `replace_operators` makes these modules
-call replacements, the twins, which have the same values and first derivatives.
+call replacements (twins), which have the same values and first derivatives.
 """
 
 import functools
@@ -39,9 +39,9 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Computes F.mish with a second derivative that is finite everywhere.
 
-    Above 40, softplus equals its argument to the last bit of float64.
+    The threshold is 40, because above 40 softplus equals its argument to the last bit of float64.
     """
-    # repeats the formula of kernels/reference.py, because that is a separate package
+    # the formula is copied from fastgn_kernels.reference, because that is a separate package
     x = widen(input)
     return (x * F.softplus(x, threshold=40).tanh()).to(input.dtype)
 
@@ -168,7 +168,8 @@ twice."""
 def make_twin_class(plain: Any) -> Any:
     """Returns a subclass of a module's class whose forward can be differentiated twice.
 
-    It calls the twins, the replacements of operators, and keeps the name of the class.
+    The forward calls the twins, which are the replacements of operators. The subclass has the same
+    name as the module's class.
     """
     if plain in CLASSES:
         return CLASSES[plain]
@@ -201,11 +202,10 @@ class Finder(TorchFunctionMode):
 
 @contextmanager
 def find_operators(network: nn.Module) -> Iterator[Finder]:
-    """Records which operators the network calls inside the block that cannot be differentiated
-    twice.
+    """Records the calls, by a network, of operators that cannot be differentiated twice.
 
-    TWINS lists these operators. Operators that PyTorch calls inside another operator are not
-    recorded.
+    TWINS lists these operators. Only calls inside the with block are recorded. Operators that
+    PyTorch calls inside another operator are not recorded.
     """
     finder = Finder()
 

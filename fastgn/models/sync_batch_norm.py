@@ -1,8 +1,8 @@
 """BatchNorm over the images of all ranks (--sync-bn).
 
-torch.nn.SyncBatchNorm refuses tensors on the CPU and has no second derivative. These layers have
-derivatives of any order. Each rank differentiates its own loss at the same time as all others. The
-gradient on a rank is then the derivative of the sum of all ranks' losses.
+torch.nn.SyncBatchNorm refuses tensors on the CPU and has no second derivative. The layers of this
+module have derivatives of any order. All ranks differentiate their own losses at the same time. The
+gradient on each rank is then the derivative of the sum of all ranks' losses.
 """
 
 from typing import Any, cast
@@ -49,7 +49,7 @@ def compute_statistics(x: Tensor, count: int, group_name: str) -> tuple[Tensor, 
     """Returns the mean and the biased variance of each channel over the images of all ranks.
 
     x: images of this rank, (B, C, ...). count: number of values per channel over all ranks. The
-    mean is summed first, because a variance from a sum of squares would lose digits.
+    mean is computed first and subtracted, because otherwise the variance would lose digits.
     """
     rest = [d for d in range(x.ndim) if d != 1]
     mean_C = sum_over_ranks(x.sum(rest), group_name) / count
@@ -65,8 +65,8 @@ def reshape_as_channels(values_C: Tensor, x: Tensor) -> Tensor:
 class SyncBatchNorm(_BatchNorm):
     """Base class of BatchNorm layers whose statistics are those of all ranks' images.
 
-    Every rank must have the same number of images. In eval mode nothing changes. Names of
-    parameters and buffers are those of PyTorch's layers.
+    Every rank must have the same number of images. In eval mode the layers do what PyTorch's do.
+    Their parameters and buffers have the same names as those of PyTorch's layers.
     """
 
     group_name: str
@@ -99,7 +99,7 @@ class SyncBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share: float | Tensor | None = self.momentum
-        if share is None:  # the running statistics are the mean over all batches
+        if share is None:  # in this mode the running statistics are the mean over all batches
             share = self.num_batches_tracked.double().reciprocal()
         for running_C, value_C in ((self.running_mean, mean_C), (self.running_var, var_C)):
             assert running_C is not None
@@ -138,8 +138,8 @@ CLASSES: dict[type[nn.Module], type[SyncBatchNorm]] = {
 def sync_batch_norms(model: nn.Module, ranks: int) -> int:
     """Makes the BatchNorm layers of a network use the images of all ranks, in place.
 
-    With one rank the layers stay as they are. Frozen layers, which use no statistics of a batch,
-    always do. Returns the number of BatchNorm layers.
+    With one rank the layers stay as they are. Frozen layers are never changed, because they use no
+    statistics of a batch. Returns the number of BatchNorm layers.
 
     Raises UserError if a layer is of an unknown class that is derived from BatchNorm.
     """

@@ -164,8 +164,7 @@ def strip_shared_prefix(
 def check_normalisations(
     model: Normalised, weights: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """Returns the weights without the mean and standard deviation of a normalisation around the
-    network.
+    """Returns the weights without the mean and standard deviation that a file may store with them.
 
     Raises UserError if these values differ from the model's normalisation.
     """
@@ -263,9 +262,10 @@ def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
 
 
 def find_state_dict(content: Any) -> dict[str, Tensor]:
-    """Returns the tensors by name at the top of a file's content or below one of WRAPPINGS.
+    """Returns the state dict in a file's content, as a dict of tensors.
 
-    The result is empty if the content has no tensors.
+    The state dict is the value of one of the keys WRAPPINGS, or the content itself. The result is
+    empty if the content has no tensors.
     """
     if not isinstance(content, dict):
         return {}
@@ -279,16 +279,16 @@ def find_state_dict(content: Any) -> dict[str, Tensor]:
 def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
     """Returns a Swin's state dict with timm 1.0's keys, from one of the paper's checkpoints.
 
-    The paper's checkpoints have the keys of timm 0.6. In that version the downsampling belongs to
-    the end of a stage, and in timm 1.0 to the beginning of the next one. The classifier is `head`
-    instead of `head.fc`. Buffers that can be computed from the shapes are left out of the result.
-    Keys of timm 1.0 are accepted unchanged.
+    The paper's checkpoints have the keys of timm 0.6. In timm 0.6 the downsampling is the end of a
+    stage, and in timm 1.0 it is the beginning of the next stage. The classifier is called `head` in
+    timm 0.6 and `head.fc` in timm 1.0. Buffers that can be computed from the shapes are left out of
+    the result. Keys of timm 1.0 are accepted unchanged.
 
-    weights: the state dict, or a dict that holds it below one of WRAPPINGS. Its keys may have the
-    prefixes `1.`, `model.` or `module.` of a network behind a normalisation. Tensors are not
-    copied.
+    weights: the state dict, or a dict that holds it under one of the keys WRAPPINGS. The keys of
+    the state dict may have the prefixes `1.`, `model.` or `module.`, as those of a network behind a
+    normalisation have. Tensors are not copied.
 
-    Raises UserError, which names the first such key, if a key belongs to no Swin. Also raises
+    Raises UserError if a key belongs to no Swin, and names the first such key. Also raises
     UserError if the checkpoint has a normalisation other than ImageNet's, because `Classifier`
     would ignore it.
     """
@@ -319,7 +319,7 @@ def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
 def check_normalisation(key: str, given: Tensor, kind: str) -> None:
     """Raises UserError unless `given` is ImageNet's mean or standard deviation.
 
-    kind: "mean" or "std".
+    key: name of the value in the file, for the message. kind: "mean" or "std".
     """
     values = given.flatten().tolist()
     expected = IMAGENET_DEFAULT_MEAN if kind == "mean" else IMAGENET_DEFAULT_STD
