@@ -22,7 +22,7 @@ AUTOATTACK_WARNINGS: dict[str, tuple[str, Verdict]] = {
     "AutoAttack: probabilities": ("probability distribution", "fail"),
     "AutoAttack: dynamic": ("dynamic defense", "warn"),
 }
-"""Name of a check -> (words that identify a warning of pyautoattack, verdict if it warned so).
+"""Name of a check -> (words that identify a warning of pyautoattack, verdict if it was given).
 Warnings of zero gradients are left out, because their verdict depends on a number."""
 
 GAP_RULE = "Warn above max(1 point, 1 image). Fail above max(5 points, 2 images)."

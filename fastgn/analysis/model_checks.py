@@ -20,7 +20,8 @@ from fastgn.errors import check
 Verdict = Literal["pass", "warn", "fail"]
 
 FEW_IMAGES = 100
-"""With fewer images, a single image changes the accuracy by more than one percentage point."""
+"""Number of images below which the sanity report warns, because a single image then changes the
+accuracy by more than one percentage point."""
 VANISHED_L1 = 1e-12
 """L1 norm of an image's gradient below which the gradient counts as vanished."""
 REPEATS = 5

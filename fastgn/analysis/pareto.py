@@ -1,4 +1,4 @@
-"""The picture of a sweep: the robust accuracy of its trials against their clean accuracy."""
+"""Draws the picture of a sweep: the robust accuracy of each trial against its clean accuracy."""
 
 from collections.abc import Sequence
 from typing import Any

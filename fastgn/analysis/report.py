@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file that needs no other file: tables, pictures and warnings.
+"""Turns an evaluation into one HTML file with tables, pictures and warnings.
 
 This module turns the record of an evaluation into texts. The template report.html.jinja lays them
 out, and escapes every one of them.

@@ -66,8 +66,8 @@ def read_arrays(path: Path, splits: tuple[str, ...], classes: int, where: str) -
     A split has the arrays {split}_images, `(N, H, W, 3), uint8`, and {split}_labels, `(N,)`
     integers.
 
-    Raises UserError, which begins with `where`, if an array is missing, has another shape or dtype,
-    or has another length than its counterpart.
+    Raises UserError, which begins with `where`, if an array is missing or has another shape or
+    dtype, or if a split's images and labels differ in number.
     """
     fields = {f"{split}_images": IMAGES for split in splits}
     fields |= {f"{split}_labels": LABELS for split in splits}

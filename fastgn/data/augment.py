@@ -1,4 +1,4 @@
-"""Augmentation of training batches on the device: shift, flip, erasing, mixing, label smoothing.
+"""Augments training batches on the device: shift, flip, erasing, mixing and label smoothing.
 
 timm's RandomErasing and Mixup draw the random numbers, from generators that the caller seeds. The
 code here then applies the draws to all images at once. timm itself erases one image after the
@@ -51,8 +51,8 @@ class BatchAugment:
     ):
         """Sets up timm's random erasing and mixing.
 
-        mean, std: the model's normalisation, `(1, 3, 1, 1)`. timm's erasing draws noise in these
-        units.
+        mean, std: the model's normalisation, `(1, 3, 1, 1)`. They are needed because timm's erasing
+        draws noise for normalised images.
         """
         self.mean, self.std = mean.to(device), std.to(device)
         self.num_classes = num_classes
@@ -69,7 +69,8 @@ class BatchAugment:
         num, _, height, width = images_BCHW.shape
         if self.device.type != "cpu":
             return self.apply(images_BCHW, labels_B, self.draw(num, height, width))
-        # fill single boxes: noise for whole images would cost a CPU more than everything else
+        # draw noise only for the boxes, because for whole images it would take a CPU longer than
+        # everything else
         for image, (top, bottom, left, right) in enumerate(self.draw_boxes(num, height, width)):
             if bottom > top:
                 hole = images_BCHW[image : image + 1, :, top:bottom, left:right]
@@ -80,7 +81,7 @@ class BatchAugment:
     def draw(self, num: int, height: int, width: int) -> BatchDraws:
         """Draws the random choices for the augmentation of `num` images.
 
-        They come from the generators of Python, NumPy and PyTorch.
+        The random numbers come from the generators of Python, NumPy and PyTorch.
         """
         boxes_B4 = fill = None
         if self.erase is not None:
@@ -120,7 +121,7 @@ class BatchAugment:
     def apply(self, images_BCHW: Tensor, labels_B: Tensor, drawn: BatchDraws) -> Batch:
         """Returns the batch after erasing, mixing and label smoothing with the given draws.
 
-        It does not wait for the device, and torch.compile can put it into one graph.
+        This method does not wait for the device, and torch.compile can put it into one graph.
         """
         height, width = images_BCHW.shape[-2:]
         share: Tensor | float = 1.0

@@ -202,9 +202,9 @@ def read_cifar10(data_dir: str | None) -> Dataset:
 def read_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
     """Returns CIFAR-10's training and test images from its python batches.
 
-    The batches are read below `path`. If it is None, they are downloaded to the user's cache. They
-    are pickle files, which could run code, so torchvision checks their checksums before it opens
-    them.
+    The batches are read below `path`. If `path` is None, they are downloaded to the user's cache.
+    The batches are pickle files, which could run code, so torchvision checks their checksums before
+    it opens them.
     """
     from torchvision.datasets import CIFAR10
 
@@ -261,7 +261,7 @@ def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | Non
 
     option: flag that names the split, for messages. known: classes of the training images.
 
-    Raises UserError if none of them exists, or if the split has no image or only one class.
+    Raises UserError if none of the three exists, or if the split has no image or only one class.
     """
     folder, listed = root / split, root / f"{split}.txt"
     if (folder / INDEX).exists():

@@ -48,8 +48,8 @@ class Tree(NamedTuple):
 class Walk:
     """Walks once through a split's folders and visits each real folder once.
 
-    Links are followed after all real folders. So images that a link points to belong to the class
-    in whose folder they really lie, if there is one.
+    Links are followed after all real folders have been visited. So if a link in one class points to
+    a real folder of another class, the images in that folder belong to the other class.
     """
 
     def __init__(self, folder: Path, option: str) -> None:
@@ -84,17 +84,17 @@ class Walk:
             ) from None
 
     def is_hidden(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry's name shows that it is no data, and counts such entries.
+        """Returns whether an entry's name shows that it holds no data. If so, counts it.
 
-        These are names that begin with a dot, and those in NO_CLASSES.
+        Such names begin with a dot or are in NO_CLASSES.
         """
         hidden = entry.name.startswith(".") or entry.name in NO_CLASSES
         self.left_out["hidden"] += hidden
         return hidden
 
     def is_class(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry of the split's folder is a class's folder, and counts the other
-        entries."""
+        """Returns whether an entry of the split's folder is the folder of a class. If not, counts
+        it as left out."""
         if self.is_hidden(entry):
             return False
         folder = is_folder(entry)
@@ -126,14 +126,15 @@ class Walk:
                     self.left_out["linked folders that were read already"] += 1
 
     def is_new(self, path: str) -> bool:
-        """Returns whether a folder has not been visited and does not contain the whole split."""
+        """Returns whether a folder has not been visited and does not contain the whole split. If
+        so, records it as visited."""
         real = os.path.realpath(path)
         above = os.path.join(self.real_root, "").startswith(os.path.join(real, ""))
         return not above and self.seen.setdefault(real, path) == path
 
     def is_image(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry is a file with an image's ending, and counts the other
-        entries."""
+        """Returns whether an entry is a file with the ending of an image. If not, counts it as left
+        out."""
         ending = os.path.splitext(entry.name)[1].lower()
         if ending not in ENDINGS:
             self.left_out[f"with the ending {ending}" if ending else "without an ending"] += 1

@@ -68,11 +68,11 @@ def read_sizes(split: Encoded) -> Iterator[int]:
 
 
 def describe_changes(before: Identity | None, now: Identity) -> list[str]:
-    """Returns how a data set differs from the one of a checkpoint, as one phrase per split.
+    """Returns how a data set differs from that of a checkpoint, as one phrase per changed split.
 
     Only properties that both descriptions have are compared. So files and the shards that were
-    packed from them count as the same images. before: None for a checkpoint of an older version,
-    which kept no description.
+    packed from them are taken for the same images. before: description in the checkpoint. It is
+    None if an older version, which kept no description, has written the checkpoint.
     """
     if before is None:
         return ["the checkpoint does not say which images it was made with"]

@@ -23,7 +23,8 @@ Evaluation resizes the shorter side to 256 pixels, which takes gigabytes for thi
 """
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "TGA")
-"""PIL's readers that may open an image. Some other readers start a program, such as EPS."""
+"""PIL's readers that may open an image. Others are not allowed, because some of them, such as EPS,
+start a program."""
 
 Loaded = TypeVar("Loaded")
 
@@ -32,7 +33,8 @@ class BadImageError(UserError):
     """An image cannot be read. The message names the image."""
 
     def __init__(self, line: str, problem: str = "unreadable"):
-        """problem: kind of fault in a word or two, so that faults can be counted by kind."""
+        """Stores the message, `line`, and the kind of fault, `problem`, by which faults are
+        counted."""
         super().__init__(line)
         self.problem = problem
 
@@ -66,8 +68,8 @@ def make_bad_image_error(name: str, reason: object, problem: str = "unreadable")
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Opens an encoded image by its content, whatever its file's ending is. Raises what PIL
-    raises."""
+    """Opens an encoded image. The format is found from the content, not from the file's ending.
+    Raises the errors that PIL raises."""
     return Image.open(io.BytesIO(content), formats=list_formats())
 
 

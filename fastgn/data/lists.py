@@ -33,8 +33,9 @@ class Row(NamedTuple):
 def read_list(root: Path, path: Path, known: tuple[str, ...] | None) -> Listed:
     """Reads a list of images whose paths are relative to `root`.
 
-    The classes are the lines of root/classes.txt. Without that file they are `known`. If `known` is
-    None, they are the sorted names in the list, or its numbers.
+    The classes are the lines of root/classes.txt. Without that file the classes are `known`. If
+    `known` is None, they are the sorted labels of the list. But if all labels are numbers, the
+    classes are 0, 1, ..., as many as there are different labels.
 
     Raises UserError, which names file and line, if a line or a label is not valid, or if an image
     does not exist.
@@ -63,7 +64,7 @@ def read_lines(path: Path, who: str | None = None) -> list[str]:
     try:
         with open_regular(path) as file:
             content = file.read()
-    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+    except (OSError, ValueError) as error:  # ValueError means that no file can have this name
         raise UserError(
             f"{who} cannot be read: {getattr(error, 'strerror', None) or error}"
         ) from None
@@ -78,7 +79,7 @@ def read_lines(path: Path, who: str | None = None) -> list[str]:
 def find_classes(
     root: Path, path: Path, rows: Sequence[Row], known: tuple[str, ...] | None
 ) -> tuple[tuple[str, ...], str]:
-    """Returns a list's classes and where they come from, for messages.
+    """Returns the classes of a list, and a text for messages that says where they come from.
 
     Raises UserError if classes.txt names a class twice.
     """

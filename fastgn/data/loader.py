@@ -66,10 +66,10 @@ def default_batch_size(device: torch.device) -> int:
 def divide_again(
     cfg: Config, images: int, num_images: int, ranks: int, device: torch.device, divisor: int
 ) -> tuple[int, int]:
-    """Returns (images per rank and micro-batch, micro-batches per update) of a run that goes on.
+    """Returns (images per rank and micro-batch, micro-batches per update) of a resumed run.
 
-    The run may have had another number of ranks. Micro-batches are the largest ones of at most
-    --batch-size that divide the images of a rank.
+    Before it was resumed, the run may have had another number of ranks. The size of a micro-batch
+    is the largest one up to --batch-size that divides the number of a rank's images.
 
     images: number of images per update over all ranks. num_images: number of training images.
     divisor: number that must divide the size of a micro-batch. Raises UserError if nothing fits.
@@ -111,10 +111,12 @@ def build_loader(
 ) -> Loader:
     """Returns the loader of the training images.
 
-    An epoch is a whole number of updates. Images that remain at its end are left out of it.
+    An epoch is a whole number of updates. Images that are too few for another update are left out
+    of the epoch.
 
-    compiled: whether the device loader compiles its augmentation. agree: returns True on all ranks
-    if any rank passes True. notes: list to which a message is added if `auto` cannot use DALI.
+    compiled: whether the device loader compiles its augmentation. agree: function that returns True
+    on all ranks if it gets True on any rank. notes: list to which a message is added if
+    `--loader auto` cannot use DALI.
 
     Raises UserError if the loader does not support the data or the augmentation.
     """

@@ -62,10 +62,10 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Returns an image as Packed when it is called with the image's index.
+    """Callable that takes the index of an image, and returns the image as Packed.
 
-    If the image is bad, the call returns the error message if `skip` is set, and raises
-    BadImageError otherwise. A Packer can be sent to worker processes.
+    For a bad image, it returns the error message if `skip` is set, and raises BadImageError
+    otherwise. A Packer can be sent to worker processes.
     """
 
     split: Encoded
@@ -195,7 +195,8 @@ def pack(
         f"{folder} holds shards or an index that fastgn.data.pack has not made: give another "
         "OUTPUT",
     )
-    # left by a killed process; none is still in use, because the caller holds the folder's lock
+    # remove what killed processes have left; no other process uses these files, because the caller
+    # holds the folder's lock
     for left in folder.glob(".*.tmp"):
         remove_file(left)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]

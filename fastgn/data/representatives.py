@@ -14,7 +14,8 @@ from fastgn.errors import check
 from fastgn.seeding import Stream, make_generator
 
 LARGEST_BYTES = 2**31
-"""Largest number of bytes that nearest-neighbour may keep on the device for images."""
+"""Largest number of bytes of images that --pag-representative nearest-neighbour may keep on the
+device."""
 
 
 def compute_representatives(
@@ -28,9 +29,9 @@ def compute_representatives(
 ) -> tuple[Tensor, Tensor | None]:
     """Returns (images, labels) that represent the classes, on the device, the same on every rank.
 
-    images: in 0..1, not augmented, fp32. The shape is `(K, 3, H, W)`, one image per class, and
-    labels are None. With nearest-neighbour the images are all N training images, and labels are
-    `(N,), int64`.
+    images: fp32 in 0..1, not augmented. They are `(K, 3, H, W)`, one image per class, and the
+    labels are None. With --pag-representative nearest-neighbour, they are all N training images,
+    and the labels are `(N,), int64`.
 
     Raises UserError if a class has no image, or if nearest-neighbour has too many.
     """

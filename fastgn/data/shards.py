@@ -1,9 +1,9 @@
 """Reads and writes splits that are packed into WebDataset tar files.
 
 A split is a folder with shards and one index. A shard is a plain tar file, which webdataset can
-read too. Each image has two members, <key>.<format> and <key>.cls, which holds the label as text.
-The index says at which offset of which shard an image lies, so that one read loads it.
-fastgn.data.pack writes both.
+read too. Each image has two members: <key>.<format> is the encoded image, and <key>.cls holds its
+label as text. The index says at which offset of which shard an image lies, so that one read loads
+the image. fastgn.data.pack writes the shards and the index.
 """
 
 import dataclasses
@@ -65,8 +65,8 @@ class Shards(Encoded):
         return f"{self._path(int(self.shard_N[index]))}: {self.key_N[index].decode()}"
 
     def read(self, index: int) -> bytes:
-        """Returns the encoded bytes of an image. Raises BadImageError if they are not as they were
-        packed."""
+        """Returns the encoded bytes of an image. Raises BadImageError if they cannot be read, or
+        have changed since they were packed."""
         size = int(self.size_N[index])
         try:
             file = self._file(int(self.shard_N[index]))
@@ -100,7 +100,7 @@ class Shards(Encoded):
         return self.__dict__ | {"files": {}}
 
     def find_fault(self, shard: int) -> str | None:
-        """Returns in one line how a whole shard is damaged, or None. It reads the whole shard."""
+        """Reads a whole shard. Returns in one line how it is damaged, or None if it is intact."""
         path = self._path(shard)
         try:
             digest = compute_sha256(path)
@@ -154,7 +154,7 @@ class Shards(Encoded):
         return index
 
     def _wrong(self) -> str | None:
-        """Returns how the parts of the index contradict each other, or None."""
+        """Returns how the parts of the index contradict each other, or None if they do not."""
         counts = {len(self.shards), len(self.sha256), len(self.shard_bytes)}
         lengths = {len(self), *(len(getattr(self, name)) for name in ARRAYS[1:])}
         if len(counts) != 1 or len(lengths) != 1:

@@ -1,4 +1,4 @@
-"""Chooses the images of an evaluation, always the same ones, and divides them among the ranks."""
+"""Chooses the images of an evaluation, the same ones each time, and divides them among ranks."""
 
 import os
 from collections.abc import Iterator
@@ -34,9 +34,9 @@ def is_by_class(split: Any) -> bool:
 
 
 class Subset:
-    """Images for evaluation, not augmented, of which each rank iterates over its own part.
+    """Images for evaluation, which are not augmented. Each rank iterates over its own images.
 
-    Iterating yields (images in 0..1 as `(B, 3, H, W), fp32`, labels as `(B,), int64`) on the
+    The iterator yields (images in 0..1 as `(B, 3, H, W), fp32`, labels as `(B,), int64`) on the
     device.
     """
 
@@ -58,8 +58,8 @@ class Subset:
     ):
         """Chooses the images of a split.
 
-        num: number of images; None means all. If the split is sorted by class, the chosen images
-        are evenly spaced, and otherwise they are the first ones. chosen: indices of the images,
+        num: number of images. None means all. If the split may be sorted by class, the chosen
+        images are evenly spaced. Otherwise they are the first ones. chosen: indices of the images,
         instead of `num`. skip: whether to replace a bad image by the next one of the split and add
         a message to bad_images.
         """

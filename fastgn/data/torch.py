@@ -100,7 +100,7 @@ def load_in_workers(
 
     options: further arguments of torch's DataLoader.
 
-    Raises UserError if a worker raises one, if a worker dies, or if nothing arrives for
+    Raises UserError if a worker raises a UserError, if a worker dies, or if nothing arrives for
     worker_timeout seconds.
     """
     loader = DataLoader(
@@ -134,10 +134,11 @@ def load_in_workers(
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[None]:
-    """Holds signals that ask to stop back until the block has ended.
+    """Holds back signals that ask the process to stop, until the with block has ended.
 
-    A process that starts inside the block holds them back as well, until `set_up_worker` ignores
-    them. Otherwise a signal to the process group would kill a worker that has just started.
+    A process that starts inside the block holds these signals back as well, until `set_up_worker`
+    makes it ignore them. Otherwise a signal to the process group would kill a worker that has just
+    started.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
@@ -153,17 +154,17 @@ open_iterators: weakref.WeakSet = weakref.WeakSet()
 def stop_workers(iterator: Any) -> None:
     """Ends the workers of a DataLoader's iterator.
 
-    Otherwise Python would send them a signal at its exit, which they ignore, and wait for them for
-    ever.
+    Otherwise Python would send them a signal at its exit and wait for them to end. They ignore the
+    signal, so Python would wait for ever.
     """
     getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
 def kill_stalled_workers(iterator: Any, worker_timeout: float) -> UserError:
-    """Kills the workers of an iterator, and returns the error that names the worker that has
-    stalled.
+    """Kills the workers of an iterator, one of which has stalled. Returns the error that names it.
 
-    They must be killed, because they ignore other signals and Python would wait for them at exit.
+    The workers must be killed, because they ignore other signals and Python would wait for them at
+    its exit.
     """
     number = iterator._task_info[iterator._rcvd_idx][0]
     # otherwise torch would notice their death and raise an error somewhere in the main process
@@ -221,14 +222,14 @@ def return_unchanged(result: Any) -> Any:
 
 
 PR_SET_PDEATHSIG = 1
-"""Code of Linux's prctl that requests a signal for the death of the parent process."""
+"""Code with which a process asks Linux's prctl for a signal when its parent process dies."""
 
 
 def set_up_worker(worker: int) -> None:
-    """Makes a worker ignore signals that ask to stop, and end if the main process is killed.
+    """Makes a worker ignore signals that ask it to stop, and end if the main process is killed.
 
-    A signal to the process group is handled by the main process, which saves and then ends its
-    workers.
+    A worker may ignore such a signal, because the main process gets it too. The main process saves
+    its state and then ends its workers.
     """
     torch.set_num_threads(1)
     # let Linux kill the worker when the main process ends, because a worker that waits to send its

@@ -10,13 +10,12 @@ from fastgn.data.batch import Batch, Loader
 from fastgn.errors import first_line
 
 MEAN_DIFFERENCE = 1.6 / 255
-"""Largest mean absolute difference that is allowed between an image from DALI and the same from
-PIL.
+"""Largest mean absolute difference between DALI's and PIL's version of an image that is allowed.
 
-Solarize, posterize and equalize can turn a difference of 1/255 into a large one.
+It is above 1/255, because solarize, posterize and equalize can enlarge a difference of 1/255.
 """
 MEDIAN_DIFFERENCE = 0.5 / 255
-"""Largest mean absolute difference that is allowed for the median image of a batch."""
+"""Largest median of the images' mean absolute differences in a batch that is allowed."""
 
 
 def wants_dali(device: torch.device) -> bool:
@@ -34,8 +33,8 @@ def choose_dali_or_pil(
 ) -> tuple[Loader, str | None]:
     """Returns (DALI's loader, None) if its first batch equals that of the PIL loader.
 
-    Otherwise returns (the PIL loader, the reason). agree: returns True on all ranks if it is given
-    True on any rank. Raises UserError if the PIL loader raises it.
+    Otherwise returns (the PIL loader, the reason). agree: function that returns True on all ranks
+    if it gets True on any rank. Raises UserError if the PIL loader raises it.
     """
     pil = make_pil()
     with contextlib.closing(pil.epoch(0)) as batches:  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all ranks (--sync-bn).
+"""BatchNorm layers whose statistics are computed over the images of all ranks (--sync-bn).
 
 torch.nn.SyncBatchNorm refuses tensors on the CPU and has no second derivative. The layers of this
 module have derivatives of any order. All ranks differentiate their own losses at the same time. The

@@ -1,7 +1,7 @@
 """Resizes and augments images on a CPU, one at a time, with PyTorch's kernels and PIL.
 
 DALI's own CPU operators take three times as long, because each of them has a fixed cost for every
-few images of a batch. All arrays are one image: uint8, H x W x 3.
+few images of a batch. Each array here is one image, uint8, H x W x 3.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
     """Returns the image after an affine map. matrix: [a, b, c, d, e, f] as in draws.Kind.BICUBIC.
 
     This takes half of PIL's time, and a quarter for a shear or shift along one axis. For rotations
-    PyTorch's bicubic kernel is less sharp than PIL's (a = -0.75 instead of -1).
+    PyTorch's bicubic kernel is less sharp than PIL's (the parameters are -0.75 and -1).
     """
     a, b, c, d, e, f = matrix.tolist()
     if mode == "bicubic" and (a, e) == (1, 1) and (d, f) == (0, 0):
@@ -94,9 +94,9 @@ def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
 
 
 def shear_rows(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
-    """Returns the image with row y taken from slope * (y + 1/2) + shift pixels to the right.
+    """Returns the image with row y moved to the left by slope * (y + 1/2) + shift pixels.
 
-    Interpolates with PIL's bicubic kernel.
+    Interpolates with PIL's bicubic kernel. Pixels from outside the image become FILL.
     """
     side = len(image)
     start = slope * (np.arange(side) + 0.5) + shift

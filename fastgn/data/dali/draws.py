@@ -67,7 +67,7 @@ class Layer(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """How one image is augmented. It is cropped, resized, flipped and given to the `layers`."""
+    """How one image is augmented: it is cropped, resized, flipped, and changed by each layer."""
 
     top: int
     left: int
@@ -156,7 +156,10 @@ def refusal(policy: str, what: str) -> str:
 
 
 def jitter(step: ColorJitter) -> list[Layer]:
-    """Returns the operations that torchvision's ColorJitter draws. timm never changes the hue."""
+    """Returns the operations that torchvision's ColorJitter draws.
+
+    No operation changes the hue, because timm never asks ColorJitter to change it.
+    """
     order, *factors = step.get_params(step.brightness, step.contrast, step.saturation, step.hue)
     kinds = (Kind.BRIGHTNESS, Kind.CONTRAST, Kind.COLOR)
     chosen = [i for i in order.tolist() if i < 3 and factors[i] is not None]
@@ -174,8 +177,8 @@ def note(
 ) -> None:
     """Appends an operation to `drawn`, in place of timm's function that would apply it to an image.
 
-    It takes the arguments of timm's function, and draws the same random numbers. translate:
-    function that turns these arguments into those of `kind`.
+    image, args and kwargs are the arguments of timm's function, and the same random numbers are
+    drawn. translate: function that turns `args` into the arguments of `kind`.
     """
     if kind in WARPS:
         bilinear = auto_augment._interpolation(kwargs) == Image.Resampling.BILINEAR
@@ -236,5 +239,5 @@ TRANSLATIONS: dict[Any, tuple[Kind, Callable[..., tuple[float, ...] | None]]] = 
     auto_augment.sharpness: (Kind.SHARPNESS, as_given),
 }
 """timm's function -> its Kind, and a function that turns (side in pixels, timm's arguments) into
-the arguments of the Kind. The latter returns None if nothing is to be done. Policies with other
-functions of timm are refused."""
+the arguments of the Kind. That function returns None if the operation would not change the image.
+Policies with other functions of timm are refused."""

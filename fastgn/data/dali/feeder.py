@@ -45,9 +45,9 @@ class Fed(NamedTuple):
     labels: Any
     """(B,), int64: class of each image."""
     complaints: list[str]
-    """Reasons why the batch cannot be used. Mostly empty."""
+    """Reasons why the batch cannot be used. Usually there are none."""
     replaced: list[str]
-    """One line for each bad image that another one replaces. Mostly empty."""
+    """One line for each bad image that was replaced by another one. Usually there are none."""
 
 
 class Feeder(Dataset):
@@ -141,7 +141,8 @@ class Feeder(Dataset):
     def read(self, image: int) -> tuple[bytes, Image.Image | None, tuple[int, int]]:
         """Returns (bytes, decoded picture or None, (width, height)).
 
-        The picture is None if DALI decodes the bytes just as PIL does. Raises BadImageError.
+        The picture is None if DALI decodes the bytes just as PIL does. Raises BadImageError if the
+        image cannot be read or decoded.
         """
         if image in self.spoilt:
             raise BadImageError(self.spoilt[image])

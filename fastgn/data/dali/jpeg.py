@@ -1,4 +1,4 @@
-"""Reads from the header of a JPEG its size, and whether all decoders decode it alike."""
+"""Finds from the header of a JPEG its size, and whether all decoders decode the JPEG alike."""
 
 import struct
 
@@ -17,8 +17,8 @@ RGB = (ord("R"), ord("G"), ord("B"))
 def plain_size(content: bytes) -> tuple[int, int] | None:
     """Returns (width, height) in pixels of a complete 8-bit JPEG in grey or YCbCr, as stored.
 
-    Returns None for other formats, CMYK and RGB JPEGs, 12 bits, rare codings, truncated files, and
-    files with bytes after the end.
+    Returns None for images that decoders may decode differently: other formats, CMYK and RGB JPEGs,
+    12 bits, rare codings, truncated files, and files with bytes after the end.
     """
     if not content.startswith(START_OF_IMAGE) or not content.endswith(END_OF_IMAGE):
         return None

@@ -1,10 +1,10 @@
-"""The DALI loader. It does to an image what the PIL loader does, with NVIDIA DALI on a CPU or GPU.
+"""Loads training batches with NVIDIA DALI, which augments images as the PIL loader does.
 
 Worker processes read the files, and draw with timm's own objects what to do to each image
 (feeder.py, draws.py). DALI gets the bytes and the drawn numbers (operations.py). So one seed gives
-the same pictures as in the PIL loader, except for resampling and rounding. A run can continue from
-the number of a batch alone. DALI's readers, shuffling and random operators are not used. Its worker
-processes are not used either, because DALI waits for ever if one of them dies.
+the same pictures as in the PIL loader, except for resampling and rounding. To continue, a run needs
+only the number of a batch. DALI's readers, shuffling and random operators are not used. DALI's own
+worker processes are not used either, because DALI waits for ever if one of them dies.
 """
 
 import atexit
@@ -55,8 +55,8 @@ class DaliLoader:
         """Sets up the loader. The first batch starts the pipelines.
 
         workers: number of threads that decode and augment. A quarter as many processes read files
-        and draw random numbers. With fewer than 4 workers the main process does this, which takes
-        0.35 ms per image on two cores. A process of its own would take 0.8 ms there.
+        and draw random numbers. With fewer than 4 workers the main process reads and draws. On two
+        cores this takes 0.35 ms per image, while a separate process would take 0.8 ms.
         """
         if isinstance(split, Arrays):
             raise UserError("--loader dali decodes image files: use --loader device for arrays")
@@ -111,7 +111,7 @@ class DaliLoader:
         """Returns (images in 0..1, labels) of the batch at a position, on the device.
 
         The pipelines run on from epoch to epoch. They start anew if `position` does not follow the
-        last one.
+        position of the previous call.
         """
         if self._source is None or position != self._next:
             self.close()

@@ -83,8 +83,8 @@ def operate(
 ) -> Any:
     """Returns the image after one operation.
 
-    kind: number of the operation, int32, one of `possible`. Nested conditions choose among them, so
-    that DALI runs each operation only on the images that need it.
+    kind: number of the operation, int32, one of `possible`. Nested conditions choose the operation,
+    so that DALI runs each operation only on the images that need it.
     """
     if len(possible) == 1:
         return OPERATIONS[possible[0]](image, arguments, side, device)
@@ -126,7 +126,8 @@ def to_bytes(values: Any, shift: float = 0.0) -> Any:
 FLOOR = -0.498
 """Number that is added before rounding to the nearest, in order to round down as PIL does.
 
-It is not -0.5, because rounding errors may put a value slightly below the whole number that it is.
+It is not -0.5, because a rounding error may put a value slightly below the whole number that it
+should be. That value would then be rounded to the next lower number.
 """
 
 
@@ -161,7 +162,8 @@ def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any)
     """Returns the image after an affine map, with FILL outside.
 
     PIL fills each pixel whose nearest source pixel lies outside, and a mask does the same here.
-    DALI's two bicubic kernels are less sharp than PIL's (a = -0.75 or -0.5 instead of -1).
+    DALI's two bicubic kernels, with the parameters -0.75 and -0.5, are less sharp than PIL's with
+    the parameter -1.
     """
     last = types.Constant(np.array([[0, 0, 1]], np.float32), device="cpu")
     matrix = fn.cat(fn.reshape(arguments, shape=[2, 3]), last, axis=0)
@@ -194,9 +196,10 @@ def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
 def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     """Returns the image with the histogram of each channel equalised, as ImageOps.equalize does.
 
-    PIL counts the pixels below a value, and DALI the pixels up to a value. Therefore DALI equalises
-    the negative image, in which the pixels up to a value are those that are not below it in the
-    image. The last factor is needed because PIL divides by a step that is a whole number.
+    PIL counts the pixels below a value, and DALI the pixels up to and including a value. Therefore
+    DALI equalises the negative image. In the negative, the pixels up to 255 - v are those that are
+    at least v in the image, which are all pixels except those below v. The last factor is needed
+    because PIL divides by a step that is a whole number.
     """
     shares = byte(255) - fn.equalize(byte(255) - image)
     brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
