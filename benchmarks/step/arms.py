@@ -1,8 +1,9 @@
-"""An arm: one way to compute an update, as benchmarks of the step compare them.
+"""Defines arms, the ways to compute an update that the benchmarks compare.
 
-Names that end in -paper do what the paper's code does by its description: PyTorch's operators in
-eager mode, the network in eval mode, and a synchronisation in every micro-batch. For PGD-3 the
-paper also computes weight gradients in every attack step, and a last forward.
+Arms whose names end in -paper do what the paper's code does, as the paper describes it. They use
+PyTorch's operators in eager mode, keep the network in eval mode, and wait for the device after
+every micro-batch. For PGD-3, they also compute weight gradients in every attack step, and make one
+more forward pass at the end of the attack.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class Arm:
     precision: str = "fp32"
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
     budget: float = 1.0
-    """Share of the activations that a compiled update keeps. Below 1 it recomputes the rest."""
+    """Share of the activations that a compiled update keeps in memory. It recomputes the rest."""
     compile: bool = False
     kernels: str | None = None
     """Value of --kernels: "triton" or "reference". If None, the benchmark chooses."""
@@ -47,18 +48,18 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Name of the method and of the way in which the penalty is differentiated."""
+        """Name of the method, its schedule and its budget, such as "gradnorm exact"."""
         name = f"{self.method} {self.schedule}" if self.method == "gradnorm" else self.method
         return name if self.budget == 1 else f"{name}, budget {self.budget:g}"
 
     @property
     def key(self) -> str:
-        """Name of the arm, and of the precision."""
+        """Name of the arm with its precision, such as "gradnorm exact, bf16"."""
         return f"{self.name}, {self.precision}"
 
     @property
     def cycle(self) -> int:
-        """Number of updates after which the costs repeat, such as --lazy-interval."""
+        """Number of updates after which the costs repeat: --lazy-interval for lazy, else 1."""
         return self.schedule.cycle
 
     def objective(self) -> Objective:
@@ -68,7 +69,7 @@ class Arm:
         return build_objective(ObjectiveConfig(self.base, attack=attack))
 
     def options(self, **options: Any) -> StepOptions:
-        """Returns how the step computes this update. options: fields with other values."""
+        """Returns the options of Step for this update. options: fields to change in them."""
         quirks = Quirks()
         if self.paper:
             quirks = dataclasses.replace(PAPER_WAY, attack_weight_grads=self.base == "pgd_at")
@@ -76,7 +77,7 @@ class Arm:
         return dataclasses.replace(own, **options)
 
     def step(self, model: Classifier, **options: Any) -> RetryingStep:
-        """Returns the function that computes this update's gradients."""
+        """Returns a function that computes the gradients of an update. options: see `options`."""
         return RetryingStep(Step(model, self.objective(), self.options(**options)))
 
     def count(self, model: Classifier, batch: int, classes: int) -> StepCost:
@@ -88,7 +89,7 @@ class Arm:
 def random_batch(
     batch: int, side: int, classes: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Returns random images (B, 3, H, W) in 0..1 and soft targets (B, classes), as of mixup.
+    """Returns random images (B, 3, H, W) in 0..1 and soft targets (B, classes), like mixup's.
 
     batch: number of images. side: height and width in pixels.
     """

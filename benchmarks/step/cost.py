@@ -1,28 +1,29 @@
-"""Cost of one update, for every method, schedule and precision.
+"""Measures the cost of one update, for every training method, schedule and precision.
 
-Time, images per second, memory, energy and launches of one update, of all arms in one run, beside
-Table 3 of arXiv 2409.20139. An arm is a method, a schedule and a precision. Arms named -paper do
-what the paper's code does, in eager mode (benchmarks/step/arms.py says how).
+The cost is time, memory, energy and kernel launches. The table shows it beside Table 3 of arXiv
+2409.20139. An arm is a training method with a schedule (how its penalty is differentiated) and a
+precision. Arms named -paper do what the paper's code does (benchmarks/step/arms.py says how).
 
-    python benchmarks/cost.py  # on a GPU Swin-B, 64 images of 224 pixels; on a CPU a small Swin
+    python benchmarks/cost.py  # Swin-B and 64 images of 224 pixels; without a GPU, a small Swin
     python benchmarks/cost.py --precision fp32 tf32 bf16 bf16-pure --rounds 5
-    python benchmarks/cost.py --model swin_b --counts-only  # on any machine
+    python benchmarks/cost.py --model swin_b --counts-only  # needs no GPU
 
-A call is a whole update: fastgn.step.step.Step on random images and soft targets, then AdamW with
-learning rate 0, so that all arms work on the same weights. Rounds are interleaved. A ratio is the
-mean of the ratios within a round. The figures of a lazy arm are means over its cycle.
+An update is fastgn.step.step.Step on random images and soft targets, followed by AdamW. Its
+learning rate is 0, so that all arms work on the same weights. The arms take turns in every round,
+and a ratio of two arms is computed within each round and then averaged. A lazy arm computes the
+penalty only in every n-th update, so its results are means over n updates.
 
---kernels and --compile do not apply to the arms named -paper. The schedule exact-eager has the
-kernels, but is not compiled. gradnorm-paper always runs in fp32 too, the precision of the paper.
+The arms named -paper ignore --kernels and --compile. The schedule exact-eager uses --kernels, but
+is never compiled. gradnorm-paper also runs in fp32, the precision of the paper.
 
 Operations are counted with PyTorch's operators, without what torch.compile recomputes. FLOP
-utilisation compares with a square matrix product in the same precision and run. Peak memory is what
-the arm would hold alone: weights, optimizer, images, what it keeps between steps, and the most that
-a step allocates.
+utilisation is relative to a square matrix product in the same precision and run. Peak memory is
+what an arm would need alone: weights, optimizer, images, what it keeps between updates, and the
+most that an update allocates.
 
-Writes benchmarks/results/cost_<model>_<device>.json after every arm and round. A run with other
-options than --model and --counts-only writes to runs/.
-On a CPU, counts are exact, times are ratios of one run, and seconds mean nothing.
+Writes benchmarks/results/cost_<model>_<device>.json after every arm and round. If other options
+than --model and --counts-only are changed, writes to runs/ instead. On a CPU, counts are exact and
+ratios of times are valid within one run, but seconds mean nothing.
 """
 
 import argparse
@@ -90,7 +91,7 @@ times.
 def choose_arms(args: argparse.Namespace) -> list[Arm]:
     """Returns the kinds of update that the options ask for, in the order of measurement."""
     kinds = list(args.schedules)
-    if args.compile == "off" and "exact" in kinds:  # the same as exact-eager
+    if args.compile == "off" and "exact" in kinds:  # exact-eager would be the same
         kinds = [kind for kind in kinds if kind != "exact-eager"]
     arms = []
     for precision in args.precision:
@@ -112,7 +113,7 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
 
 
 class Counter:
-    """Counts the floating-point operations of updates per image, on tensors without data."""
+    """Counts the floating-point operations per image of an update, on tensors without data."""
 
     def __init__(self, network: Classifier, batch: int, classes: int):
         self.batch = batch
@@ -131,7 +132,7 @@ class Counter:
         return meter.flops / self.batch
 
     def update(self, arm: Arm) -> float:
-        """Returns the floating-point operations of an update per image, without the optimizer's."""
+        """Returns the floating-point operations per image of an update without the optimizer."""
         same = (arm.method, arm.schedule)
         if same not in self.known:
             step = arm.step(self.network, compile=False, precision="fp32")
@@ -158,7 +159,7 @@ class Measurement:
     """Reason why the update could not be timed, or None."""
     notes: list[str] = dataclasses.field(default_factory=list)
     first_s: float = math.nan
-    """Seconds of the first update, with compilation."""
+    """Seconds of the first update, including compilation."""
     warm_s: float = math.nan
     """Seconds per update after the warm-up."""
     peak_bytes: dict[str, int] | None = None
@@ -172,8 +173,9 @@ class Measurement:
 class UpdateBench:
     """Measures several kinds of update (Arm) with one model and one batch.
 
-    network: with PyTorch's own operators. kernels: "triton" or "reference". step_options: fields of
-    StepOptions. The last two do not apply to methods whose name ends in -paper.
+    network: a network with PyTorch's own operators. kernels: "triton" replaces them by Triton
+    kernels, "reference" keeps them. step_options: fields of StepOptions. Methods whose name ends in
+    -paper ignore kernels and step_options.
     """
 
     def __init__(
@@ -199,12 +201,12 @@ class UpdateBench:
         self.optimizer.zero_grad()
 
     def update(self, step: RetryingStep, index: int = 0) -> None:
-        """Makes update number `index` as fastgn.train does, without clipping and averaging."""
+        """Makes update number `index` as in training, without clipping or averaging weights."""
         step([(self.images, self.targets)], self.ramp, index)
         self.apply_gradients()
 
     def cycle(self, found: Measurement) -> None:
-        """Makes as many updates as it takes until their costs repeat, such as --lazy-interval."""
+        """Makes one update, or n if the arm computes the penalty only in every n-th update."""
         assert found.step is not None
         for index in range(found.arm.cycle):
             self.update(found.step, index)
@@ -216,9 +218,10 @@ class UpdateBench:
 
     @contextlib.contextmanager
     def attempt(self, found: Measurement, what: str, *, needed: bool = True) -> Iterator[None]:
-        """Writes an error of the with block into `found`, so that the other measurements go on.
+        """Catches an error of the with block, so that the other arms can still be measured.
 
-        needed: whether the failure ends the measurement. If False, the error becomes a note.
+        found: results of this arm, in which the error's text is stored. needed: whether this arm
+        cannot be timed after such an error. If False, the text is stored only as a note.
         """
         try:
             yield
@@ -232,7 +235,7 @@ class UpdateBench:
         torch.cuda.empty_cache()
 
     def prepare(self, found: Measurement) -> None:
-        """Builds and warms up an update, and measures its memory and launches for `found`."""
+        """Builds and warms up an arm's update, and stores its memory and launches in `found`."""
         arm = found.arm
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
@@ -255,12 +258,12 @@ class UpdateBench:
                 found.launches = {"what": what, "count": count, "busy_s": busy_s}
 
     def allocated(self) -> int:
-        """Returns the bytes that all tensors on the GPU take, 0 on a CPU."""
+        """Returns the bytes that all tensors on the GPU take, or 0 on a CPU."""
         gc.collect()
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
 
     def peak_bytes(self, found: Measurement, own: int) -> dict[str, int]:
-        """Returns the bytes that an update needs. own: those that it keeps between two calls."""
+        """Returns the memory of an update in bytes. own: what the arm keeps between updates."""
         before = self.allocated()
         torch.cuda.reset_peak_memory_stats(self.device)
         self.cycle(found)
@@ -274,8 +277,7 @@ class UpdateBench:
     def time(self, measured: Sequence[Measurement], seconds: float, meter: Meter | None) -> None:
         """Times one round of all updates that have not failed, and adds the results to `measured`.
 
-        seconds: about how long to time each kind of update. meter: measures the energy, if not
-        None.
+        seconds: about how long to time each kind of update. meter: None measures no energy.
         """
         live = {found.arm.key: found for found in measured if found.why_not is None}
         readings: dict[str, Any] = {}
@@ -341,7 +343,7 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
 
 
 def paper_column(arm: Arm) -> dict[str, Any] | None:
-    """Returns what the paper measured for a method and what follows from it, or None if nothing."""
+    """Returns the paper's row for an arm and its ratios of times, or None if there is no row."""
     row = PAPER.get(arm.base)
     if row is None or not arm.schedule.is_exact or arm.budget < 1:
         return None
@@ -423,12 +425,12 @@ def busy_share(row: Row) -> str:
 
 
 def over(row: Row, key: str, other: str) -> str:
-    """Returns a ratio of an update to another method as a cell. key: name of the ratios."""
+    """Returns a table's cell with the ratio `key`, such as "time_over", of an arm to `other`."""
     return plus_minus(row.get(key, {}).get(other), ".2f")
 
 
 def paper_ratio(row: Row, other: str) -> str:
-    """Returns the ratio of the paper's time to its time for method `other`, as a table's cell."""
+    """Returns the paper's time for a method over its time for `other`, as a table's cell."""
     return f"{row['paper']['time_over'][other]:.2f}" if row["paper"] else ""
 
 
@@ -494,7 +496,7 @@ def table(record: Record) -> str:
 
 
 def headline(record: Record) -> str:
-    """Returns a paragraph for README: exact gradnorm against the paper's way of running it."""
+    """Returns a paragraph for README that compares exact gradnorm with the paper's way."""
     rows = {(row["arm"], row["precision"]): row for row in record["rows"]}
     ours, paper = rows["gradnorm exact", "bf16"], rows["gradnorm-paper", "fp32"]
     energy = ours["joules_an_image"]["mean"] / paper["joules_an_image"]["mean"]
@@ -513,7 +515,7 @@ def headline(record: Record) -> str:
 
 
 def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
-    """Returns a Markdown table for README: six kinds of update of Swin-B.
+    """Returns README's Markdown table of six kinds of update of Swin-B.
 
     counted: JSON record of counts. graphs, eager: records of times with and without CUDA graphs.
     """
@@ -612,7 +614,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     where = "counts" if args.counts_only else arguments.slugify(card)
     file = f"cost_{args.model}_{where}.json"
     output = arguments.output_for(file, parser, args, free=("model", "counts_only"))
-    # one function compiles for the loss of each arm
+    # the limit is too low, because the same function is compiled again for the loss of each arm
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
 
     torch.manual_seed(0)

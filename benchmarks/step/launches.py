@@ -25,8 +25,8 @@ def launches(run: Callable[[], object], compiled: bool) -> tuple[str, int | None
     """Counts the kernels that a call launches, or on a CPU the ATen operators that it runs.
 
     compiled: whether torch.compile has compiled the call. Returns what is counted, the number, and
-    the seconds in which the GPU was at work. A number that cannot be found out is None, such as
-    that of a compiled call's operators.
+    the seconds in which the GPU was at work. A value that cannot be measured is None, such as the
+    number of operators in a compiled call.
     """
     if torch.cuda.is_available():
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -34,7 +34,7 @@ def launches(run: Callable[[], object], compiled: bool) -> tuple[str, int | None
             synchronize()
         kernels = [e for e in profiler.events() if is_kernel(e)]
         busy_s = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
-        # without any kernel, the machine does not let programs profile
+        # if the profiler shows no kernel, the machine does not allow profiling
         return "kernels launched", len(kernels) or None, busy_s or None
     if compiled:
         return "aten operators dispatched", None, None

@@ -1,23 +1,24 @@
-"""Peak memory of an update: measured over the batch size, or counted at each memory budget.
+"""Measures the peak memory of an update at several batch sizes, or counts it per memory budget.
 
-    python -m benchmarks.step.memory  # on a GPU: Swin-B in bf16, batches of 16 to 128
-    python -m benchmarks.step.memory --counted  # an hour on 2 cores; no GPU, no data
+    python -m benchmarks.step.memory  # needs a GPU: Swin-B in bf16, batches of 16 to 128
+    python -m benchmarks.step.memory --counted  # takes an hour on 2 cores, and no GPU
     python -m benchmarks.step.memory --counted --precision fp32 --model-kwargs 'depths=(2, 2, 2, 2)'
 
-Measured: the bytes that PyTorch's allocator has handed out at most during a step, beside what
-fastgn.step.plan predicts. These are weights, gradients and what the step takes. The optimizer's
-state, the images and CUDA's context are not counted. A row is one arm and batch, measured in a
-process of its own. --workers rows run at a time, because most of the time is compilation. A row
-that runs out of memory beside others is measured again alone. An interrupted call goes on with the
-rows that are missing. Writes benchmarks/results/memory_<model>_<device>.json after every row. On a
-CPU, where no allocator counts, writes predictions alone, to runs/.
+Without --counted, measures the most bytes that PyTorch's allocator has handed out at one time
+during an update, beside the prediction of fastgn.step.plan. They include weights, gradients and
+activations, but not the optimizer's state, the images and CUDA's context. A row of the results is
+one kind of update with one batch size, measured in a process of its own. --workers rows are
+measured at a time, because most of the time is compilation. A row that runs out of memory beside
+others is measured again alone. The same command continues an interrupted one. Writes
+benchmarks/results/memory_<model>_<device>.json after every row. On a CPU, only predicts, and writes
+to runs/.
 
-Counted: what a compiled update keeps, moves and recomputes per image at each activation memory
-budget, against eager. These counts are the source of the constants in fastgn/step/plan.py. They are
-made on fake tensors, with the backend aot_eager_decomp_partition: the compiler's partitioner
-decides what the forward keeps for the backward, and no code is generated. Generated code fuses
-operators and frees temporaries sooner, so the peaks are upper bounds. Adds its rows to
-benchmarks/results/memory_budget.json.
+With --counted, counts what a compiled update keeps, moves and recomputes per image at each memory
+budget, the share of activations that it keeps. The ratios to eager mode are the source of constants
+in fastgn/step/plan.py. The tensors have no data, and the backend aot_eager_decomp_partition
+generates no code: it only decides what the forward keeps for the backward. Generated code fuses
+operators and frees temporaries sooner, so its peaks are lower than the counted ones. Adds its rows
+to benchmarks/results/memory_budget.json.
 """
 
 import argparse
@@ -84,8 +85,8 @@ def predicted_bytes(cost: StepCost, arm: Arm, batch: int) -> int:
 def measure(args: argparse.Namespace, until: float, case: tuple[Arm, int]) -> dict | None:
     """Measures an arm with a batch size. This must run in a process of its own.
 
-    until: time after which no measurement begins, as time.time() gives. Returns the results, or
-    None if it is too late.
+    until: latest time.time() at which a measurement may begin. Returns the results, or None if it
+    is too late.
     """
     began = time.time()
     if began >= until:
@@ -100,7 +101,7 @@ def measure(args: argparse.Namespace, until: float, case: tuple[Arm, int]) -> di
         if torch.cuda.is_available():
             row["peak_bytes"] = peak_bytes(args, arm, batch)
             row["out_of_memory"] = row["peak_bytes"] is None
-    except Exception as error:  # the other rows go on
+    except Exception as error:  # the other rows are still measured
         row["failed"] = describe_error(error)
     return row | {"seconds": time.time() - began}
 
@@ -118,7 +119,7 @@ def peak_bytes(args: argparse.Namespace, arm: Arm, batch: int) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         step([(images, targets)], ramp)
         if step.step.micro_batch not in (None, batch):
-            return None  # the step has halved it
+            return None  # out of memory, so the step has halved the batch
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - images.nbytes - targets.nbytes
 
@@ -177,7 +178,7 @@ def measure_all(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
-    """Appends to `saved` the bytes that tensors take whenever a backward begins."""
+    """Appends the bytes that tensors take to `saved`, whenever a backward pass begins."""
     backward = torch.autograd.backward
 
     def noted(*args: Any, **kwargs: Any) -> None:
@@ -205,14 +206,14 @@ def count(model: Classifier, arm: Arm, batch_size: int) -> dict[str, float]:
 
 
 def count_all(args: argparse.Namespace) -> int:
-    """Counts natural and gradnorm at each budget, and writes the JSON record after each count."""
+    """Counts natural and gradnorm updates at each budget. Writes the JSON record after each."""
     output = args.output or arguments.RESULTS / "memory_budget.json"
     hold(output)
     model = build(args, "reference")
     rows = earlier(output).get("rows", [])
     size = {"model": args.model, "model_kwargs": args.model_kwargs, "swap": False}
     size["batch_size"] = max(args.batches)
-    # the partitioner's choice is Inductor's, but no code is generated
+    # this backend uses Inductor's partitioner, but generates no code
     backend = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
     for method in ("natural", "gradnorm"):
         eager: dict[str, float] = {}
@@ -275,7 +276,7 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures or counts, and returns the exit status."""
+    """Measures updates, or counts them if args.counted, and returns the exit status."""
     if args.smoke:
         args.model, args.precision, args.batches, args.workers = "swin_t", "fp32", [2, 4], 0
     check_name(ArchitectureConfig(model=args.model))

@@ -1,20 +1,22 @@
-"""Error of the gradnorm step's gradient in each precision and schedule, against float64.
+"""Measures the error of gradnorm's gradient in each precision and schedule, against float64.
 
-The gradient of all weights, as one vector, is compared with that of the exact step in float64 at
-the same weights, buffers and images: cosine, and L2 norm of the difference over that of the
-reference. Both are taken for the whole loss, which training uses, and for the penalty alone, which
-a finite difference approximates.
+A schedule is a way to differentiate the penalty. The reference is the gradient of the exact
+schedule in float64, with respect to all weights as one vector. Each gradient at the same weights,
+buffers and images is compared with it by the cosine of the two vectors, and by the L2 norm of their
+difference over the norm of the reference. Both are computed for the whole loss, which training
+uses, and for the penalty alone, which a finite difference approximates.
 
     python -m benchmarks.step.precision  # two small networks; digits and random images
     python -m benchmarks.step.precision --cifar10 cifar10.npz
 
-Random images meet a network with its initial weights. Held-out real images meet a network that was
-first trained on other real images, naturally or by gradnorm, in float32: training bends the loss,
-and a finite difference sees the bend. The spread is over seeds (weights, training, images) and
-batches. The step of a difference, h, is in normalised units.
+Random images are given to a network with initial weights. Held-out real images are given to a
+network that was first trained on other real images, naturally or by gradnorm, in float32. Training
+makes the loss more curved, and so a finite difference less exact. The spread is over batches and
+seeds, which change weights, training and images. The step h of a finite difference is in units of
+normalised pixels.
 
-Writes benchmarks/results/precision_<device>.json after every case. An interrupted call with the
-same options goes on with the next case. These are numbers, not times, so a CPU's count.
+Writes benchmarks/results/precision_<device>.json after every case. The same command continues an
+interrupted one with the next case. No time is measured, so results from a CPU are valid too.
 """
 
 import argparse
@@ -49,12 +51,12 @@ from fastgn.step.step import Step
 
 SIDE, CLASSES = 32, 10
 FD_STEPS = (0.07, 0.01, 0.001)
-"""Step sizes of finite differences, in normalised units. The paper uses 0.07, its eps / sigma."""
+"""Step sizes of finite differences, in normalised pixels. The paper uses 0.07 (eps / sigma)."""
 CE_WEIGHTS = {"whole": 0.8, "penalty": 2.0**-20}
 """Name of a loss -> the weight of the cross-entropy in it.
 
-The weight for "penalty" is not 0, because a central difference finds its direction while it
-computes the cross-entropy.
+The weight for "penalty" is tiny, but not 0. A central difference takes its direction from the
+gradient of the weighted cross-entropy, which would be 0.
 """
 NETWORKS = {
     "tiny Swin": ArchitectureConfig(
@@ -70,12 +72,12 @@ NETWORKS = {
 
 
 def label(arm: Arm) -> str:
-    """Returns the name under which the JSON record keeps a precision and a schedule."""
+    """Returns the key of an arm's results in the JSON record: its schedule and precision."""
     return f"{arm.schedule}, {arm.precision}"
 
 
 def choose_arms(fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
-    """Returns the precisions and ways of differentiation that the device supports.
+    """Returns the arms (pairs of precision and schedule) that the device supports.
 
     Also returns one line for each precision that it does not support.
     """
@@ -93,7 +95,7 @@ def choose_arms(fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
 
 def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Returns the gradient of all parameters as one vector (P,), in float64 on the CPU."""
-    model = copy.deepcopy(model)  # BatchNorm counts what it has seen
+    model = copy.deepcopy(model)  # because BatchNorm updates its running statistics
     objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
     step = Step(model, objective, arm.options())
     step([batch], torch.ones((), device=batch[0].device))
@@ -127,8 +129,7 @@ def batches(
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Yields `number` batches of images (B, 3, H, W) in 0..1 and labels (B,).
 
-    split: images to draw from. If None, the images are random. seed, part: decide the random
-    numbers.
+    split: images to draw from. If None, the images are random. seed, part: seeds of the draws.
     """
     draw, where = make_generator(Stream.EVALUATION, seed, part), default_device()
     for _ in range(number):
@@ -169,10 +170,10 @@ def measure(
     method: str | None,
     arms: Sequence[Arm],
 ) -> dict[str, Any]:
-    """Returns the gradient errors of all precisions and ways of differentiation, for one network.
+    """Returns the gradient errors of all arms, for one network.
 
-    split: training and held-out images, or None for random images. method: with which method the
-    network is trained first, or None for no training.
+    split: training and held-out images, or None for random images. method: training method that the
+    network is first trained with, or None for no training.
     """
     where, config = default_device(), NETWORKS[network]
     if config.model == "preact_resnet18":

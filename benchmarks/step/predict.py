@@ -1,26 +1,26 @@
-"""Predicted launches, bytes and speed of an update on a GPU that is not here.
+"""Predicts kernel launches, bytes and speed of compiled updates on GPUs that are not here.
 
-Kernels, bytes and the roofline's images per second of compiled updates on an H200, an H100, an A100
-and a V100. These are predictions, not measurements.
+The GPUs are an H200, an H100, an A100 and a V100. Nothing is measured.
 
-    python -m benchmarks.step.predict  # Swin-B on every card; takes minutes per arm
+    python -m benchmarks.step.predict  # Swin-B on every GPU; takes minutes per kind of update
     python -m benchmarks.step.predict --gpus h200 --methods gradnorm
 
-The real fastgn.step.step.Step runs one update (one cycle of a lazy schedule) on a pretend GPU, on
-tensors without data. Dynamo, AOTAutograd's partitioner and Inductor do what they would do on that
-card, up to the scheduler that decides what is one kernel. No code is generated and nothing runs.
+fastgn.step.step.Step makes one update (or --lazy-interval updates if the schedule is lazy) on
+tensors without data, which PyTorch believes to be on the GPU. Dynamo, AOTAutograd's partitioner and
+Inductor do what they would do for that GPU, up to Inductor's scheduler, which decides what becomes
+one kernel. No code is generated and no kernel runs.
 
-Bytes: each kernel reads each of its inputs once and writes each of its outputs once, by Inductor's
-own count. Roofline: the sum, over kernels, of the longer of bytes / bandwidth and FLOPs / matrix
-rate.
+Bytes are counted by Inductor: each kernel reads each input once and writes each output once. At the
+roofline, a kernel takes bytes / bandwidth or operations / (matrix operations per second), whichever
+is longer. An update takes the sum over its kernels.
 
-Not modelled: what caches keep between kernels; overlap, launch gaps and kernels short of the
-roofline; what opaque operators do inside (each counts as one kernel that reads its inputs and
-writes its outputs); operators between the compiled graphs, such as the steps of an attack; the
-optimizer, the loader and communication.
+Not modelled: what caches keep between kernels; overlap, gaps between launches, and kernels slower
+than the roofline; what happens inside opaque operators (each counts as one kernel that reads its
+inputs and writes its outputs); operators between the compiled graphs, such as the steps of an
+attack; the optimizer, the loader and communication.
 
-Writes benchmarks/results/predict_<model>.json. Rows of the same network and versions that the file
-already has, and that this call does not predict again, stay. Another network size writes to runs/.
+Writes benchmarks/results/predict_<model>.json. Keeps the rows there that are not predicted again,
+if network and versions are the same. With another size of network or batch, writes to runs/.
 Uses internals of PyTorch 2.11 to 2.15.
 """
 
@@ -62,7 +62,7 @@ class Cost:
     """Kernel launches, bytes and operations of a compiled update. Two costs can be added."""
 
     generated: float = 0
-    """Number of kernels that Inductor writes."""
+    """Number of kernels that Inductor generates."""
     extern: float = 0
     """Number of calls of library kernels, and of operators that Inductor cannot see into."""
     bytes: float = 0
@@ -105,7 +105,7 @@ def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
 
 
 def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
-    """Returns the cost of a graph (Inductor's GraphLowering), with the kernels it becomes."""
+    """Returns the cost of all kernels that a graph (Inductor's GraphLowering) becomes."""
     from torch._inductor.ir import MultiOutput
 
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
@@ -136,10 +136,10 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
 
 
 def repetitions(lowering: Any) -> Counter[str]:
-    """Returns the bytes that Inductor counts for each buffer although they are not in memory.
+    """Returns how many bytes too many Inductor counts for each buffer.
 
-    An expanded tensor repeats its elements. The bytes of an operator's outputs count for the
-    operator, too. Inductor counts no byte of an output that nothing reads.
+    Inductor counts the repeated elements of an expanded tensor, which memory holds only once. It
+    also counts them for the operator whose output the tensor is, unless nothing reads that output.
     """
     from torch._inductor.ir import MultiOutput
 
@@ -163,7 +163,7 @@ def nbytes(value: Any) -> int:
 
 
 def without_data(value: Any) -> Any:
-    """Returns a tensor without data for a graph's output, None if the output is no tensor."""
+    """Returns a tensor without data for a graph's output, or None if the output is no tensor."""
     if not value.has_tensor_output():
         return None
     size, stride = ([int(x) for x in xs] for xs in (value.get_size(), value.get_stride()))
@@ -171,7 +171,7 @@ def without_data(value: Any) -> Any:
 
 
 def move(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Moves a model to the pretended GPU, without its data, under a fake tensor mode."""
+    """Replaces a model's tensors by tensors without data (of `mode`) on the pretended GPU."""
     with mode:
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -210,7 +210,7 @@ class Network:
 
 
 def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
-    """Returns the predicted cost of an update, the mean over all until the costs repeat."""
+    """Returns the predicted cost of an update, a lazy one as the mean over --lazy-interval."""
     total = Cost()
 
     def on_graph(lowering: Any) -> Callable:
@@ -247,11 +247,11 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
 
 
 def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
-    """Returns depths of two shallower Swins that a deep one's cost can be computed from, and n.
+    """Returns the depths of two shallower Swins from which a Swin's cost can be computed, and n.
 
-    The cost of the deep Swin is that of the first plus n times the difference of the two. Blocks
-    come in pairs, plain and shifted, and those of a stage cost the same. Returns None if the Swin
-    is not deeper than these two.
+    The cost is that of the first plus n times the difference of the two, because blocks come in
+    pairs (plain and shifted), and all pairs of a stage cost the same. Returns None if the Swin is
+    not deeper than these two.
     """
     deepest = max(depths)
     if deepest <= 4 or deepest % 2:
@@ -262,9 +262,9 @@ def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], 
 
 
 def predict_deep(network: Network, arm: Arm, gpu: Gpu) -> tuple[Cost, list | None]:
-    """Returns the predicted cost of an update, and the depths of the Swins it is based on.
+    """Returns the predicted cost of an update, and the depths of the Swins that were predicted.
 
-    The depths are None if the network itself was predicted.
+    The depths are None if the network itself was predicted, and not two shallower ones.
     """
     backbone = network.build("reference").backbone
     swin = type(backbone).__name__ == "SwinTransformer"
@@ -314,10 +314,9 @@ def eager(network: Network, arm: Arm) -> dict[str, float]:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds the ratios to natural training to each prediction in the JSON record.
+    """Adds to each prediction in the JSON record its ratios to natural training.
 
-    Natural training is on the same GPU and in the same precision, with the kernels that move fewer
-    bytes.
+    Natural training has the same GPU and precision, and whichever kernels move fewer bytes for it.
     """
     same = ("gpu", "precision", "activation_memory_budget")
     for row in rows:
@@ -339,7 +338,7 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
     """
     if measured is None:
         measured = [read_json(path) for path in sorted(arguments.RESULTS.glob("cost_*.json"))]
-        # where a card was measured twice, the run with CUDA graphs is shown, as in training
+        # if a GPU was measured twice, shows the run with CUDA graphs, which training uses
         measured = sorted(measured, key=lambda record: record["cuda_graphs"])
     same = ("model", "img_size", "batch", "kernels")
     found = {

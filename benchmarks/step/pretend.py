@@ -1,4 +1,4 @@
-"""A GPU that is not here: PyTorch, its compiler and Triton believe that it is cuda:0."""
+"""Makes PyTorch, its compiler and Triton believe that a GPU which is not here is cuda:0."""
 
 import contextlib
 import dataclasses
@@ -84,7 +84,7 @@ def run_backward(
     allow_unreachable: bool = False,
     accumulate_grad: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Computes gradients as PyTorch's engine, which would ask the CUDA driver for streams."""
+    """Computes gradients in place of PyTorch's engine, which would need a CUDA driver."""
 
     def edge(x: Tensor | GradientEdge) -> GradientEdge:
         return get_gradient_edge(x) if isinstance(x, Tensor) else x
@@ -113,7 +113,7 @@ def run_backward(
         if grad is None or node not in needed:
             return
         expected = node._input_metadata[number]
-        if grad.shape != expected.shape:  # operators leave broadcasting to the engine
+        if grad.shape != expected.shape:  # operators leave the sum over copies to the engine
             grad = grad.sum_to_size(expected.shape)
         grad = grad.to(expected.dtype)
         into = buffers.setdefault(node, {})
@@ -146,7 +146,7 @@ def run_backward(
 
 
 _RUNNING: list[set[Any]] = []
-"""Nodes of each backward pass that is running. The innermost pass is the last."""
+"""Autograd nodes of each backward pass that is running. The innermost pass is the last."""
 
 
 def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:
@@ -226,7 +226,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     deduce = joint_graph.UniformValueConstantFolder._deduce_value
 
     def deduce_on_cpu(self: Any, node: Any) -> Any:
-        with OnCpu():  # it finds constants by computing one element of them
+        with OnCpu():  # it finds a constant by computing one of its elements
             return deduce(self, node)
 
     def compile_to_module(self: GraphLowering) -> Any:
@@ -252,8 +252,8 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (torch.cuda, "get_device_name", lambda *_: gpu.name),
         (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
         (torch.cuda, "get_device_properties", lambda *_: properties),
-        (torch.accelerator, "is_available", lambda: False),  # streams are the driver's
-        (fake_tensor, "init_gpu_context", lambda *_: None),  # 2.11 makes a real tensor there
+        (torch.accelerator, "is_available", lambda: False),  # else it needs streams
+        (fake_tensor, "init_gpu_context", lambda *_: None),  # in 2.11 it makes a real tensor
         (interface, "is_available", staticmethod(lambda: True)),
         (interface, "current_device", staticmethod(lambda: 0)),
         (interface, "get_device_properties", staticmethod(lambda *_: properties)),
@@ -269,9 +269,9 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     with contextlib.ExitStack() as stack:
         forget_devices()
         stack.callback(forget_devices)
-        settings = {"force_disable_caches": True, "shape_padding": False}  # it times products
+        settings = {"force_disable_caches": True, "shape_padding": False}  # padding times products
         stack.enter_context(torch._inductor.config.patch(settings))
-        torch._C._ensureCUDADeviceGuardSet()  # a guard that does nothing, where there is no card
+        torch._C._ensureCUDADeviceGuardSet()  # without a GPU, a guard that does nothing
         for owner, name, value in values:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,25 +1,26 @@
-"""Predicted images per second and days of training on several GPUs and nodes.
+"""Predicts images per second and days of training on several GPUs and nodes.
 
-These are predictions from the speed of one GPU. Each GPU keeps its batch, so the global batch grows
-with the number of GPUs.
+The predictions follow from the speed of one GPU. Each GPU keeps its batch size, so the global batch
+grows with the number of GPUs.
 
     python -m benchmarks.step.scaling --images-per-s 1200  # of one GPU, Swin-B
     python -m benchmarks.step.scaling --cost benchmarks/results/cost_swin_b_nvidia_h200.json
     python -m benchmarks.step.scaling --predict benchmarks/results/predict_swin_b.json --card a100
 
-An update takes the compute of its micro-batches, and the part of one all-reduce of the gradients
-that does not overlap with compute. A ring of n GPUs sends 2 (n - 1) / n of the bytes over its
-slowest link, and makes 2 (n - 1) hops for each bucket of DistributedDataParallel. The compiled step
-has no overlap: its backward is one operation, which gives all gradients at its end.
+An update takes the time of computing its micro-batches, plus the part of one all-reduce of the
+gradients that does not overlap with computing. A ring of n GPUs sends 2 (n - 1) / n of the bytes
+over its slowest link. DistributedDataParallel sends gradients in buckets, and each bucket takes
+2 (n - 1) hops. The compiled step has no overlap, because its backward is one operation, which gives
+all gradients at its end.
 
-Not modelled: the loader; stragglers; the optimizer, clipping and the average of the weights, unless
-the rate includes them (--cost includes the optimizer, --predict nothing); evaluation, checkpoints
-and restarts; links that are shared or below their peak; copies of DistributedDataParallel, and GPU
-time that collectives take from compute; reductions of attacks and of BatchNorm's buffers;
-collectives other than a ring; a rate that changes with clocks or batch.
+Not modelled: the loader; slower processes; the optimizer, clipping and the average of the weights,
+unless the speed includes them (--cost includes the optimizer, --predict nothing); evaluation,
+checkpoints and restarts; links that are shared or below their peak; copying gradients into buckets,
+and GPU time that collectives take from computing; reductions of attacks and of BatchNorm's buffers;
+collectives other than a ring; a speed that changes with clocks or batch.
 
-Writes benchmarks/results/scaling_<model>_<card>.json. The model was checked on two gloo processes
-of one CPU (benchmarks/results/scaling_check_cpu.json).
+Writes benchmarks/results/scaling_<model>_<card>.json. The predictions were checked against two gloo
+processes on one CPU (benchmarks/results/scaling_check_cpu.json).
 """
 
 import argparse
