@@ -1,24 +1,24 @@
-"""Everything that needs a GPU, in one call: correctness, kernels, cost, memory, precision, loaders.
+"""Runs all tests and benchmarks that need a GPU in one call, and writes a report.
 
     export PYTHONPATH=.:kernels
-    python3 -m benchmarks.gpu_report --output runs/card  # and again, to continue
+    python3 -m benchmarks.gpu_report --output runs/card  # the same command continues
 
-A machine with torch, triton, timm and numpy runs this from the checkout, with nothing installed.
-Each part is a process with a time limit: one that breaks or hangs does not stop the others. Parts
-come in the order of their value, and begin while --budget-s lasts: 530 s keep a call below nine
-minutes. The first parts fit into that, and the rest needs a second call. What is timed runs alone,
-and so do its compilations, which take many times as long beside others. What needs no clock runs at
-the same time.
+Needs torch, triton, timm and numpy. fastgn need not be installed, only checked out. A part of the
+report is one benchmark or one group of tests. Each part is a process with a time limit, so one that
+breaks or hangs does not stop the others. The most important parts come first, and a part begins
+only within --budget-s. The default of 530 s keeps a call below nine minutes: the first three parts
+fit into it, and the rest needs more calls. Parts that measure time run alone, because their
+compilation takes many times as long beside other processes. Other parts run at the same time.
 
-After each part the folder holds what there is: report.json (commands, seconds, exit status, last
-lines and files of each part), the records of the parts, and logs/. The records have the names of
-benchmarks/results. Copy those that should be kept. A second call with the same folder, sources,
-device and commands leaves out what has succeeded.
+After each part, the folder --output holds report.json (commands, seconds, exit status, last lines
+and files of each part), the JSON records of all parts until then, and logs/. The records have the
+same names as in benchmarks/results, so those that should be kept can be copied there. A second call
+with the same folder, sources, device and commands runs only parts that have not succeeded.
 
-Packages that the trainer's command line and exports need, but no benchmark, are replaced by
-stand-ins if they are missing. A part that lacks another package is skipped, and says so. Before
-sm_80 (V100), fp32 replaces bf16 and tf32, and the report says so. --smoke runs every part at toy
-size, also without a GPU, where its times mean nothing.
+If tyro or tomli_w is missing, a stand-in replaces it, because most benchmarks import but never use
+it. A part that needs another missing package is skipped, and the report says so. On GPUs before
+sm_80, such as a V100, fp32 replaces bf16 and tf32. --smoke runs every part at toy size. It needs no
+GPU, and its times mean nothing.
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Machine:
 
 
 def this_machine(smoke: bool) -> Machine:
-    """Returns the properties of this machine."""
+    """Returns the properties of this machine. smoke: whether to run toy sizes, without a GPU."""
     if not torch.cuda.is_available():
         return Machine("cpu", None, smoke)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
@@ -136,11 +136,11 @@ def this_machine(smoke: bool) -> Machine:
 def parts_for(machine: Machine, folder: Path) -> list[Part]:
     """Returns all parts of the report, the most important first.
 
-    folder: folder of the report. The time limits of the first parts add up to 530 s. A part that
-    ends early leaves its time to the parts after it.
+    folder: folder of the report. The first three parts fit into the default of --budget-s. A part
+    that ends early leaves its time to the parts after it.
     """
     trainer = ("timm", "torchvision", "numpy")
-    flags = ("tyro", "tomli_w")  # tyro reads the flags that the trainer's run is made of
+    flags = ("tyro", "tomli_w")  # for parts that use the trainer's command line
     network = "toy" if machine.smoke else "swin_b"
     best, *others = machine.precisions
 
@@ -154,9 +154,9 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
         needs: Sequence[str] = trainer,
         stem: str | None = None,
     ) -> Part:
-        """Returns a part that runs a benchmark with `options`, or with those of its toy.
+        """Returns a part that runs a benchmark with `options`, or with `toy` if --smoke is given.
 
-        stem: name of its record without the ending. If None, the names of the part and of the GPU.
+        stem: name of its record without .json. If None, the name of the part and of the GPU.
         """
         file = f"{stem or f'{name}_{machine.slug}'}.json"
         chosen = toy if machine.smoke else options
@@ -186,7 +186,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     exact = ("--schedules", "exact", "--methods", "natural", "gradnorm")
     few = (*exact, "pgd_at", "gradnorm-paper")
     timed = cost(best, 290, *few, "pgd_at-paper")
-    # most of the time is Triton's compiler
+    # several processes, because the tests spend most of their time in Triton's compiler on the CPU
     many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     ops = ("tests/kernels/test_checks.py",) if machine.smoke else ("tests/kernels", *many)
     parts = [timed, test("kernel_tests", "every op against its twin", 180, *ops)]
@@ -197,7 +197,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     toy += ("--batch-size", 2)
     parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=("numpy",)))
 
-    # from here on for a second call
+    # the parts from here on are for a second call
     if not machine.smoke:
         on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
         needs = ("sklearn", *trainer)
@@ -240,7 +240,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     what = "images a second of the loaders"
     parts.append(measure("loader", "data.loader", what, 60, options, needs=needs))
 
-    if machine.smoke:  # toys are not timed
+    if machine.smoke:  # times of toy sizes do not count, so all parts may run at once
         return [dataclasses.replace(part, beside=True, limit_s=300) for part in parts]
     parts.append(cost(best, 150, *exact, "--no-cuda-graphs", suffix="_no_graphs"))
     if "bf16-pure" in others:
@@ -255,14 +255,15 @@ def run(
 ) -> list[tuple[int | None, float]]:
     """Runs Python with the arguments of each command, all at the same time.
 
-    Returns an exit status and seconds for each command. The status is None if the time limit ended
-    it. Processes that a command has started are ended, too. logs: one output file per command.
+    Returns an exit status and seconds for each command. The status is None if the command reached
+    the time limit. Ends all processes that the commands have started. logs: one file per command.
     """
     began = time.monotonic()
     processes: list[subprocess.Popen] = []
     ended: dict[int, tuple[int | None, float]] = {}
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it in the background
-        signal.signal(signal.SIGINT, lambda *_: None)  # the same here, but no child inherits it
+    # a background job ignores Ctrl-C, and so would its children, which do not inherit a function
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda *_: None)
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     try:
         for command, log in zip(commands, logs, strict=True):
@@ -291,7 +292,7 @@ def run(
 
 
 def last_lines(log: Path, number: int) -> list[str]:
-    """Returns the last lines of a log as a terminal shows them, a progress bar as one line."""
+    """Returns the last lines of a log as a terminal shows them: a progress bar is one line."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in lines]
     return [line[:300] for line in lines if line][-number:]
@@ -357,8 +358,8 @@ class Report:
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in before}
 
     def key_of(self, part: Part) -> dict[str, Any]:
-        """Returns what must be the same for an earlier result of a part to count."""
-        # the folder's path can change
+        """Returns the values that must be unchanged if an earlier result of a part is to count."""
+        # without the folder's path, which may have changed
         return self.key | {"command": [x.replace(str(self.folder), "FOLDER") for x in part.command]}
 
     def same(self, part: Part) -> dict[str, Any] | None:
@@ -378,7 +379,7 @@ class Report:
         ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         entry = {"name": part.name, "what": part.what, "status": status, **more}
         entry |= self.key_of(part) | {"commit": self.commit, "ended": ended}
-        # an interrupted call must not forget what an earlier one found out
+        # a part that is skipped now keeps its result of an earlier call
         if status != "skipped" or self.entries.get(part.name, {}).get("status") in (None, status):
             self.entries[part.name] = entry
         write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})

@@ -3,8 +3,8 @@
     python benchmarks/tables.py            # rewrites both pages between their markers
     python benchmarks/tables.py --check    # fails if a page and the records differ
 
-Each benchmark makes the tables of its own records. A record that has no table yet needs a row of
-`TABLES` and a pair of markers, <!-- table:NAME --> and <!-- /table -->, on a page.
+Each benchmark makes the tables of its own records. A new benchmark needs a row in `RESULTS_PAGE`,
+and a pair of markers, <!-- table:NAME --> and <!-- /table -->, in docs/results.md.
 """
 
 import argparse
@@ -65,7 +65,7 @@ RESULTS_PAGE = {
     "predict": "step.predict",
     "scaling": "step.scaling",
 }
-"""Name of each table in docs/results.md, with which its records' names begin -> its benchmark."""
+"""Name of a table in docs/results.md, and beginning of its records' names -> its benchmark."""
 TABLES = {
     **{name: functools.partial(make, *row, together=True) for name, row in README.items()},
     **{

@@ -1,6 +1,6 @@
-"""Energy that a GPU takes, in joules, from the counter of NVML (package nvidia-ml-py).
+"""Measures the energy that a GPU takes, in joules, with NVML (package nvidia-ml-py).
 
-Volta and later cards have that counter. It counts the whole board, for all programs on it.
+Cards from Volta on have a counter for it. It counts the whole board, for all programs on it.
 """
 
 import contextlib
@@ -57,5 +57,5 @@ class Meter:
         """Returns the joules that the GPU has taken since its driver was loaded, or NaN."""
         try:
             return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3
-        except self._nvml.NVMLError:  # this is no reason to end a run
+        except self._nvml.NVMLError:  # a run goes on without its energy
             return math.nan

@@ -1,8 +1,8 @@
-"""Records of measurements: JSON files that are whole or absent.
+"""Reads and writes records, the JSON files that hold the results of the benchmarks.
 
 A program writes its record after each measurement, so that a run that ends early loses nothing.
-A record that is not complete never replaces a complete one, and two programs never write the same
-record at once.
+A file is never written partly. An incomplete record never replaces a complete one, and two programs
+never write the same record at the same time.
 """
 
 import atexit
@@ -22,10 +22,10 @@ HELD: dict[Path, contextlib.AbstractContextManager[None]] = {}
 
 
 def hold(path: Path) -> None:
-    """Locks a JSON record, so that until this process ends no other one writes it.
+    """Locks a JSON record, so that no other process writes it until this process ends.
 
-    If another process has locked the record already, ends this process with one line. Programs call
-    this before they measure, because otherwise their measurements would be lost.
+    If another process has locked the record, prints an error and ends this process. Programs call
+    this first, so that they do not measure what they could not save.
     """
     real = path.resolve()
     if real in HELD:
@@ -61,12 +61,12 @@ def describe_error(error: BaseException) -> str:
 
 
 def unfinished(path: Path) -> Path:
-    """Returns the path of an incomplete record while `path` holds a complete one."""
+    """Returns the path for an incomplete record if `path` already holds a complete one."""
     return path.with_name(f"{path.name}.incomplete")
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """Returns the record that an earlier run left, an incomplete one if there is one, or {}."""
+    """Returns the record of an earlier call, an incomplete one if it exists, or {} if none does."""
     return read_json(unfinished(path)) or read_json(path)
 
 
@@ -79,7 +79,7 @@ def started(path: Path) -> dict[str, Any]:
 def taken_over(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the record that an earlier call left, or {} if it differs from `head`.
 
-    head: keys and values that both must have, such as the options and versions.
+    head: keys and values that the record must have, such as the options and versions.
     """
     before = earlier(path)
     return before if all(before.get(key) == value for key, value in head.items()) else {}

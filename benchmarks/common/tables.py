@@ -1,4 +1,4 @@
-"""Cells and lines of Markdown tables that several benchmarks share."""
+"""Makes Markdown tables, and the cells and notes that several benchmarks use in them."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
-"""The only clock of the benchmarks.
+"""Measures time for all benchmarks.
 
-An arm is one of the things that a benchmark compares. The clock times all arms in turn, round after
-round, waits for the device, and gives mean and spread.
+An arm is one of the things that a benchmark compares, such as a training method. In each of several
+rounds, all arms are timed in turn. Each measurement waits until the device has finished its work.
 """
 
 import contextlib
@@ -88,7 +88,7 @@ def interleaved(
     warmup: int = 2,
     during: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[str, Timing]:
-    """Times some functions in turn, round after round, so that a drift of the machine affects all.
+    """Times functions in turn, in several rounds, so that a slower machine slows down all of them.
 
     arms: name -> function without arguments that is timed. calls: number of calls per round, for
     all functions or for each name. warmup: number of calls of each function that come first and are
@@ -113,11 +113,11 @@ def interleaved(
 def cold(
     arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> dict[str, Timing]:
-    """Times single calls that take microseconds on a GPU, with empty caches, by CUDA events.
+    """Times single calls that take microseconds on a GPU, with cold caches, using CUDA events.
 
-    arms: name -> function without arguments that is timed. Before each call the cache is filled
-    with unwritten lines, so that a call also pays for writing back as many bytes as it writes.
-    Without CUDA, this is `interleaved` with one call per round.
+    arms: name -> function without arguments that is timed. Before each call, the cache is filled
+    with modified data. The call must first write this data back to memory, so its time includes
+    the cost of writing its results. Without CUDA, this is `interleaved` with one call per round.
     """
     if not torch.cuda.is_available():
         return interleaved(arms, rounds=rounds, calls=1, warmup=warmup)
@@ -148,7 +148,7 @@ def _measure_in_turn(
 ) -> dict[str, list[Any]]:
     """Returns the results of `measure` for each named function, one result per round.
 
-    arms: name -> function without arguments. measure: function of a name and its function.
+    arms: name -> function without arguments. measure: takes a name and its function.
     """
     for run in arms.values():
         for _ in range(warmup):

@@ -1,10 +1,11 @@
-"""Registers, spills and load widths of every Triton kernel, on a machine without a GPU.
+"""Compiles every Triton kernel without a GPU, and records registers, spills and load widths.
 
     python -m benchmarks.kernels.builds  # for sm_70, sm_80 and sm_90
 
-The launch code of the ops runs against a driver that compiles and launches nothing. So these are
-the kernels that would run, with their block sizes, warps and pointer alignments. Registers, spills
-and shared memory come from ptxas, and the widths of loads and stores from the PTX.
+The ops run with a pretended driver that compiles kernels, but does not launch them. So these are
+the kernels that a GPU would run, with the same block sizes, warps and pointer alignments.
+Registers, spills and shared memory come from ptxas, and the widths of loads and stores from the
+PTX.
 
 A new op needs one row of `LAUNCHES`, for this program and for the tests.
 Writes benchmarks/results/kernel_builds.json.
@@ -118,9 +119,9 @@ def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: 
 
 @contextlib.contextmanager
 def compile_only(capability: int) -> Iterator[list[Build]]:
-    """Makes launches of Triton kernels on CPU tensors compile them for a GPU, without running them.
+    """Compiles Triton kernels for a GPU when they are launched on CPU tensors, and runs none.
 
-    Yields a list, to which each kernel that is compiled is appended. capability: of the GPU.
+    Yields a list, to which each compiled kernel is appended. capability: as in `Build`.
     """
     target = GPUTarget("cuda", capability, 32)
     driver = types.SimpleNamespace(
@@ -147,7 +148,7 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
         return kernel
 
     pretence = {"runs_triton": lambda x: True, "capability": lambda x: capability}
-    # the file of each op imports them by name
+    # replaces both functions in the file of each op, because it imports them by name
     modules = [m for name, m in sys.modules.items() if name.startswith("fastgn_kernels.")]
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
@@ -190,7 +191,7 @@ size."""
 def layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
     """Launches all kernels of LayerNorm at each number of channels.
 
-    residual: whether LayerNorm adds a second input, which is a kernel of its own.
+    residual: whether LayerNorm adds a second input first, which other kernels do.
     """
     for columns in LAYER_NORMS[:-1] if residual else LAYER_NORMS:
         inputs, weights = [(64, columns)], [(columns,)] * 2
@@ -204,14 +205,14 @@ def layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
 def launch(
     op: Callable, *shapes: tuple[int, ...], weights: Sequence[tuple[int, ...]] = ()
 ) -> Callable[..., None]:
-    """Returns a function of a dtype that launches all kernels of an op, as `all_orders` does."""
+    """Returns a function that takes a dtype and launches all kernels of an op (`all_orders`)."""
     return lambda dtype: all_orders(op, *shapes, dtype=dtype, weights=weights)
 
 
 def launch_attention(
     heads: int, dim: int, masks: int = 0, biased: bool = True
 ) -> Callable[..., None]:
-    """Returns a function of a dtype that launches all kernels of window attention.
+    """Returns a function that takes a dtype and launches all kernels of window attention.
 
     dim: channels per head. masks: number of windows per image that have a mask.
     """
@@ -252,13 +253,13 @@ LAUNCHES: dict[str, Callable[..., None]] = {
     },
     "layer_norm": layer_norms,
     "layer_norm of a sum": functools.partial(layer_norms, residual=True),
-    # Swin-B's first stage, shifted; its third, not shifted; wider heads
+    # Swin-B's first stage (shifted), its third (not shifted), no bias, and wider heads
     "window_attention": launch_attention(heads=4, dim=32, masks=64),
     "window_attention no mask": launch_attention(heads=16, dim=32),
     "window_attention no bias": launch_attention(heads=4, dim=32, biased=False),
     "window_attention D = 64": launch_attention(heads=4, dim=64, masks=64),
 }
-"""Name of an op -> function of a dtype that launches all kernels of the op, at Swin-B's shapes.
+"""Name of an op -> function that takes a dtype and launches the op's kernels at Swin-B's shapes.
 
 window_attention launches nothing on a card before sm_80, nor in float32.
 """
@@ -267,7 +268,7 @@ window_attention launches nothing on a card before sm_80, nor in float32.
 def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:
     """Yields a dict for the JSON record for each kernel that `launch` launches.
 
-    launch: function of a dtype that launches the kernels of an op. capability: of the GPU.
+    launch: takes a dtype and launches the kernels of an op. capability: as in `Build`.
     """
     for dtype in DTYPES[capability]:
         with compile_only(capability) as builds:
@@ -279,8 +280,8 @@ def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterato
 def table(record: Record) -> str:
     """Returns this benchmark's Markdown table, made from its JSON record.
 
-    For each kind of op and GPU it gives the number of kernels, and their largest and smallest
-    figures.
+    For each op and GPU, it shows the number of kernels, the sum of their spills, and the most
+    registers, the most shared memory and the widest load among them.
     """
     groups: dict[tuple[str, int], list[dict]] = {}
     for build in record["builds"]:

@@ -1,19 +1,20 @@
-"""Time, bandwidth and memory of every op of fastgn_kernels, in each order of differentiation.
+"""Measures time, bandwidth and memory of each op of fastgn_kernels and of its derivatives.
 
-Each op is timed against eager PyTorch, beside a device copy of as many bytes.
+Each op is compared with eager PyTorch, and with a copy of as many bytes on the device.
 
     python -m benchmarks.kernels.ops  # on a GPU: Swin-B's shapes, 64 images, within --minutes
     python -m benchmarks.kernels.ops --ops gelu layer_norm
 
-A row is one order. `forward` is the op. `backward` gives all its gradients. `second` is what a
-gradient penalty needs: from the cotangent of the gradient to the op's first input, the gradients to
-the backward's cotangents and to all inputs. Each is timed alone, on a graph that was built before.
+A row of the results is one order of differentiation. `forward` runs the op. `backward` computes the
+gradients with respect to all inputs. `second` is what a gradient penalty needs: it differentiates
+the gradient of the first input once more, with respect to the cotangents of the backward and all
+inputs. Each order is timed alone, on a graph that was built before.
 
-Bytes are what the op needs by definition, not what a kernel happens to move: each tensor that the
-order needs is read once, and each that it returns is written once (`Family.moves`). The copy moves
-as many bytes, half read and half written, in the same rounds. `share_of_copy` is its median time
-over the op's, and `share_of_large_copy` compares with a copy of 2 GiB. Caches are empty before each
-call. Peak memory is what a call allocates above inputs and cotangents, its graph included.
+The bytes of a row count each tensor that the order needs as read once, and each result as written
+once (`Family.moves`), even if a kernel moves more. The copy reads half as many bytes and writes the
+other half, in the same rounds. `share_of_copy` is the copy's median time over the op's, and
+`share_of_large_copy` compares the bandwidth with a copy of 2 GiB. Caches are cold before each call.
+Peak memory is what a call allocates besides inputs and cotangents, including its graph.
 
 Writes benchmarks/results/kernels_<card>.json after every case. On a CPU it runs small shapes, its
 times mean nothing, and it writes to runs/.
@@ -71,16 +72,16 @@ class Family:
     """Ops that need the same tensors and have the same goals."""
 
     moves: str
-    """Tensors that forward, backward and second order read, "->", and those that they write.
+    """Tensors read -> tensors written in the forward; in the backward; in the second order.
 
     v is the cotangent of the first input's gradient. A g before a tensor's name means its gradient.
     """
     share_of_copy: float = 0.0
-    """Least bandwidth over that of a copy. 0 means no goal."""
+    """Goal for the bandwidth: at least this share of a copy's bandwidth. 0 means no goal."""
     faster: float = 0.0
-    """Least time of eager PyTorch over ours at second order. 0 means no goal."""
+    """Goal: at least so many times as fast as PyTorch in the second order. 0 means no goal."""
     leaner: float = 0.0
-    """Least peak memory of eager PyTorch over ours at second order. 0 means no goal."""
+    """Goal: PyTorch's peak memory over ours in the second order, at least. 0 means no goal."""
 
 
 FAMILIES = {
@@ -92,7 +93,7 @@ FAMILIES = {
         "x weight bias -> y; gy x weight -> gx gweight gbias; v gy x weight -> ggy gx gweight",
         *(0.8, 4),
     ),
-    # the two inputs have one gradient between them, and v goes to gsum as it is
+    # both inputs have the same gradient gx, and the gradient of gsum is v: neither is written twice
     "add_layer_norm": Family(
         "x residual weight bias -> y sum; gy gsum sum weight -> gx gweight gbias; "
         "v gy sum weight -> ggy gx gweight",
@@ -108,11 +109,11 @@ FAMILIES = {
     "cross_entropy": Family(
         "logits targets -> y; gy logits targets -> glogits; v gy logits targets -> ggy glogits"
     ),
-    # L1's second derivative to x is zero: nothing to write
+    # the second derivative of L1 with respect to x is zero, so it is not written
     "gradient_norm_l1": Family("x -> y; gy x -> gx; v x -> ggy"),
     "gradient_norm_l2": Family("x -> y; gy x y -> gx; v gy x y -> ggy gx"),
 }
-"""Name of a family -> its tensors, and its goals."""
+"""Name of a family -> the tensors that it reads and writes, and its goals."""
 
 
 class Size(NamedTuple):
@@ -143,9 +144,9 @@ class Op:
     ours: Function
     eager: Function
     shapes: Callable[[Size], dict[str, tuple[int, ...]]]
-    """Function of the sizes -> name of each input that is differentiated -> its shape."""
+    """Takes the sizes and returns the name and shape of each input that is differentiated."""
     constants: Callable[[Size, torch.dtype], dict[str, Tensor]] = lambda size, dtype: {}
-    """Function of the sizes -> keyword arguments that are not differentiated, on the CPU."""
+    """Takes sizes and dtype and returns the arguments that are not differentiated, on the CPU."""
     stages: str = "first"
     """Stages of Swin-B at which the op is measured: "all", the "first", or "none"."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
@@ -174,7 +175,7 @@ def tokens(size: Size) -> dict[str, tuple[int, ...]]:
 
 
 def eager_attention(qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Calls the twin of window attention, which takes query, key and value one by one."""
+    """Calls PyTorch's version of window attention, which takes query, key and value separately."""
     return reference.window_attention(*qkv.unbind(), bias, mask)
 
 
@@ -196,7 +197,7 @@ def activation_op(kind: str, **more: Any) -> Op:
 
 
 def cross_entropy_op(targets: Callable[[Size], Tensor]) -> Op:
-    """Returns the description of cross-entropy with the targets that a function makes."""
+    """Returns the description of cross-entropy. targets: function that makes the targets."""
     ours, eager = (
         functools.partial(f, reduction="none") for f in (cross_entropy, reference.cross_entropy)
     )
@@ -213,7 +214,7 @@ def gradient_norm_op(ord: int) -> Op:
 
 
 OPS: dict[str, Op] = {
-    # the other kinds differ from gelu in arithmetic alone: one shape and dtype tells
+    # the other kinds differ from gelu only in arithmetic, so one shape and dtype is enough for them
     **{kind: activation_op(kind, dtypes=(torch.bfloat16,)) for kind in ACTIVATIONS},
     "gelu": activation_op("gelu", stages="all"),
     "bias_gelu": Op(
@@ -318,7 +319,7 @@ def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
     """
     by_op = []
     for name in ops:
-        # a stage of one window is not shifted
+        # Swin does not shift the windows of a stage that has only one
         fitting = [s for s in stages if STAGES[s][0] > WINDOW or not name.startswith("shifted")]
         at = {"all": fitting, "first": stages[:1], "none": [0]}[OPS[name].stages]
         by_op.append([CaseKey(name, stage, dtype) for stage in at for dtype in OPS[name].dtypes])
@@ -338,7 +339,7 @@ def build(key: CaseKey, batch: int, device: torch.device) -> Case:
     }
     shape = " x ".join(map(str, next(iter(inputs.values())).shape))
     if "qkv" in inputs:
-        inputs["qkv"] = inputs["qkv"].permute(2, 0, 3, 1, 4)  # as a linear layer gives it
+        inputs["qkv"] = inputs["qkv"].permute(2, 0, 3, 1, 4)  # strides of a linear layer's output
         shape = f"{size.windows} windows x {size.heads} heads"
     return Case(
         key,
@@ -358,11 +359,10 @@ def listed(y: Outputs) -> list[Tensor]:
 def requests(
     function: Function, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
-    """Returns a function that computes each order of differentiation: name of the order ->
-    function.
+    """Returns name of each order of differentiation -> function that computes only this order.
 
-    The graph is built here, so that each function computes its own order alone. gys: cotangents of
-    the outputs. v: cotangent of the first input's gradient.
+    The graph is built here, before the functions are called. gys: cotangents of the outputs.
+    v: cotangent of the first input's gradient.
     """
     ys = listed(function(*inputs))
     gx = torch.autograd.grad(ys, inputs, gys, create_graph=True)[0]
@@ -393,11 +393,10 @@ def through(
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """Returns the largest number of bytes that a call allocates, with its results. None on a
-    CPU."""
+    """Returns the most bytes that a call holds at a time with its results, or None on a CPU."""
     if not torch.cuda.is_available():
         return None
-    run()  # makes the workspaces of libraries, which stay
+    run()  # allocates the workspaces of libraries, which stay allocated
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -407,8 +406,7 @@ def peak_bytes(run: Callable[[], object]) -> int | None:
 
 
 def copier(moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """Returns a function that copies memory on the device: it reads moved / 2 bytes and writes as
-    many."""
+    """Returns a function that reads moved / 2 bytes on the device and writes as many elsewhere."""
     source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=device)
     to = torch.empty_like(source)
     return lambda: to.copy_(source)
@@ -425,8 +423,7 @@ def milliseconds(timing: Timing) -> dict[str, float]:
 
 
 def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) -> float:
-    """Returns the largest relative L2 difference between our results and PyTorch's. None counts as
-    zero."""
+    """Returns the largest relative L2 difference of our results to PyTorch's. None counts as 0."""
     errors = [0.0]
     for x, y in zip(ours, eager, strict=True):
         x, y = (torch.zeros(()) if z is None else z.detach().double() for z in (x, y))
@@ -480,8 +477,7 @@ def measure(
 
 
 def sizes(case: Case) -> dict[str, int]:
-    """Returns the number of bytes of each tensor that the op reads or writes, by its name in
-    `Family.moves`."""
+    """Returns the bytes of each tensor of the op, by the tensor's name in `Family.moves`."""
     with torch.no_grad():
         ys = listed(case.ours(*case.inputs.values()))
     tensors = {**case.inputs, **case.constants, **dict(zip(("y", "sum"), ys, strict=False))}
@@ -515,7 +511,7 @@ def table(record: Record) -> str:
         first = ops.setdefault(row["op"], {"shape": row["shape"], "dtype": row["dtype"]})
         if (row["shape"], row["dtype"]) == (first["shape"], first["dtype"]):
             first[row["order"]] = row
-    # the record says why an op lacks an order
+    # if an op lacks an order, its row is left out, and the record says why
     shown = [{"op": op, **orders} for op, orders in ops.items() if {*ORDERS} <= orders.keys()]
 
     def shares(row: Any) -> str:
