@@ -1,22 +1,23 @@
-"""Images per second of each loader of image files, and whether a training step waits for them.
+"""Measures images per second of each loader of image files, and whether training waits for it.
 
-`torch` and `dali` are fastgn's own loaders. `timm` is timm's create_loader with the same recipe, as
-in timm's training script. benchmarks/data/small_data.py measures the loader of small images.
+`torch` and `dali` are fastgn's own loaders. `timm` is timm's create_loader with the same
+augmentation. benchmarks/data/small_data.py measures the loader of small images.
 
-    python -m benchmarks.data.loader --need 2000  # images per second that the step takes
+    python -m benchmarks.data.loader --need 2000  # images per second that training takes
     python -m benchmarks.data.loader --cost benchmarks/results/cost_swin_b_nvidia_h200.json
     python -m benchmarks.data.loader --data-dir FOLDER --sheet sheet.png
 
-They load JPEGs at 224 pixels with the paper's augmentation. The JPEGs are in the page cache, so
-that decoding and augmenting count, and the disk does not. They are those below --data-dir, or are
-made here in the usual sizes of ImageNet.
+The loaders read JPEGs at 224 pixels with the paper's augmentation. Without --data-dir, random JPEGs
+are made in the usual sizes of ImageNet. All files are in the page cache, so that decoding and
+augmenting are measured, and the disk is not.
 
-The loaders take turns, round after round. A round is some batches in the middle of an epoch, with
-workers that run and queues that were drained. First the consumer takes every batch at once: this
-gives images per second, and CPU time per image of all processes. Then it works on each batch as
-long as --need allows: the share of time that it waits is what training would lose.
+The loaders take turns in several rounds. A round takes some batches from the middle of an epoch,
+when the workers run and their queues were emptied. First, batches are taken as fast as possible,
+which gives images per second and the CPU time per image of all processes. Then the program pauses
+after each batch, as long as a training with --need images per second takes for it. The share of
+time in which it still waits for batches is what training would lose.
 
---sheet draws 32 images twice, as the PIL loader and as DALI give them, side by side.
+--sheet draws 32 images twice, as PIL and as DALI augment them, side by side.
 
 Writes benchmarks/results/loader_<device>.json. On a CPU only the ratios mean something.
 """
@@ -64,7 +65,7 @@ MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
 
 
 def jpeg(size: tuple[int, int], draw: torch.Generator) -> bytes:
-    """Returns a random JPEG of smooth shapes with grain, of about 110 KB as ImageNet's mean."""
+    """Returns a random JPEG of smooth shapes with grain. It has about 110 KB, ImageNet's mean."""
     width, height = size
     coarse = torch.rand(1, 3, height // 24, width // 24, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]
@@ -198,7 +199,7 @@ def cpu_seconds() -> float:
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         number = int(path.parent.name)
         parents[number] = int(fields[1])

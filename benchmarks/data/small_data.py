@@ -1,15 +1,15 @@
-"""Time of the data loader of small images, over the time of the update that uses them.
+"""Measures the time of the data loader of small images, as a share of the time of an update.
 
-A batch of the device loader, of CIFAR-10's size (with random pixels), is shifted, flipped and
-smoothed. It is compared with a gradnorm update of PreActResNet-18, in interleaved rounds. The share
-should stay below 5 %.
+The loader makes a batch of random images with CIFAR-10's size: it shifts and flips the images, and
+smooths the labels. In the same rounds, a gradnorm update of PreActResNet-18 on these images is
+timed. The loader's time should stay below 5 % of the update's.
 
     python -m benchmarks.data.small_data --batch-size 128 --precision bf16
 
-Loader and step are those of fastgn.train. All other options are fastgn.train's, such as
---reprob 0.25 --mixup 0.8. On CUDA, and with --compile on, making a batch is one graph.
+Loader and update are those of fastgn.train. All other options are fastgn.train's, such as
+--reprob 0.25 --mixup 0.8. On CUDA, and with --compile on, making a batch is one compiled graph.
 
-Writes benchmarks/results/small_data_<device>.json, on a CPU to runs/.
+Writes benchmarks/results/small_data_<device>.json, or without a GPU to runs/.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace, options: Sequence[str]) -> int:
-    """Times batches of the loader and updates with fastgn.train's options, writes the record."""
+    """Times batches and updates with options of fastgn.train, and writes the JSON record."""
     output = arguments.gpu_output(args, "small_data")
     with tempfile.TemporaryDirectory() as folder, session() as world:
         data = ("--data-dir", str(noise(Path(folder), args.images)))

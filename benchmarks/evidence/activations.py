@@ -1,20 +1,20 @@
-"""Fit and robustness of gradnorm with piecewise linear and smooth activations.
+"""Measures fit and robustness of gradnorm with piecewise linear and smooth activations.
 
-The paper finds that gradnorm needs smooth activations. PreActResNet-18, whose activations are its
-only nonlinear layers but for BatchNorm, is trained naturally with each activation, and from there
-by gradnorm.
+The paper finds that gradnorm needs smooth activations. Here PreActResNet-18 is trained naturally
+with each activation, and then by gradnorm from those weights. Activations and BatchNorm are the
+only nonlinear layers of this network.
 
     python -m benchmarks.evidence.activations
 
 Three properties of an activation f are computed from f'' where it exists, in float64 on a fine
 grid:
 
-  width    (integral of |f''|)^2 / integral of f''^2: how wide the bend is, in units of the input,
-           which BatchNorm brings to about 1. It decides how many units of a batch lie in a bend,
-           and only for those does the penalty's gradient know where they are. softplus has 6 / beta
-           and a kink has 0.
-  largest  the largest |f''|: how sharp the bend is.
-  kink     share of the change of f' that lies in kinks, where f'' does not exist.
+  width    (integral of |f''|)^2 / integral of f''^2. It says how wide the bend of f is, compared
+           with inputs that BatchNorm scales to about 1. Only units whose input lies in the bend
+           contribute to the penalty's gradient through f''. softplus has the width 6 / beta, and a
+           kink has the width 0.
+  largest  the largest |f''|, which says how sharp the bend is.
+  kink     share of the change of f' that lies in kinks, at which f'' does not exist.
 
 The fit is measured by cross-entropy and penalty of training images without augmentation, in eval
 mode, before and after gradnorm.
@@ -130,7 +130,7 @@ def properties(name: str) -> dict[str, float]:
 def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
     """Returns loss, cross-entropy and penalty of a trained network on its first training images.
 
-    folder: output folder of the training. count: number of images. The penalty has full strength.
+    folder: output folder of the training. count: number of images. The penalty has its full weight.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_trained(str(folder), device).model
@@ -211,7 +211,7 @@ def table(record: Record) -> str:
 
 
 def summarize(row: Mapping[str, Any]) -> Results:
-    """Returns means over the seeds of an activation: what training leaves of penalty and loss."""
+    """Returns means over an activation's seeds, such as the share of the penalty that is left."""
     fits = [(cell["before"], cell["after"]) for cell in row["seeds"]]
     by_attack = {a["attack"]: a["accuracy"] for a in row["accuracy"]}
     robust = next(name for name in ("autoattack", "apgd-ce") if name in by_attack)
@@ -224,7 +224,7 @@ def summarize(row: Mapping[str, Any]) -> Results:
 
 
 def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
-    """Returns the study that the command line asks for. It depends on no earlier record."""
+    """Returns the study that the command line asks for. `before` is not used."""
     s = setting(args.data, args.smoke)
     base = s.base.replace(**{"data_dir": args.data_dir} if args.data_dir else {})
     base = base.replace(precision=device_precision(), eps=s.eps, eval_eps=s.eps)

@@ -1,4 +1,4 @@
-"""Overhead of fastgn.evaluate over direct calls of the attacks.
+"""Measures the overhead of fastgn.evaluate over direct calls of the attacks.
 
 fastgn's evaluation attacks batch by batch and saves the outcomes of each batch. It is compared with
 a plain loop (clean and PGD-20), or with one call of pyautoattack for all images (apgd-ce and the
@@ -6,9 +6,10 @@ standard AutoAttack). The overhead should stay below 5 %.
 
     python -m benchmarks.evidence.attacks --batch-size 128 --images 512 --eps 1/255
 
-The direct call fills batches with images that an earlier attack has left, and fastgn's batches stay
-by themselves: that is in the overhead. PGD-20 is also timed with gradients in bf16, and on a GPU
-with a compiled model: how many times as fast, and the share of verdicts that differ.
+AutoAttack runs several attacks in turn, each on the images that the earlier ones have left. A
+direct call fills batches with them, but fastgn keeps its batches apart. The overhead includes this.
+PGD-20 is also timed with gradients in bf16, and on a GPU with a compiled model. The table shows how
+many times as fast this is, and for which share of images the outcome differs.
 
 The model is the CIFAR-10 network of pyautoattack, or --model tiny, three untrained layers. Images
 are noise, and labels are the model's own answers, so that both ways attack every image.
@@ -167,9 +168,9 @@ def rows(
 ) -> list[dict]:
     """Returns the results as a list of dicts for the JSON record, one for each attack.
 
-    timings: name of an attack and of how it was run -> its seconds. found: the same names ->
-    outcome of each image, as "0" or "1". others: ways to run PGD-20, such as "compiled", that are
-    compared.
+    timings: name such as "pgd-20, fp32", or "pgd-20" for the direct call -> seconds. found: the
+    same names -> outcome of each image, as `through_evaluate` returns it. others: further ways to
+    run PGD-20, such as "compiled".
     """
     out = []
     for name in args.attacks:
@@ -270,8 +271,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
-    mistake, else 0."""
+    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
     args = make_options().parse_args()
     if args.smoke:
         args.model, args.images, args.batch_size, args.rounds = "tiny", 4, 2, 2

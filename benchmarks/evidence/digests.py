@@ -1,7 +1,7 @@
-"""Digests of all that the results of a training depend on.
+"""Computes digests of everything that the results of a training depend on.
 
-A record keeps them for each result. So a program on another machine knows whether it would have got
-the same result, and never puts results of different code or options into one table.
+A record keeps the digests of each result. With them, a program on another machine recognises the
+results that it would have got itself. So no table mixes results of different code or options.
 """
 
 import ast
@@ -51,7 +51,7 @@ NAMED = ("architecture", "objective")
 
 
 def objective_code(method: str) -> list[str]:
-    """Returns the code that computes the loss and the attack of a training method.
+    """Returns the source code of each module that computes a method's loss or its attack.
 
     method: value of --method.
     """
@@ -79,5 +79,5 @@ class Essence(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:  # noqa: N802 - ast's name
-        """Empties a message. Versions of Python write its code differently."""
+        """Empties an f-string, a message, because versions of Python unparse it differently."""
         return ast.Constant("")

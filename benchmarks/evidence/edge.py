@@ -1,8 +1,8 @@
-"""Accuracy of edge regularisation and of natural training on attacked digits.
+"""Measures the accuracy of edge regularisation and of natural training on attacked digits.
 
-For each seed, all arms start from the same natural weights and train for the same number of epochs.
-PGD-20 and AutoAttack's APGD-CE and APGD-T then attack all held-out images. An image survives
-APGD-CE+T if it survives both.
+An arm is one way of training. For each seed, all arms start from the same naturally trained weights
+and train for the same number of epochs. Then PGD-20 and AutoAttack's APGD-CE and APGD-T attack all
+held-out images. APGD-CE+T counts an image as right only if it is right after APGD-CE and APGD-T.
 
     python -m benchmarks.evidence.edge  # the same command continues an interrupted one
 
@@ -92,7 +92,7 @@ def table(record: Record) -> str:
 
 
 def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
-    """Returns the study that the command line asks for. It depends on no earlier record."""
+    """Returns the study that the command line asks for. `before` is not used."""
     setting = digits()
     (network,) = setting.networks.values()
     base = setting.base.replace(**network, **TRAINING)

@@ -1,11 +1,12 @@
-"""Which of timm's networks can be trained by gradnorm: a small one of each family.
+"""Tries whether gradnorm can train timm's networks, with a small network of each family.
 
     python -m benchmarks.evidence.families
 
-A family is a module of timm.models. For its smallest network, with fastgn's twins of operators
-(fastgn/models/second_order.py) and without them, this computes the gradient of one gradnorm update
-on two images and looks whether all of it is finite. Each family has a process of its own, because
-some networks end it. If the script is ended early, the same call goes on with the next family.
+A family is a module of timm.models. For its smallest network, this computes the gradient of one
+gradnorm update on two images and checks whether all of it is finite. It does so with and without
+fastgn's twins, which replace operators that cannot be differentiated twice
+(fastgn/models/second_order.py). Each family is tried in a process of its own, because some networks
+crash. The same command continues an interrupted one with the next family.
 
 Writes benchmarks/results/families_cpu.json.
 """
@@ -98,17 +99,16 @@ def build(
 
 
 def differentiate(model: network.Classifier) -> dict[str, Any]:
-    """Computes one gradnorm update and returns its penalty and the names of gradients not
-    finite."""
+    """Computes the gradient of one gradnorm update and returns whether all of it is finite."""
     torch.manual_seed(0)
     images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)
-    images_BCHW[0, :, :20] = 0.5  # a plain area, as in photographs, whose features may vanish
+    images_BCHW[0, :, :20] = 0.5  # one colour, as in photographs, where features may be 0
     targets_B = torch.tensor([0, 1])
     model.train()
     try:
         loss = gradnorm(model, images_BCHW.requires_grad_(), targets_B)
         loss.total.backward()
-    except RuntimeError as error:  # PyTorch's answer where there is no second derivative
+    except RuntimeError as error:  # an operator has no second derivative
         return {"outcome": "raises", "error": first_line(error)}
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
@@ -129,7 +129,7 @@ def scan(family: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.alarm(TIMEOUT_S)  # whose default is the end of the process
+    signal.alarm(TIMEOUT_S)  # its signal ends the process
     start = time.perf_counter()
     name, kwargs = smallest_network(family), SHALLOW.get(family, ())
     row: dict[str, Any] = {"family": family, "model": name, "model_kwargs": kwargs}
@@ -211,8 +211,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status: 2 for a user's
-    mistake, else 0."""
+    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
     parser = make_parser(__doc__)
     parser.add_argument("--families", nargs="+", help="modules of timm.models; default: all")
     args = parser.parse_args()

@@ -1,15 +1,16 @@
-"""Proof that a killed training continues to bitwise the same result.
+"""Checks that a killed training continues to bitwise the same result.
 
-Trainings are killed at random moments until each has finished, and compared with one that was left
-alone.
+Trainings are killed at random moments until each has finished, and are then compared with one that
+was not killed.
 
     python -m benchmarks.evidence.kills  # about 10 minutes on a CPU
 
-A run trains a toy Swin on the digits for 42 updates, with a checkpoint every third one. Each of its
-processes is killed by SIGKILL at a moment that is drawn uniformly from the life of an undisturbed
-one, from start-up to the last file. The next process continues with --resume auto. A run is over
-when a process ends by itself. What it then holds must be the same to the last bit: weights, their
-average, the optimizer's state, best.pt, the export, and metrics.csv but for the clock's columns.
+A run trains a toy Swin on the digits for 42 updates, with a checkpoint after every third update.
+Each of its processes is killed by SIGKILL at a random moment. The moment is drawn uniformly from
+the time that an undisturbed process takes from start-up to its last file. The next process
+continues with --resume auto. A run is over when a process ends by itself. The run's files must then
+be the same to the last bit: weights, their average, the optimizer's state, best.pt, the export, and
+metrics.csv except for its columns of times.
 
 A server that has imported fastgn.train once forks the processes. So the processes and the kills are
 real, but each start saves six seconds of imports.
@@ -146,7 +147,7 @@ def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
         assert process.exitcode in (0, -9), (work / f"{name}.log").read_text()
         return None if process.exitcode else time.monotonic() - began
 
-    run("warm-up")  # the server's own imports
+    run("warm-up")  # lets the server make its imports
     life_s = run("unbroken")
     assert life_s is not None
     wanted = contents(work / "unbroken")
@@ -162,7 +163,7 @@ def study(work: Path, kills: int, seed: int) -> dict[str, Any]:
                 after_s = draw.uniform(0, life_s) if len(moments) < kills else None
                 took_s = run(name, after_s)
                 if took_s is not None:
-                    life_s = took_s if fresh else life_s  # other programs make it faster or slower
+                    life_s = took_s if fresh else life_s  # other programs may change it
                     break
                 fresh = False
                 what, update = phase(work / name)

@@ -1,4 +1,4 @@
-"""Accuracy and time of the quickstart over several seeds.
+"""Measures accuracy and time of the quickstart over several seeds.
 
     python -m benchmarks.evidence.quickstart --seeds 3
 
@@ -36,8 +36,8 @@ EVALUATE = (
 def timed(*args: str) -> dict[str, float]:
     """Runs a command that must succeed, with one thread per process as in `make train`.
 
-    Returns its seconds and the CPU seconds of all its processes. Other programs on the machine
-    change CPU seconds less.
+    Returns the seconds of the command and the CPU seconds of all its processes. CPU seconds depend
+    less on other programs on the machine.
     """
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -48,8 +48,7 @@ def timed(*args: str) -> dict[str, float]:
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """Trains and evaluates both models of the quickstart with one seed. Returns times and
-    accuracies."""
+    """Trains and evaluates the quickstart's two models with a seed. Returns times and results."""
     parts, runs = {}, {m: str(folder / m) for m in METHODS}
     for method in METHODS:
         start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []

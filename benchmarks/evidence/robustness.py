@@ -1,14 +1,15 @@
-"""Robustness of every training method under AutoAttack, at equal passes and at equal time.
+"""Compares training methods under AutoAttack, after equal numbers of passes and equal times.
 
-All arms start from the same natural weights of their seed. Each gets the epochs that cost as much
-as gradnorm's: once counted in passes (operations in forwards, count_passes), and once in time, by
-the seconds per update of one interleaved run of all arms.
+An arm is a training method with its options. With each seed, all arms start from the same naturally
+trained weights. Each arm trains for as many epochs as cost the same as gradnorm's. The cost is
+counted once in passes (operations in units of a forward pass, fastgn/step/passes.py), and once in
+time. For the time, all arms take turns in one run that measures seconds per update.
 
     python -m benchmarks.evidence.robustness --data digits --seeds 3
     python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9
 
-Finished results are kept in the record and not made again. The same command continues an
-interrupted one. On a CPU, times mean something as ratios within that run alone.
+The same command continues an interrupted one, and does not repeat results that are in the record.
+On a CPU, only the ratios of times within that run mean something.
 
 Writes benchmarks/results/robustness_<data>_<device>.json.
 """
@@ -127,8 +128,7 @@ class Setting:
 
 
 def digits() -> Setting:
-    """Returns the comparison on scikit-learn's digits, with a smaller network than the
-    quickstart's."""
+    """Returns the comparison on scikit-learn's digits. Its Swin has only two blocks."""
     base = load_recipe("quickstart_gradnorm")
     base = base.replace_group("architecture", {"initial_checkpoint": None})
     kwargs = [k for k in base.architecture.model_kwargs if not k.startswith("depths")]
@@ -220,7 +220,7 @@ def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Conf
 
 
 def for_epochs(cfg: Config, epochs: int) -> Config:
-    """Returns the configuration with another number of epochs. It evaluates about six times.
+    """Returns the configuration with another number of epochs and about six evaluations.
 
     The penalty ramps up in a quarter of the epochs, and the learning rate in a twentieth.
     """
@@ -233,7 +233,7 @@ def for_epochs(cfg: Config, epochs: int) -> Config:
 
 
 def units_of(cfg: Config) -> tuple[float, float]:
-    """Returns two costs of an update: the paper's number of passes, and operations / forward's."""
+    """Returns two costs of an update: the paper's number of passes, and operations in forwards."""
     passes = count_passes(
         build_objective(cfg.objective),
         schedule_of(cfg.step),
@@ -305,7 +305,7 @@ def image_list(work: Path, seed: int, count: int, total: int) -> Path:
     """
     count = min(count, total)
     step = total / count
-    shift = round(seed * 0.381966 % 1 * step)  # the golden section: no two of few seeds are near
+    shift = round(seed * 0.381966 % 1 * step)  # golden section: spreads the seeds evenly
     chosen = sorted({(int(i * step) + shift) % total for i in range(count)})
     path = work / f"images_{count}_of_{total}_s{seed}.txt"
     write_bytes(path, "".join(f"{i}\n" for i in chosen))
@@ -317,8 +317,8 @@ def evaluations_of(
 ) -> tuple[tuple[str, ...], ...]:
     """Returns the command-line flags of each evaluation. PGD-20 comes first, because it is fastest.
 
-    budgets: "passes", "time" or both, for which the training is made. images: file that lists
-    images.
+    budgets: comparisons that the training is made for, "passes", "time" or both. images: file that
+    lists the images for AutoAttack.
     """
     all_eps, pgd = map(repr, setting.eval_eps), "pgd-20"
     chosen = setting.eval_eps if "passes" in budgets else setting.eval_eps[:1]
@@ -356,8 +356,8 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
 def radius_of(cfg: Config) -> float | None:
     """Returns the radius of the attacks that exact gradnorm's penalty approximates, else None.
 
-    To first order, ce_weight CE + gn_weight eps |grad|_1 is ce_weight times the worst cross-entropy
-    within the radius gn_weight / ce_weight eps.
+    To first order, the loss ce_weight * CE + gn_weight * eps * |grad|_1 is ce_weight times the
+    largest cross-entropy within the radius gn_weight * eps / ce_weight.
     """
     o, exact = cfg.objective.gradnorm, cfg.step.schedule in ("exact", "exact-eager")
     if cfg.objective.method != "gradnorm" or not exact or not o.ce_weight:
@@ -412,8 +412,7 @@ def table(record: Record) -> str:
 
 
 def summary_table(record: Record) -> str:
-    """Returns README's Markdown table from the JSON record: each method after as many
-    operations."""
+    """Returns README's Markdown table, which compares methods after equally many operations."""
     arms = {
         "natural": "natural training",
         "gradnorm": "gradient norm",
@@ -464,10 +463,11 @@ def arms_of(
     reference: str,
     lists: Sequence[Path],
 ) -> Iterator[Arm]:
-    """Yields each training method of a network, once or twice, with its number of epochs.
+    """Yields each method of a network, with its epochs for equal passes and for equal time.
 
-    configs: configuration of each method. seconds: its seconds per update in each round. reference:
-    name of the method whose number of epochs is given. lists: files with the images of each seed.
+    A method whose two numbers of epochs are the same is yielded once. configs: configuration of
+    each method. seconds: seconds per update of each method, by round. reference: name of the method
+    whose number of epochs is given. lists: files with the images of each seed.
     """
     costs = {arm: units_of(cfg) for arm, cfg in configs.items()}
     units, least = {a: c[1] for a, c in costs.items()}, {a: min(s) for a, s in seconds.items()}
@@ -506,7 +506,7 @@ def arms_of(
 def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
     """Returns the study that the command line asks for. Times updates unless `before` has times.
 
-    Other times would give other numbers of epochs, and finished trainings would be made again.
+    New times could change the numbers of epochs, so that finished trainings could not be used.
     work: folder that holds the trainings. before: record of an earlier call.
     """
     gpu, setting = torch.cuda.is_available(), SETTINGS[args.data]()

@@ -1,4 +1,4 @@
-"""A study trains several arms with several seeds, attacks them, and writes one record.
+"""Runs studies: a study trains several arms with several seeds, attacks them, and writes a record.
 
 An arm is one way of training, such as a method with its options and its number of epochs. A cell is
 the result of one arm with one seed. A program declares its arms as a `Study`, and makes its own
@@ -6,7 +6,8 @@ table from the record.
 
 Each finished cell goes into the record at once. A later call, also on another machine, reads the
 cells from the record and makes the ones that are missing. Each cell has digests of the network, the
-objective, the training and the evaluation that made it. A cell is refused if one of them differs.
+objective, the training and the evaluation that made it. If one of them differs, the call does not
+use the cell.
 """
 
 import argparse
@@ -52,10 +53,10 @@ class Study:
     head: Mapping[str, Any]
     """Keys of the record that describe the study."""
     measure: Callable[[Trial, Path], Results] = lambda trial, work: {}
-    """Function of a finished training and of the folder with all trainings -> further results of
-    its cell. Its accuracies are appended to those of the evaluations."""
+    """Takes a finished training and the folder with all trainings. Returns further results for the
+    training's cell. Accuracies among them are appended to those of the evaluations."""
     summarize: Callable[[Results], Results] = lambda row: {}
-    """Function of a row with at least one cell -> further keys, computed from its cells."""
+    """Takes a row with at least one cell, and returns further keys, computed from its cells."""
 
 
 def make_parser(
@@ -146,7 +147,7 @@ def run_study(
         return write_record(output, {**study.head, "complete": complete, "rows": begun})
 
     save()
-    # all arms of a seed, before the next seed
+    # trains all arms with one seed before any arm with the next seed
     todo = sorted((t for name, t in planned.items() if name not in cells), key=lambda t: t.seed)
     finished = trials.run_all(todo, work, processes=processes, deadline=deadline, save=save)
     written = save(complete=finished)
@@ -159,8 +160,8 @@ def run_study(
 def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) -> Results:
     """Returns the cells of an earlier record that this study would make again: name -> cell.
 
-    A complete record may be of another study, whose cells are left out. Raises UserError if an
-    incomplete one has such cells, because they would be lost.
+    Leaves out cells of another study if the record is complete. If it is incomplete, raises
+    UserError instead, because this study would overwrite those cells.
 
     planned: name of each training -> the training. output: file of the record.
     """
@@ -201,7 +202,7 @@ def collect(study: Study, trial: Trial, work: Path) -> Results | None:
 def row_of(
     arm: Arm, cells: Results, failures: Results, summarize: Callable[[Results], Results]
 ) -> Results:
-    """Returns an arm's row of the record: its head, its cells, and their means."""
+    """Returns an arm's row of the record: the arm's head, its cells, and the cells' means."""
     seeds = [cells[t.name] for t in arm.trials if t.name in cells]
     row = {**arm.head, "seeds": seeds, "failed": [], "accuracy": statistics_of(seeds)}
     for trial in arm.trials:
@@ -246,8 +247,7 @@ class Difference:
 
     @property
     def half_width(self) -> float:
-        """Half the width of the 95 % interval of the mean, by Student's t. It is infinite if there
-        is only one seed."""
+        """Half the width of the mean's 95 % interval by Student's t, infinite for one seed."""
         n = len(self.points)
         return float(stdtrit(n - 1, 0.975)) * self.std / n**0.5 if n > 1 else float("inf")
 
@@ -264,9 +264,9 @@ class Difference:
 
 
 def paired_difference(row: Row, other: Row, attack: str, eps: float) -> Difference | None:
-    """Returns the accuracy of an arm minus that of another one, under one attack.
+    """Returns the accuracy of an arm minus that of another arm, under one attack.
 
-    Returns None if no seed has both. row, other: the arms' rows of the record.
+    Returns None if no seed has both accuracies. row, other: rows of the two arms in the record.
     """
     ours, theirs = (
         {

@@ -1,7 +1,8 @@
-"""Trainings with their evaluations, each of which is made once.
+"""Runs trials, each of which is one training with its evaluations, and never runs one twice.
 
-A trial lies in a folder whose name follows from all that its weights depend on. So a finished trial
-is found again, and an interrupted one goes on. fastgn.train and fastgn.evaluate do the work.
+The folder of a trial is named after everything that the trial's weights depend on. So a later call
+finds a finished trial and continues an interrupted one. fastgn.train and fastgn.evaluate do the
+work.
 """
 
 import concurrent.futures
@@ -32,8 +33,7 @@ from fastgn.metrics import read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training and its evaluations. It starts from the weights of another one or from
-    scratch."""
+    """One training and its evaluations. It starts from another trial's weights or from scratch."""
 
     name: str
     cfg: Config
@@ -49,28 +49,27 @@ class Trial:
 
     @functools.cached_property
     def weights_made_by(self) -> dict[str, str]:
-        """Digests of the network, the objective and the training that make the weights."""
+        """Digests of what the weights depend on: network, objective and training."""
         found = digests_of(self.cfg)
         start = self.start.weights_made_by if self.start else None
         return found | {"training": digest([found["training"], start])}
 
     @property
     def made_by(self) -> dict[str, str]:
-        """Digests of the network, objective, training and evaluation that make the results."""
+        """Digests of what the results depend on: network, objective, training and evaluation."""
         flags = [portable(flags) for flags in self.evaluations]
         return self.weights_made_by | {"evaluation": digest(flags)}
 
     @property
     def key(self) -> str:
-        """Name of the training's folder, made from its name and from all that changes its
-        weights."""
+        """Name of the training's folder: the trial's name, and a digest of `weights_made_by`."""
         return f"{self.name}_{digest(self.weights_made_by)}"
 
 
 def portable(flags: Sequence[str]) -> list[str]:
-    """Returns the flags of an evaluation without the folders in them.
+    """Returns the flags of an evaluation, without the folders of image lists.
 
-    The name of a list of images says all of its content.
+    The file name of an image list already identifies its content.
     """
     return [Path(f).name if f.endswith(".txt") else f for f in flags]
 
@@ -103,7 +102,7 @@ def missing(trial: Trial, work: Path) -> bool:
 
 
 def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
-    """Makes the parts of a training and its evaluations that are not finished.
+    """Trains and evaluates, except for what is finished already.
 
     Returns the failure in one line, or None. Raises Stopped when the time is over.
 
@@ -120,7 +119,7 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
                     run_evaluation(folder, flags)
     except KeyboardInterrupt:
         raise Stopped from None
-    except (Failed, RuntimeError) as error:  # the same call would fail again
+    except (Failed, RuntimeError) as error:  # saved, because it would fail again
         line = " ".join((str(error) or type(error).__name__).split())[:300]
         write_json(folder / "failed.json", {"failed": line})
         return line
@@ -133,7 +132,7 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
 
 
 def run_training(trial: Trial, work: Path, folder: Path) -> None:
-    """Trains or continues a training, and writes down its seconds and joules.
+    """Trains or continues a training, and adds its seconds and joules to cost.json.
 
     Raises Stopped if the time is over, and Failed if the training fails.
     """
@@ -208,11 +207,11 @@ def run_all(
     deadline: float,
     save: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Makes the missing parts of trainings, and first the trainings from whose weights they start.
+    """Runs all trials, and before them the trainings from whose weights they start.
 
-    Returns False if the time was over. One process makes each start right before the first training
-    that needs it, so that some results are complete if it stops early. Several processes make all
-    starts first.
+    Returns False if the time was over. With one process, each start is trained right before the
+    first trial that needs it, so that some results are complete if the time is short. With several
+    processes, all starts are trained first.
 
     work: folder that holds all trainings. deadline: latest time, in seconds as time.time() gives.
     save: function that is called after each training.
@@ -237,8 +236,7 @@ def run_all(
 def outcomes(
     trials: Sequence[Trial], work: Path, processes: int, deadline: float
 ) -> Iterator[tuple[Trial, str | None]]:
-    """Makes trainings, `processes` at a time, and yields each one and its failure when it has
-    ended.
+    """Runs trials, `processes` at a time, and yields each trial and its failure when it has ended.
 
     Raises Stopped if the time is over.
     """
@@ -299,12 +297,12 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
 
 
 def total(parts: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """Returns the sum of a cost over all parts of a training, None if a part does not have it."""
+    """Returns the sum of a cost over all parts of a training, or None if a part lacks it."""
     return sum(part[key] for part in parts) if all(key in part for part in parts) else None
 
 
 def rows_mean(rows: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """Returns the mean of column `key` of metrics.csv over the last epoch, None if it is empty.
+    """Returns the mean of column `key` of metrics.csv over the last epoch, or None if it is empty.
 
     rows: rows of metrics.csv.
     """
