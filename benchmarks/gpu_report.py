@@ -126,7 +126,7 @@ class Machine:
 
 
 def this_machine(smoke: bool) -> Machine:
-    """Returns the properties of this machine. smoke: whether to run toy sizes, without a GPU."""
+    """Returns the properties of this machine. smoke: whether only toy sizes are to run."""
     if not torch.cuda.is_available():
         return Machine("cpu", None, smoke)
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
@@ -428,8 +428,8 @@ def line_of(entry: dict[str, Any]) -> str:
 def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: float) -> int:
     """Runs the parts of the report in turn and prints a summary.
 
-    Returns 1 if a part failed or reached its time limit, else 0. began: start of the program, as
-    time.monotonic() gives. budget_s: seconds in which parts may begin.
+    Returns 1 if a part failed or reached its time limit, else 0. began: time.monotonic() at the
+    start of the program. budget_s: seconds after which no part begins.
     """
     env = environment_of_parts(report.folder)
     notes = report.head["notes"]

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the option --output. Its help begins with a program's docstring."""
+    """Returns a parser with the option --output. description: text with which --help begins."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=description, formatter_class=formatter)
     parser.add_argument("--output", type=Path, help="JSON file to write the record to")
@@ -85,8 +85,8 @@ def slugify(name: str) -> str:
 def gpu_output(args: argparse.Namespace, stem: str) -> Path:
     """Returns the path of the benchmark's JSON record: --output, or else <stem>_<device>.json.
 
-    Without --output, the file lies in benchmarks/results if it was measured on a GPU, and in runs/
-    otherwise. From here on, only this process writes that file.
+    Without --output, the file lies in benchmarks/results if there is a GPU, and in runs/ otherwise.
+    Locks the file, so that only this process writes it.
     """
     folder = RESULTS if torch.cuda.is_available() else ROOT / "runs"
     output = args.output or folder / f"{stem}_{slugify(device_name())}.json"
@@ -99,9 +99,9 @@ def output_for(
 ) -> Path:
     """Returns the path of the benchmark's JSON record: --output, or else benchmarks/results/<file>.
 
-    benchmarks/results keeps runs with the default options. If an option that is not in `free` has
-    another value than its default, returns runs/<file> and prints why. From here on, only this
-    process writes that file.
+    benchmarks/results holds only results with default options. If an option that is not in `free`
+    has another value than its default, returns runs/<file> and prints why. Locks the file, so that
+    only this process writes it.
     """
     changed = [
         f"--{name.replace('_', '-')}" for name, value in vars(args).items()

@@ -104,8 +104,8 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
 def fastest_gradnorm(path: Path, option: str, card: str | None = None) -> tuple[Any, Any]:
     """Returns a JSON record of cost.py or predict.py, and its fastest result for exact gradnorm.
 
-    option: flag that gave the path, for messages. card: name of the GPU in a record of predict.py.
-    Raises UserError if there is no such result, or if the times were measured on a CPU.
+    option: flag that gave the path, for messages. card: GPU whose results count in a record of
+    predict.py. Raises UserError if there are none, or if the times were measured on a CPU.
     """
     record = read_json(path)
     check("rows" in record, f"{option} {path} is not a JSON record of that benchmark")

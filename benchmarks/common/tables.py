@@ -36,7 +36,7 @@ def with_notes(table: str, record: Record, *notes: str) -> str:
 
 
 def device(record: Record, cpu: str = "CPU") -> str:
-    """Returns the name of the GPU that a JSON record was measured on, or else `cpu`."""
+    """Returns the name of the GPU that a JSON record was measured on, or `cpu` without a GPU."""
     return record["device"].replace("cpu", cpu)
 
 

@@ -317,7 +317,7 @@ def table(record: Record) -> str:
         "dali: times as fast": lambda r: ratio(r, "images_per_s"),
         "dali: times less CPU time": lambda r: ratio(r, "cpu_ms_an_image"),
     }
-    # the times of a CPU mean nothing alone
+    # on a CPU, times mean nothing except as ratios
     rows = [r for r in record["rows"] if gpu or f"dali over {r['loader']}" in ratios]
     row = record["rows"][-1]
     return with_notes(

@@ -63,7 +63,7 @@ SPECTRUM = (
     "tanh",
 )
 REACH, STEP = 40.0, 1e-3
-"""Half the length and the step of the grid of inputs on which f'' is computed. 0 is not on it."""
+"""Largest input of the grid on which f'' is computed, and distance of its points. 0 is none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ def survivors(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(trial: Trial, work: Path) -> Results:
-    """Returns the accuracy of a training under both APGD-CE and APGD-T, for its cell.
+    """Returns the accuracy under both APGD-CE and APGD-T, as further results of a training.
 
     work: folder that holds the trainings.
     """

@@ -73,7 +73,7 @@ def smallest_network(family: str) -> str:
         try:
             with torch.device("meta"):
                 candidate = timm.create_model(name, num_classes=CLASSES)
-        except Exception:  # some read a tensor's values while they are built
+        except Exception:  # some networks read a tensor's values in __init__
             continue
         counts[name] = sum(p.numel() for p in candidate.parameters())
     return min(counts or names, key=lambda name: counts.get(name, 0))
@@ -124,12 +124,12 @@ def differentiate(model: network.Classifier) -> dict[str, Any]:
 def scan(family: str) -> dict[str, Any]:
     """Returns the results of one family of networks, as a dict for the JSON record.
 
-    It must run in a process of its own, because some networks end their process.
+    It must run in a process of its own, because some networks crash.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.alarm(TIMEOUT_S)  # its signal ends the process
+    signal.alarm(TIMEOUT_S)  # SIGALRM ends the process
     start = time.perf_counter()
     name, kwargs = smallest_network(family), SHALLOW.get(family, ())
     row: dict[str, Any] = {"family": family, "model": name, "model_kwargs": kwargs}
@@ -150,7 +150,7 @@ def scan(family: str) -> dict[str, Any]:
 def scan_apart(family: str) -> dict[str, Any]:
     """Calls `scan` for a family in a new process and returns its results.
 
-    If the network ends that process, the results say so.
+    If the network crashes that process, the results say so.
     """
     with ProcessPoolExecutor(1, get_context("fork")) as pool:
         try:

@@ -53,10 +53,10 @@ class Study:
     head: Mapping[str, Any]
     """Keys of the record that describe the study."""
     measure: Callable[[Trial, Path], Results] = lambda trial, work: {}
-    """Takes a finished training and the folder with all trainings. Returns further results for the
-    training's cell. Accuracies among them are appended to those of the evaluations."""
+    """Takes a finished training and the folder with all trainings. Returns further results of the
+    training. Accuracies among them are appended to those of the evaluations."""
     summarize: Callable[[Results], Results] = lambda row: {}
-    """Takes a row with at least one cell, and returns further keys, computed from its cells."""
+    """Takes an arm's row with the results of at least one seed. Returns further keys for it."""
 
 
 def make_parser(
@@ -129,7 +129,7 @@ def run_program(
 def run_study(
     study: Study, before: Results, output: Path, work: Path, processes: int, deadline: float
 ) -> int:
-    """Makes the cells that are missing, and writes the record after each. Returns the exit status.
+    """Makes the results that are missing. Writes the record after each. Returns the exit status.
 
     before: record of an earlier call. output: file of the record. work: folder that holds the
     trainings. deadline: latest time, in seconds as time.time() gives.
@@ -158,7 +158,7 @@ def run_study(
 
 
 def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) -> Results:
-    """Returns the cells of an earlier record that this study would make again: name -> cell.
+    """Returns the results (cells) in an earlier record that this study can use: name -> cell.
 
     Leaves out cells of another study if the record is complete. If it is incomplete, raises
     UserError instead, because this study would overwrite those cells.
@@ -182,7 +182,7 @@ def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) 
 
 
 def collect(study: Study, trial: Trial, work: Path) -> Results | None:
-    """Returns the cell of a training, or None if the training is not finished.
+    """Returns the results (cell) of a training, or None if the training is not finished.
 
     If the training failed, the key "failed" holds the message.
     """
@@ -202,7 +202,7 @@ def collect(study: Study, trial: Trial, work: Path) -> Results | None:
 def row_of(
     arm: Arm, cells: Results, failures: Results, summarize: Callable[[Results], Results]
 ) -> Results:
-    """Returns an arm's row of the record: the arm's head, its cells, and the cells' means."""
+    """Returns an arm's row of the record: its head, the results of each seed, and their means."""
     seeds = [cells[t.name] for t in arm.trials if t.name in cells]
     row = {**arm.head, "seeds": seeds, "failed": [], "accuracy": statistics_of(seeds)}
     for trial in arm.trials:
@@ -215,7 +215,7 @@ def row_of(
 
 
 def statistics_of(cells: Sequence[Row]) -> list[Results]:
-    """Returns mean and spread of the accuracy over the cells of an arm.
+    """Returns mean and spread of an arm's accuracies over its cells, the results of its seeds.
 
     Only those combinations of attack, eps and number of images are returned that all cells have.
     """

@@ -1,8 +1,7 @@
-"""Runs trials, each of which is one training with its evaluations, and never runs one twice.
+"""Runs trials. A trial is one training by fastgn.train and its evaluations by fastgn.evaluate.
 
 The folder of a trial is named after everything that the trial's weights depend on. So a later call
-finds a finished trial and continues an interrupted one. fastgn.train and fastgn.evaluate do the
-work.
+finds a finished trial, which never runs again, and continues an interrupted one.
 """
 
 import concurrent.futures
@@ -207,7 +206,7 @@ def run_all(
     deadline: float,
     save: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Runs all trials, and before them the trainings from whose weights they start.
+    """Runs all trials, and before them the trainings (starts) from whose weights they start.
 
     Returns False if the time was over. With one process, each start is trained right before the
     first trial that needs it, so that some results are complete if the time is short. With several
@@ -297,7 +296,7 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
 
 
 def total(parts: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """Returns the sum of a cost over all parts of a training, or None if a part lacks it."""
+    """Returns the sum of a cost over all calls that made a training, or None if one lacks it."""
     return sum(part[key] for part in parts) if all(key in part for part in parts) else None
 
 

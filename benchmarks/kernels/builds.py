@@ -4,8 +4,7 @@
 
 The ops run with a pretended driver that compiles kernels, but does not launch them. So these are
 the kernels that a GPU would run, with the same block sizes, warps and pointer alignments.
-Registers, spills and shared memory come from ptxas, and the widths of loads and stores from the
-PTX.
+Registers, spills and shared memory come from ptxas, and load and store widths from the PTX.
 
 A new op needs one row of `LAUNCHES`, for this program and for the tests.
 Writes benchmarks/results/kernel_builds.json.
@@ -121,7 +120,7 @@ def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: 
 def compile_only(capability: int) -> Iterator[list[Build]]:
     """Compiles Triton kernels for a GPU when they are launched on CPU tensors, and runs none.
 
-    Yields a list, to which each compiled kernel is appended. capability: as in `Build`.
+    Yields a list, to which each compiled kernel is appended. capability: of the GPU, such as 90.
     """
     target = GPUTarget("cuda", capability, 32)
     driver = types.SimpleNamespace(
@@ -268,7 +267,7 @@ window_attention launches nothing on a card before sm_80, nor in float32.
 def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:
     """Yields a dict for the JSON record for each kernel that `launch` launches.
 
-    launch: takes a dtype and launches the kernels of an op. capability: as in `Build`.
+    launch: takes a dtype and launches the kernels of an op. capability: of the GPU, such as 90.
     """
     for dtype in DTYPES[capability]:
         with compile_only(capability) as builds:

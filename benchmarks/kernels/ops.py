@@ -359,7 +359,7 @@ def listed(y: Outputs) -> list[Tensor]:
 def requests(
     function: Function, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
-    """Returns name of each order of differentiation -> function that computes only this order.
+    """Returns the name of each differentiation order -> a function that computes only this order.
 
     The graph is built here, before the functions are called. gys: cotangents of the outputs.
     v: cotangent of the first input's gradient.
@@ -583,7 +583,7 @@ def run(args: argparse.Namespace) -> int:
             for row in measure(build(key, args.batch_size, device), args.rounds, rate, gpu):
                 rows.append(row)
                 print(line_of(row), flush=True)
-        except Exception as error:  # the other cases go on
+        except Exception as error:  # the other cases are still measured
             failed.append(f"{key}: {type(error).__name__}: {first_line(error)}")
             print(f"FAILED: {failed[-1]}", flush=True)
         save(complete=False)

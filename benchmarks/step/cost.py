@@ -343,7 +343,7 @@ def ratio(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
 
 
 def paper_column(arm: Arm) -> dict[str, Any] | None:
-    """Returns the paper's row for an arm and its ratios of times, or None if there is no row."""
+    """Returns the paper's row for an arm, with ratios of times, or None if there is no row."""
     row = PAPER.get(arm.base)
     if row is None or not arm.schedule.is_exact or arm.budget < 1:
         return None
@@ -414,7 +414,7 @@ PAPER_IN_FP32 = "gradnorm-paper, fp32"
 
 
 def percentage(share: float | None) -> str:
-    """Returns a share in percent as a table's cell, "" if it is None."""
+    """Returns a share in percent as a table's cell, or "" if it is None."""
     return "" if share is None else f"{100 * share:.0f} %"
 
 
@@ -602,7 +602,7 @@ def architecture(args: argparse.Namespace) -> ArchitectureConfig:
 
 
 def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    """Measures the updates that the command line asks for. Returns 1 if none could be measured."""
+    """Measures the updates that the options ask for. Returns 1 if all of them failed, else 0."""
     began, longest = time.perf_counter(), 0.0
     gpu, card = torch.cuda.is_available(), arguments.device_name()
     device = arguments.default_device()

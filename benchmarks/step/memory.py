@@ -139,7 +139,7 @@ def in_processes(work: Callable, values: Sequence, workers: int) -> Iterator:
 
 
 def measure_all(args: argparse.Namespace) -> int:
-    """Makes the measurements that are missing in the JSON record. Returns 1 if one failed."""
+    """Makes the measurements that the JSON record lacks. Returns 1 if one failed, else 0."""
     until = time.time() + 60 * args.minutes
     output = arguments.gpu_output(args, f"memory_{args.model}")
     head = {"file": output.name, "device": device_name(), "model": args.model}

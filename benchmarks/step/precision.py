@@ -56,7 +56,7 @@ CE_WEIGHTS = {"whole": 0.8, "penalty": 2.0**-20}
 """Name of a loss -> the weight of the cross-entropy in it.
 
 The weight for "penalty" is tiny, but not 0. A central difference takes its direction from the
-gradient of the weighted cross-entropy, which would be 0.
+gradient of the weighted cross-entropy, which would otherwise be 0.
 """
 NETWORKS = {
     "tiny Swin": ArchitectureConfig(

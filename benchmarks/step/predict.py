@@ -210,7 +210,7 @@ class Network:
 
 
 def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
-    """Returns the predicted cost of an update, a lazy one as the mean over --lazy-interval."""
+    """Returns the predicted cost of an update, averaged over --lazy-interval if it is lazy."""
     total = Cost()
 
     def on_graph(lowering: Any) -> Callable:

@@ -96,7 +96,7 @@ def update_seconds(
 ) -> float:
     """Returns the seconds of an update. Only the last micro-batch overlaps with the all-reduce.
 
-    overlap: share of a micro-batch's compute during which gradients can be reduced.
+    overlap: share of a micro-batch's time during which gradients can be reduced.
     """
     exposed = all_reduce_seconds(gpus, gradient_bytes, links) - overlap * micro_batch_s
     return grad_accum_steps * micro_batch_s + max(0.0, exposed)
