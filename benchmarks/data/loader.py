@@ -14,7 +14,7 @@ augmenting are measured, and the disk is not.
 The loaders take turns in several rounds. A round takes some batches from the middle of an epoch,
 when the workers run and their queues were emptied. First, batches are taken as fast as possible,
 which gives images per second and the CPU time per image of all processes. Then the program pauses
-after each batch, as long as a training with --need images per second takes for it. The share of
+after each batch, as long as an update on it would take at --need images per second. The share of
 time in which it still waits for batches is what training would lose.
 
 --sheet draws 32 images twice, as PIL and as DALI augment them, side by side.

@@ -6,8 +6,9 @@ standard AutoAttack). The overhead should stay below 5 %.
 
     python -m benchmarks.evidence.attacks --batch-size 128 --images 512 --eps 1/255
 
-AutoAttack runs several attacks in turn, each on the images that the earlier ones have left. A
-direct call fills batches with them, but fastgn keeps its batches apart. The overhead includes this.
+AutoAttack runs several attacks in turn, each on the images that are still classified correctly. A
+direct call fills its batches with such images, but fastgn's batches become smaller. The overhead
+includes this difference.
 PGD-20 is also timed with gradients in bf16, and on a GPU with a compiled model. The table shows how
 many times as fast this is, and for which share of images the outcome differs.
 

@@ -6,8 +6,7 @@ table from the record.
 
 Each finished cell goes into the record at once. A later call, also on another machine, reads the
 cells from the record and makes the ones that are missing. Each cell has digests of the network, the
-objective, the training and the evaluation that made it. If one of them differs, the call does not
-use the cell.
+objective, the training and the evaluation that made it. If a digest differs, the cell is not used.
 """
 
 import argparse

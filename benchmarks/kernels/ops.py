@@ -11,8 +11,8 @@ the gradient of the first input once more, with respect to the cotangents of the
 inputs. Each order is timed alone, on a graph that was built before.
 
 The bytes of a row count each tensor that the order needs as read once, and each result as written
-once (`Family.moves`), even if a kernel moves more. The copy reads half as many bytes and writes the
-other half, in the same rounds. `share_of_copy` is the copy's median time over the op's, and
+once (`Family.moves`), even if a kernel moves more. The copy moves as many bytes in the same rounds:
+it reads half of them and writes half. `share_of_copy` is the copy's median time over the op's, and
 `share_of_large_copy` compares the bandwidth with a copy of 2 GiB. Caches are cold before each call.
 Peak memory is what a call allocates besides inputs and cotangents, including its graph.
 

@@ -1,10 +1,10 @@
 """Measures the error of gradnorm's gradient in each precision and schedule, against float64.
 
 A schedule is a way to differentiate the penalty. The reference is the gradient of the exact
-schedule in float64, with respect to all weights as one vector. Each gradient at the same weights,
-buffers and images is compared with it by the cosine of the two vectors, and by the L2 norm of their
-difference over the norm of the reference. Both are computed for the whole loss, which training
-uses, and for the penalty alone, which a finite difference approximates.
+schedule in float64, with respect to all weights as one vector. Every gradient has the same weights,
+buffers and images. The table shows its cosine with the reference, and the L2 norm of the difference
+over the norm of the reference. Both are computed for the whole loss, which training uses, and for
+the penalty alone, which a finite difference approximates.
 
     python -m benchmarks.step.precision  # two small networks; digits and random images
     python -m benchmarks.step.precision --cifar10 cifar10.npz
