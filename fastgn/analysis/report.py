@@ -1,7 +1,7 @@
 """Turns an evaluation into one HTML file with tables, pictures and warnings.
 
-This module turns the record of an evaluation into texts. The template report.html.jinja lays them
-out, and escapes every one of them.
+The HTML file needs no other file. This module turns the record of an evaluation into texts. The
+template report.html.jinja lays out the texts, and escapes every one of them.
 """
 
 import base64

@@ -124,8 +124,8 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
 def load_validation(cfg: DatasetConfig) -> tuple[Arrays | Encoded, tuple[str, ...]]:
     """Returns the configured validation images and their classes.
 
-    A folder without training images is accepted. If it has training images, both splits must have
-    the same classes. Raises UserError if the images cannot be loaded.
+    A folder without training images is accepted. If a folder has training images, both splits must
+    have the same classes. Raises UserError if the images cannot be loaded.
     """
     root = Path(str(cfg.data_dir))
     with report_file_errors(cfg):
@@ -176,7 +176,7 @@ def read_digits() -> Dataset:
 
 
 def read_cifar10(data_dir: str | None) -> Dataset:
-    """Returns CIFAR-10 from `data_dir`, or downloads it if that is None.
+    """Returns CIFAR-10 from `data_dir`. If `data_dir` is None, downloads CIFAR-10.
 
     data_dir can be an .npz file with train_images, train_labels, test_images and test_labels, where
     images are NHWC, uint8. It can also be a folder with the python batches, or a folder with

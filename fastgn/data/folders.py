@@ -84,7 +84,8 @@ class Walk:
             ) from None
 
     def is_hidden(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry's name shows that it holds no data. If so, counts it.
+        """Returns whether an entry's name shows that it holds no data. If so, counts it as left
+        out.
 
         Such names begin with a dot or are in NO_CLASSES.
         """

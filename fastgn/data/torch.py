@@ -161,13 +161,13 @@ def stop_workers(iterator: Any) -> None:
 
 
 def kill_stalled_workers(iterator: Any, worker_timeout: float) -> UserError:
-    """Kills the workers of an iterator, one of which has stalled. Returns the error that names it.
+    """Kills the workers of an iterator. Returns the error that names the worker that has stalled.
 
     The workers must be killed, because they ignore other signals and Python would wait for them at
     its exit.
     """
     number = iterator._task_info[iterator._rcvd_idx][0]
-    # otherwise torch would notice their death and raise an error somewhere in the main process
+    # otherwise torch would notice the workers' death and raise an error anywhere in this process
     signal_handling._remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False
     for worker in iterator._workers:

@@ -31,7 +31,7 @@ def choose_dali_or_pil(
     make_pil: Callable[[], Loader],
     agree: Callable[[bool], bool] = bool,
 ) -> tuple[Loader, str | None]:
-    """Returns (DALI's loader, None) if its first batch equals that of the PIL loader.
+    """Returns (DALI's loader, None) if the first batches of DALI's loader and the PIL loader agree.
 
     Otherwise returns (the PIL loader, the reason). agree: function that returns True on all ranks
     if it gets True on any rank. Raises UserError if the PIL loader raises it.

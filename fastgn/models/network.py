@@ -287,7 +287,7 @@ def find_smallest_batch(
         return train_on(1)
     except UserError:
         raise
-    except ValueError:  # raised by BatchNorm
+    except ValueError:  # BatchNorm raises it if it gets one value per channel
         return math.ceil(train_on(2) / ranks)
     finally:
         model.train(training)

@@ -39,7 +39,8 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
 def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Computes F.mish with a second derivative that is finite everywhere.
 
-    The threshold is 40, because above 40 softplus equals its argument to the last bit of float64.
+    The threshold of softplus is 40. Above it, softplus equals its argument to the last bit of
+    float64.
     """
     # the formula is copied from fastgn_kernels.reference, because that is a separate package
     x = widen(input)
@@ -202,7 +203,7 @@ class Finder(TorchFunctionMode):
 
 @contextmanager
 def find_operators(network: nn.Module) -> Iterator[Finder]:
-    """Records the calls, by a network, of operators that cannot be differentiated twice.
+    """Records where a network calls operators that cannot be differentiated twice.
 
     TWINS lists these operators. Only calls inside the with block are recorded. Operators that
     PyTorch calls inside another operator are not recorded.

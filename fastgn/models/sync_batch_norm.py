@@ -20,9 +20,9 @@ from fastgn.errors import check
 def sum_over_ranks(x: Tensor, group_name: str) -> Tensor:
     """Returns the sum of a tensor over the ranks of a process group.
 
-    All ranks have to call it in the same order, with tensors of the same shape. It uses gloo on the
-    CPU and nccl on CUDA. Its derivative is the operator itself, because each rank's tensor is part
-    of the result on every rank.
+    All ranks have to call it in the same order, with tensors of the same shape. The operator uses
+    gloo on the CPU and nccl on CUDA. Its derivative is the operator itself, because each rank's
+    tensor is part of the result on every rank.
     """
     total = x.clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total, group=_resolve_process_group(cast(Any, group_name)))

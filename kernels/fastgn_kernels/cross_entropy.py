@@ -75,7 +75,7 @@ def _load_tile(
         valid = (index >= 0) & (index < COLUMNS)
         total = tl.where(valid, 1.0, float("nan")).to(COMPUTE_DTYPE)
     else:
-        # all elements contribute: if a target is 0 and its logit is -inf, PyTorch's loss is NaN too
+        # choose all elements, so that a target of 0 with a logit of -inf gives NaN, as in PyTorch
         chosen = inside
         t = tl.load(targets_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = tl.sum(t, axis=1, keep_dims=True)

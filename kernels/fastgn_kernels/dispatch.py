@@ -94,7 +94,7 @@ def triton_compute_dtype(dtype: torch.dtype) -> Any:
 
 
 def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
-    """Returns `x` with the strides of `other`. It is a copy if the strides of `x` differ.
+    """Returns `x`, or a copy of `x` with the strides of `other` if the strides differ.
 
     Both tensors must have the same shape. The elements of `other` must fill its memory without
     holes.

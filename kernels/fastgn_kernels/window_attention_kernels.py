@@ -415,7 +415,7 @@ def launch_backward(
 ) -> Tensor | None:  # fmt: skip
     """Writes the gradient of qkv into gqkv, and adds `extra` to gqkv if it is not None.
 
-    learned: the bias, or None if its gradient is not wanted. Returns that gradient or None.
+    learned: the bias, or None if its gradient is not wanted. Returns the bias gradient or None.
     """
     bias_and_mask, packed = _pad_bias_and_mask(qkv, bias, mask), pack(qkv)
     grid = choose_grid(qkv, mask)
@@ -434,7 +434,7 @@ def launch_backward_backward(
 ) -> Tensor | None:  # fmt: skip
     """Computes ggo and gqkv of the second backward pass, and writes them into the given tensors.
 
-    learned: the bias, or None if its gradient is not wanted. Returns that gradient or None.
+    learned: the bias, or None if its gradient is not wanted. Returns the bias gradient or None.
     ggbias: None means zero.
     """
     bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)

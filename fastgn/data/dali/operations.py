@@ -39,7 +39,7 @@ def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> 
         start=anchor,
         shape=shape,
         axis_names="HW",
-        adjust_orientation=False,  # like PIL
+        adjust_orientation=False,  # PIL does not rotate images either
         output_type=types.RGB,
         device="mixed" if device == "gpu" else "cpu",
     )
