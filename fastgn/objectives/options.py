@@ -228,7 +228,7 @@ METHODS: Mapping[str, Method] = {
 """Value of --method -> what the command line needs to know about this method."""
 if TYPE_CHECKING:
     MethodName = str
-else:  # the choices of the command line
+else:  # tyro reads the choices of --method from this type
     MethodName = Literal[tuple(METHODS)]
 
 

@@ -51,7 +51,8 @@ class Diagnosis:
         return self.found
 
     def make_layer_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """Returns a forward hook that checks and watches the layer with this name."""
+        """Returns a forward hook that checks the output of the layer with this name, and has the
+        derivatives inside the layer checked later."""
 
         def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
             where = f"layer {name} ({type(module).__name__})" if name else "the network"

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 COMPILER = {
     "trace_autograd_ops": True,  # otherwise torch.autograd.grad breaks the graph
     "optimize_ddp": False,  # otherwise the graph is cut between a gradient and its input
-    "recompile_limit": 64,  # of the one function that all losses of a process run through
+    "recompile_limit": 64,  # for the one function that runs all losses of a process
 }
 """Settings of torch._dynamo.config while a DoubleBackward runs."""
 

@@ -30,7 +30,7 @@ class Ranks(Protocol):
         """Number of processes."""
 
     def any(self, flag: bool) -> bool:
-        """Returns True in all processes if one of them passes True. Waits for no device."""
+        """Returns True in all processes if one of them passes True. Does not wait for devices."""
 
 
 class OneRank:
@@ -80,8 +80,8 @@ class GradientBuffer:
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Adds the gradients of a micro-batch to the .grad of the weights.
 
-        A weight whose .grad is None takes the gradient as it is. grads: one gradient for each
-        weight, or None for a weight that the loss does not depend on.
+        If the .grad of a weight is None, the gradient becomes its .grad. grads: one gradient for
+        each weight, or None for a weight that the loss does not depend on.
         """
         copies: tuple[list[Tensor], list[Tensor]] = [], []
         sums: tuple[list[Tensor], list[Tensor]] = [], []
@@ -100,8 +100,10 @@ class GradientBuffer:
                 torch._foreach_add_(*sums)
 
     def make_slots(self) -> list[Tensor]:
-        """Returns one tensor for each weight, in its shape and in the dtype in which gradients
-        travel, that requires grad. See overlap.SummedInBackward."""
+        """Returns tensors that require grad, one for each weight, for overlap.SummedInBackward.
+
+        A tensor has the shape of its weight, and the dtype in which gradients travel.
+        """
         return [
             (view if self.sum_dtype is None else torch.empty_like(view, dtype=self.sum_dtype))
             .detach()
@@ -115,7 +117,7 @@ class GradientBuffer:
             weight.grad = None
 
     def sum_over_ranks(self) -> None:
-        """Replaces the gradients by their sums over all processes. The host waits for no GPU."""
+        """Replaces the gradients by their sums over all processes. Does not wait for a GPU."""
         unused = []
         for weight, view in zip(self.weights, self.views, strict=True):
             if weight.grad is None:

@@ -29,8 +29,8 @@ class Meter(TorchDispatchMode):
     """Counts the operators that run inside this context, in forwards and backwards alike.
 
     A storage counts as live from the operator that returns it until nothing holds it any more,
-    autograd included. Storages from before the context, such as weights and their gradients, do
-    not count. Memory that an operator allocates and releases inside itself is not seen.
+    autograd included. Storages from before the context, such as weights and their gradients, are
+    not counted. Memory that an operator allocates and releases inside itself is not seen.
     """
 
     def __init__(self) -> None:

@@ -43,8 +43,9 @@ class StepOptions:
     """Whether each compiled graph is recorded as a CUDA graph, whose kernels the host starts with
     one launch. Ignored if the loss is not compiled or the device is not CUDA."""
     grad_sync: str = "flat"
-    """"flat" sums the gradients over the processes when the backward has ended, "overlap" within
-    a compiled backward of one micro-batch. More micro-batches are always summed at the end."""
+    """"flat" sums the gradients over the processes when the backward has ended. "overlap" sums them
+    during a compiled backward, if the update has only one micro-batch. Otherwise "overlap" does the
+    same as "flat"."""
     grad_dtype: str = "fp32"
     """Dtype in which gradients travel between processes: "bf16", or "fp32" for the dtype of the
     weights."""

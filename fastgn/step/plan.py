@@ -30,7 +30,7 @@ class Relations:
     """The cost of a compiled update, divided by the cost of one that is not compiled."""
 
     kept: dict[float, float]
-    """Share of the activations that is kept -> ratio of peak memory beside weights and
+    """Share of the activations that is kept -> ratio of the peak memory without weights and
     gradients."""
     recomputed: dict[float, float]
     """Share of the activations that is kept -> share of the operations that are done a second
@@ -236,7 +236,7 @@ def choose_plan(
     fitting = [p for p in plans if p.peak_bytes - held_bytes <= usable]
     least = min(p.peak_bytes for p in plans) - held_bytes
     check(bool(fitting), describe_shortage(cost, divisors[0], least, free_bytes, compiled))
-    # plans count as equally long if their seconds, which are rounded sums, agree to 9 digits
+    # seconds are rounded sums, so updates are equally short if their seconds agree to 9 digits
     return min(
         fitting,
         key=lambda p: (float(f"{p.seconds:.9e}"), p.micro_batches, -p.activation_memory_budget),

@@ -15,7 +15,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """Returns a context with bf16 autocast if `precision` is "bf16", or one without effect."""
+    """Returns a context with bf16 autocast if `precision` is "bf16", else one without effect."""
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -85,7 +85,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
     before: tuple[Any, Any]
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the program set PyTorch's newer settings, which exclude the old
+    except RuntimeError:  # the program has used PyTorch's newer settings, which exclude these
         settings: tuple[Any, Any]
         settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
         before = settings[0].fp32_precision, settings[1].fp32_precision

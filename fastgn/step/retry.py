@@ -81,7 +81,7 @@ class RetryingStep:
                 if self.step.is_committed:  # the others wait in a collective, and cannot retry
                     raise
                 failure = error
-            del reserved  # PyTorch's allocator keeps it for the next allocations
+            del reserved  # PyTorch's allocator keeps this memory for the next allocations
             failure = self._share_failure(failure)
             if failure is None:
                 self.reserve_bytes = int  # from now on 0, because the optimizer allocates its state

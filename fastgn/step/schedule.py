@@ -50,9 +50,9 @@ class Schedule:
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
     def fewest(self, images: int) -> int:
-        """Returns the smallest micro-batch with which each pass gets at least `images` images.
+        """Returns the smallest micro-batch with which every forward gets at least `images` images.
 
-        If only half of the images have the penalty, 2 images in a pass need a micro-batch of 4.
+        If only half of the images have the penalty, 2 images in a forward need a micro-batch of 4.
         """
         share = self.subset_fraction if self.kind == "subset" else 1.0
         step = self.divisor

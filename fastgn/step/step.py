@@ -66,7 +66,7 @@ class Step:
         self.options = options
         self.ranks = ranks
         self.micro_batch = options.micro_batch
-        """Number of images that pass through the network at a time. None means the batch."""
+        """Number of images that pass through the network at a time. None means the whole batch."""
         self.divisor = options.schedule.divisor
         """The number that must divide the size of a micro-batch."""
         self.device = next(model.parameters()).device
@@ -215,7 +215,7 @@ class Step:
             self.model.train(not self.options.quirks.train_in_eval_mode)
             inputs = images_BCHW.detach().requires_grad_(), targets, ramp
             found = Diagnosis().run(self.model, lambda: module(*inputs).total)  # noqa: B023
-            first = first or found  # go on, because other processes may wait in the next one
+            first = first or found  # go on, because others may wait in the next micro-batch
         return first
 
     def _split(self, batches: Batches) -> list[tuple[Tensor, Tensor]]:
@@ -268,8 +268,8 @@ class Step:
         """Runs the forwards and backwards of a finite difference, and returns its loss.
 
         One backward at the images gives both the direction of the difference and the gradients of
-        the weights. It can do so because the direction consists only of signs, which do not depend
-        on the coefficient of the cross-entropy.
+        the weights. It can do so because only the signs of the images' gradient are needed, which
+        do not depend on the size of the cross-entropy's coefficient.
         """
         objective, schedule = self.objective, self.options.schedule
         h, central = schedule.fd_step, schedule.kind == "central-difference"

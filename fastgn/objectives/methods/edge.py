@@ -40,7 +40,8 @@ def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
 
 
 def mirror(x_BCHW: Tensor, reach: int, dim: int) -> Tensor:
-    """Extends the images by `reach` pixels on both sides, as numpy.pad's mode 'reflect' does."""
+    """Extends the images by `reach` pixels on both sides along `dim`, like numpy.pad's mode
+    'reflect'."""
     while reach:  # F.pad can add at most one pixel less than the side of the images at once
         step = min(reach, max(x_BCHW.shape[dim] - 1, 1))
         mode = "replicate" if x_BCHW.shape[dim] == 1 else "reflect"

@@ -1,4 +1,4 @@
-"""The method gradnorm+fgsm, which uses gradnorm in a share of the updates and fgsm_rs in others."""
+"""The method gradnorm+fgsm, which uses gradnorm in some updates and fgsm_rs in the others."""
 
 import dataclasses
 
