@@ -241,9 +241,10 @@ BASES = 8
 def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Returns a recipe's keys and values, and those that it takes over from its base.
 
-    The base is the recipe that the key `base` names. It is a recipe of the package, or a file whose
-    path is relative to the file that names it. extended_by: files of the recipes that extend this
-    one, directly or indirectly. Raises UserError if a recipe extends itself, or cannot be read.
+    The base is the recipe that the key `base` names: a recipe of the package, or a file. The path
+    of such a file is relative to the recipe that names it. extended_by: files of the recipes that
+    extend this one, directly or indirectly. Raises UserError if a recipe extends itself, or cannot
+    be read.
     """
     path, missing = Path(name_or_file), "there is no such file"
     if path.suffix != ".toml":

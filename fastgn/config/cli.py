@@ -59,10 +59,10 @@ def check_command_line(program: str) -> None:
 
 
 def find_flag_value(args: Sequence[str], name: str) -> str | None:
-    """Returns the value of --name before the whole command line is parsed, or None if it is not
-    given.
+    """Returns the value of the flag --name in a command line that is not parsed yet.
 
-    If the flag is given several times, the last value counts, as it does for tyro.
+    Returns None if the flag is not given. If it is given several times, the last value is used, as
+    tyro does.
     """
     value = None
     for index, arg in enumerate(args):
@@ -123,8 +123,8 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
 
 def check_given_once(kind: type, args: Sequence[str]) -> None:
     """Raises UserError if a flag that takes any number of values is given twice, because tyro would
-    ignore the first values. A flag with one value may be given twice, and the last value counts, so
-    that a user can override a flag in a shell alias."""
+    ignore the first values. A flag with one value may be given twice, and the last value is used,
+    so that a user can override a flag in a shell alias."""
     given = [arg.partition("=")[0].replace("_", "-") for arg in args]
     for name in map(format_flag, find_lists(kind)):
         times = given.count(f"--{name}")
@@ -148,7 +148,8 @@ def check_working_folder() -> None:
 def set_columns(width: int | None) -> Iterator[None]:
     """Sets the width of the terminal, in characters, that tyro sees inside the block.
 
-    In a narrow terminal tyro would break the words of its message in two. None means no change.
+    In a narrow terminal tyro would break the words of its message in two. If `width` is None, the
+    width does not change.
     """
     before = os.environ.get("COLUMNS")
     if width is not None:
@@ -163,8 +164,8 @@ def set_columns(width: int | None) -> Iterator[None]:
 
 def translate_refusal(text: str, kind: type) -> str:
     """Returns the first message in tyro's box as one line in fastgn's words."""
-    # tyro draws a box of lines around its message; if the encoding of stdout is not exactly
-    # "utf-8", it draws only lines of "-" above and below
+    # tyro draws a box of lines around its message. If the encoding of stdout is not exactly
+    # "utf-8", tyro draws only lines of "-" above and below the message.
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
     line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))

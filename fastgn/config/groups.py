@@ -58,12 +58,14 @@ class ArchitectureConfig(Options):
     """Change initial weights that do not fit the network. Position tables are resized to the image
     size. A classifier head for another number of classes is replaced by a random one."""
     activation: str | None = None
-    """Activation that replaces all activations of the network, such as gelu, silu or relu, or with
-    a number leaky_relu:0.3, elu:1 or softplus:10. None means the model's own activations."""
+    """Activation that replaces all activations of the network, such as gelu, silu or relu. A number
+    may follow some names, as in leaky_relu:0.3, elu:1 or softplus:10. None means the model's own
+    activations."""
     img_size: Annotated[int | None, Range(1, 4096)] = None
     """Side of the square input in pixels. None means the model's own size."""
     num_classes: Annotated[int | None, Range(2, 1_000_000)] = None
-    """Number of classes. It must be the number in the data, which is also what None means."""
+    """Number of classes. It must equal the number of classes in the data. None means this
+    number."""
     drop: Annotated[float, RATE] = 0.0
     """Dropout rate of the classifier head."""
     drop_path: Annotated[float, RATE] = 0.0
@@ -117,8 +119,8 @@ class DatasetConfig(Options):
     """Number of worker processes of the torch loader, per rank. The dali loader uses this number of
     threads, and a quarter as many worker processes."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
-    """Seconds that a run waits for a batch from the worker processes. Then it ends, because their
-    disk or network no longer answers."""
+    """Seconds that a run waits for a batch from the worker processes before it ends. They may be
+    stuck because a disk or the network no longer answers."""
     batch_size: Annotated[int | None, BATCH] = None
     """Number of images per rank and micro-batch. None means 32 on CUDA and 8 on CPU."""
     grad_accum_steps: Annotated[int, BATCH] = 1
@@ -199,8 +201,8 @@ class StepConfig(Options):
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether to use torch.compile. on: compile the whole step into one graph. off: run it eagerly.
-    auto: on for CUDA, and off on CPU, because there compiling takes longer than it saves in a short
-    run."""
+    auto: on for CUDA, and off on CPU, because compiling on the CPU takes longer than it saves in a
+    short run."""
     schedule: Literal["auto", ScheduleKind] = "exact"
     """Way to compute the penalty. exact: double backprop, in one graph if compiled. exact-eager:
     the same, but never compiled. auto: exact, with micro-batches and an activation memory budget
@@ -330,8 +332,8 @@ class OptimizerConfig(Options):
     sched_on_updates: bool = True
     """Change the learning rate at every update. The paper's code changes it once an epoch."""
     model_ema: bool = True
-    """Keep an exponential moving average of the weights in fp32. Then the average is evaluated and
-    exported instead of the weights."""
+    """Keep an exponential moving average of the weights in fp32. This average is then evaluated and
+    exported instead of the weights themselves."""
     model_ema_decay: Annotated[float, RATE] = 0.9998
     """Decay of the average of the weights at each update."""
     model_ema_warmup: bool = True
