@@ -64,8 +64,8 @@ def leaf_gradient(
 ) -> Gradient:
     """Returns each image's loss and its gradient with respect to the image.
 
-    Unlike `input_gradient`, it does not make the images a leaf that requires grad, because
-    torch.compile cannot compile that. The caller must have done so.
+    The images must be a leaf that requires grad. `input_gradient` makes such a leaf itself, but
+    torch.compile cannot compile that.
     """
     loss_B = loss(model(images_BCHW), targets)
     (grad_BCHW,) = torch.autograd.grad(loss_B.sum(), images_BCHW)

@@ -43,11 +43,11 @@ class Checkpoints:
         returned since then."""
 
     def path(self, update: int) -> Path:
-        """Returns the file of the checkpoint after an update."""
+        """Returns the path of the file for the checkpoint after an update."""
         return self.folder / f"update_{update:08d}.pt"
 
     def epoch_path(self, epoch: int) -> Path:
-        """Returns the file that keeps the checkpoint at the end of an epoch for good."""
+        """Returns the path at which the checkpoint at the end of an epoch is kept for good."""
         return self.folder / f"epoch_{epoch:04d}.pt"
 
     def all(self) -> list[Path]:

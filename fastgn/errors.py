@@ -1,4 +1,4 @@
-"""Mistakes of the user: raising, wording and printing them."""
+"""Functions that raise, word and print errors about mistakes of the user."""
 
 import contextlib
 import difflib

@@ -101,7 +101,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
 
 
 def silence_autoattack() -> None:
-    """Keeps AutoAttack's progress off the terminal. Its warnings go into the record."""
+    """Keeps AutoAttack's progress and warnings off the terminal. evaluation.json lists the
+    warnings."""
     logger = logging.getLogger("auto-attack")
     logger.propagate = False
     logger.setLevel(logging.WARNING)

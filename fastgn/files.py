@@ -112,8 +112,8 @@ def check_target(path: Path) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises UserError if `path` exists but is not a plain file, because a rename would replace
-    it."""
+    """Raises UserError if `path` exists but is not a plain file, because writing ends with a rename
+    that would replace it."""
     try:
         mode = path.lstat().st_mode
     except OSError:  # it is missing or unreadable, which is reported when it is opened
@@ -272,7 +272,7 @@ def read_archive(path: Path, *, legacy: bool = False) -> Any:
     None.
     """
     with open_for_reading(path) as file:
-        archive = file.read(4) == b"PK\x03\x04"  # torch.load decides by the same bytes
+        archive = file.read(4) == b"PK\x03\x04"  # torch.load looks at the same bytes
         check(archive or legacy, f"{path} is corrupt: it is not an archive of torch.save")
         if archive:
             check_archive(file, path)

@@ -1,4 +1,4 @@
-"""The end of a run: the exported weights, the summary and the curves."""
+"""Ends a run, by writing the exported weights, the summary and the curves."""
 
 from fastgn import optim
 from fastgn.analysis.figures import draw_curves

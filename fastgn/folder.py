@@ -1,4 +1,4 @@
-"""The folder of a run: which one it is, who may write into it, and what it continues from."""
+"""Chooses and locks the folder of a run, and finds the checkpoint that the run continues from."""
 
 import time
 from pathlib import Path
@@ -16,7 +16,8 @@ from fastgn.state import TrainState
 def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState | None]:
     """Returns the run's folder, the checkpoint to continue from, and that checkpoint's content.
 
-    From here on no other process may write into the folder. The last two are None for a new run.
+    After this call no other process may write into the folder. For a new run, the checkpoint and
+    its content are None.
     Raises UserError if another process writes there, or if the folder holds a run that this one
     does not continue.
     """

@@ -132,7 +132,7 @@ class Heartbeat:
                     changed = report[0] != counts[other]
                     self.silent_s[other] = -self.interval_s if changed else self.silent_s[other]
                     counts[other] = report[0]
-                    if report[2]:  # another rank has found ranks missing
+                    if report[2]:  # another rank has found missing ranks
                         self.missing = [int(r) for r in report[2].split(",")]
                 for other in self.others:
                     self.silent_s[other] += self.interval_s

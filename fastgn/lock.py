@@ -24,8 +24,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 HELD: set[tuple[int, int]] = set()
 """(device, inode) of each lock file that this process has locked.
 
-It is needed because POSIX lets a process lock a file twice, and closing the file once then releases
-both locks.
+The set is needed because POSIX lets a process lock a file twice, and closing the file once then
+releases both locks.
 """
 
 
@@ -35,7 +35,7 @@ its folder at the same moment."""
 
 
 class HeldError(UserError):
-    """Another process holds the lock on a folder or file. The message names it."""
+    """Another process holds the lock on a folder or file. The message names this process."""
 
 
 @contextlib.contextmanager
@@ -163,7 +163,7 @@ def _release(descriptor: int, path: Path) -> None:
     """Removes the lock file and releases the lock."""
     with contextlib.suppress(OSError):
         if _is_file_at(descriptor, path):
-            path.unlink()  # now, because after the release it may belong to another process
+            path.unlink()  # before the release, because then another process may lock this file
     _close(descriptor)
 
 

@@ -1,4 +1,4 @@
-"""Records a run in metrics.csv, TensorBoard and W&B, shows its progress, and lists versions."""
+"""Records a run in metrics.csv, TensorBoard and W&B, shows its progress, and finds versions."""
 
 import csv
 import importlib
@@ -151,7 +151,7 @@ class Metrics:
         self.size = self.path.stat().st_size
 
     def advance(self) -> None:
-        """Counts an update. Does not wait for the device."""
+        """Adds one to the number of updates done, and shows it. Does not wait for the device."""
         self.update += 1
         self.bar.update(1)
         now = time.perf_counter()

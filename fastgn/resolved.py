@@ -108,8 +108,9 @@ def resolve(
     """Returns the values that every `auto` and None of a configuration stands for.
 
     batching: how the images of an update are divided. peak: peak learning rate. loader: name of
-    the loader's class. batches_per_epoch: number of its batches on each rank. planned: micro-batch
-    and memory budget that `--schedule auto` chose, or None if the configuration gives them.
+    the loader's class. batches_per_epoch: number of batches per epoch that the loader yields on
+    each rank. planned: micro-batch and memory budget that `--schedule auto` chose, or None if the
+    configuration gives them.
     """
     warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
     updates_per_epoch = batches_per_epoch // batching.grad_accum_steps
@@ -279,8 +280,8 @@ def make_plan(
 
     With `--schedule auto` it also chooses the micro-batch and the share of activations to keep, for
     the device with the least free memory and the slowest rates. Operations are counted on the CPU,
-    without data. Returns None if they cannot be counted and nothing has to be chosen. batching: how
-    the images of an update are divided.
+    without data. Returns None if the operations cannot be counted and nothing has to be chosen.
+    batching: how the images of an update are divided.
 
     Raises UserError if nothing fits, or if `--schedule auto` cannot count the operations.
     """
@@ -321,7 +322,7 @@ def make_plan(
 
 
 def slowest_rates(world: World, precision: str) -> Rates:
-    """Measures the device of every rank, and returns the slowest of each of the rates."""
+    """Measures the device of every rank, and returns the slowest value of each rate."""
     flops, bytes_, launch = measure_rates(world.device, precision)
     return Rates(world.min(flops), world.min(bytes_), -world.min(-launch))
 

@@ -90,8 +90,8 @@ class Run:
         It is a tensor, so that a change recompiles nothing.
         """
         self.sums = torch.zeros(2, len(SUMS), device=device)
-        """Sum of each logged value since the last log row, and the number of updates that had such
-        a value. With --schedule lazy, not all updates have a penalty."""
+        """First row: sum of each logged value since the last log row. Second row: number of updates
+        that had this value. With --schedule lazy, not all updates have a penalty."""
         self.bad_update = torch.full((), -1, device=device)
         """First update whose loss or gradient was not finite. -1 means none."""
         self.reset_clock()
@@ -294,7 +294,7 @@ class Run:
         return self.at_border() if interval is None else self.update % interval == 0
 
     def log(self, lr: float, ramp: float) -> None:
-        """Writes a row with the means since the last row. Waits for the device."""
+        """Writes a row of metrics.csv with the means since the last row. Waits for the device."""
         self.check_finite()
         if not self.summed:
             return
@@ -322,7 +322,7 @@ class Run:
     def bad_images(self, source: Loader | Subset) -> list[str]:
         """Returns a line for each bad image that was replaced on any rank since the last call.
 
-        source: the loader or the validation images. The devices are not waited for.
+        source: the loader or the validation images. Does not wait for the devices.
         """
         if self.cfg.dataset.on_bad_image == "fail":
             return []
@@ -331,8 +331,8 @@ class Run:
     def report_bad_images(self, source: Loader | Subset, kind: str) -> int:
         """Returns the number of bad images that were replaced since the last call.
 
-        If some of them are new, prints the number and the first few names. kind: the kind of
-        images.
+        If some of them are new, prints the number and the first few names. kind: "training" or
+        "validation".
         """
         bad = self.bad_images(source)
         source.bad_images.clear()

@@ -58,14 +58,16 @@ from fastgn.step.step import Step
 
 
 def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None = None) -> Run:
-    """Returns everything that the training loop needs. Cheap checks come first.
+    """Returns everything that the training loop needs.
+
+    Quick checks come first, so that most mistakes are reported at once.
 
     on_evaluation: function that is called after each evaluation. An exception that it raises ends
     the run. Raises UserError if the run cannot start, and then leaves its folder unchanged.
     """
     kernels = check_options(cfg, world.device)
     folder, path, state = open_run(cfg, world)
-    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs it no more
+    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs no such file
         initial_file(cfg.architecture.initial_checkpoint)
     allow_changed_data = cfg.run.allow_changed_data
     # config.toml can be used as a recipe, and a new run from it must not continue this run
@@ -266,7 +268,7 @@ def make_step(
 def make_subset(
     cfg: Config, dataset: Dataset, model: Classifier, resolved: Resolved, world: World
 ) -> Subset | None:
-    """Returns the validation images of each evaluation. None means that there are none."""
+    """Returns the validation images of each evaluation, or None if the run does not evaluate."""
     if not cfg.run.eval_images:
         return None
     return Subset(

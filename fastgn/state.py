@@ -52,7 +52,10 @@ def is_accuracy(value: Any) -> bool:
 
 
 def is_state_dict(value: Any) -> bool:
-    """Returns whether a value is a dictionary of tensors by name that is not empty."""
+    """Returns whether a value is a dictionary that has strings as keys and tensors as values.
+
+    It must not be empty.
+    """
     return (
         isinstance(value, dict)
         and len(value) > 0
@@ -63,8 +66,8 @@ def is_state_dict(value: Any) -> bool:
 def is_optimizer(value: Any) -> bool:
     """Returns whether a value has the form of an optimizer's state_dict.
 
-    Such a dict holds the optimizer's tensors for each number of a parameter, and parameter groups
-    that list these numbers.
+    Such a dict maps the number of each parameter to the optimizer's values for it. It also holds
+    the parameter groups, which list these numbers.
     """
     if not isinstance(value, dict) or not value.keys() >= {"state", "param_groups"}:
         return False
@@ -152,7 +155,7 @@ class TrainState:
     def copy_to_host(self) -> "TrainState":
         """Returns a copy in the host's memory, which later updates do not change.
 
-        Tensors that share memory share it in the copy as well, so that the file is the same.
+        Tensors that share memory share it in the copy as well, so that both give the same file.
         """
         storages: dict[int, Any] = {}
         found = tree_leaves(vars(self))
@@ -227,7 +230,7 @@ def read_fields(content: Any, kind: type[Content], where: str) -> Content:
 def as_dict(content: TrainState | ExportHeader) -> dict[str, Any]:
     """Returns the fields by name, as they are written into a file.
 
-    Fields that are None by default are left out if they are None.
+    A field is left out if its value and its default are both None.
     """
     fields = {f.name: (getattr(content, f.name), f.default) for f in dataclasses.fields(content)}
     return {

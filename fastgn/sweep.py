@@ -51,8 +51,8 @@ from fastgn.setup import build
 from fastgn.train import train
 
 HEARTBEAT_S = 60
-"""Seconds between two signs of life of a trial. After three times as long without one, the process
-counts as killed, and its values are tried again."""
+"""Seconds between two signs of life of a trial. If none comes for three times as long, the trial's
+process counts as killed, and the trial's values are tried again."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -102,7 +102,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
         ):
             run = build_when_free(config, world, make_reporter(trial, cfg, optuna))
             train(run)
-    except KeyboardInterrupt:  # raised only before the first update; later, train() returns early
+    except KeyboardInterrupt:  # only before the first update, because train() handles it later
         raise Interrupted from None
     finally:
         if run is not None and run.metrics is not None:
@@ -279,7 +279,7 @@ def sweep(cfg: SweepConfig) -> int:
                 write_results(study, cfg, base)
 
         def stop_if_enough(study: Any, trial: Any) -> None:
-            if len(list_finished(study)) >= cfg.trials:  # other processes' trials count as well
+            if len(list_finished(study)) >= cfg.trials:  # includes trials of other processes
                 study.stop()
 
         if done < cfg.trials:

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # a mistake is answered before the imports that take seconds
+if __name__ == "__main__":  # report a mistake of the user before imports that take seconds
     from fastgn.extras import check_start
 
     check_start("fastgn.train")
