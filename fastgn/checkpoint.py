@@ -39,8 +39,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         """Thread that writes files while the training goes on. It starts with the first file."""
         self._writing: Future[Path] | None = None
-        """Result of the last write, which may still be going on. None means that `wait` has
-        returned since then."""
+        """Result of the last `save_later`, whose write may still be going on. None after `wait`."""
 
     def path(self, update: int) -> Path:
         """Returns the path of the file for the checkpoint after an update."""

@@ -82,7 +82,7 @@ def is_optimizer(value: Any) -> bool:
 
 
 def is_identity(value: Any) -> bool:
-    """Returns whether a value describes a data set: numbers and digests for each split."""
+    """Returns whether a value describes a data set, with numbers and digests for each split."""
     return isinstance(value, dict) and all(
         isinstance(name, str)
         and isinstance(split, dict)

@@ -36,8 +36,8 @@ class Saved:
     """Number of updates that the weights have had. None if an older version of fastgn did not save
     it."""
     unfinished: str | None
-    """A line that says how far the run had come, if the file is a checkpoint from before the run's
-    end. None for an export, which a run writes at its end."""
+    """A line that says how far the run had come. None if the run had ended, which is always so for
+    an export."""
 
 
 def read_saved(path: Path) -> Saved:
@@ -80,7 +80,7 @@ class Trained:
     """A trained network, ready for attacks, and the configuration that it was trained with."""
 
     name: str
-    """Name of the run or of the file of weights, safe to print."""
+    """Name of the run or of the file of weights, with unprintable characters escaped."""
     model: Classifier
     """The network in evaluation mode. Its weights require no gradient."""
     cfg: Config
@@ -88,7 +88,7 @@ class Trained:
     update: int | None = None
     """Number of updates that the weights have had. None if the file does not say."""
     unfinished: str | None = None
-    """A line that says how far the run had come, if the weights are not from its end."""
+    """A line that says how far the run had come. None if the weights are from the run's end."""
 
 
 def load_trained(where: str, device: torch.device) -> Trained:

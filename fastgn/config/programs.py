@@ -184,7 +184,7 @@ class EvaluateConfig(BareWeightsConfig):
     """Also check with the last radius of --eps whether the attacks can be believed (a sanity
     report)."""
     analysis_images: Annotated[int, BATCH] = 256
-    """Number of images for --statistics and --sanity. They are evenly spaced."""
+    """Number of images for --statistics and --sanity, at even distances in the evaluated ones."""
     curve: Annotated[str | None, PATH] = None
     """Also draw the accuracy under the last of --attacks against eps, into this PNG file."""
     picture: Annotated[str | None, PATH] = None
@@ -310,7 +310,7 @@ class SweepConfig(Options):
     once. No trial is stopped early, because Optuna cannot judge it by two values."""
     clean_floor: Annotated[float, PROBABILITY] = 0.0
     """Lowest acceptable clean accuracy (0..1). A trial below it cannot be the best. With
-    --objective robust, such a trial also counts as worse than every trial that reaches it."""
+    --objective robust, such a trial is also worse than every trial that reaches the floor."""
     prune: bool = True
     """Stop a trial early if it is worse than the median of the other trials at the same epoch. This
     has no effect with --objective pareto."""
@@ -338,7 +338,7 @@ class SweepConfig(Options):
 
     @property
     def database(self) -> Path:
-        """The file of --study, with .db added if it has no ending."""
+        """Path of the file of --study, with .db added if its name has no ending."""
         path = Path(self.study)
         return path if path.suffix else path.with_name(f"{path.name}.db")
 
@@ -381,7 +381,7 @@ class PackConfig(Options):
 @dataclasses.dataclass(frozen=True)
 class CheckConfig(Options):
     """Decodes every image of a data set and names those that cannot be read. The exit status is 1
-    if there is one."""
+    if an image cannot be read."""
 
     data_dir: Annotated[str, Positional, PATH]
     """The images: folders, lists of files or shards, as for --data-dir of fastgn.train."""
