@@ -64,6 +64,7 @@ RESULTS_PAGE = {
     "precision": "step.precision",
     "predict": "step.predict",
     "scaling": "step.scaling",
+    "overlap": "step.overlap",
 }
 """Name of a table in docs/results.md, and beginning of its records' names -> its benchmark."""
 TABLES = {

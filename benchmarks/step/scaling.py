@@ -7,20 +7,21 @@ grows with the number of GPUs.
     python -m benchmarks.step.scaling --cost benchmarks/results/cost_swin_b_nvidia_h200.json
     python -m benchmarks.step.scaling --predict benchmarks/results/predict_swin_b.json --card a100
 
-An update takes the time of computing its micro-batches, plus the part of one all-reduce of the
-gradients that does not overlap with computing. A ring of n GPUs sends 2 (n - 1) / n of the bytes
-over its slowest link. DistributedDataParallel sends gradients in buckets, and each bucket takes
-2 (n - 1) hops. The compiled step has no overlap, because its backward is one operation, which gives
-all gradients at its end.
+An update takes the compute of its micro-batches, and the part of the gradients' all-reduces that
+does not overlap with compute. A ring of n GPUs sends 2 (n - 1) / n of the bytes over its slowest
+link, and makes 2 (n - 1) hops per all-reduce. With --grad-sync flat nothing overlaps. With overlap,
+`READY_SHARE` of the gradients are known when the last `TAIL_SHARE` of the backward begins. They are
+summed during this time, and the others after it. An update of several micro-batches is flat.
 
-Not modelled: the loader; slower processes; the optimizer, clipping and the average of the weights,
-unless the speed includes them (--cost includes the optimizer, --predict nothing); evaluation,
-checkpoints and restarts; links that are shared or below their peak; copying gradients into buckets,
-and GPU time that collectives take from computing; reductions of attacks and of BatchNorm's buffers;
-collectives other than a ring; a speed that changes with clocks or batch.
+Not modelled: the loader; stragglers; the optimizer, clipping and the average of the weights, unless
+the rate includes them (--cost includes the optimizer, --predict nothing); evaluation, checkpoints
+and restarts; links that are shared or below their peak; GPU time that collectives take from
+compute, and CUDA graphs, which overlap rules out; BatchNorm's buffers; collectives other than a
+ring; a rate that changes with clocks or batch.
 
-Writes benchmarks/results/scaling_<model>_<card>.json. The predictions were checked against two gloo
-processes on one CPU (benchmarks/results/scaling_check_cpu.json).
+Writes benchmarks/results/scaling_<model>_<card>.json, with --predict ..._predicted.json. The model
+of a flat update was checked on two gloo processes of one CPU, when they still used
+DistributedDataParallel (benchmarks/results/scaling_check_cpu.json).
 """
 
 import argparse
@@ -39,14 +40,21 @@ from benchmarks.step.pretend import GPUS
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
+from fastgn.step.gradients import CHUNK_BYTES
+from fastgn.step.overlap import BUCKET_MB
 
 IMAGENET_IMAGES = 1_281_167
 INTRA_LATENCY_S, INTER_LATENCY_S = 3.4e-6, 14.0e-6
 """Seconds per hop of NCCL's ring (protocol "simple") over NVLink and over the network.
 
 Source: the table from which NCCL chooses its algorithms, and torch/_inductor/comm_analysis.py."""
-BUCKETS_BYTES = 1 << 20, 25 << 20
-"""Bytes of DistributedDataParallel's first bucket of gradients, and of each further one."""
+BACKWARD_SHARE = 2 / 3
+"""Share of an update's compute that the compiled backward takes. The forward of gradnorm, with its
+input gradient, takes the rest."""
+TAIL_SHARE, READY_SHARE = 0.25, 0.86
+"""Last part of the backward, and the share of Swin-B's gradients that are known when it begins."""
+MODES = [(sync, dtype) for sync in ("flat", "overlap") for dtype in ("fp32", "bf16")]
+"""Pairs of --grad-sync and --grad-dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,9 @@ class Links:
     intra_bytes_per_s: float
     """Bytes per second of each GPU within its node, in one direction."""
     inter_bytes_per_s: float
-    """Bytes per second of each GPU between nodes, in one direction."""
+    """Bytes per second of each network card between nodes, in one direction."""
+    node_links: int = 1
+    """Number of network cards in each node."""
     intra_latency_s: float = INTRA_LATENCY_S
     """Seconds per hop within a node."""
     inter_latency_s: float = INTER_LATENCY_S
@@ -68,38 +78,45 @@ class Links:
         return math.ceil(gpus / self.gpus_per_node)
 
 
-def buckets(gradient_bytes: float) -> int:
-    """Returns how many all-reduces DistributedDataParallel makes per update."""
-    first, other = BUCKETS_BYTES
-    return 1 + math.ceil(max(0.0, gradient_bytes - first) / other)
+def all_reduces(nbytes: float, sync: str) -> int:
+    """Returns the number of all-reduces per update. nbytes: size of the gradients that travel."""
+    return math.ceil(nbytes / (CHUNK_BYTES if sync == "flat" else BUCKET_MB * 2**20))
 
 
-def all_reduce_seconds(gpus: int, gradient_bytes: float, links: Links) -> float:
-    """Returns the seconds of an all-reduce of the gradients by a ring."""
+def all_reduce_seconds(gpus: int, nbytes: float, links: Links, sync: str = "flat") -> float:
+    """Returns the seconds in which rings sum all gradients. nbytes: their size in bytes.
+
+    sync: "flat" or "overlap", which decides the number of all-reduces.
+    """
     nodes = links.nodes(gpus)
     rate = links.intra_bytes_per_s
     if nodes > 1:
-        rate = min(rate, links.inter_bytes_per_s)
+        rate = min(rate, links.node_links * links.inter_bytes_per_s)
     far = 2 * (nodes - 1)
     near = 2 * (gpus - 1) - far
     latency = near * links.intra_latency_s + far * links.inter_latency_s
-    return 2 * (gpus - 1) / gpus * gradient_bytes / rate + buckets(gradient_bytes) * latency
+    return 2 * (gpus - 1) / gpus * nbytes / rate + all_reduces(nbytes, sync) * latency
 
 
 def update_seconds(
     gpus: int,
     micro_batch_s: float,
     grad_accum_steps: int,
-    gradient_bytes: float,
+    nbytes: float,
     links: Links,
-    overlap: float,
+    sync: str = "flat",
 ) -> float:
-    """Returns the seconds of an update. Only the last micro-batch overlaps with the all-reduce.
+    """Returns the seconds of an update.
 
-    overlap: share of a micro-batch's time during which gradients can be reduced.
+    nbytes: size in bytes of the gradients that travel. sync: "flat" or "overlap".
     """
-    exposed = all_reduce_seconds(gpus, gradient_bytes, links) - overlap * micro_batch_s
-    return grad_accum_steps * micro_batch_s + max(0.0, exposed)
+    if sync == "overlap" and grad_accum_steps == 1:
+        seconds = all_reduce_seconds(gpus, nbytes, links, sync)
+        hidden = TAIL_SHARE * BACKWARD_SHARE * micro_batch_s
+        exposed = max(0.0, READY_SHARE * seconds - hidden) + (1 - READY_SHARE) * seconds
+    else:
+        exposed = all_reduce_seconds(gpus, nbytes, links)
+    return grad_accum_steps * micro_batch_s + exposed
 
 
 def days(images_per_s: float, epochs: float) -> float:
@@ -137,23 +154,28 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     batch = batch or 64
     nbytes = gradient_bytes_of(network)
     intra = args.intra_node * 1e9 if args.intra_node else GPUS[card].link_bytes_per_s
-    links = Links(intra, args.inter_node * 1e9 / 8, gpus_per_node=args.gpus_per_node)
+    inter = args.inter_node * 1e9 / 8
+    links = Links(intra, inter, args.node_links, gpus_per_node=args.gpus_per_node)
     rows = []
     for gpus in args.gpus:
-        update_s = update_seconds(gpus, batch / rate, steps, nbytes, links, args.overlap)
-        images_per_s = gpus * batch * steps / update_s
-        rows.append(
-            {
-                "gpus": gpus,
-                "nodes": links.nodes(gpus),
-                "global_batch": gpus * batch * steps,
-                "update_s": update_s,
-                "all_reduce_s": all_reduce_seconds(gpus, nbytes, links),
-                "images_per_s": images_per_s,
-                "efficiency": images_per_s / (gpus * rate),
-                "days": days(images_per_s, args.epochs),
-            }
-        )
+        for sync, dtype in MODES if gpus > 1 else MODES[:1]:
+            travelling = nbytes // 2 if dtype == "bf16" else nbytes
+            update_s = update_seconds(gpus, batch / rate, steps, travelling, links, sync)
+            images_per_s = gpus * batch * steps / update_s
+            rows.append(
+                {
+                    "gpus": gpus,
+                    "nodes": links.nodes(gpus),
+                    "global_batch": gpus * batch * steps,
+                    "grad_sync": sync,
+                    "grad_dtype": dtype,
+                    "update_s": update_s,
+                    "all_reduce_s": all_reduce_seconds(gpus, travelling, links, sync),
+                    "images_per_s": images_per_s,
+                    "efficiency": images_per_s / (gpus * rate),
+                    "days": days(images_per_s, args.epochs),
+                }
+            )
     return {
         "prediction": True,
         "meaning": "prediction: no run of several GPUs was measured",
@@ -165,8 +187,6 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
         "batch": batch,
         "grad_accum_steps": steps,
         "gradient_bytes": nbytes,
-        "buckets": buckets(nbytes),
-        "overlap": args.overlap,
         "epochs": args.epochs,
         "links": dataclasses.asdict(links),
         "rows": rows,
@@ -186,31 +206,41 @@ def table(record: Record) -> str:
         }
         notes = (record["meaning"], "eager gradnorm")
         return with_notes(make_table(record["rows"], columns), record, *notes)
+    by_gpus: dict[int, dict[tuple[str, str], Row]] = {}
+    for row in record["rows"]:
+        by_gpus.setdefault(row["gpus"], {})[row["grad_sync"], row["grad_dtype"]] = row
+
+    def efficiency(modes: dict[tuple[str, str], Row], mode: tuple[str, str]) -> str:
+        row = modes.get(mode)
+        return "" if row is None else f"{100 * row['efficiency']:.0f} %, {row['days']:.2f} days"
+
     columns = {
-        "GPUs": lambda r: str(r["gpus"]),
-        "nodes": lambda r: str(r["nodes"]),
-        "global batch": lambda r: str(r["global_batch"]),
-        "images/s": lambda r: f"{r['images_per_s']:.0f}",
-        "efficiency": lambda r: f"{100 * r['efficiency']:.0f} %",
-        "days": lambda r: f"{r['days']:.2f}",
+        "GPUs": lambda modes: str(modes["flat", "fp32"]["gpus"]),
+        "nodes": lambda modes: str(modes["flat", "fp32"]["nodes"]),
+        "global batch": lambda modes: str(modes["flat", "fp32"]["global_batch"]),
+        **{
+            f"{mode[0]}, {mode[1]}": lambda modes, mode=mode: efficiency(modes, mode)
+            for mode in MODES
+        },
     }
     links = record["links"]
     return with_notes(
-        make_table(record["rows"], columns),
+        make_table(list(by_gpus.values()), columns),
         record,
         f"Prediction; one {record['card'].upper()}'s speed {record['source']}",
         f"{record['model']}, {record['batch']} x {record['grad_accum_steps']} images a GPU, "
         f"{record['epochs']:g} epochs of ImageNet-1k",
         f"{record['gradient_bytes'] / 1e6:.0f} MB of gradients over "
         f"{links['intra_bytes_per_s'] / 1e9:g} GB/s in a node and "
-        f"{links['inter_bytes_per_s'] / 1e9:g} between nodes, overlap {record['overlap']:g}",
+        f"{links['node_links']} x {links['inter_bytes_per_s'] / 1e9:g} between nodes",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Makes the predictions, and writes the JSON record."""
     record = predict(args)
-    output = args.output or arguments.RESULTS / f"scaling_{record['model']}_{record['card']}.json"
+    name = f"scaling_{record['model']}_{record['card']}{'_predicted' * bool(args.predict)}.json"
+    output = args.output or arguments.RESULTS / name
     head = {"script": "benchmarks/step/scaling.py", "file": output.name}
     record = head | record | environment()
     write_json(output, record)
@@ -238,9 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--gpus-per-node", type=positive_int, default=8)
     intra = "GB/s of each GPU in one direction; default: NVLink"
     add("--intra-node", type=positive_float, help=intra)
-    add("--inter-node", type=positive_float, default=400.0, help="Gbit/s of each GPU between nodes")
-    overlap = "share of compute beside which gradients move"
-    add("--overlap", type=arguments.share, default=0.0, help=overlap)
+    add("--inter-node", type=positive_float, default=400.0, help="Gbit/s of each network card")
+    add("--node-links", type=positive_int, default=1, help="network cards per node")
     add("--epochs", type=positive_float, default=100.0)
     args = parser.parse_args(argv)
     return arguments.exit_status("scaling.py", lambda: run(args))

@@ -385,7 +385,7 @@ def test_what_cannot_fit_says_so_in_one_line() -> None:
         planned(4.9, dataclasses.replace(SYNTHETIC, precision="fp32"))
     line = str(error.value)
     assert "\n" not in line
-    assert "5.00 GiB" in line and "5.44 GiB free" in line and "10%" in line
+    assert "5.00 GiB" in line and "5.44 GiB are free" in line and "10%" in line
     assert "--precision bf16" in line and "--compile on" in line
     with pytest.raises(UserError) as error:
         planned(1, compiled=True)
