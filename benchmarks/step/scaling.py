@@ -41,7 +41,7 @@ from fastgn.config.groups import ArchitectureConfig
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
 from fastgn.step.gradients import CHUNK_BYTES
-from fastgn.step.overlap import BUCKET_MB
+from fastgn.step.overlap import BUCKET
 
 IMAGENET_IMAGES = 1_281_167
 INTRA_LATENCY_S, INTER_LATENCY_S = 3.4e-6, 14.0e-6
@@ -78,15 +78,21 @@ class Links:
         return math.ceil(gpus / self.gpus_per_node)
 
 
-def all_reduces(nbytes: float, sync: str) -> int:
-    """Returns the number of all-reduces per update. nbytes: size of the gradients that travel."""
-    return math.ceil(nbytes / (CHUNK_BYTES if sync == "flat" else BUCKET_MB * 2**20))
+def all_reduces(nbytes: float, sync: str, itemsize: int = 4) -> int:
+    """Returns the number of all-reduces per update.
+
+    nbytes: size of the gradients that travel. itemsize: bytes per gradient.
+    """
+    return math.ceil(nbytes / (CHUNK_BYTES if sync == "flat" else BUCKET * itemsize))
 
 
-def all_reduce_seconds(gpus: int, nbytes: float, links: Links, sync: str = "flat") -> float:
-    """Returns the seconds in which rings sum all gradients. nbytes: their size in bytes.
+def all_reduce_seconds(
+    gpus: int, nbytes: float, links: Links, sync: str = "flat", itemsize: int = 4
+) -> float:
+    """Returns the seconds in which rings sum all gradients.
 
-    sync: "flat" or "overlap", which decides the number of all-reduces.
+    nbytes: size of the gradients in bytes. itemsize: bytes per gradient. sync: "flat" or "overlap",
+    which decides the number of all-reduces.
     """
     nodes = links.nodes(gpus)
     rate = links.intra_bytes_per_s
@@ -95,7 +101,7 @@ def all_reduce_seconds(gpus: int, nbytes: float, links: Links, sync: str = "flat
     far = 2 * (nodes - 1)
     near = 2 * (gpus - 1) - far
     latency = near * links.intra_latency_s + far * links.inter_latency_s
-    return 2 * (gpus - 1) / gpus * nbytes / rate + all_reduces(nbytes, sync) * latency
+    return 2 * (gpus - 1) / gpus * nbytes / rate + all_reduces(nbytes, sync, itemsize) * latency
 
 
 def update_seconds(
@@ -105,13 +111,14 @@ def update_seconds(
     nbytes: float,
     links: Links,
     sync: str = "flat",
+    itemsize: int = 4,
 ) -> float:
-    """Returns the seconds of an update.
+    """Returns the seconds of an update. See all_reduce_seconds for the other arguments.
 
-    nbytes: size in bytes of the gradients that travel. sync: "flat" or "overlap".
+    micro_batch_s: seconds of the compute of a micro-batch.
     """
     if sync == "overlap" and grad_accum_steps == 1:
-        seconds = all_reduce_seconds(gpus, nbytes, links, sync)
+        seconds = all_reduce_seconds(gpus, nbytes, links, sync, itemsize)
         hidden = TAIL_SHARE * BACKWARD_SHARE * micro_batch_s
         exposed = max(0.0, READY_SHARE * seconds - hidden) + (1 - READY_SHARE) * seconds
     else:
@@ -159,8 +166,9 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for gpus in args.gpus:
         for sync, dtype in MODES if gpus > 1 else MODES[:1]:
-            travelling = nbytes // 2 if dtype == "bf16" else nbytes
-            update_s = update_seconds(gpus, batch / rate, steps, travelling, links, sync)
+            itemsize = 2 if dtype == "bf16" else 4
+            sent = nbytes * itemsize // 4, links, sync, itemsize
+            update_s = update_seconds(gpus, batch / rate, steps, *sent)
             images_per_s = gpus * batch * steps / update_s
             rows.append(
                 {
@@ -170,7 +178,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
                     "grad_sync": sync,
                     "grad_dtype": dtype,
                     "update_s": update_s,
-                    "all_reduce_s": all_reduce_seconds(gpus, travelling, links, sync),
+                    "all_reduce_s": all_reduce_seconds(gpus, *sent),
                     "images_per_s": images_per_s,
                     "efficiency": images_per_s / (gpus * rate),
                     "days": days(images_per_s, args.epochs),

@@ -1,5 +1,6 @@
 """Sums the gradients over the processes while the backward still computes."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,26 +8,33 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-BUCKET_MB = 40
-"""Megabytes of gradients that one all-reduce sums.
+BUCKET = 3 * 2**20
+"""Number of gradients that one all-reduce sums.
 
-PyTorch's default joins all gradients, so that their sum begins only when the backward has ended.
-Inductor begins an all-reduce only when the one before it has ended. Therefore a few large ones run
-beside the kernels better than many small ones.
+PyTorch's default joins all gradients, so that their sum begins when the backward has ended. A size
+that depends on the number of the bucket is of no use, because Inductor (2.14) asks for the first
+one's alone.
 """
 
 
-def size_bucket(index: int) -> int:
-    """Returns the megabytes of a bucket. index: number of the bucket."""
-    return BUCKET_MB
+def size_bucket(index: int, itemsize: int) -> float:
+    """Returns the size of a bucket of gradients in MiB.
+
+    index: number of the bucket in the backward. itemsize: bytes per gradient.
+    """
+    return BUCKET * itemsize / 2**20
 
 
-INDUCTOR = {
-    "bucket_all_reduces_fx": "all",
-    "bucket_all_reduces_fx_bucket_size_determinator": size_bucket,
-}
-"""Options of torch.compile that join the all-reduces of several weights into one, which begins when
-all of its gradients are known."""
+def make_compile_options(dtype: torch.dtype) -> dict[str, Any]:
+    """Returns options of torch.compile that join the all-reduces of several weights into one.
+
+    dtype: dtype in which the gradients travel.
+    """
+    sizes = functools.partial(size_bucket, itemsize=dtype.itemsize)
+    return {
+        "bucket_all_reduces_fx": "all",
+        "bucket_all_reduces_fx_bucket_size_determinator": sizes,
+    }
 
 
 @torch.library.custom_op("fastgn::zero_summed", mutates_args=())

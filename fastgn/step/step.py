@@ -15,7 +15,7 @@ from fastgn.step.double_backward import compile_double_backward
 from fastgn.step.gradients import GRAD_DTYPES, GradientBuffer, OneRank, Ranks, average_over_ranks
 from fastgn.step.losses import AttackGradient, LossModule, name_of_turn, split_objective
 from fastgn.step.options import StepOptions
-from fastgn.step.overlap import INDUCTOR, SummedInBackward, find_default_group
+from fastgn.step.overlap import SummedInBackward, find_default_group, make_compile_options
 from fastgn.step.precision import autocast, in_precision, matmul_precision
 from fastgn.step.random_state import RandomState
 from fastgn.step.schedule import check_schedule
@@ -100,7 +100,9 @@ class Step:
             if self._slots:
                 summed = SummedInBackward(module, find_default_group())
                 self.overlapped[name] = self._compile(
-                    summed, part.needs_input_gradient, options=INDUCTOR
+                    summed,
+                    part.needs_input_gradient,
+                    options=make_compile_options(self._slots[0].dtype),
                 )
 
     def _compile(self, module: nn.Module, differentiates: bool, **options: Any) -> nn.Module:

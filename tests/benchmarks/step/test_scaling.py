@@ -44,8 +44,11 @@ def test_each_all_reduce_waits_for_its_hops(gpus, hops_near, hops_far):
     assert all_reduce_seconds(gpus, 1000, waiting) == hops_near + 100 * hops_far
     three = (2 * 128 << 20) + 1  # at most 128 MiB each
     assert all_reduce_seconds(gpus, three, waiting) == 3 * (hops_near + 100 * hops_far)
-    three = (2 * 40 << 20) + 1
+    three = 4 * (3 * 3 << 20)  # of 3 Mi gradients each
     assert all_reduce_seconds(gpus, three, waiting, "overlap") == 3 * (hops_near + 100 * hops_far)
+    assert all_reduce_seconds(gpus, three / 2, waiting, "overlap", 2) == pytest.approx(
+        3 * (hops_near + 100 * hops_far)
+    )
 
 
 def test_half_the_bandwidth_adds_the_all_reduce_without_overlap():
