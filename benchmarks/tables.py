@@ -53,6 +53,7 @@ RESULTS_PAGE = {
     "attacks": "evidence.attacks",
     "quickstart": "evidence.quickstart",
     "kills": "evidence.kills",
+    "faults": "evidence.faults",
     "families": "evidence.families",
     "robustness": "evidence.robustness",
     "edge": "evidence.edge",
