@@ -127,7 +127,9 @@ def _acquire(path: Path, name: str) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just removed the folder
-            if attempt == ATTEMPTS - 1:  # the cause must be another one, as in a folder of /proc
+            # after so many failures no other process is the cause: for example, no file can be
+            # created in /proc
+            if attempt == ATTEMPTS - 1:
                 raise
             continue
         try:

@@ -61,12 +61,15 @@ def describe_error(error: BaseException) -> str:
 
 
 def unfinished(path: Path) -> Path:
-    """Returns the path for an incomplete record if `path` already holds a complete one."""
+    """Returns where to write an incomplete record, so that the complete one at `path` is kept."""
     return path.with_name(f"{path.name}.incomplete")
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """Returns the record of an earlier call, an incomplete one if it exists, or {} if none does."""
+    """Returns the record of an earlier call, or {} if there is none.
+
+    If there is a record at `unfinished(path)`, returns that one, otherwise the one at `path`.
+    """
     return read_json(unfinished(path)) or read_json(path)
 
 

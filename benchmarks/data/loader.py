@@ -65,7 +65,10 @@ MEAN, STD = torch.full((1, 3, 1, 1), 0.45), torch.full((1, 3, 1, 1), 0.225)
 
 
 def jpeg(size: tuple[int, int], draw: torch.Generator) -> bytes:
-    """Returns a random JPEG of smooth shapes with grain. It has about 110 KB, ImageNet's mean."""
+    """Returns a random JPEG of smooth shapes with grain.
+
+    It has about 110 KB, which is the mean size of ImageNet's files.
+    """
     width, height = size
     coarse = torch.rand(1, 3, height // 24, width // 24, generator=draw)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0]

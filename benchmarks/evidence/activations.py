@@ -63,7 +63,8 @@ SPECTRUM = (
     "tanh",
 )
 REACH, STEP = 40.0, 1e-3
-"""Largest input of the grid on which f'' is computed, and distance of its points. 0 is none."""
+"""The grid on which f'' is computed lies between -REACH and REACH, and its points are STEP apart.
+The grid does not contain 0."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -200,9 +200,12 @@ def smoke(setting: Setting) -> Setting:
 
 
 def reference_of(arms: Sequence[str], precision: str) -> str:
-    """Returns the method whose number of epochs is given: exact gradnorm in the device's precision.
+    """Returns the name of the reference method, which is exact gradnorm.
 
-    arms: names of the methods that are compared.
+    The setting gives the reference's number of epochs, and those of the other methods follow from
+    it. arms: names of the methods that are compared. If exact gradnorm in the device's precision is
+    not among them, the reference is gradnorm in fp32, and without that it is the first method.
+    precision: the device's precision.
     """
     names = ["gradnorm-bf16", "gradnorm"] if precision == "bf16" else ["gradnorm"]
     return next(name for name in [*names, *arms] if name in arms)

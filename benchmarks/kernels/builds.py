@@ -190,7 +190,8 @@ size."""
 def layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
     """Launches all kernels of LayerNorm at each number of channels.
 
-    residual: whether LayerNorm adds a second input first, which other kernels do.
+    residual: whether to launch the kernels that first add a second input, instead of those of plain
+    LayerNorm.
     """
     for columns in LAYER_NORMS[:-1] if residual else LAYER_NORMS:
         inputs, weights = [(64, columns)], [(columns,)] * 2
@@ -204,7 +205,10 @@ def layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
 def launch(
     op: Callable, *shapes: tuple[int, ...], weights: Sequence[tuple[int, ...]] = ()
 ) -> Callable[..., None]:
-    """Returns a function that takes a dtype and launches all kernels of an op (`all_orders`)."""
+    """Returns a function that takes a dtype and launches all kernels of an op.
+
+    The function calls `all_orders`, which describes shapes and weights.
+    """
     return lambda dtype: all_orders(op, *shapes, dtype=dtype, weights=weights)
 
 

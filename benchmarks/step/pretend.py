@@ -113,7 +113,8 @@ def run_backward(
         if grad is None or node not in needed:
             return
         expected = node._input_metadata[number]
-        if grad.shape != expected.shape:  # operators leave the sum over copies to the engine
+        # operators do not sum the gradient over broadcast dimensions, but autograd's engine does
+        if grad.shape != expected.shape:
             grad = grad.sum_to_size(expected.shape)
         grad = grad.to(expected.dtype)
         into = buffers.setdefault(node, {})

@@ -39,8 +39,8 @@ class Check:
     numbers: dict[str, Any]
     """The numbers in `detail`, ready for JSON.
 
-    Shares and accuracies (accuracy_*, *_share) are in 0..1, and eps is in 0..1 pixels. Most other
-    numbers count images or modules.
+    Shares and accuracies (accuracy_*, *_share) are in 0..1. eps is in the units in which pixel
+    values are 0..1. Most other numbers count images or modules.
     """
 
 

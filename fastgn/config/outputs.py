@@ -1,8 +1,9 @@
 """Checks that a program does not overwrite files that it should keep.
 
 A program should keep the files that it reads, the images of the data set, and the files of a run.
-Images may lie in any folder, because links and lists can point there. Therefore an existing file is
-replaced only if it is of the kind that the option writes.
+Links and image lists can point to any folder, so the folder alone does not tell whether a file is
+an image of the data set. Therefore an option that names an output file replaces an existing file
+only if that file is of the kind that the option writes.
 """
 
 import os

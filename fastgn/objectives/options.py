@@ -105,7 +105,8 @@ class AttackOptions(Options):
 
     @property
     def step_size(self) -> float:
-        """Size of a step in 0..1 pixel units if the attack has `attack_it` steps."""
+        """Size of each of the attack's `attack_it` steps, in 0..1 pixel units. Methods whose attack
+        always takes one step use `single_step_size`."""
         return (
             2 * self.attack_eps / self.attack_it if self.attack_step is None else self.attack_step
         )
@@ -135,7 +136,8 @@ class EdgeOptions(Options):
     edge_weight: Annotated[float, WEIGHT] = 19.0
     """Weight of the penalty at full strength. In the paper it grows from 1 to 19 in 200 epochs."""
     edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
-    """Temperature of the softmax from which the class is sampled."""
+    """Temperature of the softmax over the logits. With --edge-of logit, this softmax is used to
+    sample the class whose logit is differentiated."""
     edge_sampling: Literal["hard", "relaxed"] = "hard"
     """How the class is sampled. hard: draw one class from softmax(logits / temperature). relaxed:
     weight all logits by softmax((logits + Gumbel noise) / temperature), and differentiate the
@@ -259,8 +261,8 @@ class ObjectiveConfig(Options):
         )
         check(
             self.method != "trades" or self.attack.attack_select != "paper",
-            "--attack-select paper imitates the paper's PGD-3: with --method trades use best "
-            "or last",
+            "--attack-select paper imitates PGD-3 of arXiv 2409.20139, which is not the attack of "
+            "trades: with --method trades use best or last",
         )
 
     @property

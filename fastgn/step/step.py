@@ -258,7 +258,12 @@ class Step:
         return loss
 
     def _inputs(self, part: MicroBatch, ramp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the images, targets and ramp with which a loss is called."""
+        """Returns the arguments with which a loss is called: images, targets and ramp.
+
+        If the loss needs the gradient of the images and is not compiled, the images require grad.
+        ramp: strength of the penalty. The schedule lazy multiplies it by its interval, because the
+        other updates have no penalty.
+        """
         if self.options.schedule.kind == "lazy":
             ramp = ramp * self.options.schedule.lazy_interval
         images_BCHW = part.images_BCHW

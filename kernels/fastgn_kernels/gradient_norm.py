@@ -3,14 +3,14 @@
 Gradient penalties need these norms. Names: g is the gradient of one sample, whose norm is computed.
 gn is the gradient of the loss with respect to this norm, and gg is the gradient of the loss with
 respect to g. ggg is the cotangent of gg: the gradient that the second backward pass starts from.
-That pass computes ggn, the gradient with respect to gn, and again gg. The direction is the
-derivative of the norm with respect to g. It is sign(g) for L1. For L2 it is g / norm, or 0 if the
-norm is 0.
+That pass computes ggn, the gradient with respect to gn, and a second gradient with respect to g,
+which the code also calls gg. The direction is the derivative of the norm with respect to g. It is
+sign(g) for L1. For L2 it is g / norm, or 0 if the norm is 0.
 
 Forward: norm = sum(abs(g)) or sqrt(sum(g^2)).
-Backward: gg = gn direction.
-Backward of the backward: ggn = sum(ggg direction). For L1, gg is zero. For L2,
-gg = gn (ggg - direction ggn) / norm.
+Backward: gg = gn * direction.
+Backward of the backward: ggn = sum(ggg * direction). The second gg is 0 for L1. For L2 it is
+gn * (ggg - direction * ggn) / norm, or 0 if the norm is 0.
 
 Each of these is one kernel, which reads every input once and writes every output once. Only the
 second backward pass of L2 takes two kernels, because ggn must be known before gg.

@@ -249,8 +249,8 @@ class Swapped(NamedTuple):
     left: dict[str, str]
     """Name of each module of a known class that was not replaced -> the reason."""
     missed: dict[str, str]
-    """Name of each module of another class whose computation resembles that of an op -> why
-    `swap_modules` cannot replace it."""
+    """Name of each module that seems to compute what an op computes, but whose class
+    `swap_modules` does not know -> why it cannot be replaced."""
     modules: int
     """Number of modules in the network."""
 

@@ -20,7 +20,7 @@ SDPA = (
     "which has no second derivative in its fused forms: "
     "run the forward inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
-"""Explanation that a reason contains if the module uses scaled_dot_product_attention."""
+"""End of the reason that `survey` gives for a module that uses scaled_dot_product_attention."""
 
 FUNCTIONS: dict[Any, str] = {
     F.scaled_dot_product_attention: "window_attention",

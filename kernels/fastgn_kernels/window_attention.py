@@ -177,12 +177,13 @@ def _backward_backward_plain(
 
 
 def _make_stand_in(qkv: Tensor) -> Tensor:
-    """Returns a tensor with the shape of qkv and one element of memory, which carries a gradient.
+    """Returns a tensor with the shape of qkv, but only one element of memory.
 
-    If the loss contains a gradient penalty, the gradient of qkv is a sum of two terms. The second
-    backward pass computes the first term. The last call of the backward op computes the second
-    term. In autograd's graph the backward op depends on qkv through this tensor. So the last call
-    receives the first term as its argument `extra`, and its kernel adds both terms. Without this
+    The tensor only serves to pass a gradient on. If the loss contains a gradient penalty, the
+    gradient of qkv is the sum of a penalty term and an ordinary term. The backward of the backward
+    op computes the penalty term, and a later call of the backward op computes the ordinary term. In
+    autograd's graph the backward op depends on qkv through this tensor. Therefore autograd passes
+    the penalty term to that later call as `extra`, and the kernel adds the two terms. Without this
     tensor Inductor would add them, with 15 passes over memory instead of 3.
     """
     return qkv.new_zeros(1).expand(qkv.shape)
