@@ -192,7 +192,11 @@ REFUSED = [
     ("--gn-norm", "l3", "--gn-norm 'l3': did you mean"),
     ("--method trades --attack-select", "paper", "with --method trades use best or last"),
     ("--method trades --schedule", "subset", "but --method trades has no penalty: use exact"),
-    ("--method gradnorm+fgsm --schedule", "lazy", "only some updates of --method gradnorm+fgsm have the"),
+    (
+        "--method gradnorm+fgsm --schedule",
+        "lazy",
+        "some updates of --method gradnorm+fgsm have the",
+    ),
     (
         "--method edge --schedule",
         "finite-difference",
