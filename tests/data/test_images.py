@@ -48,7 +48,8 @@ def test_a_spoilt_image_names_its_file(kind, spoil, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_spoilt_image_names_its_file_from_a_worker(workers, tmp_path):
-    root = write_tree(tmp_path, ("cat", "dog"), ("train", "val"))
+    names = ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+    root = write_tree(tmp_path, {name: encoded(0, "PNG") for name in names})
     bad = root / "train" / "dog" / "1.png"
     bad.write_bytes(bad.read_bytes()[:40])
     dataset = load_dataset(DatasetConfig(data_dir=str(root)))

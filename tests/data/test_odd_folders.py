@@ -114,7 +114,7 @@ def test_images_that_are_listed_twice_are_said_or_refused(tmp_path, capsys):
     (tmp_path / "train.txt").write_text(
         text.replace("./train//ant/a.png ant", "train/ant/a.png bee")
     )
-    assert "line 3: " in refusal(tmp_path) and "has label bee, in line 1 it has ant" in refusal(
+    assert "line 3: " in refusal(tmp_path) and "has label bee, but in line 1 it has ant" in refusal(
         tmp_path
     )
 
