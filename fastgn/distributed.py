@@ -45,7 +45,7 @@ class World:
     @property
     def nodes(self) -> int:
         """Returns the number of machines, according to torchrun's LOCAL_WORLD_SIZE."""
-        return -(-self.size // int(os.environ.get("LOCAL_WORLD_SIZE") or self.size))
+        return -(-self.size // count_local_ranks(self.size))
 
     @property
     def is_main(self) -> bool:
@@ -155,7 +155,7 @@ def session(
         count = torch.cuda.device_count()
         check(
             local_rank < count,
-            f"torchrun started {os.environ.get('LOCAL_WORLD_SIZE', size)} processes for {count} "
+            f"torchrun started {count_local_ranks(size)} processes for {count} "
             f"CUDA devices: lower --nproc-per-node to {count}",
         )
         chosen = torch.device("cuda", local_rank)
@@ -242,9 +242,9 @@ def count_restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def count_local_ranks() -> int:
-    """Returns the number of ranks on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def count_local_ranks(otherwise: int = 1) -> int:
+    """Returns the number of ranks on this machine, or `otherwise` if torchrun has not set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or otherwise)
 
 
 def connect_to_store(limit: timedelta, *, serve: bool = False) -> torch.distributed.TCPStore:

@@ -142,13 +142,17 @@ class Heartbeat:
                 self._end_process()
             self._name_late_ranks()
 
+    def find_late_ranks(self) -> list[int]:
+        """Returns the ranks that have begun fewer collectives than this rank."""
+        return [r for r, report in self.reports.items() if int(report[1]) < self.collectives]
+
     def _name_late_ranks(self) -> None:
         """Prints which ranks are alive but late.
 
         A rank is late if it has not entered the collective in which this rank waits. The first
         warning comes after WAITING_S seconds, and each further one after twice as long a time.
         """
-        late = [r for r, report in self.reports.items() if int(report[1]) < self.collectives]
+        late = self.find_late_ranks()
         number, waited_s, warn_s = self.wait
         if number != self.collectives or not late:
             self.wait = self.collectives, 0.0, WAITING_S
@@ -199,7 +203,7 @@ class Heartbeat:
                 return f"{names} ended before the other ranks"
             time.sleep(self.interval_s / STEPS)
         reason = first_line(error)
-        late = [r for r, report in self.reports.items() if int(report[1]) < self.collectives]
+        late = self.find_late_ranks()
         if late:
             names = " and ".join(map(self.describe_rank, late))
             return f"{names} fell behind the other ranks: {reason}"
