@@ -75,8 +75,10 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        optimizer = self.cfg.optimizer, self.model, self.optimizer
-        reserve_bytes = partial(optim.missing_state_bytes, *optimizer)
+        reserve_bytes = 0  # on a CPU, memory that is only reserved takes no room
+        if device.type == "cuda":
+            optimizer = self.cfg.optimizer, self.model, self.optimizer
+            reserve_bytes = optim.missing_state_bytes(*optimizer)
         self.compute_gradients = RetryingStep(self.step, self.print, reserve_bytes)
         """Runs `step`, in smaller micro-batches if the device runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)

@@ -57,25 +57,19 @@ class GradientBuffer:
     def __init__(self, weights: Sequence[nn.Parameter], sum_dtype: torch.dtype | None = None):
         self.weights = list(weights)
         self.sum_dtype = sum_dtype
-        self.flats: list[Tensor] = []
+        starts = []
+        sizes: dict[torch.dtype, int] = {}
+        for weight in self.weights:
+            starts.append(sizes.get(weight.dtype, 0))
+            sizes[weight.dtype] = starts[-1] + -(-weight.numel() // ALIGNMENT) * ALIGNMENT
+        flats = {d: self.weights[0].new_zeros(size, dtype=d) for d, size in sizes.items()}
+        self.flats = list(flats.values())
         """One tensor (N,) for each dtype of the weights."""
-        self.views: list[Tensor] = []
+        self.views = [
+            flats[weight.dtype][start : start + weight.numel()].view(weight.shape)
+            for weight, start in zip(self.weights, starts, strict=True)
+        ]
         """The part of the buffer that belongs to each weight, in the shape of the weight."""
-        starts: dict[torch.dtype, list[int]] = {}
-        ends: dict[torch.dtype, int] = {}
-        for weight in self.weights:
-            start = ends.get(weight.dtype, 0)
-            starts.setdefault(weight.dtype, []).append(start)
-            ends[weight.dtype] = start + -(-weight.numel() // ALIGNMENT) * ALIGNMENT
-        by_dtype = {
-            dtype: self.weights[0].new_zeros(size, dtype=dtype) for dtype, size in ends.items()
-        }
-        self.flats = list(by_dtype.values())
-        left = {dtype: iter(numbers) for dtype, numbers in starts.items()}
-        for weight in self.weights:
-            start = next(left[weight.dtype])
-            part = by_dtype[weight.dtype][start : start + weight.numel()]
-            self.views.append(part.view(weight.shape))
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Adds the gradients of a micro-batch to the .grad of the weights.

@@ -35,15 +35,15 @@ class RetryingStep:
 
     step: its `micro_batch` is halved when memory runs out, in all processes.
     report: called with a line of text when the micro-batch was halved.
-    reserve_bytes: returns the memory that the optimizer will allocate after the first update. An
-    update that leaves less than that counts as out of memory.
+    reserve_bytes: memory that the optimizer will allocate after the first update. A first update
+    that leaves less than that counts as out of memory.
     """
 
     def __init__(
         self,
         step: Step,
         report: Callable[[str], object] = warnings.warn,
-        reserve_bytes: Callable[[], int] = int,
+        reserve_bytes: int = 0,
     ):
         self.step = step
         self.report = report
@@ -72,19 +72,18 @@ class RetryingStep:
             reserved = None
             try:
                 reserved = torch.empty(
-                    self.reserve_bytes(), dtype=torch.uint8, device=self.step.device
+                    self.reserve_bytes, dtype=torch.uint8, device=self.step.device
                 )
                 loss = self.step(batches, ramp, update, attack_ramp)
             except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if self.step.is_committed:  # the others wait in a collective, and cannot retry
+                # after a collective has begun, the others wait in it and cannot retry
+                if not out_of_memory(error) or self.step.is_committed:
                     raise
                 failure = error
             del reserved  # PyTorch's allocator keeps this memory for the next allocations
             failure = self._share_failure(failure)
             if failure is None:
-                self.reserve_bytes = int  # from now on 0, because the optimizer allocates its state
+                self.reserve_bytes = 0  # the optimizer allocates its state now
                 if self.step.ranks.size > 1:
                     self.step.sum_over_ranks()
                 return loss
@@ -95,12 +94,11 @@ class RetryingStep:
 
     def _share_failure(self, failure: RuntimeError | None) -> RuntimeError | None:
         """Returns the failure of this or another process, or None if all have succeeded."""
-        if self.step.is_committed or isinstance(
-            failure, PeerOutOfMemory
-        ):  # the processes have agreed already
+        agreed = self.step.is_committed or isinstance(failure, PeerOutOfMemory)
+        if agreed:
             return failure
         if self.step.ranks.any(failure is not None):
-            return failure or PeerOutOfMemory("another process ran out of memory")
+            return failure or PeerOutOfMemory()
         return None
 
     def _halve(self, batch_size: int, failure: str) -> None:

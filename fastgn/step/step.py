@@ -38,6 +38,9 @@ class PeerOutOfMemory(torch.OutOfMemoryError):
     """Raised in a process in the middle of an update because another process has run out of
     memory."""
 
+    def __init__(self) -> None:
+        super().__init__("another process ran out of memory")
+
 
 class Step:
     """Computes the gradients of one update, in one or more micro-batches.
@@ -197,7 +200,7 @@ class Step:
         never begin that collective, and the other processes would wait for it.
         """
         if self.ranks.any(False):
-            raise PeerOutOfMemory("another process ran out of memory")
+            raise PeerOutOfMemory
 
     def diagnose(
         self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor

@@ -138,7 +138,7 @@ def test_an_update_leaves_room_for_the_optimizer(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "empty", allocate)
     model = classifier(vit)
     step = Step(model, objective(), StepOptions(compile=False))
-    compute = RetryingStep(step, lambda line: None, reserve_bytes=lambda: 1000)
+    compute = RetryingStep(step, lambda line: None, reserve_bytes=1000)
     compute(batches_for(vit, 1), torch.tensor(1.0))
     assert step.micro_batch == 2 and held == [1000, 1000]
     model.zero_grad()
