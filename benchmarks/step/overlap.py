@@ -28,13 +28,18 @@ from benchmarks.common import arguments
 from benchmarks.common.arguments import positive_float, positive_int
 from benchmarks.common.records import write_json
 from benchmarks.common.tables import Record, make_table, with_notes
-from benchmarks.step.arms import random_batch
-from benchmarks.step.predict import Network, move, node_flops, repetitions, without_data
-from benchmarks.step.pretend import CUDA, GPUS, Gpu, pretend
+from benchmarks.step.predict import (
+    Network,
+    kernels_of,
+    moved_bytes,
+    node_flops,
+    repetitions,
+    run_updates,
+)
+from benchmarks.step.pretend import GPUS, Gpu
 from fastgn.metrics import environment
 from fastgn.objectives import ObjectiveConfig, build_objective
-from fastgn.step.double_backward import DoubleBackward
-from fastgn.step.gradients import GRAD_DTYPES
+from fastgn.step.gradients import GRAD_DTYPES, OneRank
 from fastgn.step.options import StepOptions
 from fastgn.step.step import Step
 
@@ -73,19 +78,15 @@ def link_of(count: int, node_links: int) -> Link:
     node_links: number of network cards that a node's GPUs share.
     """
     if count <= GPUS_PER_NODE:
-        return Link(450e9, 20e-6)
+        return Link(GPUS["h200"].link_bytes_per_s, 20e-6)
     return Link(node_links * 50e9, 60e-6)
 
 
-class Pretended:
+class Pretended(OneRank):
     """Processes of which this one is the only real one."""
 
     def __init__(self, size: int):
         self.size = size
-
-    def any(self, flag: bool) -> bool:
-        """Returns `flag`."""
-        return flag
 
 
 def schedule(network: Network, gpu: Gpu, grad_dtype: str, count: int) -> list[Event]:
@@ -93,37 +94,23 @@ def schedule(network: Network, gpu: Gpu, grad_dtype: str, count: int) -> list[Ev
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     events: list[Event] = []
+    model = network.build("triton")
+    options = StepOptions(precision="bf16", grad_sync="overlap", grad_dtype=grad_dtype)
 
-    def on_graph(lowering: Any) -> Callable:
+    def make_step() -> Step:
+        objective = build_objective(ObjectiveConfig(method="gradnorm"))
+        return Step(model, objective, options, ranks=Pretended(count))
+
+    def on_graph(lowering: Any) -> Callable[[], None]:
         if lowering.is_backward:
             events.extend(events_of(lowering, gpu))
-        outputs = list(lowering.graph_outputs)
-        with mode:
-            empty = [without_data(x) for x in outputs]
-
-        def run(arguments: list[torch.Tensor]) -> list[Any]:
-            arguments.clear()
-            return list(empty)
-
-        return run
+        return lambda: None
 
     torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
-    torch._dynamo.reset()
     try:
-        with pretend(gpu, on_graph) as mode, known_rates(gpu):
-            model = move(network.build("triton"), mode)
-            options = StepOptions(precision="bf16", grad_sync="overlap", grad_dtype=grad_dtype)
-            objective = build_objective(ObjectiveConfig(method="gradnorm"))
-            step = Step(model, objective, options, ranks=Pretended(count))
-            with mode:
-                batch = random_batch(network.batch, network.img_size, network.classes, CUDA)
-                ramp = torch.ones((), device=CUDA)
-                for module in step.overlapped.values():
-                    if isinstance(module, DoubleBackward):
-                        module.token_like(batch[0])
-            step([batch], ramp)
+        with known_rates(gpu):
+            run_updates(network, model, gpu, make_step, on_graph)
     finally:
-        torch._dynamo.reset()
         torch.distributed.destroy_process_group()
     return events
 
@@ -146,25 +133,17 @@ def known_rates(gpu: Gpu) -> ExitStack:
 
 def events_of(lowering: Any, gpu: Gpu) -> list[Event]:
     """Returns the events of a graph, in the order of Inductor's scheduler."""
-    from torch._inductor.ir import MultiOutput
-
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
     repeated = repetitions(lowering)
     events = []
-    for kernel in lowering.scheduler.nodes:
-        if type(kernel).__name__ == "NopKernelSchedulerNode":
-            continue
-        inner = [n.node for n in kernel.get_nodes()]
-        origins = dict.fromkeys(o for n in inner for o in getattr(n, "origins", None) or ())
-        origins = [o for o in origins if o.op == "call_function"]
+    for kernel, origins in kernels_of(lowering):
         op = str(getattr(kernel.node, "op_overload", None) or "")
         if "all_reduce" in op:
             events.append(Event("all_reduce", bytes=reduced_bytes(origins)))
         elif "wait_tensor" in op:
             events.append(Event("wait"))
-        elif not isinstance(kernel.node, MultiOutput):
-            names = kernel.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
-            moved = sum(names.values()) - sum(repeated[name] for name in names)
+        else:
+            moved = moved_bytes(kernel, repeated)
             work = sum(flops.pop(o, 0) for o in origins)
             times = moved / gpu.bytes_per_s, work / gpu.flop_per_s["bf16"]
             events.append(Event("kernel", seconds=max(times)))

@@ -33,7 +33,7 @@ import operator
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,7 @@ from fastgn.models.network import Classifier, build_model
 from fastgn.step.double_backward import DoubleBackward
 from fastgn.step.precision import PRECISIONS
 from fastgn.step.schedule import SCHEDULES, Schedule
+from fastgn.step.step import Step
 
 METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs")
 
@@ -106,23 +107,13 @@ def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
 
 def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
     """Returns the cost of all kernels that a graph (Inductor's GraphLowering) becomes."""
-    from torch._inductor.ir import MultiOutput
-
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
     cost = Cost(flops=sum(flops.values()))
     repeated = repetitions(lowering)
-    for kernel in lowering.scheduler.nodes:
-        kind = type(kernel).__name__
-        # one of several outputs of an operator is no launch itself
-        if kind == "NopKernelSchedulerNode" or isinstance(kernel.node, MultiOutput):
-            continue
-        inner = [n.node for n in kernel.get_nodes()]
-        origins = list(dict.fromkeys(o for n in inner for o in getattr(n, "origins", None) or ()))
-        origins = [o for o in origins if o.op == "call_function"]
+    for kernel, origins in kernels_of(lowering):
         work = sum(flops.pop(o, 0) for o in origins)
-        names = kernel.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
-        moved = sum(names.values()) - sum(repeated[name] for name in names)
-        extern = kind == "ExternKernelSchedulerNode"
+        moved = moved_bytes(kernel, repeated)
+        extern = type(kernel).__name__ == "ExternKernelSchedulerNode"
         cost.extern += extern
         cost.generated += not extern
         cost.bytes += moved
@@ -133,6 +124,26 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
         own = {x.get_name(): x for x in own if x.get_name() not in lowering.graph_inputs}
         cost.kept_bytes = sum(nbytes(x) for x in own.values())
     return cost
+
+
+def kernels_of(lowering: Any) -> Iterator[tuple[Any, list[torch.fx.Node]]]:
+    """Yields (kernel, operators that it computes) for each kernel of a graph, in their order."""
+    from torch._inductor.ir import MultiOutput
+
+    for kernel in lowering.scheduler.nodes:
+        # one of several outputs of an operator is no launch itself
+        is_nop = type(kernel).__name__ == "NopKernelSchedulerNode"
+        if is_nop or isinstance(kernel.node, MultiOutput):
+            continue
+        inner = [n.node for n in kernel.get_nodes()]
+        origins = dict.fromkeys(o for n in inner for o in getattr(n, "origins", None) or ())
+        yield kernel, [o for o in origins if o.op == "call_function"]
+
+
+def moved_bytes(kernel: Any, repeated: Counter[str]) -> int:
+    """Returns the bytes that a kernel reads and writes. repeated: see `repetitions`."""
+    names = kernel.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    return sum(names.values()) - sum(repeated[name] for name in names)
 
 
 def repetitions(lowering: Any) -> Counter[str]:
@@ -213,37 +224,62 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
     """Returns the predicted cost of an update, averaged over --lazy-interval if it is lazy."""
     total = Cost()
 
-    def on_graph(lowering: Any) -> Callable:
+    def on_graph(lowering: Any) -> Callable[[], None]:
         cost = graph_cost(lowering, gpu, arm.precision)
+
+        def on_run() -> None:
+            nonlocal total
+            kept = max(total.kept_bytes, cost.kept_bytes)
+            total = dataclasses.replace(total.plus(cost), kept_bytes=kept)
+
+        return on_run
+
+    model = network.build(arm.kernels or "triton")
+    run_updates(network, model, gpu, lambda: arm.step(model).step, on_graph, arm.cycle)
+    return dataclasses.replace(Cost().plus(total, 1 / arm.cycle), kept_bytes=total.kept_bytes)
+
+
+def run_updates(
+    network: Network,
+    model: Classifier,
+    gpu: Gpu,
+    make_step: Callable[[], Step],
+    on_graph: Callable[[Any], Callable[[], object]],
+    updates: int = 1,
+) -> None:
+    """Runs updates on a pretended GPU, on tensors without data.
+
+    make_step: called when `model` is on the GPU. on_graph: takes Inductor's GraphLowering of each
+    compiled graph, and returns a function that is called whenever the graph runs.
+    """
+
+    def make_runner(lowering: Any) -> Callable[[list[Tensor]], list[Any]]:
+        on_run = on_graph(lowering)
         outputs = list(lowering.graph_outputs)
         with mode:
             empty = [without_data(x) for x in outputs]
 
         def run(arguments: list[Tensor]) -> list[Any]:
-            nonlocal total
-            kept = max(total.kept_bytes, cost.kept_bytes)
-            total = dataclasses.replace(total.plus(cost), kept_bytes=kept)
+            on_run()
             arguments.clear()
             return list(empty)
 
         return run
 
     torch._dynamo.reset()
-    model = network.build(arm.kernels or "triton")
-    with pretend(gpu, on_graph) as mode:
+    with pretend(gpu, make_runner) as mode:
         move(model, mode)
-        step = arm.step(model).step
+        step = make_step()
         with mode:
             batch = random_batch(network.batch, network.img_size, network.classes, CUDA)
             ramp = torch.ones((), device=CUDA)
-            for module in (*step.losses.values(), step.attack):
+            for module in (*step.losses.values(), *step.overlapped.values(), step.attack):
                 if isinstance(module, DoubleBackward):
                     module.token_like(batch[0])
-        for update in range(arm.cycle):
+        for update in range(updates):
             step([batch], ramp, update)
     torch._dynamo.reset()
     gc.collect()
-    return dataclasses.replace(Cost().plus(total, 1 / arm.cycle), kept_bytes=total.kept_bytes)
 
 
 def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
