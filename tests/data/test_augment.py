@@ -11,12 +11,10 @@ from timm.data import auto_augment
 from timm.data.mixup import rand_bbox
 from torch import Tensor
 
-from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig
 from fastgn.data.augment import BatchAugment, flip, shift, to_float
 from fastgn.data.batch import Batch
 from fastgn.data.datasets import Arrays, Dataset
-from fastgn.data.loader import build_loader
 from fastgn.data.transform import replace_posterize
 from fastgn.seeding import seed_all
 
@@ -201,17 +199,8 @@ def test_the_device_loader_shifts_and_flips_as_often_as_asked():
     pixels[:, 1, 4, 5] = 255  # to the right of the first, or to its left once flipped
     split = Arrays(pixels, torch.zeros(400, dtype=torch.int64))
     dataset = Dataset("marked", split, split, ("a", "b"))
-    loader = build_loader(
-        Config().replace(crop_padding=2, hflip=0.5, smoothing=0.0),
-        dataset,
-        img_size=9,
-        mean=MEAN,
-        std=STD,
-        batch_size=100,
-        grad_accum_steps=1,
-        rank=0,
-        ranks=1,
-        device=CPU,
+    loader = loader_of(
+        dataset, img_size=9, batch_size=100, crop_padding=2, hflip=0.5, smoothing=0.0
     )
     images = torch.cat([b.images_BCHW for b in loader.epoch(0)])
     red, green = (images[:, c].flatten(1).argmax(1) for c in (0, 1))
@@ -233,18 +222,7 @@ def test_the_device_loader_shifts_and_flips_as_often_as_asked():
 def test_defaults_of_shift_and_flip(name, keys, padding, hflip, arrays):
     """At 16 px: 1/16 of the side for digits, which are never mirrored, 1/8 for CIFAR-10."""
     dataset = Dataset(name, arrays.train, arrays.val, arrays.classes)
-    loader: Any = build_loader(
-        Config().replace(**keys),
-        dataset,
-        img_size=16,
-        mean=MEAN,
-        std=STD,
-        batch_size=4,
-        grad_accum_steps=1,
-        rank=0,
-        ranks=1,
-        device=CPU,
-    )
+    loader: Any = loader_of(dataset, img_size=16, batch_size=4, **keys)
     assert (loader.padding, loader.hflip) == (padding, hflip)
 
 

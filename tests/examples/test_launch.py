@@ -399,17 +399,22 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def wait_for_hosts(hosts: list[subprocess.Popen]) -> None:
+    """Waits until the processes of two hosts have ended. Fails unless both have succeeded."""
+    try:
+        assert [host.wait(300) for host in hosts] == [0, 0]
+    finally:
+        for host in hosts:
+            host.kill()
+
+
 @pytest.mark.slow
 def test_two_hosts_train(reference: Path, tmp_path: Path) -> None:
     """As two torchruns on this machine."""
     env = environment(tmp_path) | {"FIRST_HOST": f"127.0.0.1:{free_port()}", "PROCESSES": "1"}
     command = [LAUNCH / "torchrun_hosts.sh", *run_flags(tmp_path / "run")]
     hosts = [subprocess.Popen(command, env=env, cwd=tmp_path) for _ in range(2)]
-    try:
-        assert [host.wait(300) for host in hosts] == [0, 0]
-    finally:
-        for host in hosts:
-            host.kill()
+    wait_for_hosts(hosts)
     check_run(tmp_path / "run", reference)
 
 
@@ -427,11 +432,7 @@ def test_the_manifests_command_trains(reference: Path, tmp_path: Path) -> None:
         subprocess.Popen(command, env=env | {"PET_NODE_RANK": rank}, cwd=tmp_path)
         for rank in ("0", "1")
     ]
-    try:
-        assert [host.wait(300) for host in hosts] == [0, 0]
-    finally:
-        for host in hosts:
-            host.kill()
+    wait_for_hosts(hosts)
     check_run(tmp_path / "run", reference)
 
 

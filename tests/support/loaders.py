@@ -32,6 +32,7 @@ def coloured(index: int, side: int) -> np.ndarray:
 def loader_of(
     dataset: Dataset,
     *,
+    img_size: int = 8,
     batch_size: int = 8,
     accum: int = 1,
     rank: int = 0,
@@ -39,14 +40,14 @@ def loader_of(
     compiled: bool = False,
     **keys: Any,
 ) -> Loader:
-    """Builds a loader of images of 8 pixels on the CPU.
+    """Builds a loader on the CPU. img_size: height and width of its images.
 
     keys: options that differ from the defaults.
     """
     return build_loader(
         Config().replace(**keys),
         dataset,
-        img_size=8,
+        img_size=img_size,
         mean=MEAN,
         std=STD,
         batch_size=batch_size,
