@@ -339,7 +339,7 @@ def test_an_output_with_a_run_is_refused(
     unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_run(unbroken)) == 2
-    assert f"--resume {unbroken} continues it" in capsys.readouterr().err
+    assert f"use --resume {unbroken} to continue it" in capsys.readouterr().err
 
 
 def test_an_earlier_checkpoint_takes_the_run_back(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_what_is_not_covered_is_refused(policy, what):
 
 
 def test_a_policy_that_timm_does_not_know():
-    with pytest.raises(UserError, match="write rand-m9-mstd0.5-inc1"):
+    with pytest.raises(UserError, match="as in rand-m9-mstd0.5-inc1"):
         Recipe(AugmentationConfig(aa="rand-q9"), SIDE, 0.5)
 
 
