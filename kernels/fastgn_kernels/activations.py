@@ -36,10 +36,11 @@ from fastgn_kernels.dispatch import (
 from fastgn_kernels.maths import TABLE, in_pytorch
 
 BLOCK = 1024
-"""Number of elements per program if there is no bias. Each thread has 8 elements, so it reads
-16-bit dtypes with accesses of 16 bytes."""
+"""Number of elements per Triton program if the activation has no bias. Each thread has 8 elements,
+so it reads 16-bit dtypes with accesses of 16 bytes."""
 TILE = 2048
-"""Number of elements per program if there is a bias. They form a tile of rows and columns."""
+"""Number of elements per Triton program if the activation has a bias. The elements form a tile of
+rows and columns."""
 
 WITH_PARAMETER = ("softplus", "elu", "leaky_relu")
 """Kinds of activation that take a parameter."""
@@ -51,11 +52,11 @@ def _process_tile(
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Computes the outputs of one tile. Returns the gradient with respect to u.
+    """Writes the outputs of one tile, and returns the gradient with respect to u = x + bias.
 
-    The sum of this gradient over the rows is gbias. ORDER is 0 for the forward, which returns u
-    instead. It is 1 for the backward and 2 for the backward of the backward. The tensor `out` is y
-    for order 0, gx for order 1 and ggy for order 2.
+    The sum of this gradient over the rows is gbias. ORDER is 0 for the forward, 1 for the backward
+    and 2 for the backward of the backward. The forward returns u instead of a gradient. The tensor
+    `out` is y for order 0, gx for order 1 and ggy for order 2.
     """
     u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:
@@ -137,12 +138,13 @@ def _run_kernel(
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. kind: name of
     the activation. parameter: parameter of that activation, such as the slope of leaky_relu.
     weight_grads: whether to compute gbias. Returns (y, empty, empty) for order 0, (gx, empty,
-    gbias) for order 1 and (ggy, gx, gbias) for order 2. gbias is empty if it is not computed.
+    gbias) for order 1 and (ggy, gx, gbias) for order 2. "empty" is a tensor without elements, and
+    so is gbias if it is not computed.
     """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
     x = with_strides_of(x, out)
-    # a kernel needs a tensor for every argument, also for those that its order does not read
+    # a kernel needs a tensor for every argument, so it gets x for those that it will not read
     gy = with_strides_of(gy, out) if gy is not None else x
     ggx = with_strides_of(ggx, out) if ggx is not None else x
     if bias is None:
@@ -173,9 +175,9 @@ def _run_plain(
     order: int, x: Tensor, bias: Tensor | None, kind: str, parameter: float, weight_grads: bool,
     gy: Tensor | None = None, ggx: Tensor | None = None, ggbias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes with PyTorch's operators what `_run_kernel` computes with a Triton kernel.
+    """Computes an activation or one of its two derivatives with PyTorch's operators.
 
-    The arguments and results are those of `_run_kernel`.
+    The arguments and results are those of `_run_kernel`, which runs a Triton kernel.
     """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     value, first, second, multiply = map(in_pytorch, TABLE[kind][:4])
@@ -202,10 +204,11 @@ def _run_plain(
 def _allocate_outputs(
     order: int, x: Tensor, bias: Tensor | None, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uninitialised tensors for the results of `_run_kernel`.
+    """Returns uninitialised tensors for the three results of `_run_kernel`.
 
-    A result that an order does not have is an empty tensor, because custom ops must return tensors.
-    Without a bias, the results have the strides of `x` if these leave no holes in memory.
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. A result that
+    is not computed is a tensor without elements, because a custom op cannot return None. Without a
+    bias, the results have the strides of `x` if these leave no holes in memory.
     """
     memory_format = torch.preserve_format if bias is None else torch.contiguous_format
     out = torch.empty_like(x, memory_format=memory_format)
@@ -299,9 +302,10 @@ def activation(
 ) -> Tensor:
     """Returns f(x + bias) for an activation function f.
 
-    The value and each of the two derivatives take one kernel. Results are computed in float32, or
-    in float64 if x is float64. In code compiled by torch.compile the function calls
-    `reference.activation` instead, whose operators Inductor fuses with their neighbours.
+    The value, the first derivative and the second derivative take one kernel each. They are
+    computed in float32, or in float64 if x is float64. In code compiled by torch.compile the
+    function calls `reference.activation` instead, whose operators Inductor fuses with their
+    neighbours.
 
     Args:
         x: tensor of any shape (..., C) and any floating-point dtype.
@@ -323,7 +327,7 @@ def activation(
     if kind not in TABLE:
         raise ValueError(f"activation: kind {kind!r} is not one of {', '.join(TABLE)}")
     if parameter is not None and kind not in WITH_PARAMETER:
-        # refused, because reference.activation, which compiled code calls, would ignore it
+        # an error, because reference.activation would ignore the parameter in compiled code
         raise ValueError(
             f"activation: {kind} has no parameter, only {', '.join(WITH_PARAMETER)} have one"
         )

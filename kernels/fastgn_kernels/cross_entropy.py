@@ -37,8 +37,8 @@ from fastgn_kernels.dispatch import (
 )
 
 TILE = 1024
-"""Smallest number of elements in a program's tile. Shorter rows share a tile of this size, and a
-longer row has a tile of its own."""
+"""Smallest number of elements that a Triton program processes. Several shorter rows share a
+program, and a longer row has a program of its own."""
 PER_THREAD = 8
 """Number of elements per thread, so that it reads 16-bit dtypes with accesses of 16 bytes."""
 LARGEST_ROW = 64 << 10
@@ -54,11 +54,11 @@ def _load_tile(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Loads the rows of a program, and computes what all kernels need.
+    """Loads the rows that one program processes, and computes what all three kernels need.
 
     Returns (row, offsets, inside, chosen, t, T, z - max(z), e, sum of e) for e = exp(z - max(z)).
-    inside: mask of the elements that exist. chosen: mask of the elements that may contribute to
-    sum(t z).
+    row, offsets: the rows' numbers, and the positions of their elements in memory. inside: mask
+    that is False for padding. chosen: mask of the elements that may contribute to sum(t z).
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = row[:, None]
@@ -107,7 +107,7 @@ def _cross_entropy_bwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gz, the gradient with respect to the logits."""
+    """Computes gz, the gradient of the loss with respect to the logits."""
     row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
         BLOCK_ROWS, BLOCK_COLUMNS,
@@ -123,10 +123,10 @@ def _cross_entropy_bwd_bwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the results of the second backward pass.
+    """Computes ggl and gz, the gradients with respect to gl and the logits in the second backward
+    pass.
 
-    These are ggl, the gradient with respect to the gradient of the loss, and gz, the gradient with
-    respect to the logits.
+    gl: gradient with respect to each sample's loss, from which the first backward pass started.
     """
     row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
@@ -148,7 +148,8 @@ def _run_kernel(
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. gl: gradient
     with respect to each sample's loss. ggz: cotangent of the logits' gradient. Returns (loss,
-    empty) for order 0, (empty, gz) for order 1 and (ggl, gz) for order 2.
+    empty) for order 0, (empty, gz) for order 1 and (ggl, gz) for order 2. "empty" is a tensor
+    without elements.
     """
     per_row, gz = _allocate_outputs(order, logits)
     rows, columns = logits.shape
@@ -170,7 +171,7 @@ def _run_kernel(
     if gl is None:
         _cross_entropy_fwd_kernel[grid](logits, targets, per_row, rows, **constants)
     elif ggz is None:
-        # for the mean of the losses, gl is one number that is expanded with stride 0
+        # if the loss is the mean over samples, gl is one number, expanded with stride 0
         _cross_entropy_bwd_kernel[grid](logits, targets, gl, gl.stride(0), gz, rows, **constants)
     else:
         _cross_entropy_bwd_bwd_kernel[grid](
@@ -182,9 +183,9 @@ def _run_kernel(
 def _run_plain(
     order: int, logits: Tensor, targets: Tensor, gl: Tensor | None = None, ggz: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes with PyTorch's operators what `_run_kernel` computes with a Triton kernel.
+    """Computes the cross-entropy or one of its two derivatives with PyTorch's operators.
 
-    The arguments and results are those of `_run_kernel`.
+    The arguments and results are those of `_run_kernel`, which runs a Triton kernel.
     """
     per_row, gz = _allocate_outputs(order, logits)
     log_p = logits.to(per_row.dtype).log_softmax(1)
@@ -207,11 +208,12 @@ def _run_plain(
 
 
 def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the class indices, clamped to those that exist, and the sum of each sample's targets.
+    """Returns the class indices, clamped to 0..K-1, and the sum of each sample's target
+    probabilities.
 
-    Both have the shape (B, 1). If an index is out of range, raises ValueError on a CPU. On CUDA
-    that check would stall the host. There the sum is NaN, as in the kernels, so that the sample's
-    loss becomes NaN.
+    Both have the shape (B, 1). The sum is 1 for a valid index. If an index is out of range, raises
+    ValueError on a CPU. On CUDA, raising an error would make the CPU wait for the GPU. There the
+    sum is NaN instead, so that the sample's loss becomes NaN.
     """
     columns = log_p.shape[1]
     outside = (targets < 0) | (targets >= columns)
@@ -225,9 +227,10 @@ def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _allocate_outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns uninitialised tensors for the results of `_run_kernel`.
+    """Returns uninitialised tensors for the two results of `_run_kernel`.
 
-    A result that an order does not have is an empty tensor, because custom ops must return tensors.
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. A result that
+    is not computed is a tensor without elements, because a custom op cannot return None.
     """
     rows = 0 if order == 1 else logits.shape[0]
     per_row = logits.new_empty(rows, dtype=compute_dtype(logits.dtype))
@@ -235,7 +238,8 @@ def _allocate_outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choose_implementation(logits: Tensor) -> Any:
-    """Returns `_run_kernel` if a row fits the registers of a program, otherwise `_run_plain`."""
+    """Returns `_run_kernel` if Triton runs and a row fits a program's registers, otherwise
+    `_run_plain`."""
     fits = logits.shape[1] * compute_dtype(logits.dtype).itemsize <= LARGEST_ROW
     return _run_kernel if fits and runs_triton(logits) else _run_plain
 
@@ -298,14 +302,15 @@ forbid_third_derivative(_cross_entropy_bwd_bwd, "cross_entropy")
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Returns the cross-entropy loss, as ``F.cross_entropy`` computes it but in float32 or float64.
 
-    The value and each of the two derivatives take one kernel. Logits that are not contiguous are
-    copied first. Rows of more than 16384 classes (8192 in float64) do not fit the registers of a
-    program and use PyTorch's operators. In code compiled by torch.compile the function calls
-    `reference.cross_entropy` instead, whose operators Inductor fuses with their neighbours.
+    The value, the first derivative and the second derivative take one kernel each. Logits that are
+    not contiguous are copied first. Rows of more than 16384 classes (8192 in float64) do not fit
+    the registers of a Triton program, so PyTorch's operators compute them. In code compiled by
+    torch.compile the function calls `reference.cross_entropy` instead, whose operators Inductor
+    fuses with their neighbours.
 
     There is no ignore_index. On a CPU, an index outside 0..K-1 raises ValueError. On CUDA, it makes
-    the loss and gradient of its sample NaN, because raising an error would stall the host. In
-    compiled code, PyTorch checks the indices.
+    the loss and gradient of its sample NaN, because raising an error would make the CPU wait for
+    the GPU. In compiled code, PyTorch checks the indices.
 
     Args:
         logits: (B, K), any floating-point dtype.

@@ -77,8 +77,8 @@ def is_compiling() -> bool:
 
     In compiled code, pointwise ops use PyTorch's operators, which Inductor fuses with their
     neighbours. Inductor cannot fuse across a custom op. LayerNorm and window attention remain
-    custom ops if their kernels run, because even so they move fewer bytes per step
-    (benchmarks/NOTES.md).
+    custom ops if their kernels run. Even without Inductor's fusion, these kernels read and write
+    fewer bytes of memory per training step (benchmarks/NOTES.md).
     """
     return torch.compiler.is_compiling()
 
@@ -103,12 +103,12 @@ def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
 
 
 def count_strips(rows: int, rows_per_block: int, column_blocks: int, programs: int = 1056) -> int:
-    """Returns the number of strips of rows into which a kernel divides its input.
+    """Returns the number of strips of rows into which a kernel divides a matrix to sum its rows.
 
-    A kernel does so to sum over the rows. For each strip and block of columns, one program writes
-    one partial sum. column_blocks: number of blocks into which the columns are divided. programs:
-    largest number of programs that is useful. The default is 8 programs for each of the 132
-    processors of an H200.
+    One Triton program computes one partial sum, over the rows of one strip and for one block of
+    columns. column_blocks: number of blocks into which the columns are divided. programs: largest
+    number of programs that is useful. The default is 8 programs for each of the 132 processors of
+    an H200.
     """
     wanted = max(programs // max(column_blocks, 1), 1)
     return max(1, min(triton.cdiv(rows, rows_per_block), wanted, LARGEST_GRID_Y))
@@ -136,9 +136,10 @@ def check_no_forward_mode(name: str, *tensors: Tensor | None) -> None:
 def define_op(name: str) -> Callable[[Callable], Any]:
     """Returns a decorator that registers a function as the custom op `name`.
 
-    The first argument of the function is a tensor, and the function changes none of its arguments.
-    The op makes the device of that tensor the current device, because Triton launches kernels
-    there. It turns autocast off, which would otherwise cast tensors inside the function.
+    The first argument of the function must be a tensor, and the function must change none of its
+    arguments. The op makes the device of that tensor the current device, because Triton launches
+    kernels on the current device. While the function runs, autocast is off, because it would cast
+    tensors inside the function.
     """
 
     def custom_op(body: Callable) -> Any:
@@ -161,10 +162,10 @@ def register_derivative(
 ) -> None:
     """Registers the derivative of a custom op.
 
-    name: name of the public function, for error messages. save: function of (inputs, output) that
-    returns the tensors to keep for the backward pass. backward: function of (options, saved,
-    wanted, *cotangents) that returns one gradient, or None, for each input of the op. The arguments
-    of `backward` are:
+    name: name of the public function, for error messages. save: function that takes (inputs,
+    output) of the op and returns the tensors to keep for the backward pass. backward: function that
+    takes (options, saved, wanted, *cotangents) and returns one gradient, or None, for each input of
+    the op. The arguments of `backward` are:
 
     - options: the inputs of the op that are not tensors;
     - saved: the tensors that `save` returned;
@@ -197,7 +198,7 @@ def _find_wanted(ctx: Any) -> tuple[bool, ...]:
     is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
     if not is_node:  # compiled autograd passes another object, and cannot trace the code below
         return tuple(ctx.needs_input_grad)
-    nodes = (node for node, _ in ctx.next_functions)  # None for a tensor without gradient
+    nodes = (node for node, _ in ctx.next_functions)  # None if a tensor needs no gradient
     return tuple(is_tensor and _engine_reaches(next(nodes)) for is_tensor in ctx.is_tensor)
 
 
@@ -205,7 +206,7 @@ def _engine_reaches(node: Any) -> bool:
     """Returns whether the running backward pass needs the gradient that goes to `node`."""
     try:
         return node is not None and _engine_will_run(node)
-    except RuntimeError:  # the node is a leaf given to autograd.grad, or no backward pass runs
+    except RuntimeError:  # `node` is a leaf given to autograd.grad, or no backward pass is running
         return True
 
 

@@ -7,7 +7,7 @@ That pass computes ggn, the gradient with respect to gn, and a second gradient w
 which the code also calls gg. The direction is the derivative of the norm with respect to g. It is
 sign(g) for L1. For L2 it is g / norm, or 0 if the norm is 0.
 
-Forward: norm = sum(abs(g)) or sqrt(sum(g^2)).
+Forward: norm = sum(abs(g)) for L1, sqrt(sum(g^2)) for L2.
 Backward: gg = gn * direction.
 Backward of the backward: ggn = sum(ggg * direction). The second gg is 0 for L1. For L2 it is
 gn * (ggg - direction * ggn) / norm, or 0 if the norm is 0.
@@ -48,8 +48,10 @@ with accesses of 16 bytes."""
 
 @triton.jit
 def _load_inverse(norm_pointer, row, rows, L1: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    """Returns 1 / norm of each sample, or 0 if the norm is 0. For the L1 norm it returns 1, because
-    the derivatives of that norm do not contain the norm."""
+    """Returns 1 / norm for each sample, or 0 if the norm is 0.
+
+    For the L1 norm, returns 1, because the derivatives of that norm do not contain the norm.
+    """
     if L1:
         return tl.full(row.shape, 1.0, COMPUTE_DTYPE)
     norm = tl.load(norm_pointer + row, mask=row < rows, other=1.0).to(COMPUTE_DTYPE)
@@ -76,9 +78,9 @@ def _gradient_norm_reduce_kernel(
 ):  # fmt: skip
     """Computes partial sums over the elements of each sample, from which the norm follows.
 
-    Each program writes the sum over its share of the elements. The kernel sums abs(g) for the L1
-    norm and g^2 for the L2 norm. With HAS_GGG it sums ggg times the direction of g instead, for the
-    second backward pass.
+    Each program writes the sum over some of the elements. The kernel sums abs(g) for the L1 norm
+    and g^2 for the L2 norm. With HAS_GGG it sums ggg * direction instead, for the second backward
+    pass. The direction is the derivative of the norm with respect to g.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     if HAS_GGG:
@@ -106,9 +108,10 @@ def _gradient_norm_map_kernel(
     columns, L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gg, the gradient with respect to g, in the backward pass.
+    """Computes gg, the gradient of the loss with respect to g.
 
-    With HAS_GGG it computes the gg of the second backward pass, from ggg and ggn.
+    With HAS_GGG it computes gg of the second backward pass, from ggg and ggn. The docstring of this
+    file defines these names.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     gn = tl.load(gn_pointer + row * gn_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
@@ -133,8 +136,9 @@ def _gradient_norm_map_kernel(
 def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
     """Returns the number of rows, the number of columns, and the kernels' compile-time constants.
 
-    They describe g as a matrix in which each row is a sample. If samples are small, a tile holds
-    several of them. ord: 1 or 2 for L1 or L2.
+    The kernels treat g as a matrix in which each row is a sample. A tile is the part of this matrix
+    that a program processes at a time. It holds several samples if they are small. ord: 1 or 2 for
+    L1 or L2.
     """
     rows, columns = g.shape[0], math.prod(g.shape[1:])
     block_columns = min(triton.next_power_of_2(columns), TILE)
@@ -148,14 +152,14 @@ def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
 
 
 def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
-    """Returns, for each sample, the sum of abs(g) for L1 or of g^2 for L2.
+    """Returns, for each sample, the sum of abs(g) if ord is 1, or of g^2 if ord is 2.
 
-    If ggg is given, it returns the sum of ggg times the direction of g. ord: 1 or 2 for L1 or L2.
+    If ggg is given, returns the sum of ggg * direction instead. The direction is the derivative of
+    the norm with respect to g.
     """
     rows, columns, constants = _choose_tile(g, ord)
     blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
-    # 2112 programs of 128 threads are as many as an H200 holds at once. Each thread then has one
-    # 16-byte load in flight.
+    # an H200 can hold 2112 programs of 128 threads at once
     strips = count_strips(columns, constants["BLOCK_COLUMNS"], blocks, programs=2112)
     sums = torch.empty(rows, strips, dtype=compute_dtype(g.dtype), device=g.device)
     _gradient_norm_reduce_kernel[(blocks, strips)](
@@ -169,9 +173,9 @@ def _map(
     gn: Tensor, g: Tensor, norm: Tensor | None, ord: int,
     ggg: Tensor | None = None, ggn: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Returns gg, the gradient with respect to g, in the backward pass.
+    """Returns gg, the gradient of the loss with respect to g, in the first backward pass.
 
-    If ggg is given, it returns the gg of the second backward pass. ord: 1 or 2 for L1 or L2.
+    If ggg and ggn are given, returns gg of the second backward pass. ord: 1 or 2 for L1 or L2.
     """
     gg = torch.empty_like(g)
     rows, columns, constants = _choose_tile(g, ord)
@@ -193,7 +197,8 @@ def _run_kernel(
 
     order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. ord: 1 or 2
     for L1 or L2. Returns (norm, empty) for order 0, (empty, gg) for order 1 and (ggn, gg) for order
-    2. The gg of order 2 is empty for L1, because it is zero.
+    2. "empty" is a tensor without elements. For L1, gg of order 2 is zero, and "empty" stands for
+    it.
     """
     per_sample, gg = _allocate_outputs(order, g, ord)
     if not g.numel():
@@ -213,9 +218,9 @@ def _run_plain(
     order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
     ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes with PyTorch's operators what `_run_kernel` computes with Triton kernels.
+    """Computes the norm or one of its two derivatives with PyTorch's operators.
 
-    The arguments and results are those of `_run_kernel`.
+    The arguments and results are those of `_run_kernel`, which runs Triton kernels.
     """
     per_sample, gg = _allocate_outputs(order, g, ord)
     x = g.to(per_sample.dtype)
@@ -240,10 +245,10 @@ def _run_plain(
 
 
 def _with_samples_in_blocks(g: Tensor) -> Tensor:
-    """Returns g. It is a copy if a sample does not fill one contiguous block of memory.
+    """Returns g, or a contiguous copy of g unless each sample fills one block of memory.
 
-    The order of the elements within a sample does not matter, so images in channels_last are not
-    copied.
+    The order of the elements within a sample does not matter for a norm. Therefore images in
+    channels_last are not copied.
     """
     if torch.empty_like(g, device="meta").stride() == g.stride():  # no holes between elements
         if g.shape[0] < 2 or g.stride(0) == math.prod(g.shape[1:]):
@@ -252,10 +257,11 @@ def _with_samples_in_blocks(g: Tensor) -> Tensor:
 
 
 def _allocate_outputs(order: int, g: Tensor, ord: int) -> tuple[Tensor, Tensor]:
-    """Returns uninitialised tensors for the results of `_run_kernel`.
+    """Returns uninitialised tensors for the two results of `_run_kernel`.
 
-    A result that an order does not have is an empty tensor, because custom ops must return tensors.
-    gg has the strides that `_with_samples_in_blocks` gives to g.
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. A result that
+    is not computed is a tensor without elements, because a custom op cannot return None. The second
+    tensor has the strides that `_with_samples_in_blocks` gives to g.
     """
     rows = 0 if order == 1 else g.shape[0]
     per_sample = g.new_empty(rows, dtype=compute_dtype(g.dtype))
@@ -310,7 +316,7 @@ def _backward_backward(
     gn, g, norm = saved
     ord = options[-1]
     ggn, gg = _gradient_norm_bwd_bwd(ggg, gn, g, norm, ord)
-    # gg includes the dependence of the norm on g, so the norm itself gets no gradient
+    # the norm was computed from g, and gg takes that into account, so the norm gets no gradient
     return ggn, gg if ord == 2 else None, None, None
 
 
@@ -333,9 +339,9 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
     """Returns the norm of each sample of a gradient, for gradient penalties.
 
     The penalty of fastgn's method gradnorm uses L1, and WGAN-GP uses L2. The norm is summed in
-    float32, or in float64 for float64 gradients, so that sums and squares of float16 do not
-    overflow. grad is read without a copy if each sample fills one block of memory, as it also does
-    in channels_last.
+    float32, or in float64 for float64 gradients, so that sums and squares of float16 values do not
+    overflow. grad is copied first unless each sample fills one block of memory. A batch of images
+    in channels_last is not copied.
 
     As in PyTorch, sign(0) and the gradient of the L2 norm at 0 are 0. The second derivative of the
     L2 norm at 0 is 0 too, although PyTorch's is NaN. For L1, grad gets no second-order gradient,

@@ -1,6 +1,7 @@
 """Layer normalisation over the last dimension, with an optional residual sum, as custom ops.
 
-`layer_norm_kernels` defines the names of the tensors (gy, ggx, x_hat, ...) and has the formulas.
+The docstring of `layer_norm_kernels` explains the names of the tensors (gy, ggx, x_hat, ...) and
+has the formulas.
 """
 
 import torch
@@ -24,10 +25,10 @@ from fastgn_kernels.layer_norm_kernels import (
 )
 
 LARGEST = 4096
-"""Number of columns of the widest row that a program can hold. Wider rows use PyTorch's operators.
-With 8192 columns, the kernel of the second derivative spilled 144 bytes of registers per thread.
-In float64, which is only used to check results, that kernel spills 80 bytes with 1024 columns and
-more with 4096."""
+"""Largest number of columns for which the Triton kernels run. PyTorch's operators normalise wider
+rows. With 8192 columns, the kernel of the second derivative spilled 144 bytes of registers per
+thread. In float64, which is only used to check results, that kernel spills 80 bytes with 1024
+columns and more with 4096."""
 
 
 def _kernel_runs(x: Tensor) -> bool:
@@ -40,7 +41,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the normalised output in `dtype`, and the sum x + residual.
 
-    Without a residual there is no sum, and the output is returned twice.
+    Without a residual there is no sum. The output is then returned twice.
     """
     y, total = _allocate_forward(x, residual, dtype)
     if not _kernel_runs(x):
@@ -54,7 +55,10 @@ def _forward_plain(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor,
     total: Tensor,
 ) -> None:  # fmt: skip
-    """Computes with PyTorch's operators what `launch_forward` computes with a Triton kernel."""
+    """Computes the normalisation with PyTorch's operators.
+
+    Its arguments are those of `launch_forward`, which runs a Triton kernel.
+    """
     if residual is not None:
         x = total.copy_(x.to(compute_dtype(x.dtype)) + residual)
     x_hat, _ = _normalise(x, eps)
@@ -74,8 +78,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias.
 
-    The last two are empty if weight_grads is False. gsum: gradient of the sum x + residual. None
-    means zero.
+    The last two have no elements if weight_grads is False. gsum: gradient of the sum x + residual.
+    None means zero.
     """
     gx, gweight, gbias = _allocate_backward(x, weight, weight_grads)
     if not _kernel_runs(x):
@@ -93,7 +97,11 @@ def _backward_plain(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool,
     gx: Tensor, gweight: Tensor, gbias: Tensor,
 ) -> None:  # fmt: skip
-    """Computes with PyTorch's operators what `launch_backward` computes with a Triton kernel."""
+    """Writes the gradients of x, weight and bias into the last three tensors, with PyTorch's
+    operators.
+
+    `launch_backward` computes the same with a Triton kernel.
+    """
     x_hat, inv_std = _normalise(x, eps)
     gy = gy.to(x_hat.dtype)
     grad = inv_std * _project(gy * weight, x_hat)
@@ -117,10 +125,11 @@ def _backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (ggy, gx, gweight), the results of the second backward pass.
+    """Returns (ggy, gx, gweight): the second backward pass's gradients with respect to gy, x and
+    weight.
 
-    gweight is empty if weight_grads is False. ggx, ggweight, ggbias: cotangents of the gradients of
-    x, weight and bias.
+    gweight has no elements if weight_grads is False. gy: gradient of the output in the first
+    backward pass. ggx, ggweight, ggbias: cotangents of that pass's gradients of x, weight and bias.
     """
     ggy, gx, gweight = _allocate_backward_backward(gy, x, weight, weight_grads)
     arguments = (ggx, ggweight, ggbias, gy, x, weight, eps, weight_grads, ggy, gx)
@@ -138,8 +147,11 @@ def _backward_backward_plain(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor, gweight: Tensor,
 ) -> None:  # fmt: skip
-    """Computes with PyTorch's operators what `launch_backward_backward` does with a Triton
-    kernel."""
+    """Writes the results of the second backward pass into ggy, gx and gweight, with PyTorch's
+    operators.
+
+    `launch_backward_backward` computes the same with a Triton kernel.
+    """
     x_hat, inv_std = _normalise(x, eps)
     ggx, gy = ggx.to(x_hat.dtype), gy.to(x_hat.dtype)
     g = gy * weight
@@ -166,7 +178,7 @@ def _allocate_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns uninitialised tensors for the normalised output y and the sum x + residual.
 
-    Without a residual there is no sum, and y is returned twice.
+    Without a residual there is no sum. The tensor for y is then returned twice.
     """
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     return y, torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else y
@@ -175,7 +187,10 @@ def _allocate_forward(
 def _allocate_backward(
     x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uninitialised tensors for the gradients of x, weight and bias."""
+    """Returns uninitialised tensors for the gradients of x, weight and bias.
+
+    The last two have no elements if weight_grads is False.
+    """
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return (
         gx,
@@ -187,17 +202,19 @@ def _allocate_backward(
 def _allocate_backward_backward(
     gy: Tensor, x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uninitialised tensors for ggy, gx and gweight, the results of the second backward
-    pass."""
+    """Returns uninitialised tensors for the second backward pass's gradients of gy, x and weight.
+
+    The last one has no elements if weight_grads is False.
+    """
     ggy = torch.empty(x.shape, dtype=gy.dtype, device=x.device)
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return ggy, gx, _allocate_weight_grad(weight, weight_grads)
 
 
 def _allocate_weight_grad(weight: Tensor, weight_grads: bool) -> Tensor:
-    """Returns an uninitialised tensor for a gradient of the weight or bias.
+    """Returns an uninitialised tensor for the gradient of the weight or bias.
 
-    The tensor is empty if weight_grads is False, because custom ops must return tensors.
+    It has no elements if weight_grads is False, because a custom op cannot return None.
     """
     return torch.empty_like(weight) if weight_grads else weight.new_empty(0)
 
@@ -266,7 +283,8 @@ def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: T
 def _differentiate_sum(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor | None, gsum: Tensor | None
 ) -> tuple:
-    """Returns the gradients of the inputs of `_add_layer_norm`.
+    """Returns the gradients of the inputs of the op `_add_layer_norm`, which normalises x +
+    residual.
 
     `register_derivative` describes the arguments.
     """
@@ -332,9 +350,10 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Normalises the last dimension, as ``F.layer_norm`` does.
 
-    The value and each of the two derivatives take one kernel. Statistics are computed in float32,
-    or in float64 for float64 inputs. Rows wider than 4096 use PyTorch's operators. In compiled
-    code, the function remains a custom op on CUDA if its kernel runs.
+    The value, the first derivative and the second derivative take one kernel each. Means and
+    variances are computed in float32, or in float64 for float64 inputs. PyTorch's operators
+    normalise rows wider than 4096. Code compiled by torch.compile calls the same custom op if its
+    kernels run, otherwise `reference.layer_norm`.
 
     Source: Ba et al. 2016, arXiv 1607.06450. The formulas of the second derivative are in
     `layer_norm_kernels`.

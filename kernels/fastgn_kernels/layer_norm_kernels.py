@@ -19,9 +19,8 @@ Then ggy = weight tangent + ggweight x_hat + ggbias,
     gx = inv_std P(z) - inv_std^2 x_hat covariance,
     gweight = sum(tangent gy) over the rows.
 
-Means and variances are float32, or float64 for float64 inputs. Every kernel recomputes them,
-because it holds the row in registers anyway. So only the inputs of the op are kept for the
-backward.
+Means and variances are float32, or float64 for float64 inputs. Every kernel recomputes them from
+the row, which it holds in registers anyway. So only the inputs of the op are kept for the backward.
 """
 
 from typing import Any
@@ -36,9 +35,9 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, count_strips, triton_
 
 @triton.jit
 def _normalise(x, inside, columns, eps):
-    """Returns the normalised rows x_hat and 1 / standard deviation for each row of a tile.
+    """Returns the normalised rows x_hat of a tile, and 1 / standard deviation of each row.
 
-    inside: mask of the elements that exist. columns: length of a row.
+    inside: mask that is False for the padding of the tile. columns: length of a row.
     """
     mean = tl.sum(x, axis=1)[:, None] / columns
     centred = tl.where(inside, x - mean, 0.0)
@@ -54,7 +53,7 @@ def _layer_norm_fwd_kernel(
 ):  # fmt: skip
     """Computes the normalised output y.
 
-    With HAS_RESIDUAL it also writes the sum of x and the residual, which it normalises.
+    With HAS_RESIDUAL it normalises x + residual instead of x, and also writes this sum.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -121,9 +120,9 @@ def _layer_norm_bwd_bwd_kernel(
     WEIGHT_GRADS: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggy and gx of the second backward pass.
+    """Computes ggy and gx, the gradients with respect to gy and x in the second backward pass.
 
-    With WEIGHT_GRADS it also computes partial sums of gweight of the second backward pass.
+    With WEIGHT_GRADS it also computes partial sums of that pass's gradient of the weight.
     """
     column = tl.arange(0, BLOCK_COLUMNS)
     exists = column < columns
@@ -175,16 +174,15 @@ def _layer_norm_bwd_bwd_kernel(
 
 
 def choose_tile(columns: int, forward: bool = False) -> dict[str, Any]:
-    """Returns the rows, columns and warps of a program's tile, as keyword arguments of a launch.
+    """Returns keyword arguments of a launch: the size of a program's tile, and its number of warps.
 
-    A tile holds whole rows, and several of them if they are short. forward: whether the tile is
-    for the forward kernel.
+    A tile holds one whole row, or several if they are short. columns: length of a row. forward:
+    whether the forward kernel is launched.
     """
     block_columns = triton.next_power_of_2(columns)
     warps = 4 if block_columns <= 1024 else 8
     if forward and block_columns in (1024, 4096):
-        # With half as many warps, the forward kernel spills 16 bytes of registers per thread on
-        # sm_80. For the other kernels, doubling the warps would not reduce what they spill.
+        # with half as many warps, the forward kernel spills 16 bytes per thread on sm_80
         warps *= 2
     return {
         "BLOCK_ROWS": max(2048 // block_columns, 1),
@@ -215,7 +213,8 @@ def launch_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Writes the gradient of x into gx, and adds gsum to gx if it is not None.
 
-    Returns [gweight, gbias] if weight_grads is True, otherwise [].
+    gsum: gradient of the sum x + residual. Returns the gradients [gweight, gbias] if weight_grads
+    is True, otherwise [].
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -236,10 +235,10 @@ def launch_backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes ggy and gx of the second backward pass, and writes them into the given tensors.
+    """Writes the gradients with respect to gy and x in the second backward pass into ggy and gx.
 
-    Returns gweight if weight_grads is True, else None. ggweight and ggbias are None if they are
-    zero.
+    Returns that pass's gradient of the weight if weight_grads is True, otherwise None. ggweight,
+    ggbias: None means zero.
     """
     columns = x.shape[-1]
     rows = x.numel() // columns

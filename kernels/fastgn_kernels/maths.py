@@ -18,8 +18,8 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# In products, write the constant last. If it comes first, Triton's interpreter returns a constant
-# instead of a tensor.
+# In products, write these constants last, as in u * SQRT_HALF. If a constant comes first, Triton's
+# interpreter returns a constant instead of a tensor.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -272,7 +272,7 @@ def product(g, derivative):
 def masked_product(g, derivative):
     """Returns g * derivative, but 0 where the derivative is 0, even if g is NaN or infinite.
 
-    PyTorch's relu does this, too.
+    The backward of PyTorch's relu does this, too.
     """
     return where(derivative == 0.0, 0.0, g * derivative)
 
@@ -289,7 +289,7 @@ class Activation(NamedTuple):
     """Function of (u, p) that returns the second derivative at u. p is the activation's
     parameter."""
     multiply: Any = product
-    """Function that multiplies a gradient by a derivative."""
+    """Function that multiplies a gradient by the first or second derivative."""
     parameter: float = 1.0
     """Default value of the activation's parameter, such as the slope of leaky_relu."""
 
@@ -325,12 +325,12 @@ _PYTORCH: dict[str, Any] = {
 
 @functools.cache
 def in_pytorch(function: Any) -> Callable[..., torch.Tensor]:
-    """Returns a function of torch tensors that has the source code of a Triton function.
+    """Returns a function for torch tensors that runs the source code of a Triton function.
 
     Names such as `exp` in that code then refer to PyTorch's functions.
     """
     constants = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)}
-    # if an operator of PyTorch imports a module when called, Python looks up __import__ here
+    # some operators of PyTorch import a module when called, and need __import__ from the builtins
     names = constants | _PYTORCH | {"__builtins__": builtins}
     for helper in (logistic, log_one_plus_exp):
         names[helper.fn.__name__] = types.FunctionType(helper.fn.__code__, names)

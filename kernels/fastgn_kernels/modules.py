@@ -1,10 +1,10 @@
 """The ops as nn.Modules, and `swap_modules`, which replaces modules of an existing network.
 
 `swap_modules` changes the class of a module to a subclass of its old class. The module remains the
-same object, so its weights, buffers, state-dict keys, flags and hooks stay. A module that is used
-in two places remains one module, and optimizers and isinstance see no change. The ops cannot run
-under torch.fx and torch.jit or on nested tensors. In these cases, the module runs the forward of
-its old class. timm's classes are found by name, so this package does not import timm.
+same object, so its weights, buffers, state-dict keys, attributes and hooks stay. A module that is
+used in two places remains one module, and optimizers and isinstance see no change. The ops cannot
+run under torch.fx and torch.jit or on nested tensors. In these cases, the module runs the forward
+of its old class. timm's classes are found by name, so this package does not import timm.
 """
 
 import functools
@@ -58,7 +58,7 @@ class FusedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.plain(x)
-        else:  # without this else, torch.jit would compile the call of `fused`
+        else:  # needed, because torch.jit would also compile code that follows the if
             return self.plain(x) if needs_plain(x) else self.fused(x)
 
     def fused(self, x: Tensor) -> Tensor:
@@ -210,10 +210,10 @@ class FusedWindowAttention(nn.Module):
 
 @functools.cache
 def _in_place_of(replaced: Any, fused: Any) -> Any:
-    """Returns a subclass of both classes, for modules of class `replaced`.
+    """Returns a subclass of `fused` and `replaced`, for modules that have been of class `replaced`.
 
-    Its modules compute as those of class `fused` do. For isinstance they are still of class
-    `replaced`.
+    Modules of this subclass use the forward method of `fused`. isinstance(module, replaced) remains
+    True for them.
     """
 
     def __reduce__(self: nn.Module) -> Any:  # noqa: N807 - a method of the class below
@@ -231,8 +231,7 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
 
 
 def _new(replaced: Any, fused: Any) -> nn.Module:
-    """Returns a module without attributes, of the class that `_in_place_of` makes. pickle calls
-    this function."""
+    """Returns a module without attributes, of the class that `_in_place_of` makes, for pickle."""
     cls = _in_place_of(replaced, fused)
     return cls.__new__(cls)
 
@@ -270,23 +269,23 @@ class _RefusedError(Exception):
 
 
 _New = tuple[str, type[nn.Module], dict[str, Any]]
-"""Kind of a replacement, the class of the new module, and the attributes to set on it."""
+"""How to replace a module: the module's kind, its new class, and the attributes to set on it."""
 
 
 def _activation(kind: str, parameter: float | None = None) -> _New:
-    """Returns the class and attributes that replace an activation module."""
+    """Returns the kind, new class and new attributes of an activation module."""
     return kind, FusedActivation, {"kind": kind, "parameter": parameter}
 
 
 def _softplus(module: Any) -> _New:
-    """Returns the class and attributes that replace an nn.Softplus, or raises _RefusedError."""
+    """Returns the kind, new class and new attributes of an nn.Softplus, or raises _RefusedError."""
     if module.threshold != 20:
         raise _RefusedError(f"its threshold is {module.threshold:g}, not PyTorch's 20")
     return _activation("softplus", module.beta)
 
 
 def _layer_norm(module: Any) -> _New:
-    """Returns the class and attributes that replace a LayerNorm, or raises _RefusedError."""
+    """Returns the kind, new class and new attributes of a LayerNorm, or raises _RefusedError."""
     if len(module.normalized_shape) != 1:
         raise _RefusedError(f"it normalises {len(module.normalized_shape)} dimensions at once")
     if getattr(module, "_fast_norm", False):
@@ -295,7 +294,10 @@ def _layer_norm(module: Any) -> _New:
 
 
 def _window_attention(module: Any) -> _New:
-    """Returns the class and attributes that replace a WindowAttention, or raises _RefusedError."""
+    """Returns the kind, new class and new attributes of timm's WindowAttention.
+
+    Raises _RefusedError if the module cannot be replaced.
+    """
     if not isinstance(module.qkv, nn.Linear):
         raise _RefusedError(f"its qkv is a {type(module.qkv).__name__}, not a Linear")
     head_dim = module.qkv.out_features // (3 * module.num_heads)
@@ -340,7 +342,8 @@ _KNOWN: dict[str, tuple[str, Callable[[Any], _New]]] = {
     "timm.layers.norm.LayerNorm": ("layer_norm", _layer_norm),
     "timm.models.swin_transformer.WindowAttention": ("window_attention", _window_attention),
 }
-"""Name of each class -> its family, and a function that returns the replacement of a module.
+"""Name of each class that can be replaced -> its family, and a function of a module of that class.
+The function returns how to replace the module.
 
 timm's Mish is missing, because it returns float32 under autocast."""
 
@@ -350,21 +353,21 @@ _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
     "timm.models.swin_transformer.PatchMerging": (("norm", "reduction"),),
     "timm.models.vision_transformer.Block": _BLOCK,
 }
-"""Name of a class -> pairs of names of its submodules. The first is a LayerNorm, and the second is
-the linear layer that alone reads the LayerNorm's output."""
+"""Name of a class -> pairs of names of its submodules. The first of a pair is a LayerNorm. The
+second is a linear layer, which is the only reader of the LayerNorm's output."""
 
 _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
 
 
 def _name(cls: type) -> str:
-    """Returns the full name of a class, with its module."""
+    """Returns the full name of a class, such as torch.nn.modules.activation.GELU."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
-    """Returns the LayerNorms without forward hooks whose output is read only by a plain nn.Linear.
+    """Returns the LayerNorms without forward hooks whose output is read only by an nn.Linear.
 
-    `_BEFORE_LINEAR` says where networks have such pairs of layers.
+    They are found by their names, which `_BEFORE_LINEAR` lists for known classes.
     """
     found = set()
     for module in model.modules():
@@ -385,8 +388,8 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
     The model itself is replaced too if it is such a module. Call this before torch.compile. A
     second call finds nothing to replace.
 
-    Modules that the op could not compute exactly stay as they were. So do subclasses of known
-    classes, which may compute something else. Activations no longer overwrite their input. Under
+    Modules whose result the op could not reproduce stay as they were. So do subclasses of known
+    classes, which may compute something else. Replaced activations ignore inplace=True. Under
     autocast, the LayerNorms before a linear layer in timm's Swin and ViT return autocast's dtype,
     see `FusedLayerNorm.before_linear`.
 

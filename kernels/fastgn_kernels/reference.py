@@ -30,7 +30,7 @@ def activation(
         return u * torch.sigmoid(1.702 * u)
     if kind == "mish":  # the second derivative of F.mish is NaN for inputs above 89
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
-        # above 40, softplus(u) is u to the last bit of float64
+        # for u above 40, softplus(u) equals u to the last bit of float64
         return (wide * F.softplus(wide, threshold=40).tanh()).to(u.dtype)
     if kind == "softplus":
         return F.softplus(u, beta=1.0 if parameter is None else parameter)
@@ -105,8 +105,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets.is_floating_point():
         return F.cross_entropy(z, targets.to(z.dtype), reduction=reduction)
-    # With PyTorch's default ignore_index, a target of -100 would have a loss of 0. With this
-    # ignore_index, any target out of range raises an error.
+    # with PyTorch's default ignore_index, a target of -100 would have a loss of 0, not an error
     ignored = torch.iinfo(torch.int64).min
     return F.cross_entropy(z, targets, reduction=reduction, ignore_index=ignored)
 

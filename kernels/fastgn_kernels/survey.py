@@ -35,7 +35,7 @@ FUNCTIONS: dict[Any, str] = {
     ),
     "activation",
 )
-"""Function that a fused op could replace -> family of `swap_modules` to which the op belongs."""
+"""Function of PyTorch -> name of the fused op that could replace its calls."""
 
 LOOK_ALIKES = (
     ("window_attention", re.compile("attention", re.IGNORECASE)),
@@ -45,15 +45,16 @@ LOOK_ALIKES = (
         re.compile(r"activation|gelu|silu|swish|mish|softplus|gate\b|[a-z]?elu\b", re.IGNORECASE),
     ),
 )
-"""Pairs of a family of modules and a pattern for names of classes. A class belongs to the family
-of the first pattern that matches its name."""
+"""Pairs of a family of modules, such as "layer_norm", and a pattern for names of classes. A class
+belongs to the family of the first pattern that matches its name."""
 
 
 def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
-    """Returns the name of each module that `swap_modules` cannot replace -> (family, reason).
+    """Finds the modules that seem to compute what a fused op does, but that cannot be replaced.
 
-    These are modules that call or hold a function of `FUNCTIONS`, and modules whose class name
-    matches one of `LOOK_ALIKES`. known: returns True for modules to skip.
+    Returns name of the module -> (family, reason). Such modules call or hold a function of
+    `FUNCTIONS`, or their class name matches one of `LOOK_ALIKES`. The family is "activation",
+    "layer_norm" or "window_attention". known: function that returns True for modules to skip.
     """
     found = {}
     for name, module in model.named_modules():
@@ -66,7 +67,11 @@ def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tu
 
 
 def _reason(module: nn.Module) -> tuple[str, str] | None:
-    """Returns (family, reason) for a module that cannot be replaced, otherwise None."""
+    """Returns (family, reason) if a module seems to compute what a fused op does, otherwise None.
+
+    The family is "activation", "layer_norm" or "window_attention". The reason says why the module
+    cannot be replaced by the fused op.
+    """
     cls: Any = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return "window_attention", f"its attention is a function, {SDPA}"
@@ -85,9 +90,9 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
-    """Yields the functions that the attributes of a module hold, also inside lists and partials."""
+    """Yields the functions that are attributes of a module, alone or in a list or a partial."""
     for name, value in vars(module).items():
-        if name.startswith("_"):  # such as hooks, which do not belong to the computation
+        if name.startswith("_"):  # for example _forward_hooks, which are not part of the module
             continue
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, functools.partial):
@@ -97,8 +102,10 @@ def _held(module: nn.Module) -> Iterator[Any]:
 
 
 def _by_name(function: Any) -> bool:
-    """Returns whether a function's name contains the name of an activation, as shifted_softplus
-    does."""
+    """Returns whether the name of a function contains the name of an activation.
+
+    For example, shifted_softplus contains softplus.
+    """
     return LOOK_ALIKES[-1][1].search(function.__name__.replace("_", " ")) is not None
 
 

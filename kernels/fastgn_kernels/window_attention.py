@@ -1,8 +1,8 @@
 """Attention within windows of at most 64 tokens, as in Swin, as custom ops.
 
-`window_attention_kernels` defines the names of the tensors (go, ggqkv, ...) and has the formulas.
-Its kernels run for float16 and bfloat16 on cards of compute capability 8.0 and later. Otherwise
-PyTorch's operators compute the same formulas.
+The docstring of `window_attention_kernels` explains the names of the tensors (go, ggqkv, ...) and
+has the formulas. The kernels of that module run for float16 and bfloat16 inputs on GPUs of compute
+capability 8.0 and later. Otherwise PyTorch's operators compute the same formulas.
 """
 
 import torch
@@ -32,7 +32,7 @@ LARGEST = 64
 
 
 def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a tensor like qkv and a tensor for the attention's output.
+    """Returns two uninitialised tensors: one like qkv, and one for the output of the attention.
 
     Their shapes are (3, B, H, N, D) and (B, H, N, D). Both are laid out in memory so that linear
     layers can use them without a copy.
@@ -45,8 +45,8 @@ def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
     """Returns an uninitialised tensor for the gradient of the bias.
 
-    learned: the bias, or None if its gradient is not wanted. With None the tensor is empty, because
-    custom ops must return tensors.
+    learned: the bias, or None if its gradient is not wanted. If None, the returned tensor has no
+    elements, because a custom op cannot return None.
     """
     return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
 
@@ -54,8 +54,8 @@ def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
 def _kernel_runs(qkv: Tensor) -> bool:
     """Returns whether the Triton kernels compute the attention.
 
-    With float32 inputs, and on cards before compute capability 8.0, Triton's matrix products would
-    spill thousands of bytes of registers per thread. In these cases PyTorch's operators run.
+    With float32 inputs, and on GPUs of a compute capability below 8.0, Triton's matrix products
+    would spill thousands of bytes of registers per thread. In these cases PyTorch's operators run.
     """
     if not runs_triton(qkv) or INTERPRETED:
         return runs_triton(qkv)
@@ -87,14 +87,20 @@ def _compute_probabilities(
 
 
 def _centre(x: Tensor, p: Tensor) -> Tensor:
-    """Returns x - rowsum(p x). If it is multiplied by p, it becomes the backward of softmax."""
+    """Returns x - rowsum(p * x) for probabilities p.
+
+    If x is the gradient of the output p of a softmax, p * result is the gradient of its input.
+    """
     return x - (p * x).sum(-1, keepdim=True)
 
 
 def _forward_plain(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, o: Tensor
 ) -> None:
-    """Computes with PyTorch's operators what `launch_forward` computes with a Triton kernel."""
+    """Computes the attention with PyTorch's operators, and writes it into o.
+
+    Its arguments are those of `launch_forward`, which runs a Triton kernel.
+    """
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     o.copy_(_compute_probabilities(q, k, bias, mask, scale) @ v)
 
@@ -105,8 +111,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns the gradients of qkv and of the bias.
 
-    The gradient of the bias is empty if weight_grads is False. go: gradient of the output. extra:
-    tensor to add to the gradient of qkv, or None.
+    The gradient of the bias has no elements if weight_grads is False. go: gradient of the output.
+    extra: tensor to add to the gradient of qkv, or None.
     """
     learned = bias if weight_grads else None
     gqkv, gbias = _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, learned)
@@ -121,7 +127,10 @@ def _backward_plain(
     go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, learned: Tensor | None, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes with PyTorch's operators what `launch_backward` computes with a Triton kernel."""
+    """Computes the backward pass with PyTorch's operators.
+
+    Its arguments and result are those of `launch_backward`, which runs a Triton kernel.
+    """
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     go = go.to(q.dtype)
     p = _compute_probabilities(q, k, bias, mask, scale)
@@ -138,10 +147,11 @@ def _backward_backward(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (ggo, gqkv, gbias), the results of the second backward pass.
-
-    gbias is empty if weight_grads is False. ggqkv, ggbias: cotangents of the gradients of qkv and
+    """Returns (ggo, gqkv, gbias): the second backward pass's gradients with respect to go, qkv and
     bias.
+
+    gbias has no elements if weight_grads is False. go: gradient of the output in the first backward
+    pass. ggqkv, ggbias: cotangents of that pass's gradients of qkv and bias.
     """
     learned = bias if weight_grads else None
     (gqkv, ggo), gbias = _allocate_outputs(qkv), _allocate_bias_grad(qkv, learned)
@@ -156,8 +166,10 @@ def _backward_backward_plain(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes with PyTorch's operators what `launch_backward_backward` does with a Triton
-    kernel."""
+    """Computes the second backward pass with PyTorch's operators.
+
+    Its arguments and result are those of `launch_backward_backward`, which runs a Triton kernel.
+    """
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     ggq, ggk, ggv = ggqkv.to(q.dtype)
     go = go.to(q.dtype)
@@ -287,9 +299,10 @@ def window_attention_qkvpacked(
 ) -> Tensor:
     """Returns softmax(scale Q K^T + bias + mask) V within each window.
 
-    The value and each of the two derivatives take one kernel. Under autocast the inputs are cast to
-    autocast's dtype, as ``F.scaled_dot_product_attention`` does. In compiled code, the function
-    remains a custom op if its kernels run.
+    The value, the first derivative and the second derivative take one kernel each. Under autocast
+    the inputs are cast to autocast's dtype, as ``F.scaled_dot_product_attention`` does. Code
+    compiled by torch.compile calls the same custom op if its kernels run, otherwise
+    `reference.window_attention`.
 
     Source: Liu et al. 2021, arXiv 2103.14030.
 
@@ -300,7 +313,7 @@ def window_attention_qkvpacked(
         bias: (H, N, N), any floating-point dtype, for example Swin's relative position bias.
         mask: (W, N, N), any floating-point dtype, where W divides B. Window i uses mask[i % W].
             A value of -inf makes a query ignore a key. The mask gets no gradient.
-        scale: factor of the products of queries and keys. None means D ** -0.5.
+        scale: number by which Q K^T is multiplied. None means D ** -0.5.
 
     Returns:
         (B, H, N, D) in the dtype of qkv. transpose(1, 2).flatten(2) of the result is a view, so a

@@ -18,9 +18,9 @@ Backward of the backward: dS = centred(scale (ggq k^T + q ggk^T) + ggbias), dP =
     gq = scale (hS k + gS ggk), gk = scale (hS^T q + gS^T ggq), gv = dP^T go,
     gbias = sum of hS over the windows.
 
-A window and head fit one tile of 64 x 64, so every kernel recomputes S and P from its inputs. The
-only (N, N) matrices in memory are bias + mask, one for each mask and head, and partial sums of
-gbias. S, P and their gradients are float32, or float64 for float64 inputs.
+S and P of one window and head fit a tile of 64 x 64, so every kernel recomputes them. The only
+(N, N) matrices in memory are bias + mask, one for each mask and head, and partial sums of gbias.
+S, P and their gradients are float32, or float64 for float64 inputs.
 """
 
 from typing import Any
@@ -35,17 +35,16 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, triton_compute_dtype
 
 @triton.jit
 def _dot(x, y, acc):
-    """Returns acc + x y (a matrix product) for two inputs of the op, multiplied in their own
-    dtype."""
+    """Returns acc + x @ y for two inputs x and y of the op, multiplied in their own dtype."""
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
 @triton.jit
 def _dot_of_float32(x, y, acc, TRANSPOSED: tl.constexpr = False):
-    """Returns acc + x y, or acc + x^T y, for an intermediate result x and an input y of the op.
+    """Returns acc + x @ y, or acc + x^T @ y, for an intermediate result x and an input y of the op.
 
-    If y has 16 bits, x is split into a sum of two 16-bit tiles. With bfloat16 that keeps 16 bits of
-    the mantissa, and the tensor cores read the tiles from registers. TF32 would keep 11 bits and
+    If y has 16 bits, x is split into a sum of two 16-bit tiles. With bfloat16 the two tiles keep 16
+    bits of x's mantissa, and the tensor cores read them from registers. TF32 would keep 11 bits and
     go through shared memory.
     """
     if y.dtype.primitive_bitwidth == 16:
@@ -63,7 +62,7 @@ def _dot_of_float32(x, y, acc, TRANSPOSED: tl.constexpr = False):
 
 @triton.jit
 def _locate_matrix(pointer, index, BLOCK_TOKENS: tl.constexpr):
-    """Returns pointers to the elements of one padded (N, N) matrix of a stack."""
+    """Returns pointers to the elements of matrix number `index` in a stack of padded matrices."""
     i, j = tl.arange(0, BLOCK_TOKENS)[:, None], tl.arange(0, BLOCK_TOKENS)[None, :]
     return pointer + index.to(tl.int64) * (BLOCK_TOKENS * BLOCK_TOKENS) + i * BLOCK_TOKENS + j
 
@@ -76,7 +75,7 @@ def _softmax(scores):
 
 @triton.jit
 def _centre(x, p):
-    """Returns x - rowsum(p x). If it is multiplied by p, it becomes the backward of softmax."""
+    """Returns x - rowsum(p * x). p times this is the backward of a softmax with the output p."""
     return x - tl.sum(p * x, axis=1)[:, None]
 
 
@@ -85,10 +84,8 @@ def _locate_window(
     window, head, qkv_pointer, o_pointer, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr,
 ):  # fmt: skip
-    """Returns pointers to the first element of a window and head, in qkv and in o.
-
-    qkv is any tensor laid out as (B, N, 3, H, D), and o any tensor laid out as (B, N, H, D).
-    """
+    """Returns pointers to the first element of a window and head, in two tensors with the layouts
+    (B, N, 3, H, D) and (B, N, H, D)."""
     first = tl.cast(window, tl.int64) * (TOKENS * HEADS * DIM)
     return qkv_pointer + first * 3 + head * DIM, o_pointer + first + head * DIM
 
@@ -233,10 +230,11 @@ def _window_attention_bwd_bwd_kernel(
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BIAS_GRAD: tl.constexpr, HAS_GGBIAS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggo and gqkv of the second backward pass, and with BIAS_GRAD partial sums of gbias.
+    """Computes ggo and gqkv, the gradients with respect to go and qkv in the second backward pass.
 
-    Registers cannot hold six 64 x 64 tiles and their operands. So inputs are read again whenever
-    they are used, mostly from the cache, and the products are ordered to free each tile early.
+    With BIAS_GRAD, also partial sums of that pass's bias gradient. Registers cannot hold six 64 x
+    64 tiles and their operands. So inputs are read again whenever they are used, mostly from the
+    cache, and the products are ordered to free each tile early.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
@@ -334,8 +332,7 @@ def choose_grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple
 
 
 def _choose_constants(qkv: Tensor, scale: float) -> dict[str, Any]:
-    """Returns the compile-time constants and launch options that all kernels of the attention
-    take."""
+    """Returns the compile-time constants and launch options that all three kernels take."""
     _, _, heads, tokens, dim = qkv.shape
     return {
         "HEADS": heads,
@@ -357,10 +354,11 @@ def _choose_block(qkv: Tensor) -> int:
 
 
 def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Returns bias + mask for each mask and head, padded from N to N' tokens: (W, H, N', N').
+    """Returns bias + mask for each of W masks and H heads, as (W, H, N', N').
 
-    The padding makes programs read whole cache lines at constant offsets. Padded keys have -inf, so
-    that no query sees them. Padded queries have 0, so that their softmax is finite.
+    N' is the number of tokens after padding. The padding makes programs read whole cache lines at
+    constant offsets. Padded keys have -inf, so that no query sees them. Padded queries have 0, so
+    that their softmax is finite.
     """
     _, _, heads, tokens, _ = qkv.shape
     block, masks = _choose_block(qkv), 1 if mask is None else mask.shape[0]
@@ -373,8 +371,7 @@ def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) ->
 
 
 def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
-    """Returns ggbias, padded with zeros to the tokens of a tile, as (H, N', N') in the compute
-    dtype."""
+    """Returns ggbias in the compute dtype, padded with zeros from N x N to the size of a tile."""
     padding = _choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
@@ -382,7 +379,10 @@ def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
 
 
 def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """Returns zeros for the sum of gbias over each strip: (strips, H, N', N')."""
+    """Returns zeros to which programs add the bias gradients of each strip of windows.
+
+    Returns a tensor without elements if learned is None.
+    """
     heads, strips = grid
     block = _choose_block(qkv)
     shape = (strips if learned is not None else 0, heads, block, block)
@@ -390,8 +390,8 @@ def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int,
 
 
 def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
-    """Returns the sum of the partial sums, which is the gradient of `learned`. Returns None if
-    `learned` is None."""
+    """Returns the gradient of the bias `learned`, summed over the strips of windows, or None if
+    learned is None."""
     if learned is None:
         return None
     tokens = learned.shape[-1]
@@ -432,7 +432,7 @@ def launch_backward_backward(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes ggo and gqkv of the second backward pass, and writes them into the given tensors.
+    """Writes the second backward pass's gradients with respect to go and qkv into ggo and gqkv.
 
     learned: the bias, or None if its gradient is not wanted. Returns the bias gradient or None.
     ggbias: None means zero.
