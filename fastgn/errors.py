@@ -1,4 +1,4 @@
-"""Functions that raise, word and print errors about mistakes of the user."""
+"""Raises and prints errors about mistakes of the user, and suggests similar names in them."""
 
 import contextlib
 import difflib
@@ -23,7 +23,8 @@ class UserError(ValueError):
     or control the terminal are printed as escapes.
     """
 
-    def __str__(self) -> str:  # escape only here, because torch adds a worker's traceback to args
+    def __str__(self) -> str:
+        # escape here, not in __init__, because torch later adds a worker's traceback to the message
         return escape(super().__str__())
 
 
@@ -170,8 +171,8 @@ def print_error(line: str) -> None:
     """Prints a mistake to stderr, once for all ranks.
 
     If all ranks have the error, only the first rank prints it. The others wait for 10 seconds, and
-    torchrun ends them meanwhile, because the first rank exits with an error. If only one rank has
-    the error, such as an unreadable image, it is not ended and prints the error after the wait.
+    torchrun ends them meanwhile, because the first rank exits with an error. If only one other rank
+    has the error, for example an unreadable image, that rank prints the error after the wait.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
@@ -179,7 +180,7 @@ def print_error(line: str) -> None:
 
 
 def print_stopped(program: str, how: str = "run the same command again to continue") -> None:
-    """Prints, once for all ranks, that a signal has ended a program, and how to go on."""
+    """Prints that a signal has ended a program, once for all ranks. how: what the user can do."""
     if os.environ.get("RANK", "0") == "0":
         print_line(f"{program}: stopped; {how}")
 

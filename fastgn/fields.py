@@ -68,7 +68,7 @@ WORKER_TIMEOUT = Range(0.1, 604_800)
 
 @dataclasses.dataclass(frozen=True)
 class PathRule:
-    """Limits on the text of a path that hold for every file system."""
+    """Limits on the text of a path that hold on every file system."""
 
     part_bytes: int = 255
     """Largest number of bytes in one name of the path."""

@@ -144,8 +144,8 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
 
 @contextlib.contextmanager
 def open_for_reading(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a plain file for reading. Raises UserError if it is missing, unreadable or of another
-    kind."""
+    """Opens a file for reading. Raises UserError if it is missing, unreadable or not a plain
+    file."""
     try:
         with io.BufferedReader(open_regular(path)) as file:
             yield file

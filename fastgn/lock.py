@@ -1,8 +1,8 @@
 """Locks that allow one writer at a time for a folder or a file.
 
-Other processes are refused before they change anything. The kernel releases a lock when its process
-ends for any reason. The locks are POSIX locks, which belong to a process. They work over NFS, and
-the forked workers of a data loader do not inherit them.
+Other processes are refused before they change anything. The operating system releases a lock when
+its process ends for any reason. The locks are POSIX locks, which belong to a process. They work
+over NFS, and the forked workers of a data loader do not inherit them.
 """
 
 import contextlib
@@ -127,8 +127,7 @@ def _acquire(path: Path, name: str) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just removed the folder
-            # after so many failures no other process is the cause: for example, no file can be
-            # created in /proc
+            # after ATTEMPTS failures the cause is not another process, but a folder such as /proc
             if attempt == ATTEMPTS - 1:
                 raise
             continue
@@ -165,7 +164,7 @@ def _release(descriptor: int, path: Path) -> None:
     """Removes the lock file and releases the lock."""
     with contextlib.suppress(OSError):
         if _is_file_at(descriptor, path):
-            path.unlink()  # before the release, because then another process may lock this file
+            path.unlink()  # before _close, because afterwards another process may hold the lock
     _close(descriptor)
 
 

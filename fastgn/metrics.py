@@ -1,4 +1,7 @@
-"""Records a run in metrics.csv, TensorBoard and W&B, shows its progress, and finds versions."""
+"""Records a run in metrics.csv, TensorBoard and W&B, and shows its progress.
+
+Also collects the versions and the hardware that a run's record should name.
+"""
 
 import csv
 import importlib

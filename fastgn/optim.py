@@ -232,7 +232,7 @@ class FirstState:
     shape: torch.Size
     """Shape of the weight."""
     count: int
-    """Number of weights of the model that have the same shape, dtype and parameter group."""
+    """Number of the model's weights that share this weight's shape, dtype and parameter group."""
     state: dict[str, Any]
     """Name of each entry that the optimizer keeps for such a weight -> its value."""
 
@@ -254,7 +254,7 @@ def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstS
     parameters = [p for group in groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    with torch.compiler.set_stance("force_eager"):  # Kron would compile itself
+    with torch.compiler.set_stance("force_eager"):  # because timm's Kron would compile its step
         optimizer.step()
     return [
         FirstState(p.shape, count, dict(optimizer.state[p]))
@@ -353,8 +353,10 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
 def update_average(
     cfg: OptimizerConfig, average: ModelEmaV3, model: nn.Module, update: int
 ) -> None:
-    """Moves the average towards the weights after an update, counted from 1. It does not wait for
-    the device."""
+    """Moves the average of the weights towards the weights after an update, counted from 1.
+
+    The call does not wait for the device.
+    """
     average.update(model, step=update if cfg.model_ema_warmup else None)
 
 

@@ -41,7 +41,7 @@ class Batching:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved(Batching):
-    """Values that a configuration leaves to the data, the model, the machine and the method.
+    """Values that a configuration leaves open, because they depend on data, model or machine.
 
     They are computed once, written into environment.json, and passed to everything that needs them.
     """
@@ -71,9 +71,9 @@ class Resolved(Batching):
     warmup_epochs: float
     """Number of epochs until the learning rate is at its peak."""
     ramp_epochs: float
-    """Number of epochs until the method has its full strength."""
+    """Number of epochs in which the method's penalty or attack grows to its full strength."""
     step_size: float
-    """Step of the attack in 0..1 pixel units, at full strength."""
+    """Size of each step of the attack in 0..1 pixel units, at full strength."""
     eval_eps: float
     """Linf radius of the evaluation's PGD-10 in 0..1 pixel units."""
     compiled: bool
@@ -168,7 +168,7 @@ def batch_images(
         f"whole number of images: use a --batch-size that is a multiple of {divisor}, or another "
         "--subset-fraction",
     )
-    if cfg.step.schedule == "auto":  # Step divides the batch, so the data do not depend on the plan
+    if cfg.step.schedule == "auto":  # load the whole batch, which Step then divides as planned
         batch_size, accum = batch_size * accum, 1
     return Batching(batch_size, accum, world.size)
 
@@ -279,9 +279,9 @@ def make_plan(
     """Returns the predicted time and memory of an update, the same on all ranks.
 
     With `--schedule auto` it also chooses the micro-batch and the share of activations to keep, for
-    the device with the least free memory and the slowest rates. Operations are counted on the CPU,
-    without data. Returns None if the operations cannot be counted and nothing has to be chosen.
-    batching: how the images of an update are divided.
+    the least free memory and the lowest speed of all ranks' devices. Operations are counted on the
+    CPU, without data. Returns None if the operations cannot be counted and nothing has to be
+    chosen. batching: how the images of an update are divided.
 
     Raises UserError if nothing fits, or if `--schedule auto` cannot count the operations.
     """
@@ -322,7 +322,7 @@ def make_plan(
 
 
 def slowest_rates(world: World, precision: str) -> Rates:
-    """Measures the device of every rank, and returns the slowest value of each rate."""
+    """Measures the speed of every rank's device, and returns the lowest value of each rate."""
     flops, bytes_, launch = measure_rates(world.device, precision)
     return Rates(world.min(flops), world.min(bytes_), -world.min(-launch))
 

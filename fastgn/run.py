@@ -191,7 +191,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad()  # sets gradients to None, also in apex, which has no argument
+        self.optimizer.zero_grad()  # sets gradients to None; apex's version takes no argument
         if self.ema is not None:
             optim.update_average(self.cfg.optimizer, self.ema, self.model, self.update + 1)
         return grad_norm
@@ -369,7 +369,7 @@ class Run:
             return
         self.evaluated_model.eval()
         eps = self.cfg.eval_eps
-        # a training step with more images may have run out of memory
+        # use at most as many images as a training step, which may have run out of memory with more
         self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
         while (counts := self.count_correct(self.subset)) is None:
             self.subset.batch_size //= 2
@@ -416,7 +416,7 @@ class Run:
         self.check_finite()
         self.check_weights()
         sums = self.world.sum(self.sums.clone()) / self.world.size
-        bad = self.bad_images(self.loader)  # since the last log row, like the sums
+        bad = self.bad_images(self.loader)  # of the updates since the last log row, as in `sums`
         if self.world.is_main:
             state = self.state(sums, bad)
             self.checkpoints.save_later(state, best=self.is_best, keep_epoch=self.kept_epoch())

@@ -155,7 +155,7 @@ class TrainState:
     def copy_to_host(self) -> "TrainState":
         """Returns a copy in the host's memory, which later updates do not change.
 
-        Tensors that share memory share it in the copy as well, so that both give the same file.
+        Tensors that share memory share it in the copy too, so the copy gives the same file.
         """
         storages: dict[int, Any] = {}
         found = tree_leaves(vars(self))

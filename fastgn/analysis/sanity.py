@@ -3,7 +3,8 @@
 The checks are those of Carlini et al. 2019 (arXiv 1902.06705), "On evaluating adversarial
 robustness". They are needed because training with a penalty on the gradient's norm lowers the very
 gradient that attacks on the cross-entropy follow. A model that merely hides its gradient must not
-be taken for a robust one. No check proves robustness, but a failed check disproves the evaluation.
+be taken for a robust one. No check proves robustness, but a failed check shows that the measured
+robust accuracy cannot be believed.
 
 Shapes: B images, C channels, H x W pixels, K classes. Images lie in 0..1, eps is in the same units.
 """

@@ -42,8 +42,8 @@ PROGRAMS: dict[str, type] = {
 def check_command_line(program: str) -> None:
     """Parses the program's command line, and ends the program for --help or a mistake.
 
-    The result is not kept. The program parses the command line again, which takes a tenth of a
-    second.
+    It runs before slow imports such as torch. The program later parses the command line again,
+    which takes a tenth of a second.
     """
     args = sys.argv[1:]
     try:
@@ -99,7 +99,8 @@ def read_float(field: tyro.constructors.PrimitiveTypeInfo) -> Any:
 def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any = None) -> Parsed:
     """Returns an options dataclass, parsed from a command line by tyro.
 
-    Raises UserError for every mistake, in one line instead of tyro's box. --help exits with 0.
+    Raises UserError for every mistake. Its message is one line, instead of the box that tyro would
+    print. --help exits with 0.
 
     kind: the dataclass. prog: name of the program for the help text. default: instance with the
     values of flags that are not given.
@@ -163,7 +164,10 @@ def set_columns(width: int | None) -> Iterator[None]:
 
 
 def translate_refusal(text: str, kind: type) -> str:
-    """Returns the first message in tyro's box as one line in fastgn's words."""
+    """Returns fastgn's one-line error message for an error that tyro found.
+
+    text: the box of lines that tyro printed. kind: dataclass of the program's options.
+    """
     # tyro draws a box of lines around its message. If the encoding of stdout is not exactly
     # "utf-8", tyro draws only lines of "-" above and below the message.
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]

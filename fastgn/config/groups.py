@@ -64,8 +64,8 @@ class ArchitectureConfig(Options):
     img_size: Annotated[int | None, Range(1, 4096)] = None
     """Side of the square input in pixels. None means the model's own size."""
     num_classes: Annotated[int | None, Range(2, 1_000_000)] = None
-    """Number of classes. It must equal the number of classes in the data. None means this
-    number."""
+    """Number of classes. It must equal the number of classes in the data. None means the number in
+    the data."""
     drop: Annotated[float, RATE] = 0.0
     """Dropout rate of the classifier head."""
     drop_path: Annotated[float, RATE] = 0.0
@@ -177,7 +177,7 @@ class AugmentationConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high = self.scale
-        check(low <= high, f"--scale {low} {high}: the lower end comes first")
+        check(low <= high, f"--scale {low} {high}: give the smaller share first")
         for name in ("mixup", "cutmix"):  # NumPy draws NaN from a beta distribution of tiny alpha
             value = getattr(self, name)
             check(
@@ -210,9 +210,10 @@ class StepConfig(Options):
     without double backprop. lazy: compute the penalty only at every lazy_interval-th update.
     subset: compute it on a share of the images."""
     fd_step: Annotated[float, FD_STEP] = 1e-2
-    """With --schedule finite-difference or central-difference: step h from an image to the point
-    with which it is compared, in normalised units. The larger h is, the more the result is like
-    training on FGSM's images. Below 1e-2 bf16 rounds the difference away (1e-3 is good in fp32)."""
+    """With --schedule finite-difference or central-difference: length h of the step from an image
+    to the shifted image whose loss is compared, in units of normalised pixels. The larger h is, the
+    more the result is like training on FGSM's images. In bf16, h below 1e-2 rounds the difference
+    away. In fp32, 1e-3 is good."""
     lazy_interval: Annotated[int, Range(1, 1_000_000)] = 4
     """With --schedule lazy: the penalty is computed once in this many updates. To make up for that,
     it is multiplied by this number. Clipping (--clip-grad) partly undoes the multiplication."""
@@ -227,9 +228,9 @@ class StepConfig(Options):
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
     host. auto: on for CUDA, except with --grad-sync overlap."""
     grad_sync: Literal["auto", "flat", "overlap"] = "auto"
-    """When several processes sum their gradients. flat: when the backward has ended. overlap: while
-    the backward computes, which needs a compiled step and no CUDA graphs. If memory runs out in
-    such a backward, the run ends. auto: overlap for several machines, else flat."""
+    """When to sum the gradients of several processes. flat: after the backward. overlap: during the
+    backward, which needs a compiled step and no CUDA graphs. If memory runs out in such a backward,
+    the run ends. auto: overlap for several machines, else flat."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients travel between processes. bf16 halves the bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -358,7 +359,8 @@ class OptimizerConfig(Options):
         return start, default if self.min_lr is None else self.min_lr
 
     def check_peak(self, peak: float) -> None:
-        """Raises UserError if a peak is out of range, or below the first or the last rate."""
+        """Raises UserError if a peak learning rate is out of range, or below a given --warmup-lr or
+        --min-lr."""
         given = (
             f"--lr {format_number(self.lr)}"
             if self.lr is not None
@@ -428,7 +430,8 @@ def brief_epochs(epochs: int) -> float:
 def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
     """Returns --model-kwargs as a dictionary, such as {'depths': (2, 2)} for ('depths=(2, 2)',).
 
-    A value that is not a Python literal stays a string. Raises UserError unless each is key=value.
+    A value that is not a Python literal stays a string. Raises UserError unless each pair is
+    written as key=value.
     """
     out = {}
     for pair in pairs:

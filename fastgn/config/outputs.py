@@ -73,7 +73,7 @@ def check_written(
 
 
 def read_beginning(path: Path) -> bytes:
-    """Returns the first 512 bytes of a file, or none if it does not exist or cannot be read."""
+    """Returns the first 512 bytes of a file, or b"" if it does not exist or cannot be read."""
     try:
         if path.is_file():
             with path.open("rb") as file:
@@ -86,14 +86,15 @@ def read_beginning(path: Path) -> bytes:
 def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, maker: str) -> None:
     """Raises UserError if a folder already has one of the files to write, unless `ours` is True.
 
-    option: flag that names the folder. names: files to write. ours: whether the program itself made
-    the content of the folder. maker: name of the program that makes such files, for the message.
+    option: flag that names the folder. names: files to write. ours: whether an earlier call of the
+    program wrote the files in the folder. maker: what writes such files, such as "run", for the
+    message.
     """
     for name in names:
         check(
             ours or not (folder / name).is_file() or not (folder / name).stat().st_size,
-            f"{option} {folder} would overwrite {folder / name}, which no {maker} has made: give "
-            f"another {option}",
+            f"{option} {folder} would overwrite {folder / name}, which is not from an earlier "
+            f"{maker}: give another {option}",
         )
 
 

@@ -160,7 +160,7 @@ class EvaluateConfig(BareWeightsConfig):
     validation set that RobustBench uses. Otherwise a text file that names one image per line, by
     its number or by the end of its path."""
     batch_size: Annotated[int | None, BATCH] = None
-    """Number of images that a process attacks at once, and after which it saves their outcomes.
+    """Number of images that a process attacks at once. After each such batch it saves the results.
     None means at most 360, chosen so that all processes have equal work."""
     workers: Annotated[int, WORKERS] = 4
     """Number of worker processes that read image files."""
@@ -184,7 +184,7 @@ class EvaluateConfig(BareWeightsConfig):
     """Also check with the last radius of --eps whether the attacks can be believed (a sanity
     report)."""
     analysis_images: Annotated[int, BATCH] = 256
-    """Number of images for --statistics and --sanity, at even distances in the evaluated ones."""
+    """Number of images for --statistics and --sanity, evenly spaced among the evaluated images."""
     curve: Annotated[str | None, PATH] = None
     """Also draw the accuracy under the last of --attacks against eps, into this PNG file."""
     picture: Annotated[str | None, PATH] = None

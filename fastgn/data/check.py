@@ -56,7 +56,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Inspector:
-    """Checks an image when it is called with the image's index. It can be sent to workers."""
+    """Function object that checks the image at an index. It can be sent to worker processes."""
 
     split: Encoded
 

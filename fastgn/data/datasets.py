@@ -44,7 +44,8 @@ class Files(Encoded):
     labels_N: Tensor
     """Index of each image's class as `(N,), int64`."""
     root: str = ""
-    """Folder of the data set. Digests of the data set leave it out, so that the data may move."""
+    """Folder of the data set. The digests of the images do not contain it, so that the data set may
+    be moved."""
 
     def name(self, index: int) -> str:
         """Returns the image's path, for messages."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from fastgn.errors import UserError
 
 SKIPPED_IN_A_ROW = 100
-"""Number of consecutive bad images after which a run stops, because then a whole folder or shard is
-probably gone."""
+"""Number of consecutive bad images after which a run stops, because a whole folder or shard is then
+probably missing."""
 
 THINNEST = 1000
 """Largest ratio of an image's longer side to its shorter side.

@@ -28,7 +28,7 @@ OWN = {"preact_resnet18": PreActResNet18}
 
 
 def check_name(cfg: ArchitectureConfig) -> str:
-    """Returns the full name of the configured network. The data need not be loaded for that.
+    """Returns the full name of the configured network, without creating the network.
 
     Raises UserError if the network or the activation is unknown.
     """

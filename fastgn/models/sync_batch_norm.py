@@ -107,19 +107,20 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
-    """nn.BatchNorm1d over the images of all ranks."""
+    """nn.BatchNorm1d with statistics over the images of all ranks."""
 
 
 class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
-    """nn.BatchNorm2d over the images of all ranks."""
+    """nn.BatchNorm2d with statistics over the images of all ranks."""
 
 
 class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
-    """nn.BatchNorm3d over the images of all ranks."""
+    """nn.BatchNorm3d with statistics over the images of all ranks."""
 
 
 class SyncBatchNormAct2d(SyncBatchNorm, BatchNormAct2d):
-    """timm's BatchNormAct2d, which contains an activation, over the images of all ranks."""
+    """timm's BatchNormAct2d, which ends with an activation, with statistics over the images of all
+    ranks."""
 
     def forward(self, input: Tensor) -> Tensor:
         y = super().forward(input)
@@ -132,7 +133,8 @@ CLASSES: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.BatchNorm3d: SyncBatchNorm3d,
     BatchNormAct2d: SyncBatchNormAct2d,
 }
-"""Class of a layer -> class of the same layer over the images of all ranks."""
+"""Class of a BatchNorm layer -> class of that layer with statistics over the images of all
+ranks."""
 
 
 def sync_batch_norms(model: nn.Module, ranks: int) -> int:

@@ -67,7 +67,7 @@ def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "h
         raise ValueError(f"sampling {sampling!r} should be hard or relaxed")
     # the class with the largest sum of logit and Gumbel noise is a draw from the softmax
     drawn_B1 = (logits_BK.detach() / temperature + gumbel_BK).argmax(1, keepdim=True)
-    # not F.one_hot, because it makes the host wait for the range of its input
+    # not F.one_hot, because it would make the CPU wait for the GPU to check the range of its input
     return torch.zeros_like(gumbel_BK).scatter(1, drawn_B1, 1.0)
 
 
@@ -93,7 +93,8 @@ class Objective:
     penalty_weight: float = 0.0
     """Weight of the penalty in `loss` if the ramp is 1."""
     penalty_scale: float = 0.0
-    """Factor of grad_l1 in the penalty, which is eps / sigma for gradnorm."""
+    """Number that turns grad_l1 into the penalty by multiplication. It is eps / sigma for
+    gradnorm."""
     differences: bool = False
     """Whether a finite difference of the cross-entropy can replace the penalty.
 

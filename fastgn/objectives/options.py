@@ -73,7 +73,7 @@ class GradnormFgsmOptions(Options):
     gn_share: Annotated[
         float, Range(0, 1, above=True, hint="for no penalty use --method fgsm_rs")
     ] = 0.5
-    """Share of the updates with the penalty, spread evenly. 1 means all updates."""
+    """Share of the updates that have the penalty. They are spread evenly. 1 means all updates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +179,17 @@ class Method:
     minimises: str
     """What an update minimises, in the words of `--list methods`."""
     options: tuple[type[Options], ...] = ()
-    """Classes of its options, in the order in which `build` takes them."""
+    """Classes of the method's options, in the order in which its `build` takes them."""
     has_penalty: bool = False
-    """Whether its loss contains a gradient with respect to the images."""
+    """Whether the method's loss contains a gradient with respect to the images."""
     has_attack: bool = False
     """Whether every update trains on attacked images."""
     single_step: bool = False
-    """Whether its attack has only one step, which has another default size."""
+    """Whether the method's attack has only one step. Its default size differs from that of several
+    steps."""
     needs_representatives: bool = False
-    """Whether `build` takes one more argument, base.Representatives of the training images."""
+    """Whether the method's `build` also takes base.Representatives, images that represent the
+    classes."""
 
 
 METHODS: Mapping[str, Method] = {

@@ -29,7 +29,8 @@ class LossModule(nn.Module):
 
 
 class AttackGradient(nn.Module):
-    """Computes the input gradient that a step of an attack needs. It is a graph of its own."""
+    """Computes the input gradient that a step of an attack needs, compiled as a graph of its
+    own."""
 
     def __init__(self, model: nn.Module, precision: str):
         super().__init__()

@@ -76,7 +76,7 @@ class RetryingStep:
                 )
                 loss = self.step(batches, ramp, update, attack_ramp)
             except RuntimeError as error:
-                # after a collective has begun, the others wait in it and cannot retry
+                # after a collective has begun, the other processes wait in it and cannot retry
                 if not out_of_memory(error) or self.step.is_committed:
                     raise
                 failure = error

@@ -46,7 +46,7 @@ class Schedule:
         a whole number.
         """
         share = self.subset_fraction if self.kind == "subset" else 1.0
-        least = max(1, int(0.999 / share))  # for fewer, the share is below one image
+        least = max(1, int(0.999 / share))  # of fewer images, the share is less than one image
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
     def fewest(self, images: int) -> int:
@@ -70,8 +70,8 @@ class Schedule:
 
     @property
     def cycle(self) -> int:
-        """Number of updates after which the kinds of update repeat. It is lazy_interval for lazy,
-        otherwise 1."""
+        """Number of updates after which updates with and without penalty repeat in the same order.
+        It is lazy_interval for lazy, otherwise 1."""
         return self.lazy_interval if self.kind == "lazy" else 1
 
     def __str__(self) -> str:

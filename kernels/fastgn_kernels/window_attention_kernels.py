@@ -232,9 +232,8 @@ def _window_attention_bwd_bwd_kernel(
 ):  # fmt: skip
     """Computes ggo and gqkv, the gradients with respect to go and qkv in the second backward pass.
 
-    With BIAS_GRAD, also partial sums of that pass's bias gradient. Registers cannot hold six 64 x
-    64 tiles and their operands. So inputs are read again whenever they are used, mostly from the
-    cache, and the products are ordered to free each tile early.
+    With BIAS_GRAD, also computes partial sums of gbias. Registers cannot hold six 64 x 64 tiles and
+    their operands, so inputs are read again, mostly from the cache, whenever they are used.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)

@@ -174,7 +174,7 @@ REFUSED = [
     ("--model-kwargs", "depth", "--model-kwargs 'depth' should be key=value"),
     ("--pretrained --initial-checkpoint", "w.pt", "--pretrained and --initial-checkpoint both"),
     ("--global-batch-size 8 --grad-accum-steps", "2", "give one of the two"),
-    ("--scale", "0.9 0.1", "--scale 0.9 0.1: the lower end comes first"),
+    ("--scale", "0.9 0.1", "--scale 0.9 0.1: give the smaller share first"),
     (
         "--eps",
         "4",

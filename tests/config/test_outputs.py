@@ -254,7 +254,7 @@ def test_an_evaluation_replaces_its_own_files_and_empty_ones(tmp_path):
 def test_an_export_replaces_only_an_export(name, trained, tmp_path, capsys):
     target = ["--checkpoint", str(trained), "--robustbench", str(tmp_path)]
     (tmp_path / name).write_text("mine")
-    expected = f"would overwrite {tmp_path / name}, which no export has made"
+    expected = f"would overwrite {tmp_path / name}, which is not from an earlier export"
     refuses(export.main, [*target], expected, tmp_path, capsys)
     (tmp_path / name).unlink()
     assert export.main(target) == export.main(target) == 0
@@ -298,7 +298,7 @@ def test_a_new_run_replaces_no_file(name, tmp_path, capsys):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    expected = f"--output {tmp_path} would overwrite {path}, which no run has made"
+    expected = f"--output {tmp_path} would overwrite {path}, which is not from an earlier run"
     for more in ([], ["--resume", "auto"], ["--initial-checkpoint", str(path)]):
         refuses(train.main, ["--output", str(tmp_path), *more], expected, tmp_path, capsys)
 
@@ -321,7 +321,7 @@ def test_packing_replaces_no_index(tmp_path, capsys):
 def test_a_recipe_is_not_replaced_by_the_run(tmp_path, capsys):
     recipe = tmp_path / "config.toml"
     recipe.write_text("epochs = 1")
-    expected = f"--output {tmp_path} would overwrite {recipe}, which no run has made"
+    expected = f"--output {tmp_path} would overwrite {recipe}, which is not from an earlier run"
     for more in ([], ["--resume", "auto"]):
         args = ["--recipe", str(recipe), "--output", str(tmp_path), *more]
         refuses(train.main, args, expected, tmp_path, capsys)

@@ -22,7 +22,8 @@ except ImportError:
 
 @pipeline_def(enable_conditionals=True)
 def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> Any:
-    """Returns the augmented images of each batch: fp32, 3 x S x S, in 0..1.
+    """Defines DALI's pipeline, which returns each batch of augmented images: fp32, 3 x S x S, in
+    0..1.
 
     device: DALI's name of the device that does the work, "cpu" or "gpu". by_dali: whether DALI's
     own operators resize and augment. Otherwise the functions of cpu.py do.

@@ -24,7 +24,7 @@ def bessel(order: int) -> float:
 GAUSSIAN = [bessel(abs(i)) for i in range(-3, 4)]
 """Discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels, times e."""
 GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
-"""The same filter, scaled so that its taps sum to 1."""
+"""Discrete Gaussian filter with a sigma of 1 pixel, scaled so that its 7 taps sum to 1."""
 
 
 def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:

@@ -18,6 +18,6 @@ def build(
     penalised = gradnorm.build(penalty, attack)
     if options.gn_share == 1:
         return penalised
-    # log rows of the other updates leave the penalty empty, because 0 would look measured
+    # without_penalty, so that these updates log no penalty: 0 would look like a measured value
     attacked = without_penalty(fgsm_rs.build(attack))
     return dataclasses.replace(penalised, rest=attacked, share=options.gn_share)
