@@ -73,7 +73,7 @@ def leaf_gradient(
 
 
 def draw_random_start(images_BCHW: Tensor, eps: float) -> Tensor:
-    """Returns images moved uniformly by at most eps per pixel, and clipped to 0..1."""
+    """Returns images plus uniform noise of at most eps per pixel, clipped to 0..1."""
     return (images_BCHW + torch.empty_like(images_BCHW).uniform_(-eps, eps)).clamp(0, 1)
 
 

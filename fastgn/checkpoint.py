@@ -39,7 +39,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         """Thread that writes files while the training goes on. It starts with the first file."""
         self._writing: Future[Path] | None = None
-        """Result of the last `save_later`, whose write may still be going on. None after `wait`."""
+        """Result of the last `save_later`, which the thread may still be writing. None after
+        `wait`."""
 
     def path(self, update: int) -> Path:
         """Returns the path of the file for the checkpoint after an update."""
@@ -109,19 +110,19 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the file of the last `save_later` is written.
 
-        Raises UserError, once, if it cannot be written.
+        Raises UserError if it cannot be written, but only in the first call after `save_later`.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def settle(self) -> None:
-        """Waits like `wait`, but only prints a warning if the file cannot be written."""
+        """Waits until the last file is written. If it cannot be written, only prints a warning."""
         with tolerate_failure("the last checkpoint"):
             self.wait()
 
     def close(self) -> None:
-        """Waits like `settle`, and ends the thread."""
+        """Waits until the last file is written, and ends the thread that writes files."""
         self.settle()
         self._thread.shutdown()
 
@@ -136,7 +137,7 @@ class Checkpoints:
 
     @staticmethod
     def _link(path: Path, name: Path) -> None:
-        """Makes `name` another name of the file `path`, or a copy if links are not possible."""
+        """Makes `name` a hard link to the file `path`, or a copy if hard links are not possible."""
         check_regular(name)
         temporary = name.with_name(f".{name.name}.{secrets.token_hex(8)}.tmp")
         try:

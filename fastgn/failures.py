@@ -23,7 +23,8 @@ def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
 
 
 def too_large(run: Run | None) -> str:
-    """Returns the message for an update that does not fit, even with the smallest micro-batch."""
+    """Returns the message for an update that needs too much memory even with the smallest
+    micro-batch."""
     if run is None:
         return (
             "out of memory before the first update: the weights and the state of the optimizer do "

@@ -272,7 +272,7 @@ def read_archive(path: Path, *, legacy: bool = False) -> Any:
     None.
     """
     with open_for_reading(path) as file:
-        archive = file.read(4) == b"PK\x03\x04"  # torch.load looks at the same bytes
+        archive = file.read(4) == b"PK\x03\x04"  # torch.load checks the same bytes
         check(archive or legacy, f"{path} is corrupt: it is not an archive of torch.save")
         if archive:
             check_archive(file, path)

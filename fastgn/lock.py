@@ -180,7 +180,7 @@ def _get_identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def _is_file_at(descriptor: int, path: Path) -> bool:
-    """Returns whether an open file is the file at a path."""
+    """Returns whether an open file is still the file at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

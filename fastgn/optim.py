@@ -110,8 +110,8 @@ def create_optimizer(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: f
 def make_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Returns two parameter groups, one with weight decay and one without.
 
-    Matrices and convolutions decay. Norms, biases, relative-position tables and the parameters that
-    the network's `no_weight_decay` names do not.
+    Matrices and convolutions decay. Normalisation weights, biases, relative-position tables and the
+    parameters that the network's `no_weight_decay` names do not.
     """
     exempt = {n for n, _ in model.named_parameters() if "relative_position_bias_table" in n}
     for name, module in model.named_modules():

@@ -194,7 +194,7 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
         study.set_user_attr(key, value)
     # a second process with the same seed would draw the same values again
     begun = len(study.get_trials(deepcopy=False))
-    seed = (cfg.seed if begun == 0 else cfg.seed + begun + os.getpid()) % 2**32  # numpy's range
+    seed = (cfg.seed if begun == 0 else cfg.seed + begun + os.getpid()) % 2**32  # numpy's limit
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=cfg.startup_trials)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=cfg.startup_trials)
     return study

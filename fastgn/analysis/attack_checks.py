@@ -23,15 +23,15 @@ AUTOATTACK_WARNINGS: dict[str, tuple[str, Verdict]] = {
     "AutoAttack: dynamic": ("dynamic defense", "warn"),
 }
 """Name of a check -> (words that identify a warning of pyautoattack, verdict if it was given).
-Warnings of zero gradients are left out, because their verdict depends on a number."""
+Warnings of zero gradients are left out, because their verdict depends on the number of images."""
 
 GAP_RULE = "Warn above max(1 point, 1 image). Fail above max(5 points, 2 images)."
 
 
 def judge_gap(images: int, total: int) -> Verdict:
-    """Returns the verdict on a gap between two attacks. GAP_RULE states the limits.
+    """Returns the verdict on the difference between two attacks. GAP_RULE states the limits.
 
-    images: number of images by which the attacks differ. total: number of all images.
+    images: how many more images withstand one attack than the other. total: number of all images.
     """
     if exceeds(images, total, 5, at_least=2):
         return "fail"
@@ -52,7 +52,7 @@ def check_larger_eps(target: Target) -> Check:
     rise = max([0, *(b - a for a, b in zip(counts, counts[1:], strict=False))])
     verdict: Verdict = "pass"
     if exceeds(left, total, 1):
-        # if all images become grey, a model is still right by chance, so this only warns
+        # even if an attack makes all images grey, a model is right by chance: up to that, only warn
         verdict = "fail" if left * target.classes > total else "warn"
     if exceeds(rise, total, 1):
         verdict = "fail"
@@ -179,7 +179,7 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
     if not part.images:
         return [Check(name, "warn", "APGD was not run: apgd_images is 0.", {"apgd_images": 0})]
     # AutoAttack looks for zero gradients only with its DLR loss (difference of logits ratio). So
-    # APGD on DLR comes first, while no image has been left out. With three classes DLR is constant
+    # APGD on DLR comes first, before images are left out. With three classes DLR is constant
     # for an image whose label has the lowest logit, so the warning would mean nothing.
     has_dlr = target.classes >= 4
     with attacks.collect_autoattack_warnings() as lines:

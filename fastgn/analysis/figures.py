@@ -200,7 +200,7 @@ def draw_gradient_histograms(norms: Mapping[str, Sequence[float]]) -> bytes:
     values = {name: np.asarray(norm, dtype=np.float64) for name, norm in norms.items()}
     positive = np.concatenate([v[v > 0] for v in values.values()] or [np.ones(0)])
     low, high = (positive.min(), positive.max()) if len(positive) else (1.0, 1.0)
-    # eight bins per decade, the same for all models, so that their shares can be compared
+    # eight bins per factor of 10, the same for all models, so that the histograms can be compared
     first = np.floor(8 * np.log10(low) - 1e-9)
     last = np.floor(8 * np.log10(high) + 1e-9) + 1
     bins = (10 ** (np.arange(first, last + 1) / 8)).tolist()

@@ -84,8 +84,7 @@ def measure_outputs(model: nn.Module, images_BCHW: Tensor, passes: int) -> Outpu
     outputs = torch.stack([model(images_BCHW).double() for _ in range(passes)])
     first = outputs[0]
     not_finite = int((~outputs.isfinite()).sum())
-    # the tolerance is 1e-4 because the outputs of a softmax in half precision do not sum to 1
-    # exactly
+    # the tolerance is 1e-4, because in half precision the sum of a softmax is not exactly 1
     are_probabilities = bool((first >= 0).all() and ((first.sum(1) - 1).abs() < 1e-4).all())
     # distances relative to the norm, as in pyautoattack, because kernels that add with atomics
     # give results that differ in the last bits
@@ -199,7 +198,7 @@ def report_on_model(
 
 
 def report_mode(training_modules: int) -> Check:
-    """Returns the check that a network is in evaluation mode."""
+    """Checks that a network was in evaluation mode before the report."""
     return Check(
         "evaluation mode",
         "fail" if training_modules else "pass",
@@ -210,8 +209,7 @@ def report_mode(training_modules: int) -> Check:
 
 
 def report_outputs(outputs: Outputs) -> list[Check]:
-    """Returns the checks that a network's outputs are logits, and are the same in every forward
-    pass."""
+    """Checks that a network's outputs are logits, and are the same in every forward pass."""
     first, broken = outputs.first_BK, outputs.not_finite
     probabilities = " Every row is non-negative and sums to 1, so they are probabilities."
     logits = Check(
@@ -234,7 +232,7 @@ def report_outputs(outputs: Outputs) -> list[Check]:
 
 
 def report_clean_accuracy(correct_B: Tensor, classes: int) -> Check:
-    """Returns the check that a network does better than chance without an attack."""
+    """Checks that a network does better than chance without an attack."""
     images, correct = len(correct_B), int(correct_B.sum())
     by_chance = correct * classes <= images
     return Check(
@@ -248,7 +246,7 @@ def report_clean_accuracy(correct_B: Tensor, classes: int) -> Check:
 
 
 def report_gradients(norms_B: Tensor | None) -> Check:
-    """Returns the check that the gradients of the images have not vanished.
+    """Checks that the gradients with respect to the images have not vanished.
 
     norms_B: result of `measure_gradients`.
     """

@@ -28,7 +28,7 @@ from fastgn.metrics import environment, open_bar
 from fastgn.trained import Trained, hash_weights
 
 WORST = "worst case"
-"""Name of the row for images that are classified correctly under every attack."""
+"""Name of the row in which an image counts as correct only if it is so under every attack."""
 
 Part = dict[str, Any]
 """Outcomes of one attack on one batch.

@@ -117,7 +117,7 @@ def html_report(record: Record, pictures: Mapping[str, bytes], *, title: str) ->
     Sections for which the record has no values are left out. A dash stands for a value that only
     other models have. Raises UserError if the record holds no models.
 
-    record: the content of evaluation.json. pictures: PNGs, each under its caption.
+    record: the content of evaluation.json. pictures: caption -> PNG.
     """
     models = record.get("models", ())
     check(bool(models), "the evaluation holds no models: there is nothing to report")

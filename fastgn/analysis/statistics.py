@@ -38,13 +38,14 @@ def gradient_statistics(
     seed: int,
     ids: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Returns table 1 of arXiv 2409.20139, the asymmetries of its section 5, and local linearity.
+    """Returns statistics of input gradients, and how linear the loss is near the images.
 
-    In the following, g is the gradient of an image's own cross-entropy L with respect to its 0..1
-    pixels. eps is an Linf radius in the same units. PGD-10 takes steps of eps / 4 from one uniform
-    start. PGD-10 fails if the model classifies the image correctly both with and without the
-    attack, otherwise it succeeds. All noise depends only on the seed and on the image's id, so the
-    division into batches does not matter.
+    They include those of table 1 and section 5 of arXiv 2409.20139. In the following, g is the
+    gradient of an image's own cross-entropy L with respect to its 0..1 pixels. eps is an Linf
+    radius in the same units. PGD-10 takes steps of eps / 4 from one uniform start. PGD-10 fails if
+    the model classifies the image correctly both with and without the attack, otherwise it
+    succeeds. All noise depends only on the seed and on the image's id, so the division into batches
+    does not matter.
 
     ids: a number per image, at least 0. None means 0, 1, ... in order.
 
@@ -92,7 +93,7 @@ def measure_batch(
     eps: float,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Returns what the statistics need to know about each image, with B entries per key.
+    """Returns the values of each image from which statistics are computed, with B entries per key.
 
     g is the gradient of the image's cross-entropy with respect to its pixels. clean: whether the
     image is classified correctly. l1 and signed: sums of |g| and g in each channel (B, C). edges:

@@ -84,7 +84,8 @@ class Config:
 
     @property
     def ramp_epochs(self) -> float:
-        """Number of epochs until the method has its full strength, with the default filled in."""
+        """Number of epochs in which the penalty or attack grows to full strength, with the default
+        filled in."""
         given = self.objective.ramp_epochs
         return brief_epochs(self.optimizer.epochs) if given is None else given
 

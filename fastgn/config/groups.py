@@ -316,8 +316,8 @@ class OptimizerConfig(Options):
     lr_base_size: Annotated[int, IMAGES] = 512
     """Number of images per update at which --lr-base is the peak learning rate."""
     weight_decay: Annotated[float, Range(0, 100)] = 0.05
-    """Weight decay of matrices and convolutions. Norms, biases and relative-position tables have
-    none."""
+    """Weight decay of matrices and convolutions. The weights of normalisation layers, biases and
+    relative-position tables have none."""
     opt_eps: Annotated[float | None, Range(0, 1, above=True)] = None
     """Epsilon of the optimizer. None means its own default (adamw: 1e-8)."""
     opt_betas: Annotated[tuple[float, ...] | None, RATE] = None

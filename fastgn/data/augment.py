@@ -29,10 +29,8 @@ class BatchDraws(NamedTuple):
     fill: Tensor | None = None
     """Pixels in 0..1 that fill the erased boxes, fp32, of a shape that broadcasts to the images."""
     mix_5: Tensor | None = None
-    """Box that is copied from image B - 1 - i into image i, and image i's share of the result.
-
-    `(5,), fp32`: top, bottom, left, right, share.
-    """
+    """Top, bottom, left and right of the box that cutmix copies from image B - 1 - i into image i,
+    and image i's share of the result, `(5,), fp32`. Zeros in place of a box mean mixup."""
 
 
 class BatchAugment:

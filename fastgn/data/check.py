@@ -80,7 +80,7 @@ class Inspector:
 
 
 def find_oddities(content: bytes) -> list[str]:
-    """Returns the keys of NOTES that apply to an image that can be decoded."""
+    """Returns the unusual properties of an image that can be decoded, as keys of NOTES."""
     with open_image(content) as image:
         orientation = 1
         # EXIF data that PIL cannot read is no fault, because training ignores it anyway

@@ -76,8 +76,8 @@ class Dataset:
 def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> None:
     """Raises UserError unless the data set has the known classes in the same order.
 
-    A label is a number, so in another order it would mean another class. The message begins with
-    `who`.
+    Labels are numbers, so with another order of the classes they would mean other classes. The
+    message begins with `who`.
     """
     check(
         len(known) == len(classes),

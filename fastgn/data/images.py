@@ -33,8 +33,7 @@ class BadImageError(UserError):
     """An image cannot be read. The message names the image."""
 
     def __init__(self, line: str, problem: str = "unreadable"):
-        """Stores the message, `line`, and the kind of fault, `problem`, by which faults are
-        counted."""
+        """line: the message. problem: kind of fault, such as "truncated", for statistics."""
         super().__init__(line)
         self.problem = problem
 

@@ -86,7 +86,8 @@ def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, A
 
 
 def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) -> None:
-    """Raises UserError unless an array's header matches the field and the length of the entry."""
+    """Raises UserError unless an array's header fits the field, and its data has the length that
+    the header implies."""
     with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = {

@@ -236,7 +236,7 @@ def set_up_worker(worker: int) -> None:
     # result does not notice that
     with contextlib.suppress(AttributeError, OSError):  # prctl exists only on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # the thread that sends tensors would print an error if the main process has gone
+    # otherwise the worker's thread that sends tensors would print an error if the main process ends
     sys.excepthook = lambda *error: None
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

@@ -93,7 +93,7 @@ class Objective:
     penalty_weight: float = 0.0
     """Weight of the penalty in `loss` if the ramp is 1."""
     penalty_scale: float = 0.0
-    """Number that turns grad_l1 into the penalty by multiplication. It is eps / sigma for
+    """Penalty divided by grad_l1, which is the L1 norm of the input gradient. It is eps / sigma for
     gradnorm."""
     differences: bool = False
     """Whether a finite difference of the cross-entropy can replace the penalty.
@@ -107,7 +107,7 @@ class Objective:
     attack_forwards: int = 0
     """Number of forward passes without a gradient that the attack makes."""
     rest: "Objective | None" = None
-    """Objective of the updates that do not minimise this one. None means that all updates do."""
+    """Objective that the other updates minimise. None means that all updates minimise this one."""
     share: float = 1.0
     """Share of the updates that minimise this objective. The others minimise `rest`."""
 

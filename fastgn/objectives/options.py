@@ -20,7 +20,7 @@ class GradnormOptions(Options):
     ce_weight: Annotated[float, WEIGHT] = 0.8
     """Weight of the cross-entropy."""
     gn_weight: Annotated[float, WEIGHT] = 1.2
-    """Weight of the penalty at full strength."""
+    """Weight of the penalty after its ramp (--ramp-epochs)."""
     eps: Annotated[float, PIXELS] = 4 / 255
     """Radius of the penalty in 0..1 pixel units. The penalty is multiplied by eps / sigma."""
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
@@ -97,8 +97,8 @@ class AttackOptions(Options):
     """Epochs over which the attack's step size grows to its full value. None means the value of
     --ramp-epochs."""
     attack_ramp_on_updates: bool = True
-    """Let the attack's step size grow at every update. In the paper's code it grows once per epoch,
-    so that it is 0 in the first epoch."""
+    """Let the attack's step size grow at every update of its ramp. If off, it grows once per epoch,
+    as in the paper's code, and is 0 in the first epoch."""
     attack_weight_grads: bool = False
     """Compute, all-reduce and discard weight gradients at every attack step, as the paper's code
     does. Use it only to compare costs, because the attacked images stay the same."""
@@ -132,9 +132,11 @@ class EdgeOptions(Options):
     image."""
 
     edge_of: Literal["logit", "loss"] = "logit"
-    """Value whose gradient is compared: the logit of a sampled class, or the cross-entropy."""
+    """Value whose input gradient is compared with the image's edges: the logit of a sampled class,
+    or the cross-entropy."""
     edge_weight: Annotated[float, WEIGHT] = 19.0
-    """Weight of the penalty at full strength. In the paper it grows from 1 to 19 in 200 epochs."""
+    """Weight of the penalty after its ramp (--ramp-epochs). In the paper it grows from 1 to 19 in
+    200 epochs."""
     edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
     """Temperature of the softmax over the logits. With --edge-of logit, this softmax is used to
     sample the class whose logit is differentiated."""
@@ -157,7 +159,8 @@ class PagOptions(Options):
     representative image."""
 
     pag_weight: Annotated[float, WEIGHT] = 15.0
-    """Weight of the penalty at full strength. It is 1.5 times 10 in the code of pag's authors."""
+    """Weight of the penalty after its ramp (--ramp-epochs). In the code of pag's authors it is
+    1.5 * 10."""
     pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
     """Image that the gradient for a class should point to. class-mean: the mean of the class's
     training images. nearest-neighbour: the training image of the class that is nearest to the image
@@ -246,7 +249,8 @@ class ObjectiveConfig(Options):
     """Epochs over which the weight of the penalty, or the step size of the attack, grows linearly
     to its full value. None means 5, but at most a tenth of --epochs."""
     ramp_start: Annotated[float, PROBABILITY] = 0.0
-    """Strength at the start of the ramp, as a share of the full strength."""
+    """Weight of the penalty, or step size of the attack, at the first update, as a share of its
+    full value."""
     gradnorm: GradnormOptions = GradnormOptions()
     gradnorm_fgsm: GradnormFgsmOptions = GradnormFgsmOptions()
     attack: AttackOptions = AttackOptions()

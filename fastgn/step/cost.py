@@ -101,7 +101,10 @@ def count_cost(
         return sum(share * getattr(meters[u][index], name) for u, share in updates.items())
 
     def line(few: float, many: float) -> tuple[float, float]:
-        """Returns the value of the line at 0 images, or 0 if it is negative, and the slope."""
+        """Returns the intercept, at least 0, and the slope of the line through two measurements.
+
+        few, many: the values for the smaller and for the larger number of images.
+        """
         slope = (many - few) / (sizes[1] - sizes[0])
         return max(few - sizes[0] * slope, 0.0), slope
 

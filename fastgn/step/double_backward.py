@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 COMPILER = {
     "trace_autograd_ops": True,  # otherwise torch.autograd.grad breaks the graph
     "optimize_ddp": False,  # otherwise the graph is cut between a gradient and its input
-    "recompile_limit": 64,  # for the one function that runs all losses of a process
+    "recompile_limit": 64,  # high, because a single function runs all losses of a process
 }
 """Settings of torch._dynamo.config while a DoubleBackward runs."""
 
@@ -43,7 +43,7 @@ def leaf(x: Tensor, token: Tensor) -> Tensor:
 
     A compiled graph cannot contain ``requires_grad_()``. If the caller called it outside instead,
     the backward would compute and keep a gradient of `x`. The copy is a sum with zeros, which the
-    compiler fuses with the next operator.
+    compiler fuses with the next operator. token: a scalar that requires grad.
     """
     return x + zero(token, x.shape)
 

@@ -82,7 +82,7 @@ class Meter(TorchDispatchMode):
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        """Counts a storage as live until it is released."""
+        """Adds the bytes of a storage to live_bytes until the storage is released."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self._sizes:  # an operator may return the same storage twice
             self._sizes[key] = size

@@ -28,7 +28,7 @@ class Schedule:
 
     kind: str = "exact"
     fd_step: float = StepConfig.fd_step
-    """The step h of the differences, in units of normalised images."""
+    """Length h of the step of a finite difference, in units of normalised images."""
     lazy_interval: int = StepConfig.lazy_interval
     """Number of updates from one with the penalty to the next."""
     subset_fraction: float = StepConfig.subset_fraction

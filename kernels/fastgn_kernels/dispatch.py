@@ -198,7 +198,7 @@ def _find_wanted(ctx: Any) -> tuple[bool, ...]:
     is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
     if not is_node:  # compiled autograd passes another object, and cannot trace the code below
         return tuple(ctx.needs_input_grad)
-    nodes = (node for node, _ in ctx.next_functions)  # None if a tensor needs no gradient
+    nodes = (node for node, _ in ctx.next_functions)  # None if an input needs no gradient
     return tuple(is_tensor and _engine_reaches(next(nodes)) for is_tensor in ctx.is_tensor)
 
 

@@ -42,8 +42,8 @@ from fastgn_kernels.dispatch import (
 )
 
 TILE = 1024
-"""Number of elements of a program's tile. Each thread has 8 elements, so it reads 16-bit dtypes
-with accesses of 16 bytes."""
+"""Number of elements that a Triton program processes at a time. Each thread has 8 of them, so it
+reads 16-bit dtypes with accesses of 16 bytes."""
 
 
 @triton.jit

@@ -64,7 +64,7 @@ class FusedActivation(nn.Module):
     def fused(self, x: Tensor) -> Tensor:
         """Computes the activation with the fused op."""
         if self.kind == "softplus" and x.is_cuda and torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))  # as F.softplus does
+            x = x.to(torch.promote_types(x.dtype, torch.float32))  # F.softplus does so, too
         return activation(x, self.kind, parameter=self.parameter)
 
     def extra_repr(self) -> str:
@@ -142,7 +142,7 @@ class FusedLayerNorm(nn.LayerNorm):
         """Computes the normalisation with PyTorch's operators."""
         return nn.LayerNorm.forward(self, x)
 
-    # There is no annotation of the result, because torch.jit would expect the pair in every call.
+    # no annotation of the result, because torch.jit would expect a pair of tensors from every call
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if torch.jit.is_scripting():
             return self.plain(x)

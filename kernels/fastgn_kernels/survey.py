@@ -76,7 +76,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, nn.MultiheadAttention):
         return "window_attention", f"its attention is a function, {SDPA}"
     calls = [f for f in _called(cls) if f in FUNCTIONS] if cls.__module__[:8] != "torch.nn" else []
-    if getattr(module, "fused_attn", True) is False:  # then timm's forward uses matrix products
+    if getattr(module, "fused_attn", True) is False:  # timm then uses matrix products
         calls = [f for f in calls if f is not F.scaled_dot_product_attention]
     held = [f for f in _held(module) if f in FUNCTIONS or _by_name(f)]
     for function, verb in [(f, "calls") for f in calls] + [(f, "holds") for f in held]:
@@ -92,7 +92,7 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
 def _held(module: nn.Module) -> Iterator[Any]:
     """Yields the functions that are attributes of a module, alone or in a list or a partial."""
     for name, value in vars(module).items():
-        if name.startswith("_"):  # for example _forward_hooks, which are not part of the module
+        if name.startswith("_"):  # for example _forward_hooks, which every module has
             continue
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, functools.partial):

@@ -35,7 +35,7 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, triton_compute_dtype
 
 @triton.jit
 def _dot(x, y, acc):
-    """Returns acc + x @ y for two inputs x and y of the op, multiplied in their own dtype."""
+    """Returns acc + x @ y for tiles x and y of the op's inputs, multiplied in their own dtype."""
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
@@ -95,7 +95,7 @@ def _locate_channels(
     part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Returns offsets of elements from a pointer of `_locate_window`, and which elements exist.
+    """Returns offsets of elements from the first one of a window, and which elements exist.
 
     The elements are BLOCK_DIM channels of all tokens. `channel` is the first of these channels.
     PARTS is 3 for qkv, whose parts 0, 1 and 2 are q, k and v. PARTS is 1 for o.

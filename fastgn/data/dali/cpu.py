@@ -76,7 +76,7 @@ def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
         return np.ascontiguousarray(shear_rows(image.transpose(1, 0, 2), d, f).transpose(1, 0, 2))
     side = len(image)
     middle = np.arange(side, dtype=np.float32) + np.float32(0.5)
-    source = np.empty((side, side, 2), np.float32)  # x and y of each pixel
+    source = np.empty((side, side, 2), np.float32)  # where each pixel of the result comes from
     np.add.outer(b * middle, a * middle + c, out=source[..., 0])
     np.add.outer(e * middle, d * middle + f, out=source[..., 1])
     beyond = (source < 0) | (source >= side)
@@ -105,7 +105,7 @@ def shear_rows(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
     weights = (-t + 2 * t**2 - t**3, 1 - 2 * t**2 + t**3, t + t**2 - t**3, t**3 - t**2)
     margin = int(np.abs(whole).max()) + 3
     rows = np.concatenate([image[:, :1]] * margin + [image] + [image[:, -1:]] * margin, 1)
-    near = np.empty((side, side + 3, 3), np.uint8)  # a row's pixels and their neighbours
+    near = np.empty((side, side + 3, 3), np.uint8)  # each row, and the pixels beside it
     for y, first in enumerate((whole + margin - 1).tolist()):
         near[y] = rows[y, first : first + side + 3]
     pixels = torch.from_numpy(near).float()

@@ -10,7 +10,7 @@ OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
 START_OF_SCAN = 0xDA
 ADOBE = 0xEE
 ALONE = {0x01, *range(0xD0, 0xD8)}
-"""Markers that no length and no data follow."""
+"""Markers of a JPEG that consist of two bytes alone, without a length and data after them."""
 RGB = (ord("R"), ord("G"), ord("B"))
 
 

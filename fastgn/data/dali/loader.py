@@ -110,8 +110,8 @@ class DaliLoader:
     def _take(self, position: int) -> tuple[Tensor, Tensor]:
         """Returns (images in 0..1, labels) of the batch at a position, on the device.
 
-        The pipelines run on from epoch to epoch. They start anew if `position` does not follow the
-        position of the previous call.
+        The pipelines go on from one epoch to the next. They start anew if `position` does not
+        follow the position of the previous call.
         """
         if self._source is None or position != self._next:
             self.close()
@@ -221,7 +221,7 @@ def end_unused_pipelines() -> None:
 
 
 def close_if_alive(reference: "weakref.ref[DaliLoader]") -> None:
-    """Closes a loader unless it is gone."""
+    """Closes a loader unless it has been garbage-collected."""
     loader = reference()
     if loader is not None:
         loader.close()

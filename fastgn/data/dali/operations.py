@@ -62,7 +62,10 @@ def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> 
 def apply_operations(
     recipe: Recipe, crop: Any, bilinear: Any, flipped: Any, kinds: Any, arguments: Any, device: str
 ) -> Any:
-    """Returns what cpu.augment_crop does to each image, computed by DALI's operators."""
+    """Resizes, flips and augments each crop with DALI's operators.
+
+    cpu.augment_crop does the same with PyTorch and PIL. The arguments are described there.
+    """
     side, possible = recipe.img_size, sorted(recipe.kinds)
     if bilinear == 1:
         image = fn.resize(crop, size=[side, side], interp_type=types.INTERP_LINEAR)
