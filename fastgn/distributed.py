@@ -195,7 +195,7 @@ def session(
             if not is_connection_loss(error):
                 raise
             raise UserError(heartbeat.explain_failure(error)) from None
-        # not after an error, because the other ranks would fail before print_error has printed it
+        # not called after an error, because other ranks would then fail before the error is printed
         torch.distributed.destroy_process_group()
 
 

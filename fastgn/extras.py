@@ -50,7 +50,8 @@ already sent to all processes.
 def check_start(program: str) -> None:
     """Ends the program if a package is missing, for --help, or for a mistake on the command line.
 
-    During the imports that follow, a signal of STOPS ends the program with a one-line message.
+    During the imports that follow, a signal that asks the program to stop, such as Ctrl-C, ends it
+    with a one-line message.
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -73,7 +74,7 @@ def check_start(program: str) -> None:
 
 
 def list_heeded() -> list[signal.Signals]:
-    """Returns the signals of STOPS that this process does not ignore.
+    """Returns the signals that ask a program to stop (STOPS) and that this process does not ignore.
 
     For example, `nohup` makes a process ignore SIGHUP.
     """
@@ -82,9 +83,10 @@ def list_heeded() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Makes a signal of STOPS raise KeyboardInterrupt, so that the block can clean up.
+    """Makes each signal that asks the program to stop raise KeyboardInterrupt inside the block.
 
-    If a second signal comes more than REPEAT_S after the first one, it ends the process at once.
+    The block can then clean up. If a second signal comes more than REPEAT_S seconds after the first
+    one, it ends the process at once.
     """
     first_s: float | None = None
 

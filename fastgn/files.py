@@ -328,7 +328,7 @@ IGNORED = (
     "numpy._core.multiarray._reconstruct",
     "numpy.core.multiarray._reconstruct",
 )
-"""Names of classes whose objects are read as `Ignored`.
+"""Names of classes whose objects are not read from a file: an `Ignored` object replaces each.
 
 These are stored arguments of timm, and numbers and arrays of NumPy. NumPy's own functions are not
 called, because a forged dtype can make them read any memory.

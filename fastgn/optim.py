@@ -49,7 +49,7 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
         f"--opt {cfg.opt} needs products with the Hessian, which fastgn.train does not compute: "
         "use --opt adamw",
     )
-    if isinstance(info.opt_class, str):  # a class of another package, which supports only GPUs
+    if isinstance(info.opt_class, str):  # the class of another package, for GPUs only
         package, _, name = info.opt_class.rpartition(".")
         check(
             package == "apex.optimizers",

@@ -295,7 +295,7 @@ def make_plan(
             num_classes=num_classes,
             device_type=world.device.type,
         )
-    except RuntimeError as error:  # an operator that cannot be counted without data
+    except RuntimeError as error:  # an operator cannot be counted without data
         if out_of_memory(error):
             raise
         check(

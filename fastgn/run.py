@@ -200,7 +200,8 @@ class Run:
         """Adds an update's values to the sums, and records the first update whose loss or gradient
         was not finite.
 
-        row: one value for each name in SUMS, on the device. The host does not wait for them.
+        row: the update's loss, ce, penalty, grad_l1 and grad_norm, on the device. The host does not
+        wait for them.
         """
         present = ~row.isnan()
         self.sums += torch.stack([row.where(present, 0), present.to(row.dtype)])

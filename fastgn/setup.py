@@ -374,7 +374,7 @@ def warn(run: Run, report: ModelReport) -> None:
             f"warning: --ramp-epochs {cfg.ramp_epochs:g} is longer than the run: the strength of "
             f"{cfg.objective.method} reaches only {full:.2g} of its full value"
         )
-    if run.resolved.loader != "DeviceLoader":  # which has no workers
+    if run.resolved.loader != "DeviceLoader":  # DeviceLoader has no workers
         warn_of_workers(run, count_local_ranks(), os.cpu_count() or 1)
     warning = piecewise_linear_warning(cfg.objective, report.piecewise_linear)
     if warning:

@@ -61,9 +61,8 @@ def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
                 0.5, 0.5, "not computed\nby this method", ha="center", transform=axes.transAxes
             )
     norms = [norm for line in panels[1].lines for norm in line.get_ydata()]
-    panels[1].set_ylim(
-        0, 1.1 * max(norms, default=1)
-    )  # so that a norm that hardly changes looks flat
+    # the axis begins at 0, so that a norm that hardly changes looks flat
+    panels[1].set_ylim(0, 1.1 * max(norms, default=1))
     panels[2].set_ylim(0, 1)
     return to_png(figure)
 
@@ -74,7 +73,7 @@ class ModelView:
 
     name: str
     grad_BCHW: Tensor
-    """Gradient of each image's own cross-entropy with respect to its 0..1 pixels."""
+    """Gradient of each image's own cross-entropy with respect to its pixels in 0..1."""
     adversarial_BCHW: Tensor
     """The images after the attack."""
     clean_B: Tensor

@@ -18,8 +18,8 @@ from fastgn.trained import Trained
 
 
 def choose_dataset(training: Config, cfg: EvaluateConfig) -> DatasetConfig:
-    """Returns the data set options of a training run, except those that the evaluation's command
-    line replaces."""
+    """Returns a training run's options for the data set, overridden by those on the evaluation's
+    command line."""
     given = {k: getattr(cfg, k) for k in ("data", "data_dir", "val_split")}
     return dataclasses.replace(
         training.dataset, **{k: v for k, v in given.items() if v is not None}

@@ -41,7 +41,7 @@ def gradient_statistics(
     """Returns statistics of input gradients, and how linear the loss is near the images.
 
     They include those of table 1 and section 5 of arXiv 2409.20139. In the following, g is the
-    gradient of an image's own cross-entropy L with respect to its 0..1 pixels. eps is an Linf
+    gradient of an image's own cross-entropy L with respect to its pixels in 0..1. eps is an Linf
     radius in the same units. PGD-10 takes steps of eps / 4 from one uniform start. PGD-10 fails if
     the model classifies the image correctly both with and without the attack, otherwise it
     succeeds. All noise depends only on the seed and on the image's id, so the division into batches

@@ -352,8 +352,8 @@ class SweepConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig(Options):
-    """Packs images into WebDataset shards with an index. The same command continues after a
-    stop."""
+    """Packs images into WebDataset shards with an index. If it is interrupted, the same command
+    continues."""
 
     source: Annotated[str, Positional, PATH]
     """The images to pack: folders, lists of files or shards, as for --data-dir of fastgn.train."""

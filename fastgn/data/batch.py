@@ -45,7 +45,7 @@ def draw_epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
 
 
 def rank_slice(index: int, batch_size: int, rank: int, ranks: int) -> slice:
-    """Returns the slice of an epoch's order that is micro-batch number `index` of a rank."""
+    """Returns which slice of an epoch's shuffled images is micro-batch number `index` of a rank."""
     start = (index * ranks + rank) * batch_size
     return slice(start, start + batch_size)
 

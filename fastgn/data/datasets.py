@@ -251,7 +251,7 @@ class Split(NamedTuple):
     images: Encoded
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Messages for the user, see `Dataset.notes`."""
+    """Messages for the user, for example about files that were left out."""
 
 
 def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | None = None) -> Split:

@@ -87,7 +87,7 @@ class Walk:
         """Returns whether an entry's name shows that it holds no data. If so, counts it as left
         out.
 
-        Such names begin with a dot or are in NO_CLASSES.
+        Such names begin with a dot or are listed in NO_CLASSES, such as lost+found.
         """
         hidden = entry.name.startswith(".") or entry.name in NO_CLASSES
         self.left_out["hidden"] += hidden

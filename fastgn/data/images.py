@@ -74,13 +74,14 @@ def open_image(content: bytes) -> Image.Image:
 
 @functools.cache
 def list_formats() -> tuple[str, ...]:
-    """Returns the members of FORMATS that the installed version of PIL has."""
+    """Returns the image formats among FORMATS that the installed version of PIL can read."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def is_thin(width: int, height: int) -> bool:
-    """Returns whether the ratio of an image's sides exceeds THINNEST."""
+    """Returns whether an image is too thin to be resized (the ratio of its sides is above
+    THINNEST)."""
     return max(width, height) > THINNEST * min(width, height)
 
 

@@ -264,8 +264,8 @@ def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
 def find_state_dict(content: Any) -> dict[str, Tensor]:
     """Returns the state dict in a file's content, as a dict of tensors.
 
-    The state dict is the value of one of the keys WRAPPINGS, or the content itself. The result is
-    empty if the content has no tensors.
+    The state dict is the value of a key such as state_dict (see WRAPPINGS), or the content itself.
+    The result is empty if the content has no tensors.
     """
     if not isinstance(content, dict):
         return {}
@@ -284,7 +284,7 @@ def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
     timm 0.6 and `head.fc` in timm 1.0. Buffers that can be computed from the shapes are left out of
     the result. Keys of timm 1.0 are accepted unchanged.
 
-    weights: the state dict, or a dict that holds it under one of the keys WRAPPINGS. The keys of
+    weights: the state dict, or a dict that holds it under a key such as model. The keys of
     the state dict may have the prefixes `1.`, `model.` or `module.`, as those of a network behind a
     normalisation have. Tensors are not copied.
 

@@ -36,7 +36,7 @@ class StepCost:
     operators: float
     """Number of operators per micro-batch."""
     fixed_bytes: float
-    """The part of the peak memory in bytes that does not grow with the micro-batch, without weights
+    """Bytes of the peak memory that do not depend on the size of the micro-batch, without weights
     and gradients."""
     image_bytes: float
     """Bytes by which the peak memory grows with every image of the micro-batch."""

@@ -1,4 +1,4 @@
-"""Counts the operations, bytes and memory of eager code, on tensors with or without data."""
+"""Counts the operations, bytes and memory of eager code, which may run on fake tensors."""
 
 import contextlib
 import copy

@@ -37,7 +37,7 @@ from fastgn_kernels.maths import TABLE, in_pytorch
 
 BLOCK = 1024
 """Number of elements per Triton program if the activation has no bias. Each thread has 8 elements,
-so it reads 16-bit dtypes with accesses of 16 bytes."""
+so it reads 16 bytes of a 16-bit dtype at once."""
 TILE = 2048
 """Number of elements per Triton program if the activation has a bias. The elements form a tile of
 rows and columns."""

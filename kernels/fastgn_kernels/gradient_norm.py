@@ -43,7 +43,7 @@ from fastgn_kernels.dispatch import (
 
 TILE = 1024
 """Number of elements that a Triton program processes at a time. Each thread has 8 of them, so it
-reads 16-bit dtypes with accesses of 16 bytes."""
+reads 16 bytes of a 16-bit dtype at once."""
 
 
 @triton.jit

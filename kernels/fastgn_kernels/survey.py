@@ -52,9 +52,9 @@ belongs to the family of the first pattern that matches its name."""
 def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
     """Finds the modules that seem to compute what a fused op does, but that cannot be replaced.
 
-    Returns name of the module -> (family, reason). Such modules call or hold a function of
-    `FUNCTIONS`, or their class name matches one of `LOOK_ALIKES`. The family is "activation",
-    "layer_norm" or "window_attention". known: function that returns True for modules to skip.
+    Returns name of the module -> (family, reason). Such modules call or hold a function such as
+    F.gelu, or their class has a name such as MyLayerNorm. The family is "activation", "layer_norm"
+    or "window_attention". known: function that returns True for modules to skip.
     """
     found = {}
     for name, module in model.named_modules():
@@ -111,7 +111,7 @@ def _by_name(function: Any) -> bool:
 
 @functools.cache
 def _called(cls: type) -> tuple[Any, ...]:
-    """Returns the functions of `FUNCTIONS` that the methods of a class refer to.
+    """Returns the functions that a fused op could replace and that a class's methods refer to.
 
     Helper functions in the same Python module as the method are searched, too.
     """

@@ -374,7 +374,7 @@ def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
     padding = _choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
-    return padded.contiguous()  # a padding of 0 makes no copy and keeps the strides of ggbias
+    return padded.contiguous()  # with a padding of 0, `padded` keeps the strides of ggbias
 
 
 def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:

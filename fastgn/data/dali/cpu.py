@@ -96,7 +96,7 @@ def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
 def shear_rows(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
     """Returns the image with row y moved to the left by slope * (y + 1/2) + shift pixels.
 
-    Interpolates with PIL's bicubic kernel. Pixels from outside the image become FILL.
+    Interpolates with PIL's bicubic kernel. Pixels from outside the image get the colour FILL.
     """
     side = len(image)
     start = slope * (np.arange(side) + 0.5) + shift

@@ -163,7 +163,7 @@ def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 
 def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any) -> Any:
-    """Returns the image after an affine map, with FILL outside.
+    """Returns the image after an affine map, with the colour FILL where there was no image.
 
     PIL fills each pixel whose nearest source pixel lies outside, and a mask does the same here.
     DALI's two bicubic kernels, with the parameters -0.75 and -0.5, are less sharp than PIL's with
@@ -209,7 +209,7 @@ def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
     others = side * side - fn.cast(extreme(fn.reductions.sum, brightest), dtype=types.FLOAT)
     step = math.floor(others / 255.0)
-    few = fn.cast(step == 0.0, dtype=types.UINT8)  # a channel with a step of 0 is not changed
+    few = fn.cast(step == 0.0, dtype=types.UINT8)  # PIL leaves such channels unchanged
     table = to_bytes(shares * (others / 255.0 / (step + few)))
     return table * (byte(1) - few) + image * few
 
