@@ -124,7 +124,7 @@ class BareWeightsConfig(Options):
             check(
                 self.model is not None or not getattr(self, field.name),
                 f"--{format_flag(field.name)} describes a file that holds only weights: add "
-                "--model NAME, or leave it out for a run of fastgn.train",
+                f"--model NAME, or leave --{format_flag(field.name)} out for a run of fastgn.train",
             )
 
 
@@ -222,8 +222,8 @@ class EvaluateConfig(BareWeightsConfig):
         check_outside_data(self.written, self.data_dir, (self.val_split or "val",))
         check(
             self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
-            "--curve draws the accuracy under the last of --attacks against eps: name an attack "
-            "last, and give at least 2 values of --eps",
+            "--curve draws the accuracy under the last of --attacks at each --eps: end --attacks "
+            "with another name than clean, and give at least 2 values of --eps",
         )
         check(
             self.image_list is None or self.num_images is None,

@@ -46,7 +46,7 @@ def compute_representatives(
         check(
             small and size <= LARGEST_BYTES,
             f"--pag-representative nearest-neighbour keeps all {len(split)} training images on the "
-            f"device, {size / 2**30:.3g} GiB at {img_size} px: it takes only cifar10 and digits, "
+            f"device, {size / 2**30:.3g} GiB at {img_size} px: it is only for cifar10 and digits, "
             f"up to {LARGEST_BYTES / 2**30:g} GiB: use class-mean or random-image",
         )
     elif kind == "random-image" or not small:

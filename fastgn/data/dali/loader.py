@@ -195,7 +195,7 @@ class DaliLoader:
                     return image, bad
         return None, UserError(
             f"--loader dali: {reason_of(error)} (in a batch that begins with "
-            f"{self.feeder.split.name(keys[0][1])}; PIL decodes all of it: try --loader torch)"
+            f"{self.feeder.split.name(keys[0][1])}; PIL can decode it: try --loader torch)"
         )
 
 
