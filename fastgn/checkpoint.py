@@ -83,8 +83,7 @@ class Checkpoints:
         path = self.path(state.update)
         names = [self.folder / "best.pt"] if best else []
         names += [] if keep_epoch is None else [self.epoch_path(keep_epoch)]
-        # create update_N.pt last: if the process is killed before that, the run continues from the
-        # checkpoint before it, and writes all of these names again
+        # update_N.pt last: after a kill before that, the run continues from the checkpoint before
         first, *others = [*names, path]
         with atomic_open(first) as file:
             torch.save({"format": FORMAT, **as_dict(state)}, file)

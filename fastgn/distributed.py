@@ -166,10 +166,10 @@ def session(
             return
         limit = timedelta(minutes=rank_timeout)
         store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
-        # torchrun's store may contain reports of dead ranks from an earlier start of the job, so
-        # the keys of this start begin with its number and, because a start with another number of
-        # ranks may not count as a restart, with the number of ranks. Without torchrun's store the
-        # number is 0, because machines that have joined later have counted fewer restarts.
+        # torchrun's store may contain reports of dead ranks from an earlier start of the job.
+        # So all keys of this start begin with the number of restarts and the number of ranks.
+        # A start with another number of ranks may not count as a restart.
+        # Without torchrun's store, machines that join later would count fewer restarts, so use 0.
         start = count_restarts() if has_agent_store() else 0
         store = torch.distributed.PrefixStore(f"fastgn/{start}/{size}", store)
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

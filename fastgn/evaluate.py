@@ -280,8 +280,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
-        # a long limit, because a rank that is done waits until the slowest one has attacked its
-        # last batch
+        # a long limit, because a rank that has finished waits for the slowest rank
         week = timedelta(days=7)
         with (
             stop_on_signals(),

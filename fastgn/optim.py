@@ -335,9 +335,8 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
     """
     if not cfg.model_ema:
         return None
-    # In some networks, such as CoaT, a weight has several names. timm averages each name, so it
-    # would average such a weight several times per update. With exclude_buffers=True, timm averages
-    # each weight once.
+    # In some networks, such as CoaT, a weight has several names.
+    # With exclude_buffers=True, timm averages such a weight once, otherwise once for each name.
     named = model.state_dict(keep_vars=True).values()
     shared = len({id(tensor) for tensor in named}) < len(named)
     average = ModelEmaV3(

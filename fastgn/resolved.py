@@ -217,8 +217,8 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
 def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """Returns whether the configured step replays CUDA graphs.
 
-    It does not if it contains collectives of nccl, because Inductor's CUDA graphs are not trusted
-    to replay these.
+    A step with collectives of nccl replays none, because Inductor's CUDA graphs are not trusted to
+    replay collectives.
     """
     if choose_grad_sync(cfg, world) == "overlap" or (cfg.sync_bn and world.size > 1):
         return False

@@ -86,8 +86,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
     optuna = find_optuna()
     values = {d.name: d.suggest(trial) for d in space}
     config = base.replace(**values)
-    # name the folder after the values, so that an interrupted run continues when the same values
-    # are tried again
+    # the same values give the same folder, so an interrupted run continues if they are tried again
     name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     folder = cfg.database.with_suffix("") / name
     trial.set_user_attr("folder", str(folder))

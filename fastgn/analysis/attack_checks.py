@@ -178,9 +178,9 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
     part = target.take_first(apgd_images)
     if not part.images:
         return [Check(name, "warn", "APGD was not run: apgd_images is 0.", {"apgd_images": 0})]
-    # AutoAttack looks for zero gradients only with its DLR loss (difference of logits ratio). So
-    # APGD on DLR comes first, before images are left out. With three classes DLR is constant
-    # for an image whose label has the lowest logit, so the warning would mean nothing.
+    # AutoAttack looks for zero gradients only with its DLR loss (difference of logits ratio).
+    # APGD on DLR comes first, because later attacks leave out the images that it has fooled.
+    # With three classes DLR may be constant for an image, so the warning would mean nothing.
     has_dlr = target.classes >= 4
     with attacks.collect_autoattack_warnings() as lines:
         apgd_R = part.resist_autoattack(["apgd-dlr", "apgd-ce"] if has_dlr else ["apgd-ce"])

@@ -107,8 +107,7 @@ def draw_pictures(
     summed = [view.grad_BCHW.float().sum(1) for view in views]
     limits = [float(x.abs().flatten(1).quantile(0.995, dim=1).median()) or 1.0 for x in summed]
     added = [(view.adversarial_BCHW - images_BCHW).mean(1) for view in views]
-    # the colour scale ends at the largest change of a pixel instead of eps, because an L2 eps is
-    # far larger than the change of any pixel
+    # the colour scale does not end at eps, because an L2 eps is far above the change of any pixel
     largest = max(float(x.abs().max()) for x in added) or eps
     correlations = [edge_correlation(images_BCHW, view.grad_BCHW) for view in views]
     for row in range(rows):

@@ -168,8 +168,8 @@ def translate_refusal(text: str, kind: type) -> str:
 
     text: the box of lines that tyro printed. kind: dataclass of the program's options.
     """
-    # tyro draws a box of lines around its message. If the encoding of stdout is not exactly
-    # "utf-8", tyro draws only lines of "-" above and below the message.
+    # tyro draws a box of lines around its message.
+    # If the encoding of stdout is not "utf-8", it draws only "-" above and below the message.
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
     line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))

@@ -322,8 +322,7 @@ class SweepConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.space), "--space is empty: write --space gn_weight=0.1:10:log")
-        # other files such as NAME.json lie beside the study NAME.db, so with another ending the
-        # study could have the name of one of them
+        # with another ending, the study could have the name of a file beside it, such as NAME.json
         check(
             self.database.suffix == ".db",
             f"--study {self.study} must end in .db: write {self.database.with_suffix('.db')}",

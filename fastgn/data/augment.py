@@ -67,8 +67,7 @@ class BatchAugment:
         num, _, height, width = images_BCHW.shape
         if self.device.type != "cpu":
             return self.apply(images_BCHW, labels_B, self.draw(num, height, width))
-        # draw noise only for the boxes, because for whole images it would take a CPU longer than
-        # everything else
+        # draw noise only for the boxes, because noise for whole images takes a CPU very long
         for image, (top, bottom, left, right) in enumerate(self.draw_boxes(num, height, width)):
             if bottom > top:
                 hole = images_BCHW[image : image + 1, :, top:bottom, left:right]

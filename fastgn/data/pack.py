@@ -195,8 +195,7 @@ def pack(
         f"{folder} holds shards or an index that fastgn.data.pack has not made: give another "
         "OUTPUT",
     )
-    # remove what killed processes have left; no other process uses these files, because the caller
-    # holds the folder's lock
+    # killed processes have left these files, and the folder's lock keeps other processes away
     for left in folder.glob(".*.tmp"):
         remove_file(left)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]

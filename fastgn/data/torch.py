@@ -108,8 +108,7 @@ def load_in_workers(
         num_workers=workers,
         timeout=worker_timeout if workers else 0,
         worker_init_fn=set_up_worker,
-        # Images are seeded by their keys. Without this generator, DataLoader would draw a number
-        # from torch's default generator and so change the other random numbers of the run.
+        # without this generator, DataLoader would draw a number from the run's default generator
         generator=torch.Generator(),
         **options,
     )
@@ -232,8 +231,7 @@ def set_up_worker(worker: int) -> None:
     its state and then ends its workers.
     """
     torch.set_num_threads(1)
-    # let Linux kill the worker when the main process ends, because a worker that waits to send its
-    # result does not notice that
+    # let Linux kill the worker when the main process ends, which a waiting worker does not notice
     with contextlib.suppress(AttributeError, OSError):  # prctl exists only on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # otherwise the worker's thread that sends tensors would print an error if the main process ends

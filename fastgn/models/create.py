@@ -33,8 +33,7 @@ def check_name(cfg: ArchitectureConfig) -> str:
     Raises UserError if the network or the activation is unknown.
     """
     name = ALIASES.get(cfg.model, cfg.model)
-    # check the whole name, because timm looks only at the part before the first dot, and the whole
-    # name is written into exported code
+    # timm checks only the part before the first dot, but exported code contains the whole name
     plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
     if name not in OWN and not (plain and timm.is_model(name)):
         matches = timm.list_models(name) if set(name) & set("*?[") else []

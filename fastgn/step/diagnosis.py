@@ -39,8 +39,7 @@ class Diagnosis:
         try:
             with warnings.catch_warnings():  # PyTorch warns that this mode is slow
                 warnings.simplefilter("ignore")
-                # in this mode, each node of the second backward stores which node of the first
-                # backward created it, so describe_node can name its layer
+                # in this mode, nodes of the second backward store which node created them
                 with torch.autograd.set_detect_anomaly(True, check_nan=False):
                     total = loss()
                     self.watch_nodes(find_nodes(total), set())

@@ -88,8 +88,7 @@ class DoubleBackward(nn.Module):
             for x, needs in zip(tree_leaves((inputs, named)), needed, strict=True)
         ]
         if self._compiled is None:
-            # a function is compiled, because a compiled submodule would put the parameters into the
-            # state dict a second time
+            # not the module, which would then put its parameters into the state dict twice
             self._compiled = torch.compile(
                 self._run_on_leaves, fullgraph=True, dynamic=False, **self._options
             )
@@ -97,9 +96,8 @@ class DoubleBackward(nn.Module):
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # If True, values that both backwards use are kept, although they could be
-                # recomputed from their inputs, which are kept too. For the method gradnorm these
-                # values are a fifteenth of the bytes that are moved (benchmarks/NOTES.md).
+                # If True, values that both backwards use are kept instead of recomputed.
+                # For gradnorm they are a fifteenth of all bytes moved (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
         ):

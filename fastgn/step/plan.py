@@ -176,8 +176,7 @@ def format_bytes(bytes_: float) -> str:
 def compiled_relations(cost: StepCost) -> Relations:
     """Returns the cost of the compiled update, divided by the cost of the eager one."""
     double = cost.double_backward
-    # a single backward with kernels was not measured, so it is assumed to gain as much as a double
-    # backward
+    # a single backward with kernels was not measured, so take the ratios of a double backward
     kind = (double or cost.kernels, cost.kernels)
     kept = KEPT[double, cost.precision in ("bf16", "bf16-pure")]
     return Relations(kept, RECOMPUTED, TRAFFIC[kind], LAUNCHES[kind])

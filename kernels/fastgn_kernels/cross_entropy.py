@@ -64,8 +64,7 @@ def _load_tile(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = row[:, None]
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    # COLUMNS is a constant, so the compiler knows, for example, that rows of 1000 elements start at
-    # multiples of 8 elements, and can load 8 elements at once
+    # if COLUMNS is a constant such as 1000, the compiler knows that it may load 8 elements at once
     offsets = row * COLUMNS + column
     inside = (row < rows) & (column < COLUMNS)
     z = tl.load(logits_pointer + offsets, mask=inside, other=float("-inf")).to(COMPUTE_DTYPE)

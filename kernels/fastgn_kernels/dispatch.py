@@ -41,12 +41,11 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-# torch.compile's cache on disk identifies an op by its name only. Without this tag it would reuse
-# graphs that hold the derivatives of another version of this package.
+# Without this tag, torch.compile's cache on disk would reuse graphs with another version's ops.
 torch.compiler.config.cache_key_tag += f" fastgn_kernels {source_hash()}"
 
-# Function that tells whether the running backward pass will execute a node. PyTorch's own
-# derivatives call it too. If a version of PyTorch lacks it, all gradients are computed.
+# This function of PyTorch tells whether the running backward pass will execute a node.
+# If a version of PyTorch lacks the function, all gradients are computed.
 _engine_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 

@@ -18,8 +18,7 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# In products, write these constants last, as in u * SQRT_HALF. If a constant comes first, Triton's
-# interpreter returns a constant instead of a tensor.
+# Write these constants last in a product. Triton's interpreter makes SQRT_HALF * u a constant.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -97,9 +96,9 @@ def gelu_2(u, p):
     return exp(-0.5 * u * u) * INV_SQRT_2_PI * (2.0 - u * u)
 
 
-# logistic(2 z) equals 0.5 (1 + tanh(z)), but is exact where tanh(z) is close to -1. logistic(-2 z)
-# equals 1 - logistic(2 z), but is exact where logistic(2 z) is close to 1. With 1 - tanh(z)^2, the
-# second derivative in float32 had 8 times the error of PyTorch.
+# logistic(2 z) equals 0.5 (1 + tanh(z)), but is exact where tanh(z) is close to -1.
+# logistic(-2 z) equals 1 - logistic(2 z), but is exact where logistic(2 z) is close to 1.
+# With 1 - tanh(z)^2, the second derivative in float32 had 8 times the error of PyTorch.
 @triton.jit
 def gelu_tanh(u, p):
     return u * logistic((u + u * u * u * TANH_CUBIC) * (SQRT_2_OVER_PI * 2.0))

@@ -201,8 +201,8 @@ def _window_attention_bwd_kernel(
             gp = _dot(go, tl.trans(v), gp)
         gs = p * _centre(gp, p)
         if BIAS_GRAD:
-            # Adding in memory saves a tile of registers. No other program adds to this matrix, so
-            # the order of the sum, and therefore each bit, is the same in every run.
+            # Adding in memory saves a tile of registers.
+            # Only this program adds to this matrix, so the sum has the same bits in every run.
             to = _locate_matrix(partial_sums_pointer, strip * HEADS + head, BLOCK_TOKENS)
             tl.atomic_add(to, gs, sem="relaxed")
         for channel in range(0, DIM, BLOCK_DIM):

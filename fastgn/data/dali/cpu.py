@@ -112,8 +112,8 @@ def shear_rows(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
     mixed = pixels[:, :side] * weights[0]
     for k in (1, 2, 3):
         mixed.addcmul_(pixels[:, k : k + side], weights[k])
-    # PIL computes in double precision and rounds down. In fp32 a value may be just below the whole
-    # number that it would be in double precision, so add a little before rounding down.
+    # PIL computes in double precision and rounds down.
+    # An fp32 value may be just below the whole number that it should be, so add a little first.
     result = mixed.add_(0.002).clamp_(0, 255).numpy().astype(np.uint8)
     for y, inside in enumerate(np.ceil(-start - 0.5).astype(int).tolist()):
         if inside > 0:

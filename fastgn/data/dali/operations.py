@@ -77,9 +77,9 @@ def apply_operations(
     return image
 
 
-# The operations work on images of uint8, S x S x 3. Their results differ from PIL's by at most 1,
-# except where they interpolate. Wherever possible they compute with bytes and do not broadcast,
-# because DALI takes several times as long for floats.
+# The operations below work on images of uint8, S x S x 3.
+# Their results differ from PIL's by at most 1, except where they interpolate.
+# They compute with bytes where possible, because DALI takes several times as long for floats.
 
 
 def operate(
