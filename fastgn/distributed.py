@@ -140,7 +140,8 @@ def session(
     alive but late.
 
     Raises UserError if CUDA is demanded but missing, or if there are more processes than GPUs. Also
-    raises UserError if torchrun's variables are incomplete, or if the connection to a rank is lost.
+    raises UserError if the installed PyTorch has no code for the GPU, if torchrun's variables are
+    incomplete, or if the connection to a rank is lost.
     """
     rank, size, local_rank = read_ranks()
     has_cuda = torch.cuda.is_available()
@@ -159,6 +160,7 @@ def session(
             f"CUDA devices: lower --nproc-per-node to {count}",
         )
         chosen = torch.device("cuda", local_rank)
+        check_has_code(chosen)
         torch.cuda.set_device(chosen)
     with contextlib.ExitStack() as held:
         if size == 1:
@@ -197,6 +199,33 @@ def session(
             raise UserError(heartbeat.explain_failure(error)) from None
         # not called after an error, because other ranks would then fail before the error is printed
         torch.distributed.destroy_process_group()
+
+
+def check_has_code(device: torch.device) -> None:
+    """Raises UserError if the installed PyTorch has no code for a CUDA device.
+
+    Otherwise its first kernel would fail with "no kernel image is available". A build has code for
+    some compute capabilities, such as sm_80, which also runs on later ones with the same major
+    version. A build may also contain PTX, such as compute_120, which runs on all later devices.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    builds = torch.cuda.get_arch_list()
+    for build in builds:
+        kind, _, number = build.partition("_")
+        digits = number.rstrip("af")
+        if not digits.isdecimal():
+            return  # a build for GPUs of another maker
+        built = int(digits[:-1]), int(digits[-1])
+        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+            return
+    newer = "a newer PyTorch, or a build for a newer CUDA"
+    older = "PyTorch 2.11 to 2.14 for CUDA 12.6, see docs/v100.md"
+    check(
+        not builds,
+        f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."
+        f"{capability[1]}, and PyTorch {torch.__version__} has code for {', '.join(builds)} alone: "
+        f"install {older if capability < (7, 5) else newer}",
+    )
 
 
 def read_ranks() -> tuple[int, int, int]:

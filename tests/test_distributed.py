@@ -34,6 +34,43 @@ from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
 
+@pytest.mark.parametrize(
+    ("capability", "builds", "remedy"),
+    [
+        ((7, 0), "sm_75 sm_80 sm_90 compute_120", "install PyTorch 2.11 to 2.14 for CUDA 12.6"),
+        ((6, 0), "sm_70 sm_75", "install PyTorch 2.11 to 2.14 for CUDA 12.6"),
+        ((12, 0), "sm_80 sm_90a", "install a newer PyTorch"),
+        ((8, 0), "sm_75 sm_86", "install a newer PyTorch"),
+        ((7, 0), "sm_50 sm_60 sm_70 sm_75", None),
+        ((8, 9), "sm_75 sm_80", None),
+        ((12, 1), "sm_90 compute_120", None),
+        ((9, 0), "gfx90a gfx942", None),
+        ((7, 0), "", None),
+    ],
+)
+def test_a_gpu_that_pytorch_has_no_code_for_is_one_line(
+    capability: tuple[int, int], builds: str, remedy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_name": "Some GPU",
+        "get_device_capability": capability,
+        "get_arch_list": builds.split(),
+        "set_device": None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if remedy is None:
+        with distributed.session() as world:
+            assert world.device == torch.device("cuda", 0)
+        return
+    with pytest.raises(UserError) as error, distributed.session():
+        pass
+    line = str(error.value)
+    assert "Some GPU has compute capability {}.{}".format(*capability) in line
+    assert remedy in line and "\n" not in line
+
+
 def one_update(rank: int, ranks: int, case: dict[str, Any]) -> dict[str, Any]:
     """Gradients and losses of one update on a rank's share of a fixed global batch of 16 images,
     and the collectives that it took."""
