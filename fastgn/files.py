@@ -344,7 +344,7 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ignored):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # reading a pickle can raise anything
+    except Exception as error:  # reading a pickle can raise any error
         what = find_foreign_object(error)
         if what:
             raise UserError(

@@ -49,7 +49,7 @@ def make_timm_config(
         arguments = parse_json(json.dumps(arguments), "model_args")
         theirs = timm.create_model(name, num_classes=len(classes), **arguments)
         theirs.load_state_dict(loaded)
-    except Exception as error:  # a constructor may raise anything for an unknown argument
+    except Exception as error:  # a constructor may raise any error for an unknown argument
         reason = first_line(error)
         raise UserError(
             f"timm's arguments cannot express {describe_network(cfg)} ({reason})"

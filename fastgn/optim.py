@@ -72,7 +72,7 @@ def check_apex(opt: str, name: str) -> None:
     """
     try:
         importlib.import_module("apex")
-    except Exception:  # the unrelated package raises anything on recent Pythons
+    except Exception:  # the unrelated package may raise any error on recent Pythons
         raise UserError(
             f"--opt {opt} needs NVIDIA apex (built from source, github.com/NVIDIA/apex); "
             "--opt adamw uses torch's own fused AdamW"

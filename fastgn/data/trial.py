@@ -61,7 +61,7 @@ def try_dali(make_dali: Callable[[], Loader], expected: Batch) -> tuple[Loader |
     try:
         loader = make_dali()
         return loader, describe_difference(next(iter(loader.epoch(0))), expected)
-    except Exception as error:  # DALI, the driver and the decoder may raise anything
+    except Exception as error:  # DALI, the driver and the decoder may raise any error
         return loader, f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -72,7 +72,7 @@ def create_network(
         try:
             kwargs = {"drop_rate": cfg.drop} | kwargs
             return OWN[name](**kwargs), kwargs
-        except Exception as error:  # constructors raise anything for odd arguments
+        except Exception as error:  # constructors may raise any error for odd arguments
             raise UserError(f"{format_flags(cfg)} cannot be built: {first_line(error)}") from None
     if cfg.pretrained:
         use_cache_if_offline()
@@ -105,7 +105,7 @@ def create_network(
                 f"--pretrained: the hub gave no weights of {name} ({first_line(error)}): get them "
                 "from elsewhere and add --initial-checkpoint FILE"
             ) from None
-        except Exception as error:  # constructors raise anything for odd arguments
+        except Exception as error:  # constructors may raise any error for odd arguments
             what = "--pretrained" if cfg.pretrained else f"{format_flags(cfg)} cannot be built"
             raise UserError(f"{what}: {first_line(error)}") from None
 

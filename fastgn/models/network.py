@@ -241,7 +241,7 @@ def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -
     try:
         with torch.no_grad():
             logits: Any = model.eval()(images)
-    except Exception as error:  # networks raise anything for unsuitable sizes
+    except Exception as error:  # a network may raise any error for an unsuitable size
         raise UserError(
             f"--img-size {model.img_size} does not suit {format_flags(cfg)}: {first_line(error)}"
         ) from None

@@ -214,7 +214,7 @@ def adapt_weights(
     if resize is not None:
         try:
             weights = dict(resize(dict(weights), backbone))
-        except Exception as error:  # timm's filter may raise anything for another network's weights
+        except Exception as error:  # timm may raise any error for another network's weights
             raise UserError(f"{source} cannot be adapted: {first_line(error)}") from None
     resized = [k for k in weights if k in before and weights[k].shape != before[k].shape]
     classes = getattr(backbone, "num_classes", None)

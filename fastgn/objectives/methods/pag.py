@@ -25,7 +25,7 @@ def nearest_of_class(images_BCHW: Tensor, classes_B: Tensor, among: Representati
         return candidates_NCHW[classes_B]
     with torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
         candidates_ND = candidates_NCHW.flatten(1)
-        # |r - x|^2 without the term |x|^2, which is the same for all candidates r
+        # compares |r - x|^2 without the term |x|^2, which is the same for all candidates r
         products_BN = images_BCHW.to(candidates_ND.dtype).flatten(1) @ candidates_ND.T
         distances_BN = candidates_ND.square().sum(1) - 2 * products_BN
         others_BN = classes_B[:, None] != labels_N
