@@ -51,7 +51,7 @@ class Event:
     """One step of the schedule of a backward."""
 
     kind: str
-    """"kernel", "all_reduce", which begins one, or "wait", which ends the oldest one."""
+    """"kernel", or "all_reduce", which begins one."""
     seconds: float = 0
     """Time of a kernel by the roofline."""
     bytes: float = 0
@@ -140,8 +140,6 @@ def events_of(lowering: Any, gpu: Gpu) -> list[Event]:
         op = str(getattr(kernel.node, "op_overload", None) or "")
         if "all_reduce" in op:
             events.append(Event("all_reduce", bytes=reduced_bytes(origins)))
-        elif "wait_tensor" in op:
-            events.append(Event("wait"))
         else:
             moved = moved_bytes(kernel, repeated)
             work = sum(flops.pop(o, 0) for o in origins)
@@ -165,21 +163,15 @@ def exposed_seconds(
 
     factor: time of a kernel, relative to the roofline.
     """
-    now = free = total = exposed = 0.0
-    ends: list[float] = []
+    now = free = total = 0.0
     for event in events:
         if event.kind == "kernel":
             now += factor * event.seconds
-        elif event.kind == "all_reduce":
+        else:
             seconds = link.seconds(count, event.bytes)
             free = max(free, now) + seconds
             total += seconds
-            ends.append(free)
-        elif ends:
-            end = ends.pop(0)
-            exposed += max(0.0, end - now)
-            now = max(now, end)
-    return total, exposed
+    return total, max(0.0, free - now)
 
 
 def table(record: Record) -> str:

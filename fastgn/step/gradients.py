@@ -93,18 +93,6 @@ class GradientBuffer:
             if sums[0]:
                 torch._foreach_add_(*sums)
 
-    def make_slots(self) -> list[Tensor]:
-        """Returns tensors that require grad, one for each weight, for overlap.SummedInBackward.
-
-        A tensor has the shape of its weight, and the dtype in which gradients travel.
-        """
-        return [
-            (view if self.sum_dtype is None else torch.empty_like(view, dtype=self.sum_dtype))
-            .detach()
-            .requires_grad_()
-            for view in self.views
-        ]
-
     def clear(self) -> None:
         """Sets the .grad of all weights to None."""
         for weight in self.weights:

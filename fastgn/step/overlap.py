@@ -1,94 +1,128 @@
 """Sums the gradients over the processes while the backward still computes."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-BUCKET = 3 * 2**20
-"""Number of gradients that one all-reduce sums.
+BUCKET = 4 * 2**20
+"""Smallest number of gradients that one all-reduce sums, except for the first weights of a
+network."""
+COMPILE_OPTIONS = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["raise_comms"],
+}
+"""Options of torch.compile that begin each all-reduce as soon as its gradients are known."""
 
-PyTorch's default joins all gradients, so that their sum begins when the backward has ended. A size
-that depends on the number of the bucket is of no use, because Inductor (2.14) asks for the first
-one's alone.
-"""
 
+class Bucket(NamedTuple):
+    """Consecutive weights whose gradients are summed in one all-reduce."""
 
-def size_bucket(index: int, itemsize: int) -> float:
-    """Returns the size of a bucket of gradients in MiB.
+    start: int
+    """Position of the first weight."""
+    stop: int
+    """Position after the last weight."""
+    slot: Tensor
+    """A tensor (N,) that requires grad, where N is the number of elements of the weights.
 
-    index: number of the bucket in the backward. itemsize: bytes per gradient.
+    In the backward, the sums become its gradient. They travel in its dtype. Its own values are not
+    read, so that all of them share the memory of one number.
     """
-    return BUCKET * itemsize / 2**20
 
 
-def make_compile_options(dtype: torch.dtype) -> dict[str, Any]:
-    """Returns options of torch.compile that join the all-reduces of several weights into one.
+def make_buckets(weights: Sequence[Tensor], dtype: torch.dtype | None) -> list[Bucket]:
+    """Divides weights into buckets of at least `BUCKET` elements.
 
-    dtype: dtype in which the gradients travel.
+    The first bucket has the last weights, because a backward computes their gradients first.
+    Weights of different dtypes do not share a bucket. dtype: dtype in which gradients travel. None
+    means the dtype of the weights.
     """
-    sizes = functools.partial(size_bucket, itemsize=dtype.itemsize)
-    return {
-        "bucket_all_reduces_fx": "all",
-        "bucket_all_reduces_fx_bucket_size_determinator": sizes,
-    }
+    buckets: list[Bucket] = []
+    stop, count = len(weights), 0
+    for start in reversed(range(len(weights))):
+        weight = weights[start]
+        count += weight.numel()
+        ends = start == 0 or weights[start - 1].dtype != weight.dtype
+        if ends or count >= BUCKET:
+            slot = weight.detach().new_zeros((), dtype=dtype or weight.dtype).expand(count)
+            buckets.append(Bucket(start, stop, slot.requires_grad_()))
+            stop, count = start, 0
+    return buckets
 
 
-@torch.library.custom_op("fastgn::zero_summed", mutates_args=())
-def zero_summed(slot: Tensor, shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:
-    """Returns zeros of the given shape. Their gradient, summed over the processes, is the gradient
-    of `slot`.
+@torch._dynamo.allow_in_graph  # otherwise the second derivative would be wrong
+class SumInBackward(torch.autograd.Function):
+    """Returns weights whose gradients the backward sums over the processes, in one all-reduce.
 
-    slot: a tensor of the given shape that requires grad. Its values are not read. The gradient
-    travels in its dtype. group: name of the process group.
+    The sums are the gradient of `slot`. Nothing here waits for the all-reduce, so that the rest of
+    the backward runs beside it. split_sums waits.
     """
-    return slot.new_zeros((), dtype=dtype).expand(shape)
 
+    @staticmethod
+    def forward(slot: Tensor, group: str, *weights: Tensor) -> tuple[Tensor, ...]:
+        """Returns the weights as they are. group: name of the process group."""
+        return tuple(weight.view_as(weight) for weight in weights)
 
-@zero_summed.register_fake
-def _zero_summed_fake(slot: Tensor, shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:
-    return slot.new_empty((), dtype=dtype).expand(shape)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps what the backward needs."""
+        ctx.dtype, ctx.group = inputs[0].dtype, inputs[1]
 
-
-def _keep_dtype(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.dtype, ctx.group = inputs[0].dtype, inputs[3]
-
-
-def _sum_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    ops = torch.ops._c10d_functional
-    summed = ops.wait_tensor(ops.all_reduce(grad.to(ctx.dtype).contiguous(), "sum", ctx.group))
-    return summed, None, None, None
-
-
-zero_summed.register_autograd(_sum_gradient, setup_context=_keep_dtype)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Begins the all-reduce. grads: gradients of the weights on this process."""
+        flat = torch.cat([grad.flatten() for grad in grads]).to(ctx.dtype)
+        sums = torch.ops._c10d_functional.all_reduce(flat, "sum", ctx.group)
+        return sums, None, *[None] * len(grads)
 
 
 class SummedInBackward(nn.Module):
     """Computes a loss whose backward also sums the gradients over the processes.
 
-    The sums are the gradients of `slots`, one tensor for each weight, and have the dtype of the
-    slot. No operator in the compiled graph reads a sum, not even a cast or a division. Therefore
-    the compiler can begin an all-reduce as soon as its gradients are known, and compute meanwhile.
+    The sums are the gradients of the buckets' slots, which are inputs of the loss. No operator in
+    the compiled graph reads a sum or waits for it, not even a cast or a division.
 
-    module: computes the loss, divided by the number of processes. group: name of the process group.
+    module: computes the loss, divided by the number of processes. buckets: made from the weights of
+    `module` that require grad. group: name of the process group.
     """
 
-    def __init__(self, module: nn.Module, group: str):
+    def __init__(self, module: nn.Module, buckets: Sequence[Bucket], group: str):
         super().__init__()
         self.module = module
+        self.buckets = buckets
         self.group = group
 
     def forward(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor, *slots: Tensor) -> Any:
-        named = [(n, p) for n, p in self.module.named_parameters() if p.requires_grad]
-        weights = {
-            # this addition is fused with the next operator, such as autocast's cast
-            name: weight.detach() + zero_summed(slot, weight.shape, weight.dtype, self.group)
-            for (name, weight), slot in zip(named, slots, strict=True)
-        }
-        return functional_call(self.module, weights, (images_BCHW, targets, ramp))
+        """Returns the loss. slots: those of the buckets, in the same order."""
+        named = [(n, p.detach()) for n, p in self.module.named_parameters() if p.requires_grad]
+        replaced: dict[str, Tensor] = {}
+        for bucket, slot in zip(self.buckets, slots, strict=True):
+            names, weights = zip(*named[bucket.start : bucket.stop], strict=True)
+            summed = SumInBackward.apply(slot, self.group, *weights)
+            replaced |= zip(names, summed, strict=True)
+        return functional_call(self.module, replaced, (images_BCHW, targets, ramp))
+
+
+def split_sums(
+    sums: Sequence[Tensor | None], buckets: Sequence[Bucket], weights: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Waits for the all-reduces of a backward, and returns the summed gradient of each weight.
+
+    A weight that the loss does not depend on has None if its whole bucket is like that, else zeros.
+    The host does not wait for a GPU. sums: gradients of the buckets' slots. weights: those from
+    which the buckets were made.
+    """
+    grads: list[Tensor | None] = []
+    for bucket, flat in reversed(list(zip(buckets, sums, strict=True))):
+        own = weights[bucket.start : bucket.stop]
+        if flat is None:
+            grads += [None] * len(own)
+            continue
+        parts = torch.ops._c10d_functional.wait_tensor(flat).split([w.numel() for w in own])
+        grads += [part.view_as(weight) for part, weight in zip(parts, own, strict=True)]
+    return grads
 
 
 def find_default_group() -> str:

@@ -15,7 +15,14 @@ from fastgn.step.double_backward import compile_double_backward
 from fastgn.step.gradients import GRAD_DTYPES, GradientBuffer, OneRank, Ranks, average_over_ranks
 from fastgn.step.losses import AttackGradient, LossModule, name_of_turn, split_objective
 from fastgn.step.options import StepOptions
-from fastgn.step.overlap import SummedInBackward, find_default_group, make_compile_options
+from fastgn.step.overlap import (
+    COMPILE_OPTIONS,
+    Bucket,
+    SummedInBackward,
+    find_default_group,
+    make_buckets,
+    split_sums,
+)
 from fastgn.step.precision import autocast, in_precision, matmul_precision
 from fastgn.step.random_state import RandomState
 from fastgn.step.schedule import check_schedule
@@ -93,19 +100,17 @@ class Step:
         self.overlapped: dict[str, nn.Module] = {}
         """Name of a loss -> module whose backward also sums the gradients over the processes. Empty
         for --grad-sync flat."""
-        self._slots: list[Tensor] = []
+        self._buckets: list[Bucket] = []
         overlaps = options.grad_sync == "overlap" and ranks.size > 1
         if overlaps and not options.schedule.differences:
-            self._slots = self.gradients.make_slots()
+            self._buckets = make_buckets(self.weights, GRAD_DTYPES[options.grad_dtype])
         for name, part in self.parts.items():
             module = LossModule(model, part, options.precision)
             self.losses[name] = self._compile(module, part.needs_input_gradient)
-            if self._slots:
-                summed = SummedInBackward(module, find_default_group())
+            if self._buckets:
+                summed = SummedInBackward(module, self._buckets, find_default_group())
                 self.overlapped[name] = self._compile(
-                    summed,
-                    part.needs_input_gradient,
-                    options=make_compile_options(self._slots[0].dtype),
+                    summed, part.needs_input_gradient, options=COMPILE_OPTIONS
                 )
 
     def _compile(self, module: nn.Module, differentiates: bool, **options: Any) -> nn.Module:
@@ -253,11 +258,12 @@ class Step:
     def _differentiate_and_sum(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
         """Runs the forward and backward of an update with one micro-batch. The backward also sums
         the gradients over the processes."""
-        loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *self._slots)
+        slots = [bucket.slot for bucket in self._buckets]
+        loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *slots)
         self.confirm()
         self.is_committed = self.is_summed = True
-        total = loss.total / part.divisor
-        self.gradients.add(torch.autograd.grad(total, self._slots, allow_unused=True))
+        sums = torch.autograd.grad(loss.total / part.divisor, slots, allow_unused=True)
+        self.gradients.add(split_sums(sums, self._buckets, self.weights))
         return loss
 
     def _inputs(self, part: MicroBatch, ramp: Tensor) -> tuple[Tensor, Tensor, Tensor]:

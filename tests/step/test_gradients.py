@@ -18,6 +18,8 @@ from fastgn import attacks, distributed
 from fastgn.config.cli import parse_config
 from fastgn.models import network
 from fastgn.objectives import build_objective
+from fastgn.step import overlap
+from fastgn.step.double_backward import compile_double_backward
 from fastgn.step.gradients import ALIGNMENT, GradientBuffer, OneRank, Ranks
 from fastgn.step.options import StepOptions
 from fastgn.step.retry import RetryingStep
@@ -65,6 +67,72 @@ def test_a_gradient_of_the_callers_is_added_to() -> None:
     weight.grad = torch.ones_like(weight)
     GradientBuffer([weight]).add([torch.full_like(weight, 2)])
     assert torch.equal(weight.grad, torch.full_like(weight, 3))
+
+
+def test_buckets_begin_with_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "BUCKET", 10)
+    weights = [torch.empty(n) for n in (4, 9, 1, 3, 6, 20)] + [torch.empty(1).double()]
+    buckets = overlap.make_buckets(weights, None)
+    assert [(b.start, b.stop, len(b.slot)) for b in buckets] == [
+        (6, 7, 1),
+        (5, 6, 20),
+        (2, 5, 10),
+        (0, 2, 13),
+    ]
+    assert [b.slot.dtype for b in buckets] == [torch.float64] + [torch.float32] * 3
+    assert all(b.slot.requires_grad for b in buckets)
+    assert {b.slot.dtype for b in overlap.make_buckets(weights, torch.bfloat16)} == {torch.bfloat16}
+    assert overlap.split_sums([None] * 4, buckets, weights) == [None] * 7
+
+
+class PenaltyOfMlp(nn.Module):
+    """A small loss with a gradient penalty. One of its layers is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = (nn.Linear(8, 16), nn.Softplus(), nn.Linear(16, 8), nn.Softplus(), nn.Linear(8, 3))
+        self.net = nn.Sequential(*layers).double()
+        self.unused = nn.LayerNorm(3).double()
+
+    def forward(self, images: Tensor, targets: Tensor, ramp: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(images), targets)
+        (grad,) = torch.autograd.grad(loss, images, create_graph=True)
+        return loss + ramp * grad.abs().sum()
+
+
+def sum_by_inductor(folder: str) -> int:
+    """Saves the sums that code from Inductor computes, and the gradients of this rank alone."""
+    overlap.BUCKET = 100
+    with distributed.session("cpu") as world:
+        loss = PenaltyOfMlp()
+        weights = list(loss.parameters())
+        buckets = overlap.make_buckets(weights, None)
+        summed = overlap.SummedInBackward(loss, buckets, overlap.find_default_group())
+        compiled = compile_double_backward(
+            summed, differentiate=(0,), options=overlap.COMPILE_OPTIONS
+        )
+        slots, results = [bucket.slot for bucket in buckets], []
+        for update in range(3):
+            torch.manual_seed(10 * update + world.rank)
+            batch = torch.rand(4, 8).double(), torch.tensor([0, 1, 2, 0]), torch.ones(()).double()
+            sums = torch.autograd.grad(compiled(*batch, *slots), slots)
+            batch[0].requires_grad_()
+            own = torch.autograd.grad(loss(*batch), weights, allow_unused=True)
+            results.append((overlap.split_sums(sums, buckets, weights), own))
+        torch.save(results, Path(folder) / f"{world.rank}.pt")
+    return 0
+
+
+@pytest.mark.slow
+def test_inductor_sums_in_the_backward(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, sum_by_inductor, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for one, other in zip(*ranks, strict=True):
+        for sums, also, a, b in zip(one[0], other[0], one[1], other[1], strict=True):
+            expected = torch.zeros_like(sums) if a is None else a + b
+            assert torch.equal(sums, also)
+            torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-15)
 
 
 # -------------------------------------------------------------------- several processes against one
@@ -174,6 +242,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def train_on_a_rank(cases: dict[str, dict[str, Any]], folder: str) -> int:
+    overlap.BUCKET = 1000  # so that a small network has several buckets
     with distributed.session("cpu") as world:
         results = {n: train(world, world.rank, world.size, case) for n, case in cases.items()}
         torch.save(results, Path(folder) / f"{world.rank}.pt")
