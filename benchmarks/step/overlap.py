@@ -4,18 +4,18 @@
     python -m benchmarks.step.overlap --depths 2 2 18 2   # Swin-B itself, which takes long
 
 The compiled backward of gradnorm is scheduled on pretended GPUs (benchmarks/step/pretend.py): its
-kernels, and the places at which Inductor begins each all-reduce and waits for it. Kernels then take
-the time of the roofline, times a factor for what the roofline leaves out. All-reduces take the time
-of `links_of`, one after the other, beside the kernels. What remains is exposed: the kernels wait.
+kernels, and the places at which Inductor begins each all-reduce. Kernels then take the time of the
+roofline, times a factor for what the roofline leaves out. All-reduces take the time of
+scaling.py's links, one after the other, beside the kernels. What is left of them when the backward
+has ended is exposed: the optimizer waits for it.
 
 Not modelled: the memory bandwidth and the processors that all-reduces take from kernels; launches;
 ranks that come late. These are predictions, not measurements.
 
-Writes benchmarks/results/overlap_swin_b.json.
+Writes benchmarks/results/overlap_swin_b_<depths>.json.
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -37,82 +37,49 @@ from benchmarks.step.predict import (
     run_updates,
 )
 from benchmarks.step.pretend import GPUS, Gpu
+from benchmarks.step.scaling import Links, Sum, exposed_seconds
 from fastgn.metrics import environment
 from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.gradients import GRAD_DTYPES, OneRank
 from fastgn.step.options import StepOptions
 from fastgn.step.step import Step
 
-GPUS_PER_NODE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """One step of the schedule of a backward."""
-
-    kind: str
-    """"kernel", or "all_reduce", which begins one."""
-    seconds: float = 0
-    """Time of a kernel by the roofline."""
-    bytes: float = 0
-    """Gradients of an all-reduce."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """Speed of an all-reduce among some GPUs."""
-
-    bytes_per_s: float
-    """Bytes per second and direction, through the slowest link of a ring."""
-    latency_s: float
-    """Seconds that an all-reduce of nothing takes."""
-
-    def seconds(self, count: int, nbytes: float) -> float:
-        """Returns the seconds of an all-reduce of so many bytes among `count` GPUs."""
-        return self.latency_s + 2 * (count - 1) / count * nbytes / self.bytes_per_s
-
-
-def link_of(count: int, node_links: int) -> Link:
-    """Returns the link of so many H200: NVLink in a node, 400 Gbit/s cards between nodes.
-
-    node_links: number of network cards that a node's GPUs share.
-    """
-    if count <= GPUS_PER_NODE:
-        return Link(GPUS["h200"].link_bytes_per_s, 20e-6)
-    return Link(node_links * 50e9, 60e-6)
+NETWORK_BYTES_PER_S = 50e9
+"""Bytes per second of a network card of 400 Gbit/s, in one direction."""
 
 
 class Pretended(OneRank):
-    """Processes of which this one is the only real one."""
+    """Two processes of which this one is the only real one."""
 
-    def __init__(self, size: int):
-        self.size = size
+    size = 2
 
 
-def schedule(network: Network, gpu: Gpu, grad_dtype: str, count: int) -> list[Event]:
-    """Returns what the compiled backward does, in order, on one of `count` GPUs."""
+def schedule(network: Network, gpu: Gpu, grad_dtype: str) -> tuple[float, list[Sum]]:
+    """Returns the seconds of all kernels of a compiled backward by the roofline, and its
+    all-reduces in order. Inductor schedules them alike on any number of GPUs."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    events: list[Event] = []
+    found: list[tuple[float, list[Sum]]] = []
     model = network.build("triton")
     options = StepOptions(precision="bf16", grad_sync="overlap", grad_dtype=grad_dtype)
 
     def make_step() -> Step:
         objective = build_objective(ObjectiveConfig(method="gradnorm"))
-        return Step(model, objective, options, ranks=Pretended(count))
+        return Step(model, objective, options, ranks=Pretended())
 
     def on_graph(lowering: Any) -> Callable[[], None]:
         if lowering.is_backward:
-            events.extend(events_of(lowering, gpu))
+            found.append(schedule_of(lowering, gpu))
         return lambda: None
 
-    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
         with known_rates(gpu):
             run_updates(network, model, gpu, make_step, on_graph)
     finally:
         torch.distributed.destroy_process_group()
-    return events
+    (only,) = found
+    return only
 
 
 def known_rates(gpu: Gpu) -> ExitStack:
@@ -131,47 +98,26 @@ def known_rates(gpu: Gpu) -> ExitStack:
     return stack
 
 
-def events_of(lowering: Any, gpu: Gpu) -> list[Event]:
-    """Returns the events of a graph, in the order of Inductor's scheduler."""
+def schedule_of(lowering: Any, gpu: Gpu) -> tuple[float, list[Sum]]:
+    """Returns the seconds of a graph's kernels and its all-reduces, by Inductor's scheduler."""
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
     repeated = repetitions(lowering)
-    events = []
+    seconds, sums = 0.0, []
     for kernel, origins in kernels_of(lowering):
-        op = str(getattr(kernel.node, "op_overload", None) or "")
-        if "all_reduce" in op:
-            events.append(Event("all_reduce", bytes=reduced_bytes(origins)))
-        else:
-            moved = moved_bytes(kernel, repeated)
-            work = sum(flops.pop(o, 0) for o in origins)
-            times = moved / gpu.bytes_per_s, work / gpu.flop_per_s["bf16"]
-            events.append(Event("kernel", seconds=max(times)))
-    return events
+        if "all_reduce" in str(getattr(kernel.node, "op_overload", None)):
+            sums.append((seconds, reduced_bytes(origins)))
+            continue
+        work = sum(flops.pop(o, 0) for o in origins)
+        moved = moved_bytes(kernel, repeated)
+        seconds += max(moved / gpu.bytes_per_s, work / gpu.flop_per_s["bf16"])
+    return seconds, [Sum(begin / seconds, nbytes) for begin, nbytes in sums]
 
 
 def reduced_bytes(origins: Sequence[torch.fx.Node]) -> int:
-    """Returns the bytes of the tensors that an all-reduce sums."""
+    """Returns the bytes of the tensor that an all-reduce sums."""
     node = next(o for o in origins if "all_reduce" in str(o.target))
-    values = torch.fx.map_arg(node.args[0], lambda n: n.meta["val"])
-    tensors = values if isinstance(values, (list, tuple)) else [values]
-    return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def exposed_seconds(
-    events: Sequence[Event], count: int, link: Link, factor: float
-) -> tuple[float, float]:
-    """Returns the seconds of all all-reduces, and those for which the kernels wait.
-
-    factor: time of a kernel, relative to the roofline.
-    """
-    now = free = total = 0.0
-    for event in events:
-        if event.kind == "kernel":
-            now += factor * event.seconds
-        else:
-            seconds = link.seconds(count, event.bytes)
-            free = max(free, now) + seconds
-            total += seconds
-    return total, max(0.0, free - now)
+    summed = node.args[0].meta["val"]
+    return int(summed.numel() * summed.element_size())
 
 
 def table(record: Record) -> str:
@@ -180,7 +126,7 @@ def table(record: Record) -> str:
         "GPUs": lambda r: str(r["gpus"]),
         "gradients": lambda r: r["grad_dtype"],
         "kernels : roofline": lambda r: f"{r['factor']:g}",
-        "all-reduces": lambda r: str(r["all_reduces"]),
+        "all-reduces": lambda r: str(len(r["sums"])),
         "backward, ms": lambda r: f"{1e3 * r['kernels_s']:.1f}",
         "communication, ms": lambda r: f"{1e3 * r['all_reduce_s']:.2f}",
         "exposed, ms": lambda r: f"{1e3 * r['exposed_s']:.2f}",
@@ -196,22 +142,21 @@ def run(args: argparse.Namespace) -> int:
     gpu = GPUS["h200"]
     network = Network("swin_b", 224, args.batch).with_depths(args.depths)
     rows = []
+    links = Links(gpu.link_bytes_per_s, NETWORK_BYTES_PER_S, args.node_links)
     for grad_dtype in args.grad_dtypes:
+        roofline_s, sums = schedule(network, gpu, grad_dtype)
         for count in args.gpus:
-            events = schedule(network, gpu, grad_dtype, count)
-            link = link_of(count, args.node_links)
             for factor in args.factors:
-                all_reduce_s, exposed_s = exposed_seconds(events, count, link, factor)
+                kernels_s = factor * roofline_s
                 rows.append(
                     {
                         "gpus": count,
                         "grad_dtype": grad_dtype,
                         "factor": factor,
-                        "all_reduces": sum(e.kind == "all_reduce" for e in events),
-                        "bytes": sum(e.bytes for e in events),
-                        "kernels_s": factor * sum(e.seconds for e in events),
-                        "all_reduce_s": all_reduce_s,
-                        "exposed_s": exposed_s,
+                        "kernels_s": kernels_s,
+                        "all_reduce_s": sum(links.all_reduce_seconds(count, n) for _, n in sums),
+                        "exposed_s": exposed_seconds(count, kernels_s, sums, links),
+                        "sums": sums,
                     }
                 )
     name = "_".join(map(str, args.depths))

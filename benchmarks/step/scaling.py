@@ -8,51 +8,70 @@ grows with the number of GPUs.
     python -m benchmarks.step.scaling --predict benchmarks/results/predict_swin_b.json --card a100
 
 An update takes the compute of its micro-batches, and the part of the gradients' all-reduces that
-does not overlap with compute. A ring of n GPUs sends 2 (n - 1) / n of the bytes over its slowest
-link, and makes 2 (n - 1) hops per all-reduce. With --grad-sync flat nothing overlaps. With overlap,
-`READY_SHARE` of the gradients are known when the last `TAIL_SHARE` of the backward begins. They are
-summed during this time, and the others after it. An update of several micro-batches is flat.
+does not overlap with compute. With --grad-sync flat nothing overlaps. With overlap, the all-reduces
+begin during the backward as in the schedule of overlap.py (--schedule), which was made for Swin-B
+and is taken for every network. An update of several micro-batches is flat.
 
 Not modelled: the loader; stragglers; the optimizer, clipping and the average of the weights, unless
 the rate includes them (--cost includes the optimizer, --predict nothing); evaluation, checkpoints
 and restarts; links that are shared or below their peak; GPU time that collectives take from
-compute, and CUDA graphs, which overlap rules out; BatchNorm's buffers; collectives other than a
-ring; a rate that changes with clocks or batch.
+compute, and CUDA graphs, which overlap rules out; BatchNorm's buffers; collectives other than rings
+and trees; a rate that changes with clocks or batch.
 
-Writes benchmarks/results/scaling_<model>_<card>.json, with --predict ..._predicted.json. The model
-of a flat update was checked on two gloo processes of one CPU, when they still used
-DistributedDataParallel (benchmarks/results/scaling_check_cpu.json).
+Writes benchmarks/results/scaling_<model>_<card>.json, with --predict ..._predicted.json. With
+--check, measures on gloo processes of this machine how far an update is the sum of its compute and
+its all-reduces, and writes benchmarks/results/scaling_check_cpu.json.
 """
 
 import argparse
 import dataclasses
 import math
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.common import arguments
 from benchmarks.common.arguments import positive_float, positive_int
-from benchmarks.common.records import fastest_gradnorm, write_json
+from benchmarks.common.records import fastest_gradnorm, read_json, write_json
 from benchmarks.common.tables import Record, Row, make_table, plus_minus, with_notes
+from benchmarks.common.timing import once, paired_ratios, summary
+from benchmarks.step.arms import random_batch
 from benchmarks.step.pretend import GPUS
+from fastgn import distributed
 from fastgn.config.groups import ArchitectureConfig
+from fastgn.errors import check
 from fastgn.metrics import environment
 from fastgn.models.network import build_model
+from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.gradients import CHUNK_BYTES
-from fastgn.step.overlap import BUCKET
+from fastgn.step.options import StepOptions
+from fastgn.step.retry import RetryingStep
+from fastgn.step.step import Step
 
+CHECKED_SIDE = 32
+"""Height and width of the images of --check in pixels."""
+CHECKED_KWARGS = ("patch_size=4", "embed_dim=48", "depths=(2, 2)", "num_heads=(2, 4)")
+CHECKED_KWARGS += ("window_size=4",)
+"""Network of --check: a small Swin."""
 IMAGENET_IMAGES = 1_281_167
-INTRA_LATENCY_S, INTER_LATENCY_S = 3.4e-6, 14.0e-6
-"""Seconds per hop of NCCL's ring (protocol "simple") over NVLink and over the network.
+RING_LATENCY_S, TREE_LATENCY_S = (3.4e-6, 14.0e-6), (4.0e-6, 14.0e-6)
+"""Seconds per hop over NVLink and over the network, in NCCL's ring and in its tree."""
+START_S = 8.4e-6
+"""Seconds that NCCL takes to begin an all-reduce.
 
-Source: the table from which NCCL chooses its algorithms, and torch/_inductor/comm_analysis.py."""
+Source of the three: the tables from which NCCL chooses (protocol "simple"), in
+torch/_inductor/comm_analysis.py."""
 BACKWARD_SHARE = 2 / 3
 """Share of an update's compute that the compiled backward takes. The forward of gradnorm, with its
 input gradient, takes the rest."""
-TAIL_SHARE, READY_SHARE = 0.25, 0.86
-"""Last part of the backward, and the share of Swin-B's gradients that are known when it begins."""
+SCHEDULE = arguments.RESULTS / "overlap_swin_b_2_2_18_2.json"
+"""When the backward of Swin-B knows its gradients."""
 MODES = [(sync, dtype) for sync in ("flat", "overlap") for dtype in ("fp32", "bf16")]
 """Pairs of --grad-sync and --grad-dtype."""
 
@@ -67,62 +86,79 @@ class Links:
     """Bytes per second of each network card between nodes, in one direction."""
     node_links: int = 1
     """Number of network cards in each node."""
-    intra_latency_s: float = INTRA_LATENCY_S
-    """Seconds per hop within a node."""
-    inter_latency_s: float = INTER_LATENCY_S
-    """Seconds per hop between nodes."""
     gpus_per_node: int = 8
+    has_latency: bool = True
+    """False leaves out the time of hops."""
 
     def nodes(self, gpus: int) -> int:
         """Returns the number of nodes that so many GPUs need."""
         return math.ceil(gpus / self.gpus_per_node)
 
+    def all_reduce_seconds(self, gpus: int, nbytes: float) -> float:
+        """Returns the seconds of one all-reduce, by a ring or by a tree, whichever is faster.
 
-def all_reduces(nbytes: float, sync: str, itemsize: int = 4) -> int:
-    """Returns the number of all-reduces per update.
+        A ring of n GPUs makes 2 (n - 1) hops. Within a node, a tree makes as many hops as a ring,
+        but between n nodes only 2 log2(n). Both send 2 (n - 1) / n of the bytes over the slowest
+        link. nbytes: size of the gradients in bytes.
+        """
+        if gpus == 1:
+            return 0.0
+        nodes = self.nodes(gpus)
+        rate = self.intra_bytes_per_s
+        if nodes > 1:
+            rate = min(rate, self.node_links * self.inter_bytes_per_s)
+        far = 2 * (nodes - 1)
+        ring = 2 * (gpus - 1) - far, far
+        tree = 2 * (min(gpus, self.gpus_per_node) - 1), 2 * math.ceil(math.log2(nodes))
+        latency = START_S + min(
+            near * near_s + far * far_s
+            for (near, far), (near_s, far_s) in ((ring, RING_LATENCY_S), (tree, TREE_LATENCY_S))
+        )
+        return self.has_latency * latency + 2 * (gpus - 1) / gpus * nbytes / rate
 
-    nbytes: size of the gradients that travel. itemsize: bytes per gradient.
+
+class Sum(NamedTuple):
+    """An all-reduce of an update."""
+
+    begin: float
+    """When its gradients are known, as a share of the backward's time."""
+    nbytes: float
+    """Size of the gradients in bytes."""
+
+
+def exposed_seconds(gpus: int, backward_s: float, sums: Sequence[Sum], links: Links) -> float:
+    """Returns the seconds between the end of a backward and the end of the last all-reduce.
+
+    All-reduces run one after the other, beside the kernels of the backward. backward_s: seconds of
+    these kernels.
     """
-    return math.ceil(nbytes / (CHUNK_BYTES if sync == "flat" else BUCKET * itemsize))
+    end = 0.0
+    for begin, nbytes in sums:
+        end = max(end, begin * backward_s) + links.all_reduce_seconds(gpus, nbytes)
+    return max(0.0, end - backward_s)
 
 
-def all_reduce_seconds(
-    gpus: int, nbytes: float, links: Links, sync: str = "flat", itemsize: int = 4
-) -> float:
-    """Returns the seconds in which rings sum all gradients.
+def flat_sums(nbytes: float) -> list[Sum]:
+    """Returns the all-reduces of --grad-sync flat. nbytes: size of the gradients in bytes."""
+    whole, rest = divmod(nbytes, CHUNK_BYTES)
+    return [Sum(1.0, CHUNK_BYTES)] * int(whole) + [Sum(1.0, rest)] * (rest > 0)
 
-    nbytes: size of the gradients in bytes. itemsize: bytes per gradient. sync: "flat" or "overlap",
-    which decides the number of all-reduces.
+
+def overlapped_sums(record: Record, nbytes: float) -> list[Sum]:
+    """Returns the all-reduces of --grad-sync overlap, as a record of overlap.py schedules them.
+
+    nbytes: size of the gradients in bytes, which need not be the record's.
     """
-    nodes = links.nodes(gpus)
-    rate = links.intra_bytes_per_s
-    if nodes > 1:
-        rate = min(rate, links.node_links * links.inter_bytes_per_s)
-    far = 2 * (nodes - 1)
-    near = 2 * (gpus - 1) - far
-    latency = near * links.intra_latency_s + far * links.inter_latency_s
-    return 2 * (gpus - 1) / gpus * nbytes / rate + all_reduces(nbytes, sync, itemsize) * latency
+    sums = [Sum(*s) for s in record["rows"][0]["sums"]]
+    total = sum(s.nbytes for s in sums)
+    return [Sum(s.begin, s.nbytes / total * nbytes) for s in sums]
 
 
 def update_seconds(
-    gpus: int,
-    micro_batch_s: float,
-    grad_accum_steps: int,
-    nbytes: float,
-    links: Links,
-    sync: str = "flat",
-    itemsize: int = 4,
+    gpus: int, micro_batch_s: float, grad_accum_steps: int, sums: Sequence[Sum], links: Links
 ) -> float:
-    """Returns the seconds of an update. See all_reduce_seconds for the other arguments.
-
-    micro_batch_s: seconds of the compute of a micro-batch.
-    """
-    if sync == "overlap" and grad_accum_steps == 1:
-        seconds = all_reduce_seconds(gpus, nbytes, links, sync, itemsize)
-        hidden = TAIL_SHARE * BACKWARD_SHARE * micro_batch_s
-        exposed = max(0.0, READY_SHARE * seconds - hidden) + (1 - READY_SHARE) * seconds
-    else:
-        exposed = all_reduce_seconds(gpus, nbytes, links)
+    """Returns the seconds of an update. micro_batch_s: seconds of the compute of a micro-batch."""
+    exposed = exposed_seconds(gpus, BACKWARD_SHARE * micro_batch_s, sums, links)
     return grad_accum_steps * micro_batch_s + exposed
 
 
@@ -162,13 +198,16 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     nbytes = gradient_bytes_of(network)
     intra = args.intra_node * 1e9 if args.intra_node else GPUS[card].link_bytes_per_s
     inter = args.inter_node * 1e9 / 8
-    links = Links(intra, inter, args.node_links, gpus_per_node=args.gpus_per_node)
+    links = Links(intra, inter, args.node_links, args.gpus_per_node)
+    schedule = read_json(args.schedule)
+    check("rows" in schedule, f"--schedule {args.schedule} is not a JSON record of overlap.py")
     rows = []
     for gpus in args.gpus:
         for sync, dtype in MODES if gpus > 1 else MODES[:1]:
-            itemsize = 2 if dtype == "bf16" else 4
-            sent = nbytes * itemsize // 4, links, sync, itemsize
-            update_s = update_seconds(gpus, batch / rate, steps, *sent)
+            sent = nbytes // 2 if dtype == "bf16" else nbytes
+            overlaps = sync == "overlap" and steps == 1
+            sums = overlapped_sums(schedule, sent) if overlaps else flat_sums(sent)
+            update_s = update_seconds(gpus, batch / rate, steps, sums, links)
             images_per_s = gpus * batch * steps / update_s
             rows.append(
                 {
@@ -178,7 +217,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
                     "grad_sync": sync,
                     "grad_dtype": dtype,
                     "update_s": update_s,
-                    "all_reduce_s": all_reduce_seconds(gpus, *sent),
+                    "all_reduce_s": sum(links.all_reduce_seconds(gpus, s.nbytes) for s in sums),
                     "images_per_s": images_per_s,
                     "efficiency": images_per_s / (gpus * rate),
                     "days": days(images_per_s, args.epochs),
@@ -201,19 +240,77 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def time_rank(rank: int, count: int, port: int, args: argparse.Namespace, folder: str) -> None:
+    """Times updates as one of several gloo processes, and saves the seconds of each round."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in names.items()})
+    torch.set_num_threads(1)
+    size = {"img_size": CHECKED_SIDE, "model_kwargs": CHECKED_KWARGS}
+    with distributed.session("cpu") as world:
+        model, _ = build_model(ArchitectureConfig(model="swin_t", **size), 10)
+        objective = build_objective(ObjectiveConfig(method="gradnorm"))
+        update = RetryingStep(Step(model, objective, StepOptions(), ranks=world))
+        one = update.step
+        batch = [random_batch(args.batch or 4, CHECKED_SIDE, 10)]
+        ramp = torch.ones(())
+        work = {
+            "compute": lambda: one(batch, ramp),
+            "sums": lambda: one.sum_over_ranks() if count > 1 else None,
+            "update": lambda: update(batch, ramp),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in work}
+        for _ in range(args.rounds + 1):  # the first one is a warm-up
+            for name, run in work.items():
+                if name != "sums":
+                    one.gradients.clear()
+                world.barrier()
+                seconds[name].append(once(run))
+    torch.save({name: x[1:] for name, x in seconds.items()}, Path(folder) / f"{rank}.pt")
+
+
+def check_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns, for the JSON record, how far an update is the sum of its compute and its sums."""
+    rows = []
+    for count in (1, 2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(time_rank, (count, get_free_port(), args, folder), count)
+            ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
+        # the sums begin when the slowest process has computed its gradients
+        slowest = {
+            name: list(map(max, zip(*[r[name] for r in ranks], strict=True))) for name in ranks[0]
+        }
+        predicted = list(map(sum, zip(slowest["compute"], slowest["sums"], strict=True)))
+        ratios = paired_ratios(predicted, slowest["update"])
+        share = paired_ratios(slowest["sums"], slowest["update"])
+        rows.append(
+            {
+                "processes": count,
+                "predicted_over_measured": summary(ratios),
+                "sums_over_update": summary(share),
+            }
+        )
+    return {
+        "prediction": False,
+        "meaning": "gloo processes on one CPU with fewer cores: the ratios alone mean something",
+        "batch": args.batch or 4,
+        "img_size": CHECKED_SIDE,
+        "model_kwargs": list(CHECKED_KWARGS),
+        "cores": os.cpu_count(),
+        "rows": rows,
+    }
+
+
 def table(record: Record) -> str:
     """Returns the Markdown table of predictions, or of their check on a CPU, from the record."""
     if not record.get("prediction"):
         columns = {
-            "micro-batches": lambda r: str(r["grad_accum_steps"]),
-            "model": lambda r: r["model"],
-            "predicted : measured, two processes on a CPU": lambda r: (
-                f"{plus_minus(r['predicted_over_measured'], '.2f')} "
-                f"(n = {r['predicted_over_measured']['n']})"
-            ),
+            "processes": lambda r: str(r["processes"]),
+            "(compute + sums) : update": lambda r: plus_minus(r["predicted_over_measured"], ".2f"),
+            "sums : update": lambda r: plus_minus(r["sums_over_update"], ".3f"),
+            "rounds": lambda r: str(r["predicted_over_measured"]["n"]),
         }
-        notes = (record["meaning"], "eager gradnorm")
-        return with_notes(make_table(record["rows"], columns), record, *notes)
+        return with_notes(make_table(record["rows"], columns), record, record["meaning"])
     by_gpus: dict[int, dict[tuple[str, str], Row]] = {}
     for row in record["rows"]:
         by_gpus.setdefault(row["gpus"], {})[row["grad_sync"], row["grad_dtype"]] = row
@@ -245,9 +342,13 @@ def table(record: Record) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes the predictions, and writes the JSON record."""
-    record = predict(args)
-    name = f"scaling_{record['model']}_{record['card']}{'_predicted' * bool(args.predict)}.json"
+    """Makes the predictions or the check, and writes the JSON record."""
+    if args.check:
+        record, name = check_on_cpu(args), "scaling_check_cpu.json"
+    else:
+        record = predict(args)
+        kind = "_predicted" * bool(args.predict)
+        name = f"scaling_{record['model']}_{record['card']}{kind}.json"
     output = args.output or arguments.RESULTS / name
     head = {"script": "benchmarks/step/scaling.py", "file": output.name}
     record = head | record | environment()
@@ -264,6 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images-per-s", type=positive_float, help="images per second of one GPU")
     add("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm")
     add("--predict", type=Path, help="record of predict.py, in the same way")
+    add("--check", action="store_true", help="measure 1, 2 and 4 processes of this machine")
     add = parser.add_argument
     add("--card", choices=GPUS, help="default: the card of --cost, or h200")
     add("--model", default="swin_b", help="if neither --cost nor --predict names it")
@@ -278,6 +380,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--intra-node", type=positive_float, help=intra)
     add("--inter-node", type=positive_float, default=400.0, help="Gbit/s of each network card")
     add("--node-links", type=positive_int, default=1, help="network cards per node")
+    add("--rounds", type=positive_int, default=20, help="rounds of --check")
+    schedule = "record of overlap.py, the order of the all-reduces; default: Swin-B's"
+    add("--schedule", type=Path, default=SCHEDULE, help=schedule)
     add("--epochs", type=positive_float, default=100.0)
     args = parser.parse_args(argv)
     return arguments.exit_status("scaling.py", lambda: run(args))

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from benchmarks.step import scaling
-from benchmarks.step.scaling import Links, all_reduce_seconds, update_seconds
+from benchmarks.step.scaling import (
+    Links,
+    Sum,
+    exposed_seconds,
+    flat_sums,
+    overlapped_sums,
+    update_seconds,
+)
 
 SMALL = ("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8")
 SMALL += ("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2")
@@ -15,57 +22,82 @@ SMALL += ("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2")
 
 def links(**changes: Any) -> Links:
     """100 MB/s in a node and 50 between nodes, without latency."""
-    values = {"intra_bytes_per_s": 100e6, "inter_bytes_per_s": 50e6, "intra_latency_s": 0.0}
-    return Links(**values | {"inter_latency_s": 0.0} | changes)
+    values = {"intra_bytes_per_s": 100e6, "inter_bytes_per_s": 50e6, "has_latency": False}
+    return Links(**values | changes)
+
+
+def end(share: float, nbytes: float) -> list[Sum]:
+    return [Sum(share, nbytes)]
 
 
 def test_one_gpu_has_no_communication():
-    slow = links(intra_latency_s=1.0, inter_latency_s=1.0)
-    assert update_seconds(1, 0.5, 3, 400e6, slow) == 1.5
+    assert update_seconds(1, 0.5, 3, end(1, 400e6), links(has_latency=True)) == 1.5
 
 
 def test_a_ring_moves_twice_all_but_one_nth_over_its_slowest_link():
-    assert all_reduce_seconds(2, 10e6, links()) == pytest.approx(0.1)
-    assert all_reduce_seconds(8, 10e6, links()) == pytest.approx(2 * 7 / 8 * 0.1)
-    assert all_reduce_seconds(16, 10e6, links()) == pytest.approx(2 * 15 / 16 * 0.2)
+    assert links().all_reduce_seconds(2, 10e6) == pytest.approx(0.1)
+    assert links().all_reduce_seconds(8, 10e6) == pytest.approx(2 * 7 / 8 * 0.1)
+    assert links().all_reduce_seconds(16, 10e6) == pytest.approx(2 * 15 / 16 * 0.2)
     fast_network = links(inter_bytes_per_s=1e12)
-    assert all_reduce_seconds(16, 10e6, fast_network) == pytest.approx(2 * 15 / 16 * 0.1)
+    assert fast_network.all_reduce_seconds(16, 10e6) == pytest.approx(2 * 15 / 16 * 0.1)
     four_cards = links(inter_bytes_per_s=20e6, node_links=4)
-    assert all_reduce_seconds(16, 10e6, four_cards) == pytest.approx(2 * 15 / 16 * 10 / 80)
+    assert four_cards.all_reduce_seconds(16, 10e6) == pytest.approx(2 * 15 / 16 * 10 / 80)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "hops_near", "hops_far"),
-    [(2, 2, 0), (8, 14, 0), (9, 14, 2), (16, 28, 2), (64, 112, 14)],
+    ("gpus", "expected"),
+    [
+        (2, 2 * 3.4),
+        (8, 14 * 3.4),  # a ring
+        (16, 14 * 4.0 + 2 * 14),  # a tree: 28 hops of a ring would take longer
+        (64, 14 * 4.0 + 2 * 3 * 14),
+    ],
 )
-def test_each_all_reduce_waits_for_its_hops(gpus, hops_near, hops_far):
-    free = {"intra_bytes_per_s": float("inf"), "inter_bytes_per_s": float("inf")}
-    waiting = links(**free, intra_latency_s=1.0, inter_latency_s=100.0)
-    assert all_reduce_seconds(gpus, 1000, waiting) == hops_near + 100 * hops_far
-    three = (2 * 128 << 20) + 1  # at most 128 MiB each
-    assert all_reduce_seconds(gpus, three, waiting) == 3 * (hops_near + 100 * hops_far)
-    three = 4 * (3 * 3 << 20)  # of 3 Mi gradients each
-    assert all_reduce_seconds(gpus, three, waiting, "overlap") == 3 * (hops_near + 100 * hops_far)
-    assert all_reduce_seconds(gpus, three / 2, waiting, "overlap", 2) == pytest.approx(
-        3 * (hops_near + 100 * hops_far)
-    )
+def test_each_all_reduce_waits_for_its_hops(gpus, expected):
+    free = Links(float("inf"), float("inf"))
+    assert free.all_reduce_seconds(gpus, 1000) == pytest.approx((8.4 + expected) * 1e-6)
+
+
+def test_flat_sums_have_at_most_128_mib():
+    sums = flat_sums((2 * 128 << 20) + 1)
+    assert [s.nbytes for s in sums] == [128 << 20, 128 << 20, 1]
+    assert {s.begin for s in sums} == {1.0}
 
 
 def test_half_the_bandwidth_adds_the_all_reduce_without_overlap():
-    case = (4, 0.5, 1, 10e6)
+    case = (4, 0.5, 1, end(1, 10e6))
     half = links(intra_bytes_per_s=50e6)
     added = update_seconds(*case, half) - update_seconds(*case, links())
     assert added == pytest.approx(2 * 3 / 4 * 10e6 / 100e6)
 
 
-def test_overlap_hides_what_is_known_before_the_tail_of_the_backward():
-    """86 % of the 0.1 s may hide behind a quarter of two thirds of the compute, 14 % never do."""
-    hidden = 0.25 * 2 / 3 * 0.06
-    expected = 0.06 + 0.086 - hidden + 0.014
-    assert update_seconds(2, 0.06, 1, 10e6, links(), "overlap") == pytest.approx(expected)
-    assert update_seconds(2, 6.0, 1, 10e6, links(), "overlap") == pytest.approx(6.014)
-    four = 4 * 0.06 + 0.1  # an update of several micro-batches is summed at its end
-    assert update_seconds(2, 0.06, 4, 10e6, links(), "overlap") == pytest.approx(four)
+@pytest.mark.parametrize(
+    ("sums", "exposed"),
+    [
+        ([(1.0, 2)], 2),  # at the end, nothing hides it
+        ([(0.0, 2)], 0),
+        ([(0.0, 6)], 1),
+        # the second all-reduce begins when the first one has ended
+        ([(0.4, 4), (0.6, 2)], 3),
+        ([(0.2, 1), (1.0, 1)], 1),
+    ],
+)
+def test_kernels_hide_what_is_begun_before_them(sums, exposed):
+    """A backward of 5 s. Among two GPUs, an all-reduce of n bytes takes n seconds."""
+    slow = links(intra_bytes_per_s=1.0)
+    assert exposed_seconds(2, 5.0, [Sum(*s) for s in sums], slow) == pytest.approx(exposed)
+
+
+def test_an_update_hides_what_fits_beside_its_backward():
+    """The 0.1 s of the all-reduce begin at half of the backward, two thirds of 0.06 s."""
+    sums = end(0.5, 10e6)
+    assert update_seconds(2, 0.06, 1, sums, links()) == pytest.approx(0.06 + 0.1 - 0.02)
+    assert update_seconds(2, 6.0, 1, sums, links()) == pytest.approx(6.0)
+
+
+def test_the_schedule_of_another_network_is_scaled():
+    record = {"rows": [{"sums": [[0.25, 30], [0.5, 10]]}]}
+    assert overlapped_sums(record, 8) == [(0.25, 6), (0.5, 2)]
 
 
 def test_days_are_images_over_the_rate():
@@ -94,9 +126,9 @@ def test_accumulation_divides_communication_and_fast_links_scale_linearly(tmp_pa
     assert exposed[0] == pytest.approx(exposed[1])
     assert exposed[0] == pytest.approx(once["rows"][1]["all_reduce_s"])
     assert once["prediction"] and "Prediction" in capsys.readouterr().out
-    # 28 hops in the two nodes and 2 between them
+    # 14 hops in the nodes and 2 between them
     assert once["rows"][1]["all_reduce_s"] == pytest.approx(
-        28 * 3.4e-6 + 2 * 14e-6 + 2 * 15 / 16 * once["gradient_bytes"] / 50e9
+        8.4e-6 + 14 * 4e-6 + 2 * 14e-6 + 2 * 15 / 16 * once["gradient_bytes"] / 50e9
     )
 
 
@@ -142,6 +174,7 @@ def test_a_record_gives_the_fastest_exact_gradnorm_and_its_own_network(tmp_path)
         (("--images-per-s", "9", "--node-links", "0"), "--node-links: 0"),
         (("--images-per-s", "9", "--model", "swin_bb"), "swin_bb"),
         (("--cost", "nowhere.json"), "nowhere.json"),
+        (("--images-per-s", "9", "--schedule", "nowhere.json"), "--schedule nowhere.json"),
         (("--predict", "RECORD"), "--card h200"),
         (("--cost", "CPU"), "measured without a GPU"),
         (("--cost", "EMPTY"), "no images_per_s of exact gradnorm"),
