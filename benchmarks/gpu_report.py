@@ -207,6 +207,12 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
         sync = test("sync_tests", what, 90, *on_gpu, "synchronise", needs=(*needs, *flags))
         parts.append(dataclasses.replace(sync, beside=True))
 
+    what = "updates of several processes, one on each GPU"
+    toy = ("--check", "--processes", 2, "--rounds", 1, "--batch", 2)
+    ranks = measure("scaling_check", "step.scaling", what, 250, ("--check",), toy)
+    if machine.smoke or torch.cuda.device_count() > 1:
+        parts.append(ranks)
+
     what = "what an evaluation costs over its attacks"
     options = ("--images", 1000, "--batch-size", 500, "--eps", "8/255")
     needs = (*trainer, "pyautoattack")

@@ -217,10 +217,12 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
 def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """Returns whether the configured step replays CUDA graphs.
 
-    A step with collectives of nccl replays none, because Inductor's CUDA graphs are not trusted to
-    replay collectives.
+    With --cuda-graphs auto, a step that contains collectives replays none. With on, the all-reduces
+    of --grad-sync overlap stay outside the graphs. Those of --sync-bn cannot, so it replays none.
     """
-    if choose_grad_sync(cfg, world) == "overlap" or (cfg.sync_bn and world.size > 1):
+    if cfg.sync_bn and world.size > 1:
+        return False
+    if choose_grad_sync(cfg, world) == "overlap" and cfg.cuda_graphs == "auto":
         return False
     on_cuda = world.device.type == "cuda"
     return cfg.cuda_graphs != "off" and on_cuda and is_compiled(cfg, world.device)
@@ -230,7 +232,8 @@ def choose_grad_sync(cfg: StepConfig, world: World) -> str:
     """Returns "flat" or "overlap", the way in which the ranks sum their gradients.
 
     `auto` means "overlap" only for several machines. The links inside a machine are so fast that
-    overlap saves less time than CUDA graphs, which it excludes.
+    overlap saves less time than CUDA graphs. With --cuda-graphs on, "auto" means "flat", because
+    the two together have not run on a GPU yet.
     """
     if cfg.grad_sync != "auto":
         return cfg.grad_sync if world.size > 1 else "flat"

@@ -54,14 +54,18 @@ class Pretended(OneRank):
     size = 2
 
 
-def schedule(network: Network, gpu: Gpu, grad_dtype: str) -> tuple[float, list[Sum]]:
+def schedule(
+    network: Network, gpu: Gpu, grad_dtype: str, cuda_graphs: bool = False
+) -> tuple[float, list[Sum]]:
     """Returns the seconds of all kernels of a compiled backward by the roofline, and its
     all-reduces in order. Inductor schedules them alike on any number of GPUs."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     found: list[tuple[float, list[Sum]]] = []
     model = network.build("triton")
-    options = StepOptions(precision="bf16", grad_sync="overlap", grad_dtype=grad_dtype)
+    options = StepOptions(
+        precision="bf16", grad_sync="overlap", grad_dtype=grad_dtype, cuda_graphs=cuda_graphs
+    )
 
     def make_step() -> Step:
         objective = build_objective(ObjectiveConfig(method="gradnorm"))

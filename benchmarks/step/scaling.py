@@ -19,8 +19,8 @@ compute, and CUDA graphs, which overlap rules out; BatchNorm's buffers; collecti
 and trees; a rate that changes with clocks or batch.
 
 Writes benchmarks/results/scaling_<model>_<card>.json, with --predict ..._predicted.json. With
---check, measures on gloo processes of this machine how far an update is the sum of its compute and
-its all-reduces, and writes benchmarks/results/scaling_check_cpu.json.
+--check, measures updates of several processes on this machine, and how far an update is the sum of
+its compute and its all-reduces. Writes benchmarks/results/scaling_check_<device>.json then.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +55,15 @@ from fastgn.step.retry import RetryingStep
 from fastgn.step.step import Step
 
 CHECKED_SIDE = 32
-"""Height and width of the images of --check in pixels."""
-CHECKED_KWARGS = ("patch_size=4", "embed_dim=48", "depths=(2, 2)", "num_heads=(2, 4)")
-CHECKED_KWARGS += ("window_size=4",)
-"""Network of --check: a small Swin."""
+"""Height and width of the images of --check on a CPU, in pixels."""
+CHECKED = ArchitectureConfig(
+    model="swin_t",
+    img_size=CHECKED_SIDE,
+    model_kwargs=("patch_size=4", "embed_dim=48", "depths=(2, 2)", "num_heads=(2, 4)"),
+)
+"""Network of --check on a CPU."""
+WARM_UP = 4
+"""Number of rounds of --check that compile and record CUDA graphs, and are not counted."""
 IMAGENET_IMAGES = 1_281_167
 RING_LATENCY_S, TREE_LATENCY_S = (3.4e-6, 14.0e-6), (4.0e-6, 14.0e-6)
 """Seconds per hop over NVLink and over the network, in NCCL's ring and in its tree."""
@@ -240,62 +245,94 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def time_rank(rank: int, count: int, port: int, args: argparse.Namespace, folder: str) -> None:
-    """Times updates as one of several gloo processes, and saves the seconds of each round."""
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Updates of several processes that --check times."""
+
+    processes: int
+    port: int
+    """Port on which the processes find each other."""
+    grad_sync: str
+    grad_dtype: str
+    batch: int
+    rounds: int
+    folder: str
+    """Folder for the seconds of each process."""
+
+
+def time_rank(rank: int, trial: Trial) -> None:
+    """Times updates as one of several processes, and saves the seconds of each round.
+
+    A GPU runs Swin-B's compiled update. Without a GPU, it is the eager update of a small Swin.
+    """
+    count = trial.processes
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": trial.port}
     os.environ.update({key: str(value) for key, value in names.items()})
     torch.set_num_threads(1)
-    size = {"img_size": CHECKED_SIDE, "model_kwargs": CHECKED_KWARGS}
-    with distributed.session("cpu") as world:
-        model, _ = build_model(ArchitectureConfig(model="swin_t", **size), 10)
+    modes = {"grad_sync": trial.grad_sync, "grad_dtype": trial.grad_dtype}
+    side, architecture = CHECKED_SIDE, CHECKED
+    options = StepOptions(**modes)
+    if torch.cuda.is_available():
+        side, architecture = 224, ArchitectureConfig(model="swin_b")
+        graphs = trial.grad_sync == "flat"
+        options = StepOptions(precision="bf16", compile=True, cuda_graphs=graphs, **modes)
+    with distributed.session() as world:
+        model, _ = build_model(architecture, 1000)
+        model.to(world.device)
         objective = build_objective(ObjectiveConfig(method="gradnorm"))
-        update = RetryingStep(Step(model, objective, StepOptions(), ranks=world))
+        update = RetryingStep(Step(model, objective, options, ranks=world))
         one = update.step
-        batch = [random_batch(args.batch or 4, CHECKED_SIDE, 10)]
-        ramp = torch.ones(())
-        work = {
-            "compute": lambda: one(batch, ramp),
-            "sums": lambda: one.sum_over_ranks() if count > 1 else None,
-            "update": lambda: update(batch, ramp),
-        }
+        batch = [random_batch(trial.batch, side, 1000, world.device)]
+        ramp = torch.ones((), device=world.device)
+        work: dict[str, Callable[[], object]] = {"update": lambda: update(batch, ramp)}
+        if trial.grad_sync == "flat":
+            work["compute"] = lambda: one(batch, ramp)
+            work["sums"] = lambda: one.sum_over_ranks() if count > 1 else None
         seconds: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(args.rounds + 1):  # the first one is a warm-up
+        for _ in range(trial.rounds + WARM_UP):
             for name, run in work.items():
                 if name != "sums":
                     one.gradients.clear()
                 world.barrier()
                 seconds[name].append(once(run))
-    torch.save({name: x[1:] for name, x in seconds.items()}, Path(folder) / f"{rank}.pt")
+    path = Path(trial.folder) / f"{rank}.json"
+    write_json(path, {name: times[WARM_UP:] for name, times in seconds.items()})
 
 
-def check_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns, for the JSON record, how far an update is the sum of its compute and its sums."""
-    rows = []
-    for count in (1, 2, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(time_rank, (count, get_free_port(), args, folder), count)
-            ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(count)]
-        # the sums begin when the slowest process has computed its gradients
-        slowest = {
-            name: list(map(max, zip(*[r[name] for r in ranks], strict=True))) for name in ranks[0]
-        }
-        predicted = list(map(sum, zip(slowest["compute"], slowest["sums"], strict=True)))
-        ratios = paired_ratios(predicted, slowest["update"])
-        share = paired_ratios(slowest["sums"], slowest["update"])
-        rows.append(
-            {
-                "processes": count,
-                "predicted_over_measured": summary(ratios),
-                "sums_over_update": summary(share),
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns, for the JSON record, the measured updates of several processes on this machine.
+
+    For --grad-sync flat, it also says how far an update is the sum of its compute and its sums.
+    """
+    cards = torch.cuda.device_count()
+    check(cards == 0 or max(args.processes) <= cards, f"--processes: there are {cards} GPUs")
+    batch, rows = args.batch or (64 if cards else 4), []
+    for processes in args.processes:
+        for mode in MODES if cards and processes > 1 else MODES[:1]:
+            with tempfile.TemporaryDirectory() as folder:
+                trial = Trial(processes, get_free_port(), *mode, batch, args.rounds, folder)
+                torch.multiprocessing.spawn(time_rank, (trial,), processes)
+                ranks = [read_json(Path(folder) / f"{rank}.json") for rank in range(processes)]
+            # the sums begin when the slowest process has computed its gradients
+            slowest = {
+                name: [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)]
+                for name in ranks[0]
             }
-        )
+            row = {"processes": processes, "grad_sync": mode[0], "grad_dtype": mode[1]}
+            row["update_ms"] = summary([1e3 * seconds for seconds in slowest["update"]])
+            if "sums" in slowest:
+                parts = zip(slowest["compute"], slowest["sums"], strict=True)
+                ratios = paired_ratios([a + b for a, b in parts], slowest["update"])
+                row["predicted_over_measured"] = summary(ratios)
+                shares = paired_ratios(slowest["sums"], slowest["update"])
+                row["sums_over_update"] = summary(shares)
+            rows.append(row)
     return {
         "prediction": False,
-        "meaning": "gloo processes on one CPU with fewer cores: the ratios alone mean something",
-        "batch": args.batch or 4,
-        "img_size": CHECKED_SIDE,
-        "model_kwargs": list(CHECKED_KWARGS),
+        "device": arguments.device_name(),
+        "model": "swin_b" if cards else "a small Swin, eager",
+        "batch": batch,
         "cores": os.cpu_count(),
         "rows": rows,
     }
@@ -304,13 +341,24 @@ def check_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
 def table(record: Record) -> str:
     """Returns the Markdown table of predictions, or of their check on a CPU, from the record."""
     if not record.get("prediction"):
-        columns = {
+        ratio = {"(compute + sums) : update": "predicted_over_measured"}
+        ratio |= {"sums : update": "sums_over_update"}
+        columns: dict[str, Callable[[Row], str]] = {
             "processes": lambda r: str(r["processes"]),
-            "(compute + sums) : update": lambda r: plus_minus(r["predicted_over_measured"], ".2f"),
-            "sums : update": lambda r: plus_minus(r["sums_over_update"], ".3f"),
-            "rounds": lambda r: str(r["predicted_over_measured"]["n"]),
+            "mode": lambda r: f"{r['grad_sync']}, {r['grad_dtype']}",
+            **{
+                name: lambda r, key=key: plus_minus(r[key], ".3f") if key in r else ""
+                for name, key in ratio.items()
+            },
+            "rounds": lambda r: str(r["update_ms"]["n"]),
         }
-        return with_notes(make_table(record["rows"], columns), record, record["meaning"])
+        if record["device"] == "cpu":
+            where = f"gloo on {record['cores']} cores for all processes: only ratios count"
+        else:
+            where = record["device"]
+            columns["ms per update"] = lambda r: plus_minus(r["update_ms"], ".1f")
+        note = f"{record['model']}, {record['batch']} images a process"
+        return with_notes(make_table(record["rows"], columns), record, note, where)
     by_gpus: dict[int, dict[tuple[str, str], Row]] = {}
     for row in record["rows"]:
         by_gpus.setdefault(row["gpus"], {})[row["grad_sync"], row["grad_dtype"]] = row
@@ -344,7 +392,8 @@ def table(record: Record) -> str:
 def run(args: argparse.Namespace) -> int:
     """Makes the predictions or the check, and writes the JSON record."""
     if args.check:
-        record, name = check_on_cpu(args), "scaling_check_cpu.json"
+        record = measure(args)
+        name = f"scaling_check_{arguments.slugify(record['device'])}.json"
     else:
         record = predict(args)
         kind = "_predicted" * bool(args.predict)
@@ -355,6 +404,12 @@ def run(args: argparse.Namespace) -> int:
     write_json(output, record)
     print(f"{table(record)}\n-> {output}")
     return 0
+
+
+def default_processes() -> list[int]:
+    """Returns 1, 2 and 4, or the powers of two up to the number of this machine's GPUs."""
+    most = torch.cuda.device_count() or 4
+    return [n for n in (1, 2, 4, 8) if n <= most]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -380,6 +435,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--intra-node", type=positive_float, help=intra)
     add("--inter-node", type=positive_float, default=400.0, help="Gbit/s of each network card")
     add("--node-links", type=positive_int, default=1, help="network cards per node")
+    processes = "numbers of processes for --check; default: 1, 2 and 4, or up to all GPUs"
+    add("--processes", type=positive_int, nargs="+", default=default_processes(), help=processes)
     add("--rounds", type=positive_int, default=20, help="rounds of --check")
     schedule = "record of overlap.py, the order of the all-reduces; default: Swin-B's"
     add("--schedule", type=Path, default=SCHEDULE, help=schedule)

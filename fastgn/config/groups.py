@@ -226,11 +226,12 @@ class StepConfig(Options):
     step, but fp32 for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
-    host. auto: on for CUDA, except with --grad-sync overlap."""
+    host. auto: on for CUDA, except with --grad-sync overlap. on: also with it, cut at each
+    all-reduce."""
     grad_sync: Literal["auto", "flat", "overlap"] = "auto"
     """When to sum the gradients of several processes. flat: after the backward. overlap: during the
-    backward, which needs a compiled step and no CUDA graphs. If memory runs out in such a backward,
-    the run ends. auto: overlap for several machines, else flat."""
+    backward, which needs a compiled step. If memory runs out in such a backward, the run ends.
+    auto: overlap for several machines without --cuda-graphs on, else flat."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients travel between processes. bf16 halves the bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -281,11 +282,6 @@ class StepConfig(Options):
                 self.schedule not in ("finite-difference", "central-difference"),
                 f"--schedule {self.schedule} has several backwards, and --grad-sync overlap "
                 "supports one: use --grad-sync flat",
-            )
-            check(
-                self.cuda_graphs != "on",
-                "--cuda-graphs on cannot replay the collectives of --grad-sync overlap: leave one "
-                "of them out",
             )
         if self.schedule == "auto":
             check(

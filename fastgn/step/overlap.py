@@ -15,6 +15,13 @@ COMPILE_OPTIONS = {
     "reorder_for_compute_comm_overlap_passes": ["raise_comms"],
 }
 """Options of torch.compile that begin each all-reduce as soon as its gradients are known."""
+CUDA_GRAPHS = {
+    "triton.cudagraphs": True,
+    "graph_partition": True,
+    "custom_should_partition_ops": ["_c10d_functional::all_reduce_"],
+}
+"""Further options of torch.compile that replay what comes between two all-reduces as a CUDA graph.
+The all-reduces themselves are in no graph."""
 
 
 class Bucket(NamedTuple):

@@ -17,6 +17,7 @@ from fastgn.step.losses import AttackGradient, LossModule, name_of_turn, split_o
 from fastgn.step.options import StepOptions
 from fastgn.step.overlap import (
     COMPILE_OPTIONS,
+    CUDA_GRAPHS,
     Bucket,
     SummedInBackward,
     find_default_group,
@@ -109,15 +110,16 @@ class Step:
             self.losses[name] = self._compile(module, part.needs_input_gradient)
             if self._buckets:
                 summed = SummedInBackward(module, self._buckets, find_default_group())
+                chosen = COMPILE_OPTIONS | (CUDA_GRAPHS if cuda_graphs else {})
                 self.overlapped[name] = self._compile(
-                    summed, part.needs_input_gradient, options=COMPILE_OPTIONS
+                    summed, part.needs_input_gradient, options=chosen
                 )
 
     def _compile(self, module: nn.Module, differentiates: bool, **options: Any) -> nn.Module:
         """Returns `module`, compiled if the options say so.
 
         differentiates: whether the module computes a gradient with respect to its first input.
-        options: passed on to torch.compile. If they are given, no CUDA graphs are used.
+        options: passed on to torch.compile. If they are given, they say whether to use CUDA graphs.
         """
         if not self.options.is_compiled:
             return module

@@ -135,6 +135,36 @@ def test_inductor_sums_in_the_backward(tmp_path: Path) -> None:
             torch.testing.assert_close(sums, expected, rtol=1e-12, atol=1e-15)
 
 
+class TwoRanks(OneRank):
+    """Two processes of which this one is the only real one."""
+
+    size = 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True], ids=["plain", "graphs"])
+def test_a_gpu_sums_in_the_backward(cuda_graphs: bool, tmp_path: Path) -> None:
+    """A group of one process, so that the sums are the gradients of --grad-sync flat."""
+    model, _ = network.build_model(parse_config(TINY_SWIN).architecture, 10, "triton")
+    model.cuda()
+    batches = [tuple(x.cuda() for x in global_batch(u, torch.float32)) for u in range(6)]
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("nccl", rank=0, world_size=1, init_method=store)
+    try:
+        grads = {}
+        for sync in ("flat", "overlap"):
+            options = StepOptions(compile=True, grad_sync=sync, cuda_graphs=cuda_graphs)
+            objective = build_objective(parse_config(["--method", "gradnorm"]).objective)
+            step = RetryingStep(Step(model, objective, options, ranks=TwoRanks()))
+            for batch in batches:
+                model.zero_grad()
+                step([batch], torch.ones((), device="cuda"))
+            grads[sync] = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(grads["overlap"], grads["flat"], rtol=1e-4, atol=1e-6)
+
+
 # -------------------------------------------------------------------- several processes against one
 
 
