@@ -19,6 +19,8 @@ CUDA_GRAPHS = {
     "triton.cudagraphs": True,
     "graph_partition": True,
     "custom_should_partition_ops": ["_c10d_functional::all_reduce_"],
+    # otherwise all all-reduces would move to the end, so that one graph is enough
+    "triton.reorder_for_reducing_graph_partitions": False,
 }
 """Further options of torch.compile that replay what comes between two all-reduces as a CUDA graph.
 The all-reduces themselves are in no graph."""

@@ -195,3 +195,14 @@ def test_a_mistake_is_one_line_and_leaves_no_file(argv, said, tmp_path, capsys):
     line = capsys.readouterr().err
     assert said in line and line.count("\n") == 1
     assert not output.exists()
+
+
+@pytest.mark.slow
+def test_the_check_measures_processes_of_this_machine(tmp_path, capsys):
+    argv = ("--check", "--processes", "2", "--rounds", "2", "--batch", "2")
+    record = predicted(tmp_path, *argv)
+    (row,) = record["rows"]
+    assert (row["processes"], row["grad_sync"], row["grad_dtype"]) == (2, "flat", "fp32")
+    assert row["update_ms"]["n"] == row["predicted_over_measured"]["n"] == 2
+    assert 0 < row["sums_over_update"]["mean"] < 1
+    assert "| 2 | flat, fp32 |" in capsys.readouterr().out
