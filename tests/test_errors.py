@@ -156,7 +156,7 @@ def test_a_refusal_is_one_line_whatever_the_locale(program, args, expected, enco
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
     )
     assert out.returncode == 2 and out.stdout == ""
     assert out.stderr.count("\n") == 1, out.stderr

@@ -191,7 +191,7 @@ def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
     killed_at = []
     for kill in range(6):
         process, first = start(), checkpoints.last()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 400
         while kill and process.is_alive() and checkpoints.last() == first:  # the first kill: early
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.002)
@@ -204,7 +204,7 @@ def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
         last = checkpoints.last()
         killed_at.append(int(last.stem.split("_")[1]) if last else 0)
     process = start()
-    process.join(120)
+    process.join(400)
     assert process.exitcode == 0, log.read_text()
     assert len(set(killed_at)) >= 3, killed_at
     assert_same_run(folder, unbroken)
@@ -219,12 +219,12 @@ def test_signal_saves_the_last_update(number: int, unbroken: Path, tmp_path: Pat
         process = subprocess.Popen(
             [sys.executable, "-m", "fastgn.train", *args], stderr=stderr, stdout=stderr
         )
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 400
         while len(read_rows(folder / "metrics.csv")) < 5:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
         process.send_signal(number)
-        assert process.wait(timeout=60) == STOPPED, log.read_text()
+        assert process.wait(400) == STOPPED, log.read_text()
     last = last_state(folder)["update"]
     assert 5 <= last < 42
     assert last == read_rows(folder / "metrics.csv")[-1]["update"]
@@ -261,12 +261,12 @@ def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_working(tmp_path
             start_new_session=True,
         )
         try:
-            deadline = time.monotonic() + 100
+            deadline = time.monotonic() + 400
             while len(read_rows(folder / "metrics.csv")) < 5:
                 assert process.poll() is None and time.monotonic() < deadline, log.read_text()
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGTERM)
-            assert process.wait(60) == STOPPED, log.read_text()
+            assert process.wait(400) == STOPPED, log.read_text()
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -57,7 +57,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     released, fsync = threading.Event(), os.fsync
 
     def wait(descriptor: int) -> None:
-        assert released.wait(60)
+        assert released.wait(400)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", wait)

@@ -84,6 +84,6 @@ def test_programs_say_what_they_do(
 def test_a_file_starts_from_another_folder(tmp_path: Path) -> None:
     out = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout + out.stderr

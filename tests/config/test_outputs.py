@@ -80,7 +80,7 @@ def test_a_folder_in_which_nothing_can_be_created_is_one_line():
         "    print(error)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=400, check=True
     )
     assert done.stdout.startswith("--output /proc/x.json cannot be written: ")
 

@@ -163,7 +163,7 @@ def test_the_time_limit_puts_the_job_back(status: int, tmp_path: Path) -> None:
     try:
         wait_until(lambda: (tmp_path / "pid").exists(), 20)
         process.send_signal(signal.SIGUSR1)
-        process.wait(20)
+        process.wait(400)
     finally:
         process.kill()
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -402,7 +402,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wait_for_hosts(hosts: list[subprocess.Popen]) -> None:
     """Waits until the processes of two hosts have ended. Fails unless both have succeeded."""
     try:
-        assert [host.wait(300) for host in hosts] == [0, 0]
+        assert [host.wait(400) for host in hosts] == [0, 0]
     finally:
         for host in hosts:
             host.kill()

@@ -156,7 +156,7 @@ def test_two_starts_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert line in said and "wait until it has ended, or give another one" in said
         assert sorted((tmp_path / "work").iterdir()) == before and first.poll() is None
         assert not (tmp_path / "out.json").exists()
-        first.communicate("", timeout=60)
+        first.communicate("", timeout=400)
     assert first.returncode == 0 and not (tmp_path / "work").exists()
 
 

@@ -505,7 +505,7 @@ started = test_dali.children()
 print(*started, flush=True)
 {then}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
     assert done.stdout.split() and not any(Path(f"/proc/{p}").exists() for p in done.stdout.split())
     return done
 
