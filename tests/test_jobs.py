@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_is_named(killed: int, tmp_path: Path) -> None:
     try:
         wait_for_rows(folder, 2, ranks)
         ranks[killed].kill()
-        ranks[1 - killed].join(400)
+        ranks[1 - killed].join(200)  # sooner than the default of --rank-timeout
         assert ranks[1 - killed].exitcode == 2
         said = (tmp_path / f"log{1 - killed}").read_text()
         assert "Traceback" not in said
