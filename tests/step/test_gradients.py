@@ -142,6 +142,7 @@ class TwoRanks(OneRank):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("cuda_graphs", [False, True], ids=["plain", "graphs"])
 def test_a_gpu_sums_in_the_backward(cuda_graphs: bool, tmp_path: Path) -> None:
     """A group of one process, so that the sums are the gradients of --grad-sync flat."""
