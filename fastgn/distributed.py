@@ -220,6 +220,8 @@ def check_has_code(device: torch.device) -> None:
             return
     newer = "a newer PyTorch, or a build for a newer CUDA"
     older = "PyTorch 2.11 to 2.14 for CUDA 12.6, see docs/v100.md"
+    if capability < (5, 0):
+        older = "nothing, because no PyTorch that fastgn supports has: use another GPU"
     check(
         not builds,
         f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."

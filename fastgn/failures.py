@@ -33,6 +33,8 @@ def too_large(run: Run | None) -> str:
     tries = ["--schedule auto"]
     if run.resolved.compiled:
         tries.append("--activation-memory-budget 0.5")
+    if run.resolved.grad_sync == "overlap":  # with flat, the update would have been repeated
+        tries.insert(0, "--grad-sync flat")
     return (
         f"out of memory at update {run.update + 1} with {run.images_at_a_time} images at a time; "
         f"{run.last_checkpoint('the last checkpoint')}; try {' or '.join(tries)}"

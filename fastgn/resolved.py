@@ -311,12 +311,14 @@ def make_plan(
     fixed = batching.batch_size, cfg.step.activation_memory_budget
     on_cuda = world.device.type == "cuda"
     processes = 1 if on_cuda else count_local_ranks()
+    # the sums of a backward that overlaps are tensors of their own beside the gradient buffer
+    summed_bytes = cost.gradient_bytes * (choose_grad_sync(cfg.step, world) == "overlap")
     return choose_plan(
         cost,
         slowest_rates(world, cfg.step.precision),
         batch_size=images,
         free_bytes=int(world.min(free_memory(world.device) / processes)),
-        state_bytes=state_bytes(cfg, model, optimizer, images),
+        state_bytes=state_bytes(cfg, model, optimizer, images) + summed_bytes,
         held_bytes=torch.cuda.memory_allocated(world.device) if on_cuda else 0,
         compiled=is_compiled(cfg.step, world.device),
         fewest=schedule_of(cfg.step).fewest(model.fewest_images),

@@ -357,6 +357,11 @@ def warn(run: Run, report: ModelReport) -> None:
             f"warning: --schedule lazy makes the penalty {cfg.step.lazy_interval} times as strong, "
             f"but --clip-grad {cfg.step.clip_grad:g} also limits the gradient of these updates"
         )
+    if run.resolved.grad_sync == "overlap" and cfg.step.cuda_graphs == "auto":
+        run.print(
+            "--grad-sync overlap without CUDA graphs: if the GPU waits for a slow host, compare "
+            "--grad-sync flat, which has them"
+        )
     if cfg.step.sync_bn and cfg.step.train_in_eval_mode:
         run.print(
             "warning: --sync-bn does nothing with --train-in-eval-mode, because BatchNorm then "

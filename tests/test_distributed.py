@@ -39,6 +39,7 @@ from fastgn.step.step import Step
     [
         ((7, 0), "sm_75 sm_80 sm_90 compute_120", "install PyTorch 2.11 to 2.14 for CUDA 12.6"),
         ((6, 0), "sm_70 sm_75", "install PyTorch 2.11 to 2.14 for CUDA 12.6"),
+        ((3, 7), "sm_75 sm_80", "use another GPU"),
         ((12, 0), "sm_80 sm_90a", "install a newer PyTorch"),
         ((8, 0), "sm_75 sm_86", "install a newer PyTorch"),
         ((7, 0), "sm_50 sm_60 sm_70 sm_75", None),

@@ -20,6 +20,7 @@ from support.runs import tiny_run
 
 from fastgn import optim, resolved, train
 from fastgn.distributed import World
+from fastgn.failures import too_large
 from fastgn.metrics import COLUMNS, read_rows
 from fastgn.models import network
 from fastgn.objectives import build_objective
@@ -369,6 +370,17 @@ def test_a_run_survives_running_out_of_memory(
         "fastgn.train: error: out of memory at update 1 with 1 images at a time;"
     )
     assert "--schedule auto" in last
+
+
+def test_memory_that_runs_out_with_overlap_suggests_flat():
+    """With flat sums, the update would have been repeated in smaller micro-batches."""
+    run: Any = types.SimpleNamespace(
+        update=4, images_at_a_time=8, last_checkpoint=lambda _: "the last checkpoint is 3.pt"
+    )
+    for grad_sync in ("flat", "overlap"):
+        run.resolved = types.SimpleNamespace(compiled=True, grad_sync=grad_sync)
+        said = too_large(run)
+        assert ("try --grad-sync flat or" in said) == (grad_sync == "overlap")
 
 
 def batchnorm_run(output: Path, *more: str) -> list[str]:

@@ -226,8 +226,8 @@ class StepConfig(Options):
     step, but fp32 for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
-    host. auto: on for CUDA, except with --grad-sync overlap. on: also with it, cut at each
-    all-reduce."""
+    host. auto: on for CUDA, except with --grad-sync overlap. on: also with overlap, as one graph
+    between each two all-reduces."""
     grad_sync: Literal["auto", "flat", "overlap"] = "auto"
     """When to sum the gradients of several processes. flat: after the backward. overlap: during the
     backward, which needs a compiled step. If memory runs out in such a backward, the run ends.

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 BUCKET = 4 * 2**20
-"""Smallest number of gradients that one all-reduce sums, except for the first weights of a
-network."""
+"""Smallest number of elements that one all-reduce sums. The last one of a backward, and the last
+one before another dtype, may have fewer."""
 COMPILE_OPTIONS = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["raise_comms"],
@@ -22,7 +22,7 @@ CUDA_GRAPHS = {
     # otherwise all all-reduces would move to the end, so that one graph is enough
     "triton.reorder_for_reducing_graph_partitions": False,
 }
-"""Further options of torch.compile that replay what comes between two all-reduces as a CUDA graph.
+"""Further options of torch.compile that replay the kernels between two all-reduces as a CUDA graph.
 The all-reduces themselves are in no graph."""
 
 
@@ -36,8 +36,8 @@ class Bucket(NamedTuple):
     slot: Tensor
     """A tensor (N,) that requires grad, where N is the number of elements of the weights.
 
-    In the backward, the sums become its gradient. They travel in its dtype. Its own values are not
-    read, so that all of them share the memory of one number.
+    In the backward, the sums become its gradient. They travel in its dtype. Its N values are never
+    read and share the memory of one number.
     """
 
 

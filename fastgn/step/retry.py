@@ -31,7 +31,8 @@ class RetryingStep:
     BatchNorm statistics, so that nothing of the update is lost.
 
     With several processes, all of them agree after each update that none has run out of memory, and
-    only then sum the gradients. They agree through CPU memory, while their devices still compute.
+    only then sum the gradients. If the backward sums them, they agree before it. They agree through
+    CPU memory, while their devices still compute.
 
     step: its `micro_batch` is halved when memory runs out, in all processes.
     report: called with a line of text when the micro-batch was halved.

@@ -100,7 +100,7 @@ class Step:
         """Name of a loss in `parts` -> module that computes it, compiled if the options say so."""
         self.overlapped: dict[str, nn.Module] = {}
         """Name of a loss -> module whose backward also sums the gradients over the processes. Empty
-        for --grad-sync flat."""
+        unless there are several processes with --grad-sync overlap."""
         self._buckets: list[Bucket] = []
         overlaps = options.grad_sync == "overlap" and ranks.size > 1
         if overlaps and not options.schedule.differences:
