@@ -185,11 +185,11 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
 
     exact = ("--schedules", "exact", "--methods", "natural", "gradnorm")
     few = (*exact, "pgd_at", "gradnorm-paper")
-    timed = cost(best, 290, *few, "pgd_at-paper")
     # several processes, because the tests spend most of their time in Triton's compiler on the CPU
     many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     ops = ("tests/kernels/test_checks.py",) if machine.smoke else ("tests/kernels", *many)
-    parts = [timed, test("kernel_tests", "every op against its twin", 180, *ops)]
+    parts = [cost(best, 290, *few, "pgd_at-paper")]
+    parts.append(test("kernel_tests", "every op against its twin", 180, *ops))
 
     what = "each op's time and bandwidth"
     options = ("--minutes", 0.6, "--rounds", 20)
@@ -213,7 +213,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     if machine.smoke or torch.cuda.device_count() > 1:
         parts.append(ranks)
 
-    what = "what an evaluation costs over its attacks"
+    what = "images a second of the attacks"
     options = ("--images", 1000, "--batch-size", 500, "--eps", "8/255")
     needs = (*trainer, "pyautoattack")
     parts.append(measure("attacks", "evidence.attacks", what, 150, options, needs=needs))
@@ -225,10 +225,6 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     toy = ("--images", 64, "--batch-size", 4, "--rounds", 1, "--calls", 1)
     needs = (*trainer, *flags)
     parts.append(measure("small_data", "data.small_data", what, 150, (), toy, needs=needs))
-
-    what, stem = "peak memory over the batch size", f"memory_{network}_{machine.slug}"
-    options = ("--precision", best, "--minutes", 3.2, "--workers", 3)
-    parts.append(measure("memory", "step.memory", what, 200, options, stem=stem))
 
     what = "the gradient's distance from float64"
     options = ("--seeds", 2, "--fd-steps", 0.01)
@@ -242,9 +238,8 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     if "tf32" in others:
         parts.append(cost("tf32", 200, *few))
 
-    options, needs = ("--cost", folder / str(timed.file)), (*trainer, "PIL")
-    what = "images a second of the loaders"
-    parts.append(measure("loader", "data.loader", what, 60, options, needs=needs))
+    what, needs = "images a second of the loaders", (*trainer, "PIL")
+    parts.append(measure("loader", "data.loader", what, 60, (), needs=needs))
 
     if machine.smoke:  # times of toy sizes do not count, so all parts may run at once
         return [dataclasses.replace(part, beside=True, limit_s=300) for part in parts]

@@ -3,8 +3,8 @@
     python benchmarks/tables.py            # rewrites both pages between their markers
     python benchmarks/tables.py --check    # fails if a page and the records differ
 
-Each benchmark makes the tables of its own records. A new benchmark needs a row in `RESULTS_PAGE`,
-and a pair of markers, <!-- table:NAME --> and <!-- /table -->, in docs/results.md.
+Each benchmark makes the tables of its own records, whose names begin with its own name. A new
+benchmark needs a pair of markers, <!-- table:NAME --> and <!-- /table -->, in docs/results.md.
 """
 
 import argparse
@@ -48,25 +48,9 @@ README = {
 }
 """Name of each table in README.md -> function that makes it, and the JSON records that it takes."""
 RESULTS_PAGE = {
-    "loader": "data.loader",
-    "small_data": "data.small_data",
-    "attacks": "evidence.attacks",
-    "quickstart": "evidence.quickstart",
-    "kills": "evidence.kills",
-    "faults": "evidence.faults",
-    "families": "evidence.families",
-    "robustness": "evidence.robustness",
-    "edge": "evidence.edge",
-    "activations": "evidence.activations",
-    "kernels": "kernels.ops",
-    "kernel_builds": "kernels.builds",
-    "cost": "step.cost",
-    "memory": "step.memory",
-    "precision": "step.precision",
-    "predict": "step.predict",
-    "scaling": "step.scaling",
-    "overlap": "step.overlap",
-}
+    path.stem: f"{path.parent.name}.{path.stem}"
+    for path in sorted((ROOT / "benchmarks").glob("*/*.py"))
+} | {"kernels": "kernels.ops", "kernel_builds": "kernels.builds"}
 """Name of a table in docs/results.md, and beginning of its records' names -> its benchmark."""
 TABLES = {
     **{name: functools.partial(make, *row, together=True) for name, row in README.items()},

@@ -56,7 +56,7 @@ def anchors(page: Path) -> set[str]:
 
 def flags_of(program: str) -> set[str]:
     """Returns the names of all flags of a program, or of a benchmark by its source."""
-    if program == "fastgn.train" or program == "benchmarks.data.small_data":
+    if program == "fastgn.train":
         fields = {name.replace("_", "-") for name in FIELDS}
         return fields | {f"no-{name}" for name in fields} | OTHERS
     if program in PROGRAMS:

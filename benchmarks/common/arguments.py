@@ -3,14 +3,16 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.common.records import hold
+from benchmarks.common.records import hold, write_record
+from benchmarks.common.tables import Record
 from fastgn.errors import UserError
+from fastgn.metrics import environment
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -67,6 +69,53 @@ def exit_status(program: str, run: Callable[[], int]) -> int:
         return 2
 
 
+Option = tuple[tuple[str, ...], dict[str, Any]]
+"""Names and settings of one flag, as ArgumentParser.add_argument takes them."""
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """Returns a flag for a `Program`. The arguments are those of ArgumentParser.add_argument.
+
+    Without a type, a number as default means that the value must be positive, and an int whole.
+    """
+    default = settings.get("default")
+    if "type" not in settings and type(default) in (int, float):
+        settings["type"] = positive_int if type(default) is int else positive_float
+    return names, settings
+
+
+class Program:
+    """The main function of a benchmark, which reads the command line.
+
+    name: name for error messages. description: text with which --help begins. run: function that
+    takes the options and returns the exit status. options: flags besides --output.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str | None,
+        run: Callable[[argparse.Namespace], int],
+        *options: Option,
+    ):
+        self.run = run
+        self.parser = make_parser(description)
+        self.parser.prog = f"{name}.py"
+        for names, settings in options:
+            self.parser.add_argument(*names, **settings)
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Returns the options, and their defaults as the field `defaults`."""
+        args = self.parser.parse_args(argv)
+        defaults = {key: self.parser.get_default(key) for key in vars(args) if key != "output"}
+        return argparse.Namespace(**vars(args), defaults=defaults)
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Runs the program and returns its exit status, which is 2 if the user made a mistake."""
+        args = self.parse(argv)
+        return exit_status(self.parser.prog, lambda: self.run(args))
+
+
 def default_device() -> torch.device:
     """Returns the first GPU, or the CPU if there is no GPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,35 +131,36 @@ def slugify(name: str) -> str:
     return re.sub(r"\W+", "_", name.lower())
 
 
-def gpu_output(args: argparse.Namespace, stem: str) -> Path:
-    """Returns the path of the benchmark's JSON record: --output, or else <stem>_<device>.json.
+def open_record(
+    args: argparse.Namespace, file: str, free: Collection[str] = (), *, needs_gpu: bool = False
+) -> tuple[Path, Record]:
+    """Returns the path of the benchmark's JSON record, and the first keys of the record.
 
-    Without --output, the file lies in benchmarks/results if there is a GPU, and in runs/ otherwise.
-    Locks the file, so that only this process writes it.
+    The path is --output, or else benchmarks/results/<file>. benchmarks/results holds only results
+    with default options. If an option that is not in `free` has another value than its default,
+    returns runs/<file> and prints why. If needs_gpu, does so on a CPU, too. Locks the file, so that
+    only this process writes it. "{device}" in `file` stands for the name of the device. The keys
+    are the file, the device, the versions of packages, the commit and the hardware.
     """
-    folder = RESULTS if torch.cuda.is_available() else ROOT / "runs"
-    output = args.output or folder / f"{stem}_{slugify(device_name())}.json"
-    hold(output)
-    return output
-
-
-def output_for(
-    file: str, parser: argparse.ArgumentParser, args: argparse.Namespace, free: Collection[str]
-) -> Path:
-    """Returns the path of the benchmark's JSON record: --output, or else benchmarks/results/<file>.
-
-    benchmarks/results holds only results with default options. If an option that is not in `free`
-    has another value than its default, returns runs/<file> and prints why. Locks the file, so that
-    only this process writes it.
-    """
+    name, gpu = device_name(), torch.cuda.is_available()
+    file = file.format(device=slugify(name))
     changed = [
-        f"--{name.replace('_', '-')}" for name, value in vars(args).items()
-        if name not in (*free, "output") and value != parser.get_default(name)
+        f"other --{key.replace('_', '-')}" for key, default in args.defaults.items()
+        if key not in free and getattr(args, key) != default
     ]  # fmt: skip
+    changed += ["times of a CPU"] if needs_gpu and not gpu else []
     output = args.output or RESULTS / file
     if changed and not args.output:
-        names = ", ".join(changed)
-        print(f"benchmarks/results keeps no run with other {names}: written to runs/{file}")
+        what = ", ".join(changed)
+        print(f"benchmarks/results keeps no run with {what}: written to runs/{file}")
         output = ROOT / "runs" / file
     hold(output)
-    return output
+    head = {"file": output.name, "device": name, "meaningful_times": gpu}
+    return output, head | environment()
+
+
+def finish(output: Path, record: Record, table: Callable[[Record], str]) -> int:
+    """Writes a complete record, prints its table, and returns the exit status 0."""
+    write_record(output, {"complete": True} | record)
+    print(f"{table(record)}\n-> {output}")
+    return 0

@@ -1,61 +1,42 @@
 """Measures the energy that a GPU takes, in joules, with NVML (package nvidia-ml-py).
 
-Cards from Volta on have a counter for it. It counts the whole board, for all programs on it.
+Cards from Volta on have a counter for it. It counts the whole board, for all programs on it. The
+card updates its counter about ten times per second, so a measurement should take a second or more.
 """
 
-import contextlib
 import math
-import types
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 
-class NoMeterError(Exception):
-    """Energy cannot be measured on this machine. The message is one line that says why."""
+def energy_counter() -> tuple[Callable[[], float] | None, str]:
+    """Returns a function that reads the joules that the current CUDA device has taken so far.
 
-
-class Meter:
-    """Measures the energy of the current CUDA device. Raises NoMeterError if this is impossible.
-
-    The card updates its counter about ten times per second, so a measurement should take a second
-    or more.
+    The function returns NaN if the card does not answer, so that a run goes on without its energy.
+    It is None if energy cannot be measured here. Also returns how it is measured, or why not.
     """
+    if not torch.cuda.is_available():
+        return None, "not measured: no GPU"
+    try:
+        import pynvml
+    except ImportError:
+        return None, "not measured: pynvml is not installed: pip install nvidia-ml-py"
+    nvml: Any = pynvml
+    try:
+        nvml.nvmlInit()
+        # by UUID, because NVML does not know CUDA_VISIBLE_DEVICES
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        nvml.nvmlDeviceGetTotalEnergyConsumption(card)
+    except nvml.NVMLError as error:
+        return None, f"not measured: NVML: {error}"
 
-    source = "NVML's energy counter"
-
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise NoMeterError("no GPU")
+    def read() -> float:
         try:
-            import pynvml
-        except ImportError:
-            raise NoMeterError("pynvml is not installed: pip install nvidia-ml-py") from None
-        self._nvml: Any = pynvml
-        try:
-            pynvml.nvmlInit()
-            # by UUID, because NVML does not know CUDA_VISIBLE_DEVICES
-            uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
-            self._card = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(self._card)
-        except pynvml.NVMLError as error:
-            raise NoMeterError(f"NVML: {error}") from None
-
-    @contextlib.contextmanager
-    def measuring(self) -> Iterator[types.SimpleNamespace]:
-        """Measures the joules that the GPU takes inside the with block.
-
-        Yields an object whose attribute `joules` is set when the block ends. It is None before, and
-        NaN if the card did not answer.
-        """
-        reading, before = types.SimpleNamespace(joules=None), self._read()
-        yield reading
-        reading.joules = self._read() - before
-
-    def _read(self) -> float:
-        """Returns the joules that the GPU has taken since its driver was loaded, or NaN."""
-        try:
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._card) / 1e3
-        except self._nvml.NVMLError:  # a run goes on without its energy
+            return nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1e3
+        except nvml.NVMLError:
             return math.nan
+
+    return read, "NVML's energy counter"

@@ -73,12 +73,6 @@ def earlier(path: Path) -> dict[str, Any]:
     return read_json(unfinished(path)) or read_json(path)
 
 
-def started(path: Path) -> dict[str, Any]:
-    """Returns the record of an earlier call that ended before it was complete, or {}."""
-    before = earlier(path)
-    return before if before.get("complete") is False else {}
-
-
 def taken_over(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the record that an earlier call left, or {} if it differs from `head`.
 

@@ -1,26 +1,48 @@
 """Makes Markdown tables, and the cells and notes that several benchmarks use in them."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
 Row = Mapping[str, Any]
 
-ATTACKS = {"autoattack": "AutoAttack", "apgd-ce+t": "APGD-CE+T", "pgd-20": "PGD-20"}
+ATTACKS = {
+    **{"autoattack": "AutoAttack", "pgd-20": "PGD-20"},
+    **{"apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "apgd-ce+t": "APGD-CE+T"},
+}
 """Name of an attack in the JSON records -> its name in the Markdown tables."""
 
 
-def make_table(
-    rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str] | Sequence[str]]
-) -> str:
+Column = str | Callable[[Row], str] | Sequence[str]
+"""Column of a table: its cells, or how to make a cell from a row (see `make_cell`)."""
+
+
+def make_cell(row: Row, column: str | Callable[[Row], str]) -> str:
+    """Returns a cell of a table. column: function of the row, or keys and a format of a number.
+
+    With "launches/count:.0f", the cell is row["launches"]["count"] in the format ".0f", or "" if
+    that is missing or None. A summary becomes mean ± deviation.
+    """
+    if callable(column):
+        return column(row)
+    keys, _, form = column.partition(":")
+    value: Any = row
+    for key in keys.split("/"):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        return plus_minus(value, form)
+    return "" if value is None else format(value, form)
+
+
+def make_table(rows: Sequence[Row], columns: Mapping[str, Column]) -> str:
     """Returns a Markdown table. A column whose cells are all empty is left out.
 
-    columns: heading of each column -> its cells, or a function that makes a cell from one of
-    `rows`.
+    columns: heading of each column -> the column.
     """
     cells = {
-        name: [column(row) for row in rows] if callable(column) else list(column)
+        name: [make_cell(row, column) for row in rows]
+        if callable(column) or isinstance(column, str)
+        else list(column)
         for name, column in columns.items()
     }
     filled = {name: column for name, column in cells.items() if any(column)}
@@ -48,12 +70,6 @@ def cores(record: Record) -> str:
 def plus_minus(value: Row | None, form: str) -> str:
     """Returns "mean ± standard deviation" of a summary as text, or "" if it is None."""
     return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Returns the mean of some values as text, with their deviation if there are several."""
-    text = format(statistics.fmean(values), form)
-    return f"{text} ± {format(statistics.stdev(values), form)}" if len(values) > 1 else text
 
 
 def percent(value: Row | None) -> str:

@@ -5,7 +5,6 @@ rounds, all arms are timed in turn. Each measurement waits until the device has 
 """
 
 import contextlib
-import dataclasses
 import gc
 import statistics
 import time
@@ -15,33 +14,11 @@ from typing import Any
 import torch
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """Seconds per call of one function, measured in several rounds."""
-
-    rounds: tuple[float, ...]
-    """Mean seconds per call, one entry per round."""
-
-    @property
-    def mean(self) -> float:
-        """Mean seconds per call over all rounds."""
-        return statistics.fmean(self.rounds)
-
-    @property
-    def median(self) -> float:
-        """Median of the seconds per call over all rounds."""
-        return statistics.median(self.rounds)
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over the rounds, 0 if there is only one round."""
-        return statistics.stdev(self.rounds) if len(self.rounds) > 1 else 0.0
-
-
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Returns mean, standard deviation, extremes and number of some measurements."""
+    """Returns mean, median, standard deviation, extremes and number of some measurements."""
     return {
         "mean": statistics.fmean(values),
+        "median": statistics.median(values),
         "std": statistics.stdev(values) if len(values) > 1 else 0.0,
         "min": min(values),
         "max": max(values),
@@ -87,8 +64,10 @@ def interleaved(
     calls: int | Mapping[str, int],
     warmup: int = 2,
     during: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
-) -> dict[str, Timing]:
+) -> dict[str, list[float]]:
     """Times functions in turn, in several rounds, so that a slower machine slows down all of them.
+
+    Returns the name of each function -> its mean seconds per call, one entry per round.
 
     arms: name -> function without arguments that is timed. calls: number of calls per round, for
     all functions or for each name. warmup: number of calls of each function that come first and are
@@ -106,13 +85,12 @@ def interleaved(
             synchronize()
             return (time.perf_counter() - start) / times
 
-    measured = _measure_in_turn(arms, measure, rounds, warmup)
-    return {name: Timing(tuple(seconds)) for name, seconds in measured.items()}
+    return _measure_in_turn(arms, measure, rounds, warmup)
 
 
 def cold(
     arms: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
-) -> dict[str, Timing]:
+) -> dict[str, list[float]]:
     """Times single calls that take microseconds on a GPU, with cold caches, using CUDA events.
 
     arms: name -> function without arguments that is timed. Before each call, the cache is filled
@@ -135,7 +113,7 @@ def cold(
     measured = _measure_in_turn(arms, measure, rounds, warmup)
     synchronize()
     return {
-        name: Timing(tuple(start.elapsed_time(end) / 1e3 for start, end in events))
+        name: [start.elapsed_time(end) / 1e3 for start, end in events]
         for name, events in measured.items()
     }
 

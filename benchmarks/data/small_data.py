@@ -4,10 +4,10 @@ The loader makes a batch of random images with CIFAR-10's size: it shifts and fl
 smooths the labels. In the same rounds, a gradnorm update of PreActResNet-18 on these images is
 timed. The loader's time should stay below 5 % of the update's.
 
-    python -m benchmarks.data.small_data --batch-size 128 --precision bf16
+    python -m benchmarks.data.small_data --batch-size 128 --train --precision bf16 --mixup 0.8
 
-Loader and update are those of fastgn.train. All other options are fastgn.train's, such as
---reprob 0.25 --mixup 0.8. On CUDA, and with --compile on, making a batch is one compiled graph.
+Loader and update are those of fastgn.train, and so are all options after --train. On CUDA, and with
+--compile on, making a batch is one compiled graph.
 
 Writes benchmarks/results/small_data_<device>.json, or without a GPU to runs/.
 """
@@ -16,27 +16,22 @@ import argparse
 import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import positive_int
-from benchmarks.common.records import write_json
+from benchmarks.common.arguments import Program, finish, open_record, option
 from benchmarks.common.tables import Record, cores
 from benchmarks.common.timing import interleaved, paired_ratios, summary
 from fastgn.config.cli import parse_config
 from fastgn.distributed import session
-from fastgn.metrics import environment
 from fastgn.setup import build
 
 RUN = (
     *("--model", "preact_resnet18", "--activation", "gelu", "--data", "cifar10"),
     *("--eval-images", "0"),
 )
-TARGET = 0.05
 
 
 def noise(folder: Path, number: int) -> Path:
@@ -61,12 +56,12 @@ def table(record: Record) -> str:
     )
 
 
-def run(args: argparse.Namespace, options: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Times batches and updates with options of fastgn.train, and writes the JSON record."""
-    output = arguments.gpu_output(args, "small_data")
+    output, head = open_record(args, "small_data_{device}.json", ("train",), needs_gpu=True)
     with tempfile.TemporaryDirectory() as folder, session() as world:
         data = ("--data-dir", str(noise(Path(folder), args.images)))
-        flags = (*RUN, *data, "--batch-size", str(args.batch_size), *options)
+        flags = (*RUN, *data, "--batch-size", str(args.batch_size), *args.train)
         run = build(parse_config([*flags, "--output", f"{folder}/run"]), world)
         batches = itertools.chain.from_iterable(map(run.loader.epoch, itertools.count()))
         batch = next(batches)
@@ -79,35 +74,26 @@ def run(args: argparse.Namespace, options: Sequence[str]) -> int:
         timings = interleaved(arms, rounds=args.rounds, calls=args.calls)
         if run.metrics is not None:
             run.metrics.close()
-    share = summary(paired_ratios(timings["data"].rounds, timings["training"].rounds))
-    record = {
-        "file": output.name,
-        "device": arguments.device_name(),
-        "meaningful_times": torch.cuda.is_available(),
+    record = head | {
         "batch_size": args.batch_size,
-        "options": list(options),
-        **{f"{name}_ms": summary([1e3 * s for s in t.rounds]) for name, t in timings.items()},
-        "share": share,
-        "enough": share["mean"] < TARGET,
-        **environment(),
+        "options": args.train,
+        **{f"{name}_ms": summary([1e3 * s for s in times]) for name, times in timings.items()},
+        "share": summary(paired_ratios(timings["data"], timings["training"])),
     }
-    write_json(output, record)
-    print(f"{table(record)} It should stay below {TARGET:.0%}. -> {output}")
-    return 0
+    return finish(output, record, table)
 
 
-def main() -> int:
-    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
-    cuda = torch.cuda.is_available()
-    parser = arguments.make_parser(__doc__)
-    add = parser.add_argument
-    add("--batch-size", type=positive_int, default=128 if cuda else 8)
-    add("--images", type=positive_int, default=50_000, help="number of images in the data set")
-    add("--rounds", type=positive_int, default=10 if cuda else 3)
-    add("--calls", type=positive_int, default=20 if cuda else 1, help="batches per round")
-    args, options = parser.parse_known_args()
-    return arguments.exit_status("small_data.py", lambda: run(args, options))
-
+CUDA = torch.cuda.is_available()
+main = Program(
+    "small_data",
+    __doc__,
+    run,
+    option("--batch-size", default=128 if CUDA else 8),
+    option("--images", default=50_000, help="number of images in the data set"),
+    option("--rounds", default=10 if CUDA else 3),
+    option("--calls", default=20 if CUDA else 1, help="batches per round"),
+    option("--train", nargs=argparse.REMAINDER, default=[], help="options of fastgn.train"),
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,19 +12,13 @@ Writes benchmarks/results/edge_digits_<device>.json.
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.tables import (
-    Record,
-    accuracy_columns,
-    make_table,
-    over_seeds,
-    with_notes,
-)  # fmt: skip
+from benchmarks.common.tables import Record, accuracy_columns, make_table, over_seeds, with_notes
 from benchmarks.evidence.robustness import digits
-from benchmarks.evidence.study import Arm, Results, Study, make_parser, run_program
+from benchmarks.evidence.study import Arm, Results, Study, study_program
 from benchmarks.evidence.trials import Trial, evaluation_file
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -69,11 +63,7 @@ def measure(trial: Trial, work: Path) -> Results:
 
 def table(record: Record) -> str:
     """Returns this benchmark's Markdown table, made from its JSON record."""
-    shown = ("clean", "pgd-20", "apgd-ce+t")
-    rows = [
-        row | {"accuracy": [a for a in row["accuracy"] if a["attack"] in shown]}
-        for row in record["rows"]
-    ]
+    rows = record["rows"]
     columns = {"arm": [row["arm"] for row in rows]} | accuracy_columns(rows)
     epochs, training = record["epochs"], record["training"]
     weight = 19  # --edge-weight, which the record does not name
@@ -91,8 +81,8 @@ def table(record: Record) -> str:
     )
 
 
-def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
-    """Returns the study that the command line asks for. `before` is not used."""
+def plan(args: argparse.Namespace, work: Path) -> Study:
+    """Returns the study that the command line asks for."""
     setting = digits()
     (network,) = setting.networks.values()
     base = setting.base.replace(**network, **TRAINING)
@@ -117,14 +107,7 @@ def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
     return Study(arms, head, measure)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status.
-
-    The status is 2 for a user's mistake, 1 if every training failed, and else 0.
-    """
-    parser = make_parser(__doc__, data=("digits",), seeds=3)
-    return run_program("edge", parser, argv, plan)
-
+main = study_program("edge", __doc__, plan, data=("digits",), seeds=3)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,7 @@ import argparse
 import resource
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -27,48 +25,28 @@ from unittest.mock import patch
 import timm
 import torch
 
-from benchmarks.common.arguments import exit_status, make_parser, output_for
-from benchmarks.common.records import started, write_record
+from benchmarks.common.arguments import Program, open_record
+from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.errors import UserError, check, first_line
-from fastgn.metrics import environment
+from fastgn.errors import UserError, first_line
 from fastgn.models import network
 from fastgn.objectives import gradnorm
-from fastgn.step.diagnosis import Diagnosis
 
 CLASSES = 5
 SIDES = (64, 96, None)
 """Sides of the images in pixels. The first one that the network takes is used. None means the
 network's own size in timm."""
-SIZES = (
-    *("test_", "atto", "femto", "pico", "nano", "xxxs", "xxs", "xxtiny", "tiny", "small", "_s"),
-    *("lite", "050", "035", "18", "_t", "mini", "b0", "a0", "x0_5", "xs"),
-)
-"""Parts of names that small networks of timm have, the smallest first."""
-CANDIDATES = 12
-"""Number of networks per family whose parameters are counted to find the smallest."""
-SHALLOW: dict[str, tuple[str, ...]] = {
-    "deepseek_vit": ("depth=2",),
-    "gemma4_vit": ("depth=2",),
-}
-"""Family of timm's networks that has no small one -> arguments that make a network small."""
+SHALLOW = ("deepseek_vit", "gemma4_vit")
+"""Families of timm's networks that have no small one. Two blocks of a large one are tried."""
 MEMORY_BYTES = 12 << 30
 TIMEOUT_S = 600
 
 
-def size_by_name(name: str) -> tuple[int, int]:
-    """Returns a sort key that puts networks first whose names suggest few parameters."""
-    return next((i for i, part in enumerate(SIZES) if part in name), len(SIZES)), len(name)
-
-
 def smallest_network(family: str) -> str:
-    """Returns the network with the fewest parameters among those whose names suggest few.
-
-    family: name of a module of timm.models.
-    """
+    """Returns the network with the fewest parameters. family: name of a module of timm.models."""
     counts: dict[str, int] = {}
-    names = sorted(timm.list_models(module=family), key=size_by_name)[:CANDIDATES]
+    names = timm.list_models(module=family)
     for name in names:
         try:
             with torch.device("meta"):
@@ -79,23 +57,20 @@ def smallest_network(family: str) -> str:
     return min(counts or names, key=lambda name: counts.get(name, 0))
 
 
-def build(
-    name: str, kwargs: Sequence[str], sides: Sequence[int | None] = SIDES
-) -> tuple[network.Classifier, network.ModelReport]:
+def build(family: str, name: str) -> tuple[network.Classifier, network.ModelReport]:
     """Returns a network with random weights. Raises UserError if it takes none of the image sizes.
 
-    name: timm's name of the network. kwargs: its arguments, as NAME=VALUE. sides: image sizes to
-    try.
+    family: name of a module of timm.models. name: timm's name of the network.
     """
-    for side in sides:
+    kwargs = ("depth=2",) if family in SHALLOW else ()
+    for side in SIDES:
         torch.manual_seed(0)
-        cfg = ArchitectureConfig(model=name, model_kwargs=tuple(kwargs), img_size=side)
+        cfg = ArchitectureConfig(model=name, model_kwargs=kwargs, img_size=side)
         try:
             return network.build_model(cfg, CLASSES)
-        except UserError:
-            if side == sides[-1]:
-                raise
-    raise AssertionError("no size was given")
+        except UserError as error:
+            refusal = error
+    raise refusal
 
 
 def differentiate(model: network.Classifier) -> dict[str, Any]:
@@ -114,11 +89,7 @@ def differentiate(model: network.Classifier) -> dict[str, Any]:
     bad = [name for name, grad in grads.items() if not grad.isfinite().all()]
     if loss.total.isfinite() and not bad:
         return {"outcome": "finite", "penalty": float(loss.penalty)}
-
-    def total() -> torch.Tensor:
-        return gradnorm(model, images_BCHW.detach().requires_grad_(), targets_B).total
-
-    return {"outcome": "not finite", "parameters": bad, "layer": Diagnosis().run(model, total)}
+    return {"outcome": "not finite", "parameters": bad}
 
 
 def scan(family: str) -> dict[str, Any]:
@@ -130,21 +101,17 @@ def scan(family: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     signal.alarm(TIMEOUT_S)  # SIGALRM ends the process
-    start = time.perf_counter()
-    name, kwargs = smallest_network(family), SHALLOW.get(family, ())
-    row: dict[str, Any] = {"family": family, "model": name, "model_kwargs": kwargs}
+    name = smallest_network(family)
+    row: dict[str, Any] = {"family": family, "model": name}
     try:
-        model, report = build(name, kwargs)
-        row |= {"img_size": model.img_size, "parameters": report.parameters}
+        model, report = build(family, name)
         row |= {"replaced": report.replaced_operators, "with_twins": differentiate(model)}
         if report.replaced_operators:
-            side = model.img_size
             with patch.object(network, "replace_operators", lambda finder: {}):
-                model, _ = build(name, kwargs, [side])
-            row["without_twins"] = differentiate(model)
+                row["without_twins"] = differentiate(build(family, name)[0])
     except (UserError, MemoryError) as error:
         row["with_twins"] = {"outcome": "cannot be built", "error": first_line(error)}
-    return row | {"seconds": round(time.perf_counter() - start, 1)}
+    return row
 
 
 def scan_apart(family: str) -> dict[str, Any]:
@@ -188,16 +155,13 @@ def table(record: Record) -> str:
     )
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Tries the families that are missing in the JSON record, and writes it after each."""
-    known = timm.list_modules()
-    unknown = sorted({*(args.families or ())} - {*known})
-    check(not unknown, f"--families {' '.join(unknown)}: not the name of a module of timm.models")
-    families = args.families or known
-    output = output_for("families_cpu.json", parser, args, ())
-    head = {"device": "cpu", "images": 2, "method": "gradnorm"} | environment()
-    before = started(output)
-    rows = before["rows"] if before.get("versions") == head["versions"] else []
+    families = timm.list_modules()
+    output, head = open_record(args, "families_cpu.json")
+    head |= {"images": 2, "method": "gradnorm"}
+    same = {"complete": False, "versions": head["versions"]}
+    rows = taken_over(output, same).get("rows", [])
     done = {row["family"] for row in rows}
     for family in families:
         if family in done:
@@ -210,13 +174,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--families", nargs="+", help="modules of timm.models; default: all")
-    args = parser.parse_args()
-    return exit_status("families.py", lambda: run(parser, args))
-
+main = Program("families", __doc__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,60 +7,54 @@ benchmarks/results/quickstart_<device>.json. The same command continues an inter
 first seed that is not finished.
 """
 
+import argparse
 import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import RESULTS, make_parser, positive_int
-from benchmarks.common.records import hold, started, write_record
-from benchmarks.common.tables import Record, make_table, over_seeds, spread, with_notes
-from fastgn.metrics import environment
+from benchmarks.common.arguments import Program, open_record, option
+from benchmarks.common.records import taken_over, write_record
+from benchmarks.common.tables import Record, make_table, over_seeds, percent, with_notes
+from benchmarks.common.timing import summary
 
 METHODS = ("natural", "gradnorm")
 PROCESSES = torch.cuda.device_count() or min(os.cpu_count() or 1, 2)
-TRAIN = ("-m", "fastgn.train")
-EVALUATE = (
-    *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)),
-    *("-m", "fastgn.evaluate"),
-)
 
 
-def timed(*args: str) -> dict[str, float]:
-    """Runs a command that must succeed, with one thread per process as in `make train`.
+def cpu_seconds(module: str, *args: str, processes: int = 1) -> float:
+    """Runs a module that must succeed, and returns the CPU seconds of all its processes.
 
-    Returns the seconds of the command and the CPU seconds of all its processes. CPU seconds depend
-    less on other programs on the machine.
+    Each process has one thread, as in `make train`. CPU seconds depend less on other programs on
+    the machine than seconds do.
     """
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *args], check=True, env=env)
+    many = ("torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m")
+    command = (sys.executable, "-m", *(many if processes > 1 else ()), module, *args)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_s}
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     """Trains and evaluates the quickstart's two models with a seed. Returns times and results."""
-    parts, runs = {}, {m: str(folder / m) for m in METHODS}
-    for method in METHODS:
+    times, runs = {}, {method: str(folder / method) for method in METHODS}
+    for method, output in runs.items():
         start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []
-        flags = ("--recipe", f"quickstart_{method}", "--seed", str(seed), "--output", runs[method])
-        parts[f"train_{method}"] = timed(*TRAIN, *flags, *start)
-    output = folder / "evaluation.json"
+        flags = ("--recipe", f"quickstart_{method}", "--seed", str(seed), "--output", output)
+        times[f"train_{method}"] = cpu_seconds("fastgn.train", *flags, *start)
+    file = folder / "evaluation.json"
     attacks = ("--eps", "0.025", "--attacks", "clean", "pgd-20", "autoattack")
-    flags = ("--checkpoint", *runs.values(), *attacks, "--output", str(output))
-    parts["evaluate"] = timed(*EVALUATE, *flags, "--seed", str(seed))
-    kinds = ("seconds", "cpu_seconds")
-    times = {kind: {name: part[kind] for name, part in parts.items()} for kind in kinds}
-    return {"seed": seed, **times, "models": json.loads(output.read_text())["models"]}
+    flags = ("--checkpoint", *runs.values(), *attacks, "--output", str(file), "--seed", str(seed))
+    times["evaluate"] = cpu_seconds("fastgn.evaluate", *flags, processes=PROCESSES)
+    models = json.loads(file.read_text())["models"]
+    return {"seed": seed, "cpu_seconds": times, "models": models}
 
 
 def table(record: Record) -> str:
@@ -69,17 +63,14 @@ def table(record: Record) -> str:
     first = seeds[0]["models"][0]
 
     def cells(model: int) -> list[str]:
-        values = [
-            [100 * s["models"][model]["results"][index]["accuracy"] for s in seeds]
-            for index in range(len(first["results"]))
-        ]
-        return [f"{spread(v, '.1f')} %" for v in values]
+        results = [seed["models"][model]["results"] for seed in seeds]
+        values = [[row["accuracy"] for row in rows] for rows in zip(*results, strict=True)]
+        return [f"{percent(summary(accuracies))} %" for accuracies in values]
 
     columns = {
         "attack": [row["attack"] for row in first["results"]],
         "eps": ["" if r["attack"] == "clean" else f"{r['eps']:g}" for r in first["results"]],
-        "natural": cells(0),
-        "gradnorm": cells(1),
+        **{method: cells(index) for index, method in enumerate(METHODS)},
     }
     return with_notes(
         make_table(first["results"], columns),
@@ -90,22 +81,25 @@ def table(record: Record) -> str:
     )
 
 
-def main() -> int:
-    parser = make_parser(__doc__)
-    parser.add_argument("--seeds", type=positive_int, default=1, help="number of seeds, from 0")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> int:
+    """Runs the seeds that are missing in the JSON record, and writes it after each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    output = args.output or RESULTS / f"quickstart_{device}.json"
-    hold(output)
-    seeds = started(output).get("seeds", [])
+    output, head = open_record(args, f"quickstart_{device}.json", ("seeds",))
+    seeds = taken_over(output, {"complete": False}).get("seeds", [])
     for seed in range(len(seeds), args.seeds):
         with tempfile.TemporaryDirectory() as folder:
             seeds.append(run_seed(seed, Path(folder)))
-        record = {"device": device, "complete": seed + 1 == args.seeds, "seeds": seeds}
-        write_record(output, record | environment())  # after each seed
+        write_record(output, head | {"complete": seed + 1 == args.seeds, "seeds": seeds})
     print(output)
     return 0
 
+
+main = Program(
+    "quickstart",
+    __doc__,
+    run,
+    option("--seeds", default=1, help="number of seeds, from 0"),
+)
 
 if __name__ == "__main__":
     sys.exit(main())

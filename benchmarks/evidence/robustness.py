@@ -1,15 +1,13 @@
-"""Compares training methods under AutoAttack, after equal numbers of passes and equal times.
+"""Compares training methods under AutoAttack, after equal numbers of operations.
 
 An arm is a training method with its options. With each seed, all arms start from the same naturally
-trained weights. Each arm trains for as many epochs as cost the same as gradnorm's. The cost is
-counted once in passes (operations in units of a forward pass, fastgn/step/passes.py), and once in
-time. For the time, all arms take turns in one run that measures seconds per update.
+trained weights. Each arm trains for as many epochs as take the same number of operations as exact
+gradnorm's (fastgn/step/passes.py counts them).
 
     python -m benchmarks.evidence.robustness --data digits --seeds 3
     python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9
 
 The same command continues an interrupted one, and does not repeat results that are in the record.
-On a CPU, only the ratios of times within that run mean something.
 
 Writes benchmarks/results/robustness_<data>_<device>.json.
 """
@@ -17,16 +15,14 @@ Writes benchmarks/results/robustness_<data>_<device>.json.
 import argparse
 import dataclasses
 import itertools
-import math
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import positive_int
+from benchmarks.common.arguments import option
 from benchmarks.common.tables import (
     Record,
     accuracy_columns,
@@ -34,36 +30,20 @@ from benchmarks.common.tables import (
     make_table,
     over_seeds,
     percent,
-    plus_minus,
     with_notes,
 )  # fmt: skip
-from benchmarks.common.timing import interleaved, summary
-from benchmarks.evidence.digests import digest, digests_of
-from benchmarks.evidence.study import (
-    Arm,
-    Results,
-    Study,
-    device_precision,
-    make_parser,
-    paired_difference,
-    run_program,
-)  # fmt: skip
+from benchmarks.evidence.study import Arm, Study, device_precision, paired_difference, study_program
 from benchmarks.evidence.trials import Trial
 from fastgn.config import Config, load_recipe
-from fastgn.data.datasets import load_dataset
-from fastgn.distributed import session
-from fastgn.errors import check_name
-from fastgn.files import write_bytes
 from fastgn.objectives import build_objective
 from fastgn.resolved import schedule_of
-from fastgn.setup import build
 from fastgn.step.passes import count_passes
 
 ARMS: dict[str, dict[str, Any]] = {
     "natural": {"method": "natural"},
-    "gradnorm": {"method": "gradnorm", "precision": "fp32"},
+    "gradnorm": {"method": "gradnorm"},
     "gradnorm-bf16": {"method": "gradnorm", "precision": "bf16"},
-    "gradnorm-fd": {"method": "gradnorm", "schedule": "finite-difference", "precision": "fp32"},
+    "gradnorm-fd": {"method": "gradnorm", "schedule": "finite-difference"},
     "gradnorm-lazy2": {"method": "gradnorm", "schedule": "lazy", "lazy_interval": 2},
     "gradnorm-lazy4": {"method": "gradnorm", "schedule": "lazy", "lazy_interval": 4},
     "gradnorm-subset": {"method": "gradnorm", "schedule": "subset", "subset_fraction": 0.5},
@@ -80,23 +60,11 @@ ARMS: dict[str, dict[str, Any]] = {
 
 If the precision is not among the options, it is fp32 on a CPU and bf16 on a GPU.
 """
-SEVERAL = math.lcm(*(arm.get("lazy_interval", 1) for arm in ARMS.values()))
-"""Number of updates per timed call.
-
-It is a multiple of every --lazy-interval, because only some updates have a penalty.
-"""
-SAME = 0.1
-"""If the epochs for equal passes and for equal time differ by less than this share, they count as
-equal, and one training serves for both."""
-NO_MEANING = "CPU: times mean something as ratios within this run alone"
-
-
 PAIRS = (
-    *(("gradnorm-bf16", None), ("gradnorm-fd", None)),
-    *(("gradnorm-lazy2", None), ("gradnorm-lazy4", None), ("gradnorm-subset", None)),
-    *((None, "fgsm_rs"), (None, "pgd_at"), (None, "trades"), (None, "gradnorm+fgsm")),
+    *((f"gradnorm-{name}", "gradnorm") for name in ("bf16", "fd", "lazy2", "lazy4", "subset")),
+    *(("gradnorm", name) for name in ("fgsm_rs", "pgd_at", "trades", "gradnorm+fgsm")),
 )
-"""Pairs of training methods that the second table compares. None means exact gradnorm."""
+"""Pairs of training methods that the second table compares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +80,13 @@ class Setting:
     start: dict[str, Any]
     """Options of fastgn.train for the natural training from whose weights all others start."""
     epochs: int
-    """Number of epochs of gradnorm. The other methods get as many as cost the same."""
+    """Number of epochs of gradnorm. The other methods get as many as take the same operations."""
     eps: float
     """Radius of the perturbations that the methods train against."""
     eval_eps: tuple[float, ...]
-    """Radii of the attacks.
-
-    Trainings that are made only for the comparison at equal time are attacked at the first radius.
-    """
+    """Radii of the attacks."""
     images: int
-    """Number of images per seed that AutoAttack attacks. Each seed has other images."""
+    """Number of images that AutoAttack attacks."""
     pgd_images: int
     """Number of images that PGD-20 attacks."""
     attack: str = "autoattack"
@@ -168,7 +133,7 @@ def cifar10() -> Setting:
             },
         },
         base=base,
-        arms=("natural", "gradnorm", "gradnorm-bf16", "gradnorm-fd", "edge", "pgd_at", "fgsm_rs"),
+        arms=("natural", "gradnorm", "gradnorm-fd", "edge", "pgd_at", "fgsm_rs"),
         start={"epochs": 12, "warmup_epochs": 1.0},
         epochs=8,
         eps=4 / 255,
@@ -183,12 +148,9 @@ SETTINGS = {"digits": digits, "cifar10": cifar10}
 
 def smoke(setting: Setting) -> Setting:
     """Returns a comparison of toy size, which only shows that the whole program runs."""
-    name, network = next(iter(setting.networks.items()))
-    small = {"width=16": "width=4", "embed_dim=16": "embed_dim=8"}
-    kwargs = [small.get(k, k) for k in network["model_kwargs"]]
     return dataclasses.replace(
         setting,
-        networks={name: network | {"model_kwargs": kwargs}},
+        networks=dict(itertools.islice(setting.networks.items(), 1)),
         base=setting.base.replace(eval_images=16),
         start={"epochs": 1, "warmup_epochs": 0.0},
         epochs=2,
@@ -197,18 +159,6 @@ def smoke(setting: Setting) -> Setting:
         pgd_images=16,
         attack="apgd-ce",
     )
-
-
-def reference_of(arms: Sequence[str], precision: str) -> str:
-    """Returns the name of the reference method, which is exact gradnorm.
-
-    The setting gives the reference's number of epochs, and those of the other methods follow from
-    it. arms: names of the methods that are compared. If exact gradnorm in the device's precision is
-    not among them, the reference is gradnorm in fp32, and without that it is the first method.
-    precision: the device's precision.
-    """
-    names = ["gradnorm-bf16", "gradnorm"] if precision == "bf16" else ["gradnorm"]
-    return next(name for name in [*names, *arms] if name in arms)
 
 
 def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Config:
@@ -235,137 +185,57 @@ def for_epochs(cfg: Config, epochs: int) -> Config:
     )
 
 
-def units_of(cfg: Config) -> tuple[float, float]:
-    """Returns two costs of an update: the paper's number of passes, and operations in forwards."""
-    passes = count_passes(
-        build_objective(cfg.objective),
-        schedule_of(cfg.step),
-        cfg.objective.attack.attack_weight_grads,
-    )
-    return passes.paper, passes.units
+def units_of(cfg: Config) -> float:
+    """Returns the operations of an update, in units of a forward pass."""
+    weight_grads = cfg.objective.attack.attack_weight_grads
+    return count_passes(build_objective(cfg.objective), schedule_of(cfg.step), weight_grads).units
 
 
-def epochs_for(reference: int, cost: float, reference_cost: float) -> int:
-    """Returns how many epochs, at least 1, cost as much as `reference` epochs of another method.
+def evaluations_of(setting: Setting) -> tuple[tuple[str, ...], ...]:
+    """Returns the command-line flags of each evaluation. PGD-20 comes first: it is fastest."""
+    eps = [repr(eps) for eps in setting.eval_eps]
+    few, many = str(setting.images), str(setting.pgd_images)
+    quick = ("--attacks", "clean", "pgd-20", "--eps", *eps, "--num-images", many)
+    slow = ("--attacks", setting.attack, "--num-images", few, "--eps")
+    return (quick, *((*slow, radius) for radius in eps))
 
-    cost, reference_cost: cost of one update of each method.
+
+def equal_rows(record: Record) -> list[dict[str, Any]]:
+    """Returns the rows of the record that have results and the same number of operations.
+
+    An earlier version of this program also trained for equal times.
     """
-    return max(1, round(reference * reference_cost / cost))
-
-
-def budgets_of(
-    setting: Setting, units: Mapping[str, float], seconds: Mapping[str, float], reference: str
-) -> dict[str, dict[str, int]]:
-    """Returns the number of epochs at equal passes and at equal time for each training method.
-
-    If both numbers are nearly the same, they are set to the same. units, seconds: costs of an
-    update. reference: name of the method whose number of epochs is given.
-    """
-    out = {}
-    for arm in units:
-        passes = epochs_for(setting.epochs, units[arm], units[reference])
-        times = epochs_for(setting.epochs, seconds[arm], seconds[reference])
-        if abs(times - passes) <= SAME * passes:
-            times = passes
-        out[arm] = {"passes": passes, "time": times}
-    return out
-
-
-def measure(configs: Mapping[str, Config], rounds: int, threads: int) -> dict[str, Any]:
-    """Returns the seconds per update in each round, for each named configuration.
-
-    The configurations take turns in each round, so that a drift of the machine affects all alike.
-    """
-    torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder, session() as world:
-        runs, calls = [], {}
-        for name, cfg in configs.items():
-            cfg = cfg.replace(output=f"{folder}/{name}", eval_images=0)
-            run = build(cfg, world)
-            runs.append(run)
-            batches = next(run.updates_of(0))
-            run.ramp.fill_(1.0)
-
-            def call(run: Any = run, batches: Any = batches) -> None:
-                for _ in range(SEVERAL):
-                    run.compute_gradients(batches, run.ramp, run.update)
-                    run.apply_gradients(1e-5)
-                    run.update += 1
-
-            calls[name] = call
-        timings = interleaved(calls, rounds=rounds, calls=1, warmup=1)
-        for run in runs:
-            if run.metrics is not None:
-                run.metrics.close()
-    torch.compiler.reset()
-    return {name: [s / SEVERAL for s in t.rounds] for name, t in timings.items()}
-
-
-def image_list(work: Path, seed: int, count: int, total: int) -> Path:
-    """Writes a file that names `count` of `total` images, evenly spaced. Returns its path.
-
-    Each seed has other images, so that the mean over seeds says more about all images.
-    """
-    count = min(count, total)
-    step = total / count
-    shift = round(seed * 0.381966 % 1 * step)  # golden section: spreads the seeds evenly
-    chosen = sorted({(int(i * step) + shift) % total for i in range(count)})
-    path = work / f"images_{count}_of_{total}_s{seed}.txt"
-    write_bytes(path, "".join(f"{i}\n" for i in chosen))
-    return path
-
-
-def evaluations_of(
-    setting: Setting, budgets: Sequence[str], images: Path
-) -> tuple[tuple[str, ...], ...]:
-    """Returns the command-line flags of each evaluation. PGD-20 comes first, because it is fastest.
-
-    budgets: comparisons that the training is made for, "passes", "time" or both. images: file that
-    lists the images for AutoAttack.
-    """
-    all_eps, pgd = map(repr, setting.eval_eps), "pgd-20"
-    chosen = setting.eval_eps if "passes" in budgets else setting.eval_eps[:1]
-    quick = ("--attacks", "clean", pgd, "--eps", *all_eps, "--num-images", str(setting.pgd_images))
-    auto = ("--attacks", setting.attack, "--image-list", str(images), "--eps")
-    return (quick, *((*auto, repr(eps)) for eps in chosen))
+    old = record.get("superseded", {})
+    equal = [row for row in record["rows"] if "passes" in row.get("budgets", ("passes",))]
+    return [row for row in equal if row["accuracy"] and row["arm"] not in old]
 
 
 def compare(record: Record) -> Iterator[dict[str, str]]:
-    """Yields the rows of the second table.
-
-    Each row compares two training methods that cost the same number of passes or the same time.
-    """
-    eps, reference = record["eps"], record["reference"]
+    """Yields the rows of the second table, each of which compares two training methods."""
+    eps = record["eps"]
     attacks = {"clean": ("clean", 0.0), f"AutoAttack {eps:.4g}": ("autoattack", eps)}
     attacks[f"PGD-20 {eps:.4g}"] = ("pgd-20", eps)
-    rows = {(r["network"], r["arm"], budget): r for r in record["rows"] for budget in r["budgets"]}
+    rows = {(row["network"], row["arm"]): row for row in equal_rows(record)}
     for network in record["networks"]:
-        for pair, budget in itertools.product(PAIRS, ("passes", "time")):
-            names = [name or reference for name in pair]
-            one, other = (rows.get((network, name, budget)) for name in names)
-            if one is None or other is None or one is other:
+        for arm, against in PAIRS:
+            one, other = rows.get((network, arm)), rows.get((network, against))
+            if one is None or other is None:
                 continue
             found = {name: paired_difference(one, other, *a) for name, a in attacks.items()}
             if any(found.values()):
-                cells = {name: str(value or "") for name, value in found.items()}
                 yield {
-                    **{"network": network, "arm": names[0], "against": names[1], "equal": budget},
-                    **cells,
-                    "time per update": f"{one['seconds_over'] / other['seconds_over']:.2f}",
+                    **{"network": network, "arm": arm, "against": against},
+                    **{name: str(value or "") for name, value in found.items()},
                     "operations": f"{one['units'] / other['units']:.2f}",
                 }
 
 
-def radius_of(cfg: Config) -> float | None:
-    """Returns the radius of the attacks that exact gradnorm's penalty approximates, else None.
-
-    To first order, the loss ce_weight * CE + gn_weight * eps * |grad|_1 is ce_weight times the
-    largest cross-entropy within the radius gn_weight * eps / ce_weight.
-    """
-    o, exact = cfg.objective.gradnorm, cfg.step.schedule in ("exact", "exact-eager")
-    if cfg.objective.method != "gradnorm" or not exact or not o.ce_weight:
-        return None
-    return o.gn_weight / o.ce_weight * o.eps
+def attacked_images(record: Record) -> str:
+    """Returns a sentence with the numbers of attacked images."""
+    images = record["images"]
+    own = images.get("autoattack, each seed its own")  # in an earlier version
+    few = f"{own} images per seed, each seed's own" if own else f"{images['autoattack']} images"
+    return f"AutoAttack on {few}, the rest on {images['pgd-20']}"
 
 
 def table(record: Record) -> str:
@@ -373,32 +243,22 @@ def table(record: Record) -> str:
 
     Below it is a table of the differences between methods.
     """
-    old = record.get("superseded", {})
-    rows = [row for row in record["rows"] if row["accuracy"] and row["arm"] not in old]
-    several = len(record["networks"]) > 1
+    rows, several = equal_rows(record), len(record["networks"]) > 1
     columns = {
         "network": [row["network"] if several else "" for row in rows],
         "arm": [row["arm"] for row in rows],
-        "equal": ["both" if len({*r["budgets"]}) > 1 else r["budgets"][0] for r in rows],
         "epochs": [str(row["epochs"]) for row in rows],
-        "radius": [f"{row['radius']:.4g}" if row["radius"] is not None else "" for row in rows],
         "operations an update": [f"{row['units']:.3g}" for row in rows],
-        "time over natural": [f"{row['seconds_over']:.2f}" for row in rows],
-        "s": [plus_minus(row.get("seconds"), ".0f") for row in rows],
-        "kJ": [f"{r['joules']['mean'] / 1e3:.1f}" if r.get("joules") else "" for r in rows],
     }
-    images, failed = record["images"], [(r, f) for r in record["rows"] for f in r["failed"]]
+    failed = [(row, failure) for row in record["rows"] for failure in row["failed"]]
     notes = [
         f"{record['data']}, {', '.join(record['networks'])}; {device(record)}, "
         f"{record['precision']} where an arm does not say otherwise; "
         f"{over_seeds(record['seeds'])}",
         f"all from one natural start a seed, for Linf eps {record['eps']:.4g}",
-        "equal: to gradnorm's passes, or to its time",
-        "radius: of the attacks that exact gradnorm's penalty stands for, to first order",
-        f"AutoAttack on {images['autoattack, each seed its own']} images a seed, each seed's "
-        f"own, the rest on {images['pgd-20']}",
-        f"time: {record['time']}",
-        *(f"left out: {arm} ({why})" for arm, why in old.items()),
+        "as many epochs as take gradnorm's operations",
+        attacked_images(record),
+        *(f"left out: {arm} ({why})" for arm, why in record.get("superseded", {}).items()),
         *([] if record["complete"] else ["not all of it has run yet"]),
         *(f"failed: {row['arm']} (seed {failure['seed']})" for row, failure in failed),
     ]
@@ -409,8 +269,8 @@ def table(record: Record) -> str:
     second = make_table(pairs, {name: (lambda r, n=name: r[n]) for name in pairs[0]})
     return (
         f"{first}\n\n{second}\n\nDifferences of accuracy in points, arm minus the other, on the "
-        "same seeds: mean ± deviation; * significant at 95 % by Student's t; time per update and "
-        "operations: ratios of the two arms."
+        "same seeds: mean ± deviation; * significant at 95 % by Student's t; operations: of an "
+        "update, ratio of the two arms."
     )
 
 
@@ -425,8 +285,8 @@ def summary_table(record: Record) -> str:
         "trades": "TRADES",
         "gradnorm+fgsm": "gradient norm and FGSM in turn",
     }
-    equal = {r["arm"]: r for r in record["rows"] if "passes" in r["budgets"]}
-    rows, eps, images = [equal[arm] for arm in arms], record["eps"], record["images"]
+    equal = {row["arm"]: row for row in equal_rows(record)}
+    rows, eps = [equal[arm] for arm in arms], record["eps"]
 
     def accuracies(attack: str, eps: float) -> list[str]:
         key = (attack, eps)
@@ -443,122 +303,64 @@ def summary_table(record: Record) -> str:
     return (
         f"{make_table(rows, columns)}\n\nA small Swin on scikit-learn's digits, Linf eps {eps:g} "
         f"of the pixels' range 0..1, {over_seeds(record['seeds'])}, equal numbers of operations in "
-        f"training; AutoAttack on {images['autoattack, each seed its own']} images per seed, the "
-        f"rest on {images['pgd-20']} (`benchmarks/results/{record['file']}`)."
+        f"training; {attacked_images(record)} (`benchmarks/results/{record['file']}`)."
     )
 
 
-def choose_arms(names: Sequence[str] | None, setting: Setting) -> tuple[str, ...]:
-    """Returns the named training methods without repetitions, or if None all of the setting.
-
-    Raises UserError if a name is unknown.
-    """
-    for name in names or ():
-        check_name(name, ARMS, f"--methods {name!r}")
-    return tuple(dict.fromkeys(names or setting.arms))
-
-
-def arms_of(
-    network: str,
-    configs: Mapping[str, Config],
-    seconds: Mapping[str, Sequence[float]],
-    setting: Setting,
-    reference: str,
-    lists: Sequence[Path],
-) -> Iterator[Arm]:
-    """Yields each method of a network, with its epochs for equal passes and for equal time.
-
-    A method whose two numbers of epochs are the same is yielded once. configs: configuration of
-    each method. seconds: seconds per update of each method, by round. reference: name of the method
-    whose number of epochs is given. lists: files with the images of each seed.
-    """
-    costs = {arm: units_of(cfg) for arm, cfg in configs.items()}
-    units, least = {a: c[1] for a, c in costs.items()}, {a: min(s) for a, s in seconds.items()}
-    against = least["natural" if "natural" in least else reference]
-    plain = arm_config(setting, network, "natural", device_precision())
+def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) -> list[Arm]:
+    """Returns each training method of a network as an arm of the study. names: of the methods."""
+    precision, number = device_precision(), list(setting.networks).index(network) + 1
+    plain = arm_config(setting, network, "natural", precision)
     plain = plain.replace(**setting.start, eval_interval=setting.start["epochs"])
-    number = list(setting.networks).index(network) + 1
-    for arm, budgets in budgets_of(setting, units, least, reference).items():
-        for epochs in dict.fromkeys(budgets.values()):
-            kept = [budget for budget, e in budgets.items() if e == epochs]
-            head = {
-                **{"network": network, "arm": arm, "budgets": kept, "epochs": epochs},
-                **{"passes": costs[arm][0], "units": units[arm]},
-                "seconds_over": least[arm] / against,
-                "radius": radius_of(configs[arm]),
-                "total_units": epochs * units[arm],
-                "total_time_over": epochs * least[arm] / against,
-            }
-            if torch.cuda.is_available():
-                head["seconds_an_update"] = summary(seconds[arm])
-            cfg = for_epochs(configs[arm], epochs)
-            yield Arm(
-                head,
-                [
-                    Trial(
-                        f"{arm}_n{number}_s{seed}_e{epochs}",
-                        cfg.replace(seed=seed),
-                        evaluations_of(setting, kept, images),
-                        Trial(f"start_n{number}_s{seed}", plain.replace(seed=seed)),
-                    )
-                    for seed, images in enumerate(lists)
-                ],
+    whole = setting.epochs * units_of(arm_config(setting, network, "gradnorm", precision))
+    arms = []
+    for name in names:
+        cfg = arm_config(setting, network, name, precision)
+        units = units_of(cfg)
+        epochs = max(1, round(whole / units))
+        head = {"network": network, "arm": name, "epochs": epochs, "units": units}
+        runs = [
+            Trial(
+                f"{name}_n{number}_s{seed}_e{epochs}",
+                for_epochs(cfg, epochs).replace(seed=seed),
+                evaluations_of(setting),
+                Trial(f"start_n{number}_s{seed}", plain.replace(seed=seed)),
             )
+            for seed in range(seeds)
+        ]
+        arms.append(Arm(head | {"total_units": epochs * units}, runs))
+    return arms
 
 
-def plan(args: argparse.Namespace, work: Path, before: Results) -> Study:
-    """Returns the study that the command line asks for. Times updates unless `before` has times.
-
-    New times could change the numbers of epochs, so that finished trainings could not be used.
-    work: folder that holds the trainings. before: record of an earlier call.
-    """
-    gpu, setting = torch.cuda.is_available(), SETTINGS[args.data]()
+def plan(args: argparse.Namespace, work: Path) -> Study:
+    """Returns the study that the command line asks for."""
+    setting = SETTINGS[args.data]()
     setting = smoke(setting) if args.smoke else setting
     if args.data_dir:
         setting = dataclasses.replace(setting, base=setting.base.replace(data_dir=args.data_dir))
-    names, precision = choose_arms(args.methods, setting), device_precision()
-    reference = reference_of(names, precision)
-    print("" if gpu else NO_MEANING)
-    total = len(load_dataset(setting.base.dataset).val)
-    lists = [image_list(work, seed, setting.images, total) for seed in range(args.seeds)]
-    timings, arms = {}, []
-    for network in setting.networks:
-        configs = {arm: arm_config(setting, network, arm, precision) for arm in names}
-        key = digest([digests_of(cfg) for cfg in configs.values()])
-        timings[key] = before.get("timings", {}).get(key)
-        if timings[key] is None:
-            timings[key] = measure(configs, args.rounds, args.processes)
-        arms += arms_of(network, configs, timings[key], setting, reference, lists)
+    names = list(dict.fromkeys(args.methods or setting.arms))
+    arms = [arms_of(network, names, setting, args.seeds) for network in setting.networks]
     head = {
-        "meaningful_times": gpu,
         "networks": list(setting.networks),
         "architectures": setting.networks,
-        "reference": reference,
         "reference_epochs": setting.epochs,
         "start": setting.start,
         "eps": setting.eps,
         "eval_eps": sorted(setting.eval_eps),
-        "images": {"autoattack, each seed its own": setting.images, "pgd-20": setting.pgd_images},
-        "arms": {arm: ARMS[arm] for arm in names},
-        "time": "an update's, the least of all arms' interleaved rounds (other work adds to it): "
-        f"{args.rounds} of {SEVERAL} updates" + ("" if gpu else f"; {NO_MEANING}"),
-        "timings": timings,
+        "images": {"autoattack": setting.images, "pgd-20": setting.pgd_images},
+        "arms": {name: ARMS[name] for name in names},
     }
-    return Study(arms, head)
+    return Study([arm for several in arms for arm in several], head)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line, runs the benchmark, and returns the exit status.
-
-    The status is 2 for a user's mistake, 1 if every training failed, and else 0.
-    """
-    seeds = 1 if torch.cuda.is_available() else 3
-    parser = make_parser(__doc__, data=tuple(SETTINGS), seeds=seeds)
-    add = parser.add_argument
-    add("--methods", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}; default: the data's")
-    add("--rounds", type=positive_int, default=15, help="rounds of the clock")
-    return run_program("robustness", parser, argv, plan)
-
+main = study_program(
+    "robustness",
+    __doc__,
+    plan,
+    option("--methods", nargs="+", choices=ARMS, help="default: those of the data"),
+    data=tuple(SETTINGS),
+    seeds=1 if torch.cuda.is_available() else 3,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ objective, the training and the evaluation that made it. If a digest differs, th
 
 import argparse
 import dataclasses
-import statistics
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from scipy.special import stdtrit
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import ROOT, device_name, positive_float, positive_int
+from benchmarks.common.arguments import ROOT, Option, Program, open_record, option
 from benchmarks.common.records import earlier, write_record
 from benchmarks.common.tables import Row
 from benchmarks.common.timing import summary
@@ -29,7 +28,6 @@ from benchmarks.evidence import trials
 from benchmarks.evidence.trials import Trial
 from fastgn.errors import check
 from fastgn.lock import lock_folder
-from fastgn.metrics import environment
 
 Results = dict[str, Any]
 
@@ -58,83 +56,63 @@ class Study:
     """Takes an arm's row with the results of at least one seed. Returns further keys for it."""
 
 
-def make_parser(
-    description: str | None, *, data: Sequence[str], seeds: int
-) -> argparse.ArgumentParser:
-    """Returns a parser with the options of all studies.
-
-    data: names of the data sets, the default first. seeds: default number of seeds.
-    """
-    processes = 1 if torch.cuda.is_available() else 2
-    parser = arguments.make_parser(description)
-    add = parser.add_argument
-    add("--data", choices=data, default=data[0])
-    add("--data-dir", help="CIFAR-10, as fastgn.train --data-dir takes it")
-    add("--seeds", type=positive_int, default=seeds, help="number of seeds, from 0")
-    add(
-        "--minutes", type=positive_float, default=1e6,
-        help="stop after so many minutes; the same command continues",
-    )  # fmt: skip
-    add("--processes", type=positive_int, default=processes, help="trainings at a time")
-    add("--work", type=Path, help="folder that keeps finished trainings; default: below runs/")
-    add("--smoke", action="store_true", help="use toy sizes and APGD-CE alone")
-    return parser
-
-
-def run_program(
+def study_program(
     name: str,
-    parser: argparse.ArgumentParser,
-    argv: Sequence[str] | None,
-    plan: Callable[[argparse.Namespace, Path, Results], Study],
-) -> int:
-    """Parses the command line, runs the study that `plan` returns, and returns the exit status.
+    description: str | None,
+    plan: Callable[[argparse.Namespace, Path], Study],
+    *options: Option,
+    data: Sequence[str],
+    seeds: int,
+) -> Program:
+    """Returns the main function of a program that runs a study.
 
-    The status is 2 for a user's mistake, 1 if every training failed, and else 0. No other process
-    works in the same folder.
+    Its exit status is 2 for a user's mistake, 1 if every training failed, and else 0.
 
-    name: name of the program. plan: function of the options, the folder for the trainings and the
-    record of an earlier call ({} if there is none).
+    name: name of the program. description: text with which --help begins. plan: function of the
+    options and of the folder for the trainings. options: flags besides those of all studies. data:
+    names of the data sets, the default first. seeds: default number of seeds.
     """
-    args = parser.parse_args(argv)
-    began = time.time()
-    folder = f"{name}_{args.data}{'_smoke' if args.smoke else ''}"
-    work = (args.work or ROOT / "runs" / folder).absolute()
+    cuda = torch.cuda.is_available()
 
-    def run() -> int:
-        with lock_folder(work, f"--work {work}"):
+    def run(args: argparse.Namespace) -> int:
+        began = time.time()
+        folder = f"{name}_{args.data}{'_smoke' if args.smoke else ''}"
+        work = (args.work or ROOT / "runs" / folder).absolute()
+        with lock_folder(work, f"--work {work}"):  # no other process trains there
             free = {"data_dir", "minutes", "processes", "work", "data"}
-            free |= {"seeds"} if args.seeds >= parser.get_default("seeds") else set()
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            file = f"{name}_{args.data}_{device}.json"
-            output = arguments.output_for(file, parser, args, free)
-            before = earlier(output)
-            study = plan(args, work, before)
-            head = {
-                "script": f"benchmarks/evidence/{name}.py",
-                "file": output.name,
-                "data": args.data,
-                "device": device_name(),
-                "precision": device_precision(),
-                "seeds": args.seeds,
-                **environment(),
-            }
+            free |= {"seeds"} if args.seeds >= seeds else set()
+            device = "cuda" if cuda else "cpu"
+            output, head = open_record(args, f"{name}_{args.data}_{device}.json", free)
+            study = plan(args, work)
+            head |= {"script": f"benchmarks/evidence/{name}.py"}
+            head |= {"data": args.data, "precision": device_precision(), "seeds": args.seeds}
             study = dataclasses.replace(study, head=head | study.head)
-            deadline = began + 60 * args.minutes
-            return run_study(study, before, output, work, args.processes, deadline)
+            return run_study(study, output, work, args.processes, began + 60 * args.minutes)
 
-    return arguments.exit_status(f"{name}.py", run)
+    limit = "stop after so many minutes; the same command continues"
+    return Program(
+        name,
+        description,
+        run,
+        option("--data", choices=data, default=data[0]),
+        option("--data-dir", help="CIFAR-10, as fastgn.train --data-dir takes it"),
+        option("--seeds", default=seeds, help="number of seeds, from 0"),
+        option("--minutes", default=1e6, help=limit),
+        option("--processes", default=1 if cuda else 2, help="at a time"),
+        option("--work", type=Path, help="folder of the trainings; default: below runs/"),
+        option("--smoke", action="store_true", help="use toy sizes and APGD-CE alone"),
+        *options,
+    )
 
 
-def run_study(
-    study: Study, before: Results, output: Path, work: Path, processes: int, deadline: float
-) -> int:
+def run_study(study: Study, output: Path, work: Path, processes: int, deadline: float) -> int:
     """Makes the results that are missing. Writes the record after each. Returns the exit status.
 
-    before: record of an earlier call. output: file of the record. work: folder that holds the
-    trainings. deadline: latest time, in seconds as time.time() gives.
+    output: file of the record. work: folder that holds the trainings. deadline: latest time, in
+    seconds as time.time() gives.
     """
     planned = {trial.name: trial for arm in study.arms for trial in arm.trials}
-    cells = reusable_cells(before, planned, output)
+    cells = reusable_cells(earlier(output), planned, output)
     failures: Results = {}
 
     def save(complete: bool = False) -> Path:
@@ -207,9 +185,6 @@ def row_of(
     for trial in arm.trials:
         if trial.name in failures:
             row["failed"].append({"seed": trial.seed, "why": failures[trial.name]["failed"]})
-    for key in ("seconds", "joules"):
-        if values := [cell[key] for cell in seeds if cell[key] is not None]:
-            row[key] = summary(values)
     return row | (summarize(row) if seeds else {})
 
 
@@ -232,23 +207,11 @@ def statistics_of(cells: Sequence[Row]) -> list[Results]:
 class Difference:
     """Differences in accuracy of two arms, in points, one for each seed that both have."""
 
-    points: Sequence[float]
-
-    @property
-    def mean(self) -> float:
-        """Mean over the seeds."""
-        return statistics.fmean(self.points)
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over the seeds, 0 if there is only one seed."""
-        return statistics.stdev(self.points) if len(self.points) > 1 else 0.0
-
-    @property
-    def half_width(self) -> float:
-        """Half the width of the mean's 95 % interval by Student's t, infinite for one seed."""
-        n = len(self.points)
-        return float(stdtrit(n - 1, 0.975)) * self.std / n**0.5 if n > 1 else float("inf")
+    mean: float
+    std: float
+    """Standard deviation over the seeds, 0 if there is only one seed."""
+    half_width: float
+    """Half the width of the mean's 95 % interval by Student's t, infinite for one seed."""
 
     @property
     def significant(self) -> bool:
@@ -257,7 +220,7 @@ class Difference:
 
     def __str__(self) -> str:
         """Returns the mean and the standard deviation. A star marks a significant difference."""
-        if len(self.points) == 1:
+        if math.isinf(self.half_width):
             return f"{self.mean:+.1f}"
         return f"{self.mean:+.1f} ± {self.std:.1f}{' *' if self.significant else ''}"
 
@@ -277,7 +240,11 @@ def paired_difference(row: Row, other: Row, attack: str, eps: float) -> Differen
         for r in (row, other)
     )
     points = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
-    return Difference(points) if points else None
+    if not points:
+        return None
+    mean, std, n = (summary(points)[key] for key in ("mean", "std", "n"))
+    half_width = float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else math.inf
+    return Difference(mean, std, half_width)
 
 
 def device_precision() -> str:

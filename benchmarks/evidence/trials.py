@@ -14,14 +14,13 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.common.energy import Meter, NoMeterError
 from benchmarks.evidence.digests import digest, digests_of
 from fastgn import evaluate, train
 from fastgn.config import Config
@@ -56,21 +55,12 @@ class Trial:
     @property
     def made_by(self) -> dict[str, str]:
         """Digests of what the results depend on: network, objective, training and evaluation."""
-        flags = [portable(flags) for flags in self.evaluations]
-        return self.weights_made_by | {"evaluation": digest(flags)}
+        return self.weights_made_by | {"evaluation": digest(self.evaluations)}
 
     @property
     def key(self) -> str:
         """Name of the training's folder: the trial's name, and a digest of `weights_made_by`."""
         return f"{self.name}_{digest(self.weights_made_by)}"
-
-
-def portable(flags: Sequence[str]) -> list[str]:
-    """Returns the flags of an evaluation, without the folders of image lists.
-
-    The file name of an image list already identifies its content.
-    """
-    return [Path(f).name if f.endswith(".txt") else f for f in flags]
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -86,7 +76,7 @@ def evaluation_file(folder: Path, flags: Sequence[str]) -> Path:
 
     folder: output folder of the training. flags: the evaluation's command-line flags.
     """
-    return folder / f"evaluation_{digest(portable(flags))}.json"
+    return folder / f"evaluation_{digest(flags)}.json"
 
 
 def missing(trial: Trial, work: Path) -> bool:
@@ -131,52 +121,30 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
 
 
 def run_training(trial: Trial, work: Path, folder: Path) -> None:
-    """Trains or continues a training, and adds its seconds and joules to cost.json.
-
-    Raises Stopped if the time is over, and Failed if the training fails.
-    """
+    """Trains, or continues a training. folder: the training's output folder, below `work`."""
     values = {"output": str(folder)}
     if trial.start is not None:
         values["initial_checkpoint"] = str(work / trial.start.key)
     recipe = folder / "recipe.toml"
     write_bytes(recipe, trial.cfg.replace(**values).to_toml())
-    try:
-        measuring: Any = Meter().measuring()
-    except NoMeterError:
-        measuring = contextlib.nullcontext()
-    began = time.perf_counter()
-    with measuring as reading:
-        code = train.main(["--recipe", str(recipe), "--resume", "auto"])
-    parts = json.loads(there.read_text()) if (there := folder / "cost.json").exists() else []
-    cost = {"seconds": time.perf_counter() - began}
-    if reading is not None and reading.joules == reading.joules:
-        cost["joules"] = reading.joules
-    write_json(there, [*parts, cost])
-    if code in (STOPPED, 130):
-        raise Stopped
-    if code:
-        raise Failed(last_line(folder / "log.txt"))
+    check_status(train.main(["--recipe", str(recipe), "--resume", "auto"]), folder)
 
 
 def run_evaluation(folder: Path, flags: Sequence[str]) -> None:
-    """Evaluates a trained model, unless that is done already.
-
-    flags: flags of fastgn.evaluate. Raises Stopped if the time is over, and Failed if it fails.
-    """
+    """Evaluates a trained model, unless that is done already. flags: flags of fastgn.evaluate."""
     output = evaluation_file(folder, flags)
-    if output.exists():
-        return
-    code = evaluate.main(["--checkpoint", str(folder), "--output", str(output), *flags])
-    if code == 130:
+    if not output.exists():
+        files = ("--checkpoint", str(folder), "--output", str(output))
+        check_status(evaluate.main([*files, *flags]), folder)
+
+
+def check_status(code: int, folder: Path) -> None:
+    """Raises Stopped if an exit status says that the time is over, and Failed for another error."""
+    if code in (STOPPED, 130):
         raise Stopped
     if code:
-        raise Failed(last_line(folder / "log.txt"))
-
-
-def last_line(log: Path) -> str:
-    """Returns the last line of a log file."""
-    lines = log.read_text().strip().splitlines()
-    return lines[-1] if lines else "no message"
+        lines = (folder / "log.txt").read_text().strip().splitlines()
+        raise Failed(lines[-1] if lines else "no message")
 
 
 @contextlib.contextmanager
@@ -224,8 +192,7 @@ def run_all(
             try:
                 for trial, failure in outcomes(left, work, processes, deadline):
                     bar.update()
-                    outcome = f"failed: {failure}" if failure else brief(trial, work)
-                    print(f"{trial.name}: {outcome}")
+                    print(f"{trial.name}: {f'failed: {failure}' if failure else 'finished'}")
                     save()
             except Stopped:
                 return False
@@ -261,7 +228,7 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
     """Returns the results of a training and of its evaluations, for the JSON record.
 
     Returns None if one of them is not finished. If the training failed, the key "failed" holds the
-    message. On a CPU, "seconds" is None, because other programs on the machine change it.
+    message.
     """
     if missing(trial, work):
         return None
@@ -269,8 +236,6 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
     if (folder / "failed.json").exists():
         return json.loads((folder / "failed.json").read_text())
     rows = read_rows(folder / "metrics.csv")
-    there = folder / "cost.json"
-    cost = json.loads(there.read_text()) if there.exists() else [{}]  # absent after a kill
     models = [
         model
         for flags in trial.evaluations
@@ -278,14 +243,11 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
     ]
     return {
         "failed": None,
-        "seconds": total(cost, "seconds") if torch.cuda.is_available() else None,
-        "joules": total(cost, "joules"),
         "history": [
             {"epoch": r["epoch"], "clean": r["clean_accuracy"], "pgd10": r["pgd10_accuracy"]}
             for r in rows
             if "clean_accuracy" in r
         ],
-        "final": {k: rows_mean(rows, k) for k in ("loss", "ce", "penalty", "grad_l1")},
         "accuracy": [
             {k: row[k] for k in ("attack", "eps", "accuracy")} | {"images": model["images"]}
             for model in models
@@ -293,28 +255,3 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
             if row["attack"] != "worst case"
         ],
     }
-
-
-def total(parts: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """Returns the sum of a cost over all calls that made a training, or None if one lacks it."""
-    return sum(part[key] for part in parts) if all(key in part for part in parts) else None
-
-
-def rows_mean(rows: Sequence[Mapping[str, float]], key: str) -> float | None:
-    """Returns the mean of column `key` of metrics.csv over the last epoch, or None if it is empty.
-
-    rows: rows of metrics.csv.
-    """
-    there = [r for r in rows if key in r]
-    last = [r[key] for r in there if r["epoch"] > there[-1]["epoch"] - 1]
-    return sum(last) / len(last) if last else None
-
-
-def brief(trial: Trial, work: Path) -> str:
-    """Returns the accuracies of a finished training as one line."""
-    found = result(trial, work)
-    assert found is not None
-    return ", ".join(
-        " ".join([r["attack"], *([f"{r['eps']:.4g}"] if r["eps"] else []), f"{r['accuracy']:.1%}"])
-        for r in found["accuracy"]
-    )

@@ -10,6 +10,7 @@ A new op needs one row of `LAUNCHES`, for this program and for the tests.
 Writes benchmarks/results/kernel_builds.json.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -38,10 +39,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from benchmarks.common.arguments import RESULTS, make_parser
-from benchmarks.common.records import write_json
+from benchmarks.common.arguments import RESULTS, Program, finish, open_record
 from benchmarks.common.tables import Record, make_table, with_notes
-from fastgn.metrics import environment
 
 RESULT = RESULTS / "kernel_builds.json"
 
@@ -193,13 +192,12 @@ def layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
     residual: whether to launch the kernels that first add a second input, instead of those of plain
     LayerNorm.
     """
+    op: Callable = layer_norm
+    if residual:
+        op = lambda x, y, *affine: layer_norm(x, *affine, residual=y)  # noqa: E731
     for columns in LAYER_NORMS[:-1] if residual else LAYER_NORMS:
-        inputs, weights = [(64, columns)], [(columns,)] * 2
-        if residual:
-            op = lambda x, y, *affine: layer_norm(x, *affine, residual=y)  # noqa: E731
-            all_orders(op, *inputs, *inputs, dtype=dtype, weights=weights)
-        else:
-            all_orders(layer_norm, *inputs, dtype=dtype, weights=weights)
+        inputs, weights = [(64, columns)] * (1 + residual), [(columns,)] * 2
+        all_orders(op, *inputs, dtype=dtype, weights=weights)
 
 
 def launch(
@@ -303,18 +301,17 @@ def table(record: Record) -> str:
     return with_notes(make_table(list(groups.values()), columns), record, note)
 
 
-def main() -> int:
-    args = make_parser(__doc__).parse_args()
-    rows = []
+def run(args: argparse.Namespace) -> int:
+    """Builds all kernels for all GPUs, and writes the JSON record."""
+    (output, head), rows = open_record(args, RESULT.name), []
     for op, capability in itertools.product(LAUNCHES, SHARED_LIMIT):
         found = [{"op": op, **build} for build in builds_of(LAUNCHES[op], capability)]
         print(f"{op}, sm_{capability}: {len(found)} kernels", flush=True)
         rows += found
-    record = {"builds": rows, **environment()}
-    write_json(args.output or RESULT, record)
-    print(table({"file": (args.output or RESULT).name, **record}))
-    return 0
+    return finish(output, head | {"builds": rows}, table)
 
+
+main = Program("builds", __doc__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

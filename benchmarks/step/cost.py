@@ -43,17 +43,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import positive_float, positive_int
-from benchmarks.common.energy import Meter, NoMeterError
+from benchmarks.common.arguments import (
+    Program,
+    default_device,
+    open_record,
+    option,
+    positive_float,
+    positive_int,
+    share,
+)
+from benchmarks.common.energy import energy_counter
 from benchmarks.common.records import describe_error, write_record
-from benchmarks.common.tables import Record, Row, device, make_table, plus_minus, with_notes
+from benchmarks.common.tables import Column, Record, Row, device, make_cell, make_table, with_notes
 from benchmarks.common.timing import interleaved, once, paired_ratios, summary, synchronize
 from benchmarks.step.arms import Arm, random_batch
 from benchmarks.step.launches import launches
 from fastgn.config.groups import ArchitectureConfig, OptimizerConfig
 from fastgn.errors import check
-from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model, choose_kernels, use_kernels
 from fastgn.optim import build_optimizer
 from fastgn.step.meter import Meter as OperationMeter
@@ -95,7 +101,7 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
         kinds = [kind for kind in kinds if kind != "exact-eager"]
     arms = []
     for precision in args.precision:
-        for method in args.methods:
+        for method in args.methods or METHODS:
             for kind in kinds if method == "gradnorm" else ["exact"]:
                 arm = Arm(method, precision, Schedule(kind))
                 compiled = args.compile == "on" and kind != "exact-eager" and not arm.paper
@@ -103,7 +109,7 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
                 if compiled and arm.name == "gradnorm exact":
                     budgets = (b for b in args.budgets if b < 1)
                     arms += [dataclasses.replace(arms[-1], budget=b) for b in budgets]
-    if "gradnorm-paper" in args.methods and "fp32" not in args.precision:
+    if "gradnorm-paper" in (args.methods or METHODS) and "fp32" not in args.precision:
         arms.append(Arm("gradnorm-paper", "fp32"))
     order = lambda a: (SCHEDULES.index(a.schedule.kind), a.budget < 1, METHODS.index(a.method))  # noqa: E731
     return sorted(arms, key=order)
@@ -112,36 +118,29 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
 # ------------------------------------------------------------------------------------------ counts
 
 
-class Counter:
-    """Counts the floating-point operations per image of an update, on tensors without data."""
+def count_flops(network: Classifier, batch: int, run: Callable[..., object]) -> float:
+    """Returns the floating-point operations of run(network, images), divided by images.
 
-    def __init__(self, network: Classifier, batch: int, classes: int):
-        self.batch = batch
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self.mode:
-            self.network = fake_copy(network)
-            self.images, self.targets = random_batch(batch, network.img_size, classes)
-            self.ramp = torch.ones(())
-        self.forward = self.count(lambda: self.network(self.images))
-        self.known: dict[tuple[str, Schedule], float] = {}
+    They are counted on tensors without data. batch: number of images.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        copied = fake_copy(network)
+        images = torch.empty(batch, 3, network.img_size, network.img_size)
+        with OperationMeter() as meter:
+            run(copied, images)
+    return meter.flops / batch
 
-    def count(self, run: Callable[[], object]) -> float:
-        """Returns the floating-point operations of a call, divided by the number of images."""
-        with self.mode, OperationMeter() as meter:
-            run()
-        return meter.flops / self.batch
 
-    def update(self, arm: Arm) -> float:
-        """Returns the floating-point operations per image of an update without the optimizer."""
-        same = (arm.method, arm.schedule)
-        if same not in self.known:
-            step = arm.step(self.network, compile=False, precision="fp32")
-            updates = [
-                self.count(lambda: step([(self.images, self.targets)], self.ramp, update))  # noqa: B023
-                for update in range(arm.cycle)
-            ]
-            self.known[same] = statistics.fmean(updates)
-        return self.known[same]
+@functools.cache
+def update_flops(network: Classifier, arm: Arm, batch: int, classes: int) -> float:
+    """Returns the floating-point operations per image of an update without the optimizer."""
+
+    def update(copied: Classifier, images: Tensor, index: int) -> None:
+        step = arm.step(copied, compile=False)
+        step([(images, torch.empty(batch, classes))], torch.ones(()), index)
+
+    updates = [functools.partial(update, index=index) for index in range(arm.cycle)]
+    return statistics.fmean(count_flops(network, batch, run) for run in updates)
 
 
 # ------------------------------------------------------------------------------------ measurements
@@ -158,8 +157,6 @@ class Measurement:
     why_not: str | None = None
     """Reason why the update could not be timed, or None."""
     notes: list[str] = dataclasses.field(default_factory=list)
-    first_s: float = math.nan
-    """Seconds of the first update, including compilation."""
     warm_s: float = math.nan
     """Seconds per update after the warm-up."""
     peak_bytes: dict[str, int] | None = None
@@ -240,47 +237,48 @@ class UpdateBench:
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
             return
-        held = self.allocated()
+        gc.collect()
+        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         with self.attempt(found, "first step"):
             found.step = self.step(arm)
             found.step.report = found.notes.append
-            found.first_s = once(lambda: self.update(found.step))
-            for _ in range(2 if arm.compile else 1):  # CUDA graphs are captured on the way
+            for _ in range(3 if arm.compile else 2):  # CUDA graphs are captured on the way
                 self.cycle(found)
             found.warm_s = once(lambda: self.cycle(found)) / arm.cycle
             # the allocator's figures do not show the memory of a CUDA graph
             if self.device.type == "cuda" and not (arm.compile and self.step_options):
-                found.peak_bytes = self.peak_bytes(found, self.allocated() - held)
+                found.peak_bytes = {"total": self.peak_bytes(found, held)}
         if found.why_not is None:
             with self.attempt(found, "launches", needed=False):
                 what, *seen = launches(lambda: self.cycle(found), arm.compile)
                 count, busy_s = (x and x / arm.cycle for x in seen)
                 found.launches = {"what": what, "count": count, "busy_s": busy_s}
 
-    def allocated(self) -> int:
-        """Returns the bytes that all tensors on the GPU take, or 0 on a CPU."""
-        gc.collect()
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+    def peak_bytes(self, found: Measurement, held: int) -> int:
+        """Returns the memory that an arm would need alone, in bytes.
 
-    def peak_bytes(self, found: Measurement, own: int) -> dict[str, int]:
-        """Returns the memory of an update in bytes. own: what the arm keeps between updates."""
-        before = self.allocated()
+        held: bytes that all tensors on the GPU took before the arm was built.
+        """
         torch.cuda.reset_peak_memory_stats(self.device)
         self.cycle(found)
         synchronize()
-        step = torch.cuda.max_memory_allocated(self.device) - before
+        own = torch.cuda.max_memory_allocated(self.device) - held
         states = [t for state in self.optimizer.state.values() for t in state.values()]
         tensors = [*self.plain.parameters(), *self.plain.buffers(), self.images, self.targets]
-        shared = sum(t.nbytes for t in tensors + states if isinstance(t, Tensor))
-        return {"shared": shared, "own": own, "step": step, "total": shared + own + step}
+        return own + sum(t.nbytes for t in tensors + states if isinstance(t, Tensor))
 
-    def time(self, measured: Sequence[Measurement], seconds: float, meter: Meter | None) -> None:
+    def time(
+        self,
+        measured: Sequence[Measurement],
+        seconds: float,
+        joules: Callable[[], float] | None = None,
+    ) -> None:
         """Times one round of all updates that have not failed, and adds the results to `measured`.
 
-        seconds: about how long to time each kind of update. meter: None measures no energy.
+        seconds: about how long to time each kind of update. joules: reads the energy taken so far.
         """
         live = {found.arm.key: found for found in measured if found.why_not is None}
-        readings: dict[str, Any] = {}
+        taken: dict[str, float] = {}
 
         def run(found: Measurement) -> None:
             if found.why_not is None:
@@ -289,20 +287,18 @@ class UpdateBench:
 
         @contextlib.contextmanager
         def metered(key: str) -> Iterator[None]:
-            with meter.measuring() if meter else contextlib.nullcontext() as readings[key]:
-                yield
+            before = joules() if joules else math.nan
+            yield
+            taken[key] = (joules() if joules else math.nan) - before
 
-        calls = {
-            key: max(1, math.ceil(seconds / (found.arm.cycle * found.warm_s)))
-            for key, found in live.items()
-        }
+        cycles = {key: math.ceil(seconds / (m.arm.cycle * m.warm_s)) for key, m in live.items()}
         arms = {key: functools.partial(run, found) for key, found in live.items()}
-        timings = interleaved(arms, rounds=1, calls=calls, warmup=1, during=metered)
+        timings = interleaved(arms, rounds=1, calls=cycles, warmup=1, during=metered)
         for key, found in live.items():
             if found.why_not is None:
-                found.rounds.append(timings[key].mean / found.arm.cycle)
-                if meter and not math.isnan(readings[key].joules):
-                    found.joules.append(readings[key].joules / (calls[key] * found.arm.cycle))
+                found.rounds.append(timings[key][0] / found.arm.cycle)
+                if not math.isnan(taken[key]):
+                    found.joules.append(taken[key] / (cycles[key] * found.arm.cycle))
 
 
 def gemm_rates(
@@ -324,22 +320,12 @@ def gemm_rates(
     products = {p: product(p) for p in precisions if explain_unsupported(p, device) is None}
     timings = interleaved(products, rounds=rounds, calls=10)
     return {
-        precision: {"side": side, "flops_per_s": 2 * side**3 / timing.median}
-        for precision, timing in timings.items()
+        precision: {"side": side, "flops_per_s": 2 * side**3 / statistics.median(seconds)}
+        for precision, seconds in timings.items()
     }
 
 
 # ------------------------------------------------------------------------------------------ record
-
-
-def rounds_of(values: Sequence[float]) -> dict[str, Any]:
-    """Returns a summary of some measurements and the measurements themselves."""
-    return summary(values) | {"rounds": list(values)}
-
-
-def ratio(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Returns a summary of the ratio values / others in each round."""
-    return summary(paired_ratios(values, others))
 
 
 def paper_column(arm: Arm) -> dict[str, Any] | None:
@@ -389,19 +375,18 @@ def row_of(
     rate = record["gemm"][arm.precision]["flops_per_s"]
     row |= {
         "micro_batch": found.step.step.micro_batch or batch,
-        f"{prefix}first_step_s": found.first_s,
-        f"{prefix}seconds_a_batch": rounds_of(found.rounds),
+        f"{prefix}seconds_a_batch": summary(found.rounds) | {"rounds": found.rounds},
         "images_per_s": images_per_s if meaningful else None,
-        "time_over": {name: ratio(found.rounds, other.rounds) for name, other in rivals},
+        "time_over": {n: summary(paired_ratios(found.rounds, m.rounds)) for n, m in rivals},
         "flop_utilisation": found.flops * images_per_s / rate,
         "peak_bytes": found.peak_bytes,
-        "joules_an_image": rounds_of([j / batch for j in found.joules]) if found.joules else None,
+        "joules_an_image": summary([j / batch for j in found.joules]) if found.joules else None,
         "launches": found.launches,
     }
     if arm.base == "gradnorm":
         paper = [*timed("gradnorm-paper", "fp32"), *timed("gradnorm-paper")]
         row["times_as_fast_as"] = {
-            other.arm.key: ratio(other.rounds, found.rounds)
+            other.arm.key: summary(paired_ratios(other.rounds, found.rounds))
             for other in [*paper, *timed("gradnorm exact-eager")]
         }
     return row
@@ -413,50 +398,35 @@ def row_of(
 PAPER_IN_FP32 = "gradnorm-paper, fp32"
 
 
-def percentage(share: float | None) -> str:
-    """Returns a share in percent as a table's cell, or "" if it is None."""
-    return "" if share is None else f"{100 * share:.0f} %"
-
-
 def busy_share(row: Row) -> str:
     """Returns the share of an update's time in which the GPU is at work, as a table's cell."""
     busy_s, seconds = (row.get("launches") or {}).get("busy_s"), row.get("seconds_a_batch")
-    return percentage(busy_s / seconds["mean"]) if seconds and busy_s else ""
+    return f"{100 * busy_s / seconds['mean']:.0f} %" if seconds and busy_s else ""
 
 
-def over(row: Row, key: str, other: str) -> str:
-    """Returns a table's cell with the ratio `key`, such as "time_over", of an arm to `other`."""
-    return plus_minus(row.get(key, {}).get(other), ".2f")
-
-
-def paper_ratio(row: Row, other: str) -> str:
-    """Returns the paper's time for a method over its time for `other`, as a table's cell."""
-    return f"{row['paper']['time_over'][other]:.2f}" if row["paper"] else ""
-
-
-COLUMNS = {
+COLUMNS: dict[str, Column] = {
     "arm": lambda r: r["arm"] + (", compiled" if r["compiled"] else ""),
-    "precision": lambda r: r["precision"],
-    "passes": lambda r: f"{r['passes']:g}",
+    "precision": "precision",
+    "passes": "passes:g",
     "GFLOP an image": lambda r: f"{r['flops_an_image'] / 1e9:.3g}",
-    "in forwards": lambda r: f"{r['forwards_by_count']:.2f}",
-    "s a batch": lambda r: plus_minus(r.get("seconds_a_batch"), ".4f"),
-    "images/s": lambda r: f"{r['images_per_s']:.0f}" if r.get("images_per_s") else "",
-    "time over natural": lambda r: over(r, "time_over", "natural"),
-    "over PGD-3": lambda r: over(r, "time_over", "pgd_at"),
-    "over the paper's PGD-3": lambda r: over(r, "time_over", "pgd_at-paper"),
-    "speed over the paper's way, fp32": lambda r: over(r, "times_as_fast_as", PAPER_IN_FP32),
-    "FLOP utilisation": lambda r: percentage(r.get("flop_utilisation")),
-    "peak GiB": lambda r: f"{r['peak_bytes']['total'] / 2**30:.1f}" if r.get("peak_bytes") else "",
-    "J an image": lambda r: plus_minus(r.get("joules_an_image"), ".3f"),
-    "launches": lambda r: (
-        f"{r['launches']['count']:.0f}" if r.get("launches") and r["launches"]["count"] else ""
+    "in forwards": "forwards_by_count:.2f",
+    "s a batch": "seconds_a_batch:.4f",
+    "images/s": "images_per_s:.0f",
+    "time over natural": "time_over/natural:.2f",
+    "over PGD-3": "time_over/pgd_at:.2f",
+    "over the paper's PGD-3": "time_over/pgd_at-paper:.2f",
+    "speed over the paper's way, fp32": f"times_as_fast_as/{PAPER_IN_FP32}:.2f",
+    "FLOP utilisation": lambda r: (
+        f"{100 * r['flop_utilisation']:.0f} %" if "flop_utilisation" in r else ""
     ),
+    "peak GiB": lambda r: f"{r['peak_bytes']['total'] / 2**30:.1f}" if r.get("peak_bytes") else "",
+    "J an image": "joules_an_image:.3f",
+    "launches": "launches/count:.0f",
     "GPU busy": busy_share,
-    "paper: passes": lambda r: f"{r['paper']['passes']}" if r["paper"] else "",
-    "paper: s a batch": lambda r: f"{r['paper']['seconds_a_batch']:.3f}" if r["paper"] else "",
-    "paper: over natural": lambda r: paper_ratio(r, "natural"),
-    "paper: over PGD-3": lambda r: paper_ratio(r, "pgd_at"),
+    "paper: passes": "paper/passes",
+    "paper: s a batch": "paper/seconds_a_batch:.3f",
+    "paper: over natural": "paper/time_over/natural:.2f",
+    "paper: over PGD-3": "paper/time_over/pgd_at:.2f",
 }
 """Heading of each column of the table -> function that makes its cell from one update's results."""
 
@@ -482,14 +452,6 @@ def table(record: Record) -> str:
             notes.append("on a CPU, ratios mean something within this run alone")
     else:
         notes.append("counted, nothing timed")
-    for start in record.get("start_times", ()):
-        if not start["failed"]:
-            cold, warm = (start.get(k, start.get(f"meaningless_{k}")) for k in ("cold_s", "warm_s"))
-            seconds = f" ({cold:.0f} and {warm:.0f} s)" if record["meaningful_times"] else ""
-            notes.append(
-                f"first update of {start['arm']}, {start['precision']}: {cold / warm:.1f} times as "
-                f"long with an empty compiler's cache as with a full one{seconds}"
-            )
     notes.append("paper: arXiv 2409.20139, Table 3, Swin-B at 224 px in fp32 on 8 V100")
     notes += [f"failed: {row['arm']}, {row['precision']}: {row['failed']}" for row in failed]
     return with_notes(make_table(rows, columns), record, *notes)
@@ -504,11 +466,11 @@ def headline(record: Record) -> str:
     return (
         f"Measured on one {record['device']}: fastgn trains Swin-B ({record['img_size']} px, batch "
         f"{record['batch']}, bf16) with the exact penalty at {ours['images_per_s']:.0f} images/s. "
-        f"An update takes {over(ours, 'time_over', 'natural')} times as long as one of natural "
-        f"training. The same update in eager PyTorch, as the paper runs it, reaches "
+        f"An update takes {make_cell(ours, 'time_over/natural:.2f')} times as long as one of "
+        f"natural training. The same update in eager PyTorch, as the paper runs it, reaches "
         f"{eager['bf16']:.0f} images/s in bf16 and {eager['fp32']:.0f} in fp32, the paper's "
         f"precision. Compared with the latter, fastgn is "
-        f"{over(ours, 'times_as_fast_as', PAPER_IN_FP32)} times as fast and takes "
+        f"{make_cell(ours, f'times_as_fast_as/{PAPER_IN_FP32}:.2f')} times as fast and takes "
         f"{energy:.2f} times the energy (n = {record['rounds']}, "
         f"`benchmarks/results/{record['file']}`)."
     )
@@ -534,20 +496,17 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
         timed[row["arm"], ran] = row
     rows = [
         {"title": title, "count": counts[arm], "ran": ran, "row": timed.get((arm, ran))}
+        | ({"paper": counts[arm]} if arm == "natural" or arm.endswith("-paper") else {})
         for title, arm, ran in shown
     ]
-    columns = {
-        "one update of": lambda r: r["title"],
-        "forwards": lambda r: f"{r['count']['forwards_by_count']:.1f}",
+    columns: dict[str, Column] = {
+        "one update of": "title",
+        "forwards": "count/forwards_by_count:.1f",
         "GFLOP per image": lambda r: f"{r['count']['flops_an_image'] / 1e9:.0f}",
         "measured in": lambda r: r["ran"] if r["row"] else "not measured",
-        "images/s": lambda r: f"{r['row']['images_per_s']:.0f}" if r["row"] else "",
-        "J per image": lambda r: f"{r['row']['joules_an_image']['mean']:.2f}" if r["row"] else "",
-        "paper: s per batch": lambda r: (
-            COLUMNS["paper: s a batch"](r["count"])
-            if r["count"]["arm"] == "natural" or r["count"]["arm"].endswith("-paper")
-            else ""
-        ),
+        "images/s": "row/images_per_s:.0f",
+        "J per image": "row/joules_an_image/mean:.2f",
+        "paper: s per batch": "paper/paper/seconds_a_batch:.3f",
     }
     files = ", ".join(f"`{r['file']}`" for r in (counted, graphs, eager))
     return (
@@ -561,72 +520,33 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
 # ------------------------------------------------------------------------------------ command line
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line. Some defaults depend on the machine."""
-    gpu = torch.cuda.is_available()
-    modern = gpu and torch.cuda.get_device_capability() >= (8, 0)
-    parser = arguments.make_parser(__doc__)
-    add = parser.add_argument
-    model = "swin_b" if gpu else "small_swin"
-    add("--model", default=model, help="small_swin, or any model of fastgn.train")
-    add("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="arguments of the model")
-    add("--img-size", type=positive_int, help="height and width of the images in pixels")
-    add("--classes", type=positive_int, help="default: 1000, or 10 for small_swin")
-    add("--batch", type=positive_int, default=64 if gpu else 8, help="number of images per update")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS)
-    add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm")
-    precisions = ["fp32", "bf16"] if modern else ["fp32"]
-    add("--precision", nargs="+", choices=PRECISIONS, default=precisions)
-    budgets = "activation memory budgets of further exact arms"
-    add("--budgets", nargs="+", type=arguments.share, default=(), help=budgets)
-    add("--kernels", choices=("auto", "triton", "reference"), default="auto")
-    add("--compile", choices=("on", "off"), default="on" if gpu else "off")
-    graphs = "replay compiled arms as CUDA graphs; default: on CUDA, as fastgn.train does"
-    add("--cuda-graphs", action=argparse.BooleanOptionalAction, default=gpu, help=graphs)
-    add("--rounds", type=positive_int, default=3)
-    seconds = "seconds per arm and round, about"
-    add("--round-seconds", type=positive_float, default=1.0 if gpu else 0.3, help=seconds)
-    add("--minutes", type=positive_float, help="leave out arms that would take longer")
-    add("--counts-only", action="store_true", help="count passes and operations, time nothing")
-    return parser
-
-
-def architecture(args: argparse.Namespace) -> ArchitectureConfig:
-    """Returns the settings of the network."""
-    small = args.model == "small_swin"
-    return ArchitectureConfig(
-        model="swin_t" if small else args.model,
-        model_kwargs=tuple(args.model_kwargs or (SMALL_SWIN if small else ())),
-        img_size=args.img_size or (32 if small else None),
-    )
-
-
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Measures the updates that the options ask for. Returns 1 if all of them failed, else 0."""
     began, longest = time.perf_counter(), 0.0
-    gpu, card = torch.cuda.is_available(), arguments.device_name()
-    device = arguments.default_device()
+    device = default_device()
+    gpu = device.type == "cuda"
     arms = choose_arms(args)
     if not args.counts_only:
         reasons = dict.fromkeys(explain_unsupported(arm.precision, device) for arm in arms)
         why = "; ".join(filter(None, reasons))
         check(None in reasons, f"--precision leaves nothing to measure: {why}")
-    where = "counts" if args.counts_only else arguments.slugify(card)
-    file = f"cost_{args.model}_{where}.json"
-    output = arguments.output_for(file, parser, args, free=("model", "counts_only"))
+    file = f"cost_{args.model}_{'counts' if args.counts_only else '{device}'}.json"
+    output, head = open_record(args, file, ("model", "counts_only"))
     # the limit is too low, because the same function is compiled again for the loss of each arm
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
 
     torch.manual_seed(0)
-    cfg = architecture(args)
-    classes = args.classes or (10 if args.model == "small_swin" else 1000)
+    small = args.model == "small_swin"
+    cfg = ArchitectureConfig(
+        model="swin_t" if small else args.model,
+        model_kwargs=tuple(args.model_kwargs or (SMALL_SWIN if small else ())),
+        img_size=args.img_size or (32 if small else None),
+    )
+    classes = args.classes or (10 if small else 1000)
     network, _ = build_model(cfg, classes)
-    counter = Counter(network, args.batch, classes)
     record: dict[str, Any] = {
+        **head,
         "script": "benchmarks/step/cost.py",
-        "file": output.name,
-        "device": card,
-        "meaningful_times": gpu,
         "meaning": "measured" if gpu else NO_MEANING,
         "model": args.model,
         "architecture": {"model": cfg.model, "model_kwargs": list(cfg.model_kwargs)},
@@ -637,22 +557,17 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         "cuda_graphs": args.cuda_graphs,
         "energy": "not measured",
         "gemm": {},
-        "forward_flops_an_image": counter.forward,
-        **environment(),
+        "forward_flops_an_image": count_flops(network, args.batch, lambda model, x: model(x)),
     }
-    bench, meter = None, None
+    bench, joules = None, None
     if not args.counts_only:
-        print(card if gpu else NO_MEANING, flush=True)
+        print(record["device"] if gpu else NO_MEANING, flush=True)
         precisions = list(dict.fromkeys(arm.precision for arm in arms))
         record["gemm"] = gemm_rates(precisions, device, args.rounds)
         graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
         network = network.to(device)
         bench = UpdateBench(network, classes, args.batch, record["kernels"], **graphs)
-        try:
-            meter = Meter()
-            record["energy"] = meter.source
-        except NoMeterError as error:
-            record["energy"] = f"not measured: {error}"
+        joules, record["energy"] = energy_counter()
     measured: dict[str, Measurement] = {}
     skipped: list[str] = []
 
@@ -671,7 +586,9 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         if args.minutes and start - began + rest > 60 * args.minutes:
             skipped.append(f"{arm.key}: --minutes {args.minutes:g} had no room for it")
             continue
-        found = measured[arm.key] = Measurement(arm, counter.update(arm))
+        alike = Arm(arm.method, schedule=arm.schedule)  # has as many operations
+        flops = update_flops(network, alike, args.batch, classes)
+        found = measured[arm.key] = Measurement(arm, flops)
         if bench:
             bench.prepare(found)
         longest = max(longest, time.perf_counter() - start)
@@ -679,7 +596,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         save()
     if bench:
         for _ in range(args.rounds):
-            bench.time(list(measured.values()), args.round_seconds, meter)
+            bench.time(list(measured.values()), args.round_seconds, joules)
             save()
     save(complete=True)
     failed = [f"{m.arm.key}: {m.why_not}" for m in measured.values() if m.why_not]
@@ -690,15 +607,35 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return int(len(failed) == len(measured))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and returns its exit status.
-
-    The status is 2 for a user's mistake, 1 if no update could be measured, and else 0.
-    """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    return arguments.exit_status("cost.py", lambda: run(parser, args))
-
+GPU = torch.cuda.is_available()
+MODERN = GPU and torch.cuda.get_device_capability() >= (8, 0)
+main = Program(
+    "cost",
+    __doc__,
+    run,
+    option("--model", default="swin_b" if GPU else "small_swin", help="any model of fastgn.train"),
+    option("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of the model"),
+    option("--img-size", type=positive_int, help="height and width of the images in pixels"),
+    option("--classes", type=positive_int, help="default: 1000, or 10 for small_swin"),
+    option("--batch", default=64 if GPU else 8, help="images per update"),
+    option("--methods", nargs="+", choices=METHODS, help="default: all"),
+    option("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm"),
+    option("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"][: 1 + MODERN]),
+    option("--budgets", nargs="+", type=share, default=(), help="memory budgets of exact arms"),
+    option("--kernels", choices=("auto", "triton", "reference"), default="auto"),
+    option("--compile", choices=("on", "off"), default="on" if GPU else "off"),
+    option(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=GPU,
+        help="replay compiled arms as CUDA graphs; default: on CUDA, as fastgn.train does",
+    ),
+    option("--rounds", default=3),
+    option(
+        "--round-seconds", type=positive_float, default=1.0 if GPU else 0.3,
+        help="about how long an arm is timed in a round",
+    ),
+    option("--minutes", type=positive_float, help="leave out arms that would take longer"),
+    option("--counts-only", action="store_true", help="count passes and operations, time nothing"),
+)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,23 +6,13 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.timing import synchronize
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts the ATen operators that run, views included."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
+from fastgn.step.meter import Meter
 
 
 def launches(run: Callable[[], object], compiled: bool) -> tuple[str, int | None, float | None]:
-    """Counts the kernels that a call launches, or on a CPU the ATen operators that it runs.
+    """Counts the kernels that a call launches, or on a CPU the operators that read or write memory.
 
     compiled: whether torch.compile has compiled the call. Returns what is counted, the number, and
     the seconds in which the GPU was at work. A value that cannot be measured is None, such as the
@@ -36,11 +26,12 @@ def launches(run: Callable[[], object], compiled: bool) -> tuple[str, int | None
         busy_s = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
         # if the profiler shows no kernel, the machine does not allow profiling
         return "kernels launched", len(kernels) or None, busy_s or None
+    what = "operators without views"
     if compiled:
-        return "aten operators dispatched", None, None
-    with Dispatched() as dispatched:
+        return what, None, None
+    with Meter() as meter:
         run()
-    return "aten operators dispatched", dispatched.count, None
+    return what, meter.operators, None
 
 
 def is_kernel(event: Any) -> bool:

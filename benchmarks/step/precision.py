@@ -3,14 +3,12 @@
 A schedule is a way to differentiate the penalty. The reference is the gradient of the exact
 schedule in float64, with respect to all weights as one vector. Every gradient has the same weights,
 buffers and images. The table shows its cosine with the reference, and the L2 norm of the difference
-over the norm of the reference. Both are computed for the whole loss, which training uses, and for
-the penalty alone, which a finite difference approximates.
+over the norm of the reference.
 
     python -m benchmarks.step.precision  # two small networks; digits and random images
-    python -m benchmarks.step.precision --cifar10 cifar10.npz
 
-Random images are given to a network with initial weights. Held-out real images are given to a
-network that was first trained on other real images, naturally or by gradnorm, in float32. Training
+Random images are given to a network with initial weights. Held-out digits are given to a network
+that was first trained on other digits, naturally or by gradnorm, in float32. Training
 makes the loss more curved, and so a finite difference less exact. The spread is over batches and
 seeds, which change weights, training and images. The step h of a finite difference is in units of
 normalised pixels.
@@ -21,7 +19,6 @@ interrupted one with the next case. No time is measured, so results from a CPU a
 
 import argparse
 import copy
-import dataclasses
 import importlib.util
 import itertools
 import statistics
@@ -32,8 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import default_device, positive_float, positive_int
+from benchmarks.common.arguments import Program, default_device, open_record, option, positive_float
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.common.timing import summary
@@ -41,23 +37,19 @@ from benchmarks.step.arms import Arm
 from fastgn.config.groups import ArchitectureConfig, DatasetConfig
 from fastgn.data.augment import to_float
 from fastgn.data.datasets import Arrays, load_dataset
-from fastgn.metrics import environment
 from fastgn.models.network import build_model, choose_kernels
-from fastgn.objectives import GradnormOptions, ObjectiveConfig, build_objective
 from fastgn.seeding import Stream, make_generator, seed_all
 from fastgn.step.precision import PRECISIONS, explain_unsupported
 from fastgn.step.schedule import Schedule
-from fastgn.step.step import Step
 
 SIDE, CLASSES = 32, 10
+IMAGES = ("random", "digits")
+UPDATES = 100
+"""Number of updates by which a network is trained."""
+WIDTH = 64 if torch.cuda.is_available() else 8
+"""Width of PreActResNet-18. He's has 64."""
 FD_STEPS = (0.07, 0.01, 0.001)
 """Step sizes of finite differences, in normalised pixels. The paper uses 0.07 (eps / sigma)."""
-CE_WEIGHTS = {"whole": 0.8, "penalty": 2.0**-20}
-"""Name of a loss -> the weight of the cross-entropy in it.
-
-The weight for "penalty" is tiny, but not 0. A central difference takes its direction from the
-gradient of the weighted cross-entropy, which would otherwise be 0.
-"""
 NETWORKS = {
     "tiny Swin": ArchitectureConfig(
         model="swin_t",
@@ -67,7 +59,9 @@ NETWORKS = {
             *("depths=(2, 2)", "num_heads=(2, 4)"),
         ),
     ),
-    "PreActResNet-18, GELU": ArchitectureConfig(model="preact_resnet18", activation="gelu"),
+    "PreActResNet-18, GELU": ArchitectureConfig(
+        model="preact_resnet18", activation="gelu", model_kwargs=(f"width={WIDTH}",)
+    ),
 }
 
 
@@ -93,12 +87,10 @@ def choose_arms(fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
     return arms, [why for why in reasons.values() if why is not None]
 
 
-def gradient(model: nn.Module, arm: Arm, ce_weight: float, batch: tuple[Tensor, Tensor]) -> Tensor:
+def gradient(model: nn.Module, arm: Arm, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Returns the gradient of all parameters as one vector (P,), in float64 on the CPU."""
     model = copy.deepcopy(model)  # because BatchNorm updates its running statistics
-    objective = build_objective(ObjectiveConfig(gradnorm=GradnormOptions(ce_weight=ce_weight)))
-    step = Step(model, objective, arm.options())
-    step([batch], torch.ones((), device=batch[0].device))
+    arm.step(model)([batch], torch.ones((), device=batch[0].device))
     trained = [p for p in model.parameters() if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     return torch.cat([grad.detach().flatten().double().cpu() for grad in grads])
@@ -142,73 +134,39 @@ def batches(
         yield images.to(where), labels.to(where)
 
 
-def sources(names: Sequence[str], cifar10_file: str | None) -> tuple[dict[str, Any], list[str]]:
-    """Returns the image sets that are used: name -> (training images, held-out images).
-
-    The value for "random" is None. Also returns one line for each set that is missing.
-    """
-    found: dict[str, Any] = {}
-    notes = []
-    for name in names:
-        if name == "random":
-            found[name] = None
-        elif name == "digits" and importlib.util.find_spec("sklearn") is None:
-            notes.append("digits: scikit-learn, which embeds them, is not installed")
-        elif name == "cifar10" and cifar10_file is None:
-            notes.append("cifar10: no --cifar10 FILE was given")
-        else:
-            file = cifar10_file if name == "cifar10" else None
-            data = load_dataset(DatasetConfig(data=name, data_dir=file))
-            found[name] = (data.train, data.val)
-    return found, notes
-
-
 def measure(
-    network: str,
-    args: argparse.Namespace,
-    split: tuple[Arrays, Arrays] | None,
-    method: str | None,
-    arms: Sequence[Arm],
+    network: str, args: argparse.Namespace, method: str | None, arms: Sequence[Arm]
 ) -> dict[str, Any]:
     """Returns the gradient errors of all arms, for one network.
 
-    split: training and held-out images, or None for random images. method: training method that the
-    network is first trained with, or None for no training.
+    method: training method by which the network is first trained on digits. If None, it is not
+    trained, and the images are random.
     """
+    digits = None if method is None else load_dataset(DatasetConfig(data="digits"))
     where, config = default_device(), NETWORKS[network]
-    if config.model == "preact_resnet18":
-        config = dataclasses.replace(config, model_kwargs=(f"width={args.width}",))
-    found: dict[tuple[Arm, str], list[dict[str, float]]] = {
-        pair: [] for pair in itertools.product(arms, CE_WEIGHTS)
-    }
+    found: dict[Arm, list[dict[str, float]]] = {arm: [] for arm in arms}
     last_ce, parameters = [], 0
     for seed in range(args.seeds):
         seed_all(Stream.EVALUATION, seed)
         plain, report = build_model(config, CLASSES)
         plain.to(where)
-        if split is not None and method is not None:
-            last_ce.append(train(plain, method, split[0], args.updates, seed))
+        if digits is not None and method is not None:
+            last_ce.append(train(plain, method, digits.train, UPDATES, seed))
         fused, _ = build_model(config, CLASSES, choose_kernels("auto", where))
         fused.to(where).load_state_dict(plain.state_dict())
         reference, parameters = plain.double(), report.parameters
-        held_out = None if split is None else split[1]
+        held_out = None if digits is None else digits.val
         for images, labels in batches(held_out, args.batches, args.batch_size, seed, 1):
-            for part, ce_weight in CE_WEIGHTS.items():
-                double = (images.double(), labels)
-                exact = gradient(reference, Arm("gradnorm"), ce_weight, double)
-                for arm in arms:
-                    value = gradient(fused, arm, ce_weight, (images, labels))
-                    found[arm, part].append(distance(value, exact))
+            exact = gradient(reference, Arm("gradnorm"), (images.double(), labels))
+            for arm in arms:
+                found[arm].append(distance(gradient(fused, arm, (images, labels)), exact))
     rows = []
-    for arm in arms:
-        row: dict[str, Any] = {"arm": label(arm), "precision": arm.precision}
-        for part in CE_WEIGHTS:
-            values = found[arm, part]
-            row[part] = {key: summary([d[key] for d in values]) for key in values[0]}
-        rows.append(row)
+    for arm, values in found.items():
+        errors = {key: summary([value[key] for value in values]) for key in values[0]}
+        rows.append({"arm": label(arm), "precision": arm.precision, "whole": errors})
     return {
         **{"network": network, "parameters": parameters, "trained_by": method},
-        **{"updates": args.updates if method else 0, "last_cross_entropy": last_ce, "arms": rows},
+        **{"updates": UPDATES if method else 0, "last_cross_entropy": last_ce, "arms": rows},
     }
 
 
@@ -241,35 +199,32 @@ def table(record: Record) -> str:
     return with_notes(make_table(names, columns), record, note)
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Makes the measurements that are missing in the JSON record, and writes it after each."""
-    name = arguments.device_name()
-    file = f"precision_{arguments.slugify(name)}.json"
-    output = arguments.output_for(file, parser, args, free=("cifar10",))
+    output, head = open_record(args, "precision_{device}.json")
     arms, notes = choose_arms(args.fd_steps)
-    splits, missing = sources(args.images, args.cifar10)
-    for note in notes + missing:
+    if importlib.util.find_spec("sklearn") is None:
+        notes.append("digits: scikit-learn, which embeds them, is not installed")
+        args.images = [images for images in args.images if images != "digits"]
+    for note in notes:
         print(f"left out: {note}")
-    record = environment()
-    head = {"file": output.name, "device": name, "arms": [label(arm) for arm in arms]}
-    options = ("seeds", "batches", "batch_size", "updates", "width")
-    head |= {key: getattr(args, key) for key in options}
-    before = taken_over(output, head | {"versions": record["versions"], "complete": False})
-    cases = before.get("cases", [])
+    options = {key: getattr(args, key) for key in ("seeds", "batches", "batch_size")}
+    head |= options | {"arms": [label(arm) for arm in arms], "width": WIDTH}
+    same = {key: head[key] for key in (*options, "arms", "width", "device", "versions")}
+    cases = taken_over(output, same | {"complete": False}).get("cases", [])
 
     def save(complete: bool) -> dict[str, Any]:
-        content = head | {"complete": complete, "left_out": notes + missing, "cases": cases}
-        write_record(output, content | record)
-        return content | record
+        record = head | {"complete": complete, "left_out": notes, "cases": cases}
+        write_record(output, record)
+        return record
 
-    for images, split in splits.items():
-        methods = [None] if split is None else ["natural", "gradnorm"]
-        for network, method in itertools.product(args.networks, methods):
-            keys = [(case["network"], case["images"], case["trained_by"]) for case in cases]
-            if (network, images, method) in keys:
+    methods = {"random": [None], "digits": ["natural", "gradnorm"]}
+    for images, network in itertools.product(args.images, args.networks):
+        for method in methods[images]:
+            if (network, method) in [(case["network"], case["trained_by"]) for case in cases]:
                 continue
-            case = measure(network, args, split, method, arms)
-            cases.append({"images": images, "commit": record["commit"]} | case)
+            case = measure(network, args, method, arms)
+            cases.append({"images": images, "commit": head["commit"]} | case)
             save(complete=False)
             print(f"{network}, {images}, trained by {method}", flush=True)
     print(table(save(complete=True)))
@@ -277,23 +232,17 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
-    kinds, width = ("random", "digits", "cifar10"), 64 if torch.cuda.is_available() else 8
-    parser = arguments.make_parser(__doc__)
-    add = parser.add_argument
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    add("--images", nargs="+", choices=kinds, default=list(kinds), help="kinds of images")
-    add("--cifar10", metavar="FILE", help="CIFAR-10, as fastgn.train --data-dir takes it")
-    add("--seeds", type=positive_int, default=3, help="number of seeds, from 0")
-    add("--batches", type=positive_int, default=2, help="number of batches per seed")
-    add("--batch-size", type=positive_int, default=8)
-    add("--updates", type=positive_int, default=100, help="updates of training on real images")
-    add("--width", type=positive_int, default=width, help="width of PreActResNet-18; He's has 64")
-    add("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H")
-    args = parser.parse_args(argv)
-    return arguments.exit_status("precision.py", lambda: run(parser, args))
-
+main = Program(
+    "precision",
+    __doc__,
+    run,
+    option("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)),
+    option("--images", nargs="+", choices=IMAGES, default=[*IMAGES], help="kinds of images"),
+    option("--seeds", default=3, help="number of seeds, from 0"),
+    option("--batches", default=2, help="number of batches per seed"),
+    option("--batch-size", default=8),
+    option("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H"),
+)
 
 if __name__ == "__main__":
     sys.exit(main())

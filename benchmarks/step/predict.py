@@ -29,7 +29,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import operator
 import sys
 import time
 from collections import Counter
@@ -42,13 +41,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.common import arguments
-from benchmarks.common.arguments import positive_int
+from benchmarks.common.arguments import Program, open_record, option
 from benchmarks.common.records import read_json, taken_over, write_record
-from benchmarks.common.tables import Record, make_table, with_notes
+from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
 from benchmarks.step.pretend import CUDA, GPUS, Gpu, pretend
 from fastgn.config.groups import ArchitectureConfig
-from fastgn.metrics import environment
 from fastgn.models.network import Classifier, build_model
 from fastgn.step.double_backward import DoubleBackward
 from fastgn.step.precision import PRECISIONS
@@ -77,14 +75,10 @@ class Cost:
 
     def plus(self, other: "Cost", times: float = 1) -> "Cost":
         """Returns self + times * other."""
+        sums = {k: v + times * getattr(other, k) for k, v in vars(self).items() if k != "by_kind"}
         kinds = {**self.by_kind, **other.by_kind}
-        both = {k: self.by_kind[k] + times * other.by_kind[k] for k in kinds}
-        numbers = {
-            field.name: getattr(self, field.name) + times * getattr(other, field.name)
-            for field in dataclasses.fields(self)
-            if field.name != "by_kind"
-        }
-        return Cost(**numbers, by_kind=Counter(both))
+        both = Counter({k: self.by_kind[k] + times * other.by_kind[k] for k in kinds})
+        return Cost(**sums, by_kind=both)
 
 
 def node_flops(node: torch.fx.Node) -> int:
@@ -390,32 +384,22 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
         key = (card, *network, row["kernels"], row["arm"], row["precision"])
         rows.append(row | {"card": card, "measured": found.get(key, {})})
 
-    def measured_launches(row: Any) -> str:
-        launches = row["measured"].get("launches")
-        return f"{launches['count']:.0f}" if launches and launches["count"] else ""
-
-    def measured_rate(row: Any) -> str:
-        rate = row["measured"].get("images_per_s")
-        return f"{rate:.0f}" if rate else ""
-
-    columns = {
-        **{name: operator.itemgetter(name) for name in ("card", "arm", "precision", "kernels")},
+    columns: dict[str, Column] = {
+        **{name: name for name in ("card", "arm", "precision", "kernels")},
         "launches": lambda r: f"{sum(r['launches'].values()):.0f}",
-        "measured launches": measured_launches,
-        "eager operators": lambda r: f"{r['eager']['operators']:.0f}",
+        "measured launches": "measured/launches/count:.0f",
+        "eager operators": "eager/operators:.0f",
         "MB an image": lambda r: f"{r['bytes_an_image'] / 1e6:.0f}",
         "eager MB an image": lambda r: f"{r['eager']['bytes_an_image'] / 1e6:.0f}",
         "eager over compiled: launches, bytes": lambda r: (
             f"{r['eager']['operators'] / sum(r['launches'].values()):.1f}, "
             f"{r['eager']['bytes_an_image'] / r['bytes_an_image']:.1f}"
         ),
-        "over natural": lambda r: (
-            f"{r['over_natural']['bytes_an_image']:.2f}" if r["over_natural"] else ""
-        ),
+        "over natural": "over_natural/bytes_an_image:.2f",
         "GFLOP an image": lambda r: f"{r['flops_an_image'] / 1e9:.1f}",
         "kept MB an image": lambda r: f"{r['kept_bytes_an_image'] / 1e6:.0f}",
-        "images/s at the roofline": lambda r: f"{r['images_per_s']:.0f}",
-        "measured images/s": measured_rate,
+        "images/s at the roofline": "images_per_s:.0f",
+        "measured images/s": "measured/images_per_s:.0f",
     }
     notes = [
         "Predictions but for the columns named measured",
@@ -449,40 +433,31 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[k] for k in ("gpu", "arm", "precision", "kernels"))
 
 
-def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Predicts all updates that the options ask for, and writes the JSON record after each."""
     choices = ("model", "gpus", "precision", "methods", "schedules", "kernels")
-    output = arguments.output_for(f"predict_{args.model}.json", parser, args, free=choices)
+    output, head = open_record(args, f"predict_{args.model}.json", choices)
     size = (args.model, args.img_size, args.batch_size, args.classes)
     network = Network(*size, tuple(args.model_kwargs))
-    versions = environment()
-    head = {
+    size_of = {
         "model": args.model,
         "model_kwargs": list(network.kwargs),
         "img_size": args.img_size,
         "classes": args.classes,
         "batch": args.batch_size,
     }
-    same = head | {"versions": versions["versions"]}
-    rows = taken_over(output, same).get("rows", [])
-    record: dict[str, Any] = {
-        "script": "benchmarks/step/predict.py",
-        "file": output.name,
-        "prediction": True,
-        "meaning": "prediction: nothing was measured on these cards",
-        **head,
-        **versions,
-    }
+    rows = taken_over(output, size_of | {"versions": head["versions"]}).get("rows", [])
+    head |= size_of | {"script": "benchmarks/step/predict.py", "prediction": True}
     wanted = [(name, arm) for name in args.gpus for arm in choose_arms(args, GPUS[name])]
     for index, (name, arm) in enumerate(wanted):
         began = time.perf_counter()
         cost, source = predict_deep(network, arm, GPUS[name])
-        row = row_of(network, arm, name, cost, source) | {"commit": record["commit"]}
+        row = row_of(network, arm, name, cost, source) | {"commit": head["commit"]}
         rows = [r for r in rows if key_of(r) != key_of(row)] + [row]
         rows.sort(key=lambda r: (list(GPUS).index(r["gpu"]), METHODS.index(r["method"])))
         compare(rows)
         cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
-        record |= {"gpus": cards, "complete": index + 1 == len(wanted), "rows": rows}
+        record = head | {"gpus": cards, "complete": index + 1 == len(wanted), "rows": rows}
         write_record(output, record)
         seconds = time.perf_counter() - began
         print(f"prediction, {', '.join(key_of(row))}: {seconds:.0f} s to lower", flush=True)
@@ -490,27 +465,27 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
-    parser = arguments.make_parser(__doc__)
-    add = parser.add_argument
-    add("--model", default="swin_b")
-    add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="arguments of the model")
-    add("--img-size", type=positive_int, default=224, help="height and width of images in pixels")
-    add("--classes", type=positive_int, default=1000, help="number of classes")
-    add("--batch-size", type=positive_int, default=64, help="number of images per update")
-    add("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="cards to predict")
-    precisions = "precisions of the step; fp32 replaces what a card does not support"
-    default = ["bf16", "bf16-pure"]
-    add("--precision", nargs="+", default=default, choices=PRECISIONS, help=precisions)
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    kinds = [s for s in SCHEDULES if s != "exact-eager"]
-    default = ["exact", "finite-difference", "lazy", "subset"]
-    add("--schedules", nargs="+", default=default, choices=kinds, help="schedules of gradnorm")
-    add("--kernels", default="both", choices=("triton", "reference", "both"))
-    args = parser.parse_args(argv)
-    return arguments.exit_status("predict.py", lambda: run(parser, args))
-
+main = Program(
+    "predict",
+    __doc__,
+    run,
+    option("--model", default="swin_b"),
+    option("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="of the model"),
+    option("--img-size", default=224, help="height and width in pixels"),
+    option("--classes", default=1000, help="number of classes"),
+    option("--batch-size", default=64, help="number of images per update"),
+    option("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="cards to predict"),
+    option(
+        "--precision", nargs="+", default=["bf16", "bf16-pure"], choices=PRECISIONS,
+        help="precisions of the step; fp32 replaces what a card does not support",
+    ),
+    option("--methods", nargs="+", default=list(METHODS), choices=METHODS),
+    option(
+        "--schedules", nargs="+", default=["exact", "finite-difference", "lazy", "subset"],
+        choices=[s for s in SCHEDULES if s != "exact-eager"], help="schedules of gradnorm",
+    ),
+    option("--kernels", default="both", choices=("triton", "reference", "both")),
+)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

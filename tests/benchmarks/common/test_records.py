@@ -12,7 +12,7 @@ import pytest
 from support import ROOT
 
 from benchmarks.common import records
-from benchmarks.common.arguments import output_for
+from benchmarks.common.arguments import open_record
 
 
 def writes(tree: ast.AST, inside: bool = False) -> Iterator[int]:
@@ -69,12 +69,10 @@ def test_two_scripts_do_not_write_one_record(
     other.start()
     try:
         assert ready.wait(400)
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--output", type=Path)
-        args = parser.parse_args(["--output", str(path)])
+        args = argparse.Namespace(output=path, defaults={})
         for write in (
             lambda: records.write_record(path, {"complete": True, "value": 2}),
-            lambda: output_for("r.json", parser, args, ()),
+            lambda: open_record(args, "r.json"),
         ):
             with pytest.raises(SystemExit) as ended:
                 write()
@@ -86,7 +84,10 @@ def test_two_scripts_do_not_write_one_record(
         end.set()
         other.join()
     records.write_record(path, {"complete": True, "value": 3})
-    assert records.started(path) == {} and records.read_json(path)["value"] == 3
+    assert (
+        records.taken_over(path, {"complete": False}) == {}
+        and records.read_json(path)["value"] == 3
+    )
 
 
 def test_a_call_takes_over_a_record_of_the_same_options(tmp_path: Path) -> None:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from support import ROOT
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.kernels import ops as kernels
 
@@ -39,13 +37,13 @@ def test_kernels_runs_on_a_cpu_and_counts_bytes(tmp_path: Path) -> None:
     assert lines[0] == lines[-1] == kernels.NO_MEANING
     assert record["meaningful_times"] is False and record["complete"] is True
     assert record["device"] == "cpu" and record["failed"] == record["skipped"] == []
-    assert {"versions", "commit", "hardware", "large_copy"} <= record.keys()
+    assert {"versions", "commit", "hardware"} <= record.keys()
     assert len(rows) == len(record["rows"]) == 2 * 2 * 3
     for row in rows.values():
-        assert row["agrees"] and row["targets"] == []
+        assert row["agrees"]
         assert row["ms"].keys() >= {"ours", "eager", "copy"}
         for ms in row["ms"].values():
-            assert ms.keys() == {"mean", "std", "median", "n"}
+            assert ms.keys() >= {"mean", "std", "median", "n"}
             assert ms["n"] == 2 and ms["mean"] > 0
         seconds = row["ms"]["ours"]["median"] / 1e3
         assert row["bytes_per_s"] == pytest.approx(row["bytes"] / seconds)
@@ -70,65 +68,61 @@ def test_kernels_runs_on_a_cpu_and_counts_bytes(tmp_path: Path) -> None:
         kernels.table(record)  # no memory was measured: not a result to show
     for row in record["rows"]:
         row["times_less_memory_than"] = {"eager": 1.5}
-        row["targets"] = [{"met": row["dtype"] == "bfloat16"}]
-    assert "(1.50)" in kernels.table(record) and "| 3 of 6 |" in kernels.table(record)
+    assert "(1.50)" in kernels.table(record)
 
 
-class Seen(TorchDispatchMode):
-    """Names and tensor arguments of the ops of ours that run."""
+MOVES = {
+    **dict.fromkeys(kernels.ACTIVATIONS, "x -> y; gy x -> gx; v gy x -> ggy gx"),
+    "bias_gelu": "x bias -> y; gy x bias -> gx gbias; v gy x bias -> ggy gx gbias",
+    "layer_norm": (
+        "x weight bias -> y; gy x weight -> gx gweight gbias; v gy x weight -> ggy gx gweight"
+    ),
+    # both inputs have the same gradient gx, and the gradient of gsum is v: neither is written twice
+    "add_layer_norm": (
+        "x residual weight bias -> y sum; gy gsum sum weight -> gx gweight gbias; "
+        "v gy sum weight -> ggy gx gweight"
+    ),
+    "window_attention": (
+        "qkv bias -> y; gy qkv bias -> gqkv gbias; v gy qkv bias -> ggy gqkv gbias"
+    ),
+    "shifted_window_attention": (
+        "qkv bias mask -> y; gy qkv bias mask -> gqkv gbias; v gy qkv bias mask -> ggy gqkv gbias"
+    ),
+    **dict.fromkeys(
+        ("cross_entropy_index", "cross_entropy_soft"),
+        "logits targets -> y; gy logits targets -> glogits; v gy logits targets -> ggy glogits",
+    ),
+    # the second derivative of L1 with respect to x is zero, so it is not written
+    "gradient_norm_l1": "x -> y; gy x -> gx; v gy x -> ggy",
+    "gradient_norm_l2": "x -> y; gy x y -> gx; v gy x y -> ggy gx",
+}
+"""Op -> tensors read and written: in the forward; in the backward; in the second order.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, list[Tensor]]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastgn":
-            name = function.name().removeprefix("fastgn::")
-            self.calls.append((name, [x for x in args if isinstance(x, Tensor)]))
-        return function(*args, **(kwargs or {}))
+v is the cotangent of the first input's gradient. A g before a tensor's name means its gradient.
+"""
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("op", kernels.OPS)
-def test_bytes_are_those_of_what_an_op_takes_and_returns(op: str) -> None:
-    case = kernels.build(kernels.choose_cases([op], [3])[0], 1, torch.device("cpu"))
-    ours, inputs = case.ours, list(case.inputs.values())
-    gys = [torch.randn_like(y).requires_grad_() for y in kernels.listed(ours(*inputs))]
-    asked = kernels.requests(ours, inputs, gys, torch.randn_like(inputs[0]))
-    sizes = kernels.sizes(case)
-    for order, suffix in zip(kernels.ORDERS, ("", "_bwd", "_bwd_bwd"), strict=True):
-        with Seen() as seen:
-            results = asked[order]()
-        ((name, taken),) = seen.calls  # one op an order
-        assert name.endswith(suffix)
-        if (op, order) == ("gradient_norm_l1", "second"):
-            # handed on and not read: the derivative does not depend on it
-            taken = [x for x in taken if x.data_ptr() != gys[0].data_ptr()]
-        # what is passed on as it came is not written, and one tensor returned twice is written once
-        given = {x.data_ptr() for x in taken}
-        written = {
-            x.data_ptr(): x.nbytes
-            for x in results
-            if x is not None and x.data_ptr() not in given and x.numel()
-        }
-        read = sum(x.nbytes for x in taken)
-        assert kernels.bytes_moved(op, order, sizes) == read + sum(written.values()), order
+def test_bytes_are_those_of_what_an_op_takes_and_returns(op: str, dtype: torch.dtype) -> None:
+    key = kernels.choose_cases([op], [3])[0]._replace(dtype=dtype)
+    case = kernels.build(key, 1, torch.device("cpu"))
+    ours, inputs = case.functions["ours"], list(case.inputs.values())
+    ys = kernels.listed(ours(*inputs))
+    gys = [torch.randn_like(y).requires_grad_() for y in ys]
+    v = torch.randn_like(inputs[0])
+    asked = kernels.requests(ours, inputs, gys, v)
+    sizes = {**case.inputs, **ours.keywords, "v": v, **dict(zip(("y", "sum"), ys, strict=False))}
 
+    def nbytes(name: str) -> int:
+        while name not in sizes:
+            assert name.startswith("g"), name
+            name = name[1:]
+        return sizes[name].nbytes
 
-def test_targets_are_judged() -> None:
-    def met(*args) -> list[bool]:
-        return [target["met"] for target in kernels.targets(*args)]
-
-    # share of copy bandwidth, time and memory of eager over ours
-    assert met("gelu", "forward", 0.9, 1.1, 1.0) == [True, True]
-    assert met("mish", "second", 0.89, 2.5, 1.0) == [False, True, True]
-    assert met("bias_gelu", "second", 0.9, 2.4, 1.0) == [True, False, True]
-    assert met("layer_norm", "backward", 0.8, 0.9, 0.9) == [True, False]
-    assert met("add_layer_norm", "second", 0.79, 3.9, 1.0) == [False, False, True]
-    assert met("window_attention", "second", 0.1, 5.0, 3.9) == [True, False, True]
-    assert met("shifted_window_attention", "second", 0.1, 4.9, 4.0) == [False, True, True]
-    assert met("window_attention", "forward", 0.1, 0.9, 1.1) == [True]
-    assert met("cross_entropy_soft", "second", 0.1, 0.9, 1.0) == [False]
-    assert met("gradient_norm_l1", "forward", 0.1, 0.9, 0.9) == [False]
+    for order, moved in zip(kernels.ORDERS, MOVES[op].split(";"), strict=True):
+        expected = sum(map(nbytes, moved.replace("->", "").split()))
+        assert kernels.bytes_moved(asked[order]) == expected, order
 
 
 def test_a_wrong_result_is_not_a_fast_one() -> None:
@@ -148,5 +142,6 @@ def test_kernels_on_a_gpu(tmp_path: Path) -> None:
     _, record, rows = run_kernels(tmp_path, *options)
     assert record["meaningful_times"] is True and not record["failed"]
     for row in rows.values():
-        assert row["agrees"] and row["targets"]
-        assert row["peak_bytes"]["ours"] > 0 and 0 < row["share_of_copy"] < 2
+        assert row["agrees"]
+        assert row["order"] != "second" or row["peak_bytes"]["ours"] > 0
+        assert 0 < row["share_of_copy"] < 2

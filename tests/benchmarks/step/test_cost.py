@@ -68,11 +68,11 @@ def test_a_run_on_a_cpu(every_arm: tuple[dict, str, Path]) -> None:
     assert {"versions", "commit", "hardware", "device", "script"} <= record.keys()
     for row in record["rows"]:
         assert not row["compiled"] and row["micro_batch"] == record["batch"]
-        assert not {"seconds_a_batch", "first_step_s"} & row.keys(), "seconds of a CPU have no name"
+        assert "seconds_a_batch" not in row, "seconds of a CPU have no name"
         seconds = row["meaningless_seconds_a_batch"]
         assert len(seconds["rounds"]) == record["rounds"] == 3 and min(seconds["rounds"]) > 0
         assert row["peak_bytes"] is row["joules_an_image"] is row["images_per_s"] is None
-        assert row["launches"]["what"] == "aten operators dispatched"
+        assert row["launches"]["what"] == "operators without views"
         assert row["flop_utilisation"] > 0
 
 
@@ -95,12 +95,13 @@ def test_operations_of_an_update() -> None:
     """Of the network that a bare command line takes: natural : exact gradnorm : fair PGD-3 : the
     paper's PGD-3 : finite difference = 3 : 6 : 9 : 13 : 6."""
     kwargs = ArchitectureConfig(model="swin_t", model_kwargs=cost.SMALL_SWIN, img_size=32)
-    counter = cost.Counter(build_model(kwargs, 10)[0], 2, 10)
+    model, _ = build_model(kwargs, 10)
+    forward = cost.count_flops(model, 2, lambda copied, images: copied(images))
     difference = Schedule("finite-difference")
     arms = [cost.Arm(name, "fp32") for name in ("natural", "gradnorm", "pgd_at", "pgd_at-paper")]
     for spec in [*arms, cost.Arm("gradnorm", "fp32", difference)]:
         forwards = UNITS[spec.name][1]
-        assert counter.update(spec) / counter.forward == pytest.approx(forwards, rel=0.02)
+        assert cost.update_flops(model, spec, 2, 10) / forward == pytest.approx(forwards, rel=0.02)
 
 
 @without_gpu
@@ -144,7 +145,7 @@ def test_ratios_are_those_of_the_rounds(every_arm: tuple[dict, str, Path]) -> No
     speed = rows["gradnorm exact"]["times_as_fast_as"]["gradnorm-paper, fp32"]["mean"]
     pairs = zip(rounds("gradnorm-paper"), rounds("gradnorm exact"), strict=True)
     assert speed == pytest.approx(statistics.fmean(theirs / mine for theirs, mine in pairs))
-    itself = {"mean": 1, "std": 0, "min": 1, "max": 1, "n": 3}
+    itself = {"mean": 1, "median": 1, "std": 0, "min": 1, "max": 1, "n": 3}
     assert rows["natural"]["time_over"]["natural"] == itself
     used = rows["pgd_at"]["flops_an_image"] * 4 / statistics.fmean(rounds("pgd_at"))
     rate = every_arm[0]["gemm"]["fp32"]["flops_per_s"]
@@ -325,7 +326,7 @@ def test_a_mistake_is_one_line(
 
 
 def names(*options: str) -> list[str]:
-    arms = cost.choose_arms(cost.make_parser().parse_args(options))
+    arms = cost.choose_arms(cost.main.parse(options))
     return [f"{arm.key}{', compiled' * arm.compile}" for arm in arms]
 
 
@@ -391,9 +392,9 @@ def test_counting_takes_no_memory_of_a_batch() -> None:
     """4096 images, whose activations would not fit: and an image's operations do not depend on
     how many there are."""
     model = network()
-    many, few = (cost.Counter(model, batch, 5) for batch in (4096, 4))
-    spec = cost.Arm("gradnorm", "bf16", Schedule("lazy"))
-    assert many.update(spec) == pytest.approx(few.update(spec), rel=1e-3)
+    spec = cost.Arm("gradnorm", schedule=Schedule("lazy"))
+    many, few = (cost.update_flops(model, spec, batch, 5) for batch in (4096, 4))
+    assert many == pytest.approx(few, rel=1e-3)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -413,7 +414,7 @@ def test_each_arm_has_its_own_calls_and_watchers() -> None:
     calls = {"a": 1, "b": 2}
     timings = interleaved(arms, rounds=2, calls=calls, warmup=0, during=watch)
     assert order == 2 * ["<a", "a", "a>", "<b", "b", "b", "b>"]
-    assert len(timings["b"].rounds) == 2
+    assert len(timings["b"]) == 2
 
 
 @without_gpu
@@ -499,26 +500,23 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_joules(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    meter = energy.Meter()
-    assert nvml.asked == ["GPU-abc"] and "counter" in meter.source
-    with meter.measuring() as reading:
-        nvml.millijoules += 45_000
-        assert reading.joules is None
-    assert reading.joules == 45
+    read, how = energy.energy_counter()
+    assert read is not None and nvml.asked == ["GPU-abc"] and "counter" in how
+    before = read()
+    nvml.millijoules += 45_000
+    assert read() - before == 45
 
 
 def test_no_meter_says_why(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(energy.NoMeterError, match="pip install nvidia-ml-py"):
-        energy.Meter()
+    why = "not measured: pynvml is not installed: pip install nvidia-ml-py"
+    assert energy.energy_counter() == (None, why)
     broken = FakeNvml()
     broken.nvmlInit = lambda: (_ for _ in ()).throw(broken.NVMLError("Driver Not Loaded"))
     monkeypatch.setitem(sys.modules, "pynvml", broken)
-    with pytest.raises(energy.NoMeterError, match="NVML: Driver Not Loaded"):
-        energy.Meter()
+    assert energy.energy_counter() == (None, "not measured: NVML: Driver Not Loaded")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(energy.NoMeterError, match="no GPU"):
-        energy.Meter()
+    assert energy.energy_counter() == (None, "not measured: no GPU")
 
 
 # ------------------------------------------------------------------------------------------- a card
@@ -546,10 +544,6 @@ def test_a_table_of_a_card(tmp_path: Path) -> None:
     assert table[3].startswith("| gradnorm exact, compiled | 5 |")
     assert "| 0.0200 ± 0.0010 | 200 |" in table[3] and "| 2.0 | 1.000 ± 0.010 |" in table[3]
     assert "NVIDIA H200" in table[-1] and "bf16" in table[-1] and "CPU" not in table[-1]
-    start = {"arm": "natural", "precision": "bf16", "failed": None, "cold_s": 90, "warm_s": 20}
-    last = cost.table(record | {"start_times": [start]}).splitlines()[-1]
-    assert "natural, bf16: 4.5 times as long with an empty compiler's cache" in last
-    assert "(90 and 20 s)" in last
 
 
 @without_gpu
@@ -569,7 +563,6 @@ def test_cost_on_a_gpu(tmp_path: Path) -> None:
     assert record["meaningful_times"] and not record["not_timed"]
     for row in record["rows"]:
         assert row["images_per_s"] > 0 and row["launches"]["count"] > 10
-        peak = row["peak_bytes"]
-        assert peak["total"] == peak["shared"] + peak["own"] + peak["step"] and peak["step"] > 0
+        assert row["peak_bytes"]["total"] > 0
     rows = by_arm(record)
     assert math.isclose(rows["natural"]["time_over"]["natural"]["mean"], 1)
