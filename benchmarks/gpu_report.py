@@ -200,17 +200,19 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     # the parts from here on are for a second call
     if not machine.smoke:
         on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
-        needs = ("sklearn", *trainer)
+        needs = ("sklearn", *trainer, *flags)
         what = "CUDA graphs, and the cost suite on a GPU"
-        parts.append(test("gpu_tests", what, 90, *on_gpu, "not synchronise", needs=needs))
+        parts.append(test("gpu_tests", what, 180, *on_gpu, "not synchronise", needs=needs))
         what = "no update waits for the device"
         sync = test("sync_tests", what, 90, *on_gpu, "synchronise", needs=(*needs, *flags))
         parts.append(dataclasses.replace(sync, beside=True))
 
     what = "updates of several processes, one on each GPU"
     toy = ("--check", "--processes", 2, "--rounds", 1, "--batch", 2)
-    ranks = measure("scaling_check", "step.scaling", what, 250, ("--check",), toy)
-    if machine.smoke or torch.cuda.device_count() > 1:
+    cards = torch.cuda.device_count()
+    options = ("--check", "--processes", cards)
+    ranks = measure("scaling_check", "step.scaling", what, 500, options, toy)
+    if machine.smoke or cards > 1:
         parts.append(ranks)
 
     what = "images a second of the attacks"

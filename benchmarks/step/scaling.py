@@ -15,8 +15,8 @@ and is taken for every network. An update of several micro-batches is flat.
 Not modelled: the loader; stragglers; the optimizer, clipping and the average of the weights, unless
 the rate includes them (--cost includes the optimizer, --predict nothing); evaluation, checkpoints
 and restarts; links that are shared or below their peak; GPU time that collectives take from
-compute, and CUDA graphs, which overlap rules out; BatchNorm's buffers; collectives other than rings
-and trees; a rate that changes with clocks or batch.
+compute; that overlap runs without CUDA graphs by default; BatchNorm's buffers; collectives other
+than rings and trees; a rate that changes with clocks or batch.
 
 Writes benchmarks/results/scaling_<model>_<card>.json, with --predict ..._predicted.json. With
 --check, measures updates of several processes on this machine, and how far an update is the sum of
@@ -29,7 +29,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,14 @@ CHECKED = ArchitectureConfig(
     model_kwargs=("patch_size=4", "embed_dim=48", "depths=(2, 2)", "num_heads=(2, 4)"),
 )
 """Network of --check on a CPU."""
+CHECKED_MODES = [
+    ("flat", "fp32", True),
+    ("overlap", "fp32", False),
+    ("overlap", "fp32", True),
+    ("overlap", "bf16", False),
+    ("flat", "bf16", True),
+]
+"""Triples of --grad-sync, --grad-dtype and whether to use CUDA graphs, for --check on GPUs."""
 WARM_UP = 4
 """Number of rounds of --check that compile and record CUDA graphs, and are not counted."""
 IMAGENET_IMAGES = 1_281_167
@@ -70,13 +78,14 @@ RING_LATENCY_S, TREE_LATENCY_S = (3.4e-6, 14.0e-6), (4.0e-6, 14.0e-6)
 START_S = 8.4e-6
 """Seconds that NCCL takes to begin an all-reduce.
 
-Source of the three: the tables from which NCCL chooses (protocol "simple"), in
-torch/_inductor/comm_analysis.py."""
+Source of START_S, RING_LATENCY_S and TREE_LATENCY_S: the tables from which NCCL chooses (protocol
+"simple"), in torch/_inductor/comm_analysis.py."""
 BACKWARD_SHARE = 2 / 3
 """Share of an update's compute that the compiled backward takes. The forward of gradnorm, with its
-input gradient, takes the rest."""
+input gradient, takes the rest. Source: overlap_swin_b_2_2_18_2.json and predict_swin_b.json, 21.2
+of 33.0 ms at the roofline of an H200."""
 SCHEDULE = arguments.RESULTS / "overlap_swin_b_2_2_18_2.json"
-"""When the backward of Swin-B knows its gradients."""
+"""JSON record that says when the backward of Swin-B knows its gradients."""
 MODES = [(sync, dtype) for sync in ("flat", "overlap") for dtype in ("fp32", "bf16")]
 """Pairs of --grad-sync and --grad-dtype."""
 
@@ -152,6 +161,7 @@ def flat_sums(nbytes: float) -> list[Sum]:
 def overlapped_sums(record: Record, nbytes: float) -> list[Sum]:
     """Returns the all-reduces of --grad-sync overlap, as a record of overlap.py schedules them.
 
+    The schedule is the one for gradients in fp32, which that for bf16 equals but for casts.
     nbytes: size of the gradients in bytes, which need not be the record's.
     """
     sums = [Sum(*s) for s in record["rows"][0]["sums"]]
@@ -254,6 +264,7 @@ class Trial:
     """Port on which the processes find each other."""
     grad_sync: str
     grad_dtype: str
+    cuda_graphs: bool
     batch: int
     rounds: int
     folder: str
@@ -270,13 +281,13 @@ def time_rank(rank: int, trial: Trial) -> None:
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": trial.port}
     os.environ.update({key: str(value) for key, value in names.items()})
     torch.set_num_threads(1)
-    modes = {"grad_sync": trial.grad_sync, "grad_dtype": trial.grad_dtype}
+    modes: dict[str, Any] = {"grad_sync": trial.grad_sync, "grad_dtype": trial.grad_dtype}
     side, architecture = CHECKED_SIDE, CHECKED
     options = StepOptions(**modes)
     if torch.cuda.is_available():
         side, architecture = 224, ArchitectureConfig(model="swin_b")
-        graphs = trial.grad_sync == "flat"
-        options = StepOptions(precision="bf16", compile=True, cuda_graphs=graphs, **modes)
+        modes["cuda_graphs"] = trial.cuda_graphs
+        options = StepOptions(precision="bf16", compile=True, **modes)
     with distributed.session() as world:
         model, _ = build_model(architecture, 1000)
         model.to(world.device)
@@ -300,16 +311,18 @@ def time_rank(rank: int, trial: Trial) -> None:
     write_json(path, {name: times[WARM_UP:] for name, times in seconds.items()})
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns, for the JSON record, the measured updates of several processes on this machine.
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """Yields, for the JSON record, the measured updates of several processes on this machine.
 
-    For --grad-sync flat, it also says how far an update is the sum of its compute and its sums.
+    For --grad-sync flat, a row also says how far an update is the sum of its compute and its sums.
     """
     cards = torch.cuda.device_count()
-    check(cards == 0 or max(args.processes) <= cards, f"--processes: there are {cards} GPUs")
-    batch, rows = args.batch or (64 if cards else 4), []
+    most = max(args.processes)
+    few = f"--processes {most}: this machine has {cards} GPUs, so use at most {cards}"
+    check(cards == 0 or most <= cards, few)
+    batch = batch_of_check(args)
     for processes in args.processes:
-        for mode in MODES if cards and processes > 1 else MODES[:1]:
+        for mode in CHECKED_MODES if cards and processes > 1 else CHECKED_MODES[:1]:
             with tempfile.TemporaryDirectory() as folder:
                 trial = Trial(processes, get_free_port(), *mode, batch, args.rounds, folder)
                 torch.multiprocessing.spawn(time_rank, (trial,), processes)
@@ -319,7 +332,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 name: [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)]
                 for name in ranks[0]
             }
-            row = {"processes": processes, "grad_sync": mode[0], "grad_dtype": mode[1]}
+            row: Row = {"processes": processes, "grad_sync": mode[0], "grad_dtype": mode[1]}
+            row["cuda_graphs"] = bool(cards) and mode[2]
             row["update_ms"] = summary([1e3 * seconds for seconds in slowest["update"]])
             if "sums" in slowest:
                 parts = zip(slowest["compute"], slowest["sums"], strict=True)
@@ -327,14 +341,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 row["predicted_over_measured"] = summary(ratios)
                 shares = paired_ratios(slowest["sums"], slowest["update"])
                 row["sums_over_update"] = summary(shares)
-            rows.append(row)
+            yield row
+
+
+def batch_of_check(args: argparse.Namespace) -> int:
+    """Returns the number of images of each process in --check."""
+    return args.batch or (64 if torch.cuda.is_available() else 4)
+
+
+def describe_check(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the JSON record of --check says beside its rows."""
     return {
         "prediction": False,
         "device": arguments.device_name(),
-        "model": "swin_b" if cards else "a small Swin, eager",
-        "batch": batch,
+        "model": "swin_b" if torch.cuda.is_available() else "a small Swin, eager",
+        "batch": batch_of_check(args),
         "cores": os.cpu_count(),
-        "rows": rows,
+        "rows": [],
     }
 
 
@@ -346,6 +369,7 @@ def table(record: Record) -> str:
         columns: dict[str, Callable[[Row], str]] = {
             "processes": lambda r: str(r["processes"]),
             "mode": lambda r: f"{r['grad_sync']}, {r['grad_dtype']}",
+            "CUDA graphs": lambda r: "on" if r.get("cuda_graphs") else "off",
             **{
                 name: lambda r, key=key: plus_minus(r[key], ".3f") if key in r else ""
                 for name, key in ratio.items()
@@ -392,7 +416,7 @@ def table(record: Record) -> str:
 def run(args: argparse.Namespace) -> int:
     """Makes the predictions or the check, and writes the JSON record."""
     if args.check:
-        record = measure(args)
+        record = describe_check(args)
         name = f"scaling_check_{arguments.slugify(record['device'])}.json"
     else:
         record = predict(args)
@@ -401,6 +425,9 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or arguments.RESULTS / name
     head = {"script": "benchmarks/step/scaling.py", "file": output.name}
     record = head | record | environment()
+    for row in measure(args) if args.check else ():
+        record["rows"].append(row)
+        write_json(output, record)  # a later row may be cut short
     write_json(output, record)
     print(f"{table(record)}\n-> {output}")
     return 0
@@ -420,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--images-per-s", type=positive_float, help="images per second of one GPU")
     add("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm")
     add("--predict", type=Path, help="record of predict.py, in the same way")
-    add("--check", action="store_true", help="measure 1, 2 and 4 processes of this machine")
+    add("--check", action="store_true", help="measure processes of this machine (--processes)")
     add = parser.add_argument
     add("--card", choices=GPUS, help="default: the card of --cost, or h200")
     add("--model", default="swin_b", help="if neither --cost nor --predict names it")

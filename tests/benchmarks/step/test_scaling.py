@@ -205,4 +205,4 @@ def test_the_check_measures_processes_of_this_machine(tmp_path, capsys):
     assert (row["processes"], row["grad_sync"], row["grad_dtype"]) == (2, "flat", "fp32")
     assert row["update_ms"]["n"] == row["predicted_over_measured"]["n"] == 2
     assert 0 < row["sums_over_update"]["mean"] < 1
-    assert "| 2 | flat, fp32 |" in capsys.readouterr().out
+    assert "| 2 | flat, fp32 | off |" in capsys.readouterr().out
