@@ -1,4 +1,4 @@
-"""Continues a run from a checkpoint, after checks that the checkpoint fits, and reports changes."""
+"""Continues a run from a checkpoint that fits it, and reports which options have changed."""
 
 import dataclasses
 import json

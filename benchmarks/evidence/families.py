@@ -77,7 +77,8 @@ def differentiate(model: network.Classifier) -> dict[str, Any]:
     """Computes the gradient of one gradnorm update and returns whether all of it is finite."""
     torch.manual_seed(0)
     images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)
-    images_BCHW[0, :, :20] = 0.5  # one colour, as in photographs, where features may be 0
+    # an area of one colour, such as a sky, whose features may be exactly 0
+    images_BCHW[0, :, :20] = 0.5
     targets_B = torch.tensor([0, 1])
     model.train()
     try:

@@ -329,7 +329,10 @@ def gemm_rates(
 
 
 def paper_column(arm: Arm) -> dict[str, Any] | None:
-    """Returns the paper's row for an arm, with ratios of times, or None if there is no row."""
+    """Returns what the paper's Table 3 reports for an arm, or None if it does not have the arm.
+
+    Adds the ratios of its time to those of natural training and PGD-3.
+    """
     row = PAPER.get(arm.base)
     if row is None or not arm.schedule.is_exact or arm.budget < 1:
         return None

@@ -126,9 +126,8 @@ def read_labels(
     )
     check(
         digits is None,
-        f"{path}, line {unnamed.number}: label {unnamed.label} is not the name of a class, and it "
-        f"cannot be a class's number, because a class has the name {digits}: write all labels as "
-        "names",
+        f"{path}, line {unnamed.number}: no class has the name {unnamed.label}, and it is not read "
+        f"as a class's number, because one class has the name {digits}: write all labels as names",
     )
     return by_number
 

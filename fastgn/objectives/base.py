@@ -47,10 +47,8 @@ class Representatives(NamedTuple):
     images_NCHW: Tensor
     """The images. If labels_N is None, there is one per class, in the order of the classes."""
     labels_N: Tensor | None = None
-    """Class of each image, int64, or None.
-
-    If given, the nearest image of a class is used for each training image.
-    """
+    """Class of each image, int64. The nearest image of the wanted class then stands for that class,
+    separately for each training image. None if there is one image per class."""
 
 
 def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "hard") -> Tensor:

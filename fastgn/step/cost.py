@@ -67,11 +67,11 @@ def count_cost(
     """Counts the cost of an update that is not compiled, on micro-batches of up to batch_size
     images.
 
-    The gradients of the weights exist from the start, as they do from the second micro-batch on.
-    Peak memory is counted for a few images and for batch_size images, and a line is drawn through
-    both peaks. Between these two sizes the true peak is never above this line, because it is the
-    largest of several lines. If only some updates have a penalty, the largest peak of all updates
-    is taken.
+    The count assumes that the gradients of the weights are allocated already, as they are from the
+    second micro-batch on. Peak memory is counted for a few images and for batch_size images, and
+    interpolated between these two sizes. The interpolation is never too low: at each moment of the
+    update, memory is a linear function of the number of images, so the peak is a convex one. If
+    only some updates have a penalty, the largest peak of all updates is taken.
 
     device_type: the device whose autocast is imitated.
     """

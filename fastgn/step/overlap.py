@@ -90,8 +90,9 @@ class SumInBackward(torch.autograd.Function):
 class SummedInBackward(nn.Module):
     """Computes a loss whose backward also sums the gradients over the processes.
 
-    The sums are the gradients of the buckets' slots, which are inputs of the loss. No operator in
-    the compiled graph reads a sum or waits for it, not even a cast or a division.
+    Each bucket has a slot: an input of the loss whose only purpose is its gradient. The backward
+    makes the bucket's summed gradients the gradient of the slot. Nothing in the compiled graph
+    reads a sum, not even a cast or a division, so the graph never waits for an all-reduce.
 
     module: computes the loss, divided by the number of processes. buckets: made from the weights of
     `module` that require grad. group: name of the process group.

@@ -46,7 +46,8 @@ class Schedule:
         a whole number.
         """
         share = self.subset_fraction if self.kind == "subset" else 1.0
-        least = max(1, int(0.999 / share))  # the share of fewer images is below one image
+        # share * n must be at least 1. The factor 0.999 allows for rounding.
+        least = max(1, int(0.999 / share))
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 
     def fewest(self, images: int) -> int:

@@ -173,9 +173,12 @@ def _map(
     gn: Tensor, g: Tensor, norm: Tensor | None, ord: int,
     ggg: Tensor | None = None, ggn: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Returns gg, the gradient of the loss with respect to g, in the first backward pass.
+    """Returns the gradient with respect to g: that of the first backward pass, or that of the
+    second one if ggg and ggn are given.
 
-    If ggg and ggn are given, returns gg of the second backward pass. ord: 1 or 2 for L1 or L2.
+    gn: gradient of the loss with respect to the norms. norm: the norms, or None for L1. ggg:
+    gradient with respect to the first pass's result. ggn: the second pass's gradient with respect
+    to gn. ord: 1 or 2 for L1 or L2.
     """
     gg = torch.empty_like(g)
     rows, columns, constants = _choose_tile(g, ord)
@@ -245,7 +248,7 @@ def _run_plain(
 
 
 def _with_samples_in_blocks(g: Tensor) -> Tensor:
-    """Returns g, or a contiguous copy of g unless each sample fills one block of memory.
+    """Returns g if each sample fills one block of memory, otherwise a contiguous copy of g.
 
     The order of the elements within a sample does not matter for a norm. Therefore images in
     channels_last are not copied.

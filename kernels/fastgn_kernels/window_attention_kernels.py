@@ -95,10 +95,10 @@ def _locate_channels(
     part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Returns offsets of elements from the first one of a window, and which elements exist.
+    """Returns the offsets of a tile, counted from the window's first element, and its load mask.
 
-    The elements are BLOCK_DIM channels of all tokens. `channel` is the first of these channels.
-    PARTS is 3 for qkv, whose parts 0, 1 and 2 are q, k and v. PARTS is 1 for o.
+    The tile has all tokens and BLOCK_DIM channels, beginning at `channel`. part: 0, 1 or 2 for q,
+    k or v. PARTS: 3 for qkv, or 1 for o, whose only part is 0.
     """
     n, d = tl.arange(0, BLOCK_TOKENS)[:, None], channel + tl.arange(0, BLOCK_DIM)[None, :]
     return n * (PARTS * HEADS * DIM) + part * HEADS * DIM + d, (n < TOKENS) & (d < DIM)

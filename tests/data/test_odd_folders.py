@@ -85,7 +85,7 @@ def test_what_to_write_where_names_are_numbers(tmp_path):
     assert line.endswith("write all labels as names")
     (tmp_path / "val.txt").write_text(lines[0])
     line = refusal(tmp_path)
-    assert "label 0 is not the name of a class" in line and "a class has the name 1" in line
+    assert "no class has the name 0" in line and "one class has the name 1" in line
 
 
 @pytest.mark.parametrize("start", ["", "\ufeff"])

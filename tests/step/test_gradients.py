@@ -13,6 +13,7 @@ from support.processes import on_ranks
 from support.runs import TINY_SWIN
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fastgn import attacks, distributed
 from fastgn.config.cli import parse_config
@@ -139,6 +140,40 @@ class TwoRanks(OneRank):
     """Two processes of which this one is the only real one."""
 
     size = 2
+
+
+class RanksWithoutMemory(TwoRanks):
+    """The other process says once that it has run out of memory."""
+
+    failures = 1
+
+    def any(self, flag: bool) -> bool:
+        self.failures -= 1
+        return flag or self.failures >= 0
+
+
+def test_a_forward_without_memory_elsewhere_is_repeated_flat() -> None:
+    """This process must not begin a sum in its backward, in which it would wait for the other."""
+    model, _ = network.build_model(parse_config(TINY_SWIN).architecture, 10, "reference")
+    objective = build_objective(parse_config(["--method", "gradnorm"]).objective)
+    batch = global_batch(0, torch.float32)
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        options = StepOptions(grad_sync="overlap")
+        said: list[str] = []
+        step = RetryingStep(
+            Step(model, objective, options, ranks=RanksWithoutMemory()), said.append
+        )
+        step([batch], torch.ones(()))
+        grads = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+        halves = RetryingStep(Step(model, objective, StepOptions(micro_batch=IMAGES // 2)))
+        model.zero_grad()
+        halves([batch], torch.ones(()))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(said) == 1 and f"going on with {IMAGES // 2}" in said[0]
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(2 * grad, parameter.grad)  # each process has half of the mean
 
 
 @pytest.mark.gpu
