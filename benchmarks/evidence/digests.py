@@ -47,7 +47,8 @@ def digests_of(cfg: Config) -> dict[str, str]:
 
 
 NAMED = ("architecture", "objective")
-"""Groups of options that have a digest of their own."""
+"""Groups of options whose values have a digest of their own. If such a group changes, the message
+can name it."""
 
 
 def objective_code(method: str) -> list[str]:

@@ -51,7 +51,7 @@ def smallest_network(family: str) -> str:
         try:
             with torch.device("meta"):
                 candidate = timm.create_model(name, num_classes=CLASSES)
-        except Exception:  # some networks read a tensor's values in __init__
+        except Exception:  # networks that read values in __init__, which meta tensors lack
             continue
         counts[name] = sum(p.numel() for p in candidate.parameters())
     return min(counts or names, key=lambda name: counts.get(name, 0))

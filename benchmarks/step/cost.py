@@ -304,7 +304,8 @@ class UpdateBench:
 def gemm_rates(
     precisions: Sequence[str], device: torch.device, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Returns floating-point operations per second of a square matrix product in each precision."""
+    """Measures a square matrix product. Returns precision -> a summary over the rounds, in
+    floating-point operations per second."""
     side = GEMM_SIDE[device.type]
 
     def product(precision: str) -> Callable[[], None]:

@@ -3,11 +3,12 @@
     python -m benchmarks.step.overlap                     # a Swin-B with one block per stage
     python -m benchmarks.step.overlap --depths 2 2 18 2   # Swin-B itself, which takes long
 
-The compiled backward of gradnorm is scheduled on pretended GPUs (benchmarks/step/pretend.py): its
-kernels, and the places at which Inductor begins each all-reduce. Kernels then take the time of the
-roofline, times a factor for what the roofline leaves out. All-reduces take the time of
-scaling.py's links, one after the other, beside the kernels. What is left of them when the backward
-has ended is exposed: the optimizer waits for it.
+The backward of gradnorm is compiled for GPUs that are not here (benchmarks/step/pretend.py). That
+gives the order of its kernels, and the places among them at which Inductor begins an all-reduce.
+Then the order is played through. A kernel takes the time of the roofline, times a factor for what
+the roofline leaves out. All-reduces run one after the other, beside the kernels, and take the times
+that scaling.py computes for its links. What is left of them when the backward has ended is exposed,
+because the optimizer waits for it.
 
 Not modelled: the memory bandwidth and the processors that all-reduces take from kernels; launches;
 ranks that come late. These are predictions, not measurements.

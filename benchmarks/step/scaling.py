@@ -38,7 +38,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.common import arguments
 from benchmarks.common.arguments import positive_float, positive_int
-from benchmarks.common.records import fastest_gradnorm, read_json, write_json
+from benchmarks.common.records import fastest_gradnorm, read_json, write_json, write_record
 from benchmarks.common.tables import Record, Row, make_table, plus_minus, with_notes
 from benchmarks.common.timing import once, paired_ratios, summary
 from benchmarks.step.arms import random_batch
@@ -257,7 +257,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Updates of several processes that --check times."""
+    """What --check measures at a time: the seconds of updates that several processes share."""
 
     processes: int
     port: int
@@ -424,12 +424,12 @@ def run(args: argparse.Namespace) -> int:
         name = f"scaling_{record['model']}_{record['card']}{kind}.json"
     output = args.output or arguments.RESULTS / name
     head = {"script": "benchmarks/step/scaling.py", "file": output.name}
-    record = head | record | environment()
+    record = head | {"complete": False} | record | environment()
     for row in measure(args) if args.check else ():
         record["rows"].append(row)
-        write_json(output, record)  # a later row may be cut short
-    write_json(output, record)
-    print(f"{table(record)}\n-> {output}")
+        write_record(output, record)
+    record["complete"] = True
+    print(f"{table(record)}\n-> {write_record(output, record)}")
     return 0
 
 

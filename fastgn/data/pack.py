@@ -245,8 +245,8 @@ def check_apart(cfg: PackConfig) -> None:
         for read in ((source / split).resolve() for split in splits.values()):
             check(
                 not (written.is_relative_to(read) or read.is_relative_to(written)),
-                f"OUTPUT {cfg.output}: its {name} would be inside {read}, where the images are, or "
-                "would contain it: give a folder outside of SOURCE",
+                f"OUTPUT {cfg.output}: its folder {name} and the folder of images {read} would lie "
+                "one inside the other: give another OUTPUT",
             )
 
 

@@ -82,7 +82,8 @@ def swap_activations(model: nn.Module, name: str) -> int:
     """Replaces every activation module of a network in place. Returns the number of replaced
     modules.
 
-    name: activation NAME or NAME:NUMBER. Raises UserError if the network has no activation module.
+    name: NAME of an activation, or NAME:NUMBER with its parameter, such as softplus:10 for beta 10.
+    Raises UserError if the network has no activation module.
     """
     layer, arguments = parse_activation(name)
     known = list_replaced_classes()

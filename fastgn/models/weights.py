@@ -206,7 +206,9 @@ def adapt_weights(
     """Returns weights that fit the network's image size and number of classes, and the changes
     made.
 
-    Raises UserError if timm's filter fails.
+    weights: name in the network -> weight. own: the network's present weights, whose shapes are
+    wanted. source: where the weights come from, for messages. Raises UserError if timm's function
+    that adapts weights to a network fails.
     """
     module = sys.modules[type(backbone).__module__]
     resize = getattr(module, "checkpoint_filter_fn", None)
@@ -306,7 +308,7 @@ def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
             continue
         check(
             re.fullmatch(SWIN_KEYS, key) is not None,
-            f"{given} is unknown: no Swin of timm 0.6 or 1.0 has it",
+            f"weight {given} is unknown: no Swin of timm 0.6 or 1.0 has it",
         )
         if old:
             key = re.sub(

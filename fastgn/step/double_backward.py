@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 COMPILER = {
     "trace_autograd_ops": True,  # otherwise torch.autograd.grad breaks the graph
-    "optimize_ddp": False,  # otherwise the graph is cut between a gradient and its input
+    # otherwise Dynamo cuts the graph at DDP's buckets, between the images and their gradient
+    "optimize_ddp": False,
     "recompile_limit": 64,  # high, because a single function runs all losses of a process
 }
 """Settings of torch._dynamo.config while a DoubleBackward runs."""

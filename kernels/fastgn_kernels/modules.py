@@ -273,7 +273,7 @@ _New = tuple[str, type[nn.Module], dict[str, Any]]
 
 
 def _activation(kind: str, parameter: float | None = None) -> _New:
-    """Returns the kind, new class and new attributes of an activation module."""
+    """Returns how to replace an activation module: its kind, its new class and attributes."""
     return kind, FusedActivation, {"kind": kind, "parameter": parameter}
 
 
@@ -285,7 +285,10 @@ def _softplus(module: Any) -> _New:
 
 
 def _layer_norm(module: Any) -> _New:
-    """Returns the kind, new class and new attributes of a LayerNorm, or raises _RefusedError."""
+    """Returns how to replace a LayerNorm: its kind in the report, its new class and attributes.
+
+    Raises _RefusedError if the module cannot be replaced.
+    """
     if len(module.normalized_shape) != 1:
         raise _RefusedError(f"it normalises {len(module.normalized_shape)} dimensions at once")
     if getattr(module, "_fast_norm", False):
@@ -294,7 +297,7 @@ def _layer_norm(module: Any) -> _New:
 
 
 def _window_attention(module: Any) -> _New:
-    """Returns the kind, new class and new attributes of timm's WindowAttention.
+    """Returns how to replace timm's WindowAttention: its kind, its new class and attributes.
 
     Raises _RefusedError if the module cannot be replaced.
     """

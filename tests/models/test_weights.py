@@ -265,7 +265,9 @@ def test_an_initial_checkpoint_may_be_an_old_swin(swin, tmp_path):
 
 def test_what_is_not_the_papers_is_named(swin, tmp_path):
     old = old_form(swin)
-    with pytest.raises(UserError, match=r"^1\.absolute_pos_embed is unknown: no Swin of timm"):
+    with pytest.raises(
+        UserError, match=r"^weight 1\.absolute_pos_embed is unknown: no Swin of timm"
+    ):
         convert_paper_weights({"1.absolute_pos_embed": torch.zeros(1), "1.other": torch.zeros(1)})
     path = tmp_path / "resnet.pt"
     torch.save({"conv1.weight": torch.zeros(1)}, path)

@@ -238,6 +238,6 @@ TRANSLATIONS: dict[Any, tuple[Kind, Callable[..., tuple[float, ...] | None]]] = 
     auto_augment.brightness: (Kind.BRIGHTNESS, as_given),
     auto_augment.sharpness: (Kind.SHARPNESS, as_given),
 }
-"""timm's function -> its Kind, and a function that turns (side in pixels, timm's arguments) into
-the arguments of the Kind. That function returns None if the operation would not change the image.
-Policies with other functions of timm are refused."""
+"""How DALI does the operations of timm's policies. timm's function for an operation -> the Kind
+that does the same, and a function of (side in pixels, timm's arguments) that returns the arguments
+of that Kind, or None if the image would not change. Policies with other operations are refused."""
