@@ -273,7 +273,7 @@ def test_what_is_not_the_papers_is_named(swin, tmp_path):
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError) as caught:
         read_weights(path, paper=True)
-    assert str(caught.value).startswith(f"{path}: conv1.weight is unknown")
+    assert str(caught.value).startswith(f"{path}: weight conv1.weight is unknown")
     other = normalised(old, "sequential") | {"0.std": torch.tensor((0.5, 0.5, 0.5))}
     with pytest.raises(UserError, match=r"^0\.std is \[0\.5, 0\.5, 0\.5\] instead of ImageNet's"):
         convert_paper_weights(other)
