@@ -1,24 +1,31 @@
-"""Proof that a job of several ranks survives faults and trains the same network.
+"""Proof that a training survives faults, and trains the same network as without them.
 
-    python -m benchmarks.evidence.faults  # about half an hour on two cores
+    python -m benchmarks.evidence.faults  # about an hour on two cores
 
-Each trial trains a toy Swin on the digits on four gloo ranks under the agent of torchrun, with
-`--max-restarts`, and lets one fault happen at a random moment:
+Each trial trains a toy Swin on the digits, with a checkpoint after every third update, and lets a
+fault happen at a random moment:
 
-- kill: SIGKILL ends one rank.
-- stop: SIGSTOP stops one rank, so that the others wait until `--rank-timeout` has passed.
+- alone: SIGKILL ends a training of one process, which the same command continues. Up to nine kills
+  follow each other, until a process ends by itself.
+- kill: SIGKILL ends one of four gloo ranks under the agent of torchrun, with `--max-restarts`.
+- stop: SIGSTOP stops one of four ranks, so that the others wait until `--rank-timeout` has passed.
+- memory: one operator of a random update finds no memory on one of four ranks. All ranks repeat the
+  update in halved micro-batches.
 - shrink: one of two machines with two ranks each is lost together with its agent, under
   `--nnodes 1:2`. Two ranks train the rest with the same global batch.
 
 A trial is lost if the job fails, and it hangs if the job has not ended after LIMIT_S seconds. Where
 the number of ranks stays the same, everything that the run has written has to be the same to the
-last bit as in an undisturbed run, except for the clock's columns. After a shrink, the weights have
-to be the same up to rounding.
+last bit as in an undisturbed run, except for the clock's columns. Because halved micro-batches
+round differently, a run that ran out of memory is compared with one in which the same operator
+finds no memory on all ranks. After a shrink, the weights have to be the same up to rounding.
 
-The agents are forked by a server that has imported fastgn.train, so that a start takes no imports.
+The processes are forked by a server that has made the imports, so that a start takes none.
 Writes benchmarks/results/faults_cpu.json after each trial. The same command continues.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -29,224 +36,300 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
+from torch.multiprocessing import ProcessContext
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.arguments import RESULTS, make_parser, positive_int
-from benchmarks.common.records import earlier, hold, write_record
+from benchmarks.common.arguments import Program, finish, open_record, option
+from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
-from benchmarks.evidence.kills import contents, differences
 from fastgn import train
 from fastgn.checkpoint import Checkpoints, load_checkpoint
-from fastgn.metrics import environment
+from fastgn.metrics import read_rows
+from fastgn.step.step import Step
 
 ARGUMENTS = (
     *("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8"),
     *("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2", "--data", "digits"),
     *("--batch-size", "24", "--global-batch-size", "96", "--epochs", "2", "--warmup-epochs", "0"),
     *("--lr", "0.003", "--eval-images", "48", "--log-interval", "4", "--checkpoint-interval", "3"),
-    *("--max-updates", "16", "--rank-timeout", "0.33"),
+    *("--max-updates", "16"),
 )
-"""Command line of the training: 16 updates of 96 images, 14 of which are an epoch."""
+"""Command line of the training: 16 updates of 96 images. Log rows, checkpoints and epochs, which
+have 14 updates, end at different updates."""
 DRAWS = ("--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--drop-path", "0.1")
 """Options that make each rank draw random numbers, except in the trials that lose ranks."""
-ARMS = ("kill", "stop", "shrink")
-"""Names of the faults."""
+UPDATES, OPERATORS, LAST = 16, 1300, "update_00000016"
+"""Number of updates, a little less than the operators of an update, the last checkpoint's name."""
+ARMS = {"alone": 0, "kill": 1, "stop": 1, "memory": 1, "shrink": 2}
+"""Name of a fault -> number of agents of torchrun. 0 means one process without an agent."""
+IMPORTS = ("benchmarks.evidence.faults", "sklearn.datasets", "torch.utils.tensorboard")
+"""Modules that a training needs."""
 LIMIT_S = 600.0
 """Seconds after which a job counts as hung. Other programs may use the same cores."""
 ROUNDING = 1e-4
 """Largest relative difference of weights that rounding explains."""
+STATE = ("update", "best", "accuracy", "sums", "summed", "model", "ema", "optimizer")
+"""Keys of a checkpoint that faults must not change."""
+CLOCK = ("images_per_s", "data_wait_share", "seconds")
+"""Columns of metrics.csv that depend on the machine's speed and are therefore not compared."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault of one trial."""
+    """A fault of a job with several ranks."""
 
     arm: str
     """Name of the fault, one of ARMS."""
-    rank: int
-    """Rank that has the fault. The second machine is lost with all its ranks."""
-    after_s: float
-    """Seconds from the start of the rank's training to the fault."""
-    mark: str
-    """File that the fault creates when it happens."""
+    rank: int | None
+    """Rank that has the fault. None means all ranks."""
+    moment: dict[str, Any]
+    """Seconds from the start of the rank's training, or number of an update and its operator."""
 
-    def happen(self) -> None:
+    def prepare(self, folder: Path) -> None:
+        """Lets the fault of this rank, if it has one, happen once in the run in `folder`."""
+        rank = int(os.environ["LOCAL_RANK" if self.arm == "shrink" else "RANK"])
+        if self.rank is not None and (self.rank != rank or mark_of(folder).exists()):
+            return
+        if self.arm != "memory":
+            timer = threading.Timer(self.moment["after_s"][0], self.happen, [folder])
+            timer.daemon = True
+            timer.start()
+            return
+        compute = Step.__call__
+
+        def compute_once(step: Step, batches: Any, ramp: Any, update: int, *rest: Any) -> Any:
+            if update != self.moment["update"]:
+                return compute(step, batches, ramp, update, *rest)
+            Step.__call__ = compute  # type: ignore[method-assign]
+            with NoMemory(self.moment["operator"], mark_of(folder)):
+                return compute(step, batches, ramp, update, *rest)
+
+        Step.__call__ = compute_once  # type: ignore[assignment,method-assign]
+
+    def happen(self, folder: Path) -> None:
         """Ends or stops this process, or its agent with all ranks of the machine."""
-        Path(self.mark).touch()
-        match self.arm:
-            case "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            case "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            case "shrink":
-                os.killpg(0, signal.SIGKILL)
+        mark_of(folder).write_text(describe(folder))
+        if self.arm == "shrink":
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP if self.arm == "stop" else signal.SIGKILL)
 
 
-def train_rank(args: Sequence[str], fault: Fault | None) -> None:
-    """Trains as one rank, and lets the fault happen if it is this rank's."""
+class NoMemory(TorchDispatchMode):
+    """Lets one operator of this thread find no memory."""
+
+    def __init__(self, operator: int, mark: Path):
+        """operator: number of the operator, from 0. mark: file that gets the operator's name."""
+        super().__init__()
+        self.left, self.mark = operator, mark
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator, or raises torch.OutOfMemoryError."""
+        self.left -= 1
+        if self.left < 0:
+            turn = "forward" if torch._C._current_graph_task_id() < 0 else "backward"
+            self.mark.write_text(f"{turn}: {func}")
+            raise torch.OutOfMemoryError(f"out of memory in {func}")
+        return func(*args, **(kwargs or {}))
+
+
+def mark_of(folder: Path) -> Path:
+    """Returns the file that a fault writes when it happens. It says what the run was doing."""
+    return folder.with_suffix(".mark")
+
+
+def describe(folder: Path) -> str:
+    """Returns what a run is doing, as its files show."""
+    checkpoints = Checkpoints(folder, 1)
+    if any(checkpoints.folder.glob(".*.tmp")):
+        return "writing a checkpoint"
+    if not (folder / "config.toml").exists():
+        return "starting"
+    return "finishing" if (checkpoints.folder / f"{LAST}.pt").exists() else "training"
+
+
+def train_rank(folder: Path, agents: int, fault: Fault | None) -> None:
+    """Trains as one rank or alone, with the fault if it is this rank's."""
     torch.set_num_threads(1)
-    rank = int(os.environ["LOCAL_RANK" if fault and fault.arm == "shrink" else "RANK"])
-    if fault is not None and fault.rank == rank and not Path(fault.mark).exists():
-        timer = threading.Timer(fault.after_s, fault.happen)
-        timer.daemon = True
-        timer.start()
-    status = train.main(list(args))
+    if fault is not None:
+        fault.prepare(folder)
+    args = [*ARGUMENTS, *(() if agents == 2 else DRAWS), "--output", str(folder)]
+    if agents == 2 or (fault is not None and fault.arm == "stop"):
+        args += ["--rank-timeout", "0.12"]  # on a busy machine, a rank may be that late
+    status = train.main([*args, "--resume", "auto"])
     if status:
         sys.exit(status)
 
 
-def run_agent(machines: int, port: int, args: Sequence[str], fault: Fault | None, log: str) -> None:
-    """Runs the agent of torchrun for a machine, with all of the four ranks or with two of them."""
+def run_agent(number: int, agents: int, port: int, folder: Path, fault: Fault | None) -> None:
+    """Runs an agent of torchrun with its share of four ranks. If `agents` is 0, trains alone."""
     os.setsid()  # a lost machine is a lost process group
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    log = os.open(folder.with_suffix(f".log{number}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if not agents:
+        return train_rank(folder, agents, fault)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
+    # torch would wait for 30 seconds until it ends a rank that SIGSTOP has stopped
+    ProcessContext.join.__defaults__ = (None, 1.0)
     config = LaunchConfig(
         min_nodes=1,
-        max_nodes=machines,
-        nproc_per_node=4 // machines,
+        max_nodes=agents,
+        nproc_per_node=4 // agents,
         run_id="faults",
         rdzv_backend="c10d",
         rdzv_endpoint=f"127.0.0.1:{port}",
-        rdzv_configs={"last_call_timeout": 5},
+        rdzv_configs={"last_call_timeout": 3, "is_host": number == 0},
         max_restarts=9,
         start_method="fork",
         local_addr="127.0.0.1",
-        shutdown_timeout=3,
+        shutdown_timeout=1,
     )
-    launch_agent(config, train_rank, [args, fault])
+    launch_agent(config, train_rank, [folder, agents, fault if number == agents - 1 else None])
 
 
-class Job:
-    """Starts jobs whose processes a server forks that has imported fastgn.train."""
+def run_job(folder: Path, agents: int, fault: Fault | None = None, limit_s: float = LIMIT_S) -> str:
+    """Runs a job to its end, and returns "done", "lost" or "hung".
 
-    def __init__(self, work: Path):
-        """Starts the server. work: folder for the runs."""
-        self.work = work
-        self.server = multiprocessing.get_context("forkserver")
-        self.server.set_forkserver_preload(["fastgn.train"])
-
-    def run(self, name: str, args: Sequence[str], fault: Fault | None, machines: int = 1) -> str:
-        """Runs a job to its end, and returns "done", "lost" or "hung".
-
-        name: name of the run's folder. args: arguments for fastgn.train. machines: number of
-        agents.
-        """
-        log, folder = str(self.work / f"{name}.log"), str(self.work / name)
-        port = find_free_port()
-        line = (*args, "--output", folder, "--resume", "auto")
-        agents = []
-        for number in range(machines):
-            own = fault if number == machines - 1 else None
-            agent = self.server.Process(
-                target=run_agent, args=(machines, port, line, own, f"{log}{number}")
-            )
-            agent.start()
-            agents.append(agent)
-            if number == 0 and machines > 1:
-                wait_until(lambda: is_served(port))  # the first agent serves the store
-        deadline = time.monotonic() + LIMIT_S
-        for agent in agents:
-            agent.join(max(deadline - time.monotonic(), 0))
-        hung = any(agent.is_alive() for agent in agents)
-        for agent in agents:
-            if agent.is_alive():
-                os.killpg(agent.pid or 0, signal.SIGKILL)
-            agent.join()
-        if hung:
-            return "hung"
-        done = (Path(folder) / "model.safetensors").exists()
-        return "done" if done and any(agent.exitcode == 0 for agent in agents) else "lost"
-
-
-def find_free_port() -> int:
-    """Returns a port of this machine on which nothing listens."""
+    folder: the run's folder. agents: number of agents, 0 for one process alone. limit_s: seconds
+    after which SIGKILL ends the job, which then counts as hung.
+    """
+    server, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + limit_s
+    server.set_forkserver_preload(list(IMPORTS))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+        port = listener.getsockname()[1]
+    processes = [
+        server.Process(target=run_agent, args=(number, agents, port, folder, fault))
+        for number in range(max(agents, 1))
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    hung = any(process.is_alive() for process in processes)
+    for process in processes:
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # the process has not yet made its group
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
+        process.join()
+    if hung:
+        return "hung"
+    done = (folder / "model.safetensors").exists()
+    return "done" if done and any(process.exitcode == 0 for process in processes) else "lost"
 
 
-def is_served(port: int) -> bool:
-    """Returns whether something listens on a port of this machine."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+def contents(folder: Path) -> dict[str, Any]:
+    """Returns everything that a finished run has written and that faults must not change.
+
+    The keys name the places of the values.
+    """
+    checkpoints = folder / "checkpoints"
+    rows = read_rows(folder / "metrics.csv")
+    found: dict[str, Any] = {
+        "metrics": [{k: v for k, v in row.items() if k not in CLOCK} for row in rows],
+        "export": load_file(folder / "model.safetensors"),
+        "files": [sorted(path.name for path in f.iterdir()) for f in (folder, checkpoints)],
+    }
+    for name in ("best", LAST):
+        state = load_checkpoint(checkpoints / f"{name}.pt")
+        found[name] = {key: getattr(state, key) for key in STATE}
+    return flatten(found)
 
 
-def wait_until(ready: Callable[[], bool]) -> None:
-    """Waits until a condition holds, or for a minute."""
-    deadline = time.monotonic() + 60
-    while not ready() and time.monotonic() < deadline:
-        time.sleep(0.02)
+def flatten(value: Any, place: str = "") -> dict[str, Any]:
+    """Returns the values in nested dictionaries and lists by their places."""
+    if not isinstance(value, (dict, list)):
+        return {place: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {k: v for key, part in items for k, v in flatten(part, f"{place}/{key}").items()}
 
 
-def compare_weights(folder: Path, other: Path) -> float:
-    """Returns the difference of two runs' weights, relative to the second run's."""
-    flat = []
-    for run in (folder, other):
-        last = Checkpoints(run, 1).last()
-        assert last is not None, f"{run} has no checkpoint"
-        flat.append(torch.cat([w.double().flatten() for w in load_checkpoint(last).model.values()]))
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+def differences(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """Returns the places at which two contents are not the same to the last bit."""
+
+    def exact(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.shape, value.numpy().tobytes()
+        return repr(value)
+
+    return sorted(k for k in {**mine, **other} if exact(mine.get(k)) != exact(other.get(k)))
 
 
-def run_trial(job: Job, arm: str, number: int, life_s: float, seed: int) -> dict[str, Any]:
+def compare_weights(mine: dict[str, Any], other: dict[str, Any]) -> float:
+    """Returns the difference of the weights in two contents, relative to the second weights."""
+    names = [place for place in other if place.startswith(f"/{LAST}/model/")]
+    a, b = (torch.cat([c[name].double().flatten() for name in names]) for c in (mine, other))
+    return float((a - b).norm() / b.norm())
+
+
+def run_trial(work: Path, arm: str, number: int, lives: dict[int, float], seed: int) -> Record:
     """Runs a trial and returns its row of the record.
 
-    life_s: seconds that a rank of an undisturbed run trains. The fault comes within them. If the
-    run is faster, the trial is repeated with an earlier fault.
+    work: folder for the runs. lives: number of agents -> seconds that an undisturbed run takes. The
+    fault comes within them. If the run has ended before, the trial is repeated.
     """
-    draw = random.Random(f"{seed} {arm} {number}")
-    machines, args = (2, ARGUMENTS) if arm == "shrink" else (1, (*ARGUMENTS, *DRAWS))
-    rank, after_s = draw.randrange(4), draw.uniform(0, life_s)
-    if arm == "shrink":
-        rank = 0
-    for attempt in range(6):
-        name = f"{arm}{number}_{attempt}"
-        mark = job.work / f"{name}.mark"
-        began = time.monotonic()
-        ended = job.run(name, args, Fault(arm, rank, after_s, str(mark)), machines)
-        if mark.exists():
+    draw, agents = random.Random(f"{seed} {arm} {number}"), ARMS[arm]
+    for attempt in range(9):
+        folder, began = work / f"{arm}{number}_{attempt}", time.monotonic()
+        kills = 9 if arm == "alone" else 1
+        moment: dict[str, Any] = {"after_s": [draw.uniform(0, lives[agents]) for _ in range(kills)]}
+        if arm == "memory":
+            moment = {"update": draw.randrange(UPDATES), "operator": draw.randrange(OPERATORS)}
+        fault = Fault(arm, draw.randrange(4) if agents == 1 else 0, moment)
+        places = []
+        for limit_s in (*(moment["after_s"] if arm == "alone" else ()), LIMIT_S):
+            ended = run_job(folder, agents, None if arm == "alone" else fault, limit_s)
+            if ended != "hung":
+                break
+            places.append(describe(folder))
+        if mark_of(folder).exists():
+            places = [mark_of(folder).read_text()]
+        seconds = time.monotonic() - began
+        if not places or arm == "memory":
+            lives[agents] = seconds  # other programs may change it
+        if places:
             break
-        after_s /= 2
-    row: dict[str, Any] = {"arm": arm, "trial": number, "rank": rank, "after_s": after_s}
-    row |= {"ended": ended, "seconds": time.monotonic() - began, "happened": mark.exists()}
-    unbroken, folder = job.work / f"unbroken{machines}", job.work / name
-    if ended == "done" and arm == "shrink":
-        row["weights"] = compare_weights(folder, unbroken)
-    elif ended == "done":
-        row["different"] = differences(contents(folder), contents(unbroken))
+    row = {"arm": arm, "trial": number, "rank": fault.rank, **moment, "places": places}
+    row |= {"ended": ended, "seconds": seconds}
+    unbroken = work / f"unbroken{agents}"
+    if arm == "memory" and ended == "done":
+        unbroken = work / f"{folder.name}_all"
+        row["ended"] = run_job(unbroken, agents, dataclasses.replace(fault, rank=None))
+    if row["ended"] == "done":
+        mine, other = contents(folder), contents(unbroken)
+        row["different"] = [] if arm == "shrink" else differences(mine, other)
+        row["weights"] = compare_weights(mine, other)
     return row
 
 
-def study(
-    work: Path, trials: int, seed: int, record: dict[str, Any], save: Callable[[], object]
-) -> None:
+def study(work: Path, trials: int, seed: int, record: Record, save: Callable[[], object]) -> None:
     """Runs the trials that are missing in a record.
 
     work: folder for the runs. trials: number of trials for each fault. save: called after each
     trial.
     """
-    job = Job(work)
-    rows: list[dict[str, Any]] = record["trials"]
+    rows: list[Record] = record["trials"]
     there = {(row["arm"], row["trial"]) for row in rows}
-    missing = [(a, n) for a in ARMS for n in range(trials) if (a, n) not in there]
     lives: dict[int, float] = {}
-    for machines, more in ((1, DRAWS), (2, ())):
-        if any((arm == "shrink") == (machines == 2) for arm, _ in missing):
-            job.run("warm-up", [*ARGUMENTS, "--max-updates", "1"], None)
+    for arm, number in ((a, n) for n in range(trials) for a in ARMS if (a, n) not in there):
+        agents = ARMS[arm]
+        if not lives:
+            run_job(work / "warm-up", 0)  # the server makes its imports
+        if agents not in lives:
             began = time.monotonic()
-            ended = job.run(f"unbroken{machines}", (*ARGUMENTS, *more), None, machines)
-            assert ended == "done", (work / f"unbroken{machines}.log0").read_text()
-            lives[machines] = time.monotonic() - began
-    for arm, number in missing:
-        rows.append(run_trial(job, arm, number, lives[2 if arm == "shrink" else 1], seed))
+            assert run_job(work / f"unbroken{agents}", agents) == "done", f"see {work}"
+            lives[agents] = time.monotonic() - began
+        rows.append(run_trial(work, arm, number, lives, seed))
         save()
         print(rows[-1], file=sys.stderr, flush=True)
 
@@ -254,58 +337,61 @@ def study(
 def is_sound(row: Record) -> bool:
     """Returns whether a trial's job has ended with the network of an undisturbed run."""
     same = not row.get("different") and row.get("weights", 0.0) < ROUNDING
-    return bool(row["ended"] == "done" and row["happened"] and same)
+    return bool(row["ended"] == "done" and row["places"] and same)
 
 
 def table(record: Record) -> str:
     """Returns this benchmark's Markdown table, made from its JSON record.
 
-    It says for each fault how many jobs were lost or hung, and how many results differed.
+    It says for each fault how many jobs were lost or hung, how many results differed, and what the
+    runs were doing at the faults.
     """
-    columns: dict[str, Callable[[str], str]] = {
-        "fault": lambda arm: arm,
-        "trials": lambda arm: str(len(of(arm))),
-        "lost": lambda arm: str(sum(row["ended"] == "lost" for row in of(arm))),
-        "hung": lambda arm: str(sum(row["ended"] == "hung" for row in of(arm))),
-        "another result": lambda arm: str(
-            sum(row["ended"] == "done" and not is_sound(row) for row in of(arm))
-        ),
-        "largest difference of weights": lambda arm: (
-            f"{max(row.get('weights', 0.0) for row in of(arm)):.1g}"
-        ),
-    }
 
     def of(arm: str) -> list[Record]:
         return [row for row in record["trials"] if row["arm"] == arm]
 
+    def places(arm: str) -> list[str]:
+        return [place.partition(":")[0] for row in of(arm) for place in row["places"]]
+
+    def count(wanted: Callable[[Record], bool]) -> Callable[[str], str]:
+        return lambda arm: str(sum(map(wanted, of(arm))))
+
+    columns: dict[str, Callable[[str], str]] = {
+        "fault": lambda arm: arm,
+        "trials": count(lambda row: True),
+        "faults": lambda arm: str(len(places(arm))),
+        "lost": count(lambda row: row["ended"] == "lost"),
+        "hung": count(lambda row: row["ended"] == "hung"),
+        "another result": count(lambda row: row["ended"] == "done" and not is_sound(row)),
+        "largest difference of weights": lambda arm: (
+            f"{max(row.get('weights', 0.0) for row in of(arm)):.1g}"
+        ),
+        "what the run was doing": lambda arm: ", ".join(
+            f"{place} {n}" for place, n in Counter(places(arm)).most_common()
+        ),
+    }
     return with_notes(make_table([arm for arm in ARMS if of(arm)], columns), record)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and writes its JSON record.
+def run(args: argparse.Namespace) -> int:
+    """Runs the trials that are missing in the JSON record, and writes it after each.
 
     Returns 1 if a job was lost or hung, or trained another network, else 0.
     """
-    parser = make_parser(__doc__)
-    parser.add_argument("--trials", type=positive_int, default=20, help="trials for each fault")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
-    parser.set_defaults(output=RESULTS / "faults_cpu.json")
-    args = parser.parse_args(argv)
-    hold(args.output)
-    before = earlier(args.output)
-    known = before.get("trials", []) if before.get("seed") == args.seed else []
-    record: dict[str, Any] = {"complete": False, "seed": args.seed, "trials": known}
-    record |= {"arguments": list(ARGUMENTS), "draws": list(DRAWS), "file": args.output.name}
-    record |= environment()
-    with tempfile.TemporaryDirectory() as folder:
-        study(
-            Path(folder), args.trials, args.seed, record, lambda: write_record(args.output, record)
-        )
-    record["complete"] = True
-    path = write_record(args.output, record)
-    print(f"{table(record)}\n-> {path}")
+    output, head = open_record(args, "faults_cpu.json")
+    same = {"seed": args.seed, "arguments": list(ARGUMENTS), "draws": list(DRAWS)}
+    record = {"complete": False, "trials": taken_over(output, same).get("trials", [])} | same | head
+    with tempfile.TemporaryDirectory() as work:
+        study(Path(work), args.trials, args.seed, record, lambda: write_record(output, record))
+    finish(output, record | {"complete": True}, table)
     return int(not all(map(is_sound, record["trials"])))
 
+
+main = Program(
+    *("faults", __doc__, run),
+    option("--trials", default=20, help="trials for each fault"),
+    option("--seed", default=0, type=int, help="seed of the moments"),
+)
 
 if __name__ == "__main__":
     sys.exit(main())
