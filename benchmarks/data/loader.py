@@ -133,8 +133,11 @@ def measure(
     rounds: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Returns one dict of results for each loader."""
-    drain = 2 * workers + 4  # batches that empty the queues before a measurement
+    """Measures several loaders in turn, and returns one dict of results for each of them.
+
+    loaders: values of --loader. paths: JPEG files. batches: number of batches per round.
+    """
+    drain = 2 * workers + 4  # this many batches empty the queues before a measurement
     split = repeated(paths, batch_size * ((rounds + 1) * drain + rounds * batches))
     sources = {name: iterator(name, split, batch_size, workers, device) for name in loaders}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
@@ -142,7 +145,7 @@ def measure(
         for number in range(rounds + 1):
             for name, source in sources.items():
                 consume(source, drain)
-                if number:  # the first round compiles and fills caches
+                if number:  # the first round is not measured: it compiles and fills caches
                     found[name].append(consume(source, batches))
     finally:
         for source in sources.values():
@@ -160,7 +163,7 @@ def measure(
 def compare(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
     """Returns the speed of DALI over that of torch, and torch's CPU time over that of DALI.
 
-    Returns {} if one of the two was not measured.
+    Returns {} if one of the two was not measured. rows: results from `measure`.
     """
     found = {row["loader"]: row["rounds"] for row in rows}
     if found.keys() != {*LOADERS}:

@@ -62,7 +62,8 @@ IMAGES, PGD_IMAGES, TRAIN_IMAGES = 30, 360, 1437
 def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
     """Returns loss, cross-entropy and penalty of a trained network on its first training images.
 
-    folder: output folder of the training. count: number of images. The penalty has its full weight.
+    The penalty has its full weight, without a ramp. folder: output folder of
+    the training. cfg: configuration with the data and gradnorm's options. count: number of images.
     """
     where = default_device()
     model = load_trained(str(folder), where).model
@@ -121,7 +122,10 @@ def table(record: Record) -> str:
 
 
 def summarize(row: Mapping[str, Any]) -> Results:
-    """Returns means over an activation's seeds, such as the share of the penalty that is left."""
+    """Returns means over an activation's seeds, such as the share of the penalty that is left.
+
+    row: the activation's row of the record, whose key "seeds" holds one result per seed.
+    """
     fits = [(cell["before"], cell["after"]) for cell in row["seeds"]]
     by_attack = {a["attack"]: a["accuracy"] for a in row["accuracy"]}
     robust = next(name for name in ("autoattack", "apgd-ce") if name in by_attack)
@@ -134,7 +138,7 @@ def summarize(row: Mapping[str, Any]) -> Results:
 
 
 def plan(args: argparse.Namespace, work: Path) -> Study:
-    """Returns the study that the command line asks for."""
+    """Returns the study that the command line asks for. work: folder for the trainings."""
     base = Config().replace(**BASE, precision=device_precision(), eps=EPS, eval_eps=EPS)
     attack, images, pgd_images, train_images = "autoattack", IMAGES, PGD_IMAGES, TRAIN_IMAGES
     epochs = {"natural": START_EPOCHS, "gradnorm": EPOCHS}

@@ -24,7 +24,7 @@ LOCAL = ("output", "initial_checkpoint", "resume", "data_dir")
 
 
 def digest(content: Any) -> str:
-    """Returns ten characters that identify some content, which must fit into JSON."""
+    """Returns ten characters that identify some content. JSON must be able to hold the content."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 

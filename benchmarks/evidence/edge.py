@@ -82,7 +82,7 @@ def table(record: Record) -> str:
 
 
 def plan(args: argparse.Namespace, work: Path) -> Study:
-    """Returns the study that the command line asks for."""
+    """Returns the study that the command line asks for. work: folder for the trainings."""
     setting = digits()
     (network,) = setting.networks.values()
     base = setting.base.replace(**network, **TRAINING)

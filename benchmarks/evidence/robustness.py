@@ -119,7 +119,7 @@ def cifar10() -> Setting:
         **{"data": "cifar10", "global_batch_size": 512, "lr": 2e-3, "clip_grad": 1.0},
         **{"smoothing": 0.0, "model_ema_decay": 0.99, "eval_images": 1000, "checkpoint_hist": 1},
     )
-    # global_batch_size would accumulate batches of 32
+    # with global_batch_size, 512 images would pass through the network in small batches of 32
     base = base.replace_group("dataset", {"global_batch_size": None, "batch_size": 512})
     swin = ["patch_size=2", "embed_dim=48", "depths=(2, 2, 2)", "num_heads=(2, 4, 8)"]
     return Setting(
@@ -186,7 +186,7 @@ def for_epochs(cfg: Config, epochs: int) -> Config:
 
 
 def units_of(cfg: Config) -> float:
-    """Returns the operations of an update, in units of a forward pass."""
+    """Returns the operations of an update, divided by those of a forward pass."""
     weight_grads = cfg.objective.attack.attack_weight_grads
     return count_passes(build_objective(cfg.objective), schedule_of(cfg.step), weight_grads).units
 
@@ -203,7 +203,7 @@ def evaluations_of(setting: Setting) -> tuple[tuple[str, ...], ...]:
 def equal_rows(record: Record) -> list[dict[str, Any]]:
     """Returns the rows of the record that have results and the same number of operations.
 
-    An earlier version of this program also trained for equal times.
+    Older records also have rows of trainings for equal times, which are left out.
     """
     old = record.get("superseded", {})
     equal = [row for row in record["rows"] if "passes" in row.get("budgets", ("passes",))]
@@ -211,7 +211,10 @@ def equal_rows(record: Record) -> list[dict[str, Any]]:
 
 
 def compare(record: Record) -> Iterator[dict[str, str]]:
-    """Yields the rows of the second table, each of which compares two training methods."""
+    """Yields the rows of the second table, each of which compares two training methods.
+
+    A row is a dict from a heading of the table to the text of its cell.
+    """
     eps = record["eps"]
     attacks = {"clean": ("clean", 0.0), f"AutoAttack {eps:.4g}": ("autoattack", eps)}
     attacks[f"PGD-20 {eps:.4g}"] = ("pgd-20", eps)
@@ -233,7 +236,7 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
 def attacked_images(record: Record) -> str:
     """Returns a sentence with the numbers of attacked images."""
     images = record["images"]
-    own = images.get("autoattack, each seed its own")  # in an earlier version
+    own = images.get("autoattack, each seed its own")  # only in older records
     few = f"{own} images per seed, each seed's own" if own else f"{images['autoattack']} images"
     return f"AutoAttack on {few}, the rest on {images['pgd-20']}"
 
@@ -333,7 +336,7 @@ def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) ->
 
 
 def plan(args: argparse.Namespace, work: Path) -> Study:
-    """Returns the study that the command line asks for."""
+    """Returns the study that the command line asks for. work: folder for the trainings."""
     setting = SETTINGS[args.data]()
     setting = smoke(setting) if args.smoke else setting
     if args.data_dir:

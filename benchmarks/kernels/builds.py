@@ -165,8 +165,9 @@ def all_orders(
 ) -> None:
     """Launches all kernels of an op: its forward, its backward, and the backward of its backward.
 
-    shapes: shapes of the inputs, in `dtype`. weights: shapes of further inputs, in float32. The
-    second order is computed as a gradient penalty needs it, and then for all gradients.
+    shapes: shapes of the inputs, in `dtype`. weights: shapes of further inputs, in float32. First
+    only the gradient of the first input is differentiated again, as for a gradient penalty, and
+    then the gradients of all inputs.
     """
     inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     inputs += [torch.empty(shape, requires_grad=True) for shape in weights]
@@ -215,7 +216,8 @@ def launch_attention(
 ) -> Callable[..., None]:
     """Returns a function that takes a dtype and launches all kernels of window attention.
 
-    dim: channels per head. masks: number of windows per image that have a mask.
+    dim: channels per head. masks: number of windows per image, each with a mask of its own, or 0
+    for no masks. biased: whether a bias is added to the attention scores.
     """
     mask = torch.zeros(masks, 49, 49) if masks else None
     op = lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask)  # noqa: E731

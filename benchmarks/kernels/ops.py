@@ -200,8 +200,8 @@ class Calls(TorchDispatchMode):
 def bytes_moved(run: Callable[[], Sequence[Tensor | None]]) -> int:
     """Returns the bytes of all tensors that an op takes, and of all results that it makes.
 
-    run: function that calls the op once and returns its results. A tensor that is returned twice is
-    counted once, and one that is returned as it came is not counted as a result.
+    run: function that calls the op once and returns its results. A result that is returned twice is
+    counted once. A result that is one of the op's arguments counts only as an argument.
     """
     with Calls() as calls:
         results = run()
@@ -284,8 +284,9 @@ def requests(
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
     """Returns the name of each differentiation order -> a function that computes only this order.
 
-    The graph is built here, before the functions are called. gys: cotangents of the outputs.
-    v: cotangent of the first input's gradient.
+    The autograd graph is built here, before the functions are called. function: computes the op's
+    outputs from `inputs`. gys: cotangents of the outputs. v: cotangent of the first input's
+    gradient.
     """
     ys = listed(function(*inputs))
     gx = torch.autograd.grad(ys, inputs, gys, create_graph=True)[0]
@@ -299,8 +300,11 @@ def requests(
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Returns the most bytes that a call on a GPU holds at a time with its results."""
-    run()  # allocates the workspaces of libraries, which stay allocated
+    """Returns the largest number of bytes that a call on a GPU has allocated at a time.
+
+    The results of the call are included, and what was allocated before the call is not.
+    """
+    run()  # so that the workspaces of libraries, which stay allocated, are not counted below
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -328,7 +332,8 @@ def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) ->
 def measure(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
     """Times forward, backward and second order of an op, and yields a row of the record for each.
 
-    The row of the second order also has the peak memory of all orders together.
+    The row of the second order also has the peak memory of all orders together. rounds: number of
+    measured calls of each order.
     """
     inputs = list(case.inputs.values())
     with torch.no_grad():

@@ -183,7 +183,7 @@ class UpdateBench:
         self.plain = self.network = network
         if kernels == "triton":
             kept = {id(t): t for t in (*network.parameters(), *network.buffers())}
-            self.network = copy.deepcopy(network, kept)  # copies the modules, shares the weights
+            self.network = copy.deepcopy(network, kept)  # a copy that shares the weights
             use_kernels(self.network.backbone)
         self.optimizer = build_optimizer(OptimizerConfig(), network, peak=0.0)
         torch.manual_seed(0)
@@ -203,7 +203,10 @@ class UpdateBench:
         self.apply_gradients()
 
     def cycle(self, found: Measurement) -> None:
-        """Makes one update, or n if the arm computes the penalty only in every n-th update."""
+        """Makes one update, or n if the arm computes the penalty only in every n-th update.
+
+        found: results of the arm, which also hold its function that computes the gradients.
+        """
         assert found.step is not None
         for index in range(found.arm.cycle):
             self.update(found.step, index)
@@ -217,8 +220,9 @@ class UpdateBench:
     def attempt(self, found: Measurement, what: str, *, needed: bool = True) -> Iterator[None]:
         """Catches an error of the with block, so that the other arms can still be measured.
 
-        found: results of this arm, in which the error's text is stored. needed: whether this arm
-        cannot be timed after such an error. If False, the text is stored only as a note.
+        found: results of this arm, in which the error's text is stored. what: name of the code in
+        the with block, for this text. needed: whether this arm cannot be timed after such an
+        error. If False, the text is stored only as a note.
         """
         try:
             yield
@@ -242,7 +246,8 @@ class UpdateBench:
         with self.attempt(found, "first step"):
             found.step = self.step(arm)
             found.step.report = found.notes.append
-            for _ in range(3 if arm.compile else 2):  # CUDA graphs are captured on the way
+            # three times, because a CUDA graph is captured only after some calls
+            for _ in range(3 if arm.compile else 2):
                 self.cycle(found)
             found.warm_s = once(lambda: self.cycle(found)) / arm.cycle
             # the allocator's figures do not show the memory of a CUDA graph
@@ -257,7 +262,8 @@ class UpdateBench:
     def peak_bytes(self, found: Measurement, held: int) -> int:
         """Returns the memory that an arm would need alone, in bytes.
 
-        held: bytes that all tensors on the GPU took before the arm was built.
+        found: results of the arm. held: bytes that all tensors on the GPU took before the arm was
+        built.
         """
         torch.cuda.reset_peak_memory_stats(self.device)
         self.cycle(found)
@@ -275,7 +281,8 @@ class UpdateBench:
     ) -> None:
         """Times one round of all updates that have not failed, and adds the results to `measured`.
 
-        seconds: about how long to time each kind of update. joules: reads the energy taken so far.
+        seconds: about how long to time each kind of update. joules: returns the joules that the GPU
+        has taken so far. If None, energy is not measured.
         """
         live = {found.arm.key: found for found in measured if found.why_not is None}
         taken: dict[str, float] = {}
@@ -304,8 +311,11 @@ class UpdateBench:
 def gemm_rates(
     precisions: Sequence[str], device: torch.device, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Measures a square matrix product. Returns precision -> a summary over the rounds, in
-    floating-point operations per second."""
+    """Measures a square matrix product in several precisions.
+
+    Returns precision -> {"side": rows of the matrices, "flops_per_s": floating-point operations per
+    second in the median round}. Leaves out precisions that the device does not support.
+    """
     side = GEMM_SIDE[device.type]
 
     def product(precision: str) -> Callable[[], None]:
@@ -590,7 +600,8 @@ def run(args: argparse.Namespace) -> int:
         if args.minutes and start - began + rest > 60 * args.minutes:
             skipped.append(f"{arm.key}: --minutes {args.minutes:g} had no room for it")
             continue
-        alike = Arm(arm.method, schedule=arm.schedule)  # has as many operations
+        # in fp32 and eager mode, with as many operations as the arm
+        alike = Arm(arm.method, schedule=arm.schedule)
         flops = update_flops(network, alike, args.batch, classes)
         found = measured[arm.key] = Measurement(arm, flops)
         if bench:

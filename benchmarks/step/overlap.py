@@ -50,7 +50,7 @@ NETWORK_BYTES_PER_S = 50e9
 
 
 class Pretended(OneRank):
-    """Two processes of which this one is the only real one."""
+    """Makes a step believe that a second process, which does not exist, computes with it."""
 
     size = 2
 
@@ -58,8 +58,11 @@ class Pretended(OneRank):
 def schedule(
     network: Network, gpu: Gpu, grad_dtype: str, cuda_graphs: bool = False
 ) -> tuple[float, list[Sum]]:
-    """Returns the seconds of all kernels of a compiled backward by the roofline, and its
-    all-reduces in order. Inductor schedules them alike on any number of GPUs."""
+    """Returns the seconds of all kernels of a compiled backward, and its all-reduces in order.
+
+    The seconds are those of the roofline. Inductor orders kernels and all-reduces alike for any
+    number of GPUs. grad_dtype: value of --grad-dtype.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     found: list[tuple[float, list[Sum]]] = []
@@ -88,7 +91,10 @@ def schedule(
 
 
 def known_rates(gpu: Gpu) -> ExitStack:
-    """Returns a context in which Inductor knows the rates of a GPU that it would have to ask."""
+    """Returns a context in which Inductor gets a GPU's bandwidth and FLOP rate from `gpu`.
+
+    Otherwise it would ask the driver of a real GPU.
+    """
     import torch._inductor.utils as inductor
     import torch.utils._runtime_estimation as estimation
 
@@ -104,7 +110,10 @@ def known_rates(gpu: Gpu) -> ExitStack:
 
 
 def schedule_of(lowering: Any, gpu: Gpu) -> tuple[float, list[Sum]]:
-    """Returns the seconds of a graph's kernels and its all-reduces, by Inductor's scheduler."""
+    """Returns the seconds of a graph's kernels by the roofline, and its all-reduces in order.
+
+    lowering: Inductor's GraphLowering of the graph, whose scheduler gives the order.
+    """
     flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
     repeated = repetitions(lowering)
     seconds, sums = 0.0, []
@@ -119,7 +128,10 @@ def schedule_of(lowering: Any, gpu: Gpu) -> tuple[float, list[Sum]]:
 
 
 def reduced_bytes(origins: Sequence[torch.fx.Node]) -> int:
-    """Returns the bytes of the tensor that an all-reduce sums."""
+    """Returns the bytes of the tensor that an all-reduce sums.
+
+    origins: the nodes of the graph from which Inductor made the all-reduce.
+    """
     node = next(o for o in origins if "all_reduce" in str(o.target))
     summed = node.args[0].meta["val"]
     return int(summed.numel() * summed.element_size())

@@ -105,7 +105,10 @@ def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def train(model: nn.Module, method: str, split: Arrays, updates: int, seed: int) -> float:
-    """Trains in float32 with AdamW. Returns the cross-entropy of the last batch."""
+    """Trains in float32 with AdamW. Returns the cross-entropy of the last batch.
+
+    method: training method. split: images to train on. seed: seed of the draws of batches.
+    """
     step = Arm(method).step(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ramp, ce = torch.ones((), device=default_device()), float("nan")
@@ -121,7 +124,8 @@ def batches(
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """Yields `number` batches of images (B, 3, H, W) in 0..1 and labels (B,).
 
-    split: images to draw from. If None, the images are random. seed, part: seeds of the draws.
+    split: images to draw from. If None, the images are random. size: number of images per batch.
+    seed, part: seeds of the draws.
     """
     draw, where = make_generator(Stream.EVALUATION, seed, part), default_device()
     for _ in range(number):
@@ -139,8 +143,8 @@ def measure(
 ) -> dict[str, Any]:
     """Returns the gradient errors of all arms, for one network.
 
-    method: training method by which the network is first trained on digits. If None, it is not
-    trained, and the images are random.
+    network: key of NETWORKS. method: training method by which the network is first trained on
+    digits. If None, the network is not trained, and the images are random.
     """
     digits = None if method is None else load_dataset(DatasetConfig(data="digits"))
     where, config = default_device(), NETWORKS[network]

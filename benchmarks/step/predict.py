@@ -125,7 +125,7 @@ def kernels_of(lowering: Any) -> Iterator[tuple[Any, list[torch.fx.Node]]]:
     from torch._inductor.ir import MultiOutput
 
     for kernel in lowering.scheduler.nodes:
-        # one of several outputs of an operator is no launch itself
+        # a node for one of an operator's several outputs launches nothing itself
         is_nop = type(kernel).__name__ == "NopKernelSchedulerNode"
         if is_nop or isinstance(kernel.node, MultiOutput):
             continue
@@ -141,10 +141,11 @@ def moved_bytes(kernel: Any, repeated: Counter[str]) -> int:
 
 
 def repetitions(lowering: Any) -> Counter[str]:
-    """Returns how many bytes too many Inductor counts for each buffer.
+    """Returns name of a buffer -> number of bytes that Inductor counts too much for it.
 
-    Inductor counts the repeated elements of an expanded tensor, which memory holds only once. It
-    also counts them for the operator whose output the tensor is, unless nothing reads that output.
+    Inductor counts the repeated elements of an expanded tensor, although memory holds them only
+    once. If such a tensor is one of several outputs of an operator and something reads it, Inductor
+    counts the elements for the operator's own buffer, too.
     """
     from torch._inductor.ir import MultiOutput
 

@@ -84,7 +84,10 @@ def run_backward(
     allow_unreachable: bool = False,
     accumulate_grad: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Computes gradients in place of PyTorch's engine, which would need a CUDA driver."""
+    """Computes gradients in place of PyTorch's engine, which would need a CUDA driver.
+
+    The arguments are those of torch.autograd's _engine_run_backward.
+    """
 
     def edge(x: Tensor | GradientEdge) -> GradientEdge:
         return get_gradient_edge(x) if isinstance(x, Tensor) else x
@@ -155,8 +158,8 @@ def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:
     if not isinstance(node, BackwardCFunction):
         result = node(*arguments)
         return result if isinstance(result, tuple) else (result,)
-    # a function in Python, which also returns gradients for arguments that are not tensors
-    if node.name().startswith("CompiledFunction"):  # it needs zeros for missing gradients
+    # the rest is for a torch.autograd.Function
+    if node.name().startswith("CompiledFunction"):  # it needs zeros in place of None
         some = next(g for g in arguments if g is not None)
         for index, expected in enumerate(node._input_metadata):
             if arguments[index] is None:
@@ -227,7 +230,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     deduce = joint_graph.UniformValueConstantFolder._deduce_value
 
     def deduce_on_cpu(self: Any, node: Any) -> Any:
-        with OnCpu():  # it finds a constant by computing one of its elements
+        with OnCpu():  # because it computes an element of a constant, which needs a real device
             return deduce(self, node)
 
     def compile_to_module(self: GraphLowering) -> Any:
@@ -253,7 +256,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (torch.cuda, "get_device_name", lambda *_: gpu.name),
         (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
         (torch.cuda, "get_device_properties", lambda *_: properties),
-        (torch.accelerator, "is_available", lambda: False),  # else it needs streams
+        (torch.accelerator, "is_available", lambda: False),  # else autograd needs streams
         (fake_tensor, "init_gpu_context", lambda *_: None),  # in 2.11 it makes a real tensor
         (interface, "is_available", staticmethod(lambda: True)),
         (interface, "current_device", staticmethod(lambda: 0)),
@@ -270,9 +273,10 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     with contextlib.ExitStack() as stack:
         forget_devices()
         stack.callback(forget_devices)
-        settings = {"force_disable_caches": True, "shape_padding": False}  # padding times products
+        # to decide about padding, Inductor would measure the time of matrix products
+        settings = {"force_disable_caches": True, "shape_padding": False}
         stack.enter_context(torch._inductor.config.patch(settings))
-        torch._C._ensureCUDADeviceGuardSet()  # without a GPU, a guard that does nothing
+        torch._C._ensureCUDADeviceGuardSet()  # without a GPU, makes device guards do nothing
         for owner, name, value in values:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield FakeTensorMode(allow_non_fake_inputs=True)

@@ -135,7 +135,7 @@ class Sum(NamedTuple):
     """An all-reduce of an update."""
 
     begin: float
-    """When its gradients are known, as a share of the backward's time."""
+    """When the gradients that are summed are known, as a share of the backward's time."""
     nbytes: float
     """Size of the gradients in bytes."""
 
@@ -153,7 +153,10 @@ def exposed_seconds(gpus: int, backward_s: float, sums: Sequence[Sum], links: Li
 
 
 def flat_sums(nbytes: float) -> list[Sum]:
-    """Returns the all-reduces of --grad-sync flat. nbytes: size of the gradients in bytes."""
+    """Returns the all-reduces of --grad-sync flat. They all begin when the backward has ended.
+
+    nbytes: size of the gradients in bytes.
+    """
     whole, rest = divmod(nbytes, CHUNK_BYTES)
     return [Sum(1.0, CHUNK_BYTES)] * int(whole) + [Sum(1.0, rest)] * (rest > 0)
 
@@ -161,8 +164,8 @@ def flat_sums(nbytes: float) -> list[Sum]:
 def overlapped_sums(record: Record, nbytes: float) -> list[Sum]:
     """Returns the all-reduces of --grad-sync overlap, as a record of overlap.py schedules them.
 
-    The schedule is the one for gradients in fp32, which that for bf16 equals but for casts.
-    nbytes: size of the gradients in bytes, which need not be the record's.
+    The schedule for gradients in fp32 is taken. That for bf16 differs from it only by casts.
+    nbytes: size of the gradients in bytes. If it is not that of the record, all sizes are scaled.
     """
     sums = [Sum(*s) for s in record["rows"][0]["sums"]]
     total = sum(s.nbytes for s in sums)
@@ -172,7 +175,11 @@ def overlapped_sums(record: Record, nbytes: float) -> list[Sum]:
 def update_seconds(
     gpus: int, micro_batch_s: float, grad_accum_steps: int, sums: Sequence[Sum], links: Links
 ) -> float:
-    """Returns the seconds of an update. micro_batch_s: seconds of the compute of a micro-batch."""
+    """Returns the seconds of an update.
+
+    micro_batch_s: seconds of the compute of a micro-batch. grad_accum_steps: number of
+    micro-batches. sums: the all-reduces.
+    """
     exposed = exposed_seconds(gpus, BACKWARD_SHARE * micro_batch_s, sums, links)
     return grad_accum_steps * micro_batch_s + exposed
 
@@ -257,7 +264,7 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What --check measures at a time: the seconds of updates that several processes share."""
+    """A measurement of --check: the seconds of updates that several processes make together."""
 
     processes: int
     port: int
@@ -268,7 +275,7 @@ class Trial:
     batch: int
     rounds: int
     folder: str
-    """Folder for the seconds of each process."""
+    """Folder to which each process writes its seconds."""
 
 
 def time_rank(rank: int, trial: Trial) -> None:
@@ -314,7 +321,8 @@ def time_rank(rank: int, trial: Trial) -> None:
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """Yields, for the JSON record, the measured updates of several processes on this machine.
 
-    For --grad-sync flat, a row also says how far an update is the sum of its compute and its sums.
+    For --grad-sync flat, a row also says by how much the time of an update differs from that of its
+    compute and its all-reduces, each measured alone.
     """
     cards = torch.cuda.device_count()
     most = max(args.processes)
@@ -327,7 +335,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 trial = Trial(processes, get_free_port(), *mode, batch, args.rounds, folder)
                 torch.multiprocessing.spawn(time_rank, (trial,), processes)
                 ranks = [read_json(Path(folder) / f"{rank}.json") for rank in range(processes)]
-            # the sums begin when the slowest process has computed its gradients
+            # the slowest process counts, because the all-reduces cannot begin before it is ready
             slowest = {
                 name: [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)]
                 for name in ranks[0]
