@@ -66,7 +66,11 @@ class DeviceLoader:
     def _make_batch(
         self, chosen_B: Tensor, offsets_N2: Tensor, flipped_N: Tensor, drawn: BatchDraws
     ) -> Batch:
-        """Returns the augmented batch of the chosen images."""
+        """Returns the augmented batch of the chosen images.
+
+        offsets_N2, flipped_N: offset of the crop, and whether to mirror, for each image of the data
+        set. drawn: random choices for the other augmentation.
+        """
         images = to_float(self.images_NCHW[chosen_B], self.img_size)
         if self.padding:
             images = shift(images, offsets_N2[chosen_B], self.padding)

@@ -103,7 +103,8 @@ def read_labels(
     """Returns label -> index of its class. All labels of a list must be names, or all must be
     numbers.
 
-    Raises UserError, which names the line, if a label is neither or if both are used.
+    path, rows: the list and its lines. known_by: text that says where the classes come from, for
+    messages. Raises UserError, which names the line, if a label is neither or if both are used.
     """
     by_name = {name: index for index, name in enumerate(classes)}
     by_number = {str(index): index for index in range(len(classes))}

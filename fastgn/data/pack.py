@@ -108,7 +108,10 @@ def make_key(split: Encoded, index: int) -> str:
 def hash_packing(
     cfg: PackConfig, keys: list[str], labels: list[int], classes: tuple[str, ...]
 ) -> str:
-    """Returns a digest of everything that determines the shards, except the bytes of the images."""
+    """Returns a digest of everything that determines the shards, except the bytes of the images.
+
+    keys: names of the images in their shards.
+    """
     what = (cfg.short_side, cfg.quality, cfg.shard_size, classes, keys, labels)
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
@@ -182,8 +185,8 @@ def pack(
 ) -> tuple[Shards, list[str]]:
     """Packs a split. Returns its index, and a message for each bad image that was left out.
 
-    Raises UserError if the folder has shards from elsewhere, or if an image is bad and may not be
-    left out.
+    folder: where to write the shards. bar: progress bar. Raises UserError if the folder has shards
+    from elsewhere, or if an image is bad and may not be left out.
     """
     numbers = range(len(split))
     pieces = [numbers[i : i + cfg.shard_size] for i in numbers[:: cfg.shard_size]]

@@ -72,8 +72,9 @@ def decode_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (images in 0..1, labels) on the device for each list of (epoch, index of an image).
 
-    bad_images: list that receives a message for each bad image, which is then replaced. If it is
-    None, a bad image raises UserError.
+    transform: turns a decoded image into a tensor `(3, H, W), uint8`. bad_images: list that
+    receives a message for each bad image, which is then replaced. If it is None, a bad image raises
+    UserError.
     """
     made = load_in_workers(
         Decoded(split, transform, seed, skip=bad_images is not None),

@@ -1,4 +1,4 @@
-"""Tests DALI for `--loader auto`. DALI is used if its first batch equals PIL's."""
+"""Tests DALI for `--loader auto`. DALI is used if its first batch equals PIL's up to rounding."""
 
 import contextlib
 import importlib.util
@@ -52,10 +52,10 @@ def choose_dali_or_pil(
 
 
 def try_dali(make_dali: Callable[[], Loader], expected: Batch) -> tuple[Loader | None, str | None]:
-    """Returns (DALI's loader, None) if its first batch equals `expected`, else (loader, the
-    reason).
+    """Returns (DALI's loader, None) if its first batch equals `expected` up to rounding.
 
-    The loader is None if it could not be made.
+    Otherwise returns (DALI's loader, the reason), or (None, the reason) if the loader could not be
+    made.
     """
     loader = None
     try:

@@ -82,7 +82,8 @@ class Objective:
     """Function (model, images, targets, ramp) -> Loss. The images are pixels in 0..1."""
     perturb: Callable[..., Tensor] | None = None
     """Function (model, images, targets, ramp, gradient=...) -> images. The ramp multiplies the step
-    size of the attack. None means that the images stay as they are."""
+    size of the attack. `gradient` computes the input gradient of an attack step. None means that
+    the images stay as they are."""
     needs_input_gradient: bool = False
     """Whether `loss` differentiates with respect to the images. If so, the loss is ce_weight * CE
     plus a penalty that the ramp multiplies."""

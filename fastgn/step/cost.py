@@ -22,7 +22,10 @@ from fastgn.step.step import Step
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """The cost of an update that is not compiled. Counts are means over updates."""
+    """The cost of an update that is not compiled.
+
+    The counts are means over all updates, because with some schedules the updates differ.
+    """
 
     schedule: str
     precision: str
@@ -69,15 +72,16 @@ def count_cost(
 
     The count assumes that the gradients of the weights are allocated already, as they are from the
     second micro-batch on. Peak memory is counted for a few images and for batch_size images, and
-    interpolated between these two sizes. The interpolation is never too low: at each moment of the
-    update, memory is a linear function of the number of images, so the peak is a convex one. If
-    only some updates have a penalty, the largest peak of all updates is taken.
+    interpolated between these two sizes. The interpolation is never too low. Memory at each moment
+    of the update is a linear function of the number of images. The peak is the maximum of these
+    functions, so it is convex and nowhere above the line between two of its points. If only some
+    updates have a penalty, the largest peak of all updates is taken.
 
     device_type: the device whose autocast is imitated.
     """
     schedule = options.schedule
     step = schedule.divisor
-    few = schedule.fewest(2)  # because BatchNorm cannot be trained on one image
+    few = schedule.fewest(2)  # two, because BatchNorm cannot be trained on one image
     sizes = (few, max(batch_size // step * step, 2 * few))
     eager = dataclasses.replace(options, compile=False, micro_batch=None)
     updates = share_of_updates(objective, schedule)

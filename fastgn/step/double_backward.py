@@ -26,7 +26,8 @@ COMPILER = {
 def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns a tensor of zeros that requires grad because `token` does.
 
-    The backward of this op computes nothing. All of the zeros share the memory of one number.
+    `leaf` adds these zeros to a tensor, so that the sum requires grad. The backward of this op
+    computes nothing. All of the zeros share the memory of one number.
     """
     return token.new_zeros(()).expand(shape)
 

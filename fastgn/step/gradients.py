@@ -107,7 +107,7 @@ class GradientBuffer:
             elif weight.grad is not view:  # a gradient that the caller has put there
                 view.copy_(weight.grad)
                 weight.grad = view
-        if unused:  # otherwise each all-reduce would sum their old values again
+        if unused:  # weights without a gradient, whose views hold the sums of an earlier update
             torch._foreach_zero_(unused)
         sums = []
         for flat in self.flats:

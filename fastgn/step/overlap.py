@@ -30,14 +30,15 @@ class Bucket(NamedTuple):
     """Consecutive weights whose gradients are summed in one all-reduce."""
 
     start: int
-    """Position of the first weight."""
+    """Position of the first weight in the list of all weights."""
     stop: int
-    """Position after the last weight."""
+    """Position after the last weight in this list."""
     slot: Tensor
     """A tensor (N,) that requires grad, where N is the number of elements of the weights.
 
-    In the backward, the sums become its gradient. They travel in its dtype. Its N values are never
-    read and share the memory of one number.
+    It is an input of the loss that only serves to get a gradient: the backward makes the summed
+    gradients of the bucket the gradient of the slot. The gradients travel in the dtype of the slot.
+    The N values of the slot are never read and share the memory of one number.
     """
 
 
@@ -65,8 +66,8 @@ def make_buckets(weights: Sequence[Tensor], dtype: torch.dtype | None) -> list[B
 class SumInBackward(torch.autograd.Function):
     """Returns weights whose gradients the backward sums over the processes, in one all-reduce.
 
-    The sums are the gradient of `slot`. Nothing here waits for the all-reduce, so that the rest of
-    the backward runs beside it. split_sums waits.
+    The sums become the gradient of `slot`, see Bucket. Nothing here waits for the all-reduce, so
+    that the rest of the backward runs at the same time. Later `split_sums` waits for it.
     """
 
     @staticmethod
@@ -120,9 +121,9 @@ def split_sums(
 ) -> list[Tensor | None]:
     """Waits for the all-reduces of a backward, and returns the summed gradient of each weight.
 
-    A weight that the loss does not depend on has None if its whole bucket is like that, else zeros.
-    The host does not wait for a GPU. sums: gradients of the buckets' slots. weights: those from
-    which the buckets were made.
+    If the loss depends on no weight of a bucket, the result is None for each of them. If it depends
+    on some of them, the result is zeros for the others. The host does not wait for a GPU. sums:
+    gradients of the buckets' slots. weights: those from which the buckets were made.
     """
     grads: list[Tensor | None] = []
     for bucket, flat in reversed(list(zip(buckets, sums, strict=True))):

@@ -30,11 +30,11 @@ class RetryingStep:
     A retry starts from the beginning of the update, with the same random numbers and the same
     BatchNorm statistics, so that nothing of the update is lost.
 
-    With several processes, all of them agree after each update that none has run out of memory, and
-    only then sum the gradients. If the backward sums them, they agree before it. They agree through
-    CPU memory, while their devices still compute.
+    Several processes sum the gradients only after all of them have agreed that none has run out of
+    memory. If the backward sums the gradients, the processes agree before the backward. They agree
+    through CPU memory, while their devices still compute.
 
-    step: its `micro_batch` is halved when memory runs out, in all processes.
+    step: computes the update. Its `micro_batch` is halved in all processes when memory runs out.
     report: called with a line of text when the micro-batch was halved.
     reserve_bytes: memory that the optimizer will allocate after the first update. A first update
     that leaves less than that counts as out of memory.

@@ -20,7 +20,7 @@ class Schedule:
     finite-difference: (CE(x + h d) - CE(x)) / h, with d the signs of the gradient with respect to
     the images x (Finlay & Oberman 2019). It needs no double backprop.
     central-difference: (CE(x + h d) - CE(x - h d)) / 2h. In both kinds of difference, BatchNorm in
-    train mode sees all of these points.
+    train mode also takes the shifted images into its running statistics.
     lazy: only every lazy_interval-th update has the penalty, which is then lazy_interval times as
     strong (Karras et al. 2020). Gradient clipping weakens the penalty again.
     subset: only the first subset_fraction of the images of each micro-batch have the penalty.

@@ -97,7 +97,8 @@ class Step:
         self.parts = split_objective(objective, options.schedule)
         self.attack = self._compile(AttackGradient(model, options.precision), True)
         self.losses: dict[str, nn.Module] = {}
-        """Name of a loss in `parts` -> module that computes it, compiled if the options say so."""
+        """Name of a loss, as in `split_objective` -> module that computes this loss. The module is
+        compiled if the options say so."""
         self.overlapped: dict[str, nn.Module] = {}
         """Name of a loss -> module whose backward also sums the gradients over the processes. Empty
         unless there are several processes with --grad-sync overlap."""
@@ -142,7 +143,8 @@ class Step:
         Returns the mean of the micro-batches' losses, detached.
         batches: their losses are averaged (or summed, see Quirks.accumulation).
         ramp: scalar tensor in 0..1 on the device, the strength of the penalty.
-        update: number of the update. If several losses take turns, it says whose turn it is.
+        update: number of the update. If the updates minimise different losses in turn, the number
+        decides which loss this update minimises.
         attack_ramp: scalar tensor in 0..1 on the device, which multiplies the step size of an
         attack. None means `ramp`.
         """
@@ -227,7 +229,8 @@ class Step:
             self.model.train(not self.options.quirks.train_in_eval_mode)
             inputs = images_BCHW.detach().requires_grad_(), targets, ramp
             found = Diagnosis().run(self.model, lambda: module(*inputs).total)  # noqa: B023
-            first = first or found  # go on, because others may wait in the next micro-batch
+            # continue after a finding, because other processes may wait for this one in a forward
+            first = first or found
         return first
 
     def _split(self, batches: Batches) -> list[tuple[Tensor, Tensor]]:
@@ -285,9 +288,10 @@ class Step:
     def _differentiate_difference(self, part: MicroBatch, ramp: Tensor) -> Loss:
         """Runs the forwards and backwards of a finite difference, and returns its loss.
 
-        One backward at the images gives both the direction of the difference and the gradients of
-        the weights. It can do so because only the signs of the images' gradient are needed, which
-        do not depend on the size of the cross-entropy's coefficient.
+        One backward at the images gives both the gradients of the weights and the direction of the
+        difference. It differentiates the cross-entropy times a coefficient, which multiplies the
+        gradient of the images, too. The direction needs only the signs of that gradient, and they
+        are multiplied by the sign of the coefficient to make them independent of it.
         """
         objective, schedule = self.objective, self.options.schedule
         h, central = schedule.fd_step, schedule.kind == "central-difference"
@@ -316,7 +320,8 @@ class Step:
 
     def _forward(self, module: nn.Module, *inputs: Any) -> Loss:
         """Computes a loss."""
-        if self._compile_mode:  # needed if an earlier forward had no backward for lack of memory
+        # otherwise a CUDA graph would still expect the backward of a forward that ran out of memory
+        if self._compile_mode:
             torch.compiler.cudagraph_mark_step_begin()
         loss: Loss = module(*inputs)
         return loss

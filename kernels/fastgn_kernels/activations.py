@@ -56,7 +56,8 @@ def _process_tile(
 
     The sum of this gradient over the rows is gbias. ORDER is 0 for the forward, 1 for the backward
     and 2 for the backward of the backward. The forward returns u instead of a gradient. The tensor
-    `out` is y for order 0, gx for order 1 and ggy for order 2.
+    `out` is y for order 0, gx for order 1 and ggy for order 2. VALUE, FIRST, SECOND, MULTIPLY: the
+    functions of a `maths.Activation`.
     """
     u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:

@@ -88,8 +88,10 @@ class Recipe:
     """
 
     def __init__(self, cfg: AugmentationConfig, img_size: int, hflip: float):
-        """Builds timm's transform. Raises UserError if its policy has an operation that DALI
-        lacks."""
+        """Builds timm's transform. hflip: probability of a horizontal flip.
+
+        Raises UserError if the policy of the transform has an operation that DALI lacks.
+        """
         transform = build_train_transform(cfg, img_size, hflip)
         # leave out the last transform, which makes a tensor and draws no random numbers
         self.steps: Sequence[Any] = transform.transforms[:-1]
@@ -177,8 +179,9 @@ def note(
 ) -> None:
     """Appends an operation to `drawn`, in place of timm's function that would apply it to an image.
 
-    image, args and kwargs are the arguments of timm's function, and the same random numbers are
-    drawn. translate: function that turns `args` into the arguments of `kind`.
+    image, args and kwargs are the arguments of timm's function. kind: the same operation for DALI.
+    translate: function that turns `side` and `args` into the arguments of `kind`. side: width and
+    height of the image.
     """
     if kind in WARPS:
         bilinear = auto_augment._interpolation(kwargs) == Image.Resampling.BILINEAR
@@ -202,12 +205,12 @@ def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
 
 
 def posterized(side: int, bits: int) -> tuple[float, ...] | None:
-    """Returns the mask of the bits that are kept, or None if all 8 are kept."""
+    """Returns the mask of the bits that are kept, or None if all 8 are kept. side: not used."""
     return (256 - 2 ** (8 - bits),) if bits < 8 else None
 
 
 def as_given(side: int, *args: float) -> tuple[float, ...]:
-    """Returns the arguments unchanged."""
+    """Returns the arguments unchanged, without `side`."""
     return args
 
 

@@ -54,6 +54,7 @@ class DaliLoader:
     ):
         """Sets up the loader. The first batch starts the pipelines.
 
+        hflip: probability of a horizontal flip. skip: whether to replace bad images by others.
         workers: number of threads that decode and augment. A quarter as many processes read files
         and draw random numbers. With fewer than 4 workers the main process reads and draws. On two
         cores this takes 0.35 ms per image, while a separate process would take 0.8 ms.
