@@ -83,7 +83,7 @@ class Checkpoints:
         path = self.path(state.update)
         names = [self.folder / "best.pt"] if best else []
         names += [] if keep_epoch is None else [self.epoch_path(keep_epoch)]
-        # update_N.pt last: after a kill before that, the run continues from the checkpoint before
+        # write update_N.pt last: if a kill prevents that, the run continues from the one before it
         first, *others = [*names, path]
         with atomic_open(first) as file:
             torch.save({"format": FORMAT, **as_dict(state)}, file)

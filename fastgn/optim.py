@@ -193,7 +193,7 @@ def has_complete_state(
     state: dict[str, Any], shape: torch.Size, expected: list["FirstState"]
 ) -> bool:
     """Returns whether a weight's state has every entry that the optimizer keeps for weights of its
-    shape."""
+    shape. expected: what `simulate_first_states` returns."""
     return any(first.state.keys() <= state.keys() for first in expected if first.shape == shape)
 
 

@@ -176,8 +176,8 @@ def batch_images(
 def keeps_global_batch(cfg: Config, state: TrainState, ranks: int) -> bool:
     """Returns whether an update has as many images as in the checkpoint's run.
 
-    This is so if another number of ranks continues the run, or if the options for the batch are
-    still those of the checkpoint's run. It is not so if --global-batch-size gives another number.
+    An update keeps its number of images if another number of ranks continues the run, or if the
+    options for the batch have not changed. A --global-batch-size with another number prevents this.
     """
     if cfg.dataset.global_batch_size not in (None, state.global_batch):
         return False
@@ -218,7 +218,8 @@ def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """Returns whether the configured step replays CUDA graphs.
 
     With --cuda-graphs auto, a step that contains collectives replays none. With on, the all-reduces
-    of --grad-sync overlap stay outside the graphs. Those of --sync-bn cannot, so it replays none.
+    of --grad-sync overlap stay outside the graphs. Those of --sync-bn cannot stay outside, so a
+    step with --sync-bn and several ranks never replays CUDA graphs.
     """
     if cfg.sync_bn and world.size > 1:
         return False

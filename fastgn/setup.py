@@ -260,7 +260,8 @@ def make_step(
         grad_sync=resolved.grad_sync,
         communicates=has_collectives(model),
     )
-    for tensor in model.state_dict().values():  # ranks may have read different files of weights
+    # all ranks begin with the weights of the first one, because they may have read different files
+    for tensor in model.state_dict().values():
         world.broadcast(tensor)
     return Step(model, objective, options, ranks=world)
 

@@ -15,7 +15,7 @@ import torch
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Returns mean, median, standard deviation, extremes and number of some measurements."""
+    """Returns statistics of some measurements: mean, median, std, min, max, and their number n."""
     return {
         "mean": statistics.fmean(values),
         "median": statistics.median(values),
@@ -133,7 +133,7 @@ def _measure_in_turn(
             run()
     measured: dict[str, list[Any]] = {name: [] for name in arms}
     gc.collect()
-    gc.disable()  # as timeit does: collecting the compiler's garbage took 0.7 s of one round
+    gc.disable()  # as timeit does, because collecting the compiler's garbage once took 0.7 s
     try:
         for _ in range(rounds):
             for name, run in arms.items():

@@ -60,7 +60,10 @@ IMAGES, PGD_IMAGES, TRAIN_IMAGES = 30, 360, 1437
 
 
 def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
-    """Returns loss, cross-entropy and penalty of a trained network on its first training images.
+    """Returns how well a trained network fits its first training images.
+
+    Keys: objective (the value that gradnorm minimises), ce (cross-entropy), penalty, and grad_l1
+    (L1 norm of the input gradient), each a mean over the images.
 
     The penalty has its full weight, without a ramp. folder: output folder of
     the training. cfg: configuration with the data and gradnorm's options. count: number of images.

@@ -31,7 +31,8 @@ def digest(content: Any) -> str:
 def digests_of(cfg: Config) -> dict[str, str]:
     """Returns digests of the network, of the objective and of everything else in a training.
 
-    They cover the options, and the code of the objective and of fastgn's own network.
+    The keys are network, objective and training. The digests cover the options, and the code of the
+    objective and of fastgn's own network.
     """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in cfg.flat().items():
@@ -68,7 +69,7 @@ def objective_code(method: str) -> list[str]:
 
 @functools.cache
 def code_of(module: ModuleType) -> str:
-    """Returns the source of a module without comments, docstrings and messages."""
+    """Returns the source of a module without comments and docstrings, and with empty f-strings."""
     return ast.unparse(Essence().visit(ast.parse(inspect.getsource(module))))
 
 
@@ -76,9 +77,12 @@ class Essence(ast.NodeTransformer):
     """Removes the parts of a module that do not change what it computes."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:  # noqa: N802 - ast's name
-        """Removes a docstring."""
+        """Removes a docstring, or a text below a field."""
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:  # noqa: N802 - ast's name
-        """Empties an f-string, a message, because versions of Python unparse it differently."""
+        """Replaces an f-string by "", because versions of Python unparse f-strings differently.
+
+        The f-strings in these modules are messages, which change no result.
+        """
         return ast.Constant("")

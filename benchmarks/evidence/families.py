@@ -74,10 +74,14 @@ def build(family: str, name: str) -> tuple[network.Classifier, network.ModelRepo
 
 
 def differentiate(model: network.Classifier) -> dict[str, Any]:
-    """Computes the gradient of one gradnorm update and returns whether all of it is finite."""
+    """Computes the gradient of one gradnorm update and returns whether all of it is finite.
+
+    The key "outcome" of the result is "finite", "not finite", or "raises" for an operator without a
+    second derivative. Another key holds the details.
+    """
     torch.manual_seed(0)
     images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)
-    # an area of one colour, such as a sky, whose features may be exactly 0
+    # an area of one colour, such as a sky: its features may be 0, where norms may give a NaN
     images_BCHW[0, :, :20] = 0.5
     targets_B = torch.tensor([0, 1])
     model.train()

@@ -31,6 +31,9 @@ PROCESSES = torch.cuda.device_count() or min(os.cpu_count() or 1, 2)
 def cpu_seconds(module: str, *args: str, processes: int = 1) -> float:
     """Runs a module that must succeed, and returns the CPU seconds of all its processes.
 
+    args: command-line arguments. processes: number of processes, which torchrun starts if there are
+    several.
+
     Each process has one thread, as in `make train`. CPU seconds depend less on other programs on
     the machine than seconds do.
     """
@@ -43,7 +46,11 @@ def cpu_seconds(module: str, *args: str, processes: int = 1) -> float:
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """Trains and evaluates the quickstart's two models with a seed. Returns times and results."""
+    """Trains and evaluates the quickstart's two models with a seed.
+
+    Returns the seed, the CPU seconds of each command, and the models' entries in evaluation.json.
+    folder: folder for the runs.
+    """
     times, runs = {}, {method: str(folder / method) for method in METHODS}
     for method, output in runs.items():
         start = ["--initial-checkpoint", runs["natural"]] if method == "gradnorm" else []

@@ -164,7 +164,7 @@ def smoke(setting: Setting) -> Setting:
 def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Config:
     """Returns the configuration of a training, except for its number of epochs and its seed.
 
-    arm: name of the training method.
+    network: key of Setting.networks. arm: name of the training method.
     """
     values = {"precision": precision, "eps": setting.eps, "attack_eps": setting.eps}
     return setting.base.replace(
@@ -311,7 +311,10 @@ def summary_table(record: Record) -> str:
 
 
 def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) -> list[Arm]:
-    """Returns each training method of a network as an arm of the study. names: of the methods."""
+    """Returns each training method of a network as an arm of the study.
+
+    network: key of Setting.networks. names: names of the methods. seeds: number of seeds.
+    """
     precision, number = device_precision(), list(setting.networks).index(network) + 1
     plain = arm_config(setting, network, "natural", precision)
     plain = plain.replace(**setting.start, eval_interval=setting.start["epochs"])

@@ -161,7 +161,8 @@ def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) 
 def collect(study: Study, trial: Trial, work: Path) -> Results | None:
     """Returns the results (cell) of a training, or None if the training is not finished.
 
-    If the training failed, the key "failed" holds the message.
+    If the training failed, the key "failed" holds the message. work: folder that holds all
+    trainings.
     """
     found = trials.result(trial, work)
     if found is None or found["failed"]:
@@ -179,7 +180,11 @@ def collect(study: Study, trial: Trial, work: Path) -> Results | None:
 def row_of(
     arm: Arm, cells: Results, failures: Results, summarize: Callable[[Results], Results]
 ) -> Results:
-    """Returns an arm's row of the record: its head, the results of each seed, and their means."""
+    """Returns an arm's row of the record: its head, the results of each seed, and their means.
+
+    cells, failures: name of each training -> its results, or its error under the key "failed".
+    summarize: see Study.
+    """
     seeds = [cells[t.name] for t in arm.trials if t.name in cells]
     row = {**arm.head, "seeds": seeds, "failed": [], "accuracy": statistics_of(seeds)}
     for trial in arm.trials:
@@ -191,7 +196,8 @@ def row_of(
 def statistics_of(cells: Sequence[Row]) -> list[Results]:
     """Returns mean and spread of an arm's accuracies over its cells, the results of its seeds.
 
-    Only those combinations of attack, eps and number of images are returned that all cells have.
+    There is a dict for each combination of attack, eps and number of images that all cells have.
+    The key "accuracy" of this dict holds a summary over the seeds (see timing.summary).
     """
     out = []
     keys = ("attack", "eps", "images")

@@ -38,7 +38,10 @@ CLASSES = 1000
 
 @contextlib.contextmanager
 def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
-    """Appends the bytes that tensors take to `saved`, whenever a backward pass begins."""
+    """Appends the bytes that tensors take to `saved`, whenever a backward pass begins.
+
+    meter: the active Meter, which knows these bytes.
+    """
     backward = torch.autograd.backward
 
     def noted(*args: Any, **kwargs: Any) -> None:
@@ -50,7 +53,11 @@ def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
 
 
 def count(model: Classifier, arm: Arm, batch_size: int) -> dict[str, float]:
-    """Returns operations, peak memory, memory traffic and saved bytes of an update, per image."""
+    """Returns the counted costs of a compiled update.
+
+    Keys: flops, peak_bytes, traffic_bytes and saved_bytes (kept for the backward), each per image,
+    and operators, the number of operators in the update.
+    """
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True):
         step = arm.step(fake_copy(model))

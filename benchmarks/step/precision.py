@@ -97,7 +97,7 @@ def gradient(model: nn.Module, arm: Arm, batch: tuple[Tensor, Tensor]) -> Tensor
 
 
 def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """Returns the cosine of two float64 vectors and the relative L2 error of the first."""
+    """Returns {"cosine": of two float64 vectors, "relative_error": L2 error of `value`}."""
     # by hand, because F.cosine_similarity rounds 1 - 1e-14 to 1
     cosine = float(value @ reference / (value.norm() * reference.norm()))
     error = float((value - reference).norm() / reference.norm())

@@ -280,9 +280,9 @@ def run_updates(
 def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
     """Returns the depths of two shallower Swins from which a Swin's cost can be computed, and n.
 
-    The cost is that of the first plus n times the difference of the two, because blocks come in
-    pairs (plain and shifted), and all pairs of a stage cost the same. Returns None if the Swin is
-    not deeper than these two.
+    The two differ by one pair of blocks (plain and shifted) in the deepest stage. All pairs of a
+    stage cost the same, so the Swin costs as much as the first one and n times the difference of
+    the two. Returns None if the Swin is not deeper than these two. depths: its blocks per stage.
     """
     deepest = max(depths)
     if deepest <= 4 or deepest % 2:

@@ -31,8 +31,8 @@ def describe_dataset(dataset: Dataset) -> Identity:
 
 
 def describe_split(split: Arrays | Encoded) -> dict[str, Any]:
-    """Returns the number of images of a split, and digests of the properties that are cheap to
-    read."""
+    """Returns the number of images of a split, and digests of its properties that are cheap to
+    read: labels, and content or else names and sizes of files."""
     known: dict[str, Any] = {"images": len(split)}
     known["labels"] = hash_parts([split.labels_N.numpy().tobytes()])
     if isinstance(split, Arrays):

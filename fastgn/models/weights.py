@@ -149,7 +149,7 @@ def strip_shared_prefix(
     """Returns the weights without the prefixes that all of their keys share, such as
     `module._orig_mod.`.
 
-    A prefix that the network's own keys have is kept.
+    A prefix that the network's own keys have is kept. own: the network's state dict.
     """
     weights = dict(weights)
     while weights and not weights.keys() & own.keys():
@@ -166,7 +166,8 @@ def check_normalisations(
 ) -> dict[str, Tensor]:
     """Returns the weights without the mean and standard deviation that a file may store with them.
 
-    Raises UserError if these values differ from the model's normalisation.
+    Raises UserError, which begins with `source`, if these values differ from the model's
+    normalisation.
     """
     out = {}
     for key, value in weights.items():
@@ -232,7 +233,10 @@ def adapt_weights(
 
 
 def is_other_head(given: Tensor, mine: Tensor) -> bool:
-    """Returns whether two tensors of a classifier head differ only in the number of classes."""
+    """Returns whether two tensors of a classifier head differ only in the number of classes.
+
+    given: the tensor in the file. mine: the tensor in the network.
+    """
     return (
         given.dim() == mine.dim() and given.shape[1:] == mine.shape[1:] and len(given) != len(mine)
     )
