@@ -392,7 +392,8 @@ class Report:
         """Runs several parts at the same time and returns their results."""
         (self.folder / "logs").mkdir(exist_ok=True)
         for part in parts:
-            if part.file and self.same(part) is None:  # left by other sources or another device
+            # a record from other sources or another device must not be taken for this part's
+            if part.file and self.same(part) is None:
                 (self.folder / part.file).unlink(missing_ok=True)
         logs = [self.folder / "logs" / f"{part.name}.log" for part in parts]
         ended = run([part.command for part in parts], logs, limit_s, env)

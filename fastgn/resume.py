@@ -22,7 +22,8 @@ from fastgn.state import TrainState
 def check_ranks(world: World, identity: Identity) -> None:
     """Raises UserError unless all ranks have the same images.
 
-    They must be the same because each rank trains on a part of them.
+    They must be the same because each rank trains on a part of them. identity: digests of this
+    rank's images.
     """
     seen = world.gather([json.dumps(identity)])
     other = next((rank for rank, data in enumerate(seen) if data != seen[0]), None)
@@ -94,6 +95,7 @@ def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bo
     """Returns a line that says how the images, or their order, differ from those of the checkpoint.
 
     The list is empty if they do not differ. Raises UserError if they differ and `allowed` is False.
+    identity: digests of this run's images.
     """
     changes = describe_changes(state.data, identity)
     seed = state.saved_config().run.seed
@@ -150,7 +152,10 @@ def check_position(
 
 def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> list[str]:
     """Returns the changes because of which new accuracies cannot be compared with the checkpoint's
-    best accuracy. The list is empty if they can be compared."""
+    best accuracy. The list is empty if they can be compared.
+
+    identity: digests of this run's images.
+    """
 
     def judged_by(config: Config) -> dict[str, Any]:
         natural = config.objective.method == "natural"

@@ -75,7 +75,7 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        reserve_bytes = 0  # on a CPU, memory that is only reserved takes no room
+        reserve_bytes = 0  # on a CPU, because reserved memory takes no room there until it is used
         if device.type == "cuda":
             optimizer = self.cfg.optimizer, self.model, self.optimizer
             reserve_bytes = optim.missing_state_bytes(*optimizer)

@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     if args.smoke:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
     torch.set_num_threads(1)  # as torchrun does: the loaders have their own threads and processes
-    workers = min(args.workers, os.cpu_count() or 1)  # as build_loader does
+    workers = min(args.workers, os.cpu_count() or 1)  # build_loader has the same limit
     check(workers >= 0, f"--workers {workers} must be at least 0")
     with tempfile.TemporaryDirectory() as folder:
         below = files_below(args.data_dir) if args.data_dir else None

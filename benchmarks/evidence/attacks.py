@@ -31,7 +31,7 @@ from fastgn.errors import check, parse_number
 
 ATTACKS = ("clean", "pgd-20", "apgd-ce", "autoattack")
 WAYS = ("bf16", "compiled")
-"""Further ways to run PGD-20."""
+"""Further ways to run PGD-20: with gradients in bf16, and with a compiled model."""
 CALLS = {"clean": 5, "pgd-20": 5}
 """Number of calls per round of the attacks that take little time."""
 
@@ -45,7 +45,7 @@ def network(smoke: bool) -> tuple[nn.Module, int]:
     if smoke:
         layers = (nn.Conv2d(3, 16, 3, stride=2), nn.GELU(), nn.Flatten(), nn.LazyLinear(10))
         model: nn.Module = nn.Sequential(*layers)
-        model(torch.zeros(1, 3, 16, 16))  # finds the number of inputs
+        model(torch.zeros(1, 3, 16, 16))  # LazyLinear takes its number of inputs from this call
     else:
         file = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
         model = ResNet18()

@@ -44,14 +44,18 @@ TIMEOUT_S = 600
 
 
 def smallest_network(family: str) -> str:
-    """Returns the network with the fewest parameters. family: name of a module of timm.models."""
+    """Returns the name of the network with the fewest parameters in a family.
+
+    Networks that cannot be made on the meta device are not counted, unless none of the family can.
+    family: name of a module of timm.models.
+    """
     counts: dict[str, int] = {}
     names = timm.list_models(module=family)
     for name in names:
         try:
             with torch.device("meta"):
                 candidate = timm.create_model(name, num_classes=CLASSES)
-        except Exception:  # networks that read values in __init__, which meta tensors lack
+        except Exception:  # some networks read values in __init__, which fails on meta tensors
             continue
         counts[name] = sum(p.numel() for p in candidate.parameters())
     return min(counts or names, key=lambda name: counts.get(name, 0))
@@ -105,7 +109,7 @@ def scan(family: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    signal.alarm(TIMEOUT_S)  # SIGALRM ends the process
+    signal.alarm(TIMEOUT_S)  # after this time SIGALRM ends the process
     name = smallest_network(family)
     row: dict[str, Any] = {"family": family, "model": name}
     try:

@@ -108,12 +108,12 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
                     run_evaluation(folder, flags)
     except KeyboardInterrupt:
         raise Stopped from None
-    except (Failed, RuntimeError) as error:  # saved, because it would fail again
+    except (Failed, RuntimeError) as error:  # saved, so that it is not tried again
         line = " ".join((str(error) or type(error).__name__).split())[:300]
         write_json(folder / "failed.json", {"failed": line})
         return line
     finally:
-        torch.compiler.reset()  # a process compiles dozens of models
+        torch.compiler.reset()  # frees compiled code, because a process trains dozens of models
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -204,7 +204,7 @@ def outcomes(
 ) -> Iterator[tuple[Trial, str | None]]:
     """Runs trials, `processes` at a time, and yields each trial and its failure when it has ended.
 
-    Raises Stopped if the time is over.
+    The failure is one line, or None if the trial has succeeded. Raises Stopped if the time is over.
     """
     if processes == 1:
         for trial in trials:
@@ -219,7 +219,7 @@ def outcomes(
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
-        except (KeyboardInterrupt, Stopped):  # the workers were interrupted, too
+        except (KeyboardInterrupt, Stopped):  # the workers end soon: they were interrupted, too
             pool.shutdown(wait=True, cancel_futures=True)
             raise Stopped from None
 

@@ -546,7 +546,7 @@ def run(args: argparse.Namespace) -> int:
         check(None in reasons, f"--precision leaves nothing to measure: {why}")
     file = f"cost_{args.model}_{'counts' if args.counts_only else '{device}'}.json"
     output, head = open_record(args, file, ("model", "counts_only"))
-    # the limit is too low, because the same function is compiled again for the loss of each arm
+    # a high limit, because the same function is compiled again for the loss of each arm
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
 
     torch.manual_seed(0)

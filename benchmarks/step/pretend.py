@@ -66,7 +66,7 @@ GPUS = {
         *(163 << 10, 40 * _MIB, 80 * _GB, 300e9),
         "peaks of NVIDIA's data sheet: no A100 reaches them",
     ),
-    "v100": Gpu(  # the step has no precision for its fp16 matrix units
+    "v100": Gpu(  # only fp32, because no --precision uses the fp16 matrix units of a V100
         *("Tesla V100-SXM2-32GB", (7, 0), 80, 0.9e12, {"fp32": 15.7e12}),
         *(96 << 10, 6 * _MIB, 32 * _GB, 150e9),
         "peaks of NVIDIA's data sheet: no V100 reaches them",

@@ -121,7 +121,8 @@ class Attacker:
 
         clean: whether the model classifies each image correctly without an attack. Images that it
         classifies wrongly are not attacked. If `clean` is None, no image is attacked, and the
-        result can be passed as `clean` to the calls for the other attacks.
+        result can be passed as `clean` to the calls for the other attacks. See `attack` for ids,
+        name and eps.
         """
         if clean is None:
             with torch.no_grad():

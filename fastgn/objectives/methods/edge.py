@@ -94,10 +94,11 @@ def edge(
     total = CE + weight * MSE(G / rms(G), E / rms(E)). G is the gradient with respect to the images
     of sum_k w_k f_k, where f_k is the logit of class k and w comes from draw_classes. E is
     edge_energy, repeated for all channels. The mean is over images, channels and pixels. E is never
-    negative, so the sign of the gradient matters. The cost is the same as for gradnorm.
+    negative, so G is close to E only where G is positive. The cost is the same as for gradnorm.
     Source: arXiv 2409.20139 and its code.
 
     images_BCHW: in the units that `model` takes. The edges are computed in these units.
+    temperature, sampling: arguments of draw_classes.
     of: 'logit', or 'loss' for the gradient of the cross-entropy.
     map: 'gradient', or 'saliency' for the largest magnitude of G over the channels (Simonyan et al.
     2014).
