@@ -156,7 +156,8 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     ) -> Part:
         """Returns a part that runs a benchmark with `options`, or with `toy` if --smoke is given.
 
-        stem: name of its record without .json. If None, the name of the part and of the GPU.
+        module: module of the benchmark. what, limit_s, needs: see Part. stem: name of the record
+        without .json. If None, the name of the part and of the GPU.
         """
         file = f"{stem or f'{name}_{machine.slug}'}.json"
         chosen = toy if machine.smoke else options
@@ -259,7 +260,8 @@ def run(
     """Runs Python with the arguments of each command, all at the same time.
 
     Returns an exit status and seconds for each command. The status is None if the command reached
-    the time limit. Ends all processes that the commands have started. logs: one file per command.
+    the time limit. Ends all processes that the commands have started. logs: one file for the output
+    of each command. env: environment variables of the commands.
     """
     began = time.monotonic()
     processes: list[subprocess.Popen] = []
@@ -389,7 +391,10 @@ class Report:
         return entry
 
     def run(self, parts: Sequence[Part], limit_s: float, env: dict[str, str]) -> list[dict]:
-        """Runs several parts at the same time and returns their results."""
+        """Runs several parts at the same time and returns their results.
+
+        limit_s: seconds after which they are ended. env: environment variables of their commands.
+        """
         (self.folder / "logs").mkdir(exist_ok=True)
         for part in parts:
             # a record from other sources or another device must not be taken for this part's

@@ -100,7 +100,8 @@ class Checkpoints:
     ) -> None:
         """Copies the state to the host's memory, and lets a thread call `save` with the copy.
 
-        First waits until the previous file is written, as `wait` does.
+        First waits until the previous file is written, as `wait` does. See `save` for best and
+        keep_epoch.
         """
         self.wait()
         copied = state.copy_to_host()

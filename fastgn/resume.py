@@ -74,7 +74,8 @@ def restore(
 ) -> None:
     """Loads a checkpoint into the model, its average and the optimizer.
 
-    path: the checkpoint's file, for messages. Raises UserError if it is damaged.
+    ema: the average of the weights, or None. path: the checkpoint's file, for messages. Raises
+    UserError if the checkpoint is damaged.
     """
     loaded: list[tuple[str, Any, torch.nn.Module]] = [("model", state.model, model)]
     if ema is not None:

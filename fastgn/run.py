@@ -180,7 +180,7 @@ class Run:
         """Clips the gradients, and updates the weights and their average. Does not wait for the
         device.
 
-        Returns the L2 norm of the gradient before clipping.
+        Returns the L2 norm of the gradient before clipping. lr: learning rate of the update.
         """
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(

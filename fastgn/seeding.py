@@ -25,7 +25,7 @@ class Stream(IntEnum):
 
 def derive_seed(stream: Stream, *key: int) -> int:
     """Returns a 63-bit seed from a key of non-negative integers. Similar keys give unrelated
-    seeds."""
+    seeds. stream: first part of the key, which says what the random numbers are for."""
     # SeedSequence pads with zeros, so without the length (1, 2) and (1, 2, 0) would be equal
     return int(
         np.random.SeedSequence([stream, len(key), *key]).generate_state(1, np.uint64)[0] >> 1

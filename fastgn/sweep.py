@@ -80,6 +80,8 @@ def score(clean: float, robust: float, floor: float) -> float:
 def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]) -> Any:
     """Trains one trial, and returns the value that Optuna maximises, or the two values.
 
+    trial: Optuna's trial. base: configuration that all trials share. space: fields that differ.
+
     Raises optuna.TrialPruned if the trial is stopped because it is poor, Interrupted after Ctrl-C
     or another signal, and UserError if the run cannot be made or fails.
     """

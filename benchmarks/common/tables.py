@@ -68,7 +68,10 @@ def cores(record: Record) -> str:
 
 
 def plus_minus(value: Row | None, form: str) -> str:
-    """Returns "mean ± standard deviation" of a summary as text, or "" if it is None."""
+    """Returns "mean ± standard deviation" of a summary as text, or "" if the summary is None.
+
+    form: format of both numbers, such as ".1f".
+    """
     return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
 
 

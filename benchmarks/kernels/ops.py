@@ -105,28 +105,28 @@ def shift_mask(size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def hidden(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of the input of an MLP's activation."""
+    """Returns the name and shape of the input of an MLP's activation."""
     return {"x": (size.rows, 4 * size.channels)}
 
 
 def tokens(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of LayerNorm's inputs."""
+    """Returns the names and shapes of LayerNorm's inputs."""
     one = (size.channels,)
     return {"x": (size.rows, size.channels), "weight": one, "bias": one}
 
 
 def logits(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of cross-entropy's input."""
+    """Returns the name and shape of cross-entropy's input."""
     return {"logits": (size.images, CLASSES)}
 
 
 def pixels(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of the input of the gradient's norm."""
+    """Returns the name and shape of the input of the op gradient_norm."""
     return {"x": (size.images, 3, SIDE, SIDE)}
 
 
 def windows(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of window attention's inputs."""
+    """Returns the names and shapes of window attention's inputs."""
     tokens = WINDOW**2
     return {
         "qkv": (size.windows, tokens, 3, size.heads, HEAD_DIM),
@@ -135,12 +135,12 @@ def windows(size: Size) -> dict[str, tuple[int, ...]]:
 
 
 def attention(f: Any, qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Calls window attention."""
+    """Calls window attention. f: fastgn_kernels or `EAGER`."""
     return f.window_attention_qkvpacked(qkv, bias, mask)
 
 
 def entropy(f: Any, logits: Tensor, targets: Tensor) -> Tensor:
-    """Calls cross-entropy."""
+    """Calls cross-entropy. f: fastgn_kernels or `EAGER`."""
     return f.cross_entropy(logits, targets, reduction="none")
 
 
@@ -251,7 +251,7 @@ def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
 def build(key: CaseKey, batch: int, device: torch.device) -> Case:
     """Returns the tensors and functions for one measurement, at Swin-B's shapes.
 
-    batch: number of images.
+    key: op, stage and dtype of the measurement. batch: number of images.
     """
     op, size = OPS[key.op], Size(batch, *STAGES.get(key.stage, (0, 0, 0)))
     constants = {k: x.to(device) for k, x in op.constants(size, key.dtype).items()}

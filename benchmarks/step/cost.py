@@ -357,7 +357,8 @@ def row_of(
 ) -> dict[str, Any]:
     """Returns the results of one kind of update as a dict for the JSON record.
 
-    measured: Arm.key -> results of each kind of update, for ratios. record: the rest of the record.
+    found: the results. measured: Arm.key -> results of each kind of update, for ratios. record: the
+    rest of the record.
     """
     arm, batch, meaningful = found.arm, record["batch"], record["meaningful_times"]
     passes = count_passes(arm.objective(), arm.schedule, arm.method == "pgd_at-paper")

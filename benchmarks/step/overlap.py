@@ -61,7 +61,7 @@ def schedule(
     """Returns the seconds of all kernels of a compiled backward, and its all-reduces in order.
 
     The seconds are those of the roofline. Inductor orders kernels and all-reduces alike for any
-    number of GPUs. grad_dtype: value of --grad-dtype.
+    number of GPUs. grad_dtype, cuda_graphs: as in StepOptions.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -97,7 +97,10 @@ def gradient(model: nn.Module, arm: Arm, batch: tuple[Tensor, Tensor]) -> Tensor
 
 
 def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """Returns {"cosine": of two float64 vectors, "relative_error": L2 error of `value`}."""
+    """Returns the keys cosine (of both float64 vectors) and relative_error.
+
+    The relative error is the L2 norm of value - reference, divided by that of reference.
+    """
     # by hand, because F.cosine_similarity rounds 1 - 1e-14 to 1
     cosine = float(value @ reference / (value.norm() * reference.norm()))
     error = float((value - reference).norm() / reference.norm())

@@ -91,7 +91,10 @@ def node_flops(node: torch.fx.Node) -> int:
 
 
 def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
-    """Returns what a kernel computes, in the names of ATen's operators."""
+    """Returns what a kernel computes, in the names of ATen's operators.
+
+    origins: the nodes of the graph that the kernel computes.
+    """
     for attribute in ("op_overload", "python_kernel_name"):
         if getattr(kernel.node, attribute, None) is not None:
             return str(getattr(kernel.node, attribute))
@@ -121,7 +124,10 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
 
 
 def kernels_of(lowering: Any) -> Iterator[tuple[Any, list[torch.fx.Node]]]:
-    """Yields (kernel, operators that it computes) for each kernel of a graph, in their order."""
+    """Yields (kernel, operators that it computes) for each kernel of a graph, in their order.
+
+    lowering: Inductor's GraphLowering of the graph.
+    """
     from torch._inductor.ir import MultiOutput
 
     for kernel in lowering.scheduler.nodes:
@@ -142,6 +148,8 @@ def moved_bytes(kernel: Any, repeated: Counter[str]) -> int:
 
 def repetitions(lowering: Any) -> Counter[str]:
     """Returns name of a buffer -> number of bytes that Inductor counts too much for it.
+
+    lowering: Inductor's GraphLowering of the graph.
 
     Inductor counts the repeated elements of an expanded tensor, although memory holds them only
     once. If such a tensor is one of several outputs of an operator and something reads it, Inductor

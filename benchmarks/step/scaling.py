@@ -144,7 +144,7 @@ def exposed_seconds(gpus: int, backward_s: float, sums: Sequence[Sum], links: Li
     """Returns the seconds between the end of a backward and the end of the last all-reduce.
 
     All-reduces run one after the other, beside the kernels of the backward. backward_s: seconds of
-    these kernels.
+    these kernels. sums: the all-reduces. links: the links between the GPUs.
     """
     end = 0.0
     for begin, nbytes in sums:

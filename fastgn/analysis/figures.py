@@ -89,7 +89,7 @@ def draw_pictures(
     classes: Sequence[str],
     eps: float,
 ) -> bytes:
-    """Draws a row per image, with the image, its edges, and three columns per model.
+    """Draws a row per image, with the image, its edges, and three columns per model (view).
 
     The three columns are the input gradient, the perturbation, and the attacked image. Below the
     gradient stand its L1 norm and its correlation with the edges. The frame of the attacked image

@@ -158,7 +158,11 @@ def attack_batches(
 def read_part(
     parts: Parts, index: int, name: str, eps: float, batch: int, images: int
 ) -> Part | None:
-    """Returns the saved outcomes of an attack on a batch. None if they are missing or invalid."""
+    """Returns the saved outcomes of an attack on a batch. None if they are missing or invalid.
+
+    parts: the saved results. index: index of the attack. batch: index of the batch. images: number
+    of images in the batch.
+    """
     part = parts.get(name, repr(eps), batch)
     if part is None or not is_valid_part(part, images):
         return None
@@ -181,7 +185,8 @@ def make_part(
 ) -> Part:
     """Returns the outcomes of one attack on one batch, as they are saved.
 
-    row: index of the attack. batch: index of the batch.
+    row: index of the attack. batch: index of the batch. correct: whether each image is classified
+    correctly. seconds: duration of the attack. warnings: lines that AutoAttack has logged.
     """
     bits = "".join("1" if is_correct else "0" for is_correct in correct)
     part: Part = {"row": row, "batch": batch, "correct": bits, "seconds": seconds}
@@ -203,8 +208,8 @@ def make_rows(
     """Returns a dict for each attack and eps, from the outcomes of all batches and ranks.
 
     If an eps has several attacks, a dict for the worst case is added. In the worst case an image is
-    correct only if it is correct under all attacks with this eps. todo: name and eps of each
-    attack. images: number of images.
+    correct only if it is correct under all attacks with this eps. parts: the outcomes. todo: name
+    and eps of each attack. images: number of images.
     """
     rows = []
     for index, (name, eps) in enumerate(todo):

@@ -287,7 +287,7 @@ def find_split(root: Path, split: str, option: str, known: tuple[str, ...] | Non
 
 def find_files(root: Path, split: str, option: str) -> Split:
     """Finds the images root/<split>/<class>/<image>. Raises UserError if the folder has no
-    classes."""
+    classes. option: flag that names the split, for messages."""
     folder = root / split
     hint = (
         f"it should hold one folder of images per class or the shards of fastgn.data.pack, or "

@@ -61,7 +61,10 @@ class Encoded(abc.ABC):
 
 
 def make_bad_image_error(name: str, reason: object, problem: str = "unreadable") -> BadImageError:
-    """Returns the error that names an image and says in one line why it cannot be read."""
+    """Returns the error that names an image and says in one line why it cannot be read.
+
+    reason: error or text that says why. problem: kind of fault, see BadImageError.
+    """
     line = " ".join(str(reason).split())
     return BadImageError(f"{name} cannot be read as an image: {line}", problem)
 

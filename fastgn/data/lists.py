@@ -81,6 +81,8 @@ def find_classes(
 ) -> tuple[tuple[str, ...], str]:
     """Returns the classes of a list, and a text for messages that says where they come from.
 
+    root, known: see `read_list`. path, rows: the list and its lines.
+
     Raises UserError if classes.txt names a class twice.
     """
     named = root / "classes.txt"
@@ -152,6 +154,8 @@ def find_repeated(
     path: Path, rows: Sequence[Row], paths: Sequence[str], labels: Sequence[int]
 ) -> list[str]:
     """Returns one line about images that the list names more than once, or no line.
+
+    paths, labels: path and class of the image on each line.
 
     Raises UserError, which names both lines, if such an image has two labels.
     """

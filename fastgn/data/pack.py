@@ -166,7 +166,8 @@ def write_shard(
 def load_finished_shard(folder: Path, name: str, recipe: str) -> Shards | None:
     """Returns the index of a shard that was finished and is intact, or None.
 
-    Raises UserError if the shard was made from other images or with other options.
+    recipe: digest from `hash_packing`. Raises UserError if the shard was made from other images or
+    with other options.
     """
     try:
         part = Shards.load(folder, f"{name}.npz")

@@ -12,7 +12,8 @@ from fastgn.errors import UserError
 def build_train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) -> Any:
     """Returns timm's training transform, which turns a PIL image into a tensor `(3, S, S), uint8`.
 
-    Raises UserError if timm does not know the policy of --aa.
+    hflip: probability of a horizontal flip. Raises UserError if timm does not know the policy of
+    --aa.
     """
     try:
         transform = create_transform(

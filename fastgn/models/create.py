@@ -144,6 +144,8 @@ def list_constructor_arguments(name: str) -> set[str]:
 def check_kwargs(name: str, given: dict[str, Any]) -> None:
     """Raises UserError unless --model-kwargs are plain values that the network's constructor takes.
 
+    name: full name of the network. given: the arguments in --model-kwargs.
+
     A checkpoint from a stranger holds such arguments too, and they must not make timm open other
     files.
     """

@@ -170,7 +170,7 @@ def make_twin_class(plain: Any) -> Any:
     """Returns a subclass of a module's class whose forward can be differentiated twice.
 
     The forward calls the twins, which are the replacements of operators. The subclass has the same
-    name as the module's class.
+    name as the module's class, `plain`.
     """
     if plain in CLASSES:
         return CLASSES[plain]

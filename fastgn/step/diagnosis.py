@@ -80,7 +80,10 @@ class Diagnosis:
             nodes += [other for other, _ in node.next_functions if other is not None]
 
     def make_node_hook(self, operator: str, where: str) -> Callable[[Any, Any], None]:
-        """Returns a hook that checks the gradients that an autograd node has computed."""
+        """Returns a hook that checks the gradients that an autograd node has computed.
+
+        operator: name of the node. where: text from `describe_node`. Both are for the message.
+        """
 
         def hook(computed: Any, given: Any) -> None:
             if self.found is None and are_finite(given) and not are_finite(computed):

@@ -24,7 +24,7 @@ COMPILER = {
 
 @torch.library.custom_op("fastgn::zero", mutates_args=())
 def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
-    """Returns a tensor of zeros that requires grad because `token` does.
+    """Returns a tensor of zeros with this shape that requires grad because `token` does.
 
     `leaf` adds these zeros to a tensor, so that the sum requires grad. The backward of this op
     computes nothing. All of the zeros share the memory of one number.
@@ -107,7 +107,7 @@ class DoubleBackward(nn.Module):
 
     def _needs_leaf(self, inputs: tuple, named: dict[str, Any]) -> list[bool]:
         """Returns for each tensor in the inputs, nested or not, whether to replace it with a leaf
-        copy.
+        copy. named: the inputs that are passed by keyword.
 
         That is necessary if the module differentiates with respect to the tensor and the tensor
         does not require grad yet.
@@ -124,7 +124,10 @@ class DoubleBackward(nn.Module):
     def _run_on_leaves(
         self, tokens: list[Tensor | None], inputs: tuple, named: dict[str, Any]
     ) -> Any:
-        """Runs the module on its inputs. Each input that has a token is replaced with a leaf."""
+        """Runs the module on its inputs. Each input that has a token is replaced with a leaf.
+
+        tokens: for each input, a scalar that requires grad, or None. See `leaf`.
+        """
         flat, structure = tree_flatten((inputs, named))
         leaves: list[Any] = []
         for index, (x, token) in enumerate(zip(flat, tokens, strict=True)):

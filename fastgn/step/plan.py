@@ -161,7 +161,8 @@ class Plan:
     def measured(self, peak_bytes: int | None, seconds: float) -> str:
         """Returns a line with the measured cost of an update beside the predicted cost.
 
-        peak_bytes: None if the device does not report its peak memory.
+        peak_bytes: measured peak memory, None if the device does not report it. seconds: measured
+        time.
         """
         peak = ""
         if peak_bytes is not None:
@@ -248,7 +249,8 @@ def describe_shortage(
 ) -> str:
     """Returns the error message for a device with too little memory.
 
-    images: the smallest micro-batch. least: number of bytes that the smallest plan needs.
+    cost: what an update needs. images: the smallest micro-batch. least: number of bytes that the
+    smallest plan needs. compiled: whether the update is compiled.
     """
     tries = ["a smaller --img-size or --model"]
     if cost.precision in ("fp32", "tf32"):

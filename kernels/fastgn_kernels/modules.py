@@ -231,7 +231,7 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
 
 
 def _new(replaced: Any, fused: Any) -> nn.Module:
-    """Returns a module without attributes, of the class that `_in_place_of` makes, for pickle."""
+    """Returns a module without attributes for pickle. Its class is what `_in_place_of` returns."""
     cls = _in_place_of(replaced, fused)
     return cls.__new__(cls)
 

@@ -56,7 +56,8 @@ def augment_crop(
 def resize(side: int, crop: np.ndarray, mode: str, flipped: bool) -> np.ndarray:
     """Returns a crop resized with antialiasing, in a third of PIL's time.
 
-    mode: name of the interpolation. flipped: whether to mirror the result horizontally.
+    side: width and height of the result. mode: name of the interpolation. flipped: whether to
+    mirror the result horizontally.
     """
     image = torch.from_numpy(crop).permute(2, 0, 1)[None]
     result = F.interpolate(image, (side, side), mode=mode, antialias=True)[0].permute(1, 2, 0)
@@ -64,7 +65,9 @@ def resize(side: int, crop: np.ndarray, mode: str, flipped: bool) -> np.ndarray:
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
-    """Returns the image after an affine map. matrix: [a, b, c, d, e, f] as in draws.Kind.BICUBIC.
+    """Returns the image after an affine map.
+
+    matrix: [a, b, c, d, e, f] as in draws.Kind.BICUBIC. mode: name of the interpolation.
 
     This takes half of PIL's time, and a quarter for a shear or shift along one axis. For rotations
     PyTorch's bicubic kernel is less sharp than PIL's (the parameters are -0.75 and -1).

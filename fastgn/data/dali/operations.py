@@ -25,8 +25,9 @@ def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> 
     """Defines DALI's pipeline, which returns each batch of augmented images: fp32, 3 x S x S, in
     0..1.
 
-    device: DALI's name of the device that does the work, "cpu" or "gpu". by_dali: whether DALI's
-    own operators resize and augment. Otherwise the functions of cpu.py do.
+    source: gives DALI the encoded images. recipe: knows which operations may occur. device: DALI's
+    name of the device that does the work, "cpu" or "gpu". by_dali: whether DALI's own operators
+    resize and augment. Otherwise the functions of cpu.py do.
     """
     encoded, anchor, shape, bilinear, flipped, kinds, arguments = fn.external_source(
         source=source,
@@ -64,7 +65,8 @@ def apply_operations(
 ) -> Any:
     """Resizes, flips and augments each crop with DALI's operators.
 
-    cpu.augment_crop does the same with PyTorch and PIL. The arguments are described there.
+    cpu.augment_crop does the same with PyTorch and PIL, and describes the arguments. recipe: knows
+    the size of the result, and which operations may occur.
     """
     side, possible = recipe.img_size, sorted(recipe.kinds)
     if bilinear == 1:
@@ -87,8 +89,9 @@ def operate(
 ) -> Any:
     """Returns the image after one operation.
 
-    kind: number of the operation, int32, one of `possible`. Nested conditions choose the operation,
-    so that DALI runs each operation only on the images that need it.
+    kind: number of the operation, int32, one of `possible`. arguments: those of the operation, see
+    Kind. side: width and height of the image. Nested conditions choose the operation, so that DALI
+    runs each operation only on the images that need it.
     """
     if len(possible) == 1:
         return OPERATIONS[possible[0]](image, arguments, side, device)

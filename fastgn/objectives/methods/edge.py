@@ -94,7 +94,7 @@ def edge(
     total = CE + weight * MSE(G / rms(G), E / rms(E)). G is the gradient with respect to the images
     of sum_k w_k f_k, where f_k is the logit of class k and w comes from draw_classes. E is
     edge_energy, repeated for all channels. The mean is over images, channels and pixels. E is never
-    negative, so G is close to E only where G is positive. The cost is the same as for gradnorm.
+    negative, so the penalties for G and -G differ. The cost is the same as for gradnorm.
     Source: arXiv 2409.20139 and its code.
 
     images_BCHW: in the units that `model` takes. The edges are computed in these units.
