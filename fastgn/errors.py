@@ -70,7 +70,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def find_mistyped(name: str, names: Sequence[str]) -> list[str]:
     """Returns the names that differ from `name` by the fewest edits.
 
-    Returns no names if more than two edits are needed, or more than one if `name` is short.
+    Returns no names if more than two edits are needed. If `name` is short, one edit is the limit.
     """
     text = simplify(name)
     allowed = 2 if len(text) > 5 else 1

@@ -282,10 +282,10 @@ def make_plan(
 ) -> Plan | None:
     """Returns the predicted time and memory of an update, the same on all ranks.
 
-    With `--schedule auto` it also chooses the micro-batch and the share of activations to keep, for
-    the least free memory and the lowest speed of all ranks' devices. Operations are counted on the
-    CPU, without data. Returns None if the operations cannot be counted and nothing has to be
-    chosen. batching: how the images of an update are divided.
+    With `--schedule auto` it also chooses the micro-batch and the share of activations to keep. The
+    choice is for the least free memory and the lowest speed among the ranks' devices. Operations
+    are counted on the CPU, without data. Returns None if the operations cannot be counted and
+    nothing has to be chosen. batching: how the images of an update are divided.
 
     Raises UserError if nothing fits, or if `--schedule auto` cannot count the operations.
     """

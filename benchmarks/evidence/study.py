@@ -5,8 +5,9 @@ the result of one arm with one seed. A program declares its arms as a `Study`, a
 table from the record.
 
 Each finished cell goes into the record at once. A later call, also on another machine, reads the
-cells from the record and makes the ones that are missing. Each cell has digests of the network, the
-objective, the training and the evaluation that made it. If a digest differs, the cell is not used.
+cells from the record and makes the ones that are missing. Each cell has digests (short hashes) of
+the network, the objective, the training and the evaluation that made it. If one of them differs
+from what the later call would use, the cell is not used.
 """
 
 import argparse

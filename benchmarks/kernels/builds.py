@@ -283,8 +283,8 @@ def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterato
 def table(record: Record) -> str:
     """Returns this benchmark's Markdown table, made from its JSON record.
 
-    For each op and GPU, it shows the number of kernels, the sum of their spills, and the most
-    registers, the most shared memory and the widest load among them.
+    For each op and GPU, it shows the number of kernels and the sum of their spills. It also shows
+    the most registers, the most shared memory and the widest load among these kernels.
     """
     groups: dict[tuple[str, int], list[dict]] = {}
     for build in record["builds"]:

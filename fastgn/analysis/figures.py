@@ -95,7 +95,7 @@ def draw_pictures(
     gradient stand its L1 norm and its correlation with the edges. The frame of the attacked image
     shows what the attack has changed, see FRAMES.
 
-    The gradients of a model share one colour scale, which ends at the median of their 99.5th
+    The gradients of a model share one colour scale. It ends at the median of their 99.5th
     percentiles, so that one large gradient does not hide the others. The scales of the models
     differ, because the norms of their gradients may differ by orders of magnitude.
     """

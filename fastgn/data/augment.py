@@ -29,8 +29,9 @@ class BatchDraws(NamedTuple):
     fill: Tensor | None = None
     """Pixels in 0..1 that fill the erased boxes, fp32, of a shape that broadcasts to the images."""
     mix_5: Tensor | None = None
-    """Top, bottom, left and right of the box that cutmix copies from image B - 1 - i into image i,
-    and image i's share of the result, `(5,), fp32`. Zeros in place of a box mean mixup."""
+    """Five numbers, fp32. The first four are top, bottom, left and right of the box that cutmix
+    copies from image B - 1 - i into image i. They are 0 for mixup. The last is the share of image i
+    in the result."""
 
 
 class BatchAugment:

@@ -202,7 +202,7 @@ def choose_plan(
     batch_size: number of images per rank and update, which the micro-batch must divide.
     free_bytes: free memory when the weights are allocated, see `free_memory`.
     state_bytes: memory that will be allocated for anything but gradients and activations, such as
-    the optimizer's state, which for AdamW is twice as large as the weights in fp32.
+    the optimizer's state. AdamW's state takes twice as many bytes as the weights in fp32.
     held_bytes: memory that is allocated already.
     fewest: smallest micro-batch that the network can be trained on.
     fixed: (micro-batch, budget). If given, nothing is chosen, and the cost of these is predicted

@@ -33,8 +33,7 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 class MicroBatch(NamedTuple):
-    """Images that pass through the network at one time, and the weight of their loss in the
-    update."""
+    """Images that pass through the network at one time, and the divisor of their loss."""
 
     images_BCHW: Tensor
     targets: Tensor
@@ -182,7 +181,10 @@ class Step:
         return Loss(*(sums / len(pairs)).unbind())
 
     def turn(self, update: int) -> str:
-        """Returns the name of the loss that an update minimises, such as "penalty" or "plain"."""
+        """Returns the name of the loss that an update minimises, such as "penalty" or "plain".
+
+        update: number of the update. Some objectives and schedules alternate between two losses.
+        """
         return name_of_turn(self.objective, self.options.schedule, update)
 
     def has_gradients(self) -> bool:
@@ -255,14 +257,17 @@ class Step:
     # ------------------------------------------------------------------ forward and backward
 
     def _differentiate_exactly(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
-        """Runs the forward and backward of a loss that computes its own penalty."""
+        """Runs the forward and backward of a loss that computes its own penalty.
+
+        name: name of the loss. part: the micro-batch. ramp: strength of the penalty, in 0..1.
+        """
         loss = self._forward(self.losses[name], *self._inputs(part, ramp))
         self._backward(loss.total / part.divisor)
         return loss
 
     def _differentiate_and_sum(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
-        """Runs the forward and backward of an update with one micro-batch. The backward also sums
-        the gradients over the processes."""
+        """Runs the forward and backward of an update with one micro-batch, `part`. The backward
+        also sums the gradients over the processes."""
         slots = [bucket.slot for bucket in self._buckets]
         loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *slots)
         self.confirm()
@@ -340,7 +345,7 @@ class Step:
     ) -> Tensor:
         """Returns the images at which a loss is computed, after the method's attack if it has one.
 
-        name: name of the loss.
+        name: name of the loss. attack_ramp: factor of the attack's step size, in 0..1.
 
         The attack runs in eval mode, so that it sees the network as a user does and does not change
         the statistics of BatchNorm.

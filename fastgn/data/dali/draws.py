@@ -241,6 +241,6 @@ TRANSLATIONS: dict[Any, tuple[Kind, Callable[..., tuple[float, ...] | None]]] = 
     auto_augment.brightness: (Kind.BRIGHTNESS, as_given),
     auto_augment.sharpness: (Kind.SHARPNESS, as_given),
 }
-"""How DALI does the operations of timm's policies. timm's function for an operation -> the Kind
-that does the same, and a function of (side in pixels, timm's arguments) that returns the arguments
-of that Kind, or None if the image would not change. Policies with other operations are refused."""
+"""timm's function for an operation of a policy -> the Kind that does the same with DALI, and a
+function. The function takes (side in pixels, timm's arguments) and returns the arguments of that
+Kind, or None if the image would not change. Policies with other operations are refused."""

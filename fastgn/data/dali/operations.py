@@ -204,9 +204,9 @@ def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     """Returns the image with the histogram of each channel equalised, as ImageOps.equalize does.
 
     PIL counts the pixels below a value, and DALI the pixels up to and including a value. Therefore
-    DALI equalises the negative image. In the negative, the pixels up to 255 - v are those that are
-    at least v in the image, which are all pixels except those below v. The last factor is needed
-    because PIL divides by a step that is a whole number.
+    DALI equalises the negative image. The pixels up to 255 - v in the negative are those of at
+    least v in the image. Their number gives the number of pixels below v, as PIL counts them. The
+    last factor is needed because PIL divides by a step that is a whole number.
     """
     shares = byte(255) - fn.equalize(byte(255) - image)
     brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
