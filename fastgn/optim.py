@@ -240,8 +240,8 @@ class FirstState:
 def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
     """Returns the entries that the optimizer will keep for each kind of weight in a model.
 
-    It makes one update with a tensor of each shape, so that the result is right for every
-    optimizer.
+    An optimizer made for this purpose updates one tensor of each kind of weight, so that the result
+    is right for every optimizer.
     """
     groups: list[dict[str, Any]] = []
     counts: list[int] = []

@@ -1,7 +1,8 @@
 """Measures the energy that a GPU takes, in joules, with NVML (package nvidia-ml-py).
 
-Cards from Volta on have a counter for it. It counts the whole board, for all programs on it. The
-card updates its counter about ten times per second, so a measurement should take a second or more.
+Cards from Volta on have a counter of joules. The counter covers the whole board and all programs
+that use it. The card updates the counter about ten times per second, so a measurement should take a
+second or more.
 """
 
 import math
@@ -15,7 +16,8 @@ def energy_counter() -> tuple[Callable[[], float] | None, str]:
     """Returns a function that reads the joules that the current CUDA device has taken so far.
 
     The function returns NaN if the card does not answer, so that a run goes on without its energy.
-    It is None if energy cannot be measured here. Also returns how it is measured, or why not.
+    If energy cannot be measured here, returns None in place of the function. Also returns a text
+    that says how energy is measured, or why it is not.
     """
     if not torch.cuda.is_available():
         return None, "not measured: no GPU"

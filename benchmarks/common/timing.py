@@ -72,7 +72,8 @@ def interleaved(
     arms: name -> function without arguments that is timed. calls: number of calls per round, for
     all functions or for each name. warmup: number of calls of each function that come first and are
     not timed. during: name -> context manager that is active during a function's calls in a round.
-    It is entered and left while the device is idle, and its own time is not measured.
+    The device is idle when the context manager is entered or left. The time for that is not
+    measured.
     """
 
     def measure(name: str, run: Callable[[], object]) -> float:

@@ -67,7 +67,7 @@ def study_program(
 ) -> Program:
     """Returns the main function of a program that runs a study.
 
-    Its exit status is 2 for a user's mistake, 1 if every training failed, and else 0.
+    The program's exit status is 2 for a user's mistake, 1 if every training failed, and else 0.
 
     name: name of the program. description: text with which --help begins. plan: function of the
     options and of the folder for the trainings. options: flags besides those of all studies. data:

@@ -31,7 +31,8 @@ from fastgn.metrics import read_rows
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One training and its evaluations. It starts from another trial's weights or from scratch."""
+    """One training and its evaluations. The training starts from the weights of another trial, or
+    from random weights."""
 
     name: str
     cfg: Config

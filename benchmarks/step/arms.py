@@ -31,7 +31,8 @@ class Arm:
     precision: str = "fp32"
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
     budget: float = 1.0
-    """Share of the activations that a compiled update keeps in memory. It recomputes the rest."""
+    """Share of the activations that a compiled update keeps in memory for the backward. The
+    backward recomputes the rest."""
     compile: bool = False
     kernels: str | None = None
     """Value of --kernels: "triton" or "reference". If None, the benchmark chooses."""
@@ -59,7 +60,8 @@ class Arm:
 
     @property
     def cycle(self) -> int:
-        """Number of updates after which the costs repeat: --lazy-interval for lazy, else 1."""
+        """Number of updates after which the costs repeat: --lazy-interval for the schedule lazy,
+        else 1."""
         return self.schedule.cycle
 
     def objective(self) -> Objective:

@@ -1,10 +1,10 @@
 """Makes the sanity report, which shows whether a robust accuracy can be believed.
 
 The checks are those of Carlini et al. 2019 (arXiv 1902.06705), "On evaluating adversarial
-robustness". They are needed because training with a penalty on the gradient's norm lowers the very
-gradient that attacks on the cross-entropy follow. A model that merely hides its gradient must not
-be taken for a robust one. No check proves robustness, but a failed check shows that the measured
-robust accuracy cannot be believed.
+robustness". The checks are needed because training with a penalty on the gradient's norm lowers the
+very gradient that attacks on the cross-entropy follow. A model that merely hides its gradient must
+not be taken for a robust one. No check proves robustness, but a failed check shows that the
+measured robust accuracy cannot be believed.
 
 Shapes: B images, C channels, H x W pixels, K classes. Images lie in 0..1, eps is in the same units.
 """
@@ -61,8 +61,8 @@ def make_sanity_report(
     apgd_images: the same for APGD, with 5 restarts of 100 steps on the losses DLR and cross-entropy
         (Croce & Hein 2020).
     keep: function that gets the name of a part of the report (one of STAGES) and a function that
-        computes this part's checks. It returns the checks, which may come from an earlier
-        evaluation. If None, all checks are computed.
+        computes this part's checks. `keep` returns the checks, which may come from an earlier
+        evaluation. If `keep` is None, all checks are computed.
 
     Raises UserError if there are no images, if the lengths differ, if pixels lie outside 0..1, or
     if eps or batch_size is not above 0.

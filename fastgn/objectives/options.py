@@ -188,8 +188,8 @@ class Method:
     has_attack: bool = False
     """Whether every update trains on attacked images."""
     single_step: bool = False
-    """Whether the method's attack has only one step. Its default size differs from that of several
-    steps."""
+    """Whether the method's attack has only one step. The default size of a single step differs from
+    that of several steps."""
     needs_representatives: bool = False
     """Whether the method's `build` also takes base.Representatives, images that represent the
     classes."""

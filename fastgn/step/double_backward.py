@@ -51,10 +51,10 @@ def leaf(x: Tensor, token: Tensor) -> Tensor:
 
 
 class DoubleBackward(nn.Module):
-    """Compiles and runs a module whose forward differentiates. compile_double_backward makes it.
+    """Compiles and runs a module whose forward differentiates.
 
-    Its parameters are the parameters of `module`. A copy and an unpickled object have weights and a
-    compiled graph of their own.
+    `compile_double_backward` makes objects of this class. Their parameters are the parameters of
+    `module`. A copy and an unpickled object have weights and a compiled graph of their own.
     """
 
     def __init__(
