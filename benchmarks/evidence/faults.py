@@ -70,10 +70,13 @@ UPDATES, OPERATORS, LAST = 16, 1300, "update_00000016"
 """Number of updates, a little less than the operators of an update, the last checkpoint's name."""
 ARMS = {"alone": 0, "kill": 1, "stop": 1, "memory": 1, "shrink": 2}
 """Name of a fault -> number of agents of torchrun. 0 means one process without an agent."""
-IMPORTS = ("benchmarks.evidence.faults", "sklearn.datasets", "torch.utils.tensorboard")
+IMPORTS = (
+    *("fastgn.train", "sklearn.datasets", "torch.distributed.launcher.api"),
+    "torch.utils.tensorboard",
+)
 """Modules that a training needs."""
-LIMIT_S = 600.0
-"""Seconds after which a job counts as hung. Other programs may use the same cores."""
+LIMIT_S = 1800.0
+"""Seconds after which a job counts as hung. A job takes ten, and minutes on a busy machine."""
 ROUNDING = 1e-4
 """Largest relative difference of weights that rounding explains."""
 STATE = ("update", "best", "accuracy", "sums", "summed", "model", "ema", "optimizer")
