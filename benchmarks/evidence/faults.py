@@ -31,7 +31,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -43,6 +42,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 from torch.multiprocessing import ProcessContext
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,9 +207,7 @@ def run_job(folder: Path, agents: int, fault: Fault | None = None, limit_s: floa
     """
     server, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + limit_s
     server.set_forkserver_preload(list(IMPORTS))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = get_free_port()
     processes = [
         server.Process(target=run_agent, args=(number, agents, port, folder, fault))
         for number in range(max(agents, 1))
