@@ -160,8 +160,8 @@ def session(
             f"CUDA devices: lower --nproc-per-node to {count}",
         )
         chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)  # first, so that the check makes no context on another GPU
         check_has_code(chosen)
-        torch.cuda.set_device(chosen)
     with contextlib.ExitStack() as held:
         if size == 1:
             yield World(0, 1, chosen, held=held)
