@@ -19,9 +19,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from benchmarks.common.arguments import Program, finish, open_record, option
+from benchmarks.common.arguments import ON_GPU, Program, finish, open_record, option
 from benchmarks.common.tables import Record, cores
 from benchmarks.common.timing import interleaved, paired_ratios, summary
 from fastgn.config.cli import parse_config
@@ -83,15 +82,14 @@ def run(args: argparse.Namespace) -> int:
     return finish(output, record, table)
 
 
-CUDA = torch.cuda.is_available()
 main = Program(
     "small_data",
     __doc__,
     run,
-    option("--batch-size", default=128 if CUDA else 8),
+    option("--batch-size", default=128 if ON_GPU else 8),
     option("--images", default=50_000, help="number of images in the data set"),
-    option("--rounds", default=10 if CUDA else 3),
-    option("--calls", default=20 if CUDA else 1, help="batches per round"),
+    option("--rounds", default=10 if ON_GPU else 3),
+    option("--calls", default=20 if ON_GPU else 1, help="batches per round"),
     option("--train", nargs=argparse.REMAINDER, default=[], help="options of fastgn.train"),
 )
 

@@ -23,7 +23,7 @@ import torch
 from pyautoattack.examples.resnet import ResNet18
 from torch import nn
 
-from benchmarks.common.arguments import Program, default_device, finish, open_record, option
+from benchmarks.common.arguments import ON_GPU, Program, default_device, finish, open_record, option
 from benchmarks.common.tables import Column, Record, device, make_table, with_notes
 from benchmarks.common.timing import interleaved, paired_ratios, summary
 from fastgn.analysis.attacker import Attacker, Precision
@@ -116,14 +116,13 @@ def run(args: argparse.Namespace) -> int:
     return finish(output, record, table)
 
 
-CUDA = torch.cuda.is_available()
 main = Program(
     "attacks",
     __doc__,
     run,
     option("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS)),
-    option("--images", default=512 if CUDA else 32, help="number of images"),
-    option("--batch-size", default=128 if CUDA else 16),
+    option("--images", default=512 if ON_GPU else 32, help="number of images"),
+    option("--batch-size", default=128 if ON_GPU else 16),
     option("--eps", default="1/255", help="radius in Linf, for pixels in 0..1, such as 4/255"),
     option("--rounds", default=3),
     option("--smoke", action="store_true", help="use toy sizes and two rounds"),

@@ -37,7 +37,7 @@ from fastgn_kernels import ACTIVATIONS, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.arguments import Program, default_device, open_record, option
+from benchmarks.common.arguments import ON_GPU, Program, default_device, open_record, option
 from benchmarks.common.records import describe_error, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.common.timing import cold, summary
@@ -465,17 +465,16 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(wrong or failed))
 
 
-GPU = torch.cuda.is_available()
 main = Program(
     "ops",
     __doc__,
     run,
     option("--ops", nargs="+", choices=OPS, metavar="OP", default=list(OPS), help="default: all"),
     option(
-        "--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES) if GPU else [3, 4]
+        "--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES) if ON_GPU else [3, 4]
     ),
-    option("--batch-size", default=64 if GPU else 2, help="number of images"),
-    option("--rounds", default=30 if GPU else 3),
+    option("--batch-size", default=64 if ON_GPU else 2, help="number of images"),
+    option("--rounds", default=30 if ON_GPU else 3),
     option("--minutes", default=5.0, help="begin no case after this time"),
 )
 

@@ -44,6 +44,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common.arguments import (
+    ON_GPU,
     Program,
     default_device,
     open_record,
@@ -623,30 +624,31 @@ def run(args: argparse.Namespace) -> int:
     return int(len(failed) == len(measured))
 
 
-GPU = torch.cuda.is_available()
-MODERN = GPU and torch.cuda.get_device_capability() >= (8, 0)
+MODERN = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
 main = Program(
     "cost",
     __doc__,
     run,
-    option("--model", default="swin_b" if GPU else "small_swin", help="any model of fastgn.train"),
+    option(
+        "--model", default="swin_b" if ON_GPU else "small_swin", help="any model of fastgn.train"
+    ),
     option("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of the model"),
     option("--img-size", type=positive_int, help="height and width of the images in pixels"),
     option("--classes", type=positive_int, help="default: 1000, or 10 for small_swin"),
-    option("--batch", default=64 if GPU else 8, help="images per update"),
+    option("--batch", default=64 if ON_GPU else 8, help="images per update"),
     option("--methods", nargs="+", choices=METHODS, help="default: all"),
     option("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm"),
     option("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"][: 1 + MODERN]),
     option("--budgets", nargs="+", type=share, default=(), help="memory budgets of exact arms"),
     option("--kernels", choices=("auto", "triton", "reference"), default="auto"),
-    option("--compile", choices=("on", "off"), default="on" if GPU else "off"),
+    option("--compile", choices=("on", "off"), default="on" if ON_GPU else "off"),
     option(
-        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=GPU,
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=ON_GPU,
         help="replay compiled arms as CUDA graphs; default: on CUDA, as fastgn.train does",
     ),
     option("--rounds", default=3),
     option(
-        "--round-seconds", type=positive_float, default=1.0 if GPU else 0.3,
+        "--round-seconds", type=positive_float, default=1.0 if ON_GPU else 0.3,
         help="about how long an arm is timed in a round",
     ),
     option("--minutes", type=positive_float, help="leave out arms that would take longer"),

@@ -19,15 +19,18 @@ Writes benchmarks/results/overlap_swin_b_<depths>.json.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import torch
 
-from benchmarks.common import arguments
-from benchmarks.common.arguments import positive_float, positive_int
-from benchmarks.common.records import write_json
+from benchmarks.common.arguments import (
+    Program,
+    finish,
+    open_record,
+    option,
+    positive_float,
+    positive_int,
+)
 from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.step.predict import (
     Network,
@@ -39,7 +42,6 @@ from benchmarks.step.predict import (
 )
 from benchmarks.step.pretend import GPUS, Gpu
 from benchmarks.step.scaling import Links, Sum, exposed_seconds
-from fastgn.metrics import environment
 from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.gradients import GRAD_DTYPES, OneRank
 from fastgn.step.options import StepOptions
@@ -82,31 +84,11 @@ def schedule(
 
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     try:
-        with known_rates(gpu):
-            run_updates(network, model, gpu, make_step, on_graph)
+        run_updates(network, model, gpu, make_step, on_graph)
     finally:
         torch.distributed.destroy_process_group()
     (only,) = found
     return only
-
-
-def known_rates(gpu: Gpu) -> ExitStack:
-    """Returns a context in which Inductor gets a GPU's bandwidth and FLOP rate from `gpu`.
-
-    Otherwise it would ask the driver of a real GPU.
-    """
-    import torch._inductor.utils as inductor
-    import torch.utils._runtime_estimation as estimation
-
-    stack = ExitStack()
-    for module in (inductor, estimation):
-        for name, value in (
-            ("get_gpu_dram_gbps", gpu.bytes_per_s / 1e9),
-            ("get_device_tflops", gpu.flop_per_s["bf16"] / 1e12),
-        ):
-            if hasattr(module, name):
-                stack.enter_context(mock.patch.object(module, name, lambda *_, v=value: v))
-    return stack
 
 
 def schedule_of(lowering: Any, gpu: Gpu) -> tuple[float, list[Sum]]:
@@ -156,6 +138,8 @@ def table(record: Record) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the predictions, and writes the JSON record."""
+    name = "_".join(map(str, args.depths))
+    output, record = open_record(args, f"overlap_swin_b_{name}.json", free=("depths",))
     gpu = GPUS["h200"]
     network = Network("swin_b", 224, args.batch).with_depths(args.depths)
     rows = []
@@ -176,38 +160,25 @@ def run(args: argparse.Namespace) -> int:
                         "sums": sums,
                     }
                 )
-    name = "_".join(map(str, args.depths))
-    output = args.output or arguments.RESULTS / f"overlap_swin_b_{name}.json"
-    record = {
-        "file": output.name,
-        "script": "benchmarks/step/overlap.py",
-        "prediction": True,
-        "gpu": gpu.name,
-        "depths": list(args.depths),
-        "batch": args.batch,
-        "node_links": args.node_links,
-        "rows": rows,
-        **environment(),
-    }
-    write_json(output, record)
-    print(f"{table(record)}\n-> {output}")
-    return 0
+    record |= {"depths": list(args.depths), "batch": args.batch, "node_links": args.node_links}
+    record |= {"script": "benchmarks/step/overlap.py", "prediction": True, "gpu": gpu.name}
+    return finish(output, record | {"rows": rows}, table)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
-    parser = arguments.make_parser(__doc__)
-    add = parser.add_argument
-    add("--depths", type=positive_int, nargs=4, default=[1, 1, 1, 1], help="blocks per stage")
-    add("--batch", type=positive_int, default=64, help="images per GPU")
-    add("--gpus", type=positive_int, nargs="+", default=[8, 64])
-    add("--grad-dtypes", nargs="+", choices=GRAD_DTYPES, default=[*GRAD_DTYPES])
-    add("--node-links", type=positive_int, default=1, help="network cards per node")
-    factors = "time of a kernel, relative to the roofline; 1.76 was measured for an update"
-    add("--factors", type=positive_float, nargs="+", default=[1.0, 1.76], help=factors)
-    args = parser.parse_args(argv)
-    return arguments.exit_status("overlap.py", lambda: run(args))
-
+main = Program(
+    "overlap",
+    __doc__,
+    run,
+    option("--depths", nargs=4, type=positive_int, default=[1, 1, 1, 1], help="blocks per stage"),
+    option("--batch", default=64, help="images per GPU"),
+    option("--gpus", nargs="+", type=positive_int, default=[8, 64]),
+    option("--grad-dtypes", nargs="+", choices=GRAD_DTYPES, default=[*GRAD_DTYPES]),
+    option("--node-links", default=1, help="network cards per node"),
+    option(
+        "--factors", nargs="+", type=positive_float, default=[1.0, 1.76],
+        help="time of a kernel, relative to the roofline; 1.76 was measured for an update",
+    ),
+)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

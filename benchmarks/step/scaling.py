@@ -37,7 +37,14 @@ import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.common import arguments
-from benchmarks.common.arguments import positive_float, positive_int
+from benchmarks.common.arguments import (
+    ON_GPU,
+    Program,
+    finish,
+    option,
+    positive_float,
+    positive_int,
+)
 from benchmarks.common.records import fastest_gradnorm, read_json, write_json, write_record
 from benchmarks.common.tables import Record, Row, make_table, plus_minus, with_notes
 from benchmarks.common.timing import once, paired_ratios, summary
@@ -101,8 +108,6 @@ class Links:
     node_links: int = 1
     """Number of network cards in each node."""
     gpus_per_node: int = 8
-    has_latency: bool = True
-    """False leaves out the time of hops."""
 
     def nodes(self, gpus: int) -> int:
         """Returns the number of nodes that so many GPUs need."""
@@ -128,7 +133,7 @@ class Links:
             near * near_s + far * far_s
             for (near, far), (near_s, far_s) in ((ring, RING_LATENCY_S), (tree, TREE_LATENCY_S))
         )
-        return self.has_latency * latency + 2 * (gpus - 1) / gpus * nbytes / rate
+        return latency + 2 * (gpus - 1) / gpus * nbytes / rate
 
 
 class Sum(NamedTuple):
@@ -291,7 +296,7 @@ def time_rank(rank: int, trial: Trial) -> None:
     modes: dict[str, Any] = {"grad_sync": trial.grad_sync, "grad_dtype": trial.grad_dtype}
     side, architecture = CHECKED_SIDE, CHECKED
     options = StepOptions(**modes)
-    if torch.cuda.is_available():
+    if ON_GPU:
         side, architecture = 224, ArchitectureConfig(model="swin_b")
         modes["cuda_graphs"] = trial.cuda_graphs
         options = StepOptions(precision="bf16", compile=True, **modes)
@@ -354,7 +359,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 def batch_of_check(args: argparse.Namespace) -> int:
     """Returns the number of images of each process in --check."""
-    return args.batch or (64 if torch.cuda.is_available() else 4)
+    return args.batch or (64 if ON_GPU else 4)
 
 
 def describe_check(args: argparse.Namespace) -> dict[str, Any]:
@@ -362,7 +367,7 @@ def describe_check(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "prediction": False,
         "device": arguments.device_name(),
-        "model": "swin_b" if torch.cuda.is_available() else "a small Swin, eager",
+        "model": "swin_b" if ON_GPU else "a small Swin, eager",
         "batch": batch_of_check(args),
         "cores": os.cpu_count(),
         "rows": [],
@@ -423,6 +428,11 @@ def table(record: Record) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the predictions or the check, and writes the JSON record."""
+    given = [args.images_per_s, args.cost, args.predict, args.check or None]
+    check(
+        sum(value is not None for value in given) == 1,
+        "give exactly one of --images-per-s, --cost, --predict and --check",
+    )
     if args.check:
         record = describe_check(args)
         name = f"scaling_check_{arguments.slugify(record['device'])}.json"
@@ -436,9 +446,7 @@ def run(args: argparse.Namespace) -> int:
     for row in measure(args) if args.check else ():
         record["rows"].append(row)
         write_record(output, record)
-    record["complete"] = True
-    print(f"{table(record)}\n-> {write_record(output, record)}")
-    return 0
+    return finish(output, record | {"complete": True}, table)
 
 
 def default_processes() -> list[int]:
@@ -447,38 +455,42 @@ def default_processes() -> list[int]:
     return [n for n in (1, 2, 4, 8) if n <= most]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the benchmark and returns its exit status: 2 for a user's mistake, else 0."""
-    parser = arguments.make_parser(__doc__)
-    speed = parser.add_mutually_exclusive_group(required=True)
-    add = speed.add_argument
-    add("--images-per-s", type=positive_float, help="images per second of one GPU")
-    add("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm")
-    add("--predict", type=Path, help="record of predict.py, in the same way")
-    add("--check", action="store_true", help="measure processes of this machine (--processes)")
-    add = parser.add_argument
-    add("--card", choices=GPUS, help="default: the card of --cost, or h200")
-    add("--model", default="swin_b", help="if neither --cost nor --predict names it")
-    add("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'")
-    add("--img-size", type=int, help="height and width of the images in pixels")
-    batch = "images per GPU and micro-batch; default: the record's, or 64"
-    add("--batch", type=positive_int, help=batch)
-    add("--grad-accum-steps", type=positive_int, default=1, help="micro-batches per update")
-    add("--gpus", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    add("--gpus-per-node", type=positive_int, default=8)
-    intra = "GB/s of each GPU in one direction; default: NVLink"
-    add("--intra-node", type=positive_float, help=intra)
-    add("--inter-node", type=positive_float, default=400.0, help="Gbit/s of each network card")
-    add("--node-links", type=positive_int, default=1, help="network cards per node")
-    processes = "numbers of processes for --check; default: 1, 2 and 4, or up to all GPUs"
-    add("--processes", type=positive_int, nargs="+", default=default_processes(), help=processes)
-    add("--rounds", type=positive_int, default=20, help="rounds of --check")
-    schedule = "record of overlap.py, the order of the all-reduces; default: Swin-B's"
-    add("--schedule", type=Path, default=SCHEDULE, help=schedule)
-    add("--epochs", type=positive_float, default=100.0)
-    args = parser.parse_args(argv)
-    return arguments.exit_status("scaling.py", lambda: run(args))
-
+main = Program(
+    "scaling",
+    __doc__,
+    run,
+    option("--images-per-s", type=positive_float, help="images per second of one GPU"),
+    option("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm"),
+    option("--predict", type=Path, help="record of predict.py, in the same way"),
+    option("--check", action="store_true", help="measure processes of this machine (--processes)"),
+    option("--card", choices=GPUS, help="default: the card of --cost, or h200"),
+    option("--model", default="swin_b", help="if neither --cost nor --predict names it"),
+    option("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'"),
+    option("--img-size", type=int, help="height and width of the images in pixels"),
+    option(
+        "--batch", type=positive_int,
+        help="images per GPU and micro-batch; default: the record's, or 64",
+    ),
+    option("--grad-accum-steps", default=1, help="micro-batches per update"),
+    option("--gpus", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64]),
+    option("--gpus-per-node", default=8),
+    option(
+        "--intra-node", type=positive_float,
+        help="GB/s of each GPU in one direction; default: NVLink",
+    ),
+    option("--inter-node", default=400.0, help="Gbit/s of each network card"),
+    option("--node-links", default=1, help="network cards per node"),
+    option(
+        "--processes", type=positive_int, nargs="+", default=default_processes(),
+        help="numbers of processes for --check; default: 1, 2 and 4, or up to all GPUs",
+    ),
+    option("--rounds", default=20, help="rounds of --check"),
+    option(
+        "--schedule", type=Path, default=SCHEDULE,
+        help="record of overlap.py, the order of the all-reduces; default: Swin-B's",
+    ),
+    option("--epochs", default=100.0),
+)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,9 +20,16 @@ SMALL = ("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=
 SMALL += ("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2")
 
 
+@pytest.fixture
+def without_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes hops and the start of an all-reduce take no time."""
+    for name, value in {"RING_LATENCY_S": (0, 0), "TREE_LATENCY_S": (0, 0), "START_S": 0}.items():
+        monkeypatch.setattr(scaling, name, value)
+
+
 def links(**changes: Any) -> Links:
-    """100 MB/s in a node and 50 between nodes, without latency."""
-    values = {"intra_bytes_per_s": 100e6, "inter_bytes_per_s": 50e6, "has_latency": False}
+    """100 MB/s in a node and 50 between nodes."""
+    values = {"intra_bytes_per_s": 100e6, "inter_bytes_per_s": 50e6}
     return Links(**values | changes)
 
 
@@ -31,9 +38,10 @@ def end(share: float, nbytes: float) -> list[Sum]:
 
 
 def test_one_gpu_has_no_communication():
-    assert update_seconds(1, 0.5, 3, end(1, 400e6), links(has_latency=True)) == 1.5
+    assert update_seconds(1, 0.5, 3, end(1, 400e6), links()) == 1.5
 
 
+@pytest.mark.usefixtures("without_latency")
 def test_a_ring_moves_twice_all_but_one_nth_over_its_slowest_link():
     assert links().all_reduce_seconds(2, 10e6) == pytest.approx(0.1)
     assert links().all_reduce_seconds(8, 10e6) == pytest.approx(2 * 7 / 8 * 0.1)
@@ -64,6 +72,7 @@ def test_flat_sums_have_at_most_128_mib():
     assert {s.begin for s in sums} == {1.0}
 
 
+@pytest.mark.usefixtures("without_latency")
 def test_half_the_bandwidth_adds_the_all_reduce_without_overlap():
     case = (4, 0.5, 1, end(1, 10e6))
     half = links(intra_bytes_per_s=50e6)
@@ -71,6 +80,7 @@ def test_half_the_bandwidth_adds_the_all_reduce_without_overlap():
     assert added == pytest.approx(2 * 3 / 4 * 10e6 / 100e6)
 
 
+@pytest.mark.usefixtures("without_latency")
 @pytest.mark.parametrize(
     ("sums", "exposed"),
     [
@@ -88,6 +98,7 @@ def test_kernels_hide_what_is_begun_before_them(sums, exposed):
     assert exposed_seconds(2, 5.0, [Sum(*s) for s in sums], slow) == pytest.approx(exposed)
 
 
+@pytest.mark.usefixtures("without_latency")
 def test_an_update_hides_what_fits_beside_its_backward():
     """The 0.1 s of the all-reduce begin at half of the backward, two thirds of 0.06 s."""
     sums = end(0.5, 10e6)
