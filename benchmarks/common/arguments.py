@@ -16,8 +16,6 @@ from fastgn.metrics import environment
 
 ON_GPU = torch.cuda.is_available()
 """Whether this machine has a GPU. It decides the defaults of options."""
-ON_GPU = torch.cuda.is_available()
-"""Whether this machine has a GPU. It decides the defaults of options."""
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
