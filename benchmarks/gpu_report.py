@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import ROOT, exit_status, make_parser, positive_float, slugify
+from benchmarks.common.arguments import ROOT, option, program, slugify
 from benchmarks.common.records import read_json, write_json
 from fastgn.errors import UserError, check
 
@@ -476,8 +476,14 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
     return int(any(entry["status"] in ("failed", "timed out") for entry in entries))
 
 
-def make_report(args: argparse.Namespace) -> int:
-    """Runs the report that the options ask for, and returns the exit status."""
+@program(
+    option("--parts", nargs="+", metavar="PART", help="default: all, in the order of their value"),
+    option("--budget-s", default=530.0, help="seconds of this call"),
+    option("--commit", help="commit to record if the checkout does not know its own"),
+    option("--smoke", action="store_true", help="use toy sizes, on any machine"),
+)
+def main(args: argparse.Namespace) -> int:
+    """Runs the report. Returns 1 if a part failed, else 0."""
     began = time.monotonic()
     machine = this_machine(args.smoke)
     usable = machine.capability is not None or args.smoke
@@ -494,21 +500,6 @@ def make_report(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [part for name, part in parts.items() if not args.parts or name in args.parts]
     return carry_out(report, chosen, began=began, budget_s=args.budget_s)
-
-
-def main() -> int:
-    """Runs the report and returns its exit status.
-
-    The status is 2 for a user's mistake, 1 if a part failed, and else 0.
-    """
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--parts", nargs="+", metavar="PART", help="default: all, in the order of their value")
-    add("--budget-s", type=positive_float, default=530, help="seconds of this call")
-    add("--commit", help="commit to record if the checkout does not know its own")
-    add("--smoke", action="store_true", help="use toy sizes, on any machine")
-    args = parser.parse_args()
-    return exit_status("gpu_report.py", lambda: make_report(args))
 
 
 if __name__ == "__main__":

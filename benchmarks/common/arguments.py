@@ -51,32 +51,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the option --output. description: text with which --help begins."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, formatter_class=formatter)
-    parser.add_argument("--output", type=Path, help="JSON file to write the record to")
-    return parser
-
-
-def exit_status(program: str, run: Callable[[], int]) -> int:
-    """Calls `run`, which returns the exit status of a program, and returns that status.
-
-    If the user made a mistake (UserError), prints it in one line and returns 2.
-    """
-    try:
-        return run()
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
-
-
 Option = tuple[tuple[str, ...], dict[str, Any]]
 """Names and settings of one flag, as ArgumentParser.add_argument takes them."""
 
 
 def option(*names: str, **settings: Any) -> Option:
-    """Returns a flag for a `Program`. The arguments are those of ArgumentParser.add_argument.
+    """Returns a flag for a program. The arguments are those of ArgumentParser.add_argument.
 
     Without a type, a number as default means that the value must be positive, and an int whole.
     """
@@ -89,20 +69,16 @@ def option(*names: str, **settings: Any) -> Option:
 class Program:
     """The main function of a benchmark, which reads the command line.
 
-    name: name for error messages. description: text with which --help begins. run: function that
-    takes the options and returns the exit status. options: flags besides --output.
+    run: function that takes the options and returns the exit status. Error messages begin with the
+    name of its file, and --help with the docstring of this file. options: flags besides --output.
     """
 
-    def __init__(
-        self,
-        name: str,
-        description: str | None,
-        run: Callable[[argparse.Namespace], int],
-        *options: Option,
-    ):
-        self.run = run
-        self.parser = make_parser(description)
-        self.parser.prog = f"{name}.py"
+    def __init__(self, run: Callable[[argparse.Namespace], int], options: Collection[Option]):
+        self.run, module = run, sys.modules[run.__module__]
+        formatter = argparse.RawDescriptionHelpFormatter
+        self.parser = Parser(description=module.__doc__, formatter_class=formatter)
+        self.parser.prog = Path(module.__file__ or "").name
+        self.parser.add_argument("--output", type=Path, help="where to write the results")
         for names, settings in options:
             self.parser.add_argument(*names, **settings)
 
@@ -113,9 +89,21 @@ class Program:
         return argparse.Namespace(**vars(args), defaults=defaults)
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
-        """Runs the program and returns its exit status, which is 2 if the user made a mistake."""
+        """Runs the program and returns its exit status.
+
+        If the user made a mistake, prints the mistake in one line and returns 2.
+        """
         args = self.parse(argv)
-        return exit_status(self.parser.prog, lambda: self.run(args))
+        try:
+            return self.run(args)
+        except UserError as error:
+            print(f"{self.parser.prog}: error: {error}", file=sys.stderr)
+            return 2
+
+
+def program(*options: Option) -> Callable[[Callable[[argparse.Namespace], int]], Program]:
+    """Returns a decorator that makes the main function of a benchmark. See `Program`."""
+    return lambda run: Program(run, options)
 
 
 def default_device() -> torch.device:

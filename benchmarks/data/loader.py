@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.common.arguments import ON_GPU, Program, default_device, finish, open_record, option
+from benchmarks.common.arguments import ON_GPU, default_device, finish, open_record, option, program
 from benchmarks.common.tables import Column, Record, Row, cores, make_table, with_notes
 from benchmarks.common.timing import paired_ratios, summary, synchronize
 from fastgn.config import Config
@@ -213,7 +213,16 @@ def table(record: Record) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--data-dir", type=Path, help="folder with JPEGs to read"),
+    option("--batch-size", default=64 if ON_GPU else 16),
+    option("--workers", type=int, default=os.cpu_count(), help="processes of each loader"),
+    option("--rounds", default=3),
+    option("--batches", default=30 if ON_GPU else 4, help="batches per round"),
+    option("--files", default=512 if ON_GPU else 64, help="JPEGs to make"),
+    option("--smoke", action="store_true", help="use toy sizes"),
+)
+def main(args: argparse.Namespace) -> int:
     """Measures the loaders, and writes the JSON record."""
     output, record = open_record(args, "loader_{device}.json", needs_gpu=True)
     if args.smoke:
@@ -230,19 +239,6 @@ def run(args: argparse.Namespace) -> int:
     record["meaningful_times"] &= not args.smoke
     return finish(output, record, table)
 
-
-main = Program(
-    "loader",
-    __doc__,
-    run,
-    option("--data-dir", type=Path, help="folder with JPEGs to read"),
-    option("--batch-size", default=64 if ON_GPU else 16),
-    option("--workers", type=int, default=os.cpu_count(), help="processes of each loader"),
-    option("--rounds", default=3),
-    option("--batches", default=30 if ON_GPU else 4, help="batches per round"),
-    option("--files", default=512 if ON_GPU else 64, help="JPEGs to make"),
-    option("--smoke", action="store_true", help="use toy sizes"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

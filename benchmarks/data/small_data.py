@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common.arguments import ON_GPU, Program, finish, open_record, option
+from benchmarks.common.arguments import ON_GPU, finish, open_record, option, program
 from benchmarks.common.tables import Record, cores
 from benchmarks.common.timing import interleaved, paired_ratios, summary
 from fastgn.config.cli import parse_config
@@ -55,7 +55,14 @@ def table(record: Record) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--batch-size", default=128 if ON_GPU else 8),
+    option("--images", default=50_000, help="number of images in the data set"),
+    option("--rounds", default=10 if ON_GPU else 3),
+    option("--calls", default=20 if ON_GPU else 1, help="batches per round"),
+    option("--train", nargs=argparse.REMAINDER, default=[], help="options of fastgn.train"),
+)
+def main(args: argparse.Namespace) -> int:
     """Times batches and updates with options of fastgn.train, and writes the JSON record."""
     output, head = open_record(args, "small_data_{device}.json", ("train",), needs_gpu=True)
     with tempfile.TemporaryDirectory() as folder, session() as world:
@@ -81,17 +88,6 @@ def run(args: argparse.Namespace) -> int:
     }
     return finish(output, record, table)
 
-
-main = Program(
-    "small_data",
-    __doc__,
-    run,
-    option("--batch-size", default=128 if ON_GPU else 8),
-    option("--images", default=50_000, help="number of images in the data set"),
-    option("--rounds", default=10 if ON_GPU else 3),
-    option("--calls", default=20 if ON_GPU else 1, help="batches per round"),
-    option("--train", nargs=argparse.REMAINDER, default=[], help="options of fastgn.train"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -140,7 +140,11 @@ def summarize(row: Mapping[str, Any]) -> Results:
     }
 
 
-def plan(args: argparse.Namespace, work: Path) -> Study:
+@study_program(
+    option("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]"),
+    data=("digits",), seeds=1,
+)  # fmt: skip
+def main(args: argparse.Namespace, work: Path) -> Study:
     """Returns the study that the command line asks for. work: folder for the trainings."""
     base = Config().replace(**BASE, precision=device_precision(), eps=EPS, eval_eps=EPS)
     attack, images, pgd_images, train_images = "autoattack", IMAGES, PGD_IMAGES, TRAIN_IMAGES
@@ -182,9 +186,6 @@ def plan(args: argparse.Namespace, work: Path) -> Study:
     }
     return Study(arms, head, measure, summarize)
 
-
-spectrum = option("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]")
-main = study_program("activations", __doc__, plan, spectrum, data=("digits",), seeds=1)
 
 if __name__ == "__main__":
     sys.exit(main())

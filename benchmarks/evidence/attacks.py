@@ -23,7 +23,7 @@ import torch
 from pyautoattack.examples.resnet import ResNet18
 from torch import nn
 
-from benchmarks.common.arguments import ON_GPU, Program, default_device, finish, open_record, option
+from benchmarks.common.arguments import ON_GPU, default_device, finish, open_record, option, program
 from benchmarks.common.tables import Column, Record, device, make_table, with_notes
 from benchmarks.common.timing import interleaved, paired_ratios, summary
 from fastgn.analysis.attacker import Attacker, Precision
@@ -69,7 +69,15 @@ def table(record: Record) -> str:
     return with_notes(make_table(record["rows"], columns), record, note)
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS)),
+    option("--images", default=512 if ON_GPU else 32, help="number of images"),
+    option("--batch-size", default=128 if ON_GPU else 16),
+    option("--eps", default="1/255", help="radius in Linf, for pixels in 0..1, such as 4/255"),
+    option("--rounds", default=3),
+    option("--smoke", action="store_true", help="use toy sizes and two rounds"),
+)
+def main(args: argparse.Namespace) -> int:
     """Times all attacks, and writes the JSON record."""
     eps, where = parse_number(args.eps), default_device()
     check(0 < eps <= 1, f"--eps {args.eps} must be above 0 and at most 1 (0..1 pixels)")
@@ -115,18 +123,6 @@ def run(args: argparse.Namespace) -> int:
     record["model"] = "a small network" if args.smoke else "autoattack-resnet18"
     return finish(output, record, table)
 
-
-main = Program(
-    "attacks",
-    __doc__,
-    run,
-    option("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS)),
-    option("--images", default=512 if ON_GPU else 32, help="number of images"),
-    option("--batch-size", default=128 if ON_GPU else 16),
-    option("--eps", default="1/255", help="radius in Linf, for pixels in 0..1, such as 4/255"),
-    option("--rounds", default=3),
-    option("--smoke", action="store_true", help="use toy sizes and two rounds"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

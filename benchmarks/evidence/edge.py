@@ -81,7 +81,8 @@ def table(record: Record) -> str:
     )
 
 
-def plan(args: argparse.Namespace, work: Path) -> Study:
+@study_program(data=("digits",), seeds=3)
+def main(args: argparse.Namespace, work: Path) -> Study:
     """Returns the study that the command line asks for. work: folder for the trainings."""
     setting = digits()
     (network,) = setting.networks.values()
@@ -106,8 +107,6 @@ def plan(args: argparse.Namespace, work: Path) -> Study:
     }
     return Study(arms, head, measure)
 
-
-main = study_program("edge", __doc__, plan, data=("digits",), seeds=3)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import timm
 import torch
 
-from benchmarks.common.arguments import Program, open_record
+from benchmarks.common.arguments import open_record, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from fastgn.config.groups import ArchitectureConfig
@@ -164,7 +164,8 @@ def table(record: Record) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+@program()
+def main(args: argparse.Namespace) -> int:
     """Tries the families that are missing in the JSON record, and writes it after each."""
     families = timm.list_modules()
     output, head = open_record(args, "families_cpu.json")
@@ -182,8 +183,6 @@ def run(args: argparse.Namespace) -> int:
     print(output)
     return 0
 
-
-main = Program("families", __doc__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -47,7 +47,7 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 from torch.multiprocessing import ProcessContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.arguments import Program, finish, open_record, option
+from benchmarks.common.arguments import finish, open_record, option, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from fastgn import train
@@ -374,7 +374,11 @@ def table(record: Record) -> str:
     return with_notes(make_table([arm for arm in ARMS if of(arm)], columns), record)
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--trials", default=20, help="trials for each fault"),
+    option("--seed", default=0, type=int, help="seed of the moments"),
+)
+def main(args: argparse.Namespace) -> int:
     """Runs the trials that are missing in the JSON record, and writes it after each.
 
     Returns 1 if a job was lost or hung, or trained another network, else 0.
@@ -387,12 +391,6 @@ def run(args: argparse.Namespace) -> int:
     finish(output, record | {"complete": True}, table)
     return int(not all(map(is_sound, record["trials"])))
 
-
-main = Program(
-    *("faults", __doc__, run),
-    option("--trials", default=20, help="trials for each fault"),
-    option("--seed", default=0, type=int, help="seed of the moments"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import Program, open_record, option
+from benchmarks.common.arguments import open_record, option, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, over_seeds, percent, with_notes
 from benchmarks.common.timing import summary
@@ -88,7 +88,10 @@ def table(record: Record) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--seeds", default=1, help="number of seeds, from 0"),
+)
+def main(args: argparse.Namespace) -> int:
     """Runs the seeds that are missing in the JSON record, and writes it after each."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output, head = open_record(args, f"quickstart_{device}.json", ("seeds",))
@@ -100,13 +103,6 @@ def run(args: argparse.Namespace) -> int:
     print(output)
     return 0
 
-
-main = Program(
-    "quickstart",
-    __doc__,
-    run,
-    option("--seeds", default=1, help="number of seeds, from 0"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

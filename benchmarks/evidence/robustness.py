@@ -338,7 +338,12 @@ def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) ->
     return arms
 
 
-def plan(args: argparse.Namespace, work: Path) -> Study:
+@study_program(
+    option("--methods", nargs="+", choices=ARMS, help="default: those of the data"),
+    data=tuple(SETTINGS),
+    seeds=1 if torch.cuda.is_available() else 3,
+)
+def main(args: argparse.Namespace, work: Path) -> Study:
     """Returns the study that the command line asks for. work: folder for the trainings."""
     setting = SETTINGS[args.data]()
     setting = smoke(setting) if args.smoke else setting
@@ -358,15 +363,6 @@ def plan(args: argparse.Namespace, work: Path) -> Study:
     }
     return Study([arm for several in arms for arm in several], head)
 
-
-main = study_program(
-    "robustness",
-    __doc__,
-    plan,
-    option("--methods", nargs="+", choices=ARMS, help="default: those of the data"),
-    data=tuple(SETTINGS),
-    seeds=1 if torch.cuda.is_available() else 3,
-)
 
 if __name__ == "__main__":
     sys.exit(main())

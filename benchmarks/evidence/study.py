@@ -12,6 +12,8 @@ from what the later call would use, the cell is not used.
 
 import argparse
 import dataclasses
+import functools
+import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,25 +60,20 @@ class Study:
 
 
 def study_program(
-    name: str,
-    description: str | None,
-    plan: Callable[[argparse.Namespace, Path], Study],
-    *options: Option,
-    data: Sequence[str],
-    seeds: int,
-) -> Program:
-    """Returns the main function of a program that runs a study.
+    *options: Option, data: Sequence[str], seeds: int
+) -> Callable[[Callable[[argparse.Namespace, Path], Study]], Program]:
+    """Returns a decorator that makes a program which runs a study.
 
-    The program's exit status is 2 for a user's mistake, 1 if every training failed, and else 0.
+    The decorated function takes the options and the folder for the trainings. The program's exit
+    status is 2 for a user's mistake, 1 if every training failed, and else 0.
 
-    name: name of the program. description: text with which --help begins. plan: function of the
-    options and of the folder for the trainings. options: flags besides those of all studies. data:
-    names of the data sets, the default first. seeds: default number of seeds.
+    options: flags besides those of all studies. data: names of the data sets, the default first.
+    seeds: default number of seeds.
     """
     cuda = torch.cuda.is_available()
 
-    def run(args: argparse.Namespace) -> int:
-        began = time.time()
+    def run(plan: Callable[[argparse.Namespace, Path], Study], args: argparse.Namespace) -> int:
+        began, name = time.time(), Path(inspect.getfile(plan)).stem
         folder = f"{name}_{args.data}{'_smoke' if args.smoke else ''}"
         work = (args.work or ROOT / "runs" / folder).absolute()
         with lock_folder(work, f"--work {work}"):  # no other process trains there
@@ -91,10 +88,7 @@ def study_program(
             return run_study(study, output, work, args.processes, began + 60 * args.minutes)
 
     limit = "stop after so many minutes; the same command continues"
-    return Program(
-        name,
-        description,
-        run,
+    every = (
         option("--data", choices=data, default=data[0]),
         option("--data-dir", help="CIFAR-10, as fastgn.train --data-dir takes it"),
         option("--seeds", default=seeds, help="number of seeds, from 0"),
@@ -104,6 +98,7 @@ def study_program(
         option("--smoke", action="store_true", help="use toy sizes and APGD-CE alone"),
         *options,
     )
+    return lambda plan: Program(functools.update_wrapper(functools.partial(run, plan), plan), every)
 
 
 def run_study(study: Study, output: Path, work: Path, processes: int, deadline: float) -> int:

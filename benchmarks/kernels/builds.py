@@ -39,7 +39,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from benchmarks.common.arguments import RESULTS, Program, finish, open_record
+from benchmarks.common.arguments import RESULTS, finish, open_record, program
 from benchmarks.common.tables import Record, make_table, with_notes
 
 RESULT = RESULTS / "kernel_builds.json"
@@ -303,7 +303,8 @@ def table(record: Record) -> str:
     return with_notes(make_table(list(groups.values()), columns), record, note)
 
 
-def run(args: argparse.Namespace) -> int:
+@program()
+def main(args: argparse.Namespace) -> int:
     """Builds all kernels for all GPUs, and writes the JSON record."""
     (output, head), rows = open_record(args, RESULT.name), []
     for op, capability in itertools.product(LAUNCHES, SHARED_LIMIT):
@@ -312,8 +313,6 @@ def run(args: argparse.Namespace) -> int:
         rows += found
     return finish(output, head | {"builds": rows}, table)
 
-
-main = Program("builds", __doc__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,7 +37,7 @@ from fastgn_kernels import ACTIVATIONS, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.arguments import ON_GPU, Program, default_device, open_record, option
+from benchmarks.common.arguments import ON_GPU, default_device, open_record, option, program
 from benchmarks.common.records import describe_error, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.common.timing import cold, summary
@@ -422,7 +422,16 @@ def table(record: Record) -> str:
     return with_notes(make_table(shown, columns), record, note, triton_version)
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--ops", nargs="+", choices=OPS, metavar="OP", default=list(OPS), help="default: all"),
+    option(
+        "--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES) if ON_GPU else [3, 4]
+    ),
+    option("--batch-size", default=64 if ON_GPU else 2, help="number of images"),
+    option("--rounds", default=30 if ON_GPU else 3),
+    option("--minutes", default=5.0, help="begin no case after this time"),
+)
+def main(args: argparse.Namespace) -> int:
     """Measures all ops, and writes the JSON record after each measurement.
 
     Returns 1 if an op failed or differs from PyTorch, else 0.
@@ -464,19 +473,6 @@ def run(args: argparse.Namespace) -> int:
     print("" if gpu else NO_MEANING)
     return int(bool(wrong or failed))
 
-
-main = Program(
-    "ops",
-    __doc__,
-    run,
-    option("--ops", nargs="+", choices=OPS, metavar="OP", default=list(OPS), help="default: all"),
-    option(
-        "--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES) if ON_GPU else [3, 4]
-    ),
-    option("--batch-size", default=64 if ON_GPU else 2, help="number of images"),
-    option("--rounds", default=30 if ON_GPU else 3),
-    option("--minutes", default=5.0, help="begin no case after this time"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

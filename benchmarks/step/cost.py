@@ -45,12 +45,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common.arguments import (
     ON_GPU,
-    Program,
     default_device,
     open_record,
     option,
     positive_float,
     positive_int,
+    program,
     share,
 )
 from benchmarks.common.energy import energy_counter
@@ -70,6 +70,8 @@ from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precis
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
 
+MODERN = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
+"""Whether this machine has a GPU that supports bf16."""
 NO_MEANING = "NO GPU: counts are exact, times are ratios within this run, seconds mean nothing"
 
 METHODS = ("natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper", "fgsm_rs")
@@ -536,7 +538,33 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
 # ------------------------------------------------------------------------------------ command line
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option(
+        "--model", default="swin_b" if ON_GPU else "small_swin", help="any model of fastgn.train"
+    ),
+    option("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of the model"),
+    option("--img-size", type=positive_int, help="height and width of the images in pixels"),
+    option("--classes", type=positive_int, help="default: 1000, or 10 for small_swin"),
+    option("--batch", default=64 if ON_GPU else 8, help="images per update"),
+    option("--methods", nargs="+", choices=METHODS, help="default: all"),
+    option("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm"),
+    option("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"][: 1 + MODERN]),
+    option("--budgets", nargs="+", type=share, default=(), help="memory budgets of exact arms"),
+    option("--kernels", choices=("auto", "triton", "reference"), default="auto"),
+    option("--compile", choices=("on", "off"), default="on" if ON_GPU else "off"),
+    option(
+        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=ON_GPU,
+        help="replay compiled arms as CUDA graphs; default: on CUDA, as fastgn.train does",
+    ),
+    option("--rounds", default=3),
+    option(
+        "--round-seconds", type=positive_float, default=1.0 if ON_GPU else 0.3,
+        help="about how long an arm is timed in a round",
+    ),
+    option("--minutes", type=positive_float, help="leave out arms that would take longer"),
+    option("--counts-only", action="store_true", help="count passes and operations, time nothing"),
+)  # fmt: skip
+def main(args: argparse.Namespace) -> int:
     """Measures the updates that the options ask for. Returns 1 if all of them failed, else 0."""
     began, longest = time.perf_counter(), 0.0
     device = default_device()
@@ -623,37 +651,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(record['rows'])} arms timed, {len(failed)} failed -> {output}")
     return int(len(failed) == len(measured))
 
-
-MODERN = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
-main = Program(
-    "cost",
-    __doc__,
-    run,
-    option(
-        "--model", default="swin_b" if ON_GPU else "small_swin", help="any model of fastgn.train"
-    ),
-    option("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of the model"),
-    option("--img-size", type=positive_int, help="height and width of the images in pixels"),
-    option("--classes", type=positive_int, help="default: 1000, or 10 for small_swin"),
-    option("--batch", default=64 if ON_GPU else 8, help="images per update"),
-    option("--methods", nargs="+", choices=METHODS, help="default: all"),
-    option("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm"),
-    option("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"][: 1 + MODERN]),
-    option("--budgets", nargs="+", type=share, default=(), help="memory budgets of exact arms"),
-    option("--kernels", choices=("auto", "triton", "reference"), default="auto"),
-    option("--compile", choices=("on", "off"), default="on" if ON_GPU else "off"),
-    option(
-        "--cuda-graphs", action=argparse.BooleanOptionalAction, default=ON_GPU,
-        help="replay compiled arms as CUDA graphs; default: on CUDA, as fastgn.train does",
-    ),
-    option("--rounds", default=3),
-    option(
-        "--round-seconds", type=positive_float, default=1.0 if ON_GPU else 0.3,
-        help="about how long an arm is timed in a round",
-    ),
-    option("--minutes", type=positive_float, help="leave out arms that would take longer"),
-    option("--counts-only", action="store_true", help="count passes and operations, time nothing"),
-)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common.arguments import Program, open_record, option
+from benchmarks.common.arguments import open_record, option, program
 from benchmarks.common.records import earlier, write_record
 from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
@@ -91,7 +91,13 @@ def table(record: Record) -> str:
     return with_notes(make_table(record["rows"], columns), record, *notes)
 
 
-def run(args: Namespace) -> int:
+@program(
+    option("--model", default="swin_b"),
+    option("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'"),
+    option("--precision", choices=PRECISIONS, default="bf16"),
+    option("--batch-size", default=128, help="number of images per update"),
+)
+def main(args: Namespace) -> int:
     """Counts natural and gradnorm updates at each budget. Writes the JSON record after each."""
     free = ("model", "model_kwargs", "precision", "batch_size")
     output, head = open_record(args, "memory_budget.json", free)
@@ -120,16 +126,6 @@ def run(args: Namespace) -> int:
     print(f"{table(head | {'rows': rows})}\n-> {output}")
     return 0
 
-
-main = Program(
-    "memory",
-    __doc__,
-    run,
-    option("--model", default="swin_b"),
-    option("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'"),
-    option("--precision", choices=PRECISIONS, default="bf16"),
-    option("--batch-size", default=128, help="number of images per update"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from benchmarks.common.arguments import (
-    Program,
     finish,
     open_record,
     option,
     positive_float,
     positive_int,
+    program,
 )
 from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.step.predict import (
@@ -136,7 +136,18 @@ def table(record: Record) -> str:
     return with_notes(make_table(record["rows"], columns), record, note)
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--depths", nargs=4, type=positive_int, default=[1, 1, 1, 1], help="blocks per stage"),
+    option("--batch", default=64, help="images per GPU"),
+    option("--gpus", nargs="+", type=positive_int, default=[8, 64]),
+    option("--grad-dtypes", nargs="+", choices=GRAD_DTYPES, default=[*GRAD_DTYPES]),
+    option("--node-links", default=1, help="network cards per node"),
+    option(
+        "--factors", nargs="+", type=positive_float, default=[1.0, 1.76],
+        help="time of a kernel, relative to the roofline; 1.76 was measured for an update",
+    ),
+)  # fmt: skip
+def main(args: argparse.Namespace) -> int:
     """Makes the predictions, and writes the JSON record."""
     name = "_".join(map(str, args.depths))
     output, record = open_record(args, f"overlap_swin_b_{name}.json", free=("depths",))
@@ -164,21 +175,6 @@ def run(args: argparse.Namespace) -> int:
     record |= {"script": "benchmarks/step/overlap.py", "prediction": True, "gpu": gpu.name}
     return finish(output, record | {"rows": rows}, table)
 
-
-main = Program(
-    "overlap",
-    __doc__,
-    run,
-    option("--depths", nargs=4, type=positive_int, default=[1, 1, 1, 1], help="blocks per stage"),
-    option("--batch", default=64, help="images per GPU"),
-    option("--gpus", nargs="+", type=positive_int, default=[8, 64]),
-    option("--grad-dtypes", nargs="+", choices=GRAD_DTYPES, default=[*GRAD_DTYPES]),
-    option("--node-links", default=1, help="network cards per node"),
-    option(
-        "--factors", nargs="+", type=positive_float, default=[1.0, 1.76],
-        help="time of a kernel, relative to the roofline; 1.76 was measured for an update",
-    ),
-)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.arguments import Program, default_device, open_record, option, positive_float
+from benchmarks.common.arguments import default_device, open_record, option, positive_float, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.common.timing import summary
@@ -206,7 +206,15 @@ def table(record: Record) -> str:
     return with_notes(make_table(names, columns), record, note)
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)),
+    option("--images", nargs="+", choices=IMAGES, default=[*IMAGES], help="kinds of images"),
+    option("--seeds", default=3, help="number of seeds, from 0"),
+    option("--batches", default=2, help="number of batches per seed"),
+    option("--batch-size", default=8),
+    option("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H"),
+)
+def main(args: argparse.Namespace) -> int:
     """Makes the measurements that are missing in the JSON record, and writes it after each."""
     output, head = open_record(args, "precision_{device}.json")
     arms, notes = choose_arms(args.fd_steps)
@@ -238,18 +246,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{len(cases)} cases -> {output}")
     return 0
 
-
-main = Program(
-    "precision",
-    __doc__,
-    run,
-    option("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS)),
-    option("--images", nargs="+", choices=IMAGES, default=[*IMAGES], help="kinds of images"),
-    option("--seeds", default=3, help="number of seeds, from 0"),
-    option("--batches", default=2, help="number of batches per seed"),
-    option("--batch-size", default=8),
-    option("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H"),
-)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -41,7 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.common import arguments
-from benchmarks.common.arguments import Program, open_record, option
+from benchmarks.common.arguments import open_record, option, program
 from benchmarks.common.records import read_json, taken_over, write_record
 from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
@@ -442,7 +442,25 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[k] for k in ("gpu", "arm", "precision", "kernels"))
 
 
-def run(args: argparse.Namespace) -> int:
+@program(
+    option("--model", default="swin_b"),
+    option("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="of the model"),
+    option("--img-size", default=224, help="height and width in pixels"),
+    option("--classes", default=1000, help="number of classes"),
+    option("--batch-size", default=64, help="number of images per update"),
+    option("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="cards to predict"),
+    option(
+        "--precision", nargs="+", default=["bf16", "bf16-pure"], choices=PRECISIONS,
+        help="precisions of the step; fp32 replaces what a card does not support",
+    ),
+    option("--methods", nargs="+", default=list(METHODS), choices=METHODS),
+    option(
+        "--schedules", nargs="+", default=["exact", "finite-difference", "lazy", "subset"],
+        choices=[s for s in SCHEDULES if s != "exact-eager"], help="schedules of gradnorm",
+    ),
+    option("--kernels", default="both", choices=("triton", "reference", "both")),
+)  # fmt: skip
+def main(args: argparse.Namespace) -> int:
     """Predicts all updates that the options ask for, and writes the JSON record after each."""
     choices = ("model", "gpus", "precision", "methods", "schedules", "kernels")
     output, head = open_record(args, f"predict_{args.model}.json", choices)
@@ -473,28 +491,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"{table(record)}\n{len(rows)} predictions -> {output}")
     return 0
 
-
-main = Program(
-    "predict",
-    __doc__,
-    run,
-    option("--model", default="swin_b"),
-    option("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="of the model"),
-    option("--img-size", default=224, help="height and width in pixels"),
-    option("--classes", default=1000, help="number of classes"),
-    option("--batch-size", default=64, help="number of images per update"),
-    option("--gpus", nargs="+", default=list(GPUS), choices=GPUS, help="cards to predict"),
-    option(
-        "--precision", nargs="+", default=["bf16", "bf16-pure"], choices=PRECISIONS,
-        help="precisions of the step; fp32 replaces what a card does not support",
-    ),
-    option("--methods", nargs="+", default=list(METHODS), choices=METHODS),
-    option(
-        "--schedules", nargs="+", default=["exact", "finite-difference", "lazy", "subset"],
-        choices=[s for s in SCHEDULES if s != "exact-eager"], help="schedules of gradnorm",
-    ),
-    option("--kernels", default="both", choices=("triton", "reference", "both")),
-)  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

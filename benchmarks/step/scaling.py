@@ -39,11 +39,11 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from benchmarks.common import arguments
 from benchmarks.common.arguments import (
     ON_GPU,
-    Program,
     finish,
     option,
     positive_float,
     positive_int,
+    program,
 )
 from benchmarks.common.records import fastest_gradnorm, read_json, write_json, write_record
 from benchmarks.common.tables import Record, Row, make_table, plus_minus, with_notes
@@ -426,39 +426,13 @@ def table(record: Record) -> str:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Makes the predictions or the check, and writes the JSON record."""
-    given = [args.images_per_s, args.cost, args.predict, args.check or None]
-    check(
-        sum(value is not None for value in given) == 1,
-        "give exactly one of --images-per-s, --cost, --predict and --check",
-    )
-    if args.check:
-        record = describe_check(args)
-        name = f"scaling_check_{arguments.slugify(record['device'])}.json"
-    else:
-        record = predict(args)
-        kind = "_predicted" * bool(args.predict)
-        name = f"scaling_{record['model']}_{record['card']}{kind}.json"
-    output = args.output or arguments.RESULTS / name
-    head = {"script": "benchmarks/step/scaling.py", "file": output.name}
-    record = head | {"complete": False} | record | environment()
-    for row in measure(args) if args.check else ():
-        record["rows"].append(row)
-        write_record(output, record)
-    return finish(output, record | {"complete": True}, table)
-
-
 def default_processes() -> list[int]:
     """Returns 1, 2 and 4, or the powers of two up to the number of this machine's GPUs."""
     most = torch.cuda.device_count() or 4
     return [n for n in (1, 2, 4, 8) if n <= most]
 
 
-main = Program(
-    "scaling",
-    __doc__,
-    run,
+@program(
     option("--images-per-s", type=positive_float, help="images per second of one GPU"),
     option("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm"),
     option("--predict", type=Path, help="record of predict.py, in the same way"),
@@ -491,6 +465,28 @@ main = Program(
     ),
     option("--epochs", default=100.0),
 )  # fmt: skip
+def main(args: argparse.Namespace) -> int:
+    """Makes the predictions or the check, and writes the JSON record."""
+    given = [args.images_per_s, args.cost, args.predict, args.check or None]
+    check(
+        sum(value is not None for value in given) == 1,
+        "give exactly one of --images-per-s, --cost, --predict and --check",
+    )
+    if args.check:
+        record = describe_check(args)
+        name = f"scaling_check_{arguments.slugify(record['device'])}.json"
+    else:
+        record = predict(args)
+        kind = "_predicted" * bool(args.predict)
+        name = f"scaling_{record['model']}_{record['card']}{kind}.json"
+    output = args.output or arguments.RESULTS / name
+    head = {"script": "benchmarks/step/scaling.py", "file": output.name}
+    record = head | {"complete": False} | record | environment()
+    for row in measure(args) if args.check else ():
+        record["rows"].append(row)
+        write_record(output, record)
+    return finish(output, record | {"complete": True}, table)
+
 
 if __name__ == "__main__":
     sys.exit(main())
