@@ -12,7 +12,10 @@ __all__ = ["__version__", "compile_double_backward"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name (PEP 562). Raises AttributeError for any other."""
+    """Imports a public name of fastgn when it is first used (PEP 562).
+
+    Raises AttributeError if the name is not public.
+    """
     if name == "compile_double_backward":
         from fastgn.step.double_backward import compile_double_backward
 
@@ -22,7 +25,7 @@ def __getattr__(name: str) -> Any:
 
         try:
             return version("fastgn")
-        except PackageNotFoundError:  # run from a source tree that was not installed
+        except PackageNotFoundError:  # fastgn is a source tree that was not installed
             return "0+unknown"
     raise AttributeError(f"module 'fastgn' has no attribute {name!r}")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class Gradient(NamedTuple):
-    """Result of a gradient function: losses and input gradients."""
+    """The losses of a batch of images, and the gradients of these losses."""
 
     loss_B: Tensor
     """Loss of each image."""
@@ -26,7 +26,7 @@ class Gradient(NamedTuple):
 
 
 GradientFn = Callable[[nn.Module, Tensor, Tensor], Gradient]
-"""Function (model, images, targets) -> Gradient."""
+"""Function (model, images, targets) -> Gradient, which holds each image's loss and gradient."""
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """Function (logits `(B, K)`, targets) -> loss of each image, `(B,)`, which an attack increases."""
 Norm = Literal["Linf", "L2"]
@@ -158,13 +158,13 @@ def pgd(
     2018).
 
     start: initial perturbation. None means a uniform draw from the Linf ball of radius eps.
-    gradient: function that computes losses and input gradients. Give another one to attack another
-    loss.
+    gradient: function that computes losses and input gradients. To attack another loss, give a
+    function that differentiates that loss.
 
-    select: which iterate is returned. 'last' is the last one. 'best' is each image's iterate with
-    the highest loss, which costs one more forward pass. 'paper' is the same, but the last forward
-    pass uses raw_model, the network without its normalisation, as the code of arXiv 2409.20139
-    does.
+    select: which images are returned. 'last' returns the images after the last step. 'best' returns
+    each image as it was when its loss was highest. This costs one more forward pass. 'paper' does
+    the same as 'best', but uses raw_model for the last forward pass. raw_model is the network
+    without its normalisation. The code of arXiv 2409.20139 does so.
     """
     if start is None:
         adversarial = draw_random_start(images_BCHW, eps)
@@ -276,7 +276,8 @@ def autoattack(
     attack fools are returned unchanged.
 
     attacks: names among apgd-ce, apgd-dlr, apgd-t, fab, fab-t and square. None means all attacks of
-    the version. Targeted attacks try at most K - 1 classes.
+    the version. Targeted attacks try at most K - 1 classes, where K is the model's number of
+    classes.
     """
     from pyautoattack import AutoAttack
 

@@ -18,15 +18,15 @@ from fastgn.files import atomic_open, check_regular, read_archive, remove_file
 from fastgn.state import TrainState, as_dict, read_fields
 
 FORMAT = 1
-"""Version number of the checkpoint's content. It grows with every change of the content that older
-versions of fastgn could not use."""
+"""Version number of a checkpoint's content. It is increased when the content changes so much that
+older versions of fastgn could not use it."""
 
 
 class Checkpoints:
     """The folder checkpoints/ of a run.
 
-    It holds the last few checkpoints, the best one as best.pt, and those of the epochs that are
-    kept for good.
+    It holds the last few checkpoints as update_*.pt, and the best one as best.pt. It also holds the
+    checkpoints of the epochs that --keep-epochs names, as epoch_*.pt.
     """
 
     def __init__(self, folder: Path, keep: int):
@@ -39,15 +39,18 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1)
         """Thread that writes files while the training goes on. It starts with the first file."""
         self._writing: Future[Path] | None = None
-        """Result of the last `save_later`, which the thread may still be writing. None after
-        `wait`."""
+        """Future for the file that the thread is writing. It becomes None when `wait` is called."""
 
     def path(self, update: int) -> Path:
-        """Returns the path of the file for the checkpoint after an update."""
+        """Returns the path of the checkpoint that is saved after an update.
+
+        update: number of updates done.
+        """
         return self.folder / f"update_{update:08d}.pt"
 
     def epoch_path(self, epoch: int) -> Path:
-        """Returns the path at which the checkpoint at the end of an epoch is kept for good."""
+        """Returns the path of a checkpoint that is saved at the end of an epoch and never
+        removed."""
         return self.folder / f"epoch_{epoch:04d}.pt"
 
     def all(self) -> list[Path]:
@@ -72,18 +75,18 @@ class Checkpoints:
         best: bool = False,
         keep_epoch: int | None = None,
     ) -> Path:
-        """Writes update_N.pt and returns its path.
+        """Writes a checkpoint as update_N.pt, after N updates, and returns its path.
 
         Also removes the oldest files update_*.pt, so that `keep` of them stay. Files of later
         updates are removed too. They exist if the run was continued from an earlier checkpoint.
 
-        best: whether best.pt becomes another name of the new file. keep_epoch: number M of an
-        epoch. If it is not None, epoch_M.pt becomes another name of the new file too.
+        best: whether the new file also gets the name best.pt. keep_epoch: number M of an epoch, or
+        None. If it is not None, the new file also gets the name epoch_M.pt.
         """
         path = self.path(state.update)
         names = [self.folder / "best.pt"] if best else []
         names += [] if keep_epoch is None else [self.epoch_path(keep_epoch)]
-        # write update_N.pt last: if a kill prevents that, the run continues from the one before it
+        # write update_N.pt last, so that a run killed before then continues from the one before
         first, *others = [*names, path]
         with atomic_open(first) as file:
             torch.save({"format": FORMAT, **as_dict(state)}, file)
@@ -110,14 +113,15 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the file of the last `save_later` is written.
 
-        Raises UserError if it cannot be written, but only in the first call after `save_later`.
+        Raises UserError if the file cannot be written, but only in the first call after
+        `save_later`.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def settle(self) -> None:
-        """Waits until the last file is written. If it cannot be written, only prints a warning."""
+        """Waits until the last file is written. Prints a warning if the file cannot be written."""
         with tolerate_failure("the last checkpoint"):
             self.wait()
 
@@ -142,7 +146,7 @@ class Checkpoints:
         temporary = name.with_name(f".{name.name}.{secrets.token_hex(8)}.tmp")
         try:
             os.link(path, temporary)
-        except OSError:  # a file system without hard links
+        except OSError:  # the file system has no hard links
             with open(path, "rb") as source, atomic_open(name) as file:
                 shutil.copyfileobj(source, file)
             return
@@ -152,9 +156,9 @@ class Checkpoints:
 def load_checkpoint(path: Path) -> TrainState:
     """Returns the content of a checkpoint, with its tensors on the CPU.
 
-    No code from the file is run. Raises UserError if the file is missing, is cut short, has flipped
-    bits (every checksum in it is verified), holds more than tensors and plain values, belongs to
-    another version, or is not a checkpoint of fastgn.train.
+    No code from the file is run. Raises UserError if the file is missing or damaged, which its
+    checksums show. Also raises UserError if the file is not a checkpoint of fastgn.train, belongs
+    to another version, or holds more than tensors and plain values.
     """
     check(path.is_file(), f"{path}: there is no such checkpoint")
     try:
@@ -167,11 +171,12 @@ def load_checkpoint(path: Path) -> TrainState:
     found = content.get("format") if isinstance(content, dict) else None
     check(
         type(found) is int and found >= 1,
-        f"{path} is not a checkpoint of fastgn.train, format {FORMAT}",
+        f"{path} is not a checkpoint of fastgn.train with format {FORMAT}",
     )
     check(
         found == FORMAT,
-        f"{path} has format {found}, but this version of fastgn reads {FORMAT}: update fastgn",
+        f"{path} has format {found}, but this version of fastgn reads format {FORMAT}: update "
+        "fastgn",
     )
     state = read_fields({k: v for k, v in content.items() if k != "format"}, TrainState, str(path))
     read_config(state.config, path)
@@ -181,13 +186,13 @@ def load_checkpoint(path: Path) -> TrainState:
 def read_config(text: str, path: Path) -> Config:
     """Returns the configuration that a checkpoint or an export was made with.
 
-    text: the configuration as TOML. path: the file, for messages. Raises UserError if it is
-    invalid.
+    text: the configuration as TOML. path: the file, for messages. Raises UserError if the
+    configuration is invalid.
     """
     try:
         return Config.from_toml(text)
     except UserError as error:
-        raise UserError(f"{path}: the config in it: {error}") from None
+        raise UserError(f"{path} contains an invalid configuration: {error}") from None
 
 
 def find_checkpoint(where: Path, flag: str = "--resume") -> Path:

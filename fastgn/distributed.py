@@ -37,8 +37,7 @@ class World:
     """Process group that uses gloo, so that the hosts exchange values without waiting for their
     devices. None means that there is one rank."""
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
-    """Context managers that are left at the end of the session, such as the lock on a run's
-    folder."""
+    """Context managers that are exited when `session` ends, such as the lock on a run's folder."""
     heartbeat: Heartbeat | None = None
     """Detects ranks that have stopped. None means that there is one rank."""
 
@@ -79,8 +78,8 @@ class World:
         return float(least.item())
 
     def gather(self, items: list[str]) -> list[str]:
-        """Returns the items of all ranks, in the order of the ranks. Does not wait for the
-        devices."""
+        """Returns one list with the items of all ranks, in the order of the ranks. Does not wait
+        for the devices."""
         if self.size == 1:
             return list(items)
         self._count_collective()
@@ -99,7 +98,8 @@ class World:
         return values[0]
 
     def _count_collective(self) -> None:
-        """Counts a collective, so that the heartbeat can name a rank that is behind."""
+        """Counts a collective that begins. By this count the heartbeat finds ranks that are
+        late."""
         if self.heartbeat is not None:
             self.heartbeat.collectives += 1
 
@@ -107,7 +107,7 @@ class World:
     def run_first_rank_first(self) -> Iterator[None]:
         """Runs the block on the first rank of each machine, and on its other ranks afterwards.
 
-        One rank then downloads a file, and the others find it in the cache.
+        The first rank can then download a file, which the others find in the cache.
         """
         later = os.environ.get("LOCAL_RANK", "0") != "0"
         if later:
@@ -169,8 +169,8 @@ def session(
         limit = timedelta(minutes=rank_timeout)
         store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
         # torchrun's store may contain reports of dead ranks from an earlier start of the job.
-        # So all keys of this start begin with the number of restarts and the number of ranks.
-        # A start with another number of ranks may not count as a restart.
+        # So each start has its own keys, which begin with its numbers of restarts and of ranks.
+        # torchrun can also change the number of ranks without counting a restart.
         # Without torchrun's store, machines that join later would count fewer restarts, so use 0.
         start = count_restarts() if has_agent_store() else 0
         store = torch.distributed.PrefixStore(f"fastgn/{start}/{size}", store)
@@ -191,22 +191,23 @@ def session(
                 control = torch.distributed.new_group(backend="gloo", timeout=meeting_timeout)
                 yield World(rank, size, chosen, cast(Any, control), held, heartbeat)
                 heartbeat.collectives += 1
-                # a rank that leaves earlier would look like one that has stopped
+                # wait for all ranks, because a rank that leaves earlier would seem to have failed
                 torch.distributed.barrier(group=cast(Any, control))
         except RuntimeError as error:
             if not is_connection_loss(error):
                 raise
             raise UserError(heartbeat.explain_failure(error)) from None
-        # not called after an error, because other ranks would then fail before the error is printed
+        # do this only without an error, so that other ranks do not fail before it is printed
         torch.distributed.destroy_process_group()
 
 
 def check_has_code(device: torch.device) -> None:
     """Raises UserError if the installed PyTorch has no code for a CUDA device.
 
-    Otherwise its first kernel would fail with "no kernel image is available". A build has code for
-    some compute capabilities, such as sm_80, which also runs on later ones with the same major
-    version. A build may also contain PTX, such as compute_120, which runs on all later devices.
+    Without this check, the first kernel on the device would fail with "no kernel image is
+    available". PyTorch has code for some compute capabilities, such as sm_80 for 8.0. Such code
+    also runs on later capabilities with the same major version. PyTorch may also contain PTX, such
+    as compute_120, which runs on all later devices.
     """
     capability = torch.cuda.get_device_capability(device)
     builds = torch.cuda.get_arch_list()
@@ -214,24 +215,25 @@ def check_has_code(device: torch.device) -> None:
         kind, _, number = build.partition("_")
         digits = number.rstrip("af")
         if not digits.isdecimal():
-            return  # a build for GPUs of another maker
+            return  # this PyTorch is for GPUs of another maker
         built = int(digits[:-1]), int(digits[-1])
         if built <= capability and (kind == "compute" or built[0] == capability[0]):
             return
-    newer = "a newer PyTorch, or a build for a newer CUDA"
-    older = "PyTorch 2.11 to 2.14 for CUDA 12.6, see docs/v100.md"
+    remedy = "install a newer PyTorch, or a build for a newer CUDA"
+    if capability < (7, 5):
+        remedy = "install PyTorch 2.11 to 2.14 for CUDA 12.6, see docs/v100.md"
     if capability < (5, 0):
-        older = "nothing, because no PyTorch that fastgn supports has: use another GPU"
+        remedy = "use another GPU, because no PyTorch that fastgn supports has code for this one"
     check(
         not builds,
         f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."
-        f"{capability[1]}, and PyTorch {torch.__version__} has code for {', '.join(builds)} alone: "
-        f"install {older if capability < (7, 5) else newer}",
+        f"{capability[1]}, but PyTorch {torch.__version__} has code only for {', '.join(builds)}: "
+        f"{remedy}",
     )
 
 
 def read_ranks() -> tuple[int, int, int]:
-    """Returns (rank, number of ranks, rank on this machine) from torchrun's variables.
+    """Returns (rank, number of ranks, rank on this machine) from torchrun's environment variables.
 
     Raises UserError if some of the variables are missing or contradict each other.
     """

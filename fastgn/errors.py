@@ -39,14 +39,14 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_name(name: str, valid: Iterable[str], message: str) -> None:
-    """Raises UserError unless a name is valid.
+def check_name(name: str, valid: Iterable[str], invalid_option: str) -> None:
+    """Raises UserError unless a name is valid. The message suggests similar names.
 
-    message: beginning of the error's message. Suggestions follow it. They are computed only if the
-    name is not valid, because that takes long.
+    invalid_option: beginning of the message, such as "--opt 'adamx'".
     """
     if name not in valid:
-        raise UserError(f"{message}: {nearest(name, valid)}")
+        suggestion = nearest(name, valid)  # computed only for an invalid name, because it is slow
+        raise UserError(f"{invalid_option}: {suggestion}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -70,7 +70,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def find_mistyped(name: str, names: Sequence[str]) -> list[str]:
     """Returns the names that differ from `name` by the fewest edits.
 
-    Returns no names if more than two edits are needed. If `name` is short, one edit is the limit.
+    Names that differ by more than two edits are never returned. If `name` has at most five letters,
+    names that differ by more than one edit are never returned.
     """
     text = simplify(name)
     allowed = 2 if len(text) > 5 else 1
@@ -168,11 +169,12 @@ def first_line(error: BaseException) -> str:
 
 
 def print_error(line: str) -> None:
-    """Prints a mistake to stderr, once for all ranks.
+    """Prints an error message to stderr, only once even if all ranks have the error.
 
-    If all ranks have the error, only the first rank prints it. The others wait for 10 seconds, and
-    torchrun ends them meanwhile, because the first rank exits with an error. If only one other rank
-    has the error, for example an unreadable image, that rank prints the error after the wait.
+    The first rank prints the message at once. The other ranks wait for 10 seconds. If the first
+    rank has the error too, it exits, and torchrun ends the other ranks before they print. If only
+    one other rank has the error, for example an unreadable image, it prints the message after the
+    wait.
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)
@@ -180,7 +182,10 @@ def print_error(line: str) -> None:
 
 
 def print_stopped(program: str, how: str = "run the same command again to continue") -> None:
-    """Prints that a signal has ended a program, once for all ranks. how: what the user can do."""
+    """Prints that a signal has ended a program. Only the first rank prints it.
+
+    how: end of the line, which says what the user can do.
+    """
     if os.environ.get("RANK", "0") == "0":
         print_line(f"{program}: stopped; {how}")
 

@@ -84,7 +84,7 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         "models": entries,
         **environment(),
     }
-    write_json(output, record)  # save now, because the analyses may take as long again
+    write_json(output, record)  # save the accuracies now, because the analyses may take long
     print_results(entries, cfg)
     print_line(f"written: {output}", sys.stdout)
     if cfg.statistics or cfg.sanity:
@@ -145,9 +145,9 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
 
 
 def make_names_unique(trained: Sequence[Trained], checkpoints: Sequence[str]) -> list[Trained]:
-    """Returns the models with different names.
+    """Returns the models, renamed so that no two of them have the same name.
 
-    If several have the same name, they are named after their whole path in `checkpoints`.
+    Models that have the same name get their paths as names. checkpoints: path of each model.
     """
     names = [t.name for t in trained]
     return [
@@ -164,27 +164,27 @@ def check_few_classes(classes: int, names: Sequence[str]) -> None:
     needy = [n for n in names if n in ("apgd-dlr", "apgd-t", *AUTOATTACK)]
     check(
         classes >= 4 or not needy,
-        f"--attacks {' '.join(needy)}: its DLR loss needs 4 classes, but the data has {classes}: "
-        "use apgd-ce, fab, square and pgd-K-margin",
+        f"--attacks {' '.join(needy)} uses the DLR loss, which needs at least 4 classes, but the "
+        f"data has {classes}: use apgd-ce, fab, square and pgd-K-margin",
     )
 
 
 @contextlib.contextmanager
 def refuse_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Raises UserError if the block runs out of memory. The message suggests a smaller
-    batch_size."""
+    """Raises UserError if the block runs out of memory. The message suggests a batch size below
+    `batch_size`."""
     try:
         yield
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise UserError(
-            f"out of memory with {batch_size} images at once: add a lower --batch-size"
+            f"out of memory with {batch_size} images at once: use a lower --batch-size"
         ) from None
 
 
 def print_results(entries: Sequence[dict[str, Any]], cfg: EvaluateConfig) -> None:
-    """Prints the table of accuracies, and the warnings."""
+    """Prints the table of the models' accuracies, and the warnings of their evaluations."""
     print(
         f"\naccuracy on {entries[0]['subset']} validation images, {cfg.norm}, eps in 0..1 pixel "
         f"units, seed {cfg.seed}\n\n{format_accuracies(entries)}\n"
@@ -200,7 +200,8 @@ def analyse_model(
     """Returns what --statistics and --sanity add to a model's entry in evaluation.json.
 
     Each result is saved as soon as it is known. Results that a killed evaluation has saved are not
-    computed again. where: value of --checkpoint for this model. parts: the saved results.
+    computed again. where: value of --checkpoint for this model. images: the validation images.
+    parts: the saved results.
     """
     subset = take_evenly_spaced(images, cfg.analysis_images)
     eps, ids = cfg.eps[-1], subset.indices
@@ -259,10 +260,10 @@ def analyse_model(
 def measure_checkpoint(
     path: Path, trained: Trained, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> list[float] | None:
-    """Returns a checkpoint's epoch, and the mean L1 norm of the input gradient with its weights.
+    """Returns a checkpoint's epoch, and the mean L1 norm of its network's input gradient.
 
-    If the run averages its weights, the averaged weights are used. Returns None if the checkpoint
-    does not hold its epoch, because an older version of fastgn has written it.
+    If the checkpoint holds a moving average of the weights, the averaged weights are used. Returns
+    None if the checkpoint does not say its epoch, because an older version of fastgn wrote it.
     """
     state = load_checkpoint(path)
     if state.epoch is None:
@@ -280,7 +281,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
-        # a long limit, because a rank that has finished waits for the slowest rank
+        # the limit is long, because a rank that has finished waits for the slowest rank
         week = timedelta(days=7)
         with (
             stop_on_signals(),

@@ -42,7 +42,7 @@ from fastgn.trained import (
 FILES = ("model.py", "model_info.json", "weights.pt", "weights.safetensors")
 """Names of the files that an export consists of."""
 CLASSES = {"cifar10": 10, "imagenet": 1000}
-"""Data set of RobustBench that fastgn trains on -> its number of classes."""
+"""Data set of RobustBench on which fastgn can train -> number of its classes."""
 
 
 DEFINITION = '''"""A network that fastgn has trained, for any program that has torch and timm.
@@ -95,9 +95,9 @@ def load(path=Path(__file__).with_name("weights.pt")):
 '''
 """Template of model.py.
 
-The normalisation is a wrapper around the network, and the weights have the keys of the network
-itself. RobustBench's loader can read such a file. For ImageNet, this loader adds `model.` to the
-beginning of the keys. For CIFAR-10, it does not change them."""
+The normalisation is a wrapper around the network. The keys of the weights are those of the network
+itself, and the wrapper also accepts keys that begin with `model.`. RobustBench's loader adds this
+prefix for ImageNet, but not for CIFAR-10."""
 
 SWAP_ACTIVATIONS = """    for parent in list(network.modules()):
         for name, child in parent.named_children():
@@ -210,8 +210,8 @@ def check_same(source: str, pickled: bytes, trained: Trained) -> None:
     difference = float((mine - theirs).abs().max())
     check(
         difference <= 1e-4 * max(1.0, float(theirs.abs().max())),
-        f"--checkpoint {trained.name}: the exported network's logits differ from the run's by "
-        f"{difference:g}, so nothing was written",
+        f"--checkpoint {trained.name}: the logits of the exported network differ from those of the "
+        f"trained network by {difference:g}, so nothing was written",
     )
 
 
@@ -250,10 +250,10 @@ def rebuild(folder: Path) -> None:
             f"the exported network gave no logits within {REBUILD_LIMIT_S} s: nothing was written"
         ) from None
     lines = done.stderr.decode(errors="replace").strip().splitlines()
+    reason = lines[-1] if lines else "the process that tests this was killed"
     check(
         done.returncode == 0,
-        "the exported network cannot be rebuilt without fastgn "
-        f"({lines[-1] if lines else 'it was killed'}), so nothing was written",
+        f"the exported network cannot be rebuilt without fastgn ({reason}), so nothing was written",
     )
 
 
@@ -265,11 +265,11 @@ def format_eps(eps: float) -> str:
 
 
 def read_accuracies(cfg: ExportConfig, trained: Trained) -> dict[str, str | None]:
-    """Returns clean_acc and autoattack_acc from --evaluation, and a footnote about the images.
+    """Returns a dict with the keys clean_acc, autoattack_acc and footnote, read from --evaluation.
 
-    Accuracies are texts in per cent with two decimals. None means that the evaluation did not
-    measure the value. The accuracy under AutoAttack is used only if it was measured with --eps and
-    in the norm of --threat.
+    The accuracies are texts in per cent with two decimals. The footnote says on how many images
+    they were measured. None means that the evaluation did not measure the value. The accuracy under
+    AutoAttack is used only if it was measured with --eps and in the norm of --threat.
 
     Raises UserError if the file is missing or not an evaluation, or if it does not have this model
     with these weights.

@@ -30,7 +30,7 @@ TRAIN = (
     "tqdm",
     "tyro",
 )
-"""Modules that the extra `train` installs."""
+"""Python modules that `pip install 'fastgn[train]'` installs."""
 
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -9,16 +9,16 @@ from fastgn.step.retry import out_of_memory
 
 
 def explain(error: RuntimeError, run: Run | None) -> UserError | str | None:
-    """Returns a line about an error of PyTorch that the user can act on, or None for other errors.
+    """Returns a message about an error of PyTorch if the user can act on it, otherwise None.
 
-    run: None if the error came before the run was built.
+    run: the run that failed, or None if the error came before the run was built.
     """
     if out_of_memory(error):
         return too_large(run)
     operator = find_missing_derivative(error)
     if run is not None and operator is not None:
         return not_differentiable(run.cfg, operator)
-    # after the death of a worker, PyTorch may raise an error anywhere in the main process
+    # if a worker process has died, PyTorch may raise an error anywhere in the main process
     return explain_worker_death(error)
 
 
@@ -33,7 +33,8 @@ def too_large(run: Run | None) -> str:
     tries = ["--schedule auto"]
     if run.resolved.compiled:
         tries.append("--activation-memory-budget 0.5")
-    if run.resolved.grad_sync == "overlap":  # with flat, the update would have been repeated
+    # with --grad-sync flat, the update would have been repeated in smaller micro-batches
+    if run.resolved.grad_sync == "overlap":
         tries.insert(0, "--grad-sync flat")
     return (
         f"out of memory at update {run.update + 1} with {run.images_at_a_time} images at a time; "

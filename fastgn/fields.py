@@ -113,7 +113,8 @@ class Options:
             empty = value == "" and field.default != ""
             check(
                 not (empty or (isinstance(value, tuple) and "" in value)),
-                f"--{format_flag(field.name)} has an empty value: give one, or leave the flag out",
+                f"--{format_flag(field.name)} has an empty value: give a value, or leave the flag "
+                "out",
             )
         for name in find_paths(kind):
             value = getattr(self, name)
@@ -169,8 +170,10 @@ def find_paths(kind: Any) -> list[str]:
 
 @functools.cache
 def find_lists(kind: Any) -> list[str]:
-    """Returns the names of fields that hold any number of values, in an options dataclass and in
-    the groups inside it."""
+    """Returns the names of an options dataclass's fields that hold any number of values.
+
+    Includes the fields of dataclasses that are themselves fields of the options dataclass.
+    """
     found = []
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         parts = list(iterate_annotations(hint))
@@ -181,7 +184,7 @@ def find_lists(kind: Any) -> list[str]:
 
 
 def iterate_annotations(hint: Any) -> Iterator[Any]:
-    """Yields the plain types in a type hint, and the metadata such as a Range."""
+    """Yields the plain types in a type hint, and the metadata of Annotated, such as a Range."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         yield from hint.__metadata__
@@ -194,7 +197,7 @@ def iterate_annotations(hint: Any) -> Iterator[Any]:
 
 
 def iterate_numbers(value: Any) -> Iterator[float]:
-    """Yields the value if it is a number, or the numbers in it if it is a tuple."""
+    """Yields the value if it is a number, or the numbers in the value if it is a tuple."""
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             yield item

@@ -57,7 +57,7 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     In that case an older file at `path` is unchanged and no part of the new one remains.
     """
     check_regular(path)
-    # a name that cannot be guessed, so that nobody can put a link there first
+    # use a name that cannot be guessed, so that nobody can create a link of this name first
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.tmp")
     raw: RecordingFile | None = None
     try:
@@ -77,7 +77,7 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
             "unchanged"
         ) from None
     finally:
-        with contextlib.suppress(OSError):  # the folder itself may be missing
+        with contextlib.suppress(OSError):  # the file or its folder may be missing
             temporary.unlink()
 
 
@@ -88,7 +88,7 @@ def write_bytes(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON atomically. Keys keep their order."""
+    """Writes content as indented JSON, atomically. Keys keep their order."""
     write_bytes(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
@@ -116,13 +116,13 @@ def check_regular(path: Path) -> None:
     that would replace it."""
     try:
         mode = path.lstat().st_mode
-    except OSError:  # it is missing or unreadable, which is reported when it is opened
+    except OSError:  # the file is missing or unreadable, which is reported when it is opened
         return
     kinds = {stat.S_ISDIR: "folder", stat.S_ISLNK: "symbolic link", stat.S_ISFIFO: "named pipe"}
     kind = next((name for is_kind, name in kinds.items() if is_kind(mode)), "device")
     check(
         stat.S_ISREG(mode),
-        f"{path} is a {kind}, which would be replaced: name a plain file",
+        f"{path} is a {kind}, which a new file would replace: name a plain file",
     )
 
 
@@ -202,7 +202,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         ) from None
     if DIGEST in metadata:
         same = metadata[DIGEST] == compute_digest(tensors, metadata)
-        check(same, f"{path} is corrupt: its SHA-256 is not the one that it was written with")
+        check(same, f"{path} is corrupt: its content does not have the SHA-256 in its header")
     return tensors, metadata
 
 
@@ -239,15 +239,15 @@ def sort_metadata(content: bytes) -> bytes:
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # keeps the tensors aligned
+    text += b" " * (-len(text) % 8)  # pad the header to 8 bytes, so that the tensors stay aligned
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def compute_digest(tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> str:
-    """Returns the SHA-256, in hexadecimal, of all tensors and of the metadata except the digest
-    itself.
+    """Returns the SHA-256, in hexadecimal, of all tensors and of the metadata.
 
-    For each tensor it covers the name, dtype, shape and values.
+    The name, dtype, shape and values of each tensor are hashed. The digest that the metadata may
+    already contain is left out.
     """
     import torch
 
@@ -263,16 +263,16 @@ def read_archive(path: Path, *, legacy: bool = False) -> Any:
     """Returns the content of a file that torch.save has written, on the CPU. No code is run.
 
     The result consists of plain dicts, lists, tuples, strings, numbers, booleans, None, dtypes, and
-    dense tensors that are not larger than the file. Raises UserError for anything
-    else, for missing or truncated files, for wrong checksums, and for compressed entries, which
-    could fill the memory.
+    dense tensors that are not larger than the file. Raises UserError if the file contains anything
+    else, is missing or truncated, or has a wrong checksum. Also raises UserError if an entry is
+    compressed, because it could fill the memory.
 
-    legacy: whether to read files of torch.save before version 1.6 too, which have no checksums.
+    legacy: whether to read also the files that PyTorch before 1.6 wrote, which have no checksums.
     Other objects that training scripts store, such as arguments and NumPy numbers, then become
     None.
     """
     with open_for_reading(path) as file:
-        archive = file.read(4) == b"PK\x03\x04"  # torch.load checks the same bytes
+        archive = file.read(4) == b"PK\x03\x04"  # torch.load looks for the same bytes
         check(archive or legacy, f"{path} is corrupt: it is not an archive of torch.save")
         if archive:
             check_archive(file, path)
@@ -293,7 +293,7 @@ def check_archive(file: IO[bytes], path: Path) -> None:
             size = sum(entry.file_size for entry in entries)
             right = len(set(names)) == len(names) and size <= os.fstat(file.fileno()).st_size
             check(right, f"{path} is corrupt: its entries overlap")
-            # a flipped bit can turn an entry into a folder, and torch then leaves its tensor empty
+            # if a flipped bit turns an entry into a folder, torch.load leaves its tensor empty
             bad = next((e.filename for e in entries if e.external_attr), None) or archive.testzip()
     except UserError:
         raise
@@ -303,10 +303,10 @@ def check_archive(file: IO[bytes], path: Path) -> None:
 
 
 class Ignored:
-    """Takes the place of objects that training scripts store beside weights.
+    """Replaces an object that a training script has stored beside the weights.
 
-    It accepts any arguments and state and keeps none of them. No code of the object's own class
-    runs.
+    This class accepts any arguments and state, and keeps none of them. No code of the replaced
+    object's class runs.
     """
 
     def __new__(cls, *args: Any) -> "Ignored":
@@ -373,20 +373,25 @@ def find_foreign_object(error: BaseException) -> str | None:
 
 
 class Plain:
-    """Copies unpickled values into plain containers, and checks every tensor."""
+    """Copies unpickled values into plain dicts, lists and tuples.
+
+    Raises UserError if a tensor is sparse, quantized, without values, or larger than the file.
+    """
 
     def __init__(self, path: Path, largest_bytes: int, legacy: bool):
         self.path = path
         self.largest_bytes = largest_bytes
         self.legacy = legacy
         self.copies: dict[int, Any] = {}
-        """id() of an original container -> its copy, or Ellipsis while the container is being
+        """id() of an original dict, list or tuple -> its copy, or Ellipsis while it is being
         copied."""
 
     def __call__(self, value: Any, where: str = "it", depth: int = 0) -> Any:
-        """Returns a copy of a value. Raises UserError unless the value is a plain value.
+        """Returns a copy of a value.
 
-        where: name of the value for the message.
+        Raises UserError unless the value consists of dicts, lists, tuples, tensors, dtypes,
+        strings, numbers, booleans and None. where: name of the value in the message. depth: number
+        of containers around the value.
         """
         import torch
 
@@ -398,7 +403,7 @@ class Plain:
             return value
         if not isinstance(value, (dict, list, tuple)):
             kind = type(value).__name__
-            check(self.legacy, f"{self.path}: {where} is a {kind}, which is not a plain value")
+            check(self.legacy, f"{self.path}: {where} is a {kind}, not a tensor or plain value")
             return None
         check(
             depth < 100 and self.copies.get(id(value)) is not ...,
@@ -410,7 +415,7 @@ class Plain:
         copy: Any
         if isinstance(value, dict):
             copy = {}
-            for key, item in dict.items(value):  # a subclass may override `items`
+            for key, item in dict.items(value):  # not value.items, which a subclass may override
                 named = type(key) in (str, int)
                 check(
                     named or self.legacy,

@@ -15,14 +15,14 @@ LISTED = ("model.safetensors", "config.json", "summary.json", "curves.png", "met
 
 
 def finish(run: Run) -> None:
-    """Writes the exported weights, the summary and the curves. Does so only on the first rank."""
+    """Writes the exported weights, the summary and the curves of a run, on the first rank only."""
     if not run.world.is_main:
         return
     run.checkpoints.wait()
     weights = run.evaluated_model.backbone.state_dict()
     header = ExportHeader(run.cfg.to_toml(), list(run.classes), run.update)
     export_weights(run.folder / "model.safetensors", weights, header)
-    # this may fail, for example if there is not enough memory for another copy of the network
+    # making config.json may fail, for example if a second copy of the network does not fit
     with tolerate_failure("config.json for timm", run.print):
         try:
             config = make_timm_config(
@@ -54,10 +54,11 @@ def finish(run: Run) -> None:
 
 
 def warn_of_initial_weights(run: Run, holds: str, updates: int) -> None:
-    """Prints a warning if the average of the weights still contains much of the initial weights.
+    """Prints a warning if the moving average of the weights is still influenced by the initial
+    weights.
 
-    The average is then less accurate. holds: verb of the message, such as "will hold". updates:
-    number of updates after which the warning applies.
+    Such an average is less accurate. updates: number of updates for which this is computed. holds:
+    verb of the message, "holds" or "will hold".
     """
     if run.ema is None:
         return

@@ -16,19 +16,22 @@ from fastgn.state import TrainState
 def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState | None]:
     """Returns the run's folder, the checkpoint to continue from, and that checkpoint's content.
 
-    After this call no other process may write into the folder. For a new run, the checkpoint and
-    its content are None.
-    Raises UserError if another process writes there, or if the folder holds a run that this one
-    does not continue.
+    Also locks the folder, so that no other process can write into it. For a new run, the checkpoint
+    and its content are None.
+
+    Raises UserError if another process has locked the folder, or if the folder holds another run.
     """
-    # only the first rank looks, because another rank could look later and find a newer checkpoint
+    # only the first rank looks for it, because other ranks could find a newer checkpoint later
     found = choose_folder(cfg, world) if world.is_main else None
     folder, path = world.share(found)
     return folder, path, load_checkpoint(path) if path is not None else None
 
 
 def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
-    """Locks the run's folder. Returns the folder, and the checkpoint to continue from or None."""
+    """Locks the run's folder. Returns the folder, and the path of the checkpoint to continue from.
+
+    The checkpoint is None if the run is new.
+    """
     folder = name_folder(cfg)
     flag = "--output" if cfg.run.resume in (None, "auto") else "--resume"
     splits = cfg.dataset.train_split, cfg.dataset.val_split
@@ -49,10 +52,10 @@ def choose_folder(cfg: Config, world: World) -> tuple[Path, Path | None]:
         continues |= folder.resolve() in found.resolve().parents
     check(
         continues or (last is None and not (folder / "model.safetensors").exists()),
-        f"--output {folder} holds a run already: use --resume {folder} to continue it, or another "
-        "--output to start a new one",
+        f"--output {folder} holds a run already: use --resume {folder} to continue this run, or "
+        "another --output to start a new run",
     )
-    # each run writes environment.json first, so this file shows that the folder is a run's
+    # every run writes environment.json first, so a folder with this file belongs to a run
     made = last is not None or (folder / "environment.json").exists()
     check_replaced(flag, folder, (*RUN_FILES, "checkpoints/best.pt"), made, "run")
     return folder, found
@@ -62,10 +65,11 @@ def name_folder(cfg: Config) -> Path:
     """Returns the path of the run's folder. A rank that torchrun restarts gets the same path."""
     check(
         count_restarts() == 0 or cfg.run.output is not None or has_agent_store(),
-        "a rank was started again but cannot find its run: add --output with the run's folder",
+        "torchrun has restarted a rank, which cannot find the folder of its run: add --output with "
+        "this folder",
     )
     if cfg.run.resume not in (None, "auto"):
-        find_checkpoint(Path(cfg.run.resume))  # raises UserError now, before a folder is created
+        find_checkpoint(Path(cfg.run.resume))  # raise its UserError before a folder is created
     if cfg.run.output is not None:
         return Path(cfg.run.output)
     started = time.strftime("%Y%m%d-%H%M%S")

@@ -2,10 +2,11 @@
 
 If a rank is alive but late, a warning names it.
 
-A waiting collective cannot tell a slow rank from a dead one. Therefore a thread of each rank
-reports every few seconds that its process is alive, through torch.distributed's store. The same
-thread reads the reports of the other ranks. A second thread watches the reports, because the store
-itself may stop. Neither thread slows down an update.
+A rank that waits in a collective cannot know whether the other ranks are slow or dead. Therefore
+each rank has a thread that writes a report into torch.distributed's key-value store every few
+seconds. The report says that the process is alive. The same thread reads the reports of the other
+ranks. A second thread watches the reports, because the store itself may stop. Neither thread slows
+down an update.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import torch
 from fastgn.errors import first_line
 
 STEPS = 10
-"""Smallest number of heartbeats that a rank sends within the time limit."""
+"""Smallest number of heartbeats that a rank sends within the time limit (--rank-timeout)."""
 LONGEST_INTERVAL_S = 2.0
 """Longest time between two heartbeats, in seconds."""
 WAITING_S = 60.0
@@ -43,9 +44,9 @@ class Heartbeat:
     ):
         """Prepares the heartbeat, which runs while the object is used as a context manager.
 
-        store: torch.distributed's store. address: host and port of the store. limit_s: seconds of
-        silence after which a rank counts as stopped. agent: whether torchrun serves the store
-        instead of rank 0.
+        store: torch.distributed's key-value store. address: host and port of the store. rank, size:
+        number of this rank, and number of ranks. limit_s: seconds without a heartbeat after which a
+        rank counts as stopped. agent: whether torchrun serves the store instead of rank 0.
         """
         self.store = store
         self.address = address
@@ -57,15 +58,15 @@ class Heartbeat:
         self.collectives = 0
         """Number of collectives of distributed.World that this rank has begun."""
         self.wait = (0, 0.0, WAITING_S)
-        """(number of the collective in which this rank waits, seconds waited, seconds after which
-        to warn)."""
+        """(number of the collective in which this rank waits, seconds that it has waited, seconds
+        after which it prints the next warning)."""
         self.reports: dict[int, list[str]] = {}
-        """Rank -> its last report: [number of heartbeats, number of collectives, missing ranks,
-        name of the process]."""
+        """Rank -> its last report, as four texts. These are its number of heartbeats, its number of
+        collectives, the ranks that it has found missing, and the name of its process."""
         self.silent_s = dict.fromkeys(self.others, 0.0)
         """Rank -> seconds since its last heartbeat."""
         self.rounds = 0
-        """Number of times that the store has answered."""
+        """Number of times that the reports were read from the store."""
         self.store_lost = False
         """Whether the process that serves the store has ended."""
         self.missing: list[int] = []
@@ -93,8 +94,8 @@ class Heartbeat:
         return "torchrun itself" if self.agent else self.describe_rank(0)
 
     def _beat(self) -> None:
-        """Sends the heartbeats and reads the reports of the other ranks, until the heartbeat is
-        stopped."""
+        """Sends this rank's heartbeats and reads the reports of the other ranks, until `stopped` is
+        set."""
         me = f"process {os.getpid()} on host {socket.gethostname()}"
         count, last = 0, False
         while not (last or self.stopped.is_set()):
@@ -120,9 +121,9 @@ class Heartbeat:
         """Watches the reports, and ends the process if a rank or the store is silent for too
         long."""
         rounds, counts, store_silent_s = 0, dict.fromkeys(self.others, ""), 0.0
-        # shorter than the limit, because a silence is noticed up to two intervals late
+        # this is less than the limit, because a silent rank is noticed up to two intervals late
         patience_s = self.limit_s - 2 * self.interval_s
-        # count intervals, because a clock goes on while this process is suspended
+        # time is counted in intervals, because a clock goes on while this process is suspended
         while not self.stopped.wait(self.interval_s):
             if self.rounds == rounds:
                 store_silent_s += self.interval_s
@@ -149,8 +150,9 @@ class Heartbeat:
     def _name_late_ranks(self) -> None:
         """Prints which ranks are alive but late.
 
-        A rank is late if it has not entered the collective in which this rank waits. The first
-        warning comes after WAITING_S seconds, and each further one after twice as long a time.
+        A rank is late if it has not begun the collective in which this rank waits. The first
+        warning comes after WAITING_S seconds of waiting, and the next ones after 2, 4, 8 times as
+        long.
         """
         late = self.find_late_ranks()
         number, waited_s, warn_s = self.wait
@@ -168,9 +170,11 @@ class Heartbeat:
         self.wait = number, waited_s, warn_s
 
     def _end_process(self) -> NoReturn:
-        """Ends the process, whose main thread may wait in a collective that cannot be
-        interrupted."""
-        self.announce.set()  # so that the messages of the other ranks name the same missing rank
+        """Prints which ranks have stopped, and ends this process.
+
+        The main thread may wait in a collective, which cannot be interrupted in any other way.
+        """
+        self.announce.set()  # tell the other ranks, so that their messages name the same ranks
         if self.missing:
             names = " and ".join(self.describe_rank(r) for r in self.missing)
         else:

@@ -2,7 +2,7 @@
 
 If the folder RUN holds config.json and model.safetensors, timm.create_model('local-dir:RUN',
 pretrained=True) returns the network with its weights. timm.data.resolve_data_config then returns
-the preprocessing that the network expects of images.
+how images must be preprocessed for the network.
 """
 
 import json
@@ -20,8 +20,8 @@ from fastgn.models.create import OWN, check_name, create_network
 from fastgn.models.network import build_model
 
 KEPT = ("first_conv", "classifier", "fixed_input_size")
-"""Keys of timm's pretrained_cfg that are copied into config.json. They describe the structure of
-the network."""
+"""Keys of timm's pretrained_cfg that are copied into config.json, because they describe the
+structure of the network."""
 
 
 def make_timm_config(
@@ -30,10 +30,13 @@ def make_timm_config(
     classes: Sequence[str],
     crop_pct: float,
 ) -> dict[str, Any]:
-    """Returns the content of config.json for a network with these weights, in timm's keys.
+    """Returns the content of config.json, with which timm can build the network.
 
-    Raises UserError if timm's arguments cannot express the network. To test this, the function
-    builds the network from the arguments as timm would, and compares the logits of one image.
+    Raises UserError if no arguments of timm.create_model give the network. To test the arguments,
+    the function builds a network from them and compares its logits for one image.
+
+    weights: state dict of the network. classes: names of the classes. crop_pct: side of the central
+    crop in an evaluation, divided by the shorter side of the image.
     """
     name = check_name(cfg)
     check(name not in OWN, f"{name} is not one of timm's networks")
@@ -45,7 +48,7 @@ def make_timm_config(
     del arguments["num_classes"]
     if cfg.activation:
         arguments["act_layer"] = cfg.activation
-    try:  # use the arguments as JSON returns them, because timm will read them from JSON
+    try:  # convert the arguments to JSON and back, because timm will read them from JSON
         arguments = parse_json(json.dumps(arguments), "model_args")
         theirs = timm.create_model(name, num_classes=len(classes), **arguments)
         theirs.load_state_dict(loaded)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Handles signals that ask a run to stop, such as Ctrl-C."""
 
 import signal
 import time
@@ -26,10 +26,10 @@ class Interrupt:
         self.noted_s = 0.0
         """Time of the first signal, as returned by time.monotonic()."""
         self.previous: dict[int, Any] = {}
-        """Signal number -> the handler that was in place before."""
+        """Number of each handled signal -> the handler that it had before."""
 
     def __enter__(self) -> "Interrupt":
-        # include SIGINT even if it is ignored, as it is in a run in the background of a shell
+        # include SIGINT even if it is ignored, because shells ignore it for background processes
         for number in {*list_heeded(), signal.SIGINT, signal.SIGTERM}:
             self.previous[number] = signal.signal(number, self.note)
         return self

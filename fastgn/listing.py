@@ -10,7 +10,7 @@ from fastgn.objectives.options import METHODS
 
 
 def list_recipes() -> dict[str, str]:
-    """Returns {name: note} for the recipes. The note is the first line of the comment in the
+    """Returns {name: note} for the recipes. The note is the comment in the first line of the
     recipe's file."""
     folder = resources.files("fastgn").joinpath("recipes")
     first = {n: folder.joinpath(f"{n}.toml").read_text().split("\n")[0] for n in recipe_names()}
@@ -56,13 +56,14 @@ KINDS: dict[str, Callable[[], dict[str, str]]] = {
     "activations": list_activations,
     "optimizers": list_optimizers,
 }
-"""Value of --list, such as "models" -> function that returns names and notes."""
+"""Value of --list, such as "models" -> function that returns {name: note} for all such names."""
 
 
 def format_listing(kind: str, pattern: str = "*") -> str:
-    """Returns the names of a kind, such as "models", that match a pattern such as '*swin*'.
+    """Returns lines with the names of one kind that match a pattern.
 
-    Each line has one name and its note. Raises UserError if no name matches.
+    Each line has one name and its note. Raises UserError if no name matches. kind: value of --list,
+    such as "models". pattern: a shell pattern such as '*swin*'.
     """
     found = {n: note for n, note in KINDS[kind]().items() if fnmatch.fnmatch(n, pattern)}
     check(bool(found), f"--list {kind} {pattern}: no name matches this pattern")

@@ -24,8 +24,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 HELD: set[tuple[int, int]] = set()
 """(device, inode) of each lock file that this process has locked.
 
-The set is needed because POSIX lets a process lock a file twice, and closing the file once then
-releases both locks.
+The set is needed because POSIX lets a process lock a file that it has locked already. If the
+process then closes the file once, it loses both locks.
 """
 
 
@@ -54,10 +54,11 @@ def lock_folder(folder: Path, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lock_file(path: Path, name: str) -> Iterator[None]:
-    """Makes this process the only writer of a file inside the block, as `lock_folder` does.
+    """Makes this process the only writer of a file inside the block.
 
     Also removes temporary files that killed processes have left while they wrote the file. name:
-    name of the file in messages.
+    name of the file in messages. Raises HeldError if another process holds the lock, and UserError
+    if the file cannot be written.
     """
     check(
         len(os.fsencode(path.name)) <= 200,
@@ -72,7 +73,8 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Removes temporary files that killed processes have left while they wrote files of these
     names.
 
-    Only the holder of the lock may call this, because another holder could be writing such a file.
+    Call this only while holding the lock on the files or their folder. Otherwise another process
+    could be writing such a temporary file.
     """
     ours = re.compile(rf"\.(?:{'|'.join(re.escape(name[:40]) for name in names)})\.[^.]*\.tmp")
     for left in folder.glob(".*.tmp"):
@@ -93,13 +95,13 @@ def _lock(path: Path, name: str) -> Iterator[None]:
             descriptor = _acquire(path, name)
         except OSError as error:
             raise UserError(
-                f"{name} cannot be written: {error.strerror or error}; give another one"
+                f"{name} cannot be written: {error.strerror or error}: give another path"
             ) from None
         yield
     finally:
         if descriptor is not None:
             _release(descriptor, path)
-        for folder in created:  # the innermost folder first, until one is not empty
+        for folder in created:  # remove the innermost folder first, and stop if one is not empty
             try:
                 folder.rmdir()
             except FileNotFoundError:
@@ -123,11 +125,11 @@ def _acquire(path: Path, name: str) -> int | None:
                 f"{name} cannot be written: its lock file {path} is not a plain file: remove it",
             )
             if _get_identity(status) in HELD:
-                raise HeldError(f"{name} is in use by this process already: give another one")
+                raise HeldError(f"{name} is in use by this process already: give another path")
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just removed the folder
-            # after ATTEMPTS failures the cause is not another process, but a folder such as /proc
+            # after many attempts the cause must be the folder itself, such as /proc
             if attempt == ATTEMPTS - 1:
                 raise
             continue
@@ -138,7 +140,7 @@ def _acquire(path: Path, name: str) -> int | None:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise HeldError(
                     f"{name} is in use by {_read_holder(path)}: wait until it has ended, or give "
-                    "another one"
+                    "another path"
                 ) from None
             if error.errno not in NO_LOCKS:
                 raise
@@ -147,7 +149,7 @@ def _acquire(path: Path, name: str) -> int | None:
             )
             return None
         HELD.add(_get_identity(os.fstat(descriptor)))
-        if not _is_file_at(descriptor, path):  # the previous holder removed the file
+        if not _is_file_at(descriptor, path):  # the previous holder of the lock removed the file
             _close(descriptor)
             continue
         try:
@@ -164,7 +166,7 @@ def _release(descriptor: int, path: Path) -> None:
     """Removes the lock file and releases the lock."""
     with contextlib.suppress(OSError):
         if _is_file_at(descriptor, path):
-            path.unlink()  # before _close, because afterwards another process may hold the lock
+            path.unlink()  # do this before _close, after which another process may hold the lock
     _close(descriptor)
 
 

@@ -320,7 +320,7 @@ def test_a_file_that_is_no_checkpoint(run_copy, capsys):
     other = run_copy / "checkpoints" / "update_00000009.pt"
     torch.save({"weight": torch.zeros(2)}, other)
     line = refused(capsys, ["--resume", str(run_copy)])
-    assert line == f"{other} is not a checkpoint of fastgn.train, format 1"
+    assert line == f"{other} is not a checkpoint of fastgn.train with format 1"
 
 
 # ------------------------------------------------------------------------------- full disk, folders

@@ -262,5 +262,5 @@ def test_out_of_memory_is_one_line(
     monkeypatch.setattr(Attacker, "find_correct", full)
     args = ["--checkpoint", str(run), "--num-images", "8", "--attacks", "clean"]
     assert evaluate.main([*args, "--output", str(tmp_path / "e.json")]) == 2
-    line = "fastgn.evaluate: error: out of memory with 8 images at once: add a lower --batch-size"
+    line = "fastgn.evaluate: error: out of memory with 8 images at once: use a lower --batch-size"
     assert capsys.readouterr().err.splitlines()[-1] == line

@@ -197,7 +197,7 @@ def test_an_export_that_is_not_the_run_is_not_written(swin_run, tmp_path, monkey
     monkeypatch.setattr(export, "DEFINITION", export.DEFINITION.replace("/ self.std", "* 1.0"))
     where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out"))
     line = refused(capsys, *where)
-    assert "logits differ from the run's by" in line
+    assert "the logits of the exported network differ from those of the trained network by" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -478,7 +478,7 @@ def test_the_digest_covers_the_header(key, run, tmp_path):
     }[key]
     assert old in content
     path.write_bytes(content.replace(old, new))
-    with pytest.raises(UserError, match="is corrupt: its SHA-256 is not"):
+    with pytest.raises(UserError, match="is corrupt: its content does not have the SHA-256"):
         read_saved(path)
 
 

@@ -104,7 +104,7 @@ def test_a_key_of_another_kind_is_named(key, tmp_path):
 
 def test_a_newer_version_is_named(tmp_path):
     path = save_state(tmp_path / "update_00000001.pt", small_values(1) | {"format": FORMAT + 1})
-    later = f"has format {FORMAT + 1}, but this version of fastgn reads {FORMAT}"
+    later = f"has format {FORMAT + 1}, but this version of fastgn reads format {FORMAT}"
     assert refused_state(path) == f"{path} {later}: update fastgn"
     save_state(path, small_values(1, later=1))
     assert "holds 'later', which this version of fastgn does not know: a newer" in refused_state(
@@ -166,7 +166,7 @@ def test_any_value_of_any_key_is_read_or_refused_in_one_line(key, value, tmp_pat
         ('{"config": "", "classes": ["a", "b"], "update": NaN}', "NaN is not a finite number"),
         ('{"config": "", "classes": ["a", "b"], "update": -1}', "'update' should be a whole"),
         ('{"config": "", "classes": ["a", "b"], "x": 1}', "holds 'x', which this version"),
-        ('{"config": "x = ", "classes": ["a", "b"]}', "the config in it: it is not TOML"),
+        ('{"config": "x = ", "classes": ["a", "b"]}', "an invalid configuration: it is not TOML"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

@@ -147,7 +147,7 @@ def test_two_starts_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
         line = f"--work {tmp_path / 'work'} is in use by process {first.pid} on host "
         assert run(tmp_path, "--methods", "natural") == 2
         said = capsys.readouterr().err.splitlines()[-1]
-        assert line in said and "wait until it has ended, or give another one" in said
+        assert line in said and "wait until it has ended, or give another path" in said
         assert sorted((tmp_path / "work").iterdir()) == before and first.poll() is None
         assert not (tmp_path / "out.json").exists()
         first.communicate("", timeout=400)
