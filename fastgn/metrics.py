@@ -56,8 +56,9 @@ class Metrics:
     """Writes a run's logged values to metrics.csv, TensorBoard and W&B, and its progress to the
     terminal.
 
-    A resumed run drops the rows after its checkpoint. No failure here ends a run. If something
-    cannot be written, a line is printed, and writing is tried again later or left out.
+    A resumed run drops the rows of updates after its checkpoint. If something cannot be written,
+    the run goes on. A line about the failure is printed, and writing is tried again later or left
+    out.
     """
 
     LINE_S = 30.0
@@ -91,8 +92,8 @@ class Metrics:
                 self.wandb = open_wandb(folder, wandb_config)
         self.began = self.said = time.perf_counter()
         self.first: tuple[int, float] | None = None
-        """(number of updates, time) after the first update of this process. Speed is measured from
-        then on, because the first update may be slow due to compilation."""
+        """(number of updates done, time) after the first update of this process. Speed is measured
+        from then on, because the first update may compile the step."""
         self.bar = open_bar(total=total, initial=start, unit="update", mininterval=0.5)
         self.closed = False
 
@@ -154,7 +155,8 @@ class Metrics:
         self.size = self.path.stat().st_size
 
     def advance(self) -> None:
-        """Adds one to the number of updates done, and shows it. Does not wait for the device."""
+        """Adds one to the number of updates done, and shows this number. Does not wait for the
+        device."""
         self.update += 1
         self.bar.update(1)
         now = time.perf_counter()
@@ -167,7 +169,7 @@ class Metrics:
     def print_progress(self, text: str = "") -> None:
         """Prints a line about the progress of the run, if there is no progress bar.
 
-        text: what is added at the end of the line, such as the logged values.
+        text: end of the line, such as the logged values.
         """
         if not self.bar.disable:
             return
@@ -190,7 +192,8 @@ class Metrics:
                 self.bar.write(escape(line), file=sys.stderr)
 
     def close(self) -> None:
-        """Closes the bar, TensorBoard and W&B, and writes metrics.csv if it is not up to date."""
+        """Closes the progress bar, TensorBoard and W&B, and writes metrics.csv if it is not up to
+        date."""
         if self.closed:
             return
         self.closed = True
@@ -233,20 +236,23 @@ def spell_time(seconds: float) -> str:
 
 
 def open_board(folder: Path, start: int) -> Any:
-    """Returns a TensorBoard writer. Points after update `start`, which an earlier process of the
-    run has written, are dropped."""
+    """Returns a TensorBoard writer for a run's folder.
+
+    An earlier process of the run may have written values for updates after `start`. They are
+    dropped.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else 0)
 
 
 def add_scalars(board: Any, rows: list[dict[str, float]]) -> None:
-    """Adds rows to TensorBoard, with one curve per column."""
+    """Adds rows of metrics.csv to TensorBoard, with one curve per column."""
     for row in rows:
         for key, value in row.items():
             if key != "update":
                 board.add_scalar(key, value, row["update"])
-    board.flush()  # write now, because later the folder may have been removed
+    board.flush()  # write the rows now, because the folder may be removed later
 
 
 def open_wandb(folder: Path, config: Mapping) -> Any:
@@ -264,9 +270,9 @@ def open_wandb(folder: Path, config: Mapping) -> Any:
 
 
 def render(rows: list[dict[str, Any]], header: bool = True) -> bytes:
-    """Returns rows of metrics.csv as text in CSV.
+    """Returns rows of metrics.csv as the bytes that are written into the file.
 
-    header: whether the first line has the names of the columns.
+    header: whether to begin with a line that has the names of the columns.
     """
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, restval="")
@@ -288,8 +294,8 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 def recover_rows(path: Path) -> list[dict[str, float]]:
     """Returns the rows of metrics.csv for a run that continues and writes the file again.
 
-    If some lines are not rows, they are left out, a message says so, and a copy of the file is kept
-    beside it. Raises UserError if the file cannot be read.
+    If some lines are not valid rows, they are left out and a message is printed. A copy of the old
+    file is then kept in the same folder. Raises UserError if the file cannot be read.
     """
     content = read_content(path)
     rows, spoilt = parse_rows(content)
@@ -305,7 +311,7 @@ def recover_rows(path: Path) -> list[dict[str, float]]:
 
 
 def read_content(path: Path) -> bytes:
-    """Returns the content of a file, which is empty if there is no file."""
+    """Returns the bytes of a file, or no bytes if the file does not exist."""
     if not path.exists():
         return b""
     with open_for_reading(path) as file:
@@ -315,9 +321,9 @@ def read_content(path: Path) -> bytes:
 def parse_rows(content: bytes) -> tuple[list[dict[str, float]], int]:
     """Returns the rows of metrics.csv, one per update, and the number of lines that are not rows.
 
-    A row has no key for an empty cell. If the last line has no line break, a kill has cut it short,
-    and it is neither counted nor returned. Older versions of fastgn wrote two rows for an update
-    with an evaluation, and these are merged.
+    A row is a dict {column: value} without the empty cells. A last line without a line break was
+    cut short when the process was killed. It is neither returned nor counted. Older versions of
+    fastgn wrote two rows for an update with an evaluation. Two such rows are merged.
     """
     header, *lines = content.decode("utf-8-sig", errors="replace").split("\n")[:-1] or [""]
     columns = header.rstrip("\r").split(",")
@@ -335,7 +341,10 @@ def parse_rows(content: bytes) -> tuple[list[dict[str, float]], int]:
 
 
 def parse_row(columns: list[str], cells: list[str]) -> dict[str, float] | None:
-    """Returns the cells as a row of metrics.csv, or None if they are not a valid row."""
+    """Returns one line of metrics.csv as {column: value}, or None if the line is not a valid row.
+
+    columns: names of the columns, from the first line of the file. cells: texts in this line.
+    """
     named = dict(zip(columns, cells, strict=False))
     if not len(named) == len(columns) == len(cells) or not named.keys() <= set(COLUMNS):
         return None
@@ -356,8 +365,10 @@ def find_wandb() -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Returns versions of packages, the commit and the hardware, for the record of a run or
-    measurement."""
+    """Returns a dict with the keys versions (of Python and packages), commit and hardware.
+
+    It is saved with the results of a run or of a measurement.
+    """
     names = (
         *("fastgn", "torch", "torchvision", "timm", "triton", "numpy", "pillow", "scikit-learn"),
         "pyautoattack",
@@ -387,9 +398,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Returns the hash of the checkout's commit, with '-dirty' if files have changed.
+    """Returns the hash of the git commit of fastgn's code, with '-dirty' if files have changed.
 
-    Returns None outside a checkout.
+    Returns None if the code is not in a git checkout.
     """
     try:
         out = subprocess.run(

@@ -25,10 +25,10 @@ from fastgn.errors import UserError, check, check_name
 
 
 def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
-    """Raises UserError unless the optimizer can be used.
+    """Raises UserError unless the configured optimizer can be used.
 
-    It must be one of timm's, its package must be installed, and it must support the given options
-    and the device.
+    timm must know the optimizer, and the package that it comes from must be installed. The
+    optimizer must also support the given options and the device.
     """
     names = [str(name) for name in list_optimizers()]
     check_name(cfg.opt, names, f"--opt {cfg.opt!r}")
@@ -49,7 +49,7 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
         f"--opt {cfg.opt} needs products with the Hessian, which fastgn.train does not compute: "
         "use --opt adamw",
     )
-    if isinstance(info.opt_class, str):  # the class of another package, for GPUs only
+    if isinstance(info.opt_class, str):  # the class is in another package, which needs a GPU
         package, _, name = info.opt_class.rpartition(".")
         check(
             package == "apex.optimizers",
@@ -74,35 +74,38 @@ def check_apex(opt: str, name: str) -> None:
         importlib.import_module("apex")
     except Exception:  # the unrelated package may raise any error on recent Pythons
         raise UserError(
-            f"--opt {opt} needs NVIDIA apex (built from source, github.com/NVIDIA/apex); "
-            "--opt adamw uses torch's own fused AdamW"
+            f"--opt {opt} needs NVIDIA apex: build it from source (github.com/NVIDIA/apex), or use "
+            "--opt adamw, which is torch's own fused AdamW"
         ) from None
     try:
         getattr(importlib.import_module("apex.optimizers"), name)
     except (ImportError, AttributeError):
         raise UserError(
-            f"--opt {opt}: the installed apex is not NVIDIA's (PyPI's apex is unrelated): pip "
-            "uninstall apex and build NVIDIA's from source, or use --opt adamw"
+            f"--opt {opt}: the installed package apex is not NVIDIA's: run pip uninstall apex and "
+            "build NVIDIA's apex from source, or use --opt adamw"
         ) from None
 
 
 def build_optimizer(cfg: OptimizerConfig, model: nn.Module, peak: float) -> torch.optim.Optimizer:
     """Returns the configured optimizer for a model's weights.
 
-    peak: highest learning rate of the run. Some optimizers scale their weight decay with this rate.
+    peak: highest learning rate of the run. Some optimizers need it to scale their weight decay.
     """
     return create_optimizer(cfg, make_decay_groups(model, cfg.weight_decay), peak)
 
 
 def create_optimizer(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: float) -> Any:
-    """Returns timm's optimizer for parameter groups. On CUDA it uses PyTorch's fused kernels."""
+    """Returns timm's optimizer for parameter groups. On CUDA it uses PyTorch's fused kernels.
+
+    peak: highest learning rate of the run.
+    """
     values = {"eps": cfg.opt_eps, "betas": cfg.opt_betas, "momentum": cfg.momentum}
     options: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
     kind = get_optimizer_class(cfg.opt, bind_defaults=False)
     if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         options["fused"] = groups[0]["params"][0].is_cuda
     if "deterministic" in inspect.signature(kind).parameters:
-        # Kron then draws the same random numbers on every rank and after a resume
+        # with this option, Kron draws the same random numbers on every rank and after a resume
         options["deterministic"] = True
     return create_optimizer_v2(groups, cfg.opt, lr=peak, **options)
 
@@ -110,8 +113,9 @@ def create_optimizer(cfg: OptimizerConfig, groups: list[dict[str, Any]], peak: f
 def make_decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Returns two parameter groups, one with weight decay and one without.
 
-    Matrices and convolutions decay. Normalisation weights, biases, relative-position tables and the
-    parameters that the network's `no_weight_decay` names do not.
+    Weights of linear layers and convolutions get weight decay. Weights of normalisation layers,
+    biases and relative-position tables get none. Neither do the parameters that the method
+    `no_weight_decay` of a module names.
     """
     exempt = {n for n, _ in model.named_parameters() if "relative_position_bias_table" in n}
     for name, module in model.named_modules():
@@ -129,13 +133,14 @@ def load_state(
     saved: dict[str, Any],
     updates: int,
 ) -> str | None:
-    """Loads an optimizer's state from a checkpoint. Returns None, or why the state does not fit.
+    """Loads an optimizer's state from a checkpoint, if the state fits the model's weights.
 
-    The options of the parameter groups are not loaded, because the command line or the device may
-    have changed them. If the state does not fit the model's weights, nothing is loaded.
+    If it does not fit, returns the reason and loads nothing. Otherwise returns None. The options of
+    the parameter groups are not loaded, because the command line or the device may have changed
+    them.
 
-    updates: number of updates that the optimizer has made. After the first one it has a state for
-    each weight that receives a gradient.
+    updates: number of updates that the optimizer has made. After the first update it must have a
+    state for each weight that receives a gradient.
     """
     mine, theirs = optimizer.param_groups, saved["param_groups"]
     if [len(g["params"]) for g in mine] != [len(g["params"]) for g in theirs]:
@@ -175,9 +180,10 @@ def load_state(
 
 
 def is_valid_state(name: str, value: Any) -> bool:
-    """Returns whether all numbers in an optimizer's state are possible.
+    """Returns whether all numbers in one entry of an optimizer's state are possible.
 
-    They must be finite. Averages of squares and numbers of steps must also be at least 0.
+    They must be finite. Averages of squares and numbers of steps must also be at least 0. name:
+    name of the entry, such as "exp_avg_sq".
     """
     signed = name != "step" and not name.endswith("exp_avg_sq")
     for leaf in tree_leaves(value):
@@ -198,7 +204,7 @@ def has_complete_state(
 
 
 def find_unused_weights(model: nn.Module) -> set[int]:
-    """Returns the ids of the weights that do not influence a classifier's output."""
+    """Returns the id() of each weight that does not influence a classifier's output."""
     weights = [p for p in model.parameters() if p.requires_grad]
     size, device = cast(int, model.img_size), weights[0].device
     trained = [m for m in model.modules() if m.training]
@@ -211,9 +217,9 @@ def find_unused_weights(model: nn.Module) -> set[int]:
 
 
 def list_shapes(value: Any) -> list[torch.Size | str | None]:
-    """Returns the shapes of the tensors in an optimizer's state. A number has the shape ().
+    """Returns the shape of each value in an optimizer's state. A number has the shape ().
 
-    Other values are represented by the name of their type.
+    For a value that is neither a tensor nor a number, the name of its type is returned.
     """
     return [
         leaf.shape
@@ -240,8 +246,8 @@ class FirstState:
 def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
     """Returns the entries that the optimizer will keep for each kind of weight in a model.
 
-    An optimizer made for this purpose updates one tensor of each kind of weight, so that the result
-    is right for every optimizer.
+    The function makes one tensor for each kind of weight, and lets a new optimizer update these
+    tensors once. Therefore the result is right for every optimizer.
     """
     groups: list[dict[str, Any]] = []
     counts: list[int] = []
@@ -254,7 +260,7 @@ def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstS
     parameters = [p for group in groups for p in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    with torch.compiler.set_stance("force_eager"):  # because timm's Kron would compile its step
+    with torch.compiler.set_stance("force_eager"):  # otherwise timm's Kron would compile its step
         optimizer.step()
     return [
         FirstState(p.shape, count, dict(optimizer.state[p]))
@@ -273,15 +279,19 @@ def measure_state_bytes(cfg: OptimizerConfig, model: nn.Module) -> int:
 def missing_state_bytes(
     cfg: OptimizerConfig, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Returns the number of bytes that the optimizer's first step will allocate, or 0 if it is
-    done."""
+    """Returns the number of bytes that the optimizer's first step will allocate.
+
+    Returns 0 if the optimizer has made a step already.
+    """
     return 0 if optimizer.state else measure_state_bytes(cfg, model)
 
 
 def compute_peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
-    """Returns the peak learning rate, which is lr, or lr_base * global_batch / lr_base_size.
+    """Returns the peak learning rate.
 
-    Raises UserError if the peak is out of range, or below a given --warmup-lr or --min-lr.
+    It is --lr, or else lr_base * global_batch / lr_base_size. Raises UserError if the peak is out
+    of range, or below a given --warmup-lr or --min-lr. global_batch: images per update over all
+    ranks.
     """
     peak = cfg.lr if cfg.lr is not None else cfg.lr_base * global_batch / cfg.lr_base_size
     cfg.check_peak(peak)
@@ -289,10 +299,11 @@ def compute_peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
 
 
 def compute_lr(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float) -> float:
-    """Returns the learning rate of an update, counted from 0.
+    """Returns the learning rate of an update.
 
-    It grows linearly during the warm-up and then follows a cosine to the lowest rate. As in timm,
-    the cosine begins at epoch 0 and covers all epochs. peak: highest learning rate.
+    The rate grows linearly during the warm-up and then follows a cosine to the lowest rate. As in
+    timm, the cosine begins at epoch 0 and covers all epochs. update: index of the update, from 0.
+    peak: highest learning rate.
     """
     start, lowest = cfg.outer_rates(peak)
     epoch = (
@@ -304,15 +315,20 @@ def compute_lr(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: 
 
 
 def compute_ramp(cfg: Config, update: int, updates_per_epoch: int) -> float:
-    """Returns the factor of the penalty at an update, counted from 0.
+    """Returns the factor by which an update multiplies the method's penalty.
 
-    It grows linearly from ramp_start to 1 during the first ramp_epochs epochs.
+    The factor grows linearly from ramp_start to 1 during the first ramp_epochs epochs. update:
+    index of the update, from 0.
     """
     return grow_linearly(cfg.objective.ramp_start, cfg.ramp_epochs, update / updates_per_epoch)
 
 
 def compute_attack_ramp(cfg: Config, update: int, updates_per_epoch: int) -> float:
-    """Returns the attack's step size at an update, counted from 0, as a share of its full size."""
+    """Returns the factor by which an update multiplies the step size of the method's attack.
+
+    The factor grows linearly from ramp_start to 1 in the first epochs. update: index of the update,
+    from 0.
+    """
     own, epoch = cfg.objective.attack.attack_ramp_epochs, update / updates_per_epoch
     if not cfg.objective.attack.attack_ramp_on_updates:
         epoch //= 1
@@ -320,10 +336,10 @@ def compute_attack_ramp(cfg: Config, update: int, updates_per_epoch: int) -> flo
 
 
 def grow_linearly(start: float, epochs: float, epoch: float) -> float:
-    """Returns a value that grows linearly from `start` to 1 during the first epochs and then stays
-    1.
+    """Returns a value that grows linearly from `start` to 1 and then stays 1.
 
-    epochs: length of the growth. epoch: number of epochs done, with a fraction.
+    epochs: number of epochs after which the value is 1. epoch: number of epochs done so far, which
+    may have a fraction.
     """
     return start + (1 - start) * (min(epoch / epochs, 1.0) if epochs else 1.0)
 
@@ -335,8 +351,8 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
     """
     if not cfg.model_ema:
         return None
-    # In some networks, such as CoaT, a weight has several names.
-    # With exclude_buffers=True, timm averages such a weight once, otherwise once for each name.
+    # In some networks, such as CoaT, one weight has several names.
+    # timm would average such a weight once for each name, but only once with exclude_buffers=True.
     named = model.state_dict(keep_vars=True).values()
     shared = len({id(tensor) for tensor in named}) < len(named)
     average = ModelEmaV3(
@@ -352,16 +368,17 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
 def update_average(
     cfg: OptimizerConfig, average: ModelEmaV3, model: nn.Module, update: int
 ) -> None:
-    """Moves the average of the weights towards the weights after an update, counted from 1.
+    """Updates the moving average of the weights after an update. Does not wait for the device.
 
-    The call does not wait for the device.
+    update: number of updates done.
     """
     average.update(model, step=update if cfg.model_ema_warmup else None)
 
 
 def compute_initial_share(cfg: OptimizerConfig, updates: int) -> float:
-    """Returns the share of the initial weights that remains in the average after some updates.
+    """Returns the factor with which the initial weights enter the moving average of the weights.
 
-    If the decay of the average warms up, the share is 0, because the first update has a decay of 0.
+    updates: number of updates done. With --model-ema-warmup the factor is 0, because the first
+    update replaces the initial weights completely.
     """
     return 0.0 if cfg.model_ema_warmup else cfg.model_ema_decay**updates

@@ -1,4 +1,4 @@
-"""Resolves every `auto` and None of a configuration for this machine and these data."""
+"""Chooses a value for every option that is `auto` or None, for this machine and these data."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ class Batching:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved(Batching):
-    """Values that a configuration leaves open, because they depend on data, model or machine.
+    """Values of a run that depend on the data, the model or the machine, not only on the options.
 
     They are computed once, written into environment.json, and passed to everything that needs them.
     """
@@ -55,7 +55,8 @@ class Resolved(Batching):
     mean: list[float]
     """Mean of each channel, which the network subtracts from pixels in 0..1."""
     std: list[float]
-    """Standard deviation of each channel, by which the network then divides."""
+    """Standard deviation of each channel, by which the network divides after subtracting the
+    mean."""
     loader: str
     """Name of the loader's class."""
     micro_batch: int
@@ -71,7 +72,7 @@ class Resolved(Batching):
     warmup_epochs: float
     """Number of epochs until the learning rate is at its peak."""
     ramp_epochs: float
-    """Number of epochs in which the method's penalty or attack grows to its full strength."""
+    """Number of first epochs in which the method's penalty or attack grows to its full strength."""
     step_size: float
     """Size of each step of the attack in 0..1 pixel units, at full strength."""
     eval_eps: float
@@ -107,10 +108,10 @@ def resolve(
 ) -> Resolved:
     """Returns the values that every `auto` and None of a configuration stands for.
 
-    batching: how the images of an update are divided. peak: peak learning rate. loader: name of
-    the loader's class. batches_per_epoch: number of batches per epoch that the loader yields on
-    each rank. planned: micro-batch and memory budget that `--schedule auto` chose, or None if the
-    configuration gives them.
+    batching: how the images of an update are divided among ranks and micro-batches. peak: peak
+    learning rate. loader: name of the loader's class. batches_per_epoch: number of batches per
+    epoch that the loader yields on each rank. kernels: "triton" or "reference". planned: plan with
+    the micro-batch that `--schedule auto` has chosen, or None with another --schedule.
     """
     warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
     updates_per_epoch = batches_per_epoch // batching.grad_accum_steps
@@ -152,9 +153,9 @@ def batch_images(
 ) -> Batching:
     """Returns how the images of an update are divided among the ranks and into micro-batches.
 
-    state: content of the checkpoint that the run continues, or None. If only the number of ranks
-    has changed, an update has as many images as in the checkpoint's run. Raises UserError if the
-    images cannot be divided evenly.
+    state: content of the checkpoint that the run continues, or None for a new run. If only the
+    number of ranks has changed, an update keeps the number of images that it had in the
+    checkpoint's run. Raises UserError if the images cannot be divided evenly.
     """
     divisor = schedule_of(cfg.step).divisor
     place = len(dataset.train), world.size, world.device
@@ -168,16 +169,16 @@ def batch_images(
         f"whole number of images: use a --batch-size that is a multiple of {divisor}, or another "
         "--subset-fraction",
     )
-    if cfg.step.schedule == "auto":  # load the whole batch, which Step then divides as planned
+    if cfg.step.schedule == "auto":  # load all images at once, because Step divides them itself
         batch_size, accum = batch_size * accum, 1
     return Batching(batch_size, accum, world.size)
 
 
 def keeps_global_batch(cfg: Config, state: TrainState, ranks: int) -> bool:
-    """Returns whether an update has as many images as in the checkpoint's run.
+    """Returns whether a resumed run keeps the number of images per update of its checkpoint.
 
-    An update keeps its number of images if another number of ranks continues the run, or if the
-    options for the batch have not changed. A --global-batch-size with another number prevents this.
+    It does so if the options for the batch are the same as before, or if the number of ranks has
+    changed. It does not do so if --global-batch-size gives another number.
     """
     if cfg.dataset.global_batch_size not in (None, state.global_batch):
         return False
@@ -217,9 +218,9 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
 def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """Returns whether the configured step replays CUDA graphs.
 
-    With --cuda-graphs auto, a step that contains collectives replays none. With on, the all-reduces
-    of --grad-sync overlap stay outside the graphs. Those of --sync-bn cannot stay outside, so a
-    step with --sync-bn and several ranks never replays CUDA graphs.
+    With --cuda-graphs auto, a step that contains collectives replays no graphs. With --cuda-graphs
+    on, the all-reduces of --grad-sync overlap stay outside the graphs. The all-reduces of --sync-bn
+    cannot stay outside, so a step with --sync-bn and several ranks never replays CUDA graphs.
     """
     if cfg.sync_bn and world.size > 1:
         return False
@@ -232,9 +233,9 @@ def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
 def choose_grad_sync(cfg: StepConfig, world: World) -> str:
     """Returns "flat" or "overlap", the way in which the ranks sum their gradients.
 
-    `auto` means "overlap" only for several machines. The links inside a machine are so fast that
+    "auto" means "overlap" only for several machines. The links inside a machine are so fast that
     overlap saves less time than CUDA graphs. With --cuda-graphs on, "auto" means "flat", because
-    the two together have not run on a GPU yet.
+    overlap together with CUDA graphs has not run on a GPU yet.
     """
     if cfg.grad_sync != "auto":
         return cfg.grad_sync if world.size > 1 else "flat"
@@ -246,7 +247,7 @@ def choose_grad_sync(cfg: StepConfig, world: World) -> str:
 def schedule_of(cfg: StepConfig) -> Schedule:
     """Returns the way in which the penalty is differentiated (--schedule).
 
-    `auto` means the exact way, in micro-batches that fit the device.
+    "auto" gives the same as "exact". Its choice of the micro-batch is made by `make_plan`.
     """
     return Schedule(
         "exact" if cfg.schedule == "auto" else cfg.schedule,
@@ -257,7 +258,8 @@ def schedule_of(cfg: StepConfig) -> Schedule:
 
 
 def step_options(cfg: Config) -> StepOptions:
-    """Returns the configured options of an update, except for what depends on the device."""
+    """Returns the options of an update that the configuration gives. Options that depend on the
+    device keep their defaults."""
     return StepOptions(
         schedule=schedule_of(cfg.step),
         precision=cfg.step.precision,
@@ -282,12 +284,13 @@ def make_plan(
 ) -> Plan | None:
     """Returns the predicted time and memory of an update, the same on all ranks.
 
-    With `--schedule auto` it also chooses the micro-batch and the share of activations to keep. The
-    choice is for the least free memory and the lowest speed among the ranks' devices. Operations
-    are counted on the CPU, without data. Returns None if the operations cannot be counted and
-    nothing has to be chosen. batching: how the images of an update are divided.
+    With `--schedule auto` the plan also chooses the micro-batch and the share of activations to
+    keep. The choice is for the least free memory and the lowest speed among the ranks' devices.
+    Operations are counted on the CPU, without data. If they cannot be counted, returns None.
+    batching: how the images of an update are divided among ranks and micro-batches.
 
-    Raises UserError if nothing fits, or if `--schedule auto` cannot count the operations.
+    With `--schedule auto`, raises UserError if no micro-batch fits into memory, or if the
+    operations cannot be counted.
     """
     try:
         cost = count_cost(
@@ -312,7 +315,7 @@ def make_plan(
     fixed = batching.batch_size, cfg.step.activation_memory_budget
     on_cuda = world.device.type == "cuda"
     processes = 1 if on_cuda else count_local_ranks()
-    # the sums of a backward that overlaps are tensors of their own beside the gradient buffer
+    # with overlap, the summed gradients need memory of their own beside the gradient buffer
     summed_bytes = cost.gradient_bytes * (choose_grad_sync(cfg.step, world) == "overlap")
     return choose_plan(
         cost,
@@ -328,7 +331,10 @@ def make_plan(
 
 
 def slowest_rates(world: World, precision: str) -> Rates:
-    """Measures the speed of every rank's device, and returns the lowest value of each rate."""
+    """Measures the speed of every rank's device, and returns the slowest value of each rate.
+
+    precision: the precision of matrix products (--precision).
+    """
     flops, bytes_, launch = measure_rates(world.device, precision)
     return Rates(world.min(flops), world.min(bytes_), -world.min(-launch))
 

@@ -22,8 +22,8 @@ from fastgn.state import TrainState
 def check_ranks(world: World, identity: Identity) -> None:
     """Raises UserError unless all ranks have the same images.
 
-    They must be the same because each rank trains on a part of them. identity: digests of this
-    rank's images.
+    Each rank trains on a part of the images, so all ranks must divide the same images. identity:
+    digests of this rank's images.
     """
     seen = world.gather([json.dumps(identity)])
     other = next((rank for rank, data in enumerate(seen) if data != seen[0]), None)
@@ -72,21 +72,21 @@ def restore(
     ema: optim.ModelEmaV3 | None,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Loads a checkpoint into the model, its average and the optimizer.
+    """Loads a checkpoint into the model, the moving average of its weights, and the optimizer.
 
-    ema: the average of the weights, or None. path: the checkpoint's file, for messages. Raises
-    UserError if the checkpoint is damaged.
+    ema: the moving average, or None. path: the checkpoint's file, for messages. Raises UserError if
+    the checkpoint is damaged.
     """
     loaded: list[tuple[str, Any, torch.nn.Module]] = [("model", state.model, model)]
     if ema is not None:
         loaded.append(("ema", state.ema, ema.module))
-    for key, weights, module in loaded:
+    for part, weights, module in loaded:
         problem = find_mismatch(weights, module.state_dict())
-        check(problem is None, f"{path} is damaged: {key}: {problem}")
+        check(problem is None, f"{path} is damaged: {part}: {problem}")
         module.load_state_dict(weights)
         check(
             are_finite(collect_trained_tensors(module).values()),
-            f"{path} is damaged: a weight in {key} is not finite",
+            f"{path} is damaged: a weight in {part} is not finite",
         )
     problem = optim.load_state(cfg.optimizer, model, optimizer, state.optimizer, state.update)
     check(problem is None, f"{path} is damaged: optimizer: {problem}")
@@ -104,13 +104,13 @@ def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bo
         changes.append(f"--seed {seed} is now {cfg.run.seed}")
     if not changes:
         return []
-    line = f"the data is not the checkpoint's: {', '.join(changes)}"
+    difference = f"the data is not the checkpoint's: {', '.join(changes)}"
     check(
         allowed,
-        f"{line}: give the same --data-dir and --seed, or add --allow-changed-data to "
+        f"{difference}: give the same --data-dir and --seed, or add --allow-changed-data to "
         "continue with the new data",
     )
-    return [line]
+    return [difference]
 
 
 def check_position(
@@ -119,9 +119,9 @@ def check_position(
     """Raises UserError if a checkpoint's number of updates is impossible, or above this run's last
     update.
 
-    path: the checkpoint's file, for messages. values: number of logged values, for each of which
-    `sums` must hold a sum. same_data: whether an epoch has as many updates as in the checkpoint's
-    run.
+    path: the checkpoint's file, for messages. values: number of logged values. state.sums must have
+    one column for each of them. same_data: whether an epoch has as many updates as in the
+    checkpoint's run.
     """
     own, update, epoch = state.saved_config(), state.update, state.epoch
     check(
@@ -152,10 +152,10 @@ def check_position(
 
 
 def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> list[str]:
-    """Returns the changes because of which new accuracies cannot be compared with the checkpoint's
-    best accuracy. The list is empty if they can be compared.
+    """Returns why new accuracies cannot be compared with the best accuracy in the checkpoint.
 
-    identity: digests of this run's images.
+    Each line names one change since the checkpoint. The list is empty if the accuracies can be
+    compared. identity: digests of this run's images.
     """
 
     def judged_by(config: Config) -> dict[str, Any]:
@@ -173,7 +173,10 @@ def incomparable_best(cfg: Config, identity: Identity, state: TrainState) -> lis
 
 
 def changes_line(cfg: Config, state: TrainState, ranks: int) -> str:
-    """Returns the line that says where a run continues, and which options have changed since."""
+    """Returns a line that says at which update a run continues, and which options have changed.
+
+    state: content of the checkpoint. ranks: present number of ranks.
+    """
     groups = ("dataset", "augmentation", "objective", "step", "optimizer")
     saved = state.saved_config()
     changes = [change for group in groups for change in cfg.changed(saved, group)]

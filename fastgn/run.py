@@ -40,7 +40,7 @@ class Run:
 
     cfg: Config
     resolved: Resolved
-    """Values that every `auto` and None of `cfg` stands for."""
+    """Values that were chosen for the options of `cfg` that are `auto` or None."""
     world: World
     folder: Path
     """The run's folder."""
@@ -48,7 +48,7 @@ class Run:
     step: Step
     optimizer: torch.optim.Optimizer
     ema: optim.ModelEmaV3 | None
-    """The average of the weights. None means that the run keeps none."""
+    """The exponential moving average of the weights. None means that the run keeps none."""
     loader: Loader
     """Loader of the training images."""
     subset: Subset | None
@@ -66,8 +66,8 @@ class Run:
     update: int = 0
     """Number of updates done."""
     best: float = -1.0
-    """Best accuracy so far, under PGD-10, or without an attack for the method natural. -1 means
-    that there was no evaluation yet."""
+    """Best accuracy so far, in 0..1. It is the accuracy under PGD-10, or without an attack if the
+    method is natural. -1 means that there was no evaluation yet."""
     is_best: bool = False
     """Whether the current weights have the best accuracy."""
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -75,27 +75,28 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        reserve_bytes = 0  # on a CPU, because reserved memory takes no room there until it is used
+        reserve_bytes = 0  # right for CPUs, where reserved memory takes no room until it is used
         if device.type == "cuda":
             optimizer = self.cfg.optimizer, self.model, self.optimizer
             reserve_bytes = optim.missing_state_bytes(*optimizer)
         self.compute_gradients = RetryingStep(self.step, self.print, reserve_bytes)
-        """Runs `step`, in smaller micro-batches if the device runs out of memory."""
+        """Computes the gradients of an update with `step`, in smaller micro-batches if the device
+        runs out of memory."""
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         # whatever ends the run, its folder stays locked until the last file is written
         self.world.held.callback(self.checkpoints.close)
         self.ramp = torch.zeros((), device=device)
-        """Strength of the penalty, in 0..1. It is a tensor so that a change recompiles nothing."""
+        """Factor of the method's penalty, in 0..1. It is a tensor, because changing a number would
+        recompile the step."""
         self.attack_ramp = torch.ones((), device=device)
-        """Step size of the attack as a share of its full size.
-
-        It is a tensor, so that a change recompiles nothing.
-        """
+        """Step size of the attack as a share of its full size. It is a tensor, because changing a
+        number would recompile the step."""
         self.sums = torch.zeros(2, len(SUMS), device=device)
-        """First row: sum of each logged value since the last log row. Second row: number of updates
-        that had this value. With --schedule lazy, not all updates have a penalty."""
+        """The first row has the sum of each value of SUMS since the last row of metrics.csv. The
+        second row has the number of updates that had this value. With --schedule lazy, not all
+        updates have a penalty."""
         self.bad_update = torch.full((), -1, device=device)
-        """First update whose loss or gradient was not finite. -1 means none."""
+        """Index of the first update whose loss or gradient was not finite. -1 means none."""
         self.reset_clock()
         self.named_bad: set[str] = set()
         """Lines about bad images that have been printed."""
@@ -106,20 +107,20 @@ class Run:
         """Begins the measurements for the next row of metrics.csv."""
         self.sums.zero_()
         self.summed = 0
-        """Number of updates in `sums`."""
+        """Number of updates whose values have been added to `sums`."""
         self.resumed = 0
-        """Number of updates in `sums` that an earlier process made before the run was resumed."""
+        """Number of updates in `summed` that an earlier process made before the run was resumed."""
         self.waited = 0.0
-        """Seconds that the loop has waited for images."""
+        """Seconds that the loop has waited for images since the last row of metrics.csv."""
         self.began = time.perf_counter()
         self.steady = (self.began, 0.0, 0)
-        """(time, seconds waited, number of updates) after the first update, which may compile.
+        """(time, value of `waited`, value of `summed`) at the moment from which speed is measured.
 
-        Speed is measured from then on.
+        This is the end of the process's first update, which may compile the step.
         """
 
     def continue_from(self, state: TrainState) -> None:
-        """Takes the progress of the run from a checkpoint. Other code loads the weights."""
+        """Takes the progress of the run from a checkpoint. Its weights are loaded elsewhere."""
         self.update, self.best, self.accuracy = state.update, state.best, state.accuracy
         self.sums += state.sums.to(self.world.device)
         self.summed = self.resumed = state.summed
@@ -129,8 +130,8 @@ class Run:
     def state(self, sums: Tensor, bad_images: list[str]) -> TrainState:
         """Returns the content of a checkpoint for the present state of the run.
 
-        sums: sums of the logged values over all ranks, divided by the number of ranks. bad_images:
-        lines about bad images, from all ranks.
+        sums: `self.sums`, averaged over all ranks. bad_images: lines about bad images, from all
+        ranks.
         """
         return TrainState(
             update=self.update,
@@ -157,13 +158,14 @@ class Run:
 
     @property
     def evaluated_model(self) -> Classifier:
-        """The model that is evaluated and exported: the average if the run keeps one."""
+        """The model that is evaluated and exported. Its weights are the moving average of the
+        weights if the run keeps one, otherwise the weights themselves."""
         return self.model if self.ema is None else cast(Classifier, self.ema.module)
 
     def updates_of(self, epoch: int) -> Iterator[list[Batch]]:
-        """Yields the list of micro-batches for each remaining update of an epoch.
+        """Yields one list of micro-batches for each remaining update of an epoch.
 
-        It also measures the time that it waits for images.
+        Also adds the time that it waits for images to `waited`. epoch: index of the epoch, from 0.
         """
         accumulated = self.resolved.grad_accum_steps
         first = (self.update - epoch * self.resolved.updates_per_epoch) * accumulated
@@ -177,8 +179,8 @@ class Run:
             yield group
 
     def apply_gradients(self, lr: float) -> Tensor:
-        """Clips the gradients, and updates the weights and their average. Does not wait for the
-        device.
+        """Clips the gradients, and updates the weights and their moving average. Does not wait for
+        the device.
 
         Returns the L2 norm of the gradient before clipping. lr: learning rate of the update.
         """
@@ -191,17 +193,16 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad()  # sets gradients to None; apex's version takes no argument
+        self.optimizer.zero_grad()  # sets .grad to None, without an argument as apex accepts none
         if self.ema is not None:
             optim.update_average(self.cfg.optimizer, self.ema, self.model, self.update + 1)
         return grad_norm
 
     def accumulate(self, row: Tensor) -> None:
-        """Adds an update's values to the sums, and records the first update whose loss or gradient
-        was not finite.
+        """Adds the logged values of an update to `sums`.
 
-        row: the update's loss, ce, penalty, grad_l1 and grad_norm, on the device. The host does not
-        wait for them.
+        Also records the first update whose loss or gradient was not finite. Does not wait for the
+        device. row: the update's loss, ce, penalty, grad_l1 and grad_norm, on the device.
         """
         present = ~row.isnan()
         self.sums += torch.stack([row.where(present, 0), present.to(row.dtype)])
@@ -224,8 +225,8 @@ class Run:
             raise self.not_finite(f"the loss or gradient of update {bad}")
 
     def check_weights(self) -> None:
-        """Raises UserError if a weight or its average is not finite, on any rank. Waits for the
-        device."""
+        """Raises UserError if a weight, or its moving average, is not finite on any rank. Waits for
+        the device."""
         modules = [self.model] if self.ema is None else [self.model, self.ema.module]
         sound = all(are_finite(collect_trained_tensors(module).values()) for module in modules)
         if self.world.any(not sound):
@@ -234,8 +235,8 @@ class Run:
     def check_first(self, batches: list[Batch]) -> None:
         """Raises UserError if a gradient of the process's first update is not finite.
 
-        At that moment the weights are still finite, so that the layer at fault can be found. Waits
-        for the device.
+        Called before the weights are updated. They are still finite then, so the layer at fault can
+        be found. Waits for the device. batches: the images and targets of the update.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if bool(torch.nn.utils.get_total_norm(grads).isfinite()):
@@ -243,7 +244,7 @@ class Run:
         seed_all(Stream.STEP, self.cfg.run.seed, self.update, self.world.rank)
         found = self.step.diagnose(batches, self.ramp, self.update, self.attack_ramp)
         named = self.world.gather([found] if found is not None else [])
-        what = named[0] if named else "every layer alone is finite, so their sum is too large"
+        cause = named[0] if named else "every layer alone is finite, so their sum is too large"
         tries = ["another --model or --initial-checkpoint"]
         if self.step.objective.differences:
             tries.insert(0, "--schedule finite-difference")
@@ -251,22 +252,27 @@ class Run:
             tries.insert(0, "--precision fp32")
         raise UserError(
             f"the gradient of update {self.update + 1}, the first one since the start of this "
-            f"process, is not finite: {what}; try {' or '.join(tries)}"
+            f"process, is not finite ({cause}): try {' or '.join(tries)}"
         )
 
     def not_finite(self, what: str) -> UserError:
-        """Returns the error for a run whose numbers have overflowed. what: the value at fault."""
+        """Returns the UserError for a value that is not finite.
+
+        what: text that names the value, such as "a weight after update 3".
+        """
         tries = ["a lower --lr", "--clip-grad 1.0"]
         if self.cfg.step.precision != "fp32":
             tries.append("--precision fp32")
         if self.step.objective.needs_input_gradient:
             tries.append("a longer --ramp-epochs")
-        good = self.last_checkpoint("the last good checkpoint")
-        return UserError(f"{what} is not finite; {good}; try {', '.join(tries)}")
+        last_good_checkpoint = self.last_checkpoint("the last good checkpoint")
+        return UserError(f"{what} is not finite ({last_good_checkpoint}): try {', '.join(tries)}")
 
     def last_checkpoint(self, name: str) -> str:
-        """Returns a clause for a message that says where the last checkpoint is. name: name of the
-        checkpoint in the clause."""
+        """Returns a clause for a message that says where the last checkpoint is.
+
+        name: words for the checkpoint in the clause, such as "the last checkpoint".
+        """
         self.checkpoints.settle()
         last = self.checkpoints.last()
         return f"{name} is {last}" if last else "no checkpoint was written before"
@@ -283,7 +289,8 @@ class Run:
         return at_end or epoch % self.cfg.run.eval_interval == 0
 
     def kept_epoch(self) -> int | None:
-        """Returns the number of the epoch that ends now if --keep-epochs names it, else None."""
+        """Returns the number of the epoch that ends now if --keep-epochs contains this number,
+        otherwise None."""
         epoch, rest = divmod(self.update, self.resolved.updates_per_epoch)
         return epoch if rest == 0 and epoch in self.cfg.run.keep_epochs else None
 
@@ -297,7 +304,11 @@ class Run:
         return self.at_border() if interval is None else self.update % interval == 0
 
     def log(self, lr: float, ramp: float) -> None:
-        """Writes a row of metrics.csv with the means since the last row. Waits for the device."""
+        """Writes a row of metrics.csv with the means of the logged values since the last row. Waits
+        for the device.
+
+        lr: learning rate of the last update. ramp: factor of the penalty or attack, in 0..1.
+        """
         self.check_finite()
         if not self.summed:
             return
@@ -323,9 +334,11 @@ class Run:
         self.reset_clock()
 
     def bad_images(self, source: Loader | Subset) -> list[str]:
-        """Returns a line for each bad image that was replaced on any rank since the last call.
+        """Returns a line for each bad image that was replaced on any rank since the last call of
+        `report_bad_images`.
 
-        source: the loader or the validation images. Does not wait for the devices.
+        Does not wait for the devices. source: the loader of training images, or the validation
+        images.
         """
         if self.cfg.dataset.on_bad_image == "fail":
             return []
@@ -334,7 +347,8 @@ class Run:
     def report_bad_images(self, source: Loader | Subset, kind: str) -> int:
         """Returns the number of bad images that were replaced since the last call.
 
-        If some of them are new, prints the number and the first few names. kind: "training" or
+        If some of them were not reported before, prints this number and the first few names.
+        source: the loader of training images, or the validation images. kind: "training" or
         "validation".
         """
         bad = self.bad_images(source)
@@ -347,9 +361,10 @@ class Run:
         return len(bad)
 
     def report_cost(self) -> None:
-        """Prints the measured cost of an update beside the predicted cost, once.
+        """Prints the measured time and memory of an update beside the predicted ones, only once in
+        a run.
 
-        Call it when the host has just waited for the device, because the time is measured on the
+        Call this when the host has just waited for the device, because the time is measured on the
         host.
         """
         began, waited, summed = self.steady
@@ -370,7 +385,7 @@ class Run:
             return
         self.evaluated_model.eval()
         eps = self.cfg.eval_eps
-        # use at most as many images as a training step, which may have run out of memory with more
+        # use at most as many images at once as training, which may have run out of memory before
         self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
         while (counts := self.count_correct(self.subset)) is None:
             self.subset.batch_size //= 2
@@ -392,9 +407,10 @@ class Run:
             self.on_evaluation(self)
 
     def count_correct(self, subset: Subset) -> Tensor | None:
-        """Returns this rank's numbers of correctly classified images, clean and under PGD-10.
+        """Returns this rank's numbers of correctly classified images, without an attack and under
+        PGD-10.
 
-        None means that the device ran out of memory.
+        None means that the device ran out of memory. subset: the validation images.
         """
         model, eps, device = self.evaluated_model, self.cfg.eval_eps, self.world.device
         pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
@@ -412,12 +428,13 @@ class Run:
     def save(self) -> None:
         """Saves a checkpoint, on the first rank. Waits for the device.
 
-        The ranks wait only until the state is copied. A thread writes the file.
+        The ranks wait only until the run's state is copied to the host's memory. Then a thread
+        writes the file while training goes on.
         """
         self.check_finite()
         self.check_weights()
         sums = self.world.sum(self.sums.clone()) / self.world.size
-        bad = self.bad_images(self.loader)  # of the updates since the last log row, as in `sums`
+        bad = self.bad_images(self.loader)  # bad images since the last row of metrics.csv
         if self.world.is_main:
             state = self.state(sums, bad)
             self.checkpoints.save_later(state, best=self.is_best, keep_epoch=self.kept_epoch())

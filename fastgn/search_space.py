@@ -55,7 +55,8 @@ def make_base_config(cfg: SweepConfig) -> Config:
     base = base.replace_group("run", {"output": None, "resume": None})
     check(
         base.run.eval_images > 0,
-        "trials are judged by --eval-images, but the recipe has 0: add --set eval_images=1000",
+        "trials are judged by their accuracy on validation images, but the recipe has "
+        "--eval-images 0: add --set eval_images=1000",
     )
     return base
 
@@ -73,14 +74,14 @@ def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
     judges = {"eval_images", "eval_eps", "eval_interval"} & set(names)
     check(
         not judges,
-        f"--space {' '.join(sorted(judges))}: trials are judged by it, so it must be the same in "
-        "all of them: use --set instead",
+        f"--space {' '.join(sorted(judges))}: trials can only be compared if this has the same "
+        "value in all of them: use --set instead of --space",
     )
     radii = {"eps", "attack_eps", "method"} & set(names)
     check(
         not radii or base.run.eval_eps is not None,
-        f"--space {' '.join(sorted(radii))} changes the radius that trials are judged at: add "
-        "--set eval_eps=0.0157",
+        f"--space {' '.join(sorted(radii))} changes the radius eps at which the accuracy of trials "
+        "is measured: add --set eval_eps=0.0157",
     )
     return space
 
@@ -132,7 +133,7 @@ def split_assignment(flag: str, text: str) -> tuple[str, str]:
     """
     name, equals, value = text.partition("=")
     name = name.replace("-", "_")
-    check(bool(equals and value), f"{flag} {text!r} should be FIELD=...")
+    check(bool(equals and value), f"{flag} {text!r} must have the form FIELD=VALUE")
     if name not in FIELDS:
         raise UserError(f"{flag} {text}: unknown field {name!r}, {nearest(name, FIELDS)}")
     check(
@@ -143,8 +144,10 @@ def split_assignment(flag: str, text: str) -> tuple[str, str]:
 
 
 def parse_value(text: str) -> Any:
-    """Returns the value of a text that is written as in a TOML recipe, except that strings have no
-    quotes."""
+    """Returns the value that a text stands for: a boolean, a number or a string.
+
+    The text is written as in a TOML recipe, except that strings have no quotes.
+    """
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):

@@ -12,8 +12,10 @@ import torch
 
 
 class Stream(IntEnum):
-    """First part of every key. Each use of random numbers has a value of its own, so that no two
-    uses draw the same numbers."""
+    """First part of every key from which random numbers are drawn.
+
+    Each use of random numbers has its own value, so that no two uses draw the same numbers.
+    """
 
     ORDER = 0
     AUGMENT = 1
@@ -24,9 +26,11 @@ class Stream(IntEnum):
 
 
 def derive_seed(stream: Stream, *key: int) -> int:
-    """Returns a 63-bit seed from a key of non-negative integers. Similar keys give unrelated
-    seeds. stream: first part of the key, which says what the random numbers are for."""
-    # SeedSequence pads with zeros, so without the length (1, 2) and (1, 2, 0) would be equal
+    """Returns a 63-bit seed from a key of non-negative integers. Similar keys give unrelated seeds.
+
+    stream: first part of the key, which says what the random numbers are for.
+    """
+    # SeedSequence ignores zeros at the end, so only the length tells (1, 2) from (1, 2, 0)
     return int(
         np.random.SeedSequence([stream, len(key), *key]).generate_state(1, np.uint64)[0] >> 1
     )

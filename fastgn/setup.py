@@ -1,4 +1,4 @@
-"""Builds a Run, which holds everything that the training loop works on, from a configuration."""
+"""Builds a Run from a configuration. A Run holds everything that the training loop works on."""
 
 import dataclasses
 import os
@@ -58,19 +58,19 @@ from fastgn.step.step import Step
 
 
 def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None = None) -> Run:
-    """Returns everything that the training loop needs.
+    """Returns a Run, which holds everything that the training loop needs.
 
-    Quick checks come first, so that most mistakes are reported at once.
+    Quick checks come first, so that most mistakes of the user are reported at once.
 
     on_evaluation: function that is called after each evaluation. An exception that it raises ends
     the run. Raises UserError if the run cannot start, and then leaves its folder unchanged.
     """
     kernels = check_options(cfg, world.device)
     folder, path, state = open_run(cfg, world)
-    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs no such file
+    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run does not read it
         initial_file(cfg.architecture.initial_checkpoint)
     allow_changed_data = cfg.run.allow_changed_data
-    # config.toml can be used as a recipe, and a new run from it must not continue this run
+    # drop these options, because config.toml may be the recipe of a new run, which must not resume
     cfg = cfg.replace_group("run", {"resume": None, "allow_changed_data": False})
     with world.run_first_rank_first():
         dataset = load_dataset(cfg.dataset)
@@ -152,9 +152,9 @@ def build_model(
 ) -> tuple[Config, Classifier, ModelReport]:
     """Returns the configuration, the network on its device, and a report about the network.
 
-    The configuration has the network's crop_pct filled in, for later evaluations of the run.
-    batching: how the images of an update are divided. kernels: "triton" or "reference". resumed:
-    whether the weights will come from a checkpoint of the run.
+    The network's crop_pct is written into the configuration, for later evaluations of the run.
+    batching: how the images of an update are divided among ranks and micro-batches. kernels:
+    "triton" or "reference". resumed: whether the weights will come from a checkpoint of the run.
     """
     architecture = cfg.architecture.started() if resumed else cfg.architecture
     seed_all(Stream.STEP, cfg.run.seed)
@@ -198,8 +198,8 @@ def make_loader(
 ) -> Loader:
     """Returns the loader of the training images.
 
-    batching: how the images of an update are divided. notes: list to which lines for the user are
-    added.
+    batching: how the images of an update are divided among ranks and micro-batches. notes: list to
+    which the function adds lines for the user.
     """
     return build_loader(
         cfg,
@@ -221,10 +221,10 @@ def make_loader(
 def build_objectives(
     cfg: Config, dataset: Dataset, model: Classifier, batching: Batching, world: World
 ) -> tuple[Objective, Objective]:
-    """Returns the objective that is minimised, and a copy with which its operations are counted.
+    """Returns the objective that is minimised, and a copy of it without data.
 
-    The tensors of the copy are on the CPU and hold no data. batching: how the images of an update
-    are divided.
+    The copy is used to count the operations of an update. Its tensors are on the CPU and hold no
+    values. batching: how the images of an update are divided among ranks and micro-batches.
     """
     if not METHODS[cfg.objective.method].needs_representatives:
         objective = build_objective(cfg.objective)
@@ -260,7 +260,7 @@ def make_step(
         grad_sync=resolved.grad_sync,
         communicates=has_collectives(model),
     )
-    # all ranks begin with the weights of the first one, because they may have read different files
+    # copy the weights of the first rank to all ranks, which may have read different files
     for tensor in model.state_dict().values():
         world.broadcast(tensor)
     return Step(model, objective, options, ranks=world)
@@ -288,9 +288,10 @@ def make_subset(
 
 
 def forget_best(run: Run, state: TrainState) -> list[str]:
-    """Forgets the best accuracy so far if the next evaluation cannot be compared with it.
+    """Forgets the best accuracy so far if new accuracies cannot be compared with it.
 
-    Returns a line that says so, or no line if both can be compared.
+    In this case returns one line that says so, otherwise no line. state: content of the checkpoint
+    that the run continues.
     """
     if run.subset is None or run.best < 0 or run.update == run.resolved.last_update:
         return []
@@ -304,8 +305,8 @@ def forget_best(run: Run, state: TrainState) -> list[str]:
 def begin_records(run: Run) -> None:
     """Writes environment.json and config.toml, and opens the run's metrics.
 
-    If the run goes on after an earlier end, summary.json is removed, because this file shows that a
-    run is done.
+    If the run still has updates to do, also removes an older summary.json, because this file shows
+    that a run is done.
     """
     resolved: dict[str, Any] = vars(run.resolved)
     if run.update < run.resolved.last_update:
@@ -324,7 +325,8 @@ def begin_records(run: Run) -> None:
 def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState | None) -> None:
     """Prints what is about to run, in a few lines.
 
-    notes: lines about the images and the loader. state: the checkpoint that the run continues.
+    report: what was done to the model. notes: lines about the images and the loader. state: content
+    of the checkpoint that the run continues, or None for a new run.
     """
     cfg, resolved = run.cfg, run.resolved
     for line in report.format_lines(cfg.architecture):
@@ -351,7 +353,10 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
 
 
 def warn(run: Run, report: ModelReport) -> None:
-    """Prints a warning for each option that another option, or the network, makes useless."""
+    """Prints a warning for each option that does little or nothing in this run.
+
+    The cause is another option or the network. report: what was done to the model.
+    """
     cfg = run.cfg
     if cfg.step.schedule == "lazy" and cfg.step.clip_grad is not None:
         run.print(
@@ -388,9 +393,11 @@ def warn(run: Run, report: ModelReport) -> None:
 
 
 def warn_of_workers(run: Run, ranks: int, cores: int) -> None:
-    """Prints a warning if the ranks on a machine together have more workers than it has cores.
+    """Prints a warning if the ranks on this machine together have more loader workers than it has
+    cores.
 
-    Each rank alone has at most as many workers as there are cores.
+    Each rank alone has at most as many workers as there are cores. ranks: number of ranks on this
+    machine. cores: number of its CPU cores.
     """
     workers = run.cfg.dataset.workers
     if ranks * min(workers, cores) > cores:

@@ -17,22 +17,22 @@ from fastgn.errors import check
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """Condition for the value that a file holds under one key."""
+    """A condition that the value under one key of a checkpoint or export must meet."""
 
-    what: str
-    """Expected content, for the error message 'X should be <what>'."""
+    expected: str
+    """Words for a right value, such as "a finite number", for the error message."""
     fits: Callable[[Any], bool]
     """Function that returns whether a value is as expected."""
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number that a float holds exactly. A bool is no number
-    here."""
+    """Returns whether a value is an int or float with a magnitude below 2**53. For a bool returns
+    False."""
     return type(value) in (int, float) and abs(value) < 2**53
 
 
 def whole(least: int) -> Key:
-    """Returns the condition that a value is a whole number and not below `least`."""
+    """Returns the condition that a value is a whole number of at least `least`."""
     return Key(
         f"a whole number of at least {least}", lambda v: type(v) is int and least <= v < 2**53
     )
@@ -82,7 +82,10 @@ def is_optimizer(value: Any) -> bool:
 
 
 def is_identity(value: Any) -> bool:
-    """Returns whether a value describes a data set, with numbers and digests for each split."""
+    """Returns whether a value has the form of an Identity, which describes a data set.
+
+    It is a dict that maps the name of each split to a dict, whose values are integers and strings.
+    """
     return isinstance(value, dict) and all(
         isinstance(name, str)
         and isinstance(split, dict)
@@ -103,7 +106,7 @@ CLASSES = Key(
 class TrainState:
     """Everything that a checkpoint holds. To keep something new, add a field here.
 
-    A field with a default value was added later, so files of older versions do not have it.
+    Fields with a default value were added later, so checkpoints of older versions lack them.
     """
 
     update: Annotated[int, whole(0)]
@@ -116,16 +119,17 @@ class TrainState:
         Tensor,
         Key("a tensor of numbers", lambda v: isinstance(v, Tensor) and v.is_floating_point()),
     ]
-    """Sums of the logged values over the updates since the last log row, as in Run.sums."""
+    """Sums of the logged values over the updates since the last row of metrics.csv. See Run.sums
+    for the shape."""
     summed: Annotated[int, whole(0)]
-    """Number of updates over which `sums` were taken."""
+    """Number of updates whose values have been added to `sums`."""
     model: Annotated[dict[str, Tensor], STATE_DICT]
     """state_dict of the network."""
     ema: Annotated[
         dict[str, Tensor] | None,
         Key("tensors by name, or None", lambda v: v is None or is_state_dict(v)),
     ]
-    """state_dict of the averaged network. None if the run keeps no average."""
+    """state_dict of the network with averaged weights. None if the run keeps no moving average."""
     optimizer: Annotated[dict[str, Any], Key("an optimizer's state", is_optimizer)]
     """state_dict of the optimizer."""
     global_batch: Annotated[int, whole(1)]
@@ -139,23 +143,25 @@ class TrainState:
     bad_images: Annotated[list[str], Key("a list of texts", is_texts)] = dataclasses.field(
         default_factory=list
     )
-    """One line for each unreadable image that was replaced since the last log row."""
+    """One line for each unreadable image that was replaced since the last row of metrics.csv."""
     ranks: Annotated[int | None, whole(1)] = None
     """Number of ranks of the run."""
     data: Annotated[Identity | None, Key("a description of each split's images", is_identity)] = (
         None
     )
-    """Digests that identify the run's images. None if an older version did not save them."""
+    """Digests that identify the run's images. None if the checkpoint is from an older version,
+    which did not save them."""
 
     def saved_config(self) -> Config:
-        """Returns the configuration of the run that wrote the checkpoint. Raises UserError if it is
-        invalid."""
+        """Returns the configuration of the run that wrote the checkpoint. Raises UserError if the
+        configuration is invalid."""
         return Config.from_toml(self.config)
 
     def copy_to_host(self) -> "TrainState":
         """Returns a copy in the host's memory, which later updates do not change.
 
-        Tensors that share memory share it in the copy too, so the copy gives the same file.
+        Tensors that share memory also share it in the copy. A checkpoint of the copy therefore has
+        the same content as a checkpoint of the original.
         """
         storages: dict[int, Any] = {}
         found = tree_leaves(vars(self))
@@ -166,8 +172,8 @@ class TrainState:
 def copy_tensor(tensor: Tensor, storages: dict[int, Any]) -> Tensor:
     """Returns a copy of a tensor in the host's memory.
 
-    storages: identity of an original storage -> its copy. If the tensor's storage is not in it, a
-    copy is added, so that tensors that share a storage share the copy.
+    Tensors that share a storage also share its copy. storages: identity of each storage that was
+    copied so far -> the copy. The function adds the tensor's storage if it is missing.
     """
     storage = tensor.untyped_storage()
     if storage._cdata not in storages:
@@ -193,18 +199,21 @@ Content = TypeVar("Content", TrainState, ExportHeader)
 
 
 def keys_of(kind: type) -> dict[str, Key]:
-    """Returns {name: condition for the value} for the fields of TrainState or ExportHeader."""
+    """Returns {name of a field: condition for its value} for TrainState or ExportHeader."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items()}
 
 
 def read_fields(content: Any, kind: type[Content], where: str) -> Content:
-    """Returns a file's content as a TrainState or an ExportHeader.
+    """Returns the content of a checkpoint or an export's header as a TrainState or ExportHeader.
 
-    Raises UserError, which begins with `where`, if a key is missing, has an unexpected value, or
-    was added by a newer version.
+    Raises UserError if a key is missing, has an unexpected value, or was added by a newer version.
+    where: beginning of the error's message.
     """
-    check(isinstance(content, dict), f"{where} holds a {type(content).__name__}, not named values")
+    check(
+        isinstance(content, dict),
+        f"{where} holds a {type(content).__name__}, but should hold a dict of named values",
+    )
     keys = keys_of(kind)
     unknown = next((k for k in content if k not in keys), None)
     check(
@@ -222,13 +231,13 @@ def read_fields(content: Any, kind: type[Content], where: str) -> Content:
         key = keys[field.name]
         check(
             key.fits(content[field.name]),
-            f"{where} is damaged: {field.name!r} should be {key.what}",
+            f"{where} is damaged: {field.name!r} should be {key.expected}",
         )
     return kind(**content)
 
 
 def as_dict(content: TrainState | ExportHeader) -> dict[str, Any]:
-    """Returns the fields by name, as they are written into a file.
+    """Returns {name of a field: its value}, the form in which the content is written into a file.
 
     A field is left out if its value and its default are both None.
     """

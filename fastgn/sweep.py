@@ -3,9 +3,10 @@
     python -m fastgn.sweep --recipe quickstart_gradnorm --study runs/sweep.db --trials 30 \\
         --space gn_weight=0.1:10:log lr=1e-3:1e-2:log
 
-A trial is a run of fastgn.train with other values of the fields. It is judged by two accuracies,
-without an attack and under PGD-10, which the run itself measures on its validation images. The same
-command continues a study, and several processes may work on one study at once.
+A study consists of trials. A trial is a run of fastgn.train with other values of the fields. It is
+judged by two accuracies, without an attack and under PGD-10. The run itself measures them on its
+validation images. The same command continues a study, and several processes may work on one study
+at once.
 """
 
 import contextlib
@@ -51,12 +52,12 @@ from fastgn.setup import build
 from fastgn.train import train
 
 HEARTBEAT_S = 60
-"""Seconds between two signs of life of a trial. If none comes for three times as long, the trial's
+"""Seconds between two heartbeats of a trial. If none comes for three times as long, the trial's
 process counts as killed, and the trial's values are tried again."""
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
-    """A signal has ended a trial, after its run has saved a checkpoint."""
+    """Raised when a signal has ended a trial, after the trial's run has saved a checkpoint."""
 
 
 def find_optuna() -> Any:
@@ -69,26 +70,27 @@ def find_optuna() -> Any:
 
 
 def score(clean: float, robust: float, floor: float) -> float:
-    """Returns what --objective robust maximises.
+    """Returns the value that --objective robust maximises.
 
-    It is the robust accuracy. But if the clean accuracy is below the floor, it is the clean
-    accuracy minus the floor, which is negative.
+    It is the accuracy under attack. If the clean accuracy is below the floor, it is the clean
+    accuracy minus the floor, which is negative. floor: value of --clean-floor.
     """
     return robust if clean >= floor else clean - floor
 
 
 def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]) -> Any:
-    """Trains one trial, and returns the value that Optuna maximises, or the two values.
+    """Trains one trial, and returns the value or the two values that Optuna maximises.
 
-    trial: Optuna's trial. base: configuration that all trials share. space: fields that differ.
+    trial: Optuna's trial. base: configuration that all trials share. space: fields in which the
+    trials differ.
 
-    Raises optuna.TrialPruned if the trial is stopped because it is poor, Interrupted after Ctrl-C
-    or another signal, and UserError if the run cannot be made or fails.
+    Raises optuna.TrialPruned if the trial is stopped because it is worse than other trials. Raises
+    Interrupted after Ctrl-C or another signal, and UserError if the run cannot begin or fails.
     """
     optuna = find_optuna()
     values = {d.name: d.suggest(trial) for d in space}
     config = base.replace(**values)
-    # the same values give the same folder, so an interrupted run continues if they are tried again
+    # equal values give the same folder, so that a second try continues an interrupted run
     name = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     folder = cfg.database.with_suffix("") / name
     trial.set_user_attr("folder", str(folder))
@@ -103,7 +105,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
         ):
             run = build_when_free(config, world, make_reporter(trial, cfg, optuna))
             train(run)
-    except KeyboardInterrupt:  # only before the first update, because train() handles it later
+    except KeyboardInterrupt:  # a signal came before the first update, after which train handles it
         raise Interrupted from None
     finally:
         if run is not None and run.metrics is not None:
@@ -119,11 +121,11 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
 def build_when_free(
     config: Config, world: World, on_evaluation: Callable[[Run], None] | None
 ) -> Run:
-    """Returns the run of a trial. If another process tries the same values, first waits until it
-    ends.
+    """Returns the run of a trial.
 
-    The run then continues from what the other process has left. on_evaluation: function that is
-    called after each evaluation.
+    If another process trains with the same values, first waits until that process ends. The run
+    then continues from the other process's checkpoint. on_evaluation: function that is called after
+    each evaluation.
     """
     while True:
         try:
@@ -133,10 +135,10 @@ def build_when_free(
 
 
 def make_reporter(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], None] | None:
-    """Returns a function that reports an evaluation of a run to Optuna, or None.
+    """Returns a function that reports an evaluation of a run to Optuna.
 
-    The function stops the run if it is worse than the runs of other trials. None means that the
-    options allow no run to be stopped.
+    The function stops the run if it is worse than the runs of other trials. Returns None if the
+    options do not allow runs to be stopped.
     """
     if cfg.objective == "pareto" or not cfg.prune:
         return None
@@ -157,9 +159,10 @@ def make_reporter(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], 
 
 
 def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
-    """Returns the study, and creates it if it does not exist.
+    """Returns the Optuna study in the file of --study, and creates it if it does not exist.
 
-    Raises UserError if the study was begun with other settings.
+    Raises UserError if the study was begun with other settings. base: configuration that all trials
+    share.
     """
     path = cfg.database
     try:
@@ -202,8 +205,8 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Returns the classes of errors that Optuna raises for a file that is no database or not
-    writable."""
+    """Returns the classes of errors that Optuna raises if a file is not a database or cannot be
+    written."""
     optuna = find_optuna()
     sqlalchemy = importlib.import_module("sqlalchemy.exc")
     known = sqlalchemy.SQLAlchemyError, optuna.exceptions.StorageInternalError
@@ -211,9 +214,9 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 
 def list_finished(study: Any) -> list[Any]:
-    """Returns the trials that are complete, were stopped because they were poor, or have failed.
+    """Returns the trials that are complete, pruned or failed.
 
-    Trials that an interrupt or a kill has ended are left out, because their values are tried again.
+    Trials that a signal has ended are left out, because their values are tried again.
     """
     return [
         t
@@ -266,7 +269,7 @@ def sweep(cfg: SweepConfig) -> int:
                 study.enqueue_trial(trial.params)
                 study.stop()
                 raise
-            except UserError as error:  # the trial has failed, for example with an infinite loss
+            except UserError as error:  # the trial has failed, for example because of infinities
                 trial.set_user_attr("failed", str(error))
                 raise
             finally:
@@ -280,7 +283,7 @@ def sweep(cfg: SweepConfig) -> int:
                 write_results(study, cfg, base)
 
         def stop_if_enough(study: Any, trial: Any) -> None:
-            if len(list_finished(study)) >= cfg.trials:  # includes trials of other processes
+            if len(list_finished(study)) >= cfg.trials:  # trials of other processes count too
                 study.stop()
 
         if done < cfg.trials:
@@ -297,7 +300,7 @@ def sweep(cfg: SweepConfig) -> int:
 
 
 def describe_trial(trial: Any) -> str:
-    """Returns a line with a trial's values and accuracies, or with its error."""
+    """Returns a line with the number, values and accuracies of a trial, or with its error."""
     values = ", ".join(
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial.params.items()
     )
@@ -312,10 +315,11 @@ def describe_trial(trial: Any) -> str:
 
 
 def choose_best(rows: Sequence[dict[str, Any]], cfg: SweepConfig) -> dict[str, Any] | None:
-    """Returns the best of the complete trials whose clean accuracy is not below the floor.
+    """Returns the best of the complete trials whose clean accuracy is at least --clean-floor.
 
-    With --objective robust it is the most robust trial. With pareto it is the trial with the
-    largest sum of both accuracies. None means that there is no such trial.
+    With --objective robust it is the trial with the highest accuracy under attack. With --objective
+    pareto it is the trial with the largest sum of clean and attacked accuracy. None means that
+    there is no such trial. rows: one dict per trial.
     """
     complete = [r for r in rows if r["state"] == "complete" and r["clean"] >= cfg.clean_floor]
     if not complete:
@@ -327,9 +331,10 @@ def choose_best(rows: Sequence[dict[str, Any]], cfg: SweepConfig) -> dict[str, A
 
 
 def write_results(study: Any, cfg: SweepConfig, base: Config) -> str:
-    """Writes all trials as JSON, their accuracies as a PNG, and the best trial as a recipe.
+    """Writes all trials of a study as JSON, their accuracies as a PNG, and the best trial as a
+    recipe.
 
-    Returns a line about the best trial.
+    Returns a line about the best trial. base: configuration that all trials share.
     """
     rows = []
     for trial in list_finished(study):

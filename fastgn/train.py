@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m fastgn.train --recipe swin_b_gradnorm --data-dir IMAGENET
     python -m fastgn.train --resume runs/NAME
 
-`train` is the training loop. setup.py builds the Run that the loop works on.
+`train` is the training loop. setup.py builds the Run, which holds everything that the loop needs.
 """
 
 import os
@@ -75,16 +75,15 @@ def train(run: Run) -> None:
 
 
 def keep_compiled() -> None:
-    """Makes torch.compile keep its compiled code in the user's cache, so that later runs can reuse
-    it.
+    """Makes torch.compile keep its compiled code in the user's cache folder, for later runs.
 
-    PyTorch itself would keep it in the temporary folder.
+    Otherwise PyTorch would keep the code in the folder for temporary files.
     """
     try:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = root / "fastgn" / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o700)  # fails for another user's folder, whose code must not be run
+        folder.chmod(0o700)  # fails if another user owns the folder, whose code must not be run
     except (OSError, RuntimeError):  # no home folder, or no permission to write there
         return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
@@ -93,9 +92,9 @@ def keep_compiled() -> None:
 def main(args: list[str] | None = None) -> int:
     """Runs the program and returns its exit status.
 
-    0 means that the run is done, 2 that it cannot go on, and STOPPED or 130 that a signal has ended
-    it early. Under torchrun, 0 replaces STOPPED, because torchrun restarts ranks that end with
-    another status.
+    0 means that the run is done, and 2 that it cannot go on. STOPPED or 130 means that a signal has
+    ended the run early. Under torchrun, the status is 0 instead of STOPPED, because torchrun
+    restarts ranks that end with another status.
     """
     run: Run | None = None
     keep_compiled()

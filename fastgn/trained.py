@@ -25,25 +25,26 @@ def export_weights(path: Path, weights: Mapping[str, Tensor], header: ExportHead
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A trained network as a checkpoint or an export holds it."""
+    """A trained network and its configuration, as read from a checkpoint or an export."""
 
     config: Config
     classes: tuple[str, ...]
     weights: dict[str, Tensor]
-    """The averaged weights if the run kept an average, otherwise the weights. In an export the keys
-    are those of the timm network, and in a checkpoint those of a Classifier."""
+    """The moving average of the weights if the run kept one, otherwise the weights. In an export
+    the keys are those of the timm network, and in a checkpoint those of a Classifier."""
     update: int | None
-    """Number of updates that the weights have had. None if an older version of fastgn did not save
-    it."""
+    """Number of updates that the weights have had. None if an older version of fastgn wrote the
+    file without this number."""
     unfinished: str | None
-    """A line that says how far the run had come. None if the run had ended, which is always so for
-    an export."""
+    """A line that says how far the run had come. None if the run had ended, and for all
+    exports."""
 
 
 def read_saved(path: Path) -> Saved:
     """Returns the network that an export (.safetensors) or a checkpoint holds.
 
-    Raises UserError if the file is missing, damaged, or something else.
+    Raises UserError if the file is missing or damaged, or if it is neither an export nor a
+    checkpoint.
     """
     if path.suffix == ".safetensors":
         weights, metadata = read_safetensors(path)
@@ -94,8 +95,8 @@ class Trained:
 def load_trained(where: str, device: torch.device) -> Trained:
     """Returns the network that a run's folder, a checkpoint or an export holds.
 
-    where: path of one of these. If a folder holds an export, it is used instead of the last
-    checkpoint. Raises UserError if there is no such network.
+    where: path of the folder, checkpoint or export. If a folder holds an export, the export is used
+    instead of the last checkpoint. Raises UserError if there is no such network.
     """
     path = Path(where)
     check(path.exists(), f"--checkpoint {where}: there is no such run or file")
@@ -124,7 +125,8 @@ def load_bare_weights(
 ) -> Trained:
     """Returns the network that --model names, with the weights of a file that holds only weights.
 
-    The keys of the weights are those of the timm network. Raises UserError if they do not fit.
+    The keys of the weights are those of the timm network. Raises UserError if the weights do not
+    fit the network. where: path of the file. classes: names of the classes.
     """
     assert cfg.model is not None
     path = Path(where)

@@ -371,7 +371,7 @@ def test_a_learning_rate_too_high_is_found_and_named(tmp_path, capsys, monkeypat
     last = Checkpoints(tmp_path / "run", 1).last()
     update = int(last.stem.split("_")[1]) + 1
     assert f"the loss or gradient of update {update} is not finite" in line
-    assert f"the last good checkpoint is {last};" in line
+    assert f"(the last good checkpoint is {last}):" in line
     assert "try a lower --lr, --clip-grad 1.0, a longer --ramp-epochs" in line
     for value in read_state(last)["model"].values():
         assert torch.isfinite(value).all()
@@ -430,7 +430,7 @@ def test_fusedadamw_without_apex(tmp_path, capsys, monkeypatch):
 def test_fusedadamw_with_the_unrelated_apex(tmp_path, capsys, monkeypatch):
     install(monkeypatch, "apex", __version__="0.9.10dev")
     line = refused(capsys, tiny_run(tmp_path / "run", "--opt", "fusedadamw"))
-    assert "the installed apex is not NVIDIA's" in line
+    assert "the installed package apex is not NVIDIA's" in line
     assert list(tmp_path.iterdir()) == []
 
 

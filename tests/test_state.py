@@ -158,7 +158,7 @@ def test_any_value_of_any_key_is_read_or_refused_in_one_line(key, value, tmp_pat
     ("header", "expected"),
     [
         ("no JSON", "is not JSON"),
-        ("[]", "holds a list, not named values"),
+        ("[]", "holds a list, but should hold a dict"),
         ("{}", "lacks 'config'"),
         ('{"config": 1, "classes": ["a", "b"]}', "'config' should be a recipe's text"),
         ('{"config": "", "classes": "ab"}', "'classes' should be a list of different texts"),
