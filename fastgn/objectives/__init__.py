@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastgn.objectives.methods.edge import edge, edge_energy
     from fastgn.objectives.methods.fgsm_rs import fgsm_rs
     from fastgn.objectives.methods.gradnorm import gradnorm
+    from fastgn.objectives.methods.n_fgsm import n_fgsm
     from fastgn.objectives.methods.natural import natural
     from fastgn.objectives.methods.pag import pag
     from fastgn.objectives.methods.pgd_at import pgd_at
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         EdgeOptions,
         GradnormFgsmOptions,
         GradnormOptions,
+        NFgsmOptions,
         ObjectiveConfig,
         PagOptions,
         TradesOptions,
@@ -44,6 +46,7 @@ __all__ = [
     "GradnormFgsmOptions",
     "GradnormOptions",
     "Loss",
+    "NFgsmOptions",
     "Objective",
     "ObjectiveConfig",
     "PagOptions",
@@ -56,6 +59,7 @@ __all__ = [
     "edge_energy",
     "fgsm_rs",
     "gradnorm",
+    "n_fgsm",
     "natural",
     "on_subset",
     "pag",
@@ -73,12 +77,13 @@ HOMES = {
     "methods.edge": "edge edge_energy",
     "methods.fgsm_rs": "fgsm_rs",
     "methods.gradnorm": "gradnorm",
+    "methods.n_fgsm": "n_fgsm",
     "methods.natural": "natural",
     "methods.pag": "pag",
     "methods.pgd_at": "pgd_at",
     "methods.trades": "trades trades_attack trades_loss",
     "options": "METHODS AttackOptions EdgeOptions GradnormFgsmOptions GradnormOptions "
-    "ObjectiveConfig PagOptions TradesOptions piecewise_linear_warning",
+    "NFgsmOptions ObjectiveConfig PagOptions TradesOptions piecewise_linear_warning",
 }
 """Module of this package -> the public names that it defines."""
 

@@ -78,15 +78,15 @@ class GradnormFgsmOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class AttackOptions(Options):
-    """Options of the attack on the training images. The methods pgd_at, fgsm_rs, trades and
-    gradnorm+fgsm use it, and so does gradnorm with --gn-attacked. (fgsm_rs and gradnorm+fgsm always
-    take one step.)"""
+    """Options of the attack on the training images. The methods pgd_at, fgsm_rs, n_fgsm, trades and
+    gradnorm+fgsm use it, and so does gradnorm with --gn-attacked. (fgsm_rs, n_fgsm and
+    gradnorm+fgsm always take one step.)"""
 
     attack_eps: Annotated[float, PIXELS] = 4 / 255
     """Linf radius of the attack in 0..1 pixel units."""
     attack_step: Annotated[float | None, PIXELS] = None
-    """Size of an attack step in 0..1 pixel units. None means 2 * attack_eps / attack_it, or
-    1.25 * attack_eps for fgsm_rs and gradnorm+fgsm."""
+    """Size of an attack step in 0..1 pixel units. None means 2 * attack_eps / attack_it, but
+    1.25 * attack_eps for fgsm_rs and gradnorm+fgsm, and attack_eps for n_fgsm."""
     attack_it: Annotated[int, Range(1, 10_000)] = 3
     """Number of attack steps."""
     attack_select: Literal["last", "best", "paper"] = "last"
@@ -106,7 +106,7 @@ class AttackOptions(Options):
     @property
     def step_size(self) -> float:
         """Size of each of the attack's `attack_it` steps, in 0..1 pixel units. Methods whose attack
-        always takes one step use `single_step_size`."""
+        always takes one step use `single_step_size` or `noisy_step_size`."""
         return (
             2 * self.attack_eps / self.attack_it if self.attack_step is None else self.attack_step
         )
@@ -115,6 +115,20 @@ class AttackOptions(Options):
     def single_step_size(self) -> float:
         """Size of the step in 0..1 pixel units if the attack has one step from a random start."""
         return 1.25 * self.attack_eps if self.attack_step is None else self.attack_step
+
+    @property
+    def noisy_step_size(self) -> float:
+        """Size of the step of n_fgsm in 0..1 pixel units."""
+        return self.attack_eps if self.attack_step is None else self.attack_step
+
+
+@dataclasses.dataclass(frozen=True)
+class NFgsmOptions(Options):
+    """Options of n_fgsm, which trains on images with strong noise and one attack step."""
+
+    attack_noise: Annotated[float, Range(0, 100)] = 2.0
+    """Largest change of a pixel by the noise from which the attack's step starts, divided by
+    attack_eps (n_fgsm only)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +201,9 @@ class Method:
     """Whether the method's loss contains a gradient with respect to the images."""
     has_attack: bool = False
     """Whether every update trains on attacked images."""
-    single_step: bool = False
-    """Whether the method's attack has only one step. The default size of a single step differs from
-    that of several steps."""
+    step_size: Literal["step_size", "single_step_size", "noisy_step_size"] = "step_size"
+    """Property of AttackOptions that is the size of the attack's step. Its default differs between
+    the attacks."""
     needs_representatives: bool = False
     """Whether the method's `build` also takes base.Representatives, images that represent the
     classes."""
@@ -207,7 +221,13 @@ METHODS: Mapping[str, Method] = {
         "cross-entropy after one attack step from a random start",
         (AttackOptions,),
         has_attack=True,
-        single_step=True,
+        step_size="single_step_size",
+    ),
+    "n_fgsm": Method(
+        "cross-entropy after strong noise and one attack step, which may leave the eps ball",
+        (NFgsmOptions, AttackOptions),
+        has_attack=True,
+        step_size="noisy_step_size",
     ),
     "trades": Method(
         "cross-entropy plus the divergence between predictions for images and attacked ones",
@@ -229,7 +249,7 @@ METHODS: Mapping[str, Method] = {
         "gradnorm on a share of the updates, fgsm_rs on the others",
         (GradnormFgsmOptions, GradnormOptions, AttackOptions),
         has_penalty=True,
-        single_step=True,
+        step_size="single_step_size",
     ),
 }
 """Value of --method -> what the command line needs to know about this method."""
@@ -254,6 +274,7 @@ class ObjectiveConfig(Options):
     gradnorm: GradnormOptions = GradnormOptions()
     gradnorm_fgsm: GradnormFgsmOptions = GradnormFgsmOptions()
     attack: AttackOptions = AttackOptions()
+    n_fgsm: NFgsmOptions = NFgsmOptions()
     trades: TradesOptions = TradesOptions()
     edge: EdgeOptions = EdgeOptions()
     pag: PagOptions = PagOptions()
@@ -301,8 +322,8 @@ class ObjectiveConfig(Options):
     @property
     def step_size(self) -> float:
         """Size of an attack step in 0..1 pixel units, with the method's default filled in."""
-        attack = self.attack
-        return attack.single_step_size if METHODS[self.method].single_step else attack.step_size
+        size: float = getattr(self.attack, METHODS[self.method].step_size)
+        return size
 
 
 def find_schedule_conflict(

@@ -313,6 +313,8 @@ def test_model_kwargs_are_literals_or_strings():
         ({"method": "pgd_at"}, 8 / 255 / 3),
         ({"method": "pgd_at", "attack_it": 10, "attack_eps": 8 / 255}, 1.6 / 255),
         ({"method": "fgsm_rs"}, 5 / 255),
+        ({"method": "n_fgsm"}, 4 / 255),
+        ({"method": "n_fgsm", "attack_step": 1 / 255}, 1 / 255),
         ({"method": "pgd_at", "attack_step": 1 / 255}, 1 / 255),
     ],
 )

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.networks import made, relative, soft_targets, swin
 from support.objectives import gradients
 
@@ -16,6 +17,7 @@ from fastgn.objectives import (
     AttackOptions,
     EdgeOptions,
     GradnormOptions,
+    NFgsmOptions,
     ObjectiveConfig,
     PagOptions,
     Representatives,
@@ -24,6 +26,7 @@ from fastgn.objectives import (
     edge,
     fgsm_rs,
     gradnorm,
+    n_fgsm,
     natural,
     pag,
     pgd_at,
@@ -45,6 +48,35 @@ def test_pgd_at_and_fgsm_rs_train_on_the_attacked_images() -> None:
     torch.manual_seed(3)
     attacked = attacks.pgd(model, images, labels, eps=0.03, step_size=0.0375, steps=1)
     assert torch.equal(one.total, natural(model, attacked, labels).total)
+
+
+def test_n_fgsm_trains_after_noise_and_a_step_that_nothing_clips_to_the_ball() -> None:
+    """arXiv 2202.01181, algorithm 1: eta is uniform in [-k eps, k eps], and delta is eta plus alpha
+    times the sign of the gradient at x + eta. Its code also keeps x + eta and x + delta in 0..1."""
+    model = made(swin, torch.float32)
+    images, labels, eps = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 3]), 0.03
+    torch.manual_seed(3)
+    loss = n_fgsm(model, images, labels, eps=eps)
+    torch.manual_seed(3)
+    eta = torch.empty_like(images).uniform_(-2 * eps, 2 * eps)
+    noisy = (images + eta).clamp(0, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(noisy), labels), noisy)
+    attacked = (noisy.detach() + eps * gradient.sign()).clamp(0, 1)
+    assert torch.equal(loss.total, natural(model, attacked, labels).total)
+    assert 2.9 * eps < (attacked - images).abs().max() <= 3 * eps + 1e-6
+    assert attacked.min() >= 0 and attacked.max() <= 1
+
+    cfg = ObjectiveConfig("n_fgsm", n_fgsm=NFgsmOptions(0.5), attack=AttackOptions(eps))
+    perturb = build_objective(cfg).perturb
+    assert perturb is not None
+    network = Classifier(model, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 16)
+    torch.manual_seed(3)
+    moved = perturb(network, images, labels, torch.tensor(0.5), gradient=attacks.input_gradient)
+    torch.manual_seed(3)
+    start = attacks.draw_random_start(images, 0.5 * eps)
+    steps = (moved - start).abs()
+    inside = (moved > 0) & (moved < 1)
+    assert torch.allclose(steps[inside], torch.tensor(0.5 * eps), atol=1e-6)
 
 
 def test_configured_objective_equals_the_pure_function() -> None:
@@ -75,9 +107,9 @@ def test_default_step_sizes() -> None:
 
 # Methods beside gradnorm, against their formulas written out
 def test_every_method_is_a_choice_with_a_recipe() -> None:
-    """But for pgd_at and fgsm_rs, which the paper's and no recipe have."""
+    """But for pgd_at, which the paper's have, and two whose recipe differs by one option."""
     recipes = {load_recipe(name).objective.method for name in recipe_names()}
-    assert recipes >= set(METHODS) - {"fgsm_rs"}
+    assert recipes >= set(METHODS) - {"fgsm_rs", "n_fgsm"}
     for name in METHODS:
         assert parse_config(["--method", name]).objective.method == name
 

@@ -30,7 +30,8 @@ def test_flops_of_a_step_in_units_of_a_forward() -> None:
     assert flops(model, batch, method="natural") / unit == pytest.approx(3, rel=0.12)
     assert flops(model, batch, method="gradnorm") / unit == pytest.approx(6, rel=0.12)
     assert flops(model, batch, method="pgd_at") / unit == pytest.approx(9, rel=0.12)
-    assert flops(model, batch, method="fgsm_rs") / unit == pytest.approx(5, rel=0.12)
+    for method in ("fgsm_rs", "n_fgsm"):
+        assert flops(model, batch, method=method) / unit == pytest.approx(5, rel=0.12)
     for method in ("edge", "pag"):
         assert flops(model, batch, method=method) / unit == pytest.approx(6, rel=0.12)
     assert flops(model, batch, method="trades") / unit == pytest.approx(13, rel=0.12)
@@ -70,6 +71,7 @@ METHODS = {
         *(Schedule(), 5, 4),
     ),
     "fgsm-rs": ({"method": "fgsm_rs"}, Schedule(), 2, 2),
+    "n-fgsm": ({"method": "n_fgsm"}, Schedule(), 2, 2),
     "edge": ({"method": "edge"}, Schedule(), 1, 2),
     "pag": ({"method": "pag"}, Schedule(), 1, 2),
     "l2": ({"gn_norm": "l2", "gn_start": 0.01}, Schedule(), 1, 2),
@@ -108,6 +110,7 @@ PAPER_PASSES = {
     "pgd-3": (8, 9),
     "pgd-3 as in the paper": (9, 13),
     "fgsm-rs": (4, 5),
+    "n-fgsm": (4, 5),
     "edge": (5, 6),
     "pag": (5, 6),
     "l2": (5, 6),

@@ -132,6 +132,7 @@ NEW = {
         **{"method": "edge", "edge_of": "loss", "edge_rms": "image"},
     },
     "pag": {"method": "pag"},
+    "n_fgsm": {"method": "n_fgsm", "attack_eps": 0.1},
     "trades": {"method": "trades", "attack_eps": 0.1},
     "gradnorm at attacked images": {"gn_attacked": True, "attack_eps": 0.1, "gn_weight": 50.0},
     "l2 of the logit": {"gn_norm": "l2", "gn_of": "logit", "gn_weight": 50.0},
@@ -158,7 +159,7 @@ def test_compiled_methods_equal_eager_with_one_graph(name: str, no_codegen) -> N
     assert relative(compiled, eager) < 1e-4
     assert torch.isclose(here.total, there.total, rtol=1e-5)
     assert torch.isclose(here.penalty, there.penalty, rtol=1e-4)
-    attacks = name in ("trades", "gradnorm at attacked images")
+    attacks = name in ("n_fgsm", "trades", "gradnorm at attacked images")
     assert count_graphs() == (2 if attacks else 1), "the attack's step, and the loss"
     drawn = name not in ("l2 of the logit", "edge of the loss, an rms per image")
     assert torch.equal(eager, found[False, 4][0]) is not drawn
