@@ -161,7 +161,7 @@ def check_few_classes(classes: int, names: Sequence[str]) -> None:
 
     The DLR loss needs the third or fourth best logit. names: names of the attacks.
     """
-    needy = [n for n in names if n in ("apgd-dlr", "apgd-t", *AUTOATTACK)]
+    needy = [n for n in names if n in ("apgd-dlr", "apgd-t", "apgd-ce+t", *AUTOATTACK)]
     check(
         classes >= 4 or not needy,
         f"--attacks {' '.join(needy)} uses the DLR loss, which needs at least 4 classes, but the "

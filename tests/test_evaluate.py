@@ -3,6 +3,7 @@ it."""
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastgn.analysis import outcomes, selection
 from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.model_checks import check_model
 from fastgn.analysis.parts import Parts
+from fastgn.config.programs import AUTOATTACK_PARTS
 from fastgn.train import main as train_main
 from fastgn.trained import load_bare_weights, load_trained
 
@@ -149,6 +151,41 @@ def test_restarts_and_the_margin(run: Path, tmp_path: Path) -> None:
     for i, bit in enumerate(rows[outcomes.WORST]):
         assert (bit == "1") == all(rows[name][i] == "1" for name in names[1:])
     assert rows["pgd-3"] != rows["clean"] != rows["pgd-3-margin"]
+
+
+def test_successive_attacks_get_what_those_before_them_left(run: Path, tmp_path: Path) -> None:
+    """Each radius has its own survivors, and the last attack's are the worst case of all."""
+    seen: dict[tuple[str, float], int] = {}
+    attack = Attacker.attack
+
+    def counted(self, model, images, labels, ids, name, eps):
+        seen[name, eps] = len(ids)
+        return attack(self, model, images, labels, ids, name, eps)
+
+    names = ["pgd-3", "pgd-3-margin", "apgd-ce+t"]
+    args = ["--checkpoint", str(run), "--num-images", "32", "--eps", "0.005", "0.01"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attacker, "attack", counted)
+        record = record_of(tmp_path / "e.json", *args, "--attacks", *names, "--successive")
+    results = record["models"][0]["results"]
+    left = {(r["attack"], r["eps"]): r["correct"].count("1") for r in results}
+    texts = {(r["attack"], r["eps"]): r["correct"] for r in results}
+    for eps in (0.005, 0.01):
+        assert seen["pgd-3-margin", eps] == left["pgd-3", eps] < seen["pgd-3", eps]
+        assert seen["apgd-ce+t", eps] == left["pgd-3-margin", eps]
+        assert texts["apgd-ce+t", eps] == texts[outcomes.WORST, eps]
+
+
+def test_apgd_ce_and_t_are_both_run(run: Path) -> None:
+    assert AUTOATTACK_PARTS["apgd-ce+t"] == ("apgd-ce", "apgd-t")
+    model, images, labels = trained_and_images(run, 32)
+    attacker, ids = Attacker("Linf", 0, 32, CPU), range(32)
+    clean = attacker.find_correct(model, images, labels, ids, "clean", 0.0, None)
+    left = clean
+    for name in ("apgd-ce", "apgd-t"):
+        left = attacker.find_correct(model, images, labels, ids, name, 0.01, left)
+    assert left == attacker.find_correct(model, images, labels, ids, "apgd-ce+t", 0.01, clean)
+    assert 0 < sum(left) < sum(clean)
 
 
 def test_a_killed_evaluation_goes_on(run: Path, tmp_path: Path, monkeypatch) -> None:
@@ -362,13 +399,14 @@ def test_what_decides_outcomes_names_the_parts(run: Path, tmp_path: Path) -> Non
     assert key() == key(eps=(0.1,), attacks=("clean",)), "these name the parts within"
     found = {key(), key(seed=1), key(num_images=9), key(norm="L2"), key(precision="bf16")}
     found.add(key(batch_size=4))
+    found |= {key(successive=True), key(successive=True, attacks=("pgd-3", "fgsm"))}
     other = load_trained(str(run), CPU)
     other.model.mean += 0.01
     found.add(key(other))
     other = load_trained(str(run), CPU)
     next(other.model.parameters()).data[0] += 1e-3
     found.add(key(other))
-    assert len(found) == 8
+    assert len(found) == 10
 
 
 def test_doubts_outlast_a_kill(run: Path, tmp_path: Path, monkeypatch) -> None:
@@ -409,8 +447,9 @@ def test_what_cannot_be_written_is_said_first(
 def test_few_classes_have_no_dlr_loss() -> None:
     evaluate.check_few_classes(4, ("autoattack",))
     evaluate.check_few_classes(2, ("apgd-ce", "square", "pgd-5-margin"))
-    for name in ("autoattack", "apgd-dlr", "apgd-t"):
-        with pytest.raises(evaluate.UserError, match=f"{name} uses the DLR loss, which needs"):
+    for name in ("autoattack", "apgd-dlr", "apgd-t", "apgd-ce+t"):
+        message = f"{re.escape(name)} uses the DLR loss, which needs"
+        with pytest.raises(evaluate.UserError, match=message):
             evaluate.check_few_classes(3, (name,))
 
 

@@ -67,7 +67,7 @@ class Attacker:
                 device=self.device,
                 norm=self.norm,
                 version=AUTOATTACK.get(name, "standard"),
-                attacks=[name] if name in AUTOATTACK_PARTS else None,
+                attacks=AUTOATTACK_PARTS.get(name),
             )
         judge = model
         if self.compile:

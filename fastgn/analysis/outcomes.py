@@ -96,6 +96,7 @@ def describe_inputs(
         *(model.mean.flatten().tolist(), model.std.flatten().tolist(), model.img_size),
         *(images.indices, digest.hexdigest(), device, environment()["versions"]),
         *(cfg.norm, cfg.seed, images.batch_size, cfg.precision, cfg.compile),
+        *(cfg.attacks if cfg.successive else ()),
     ]
 
 
@@ -134,9 +135,12 @@ def attack_batches(
     with attacks.collect_autoattack_warnings() as warned, bar:
         bar.update(len(done))
         for batch, (x, y) in zip(left, images, strict=True):
-            clean: list[bool] | None = None
             for index, (name, eps) in enumerate(todo):
                 if (index, batch) not in done:
+                    earlier = [0] * (index > 0)  # without an attack
+                    if cfg.successive:
+                        earlier += [i for i in range(1, index) if todo[i][1] == eps]
+                    clean = still_correct([done[i, batch]["correct"] for i in earlier])
                     warned.clear()
                     doubts = check_model(trained.model, x, y) if index == batch == 0 else []
                     began = time.perf_counter()
@@ -147,12 +151,15 @@ def attack_batches(
                     parts.put(part, name, repr(eps), batch)
                     done[index, batch] = part
                     bar.update()
-                if index == 0:
-                    clean = [bit == "1" for bit in done[0, batch]["correct"]]
                 at = f" {format_radius(eps)}" if eps else ""
                 bar.set_postfix_str(f"{name}{at} {count_accuracy(done.values(), index):.1%}")
     images.indices = order
     return list(done.values())
+
+
+def still_correct(texts: Sequence[str]) -> list[bool] | None:
+    """Returns whether each image is correct in all of the outcomes, or None if there are none."""
+    return [set(bits) == {"1"} for bits in zip(*texts, strict=True)] if texts else None
 
 
 def read_part(
@@ -220,8 +227,7 @@ def make_rows(
     for eps in sorted({eps for _, eps in todo if eps}):
         texts = [row["correct"] for row in rows if row["eps"] == eps]
         if len(texts) > 1:
-            columns = zip(*texts, strict=True)
-            worst = "".join("1" if set(column) == {"1"} else "0" for column in columns)
+            worst = "".join(str(int(correct)) for correct in still_correct(texts) or ())
             rows.append(make_row(WORST, eps, worst))
     return rows
 

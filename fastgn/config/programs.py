@@ -37,8 +37,11 @@ AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
     "autoattack-rand": "rand",
 }
 """Name of an attack -> version of AutoAttack that it runs."""
-AUTOATTACK_PARTS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-"""Names of AutoAttack's attacks, each of which can run alone."""
+AUTOATTACK_PARTS = {
+    **{name: (name,) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")},
+    "apgd-ce+t": ("apgd-ce", "apgd-t"),
+}
+"""Name of an attack -> AutoAttack's attacks that it runs, each on the images that are left."""
 NAMES = (
     *("clean", "fgsm", "pgd-K", "pgd-KxR", "pgd-K-margin", "pgd-K@STEP"),
     *AUTOATTACK,
@@ -144,7 +147,10 @@ class EvaluateConfig(BareWeightsConfig):
     2.5 eps / K from a random start. pgd-KxR: with R random starts. pgd-K-margin: on the margin of
     the logits instead of the cross-entropy. pgd-K@STEP: with steps of that length, such as 1/255 or
     eps/4. autoattack, autoattack-plus, autoattack-rand: versions of AutoAttack. apgd-ce, apgd-dlr,
-    apgd-t, fab, fab-t, square: parts of AutoAttack."""
+    apgd-t, fab, fab-t, square: parts of AutoAttack. apgd-ce+t: apgd-ce, then apgd-t."""
+    successive: bool = False
+    """With each radius of --eps, attack only the images that are still correct after the attacks
+    named before. The accuracy under an attack is then the one under it and those before it."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """Kind of data set. None means the kind that the run was trained on."""
     data_dir: Annotated[str | None, PATH] = None
