@@ -1,10 +1,13 @@
-"""Compares training methods under AutoAttack, after equal numbers of operations.
+"""Compares training methods under attack, after equal numbers of epochs, as arXiv 2409.20139 does.
 
 An arm is a training method with its options. With each seed, all arms start from the same naturally
-trained weights. Each arm trains for as many epochs as take the same number of operations as exact
-gradnorm's (fastgn/step/passes.py counts them).
+trained weights and see the images in the same order. A budget is a number of epochs. Some arms and
+seeds are also trained for other budgets, so that equal costs can be read off. The cost is the
+number of operations (fastgn/step/passes.py counts them), because seconds depend on the machine.
 
-    python -m benchmarks.evidence.robustness --data digits --seeds 3
+PGD-20 attacks the same images for all arms. AutoAttack's APGD-CE and APGD-T attack what is left.
+
+    python -m benchmarks.evidence.robustness --data digits
     python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9
 
 The same command continues an interrupted one, and does not repeat results that are in the record.
@@ -20,11 +23,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.common.arguments import option
 from benchmarks.common.tables import (
+    ATTACKS,
     Record,
+    Row,
     accuracy_columns,
     device,
     make_table,
@@ -51,6 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "gradnorm-strong": {"method": "gradnorm", "gn_weight": 2.4},
     "pgd_at": {"method": "pgd_at"},
     "fgsm_rs": {"method": "fgsm_rs"},
+    "n_fgsm": {"method": "n_fgsm"},
     "edge": {"method": "edge"},
     "pag": {"method": "pag"},
     "trades": {"method": "trades"},
@@ -62,9 +66,21 @@ If the precision is not among the options, it is fp32 on a CPU and bf16 on a GPU
 """
 PAIRS = (
     *((f"gradnorm-{name}", "gradnorm") for name in ("bf16", "fd", "lazy2", "lazy4", "subset")),
-    *(("gradnorm", name) for name in ("fgsm_rs", "pgd_at", "trades", "gradnorm+fgsm")),
+    *(("gradnorm", name) for name in ("natural", "fgsm_rs", "n_fgsm", "edge", "pag")),
+    *(("gradnorm", name) for name in ("pgd_at", "trades", "gradnorm+fgsm")),
 )
 """Pairs of training methods that the second table compares."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A length of training, and what is trained for it."""
+
+    share: float
+    """Number of epochs, divided by those of the setting."""
+    seeds: int
+    arms: tuple[str, ...] | None = None
+    """Names of the training methods. None means all that are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +96,23 @@ class Setting:
     start: dict[str, Any]
     """Options of fastgn.train for the natural training from whose weights all others start."""
     epochs: int
-    """Number of epochs of gradnorm. The other methods get as many as take the same operations."""
+    """Number of epochs of a training whose budget is 1."""
+    budgets: tuple[Budget, ...]
+    """Lengths of training, the most informative first."""
     eps: float
     """Radius of the perturbations that the methods train against."""
     eval_eps: tuple[float, ...]
     """Radii of the attacks."""
+    curve_eps: tuple[float, ...]
+    """Further radii of PGD-20."""
     images: int
-    """Number of images that AutoAttack attacks."""
-    pgd_images: int
-    """Number of images that PGD-20 attacks."""
-    attack: str = "autoattack"
+    """Number of images that are attacked."""
+    attack: str = "apgd-ce+t"
+    """Attack on the images that PGD-20 leaves."""
+    full_attack: str = "autoattack"
+    """Attack at the first radius for only one seed, which shows what the faster ones miss."""
+    first_seeds: int = 3
+    """Number of seeds that are trained with all budgets before any other seed."""
 
 
 def digits() -> Setting:
@@ -100,16 +123,20 @@ def digits() -> Setting:
     return Setting(
         networks={"Swin": {"model_kwargs": [*kwargs, "depths=(1, 1)"]}},
         base=base.replace(
-            **{"lr": 4e-3, "smoothing": 0.0, "model_ema_decay": 0.98, "ramp_epochs": 5.0},
+            **{"lr": 4e-3, "smoothing": 0.1, "model_ema_decay": 0.98},
             **{"eval_images": 360, "checkpoint_hist": 1},
         ),
-        arms=tuple(ARMS),
+        arms=(
+            *("natural", "gradnorm", "gradnorm-fd", "pgd_at", "fgsm_rs", "n_fgsm", "edge"),
+            "pag",
+        ),
         start={"epochs": 30, "warmup_epochs": 2.0},
-        epochs=15,
+        epochs=60,
+        budgets=(Budget(1, 8), Budget(0.5, 3), Budget(2, 3), Budget(4, 3, ("gradnorm", "pgd_at"))),
         eps=0.025,
         eval_eps=(0.025, 0.05),
-        images=30,
-        pgd_images=360,
+        curve_eps=(0.0125, 0.0375, 0.075),
+        images=360,
     )
 
 
@@ -133,13 +160,14 @@ def cifar10() -> Setting:
             },
         },
         base=base,
-        arms=("natural", "gradnorm", "gradnorm-fd", "edge", "pgd_at", "fgsm_rs"),
+        arms=("natural", "gradnorm", "pgd_at", "fgsm_rs", "n_fgsm", "edge"),
         start={"epochs": 12, "warmup_epochs": 1.0},
         epochs=8,
+        budgets=(Budget(1, 3),),
         eps=4 / 255,
-        eval_eps=(4 / 255, 8 / 255, 2 / 255),
+        eval_eps=(4 / 255, 8 / 255, 2 / 255, 1 / 255),
+        curve_eps=(),
         images=1000,
-        pgd_images=1000,
     )
 
 
@@ -154,10 +182,12 @@ def smoke(setting: Setting) -> Setting:
         base=setting.base.replace(eval_images=16),
         start={"epochs": 1, "warmup_epochs": 0.0},
         epochs=2,
+        budgets=(setting.budgets[0], Budget(2, 1, ("gradnorm",))),
         eval_eps=setting.eval_eps[:1],
-        images=2,
-        pgd_images=16,
+        curve_eps=(2 * setting.eps,),
+        images=8,
         attack="apgd-ce",
+        full_attack="fgsm",
     )
 
 
@@ -175,13 +205,15 @@ def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Conf
 def for_epochs(cfg: Config, epochs: int) -> Config:
     """Returns the configuration with another number of epochs and about six evaluations.
 
-    The penalty ramps up in a quarter of the epochs, and the learning rate in a twentieth.
+    The learning rate ramps up in a twentieth of the epochs. The weight of edge grows from 1 to 10,
+    as it does in 100 epochs in the paper.
     """
+    ramp = {"ramp_start": 1 / 19, "ramp_epochs": 2.0 * epochs}
     return cfg.replace(
         epochs=epochs,
         warmup_epochs=0.05 * epochs,
-        ramp_epochs=0.25 * epochs,
         eval_interval=max(1, epochs // 6),
+        **(ramp if cfg.objective.method == "edge" else {}),
     )
 
 
@@ -191,13 +223,20 @@ def units_of(cfg: Config) -> float:
     return count_passes(build_objective(cfg.objective), schedule_of(cfg.step), weight_grads).units
 
 
-def evaluations_of(setting: Setting) -> tuple[tuple[str, ...], ...]:
-    """Returns the command-line flags of each evaluation. PGD-20 comes first: it is fastest."""
-    eps = [repr(eps) for eps in setting.eval_eps]
-    few, many = str(setting.images), str(setting.pgd_images)
-    quick = ("--attacks", "clean", "pgd-20", "--eps", *eps, "--num-images", many)
-    slow = ("--attacks", setting.attack, "--num-images", few, "--eps")
-    return (quick, *((*slow, radius) for radius in eps))
+def evaluations_of(setting: Setting, full: bool) -> tuple[tuple[str, ...], ...]:
+    """Returns the command-line flags of each evaluation.
+
+    full: whether to run the full attack, too.
+    """
+
+    def evaluation(eps: Sequence[float], *attacks: str) -> tuple[str, ...]:
+        images = ("--num-images", str(setting.images))
+        return ("--attacks", *attacks, "--eps", *map(repr, eps), *images)
+
+    found = [evaluation(setting.eval_eps, "clean", "pgd-20", setting.attack) + ("--successive",)]
+    found += [evaluation(setting.curve_eps, "pgd-20")] if setting.curve_eps else []
+    found += [evaluation(setting.eval_eps[:1], setting.full_attack)] if full else []
+    return tuple(found)
 
 
 def equal_rows(record: Record) -> list[dict[str, Any]]:
@@ -215,27 +254,34 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
 
     A row is a dict from a heading of the table to the text of its cell.
     """
-    eps = record["eps"]
-    attacks = {"clean": ("clean", 0.0), f"AutoAttack {eps:.4g}": ("autoattack", eps)}
-    attacks[f"PGD-20 {eps:.4g}"] = ("pgd-20", eps)
-    rows = {(row["network"], row["arm"]): row for row in equal_rows(record)}
-    for network in record["networks"]:
+    attacks = {"clean": ("clean", 0.0)}
+    for attack in ("autoattack", "apgd-ce+t", "pgd-20"):
+        attacks[f"{ATTACKS[attack]} {record['eps']:.4g}"] = (attack, record["eps"])
+    rows = {(row["network"], budget_of(row), row["arm"]): row for row in equal_rows(record)}
+    for network, budget in dict.fromkeys(key[:2] for key in rows):
         for arm, against in PAIRS:
-            one, other = rows.get((network, arm)), rows.get((network, against))
+            one, other = (rows.get((network, budget, name)) for name in (arm, against))
             if one is None or other is None:
                 continue
             found = {name: paired_difference(one, other, *a) for name, a in attacks.items()}
             if any(found.values()):
                 yield {
-                    **{"network": network, "arm": arm, "against": against},
+                    **{"network": network, "budget": budget, "arm": arm, "against": against},
                     **{name: str(value or "") for name, value in found.items()},
                     "operations": f"{one['units'] / other['units']:.2f}",
                 }
 
 
+def budget_of(row: Row) -> str:
+    """Returns a row's budget as text, or "" for a row of an older record, which has none."""
+    return f"{row['budget']:g}" if "budget" in row else ""
+
+
 def attacked_images(record: Record) -> str:
     """Returns a sentence with the numbers of attacked images."""
     images = record["images"]
+    if isinstance(images, int):
+        return f"{images} images, APGD-CE+T on those that PGD-20 leaves"
     own = images.get("autoattack, each seed its own")  # only in older records
     few = f"{own} images per seed, each seed's own" if own else f"{images['autoattack']} images"
     return f"AutoAttack on {few}, the rest on {images['pgd-20']}"
@@ -250,6 +296,7 @@ def table(record: Record) -> str:
     columns = {
         "network": [row["network"] if several else "" for row in rows],
         "arm": [row["arm"] for row in rows],
+        "budget": list(map(budget_of, rows)),
         "epochs": [str(row["epochs"]) for row in rows],
         "operations an update": [f"{row['units']:.3g}" for row in rows],
     }
@@ -259,7 +306,7 @@ def table(record: Record) -> str:
         f"{record['precision']} where an arm does not say otherwise; "
         f"{over_seeds(record['seeds'])}",
         f"all from one natural start a seed, for Linf eps {record['eps']:.4g}",
-        "as many epochs as take gradnorm's operations",
+        *(["as many epochs as take gradnorm's operations"] if "budgets" not in record else []),
         attacked_images(record),
         *(f"left out: {arm} ({why})" for arm, why in record.get("superseded", {}).items()),
         *([] if record["complete"] else ["not all of it has run yet"]),
@@ -318,30 +365,30 @@ def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) ->
     precision, number = device_precision(), list(setting.networks).index(network) + 1
     plain = arm_config(setting, network, "natural", precision)
     plain = plain.replace(**setting.start, eval_interval=setting.start["epochs"])
-    whole = setting.epochs * units_of(arm_config(setting, network, "gradnorm", precision))
     arms = []
-    for name in names:
-        cfg = arm_config(setting, network, name, precision)
-        units = units_of(cfg)
-        epochs = max(1, round(whole / units))
-        head = {"network": network, "arm": name, "epochs": epochs, "units": units}
-        runs = [
-            Trial(
-                f"{name}_n{number}_s{seed}_e{epochs}",
-                for_epochs(cfg, epochs).replace(seed=seed),
-                evaluations_of(setting),
-                Trial(f"start_n{number}_s{seed}", plain.replace(seed=seed)),
-            )
-            for seed in range(seeds)
-        ]
-        arms.append(Arm(head | {"total_units": epochs * units}, runs))
+    for place, budget in enumerate(setting.budgets):
+        for name in (name for name in names if budget.arms is None or name in budget.arms):
+            cfg = arm_config(setting, network, name, precision)
+            units, epochs = units_of(cfg), max(1, round(budget.share * setting.epochs))
+            runs = [
+                Trial(
+                    f"{name}_n{number}_s{seed}_e{epochs}",
+                    for_epochs(cfg, epochs).replace(seed=seed),
+                    evaluations_of(setting, full=seed == place == 0),
+                    Trial(f"start_n{number}_s{seed}", plain.replace(seed=seed)),
+                    wave=2 if seed >= setting.first_seeds else min(place, 1),
+                )
+                for seed in range(min(seeds, budget.seeds))
+            ]
+            head = {"network": network, "arm": name, "budget": budget.share, "epochs": epochs}
+            arms.append(Arm(head | {"units": units, "total_units": epochs * units}, runs))
     return arms
 
 
 @study_program(
     option("--methods", nargs="+", choices=ARMS, help="default: those of the data"),
     data=tuple(SETTINGS),
-    seeds=1 if torch.cuda.is_available() else 3,
+    seeds=8,
 )
 def main(args: argparse.Namespace, work: Path) -> Study:
     """Returns the study that the command line asks for. work: folder for the trainings."""
@@ -358,7 +405,8 @@ def main(args: argparse.Namespace, work: Path) -> Study:
         "start": setting.start,
         "eps": setting.eps,
         "eval_eps": sorted(setting.eval_eps),
-        "images": {"autoattack": setting.images, "pgd-20": setting.pgd_images},
+        "budgets": [dataclasses.asdict(budget) for budget in setting.budgets],
+        "images": setting.images,
         "arms": {name: ARMS[name] for name in names},
     }
     return Study([arm for several in arms for arm in several], head)

@@ -120,8 +120,9 @@ def run_study(study: Study, output: Path, work: Path, processes: int, deadline: 
         return write_record(output, {**study.head, "complete": complete, "rows": begun})
 
     save()
-    # trains all arms with one seed before any arm with the next seed
-    todo = sorted((t for name, t in planned.items() if name not in cells), key=lambda t: t.seed)
+    # in each wave, trains all arms with one seed before any arm with the next seed
+    todo = [trial for name, trial in planned.items() if name not in cells]
+    todo.sort(key=lambda trial: (trial.wave, trial.seed))
     finished = trials.run_all(todo, work, processes=processes, deadline=deadline, save=save)
     written = save(complete=finished)
     print(f"{len(cells)} of {len(planned)} trainings finished -> {written}")

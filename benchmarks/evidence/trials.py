@@ -40,6 +40,8 @@ class Trial:
     """Command-line flags of each evaluation by fastgn.evaluate, without --checkpoint and
     --output."""
     start: "Trial | None" = None
+    wave: int = 0
+    """A study runs the trials of wave 0 first, then those of wave 1, and so on."""
 
     @property
     def seed(self) -> int:
@@ -62,6 +64,13 @@ class Trial:
     def key(self) -> str:
         """Name of the training's folder: the trial's name, and a digest of `weights_made_by`."""
         return f"{self.name}_{digest(self.weights_made_by)}"
+
+
+HISTORY = {
+    **{"epoch": "epoch", "clean": "clean_accuracy", "pgd10": "pgd10_accuracy"},
+    **{"ce": "ce", "penalty": "penalty"},
+}
+"""Key in the history of a training -> column of its metrics.csv."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -245,7 +254,7 @@ def result(trial: Trial, work: Path) -> dict[str, Any] | None:
     return {
         "failed": None,
         "history": [
-            {"epoch": r["epoch"], "clean": r["clean_accuracy"], "pgd10": r["pgd10_accuracy"]}
+            {name: r[key] for name, key in HISTORY.items() if key in r}
             for r in rows
             if "clean_accuracy" in r
         ],

@@ -28,24 +28,37 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_budgets_are_those_counted_by_hand() -> None:
-    """gradnorm has 15 epochs of 6 forwards: 90. natural 90 / 3 = 30, PGD-3 90 / 9 = 10, a lazy
-    penalty every 4th time 90 / 3.75 = 24."""
-    names = ("gradnorm", "natural", "pgd_at", "gradnorm-lazy4")
-    arms = robustness.arms_of("Swin", names, SETTING, 1)
-    assert {a.head["arm"]: (a.head["units"], a.head["epochs"]) for a in arms} == {
-        "gradnorm": (6, 15),
-        "natural": (3, 30),
-        "pgd_at": (9, 10),
-        "gradnorm-lazy4": (3.75, 24),
-    }
-    assert all(a.trials[0].cfg.flat()["epochs"] == a.head["epochs"] for a in arms)
+def test_budgets_and_costs_are_those_counted_by_hand() -> None:
+    """A whole budget is 60 epochs of 3, 6, 9 or 5 forwards. Eight seeds have it, three the others,
+    and four budgets only gradnorm and pgd_at."""
+    names = ("natural", "gradnorm", "pgd_at", "n_fgsm")
+    arms = robustness.arms_of("Swin", names, SETTING, 8)
+    found = {(a.head["arm"], a.head["budget"]): a for a in arms}
+    assert [*found] == [
+        *((name, budget) for budget in (1, 0.5, 2) for name in names),
+        *(("gradnorm", 4), ("pgd_at", 4)),
+    ]
+    assert [found[name, 1].head["units"] for name in names] == [3, 6, 9, 5]
+    for (_, budget), arm in found.items():
+        assert arm.head["epochs"] == 60 * budget
+        assert arm.head["total_units"] == 60 * budget * arm.head["units"]
+        assert len(arm.trials) == (8 if budget == 1 else 3)
+        for trial in arm.trials:
+            assert trial.cfg.flat()["epochs"] == arm.head["epochs"]
+            assert trial.start == found["natural", 1].trials[trial.seed].start
+            assert trial.cfg.flat()["smoothing"] == 0.1
+    order = sorted((t for a in arms for t in a.trials), key=lambda t: (t.wave, t.seed))
+    epochs = [trial.cfg.flat()["epochs"] for trial in order]
+    assert epochs[:12] == [60] * 12 and [t.seed for t in order[:12:4]] == [0, 1, 2]
+    assert set(epochs[12:42]) == {30, 120, 240} and {t.seed for t in order[12:42]} == {0, 1, 2}
+    assert epochs[42:] == [60] * 20 and order[42].seed == 3
+    with_all = [t for t in order if any("autoattack" in flags for flags in t.evaluations)]
+    assert with_all == order[:4], "of one seed"
 
 
 def test_each_arm_is_a_line_that_config_accepts() -> None:
-    arms = SETTING.arms
-    assert set(arms) == set(robustness.ARMS) >= {"natural", "gradnorm", "pgd_at", "fgsm_rs"}
-    for arm in arms:
+    assert set(SETTING.arms) < set(robustness.ARMS)
+    for arm in robustness.ARMS:
         cfg = robustness.arm_config(SETTING, "Swin", arm, "fp32")
         objective = robustness.for_epochs(cfg, 1).objective
         assert objective.method in METHODS
@@ -62,12 +75,18 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
 def test_the_record_holds_every_arm_with_accuracy_cost_and_history(done: Path) -> None:
     record = json.loads((done / "out.json").read_text())
     assert record["complete"]
-    natural, gradnorm = record["rows"]
-    assert (natural["arm"], gradnorm["arm"]) == ("natural", "gradnorm")
-    assert natural["epochs"] == 4 and natural["units"] == 3 and natural["total_units"] == 12
-    assert [h["epoch"] for h in natural["seeds"][0]["history"]] == [1, 2, 3, 4]
-    attacks = {(a["attack"], a["images"]) for a in natural["accuracy"]}
-    assert attacks == {("clean", 16), ("pgd-20", 16), ("apgd-ce", 2)}
+    arms = [(row["arm"], row["budget"]) for row in record["rows"]]
+    assert arms == [("natural", 1), ("gradnorm", 1), ("gradnorm", 2)]
+    natural, _, longer = record["rows"]
+    assert natural["epochs"] == 2 and natural["units"] == 3 and natural["total_units"] == 6
+    history = longer["seeds"][0]["history"]
+    assert [h["epoch"] for h in history] == [1, 2, 3, 4]
+    assert all(h["ce"] > 0 and h["penalty"] > 0 for h in history)
+    attacks = [(a["attack"], a["eps"], a["images"]) for a in natural["accuracy"]]
+    assert attacks == [
+        *(("clean", 0.0, 8), ("pgd-20", 0.025, 8), ("apgd-ce", 0.025, 8)),
+        *(("pgd-20", 0.05, 8), ("fgsm", 0.025, 8)),
+    ]
     for row in record["rows"]:
         for a in row["accuracy"]:
             assert 0 <= a["accuracy"]["mean"] <= 1 and a["accuracy"]["n"] == 1
@@ -109,7 +128,7 @@ def test_another_machine_goes_on_with_the_record(
     again = json.loads((tmp_path / "out.json").read_text())
     assert again["complete"]
     assert again["rows"][:-1] == record["rows"]
-    assert again["rows"][-1]["arm"] == lost["arm"] and len(again["rows"][-1]["seeds"]) == 1
+    assert again["rows"][-1]["budget"] == lost["budget"] and len(again["rows"][-1]["seeds"]) == 1
     assert len(made) == 2  # the start, and the missing one
 
 
@@ -266,6 +285,15 @@ def test_the_table_is_made_from_the_record() -> None:
     assert lines[2] == "| gradnorm | 3 | 6 | 90.0 ± 0.0 | 65.0 ± 7.1 |"
     assert lines[3] == "| fgsm_rs | 3 | 6 | 90.0 ± 0.0 | 55.0 ± 7.1 |"
     assert lines[-3].startswith("| gradnorm | fgsm_rs | +0.0 ± 0.0 | +10.0 ± 0.0 * |")
+
+
+def test_the_table_keeps_budgets_apart() -> None:
+    record = fake_record() | {"budgets": [], "images": 100}
+    record["rows"] = [row | {"budget": b} for b in (1, 0.5) for row in record["rows"][:2]]
+    text = robustness.table(record)
+    assert "| fgsm_rs | 0.5 | 3 | 6 |" in text and "100 images, APGD-CE+T on those" in text
+    assert "| 0.5 | gradnorm | fgsm_rs | +0.0 ± 0.0 | +10.0 ± 0.0 * |" in text
+    assert "| 1 | gradnorm | fgsm_rs |" in text and "gradnorm's operations" not in text
 
 
 @pytest.mark.slow
