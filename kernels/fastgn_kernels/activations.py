@@ -1,16 +1,23 @@
 """Activation functions with an optional fused bias, and their first and second derivatives.
 
-Names: u = x + bias is the input of the activation f, and y = f(u). gy is the gradient of the loss
-with respect to y; gx and gbias are those with respect to x and bias. ggx and ggbias are the
-cotangents of gx and gbias: the gradients that the second backward pass starts from. The results of
-that pass are ggy, the gradient with respect to gy, and again gx and gbias.
+Names of tensors:
 
-Forward: y = f(u).
-Backward: gx = gy f'(u), and gbias is the sum of gx over the rows.
-Backward of the backward, with s = ggx + ggbias: ggy = s f'(u), gx = s gy f''(u), and gbias is the
-sum of that gx over the rows.
+- x is the input, bias is the bias, and u = x + bias;
+- y = f(u) is the output of the activation function f;
+- gy, gx, gbias and gu are the gradients of the loss with respect to y, x, bias and u;
+- ggx and ggbias are the cotangents of gx and gbias, which are the gradients of the loss with
+  respect to gx and gbias. The backward of the backward starts from them;
+- ggy is the gradient with respect to gy. The backward of the backward returns it, together with its
+  own gx and gbias.
 
-Each of these is one kernel, which reads every input once and writes every output once.
+Formulas:
+
+- Forward: y = f(u).
+- Backward: gx = gy f'(u), and gbias is the sum of gx over the rows.
+- Backward of the backward: let s = ggx + ggbias. Then ggy = s f'(u) and gx = s gy f''(u). gbias is
+  the sum of this gx over the rows.
+
+Each of the three is one kernel, which reads every input once and writes every output once.
 """
 
 import torch
@@ -36,14 +43,14 @@ from fastgn_kernels.dispatch import (
 from fastgn_kernels.maths import TABLE, in_pytorch
 
 BLOCK = 1024
-"""Number of elements per Triton program if the activation has no bias. Each thread has 8 elements,
-so it reads 16 bytes of a 16-bit dtype at once."""
+"""Number of elements that a Triton program processes if the activation has no bias. Each thread has
+8 elements, so it reads 16 bytes of a 16-bit dtype at once."""
 TILE = 2048
-"""Number of elements per Triton program if the activation has a bias. The elements form a tile of
-rows and columns."""
+"""Number of elements that a Triton program processes at a time if the activation has a bias. They
+form a tile of rows and columns."""
 
 WITH_PARAMETER = ("softplus", "elu", "leaky_relu")
-"""Kinds of activation that take a parameter."""
+"""Kinds of activation for which `activation` takes a parameter, such as the slope of leaky_relu."""
 
 
 @triton.jit
@@ -52,12 +59,23 @@ def _process_tile(
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the outputs of one tile, and returns the gradient with respect to u = x + bias.
+    """Computes one tile of the outputs and stores it. A tile is what a program processes at a time.
 
-    The sum of this gradient over the rows is gbias. ORDER is 0 for the forward, 1 for the backward
-    and 2 for the backward of the backward. The forward returns u instead of a gradient. The tensor
-    `out` is y for order 0, gx for order 1 and ggy for order 2. VALUE, FIRST, SECOND, MULTIPLY: the
-    functions of a `maths.Activation`.
+    - x_pointer: input x of the activation.
+    - gy_pointer: gradient of the loss with respect to the output y. Orders 1 and 2 read it.
+    - ggx_pointer: gradient of the loss with respect to gx, the result of the backward. Only order 2
+      reads it.
+    - out_pointer: y for order 0, gx for order 1, and the gradient with respect to gy for order 2.
+    - gx_pointer: gradient with respect to x for order 2. Other orders do not use it.
+    - offsets, inside: positions of the tile's elements, and a mask that is False for padding.
+    - bias, ggbias: the bias, and the gradient of the loss with respect to the bias gradient. Each
+      is a tile, or 0.0.
+    - VALUE, FIRST, SECOND, MULTIPLY: the functions of a `maths.Activation`.
+    - PARAMETER: the activation's parameter, such as the slope of leaky_relu.
+    - ORDER: 0 for the forward, 1 for the backward and 2 for the backward of the backward.
+
+    Returns u = x + bias for order 0, otherwise the gradient with respect to u. The sum of this
+    gradient over the rows is the gradient of the bias.
     """
     u = tl.load(x_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE) + bias
     if ORDER == 0:
@@ -82,8 +100,11 @@ def _activation_kernel(
     VALUE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MULTIPLY: tl.constexpr,
     PARAMETER: tl.constexpr, ORDER: tl.constexpr, COMPUTE_DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Computes the forward, the backward or the backward of the backward of an activation without a
-    bias."""
+    """Computes an activation without a bias, or one of its two derivatives.
+
+    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward.
+    `_process_tile` describes the other arguments.
+    """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _process_tile(
         x_pointer, gy_pointer, ggx_pointer, out_pointer, gx_pointer, offsets,
@@ -101,10 +122,13 @@ def _bias_activation_kernel(
     HAS_GGBIAS: tl.constexpr, BIAS_GRAD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the forward, the backward or the backward of the backward of an activation with a
-    bias.
+    """Computes an activation with a bias, or one of its two derivatives.
 
-    Each program also writes a partial sum of the bias gradient.
+    If BIAS_GRAD is True, each program also computes the sum of the bias gradient over its own rows,
+    and stores this partial sum at partial_sums_pointer.
+
+    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward.
+    `_process_tile` describes the other arguments.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     bias = tl.load(bias_pointer + column, mask=column < columns, other=0.0)
@@ -125,7 +149,7 @@ def _bias_activation_kernel(
         if BIAS_GRAD:
             total += gu
     if BIAS_GRAD:
-        # partial sums instead of atomic additions, so that every run gives the same bits
+        # no atomic additions into one sum, because their order would change the result's last bits
         to = partial_sums_pointer + tl.program_id(1).to(tl.int64) * columns + column
         tl.store(to, tl.sum(total, axis=0), mask=column < columns)
 
@@ -136,16 +160,25 @@ def _run_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes an activation or one of its two derivatives with a Triton kernel.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. kind: name of
-    the activation. parameter: parameter of that activation, such as the slope of leaky_relu.
-    weight_grads: whether to compute gbias. Returns (y, empty, empty) for order 0, (gx, empty,
-    gbias) for order 1 and (ggy, gx, gbias) for order 2. "empty" is a tensor without elements, and
-    so is gbias if it is not computed.
+    - order: 0 for the forward, 1 for the backward, 2 for the backward of the backward.
+    - kind, parameter: name of the activation, and its parameter, such as the slope of leaky_relu.
+    - weight_grads: whether to compute gbias, the gradient of the bias.
+    - gy: gradient of the loss with respect to the output y. None for order 0.
+    - ggx, ggbias: gradients of the loss with respect to gx and gbias, the results of the backward.
+      Only order 2 uses them.
+
+    Returns three tensors:
+
+    - Order 0: (y, empty, empty).
+    - Order 1: (gx, empty, gbias), the gradients with respect to x and bias.
+    - Order 2: (ggy, gx, gbias), the gradients with respect to gy, x and bias.
+
+    "empty" is a tensor without elements. gbias is empty if it is not computed.
     """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
     x = with_strides_of(x, out)
-    # a kernel needs a tensor for every argument, so it gets x for those that it will not read
+    # a kernel takes a tensor for every argument, so x stands in for tensors that it will not read
     gy = with_strides_of(gy, out) if gy is not None else x
     ggx = with_strides_of(ggx, out) if ggx is not None else x
     if bias is None:
@@ -178,7 +211,7 @@ def _run_plain(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Computes an activation or one of its two derivatives with PyTorch's operators.
 
-    The arguments and results are those of `_run_kernel`, which runs a Triton kernel.
+    Arguments and results are those of `_run_kernel`, which runs a Triton kernel instead.
     """
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     value, first, second, multiply = map(in_pytorch, TABLE[kind][:4])
@@ -207,9 +240,12 @@ def _allocate_outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns uninitialised tensors for the three results of `_run_kernel`.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. A result that
-    is not computed is a tensor without elements, because a custom op cannot return None. Without a
-    bias, the results have the strides of `x` if these leave no holes in memory.
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. weight_grads:
+    whether the gradient of the bias is computed.
+
+    A result that is not computed is a tensor without elements, because a custom op cannot return
+    None. The results have the strides of `x` if there is no bias and the elements of `x` fill its
+    memory without holes.
     """
     memory_format = torch.preserve_format if bias is None else torch.contiguous_format
     out = torch.empty_like(x, memory_format=memory_format)
@@ -264,8 +300,11 @@ def _(
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the forward op, which takes (x, bias, kind, parameter).
+
+    gy: gradient of the loss with respect to the output. `dispatch.register_derivative` describes
+    the other arguments.
+    """
     gx, gbias = _activation_bwd(gy, *saved, *options[-2:], wanted[1])
     return gx, gbias if wanted[1] else None, None, None
 
@@ -274,8 +313,12 @@ def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the backward op, which takes gy, x, bias and three
+    options.
+
+    ggx, ggbias: gradients of the loss with respect to the outputs of the backward op. None means
+    zero. `dispatch.register_derivative` describes the other arguments.
+    """
     gy, x, bias = saved
     if ggx is None:
         ggx = torch.zeros_like(x)
@@ -304,15 +347,15 @@ def activation(
     """Returns f(x + bias) for an activation function f.
 
     The value, the first derivative and the second derivative take one kernel each. They are
-    computed in float32, or in float64 if x is float64. In code compiled by torch.compile the
-    function calls `reference.activation` instead, whose operators Inductor fuses with their
-    neighbours.
+    computed in float32, or in float64 if x is float64. In code compiled by torch.compile, this
+    function calls `reference.activation` instead. Inductor fuses the operators of that function
+    with the operations around them.
 
     Args:
         x: tensor of any shape (..., C) and any floating-point dtype.
         kind: one of ``fastgn_kernels.ACTIVATIONS``.
-        bias: (C,), any floating-point dtype. The kernel that computes the gradient of x also
-            computes the gradient of bias.
+        bias: (C,), any floating-point dtype. None means that there is no bias. The kernel that
+            computes the gradient of x also computes the gradient of bias.
         parameter: beta of softplus, alpha of elu or negative slope of leaky_relu. If None,
             PyTorch's default is used.
 
@@ -328,13 +371,14 @@ def activation(
     if kind not in TABLE:
         raise ValueError(f"activation: kind {kind!r} is not one of {', '.join(TABLE)}")
     if parameter is not None and kind not in WITH_PARAMETER:
-        # an error, because reference.activation would ignore the parameter in compiled code
+        # without this error, reference.activation would ignore the parameter in compiled code
         raise ValueError(
-            f"activation: {kind} has no parameter, only {', '.join(WITH_PARAMETER)} have one"
+            f"activation: {kind} has no parameter, only {', '.join(WITH_PARAMETER)} have one: "
+            "leave out the argument parameter"
         )
     if bias is not None and (bias.ndim != 1 or bias.shape != x.shape[-1:]):
         raise ValueError(
-            f"activation: bias is {tuple(bias.shape)}, should be {tuple(x.shape[-1:])}"
+            f"activation: bias has shape {tuple(bias.shape)}, should be {tuple(x.shape[-1:])}"
         )
     check_floating("activation", x=x, bias=bias)
     if parameter is None:
@@ -346,10 +390,10 @@ def activation(
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
-    """Returns gelu(x + bias), with the shape and dtype of x; see `activation`.
+    """Returns gelu(x + bias), with the shape and dtype of x, as `activation` does.
 
-    approximate: "none" for the exact function with erf, or "tanh", as in ``F.gelu``. Raises
-    ValueError for any other value.
+    approximate: "none" for the exact function with erf, or "tanh" for its approximation with tanh,
+    as in ``F.gelu``. Raises ValueError for any other value. bias: see `activation`.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate {approximate!r} should be 'none' or 'tanh'")
@@ -357,5 +401,6 @@ def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Te
 
 
 def silu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns silu(x + bias), with the shape and dtype of x; see `activation`."""
+    """Returns silu(x + bias), with the shape and dtype of x. `activation` describes the
+    arguments."""
     return activation(x, "silu", bias)

@@ -1,18 +1,26 @@
 """Cross-entropy with class indices or class probabilities, and its two derivatives.
 
-Names: z are the logits of one sample and p = softmax(z). t are the sample's target probabilities.
-For a class index, t is 1 for that class and 0 for the others. T is the sum of t. gl is the gradient
-of the final loss with respect to this sample's loss, and gz is the gradient of the final loss with
-respect to z. ggz is the cotangent of gz: the gradient that the second backward pass starts from.
-That pass computes ggl, the gradient with respect to gl, and again a gradient with respect to z,
-which is also called gz.
+Names, for one sample:
 
-Forward: loss = T logsumexp(z) - sum(t z).
-Backward: gz = gl (T p - t).
-Backward of the backward: ggl = sum(ggz (T p - t)) and gz = gl T p (ggz - sum(p ggz)).
+- z are the logits, and p = softmax(z).
+- t are the target probabilities. For a class index, t is 1 for that class and 0 for the others.
+- T is the sum of t.
+- gl is the gradient of the final loss with respect to this sample's loss.
+- gz is the gradient of the final loss with respect to z.
+- ggz is the cotangent of gz, which is the gradient of the final loss with respect to gz. The
+  backward of the backward starts from it.
+- ggl is the gradient with respect to gl. The backward of the backward returns it, together with its
+  own gz.
 
-Each of these is one kernel, which reads every input once and writes every output once. A program
-holds whole rows, and every kernel recomputes p, so that only z and t are kept for the backward.
+Formulas:
+
+- Forward: loss = T logsumexp(z) - sum(t z).
+- Backward: gz = gl (T p - t).
+- Backward of the backward: ggl = sum(ggz (T p - t)) and gz = gl T p (ggz - sum(p ggz)).
+
+Each of the three is one kernel, which reads every input once and writes every output once. A
+program holds whole rows, and every kernel recomputes p. Therefore only z and t are kept for the
+backward.
 """
 
 from typing import Any
@@ -37,12 +45,15 @@ from fastgn_kernels.dispatch import (
 )
 
 TILE = 1024
-"""Smallest number of elements that a Triton program processes. Several shorter rows share a
+"""Smallest number of elements that a Triton program processes. Shorter rows of logits share a
 program, and a longer row has a program of its own."""
 PER_THREAD = 8
-"""Number of elements per thread. With 8, a thread reads 16 bytes of a 16-bit dtype at once."""
+"""Number of elements that each thread of a Triton program processes. With 8, a thread reads 16
+bytes of a 16-bit dtype at once."""
 LARGEST_ROW = 64 << 10
-"""Largest size in bytes, in the compute dtype, of a row that 1024 threads can hold in registers.
+"""Largest size in bytes of a row of logits, in the compute dtype, for which the Triton kernels run.
+A longer row would not fit the registers of 1024 threads.
+
 Rows of 16384 float32 classes spill no registers on sm_70, sm_80 and sm_90. With 32768 classes, a
 thread spills up to 700 bytes. With 8192 float64 classes, the kernel of the second derivative spills
 112 bytes per thread."""
@@ -54,17 +65,28 @@ def _load_tile(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Loads the rows that one program processes, and computes what all three kernels need.
+    """Loads the rows of logits that one program processes, and computes what all three kernels
+    need.
 
-    Returns (row, offsets, inside, chosen, t, T, z - max(z), e, sum of e) for e = exp(z - max(z)).
-    row, offsets: the rows' numbers, and the positions of their elements in memory. inside: mask
-    that is False for padding. z, t, T: the logits, the target probabilities and their sum. chosen:
-    mask of the elements that may contribute to sum(t z).
+    logits_pointer, targets_pointer: the logits, (rows, COLUMNS), and the targets. INDEXED: whether
+    the targets are class indices, (rows,), instead of probabilities, (rows, COLUMNS).
+
+    Returns a tuple of nine tiles. Here z are the logits, and t are the target probabilities.
+
+    - row: indices of the rows.
+    - offsets: positions of the rows' elements in memory.
+    - inside: mask that is False for padding.
+    - chosen: mask of the elements that may contribute to the sum of t * z.
+    - t: the target probabilities.
+    - total: sum of t in each row. It is NaN if a class index is out of range.
+    - shifted: z - max(z) in each row.
+    - exponential: exp(z - max(z)).
+    - normaliser: sum of exp(z - max(z)) in each row.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = row[:, None]
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    # if COLUMNS is a constant such as 1000, the compiler knows that it may load 8 elements at once
+    # COLUMNS is a compile-time constant, so that the compiler may load 8 elements at once
     offsets = row * COLUMNS + column
     inside = (row < rows) & (column < COLUMNS)
     z = tl.load(logits_pointer + offsets, mask=inside, other=float("-inf")).to(COMPUTE_DTYPE)
@@ -75,7 +97,7 @@ def _load_tile(
         valid = (index >= 0) & (index < COLUMNS)
         total = tl.where(valid, 1.0, float("nan")).to(COMPUTE_DTYPE)
     else:
-        # choose all elements, so that a target of 0 with a logit of -inf gives NaN, as in PyTorch
+        # choose all elements, so that a target of 0 and a logit of -inf give NaN, as in PyTorch
         chosen = inside
         t = tl.load(targets_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = tl.sum(t, axis=1, keep_dims=True)
@@ -91,12 +113,16 @@ def _cross_entropy_fwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the loss of each sample."""
+    """Computes the loss of each sample.
+
+    - logits_pointer, targets_pointer: see `_load_tile`.
+    - loss_pointer: the losses, (rows,), which the kernel writes.
+    """
     row, _, _, chosen, t, total, shifted, _, normaliser = _load_tile(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
         BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
-    # with z instead of z - max(z), a large offset common to all logits would cost precision
+    # the sum uses z - max(z), because large logits z would make the difference below imprecise
     picked = tl.sum(tl.where(chosen, t * shifted, 0.0), axis=1, keep_dims=True)
     tl.store(loss_pointer + row, total * tl.log(normaliser) - picked, mask=row < rows)
 
@@ -107,7 +133,13 @@ def _cross_entropy_bwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gz, the gradient of the loss with respect to the logits."""
+    """Computes the gradient of the final loss with respect to the logits.
+
+    - logits_pointer, targets_pointer: see `_load_tile`.
+    - gl_pointer, gl_stride: gradient of the final loss with respect to each sample's loss, and the
+      distance between its elements. The distance is 0 if all samples have the same gradient.
+    - gz_pointer: the gradient with respect to the logits, which the kernel writes.
+    """
     row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
         BLOCK_ROWS, BLOCK_COLUMNS,
@@ -123,10 +155,14 @@ def _cross_entropy_bwd_bwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggl and gz, the gradients with respect to gl and the logits in the second backward
-    pass.
+    """Computes the second derivative.
 
-    gl: gradient with respect to each sample's loss, from which the first backward pass started.
+    - logits_pointer, targets_pointer: see `_load_tile`.
+    - gl_pointer, gl_stride: gradient of the final loss with respect to each sample's loss, and the
+      distance between its elements. The distance is 0 if all samples have the same gradient.
+    - ggz_pointer: gradient of the final loss with respect to gz, the result of the backward.
+    - ggl_pointer, gz_pointer: the gradients with respect to gl and the logits, which the kernel
+      writes.
     """
     row, offsets, inside, _, t, total, _, exponential, normaliser = _load_tile(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
@@ -146,10 +182,18 @@ def _run_kernel(
 ) -> tuple[Tensor, Tensor]:
     """Computes the cross-entropy or one of its two derivatives with a Triton kernel.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. gl: gradient
-    with respect to each sample's loss. ggz: cotangent of the logits' gradient. Returns (loss,
-    empty) for order 0, (empty, gz) for order 1 and (ggl, gz) for order 2. "empty" is a tensor
-    without elements.
+    - order: 0 for the forward, 1 for the backward, 2 for the backward of the backward.
+    - gl: gradient of the final loss with respect to each sample's loss. None for order 0.
+    - ggz: gradient of the final loss with respect to gz, the result of the backward. Only order 2
+      uses it.
+
+    Returns two tensors:
+
+    - Order 0: (the loss of each sample, empty).
+    - Order 1: (empty, gz), with the gradient gz with respect to the logits.
+    - Order 2: (ggl, gz), the gradients with respect to gl and to the logits.
+
+    "empty" is a tensor without elements.
     """
     per_row, gz = _allocate_outputs(order, logits)
     rows, columns = logits.shape
@@ -171,7 +215,7 @@ def _run_kernel(
     if gl is None:
         _cross_entropy_fwd_kernel[grid](logits, targets, per_row, rows, **constants)
     elif ggz is None:
-        # if the loss is the mean over samples, gl is one number, expanded with stride 0
+        # gl may be one number expanded with stride 0, for example if the loss is a mean
         _cross_entropy_bwd_kernel[grid](logits, targets, gl, gl.stride(0), gz, rows, **constants)
     else:
         _cross_entropy_bwd_bwd_kernel[grid](
@@ -185,7 +229,7 @@ def _run_plain(
 ) -> tuple[Tensor, Tensor]:
     """Computes the cross-entropy or one of its two derivatives with PyTorch's operators.
 
-    The arguments and results are those of `_run_kernel`, which runs a Triton kernel.
+    Arguments and results are those of `_run_kernel`, which runs a Triton kernel instead.
     """
     per_row, gz = _allocate_outputs(order, logits)
     log_p = logits.to(per_row.dtype).log_softmax(1)
@@ -211,9 +255,11 @@ def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the class indices, clamped to 0..K-1, and the sum of each sample's target
     probabilities.
 
-    Both have the shape (B, 1). The sum is 1 for a valid index. If an index is out of range, raises
-    ValueError on a CPU. On CUDA, raising an error would make the CPU wait for the GPU. There the
-    sum is NaN instead, so that the sample's loss becomes NaN.
+    Both have the shape (B, 1). log_p: (B, K), log-probabilities of the classes.
+
+    The sum is 1 if the index is valid. If an index is out of range, the function raises ValueError
+    on a CPU. On CUDA, raising an error would make the CPU wait for the GPU. There the sum is NaN
+    instead, so that the sample's loss becomes NaN.
     """
     columns = log_p.shape[1]
     outside = (targets < 0) | (targets >= columns)
@@ -229,8 +275,11 @@ def _check_indices(targets: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 def _allocate_outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Returns uninitialised tensors for the two results of `_run_kernel`.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. A result that
-    is not computed is a tensor without elements, because a custom op cannot return None.
+    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward.
+
+    The first tensor has one element for each sample, and the second one has the shape of the
+    logits. If a result is not computed, its tensor has no elements, because a custom op cannot
+    return None.
     """
     rows = 0 if order == 1 else logits.shape[0]
     per_row = logits.new_empty(rows, dtype=compute_dtype(logits.dtype))
@@ -238,8 +287,10 @@ def _allocate_outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choose_implementation(logits: Tensor) -> Any:
-    """Returns `_run_kernel` if Triton runs and a row fits a program's registers, otherwise
-    `_run_plain`."""
+    """Returns `_run_kernel` if Triton kernels can run on the logits, otherwise `_run_plain`.
+
+    A row of logits must also fit the registers of a Triton program.
+    """
     fits = logits.shape[1] * compute_dtype(logits.dtype).itemsize <= LARGEST_ROW
     return _run_kernel if fits and runs_triton(logits) else _run_plain
 
@@ -277,16 +328,22 @@ def _(ggz: Tensor, gl: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the forward op, which takes (logits, targets).
+
+    gl: gradient of the final loss with respect to each sample's loss.
+    `dispatch.register_derivative` describes the other arguments.
+    """
     return _cross_entropy_bwd(gl, *saved), None
 
 
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggz: Tensor
 ) -> tuple:
-    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the backward op, which takes (gl, logits, targets).
+
+    ggz: gradient of the final loss with respect to the output of the backward op.
+    `dispatch.register_derivative` describes the other arguments.
+    """
     return *_cross_entropy_bwd_bwd(ggz, *saved), None
 
 
@@ -300,13 +357,13 @@ forbid_third_derivative(_cross_entropy_bwd_bwd, "cross_entropy")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Returns the cross-entropy loss, as ``F.cross_entropy`` computes it but in float32 or float64.
+    """Returns the cross-entropy loss, as ``F.cross_entropy`` does, but in float32 or float64.
 
     The value, the first derivative and the second derivative take one kernel each. Logits that are
     not contiguous are copied first. Rows of more than 16384 classes (8192 in float64) do not fit
     the registers of a Triton program, so PyTorch's operators compute them. In code compiled by
-    torch.compile the function calls `reference.cross_entropy` instead, whose operators Inductor
-    fuses with their neighbours.
+    torch.compile, this function calls `reference.cross_entropy` instead. Inductor fuses the
+    operators of that function with the operations around them.
 
     There is no ignore_index. On a CPU, an index outside 0..K-1 raises ValueError. On CUDA, it makes
     the loss and gradient of its sample NaN, because raising an error would make the CPU wait for
@@ -320,34 +377,41 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
     Returns:
         A scalar, or (B,) for the reduction "none". The dtype is float64 for float64 logits,
-        otherwise float32. PyTorch returns the dtype of the logits, which rounds a half-precision
-        loss to 3 digits.
+        otherwise float32. PyTorch would return the dtype of the logits, which rounds a
+        half-precision loss to 3 digits.
 
     Raises:
         ValueError: if a shape or device does not fit, if the reduction is unknown, or if the
             targets require a gradient, because they would not get one.
-        TypeError: if a dtype is not one of those above.
+        TypeError: if logits is not floating-point, or if targets is neither int64 nor
+            floating-point.
         RuntimeError: if the result is differentiated three times.
     """
     check_floating("cross_entropy", logits=logits)
     if logits.ndim != 2 or not logits.shape[1]:
-        raise ValueError(f"cross_entropy: logits is {tuple(logits.shape)}, should be (B, K), K > 0")
+        raise ValueError(
+            f"cross_entropy: logits has shape {tuple(logits.shape)}, should be (B, K) with K > 0"
+        )
     if not targets.is_floating_point() and targets.dtype != torch.int64:
-        raise TypeError(f"cross_entropy: targets is {targets.dtype}, should be int64 or floating")
+        raise TypeError(
+            f"cross_entropy: targets is {targets.dtype}, should be int64 for class indices, or "
+            "floating-point for probabilities"
+        )
     shape = logits.shape if targets.is_floating_point() else logits.shape[:1]
     if targets.shape != shape:
         raise ValueError(
-            f"cross_entropy: targets is {tuple(targets.shape)} {targets.dtype}, should be "
-            f"{tuple(shape)} for logits {tuple(logits.shape)}"
+            f"cross_entropy: targets of {targets.dtype} has shape {tuple(targets.shape)}, "
+            f"should be {tuple(shape)} because logits has shape {tuple(logits.shape)}"
         )
     if targets.device != logits.device:
         raise ValueError(
-            f"cross_entropy: targets is on {targets.device}, should be on {logits.device}"
+            f"cross_entropy: targets is on {targets.device}, should be on {logits.device} like "
+            "logits"
         )
     if targets.requires_grad:
         raise ValueError(
-            "cross_entropy: targets requires grad, but would get no gradient: detach it, or use "
-            "fastgn_kernels.reference.cross_entropy"
+            "cross_entropy: targets requires grad, but would get no gradient: detach targets, or "
+            "use fastgn_kernels.reference.cross_entropy"
         )
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"cross_entropy: reduction {reduction!r} should be none, mean or sum")

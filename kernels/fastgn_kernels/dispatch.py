@@ -1,11 +1,19 @@
-"""Functions that all ops share: they register ops, choose an implementation and check inputs.
+"""Functions that all ops of this package share.
 
-Each op is a chain of three ``torch.library`` custom ops, ``fastgn::<op>``, ``fastgn::<op>_bwd`` and
-``fastgn::<op>_bwd_bwd``. Each of the first two registers the next one as its derivative. PyTorch
-raises an error when a custom op without a registered derivative is differentiated. A plain
-``autograd.Function`` around a kernel would lose the second-order terms without an error.
+They register ops with PyTorch, choose between Triton kernels and PyTorch's operators, and check
+inputs. An op, such as layer_norm, is a chain of three custom ops of ``torch.library``:
 
-Each op has two implementations with the same formulas: Triton kernels, and PyTorch's operators.
+- ``fastgn::<op>`` is the forward;
+- ``fastgn::<op>_bwd`` is the backward, which computes the first derivative;
+- ``fastgn::<op>_bwd_bwd`` is the backward of the backward, which computes the second derivative.
+
+The backward is registered as the derivative of the forward, and the backward of the backward as the
+derivative of the backward. If a custom op without a registered derivative is differentiated,
+PyTorch raises an error. A plain ``autograd.Function`` around a kernel would instead lose the
+second-order terms without an error.
+
+Each custom op has two implementations of the same formulas. One consists of Triton kernels, and the
+other consists of PyTorch's operators.
 """
 
 import functools
@@ -22,37 +30,38 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton interprets its kernels on the CPU. Triton reads the environment variable when a
-kernel is defined, so the value holds for the whole process."""
+"""Whether Triton's interpreter runs the kernels on the CPU. Triton reads the environment variable
+TRITON_INTERPRET when a kernel is defined, so a later change has no effect."""
 
 LAUNCH = {"enable_fp_fusion": True}
-"""Options for every kernel launch. Without enable_fp_fusion, Triton 3.10 no longer fuses a
-multiplication and an addition into one instruction."""
+"""Options for every launch of a Triton kernel. With enable_fp_fusion, the compiler may fuse a
+multiplication and an addition into one instruction. Triton 3.10 no longer does so by default."""
 
 LARGEST_GRID_Y = 65535
-"""Largest size that CUDA allows for the second dimension of a launch grid."""
+"""Largest number of programs that CUDA allows along the second dimension of a launch grid."""
 
 
 def source_hash() -> str:
-    """Returns a hash of this package's source files."""
+    """Returns a hash of all Python files of this package, as 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-# Without this tag, torch.compile's cache on disk would reuse graphs with another version's ops.
+# Without this tag, torch.compile could reuse a cached graph of another version of this package.
 torch.compiler.config.cache_key_tag += f" fastgn_kernels {source_hash()}"
 
-# This function of PyTorch tells whether the running backward pass will execute a node.
-# If a version of PyTorch lacks the function, all gradients are computed.
 _engine_will_run = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
+"""PyTorch's function that takes a node of autograd's graph. It returns whether the running backward
+pass will execute the node. If PyTorch lacks this function, the answer is always True, so that all
+gradients are computed."""
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Returns whether an op on `x` runs its Triton kernels.
+    """Returns whether Triton kernels can run on the tensor `x`.
 
-    An op runs them if x is on CUDA, or if Triton interprets its kernels on the CPU.
+    They can if x is on CUDA, or if Triton's interpreter runs the kernels on the CPU.
     """
     return x.is_cuda or INTERPRETED
 
@@ -74,26 +83,35 @@ def _capability(index: int) -> int:
 def is_compiling() -> bool:
     """Returns whether torch.compile is tracing the code.
 
-    In compiled code, pointwise ops use PyTorch's operators, which Inductor fuses with their
-    neighbours. Inductor cannot fuse across a custom op. LayerNorm and window attention remain
-    custom ops if their kernels run. Even without Inductor's fusion, these kernels read and write
-    fewer bytes of memory per training step (benchmarks/NOTES.md).
+    In compiled code, activations, cross_entropy and gradient_norm call PyTorch's operators.
+    Inductor fuses these operators with the operations around them, but it cannot fuse across a
+    custom op.
+
+    layer_norm and window_attention remain custom ops if their Triton kernels can run. Even without
+    Inductor's fusion, a training step with these kernels reads and writes fewer bytes of memory
+    (benchmarks/NOTES.md).
     """
     return torch.compiler.is_compiling()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype for intermediate results: float64 for float64 inputs, otherwise float32."""
+    """Returns the dtype in which an op computes, if `dtype` is the dtype of its input.
+
+    It is float64 for float64 inputs, and float32 for all other inputs.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def triton_compute_dtype(dtype: torch.dtype) -> Any:
-    """Returns `compute_dtype(dtype)` as a Triton dtype."""
+    """Returns the dtype in which a kernel computes, as a Triton dtype.
+
+    It is float64 if the input has the dtype float64, otherwise float32.
+    """
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
-    """Returns `x`, or a copy of `x` with the strides of `other` if the strides differ.
+    """Returns `x` itself if it has the strides of `other`, otherwise a copy of `x` that has them.
 
     Both tensors must have the same shape. The elements of `other` must fill its memory without
     holes.
@@ -102,43 +120,58 @@ def with_strides_of(x: Tensor, other: Tensor) -> Tensor:
 
 
 def count_strips(rows: int, rows_per_block: int, column_blocks: int, programs: int = 1056) -> int:
-    """Returns the number of strips of rows into which a kernel divides a matrix to sum its rows.
+    """Returns into how many strips of rows a kernel divides a matrix to compute the sum of its
+    rows.
 
-    One Triton program computes one partial sum, over the rows of one strip and for one block of
-    columns. column_blocks: number of blocks into which the columns are divided. programs: largest
-    number of programs that is useful. The default is 8 programs for each of the 132 processors of
-    an H200.
+    One Triton program adds up the rows of one strip, for one block of columns. The results are
+    partial sums, which must be added up afterwards.
+
+    - rows: number of rows of the matrix.
+    - rows_per_block: number of rows that a program processes at a time.
+    - column_blocks: number of blocks into which the columns are divided.
+    - programs: largest useful number of programs. The default is 8 programs for each of the 132
+      multiprocessors of an H200.
     """
     wanted = max(programs // max(column_blocks, 1), 1)
     return max(1, min(triton.cdiv(rows, rows_per_block), wanted, LARGEST_GRID_Y))
 
 
 def check_floating(name: str, **tensors: Tensor | None) -> None:
-    """Raises TypeError if one of the tensors does not have a floating-point dtype."""
+    """Raises TypeError if one of the tensors does not have a floating-point dtype.
+
+    name: name of the op, for the error message. tensors: name of each argument -> its tensor, or
+    None if the argument was not given.
+    """
     for argument, x in tensors.items():
         if x is not None and not x.is_floating_point():
             raise TypeError(f"{name}: {argument} is {x.dtype}, should be a floating-point tensor")
 
 
 def check_no_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError if one of the tensors carries a forward-mode tangent.
+    """Raises NotImplementedError if one of the tensors carries a tangent of forward-mode autograd.
 
-    PyTorch would drop the tangent at the custom op and silently return a derivative of zero.
+    The custom ops have no forward-mode derivative. Without this check, PyTorch would drop the
+    tangent and silently return a derivative of zero.
+
+    name: name of the public function, for the error message.
     """
     for x in tensors:
         if x is not None and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
-                f"fastgn_kernels.{name} has no forward mode: use fastgn_kernels.reference.{name}"
+                f"fastgn_kernels.{name} has no forward mode, which torch.func.jvp needs: use "
+                f"fastgn_kernels.reference.{name}"
             )
 
 
 def define_op(name: str) -> Callable[[Callable], Any]:
-    """Returns a decorator that registers a function as the custom op `name`.
+    """Returns a decorator that registers a function as a custom op.
 
-    The first argument of the function must be a tensor, and the function must change none of its
+    The first argument of the function must be a tensor, and the function must not change its
     arguments. The op makes the device of that tensor the current device, because Triton launches
-    kernels on the current device. While the function runs, autocast is off, because it would cast
-    tensors inside the function.
+    kernels on the current device. Autocast is off while the function runs, because autocast would
+    cast tensors inside the function.
+
+    name: full name of the op, such as "fastgn::layer_norm".
     """
 
     def custom_op(body: Callable) -> Any:
@@ -161,15 +194,21 @@ def register_derivative(
 ) -> None:
     """Registers the derivative of a custom op.
 
-    name: name of the public function, for error messages. save: function that takes (inputs,
-    output) of the op and returns the tensors to keep for the backward pass. backward: function that
-    takes (options, saved, wanted, *cotangents) and returns one gradient, or None, for each input of
-    the op. The arguments of `backward` are:
+    - op: the custom op.
+    - name: name of the public function, for error messages.
+    - save: function that takes (inputs, output) of the op, and returns the tensors to keep for the
+      backward pass.
+    - backward: function that takes (options, saved, wanted, *cotangents). It returns one gradient,
+      or None, for each input of the op.
 
-    - options: the inputs of the op that are not tensors;
-    - saved: the tensors that `save` returned;
-    - wanted: for each input, whether the running backward pass needs its gradient;
-    - cotangents: the gradients of the loss with respect to the outputs. None means zero.
+    The arguments of `backward` are:
+
+    - options: the inputs of the op that are not tensors. An optional tensor that is None counts as
+      one of them.
+    - saved: the tensors that `save` returned.
+    - wanted: for each input of the op, whether the running backward pass needs its gradient.
+    - cotangents: for each output of the op, the gradient of the loss with respect to it. None means
+      zero.
     """
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -190,30 +229,37 @@ def register_derivative(
 def _find_wanted(ctx: Any) -> tuple[bool, ...]:
     """Returns, for each input of an op, whether the running backward pass needs its gradient.
 
-    ctx.needs_input_grad is not enough, because it is fixed in the forward pass. With it alone, the
-    input gradient of a penalty or attack would also compute the gradient of every weight. If the
-    autograd engine does not say what it needs, the gradient is computed.
+    ctx.needs_input_grad is not enough, because PyTorch sets it in the forward pass. A gradient
+    penalty or an attack asks only for the gradient of the images. With ctx.needs_input_grad alone,
+    the op would also compute the gradients of its weights. If the autograd engine does not say
+    whether it needs a gradient, the result is True.
+
+    ctx: the autograd context of the op's backward.
     """
     is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
-    if not is_node:  # compiled autograd passes another object, and cannot trace the code below
+    if not is_node:  # ctx is another object in compiled autograd, which cannot trace the code below
         return tuple(ctx.needs_input_grad)
-    nodes = (node for node, _ in ctx.next_functions)  # None if an input needs no gradient
+    nodes = (node for node, _ in ctx.next_functions)  # None for an input that needs no gradient
     return tuple(is_tensor and _engine_reaches(next(nodes)) for is_tensor in ctx.is_tensor)
 
 
 def _engine_reaches(node: Any) -> bool:
-    """Returns whether the running backward pass needs the gradient that goes to `node`."""
+    """Returns whether the running backward pass needs the gradient that flows into `node`.
+
+    node: node of autograd's graph, or None if the tensor needs no gradient.
+    """
     try:
         return node is not None and _engine_will_run(node)
-    except RuntimeError:  # `node` is a leaf given to autograd.grad, or no backward pass is running
+    except RuntimeError:
+        # PyTorch cannot tell for a leaf given to autograd.grad, or outside a backward pass
         return True
 
 
 def forbid_third_derivative(op: Any, name: str) -> None:
-    """Makes a custom op raise RuntimeError when it is differentiated.
+    """Makes the custom op of a second derivative raise RuntimeError when it is differentiated
+    again.
 
-    op: the op ``fastgn::<op>_bwd_bwd``, which computes a second derivative. name: name of the
-    public function, for the error message.
+    op: the op ``fastgn::<op>_bwd_bwd``. name: name of the public function, for the error message.
     """
 
     def backward(ctx: Any, *cotangents: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Registers the number of operations of window attention with PyTorch's counter of FLOPs.
+"""Tells PyTorch's FlopCounterMode how many operations window attention takes.
 
-After an import of this module, FlopCounterMode counts the operations of these ops. It counts only
-matrix products, so the other ops of fastgn_kernels, which compute none, need no entry.
+An import of this module registers a formula for each custom op of window attention. FlopCounterMode
+counts only matrix products. The other ops of this package compute no matrix products, so they need
+no formula.
 """
 
 from collections.abc import Callable
@@ -17,15 +18,20 @@ WINDOW_ATTENTION = {
     "window_attention_bwd": (1, 5),
     "window_attention_bwd_bwd": (3, 12),
 }
-"""Name of a custom op -> (position of qkv among its arguments, number of matrix products per window
-and head). Products that a backward pass computes a second time are included."""
+"""Name of a custom op -> (index of the argument qkv, number of matrix products per window and
+head). The number includes products that a backward pass computes again, such as that of queries and
+keys."""
 
 
 def count_products(position: int, products: int) -> Callable[..., int]:
-    """Returns a formula that counts the operations of an op of window attention.
+    """Returns a function that computes an op's number of operations from the shapes of its
+    arguments.
 
-    Each product takes 2 * N * N * D operations for N tokens and D channels. A multiplication and
-    an addition are two operations. position, products: see `WINDOW_ATTENTION`.
+    A matrix product takes 2 * N * N * D operations for a window of N tokens and a head of D
+    channels. A multiplication and an addition count as two operations.
+
+    position: index of qkv among the arguments of the op. products: number of matrix products per
+    window and head.
     """
 
     def formula(*shapes: Any, **named: Any) -> int:

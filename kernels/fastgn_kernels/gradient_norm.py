@@ -1,19 +1,27 @@
 """The L1 or L2 norm of each sample of a gradient, and the two derivatives of that norm.
 
-Gradient penalties need these norms. Names: g is the gradient of one sample, whose norm is computed.
-gn is the gradient of the loss with respect to this norm, and gg is the gradient of the loss with
-respect to g. ggg is the cotangent of gg: the gradient that the second backward pass starts from.
-That pass computes ggn, the gradient with respect to gn, and a second gradient with respect to g,
-which the code also calls gg. The direction is the derivative of the norm with respect to g. It is
-sign(g) for L1. For L2 it is g / norm, or 0 if the norm is 0.
+Gradient penalties need these norms. Names:
 
-Forward: norm = sum(abs(g)) for L1, sqrt(sum(g^2)) for L2.
-Backward: gg = gn * direction.
-Backward of the backward: ggn = sum(ggg * direction). The second gg is 0 for L1. For L2 it is
-gn * (ggg - direction * ggn) / norm, or 0 if the norm is 0.
+- g is the gradient of one sample. The forward computes its norm.
+- direction is the derivative of the norm with respect to g. It is sign(g) for L1. For L2 it is g /
+  norm, or 0 if the norm is 0.
+- gn is the gradient of the loss with respect to the norm. The backward starts from it.
+- gg is the gradient of the loss with respect to g. The backward returns it.
+- ggg is the cotangent of gg, which is the gradient of the loss with respect to gg. The backward of
+  the backward starts from it.
+- ggn is the gradient with respect to gn. The backward of the backward returns it, together with its
+  own gradient with respect to g, which the code also calls gg.
 
-Each of these is one kernel, which reads every input once and writes every output once. Only the
-second backward pass of L2 takes two kernels, because ggn must be known before gg.
+Formulas:
+
+- Forward: norm = sum(abs(g)) for L1, and sqrt(sum(g^2)) for L2.
+- Backward: gg = gn * direction.
+- Backward of the backward: ggn = sum(ggg * direction). For L1, its gg is 0. For L2, its gg is gn *
+  (ggg - direction * ggn) / norm, or 0 if the norm is 0.
+
+Each of the three is one kernel, which reads every input once and writes every output once. The
+exception is the backward of the backward of L2, which takes two kernels, because it needs ggn
+before it can compute gg.
 """
 
 import math
@@ -48,9 +56,11 @@ reads 16 bytes of a 16-bit dtype at once."""
 
 @triton.jit
 def _load_inverse(norm_pointer, row, rows, L1: tl.constexpr, COMPUTE_DTYPE: tl.constexpr):
-    """Returns 1 / norm for each sample, or 0 if the norm is 0.
+    """Returns 1 / norm for each sample of a tile, or 0 if the norm is 0.
 
-    For the L1 norm, returns 1, because the derivatives of that norm do not contain the norm.
+    norm_pointer: the norms, (rows,). row: indices of the samples. rows: number of samples.
+
+    For the L1 norm, the result is 1, because the derivatives of that norm do not contain the norm.
     """
     if L1:
         return tl.full(row.shape, 1.0, COMPUTE_DTYPE)
@@ -60,12 +70,12 @@ def _load_inverse(norm_pointer, row, rows, L1: tl.constexpr, COMPUTE_DTYPE: tl.c
 
 @triton.jit
 def _compute_direction(g, inverse, L1: tl.constexpr):
-    """Returns the derivative of the norm with respect to the gradient g.
+    """Returns the derivative of a sample's norm with respect to the sample g.
 
     For the L1 norm it is sign(g), and for the L2 norm g / norm. inverse: 1 / norm.
     """
     if L1:
-        # gives 0 for NaN, as PyTorch's sign does
+        # this gives 0 if g is NaN, as torch.sign does
         return tl.where(g > 0, 1.0, tl.where(g < 0, -1.0, 0.0)).to(g.dtype)
     return g * inverse
 
@@ -76,11 +86,16 @@ def _gradient_norm_reduce_kernel(
     L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes partial sums over the elements of each sample, from which the norm follows.
+    """Computes partial sums over the elements of each sample.
 
-    Each program writes the sum over some of the elements. The kernel sums abs(g) for the L1 norm
-    and g^2 for the L2 norm. With HAS_GGG it sums ggg * direction instead, for the second backward
-    pass. The direction is the derivative of the norm with respect to g.
+    From them, the norm follows, or its second derivative. Each program sums some of the elements:
+    abs(g) for the L1 norm, or g^2 for the L2 norm. If HAS_GGG is True, it sums ggg * direction
+    instead. The direction is the derivative of the norm with respect to g.
+
+    - g_pointer: the matrix (rows, columns) in which each row is a sample.
+    - ggg_pointer: gradient of the loss with respect to the result of the backward, (rows, columns).
+    - norm_pointer: the norms, (rows,). Only L2 with HAS_GGG reads them.
+    - partial_sums_pointer: the sums, (rows, programs per row), which the kernel writes.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     if HAS_GGG:
@@ -97,7 +112,7 @@ def _gradient_norm_reduce_kernel(
             total += _compute_direction(g, inverse, L1) * ggg
         else:
             total += tl.where(g < 0, -g, g) if L1 else g * g
-    # partial sums instead of atomic additions, so that every run gives the same bits
+    # no atomic additions into one sum, because their order would change the result's last bits
     to = partial_sums_pointer + row * tl.num_programs(1) + tl.program_id(1)
     tl.store(to, tl.sum(total, axis=1, keep_dims=True), mask=row < rows)
 
@@ -108,10 +123,18 @@ def _gradient_norm_map_kernel(
     columns, L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gg, the gradient of the loss with respect to g.
+    """Computes the gradient of the loss with respect to g, in the backward or, if HAS_GGG is True,
+    in the backward of the backward.
 
-    With HAS_GGG it computes gg of the second backward pass, from ggg and ggn. The docstring of this
-    file defines these names.
+    - gn_pointer, gn_stride: gradient of the loss with respect to each norm, and the distance
+      between its elements.
+    - g_pointer: the matrix (rows, columns) in which each row is a sample.
+    - norm_pointer: the norms, (rows,). Only L2 reads them.
+    - gg_pointer: the gradient with respect to g, which the kernel writes.
+    - ggg_pointer: gradient of the loss with respect to the result of the backward. Read if HAS_GGG
+      is True.
+    - ggn_pointer: gradient with respect to gn, which `_gradient_norm_reduce_kernel` has computed.
+      Read if HAS_GGG is True.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     gn = tl.load(gn_pointer + row * gn_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
@@ -137,8 +160,9 @@ def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
     """Returns the number of rows, the number of columns, and the kernels' compile-time constants.
 
     The kernels treat g as a matrix in which each row is a sample. A tile is the part of this matrix
-    that a program processes at a time. It holds several samples if they are small. ord: 1 or 2 for
-    L1 or L2.
+    that a program processes at a time. It holds several samples if they are small.
+
+    ord: 1 or 2 for the L1 or L2 norm.
     """
     rows, columns = g.shape[0], math.prod(g.shape[1:])
     block_columns = min(triton.next_power_of_2(columns), TILE)
@@ -152,10 +176,14 @@ def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
 
 
 def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
-    """Returns, for each sample, the sum of abs(g) if ord is 1, or of g^2 if ord is 2.
+    """Returns, for each sample of g, the sum of abs(g) if ord is 1, or of g^2 if ord is 2.
 
     If ggg is given, returns the sum of ggg * direction instead. The direction is the derivative of
     the norm with respect to g.
+
+    - ord: 1 or 2 for the L1 or L2 norm.
+    - ggg: gradient of the loss with respect to the result of the backward.
+    - norm: the norm of each sample. It is needed if ggg is given and ord is 2.
     """
     rows, columns, constants = _choose_tile(g, ord)
     blocks = triton.cdiv(rows, constants["BLOCK_ROWS"])
@@ -173,12 +201,15 @@ def _map(
     gn: Tensor, g: Tensor, norm: Tensor | None, ord: int,
     ggg: Tensor | None = None, ggn: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Returns the gradient with respect to g: that of the first backward pass, or that of the
-    second one if ggg and ggn are given.
+    """Returns the gradient of the loss with respect to g.
 
-    gn: gradient of the loss with respect to the norms. norm: the norms, or None for L1. ggg:
-    gradient with respect to the first pass's result. ggn: the second pass's gradient with respect
-    to gn. ord: 1 or 2 for L1 or L2.
+    It is the result of the backward or, if ggg and ggn are given, of the backward of the backward.
+
+    - gn: gradient of the loss with respect to each norm.
+    - norm: the norms, or None for L1.
+    - ord: 1 or 2 for the L1 or L2 norm.
+    - ggg: gradient of the loss with respect to the result of the backward.
+    - ggn: gradient of the loss with respect to gn, in the backward of the backward.
     """
     gg = torch.empty_like(g)
     rows, columns, constants = _choose_tile(g, ord)
@@ -196,12 +227,22 @@ def _run_kernel(
     order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
     ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes the norm or one of its two derivatives with Triton kernels.
+    """Computes the norms or one of their two derivatives with Triton kernels.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. ord: 1 or 2
-    for L1 or L2. Returns (norm, empty) for order 0, (empty, gg) for order 1 and (ggn, gg) for order
-    2. "empty" is a tensor without elements. For L1, gg of order 2 is zero, and "empty" stands for
-    it.
+    - order: 0 for the forward, 1 for the backward, 2 for the backward of the backward.
+    - g: the gradient of which the norm of each sample is computed.
+    - ord: 1 or 2 for the L1 or L2 norm.
+    - gn: gradient of the loss with respect to each norm. None for order 0.
+    - norm: the norms, or None for order 0 and for L1.
+    - ggg: gradient of the loss with respect to the result of the backward. Only order 2 uses it.
+
+    Returns two tensors:
+
+    - Order 0: (norms, empty).
+    - Order 1: (empty, gradient with respect to g).
+    - Order 2: (gradient with respect to gn, gradient with respect to g).
+
+    "empty" is a tensor without elements. It also replaces the last result for L1, which is zero.
     """
     per_sample, gg = _allocate_outputs(order, g, ord)
     if not g.numel():
@@ -221,9 +262,9 @@ def _run_plain(
     order: int, g: Tensor, ord: int, gn: Tensor | None = None, norm: Tensor | None = None,
     ggg: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Computes the norm or one of its two derivatives with PyTorch's operators.
+    """Computes the norms or one of their two derivatives with PyTorch's operators.
 
-    The arguments and results are those of `_run_kernel`, which runs Triton kernels.
+    Arguments and results are those of `_run_kernel`, which runs Triton kernels instead.
     """
     per_sample, gg = _allocate_outputs(order, g, ord)
     x = g.to(per_sample.dtype)
@@ -248,12 +289,12 @@ def _run_plain(
 
 
 def _with_samples_in_blocks(g: Tensor) -> Tensor:
-    """Returns g if each sample fills one block of memory, otherwise a contiguous copy of g.
+    """Returns g if each of its samples fills one block of memory, otherwise a contiguous copy of g.
 
-    The order of the elements within a sample does not matter for a norm. Therefore images in
-    channels_last are not copied.
+    The order of the elements within a sample does not matter for a norm. Therefore a batch of
+    images in channels_last is not copied.
     """
-    if torch.empty_like(g, device="meta").stride() == g.stride():  # no holes between elements
+    if torch.empty_like(g, device="meta").stride() == g.stride():  # no holes in the memory of g
         if g.shape[0] < 2 or g.stride(0) == math.prod(g.shape[1:]):
             return g
     return g.contiguous()
@@ -262,9 +303,12 @@ def _with_samples_in_blocks(g: Tensor) -> Tensor:
 def _allocate_outputs(order: int, g: Tensor, ord: int) -> tuple[Tensor, Tensor]:
     """Returns uninitialised tensors for the two results of `_run_kernel`.
 
-    order: 0 for the forward, 1 for the backward, 2 for the backward of the backward. A result that
-    is not computed is a tensor without elements, because a custom op cannot return None. The second
-    tensor has the strides that `_with_samples_in_blocks` gives to g.
+    - order: 0 for the forward, 1 for the backward, 2 for the backward of the backward.
+    - ord: 1 or 2 for the L1 or L2 norm.
+
+    The first tensor has one element for each sample. The second one has the shape of g, and the
+    strides of the tensor that `_with_samples_in_blocks` returns. If a result is not computed, its
+    tensor has no elements, because a custom op cannot return None.
     """
     rows = 0 if order == 1 else g.shape[0]
     per_sample = g.new_empty(rows, dtype=compute_dtype(g.dtype))
@@ -305,8 +349,11 @@ def _(ggg: Tensor, gn: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> tupl
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the forward op, which takes (g, ord).
+
+    gn: gradient of the loss with respect to each norm. `dispatch.register_derivative` describes the
+    other arguments.
+    """
     g, norm = saved
     return _gradient_norm_bwd(gn, g, norm, options[-1]), None
 
@@ -314,12 +361,15 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggg: Tensor
 ) -> tuple:
-    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the backward op, which takes (gn, g, norm, ord).
+
+    ggg: gradient of the loss with respect to the output of the backward op.
+    `dispatch.register_derivative` describes the other arguments.
+    """
     gn, g, norm = saved
     ord = options[-1]
     ggn, gg = _gradient_norm_bwd_bwd(ggg, gn, g, norm, ord)
-    # the norm was computed from g, and gg takes that into account, so the norm gets no gradient
+    # the input `norm` gets no gradient, because gg already treats the norm as a function of g
     return ggn, gg if ord == 2 else None, None, None
 
 
@@ -341,15 +391,17 @@ forbid_third_derivative(_gradient_norm_bwd_bwd, "gradient_norm")
 def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
     """Returns the norm of each sample of a gradient, for gradient penalties.
 
-    The penalty of fastgn's method gradnorm uses L1, and WGAN-GP uses L2. The norm is summed in
-    float32, or in float64 for float64 gradients, so that sums and squares of float16 values do not
-    overflow. grad is copied first unless each sample fills one block of memory. A batch of images
-    in channels_last is not copied.
+    The penalty of fastgn's method gradnorm uses the L1 norm, and WGAN-GP uses the L2 norm. The norm
+    is summed in float32, or in float64 for float64 gradients. Therefore sums and squares of float16
+    values do not overflow. grad is copied first unless each sample fills one block of memory. A
+    batch of images in channels_last is not copied.
 
-    As in PyTorch, sign(0) and the gradient of the L2 norm at 0 are 0. The second derivative of the
-    L2 norm at 0 is 0 too, although PyTorch's is NaN. For L1, grad gets no second-order gradient,
-    because that gradient is zero almost everywhere. In code compiled by torch.compile the function
-    calls `reference.gradient_norm` instead, whose operators Inductor fuses with their neighbours.
+    As in PyTorch, sign(0) is 0, and so is the gradient of the L2 norm at 0. The second derivative
+    of the L2 norm at 0 is 0 too, although PyTorch's is NaN. For L1, grad gets no second-order
+    gradient, because that gradient is zero almost everywhere.
+
+    In code compiled by torch.compile, this function calls `reference.gradient_norm` instead.
+    Inductor fuses the operators of that function with the operations around them.
 
     Args:
         grad: (B, ...), any floating-point dtype.
@@ -367,7 +419,7 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
     if ord not in (1, 2):
         raise ValueError(f"gradient_norm: ord {ord!r} should be 1 or 2")
     if not grad.ndim:
-        raise ValueError("gradient_norm: grad is (), should be (B, ...)")
+        raise ValueError("gradient_norm: grad has shape (), should be (B, ...)")
     if is_compiling():
         return reference.gradient_norm(grad, ord)
     check_no_forward_mode("gradient_norm", grad)

@@ -1,7 +1,14 @@
 """Layer normalisation over the last dimension, with an optional residual sum, as custom ops.
 
-The docstring of `layer_norm_kernels` explains the names of the tensors (gy, ggx, x_hat, ...) and
-has the formulas.
+Names of tensors:
+
+- gy, gx, gweight, gbias: gradients of the loss with respect to the output y, x, weight and bias.
+- gsum: gradient of the loss with respect to the sum x + residual.
+- ggx, ggweight, ggbias: cotangents of gx, gweight and gbias, which are the gradients of the loss
+  with respect to these. The backward of the backward starts from them.
+- ggy: gradient with respect to gy, a result of the backward of the backward.
+
+`layer_norm_kernels` has the formulas.
 """
 
 import torch
@@ -26,13 +33,15 @@ from fastgn_kernels.layer_norm_kernels import (
 
 LARGEST = 4096
 """Largest number of columns for which the Triton kernels run. PyTorch's operators normalise wider
-rows. With 8192 columns, the kernel of the second derivative spilled 144 bytes of registers per
-thread. In float64, which is only used to check results, that kernel spills 80 bytes with 1024
-columns and more with 4096."""
+rows.
+
+With 8192 columns, the kernel of the second derivative spilled 144 bytes of registers per thread. In
+float64, which is only used to check results, it spills 80 bytes with 1024 columns, and more with
+4096."""
 
 
 def _kernel_runs(x: Tensor) -> bool:
-    """Returns whether the rows of `x` are normalised by the Triton kernels."""
+    """Returns whether Triton kernels, instead of PyTorch's operators, normalise the rows of `x`."""
     return runs_triton(x) and 0 < x.shape[-1] <= LARGEST
 
 
@@ -41,7 +50,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the normalised output in `dtype`, and the sum x + residual.
 
-    Without a residual there is no sum. The output is then returned twice.
+    If there is no residual, there is no sum, and the function returns the output twice.
     """
     y, total = _allocate_forward(x, residual, dtype)
     if not _kernel_runs(x):
@@ -57,7 +66,8 @@ def _forward_plain(
 ) -> None:  # fmt: skip
     """Computes the normalisation with PyTorch's operators.
 
-    Its arguments are those of `launch_forward`, which runs a Triton kernel.
+    Writes the normalised rows into y. If there is a residual, normalises x + residual and writes
+    this sum into total. `launch_forward` does the same with a Triton kernel.
     """
     if residual is not None:
         x = total.copy_(x.to(compute_dtype(x.dtype)) + residual)
@@ -66,7 +76,10 @@ def _forward_plain(
 
 
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the normalised rows x_hat and 1 / standard deviation of each row."""
+    """Returns the normalised rows x_hat of x, and 1 / standard deviation of each row.
+
+    eps: number added to the variance before the square root.
+    """
     x = x.to(compute_dtype(x.dtype))
     centred = x - x.mean(-1, keepdim=True)
     inv_std = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -78,8 +91,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of x, weight and bias.
 
-    The last two have no elements if weight_grads is False. gsum: gradient of the sum x + residual.
-    None means zero.
+    - gy: gradient of the loss with respect to the output.
+    - gsum: gradient of the loss with respect to the sum x + residual. None means zero.
+    - weight_grads: whether the gradients of weight and bias are computed. If not, they are returned
+      as tensors without elements.
     """
     gx, gweight, gbias = _allocate_backward(x, weight, weight_grads)
     if not _kernel_runs(x):
@@ -97,10 +112,11 @@ def _backward_plain(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool,
     gx: Tensor, gweight: Tensor, gbias: Tensor,
 ) -> None:  # fmt: skip
-    """Writes the gradients of x, weight and bias into the last three tensors, with PyTorch's
-    operators.
+    """Computes the backward with PyTorch's operators.
 
-    `launch_backward` computes the same with a Triton kernel.
+    gy and gsum are the gradients of the loss with respect to the output and the sum x + residual.
+    The gradients of x, weight and bias are written into gx, gweight and gbias. `launch_backward`
+    does the same with a Triton kernel.
     """
     x_hat, inv_std = _normalise(x, eps)
     gy = gy.to(x_hat.dtype)
@@ -117,7 +133,7 @@ def _project(z: Tensor, x_hat: Tensor) -> Tensor:
 
 
 def _sum_rows(z: Tensor) -> Tensor:
-    """Returns the sum of (..., C) over all dimensions but the last one."""
+    """Returns the sum of z, which is (..., C), over all dimensions but the last one."""
     return z.flatten(0, -2).sum(0) if z.ndim > 1 else z
 
 
@@ -125,11 +141,13 @@ def _backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (ggy, gx, gweight): the second backward pass's gradients with respect to gy, x and
-    weight.
+    """Computes the second derivative, and returns the gradients with respect to gy, x and weight.
 
-    gweight has no elements if weight_grads is False. gy: gradient of the output in the first
-    backward pass. ggx, ggweight, ggbias: cotangents of that pass's gradients of x, weight and bias.
+    - ggx, ggweight, ggbias: gradients of the loss with respect to the results of the backward,
+      which are the gradients of x, weight and bias. If ggweight or ggbias is None, it is zero.
+    - gy: gradient of the loss with respect to the output, from which the backward started.
+    - weight_grads: whether the gradient of weight is computed. If not, it is returned as a tensor
+      without elements.
     """
     ggy, gx, gweight = _allocate_backward_backward(gy, x, weight, weight_grads)
     arguments = (ggx, ggweight, ggbias, gy, x, weight, eps, weight_grads, ggy, gx)
@@ -147,10 +165,11 @@ def _backward_backward_plain(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor, gweight: Tensor,
 ) -> None:  # fmt: skip
-    """Writes the results of the second backward pass into ggy, gx and gweight, with PyTorch's
-    operators.
+    """Computes the second derivative with PyTorch's operators.
 
-    `launch_backward_backward` computes the same with a Triton kernel.
+    ggx, ggweight and ggbias are gradients of the loss with respect to the results of the backward.
+    The gradients with respect to gy, x and weight are written into ggy, gx and gweight.
+    `launch_backward_backward` does the same with a Triton kernel.
     """
     x_hat, inv_std = _normalise(x, eps)
     ggx, gy = ggx.to(x_hat.dtype), gy.to(x_hat.dtype)
@@ -176,9 +195,10 @@ def _backward_backward_plain(
 def _allocate_forward(
     x: Tensor, residual: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Returns uninitialised tensors for the normalised output y and the sum x + residual.
+    """Returns uninitialised tensors for the normalised output and the sum x + residual.
 
-    Without a residual there is no sum. The tensor for y is then returned twice.
+    If there is no residual, there is no sum, and the function returns the tensor for the output
+    twice.
     """
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     return y, torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual is not None else y
@@ -189,7 +209,7 @@ def _allocate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns uninitialised tensors for the gradients of x, weight and bias.
 
-    The last two have no elements if weight_grads is False.
+    If weight_grads is False, the tensors for weight and bias have no elements.
     """
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return (
@@ -202,9 +222,10 @@ def _allocate_backward(
 def _allocate_backward_backward(
     gy: Tensor, x: Tensor, weight: Tensor, weight_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns uninitialised tensors for the second backward pass's gradients of gy, x and weight.
+    """Returns uninitialised tensors for the results of the second derivative.
 
-    The last one has no elements if weight_grads is False.
+    These are the gradients with respect to gy, x and weight, where gy is the gradient of the loss
+    with respect to the output. If weight_grads is False, the tensor for weight has no elements.
     """
     ggy = torch.empty(x.shape, dtype=gy.dtype, device=x.device)
     gx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -212,9 +233,9 @@ def _allocate_backward_backward(
 
 
 def _allocate_weight_grad(weight: Tensor, weight_grads: bool) -> Tensor:
-    """Returns an uninitialised tensor for the gradient of the weight or bias.
+    """Returns an uninitialised tensor for the gradient of the weight or the bias.
 
-    It has no elements if weight_grads is False, because a custom op cannot return None.
+    If weight_grads is False, the tensor has no elements, because a custom op cannot return None.
     """
     return torch.empty_like(weight) if weight_grads else weight.new_empty(0)
 
@@ -274,8 +295,11 @@ def _(
 
 
 def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
-    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the op `_layer_norm`: x, weight, bias, eps and dtype.
+
+    gy: gradient of the loss with respect to the output. `dispatch.register_derivative` describes
+    the other arguments.
+    """
     gx, gweight, gbias = _call_backward(options, saved, any(wanted[1:]), gy, None)
     return gx, gweight, gbias, None, None
 
@@ -283,10 +307,11 @@ def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: T
 def _differentiate_sum(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor | None, gsum: Tensor | None
 ) -> tuple:
-    """Returns the gradients of the inputs of the op `_add_layer_norm`, which normalises x +
+    """Returns the gradient of each input of the op `_add_layer_norm`, which normalises x +
     residual.
 
-    `register_derivative` describes the arguments.
+    gy, gsum: gradients of the loss with respect to the op's two outputs, the normalised rows and
+    the sum. None means zero. `dispatch.register_derivative` describes the other arguments.
     """
     if gy is None:
         return gsum, gsum, None, None, None, None
@@ -297,8 +322,13 @@ def _differentiate_sum(
 def _call_backward(
     options: tuple, saved: tuple, weight_grads: bool, gy: Tensor, gsum: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Returns the gradients of x, weight and bias. The last two are None if weight_grads is
-    False."""
+    """Calls the backward op, and returns the gradients of x, weight and bias.
+
+    - options: eps and the dtype of the output.
+    - saved: the tensors (x, weight). If there is a residual, x is the sum x + residual.
+    - weight_grads: whether the gradients of weight and bias are computed. If not, they are None.
+    - gy, gsum: gradients of the loss with respect to the output and to the sum x + residual.
+    """
     x, weight = saved
     gx, gweight, gbias = _layer_norm_bwd(gy, gsum, x, weight, options[0], weight_grads)
     return (gx, gweight, gbias) if weight_grads else (gx, None, None)
@@ -308,8 +338,12 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggweight: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the backward op: gy, gsum, x, weight, eps and
+    weight_grads.
+
+    ggx, ggweight, ggbias: gradients of the loss with respect to the outputs of the backward op.
+    None means zero. `dispatch.register_derivative` describes the other arguments.
+    """
     gy, gsum, x, weight = saved
     eps, had_weight_grads = options[-2:]
     if not had_weight_grads:
@@ -351,9 +385,9 @@ def layer_norm(
     """Normalises the last dimension, as ``F.layer_norm`` does.
 
     The value, the first derivative and the second derivative take one kernel each. Means and
-    variances are computed in float32, or in float64 for float64 inputs. PyTorch's operators
-    normalise rows wider than 4096. Code compiled by torch.compile calls the same custom op if its
-    kernels run, otherwise `reference.layer_norm`.
+    variances are computed in float32, or in float64 for float64 inputs. If a row has more than 4096
+    elements, PyTorch's operators normalise it. Code compiled by torch.compile calls the same custom
+    op if its Triton kernels can run, otherwise `reference.layer_norm`.
 
     Source: Ba et al. 2016, arXiv 1607.06450. The formulas of the second derivative are in
     `layer_norm_kernels`.
@@ -364,12 +398,12 @@ def layer_norm(
         bias: (C,), any floating-point dtype. None means 0.
         eps: number added to the variance of a row.
         residual: a tensor with the shape of x, which is added to x before the normalisation.
-        dtype: dtype of the normalised output. None means the dtype that ``F.layer_norm`` would
-            return, which is that of x, or float32 under autocast on CUDA.
+        dtype: dtype of the normalised output. If None, it is the dtype that ``F.layer_norm`` would
+            return. This is the dtype of x, or float32 under autocast on CUDA.
 
     Returns:
-        The normalised x, (..., C). With a residual, the pair (normalised sum, sum). The sum is
-        rounded to its dtype before it is normalised, as PyTorch would do.
+        The normalised x, (..., C). With a residual, the pair (normalised sum, sum) for the sum
+        x + residual. The sum is rounded to its dtype before it is normalised, as in PyTorch.
 
     Raises:
         ValueError: if a shape does not fit.
@@ -378,7 +412,7 @@ def layer_norm(
     """
     columns = x.shape[-1:]
     if not columns:
-        raise ValueError("layer_norm: x is (), should be (..., C)")
+        raise ValueError("layer_norm: x has shape (), should be (..., C)")
     for name, value, shape in (
         ("weight", weight, columns),
         ("bias", bias, columns),
@@ -386,7 +420,7 @@ def layer_norm(
     ):
         if value is not None and value.shape != shape:
             raise ValueError(
-                f"layer_norm: {name} is {tuple(value.shape)}, should be {tuple(shape)}"
+                f"layer_norm: {name} has shape {tuple(value.shape)}, should be {tuple(shape)}"
             )
     check_floating("layer_norm", x=x, weight=weight, bias=bias, residual=residual)
     if dtype is not None and not dtype.is_floating_point:

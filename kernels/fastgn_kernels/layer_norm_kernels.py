@@ -1,26 +1,38 @@
 """Triton kernels for layer normalisation and its two derivatives, and the functions to launch them.
 
 Names, for a row x of C values:
-- inv_std = 1 / sqrt(variance of x + eps), and x_hat = (x - mean of x) inv_std;
-- gy, gx, gweight and gbias are the gradients of the loss with respect to y, x, weight and bias;
-- ggx, ggweight and ggbias are the cotangents of gx, gweight and gbias: the gradients that the
-  second backward pass starts from. That pass computes ggy, the gradient with respect to gy, and
-  again gx and gweight;
-- g = gy weight is the gradient with respect to x_hat;
-- P(z) = z - mean(z) - x_hat mean(z x_hat) removes from a row z its mean and its component along
-  x_hat.
+
+- inv_std = 1 / sqrt(variance of x + eps), and x_hat = (x - mean of x) inv_std is the normalised
+  row.
+- gy, gx, gweight, gbias: gradients of the loss with respect to the output y, x, weight and bias.
+- gsum: gradient of the loss with respect to the sum x + residual.
+- ggx, ggweight, ggbias: cotangents of gx, gweight and gbias, which are the gradients of the loss
+  with respect to these. The backward of the backward starts from them.
+- ggy: gradient with respect to gy. The backward of the backward computes it, and also its own gx
+  and gweight.
+- g = gy weight: gradient of the loss with respect to x_hat.
+- P(z) = z - mean(z) - x_hat mean(z x_hat): the row z without its mean and without its component
+  along x_hat.
 
 Forward: y = x_hat weight + bias.
-Backward: gx = inv_std P(g), gweight = sum(gy x_hat) and gbias = sum(gy), summed over the rows.
-Backward of the backward: let tangent = inv_std P(ggx), which is the change of x_hat along ggx, and
+
+Backward: gx = inv_std P(g), or inv_std P(g) + gsum if there is a residual. The sums of gy x_hat and
+of gy over the rows are gweight and gbias.
+
+Backward of the backward: the change of x_hat along ggx is tangent = inv_std P(ggx). Let
+
     covariance = mean(ggx g) - mean(ggx) mean(g) - mean(ggx x_hat) mean(g x_hat),
     z = gy ggweight - inv_std (mean(g x_hat) ggx + mean(ggx x_hat) g).
-Then ggy = weight tangent + ggweight x_hat + ggbias,
+
+Then
+
+    ggy = weight tangent + ggweight x_hat + ggbias,
     gx = inv_std P(z) - inv_std^2 x_hat covariance,
     gweight = sum(tangent gy) over the rows.
 
-Means and variances are float32, or float64 for float64 inputs. Every kernel recomputes them from
-the row, which it holds in registers anyway. So only the inputs of the op are kept for the backward.
+Means and variances are float32, or float64 for float64 inputs. Every kernel holds the row in
+registers and recomputes its mean and variance. Therefore only the op's inputs are kept for the
+backward.
 """
 
 from typing import Any
@@ -35,9 +47,11 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, count_strips, triton_
 
 @triton.jit
 def _normalise(x, inside, columns, eps):
-    """Returns the normalised rows x_hat of a tile, and 1 / standard deviation of each row.
+    """Returns the normalised rows x_hat of a tile x, and 1 / standard deviation of each row.
 
-    inside: mask that is False for the padding of the tile. columns: length of a row.
+    - inside: mask that is False for the padding of the tile.
+    - columns: length of a row.
+    - eps: number added to the variance before the square root.
     """
     mean = tl.sum(x, axis=1)[:, None] / columns
     centred = tl.where(inside, x - mean, 0.0)
@@ -51,9 +65,14 @@ def _layer_norm_fwd_kernel(
     columns, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the normalised output y.
+    """Computes the normalised output.
 
-    With HAS_RESIDUAL it normalises x + residual instead of x, and also writes this sum.
+    - x_pointer: input, (rows, columns).
+    - residual_pointer: a tensor with the shape of the input. If HAS_RESIDUAL is True, it is added
+      to the input before the normalisation.
+    - weight_pointer, bias_pointer: factor and summand of each column.
+    - y_pointer: the normalised output, which the kernel writes.
+    - sum_pointer: the sum of input and residual, which the kernel writes if HAS_RESIDUAL is True.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_COLUMNS)
@@ -64,7 +83,8 @@ def _layer_norm_fwd_kernel(
         x += tl.load(residual_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = x.to(sum_pointer.dtype.element_ty)
         tl.store(sum_pointer + offsets, total, mask=inside)
-        x = total.to(COMPUTE_DTYPE)  # normalise the rounded sum, which the backward will read
+        # normalise the rounded sum, because the backward reads only this sum
+        x = total.to(COMPUTE_DTYPE)
     x_hat, _ = _normalise(x, inside, columns, EPS)
     weight = tl.load(weight_pointer + column, mask=column < columns, other=0.0).to(COMPUTE_DTYPE)
     bias = tl.load(bias_pointer + column, mask=column < columns, other=0.0).to(COMPUTE_DTYPE)
@@ -77,10 +97,15 @@ def _layer_norm_bwd_kernel(
     columns, EPS: tl.constexpr, HAS_GSUM: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes gx, the gradient of x.
+    """Computes the gradient of x, and partial sums of the gradients of weight and bias.
 
-    With WEIGHT_GRADS it also computes partial sums of gweight and gbias. With HAS_GSUM it adds to
-    gx the tensor gsum, which is the gradient of the sum x + residual.
+    - gy_pointer: gradient of the loss with respect to the output.
+    - gsum_pointer: gradient of the loss with respect to the sum x + residual. It is added to the
+      gradient of x if HAS_GSUM is True.
+    - x_pointer, weight_pointer: the inputs x, (rows, columns), and weight, (columns,).
+    - gx_pointer: the gradient of x, which the kernel writes.
+    - partial_sums_pointer: for each program, the gradients of weight and bias, summed over the rows
+      that the program processes. The kernel writes them if WEIGHT_GRADS is True.
     """
     column = tl.arange(0, BLOCK_COLUMNS)
     weight = tl.load(weight_pointer + column, mask=column < columns, other=0.0)
@@ -105,7 +130,7 @@ def _layer_norm_bwd_kernel(
             gx += tl.load(gsum_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         tl.store(gx_pointer + offsets, gx, mask=inside)
     if WEIGHT_GRADS:
-        # partial sums instead of atomic additions, so that every run gives the same bits
+        # no atomic additions into one sum, because their order would change the result's last bits
         to = partial_sums_pointer + tl.program_id(0).to(tl.int64) * columns + column
         tl.store(to, tl.sum(gweight, axis=0), mask=column < columns)
         to += tl.num_programs(0).to(tl.int64) * columns
@@ -120,9 +145,16 @@ def _layer_norm_bwd_bwd_kernel(
     WEIGHT_GRADS: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggy and gx, the gradients with respect to gy and x in the second backward pass.
+    """Computes the second derivative.
 
-    With WEIGHT_GRADS it also computes partial sums of that pass's gradient of the weight.
+    - ggx_pointer, ggweight_pointer, ggbias_pointer: gradients of the loss with respect to the
+      results of the backward, which are the gradients of x, weight and bias. The kernel reads the
+      last two if HAS_GGWEIGHT and HAS_GGBIAS are True.
+    - gy_pointer: gradient of the loss with respect to the output, from which the backward started.
+    - x_pointer, weight_pointer: the inputs x, (rows, columns), and weight, (columns,).
+    - ggy_pointer, gx_pointer: the gradients with respect to gy and x, which the kernel writes.
+    - partial_sums_pointer: for each program, the gradient of weight, summed over the rows that the
+      program processes. The kernel writes it if WEIGHT_GRADS is True.
     """
     column = tl.arange(0, BLOCK_COLUMNS)
     exists = column < columns
@@ -151,10 +183,10 @@ def _layer_norm_bwd_bwd_kernel(
         covariance = covariance - mean_ggx_x_hat * mean_g_x_hat
         tangent = inv_std * (ggx - mean_ggx - x_hat * mean_ggx_x_hat)
         if WEIGHT_GRADS:
-            # beyond the last row the variance is 0, so tangent is NaN there if eps is 0
+            # in the padding below the last row, the variance is 0, so tangent is NaN if eps is 0
             gweight += tl.where(inside, gy * tangent, 0.0)
         ggy = weight * tangent
-        # mean(z) and mean(z x_hat) follow from the means above, without another sum over the row
+        # mean(z) and mean(z x_hat) are computed from the means above, not from sums over the row
         z = -inv_std * (mean_g_x_hat * ggx + mean_ggx_x_hat * g)
         mean_z = -inv_std * (mean_g_x_hat * mean_ggx + mean_ggx_x_hat * mean_g)
         mean_z_x_hat = -2.0 * inv_std * mean_g_x_hat * mean_ggx_x_hat
@@ -174,15 +206,16 @@ def _layer_norm_bwd_bwd_kernel(
 
 
 def choose_tile(columns: int, forward: bool = False) -> dict[str, Any]:
-    """Returns keyword arguments of a launch: the size of a program's tile, and its number of warps.
+    """Returns the size of the tile that a program processes at a time, and the number of its warps.
 
-    A tile holds one whole row, or several if they are short. columns: length of a row. forward:
-    whether the forward kernel is launched.
+    They are keyword arguments for the launch of a kernel. A tile holds one whole row, or several
+    rows if these are short. columns: length of a row. forward: whether the forward kernel is
+    launched.
     """
     block_columns = triton.next_power_of_2(columns)
     warps = 4 if block_columns <= 1024 else 8
     if forward and block_columns in (1024, 4096):
-        # with half as many warps, the forward kernel spills 16 bytes per thread on sm_80
+        # with half as many warps, each thread of the forward kernel spills 16 bytes on sm_80
         warps *= 2
     return {
         "BLOCK_ROWS": max(2048 // block_columns, 1),
@@ -195,7 +228,10 @@ def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, y: Tensor,
     total: Tensor,
 ) -> None:  # fmt: skip
-    """Writes the normalised rows into y. If there is a residual, writes x + residual into total."""
+    """Computes the normalised rows with a Triton kernel, and writes them into y.
+
+    If there is a residual, normalises x + residual and also writes this sum into total.
+    """
     x = x.contiguous()
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -211,10 +247,14 @@ def launch_backward(
     gy: Tensor, gsum: Tensor | None, x: Tensor, weight: Tensor, eps: float, weight_grads: bool,
     gx: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Writes the gradient of x into gx, and adds gsum to gx if it is not None.
+    """Computes the gradient of x with a Triton kernel, and writes it into gx.
 
-    gsum: gradient of the sum x + residual. Returns the gradients [gweight, gbias] if weight_grads
-    is True, otherwise [].
+    - gy: gradient of the loss with respect to the output.
+    - gsum: gradient of the loss with respect to the sum x + residual, which is added to the
+      gradient of x. None means zero.
+    - weight_grads: whether to compute the gradients of weight and bias.
+
+    Returns [gradient of weight, gradient of bias], or [] if weight_grads is False.
     """
     columns = x.shape[-1]
     rows = x.numel() // columns
@@ -235,10 +275,15 @@ def launch_backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Writes the gradients with respect to gy and x in the second backward pass into ggy and gx.
+    """Computes the second derivative with a Triton kernel.
 
-    Returns that pass's gradient of the weight if weight_grads is True, otherwise None. ggweight,
-    ggbias: None means zero.
+    - ggx, ggweight, ggbias: gradients of the loss with respect to the results of the backward,
+      which are the gradients of x, weight and bias. If ggweight or ggbias is None, it is zero.
+    - gy: gradient of the loss with respect to the output, from which the backward started.
+    - weight_grads: whether to compute the gradient of weight.
+    - ggy, gx: tensors into which the gradients with respect to gy and x are written.
+
+    Returns the gradient of weight, or None if weight_grads is False.
     """
     columns = x.shape[-1]
     rows = x.numel() // columns

@@ -1,8 +1,11 @@
-"""The formulas of every activation: its value, first derivative and second derivative.
+"""The formulas of every activation function, and of its first and second derivatives.
 
-Each formula is a Triton function of the input u and the activation's parameter p. The suffixes _1
-and _2 mark the first and second derivative. `in_pytorch` runs the same source code with PyTorch's
-operators. To add an activation, write its three functions here and add a row to `TABLE`.
+Each formula is a Triton function. It takes the input u and p, the activation's parameter, such as
+the slope of leaky_relu. For example, gelu returns the value, gelu_1 the first derivative with
+respect to u, and gelu_2 the second derivative.
+
+`in_pytorch` runs the same source code on torch tensors. To add an activation, write its three
+functions here and add a row to `TABLE`.
 """
 
 import builtins
@@ -18,7 +21,8 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# Write these constants last in a product. Triton's interpreter makes SQRT_HALF * u a constant.
+# Write these constants last in a product, as in u * SQRT_HALF.
+# For SQRT_HALF * u, Triton's interpreter would return a tl.constexpr instead of a tensor.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -42,17 +46,19 @@ def where(condition, a, b):
 
 @triton.jit
 def constant(u, c):
-    """Returns the number c in the dtype of u.
+    """Returns a tensor with the shape and dtype of u, in which every element is the number c.
 
-    A formula needs it because `where` with two plain numbers returns float32 even if u is float64.
+    Formulas call this function because `where` with two plain numbers returns float32, even if u is
+    float64.
     """
     return tl.full(u.shape, c, u.dtype)
 
 
 def _by_numpy(function: Callable) -> Callable:
-    """Returns a Triton function that calls a NumPy function, for Triton's interpreter.
+    """Returns a function that applies a NumPy function, such as numpy.log1p, in Triton's
+    interpreter.
 
-    On a GPU, functions such as log1p come from the library libdevice, which the interpreter lacks.
+    On a GPU, kernels call functions of the library libdevice instead, which the interpreter lacks.
     """
 
     def run(x: Any) -> Any:
@@ -96,11 +102,18 @@ def gelu_2(u, p):
     return exp(-0.5 * u * u) * INV_SQRT_2_PI * (2.0 - u * u)
 
 
-# logistic(2 z) equals 0.5 (1 + tanh(z)), but is exact where tanh(z) is close to -1.
-# logistic(-2 z) equals 1 - logistic(2 z), but is exact where logistic(2 z) is close to 1.
-# With 1 - tanh(z)^2, the second derivative in float32 had 8 times the error of PyTorch.
 @triton.jit
 def gelu_tanh(u, p):
+    """Returns the tanh approximation of GELU, computed with the logistic function instead of tanh.
+
+    The usual formula is 0.5 u (1 + tanh(z)). The factor 0.5 (1 + tanh(z)) equals logistic(2 z),
+    which is also precise if tanh(z) is close to -1. The variable z in the code is 2 z of this
+    formula.
+
+    The derivatives contain 1 - logistic(2 z). They compute it as logistic(-2 z), which is also
+    precise if logistic(2 z) is close to 1. With the formula 1 - tanh(z)^2 instead, the second
+    derivative in float32 had 8 times the error of PyTorch's.
+    """
     return u * logistic((u + u * u * u * TANH_CUBIC) * (SQRT_2_OVER_PI * 2.0))
 
 
@@ -269,28 +282,33 @@ def product(g, derivative):
 
 @triton.jit
 def masked_product(g, derivative):
-    """Returns g * derivative, but 0 where the derivative is 0, even if g is NaN or infinite.
+    """Returns the product of the gradient g and a derivative of an activation.
 
-    The backward of PyTorch's relu does this, too.
+    The result is 0 wherever the derivative is 0, even if g is NaN or infinite. The backward of
+    PyTorch's relu returns 0 in this case, too.
     """
     return where(derivative == 0.0, 0.0, g * derivative)
 
 
 class Activation(NamedTuple):
-    """The Triton functions of one activation, and the default value of its parameter."""
+    """The Triton functions of one activation, such as GELU, and the default value of its
+    parameter."""
 
     value: Any
-    """Function of (u, p) that returns the activation of u. p is the activation's parameter."""
+    """Triton function that takes the input u and the activation's parameter p. Returns the
+    activation of u."""
     first: Any
-    """Function of (u, p) that returns the first derivative at u. p is the activation's
-    parameter."""
+    """Triton function that takes the input u and the activation's parameter p. Returns the first
+    derivative of the activation at u."""
     second: Any
-    """Function of (u, p) that returns the second derivative at u. p is the activation's
-    parameter."""
+    """Triton function that takes the input u and the activation's parameter p. Returns the second
+    derivative of the activation at u."""
     multiply: Any = product
-    """Function that multiplies a gradient by the first or second derivative."""
+    """Triton function that takes (g, derivative). It multiplies the gradient g by the first or
+    second derivative of the activation."""
     parameter: float = 1.0
-    """Default value of the activation's parameter, such as the slope of leaky_relu."""
+    """Default value of the activation's parameter, such as 0.01 for the slope of leaky_relu.
+    Formulas without a parameter ignore it."""
 
 
 TABLE = {
@@ -307,8 +325,10 @@ TABLE = {
     "relu": Activation(relu, relu_1, zero, masked_product),
     "leaky_relu": Activation(leaky_relu, leaky_relu_1, zero, masked_product, 0.01),
 }
-"""Name of each activation -> its functions. The parameter p is beta of softplus, alpha of elu, the
-negative slope of leaky_relu, and the factor of u inside the logistic of silu and quick_gelu."""
+"""Name of each activation -> its functions and the default value of its parameter p.
+
+The parameter is beta of softplus, alpha of elu, and the negative slope of leaky_relu. For silu and
+quick_gelu, which compute u * logistic(p * u), it is the factor p. Other activations ignore p."""
 
 
 _PYTORCH: dict[str, Any] = {
@@ -324,12 +344,13 @@ _PYTORCH: dict[str, Any] = {
 
 @functools.cache
 def in_pytorch(function: Any) -> Callable[..., torch.Tensor]:
-    """Returns a function for torch tensors that runs the source code of a Triton function.
+    """Returns a function that computes one of the formulas in this file on torch tensors.
 
-    Names such as `exp` in that code then refer to PyTorch's functions.
+    function: a Triton function, such as `gelu_1`. The returned function runs its Python code, in
+    which names such as `exp` now mean PyTorch's functions, such as torch.exp.
     """
     constants = {k: v.value for k, v in globals().items() if isinstance(v, tl.constexpr)}
-    # some operators of PyTorch import a module when called, and need __import__ from the builtins
+    # the builtins contain __import__, which some operators of PyTorch call when they run
     names = constants | _PYTORCH | {"__builtins__": builtins}
     for helper in (logistic, log_one_plus_exp):
         names[helper.fn.__name__] = types.FunctionType(helper.fn.__code__, names)

@@ -2,9 +2,11 @@
 
 `swap_modules` changes the class of a module to a subclass of its old class. The module remains the
 same object, so its weights, buffers, state-dict keys, attributes and hooks stay. A module that is
-used in two places remains one module, and optimizers and isinstance see no change. The ops cannot
-run under torch.fx and torch.jit or on nested tensors. In these cases, the module runs the forward
-of its old class. timm's classes are found by name, so this package does not import timm.
+used in two places remains one module, and optimizers and isinstance see no change.
+
+The ops cannot run under torch.fx and torch.jit, or on nested tensors. In these cases, the module
+runs the forward of its old class. timm's classes are found by name, so this package does not import
+timm.
 """
 
 import functools
@@ -25,24 +27,30 @@ from fastgn_kernels.survey import survey
 from fastgn_kernels.window_attention import LARGEST, window_attention_qkvpacked
 
 FAMILIES = ("activation", "layer_norm", "window_attention")
-"""The families of modules that `swap_modules` can replace."""
+"""Families of modules that `swap_modules` can replace."""
 
 
 def needs_plain(x: Any) -> bool:
-    """Returns whether `x` needs PyTorch's operators because the ops do not support it."""
+    """Returns whether `x` needs PyTorch's operators, because the fused ops do not support it.
+
+    This is so for a proxy of torch.fx and for a nested tensor.
+    """
     return isinstance(x, torch.fx.Proxy) or x.is_nested
 
 
 class FusedActivation(nn.Module):
-    """Applies an activation function to a tensor of any shape, as `activation` does.
+    """Applies an activation function to a tensor of any shape, with the fused op `activation`.
 
-    kind, parameter: see `activation`. Raises ValueError if kind is unknown.
+    kind: name of the activation, one of ``fastgn_kernels.ACTIVATIONS``. Raises ValueError if it is
+    unknown. parameter: parameter of the activation, such as the slope of leaky_relu. If None,
+    PyTorch's default is used.
     """
 
     kind: str
-    """One of ``fastgn_kernels.ACTIVATIONS``."""
+    """Name of the activation, one of ``fastgn_kernels.ACTIVATIONS``."""
     parameter: float | None
-    """Parameter of the activation. If None, PyTorch's default is used."""
+    """Parameter of the activation, such as the slope of leaky_relu. If None, PyTorch's default is
+    used."""
 
     def __init__(self, kind: str, parameter: float | None = None):
         super().__init__()
@@ -58,13 +66,14 @@ class FusedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.plain(x)
-        else:  # needed, because torch.jit would also compile code that follows the if
+        else:  # not left out, because torch.jit would also compile code that follows the if
             return self.plain(x) if needs_plain(x) else self.fused(x)
 
     def fused(self, x: Tensor) -> Tensor:
         """Computes the activation with the fused op."""
         if self.kind == "softplus" and x.is_cuda and torch.is_autocast_enabled("cuda"):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))  # F.softplus does so, too
+            # under autocast, F.softplus computes in float32, too
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         return activation(x, self.kind, parameter=self.parameter)
 
     def extra_repr(self) -> str:
@@ -74,8 +83,8 @@ class FusedActivation(nn.Module):
 class FusedGELU(FusedActivation):
     """Applies GELU with the fused op, in place of nn.GELU.
 
-    approximate: "none" for the exact function with erf, or "tanh". Raises ValueError for any other
-    value.
+    approximate: "none" for the exact function with erf, or "tanh" for its approximation with tanh.
+    Raises ValueError for any other value.
     """
 
     def __init__(self, approximate: str = "none"):
@@ -92,11 +101,12 @@ class FusedSiLU(FusedActivation):
 
 
 class FusedBiasGELU(nn.Module):
-    """Computes gelu(x + bias) with a learned bias.
+    """Computes gelu(x + bias) with a learned bias, for an input x of shape (..., num_features).
 
     The kernel that computes the gradient of x also computes the gradient of the bias. Do not use
-    this module for the bias of an nn.Linear, which the matrix product adds at no cost.
-    num_features: C of the input x, which is (..., C). approximate: see `gelu`.
+    this module for the bias of an nn.Linear, because the matrix product adds that bias at no cost.
+
+    approximate: "none" for the exact GELU with erf, or "tanh" for its approximation with tanh.
     """
 
     def __init__(
@@ -118,31 +128,33 @@ class FusedBiasGELU(nn.Module):
 
 
 class FusedLayerNorm(nn.LayerNorm):
-    """Replaces nn.LayerNorm over the last dimension by the fused op, with the same arguments.
+    """Normalises the last dimension with the fused op, in place of nn.LayerNorm with the same
+    arguments.
 
     forward(x) returns the normalised x. forward(x, residual) returns the pair (normalised sum, sum)
-    for the sum x + residual, see `layer_norm`. Raises ValueError if normalized_shape has more than
-    one dimension.
+    for the sum x + residual, as `layer_norm` does. Raises ValueError if normalized_shape has more
+    than one dimension.
     """
 
     before_linear: bool = False
-    """Whether only a linear layer reads the output.
+    """Whether only a linear layer reads the output of this LayerNorm.
 
     If so, the output under autocast has autocast's dtype instead of float32. The linear layer would
     round its input to that dtype anyway, so the linear layer's result does not change. The output
-    and its gradient then take half the memory traffic.
-    """
+    and its gradient then take half the memory traffic."""
 
     def __init__(self, normalized_shape: int | Sequence[int], *args: Any, **kwargs: Any):
         super().__init__(normalized_shape, *args, **kwargs)
         if len(self.normalized_shape) != 1:
-            raise ValueError(f"FusedLayerNorm: {self.normalized_shape} should be one dimension")
+            raise ValueError(
+                f"FusedLayerNorm: normalized_shape {self.normalized_shape} should be one dimension"
+            )
 
     def plain(self, x: Tensor) -> Tensor:
-        """Computes the normalisation with PyTorch's operators."""
+        """Normalises x with PyTorch's operators."""
         return nn.LayerNorm.forward(self, x)
 
-    # no annotation of the result, because torch.jit would expect a pair of tensors from every call
+    # the result has no annotation, because torch.jit would expect a pair of tensors from every call
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if torch.jit.is_scripting():
             return self.plain(x)
@@ -153,11 +165,13 @@ class FusedLayerNorm(nn.LayerNorm):
             return self.plain(total) if residual is None else (self.plain(total), total)
 
     def fused(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Returns the normalised x, computed by the fused op. With a residual, returns the pair
-        (normalised sum, sum) for the sum x + residual."""
-        if x.shape[-1:] != self.normalized_shape:  # the op cannot check this without a weight
+        """Returns the normalised x, computed by the fused op.
+
+        If there is a residual, returns the pair (normalised sum, sum) for the sum x + residual.
+        """
+        if x.shape[-1:] != self.normalized_shape:  # the op cannot check the shape without a weight
             raise ValueError(
-                f"FusedLayerNorm: x is {tuple(x.shape)}, its last dimension should be "
+                f"FusedLayerNorm: x has shape {tuple(x.shape)}, its last dimension should be "
                 f"{self.normalized_shape[0]}"
             )
         dtype, device = None, x.device.type
@@ -167,14 +181,14 @@ class FusedLayerNorm(nn.LayerNorm):
 
 
 class FusedWindowAttention(nn.Module):
-    """Replaces ``WindowAttention`` of timm's Swin, and computes the attention with the fused op.
+    """Computes the attention of timm's ``WindowAttention``, which Swin uses, with the fused op.
 
     Only `swap_modules` makes such modules. They inherit their other methods from timm's class.
-    forward(x, mask) takes x as (B, N, C) for B windows. The mask is (W, N, N) for the W windows of
-    an image, or None.
+    forward(x, mask) takes x as (B, N, C) for B windows of N tokens. The mask is (W, N, N) for the W
+    windows of an image, or None.
     """
 
-    if TYPE_CHECKING:  # these are timm's attributes, and torch.jit must not see the declarations
+    if TYPE_CHECKING:  # timm's class sets these attributes, and torch.jit must not see their types
         num_heads: int
         scale: float
         qkv: nn.Module
@@ -197,8 +211,10 @@ class FusedWindowAttention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def set_window_size(self, window_size: int | tuple[int, int]) -> None:
-        """Changes the window size, as timm's method does. Raises ValueError if a window would have
-        more tokens than the op supports."""
+        """Changes the window size, as the method of timm's class does.
+
+        Raises ValueError if a window would have more tokens than the fused op supports.
+        """
         height, width = (window_size,) * 2 if isinstance(window_size, int) else window_size
         if height * width > LARGEST:
             raise ValueError(
@@ -210,28 +226,33 @@ class FusedWindowAttention(nn.Module):
 
 @functools.cache
 def _in_place_of(replaced: Any, fused: Any) -> Any:
-    """Returns a subclass of `fused` and `replaced`, for modules that have been of class `replaced`.
+    """Returns the class that `swap_modules` gives to a module of class `replaced`.
 
-    Modules of this subclass use the forward method of `fused`. isinstance(module, replaced) remains
-    True for them.
+    It is a subclass of `fused` and `replaced`. The forward method comes from `fused`, and
+    isinstance(module, replaced) remains True.
+
+    replaced: class such as nn.GELU. fused: class of this file, such as FusedActivation.
     """
 
     def __reduce__(self: nn.Module) -> Any:  # noqa: N807 - a method of the class below
-        # pickle finds classes by name, but cannot find one that is made at run time
+        # pickle finds a class by its name, so it cannot find this class, which is made at run time
         return _new, (replaced, fused), vars(self)
 
-    # torch.jit identifies a method by the name of its function, so this copy is named "plain"
+    # torch.jit identifies a method by its function's name, so the copy of forward is named "plain"
     forward = replaced.forward
     plain = types.FunctionType(
         forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
     )
-    # torch.fx does not trace into classes of torch.nn, and recognises them by their __module__
+    # __module__ stays, because torch.fx uses it to recognise classes of torch.nn as leaves
     names = {"__module__": replaced.__module__, "__reduce__": __reduce__, "plain": plain}
     return type(fused.__name__, (fused, replaced), names)
 
 
 def _new(replaced: Any, fused: Any) -> nn.Module:
-    """Returns a module without attributes for pickle. Its class is what `_in_place_of` returns."""
+    """Returns a module without attributes, so that pickle can then restore them.
+
+    Its class is the one that `_in_place_of` makes for the classes `replaced` and `fused`.
+    """
     cls = _in_place_of(replaced, fused)
     return cls.__new__(cls)
 
@@ -243,13 +264,13 @@ class Swapped(NamedTuple):
     """
 
     counts: dict[str, int]
-    """Name of an activation such as "gelu", or "layer_norm", or "window_attention" -> number of
-    modules of this kind that were replaced."""
+    """Kind of module -> number of modules of this kind that were replaced. A kind is the name of an
+    activation, such as "gelu", or "layer_norm" or "window_attention"."""
     left: dict[str, str]
-    """Name of each module of a known class that was not replaced -> the reason."""
+    """Name of each module that was not replaced although its class is known -> the reason."""
     missed: dict[str, str]
-    """Name of each module that seems to compute what an op computes, but whose class
-    `swap_modules` does not know -> why it cannot be replaced."""
+    """Name of each module of an unknown class that seems to compute what a fused op computes -> the
+    reason why it cannot be replaced."""
     modules: int
     """Number of modules in the network."""
 
@@ -265,27 +286,35 @@ class Swapped(NamedTuple):
 
 
 class _RefusedError(Exception):
-    """Raised if a module cannot be replaced. The message says why."""
+    """Raised if a module cannot be replaced by a fused one. The message says why."""
 
 
 _New = tuple[str, type[nn.Module], dict[str, Any]]
-"""How to replace a module: the module's kind, its new class, and the attributes to set on it."""
+"""How to replace a module: its kind in the report, its new class, and new values of its
+attributes."""
 
 
 def _activation(kind: str, parameter: float | None = None) -> _New:
-    """Returns how to replace an activation module: its kind, its new class and attributes."""
+    """Returns (kind, new class, new attributes), which say how to replace an activation module.
+
+    kind: name of the activation, such as "gelu". parameter: parameter of the activation, such as
+    the slope of leaky_relu. If None, PyTorch's default is used.
+    """
     return kind, FusedActivation, {"kind": kind, "parameter": parameter}
 
 
 def _softplus(module: Any) -> _New:
-    """Returns the kind, new class and new attributes of an nn.Softplus, or raises _RefusedError."""
+    """Returns (kind, new class, new attributes), which say how to replace an nn.Softplus.
+
+    Raises _RefusedError if its threshold is not PyTorch's default.
+    """
     if module.threshold != 20:
         raise _RefusedError(f"its threshold is {module.threshold:g}, not PyTorch's 20")
     return _activation("softplus", module.beta)
 
 
 def _layer_norm(module: Any) -> _New:
-    """Returns how to replace a LayerNorm: its kind in the report, its new class and attributes.
+    """Returns (kind, new class, new attributes), which say how to replace a LayerNorm.
 
     Raises _RefusedError if the module cannot be replaced.
     """
@@ -297,7 +326,7 @@ def _layer_norm(module: Any) -> _New:
 
 
 def _window_attention(module: Any) -> _New:
-    """Returns how to replace timm's WindowAttention: its kind, its new class and attributes.
+    """Returns (kind, new class, new attributes), which say how to replace timm's WindowAttention.
 
     Raises _RefusedError if the module cannot be replaced.
     """
@@ -311,7 +340,7 @@ def _window_attention(module: Any) -> _New:
         )
     if getattr(module.attn_drop, "p", None) != 0:
         raise _RefusedError("it uses dropout on attention weights")
-    for name in ("softmax", "attn_drop"):  # the op does not call them, so hooks would never run
+    for name in ("softmax", "attn_drop"):  # the op does not call them, so their hooks would not run
         inner = vars(getattr(module, name))
         if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
             raise _RefusedError(f"its {name} has hooks")
@@ -345,10 +374,10 @@ _KNOWN: dict[str, tuple[str, Callable[[Any], _New]]] = {
     "timm.layers.norm.LayerNorm": ("layer_norm", _layer_norm),
     "timm.models.swin_transformer.WindowAttention": ("window_attention", _window_attention),
 }
-"""Name of each class that can be replaced -> its family, and a function of a module of that class.
-The function returns how to replace the module.
+"""Name of each class that can be replaced -> the family of the class, and a function. The function
+takes a module of the class, and returns how to replace this module, as a `_New`.
 
-timm's Mish is missing, because it returns float32 under autocast."""
+timm's Mish is not among them, because it returns float32 under autocast."""
 
 _BLOCK = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))
 _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
@@ -356,7 +385,7 @@ _BEFORE_LINEAR: dict[str, Sequence[tuple[str, str]]] = {
     "timm.models.swin_transformer.PatchMerging": (("norm", "reduction"),),
     "timm.models.vision_transformer.Block": _BLOCK,
 }
-"""Name of a class -> pairs of names of its submodules. The first of a pair is a LayerNorm. The
+"""Name of a class -> pairs of names of its submodules. The first of each pair is a LayerNorm. The
 second is a linear layer, which is the only reader of the LayerNorm's output."""
 
 _FUSED = (FusedActivation, FusedBiasGELU, FusedLayerNorm, FusedWindowAttention)
@@ -368,9 +397,10 @@ def _name(cls: type) -> str:
 
 
 def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
-    """Returns the LayerNorms without forward hooks whose output is read only by an nn.Linear.
+    """Returns the LayerNorms of a network whose output is read only by an nn.Linear.
 
-    They are found by their names, which `_BEFORE_LINEAR` lists for known classes.
+    They are found by their names, which `_BEFORE_LINEAR` lists for known classes. A LayerNorm with
+    forward hooks is left out, because the hooks read its output, too.
     """
     found = set()
     for module in model.modules():
@@ -385,24 +415,25 @@ def _norms_before_linear(model: nn.Module) -> set[nn.Module]:
 
 
 def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
-    """Replaces the modules of a network that have a fused op, in place.
+    """Replaces the modules of a network for which there is a fused op, in place.
 
     These are activations, LayerNorms over one dimension, and the window attention of timm's Swin.
     The model itself is replaced too if it is such a module. Call this before torch.compile. A
     second call finds nothing to replace.
 
-    Modules whose result the op could not reproduce stay as they were. So do subclasses of known
-    classes, which may compute something else. Replaced activations ignore inplace=True. Under
-    autocast, the LayerNorms before a linear layer in timm's Swin and ViT return autocast's dtype,
-    see `FusedLayerNorm.before_linear`.
+    A module stays as it was if the fused op could not reproduce its result. A subclass of a known
+    class stays too, because it may compute something else. Replaced activations ignore
+    inplace=True. Under autocast, the LayerNorms before a linear layer in timm's Swin and ViT return
+    autocast's dtype, see `FusedLayerNorm.before_linear`.
 
     Args:
         model: any network.
         only: names of the families to replace, each from `FAMILIES`.
 
     Returns:
-        What was replaced, what was not and why, and which computations cannot be replaced, such as
-        activations that a forward calls as functions. Print it to see a report.
+        A report, which you can print. It says which modules were replaced, and which were not and
+        why. It also names computations that cannot be replaced, such as activations that a forward
+        method calls as functions.
 
     Raises:
         ValueError: if a family is unknown.
@@ -410,7 +441,7 @@ def swap_modules(model: nn.Module, only: Sequence[str] = FAMILIES) -> Swapped:
     only = (only,) if isinstance(only, str) else tuple(only)
     for family in only:
         if family not in FAMILIES:
-            raise ValueError(f"swap_modules: {family!r} is not one of {', '.join(FAMILIES)}")
+            raise ValueError(f"swap_modules: family {family!r} is not one of {', '.join(FAMILIES)}")
     counts: Counter[str] = Counter()
     left: dict[str, str] = {}
     before_linear = _norms_before_linear(model)

@@ -1,8 +1,12 @@
-"""Every op in plain PyTorch, for any floating-point dtype, device and order of derivative.
+"""The functions of fastgn_kernels in plain PyTorch.
 
-Arguments and results are those of the op with the same name in fastgn_kernels, which documents
-them. The tests compare the ops with these functions. The ops call them in compiled code if Inductor
-generates faster code from PyTorch's operators. Call them yourself for third derivatives.
+They work for any floating-point dtype and device, and can be differentiated any number of times.
+Each function takes the same arguments and returns the same result as the function with its name in
+fastgn_kernels. The arguments are documented there.
+
+The tests compare the ops with these functions. In code compiled by torch.compile, some ops call
+these functions instead of a kernel, because Inductor then generates faster code. Call them yourself
+for third derivatives.
 """
 
 import math
@@ -28,9 +32,9 @@ def activation(
         return F.silu(u)
     if kind == "quick_gelu":
         return u * torch.sigmoid(1.702 * u)
-    if kind == "mish":  # the second derivative of F.mish is NaN for inputs above 89
+    if kind == "mish":  # F.mish is not used: its second derivative is NaN for inputs above 89
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
-        # for u above 40, softplus(u) equals u to the last bit of float64
+        # F.softplus(u) returns u above its threshold, which is exact for u above 40 in any dtype
         return (wide * F.softplus(wide, threshold=40).tanh()).to(u.dtype)
     if kind == "softplus":
         return F.softplus(u, beta=1.0 if parameter is None else parameter)
@@ -46,7 +50,7 @@ def activation(
         return F.relu(u)
     if kind == "leaky_relu":
         return F.leaky_relu(u, 0.01 if parameter is None else parameter)
-    raise ValueError(f"activation: kind {kind!r} is unknown")
+    raise ValueError(f"activation: kind {kind!r} is not one of fastgn_kernels.ACTIVATIONS")
 
 
 def layer_norm(
@@ -57,7 +61,7 @@ def layer_norm(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalises the last dimension, in plain PyTorch.
+    """Normalises x, or the sum x + residual, over its last dimension, in plain PyTorch.
 
     Arguments and result are those of `fastgn_kernels.layer_norm`.
     """
@@ -65,7 +69,7 @@ def layer_norm(
     dtype = dtype or total.dtype
     common = torch.promote_types(total.dtype, dtype)
     if weight is None and bias is not None:
-        # without a weight, the second derivative of F.layer_norm lacks a term
+        # with a bias but no weight, the second derivative of F.layer_norm would lack a term
         weight = torch.ones_like(bias)
     if weight is not None:
         weight = weight.to(common)
@@ -83,7 +87,7 @@ def window_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Returns the attention within windows, in plain PyTorch.
+    """Returns softmax(scale q k^T + bias + mask) v within each window, in plain PyTorch.
 
     Arguments and result are those of `fastgn_kernels.window_attention`.
     """
@@ -99,19 +103,19 @@ def window_attention(
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Returns the cross-entropy loss, in plain PyTorch.
 
-    Arguments and result are those of `fastgn_kernels.cross_entropy`. An index out of range raises
-    PyTorch's error.
+    Arguments and result are those of `fastgn_kernels.cross_entropy`. If a class index in targets is
+    out of range, PyTorch raises its own error.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if targets.is_floating_point():
         return F.cross_entropy(z, targets.to(z.dtype), reduction=reduction)
-    # with PyTorch's default ignore_index, a target of -100 would have a loss of 0, not an error
+    # with PyTorch's default ignore_index, a target of -100 would give a loss of 0 and no error
     ignored = torch.iinfo(torch.int64).min
     return F.cross_entropy(z, targets, reduction=reduction, ignore_index=ignored)
 
 
 def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
-    """Returns the norm of each sample of a gradient, in plain PyTorch.
+    """Returns the L1 or L2 norm of each sample of a gradient, in plain PyTorch.
 
     Arguments and result are those of `fastgn_kernels.gradient_norm`.
     """
@@ -119,6 +123,6 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
     x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     if ord == 1:
         return x.abs().sum(1)
-    # the second derivative of torch.linalg.vector_norm is NaN where the norm is 0
+    # torch.linalg.vector_norm is not used: its second derivative is NaN where the norm is 0
     squares = x.square().sum(1)
     return torch.where(squares == 0, 0.0, torch.where(squares == 0, 1.0, squares).sqrt())

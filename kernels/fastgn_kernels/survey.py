@@ -1,8 +1,11 @@
-"""Finds the computations of a network that `swap_modules` cannot replace.
+"""Finds modules of a network that compute what a fused op does, but that cannot be replaced by it.
 
-`swap_modules` replaces modules of known classes. It cannot replace activations and attention that a
-forward method calls as functions, or classes of other libraries. `survey` finds these by reading
-the code of each module's class. It does not run the network.
+`swap_modules` replaces modules whose classes it knows. It cannot replace an activation or attention
+that a forward method calls as a function, such as F.gelu. It also does not know most classes of
+other libraries.
+
+`survey` finds such modules. It reads the code and the name of each module's class, and does not run
+the network.
 """
 
 import dis
@@ -20,7 +23,8 @@ SDPA = (
     "which has no second derivative in its fused forms: "
     "run the forward inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
 )
-"""End of the reason that `survey` gives for a module that uses scaled_dot_product_attention."""
+"""Text that explains why a call of scaled_dot_product_attention is a problem, and what to do. It
+ends the reason that `survey` gives for such a call."""
 
 FUNCTIONS: dict[Any, str] = {
     F.scaled_dot_product_attention: "window_attention",
@@ -35,7 +39,8 @@ FUNCTIONS: dict[Any, str] = {
     ),
     "activation",
 )
-"""Function of PyTorch -> name of the fused op that could replace its calls."""
+"""Function of PyTorch, such as F.gelu -> family that `survey` reports for a module that calls the
+function, such as "activation"."""
 
 LOOK_ALIKES = (
     ("window_attention", re.compile("attention", re.IGNORECASE)),
@@ -45,16 +50,23 @@ LOOK_ALIKES = (
         re.compile(r"activation|gelu|silu|swish|mish|softplus|gate\b|[a-z]?elu\b", re.IGNORECASE),
     ),
 )
-"""Pairs of a family of modules, such as "layer_norm", and a pattern for names of classes. A class
-belongs to the family of the first pattern that matches its name."""
+"""Pairs (family, pattern), which tell from the name of a class what its modules compute. For
+example, the class MyLayerNorm belongs to the family "layer_norm". If several patterns match, the
+first one counts."""
 
 
 def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tuple[str, str]]:
-    """Finds the modules that seem to compute what a fused op does, but that cannot be replaced.
+    """Finds the modules that seem to compute what a fused op computes, but that cannot be replaced
+    by it.
 
-    Returns name of the module -> (family, reason). Such modules call or hold a function such as
-    F.gelu, or their class has a name such as MyLayerNorm. The family is "activation", "layer_norm"
-    or "window_attention". known: function that returns True for modules to skip.
+    A module is found if its class calls a function such as F.gelu, or if it holds one as an
+    attribute. It is also found if its class has a name such as MyLayerNorm.
+
+    known: function that returns True for a module that `survey` skips, because its class is known.
+
+    Returns a dict from the name of each such module to (family, reason). The family is
+    "activation", "layer_norm" or "window_attention". The reason says why the module cannot be
+    replaced.
     """
     found = {}
     for name, module in model.named_modules():
@@ -67,16 +79,17 @@ def survey(model: nn.Module, known: Callable[[nn.Module], bool]) -> dict[str, tu
 
 
 def _reason(module: nn.Module) -> tuple[str, str] | None:
-    """Returns (family, reason) if a module seems to compute what a fused op does, otherwise None.
+    """Returns (family, reason) if a module seems to compute what a fused op computes, otherwise
+    None.
 
-    The family is "activation", "layer_norm" or "window_attention". The reason says why the module
-    cannot be replaced by the fused op.
+    The family is "activation", "layer_norm" or "window_attention". The reason says why the fused op
+    cannot replace the module.
     """
     cls: Any = type(module)
     if isinstance(module, nn.MultiheadAttention):
         return "window_attention", f"its attention is a function, {SDPA}"
     calls = [f for f in _called(cls) if f in FUNCTIONS] if cls.__module__[:8] != "torch.nn" else []
-    if getattr(module, "fused_attn", True) is False:  # timm then uses matrix products
+    if getattr(module, "fused_attn", True) is False:  # timm's attention then uses matrix products
         calls = [f for f in calls if f is not F.scaled_dot_product_attention]
     held = [f for f in _held(module) if f in FUNCTIONS or _by_name(f)]
     for function, verb in [(f, "calls") for f in calls] + [(f, "holds") for f in held]:
@@ -90,9 +103,12 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
 
 
 def _held(module: nn.Module) -> Iterator[Any]:
-    """Yields the functions that are attributes of a module, alone or in a list or a partial."""
+    """Yields the functions that a module holds in its attributes.
+
+    An attribute can be a function, a functools.partial of a function, or a list or tuple of these.
+    """
     for name, value in vars(module).items():
-        if name.startswith("_"):  # for example _forward_hooks, which every module has
+        if name.startswith("_"):  # skip attributes such as _forward_hooks, which every module has
             continue
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, functools.partial):
@@ -104,16 +120,17 @@ def _held(module: nn.Module) -> Iterator[Any]:
 def _by_name(function: Any) -> bool:
     """Returns whether the name of a function contains the name of an activation.
 
-    For example, shifted_softplus contains softplus.
+    For example, the name shifted_softplus contains softplus.
     """
     return LOOK_ALIKES[-1][1].search(function.__name__.replace("_", " ")) is not None
 
 
 @functools.cache
 def _called(cls: type) -> tuple[Any, ...]:
-    """Returns the functions that a fused op could replace and that a class's methods refer to.
+    """Returns the functions, such as F.gelu, that a class uses and that a fused op could replace.
 
-    Helper functions in the same Python module as the method are searched, too.
+    The code of the class's methods is searched for them. If a method calls a helper function of its
+    own Python module, the code of the helper is searched, too.
     """
     found: dict[Any, None] = {}
     waiting: list[types.FunctionType] = []
@@ -136,7 +153,8 @@ def _called(cls: type) -> tuple[Any, ...]:
 
 
 def _referred(function: types.FunctionType) -> Iterator[Any]:
-    """Yields the functions that the code of `function` refers to by global names such as F.gelu."""
+    """Yields the functions to which the code of `function` refers by a global name, such as
+    F.gelu."""
     value: Any = None
     for step in dis.get_instructions(function):
         if step.opname == "LOAD_GLOBAL":

@@ -291,9 +291,13 @@ def test_gelu_and_silu_are_pytorchs() -> None:
     "call, error, message",
     [
         (lambda x: activation(x, "swish"), ValueError, "'swish' is not one of gelu"),
-        (lambda x: activation(x, "gelu", x), ValueError, r"bias is \(2, 3\), should be \(3,\)"),
+        (
+            lambda x: activation(x, "gelu", x),
+            ValueError,
+            r"bias has shape \(2, 3\), should be \(3,\)",
+        ),
         (lambda x: activation(x, "gelu", x[0, :1]), ValueError, r"\(1,\), should be \(3,\)"),
-        (lambda x: activation(x[0, 0], "gelu", x[0, 0]), ValueError, r"bias is \(\)"),
+        (lambda x: activation(x[0, 0], "gelu", x[0, 0]), ValueError, r"bias has shape \(\)"),
         (lambda x: activation(x.long(), "relu"), TypeError, "x is torch.int64"),
         (lambda x: activation(x, "relu", x[0].int()), TypeError, "bias is torch.int32"),
         (lambda x: activation(x, "silu", parameter=2.0), ValueError, "silu has no parameter"),

@@ -292,10 +292,22 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize(
     ("logits", "targets", "reduction", "error", "says"),
     [
-        ((2, 3, 4), (2,), "mean", ValueError, r"logits is \(2, 3, 4\), should be \(B, K\)"),
-        ((2, 0), (2,), "mean", ValueError, r"logits is \(2, 0\), should be \(B, K\), K > 0"),
-        ((2, 3), (4,), "mean", ValueError, r"targets is \(4,\) torch.int64, should be \(2,\)"),
-        ((2, 3), (2, 4), "mean", ValueError, r"targets is \(2, 4\).*should be \(2, 3\)"),
+        ((2, 3, 4), (2,), "mean", ValueError, r"logits has shape \(2, 3, 4\), should be \(B, K\)"),
+        (
+            (2, 0),
+            (2,),
+            "mean",
+            ValueError,
+            r"logits has shape \(2, 0\), should be \(B, K\) with K > 0",
+        ),
+        (
+            (2, 3),
+            (4,),
+            "mean",
+            ValueError,
+            r"targets of torch.int64 has shape \(4,\), should be \(2,\)",
+        ),
+        ((2, 3), (2, 4), "mean", ValueError, r"has shape \(2, 4\), should be \(2, 3\)"),
         ((2, 3), (2,), "max", ValueError, r"reduction 'max' should be none, mean or sum"),
     ],
 )

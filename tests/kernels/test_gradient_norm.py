@@ -282,7 +282,7 @@ def test_mistakes():
     with pytest.raises(ValueError, match=r"ord 3 should be 1 or 2") as raised:
         gradient_norm(random(2, 3), 3)
     assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match=r"grad is \(\), should be \(B, ...\)"):
+    with pytest.raises(ValueError, match=r"grad has shape \(\), should be \(B, ...\)"):
         gradient_norm(random())
     with pytest.raises(TypeError, match="grad is torch.int64"):
         gradient_norm(random(2, 3).long())

@@ -462,15 +462,23 @@ def test_torch_func_is_refused() -> None:
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda x: layer_norm(x, x), ValueError, r"weight is \(2, 3\), should be \(3,\)"),
-        (lambda x: layer_norm(x, x[0, :1]), ValueError, r"weight is \(1,\), should be \(3,\)"),
-        (lambda x: layer_norm(x, None, x), ValueError, r"bias is \(2, 3\), should be \(3,\)"),
+        (lambda x: layer_norm(x, x), ValueError, r"weight has shape \(2, 3\), should be \(3,\)"),
+        (
+            lambda x: layer_norm(x, x[0, :1]),
+            ValueError,
+            r"weight has shape \(1,\), should be \(3,\)",
+        ),
+        (
+            lambda x: layer_norm(x, None, x),
+            ValueError,
+            r"bias has shape \(2, 3\), should be \(3,\)",
+        ),
         (
             lambda x: layer_norm(x, residual=x[0]),
             ValueError,
-            r"residual is \(3,\), should be \(2, 3\)",
+            r"residual has shape \(3,\), should be \(2, 3\)",
         ),
-        (lambda x: layer_norm(x[0, 0]), ValueError, r"x is \(\), should be \(\.\.\., C\)"),
+        (lambda x: layer_norm(x[0, 0]), ValueError, r"x has shape \(\), should be \(\.\.\., C\)"),
         (lambda x: layer_norm(x.long()), TypeError, "x is torch.int64"),
         (lambda x: layer_norm(x, x[0].int()), TypeError, "weight is torch.int32"),
         (lambda x: layer_norm(x, None, x[0].int()), TypeError, "bias is torch.int32"),
