@@ -45,8 +45,8 @@ def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
     """Returns an uninitialised tensor for the gradient of the bias.
 
-    learned: the bias, or None if its gradient is not wanted. If None, the returned tensor has no
-    elements, because a custom op cannot return None.
+    learned: the same tensor as bias if the gradient of the bias is wanted, otherwise None. If None,
+    the returned tensor has no elements, because a custom op cannot return None.
     """
     return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
 
@@ -76,7 +76,10 @@ def _compute_probabilities(
     q: Tensor, k: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Returns the attention probabilities softmax(scale q k^T + bias + mask), with PyTorch's
-    operators."""
+    operators.
+
+    q, k: queries and keys, (B, H, N, D) each.
+    """
     scores = scale * (q @ k.mT)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -87,9 +90,10 @@ def _compute_probabilities(
 
 
 def _centre(x: Tensor, p: Tensor) -> Tensor:
-    """Returns x - rowsum(p * x) for probabilities p.
+    """Returns x - sum(p * x) over each row, where p are the probabilities that a softmax returned.
 
-    If x is the gradient of the output p of a softmax, p * result is the gradient of its input.
+    If x is the gradient of the loss with respect to p, then p * result is the gradient with respect
+    to the input of the softmax.
     """
     return x - (p * x).sum(-1, keepdim=True)
 
@@ -99,7 +103,7 @@ def _forward_plain(
 ) -> None:
     """Computes the attention with PyTorch's operators, and writes it into o.
 
-    Its arguments are those of `launch_forward`, which runs a Triton kernel.
+    Arguments are those of `launch_forward`, which runs a Triton kernel instead.
     """
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     o.copy_(_compute_probabilities(q, k, bias, mask, scale) @ v)
@@ -127,9 +131,9 @@ def _backward_plain(
     go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, learned: Tensor | None, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes the backward pass with PyTorch's operators.
+    """Computes the backward with PyTorch's operators, and writes the gradient of qkv into gqkv.
 
-    Its arguments and result are those of `launch_backward`, which runs a Triton kernel.
+    Arguments and result are those of `launch_backward`, which runs a Triton kernel instead.
     """
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     go = go.to(q.dtype)
@@ -166,9 +170,10 @@ def _backward_backward_plain(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes the second backward pass with PyTorch's operators.
+    """Computes the second derivative with PyTorch's operators.
 
-    Its arguments and result are those of `launch_backward_backward`, which runs a Triton kernel.
+    Arguments and result are those of `launch_backward_backward`, which runs a Triton kernel
+    instead.
     """
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     ggq, ggk, ggv = ggqkv.to(q.dtype)
@@ -189,14 +194,17 @@ def _backward_backward_plain(
 
 
 def _make_stand_in(qkv: Tensor) -> Tensor:
-    """Returns a tensor with the shape of qkv, but only one element of memory.
+    """Returns a placeholder for qkv, with the shape of qkv but only one element of memory.
 
-    The tensor only serves to pass a gradient on. If the loss contains a gradient penalty, the
-    gradient of qkv is the sum of a penalty term and an ordinary term. The backward of the backward
-    op computes the penalty term, and a later call of the backward op computes the ordinary term. In
-    autograd's graph the backward op depends on qkv through this tensor. Therefore autograd passes
-    the penalty term to that later call as `extra`, and the kernel adds the two terms. Without this
-    tensor Inductor would add them, with 15 passes over memory instead of 3.
+    If the loss contains a gradient penalty, the gradient of qkv is the sum of two terms. First, the
+    backward of the backward op computes the penalty term. Then a call of the backward op computes
+    the ordinary term. If Inductor added the two terms, this would take 15 passes over memory
+    instead of 3.
+
+    Therefore the kernel of that call adds them, and the placeholder serves to pass the penalty term
+    to the call. The forward op returns the placeholder, and the backward op takes it as an input in
+    place of qkv. So the penalty term becomes the gradient of the placeholder, which autograd passes
+    to the call as `extra`.
     """
     return qkv.new_zeros(1).expand(qkv.shape)
 
@@ -249,13 +257,17 @@ def _(
 def _differentiate(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], go: Tensor | None, extra: Tensor | None
 ) -> tuple:
-    """Returns the gradients of the forward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the forward op, which takes (qkv, bias, mask, scale).
+
+    go: gradient of the loss with respect to the output. extra: gradient with respect to the
+    placeholder that `_make_stand_in` makes. None means zero. `dispatch.register_derivative`
+    describes the other arguments.
+    """
     qkv, bias, mask, stand_in = saved
     if go is None:
         return extra, None, None, None
     if not torch.is_grad_enabled():
-        stand_in = None  # not needed, because nothing differentiates this backward pass
+        stand_in = None  # only a derivative of this backward pass would need the placeholder
     gqkv, gbias = _window_attention_bwd(
         go, qkv, stand_in, extra, bias, mask, options[-1], wanted[1]
     )
@@ -266,8 +278,13 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggqkv: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradients of the backward op's inputs. `register_derivative` describes the
-    arguments."""
+    """Returns the gradient of each input of the backward op, which has the same order as its
+    inputs.
+
+    ggqkv, ggbias: gradients of the loss with respect to the outputs of the backward op, which are
+    the gradients of qkv and bias. None means zero. `dispatch.register_derivative` describes the
+    other arguments.
+    """
     go, qkv, bias, mask = saved
     filled = torch.zeros_like(qkv) if ggqkv is None else ggqkv
     scale, had_bias_grad = options[-2:]
@@ -307,11 +324,11 @@ def window_attention_qkvpacked(
     Source: Liu et al. 2021, arXiv 2103.14030.
 
     Args:
-        qkv: (3, B, H, N, D), any floating-point dtype: queries, keys and values of B windows and H
-            heads. A window has N tokens and a head has D channels, at most 64 each. If qkv is a
-            view of a linear layer's output (B, N, 3 H D), neither qkv nor its gradient is copied.
+        qkv: (3, B, H, N, D), any floating-point dtype: queries Q, keys K and values V of B windows
+            and H heads. A window has N tokens and a head has D channels, at most 64 each. If qkv is
+            a view of a linear layer's output (B, N, 3 H D), neither qkv nor its gradient is copied.
         bias: (H, N, N), any floating-point dtype, for example Swin's relative position bias.
-        mask: (W, N, N), any floating-point dtype, where W divides B. Window i uses mask[i % W].
+        mask: (W, N, N), any floating-point dtype. W must divide B. Window i uses mask[i % W].
             A value of -inf makes a query ignore a key. The mask gets no gradient.
         scale: number by which Q K^T is multiplied. None means D ** -0.5.
 
@@ -326,27 +343,31 @@ def window_attention_qkvpacked(
     """
     name = "window_attention"
     if qkv.dim() != 5 or qkv.shape[0] != 3:
-        raise ValueError(f"{name}: qkv is {tuple(qkv.shape)}, should be (3, B, H, N, D)")
+        raise ValueError(f"{name}: qkv has shape {tuple(qkv.shape)}, should be (3, B, H, N, D)")
     _, windows, heads, tokens, dim = qkv.shape
     if not (0 < tokens <= LARGEST and 0 < dim <= LARGEST):
-        raise ValueError(f"{name}: N = {tokens} and D = {dim} should be 1 to {LARGEST}")
+        raise ValueError(
+            f"{name}: N = {tokens} tokens per window and D = {dim} channels per head "
+            f"should be 1 to {LARGEST}"
+        )
     if bias is not None and bias.shape != (heads, tokens, tokens):
         raise ValueError(
-            f"{name}: bias is {tuple(bias.shape)}, should be {(heads, tokens, tokens)}"
+            f"{name}: bias has shape {tuple(bias.shape)}, should be {(heads, tokens, tokens)}"
         )
     if mask is not None:
         if mask.dim() != 3 or mask.shape[1:] != (tokens, tokens) or not mask.shape[0]:
             raise ValueError(
-                f"{name}: mask is {tuple(mask.shape)}, should be (W, {tokens}, {tokens})"
+                f"{name}: mask has shape {tuple(mask.shape)}, should be (W, {tokens}, {tokens})"
             )
         if windows % mask.shape[0]:
             raise ValueError(
-                f"{name}: {windows} windows are not a multiple of {mask.shape[0]} masks"
+                f"{name}: the number of windows, {windows}, should be a multiple of the "
+                f"{mask.shape[0]} masks"
             )
         if mask.requires_grad:
             raise ValueError(
                 f"{name}: mask requires grad, but would get no gradient: "
-                "detach it, or add it to bias"
+                "detach the mask, or add it to bias"
             )
     check_floating(name, qkv=qkv, bias=bias, mask=mask)
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
@@ -369,10 +390,11 @@ def window_attention(
 ) -> Tensor:
     """Returns softmax(scale Q K^T + bias + mask) V within each window.
 
-    q, k, v: (B, H, N, D) each, any floating-point dtype. They are copied into one tensor for
-    `window_attention_qkvpacked`, which describes the other arguments, the result and the errors.
+    q, k, v: queries, keys and values, (B, H, N, D) each, any floating-point dtype. They are copied
+    into one tensor for `window_attention_qkvpacked`. That function describes the other arguments,
+    the result and the errors.
     """
     if not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"window_attention: q, k, v are {shapes}, should have the same shape")
+        raise ValueError(f"window_attention: q, k, v have shapes {shapes}, should have the same")
     return window_attention_qkvpacked(torch.stack((q, k, v)), bias, mask, scale)

@@ -1,26 +1,40 @@
 """Triton kernels for window attention and its two derivatives, and the functions to launch them.
 
 Names, for one window and head with N tokens of D channels:
-- q, k, v and o are queries, keys, values and output, (N, D) each. qkv holds the first three;
-- S are the scores and P = softmax(S) their probabilities, (N, N) each;
-- gx is the gradient of the loss with respect to x, for any tensor x;
-- ggqkv and ggbias are the cotangents of gqkv and gbias: the gradients that the second backward pass
-  starts from. That pass computes ggo, the gradient with respect to go, and again gqkv and gbias;
-- dS is the change of S along these cotangents;
+
+- q, k, v and o are queries, keys, values and output, (N, D) each. qkv holds the first three.
+- S are the scores and P = softmax(S) their probabilities, (N, N) each.
+- gx is the gradient of the loss with respect to x, for any tensor x, such as gq, go or gS.
+- extra is an optional tensor that the backward adds to gqkv.
+- ggqkv and ggbias are the cotangents of gqkv and gbias, which are the gradients of the loss with
+  respect to these. The backward of the backward starts from them.
+- ggo is the gradient with respect to go. The backward of the backward computes it, together with
+  its own gqkv and gbias.
+- dS and dP are the changes of S and P along ggqkv and ggbias. dS is centred.
+- hS is the gradient with respect to S in the backward of the backward. gdP is used to compute it.
 - centred(X) = X - rowsum(P X). Products of two (N, N) matrices are elementwise.
 
-Forward: S = scale q k^T + bias + mask, P = softmax(S), o = P v.
-Backward: gP = centred(go v^T), gS = P gP,
-    gq = scale gS k, gk = scale gS^T q, gv = P^T go, gbias = sum of gS over the windows.
-Backward of the backward: dS = centred(scale (ggq k^T + q ggk^T) + ggbias), dP = P dS,
-    gdP = gP dS + go ggv^T, and hS = P centred(gdP) is the gradient with respect to S, so that
+Forward:
+
+    S = scale q k^T + bias + mask, P = softmax(S), o = P v.
+
+Backward:
+
+    gP = centred(go v^T), gS = P gP,
+    gq = scale gS k, gk = scale gS^T q, gv = P^T go,
+    gbias = sum of gS over the windows.
+
+Backward of the backward:
+
+    dS = centred(scale (ggq k^T + q ggk^T) + ggbias), dP = P dS,
+    gdP = gP dS + go ggv^T, hS = P centred(gdP),
     ggo = dP v + P ggv,
     gq = scale (hS k + gS ggk), gk = scale (hS^T q + gS^T ggq), gv = dP^T go,
     gbias = sum of hS over the windows.
 
-S and P of one window and head fit a tile of 64 x 64, so every kernel recomputes them. The only
-(N, N) matrices in memory are bias + mask, one for each mask and head, and partial sums of gbias.
-S, P and their gradients are float32, or float64 for float64 inputs.
+S and P of one window and head fit a tile of 64 x 64, so every kernel recomputes them. Only two
+kinds of (N, N) matrices are in memory: bias + mask, one for each mask and head, and partial sums of
+gbias. S, P and their gradients are float32, or float64 for float64 inputs.
 """
 
 from typing import Any
@@ -35,7 +49,8 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, triton_compute_dtype
 
 @triton.jit
 def _dot(x, y, acc):
-    """Returns acc + x @ y for tiles x and y of the op's inputs, multiplied in their own dtype."""
+    """Returns acc + x @ y for two tiles of the op's inputs, which are multiplied in their own
+    dtype."""
     return tl.dot(x, y, acc=acc, input_precision="ieee")
 
 
@@ -43,9 +58,9 @@ def _dot(x, y, acc):
 def _dot_of_float32(x, y, acc, TRANSPOSED: tl.constexpr = False):
     """Returns acc + x @ y, or acc + x^T @ y, for an intermediate result x and an input y of the op.
 
-    If y has 16 bits, x is split into a sum of two 16-bit tiles. With bfloat16 the two tiles keep 16
-    bits of x's mantissa, and the tensor cores read them from registers. TF32 would keep 11 bits and
-    go through shared memory.
+    If y has 16 bits, x is split into the sum of two 16-bit tiles. With bfloat16, these two tiles
+    keep 16 bits of x's mantissa, and the tensor cores read them from registers. TF32 would keep 11
+    bits and go through shared memory.
     """
     if y.dtype.primitive_bitwidth == 16:
         high = x.to(y.dtype)
@@ -62,7 +77,10 @@ def _dot_of_float32(x, y, acc, TRANSPOSED: tl.constexpr = False):
 
 @triton.jit
 def _locate_matrix(pointer, index, BLOCK_TOKENS: tl.constexpr):
-    """Returns pointers to the elements of matrix number `index` in a stack of padded matrices."""
+    """Returns pointers to all elements of matrix number `index` in a stack of padded matrices.
+
+    Each matrix has the shape (BLOCK_TOKENS, BLOCK_TOKENS).
+    """
     i, j = tl.arange(0, BLOCK_TOKENS)[:, None], tl.arange(0, BLOCK_TOKENS)[None, :]
     return pointer + index.to(tl.int64) * (BLOCK_TOKENS * BLOCK_TOKENS) + i * BLOCK_TOKENS + j
 
@@ -84,8 +102,12 @@ def _locate_window(
     window, head, qkv_pointer, o_pointer, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr,
 ):  # fmt: skip
-    """Returns pointers to the first element of a window and head, in two tensors with the layouts
-    (B, N, 3, H, D) and (B, N, H, D)."""
+    """Returns pointers to the first element of a window and head, in two tensors.
+
+    - window, head: indices of the window and head.
+    - qkv_pointer: tensor with the layout (B, N, 3, H, D).
+    - o_pointer: tensor with the layout (B, N, H, D).
+    """
     first = tl.cast(window, tl.int64) * (TOKENS * HEADS * DIM)
     return qkv_pointer + first * 3 + head * DIM, o_pointer + first + head * DIM
 
@@ -97,8 +119,10 @@ def _locate_channels(
 ):  # fmt: skip
     """Returns the offsets of a tile, counted from the window's first element, and its load mask.
 
-    The tile has all tokens and BLOCK_DIM channels, beginning at `channel`. part: 0, 1 or 2 for q,
-    k or v. PARTS: 3 for qkv, or 1 for o, whose only part is 0.
+    The tile has all tokens and BLOCK_DIM channels, beginning at `channel`.
+
+    - part: 0, 1 or 2 for queries, keys or values.
+    - PARTS: 3 for a tensor like qkv, or 1 for a tensor like the output, whose only part is 0.
     """
     n, d = tl.arange(0, BLOCK_TOKENS)[:, None], channel + tl.arange(0, BLOCK_DIM)[None, :]
     return n * (PARTS * HEADS * DIM) + part * HEADS * DIM + d, (n < TOKENS) & (d < DIM)
@@ -109,7 +133,10 @@ def _load(
     pointer, part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Loads the elements that `_locate_channels` describes, with zeros for those of the padding."""
+    """Loads a tile of one window and head, with zeros for the padding.
+
+    pointer: first element of the window and head. `_locate_channels` describes the other arguments.
+    """
     offsets, inside = _locate_channels(
         part, channel, PARTS, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM
     )
@@ -121,7 +148,10 @@ def _store(
     pointer, value, part, channel, PARTS: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Stores the elements that `_locate_channels` describes, except those of the padding."""
+    """Stores a tile of one window and head, without its padding.
+
+    pointer: first element of the window and head. `_locate_channels` describes the other arguments.
+    """
     offsets, inside = _locate_channels(
         part, channel, PARTS, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM
     )
@@ -134,7 +164,13 @@ def _window_attention_fwd_kernel(
     HEADS: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, SCALE: tl.constexpr,
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Computes the output of the attention."""
+    """Computes the output of the attention.
+
+    - qkv_pointer: queries, keys and values, (B, N, 3, H, D).
+    - bias_and_mask_pointer: the padded sums of bias and mask, one for each mask and head.
+    - o_pointer: the output, (B, N, H, D), which the kernel writes.
+    - windows, masks: the numbers of windows and masks.
+    """
     head, strip = tl.program_id(0), tl.program_id(1)
     index = (strip % masks) * HEADS + head
     bias_and_mask = tl.load(_locate_matrix(bias_and_mask_pointer, index, BLOCK_TOKENS))
@@ -164,9 +200,18 @@ def _window_attention_bwd_kernel(
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BIAS_GRAD: tl.constexpr, HAS_EXTRA: tl.constexpr,
 ):  # fmt: skip
-    """Computes gqkv, the gradient of queries, keys and values.
+    """Computes the gradient of queries, keys and values, and partial sums of the gradient of the
+    bias.
 
-    With BIAS_GRAD it also computes partial sums of gbias. With HAS_EXTRA it adds `extra` to gqkv.
+    - go_pointer: gradient of the loss with respect to the output, (B, N, H, D).
+    - qkv_pointer: queries, keys and values, (B, N, 3, H, D).
+    - extra_pointer: tensor that is added to the gradient of qkv if HAS_EXTRA is True.
+    - bias_and_mask_pointer: the padded sums of bias and mask, one for each mask and head.
+    - gqkv_pointer: the gradient of qkv, which the kernel writes.
+    - partial_sums_pointer: gradients of the bias, summed over the windows of one strip each. A
+      strip consists of the windows that one program processes. The kernel adds to them if BIAS_GRAD
+      is True.
+    - windows, masks: the numbers of windows and masks.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
@@ -201,8 +246,8 @@ def _window_attention_bwd_kernel(
             gp = _dot(go, tl.trans(v), gp)
         gs = p * _centre(gp, p)
         if BIAS_GRAD:
-            # Adding in memory saves a tile of registers.
-            # Only this program adds to this matrix, so the sum has the same bits in every run.
+            # The sum over windows is in memory, because registers for another tile are scarce.
+            # Only this program adds to its matrix, so the sum has the same bits in every run.
             to = _locate_matrix(partial_sums_pointer, strip * HEADS + head, BLOCK_TOKENS)
             tl.atomic_add(to, gs, sem="relaxed")
         for channel in range(0, DIM, BLOCK_DIM):
@@ -230,10 +275,21 @@ def _window_attention_bwd_bwd_kernel(
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BIAS_GRAD: tl.constexpr, HAS_GGBIAS: tl.constexpr,
 ):  # fmt: skip
-    """Computes ggo and gqkv, the gradients with respect to go and qkv in the second backward pass.
+    """Computes the second derivative.
 
-    With BIAS_GRAD, also computes partial sums of gbias. Registers cannot hold six 64 x 64 tiles and
-    their operands, so inputs are read again, mostly from the cache, whenever they are used.
+    - ggqkv_pointer, ggbias_pointer: gradients of the loss with respect to the results of the
+      backward, which are the gradients of qkv and bias. The kernel reads ggbias if HAS_GGBIAS is
+      True.
+    - go_pointer: gradient of the loss with respect to the output, from which the backward started.
+    - qkv_pointer: queries, keys and values, (B, N, 3, H, D).
+    - bias_and_mask_pointer: the padded sums of bias and mask, one for each mask and head.
+    - ggo_pointer, gqkv_pointer: the gradients with respect to go and qkv, which the kernel writes.
+    - partial_sums_pointer: gradients of the bias, summed over the windows that one program
+      processes. The kernel adds to them if BIAS_GRAD is True.
+    - windows, masks: the numbers of windows and masks.
+
+    Registers cannot hold six 64 x 64 tiles and their operands. Therefore inputs are read again,
+    mostly from the cache, whenever they are used.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
@@ -322,8 +378,10 @@ def choose_grid(qkv: Tensor, mask: Tensor | None, programs: int = 1056) -> tuple
     """Returns the grid of a launch: (number of heads, number of strips of windows).
 
     A program processes the windows of one strip for one head. All windows of a strip have the same
-    mask, so the number of strips is a multiple of the number of masks. programs: largest number of
-    programs that is useful. The default is 8 for each of the 132 processors of an H200.
+    mask, so the number of strips is a multiple of the number of masks.
+
+    programs: largest useful number of programs. The default is 8 for each of an H200's 132
+    multiprocessors.
     """
     _, windows, heads, _, _ = qkv.shape
     masks = 1 if mask is None else mask.shape[0]
