@@ -85,11 +85,14 @@ HOMES = {
     "options": "METHODS AttackOptions EdgeOptions GradnormFgsmOptions GradnormOptions "
     "NFgsmOptions ObjectiveConfig PagOptions TradesOptions piecewise_linear_warning",
 }
-"""Module of this package -> the public names that it defines."""
+"""Module of this package -> the public names that the module defines, separated by spaces."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name (PEP 562). Raises AttributeError for any other."""
+    """Imports a public name of this package when it is first used (PEP 562).
+
+    Raises AttributeError if the name is not public.
+    """
     for module, names in HOMES.items():
         if name in names.split():
             return getattr(importlib.import_module(f"fastgn.objectives.{module}"), name)

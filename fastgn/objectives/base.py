@@ -18,7 +18,7 @@ from fastgn.objectives.options import METHODS, ObjectiveConfig
 
 
 class Loss(NamedTuple):
-    """The parts of the loss of a batch: scalar tensors in fp32 or wider."""
+    """The parts of the loss of a batch. Each is a scalar tensor in fp32 or wider."""
 
     total: Tensor
     """The value that is minimised."""
@@ -26,7 +26,7 @@ class Loss(NamedTuple):
     """Mean cross-entropy of the images that the network trains on."""
     penalty: Tensor
     """Penalty before it is multiplied by its weight. For gradnorm it is (eps / sigma) * grad_l1. 0
-    for methods without a penalty."""
+    for methods without a penalty, and NaN if the penalty is left out of this update."""
     grad_l1: Tensor
     """Mean over the images of the L1 norm of the loss's gradient with respect to the image, in the
     units of the images that the loss got. NaN if the method does not compute it."""
@@ -47,16 +47,18 @@ class Representatives(NamedTuple):
     images_NCHW: Tensor
     """The images. If labels_N is None, there is one per class, in the order of the classes."""
     labels_N: Tensor | None = None
-    """Class of each image, int64. The nearest image of the wanted class then stands for that class,
-    separately for each training image. None if there is one image per class."""
+    """Class of each image in images_NCHW, int64. A class can then have several images. For each
+    training image, the nearest image of a class represents the class. None means that there is one
+    image per class."""
 
 
 def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "hard") -> Tensor:
-    """Returns random weights of the classes, of shape (B, K).
+    """Returns random weights of the K classes for each of B images, of shape (B, K).
 
-    'hard' gives 1 to one class, which is drawn from softmax(logits / temperature), and 0 to the
-    others. 'relaxed' gives softmax((logits + Gumbel noise) / temperature), through which gradients
-    flow to the logits (Jang et al. 2017, Maddison et al. 2017).
+    sampling: 'hard' gives the weight 1 to one class, which is drawn from softmax(logits /
+    temperature), and the weight 0 to the others. 'relaxed' gives softmax((logits + Gumbel noise) /
+    temperature), through which gradients flow to the logits (Jang et al. 2017, Maddison et al.
+    2017).
     """
     gumbel_BK = -torch.log(-torch.log(torch.rand_like(logits_BK)))
     if sampling == "relaxed":
@@ -85,19 +87,20 @@ class Objective:
     size of the attack. `gradient` computes the input gradient of an attack step. None means that
     the images stay as they are."""
     needs_input_gradient: bool = False
-    """Whether `loss` differentiates with respect to the images. If so, the loss is ce_weight * CE
-    plus a penalty that the ramp multiplies."""
+    """Whether `loss` differentiates with respect to the images. If so, the loss is ce_weight * CE +
+    ramp * penalty_weight * penalty, where CE is the cross-entropy."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy in `loss`."""
     penalty_weight: float = 0.0
-    """Weight of the penalty in `loss` if the ramp is 1."""
+    """Full weight of the penalty in `loss`. It is multiplied by the ramp, a factor that grows from
+    0 to 1 over the first epochs."""
     penalty_scale: float = 0.0
-    """Penalty divided by grad_l1, which is the L1 norm of the input gradient. It is eps / sigma for
+    """Penalty divided by grad_l1, the mean L1 norm of the input gradient. It is eps / sigma for
     gradnorm."""
     differences: bool = False
     """Whether a finite difference of the cross-entropy can replace the penalty.
 
-    This is so if the penalty is penalty_scale * grad_l1.
+    This is possible only if the penalty is penalty_scale * grad_l1.
     """
     forwards: int = 1
     """Number of forward passes that `loss` makes. Each one needs a backward pass later."""
@@ -106,9 +109,10 @@ class Objective:
     attack_forwards: int = 0
     """Number of forward passes without a gradient that the attack makes."""
     rest: "Objective | None" = None
-    """Objective that the other updates minimise. None means that all updates minimise this one."""
+    """Another objective, which some of the updates minimise instead of this one. None means that
+    all updates minimise this one."""
     share: float = 1.0
-    """Share of the updates that minimise this objective. The others minimise `rest`."""
+    """Share of the updates that minimise this objective. The other updates minimise `rest`."""
 
     def has_turn(self, update: int) -> bool:
         """Returns whether an update minimises this objective, and not `rest`.
@@ -125,8 +129,8 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
     """Returns an objective with the penalty on only the first `fraction` of the images, and the
     cross-entropy on all images.
 
-    The images with the penalty and those without it go through the network one after the other. So
-    BatchNorm in train mode normalises them separately.
+    The images with the penalty go through the network first, and those without it afterwards.
+    Therefore BatchNorm in train mode normalises the two groups separately.
     """
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
@@ -143,9 +147,10 @@ def on_subset(objective: Objective, fraction: float) -> Objective:
 
 
 def without_penalty(objective: Objective) -> Objective:
-    """Returns an objective that minimises only the cross-entropy of `objective`.
+    """Returns an objective like `objective`, but without its penalty.
 
-    The weight of the cross-entropy and the (attacked) images are the same as in `objective`.
+    It minimises only the cross-entropy, with the same weight. If `objective` attacks the images,
+    the result attacks them in the same way.
     """
 
     def loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:

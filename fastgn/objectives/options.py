@@ -20,12 +20,12 @@ class GradnormOptions(Options):
     ce_weight: Annotated[float, WEIGHT] = 0.8
     """Weight of the cross-entropy."""
     gn_weight: Annotated[float, WEIGHT] = 1.2
-    """Weight of the penalty after its ramp (--ramp-epochs)."""
+    """Full weight of the penalty, which is reached after --ramp-epochs."""
     eps: Annotated[float, PIXELS] = 4 / 255
     """Radius of the penalty in 0..1 pixel units. The penalty is multiplied by eps / sigma."""
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
     """Number by which the normalisation divides pixels, for the factor eps / sigma. It is the same
-    for all channels, as in the paper."""
+    for all channels, as in arXiv 2409.20139."""
     gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
     """Norm of each image's gradient that is penalised."""
     gn_of: Literal["loss", "logit"] = "loss"
@@ -56,7 +56,7 @@ class GradnormOptions(Options):
 
     @property
     def is_variant(self) -> bool:
-        """Whether the penalty differs from the L1 norm of the loss's gradient at the images."""
+        """Whether the penalty is anything but the L1 norm of the loss's gradient at the images."""
         return bool(
             self.gn_norm != "l1"
             or self.gn_of != "loss"
@@ -90,18 +90,19 @@ class AttackOptions(Options):
     attack_it: Annotated[int, Range(1, 10_000)] = 3
     """Number of attack steps."""
     attack_select: Literal["last", "best", "paper"] = "last"
-    """Which attacked images to train on. last: those after the last step. best: for each image the
-    step with the highest loss (costs one more forward pass). paper: the same as best, but the extra
-    forward pass gets images that are not normalised, as in the paper's code."""
+    """Which attacked images to train on. last: the images after the last step. best: each image
+    after the step that gave it the highest loss (costs one more forward pass). paper: the same as
+    best, but the extra forward pass gets images that are not normalised, as in the code of arXiv
+    2409.20139."""
     attack_ramp_epochs: Annotated[float | None, EPOCHS] = None
     """Epochs over which the attack's step size grows to its full value. None means the value of
     --ramp-epochs."""
     attack_ramp_on_updates: bool = True
-    """Let the attack's step size grow at every update of its ramp. If off, it grows once per epoch,
-    as in the paper's code, and is 0 in the first epoch."""
+    """Let the attack's step size grow at every update (see --attack-ramp-epochs). If off, it grows
+    only once per epoch and is 0 in the first epoch, as in the code of arXiv 2409.20139."""
     attack_weight_grads: bool = False
-    """Compute, all-reduce and discard weight gradients at every attack step, as the paper's code
-    does. Use it only to compare costs, because the attacked images stay the same."""
+    """Compute, all-reduce and discard weight gradients at every attack step, as the code of arXiv
+    2409.20139 does. Use it only to compare costs, because the attacked images stay the same."""
 
     @property
     def step_size(self) -> float:
@@ -149,8 +150,8 @@ class EdgeOptions(Options):
     """Value whose input gradient is compared with the image's edges: the logit of a sampled class,
     or the cross-entropy."""
     edge_weight: Annotated[float, WEIGHT] = 19.0
-    """Weight of the penalty after its ramp (--ramp-epochs). In the paper it grows from 1 to 19 in
-    200 epochs."""
+    """Full weight of the penalty, which is reached after --ramp-epochs. In arXiv 2409.20139 it
+    grows from 1 to 19 in 200 epochs."""
     edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
     """Temperature of the softmax over the logits. With --edge-of logit, this softmax is used to
     sample the class whose logit is differentiated."""
@@ -163,8 +164,8 @@ class EdgeOptions(Options):
     the largest magnitude of the gradient over the channels."""
     edge_rms: Literal["batch", "image"] = "batch"
     """Gradients and edges are each divided by their root mean square before they are compared.
-    batch: one root mean square over all images of a micro-batch, as in the paper's code. image: one
-    for each image."""
+    batch: one root mean square over all images of a micro-batch, as in the code of arXiv
+    2409.20139. image: one root mean square for each image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,24 +174,24 @@ class PagOptions(Options):
     representative image."""
 
     pag_weight: Annotated[float, WEIGHT] = 15.0
-    """Weight of the penalty after its ramp (--ramp-epochs). In the code of pag's authors it is
-    1.5 * 10."""
+    """Full weight of the penalty of --method pag, which is reached after --ramp-epochs. The code of
+    the method's authors uses 15, too."""
     pag_representative: Literal["class-mean", "nearest-neighbour", "random-image"] = "class-mean"
-    """Image that the gradient for a class should point to. class-mean: the mean of the class's
-    training images. nearest-neighbour: the training image of the class that is nearest to the image
-    (only for data that fits on the device). random-image: one training image of the class, drawn by
-    the seed."""
+    """Image to which the input gradient for a class should point. class-mean: the mean of the
+    class's training images. nearest-neighbour: the training image of the class that is nearest to
+    the image (only for data that fits on the device). random-image: one training image of the
+    class, drawn at random with --seed."""
     pag_images: Annotated[int, IMAGES] = 100
-    """Number of image files from which each class mean is computed, drawn by the seed. For cifar10
-    and digits the class means are computed from all images."""
+    """Number of image files from which each class mean is computed, drawn at random with --seed.
+    For cifar10 and digits the class means are computed from all images."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What the command line needs to know about a method, so that it need not import torch.
+    """What the command line needs to know about a method of --method without importing torch.
 
-    The method's loss, and a function `build` that takes its options, are in the module of
-    fastgn.objectives.methods that has its name (with _ in place of +).
+    The method's loss is in the module of fastgn.objectives.methods that has the method's name (with
+    _ in place of +). There, a function `build` makes an Objective from the method's options.
     """
 
     minimises: str
@@ -310,7 +311,7 @@ class ObjectiveConfig(Options):
 
     @property
     def takes_turns(self) -> bool:
-        """Whether only some updates minimise the penalty, and the others another loss."""
+        """Whether only some updates minimise a penalty, while the others minimise another loss."""
         shared = GradnormFgsmOptions in METHODS[self.method].options
         return shared and self.gradnorm_fgsm.gn_share < 1
 
@@ -337,10 +338,10 @@ def find_schedule_conflict(
 ) -> str | None:
     """Returns why a value of --schedule does not suit a method, or None if it does.
 
-    The text also says what to use instead. schedule: value of --schedule. name: name of the method
-    for the text. has_penalty: whether the loss has a penalty. takes_turns: whether only some
-    updates have the penalty. allows_differences: whether a finite difference can replace the
-    penalty. ce_weight: weight of the cross-entropy.
+    The text also says what to use instead. schedule: value of --schedule, a way to compute the
+    penalty. name: name of the method for the text. has_penalty: whether the loss has a penalty.
+    takes_turns: whether only some updates have the penalty. allows_differences: whether a finite
+    difference can replace the penalty. ce_weight: weight of the cross-entropy.
     """
     if schedule in ("auto", "exact", "exact-eager"):
         return None
@@ -365,10 +366,11 @@ def find_schedule_conflict(
 
 
 def piecewise_linear_warning(cfg: ObjectiveConfig, counts: dict[str, int]) -> str | None:
-    """Returns a warning if the method differentiates twice and the model has activations whose
-    second derivative is 0, else None.
+    """Returns a warning if the method's penalty gets almost no signal through the activations.
 
-    counts: {class name: number of modules} of the model's piecewise-linear activations.
+    This is so if the penalty is differentiated twice and the model has piecewise-linear
+    activations, such as ReLU. Otherwise returns None. counts: {class name: number of modules} of
+    the model's piecewise-linear activations.
     """
     if not cfg.has_penalty or not counts:
         return None

@@ -1,6 +1,6 @@
 """Counts the cost of an update before it runs.
 
-`count_cost` runs the real Step without compiling it, on fake tensors, which have shapes and
+`count_cost` runs the real Step without compiling it. It runs on fake tensors, which have shapes and
 lifetimes but no data. Even for Swin-B with a large batch it takes only seconds and no memory.
 """
 
@@ -71,11 +71,13 @@ def count_cost(
     images.
 
     The count assumes that the gradients of the weights are allocated already, as they are from the
-    second micro-batch on. Peak memory is counted for a few images and for batch_size images, and
-    interpolated between these two sizes. The interpolation is never too low. Memory at each moment
+    second micro-batch on. If only some updates have a penalty, the largest peak memory of all
+    updates is taken.
+
+    Peak memory is counted for a few images and for batch_size images, and interpolated between
+    these two sizes. The interpolated value is never too low, for this reason. Memory at each moment
     of the update is a linear function of the number of images. The peak is the maximum of these
-    functions, so it is convex and nowhere above the line between two of its points. If only some
-    updates have a penalty, the largest peak of all updates is taken.
+    functions, so it is convex and nowhere above the line between two of its points.
 
     device_type: the device whose autocast is imitated.
     """
@@ -134,8 +136,8 @@ def count_cost(
 def share_of_updates(objective: Objective, schedule: Schedule) -> dict[int, float]:
     """Returns {index: share} with one entry for each kind of update.
 
-    The index is the number of an update of this kind. The share is the part of all updates that are
-    of this kind. There are two kinds if only some updates have the penalty, otherwise one.
+    There are two kinds if only some updates have the penalty, otherwise one. index: number of the
+    first update of this kind. share: this kind's share of all updates.
     """
     if schedule.kind == "lazy" and schedule.lazy_interval > 1:
         share = 1 / schedule.lazy_interval

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 LABEL = "fastgn_layer"
-"""Key in the metadata of an autograd node, for the text that names the node's layer."""
+"""Key in the metadata of an autograd node. Its value is a text that names the node's layer."""
 
 
 class Diagnosis:
@@ -50,8 +50,11 @@ class Diagnosis:
         return self.found
 
     def make_layer_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        """Returns a forward hook that checks the output of the layer with this name, and has the
-        derivatives inside the layer checked later."""
+        """Returns a forward hook for the layer with this name.
+
+        The hook checks the layer's output. It also adds hooks to the layer's autograd nodes, which
+        check the derivatives in the backward.
+        """
 
         def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
             where = f"layer {name} ({type(module).__name__})" if name else "the network"
@@ -64,9 +67,8 @@ class Diagnosis:
     def watch_nodes(self, nodes: list[Any], inputs: set[Any], where: str | None = None) -> None:
         """Adds a hook to each autograd node on the way from `nodes` back to `inputs`.
 
-        A node that already has a hook gets no other one, because it belongs to an inner layer,
-        whose hooks were added before.
-        where: text that names the layer of the nodes. None means the loss itself.
+        A node that already has a hook is left as it is, because it belongs to a layer inside this
+        layer. where: text that names the layer of the nodes. None means the loss itself.
         """
         seen = set(inputs)
         while nodes:
@@ -82,7 +84,8 @@ class Diagnosis:
     def make_node_hook(self, operator: str, where: str) -> Callable[[Any, Any], None]:
         """Returns a hook that checks the gradients that an autograd node has computed.
 
-        operator: name of the node. where: text from `describe_node`. Both are for the message.
+        operator: name of the node. where: text from `describe_node` about the node. Both texts
+        appear in the result of `run`.
         """
 
         def hook(computed: Any, given: Any) -> None:
@@ -116,6 +119,7 @@ def are_finite(values: Any) -> bool:
 
 
 def find_missing_derivative(error: BaseException) -> str | None:
-    """Returns the operator without a second derivative that an error names, or None."""
+    """Returns the operator whose missing derivative has caused an error, or None for other
+    errors."""
     missing = re.search(r"derivative for (?:aten::)?(\w+) is not implemented", str(error))
     return missing[1].removesuffix("_backward") if missing else None

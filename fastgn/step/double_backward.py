@@ -1,4 +1,4 @@
-"""Compiles losses that themselves differentiate.
+"""Compiles losses that themselves differentiate, such as a loss with a gradient penalty.
 
 Forward, input gradient and penalty are traced together as one graph. The ordinary ``.backward()``
 of that graph is the second differentiation. The whole loss must be inside the graph because
@@ -17,7 +17,7 @@ COMPILER = {
     "trace_autograd_ops": True,  # otherwise torch.autograd.grad breaks the graph
     # otherwise Dynamo cuts the graph at DDP's buckets, between the images and their gradient
     "optimize_ddp": False,
-    "recompile_limit": 64,  # high, because a single function runs all losses of a process
+    "recompile_limit": 64,  # this is high, because one function runs all losses of a process
 }
 """Settings of torch._dynamo.config while a DoubleBackward runs."""
 
@@ -26,8 +26,9 @@ COMPILER = {
 def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns a tensor of zeros with this shape that requires grad because `token` does.
 
-    `leaf` adds these zeros to a tensor, so that the sum requires grad. The backward of this op
-    computes nothing. All of the zeros share the memory of one number.
+    token: any scalar that requires grad. `leaf` adds these zeros to a tensor, so that the sum
+    requires grad. The backward of this op computes nothing. All of the zeros share the memory of
+    one number.
     """
     return token.new_zeros(()).expand(shape)
 
@@ -43,9 +44,10 @@ zero.register_autograd(lambda ctx, grad: (None, None))
 def leaf(x: Tensor, token: Tensor) -> Tensor:
     """Returns a copy of `x` that a loss can be differentiated with respect to.
 
-    A compiled graph cannot contain ``requires_grad_()``. If the caller called it outside instead,
-    the backward would compute and keep a gradient of `x`. The copy is a sum with zeros, which the
-    compiler fuses with the next operator. token: a scalar that requires grad.
+    A compiled graph cannot contain ``x.requires_grad_()``. If ``x.requires_grad_()`` were called
+    outside the graph, the backward would compute and keep a gradient of `x`. The copy is the sum of
+    `x` and zeros, which the compiler fuses with the next operator. token: a scalar that requires
+    grad.
     """
     return x + zero(token, x.shape)
 
@@ -72,7 +74,8 @@ class DoubleBackward(nn.Module):
         self._drop_compiled()
 
     def _drop_compiled(self) -> None:
-        """Drops the compiled graph and the tokens, which a copy must not share."""
+        """Drops the compiled graph and the tokens (scalars that require grad), because a copy must
+        have its own."""
         self._compiled: Callable[..., Any] | None = None
         self._tokens: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -90,7 +93,7 @@ class DoubleBackward(nn.Module):
             for x, needs in zip(tree_leaves((inputs, named)), needed, strict=True)
         ]
         if self._compiled is None:
-            # not the module, which would then put its parameters into the state dict twice
+            # compile a method, because a compiled module would be in the state dict a second time
             self._compiled = torch.compile(
                 self._run_on_leaves, fullgraph=True, dynamic=False, **self._options
             )
@@ -98,19 +101,19 @@ class DoubleBackward(nn.Module):
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # If True, values that both backwards use are kept instead of recomputed.
-                # For gradnorm they are a fifteenth of all bytes moved (benchmarks/NOTES.md).
+                # If this were True, values that both backwards use would be kept, not recomputed.
+                # For gradnorm, False saves a fifteenth of all memory traffic (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
         ):
             return self._compiled(tokens, inputs, named)
 
     def _needs_leaf(self, inputs: tuple, named: dict[str, Any]) -> list[bool]:
-        """Returns for each tensor in the inputs, nested or not, whether to replace it with a leaf
-        copy. named: the inputs that are passed by keyword.
+        """Returns for each value in the inputs whether to replace it with a copy that requires
+        grad.
 
-        That is necessary if the module differentiates with respect to the tensor and the tensor
-        does not require grad yet.
+        This is necessary for a tensor with respect to which the module differentiates, if the
+        tensor does not require grad yet. named: the inputs that are passed by keyword.
         """
         needed = []
         for key, value in itertools.chain(enumerate(inputs), named.items()):
@@ -124,9 +127,11 @@ class DoubleBackward(nn.Module):
     def _run_on_leaves(
         self, tokens: list[Tensor | None], inputs: tuple, named: dict[str, Any]
     ) -> Any:
-        """Runs the module on its inputs. Each input that has a token is replaced with a leaf.
+        """Runs the module on its inputs, after replacing some of them with copies that require
+        grad.
 
-        tokens: for each input, a scalar that requires grad, or None. See `leaf`.
+        tokens: for each input, None, or a scalar that requires grad, with which `leaf` makes the
+        copy. named: the inputs that are passed by keyword.
         """
         flat, structure = tree_flatten((inputs, named))
         leaves: list[Any] = []
@@ -135,7 +140,7 @@ class DoubleBackward(nn.Module):
                 leaves.append(x)
                 continue
             before = [j for j in range(index) if flat[j] is x and tokens[j] is not None]
-            # a tensor that is given twice gets one leaf, because it is one variable
+            # a tensor that is given twice gets only one copy, because it is one variable
             leaves.append(leaves[before[0]] if before else leaf(x, token))
         inputs, named = tree_unflatten(leaves, structure)
         return self.module(*inputs, **named)

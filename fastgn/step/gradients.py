@@ -1,7 +1,7 @@
 """Keeps the gradients of an update in a few large tensors, and sums them over the processes.
 
-Here they are summed when the backward has ended. overlap.py sums some of them while the backward
-computes the others.
+The gradients are summed when the backward has ended. overlap.py instead sums some of them while the
+backward still computes the others.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ ALIGNMENT = 64
 """Each gradient begins at a multiple of this number of elements, so that kernels can load whole
 vectors."""
 CHUNK_BYTES = 128 * 2**20
-"""Largest number of bytes of one all-reduce. While one all-reduce runs, the gradients of
-the next one are cast and its all-reduce is begun."""
+"""Largest number of bytes that one all-reduce sums. More bytes are divided into chunks. While the
+all-reduce of one chunk runs, the next chunk is cast to the dtype in which it is sent."""
 
 
 GRAD_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -104,10 +104,10 @@ class GradientBuffer:
         for weight, view in zip(self.weights, self.views, strict=True):
             if weight.grad is None:
                 unused.append(view)
-            elif weight.grad is not view:  # a gradient that the caller has put there
+            elif weight.grad is not view:  # the caller has set this gradient
                 view.copy_(weight.grad)
                 weight.grad = view
-        if unused:  # weights without a gradient, whose views hold the sums of an earlier update
+        if unused:  # the buffer holds sums of an earlier update for weights without a gradient
             torch._foreach_zero_(unused)
         sums = []
         for flat in self.flats:

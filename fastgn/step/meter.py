@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 KERNELS = {"fastgn::window_attention", "fastgn::layer_norm"}
-"""Ops of fastgn_kernels that stay custom ops in compiled code. The compiler cannot fuse them, so it
-saves fewer bytes and launches if a network uses them."""
+"""Ops of fastgn_kernels that stay custom ops in compiled code. The compiler cannot fuse these ops.
+Therefore compiling saves fewer bytes and launches if a network uses them."""
 
 CUDA_AUTOCAST_FLOAT32 = {
     **dict.fromkeys(("exp", "log", "pow.Tensor_Scalar", "reciprocal", "rsqrt", "softplus"), False),
@@ -26,11 +26,12 @@ whether autocast passes them the argument dtype. Source: aten/src/ATen/autocast_
 
 
 class Meter(TorchDispatchMode):
-    """Counts the operators that run inside this context, in forwards and backwards alike.
+    """Counts the operations, bytes and memory of the operators that run inside this context.
 
-    A storage counts as live from the operator that returns it until nothing holds it any more,
-    autograd included. Storages from before the context, such as weights and their gradients, are
-    not counted. Memory that an operator allocates and releases inside itself is not seen.
+    Operators of forwards and of backwards are counted. A storage counts as live from the operator
+    that returns it until nothing, not even autograd, holds it any more. Storages from before the
+    context, such as weights and their gradients, are not counted. Memory that an operator allocates
+    and releases inside itself is not seen.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class Meter(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Returns True so that compiled code stays compiled inside this mode."""
+        """Returns True, so that compiled code stays compiled while this mode is active."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -8,11 +8,11 @@ from fastgn.step.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class Quirks:
-    """Peculiarities of the paper's code that change an update or its time. All are off by
-    default."""
+    """Peculiarities of the code of arXiv 2409.20139 that change an update or its time. All are off
+    by default."""
 
     accumulation: str = "mean"
-    """"mean" averages the losses of the batches of an update, "sum" adds them up."""
+    """"mean" averages the losses of the batches of an update, and "sum" adds them up."""
     train_in_eval_mode: bool = False
     """Whether the network is trained in eval mode, which freezes BatchNorm's statistics."""
     attack_weight_grads: bool = False

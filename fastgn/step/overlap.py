@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 BUCKET = 4 * 2**20
-"""Smallest number of elements that one all-reduce sums. The last one of a backward, and the last
-one before another dtype, may have fewer."""
+"""Smallest number of elements that one all-reduce sums. The last all-reduce of a backward, and the
+last one before weights of another dtype, may sum fewer."""
 COMPILE_OPTIONS = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["raise_comms"],
@@ -19,26 +19,27 @@ CUDA_GRAPHS = {
     "triton.cudagraphs": True,
     "graph_partition": True,
     "custom_should_partition_ops": ["_c10d_functional::all_reduce_"],
-    # otherwise all all-reduces would move to the end, so that one graph is enough
+    # otherwise the compiler would move all all-reduces to the end, to need only one graph
     "triton.reorder_for_reducing_graph_partitions": False,
 }
-"""Further options of torch.compile that replay the kernels between two all-reduces as a CUDA graph.
-The all-reduces themselves are in no graph."""
+"""Further options of torch.compile. With them, the kernels between two all-reduces are replayed as
+a CUDA graph. The all-reduces themselves are in no graph."""
 
 
 class Bucket(NamedTuple):
     """Consecutive weights whose gradients are summed in one all-reduce."""
 
     start: int
-    """Position of the first weight in the list of all weights."""
+    """Index of the bucket's first weight in the list of all weights."""
     stop: int
-    """Position after the last weight in this list."""
+    """Index after the bucket's last weight in the list of all weights."""
     slot: Tensor
-    """A tensor (N,) that requires grad, where N is the number of elements of the weights.
+    """An extra input of the loss, which only serves to get a gradient. The backward returns the
+    summed gradients of the bucket as the gradient of the slot.
 
-    It is an input of the loss that only serves to get a gradient: the backward makes the summed
-    gradients of the bucket the gradient of the slot. The gradients travel in the dtype of the slot.
-    The N values of the slot are never read and share the memory of one number.
+    It is a tensor (N,) that requires grad, where N is the number of elements of the bucket's
+    weights. Its dtype is that in which the gradients are sent. Its values are never read and share
+    the memory of one number.
     """
 
 
@@ -46,8 +47,8 @@ def make_buckets(weights: Sequence[Tensor], dtype: torch.dtype | None) -> list[B
     """Divides weights into buckets of at least `BUCKET` elements.
 
     The first bucket has the last weights, because a backward computes their gradients first.
-    Weights of different dtypes do not share a bucket. dtype: dtype in which gradients travel. None
-    means the dtype of the weights.
+    Weights of different dtypes do not share a bucket. dtype: dtype in which gradients are sent
+    between processes. None means the dtype of the weights.
     """
     buckets: list[Bucket] = []
     stop, count = len(weights), 0
@@ -64,25 +65,32 @@ def make_buckets(weights: Sequence[Tensor], dtype: torch.dtype | None) -> list[B
 
 @torch._dynamo.allow_in_graph  # otherwise the second derivative would be wrong
 class SumInBackward(torch.autograd.Function):
-    """Returns weights whose gradients the backward sums over the processes, in one all-reduce.
+    """Passes weights through unchanged, and sums their gradients over the processes in the
+    backward.
 
-    The sums become the gradient of `slot`, see Bucket. Nothing here waits for the all-reduce, so
-    that the rest of the backward runs at the same time. Later `split_sums` waits for it.
+    The sum needs one all-reduce. It becomes the gradient of an extra input, the slot (see Bucket).
+    The backward does not wait for the all-reduce, so both run at the same time. Later `split_sums`
+    waits for the all-reduce.
     """
 
     @staticmethod
     def forward(slot: Tensor, group: str, *weights: Tensor) -> tuple[Tensor, ...]:
-        """Returns the weights as they are. group: name of the process group."""
+        """Returns the weights unchanged. Only the backward of this function does something.
+
+        slot: tensor whose gradient becomes the summed gradients of the weights. group: name of the
+        process group.
+        """
         return tuple(weight.view_as(weight) for weight in weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps what the backward needs."""
+        """Keeps what the backward needs: the dtype of the sum and the process group."""
         ctx.dtype, ctx.group = inputs[0].dtype, inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Begins the all-reduce. grads: gradients of the weights on this process."""
+        """Begins the all-reduce of the weights' gradients, and returns its result as the gradient
+        of the slot. grads: gradients of the weights in this process."""
         flat = torch.cat([grad.flatten() for grad in grads]).to(ctx.dtype)
         sums = torch.ops._c10d_functional.all_reduce(flat, "sum", ctx.group)
         return sums, None, *[None] * len(grads)
@@ -91,9 +99,9 @@ class SumInBackward(torch.autograd.Function):
 class SummedInBackward(nn.Module):
     """Computes a loss whose backward also sums the gradients over the processes.
 
-    Each bucket has a slot: an input of the loss whose only purpose is its gradient. The backward
-    makes the bucket's summed gradients the gradient of the slot. Nothing in the compiled graph
-    reads a sum, not even a cast or a division, so the graph never waits for an all-reduce.
+    Each bucket of weights has a slot, which is an extra input of the loss. The backward returns the
+    bucket's summed gradients as the gradient of the slot. Nothing in the compiled graph reads a
+    sum, not even a cast or a division, so the graph never waits for an all-reduce.
 
     module: computes the loss, divided by the number of processes. buckets: made from the weights of
     `module` that require grad. group: name of the process group.
@@ -121,9 +129,11 @@ def split_sums(
 ) -> list[Tensor | None]:
     """Waits for the all-reduces of a backward, and returns the summed gradient of each weight.
 
-    If the loss depends on no weight of a bucket, the result is None for each of them. If it depends
-    on some of them, the result is zeros for the others. The host does not wait for a GPU. sums:
-    gradients of the buckets' slots. weights: those from which the buckets were made.
+    On a GPU only the stream waits, not the host. If the loss depends on no weight of a bucket, the
+    gradients of the bucket's weights are None. If the loss depends on only some of them, the
+    gradients of the others are zeros.
+
+    sums: gradients of the buckets' slots. weights: the weights from which the buckets were made.
     """
     grads: list[Tensor | None] = []
     for bucket, flat in reversed(list(zip(buckets, sums, strict=True))):

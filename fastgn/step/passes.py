@@ -8,7 +8,7 @@ from fastgn.step.schedule import Schedule
 
 
 class Passes(NamedTuple):
-    """Number of passes that an update makes, on average over all updates."""
+    """Two counts of the passes through the network in one update, averaged over all updates."""
 
     paper: float
     """Number of forward and backward passes, as arXiv 2409.20139 counts them: 2 for natural, 5 for
@@ -22,10 +22,10 @@ class Passes(NamedTuple):
 def count_passes(
     objective: Objective, schedule: Schedule, attack_weight_grads: bool = False
 ) -> Passes:
-    """Returns the number of passes of an update through the network.
+    """Returns the number of passes through the network in one update.
 
     schedule: the way in which the penalty is differentiated. attack_weight_grads: whether each step
-    of an attack also computes the weights' gradients, as the paper's code does.
+    of an attack also computes the weights' gradients, as the code of arXiv 2409.20139 does.
     """
     if objective.rest is not None:
         alone = dataclasses.replace(objective, rest=None)

@@ -1,7 +1,8 @@
-"""Predicts time and memory of an update, and plans it for ``--schedule auto``.
+"""Predicts time and memory of an update, and plans the update for ``--schedule auto``.
 
-`choose_plan` chooses the micro-batch and the activation memory budget that fit a device. Operations
-and memory are counted. Seconds are estimated from rates that are measured on the device.
+`choose_plan` chooses a micro-batch and an activation memory budget with which the update fits into
+the memory of a device. Operations and memory are counted. Seconds are estimated from rates that are
+measured on the device.
 """
 
 import dataclasses
@@ -17,8 +18,8 @@ from fastgn.step.cost import StepCost
 from fastgn.step.precision import matmul_precision
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
-"""Activation memory budgets whose effect was measured. A budget is the share of the saved
-activations that a compiled update keeps."""
+"""Activation memory budgets whose effect was measured. A budget is the share of the activations
+that a compiled update saves for its backward, which recomputes the rest."""
 
 MARGIN = 0.1
 """Share of the free memory that a plan leaves unused, because memory becomes fragmented and
@@ -30,15 +31,15 @@ class Relations:
     """The cost of a compiled update, divided by the cost of one that is not compiled."""
 
     kept: dict[float, float]
-    """Share of the activations that is kept -> ratio of the peak memory without weights and
-    gradients."""
+    """Share of the activations that is kept -> peak memory of the compiled update, divided by that
+    of the eager update. Both are without weights and gradients."""
     recomputed: dict[float, float]
     """Share of the activations that is kept -> share of the operations that are done a second
     time."""
     traffic: float
-    """Ratio of bytes read and written."""
+    """Bytes that the compiled update reads and writes, divided by those of the eager update."""
     operators: float
-    """Ratio of kernels launched."""
+    """Kernels that the compiled update launches, divided by those of the eager update."""
 
 
 EAGER = Relations(kept={1.0: 1.0}, recomputed={1.0: 0.0}, traffic=1.0, operators=1.0)
@@ -129,8 +130,7 @@ def free_memory(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How an update is divided into micro-batches on each rank, and its predicted memory and
-    time."""
+    """How an update is divided into micro-batches on each rank, and its predicted cost."""
 
     cost: StepCost
     micro_batch: int
@@ -138,12 +138,12 @@ class Plan:
     activation_memory_budget: float
     compiled: bool
     peak_bytes: float
-    """Predicted peak memory of weights, gradients, optimizer state and activations."""
+    """Predicted bytes of peak memory for weights, gradients, optimizer state and activations."""
     seconds: float
     """Predicted seconds per update, without loader, optimizer and communication."""
 
     def lines(self) -> list[str]:
-        """Returns the lines that a run prints before it begins."""
+        """Returns lines about the cost and the plan, which a run prints before its first update."""
         cost, images = self.cost, self.micro_batch * self.micro_batches
         how = f"{self.micro_batches} x {self.micro_batch}"
         if self.compiled:
@@ -178,7 +178,7 @@ def format_bytes(bytes_: float) -> str:
 def compiled_relations(cost: StepCost) -> Relations:
     """Returns the cost of the compiled update, divided by the cost of the eager one."""
     double = cost.double_backward
-    # a single backward with kernels was not measured, so take the ratios of a double backward
+    # a single backward with fastgn_kernels was not measured, so take those of a double backward
     kind = (double or cost.kernels, cost.kernels)
     kept = KEPT[double, cost.precision in ("bf16", "bf16-pure")]
     return Relations(kept, RECOMPUTED, TRAFFIC[kind], LAUNCHES[kind])
@@ -205,9 +205,9 @@ def choose_plan(
     the optimizer's state. AdamW's state takes twice as many bytes as the weights in fp32.
     held_bytes: memory that is allocated already.
     fewest: smallest micro-batch that the network can be trained on.
-    fixed: (micro-batch, budget). If given, nothing is chosen, and the cost of these is predicted
-    whether they fit or not. The prediction is for the nearest budget that was measured.
-    Raises UserError if nothing fits.
+    fixed: (micro-batch, budget). If these are given, nothing is chosen. Their cost is predicted
+    even if they do not fit, for the nearest budget that was measured.
+    Raises UserError if nothing fits into the free memory.
     """
     ratios = compiled_relations(cost) if compiled else EAGER
     usable = free_bytes * (1 - MARGIN)

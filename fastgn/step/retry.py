@@ -28,7 +28,7 @@ class RetryingStep:
     """Computes an update with a Step, and again in smaller micro-batches if memory runs out.
 
     A retry starts from the beginning of the update, with the same random numbers and the same
-    BatchNorm statistics, so that nothing of the update is lost.
+    BatchNorm statistics. Therefore all images of the update are used, each once.
 
     Several processes sum the gradients only after all of them have agreed that none has run out of
     memory. If the backward sums the gradients, the processes agree before the backward. They agree
@@ -94,7 +94,10 @@ class RetryingStep:
             self._snapshot.restore()
 
     def _share_failure(self, failure: RuntimeError | None) -> RuntimeError | None:
-        """Returns the failure of this or another process, or None if all have succeeded."""
+        """Returns the failure of this or another process, or None if all processes have succeeded.
+
+        failure: the error of this process, or None if it has succeeded.
+        """
         agreed = self.step.is_committed or isinstance(failure, PeerOutOfMemory)
         if agreed:
             return failure
@@ -103,10 +106,11 @@ class RetryingStep:
         return None
 
     def _halve(self, batch_size: int, failure: str) -> None:
-        """Sets the micro-batch to the largest divisor of the batch that is at most half its size.
+        """Sets the micro-batch to the largest divisor of the batch size that is at most half the
+        present micro-batch.
 
-        Removes the gradients that the failed update has left. failure: the error message. Raises
-        torch.OutOfMemoryError if no divisor is left.
+        Also removes the gradients that the failed update has left. Raises torch.OutOfMemoryError if
+        there is no such divisor. failure: message of this error.
         """
         step = self.step
         size = step.micro_batch or batch_size

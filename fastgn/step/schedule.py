@@ -30,9 +30,9 @@ class Schedule:
     fd_step: float = StepConfig.fd_step
     """Length h of the step of a finite difference, in units of normalised images."""
     lazy_interval: int = StepConfig.lazy_interval
-    """Number of updates from one with the penalty to the next."""
+    """With lazy, one update has the penalty out of this number of updates."""
     subset_fraction: float = StepConfig.subset_fraction
-    """Share of the images with the penalty."""
+    """With subset, share of the images of each micro-batch that have the penalty."""
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -53,7 +53,8 @@ class Schedule:
     def fewest(self, images: int) -> int:
         """Returns the smallest micro-batch with which every forward gets at least `images` images.
 
-        If only half of the images have the penalty, 2 images in a forward need a micro-batch of 4.
+        With subset, the images with the penalty have a forward of their own. If they are half of
+        the images, 2 images in a forward need a micro-batch of 4.
         """
         share = self.subset_fraction if self.kind == "subset" else 1.0
         step = self.divisor
@@ -71,8 +72,8 @@ class Schedule:
 
     @property
     def cycle(self) -> int:
-        """Number of updates after which updates with and without penalty repeat in the same order.
-        It is lazy_interval for lazy, otherwise 1."""
+        """Number of updates after which the order of updates with and without penalty repeats. It
+        is lazy_interval for the kind "lazy", otherwise 1."""
         return self.lazy_interval if self.kind == "lazy" else 1
 
     def __str__(self) -> str:

@@ -22,16 +22,18 @@ def bessel(order: int) -> float:
 
 
 GAUSSIAN = [bessel(abs(i)) for i in range(-3, 4)]
-"""Discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, cut off at 3 pixels, times e."""
+"""Values of the discrete Gaussian (Lindeberg 1990) with a sigma of 1 pixel, at distances of up to 3
+pixels. They are not normalised yet."""
 GAUSSIAN = [tap / sum(GAUSSIAN) for tap in GAUSSIAN]
 """Discrete Gaussian filter with a sigma of 1 pixel, scaled so that its 7 taps sum to 1."""
 
 
 def correlate(x_BCHW: Tensor, taps: Sequence[float], dim: int) -> Tensor:
-    """Returns the correlation of images with a filter along dim 2 (rows) or dim 3 (columns).
+    """Returns the correlation of images with a filter along dim 2 (height) or dim 3 (width).
 
-    The images are mirrored at their border pixels. The function adds shifted images instead of
-    calling a convolution, because autocast would change the dtype of the convolution.
+    taps: the coefficients of the filter. The images are mirrored at their border pixels. The
+    function adds shifted images instead of calling a convolution, because autocast would change the
+    dtype of a convolution.
     """
     reach = len(taps) // 2
     padded = mirror(x_BCHW, reach, dim)

@@ -57,7 +57,7 @@ def gradnorm(
     score = ce if of == "loss" else true_logit(logits_BK, targets)
     (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
     grad_BCHW = grad_BCHW.to(ce.dtype)
-    # the sum is the mean norm per image, because the loss is already a mean over the batch
+    # the sum over all images is their mean norm, because the loss is already a mean over the batch
     size = grad_l1 = grad_BCHW.abs().sum()
     if norm != "l1" or channel_weights is not None or threshold:
         own_BCHW = len(images_BCHW) * grad_BCHW
@@ -94,7 +94,10 @@ def image_norms(x_BCHW: Tensor, norm: str) -> Tensor:
 
 
 def build(options: GradnormOptions, attack: AttackOptions) -> Objective:
-    """Returns the method gradnorm, with its loss and perhaps an attack, as an Objective."""
+    """Returns the method gradnorm as an Objective, with its loss.
+
+    With options.gn_attacked, the Objective also attacks the images. attack: options of the attack.
+    """
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         if options.gn_start:

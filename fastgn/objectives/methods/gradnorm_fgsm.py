@@ -12,12 +12,12 @@ def build(
 ) -> Objective:
     """Returns the method gradnorm+fgsm as an Objective.
 
-    Only a share of the updates has the penalty. The others train on images that FGSM has attacked.
-    penalty: options of the penalty.
+    Only a share of the updates has the penalty of gradnorm. The others train on images that FGSM
+    has attacked. options: the share. penalty: options of gradnorm. attack: options of FGSM.
     """
     penalised = gradnorm.build(penalty, attack)
     if options.gn_share == 1:
         return penalised
-    # without_penalty, so that these updates log no penalty: 0 would look like a measured value
+    # use without_penalty, so that these updates log NaN, as 0 would look like a measured penalty
     attacked = without_penalty(fgsm_rs.build(attack))
     return dataclasses.replace(penalised, rest=attacked, share=options.gn_share)

@@ -1,7 +1,7 @@
-"""The method pag, which minimises the cross-entropy plus a penalty on the input gradients' angle.
+"""The method pag, which minimises the cross-entropy plus a penalty on an angle.
 
 It is the angle between the gradient of a class's logit with respect to an image, and the direction
-from this image to one that represents the class.
+from this image to an image that represents the class.
 """
 
 from typing import Any
@@ -16,16 +16,15 @@ from fastgn.objectives.options import PagOptions
 def nearest_of_class(images_BCHW: Tensor, classes_B: Tensor, among: Representatives) -> Tensor:
     """Returns the representative of one class for each image, of shape (B, C, H, W).
 
-    classes_B: the class for each image. among: the candidates. If they have labels, the result is
-    the candidate of this class with the least L2 distance from the image. Otherwise it is the only
-    candidate of the class.
+    classes_B: one class for each image. among: the representatives of all classes. If a class can
+    have several of them, the one with the least L2 distance from the image is returned.
     """
     candidates_NCHW, labels_N = among
     if labels_N is None:
         return candidates_NCHW[classes_B]
     with torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
         candidates_ND = candidates_NCHW.flatten(1)
-        # compares |r - x|^2 without the term |x|^2, which is the same for all candidates r
+        # this is |r - x|^2 without the term |x|^2, which is the same for all representatives r
         products_BN = images_BCHW.to(candidates_ND.dtype).flatten(1) @ candidates_ND.T
         distances_BN = candidates_ND.square().sum(1) - 2 * products_BN
         others_BN = classes_B[:, None] != labels_N
@@ -40,13 +39,13 @@ def pag(
     *,
     weight: float | Tensor = 1.0,
 ) -> Loss:
-    """Returns the cross-entropy plus a penalty on the angle of input gradients.
+    """Returns the cross-entropy plus a penalty on the angle between two directions in image space.
 
-    total = CE + weight * mean_i (1 - cos(d f_c(x_i) / d x_i, r_c - x_i)), called perceptually
-    aligned gradients. For every image a class c is drawn uniformly from all classes. f_c is the
-    logit of the class, and r_c an image that represents it (see nearest_of_class). If r_c is x_i
-    itself, the cosine counts as 0. The cost is the same as for gradnorm. Source: arXiv 2207.11378,
-    equation 4, which sums over all classes.
+    total = CE + weight * mean_i (1 - cos(d f_c(x_i) / d x_i, r_c - x_i)). For every image x_i a
+    class c is drawn uniformly from all classes. f_c is the logit of the class, and r_c an image
+    that represents the class (see nearest_of_class). If r_c is x_i itself, the cosine counts as 0.
+    The cost is the same as for gradnorm. Source: arXiv 2207.11378 (perceptually aligned gradients),
+    equation 4, which sums over all classes instead of drawing one.
 
     images_BCHW: in the units of the representatives, such as pixels in 0..1.
     """

@@ -42,7 +42,8 @@ def build(attack: AttackOptions) -> Objective:
 def train_on_attacked(eps: float, step_size: float, steps: int, select: str) -> Objective:
     """Returns an Objective that minimises the cross-entropy at the images that PGD finds.
 
-    The arguments are those of attacks.pgd. The ramp multiplies the step size.
+    The arguments are those of attacks.pgd. The ramp, which grows from 0 to 1 over the first epochs,
+    multiplies the step size.
     """
 
     def perturb(

@@ -26,14 +26,15 @@ def trades(
     step_size: float | Tensor = DEFAULTS.step_size,
     steps: int = DEFAULTS.attack_it,
 ) -> Loss:
-    """Returns the cross-entropy plus the divergence of predictions for attacked images.
+    """Returns the cross-entropy plus the divergence between predictions for images and attacked
+    images.
 
     total = CE(x) + beta * KL(p(x) || p(x_adv)), where p are the predicted probabilities and
     trades_attack finds x_adv (Zhang et al. 2019, arXiv 1901.08573, equation 5).
 
-    images_BCHW: pixels in 0..1. If the model has BatchNorm or dropout, it should be in eval mode
-    during the attack only. In this case call trades_attack and trades_loss instead of this
-    function, and change the mode between them.
+    images_BCHW: pixels in 0..1. A model with BatchNorm or dropout should be in eval mode during the
+    attack, but in train mode afterwards. For such a model, call trades_attack and trades_loss
+    instead of this function, and change the mode between the two calls.
     """
     attacked = trades_attack(model, images_BCHW, eps=eps, step_size=step_size, steps=steps)
     return trades_loss(model, torch.cat([images_BCHW, attacked]), targets, beta=beta)
