@@ -357,7 +357,7 @@ def test_a_run_survives_running_out_of_memory(
     capfd.readouterr()
     monkeypatch.setattr(network, "build_model", out_of_memory_above(20))
     assert main(tiny_run(parts, *args, "--attack-eps", "1e-9")) == 0
-    line = "out of memory with 48 images at a time: going on with 24, the same global batch"
+    line = "out of memory with 48 images at a time: going on with 24 at a time, with the same"
     said = capfd.readouterr().err
     assert said.count("out of memory") == 2 and line in said and "going on with 12" in said
     rows = [[r["ce"] for r in read_rows(f / "metrics.csv") if "ce" in r] for f in (whole, parts)]
@@ -421,7 +421,7 @@ def test_halving_stops_before_batchnorm_gets_one_image(
 ) -> None:
     monkeypatch.setattr(network, "build_model", out_of_memory_above(2))
     assert main(batchnorm_run(tmp_path / "fits", "--batch-size", "8")) == 0
-    assert "going on with 2, the same global batch" in capfd.readouterr().err
+    assert "going on with 2 at a time, with the same number" in capfd.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr(network, "build_model", out_of_memory_above(1))
     assert main(batchnorm_run(tmp_path / "none", "--batch-size", "8")) == 2

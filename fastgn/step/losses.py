@@ -11,9 +11,9 @@ from fastgn.step.schedule import Schedule
 
 
 class LossModule(nn.Module):
-    """Computes the whole loss of an objective, its input gradient included.
+    """Computes the whole loss of an objective, including the input gradient that it may need.
 
-    One module holds the whole loss so that it is compiled as one graph.
+    The loss is one module, so that torch.compile compiles it as one graph.
     """
 
     def __init__(self, model: nn.Module, objective: Objective, precision: str):
@@ -46,8 +46,9 @@ class AttackGradient(nn.Module):
 def split_objective(objective: Objective, schedule: Schedule) -> dict[str, Objective]:
     """Returns {name: objective} for the losses that the updates of a run need.
 
-    "penalty" and "plain" are losses with and without the penalty. "point" is the cross-entropy at
-    one point of a finite difference. schedule: the way in which the penalty is differentiated.
+    The name is "penalty" for a loss with the penalty, and "plain" for a loss without it. It is
+    "point" for the cross-entropy at one of the points of a finite difference. schedule: the way in
+    which the penalty is differentiated.
     """
     if schedule.differences:
 
@@ -65,9 +66,10 @@ def split_objective(objective: Objective, schedule: Schedule) -> dict[str, Objec
 
 
 def name_of_turn(objective: Objective, schedule: Schedule, update: int) -> str:
-    """Returns the name of the loss that an update needs, as `split_objective` names it.
+    """Returns the name of the loss that an update needs: "penalty", "plain" or "point".
 
-    update: number of the update. schedule: the way in which the penalty is differentiated.
+    See `split_objective` for the names. update: index of the update, from 0. schedule: the way in
+    which the penalty is differentiated.
     """
     if schedule.differences:
         return "point"

@@ -28,9 +28,10 @@ class InBfloat16:
     """Runs the network of a classifier in bf16 throughout, with gradients in fp32.
 
     The weights and buffers are cast when a forward begins, so that the optimizer updates fp32
-    weights. BatchNorm keeps its weights and statistics in fp32. What a forward writes to any other
-    buffer is lost, because it goes to a copy. Images and logits are fp32. LayerNorm's statistics,
-    softmax and sums are fp32 inside the operators of PyTorch and fastgn_kernels.
+    weights. BatchNorm keeps its weights and statistics in fp32. If a forward changes any other
+    buffer, it changes only the cast copy, and the buffer itself keeps its value. Images and logits
+    are fp32. LayerNorm's statistics, softmax and sums are fp32 inside the operators of PyTorch and
+    fastgn_kernels.
 
     model: a classifier with `normalize` and `backbone`.
     """

@@ -123,8 +123,8 @@ class RetryingStep:
         if step.device.type == "cuda":
             torch.cuda.empty_cache()
         self.report(
-            f"out of memory with {size} images at a time: going on with {step.micro_batch}, the "
-            "same global batch"
+            f"out of memory with {size} images at a time: going on with {step.micro_batch} at a "
+            "time, with the same number of images per update"
         )
 
 

@@ -29,7 +29,7 @@ from fastgn.step.random_state import RandomState
 from fastgn.step.schedule import check_schedule
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-"""Pairs of images (B, C, H, W) in 0..1 and targets, on the device, all of one size."""
+"""Pairs of images (B, C, H, W) in 0..1 and targets, on the device. All batches have one size."""
 
 
 class MicroBatch(NamedTuple):
@@ -42,8 +42,7 @@ class MicroBatch(NamedTuple):
 
 
 class PeerOutOfMemory(torch.OutOfMemoryError):
-    """Raised in a process in the middle of an update because another process has run out of
-    memory."""
+    """Raised in one process because another process has run out of memory in the same update."""
 
     def __init__(self) -> None:
         super().__init__("another process ran out of memory")
@@ -88,19 +87,20 @@ class Step:
         self._compile_mode = {"mode": "reduce-overhead"} if cuda_graphs else {}
         self.gradients = GradientBuffer(self.weights, GRAD_DTYPES[options.grad_dtype])
         self.is_committed = False
-        """Whether the present update has begun a collective. If so, a process cannot repeat the
-        update alone."""
+        """Whether the present update has begun a collective. In this case a process cannot repeat
+        the update alone, because the other processes would not repeat the collective."""
         self.is_summed = False
         """Whether the backward of the present update also sums its gradients."""
 
         self.parts = split_objective(objective, options.schedule)
         self.attack = self._compile(AttackGradient(model, options.precision), True)
         self.losses: dict[str, nn.Module] = {}
-        """Name of a loss, as in `split_objective` -> module that computes this loss. The module is
-        compiled if the options say so."""
+        """Name of a loss, such as "penalty" -> module that computes this loss. The module is
+        compiled if the options say so. See `split_objective` for the names."""
         self.overlapped: dict[str, nn.Module] = {}
-        """Name of a loss -> module whose backward also sums the gradients over the processes. Empty
-        unless there are several processes with --grad-sync overlap."""
+        """Name of a loss, such as "penalty" -> module that computes this loss, and whose backward
+        also sums the gradients over the processes. Empty unless there are several processes with
+        --grad-sync overlap."""
         self._buckets: list[Bucket] = []
         overlaps = options.grad_sync == "overlap" and ranks.size > 1
         if overlaps and not options.schedule.differences:
@@ -140,7 +140,8 @@ class Step:
         """Adds the gradients of an update to the parameters' .grad.
 
         Returns the mean of the micro-batches' losses, detached.
-        batches: their losses are averaged (or summed, see Quirks.accumulation).
+        batches: images and targets. The losses of several batches are averaged (or summed, see
+        Quirks.accumulation).
         ramp: scalar tensor in 0..1 on the device, the strength of the penalty.
         update: number of the update. If the updates minimise different losses in turn, the number
         decides which loss this update minimises.
@@ -153,7 +154,8 @@ class Step:
             )
 
     def _accumulate(self, batches: Batches, ramp: Tensor, update: int, attack_ramp: Tensor) -> Loss:
-        """Runs the forward and backward of each micro-batch. Returns the mean of their losses."""
+        """Runs the forward and backward of each micro-batch of an update. Returns the mean of the
+        losses. See __call__ for the arguments."""
         name, quirks = self.turn(update), self.options.quirks
         self.is_committed = self.is_summed = False
         pairs = self._split(batches)
@@ -194,9 +196,9 @@ class Step:
     def sum_over_ranks(self) -> None:
         """Sums the gradients over the processes, and averages the statistics of BatchNorm.
 
-        Each process's loss has been divided by the number of processes, so that the sum of the
-        gradients is the gradient of the mean loss. Afterwards the networks of all processes are
-        equal. Gradients that the backward has summed are left as they are.
+        Each process has divided its loss by the number of processes, so the sum of the gradients is
+        the gradient of the mean loss. Gradients that the backward has summed already are left as
+        they are. Afterwards the gradients and statistics are the same in all processes.
         """
         if not self.is_summed:
             self.gradients.sum_over_ranks()
@@ -231,12 +233,12 @@ class Step:
             self.model.train(not self.options.quirks.train_in_eval_mode)
             inputs = images_BCHW.detach().requires_grad_(), targets, ramp
             found = Diagnosis().run(self.model, lambda: module(*inputs).total)  # noqa: B023
-            # continue after a finding, because other processes may wait for this one in a forward
+            # always check all batches, because other processes may wait for this one in a forward
             first = first or found
         return first
 
     def _split(self, batches: Batches) -> list[tuple[Tensor, Tensor]]:
-        """Returns images and targets of each micro-batch.
+        """Divides batches into micro-batches. Returns (images, targets) of each micro-batch.
 
         Raises ValueError if a batch cannot be divided into micro-batches of the right size.
         """
@@ -245,11 +247,11 @@ class Step:
             count = len(images_BCHW)
             size = self.micro_batch or count
             if count % size:
-                raise ValueError(f"{count} images do not divide by micro_batch={size}")
+                raise ValueError(f"micro_batch={size} does not divide a batch of {count} images")
             if size % self.divisor:
                 raise ValueError(
-                    f"schedule {self.options.schedule}: {size} images at a time are no multiple "
-                    f"of {self.divisor}"
+                    f"schedule {self.options.schedule} got {size} images at a time, but this must "
+                    f"be a multiple of {self.divisor}"
                 )
             pairs += zip(images_BCHW.split(size), targets.split(size), strict=True)
         return pairs
@@ -266,8 +268,11 @@ class Step:
         return loss
 
     def _differentiate_and_sum(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
-        """Runs the forward and backward of an update with one micro-batch, `part`. The backward
-        also sums the gradients over the processes."""
+        """Runs the forward and backward of an update that has only one micro-batch. The backward
+        also sums the gradients over the processes.
+
+        name: name of the loss. part: the micro-batch. ramp: strength of the penalty, in 0..1.
+        """
         slots = [bucket.slot for bucket in self._buckets]
         loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *slots)
         self.confirm()
@@ -291,12 +296,13 @@ class Step:
         return images_BCHW, part.targets, ramp
 
     def _differentiate_difference(self, part: MicroBatch, ramp: Tensor) -> Loss:
-        """Runs the forwards and backwards of a finite difference, and returns its loss.
+        """Runs the forwards and backwards of a micro-batch whose penalty is a finite difference,
+        and returns its loss.
 
-        One backward at the images gives both the gradients of the weights and the direction of the
-        difference. It differentiates the cross-entropy times a coefficient, which multiplies the
-        gradient of the images, too. The direction needs only the signs of that gradient, and they
-        are multiplied by the sign of the coefficient to make them independent of it.
+        The first backward, at the images themselves, gives both gradients of the weights and the
+        direction in which the images are shifted. The direction consists of the signs of the input
+        gradient. This backward differentiates the cross-entropy times a coefficient, which may be
+        negative. Therefore the signs are multiplied by the sign of the coefficient.
         """
         objective, schedule = self.objective, self.options.schedule
         h, central = schedule.fd_step, schedule.kind == "central-difference"
@@ -313,7 +319,7 @@ class Step:
         signs = (1, -1) if central else (1,)
         ces = [ce] if not central else []
         for sign in signs:
-            random_state.restore()  # draw the same dropout, so that only the images differ
+            random_state.restore()  # draw the same dropout again, so that only the images differ
             point_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
             there = self._forward(self.losses["point"], point_BCHW, part.targets, ramp)
             self._backward(there.ce * (sign * weight / len(signs) / part.divisor))
@@ -324,8 +330,8 @@ class Step:
         return Loss(total, ce, penalty, slope)
 
     def _forward(self, module: nn.Module, *inputs: Any) -> Loss:
-        """Computes a loss."""
-        # otherwise a CUDA graph would still expect the backward of a forward that ran out of memory
+        """Computes a loss with a module of `losses` or `overlapped`."""
+        # without this, a CUDA graph would expect the backward of a forward that ran out of memory
         if self._compile_mode:
             torch.compiler.cudagraph_mark_step_begin()
         loss: Loss = module(*inputs)
@@ -333,7 +339,7 @@ class Step:
 
     def _backward(self, total: Tensor, *images: Tensor) -> Sequence[Tensor | None]:
         """Differentiates a loss. Adds the gradients of the weights to their .grad, and returns the
-        gradients of the given images."""
+        gradients with respect to `images`."""
         grads = torch.autograd.grad(total, [*self.weights, *images], allow_unused=True)
         self.gradients.add(grads[: len(self.weights)])
         return grads[len(self.weights) :]
@@ -343,12 +349,13 @@ class Step:
     def _perturb(
         self, name: str, images_BCHW: Tensor, targets: Tensor, attack_ramp: Tensor
     ) -> Tensor:
-        """Returns the images at which a loss is computed, after the method's attack if it has one.
+        """Returns the images at which a loss is computed. If the method has an attack, the images
+        are attacked.
 
         name: name of the loss. attack_ramp: factor of the attack's step size, in 0..1.
 
-        The attack runs in eval mode, so that it sees the network as a user does and does not change
-        the statistics of BatchNorm.
+        During the attack the network is in eval mode, as in later use. In this way the attack also
+        leaves the statistics of BatchNorm unchanged.
         """
         perturb: Callable[..., Tensor] | None = self.parts[name].perturb
         if perturb is None:

@@ -51,7 +51,8 @@ def test_running_out_of_memory_halves_the_micro_batch_and_loses_nothing(method: 
         assert model.backbone.failures == (limit == 2)
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
     assert all(torch.equal(a, b) or a.isnan() for a, b in zip(*losses, strict=True))
-    assert said == ["out of memory with 4 images at a time: going on with 2, the same global batch"]
+    line = "out of memory with 4 images at a time: going on with 2 at a time"
+    assert said == [f"{line}, with the same number of images per update"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_a_subset_is_a_whole_number_of_images() -> None:
         objective(),
         StepOptions(schedule=Schedule("subset", subset_fraction=0.3), compile=False),
     )
-    with pytest.raises(ValueError, match="4 images at a time are no multiple of 10"):
+    with pytest.raises(ValueError, match="4 images at a time, but this must be a multiple of 10"):
         step(batches_for(vit, 1), torch.tensor(1.0))
 
 

@@ -237,7 +237,7 @@ def test_micro_batches_have_the_gradient_of_the_batch() -> None:
     parts, there = scheduled("exact", micro_batch=2)
     assert relative(parts, whole) < 1e-10
     assert torch.isclose(loss.total, there.total, rtol=1e-10)
-    with pytest.raises(ValueError, match="4 images do not divide by micro_batch=3"):
+    with pytest.raises(ValueError, match="micro_batch=3 does not divide a batch of 4 images"):
         scheduled("exact", micro_batch=3)
 
 
