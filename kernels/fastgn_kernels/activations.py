@@ -70,7 +70,8 @@ def _process_tile(
     - offsets, inside: positions of the tile's elements, and a mask that is False for padding.
     - bias, ggbias: the bias, and the gradient of the loss with respect to the bias gradient. Each
       is a tile, or 0.0.
-    - VALUE, FIRST, SECOND, MULTIPLY: the functions of a `maths.Activation`.
+    - VALUE, FIRST, SECOND: Triton functions for the activation and its two derivatives.
+    - MULTIPLY: Triton function that multiplies a gradient by one of these derivatives.
     - PARAMETER: the activation's parameter, such as the slope of leaky_relu.
     - ORDER: 0 for the forward, 1 for the backward and 2 for the backward of the backward.
 
@@ -149,7 +150,7 @@ def _bias_activation_kernel(
         if BIAS_GRAD:
             total += gu
     if BIAS_GRAD:
-        # no atomic additions into one sum, because their order would change the result's last bits
+        # every program stores its own sum, because atomic additions are not reproducible
         to = partial_sums_pointer + tl.program_id(1).to(tl.int64) * columns + column
         tl.store(to, tl.sum(total, axis=0), mask=column < columns)
 
@@ -178,7 +179,7 @@ def _run_kernel(
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
     x = with_strides_of(x, out)
-    # a kernel takes a tensor for every argument, so x stands in for tensors that it will not read
+    # a kernel takes a tensor for every argument, so x replaces the tensors that it will not read
     gy = with_strides_of(gy, out) if gy is not None else x
     ggx = with_strides_of(ggx, out) if ggx is not None else x
     if bias is None:
@@ -371,7 +372,7 @@ def activation(
     if kind not in TABLE:
         raise ValueError(f"activation: kind {kind!r} is not one of {', '.join(TABLE)}")
     if parameter is not None and kind not in WITH_PARAMETER:
-        # without this error, reference.activation would ignore the parameter in compiled code
+        # without an error here, compiled code would silently ignore the argument `parameter`
         raise ValueError(
             f"activation: {kind} has no parameter, only {', '.join(WITH_PARAMETER)} have one: "
             "leave out the argument parameter"

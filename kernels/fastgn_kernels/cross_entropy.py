@@ -86,7 +86,7 @@ def _load_tile(
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = row[:, None]
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    # COLUMNS is a compile-time constant, so that the compiler may load 8 elements at once
+    # COLUMNS is a compile-time constant, so the compiler knows when it may load 8 elements at once
     offsets = row * COLUMNS + column
     inside = (row < rows) & (column < COLUMNS)
     z = tl.load(logits_pointer + offsets, mask=inside, other=float("-inf")).to(COMPUTE_DTYPE)
@@ -97,7 +97,7 @@ def _load_tile(
         valid = (index >= 0) & (index < COLUMNS)
         total = tl.where(valid, 1.0, float("nan")).to(COMPUTE_DTYPE)
     else:
-        # choose all elements, so that a target of 0 and a logit of -inf give NaN, as in PyTorch
+        # choose all classes, so that a target of 0 times a logit of -inf gives NaN, as in PyTorch
         chosen = inside
         t = tl.load(targets_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = tl.sum(t, axis=1, keep_dims=True)
@@ -122,7 +122,7 @@ def _cross_entropy_fwd_kernel(
         logits_pointer, targets_pointer, rows, COLUMNS, INDEXED, COMPUTE_DTYPE,
         BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
-    # the sum uses z - max(z), because large logits z would make the difference below imprecise
+    # the sum uses z - max(z) instead of z, which would lose precision if all logits are large
     picked = tl.sum(tl.where(chosen, t * shifted, 0.0), axis=1, keep_dims=True)
     tl.store(loss_pointer + row, total * tl.log(normaliser) - picked, mask=row < rows)
 
@@ -155,7 +155,7 @@ def _cross_entropy_bwd_bwd_kernel(
     COLUMNS: tl.constexpr, INDEXED: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the second derivative.
+    """Computes the second derivative of the cross-entropy.
 
     - logits_pointer, targets_pointer: see `_load_tile`.
     - gl_pointer, gl_stride: gradient of the final loss with respect to each sample's loss, and the
@@ -215,7 +215,7 @@ def _run_kernel(
     if gl is None:
         _cross_entropy_fwd_kernel[grid](logits, targets, per_row, rows, **constants)
     elif ggz is None:
-        # gl may be one number expanded with stride 0, for example if the loss is a mean
+        # if the loss is a mean over samples, gl is one number, expanded to all samples by stride 0
         _cross_entropy_bwd_kernel[grid](logits, targets, gl, gl.stride(0), gz, rows, **constants)
     else:
         _cross_entropy_bwd_bwd_kernel[grid](

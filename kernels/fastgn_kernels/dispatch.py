@@ -239,7 +239,8 @@ def _find_wanted(ctx: Any) -> tuple[bool, ...]:
     is_node = isinstance(ctx, torch.autograd.function.BackwardCFunction)
     if not is_node:  # ctx is another object in compiled autograd, which cannot trace the code below
         return tuple(ctx.needs_input_grad)
-    nodes = (node for node, _ in ctx.next_functions)  # None for an input that needs no gradient
+    # in ctx.next_functions, the node of an input that needs no gradient is None
+    nodes = (node for node, _ in ctx.next_functions)
     return tuple(is_tensor and _engine_reaches(next(nodes)) for is_tensor in ctx.is_tensor)
 
 
@@ -251,7 +252,7 @@ def _engine_reaches(node: Any) -> bool:
     try:
         return node is not None and _engine_will_run(node)
     except RuntimeError:
-        # PyTorch cannot tell for a leaf given to autograd.grad, or outside a backward pass
+        # PyTorch raises it for a leaf passed to autograd.grad, and outside a backward pass
         return True
 
 

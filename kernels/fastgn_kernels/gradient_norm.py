@@ -86,15 +86,15 @@ def _gradient_norm_reduce_kernel(
     L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes partial sums over the elements of each sample.
+    """Computes partial sums over the elements of each sample, from which the norms are computed.
 
-    From them, the norm follows, or its second derivative. Each program sums some of the elements:
-    abs(g) for the L1 norm, or g^2 for the L2 norm. If HAS_GGG is True, it sums ggg * direction
-    instead. The direction is the derivative of the norm with respect to g.
+    Each program sums some of the elements: abs(g) for the L1 norm, or g^2 for the L2 norm. If
+    HAS_GGG is True, it sums ggg * direction instead, for the backward of the backward. The
+    direction is the derivative of the norm with respect to g.
 
     - g_pointer: the matrix (rows, columns) in which each row is a sample.
     - ggg_pointer: gradient of the loss with respect to the result of the backward, (rows, columns).
-    - norm_pointer: the norms, (rows,). Only L2 with HAS_GGG reads them.
+    - norm_pointer: the norms, (rows,). They are read only for L2 and if HAS_GGG is True.
     - partial_sums_pointer: the sums, (rows, programs per row), which the kernel writes.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
@@ -112,7 +112,7 @@ def _gradient_norm_reduce_kernel(
             total += _compute_direction(g, inverse, L1) * ggg
         else:
             total += tl.where(g < 0, -g, g) if L1 else g * g
-    # no atomic additions into one sum, because their order would change the result's last bits
+    # every program stores its own sum, because atomic additions are not reproducible
     to = partial_sums_pointer + row * tl.num_programs(1) + tl.program_id(1)
     tl.store(to, tl.sum(total, axis=1, keep_dims=True), mask=row < rows)
 
@@ -123,18 +123,19 @@ def _gradient_norm_map_kernel(
     columns, L1: tl.constexpr, HAS_GGG: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the gradient of the loss with respect to g, in the backward or, if HAS_GGG is True,
-    in the backward of the backward.
+    """Computes the gradient of the loss with respect to g.
+
+    It is the result of the backward or, if HAS_GGG is True, of the backward of the backward.
 
     - gn_pointer, gn_stride: gradient of the loss with respect to each norm, and the distance
       between its elements.
     - g_pointer: the matrix (rows, columns) in which each row is a sample.
-    - norm_pointer: the norms, (rows,). Only L2 reads them.
+    - norm_pointer: the norms, (rows,). They are read only for L2.
     - gg_pointer: the gradient with respect to g, which the kernel writes.
-    - ggg_pointer: gradient of the loss with respect to the result of the backward. Read if HAS_GGG
-      is True.
+    - ggg_pointer: gradient of the loss with respect to the result of the backward. It is read only
+      if HAS_GGG is True.
     - ggn_pointer: gradient with respect to gn, which `_gradient_norm_reduce_kernel` has computed.
-      Read if HAS_GGG is True.
+      It is read only if HAS_GGG is True.
     """
     row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     gn = tl.load(gn_pointer + row * gn_stride, mask=row < rows, other=0.0).to(COMPUTE_DTYPE)
@@ -294,7 +295,8 @@ def _with_samples_in_blocks(g: Tensor) -> Tensor:
     The order of the elements within a sample does not matter for a norm. Therefore a batch of
     images in channels_last is not copied.
     """
-    if torch.empty_like(g, device="meta").stride() == g.stride():  # no holes in the memory of g
+    # empty_like keeps the strides of g only if the elements of g fill its memory without holes
+    if torch.empty_like(g, device="meta").stride() == g.stride():
         if g.shape[0] < 2 or g.stride(0) == math.prod(g.shape[1:]):
             return g
     return g.contiguous()

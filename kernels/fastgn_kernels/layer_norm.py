@@ -141,7 +141,9 @@ def _backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Computes the second derivative, and returns the gradients with respect to gy, x and weight.
+    """Computes the second derivative of layer normalisation.
+
+    Returns the gradients with respect to gy, x and weight.
 
     - ggx, ggweight, ggbias: gradients of the loss with respect to the results of the backward,
       which are the gradients of x, weight and bias. If ggweight or ggbias is None, it is zero.
@@ -165,7 +167,7 @@ def _backward_backward_plain(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor, gweight: Tensor,
 ) -> None:  # fmt: skip
-    """Computes the second derivative with PyTorch's operators.
+    """Computes the second derivative of layer normalisation with PyTorch's operators.
 
     ggx, ggweight and ggbias are gradients of the loss with respect to the results of the backward.
     The gradients with respect to gy, x and weight are written into ggy, gx and gweight.

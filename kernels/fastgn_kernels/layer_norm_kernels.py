@@ -83,7 +83,7 @@ def _layer_norm_fwd_kernel(
         x += tl.load(residual_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         total = x.to(sum_pointer.dtype.element_ty)
         tl.store(sum_pointer + offsets, total, mask=inside)
-        # normalise the rounded sum, because the backward reads only this sum
+        # normalise the sum after rounding, because the backward starts from the rounded sum
         x = total.to(COMPUTE_DTYPE)
     x_hat, _ = _normalise(x, inside, columns, EPS)
     weight = tl.load(weight_pointer + column, mask=column < columns, other=0.0).to(COMPUTE_DTYPE)
@@ -130,7 +130,7 @@ def _layer_norm_bwd_kernel(
             gx += tl.load(gsum_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         tl.store(gx_pointer + offsets, gx, mask=inside)
     if WEIGHT_GRADS:
-        # no atomic additions into one sum, because their order would change the result's last bits
+        # every program stores its own sum, because atomic additions are not reproducible
         to = partial_sums_pointer + tl.program_id(0).to(tl.int64) * columns + column
         tl.store(to, tl.sum(gweight, axis=0), mask=column < columns)
         to += tl.num_programs(0).to(tl.int64) * columns
@@ -145,7 +145,7 @@ def _layer_norm_bwd_bwd_kernel(
     WEIGHT_GRADS: tl.constexpr, COMPUTE_DTYPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the second derivative.
+    """Computes the second derivative of layer normalisation.
 
     - ggx_pointer, ggweight_pointer, ggbias_pointer: gradients of the loss with respect to the
       results of the backward, which are the gradients of x, weight and bias. The kernel reads the
@@ -183,10 +183,10 @@ def _layer_norm_bwd_bwd_kernel(
         covariance = covariance - mean_ggx_x_hat * mean_g_x_hat
         tangent = inv_std * (ggx - mean_ggx - x_hat * mean_ggx_x_hat)
         if WEIGHT_GRADS:
-            # in the padding below the last row, the variance is 0, so tangent is NaN if eps is 0
+            # leave out padded rows, because their variance is 0, so tangent is NaN if eps is 0
             gweight += tl.where(inside, gy * tangent, 0.0)
         ggy = weight * tangent
-        # mean(z) and mean(z x_hat) are computed from the means above, not from sums over the row
+        # mean(z) and mean(z x_hat) follow from the means above, which saves two sums over the row
         z = -inv_std * (mean_g_x_hat * ggx + mean_ggx_x_hat * g)
         mean_z = -inv_std * (mean_g_x_hat * mean_ggx + mean_ggx_x_hat * mean_g)
         mean_z_x_hat = -2.0 * inv_std * mean_g_x_hat * mean_ggx_x_hat
@@ -275,7 +275,7 @@ def launch_backward_backward(
     ggx: Tensor, ggweight: Tensor | None, ggbias: Tensor | None, gy: Tensor, x: Tensor,
     weight: Tensor, eps: float, weight_grads: bool, ggy: Tensor, gx: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes the second derivative with a Triton kernel.
+    """Computes the second derivative of layer normalisation with a Triton kernel.
 
     - ggx, ggweight, ggbias: gradients of the loss with respect to the results of the backward,
       which are the gradients of x, weight and bias. If ggweight or ggbias is None, it is zero.

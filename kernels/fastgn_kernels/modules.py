@@ -66,7 +66,7 @@ class FusedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.plain(x)
-        else:  # not left out, because torch.jit would also compile code that follows the if
+        else:  # this must be an else branch, because torch.jit would compile code after the if
             return self.plain(x) if needs_plain(x) else self.fused(x)
 
     def fused(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def activation(
         return F.silu(u)
     if kind == "quick_gelu":
         return u * torch.sigmoid(1.702 * u)
-    if kind == "mish":  # F.mish is not used: its second derivative is NaN for inputs above 89
+    if kind == "mish":  # not F.mish, because its second derivative is NaN for inputs above 89
         wide = u.to(torch.promote_types(u.dtype, torch.float32))
         # F.softplus(u) returns u above its threshold, which is exact for u above 40 in any dtype
         return (wide * F.softplus(wide, threshold=40).tanh()).to(u.dtype)
@@ -123,6 +123,6 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
     x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     if ord == 1:
         return x.abs().sum(1)
-    # torch.linalg.vector_norm is not used: its second derivative is NaN where the norm is 0
+    # not torch.linalg.vector_norm, because its second derivative is NaN where the norm is 0
     squares = x.square().sum(1)
     return torch.where(squares == 0, 0.0, torch.where(squares == 0, 1.0, squares).sqrt())

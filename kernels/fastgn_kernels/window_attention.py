@@ -170,7 +170,7 @@ def _backward_backward_plain(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Computes the second derivative with PyTorch's operators.
+    """Computes the second derivative of the attention with PyTorch's operators.
 
     Arguments and result are those of `launch_backward_backward`, which runs a Triton kernel
     instead.
@@ -267,7 +267,7 @@ def _differentiate(
     if go is None:
         return extra, None, None, None
     if not torch.is_grad_enabled():
-        stand_in = None  # only a derivative of this backward pass would need the placeholder
+        stand_in = None  # nothing differentiates this backward pass, so no placeholder is needed
     gqkv, gbias = _window_attention_bwd(
         go, qkv, stand_in, extra, bias, mask, options[-1], wanted[1]
     )

@@ -246,8 +246,8 @@ def _window_attention_bwd_kernel(
             gp = _dot(go, tl.trans(v), gp)
         gs = p * _centre(gp, p)
         if BIAS_GRAD:
-            # The sum over windows is in memory, because registers for another tile are scarce.
-            # Only this program adds to its matrix, so the sum has the same bits in every run.
+            # The bias gradient is summed in memory, because the sum would take a tile of registers.
+            # Only this program adds to this matrix, so every run gives the same bits.
             to = _locate_matrix(partial_sums_pointer, strip * HEADS + head, BLOCK_TOKENS)
             tl.atomic_add(to, gs, sem="relaxed")
         for channel in range(0, DIM, BLOCK_DIM):
@@ -275,7 +275,7 @@ def _window_attention_bwd_bwd_kernel(
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BIAS_GRAD: tl.constexpr, HAS_GGBIAS: tl.constexpr,
 ):  # fmt: skip
-    """Computes the second derivative.
+    """Computes the second derivative of the attention.
 
     - ggqkv_pointer, ggbias_pointer: gradients of the loss with respect to the results of the
       backward, which are the gradients of qkv and bias. The kernel reads ggbias if HAS_GGBIAS is
@@ -432,7 +432,7 @@ def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
     padding = _choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
-    return padded.contiguous()  # with a padding of 0, `padded` keeps the strides of ggbias
+    return padded.contiguous()  # without padding, F.pad keeps the strides of ggbias
 
 
 def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
