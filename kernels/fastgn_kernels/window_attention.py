@@ -324,9 +324,9 @@ def window_attention_qkvpacked(
     Source: Liu et al. 2021, arXiv 2103.14030.
 
     Args:
-        qkv: (3, B, H, N, D), any floating-point dtype: queries Q, keys K and values V of B windows
-            and H heads. A window has N tokens and a head has D channels, at most 64 each. If qkv is
-            a view of a linear layer's output (B, N, 3 H D), neither qkv nor its gradient is copied.
+        qkv: (3, B, H, N, D), any floating-point dtype: queries, keys and values of B windows and H
+            heads. A window has N tokens and a head has D channels, at most 64 each. If qkv is a
+            view of a linear layer's output (B, N, 3 H D), neither qkv nor its gradient is copied.
         bias: (H, N, N), any floating-point dtype, for example Swin's relative position bias.
         mask: (W, N, N), any floating-point dtype. W must divide B. Window i uses mask[i % W].
             A value of -inf makes a query ignore a key. The mask gets no gradient.

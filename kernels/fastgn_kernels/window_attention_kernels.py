@@ -436,9 +436,10 @@ def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
 
 
 def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """Returns zeros to which programs add the bias gradients of each strip of windows.
+    """Returns zeros, to which each program adds the gradients of the bias for its strip of windows.
 
-    Returns a tensor without elements if learned is None.
+    learned: the same tensor as bias if the gradient of the bias is wanted, otherwise None. If None,
+    the returned tensor has no elements. grid: (number of heads, number of strips).
     """
     heads, strips = grid
     block = _choose_block(qkv)
@@ -470,9 +471,13 @@ def launch_backward(
     go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
     scale: float, learned: Tensor | None, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Writes the gradient of qkv into gqkv, and adds `extra` to gqkv if it is not None.
+    """Computes the gradient of qkv with a Triton kernel, and writes it into gqkv.
 
-    learned: the bias, or None if its gradient is not wanted. Returns the bias gradient or None.
+    - go: gradient of the loss with respect to the output of the attention.
+    - extra: tensor that is added to the gradient of qkv, or None.
+    - learned: the same tensor as bias if the gradient of the bias is wanted, otherwise None.
+
+    Returns the gradient of the bias, or None if learned is None.
     """
     bias_and_mask, packed = _pad_bias_and_mask(qkv, bias, mask), pack(qkv)
     grid = choose_grid(qkv, mask)
@@ -489,10 +494,15 @@ def launch_backward_backward(
     ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
     mask: Tensor | None, scale: float, learned: Tensor | None, ggo: Tensor, gqkv: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """Writes the second backward pass's gradients with respect to go and qkv into ggo and gqkv.
+    """Computes the second derivative with a Triton kernel.
 
-    learned: the bias, or None if its gradient is not wanted. Returns the bias gradient or None.
-    ggbias: None means zero.
+    - ggqkv, ggbias: gradients of the loss with respect to the results of the backward, which are
+      the gradients of qkv and bias. If ggbias is None, it is zero.
+    - go: gradient of the loss with respect to the output, from which the backward started.
+    - learned: the same tensor as bias if the gradient of the bias is wanted, otherwise None.
+    - ggo, gqkv: tensors into which the gradients with respect to go and qkv are written.
+
+    Returns the gradient of the bias, or None if learned is None.
     """
     bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
     grid = choose_grid(qkv, mask)
