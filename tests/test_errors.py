@@ -173,7 +173,7 @@ def test_a_refusal_is_one_line_whatever_the_locale(program, args, expected, enco
         ("eps = 4", "--eps 4 is out of range"),
         ("mean = ['a', 'b', 'c']", "'a' is not a number"),
         ("mean = [0.5]", "mean = [0.5] should be a list of 3 values"),
-        ("epochs = ", "not TOML"),
+        ("epochs = ", "not valid TOML"),
     ],
 )
 def test_a_mistake_in_a_recipe_names_the_recipe(text, expected, tmp_path, capsys):

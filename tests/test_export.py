@@ -338,8 +338,8 @@ def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys):
         torch.testing.assert_close(space["load"]()(images), network.eval()(images))
     line = refused(capsys, "--checkpoint", str(file), "--robustbench", str(tmp_path / "b"), *args)
     assert line == (
-        "--model: the file does not say which data it was trained on: add --dataset imagenet or "
-        "cifar10"
+        "--model: the file of weights does not say on which data it was trained: add --dataset "
+        "imagenet or --dataset cifar10"
     )
 
 

@@ -166,7 +166,10 @@ def test_any_value_of_any_key_is_read_or_refused_in_one_line(key, value, tmp_pat
         ('{"config": "", "classes": ["a", "b"], "update": NaN}', "NaN is not a finite number"),
         ('{"config": "", "classes": ["a", "b"], "update": -1}', "'update' should be a whole"),
         ('{"config": "", "classes": ["a", "b"], "x": 1}', "holds 'x', which this version"),
-        ('{"config": "x = ", "classes": ["a", "b"]}', "an invalid configuration: it is not TOML"),
+        (
+            '{"config": "x = ", "classes": ["a", "b"]}',
+            "an invalid configuration: the text is not valid TOML",
+        ),
         ("[" * 100_000, "is not JSON"),
     ],
 )

@@ -1,8 +1,8 @@
 """The configuration of a run: every option of ``python -m fastgn.train``, and recipes.
 
 A recipe is a TOML file with options of the command line. The command line overrides the recipe, and
-the recipe overrides the defaults of the fields. Nothing here imports torch, so that a mistake is
-reported at once.
+the recipe overrides the defaults of the fields. This package does not import torch, which takes
+seconds. So a mistake of the user is reported at once.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from fastgn.objectives.options import ObjectiveConfig, find_schedule_conflict
 class Config:
     """Trains an image classifier. Example: --recipe quickstart_gradnorm. To see the names that you
     can choose from, use --list with recipes, models, methods, activations or optimizers. A pattern
-    such as '*swin*' may follow."""
+    may follow, as in --list models '*swin*'."""
 
     architecture: tyro.conf.OmitArgPrefixes[ArchitectureConfig] = dataclasses.field(
         default_factory=ArchitectureConfig
@@ -84,14 +84,14 @@ class Config:
 
     @property
     def ramp_epochs(self) -> float:
-        """Number of epochs in which the penalty or attack grows to full strength, with the default
-        filled in."""
+        """Number of epochs in which the penalty or attack grows to full strength. It is
+        --ramp-epochs, or the default if that option is None."""
         given = self.objective.ramp_epochs
         return brief_epochs(self.optimizer.epochs) if given is None else given
 
     def replace(self, **values: Any) -> "Config":
         """Returns a copy in which some options, named by their keys in recipes, have other values.
-        Raises UserError for an unknown key, or for a value that does not fit."""
+        Raises UserError if a key is unknown, or if a value does not fit its option."""
         fitting = {}
         for key, value in values.items():
             name = key.replace("-", "_")
@@ -100,7 +100,11 @@ class Config:
         return replace_keys(self, fitting)
 
     def replace_group(self, group: str, values: dict[str, Any]) -> "Config":
-        """Returns a copy with other values, which may be None, for some fields of one group."""
+        """Returns a copy of the config with other values for some options of one group.
+
+        group: name of the group, such as "optimizer". values: name of an option -> its new value,
+        which may be None.
+        """
         return dataclasses.replace(
             self, **{group: dataclasses.replace(getattr(self, group), **values)}
         )
@@ -115,7 +119,8 @@ class Config:
         return {key: value for key, value in pairs.items() if value is not None}
 
     def changed(self, other: "Config", group: str) -> list[str]:
-        """Returns 'key: ours, not theirs' for each option whose value differs in the other config.
+        """Returns a text such as 'epochs: 5, not 10' for each option whose value differs in the
+        other config. The first number is the value in this config.
 
         Only the options of one group, and of the groups in it, are compared.
         """
@@ -125,8 +130,8 @@ class Config:
 
     @staticmethod
     def from_toml(text: str) -> "Config":
-        """Returns the defaults with the values that the text of a recipe sets. Raises UserError if
-        the text is invalid."""
+        """Returns the default config, changed by the options in the text of a recipe. Raises
+        UserError if the text is invalid."""
         return Config().replace(**parse_toml(text))
 
     def to_toml(self) -> str:
@@ -137,8 +142,8 @@ class Config:
 
 
 def replace_keys(options: Any, values: dict[str, Any]) -> Any:
-    """Returns a copy of an options dataclass with other values for some options, which may belong
-    to groups inside it."""
+    """Returns a copy of an options dataclass with other values for some options. These may belong
+    to groups inside the dataclass. values: name of an option -> its new value."""
     changes = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -150,7 +155,8 @@ def replace_keys(options: Any, values: dict[str, Any]) -> Any:
 
 
 def find_groups(options: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted path and the value of each options dataclass inside another one."""
+    """Yields the dotted path and the value of each options dataclass inside `options`. path: text
+    that all paths begin with."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
@@ -170,8 +176,8 @@ FIELDS: dict[str, str] = {
 
 
 def coerce(name: str, value: Any) -> Any:
-    """Returns a value from a recipe, converted to the type of the field. Raises UserError if it
-    does not fit.
+    """Returns a value from a recipe, converted to the type of the field. Raises UserError if the
+    value does not fit this type.
 
     name: key in the recipe, which is the name of the field.
     """
@@ -184,20 +190,20 @@ def coerce(name: str, value: Any) -> Any:
     if origin is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            raise UserError(f"{name} = {value!r}: {nearest(str(value), choices)}")
+            raise UserError(f"{name} = {value!r} is not valid: {nearest(str(value), choices)}")
         return value
     if origin is tuple:
         items, want = value, typing.get_args(kind)
         fits = isinstance(items, (list, tuple)) and (want[-1] is ... or len(items) == len(want))
-        count = "" if want[-1] is ... else f" of {len(want)} values"
-        check(fits, f"{name} = {value!r} should be a list{count}")
+        of_length = "" if want[-1] is ... else f" of {len(want)} values"
+        check(fits, f"{name} = {value!r} should be a list{of_length}")
         return tuple(str(v) if want[0] is str else coerce_scalar(name, v, want[0]) for v in items)
     return coerce_scalar(name, value, kind)
 
 
 def coerce_scalar(name: str, value: Any, kind: type) -> Any:
-    """Returns a single value from a recipe, converted to type `kind`. Raises UserError if it does
-    not fit.
+    """Returns a single value from a recipe, converted to type `kind`. Raises UserError if the value
+    does not fit this type.
 
     name: key in the recipe.
     """
@@ -216,12 +222,12 @@ def recipe_names() -> list[str]:
     """Returns the names of the recipes that come with the package."""
     files = resources.files("fastgn").joinpath("recipes").iterdir()
     names = [f.name.removesuffix(".toml") for f in files if f.name.endswith(".toml")]
-    # files whose names begin with `_` hold options that several recipes share
+    # leave out files whose names begin with `_`, because they only hold options that recipes share
     return sorted(name for name in names if not name.startswith("_"))
 
 
 def load_recipe(name_or_file: str) -> Config:
-    """Returns the defaults with the values that a recipe sets.
+    """Returns the default config, changed by the options that a recipe sets.
 
     name_or_file: name of a recipe of the package, or path of a TOML file. Raises UserError if there
     is no such recipe, or if a key or a value in it is invalid.
@@ -236,14 +242,14 @@ def load_recipe(name_or_file: str) -> Config:
 
 
 BASES = 8
-"""Largest number of recipes in a chain in which each one extends the next one."""
+"""Largest number of steps from a recipe to its base, to the base of its base, and so on."""
 
 
 def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Returns a recipe's keys and values, and those that it takes over from its base.
+    """Returns the options that a recipe sets, together with those that it takes from its base.
 
-    The base is the recipe that the key `base` names: a recipe of the package, or a file. The path
-    of such a file is relative to the recipe that names it. extended_by: files of the recipes that
+    The base is another recipe, which the key `base` names. It is a recipe of the package or a file,
+    whose path is relative to the recipe that names it. extended_by: files of the recipes that
     extend this one, directly or indirectly. Raises UserError if a recipe extends itself, or cannot
     be read.
     """
@@ -251,14 +257,17 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     if path.suffix != ".toml":
         path = Path(str(resources.files("fastgn").joinpath("recipes", f"{name_or_file}.toml")))
         missing = nearest(name_or_file, recipe_names())
-    # Path.is_file would raise an OSError for a name that is too long
+    # not Path.is_file, because it would raise an OSError for a name that is too long
     check(os.path.isfile(path), missing)
     path = path.resolve()
     check(path not in extended_by, "this recipe extends itself")
     check(len(extended_by) <= BASES, f"more than {BASES} recipes extend one another: use fewer")
     read = parse_toml(read_text(path))
     values = {key.replace("-", "_"): value for key, value in read.items()}
-    check(len(values) == len(read), "a key is given twice, once with - and once with _")
+    check(
+        len(values) == len(read),
+        "a key is given twice, once with - and once with _: remove one of the two",
+    )
     base = values.pop("base", None)
     if base is None:
         return values
@@ -277,7 +286,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         values = tomllib.loads(text)
         repr(values)  # fails if a number has more digits than Python can print in a message
     except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not TOML: {first_line(error)}") from None
+        raise UserError(f"the text is not valid TOML: {first_line(error)}") from None
     check("self" not in values, "unknown key 'self'")
     return values
 

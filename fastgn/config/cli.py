@@ -81,7 +81,8 @@ TYPES = tyro.constructors.ConstructorRegistry()
 
 @TYPES.primitive_rule
 def read_float(field: tyro.constructors.PrimitiveTypeInfo) -> Any:
-    """Returns tyro's rule for floats, which may be written as a number or a fraction such as 4/255.
+    """Returns a rule with which tyro reads floats. They may be written as numbers or as fractions
+    such as 4/255.
 
     Returns None for fields of every other type.
     """
@@ -124,8 +125,11 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
 
 def check_given_once(kind: type, args: Sequence[str]) -> None:
     """Raises UserError if a flag that takes any number of values is given twice, because tyro would
-    ignore the first values. A flag with one value may be given twice, and the last value is used,
-    so that a user can override a flag in a shell alias."""
+    ignore the first values.
+
+    A flag that takes one value may be given twice, and the last value is used. So a user can
+    override a flag in a shell alias.
+    """
     given = [arg.partition("=")[0].replace("_", "-") for arg in args]
     for name in map(format_flag, find_lists(kind)):
         times = given.count(f"--{name}")
@@ -166,7 +170,8 @@ def set_columns(width: int | None) -> Iterator[None]:
 def translate_refusal(text: str, kind: type) -> str:
     """Returns fastgn's one-line error message for an error that tyro found.
 
-    text: the box of lines that tyro printed. kind: dataclass of the program's options.
+    text: the message that tyro printed, with a box of lines around it. kind: dataclass of the
+    program's options.
     """
     # tyro draws a box of lines around its message.
     # If the encoding of stdout is not "utf-8", it draws only "-" above and below the message.
@@ -209,7 +214,10 @@ def print_names(args: Sequence[str]) -> typing.NoReturn:
     from fastgn.listing import KINDS, format_listing
 
     kinds = ", ".join(KINDS)
-    check(len(args) in (1, 2), f"--list takes one of {kinds}, and a pattern such as '*swin*'")
+    check(
+        len(args) in (1, 2),
+        f"--list takes one of {kinds}, and after it a pattern such as '*swin*' if you like",
+    )
     check_name(args[0], KINDS, f"--list {args[0]!r}")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print(format_listing(*args))

@@ -1,7 +1,7 @@
-"""The groups of options of a training run: frozen dataclasses, checked when they are made.
+"""The groups of options of a training run. Each is a frozen dataclass that checks its values.
 
-Every field is a flag of ``python -m fastgn.train`` and a key of a recipe. Names are those of timm,
-or of ARES for the attacks, wherever one exists.
+Every field is a flag of ``python -m fastgn.train`` and a key of a recipe. An option has the same
+name as in timm, or for attacks as in the library ARES, if it exists there.
 """
 
 import ast
@@ -55,8 +55,9 @@ class ArchitectureConfig(Options):
     """Start from the weights in a local file (.safetensors, .pt, .pth) or in the folder of a
     finished run."""
     adapt_weights: bool = False
-    """Change initial weights that do not fit the network. Position tables are resized to the image
-    size. A classifier head for another number of classes is replaced by a random one."""
+    """Change initial weights that do not fit the network. Tables of position embeddings are resized
+    to the image size. A classifier head for another number of classes is replaced by a random
+    one."""
     activation: str | None = None
     """Activation that replaces all activations of the network, such as gelu, silu or relu. A number
     may follow some names, as in leaky_relu:0.3, elu:1 or softplus:10. None means the model's own
@@ -101,11 +102,14 @@ class DatasetConfig(Options):
     data_dir: Annotated[str | None, PATH] = None
     """Folder of the data. It holds a folder per split and class (as for ImageFolder), lists of
     files (train.txt, val.txt) or packed shards (fastgn.data.pack). For CIFAR-10 it may also hold
-    python batches, or be an .npz file. If None, CIFAR-10 is downloaded."""
+    the python batches of CIFAR-10's authors, or be an .npz file. If None, CIFAR-10 is
+    downloaded."""
     train_split: Annotated[str, PATH] = "train"
-    """Folder or list of training images below --data-dir."""
+    """Name of the folder below --data-dir that holds the training images, or of a list of them
+    there (NAME.txt)."""
     val_split: Annotated[str, PATH] = "val"
-    """Folder or list of validation images below --data-dir."""
+    """Name of the folder below --data-dir that holds the validation images, or of a list of them
+    there (NAME.txt)."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be read. fail: stop and name it. skip: take the next
     image of the split instead, and name and count the bad one (torch and dali loaders)."""
@@ -119,12 +123,12 @@ class DatasetConfig(Options):
     """Number of worker processes of the torch loader, per rank. The dali loader uses this number of
     threads, and a quarter as many worker processes."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
-    """Seconds that a run waits for a batch from the worker processes before it ends. They may be
-    stuck because a disk or the network no longer answers."""
+    """Seconds without a batch from the worker processes after which the run ends. The processes may
+    be stuck because a disk or the network no longer answers."""
     batch_size: Annotated[int | None, BATCH] = None
     """Number of images per rank and micro-batch. None means 32 on CUDA and 8 on CPU."""
     grad_accum_steps: Annotated[int, BATCH] = 1
-    """Number of micro-batches accumulated into one update."""
+    """Number of micro-batches per rank whose gradients are accumulated into one update."""
     global_batch_size: Annotated[int | None, IMAGES] = None
     """Number of images per update over all ranks. It sets --grad-accum-steps, and must be a
     multiple of --batch-size times the number of ranks."""
@@ -172,13 +176,14 @@ class AugmentationConfig(Options):
     mixup_switch_prob: Annotated[float, PROBABILITY] = 0.5
     """Probability that a batch gets cutmix instead of mixup, if both are on."""
     smoothing: Annotated[float, RATE] = 0.1
-    """Strength of label smoothing."""
+    """Strength of label smoothing, the share of each target that is spread evenly over all
+    classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high = self.scale
         check(low <= high, f"--scale {low} {high}: give the smaller share first")
-        for name in ("mixup", "cutmix"):  # NumPy draws NaN from a beta distribution of tiny alpha
+        for name in ("mixup", "cutmix"):  # NumPy's beta distribution gives NaN if alpha is tiny
             value = getattr(self, name)
             check(
                 value == 0 or value >= 1e-3,
@@ -226,8 +231,8 @@ class StepConfig(Options):
     step, but fp32 for the updated weights and for statistics."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
-    host. auto: on for CUDA, except with --grad-sync overlap. on: also with overlap, as one graph
-    between each two all-reduces."""
+    host. auto: on for CUDA, except with --grad-sync overlap. on: also with overlap. The all-reduces
+    then divide the update into parts, and each part is one CUDA graph."""
     grad_sync: Literal["auto", "flat", "overlap"] = "auto"
     """When to sum the gradients of several processes. flat: after the backward. overlap: during the
     backward, which needs a compiled step. If memory runs out in such a backward, the run ends.
@@ -248,19 +253,21 @@ class StepConfig(Options):
     """Compute BatchNorm's statistics over the images of all ranks, also in double backprop. Off:
     over the images of each rank alone. With several ranks, this option turns CUDA graphs off."""
     train_in_eval_mode: bool = False
-    """Train with the model in eval mode, which freezes BatchNorm. The paper's code does so."""
+    """Train with the model in eval mode, which freezes BatchNorm. The code of arXiv 2409.20139 does
+    so."""
     accumulation: Literal["mean", "sum"] = "mean"
     """What to do with the losses of the micro-batches of an update. mean: average them. sum: sum
-    them before clipping, as the paper's code does."""
+    them before clipping, as the code of arXiv 2409.20139 does."""
     sync_micro_batches: bool = False
-    """Synchronise the device after every micro-batch, as the paper's code does. Use it only to
-    compare times."""
+    """Wait for the device after every micro-batch, as the code of arXiv 2409.20139 does. Use this
+    option only to compare times."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(
             self.schedule != "exact-eager" or self.compile != "on",
-            "--schedule exact-eager is never compiled: leave out --compile on, or use exact",
+            "--schedule exact-eager is never compiled: leave out --compile on, or use --schedule "
+            "exact",
         )
         check(
             self.cuda_graphs != "on" or (self.compile != "off" and self.schedule != "exact-eager"),
@@ -325,18 +332,20 @@ class OptimizerConfig(Options):
     warmup_lr: Annotated[float | None, OUTER_RATE] = None
     """Learning rate at the first update. None means 1e-5, but at most a 50th of the peak."""
     min_lr: Annotated[float | None, OUTER_RATE] = None
-    """Learning rate at the end of the cosine. None means 1e-5, but at most a 50th of the peak."""
+    """Learning rate at the end of its cosine decay. None means 1e-5, but at most a 50th of the
+    peak."""
     sched_on_updates: bool = True
-    """Change the learning rate at every update. The paper's code changes it once an epoch."""
+    """Change the learning rate at every update. The code of arXiv 2409.20139 changes it once an
+    epoch."""
     model_ema: bool = True
     """Keep an exponential moving average of the weights in fp32. This average is then evaluated and
     exported instead of the weights themselves."""
     model_ema_decay: Annotated[float, RATE] = 0.9998
-    """Decay of the average of the weights at each update."""
+    """Decay of the weights' exponential moving average at each update."""
     model_ema_warmup: bool = True
-    """Let the decay of the average grow to --model-ema-decay, as timm does, so that a short run
-    forgets its initial weights. If off, the decay is the same at every update, as in the paper's
-    code."""
+    """Let the decay of the weights' moving average grow to --model-ema-decay, as timm does. A short
+    run then forgets its initial weights. If off, the decay is the same at every update, as in the
+    code of arXiv 2409.20139."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -345,11 +354,13 @@ class OptimizerConfig(Options):
 
     @property
     def warmup(self) -> float:
-        """Number of epochs of warm-up, with the default filled in."""
+        """Number of epochs of linear warm-up. It is --warmup-epochs, or the default if that option
+        is None."""
         return brief_epochs(self.epochs) if self.warmup_epochs is None else self.warmup_epochs
 
     def outer_rates(self, peak: float) -> tuple[float, float]:
-        """Returns the learning rates at the first update and at the end of the cosine."""
+        """Returns the learning rates at the first update and at the end of the cosine decay. peak:
+        the peak learning rate."""
         default = min(1e-5, peak / 50)
         start = default if self.warmup_lr is None else self.warmup_lr
         return start, default if self.min_lr is None else self.min_lr
@@ -407,7 +418,7 @@ class RunConfig(Options):
     """Keep the checkpoints at the end of these epochs for good, as checkpoints/epoch_0050.pt, so
     that other runs can start from them (--initial-checkpoint)."""
     eval_interval: Annotated[int, Range(1, 100_000)] = 1
-    """Number of epochs between evaluations on the same validation images."""
+    """Number of epochs between two evaluations. All evaluations use the same validation images."""
     eval_images: Annotated[int, Range(0, 2**31 - 1)] = 512
     """Number of validation images in each evaluation. 0 turns evaluation off."""
     eval_eps: Annotated[float | None, PIXELS] = None
@@ -418,8 +429,9 @@ class RunConfig(Options):
 
 
 def brief_epochs(epochs: int) -> float:
-    """Returns the default length of the warm-up and of the ramp in epochs. It is 5 as in the paper,
-    but at most a tenth of the run."""
+    """Returns the default number of epochs in which the learning rate warms up, and in which the
+    penalty or attack grows to full strength. It is 5 as in arXiv 2409.20139, but at most a tenth of
+    the run's epochs."""
     return min(5.0, epochs / 10)
 
 

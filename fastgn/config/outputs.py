@@ -14,7 +14,7 @@ from pathlib import Path
 from fastgn.errors import check
 
 SPOILT = "metrics.csv.spoilt"
-"""Name of the copy of a metrics.csv that contained invalid lines."""
+"""Name under which a run keeps a copy of a metrics.csv that contained invalid lines."""
 RUN_FILES = (
     *("config.toml", "environment.json", "metrics.csv", "model.safetensors", "curves.png"),
     *("summary.json", "config.json", "wandb_id.txt", SPOILT),
@@ -22,7 +22,8 @@ RUN_FILES = (
 """Files that a run may write, besides its checkpoints."""
 
 REPORTS = (".json", ".html")
-"""Endings of files that a program writes and that cannot be images of a data set."""
+"""Endings of files that an option may overwrite below --data-dir, because such files cannot be
+images."""
 PICTURE = ("a figure of fastgn's", re.compile(rb"\x89PNG.{,200}Software\0fastgn", re.DOTALL))
 KINDS = {
     "--output": ("JSON", re.compile(rb"\s*\{")),
@@ -30,11 +31,11 @@ KINDS = {
     "--curve": PICTURE,
     "--picture": PICTURE,
 }
-"""Option -> (what it writes, pattern for the beginning of such a file)."""
+"""Option -> (kind of file that it writes, pattern that matches the beginning of such a file)."""
 
 
 def holds_run(folder: Path) -> bool:
-    """Returns whether a folder has the weights of a run."""
+    """Returns whether a folder contains the final weights or a checkpoint of a run."""
     return (folder / "model.safetensors").exists() or any((folder / "checkpoints").glob("*.pt"))
 
 
@@ -53,22 +54,22 @@ def check_written(
         if path is None:
             continue
         real = Path(os.path.realpath(path))
-        other = taken.setdefault(str(real), option)
+        other_option = taken.setdefault(str(real), option)
         check(
-            other == option,
-            f"{option} {path} would overwrite the file of {other}: name another file",
+            other_option == option,
+            f"{option} {path} would overwrite the file of {other_option}: name another file",
         )
         below = real.parent.name == "checkpoints" and holds_run(real.parent.parent)
         check(
             not below and (real.name not in RUN_FILES or not holds_run(real.parent)),
-            f"{option} {path} would overwrite a file of the run in its folder: name another file",
+            f"{option} {path} would overwrite a file of the run in this folder: name another file",
         )
         kind, start = KINDS.get(option, ("", None))
         head = read_beginning(real)
         check(
             start is None or not head or start.match(head) is not None,
             f"{option} {path} would overwrite a file that is not {kind}: name another file, or "
-            "remove it first",
+            "remove the old file first",
         )
 
 
@@ -84,7 +85,8 @@ def read_beginning(path: Path) -> bytes:
 
 
 def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, maker: str) -> None:
-    """Raises UserError if a folder already has one of the files to write, unless `ours` is True.
+    """Raises UserError if a folder already contains one of the files to write, unless `ours` is
+    True. Empty files do not count.
 
     option: flag that names the folder. names: files to write. ours: whether an earlier call of the
     program wrote the files in the folder. maker: what writes such files, such as "run", for the
@@ -104,7 +106,10 @@ def check_outside_data(
     """Raises UserError if a file would be written into the folder of a split, or over a file below
     --data-dir.
 
-    written: option -> file or folder that it writes. splits: names of the splits below data_dir.
+    Files of the kinds in REPORTS may be overwritten.
+
+    written: option -> file or folder that it writes. data_dir: value of --data-dir. splits: names
+    of the folders of images below data_dir.
     """
     if data_dir is None:
         return

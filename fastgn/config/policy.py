@@ -13,7 +13,7 @@ from fastgn.fields import Range
 AUTOAUGMENT = ("original", "originalr", "v0", "v0r", "3a")
 """Names of timm's AutoAugment policies."""
 MAGNITUDE = Range(0, 10)
-"""Range of the strength of an operation."""
+"""Range of the strength of an operation, such as the 9 in rand-m9."""
 SECTIONS: dict[str, dict[str, tuple[type, Range]]] = {
     "rand": {
         "m": (int, MAGNITUDE),
@@ -35,7 +35,7 @@ SECTIONS: dict[str, dict[str, tuple[type, Range]]] = {
 }
 """Kind of policy -> key of a section -> (type, range) of the number that follows the key."""
 SETS = ("tweights", "t3a", "t3aw")
-"""Sections without a number, as in rand-m9-t3a, that select a set of operations."""
+"""Sections without a number, which select a set of operations, such as t3a in rand-m9-t3a."""
 
 
 def check_policy(policy: str) -> None:
@@ -52,12 +52,12 @@ def check_policy(policy: str) -> None:
         keys = ", ".join(known)
         if match is None or match[1] not in known:
             raise UserError(
-                f"--aa {policy}: section {section!r} should be one of {keys} and a number, "
+                f"--aa {policy}: section {section!r} should be one of {keys}, then a number, "
                 "as in rand-m9-mstd0.5-inc1"
             )
         key, text = match.groups()
         kind, allowed = known[key]
-        check(key not in seen, f"--aa {policy}: section {key} is given twice")
+        check(key not in seen, f"--aa {policy}: section {key} is given twice: remove one")
         seen.add(key)
         check(
             (kind is float or "." not in text) and float(text) in allowed,

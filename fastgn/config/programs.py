@@ -30,7 +30,7 @@ from fastgn.fields import (
 Positional = tyro.conf.Positional
 """Marks an option as an argument without a flag, as in Annotated[str, Positional]."""
 EVALUATION_EPS = Range(0, 1e4, above=True, hint="pixels are in 0..1, so write 4/255")
-"""Range of eps. A radius in the L2 norm may be above 1."""
+"""Range of --eps, the radius of the attacks. A radius in the L2 norm may be above 1."""
 AUTOATTACK: dict[str, Literal["standard", "plus", "rand"]] = {
     "autoattack": "standard",
     "autoattack-plus": "plus",
@@ -156,18 +156,18 @@ class EvaluateConfig(BareWeightsConfig):
     data_dir: Annotated[str | None, PATH] = None
     """Folder or file of the data. None means the data that the run was trained on."""
     val_split: Annotated[str | None, PATH] = None
-    """Folder or list of the images below --data-dir. None means the validation images of the
-    run."""
+    """Name of the folder below --data-dir that holds the images, or of a list of them there
+    (NAME.txt). None means the validation images of the run."""
     num_images: Annotated[int | None, IMAGES] = None
     """Number of validation images. They are the first ones, or evenly spaced ones if the images are
     sorted by class, as in a folder. None means all."""
     image_list: Annotated[str | None, PATH] = None
     """Images to use, instead of --num-images. robustbench-imagenet: the 5,000 images of ImageNet's
     validation set that RobustBench uses. Otherwise a text file that names one image per line, by
-    its number or by the end of its path."""
+    its index (from 0) or by the end of its path."""
     batch_size: Annotated[int | None, BATCH] = None
-    """Number of images that a process attacks at once. After each such batch it saves the results.
-    None means at most 360, chosen so that all processes have equal work."""
+    """Number of images that a process attacks at once. The process saves the results after each
+    such batch. None means at most 360, chosen so that all processes have equal work."""
     workers: Annotated[int, WORKERS] = 4
     """Number of worker processes that read image files."""
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
@@ -228,8 +228,8 @@ class EvaluateConfig(BareWeightsConfig):
         check_outside_data(self.written, self.data_dir, (self.val_split or "val",))
         check(
             self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
-            "--curve draws the accuracy under the last of --attacks at each --eps: end --attacks "
-            "with another name than clean, and give at least 2 values of --eps",
+            "--curve draws the accuracy under the last of --attacks at each --eps: name an attack "
+            "other than clean last, and give at least 2 values of --eps",
         )
         check(
             self.image_list is None or self.num_images is None,
@@ -237,8 +237,8 @@ class EvaluateConfig(BareWeightsConfig):
         )
         check(
             self.model is None or self.data is not None or self.data_dir is not None,
-            "--model: the file does not say which data it was trained on: add --data-dir DIR or "
-            "--data",
+            "--model: the file of weights does not say on which data it was trained: add "
+            "--data-dir DIR or --data NAME",
         )
 
     @property
@@ -285,8 +285,8 @@ class ExportConfig(BareWeightsConfig):
         super().__post_init__()
         check(
             self.model is None or self.dataset is not None,
-            "--model: the file does not say which data it was trained on: add --dataset imagenet "
-            "or cifar10",
+            "--model: the file of weights does not say on which data it was trained: add --dataset "
+            "imagenet or --dataset cifar10",
         )
         check(bool(self.checkpoint), "--checkpoint is missing: name a run's folder")
         check(bool(self.robustbench), "--robustbench is missing: name the folder to write")
@@ -328,7 +328,7 @@ class SweepConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.space), "--space is empty: write --space gn_weight=0.1:10:log")
-        # with another ending, the study could have the name of a file beside it, such as NAME.json
+        # with another ending, the study could overwrite a file beside it, such as NAME.json
         check(
             self.database.suffix == ".db",
             f"--study {self.study} must end in .db: write {self.database.with_suffix('.db')}",
@@ -349,7 +349,7 @@ class SweepConfig(Options):
 
     @property
     def written(self) -> tuple[Path, ...]:
-        """The study's file, and the files that are written beside it."""
+        """Paths of the study's file, and of the files that the program writes beside it."""
         path = self.database
         beside = (f"{path.stem}.json", f"{path.stem}.png", f"{path.stem}_best.toml")
         return path, *(path.with_name(name) for name in beside)
@@ -365,8 +365,9 @@ class PackConfig(Options):
     output: Annotated[str, Positional, PATH]
     """Folder for the shards. Give it to --data-dir afterwards."""
     short_side: Annotated[int | None, Range(1, 65_000)] = None
-    """Length in pixels of the shorter side to which larger images are resized (bicubic). They are
-    stored as JPEG, and the files of other images stay as they are. None resizes no image."""
+    """Images whose shorter side is longer than this number of pixels are resized to it (bicubic)
+    and stored as JPEG. The files of other images stay as they are. None means that no image is
+    resized."""
     quality: Annotated[int, Range(1, 100)] = 90
     """JPEG quality of the images that are resized."""
     shard_size: Annotated[int, IMAGES] = 10_000
@@ -376,9 +377,11 @@ class PackConfig(Options):
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
     """Seconds without a result from the worker processes after which the program ends."""
     train_split: Annotated[str, PATH] = "train"
-    """Folder or list of training images below SOURCE."""
+    """Name of the folder below SOURCE that holds the training images, or of a list of them there
+    (NAME.txt)."""
     val_split: Annotated[str, PATH] = "val"
-    """Folder or list of validation images below SOURCE."""
+    """Name of the folder below SOURCE that holds the validation images, or of a list of them there
+    (NAME.txt)."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be read. fail: stop. skip: leave it out."""
 
@@ -395,9 +398,11 @@ class CheckConfig(Options):
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
     """Seconds without a result from the worker processes after which the program ends."""
     train_split: Annotated[str, PATH] = "train"
-    """Folder or list of training images."""
+    """Name of the folder below DATA-DIR that holds the training images, or of a list of them there
+    (NAME.txt)."""
     val_split: Annotated[str, PATH] = "val"
-    """Folder or list of validation images."""
+    """Name of the folder below DATA-DIR that holds the validation images, or of a list of them
+    there (NAME.txt)."""
     output: Annotated[str | None, PATH] = None
     """Also write the result into this JSON file."""
 

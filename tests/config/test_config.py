@@ -264,14 +264,14 @@ def test_what_is_refused_names_the_value(flags, value, expected):
         ("model = 3", "model = 3 should be of type str"),
         ("eps = true", "eps = True should be of type float"),
         ('eps = "a lot"', "'a lot' is not a number"),
-        ('precision = "fp31"', "precision = 'fp31': did you mean 'fp32'?"),
+        ('precision = "fp31"', "precision = 'fp31' is not valid: did you mean 'fp32'?"),
         ("mean = [0.5]", "mean = [0.5] should be a list of 3 values"),
         ('mean = ["a", "b", "c"]', "'a' is not a number"),
         ('model_kwargs = "depth=2"', "model_kwargs = 'depth=2' should be a list"),
         ("[objective]\neps = 0.1", "unknown key 'objective'"),
-        ("eps = ", "not TOML"),
-        (f"epochs = {'9' * 5000}", "not TOML"),
-        (f"epochs = 0x{'f' * 5000}", "not TOML"),
+        ("eps = ", "not valid TOML"),
+        (f"epochs = {'9' * 5000}", "not valid TOML"),
+        (f"epochs = 0x{'f' * 5000}", "not valid TOML"),
     ],
 )
 def test_what_a_recipe_cannot_say(text, expected):

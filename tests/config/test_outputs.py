@@ -171,7 +171,7 @@ def refuses(main, args: list[str], expected: str, tmp_path: Path, capsys) -> Non
 )
 def test_an_evaluation_replaces_nothing_of_a_run(flag, name, run, tmp_path, capsys):
     args = ["--checkpoint", str(run), f"--{flag}", str(run / name)]
-    expected = f"--{flag} {run / name} would overwrite a file of the run in its folder"
+    expected = f"--{flag} {run / name} would overwrite a file of the run in this folder"
     refuses(evaluate.main, args, expected, tmp_path, capsys)
 
 
