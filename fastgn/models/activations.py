@@ -16,8 +16,8 @@ PIECEWISE_LINEAR = (
     nn.Hardtanh,
     nn.Threshold,
 )
-"""Activations whose second derivative is 0, so that gradnorm gets no training signal through
-them."""
+"""Activations whose second derivative is 0. The penalty of --method gradnorm gets no training
+signal from their curvature."""
 ACTIVATIONS = (
     "gelu",
     "gelu_tanh",
@@ -34,7 +34,8 @@ ACTIVATIONS = (
 )
 """Names that --activation takes."""
 ACTIVATION_ARGUMENT = {"leaky_relu": "negative_slope", "elu": "alpha", "softplus": "beta"}
-"""Activation -> constructor argument that is set by the number in a text such as softplus:10."""
+"""Name of an activation -> argument of its constructor that the number in a text such as
+softplus:10 sets."""
 
 
 def get_activation_layer(name: str) -> type[nn.Module]:
@@ -59,11 +60,17 @@ def parse_activation(text: str) -> tuple[type[nn.Module], dict[str, float]]:
     if not colon:
         return layer, {}
     kinds = ", ".join(f"{k} ({v})" for k, v in ACTIVATION_ARGUMENT.items())
-    check(name in ACTIVATION_ARGUMENT, f"--activation {text}: only these take a number: {kinds}")
+    check(
+        name in ACTIVATION_ARGUMENT,
+        f"--activation {text}: leave out the number, only these take one: {kinds}",
+    )
     value = parse_number(number)
-    least = "at least" if name == "leaky_relu" else "above"
+    above_or_at_least = "at least" if name == "leaky_relu" else "above"
     right = value >= 0 if name == "leaky_relu" else value > 0
-    check(right and math.isfinite(value), f"--activation {text}: {number} must be {least} 0")
+    check(
+        right and math.isfinite(value),
+        f"--activation {text}: the number must be {above_or_at_least} 0, not {number}",
+    )
     return layer, {ACTIVATION_ARGUMENT[name]: value}
 
 
@@ -93,5 +100,5 @@ def swap_activations(model: nn.Module, name: str) -> int:
             if isinstance(child, known):
                 setattr(parent, child_name, layer(**arguments))
                 count += 1
-    check(count > 0, f"--activation {name}: the network has no activation to replace")
+    check(count > 0, f"--activation {name}: the network has no activation: leave --activation out")
     return count

@@ -33,7 +33,8 @@ def check_name(cfg: ArchitectureConfig) -> str:
     Raises UserError if the network or the activation is unknown.
     """
     name = ALIASES.get(cfg.model, cfg.model)
-    # timm checks only the part before the first dot, but exported code contains the whole name
+    # Exported code contains the whole name, but timm checks only the part before the first dot.
+    # Therefore the characters of the whole name are checked here.
     plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
     if name not in OWN and not (plain and timm.is_model(name)):
         matches = timm.list_models(name) if set(name) & set("*?[") else []
@@ -106,8 +107,10 @@ def create_network(
                 "from elsewhere and add --initial-checkpoint FILE"
             ) from None
         except Exception as error:  # constructors may raise any error for odd arguments
-            what = "--pretrained" if cfg.pretrained else f"{format_flags(cfg)} cannot be built"
-            raise UserError(f"{what}: {first_line(error)}") from None
+            what_failed = (
+                "--pretrained" if cfg.pretrained else f"{format_flags(cfg)} cannot be built"
+            )
+            raise UserError(f"{what_failed}: {first_line(error)}") from None
 
 
 def format_flags(cfg: ArchitectureConfig) -> str:
@@ -120,7 +123,7 @@ def format_flags(cfg: ArchitectureConfig) -> str:
 NEVER_GIVEN = ("features_only", "out_indices", "device", "dtype", "kwargs")
 """Constructor arguments that --model-kwargs may not set.
 
-With them the network would not be a classifier.
+With them the network would not be an ordinary classifier.
 """
 
 
@@ -133,7 +136,7 @@ def list_constructor_arguments(name: str) -> set[str]:
         return set(inspect.signature(OWN[name]).parameters)
     module = sys.modules[model_entrypoint(name.partition(".")[0]).__module__]
     classes = [c for c in vars(module).values() if inspect.isclass(c)]
-    found = {"bn_eps", "bn_momentum"}  # arguments of the functions that build EfficientNets
+    found = {"bn_eps", "bn_momentum"}  # only functions that build EfficientNets take these
     for kind in {k for c in classes for k in c.__mro__ if k.__module__.startswith("timm.models.")}:
         found |= set(inspect.signature(kind).parameters)
     factories = set(inspect.signature(timm.create_model).parameters)
@@ -146,8 +149,8 @@ def check_kwargs(name: str, given: dict[str, Any]) -> None:
 
     name: full name of the network. given: the arguments in --model-kwargs.
 
-    A checkpoint from a stranger holds such arguments too, and they must not make timm open other
-    files.
+    A checkpoint holds such arguments too. A checkpoint from a stranger must not make timm open
+    other files.
     """
     known = list_constructor_arguments(name) if given else set()
     for key, value in given.items():

@@ -164,7 +164,8 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     Returns {kind of module: number of changed modules} and {name of a module that could not be
     changed: reason}.
     """
-    from fastgn_kernels.modules import swap_modules  # here, because Triton exists only on Linux
+    # imported here, because Triton exists only on Linux
+    from fastgn_kernels.modules import swap_modules
 
     multiply_patches(backbone)
     swapped = swap_modules(backbone)
@@ -252,20 +253,23 @@ def check_output(model: Classifier, cfg: ArchitectureConfig, num_classes: int) -
 
 def check_logits(logits: Any, images: int, classes: int, cfg: ArchitectureConfig) -> None:
     """Raises UserError unless a network's output has the shape `(images, classes)`."""
-    given = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    output = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     check(
-        given == (images, classes),
-        f"{format_flags(cfg)} gives {given} instead of {images} x {classes} logits",
+        output == (images, classes),
+        f"{format_flags(cfg)} returns {output} instead of {images} x {classes} logits",
     )
 
 
 def find_smallest_batch(
     model: Classifier, cfg: ArchitectureConfig, num_classes: int, ranks: int = 1
 ) -> int:
-    """Returns the smallest batch on each rank that a network can be trained on: 1 or 2 images.
+    """Returns the smallest number of images per rank on which a network can be trained, 1 or 2.
 
-    The result is 2 if BatchNorm would get only one value per channel from a single image, because
-    one value has no variance. Weights, statistics and the state of random generators do not change.
+    BatchNorm cannot be trained on one value per channel, because one value has no variance. If a
+    single image gives it only one value per channel, the ranks that share BatchNorm's statistics
+    need two images together.
+
+    Weights, running statistics and the state of random generators do not change.
 
     ranks: number of ranks whose images BatchNorm uses together, see `sync_batch_norm`.
 
@@ -287,7 +291,7 @@ def find_smallest_batch(
         return train_on(1)
     except UserError:
         raise
-    except ValueError:  # BatchNorm raises it if it gets one value per channel
+    except ValueError:  # BatchNorm raises ValueError if it gets one value per channel
         return math.ceil(train_on(2) / ranks)
     finally:
         model.train(training)

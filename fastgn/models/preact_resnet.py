@@ -37,7 +37,8 @@ class PreActResNet18(nn.Module):
         "mean": (0.4914, 0.4822, 0.4465),
         "std": (0.2470, 0.2435, 0.2616),
     }
-    """Image size and statistics of CIFAR-10, in timm's format."""
+    """Size of CIFAR-10's images, and mean and standard deviation of each channel, in timm's
+    format."""
 
     def __init__(self, num_classes: int = 10, drop_rate: float = 0.0, width: int = 64):
         super().__init__()

@@ -106,7 +106,8 @@ TWINS: dict[Callable, Callable] = {
 }
 """Operator -> the function that replaces it and can be differentiated twice (its twin)."""
 PAIRS = tuple(TWINS.items())
-"""The items of TWINS as a tuple, because torch.compile cannot look up a method in a dict."""
+"""The pairs (operator, twin) in TWINS as a tuple. torch.compile cannot look up a key in a dict if
+the key is a method, such as torch.Tensor.norm."""
 
 
 class Twins(TorchFunctionMode):
@@ -116,7 +117,8 @@ class Twins(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for operator, twin in PAIRS:  # torch.compile cannot look up a method in a dict
+        # compare one by one, because torch.compile cannot look up a method as the key of a dict
+        for operator, twin in PAIRS:
             if func is operator:
                 func = twin
                 break
@@ -137,7 +139,7 @@ class WithTwins:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
-        # pickle finds a class by its name, and a class made at run time cannot be found
+        # pickle would look for the class by its name, and a class made at run time cannot be found
         return _create_twin, (self.plain,), self.__dict__
 
 

@@ -58,7 +58,8 @@ def compute_statistics(x: Tensor, count: int, group_name: str) -> tuple[Tensor, 
 
 
 def reshape_as_channels(values_C: Tensor, x: Tensor) -> Tensor:
-    """Returns one value per channel in a shape that broadcasts to `x`, which is (B, C, ...)."""
+    """Returns `values_C`, one value per channel, in a shape that broadcasts to `x`, which is (B, C,
+    ...)."""
     return values_C.view(-1, *[1] * (x.ndim - 2))
 
 
@@ -81,7 +82,10 @@ class SyncBatchNorm(_BatchNorm):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         count = x.numel() // x.shape[1] * self.ranks
         if count == 1:
-            raise ValueError(f"one value per channel has no variance: input {tuple(x.shape)}")
+            raise ValueError(
+                f"BatchNorm got one value per channel, which has no variance, in an input of shape "
+                f"{tuple(x.shape)}: give more images"
+            )
         mean_C, var_C = compute_statistics(x, count, self.group_name)
         if self.track_running_stats:
             self._track(mean_C.detach(), var_C.detach() * (count / (count - 1)))
@@ -99,7 +103,7 @@ class SyncBatchNorm(_BatchNorm):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         share: float | Tensor | None = self.momentum
-        if share is None:  # in this mode the running statistics are the mean over all batches
+        if share is None:  # without momentum, the running statistics are the mean over all batches
             share = self.num_batches_tracked.double().reciprocal()
         for running_C, value_C in ((self.running_mean, mean_C), (self.running_var, var_C)):
             assert running_C is not None
@@ -119,7 +123,7 @@ class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
 
 
 class SyncBatchNormAct2d(SyncBatchNorm, BatchNormAct2d):
-    """timm's BatchNormAct2d, which ends with an activation, with statistics over the images of all
+    """timm's BatchNormAct2d (BatchNorm and an activation) with statistics over the images of all
     ranks."""
 
     def forward(self, input: Tensor) -> Tensor:

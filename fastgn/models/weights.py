@@ -19,7 +19,8 @@ WRAPPINGS = (
     *("ema", "state_dict_ema", "model_ema", "ema_state_dict", "params_ema"),
     *("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params"),
 )
-"""Keys under which files store a state dict. Averaged weights come first."""
+"""Keys under which files store a state dict, in the order in which they are tried. Keys of averaged
+weights come first."""
 OLD_SWIN = "layers.0.downsample.reduction.weight"
 """Key that only Swins of timm 0.6 have. In timm 1.0 the first stage has no downsampling."""
 SWIN_KEYS = (
@@ -75,8 +76,8 @@ def load_weights(
     tables to the network's image size. If the number of classes differs, the network keeps its
     random classifier head.
 
-    Raises UserError, which begins with `source`, if the weights belong to another network, or to a
-    network with another normalisation.
+    Raises UserError if the weights belong to another network, or to a network with another
+    normalisation. source: flag and file for the beginning of the error's message.
     """
     own = model.backbone.state_dict()
     weights = strip_shared_prefix(check_normalisations(model, weights, source), own)
@@ -245,9 +246,10 @@ def is_other_head(given: Tensor, mine: Tensor) -> bool:
 def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
     """Returns the state dict in a .safetensors file or a file of torch.save, on the CPU.
 
-    No code from the file is run. If the file has averaged weights, they are returned.
+    No code from the file is run. If the file also holds averaged weights, these are returned.
 
-    paper: whether to convert the keys of the paper's checkpoints with `convert_paper_weights`.
+    paper: whether the file is a checkpoint of the authors of arXiv 2409.20139, whose keys
+    `convert_paper_weights` converts.
 
     Raises UserError if the file cannot be read, is damaged, has other objects than tensors and
     plain values, or has no state dict.
@@ -283,12 +285,12 @@ def find_state_dict(content: Any) -> dict[str, Tensor]:
 
 
 def convert_paper_weights(weights: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns a Swin's state dict with timm 1.0's keys, from one of the paper's checkpoints.
+    """Returns a Swin's state dict with timm 1.0's keys, from a checkpoint of arXiv 2409.20139.
 
-    The paper's checkpoints have the keys of timm 0.6. In timm 0.6 the downsampling is the end of a
-    stage, and in timm 1.0 it is the beginning of the next stage. The classifier is called `head` in
-    timm 0.6 and `head.fc` in timm 1.0. Buffers that can be computed from the shapes are left out of
-    the result. Keys of timm 1.0 are accepted unchanged.
+    The checkpoints of this paper have the keys of timm 0.6. In timm 0.6 the downsampling is the end
+    of a stage, and in timm 1.0 it is the beginning of the next stage. The classifier is called
+    `head` in timm 0.6 and `head.fc` in timm 1.0. Buffers that can be computed from the shapes are
+    left out of the result. Keys of timm 1.0 are accepted unchanged.
 
     weights: the state dict, or a dict that holds it under a key such as model. The keys of
     the state dict may have the prefixes `1.`, `model.` or `module.`, as those of a network behind a

@@ -51,7 +51,9 @@ def test_an_activation_takes_its_number():
     model, report = tiny("preact_resnet18", activation="softplus:10")
     (beta,) = {m.beta for m in model.modules() if isinstance(m, nn.Softplus)}
     assert beta == 10 and report.swapped_activations == 17
-    assert "gelu:2: only these take a number: " in refused(model="resnet18", activation="gelu:2")
+    assert "gelu:2: leave out the number, only these take one: " in refused(
+        model="resnet18", activation="gelu:2"
+    )
     assert "must be above 0" in refused(model="resnet18", activation="softplus:0")
     assert "is not a number" in refused(model="resnet18", activation="elu:x")
 

@@ -84,11 +84,11 @@ class SeveralOutputs(nn.Module):
 
 
 CONTAINERS: dict[str, tuple[Any, str]] = {
-    "tuple": (lambda logits: (logits, logits), "gives a tuple instead of 1 x 5 logits"),
-    "dict": (lambda logits: {"logits": logits}, "gives a dict instead of 1 x 5 logits"),
-    "list": (lambda logits: [logits], "gives a list instead of 1 x 5 logits"),
-    "None": (lambda logits: None, "gives a NoneType instead of 1 x 5 logits"),
-    "features": (lambda logits: logits[:, :, None], "gives (1, 5, 1) instead of 1 x 5 logits"),
+    "tuple": (lambda logits: (logits, logits), "returns a tuple instead of 1 x 5 logits"),
+    "dict": (lambda logits: {"logits": logits}, "returns a dict instead of 1 x 5 logits"),
+    "list": (lambda logits: [logits], "returns a list instead of 1 x 5 logits"),
+    "None": (lambda logits: None, "returns a NoneType instead of 1 x 5 logits"),
+    "features": (lambda logits: logits[:, :, None], "returns (1, 5, 1) instead of 1 x 5 logits"),
 }
 
 
@@ -128,7 +128,7 @@ SWIN = TINY["swin_t"]["model_kwargs"]
         ),
         (
             {"model": "swin_t", "model_kwargs": (*SWIN, "num_classes=7"), "img_size": 16},
-            "gives (1, 7) instead of 1 x 5 logits",
+            "returns (1, 7) instead of 1 x 5 logits",
         ),
         (
             {"model": "preact_resnet18", "model_kwargs": ("widht=4",)},

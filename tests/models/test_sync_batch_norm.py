@@ -287,7 +287,7 @@ def test_what_the_layers_refuse(convert: Callable[[nn.Module], nn.Module]) -> No
     layer = convert(nn.Sequential(nn.BatchNorm2d(3)))
     with pytest.raises(ValueError, match="expected 4D input"):
         layer(torch.rand(2, 3))
-    with pytest.raises(ValueError, match="one value per channel has no variance"):
+    with pytest.raises(ValueError, match="one value per channel, which has no variance"):
         layer(torch.rand(1, 3, 1, 1))
     layer.eval()(torch.rand(1, 3, 1, 1))
 
