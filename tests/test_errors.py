@@ -71,11 +71,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "batch larger than the data": (
         ["--batch-size", "1500"],
-        "1500 images x 1 accumulated x 1 ranks = 1500 exceeds the 1437 training images",
+        "1500 images x 1 micro-batches x 1 ranks = 1500 exceeds the 1437 training images",
     ),
     "accumulation larger than the data": (
         ["--batch-size", "1000", "--grad-accum-steps", "2"],
-        "1000 images x 2 accumulated x 1 ranks = 2000 exceeds the 1437 training images",
+        "1000 images x 2 micro-batches x 1 ranks = 2000 exceeds the 1437 training images",
     ),
     "odd batch with mixup": (
         ["--mixup", "0.8", "--batch-size", "7"],

@@ -29,9 +29,9 @@ class BatchDraws(NamedTuple):
     fill: Tensor | None = None
     """Pixels in 0..1 that fill the erased boxes, fp32, of a shape that broadcasts to the images."""
     mix_5: Tensor | None = None
-    """Five numbers, fp32. The first four are top, bottom, left and right of the box that cutmix
-    copies from image B - 1 - i into image i. They are 0 for mixup. The last is the share of image i
-    in the result."""
+    """Five numbers, `(5,), fp32`. The first four are top, bottom, left and right of the box that
+    cutmix copies from image B - 1 - i into image i. They are 0 for mixup. The last is the share of
+    image i in the result."""
 
 
 class BatchAugment:
@@ -58,7 +58,7 @@ class BatchAugment:
         self.smoothing = cfg.smoothing
         self.device = device
         self.remode = cfg.remode
-        # timm only draws the boxes here, and draw_fill makes the pixels in them
+        # timm only draws the boxes to erase, and draw_fill makes the pixels that fill them
         self.erase = RandomErasing(cfg.reprob, mode="const", device="cpu") if cfg.reprob else None
         self.mix = None
         if cfg.mixup or cfg.cutmix:
@@ -102,7 +102,7 @@ class BatchAugment:
         if self.remode != "pixel":
             shape = (*shape[:2], 1, 1)
         draw = torch.zeros if self.remode == "const" else torch.randn
-        # timm's noise is normal and can leave 0..1, but attacks rely on images in 0..1
+        # clamp, because timm's normal noise can leave 0..1, and attacks rely on images in 0..1
         return draw(shape, device=self.device).mul_(self.std).add_(self.mean).clamp_(0, 1)
 
     def draw_mix(self, num: int, height: int, width: int) -> Tensor | None:

@@ -22,8 +22,9 @@ class Batch(NamedTuple):
 class Loader(Protocol):
     """Loads training batches. To continue, a resumed run needs only the epoch and the batch number.
 
-    The batches that all ranks use for one update are one contiguous part of the epoch's order. How
-    an image is augmented depends only on (seed, epoch, image) or on (seed, epoch, batch, rank).
+    The images that all ranks use for one update follow each other in the shuffled order of the
+    epoch. How an image is augmented depends only on (seed, epoch, image) or on (seed, epoch, batch,
+    rank).
     """
 
     batches_per_epoch: int
@@ -52,7 +53,7 @@ def rank_slice(index: int, batch_size: int, rank: int, ranks: int) -> slice:
 
 def explain_worker_death(error: RuntimeError) -> UserError | None:
     """Returns the error to raise if `error` says that a worker process has died, or None if not."""
-    line = str(error).strip(" .")
-    if not line.startswith("DataLoader worker"):
+    torch_message = str(error).strip(" .")
+    if not torch_message.startswith("DataLoader worker"):
         return None
-    return UserError(f"{line}: if the memory was full, lower --workers")
+    return UserError(f"{torch_message}: if the memory was full, lower --workers")

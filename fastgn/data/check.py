@@ -64,7 +64,7 @@ class Inspector:
         name = self.split.name(index)
         try:
             content = self.split.read(index)
-            with warnings.catch_warnings():  # find_oddities reports what PIL warns about
+            with warnings.catch_warnings():  # hide PIL's warnings, which find_oddities reports
                 warnings.simplefilter("ignore")
                 decode_image(content, name)
                 return Finding(name, notes=tuple(find_oddities(content)))
@@ -112,7 +112,7 @@ NOTES = {
 
 
 def inspect(cfg: CheckConfig) -> dict[str, Any]:
-    """Checks all images and returns the report, ready for JSON.
+    """Checks all images of a data set, and returns a report that can be written as JSON.
 
     Raises UserError if the data set as a whole cannot be loaded.
     """
@@ -157,7 +157,7 @@ def inspect(cfg: CheckConfig) -> dict[str, Any]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Returns the report as text."""
+    """Returns the report of `inspect` as text."""
     images = " and ".join(f"{count} in {name}" for name, count in report["images"].items())
     lines = [f"{report['data_dir']}: {images}; {report['classes']} classes"]
     bad = report["bad"]

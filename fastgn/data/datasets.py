@@ -70,14 +70,17 @@ class Dataset:
     val: Arrays | Encoded
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    """Messages for the user: files that were left out, and files that a list names twice."""
+    """Messages for the user about files that were left out, and about files that a list names
+    twice."""
 
 
 def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> None:
     """Raises UserError unless the data set has the known classes in the same order.
 
-    Labels are numbers, so with another order of the classes they would mean other classes. The
-    message begins with `who`.
+    Labels are numbers, so with another order of the classes they would mean other classes.
+
+    known: the classes of a model or split. classes: the classes of the data set. who: name of the
+    model or split, with which the message begins.
     """
     check(
         len(known) == len(classes),

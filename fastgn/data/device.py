@@ -15,7 +15,7 @@ from fastgn.seeding import Stream, make_generator, seed_all
 
 
 class DeviceLoader:
-    """Loads training batches from a data set on the device, see `batch.Loader`."""
+    """Loads training batches from a data set that it keeps on the device, see `batch.Loader`."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class DeviceLoader:
         """Returns the augmented batch of the chosen images.
 
         offsets_N2, flipped_N: offset of the crop, and whether to mirror, for each image of the data
-        set. drawn: random choices for the other augmentation.
+        set. drawn: random choices for erasing and mixing.
         """
         images = to_float(self.images_NCHW[chosen_B], self.img_size)
         if self.padding:

@@ -35,7 +35,8 @@ class Tree(NamedTuple):
     """Reason why files and folders were left out -> their number."""
 
     def describe_left_out(self, folder: Path) -> list[str]:
-        """Returns one line about what was left out, or no line if nothing was."""
+        """Returns one message about the files and folders that were left out, or no message if
+        there are none."""
         if not self.left_out:
             return []
         common = self.left_out.most_common(NAMED_REASONS)
@@ -106,7 +107,7 @@ class Walk:
         """Yields (index of the class, folder, name of the file) for each image."""
         waiting, links = [*enumerate(self.roots)], list[tuple[int, str]]()
         while waiting or links:
-            if not waiting:  # all real folders have been visited
+            if not waiting:  # all real folders have been visited, so follow the next link
                 number, path = links.pop(0)
                 if not self.is_new(path):
                     self.left_out["linked folders that were read already"] += 1
@@ -127,15 +128,15 @@ class Walk:
                     self.left_out["linked folders that were read already"] += 1
 
     def is_new(self, path: str) -> bool:
-        """Returns whether a folder has not been visited and does not contain the whole split. If
-        so, records it as visited."""
+        """Returns whether a folder is new, and records it as visited. A folder is not new if it has
+        been visited, or if it contains the whole split. Links may lead to such folders."""
         real = os.path.realpath(path)
         above = os.path.join(self.real_root, "").startswith(os.path.join(real, ""))
         return not above and self.seen.setdefault(real, path) == path
 
     def is_image(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry is a file with the ending of an image. If not, counts it as left
-        out."""
+        """Returns whether an entry is a file whose ending is that of an image format. If not,
+        counts it as left out."""
         ending = os.path.splitext(entry.name)[1].lower()
         if ending not in ENDINGS:
             self.left_out[f"with the ending {ending}" if ending else "without an ending"] += 1

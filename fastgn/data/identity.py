@@ -18,7 +18,8 @@ Reading the sizes of a million files from a file server takes minutes.
 """
 
 Identity = dict[str, dict[str, Any]]
-"""Name of a split -> its number of images, and a digest for each property of its images."""
+"""Name of a split -> dict with its number of images, and with a digest for each of its properties,
+such as labels and names of files."""
 
 
 def describe_dataset(dataset: Dataset) -> Identity:
@@ -31,8 +32,11 @@ def describe_dataset(dataset: Dataset) -> Identity:
 
 
 def describe_split(split: Arrays | Encoded) -> dict[str, Any]:
-    """Returns the number of images of a split, and digests of its properties that are cheap to
-    read: labels, and content or else names and sizes of files."""
+    """Returns the number of images of a split, and digests of properties that are cheap to read.
+
+    For arrays these are the labels and the pixels. For files they are the labels, and the files'
+    names and sizes. For shards they are the labels, and the images' sizes and checksums.
+    """
     known: dict[str, Any] = {"images": len(split)}
     known["labels"] = hash_parts([split.labels_N.numpy().tobytes()])
     if isinstance(split, Arrays):
@@ -70,9 +74,9 @@ def read_sizes(split: Encoded) -> Iterator[int]:
 def describe_changes(before: Identity | None, now: Identity) -> list[str]:
     """Returns how a data set differs from that of a checkpoint, as one phrase per changed split.
 
-    Only properties that both descriptions have are compared. So files and the shards that were
-    packed from them are taken for the same images. before: description in the checkpoint. It is
-    None if an older version, which kept no description, has written the checkpoint.
+    Only properties that both descriptions have are compared. So a data set of files and the shards
+    packed from it count as the same images. before: result of `describe_dataset` in the checkpoint.
+    It is None if the checkpoint was written by an older version of fastgn, which did not save it.
     """
     if before is None:
         return ["the checkpoint does not say which images it was made with"]

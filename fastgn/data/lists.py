@@ -1,4 +1,5 @@
-"""Reads lists of images. Each line is `path label`, and a label is a class's name or its number."""
+"""Reads lists of images. Each line is `path label`, and a label is the name or the index of a
+class."""
 
 import os
 from collections.abc import Sequence
@@ -106,7 +107,8 @@ def read_labels(
     numbers.
 
     path, rows: the list and its lines. known_by: text that says where the classes come from, for
-    messages. Raises UserError, which names the line, if a label is neither or if both are used.
+    messages. Raises UserError, which names the line, if a label is neither a name nor a number of a
+    class, or if the list uses both.
     """
     by_name = {name: index for index, name in enumerate(classes)}
     by_number = {str(index): index for index in range(len(classes))}

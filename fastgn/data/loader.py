@@ -47,7 +47,7 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
     whole = batch * accum * ranks
     check(
         whole <= num_images,
-        f"a global batch of {batch} images x {accum} accumulated x {ranks} ranks = {whole} "
+        f"a global batch of {batch} images x {accum} micro-batches x {ranks} ranks = {whole} "
         f"exceeds the {num_images} training images: lower --batch-size",
     )
     mixing = cfg.augmentation.mixup or cfg.augmentation.cutmix
@@ -68,11 +68,11 @@ def divide_again(
 ) -> tuple[int, int]:
     """Returns (images per rank and micro-batch, micro-batches per update) of a resumed run.
 
-    Before it was resumed, the run may have had another number of ranks. The size of a micro-batch
-    is the largest one up to --batch-size that divides the number of a rank's images.
+    Before it was resumed, the run may have had another number of ranks. A micro-batch gets the
+    largest size up to --batch-size that divides the number of images per rank and update.
 
     images: number of images per update over all ranks. num_images: number of training images.
-    divisor: number that must divide the size of a micro-batch. Raises UserError if nothing fits.
+    divisor: number that must divide the size of a micro-batch. Raises UserError if no size fits.
     """
     data, augmentation = cfg.dataset, cfg.augmentation
     per_rank, rest = divmod(images, ranks)

@@ -44,7 +44,7 @@ class Field(NamedTuple):
 
 
 def matches_shape(shape: tuple[int, ...], wanted: str) -> bool:
-    """Returns whether a shape has the wanted sizes."""
+    """Returns whether a shape matches a pattern such as "N x H x W x 3" (see Field)."""
     sizes = wanted.split(" x ") if wanted else []
     return len(shape) == len(sizes) and all(
         str(found) == size or (size.isalpha() and found >= 0)
@@ -53,7 +53,7 @@ def matches_shape(shape: tuple[int, ...], wanted: str) -> bool:
 
 
 KINDS = {"integers": "iu", "text": "U", "bytes": "S"}
-"""Name of a family of dtypes -> characters that NumPy's dtype.kind may have."""
+"""Name of a family of dtypes -> characters that NumPy's dtype.kind has for these dtypes."""
 IMAGES = Field("uint8", ("N x H x W x 3",))
 LABELS = Field("integers", ("N", "N x 1"))
 
@@ -73,7 +73,8 @@ def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, A
             total = sum(archive.getinfo(f"{name}.npy").file_size for name in fields)
             check(
                 total <= max(INFLATED_BYTES, INFLATED_TIMES * file_bytes),
-                f"{where}: {file_bytes} bytes would become {total} in memory: the file was refused",
+                f"{where}: {file_bytes} bytes would become {total} bytes in memory: the file is "
+                "refused, because it could fill the memory",
             )
             for name, field in fields.items():
                 check_header(archive, name, field, where)
@@ -94,7 +95,10 @@ def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) 
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }.get(version)
-        check(read is not None, f"{where}: {name} has format {version}, which is not known")
+        check(
+            read is not None,
+            f"{where}: array {name} has version {version} of the .npy format, which is not known",
+        )
         assert read is not None
         shape, _, dtype = read(member)
         check(field.fits(dtype, shape), f"{where}: {name} should be {field}, not {dtype} {shape}")

@@ -187,7 +187,7 @@ def pack(
     """Packs a split. Returns its index, and a message for each bad image that was left out.
 
     folder: where to write the shards. bar: progress bar. Raises UserError if the folder has shards
-    from elsewhere, or if an image is bad and may not be left out.
+    that another program has made, or if an image is bad and may not be left out.
     """
     numbers = range(len(split))
     pieces = [numbers[i : i + cfg.shard_size] for i in numbers[:: cfg.shard_size]]
@@ -199,7 +199,8 @@ def pack(
         f"{folder} holds shards or an index that fastgn.data.pack has not made: give another "
         "OUTPUT",
     )
-    # killed processes have left these files, and the folder's lock keeps other processes away
+    # Killed processes have left these temporary files.
+    # No running process writes one now, because the folder is locked.
     for left in folder.glob(".*.tmp"):
         remove_file(left)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]

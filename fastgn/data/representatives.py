@@ -33,7 +33,8 @@ def compute_representatives(
     labels are None. With --pag-representative nearest-neighbour, they are all N training images,
     and the labels are `(N,), int64`.
 
-    Raises UserError if a class has no image, or if nearest-neighbour has too many.
+    Raises UserError if a class has no image, or if nearest-neighbour would keep too many images on
+    the device.
     """
     kind, split, classes = cfg.objective.pag.pag_representative, dataset.train, len(dataset.classes)
     draw = make_generator(Stream.REPRESENTATIVES, cfg.run.seed)
@@ -70,7 +71,7 @@ def compute_representatives(
     sums = torch.zeros(classes, 3, img_size, img_size, device=device)
     counts = torch.zeros(classes, device=device)
     for images_BCHW, labels_B in source:
-        # a matrix product, because index_add_ sums in another order each time on a GPU
+        # sum by a matrix product, because on a GPU index_add_ sums in another order each time
         members_KB = F.one_hot(labels_B, classes).T.float()
         sums += (members_KB @ images_BCHW.flatten(1)).view_as(sums)
         counts += members_KB.sum(1)

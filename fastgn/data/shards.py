@@ -146,15 +146,17 @@ class Shards(Encoded):
                 found = where.stat().st_size
             except OSError as error:
                 raise UserError(
-                    f"{where}, of {path}, cannot be read: {error.strerror or error}"
+                    f"shard {where} of {path} cannot be read: {error.strerror or error}"
                 ) from None
             check(
-                found == size, f"{where} has {found} bytes, not {size} as in {path}: pack it again"
+                found == size,
+                f"shard {where} has {found} bytes, but {size} according to {path}: pack the images "
+                "again",
             )
         return index
 
     def _wrong(self) -> str | None:
-        """Returns how the parts of the index contradict each other, or None if they do not."""
+        """Returns how the fields of the index contradict each other, or None if they do not."""
         counts = {len(self.shards), len(self.sha256), len(self.shard_bytes)}
         lengths = {len(self), *(len(getattr(self, name)) for name in ARRAYS[1:])}
         if len(counts) != 1 or len(lengths) != 1:

@@ -28,7 +28,7 @@ from fastgn.extras import STOPS
 from fastgn.seeding import Stream, seed_all, seed_host
 
 Key = tuple[int, int]
-"""(epoch, index of the image). Together with the run's seed it determines an augmented image."""
+"""(epoch, index of the image). This pair and the run's seed determine the augmented image."""
 
 
 class Decoded(Dataset):
@@ -118,7 +118,8 @@ def load_in_workers(
         open_iterators.add(iterator)
     try:
         yield from iterator
-    except UserError as error:  # the message of a worker begins with its traceback
+    except UserError as error:
+        # keep only the last line, because the message of a worker begins with its traceback
         message = str(error.args[0]).strip().splitlines()[-1]
         raise UserError(re.sub(r"^fastgn[.\w]*Error: ", "", message)) from None
     except RuntimeError as error:
@@ -148,7 +149,7 @@ def hold_signals() -> Iterator[None]:
 
 
 open_iterators: weakref.WeakSet = weakref.WeakSet()
-"""Iterators of `load_in_workers` that are still open, for example after an error elsewhere."""
+"""Iterators of `load_in_workers` whose workers still run, for example after an error elsewhere."""
 
 
 def stop_workers(iterator: Any) -> None:

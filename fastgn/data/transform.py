@@ -1,4 +1,4 @@
-"""timm's transform of training images."""
+"""Builds timm's transform of training images, with an own posterize, because timm's may fail."""
 
 from typing import Any
 
@@ -27,7 +27,9 @@ def build_train_transform(cfg: AugmentationConfig, img_size: int, hflip: float) 
             normalize=False,
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(f"--aa {cfg.aa}: {error}; write rand-m9-mstd0.5-inc1") from None
+        raise UserError(
+            f"--aa {cfg.aa}: {error}: write a policy such as rand-m9-mstd0.5-inc1"
+        ) from None
     for step in transform.transforms:
         replace_posterize(step)
     return transform

@@ -1,4 +1,5 @@
-"""Tests DALI for `--loader auto`. DALI is used if its first batch equals PIL's up to rounding."""
+"""Tests DALI for `--loader auto`. DALI is used if its first batch equals that of the PIL loader up
+to rounding."""
 
 import contextlib
 import importlib.util

@@ -180,7 +180,7 @@ def test_batch_sizes(keys, ranks, expected):
     [
         ({"global_batch_size": 25}, 2, "--global-batch-size 25 is not a multiple of 2 ranks"),
         ({"global_batch_size": 24, "batch_size": 5}, 2, "take a multiple of 10"),
-        ({"batch_size": 22}, 2, "22 images x 1 accumulated x 2 ranks = 44 exceeds the 42"),
+        ({"batch_size": 22}, 2, "22 images x 1 micro-batches x 2 ranks = 44 exceeds the 42"),
         ({"batch_size": 7, "cutmix": 1.0}, 1, "so --batch-size 7 must be even"),
         ({"global_batch_size": 14, "mixup": 0.1}, 2, "so --batch-size 7 must be even"),
     ],

@@ -159,7 +159,7 @@ def test_an_archive_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch
             for name in other.namelist():
                 archive.writestr(name, other.read(name))
     monkeypatch.setattr(np.lib.format, "read_array", None)  # nothing is read
-    assert "in memory: the file was refused" in refusal(path, "cifar10")
+    assert "in memory: the file is refused" in refusal(path, "cifar10")
 
 
 class Bomb:

@@ -1,7 +1,7 @@
 """Resizes and augments images on a CPU, one at a time, with PyTorch's kernels and PIL.
 
-DALI's own CPU operators take three times as long, because each of them has a fixed cost for every
-few images of a batch. Each array here is one image, uint8, H x W x 3.
+DALI's own CPU operators take three times as long, because each operator has a fixed cost for every
+few images of a batch. An array that stands for an image is uint8, H x W x 3.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,10 @@ def augment_crop(
     kinds: np.ndarray,
     arguments: np.ndarray,
 ) -> np.ndarray:
-    """Returns a decoded crop after resizing and all operations: side x side x 3.
+    """Resizes a decoded crop, and applies all operations to it. Returns an image, side x side x 3.
 
-    side: width and height of the result. The other arguments are one image's entries in the fields
-    of feeder.Fed with these names.
+    side: width and height of the result. crop: the crop, in its own size. The other arguments are
+    one image's entries in the fields of feeder.Fed with the same names.
     """
     image = resize(side, crop, "bilinear" if bilinear else "bicubic", bool(flipped))
     for kind, given in zip(kinds.tolist(), arguments, strict=True):
@@ -69,8 +69,9 @@ def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
 
     matrix: [a, b, c, d, e, f] as in draws.Kind.BICUBIC. mode: name of the interpolation.
 
-    This takes half of PIL's time, and a quarter for a shear or shift along one axis. For rotations
-    PyTorch's bicubic kernel is less sharp than PIL's (the parameters are -0.75 and -1).
+    A bicubic shear or shift along one axis is computed by shear_rows, in a quarter of PIL's time.
+    Other maps are computed by PyTorch, in half of PIL's time. PyTorch's bicubic kernel is less
+    sharp than PIL's, because its coefficient is -0.75, and PIL's is -1.
     """
     a, b, c, d, e, f = matrix.tolist()
     if mode == "bicubic" and (a, e) == (1, 1) and (d, f) == (0, 0):
@@ -79,7 +80,7 @@ def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
         return np.ascontiguousarray(shear_rows(image.transpose(1, 0, 2), d, f).transpose(1, 0, 2))
     side = len(image)
     middle = np.arange(side, dtype=np.float32) + np.float32(0.5)
-    source = np.empty((side, side, 2), np.float32)  # where each pixel of the result comes from
+    source = np.empty((side, side, 2), np.float32)  # (x, y) of each result pixel's source
     np.add.outer(b * middle, a * middle + c, out=source[..., 0])
     np.add.outer(e * middle, d * middle + f, out=source[..., 1])
     beyond = (source < 0) | (source >= side)
@@ -108,7 +109,8 @@ def shear_rows(image: np.ndarray, slope: float, shift: float) -> np.ndarray:
     weights = (-t + 2 * t**2 - t**3, 1 - 2 * t**2 + t**3, t + t**2 - t**3, t**3 - t**2)
     margin = int(np.abs(whole).max()) + 3
     rows = np.concatenate([image[:, :1]] * margin + [image] + [image[:, -1:]] * margin, 1)
-    near = np.empty((side, side + 3, 3), np.uint8)  # each row, and the pixels beside it
+    # each row has 3 more pixels than the result, because the kernel takes 4 pixels
+    near = np.empty((side, side + 3, 3), np.uint8)
     for y, first in enumerate((whole + margin - 1).tolist()):
         near[y] = rows[y, first : first + side + 3]
     pixels = torch.from_numpy(near).float()

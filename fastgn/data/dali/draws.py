@@ -1,4 +1,4 @@
-"""Draws what timm's training transform would do to an image, without the image.
+"""Draws what timm's training transform would do to an image, without having the image.
 
 timm's own objects draw the random numbers, in their usual order. So a seed gives the same augmented
 image as in the PIL loader.
@@ -60,7 +60,7 @@ WARPS = {Kind.BICUBIC, Kind.BILINEAR}
 
 
 class Layer(NamedTuple):
-    """One operation with its arguments."""
+    """An operation on an image, with its arguments."""
 
     kind: Kind
     arguments: tuple[float, ...] = ()
@@ -111,7 +111,7 @@ class Recipe:
                 raise UserError(refusal(str(cfg.aa), type(step).__name__))
 
     def _record(self, policy: Any, name: str) -> None:
-        """Makes a policy of timm record its operations instead of applying them.
+        """Makes an auto-augmentation policy of timm record its operations instead of applying them.
 
         name: name of the policy, for messages.
         """
@@ -132,7 +132,7 @@ class Recipe:
         flipped, bilinear = False, False
         for step in self.steps:
             if isinstance(step, RandomResizedCropAndInterpolation):
-                # stands in for the image, because get_params looks only at its shape
+                # an empty tensor can replace the image, because get_params looks only at the shape
                 shape = torch.empty(()).expand(height, width)
                 top, left, crop_height, crop_width = step.get_params(shape, step.scale, step.ratio)
                 chosen = step.interpolation

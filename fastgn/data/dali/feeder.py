@@ -53,7 +53,8 @@ class Fed(NamedTuple):
 class Feeder(Dataset):
     """Reads the files of a batch, and draws how to augment each image.
 
-    It is indexed by the position of a batch: epoch * batches_per_epoch + number within the epoch.
+    An item is a batch. Its index is the position of the batch, which is epoch * batches_per_epoch +
+    number of the batch in the epoch.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Feeder(Dataset):
         self._order = (-1, torch.empty(0))
 
     def keys(self, position: int) -> list[tuple[int, int]]:
-        """Returns (epoch, index of the image) for each image of the batch at a position."""
+        """Returns (epoch, index of the image) for each image of the batch at a position (see
+        Feeder)."""
         epoch, index = divmod(position, self.batches_per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, draw_epoch_order(len(self.split), self.seed, epoch))
@@ -105,7 +107,7 @@ class Feeder(Dataset):
         for place, (epoch, image) in enumerate(self.keys(position)):
             try:
                 content = self.fill(fed, place, epoch, image)
-            except BadImageError as error:  # the loader reports it, without a traceback
+            except BadImageError as error:  # the loader reports the bad image later
                 content = BLACK
                 fed.complaints.append(str(error))
             fed.lengths[place] = len(content)
@@ -139,7 +141,8 @@ class Feeder(Dataset):
         return content
 
     def read(self, image: int) -> tuple[bytes, Image.Image | None, tuple[int, int]]:
-        """Returns (bytes, decoded picture or None, (width, height)).
+        """Returns (encoded bytes, decoded picture or None, (width, height)) of the image at an
+        index.
 
         The picture is None if DALI decodes the bytes just as PIL does. Raises BadImageError if the
         image cannot be read or decoded.
@@ -177,7 +180,7 @@ class Source:
         """Reason why there are no more batches, or None if there are."""
 
     def __call__(self) -> tuple[Any, ...]:
-        """Returns the next batch for DALI, as arrays."""
+        """Returns the next batch as the arrays that DALI's pipeline takes."""
         try:
             fed = next(self.batches)
         except (RuntimeError, UserError) as error:

@@ -4,9 +4,9 @@ import struct
 
 START_OF_IMAGE, END_OF_IMAGE = b"\xff\xd8", b"\xff\xd9"
 FRAMES = {0xC0, 0xC1, 0xC2}
-"""Markers of baseline, extended and progressive frames with Huffman coding."""
+"""Bytes that mark the header of a baseline, extended or progressive JPEG with Huffman coding."""
 OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}
-"""Markers of lossless, hierarchical and arithmetic-coded frames."""
+"""Bytes that mark the header of a lossless, hierarchical or arithmetic-coded JPEG."""
 START_OF_SCAN = 0xDA
 ADOBE = 0xEE
 ALONE = {0x01, *range(0xD0, 0xD8)}
@@ -15,7 +15,9 @@ RGB = (ord("R"), ord("G"), ord("B"))
 
 
 def plain_size(content: bytes) -> tuple[int, int] | None:
-    """Returns (width, height) in pixels of a complete 8-bit JPEG in grey or YCbCr, as stored.
+    """Returns (width, height) in pixels of a complete 8-bit JPEG in grey or YCbCr.
+
+    A rotation in EXIF data is ignored.
 
     Returns None for images that decoders may decode differently: other formats, CMYK and RGB JPEGs,
     12 bits, rare codings, truncated files, and files with bytes after the end.

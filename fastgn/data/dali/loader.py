@@ -104,12 +104,12 @@ class DaliLoader:
         end_unused_pipelines()
 
     def __del__(self) -> None:
-        source = getattr(self, "_source", None)  # __init__ may have raised
+        source = getattr(self, "_source", None)  # missing if __init__ has raised
         if source is not None:
             source.close()
 
     def _take(self, position: int) -> tuple[Tensor, Tensor]:
-        """Returns (images in 0..1, labels) of the batch at a position, on the device.
+        """Returns (images in 0..1, labels) of the batch at a position (see Feeder), on the device.
 
         The pipelines go on from one epoch to the next. They start anew if `position` does not
         follow the position of the previous call.
@@ -150,7 +150,7 @@ class DaliLoader:
         return {"cuda_stream": torch.cuda.current_stream(self.device)}
 
     def _start(self, position: int) -> None:
-        """Starts the pipelines at a position.
+        """Starts the pipelines at the position of a batch (see Feeder).
 
         On CUDA there is one pipeline, which makes AHEAD batches before they are needed. On a CPU
         there is one more pipeline than workers, each with one thread. Threads of the same pipeline
@@ -181,7 +181,10 @@ class DaliLoader:
         """Returns the index of the image that caused an error inside DALI, and the error for the
         user.
 
-        DALI names no file. The index is None if the image cannot be found.
+        DALI's error names no file, so PIL looks for an image that it cannot decode. The index is
+        None if there is no such image.
+
+        position: position of the batch that DALI should have returned.
         """
         assert self._source is not None
         if self._source.broken is not None:

@@ -80,8 +80,8 @@ def apply_operations(
 
 
 # The operations below work on images of uint8, S x S x 3.
-# Their results differ from PIL's by at most 1, except where they interpolate.
-# They compute with bytes where possible, because DALI takes several times as long for floats.
+# The pixels of their results differ from PIL's by at most 1 of 255, unless they interpolate.
+# The operations use bytes where possible, because DALI takes several times as long for floats.
 
 
 def operate(
@@ -110,7 +110,7 @@ def none(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 
 def byte(value: int) -> Any:
-    """Returns a constant of type uint8."""
+    """Returns a number as a DALI constant of type uint8."""
     return types.Constant(value, dtype=types.UINT8)
 
 
@@ -149,7 +149,8 @@ def grey(image: Any) -> Any:
 
 
 def extreme(reduction: Any, image: Any) -> Any:
-    """Returns a statistic of each channel, 1 x 1 x 3. reduction: one of fn.reductions."""
+    """Returns a statistic of each channel, such as the minimum, 1 x 1 x 3. reduction: one of
+    fn.reductions."""
     return reduction(image, axes=[0, 1], keep_dims=True)
 
 
@@ -168,9 +169,11 @@ def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
 def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any) -> Any:
     """Returns the image after an affine map, with the colour FILL where there was no image.
 
-    PIL fills each pixel whose nearest source pixel lies outside, and a mask does the same here.
-    DALI's two bicubic kernels, with the parameters -0.75 and -0.5, are less sharp than PIL's with
-    the parameter -1.
+    PIL gives this colour to each pixel whose nearest source pixel lies outside the image. Here a
+    mask does the same.
+
+    DALI's two bicubic kernels have the coefficients -0.75 and -0.5. They are less sharp than PIL's,
+    which has the coefficient -1.
     """
     last = types.Constant(np.array([[0, 0, 1]], np.float32), device="cpu")
     matrix = fn.cat(fn.reshape(arguments, shape=[2, 3]), last, axis=0)
@@ -203,16 +206,17 @@ def auto_contrast(image: Any, arguments: Any, side: int, device: str) -> Any:
 def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     """Returns the image with the histogram of each channel equalised, as ImageOps.equalize does.
 
-    PIL counts the pixels below a value, and DALI the pixels up to and including a value. Therefore
-    DALI equalises the negative image. The pixels up to 255 - v in the negative are those of at
-    least v in the image. Their number gives the number of pixels below v, as PIL counts them. The
-    last factor is needed because PIL divides by a step that is a whole number.
+    For each value v, PIL counts the pixels below v, and DALI the pixels up to and including v.
+    Therefore DALI equalises the negative of the image here. In the negative, the pixels up to 255 -
+    v are those that are at least v in the image. All other pixels are below v, as PIL counts them.
+
+    Finally the values are scaled, because PIL divides by a step that is rounded to a whole number.
     """
     shares = byte(255) - fn.equalize(byte(255) - image)
     brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
     others = side * side - fn.cast(extreme(fn.reductions.sum, brightest), dtype=types.FLOAT)
     step = math.floor(others / 255.0)
-    few = fn.cast(step == 0.0, dtype=types.UINT8)  # PIL leaves such channels unchanged
+    few = fn.cast(step == 0.0, dtype=types.UINT8)  # PIL then changes nothing
     table = to_bytes(shares * (others / 255.0 / (step + few)))
     return table * (byte(1) - few) + image * few
 
@@ -265,7 +269,7 @@ def brightness(image: Any, arguments: Any, side: int, device: str) -> Any:
 def sharpness(image: Any, arguments: Any, side: int, device: str) -> Any:
     """Returns the image with its sharpness changed by a factor, as ImageEnhance.Sharpness does.
 
-    PIL does not blur the outermost pixels.
+    The outermost pixels do not change, because PIL does not blur them.
     """
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
     blurred = fn.filter(image, types.Constant(kernel, device=device))
