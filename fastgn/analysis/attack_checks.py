@@ -1,7 +1,8 @@
 """Checks of the sanity report that attack the images.
 
-Most checks compare two attacks, one of which should be at least as strong as the other. If that
-attack is weaker, the model may hide the gradients that the attack follows. This is called masking.
+Most checks compare two attacks, one of which should be at least as strong as the other. If the
+attack that should be stronger is weaker, the model may hide the gradients that this attack follows.
+This is called masking.
 """
 
 import re
@@ -52,7 +53,8 @@ def check_larger_eps(target: Target) -> Check:
     rise = max([0, *(b - a for a, b in zip(counts, counts[1:], strict=False))])
     verdict: Verdict = "pass"
     if exceeds(left, total, 1):
-        # even if an attack makes all images grey, a model is right by chance: up to that, only warn
+        # Even if an attack turns all images grey, the model is right by chance for some of them.
+        # So the verdict is only a warning if the accuracy is not above chance.
         verdict = "fail" if left * target.classes > total else "warn"
     if exceeds(rise, total, 1):
         verdict = "fail"

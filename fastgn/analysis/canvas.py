@@ -32,7 +32,7 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     with plain, warnings.catch_warnings():
         # a character that the font lacks, such as an emoji, is drawn as a box
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        # this entry in the first bytes shows fastgn that it made the figure and may overwrite it
+        # by this entry in a file's first bytes fastgn knows its own figures, which it may overwrite
         figure.savefig(out, format="png", dpi=dpi, metadata={"Software": "fastgn"})
     return out.getvalue()
 

@@ -28,7 +28,8 @@ from fastgn.metrics import environment, open_bar
 from fastgn.trained import Trained, hash_weights
 
 WORST = "worst case"
-"""Name of the row in which an image counts as correct only if it is so under every attack."""
+"""Name of the row of results in which an image counts as correct only if it is correct under every
+attack."""
 
 Part = dict[str, Any]
 """Outcomes of one attack on one batch.
@@ -193,7 +194,8 @@ def make_part(
     """Returns the outcomes of one attack on one batch, as they are saved.
 
     row: index of the attack. batch: index of the batch. correct: whether each image is classified
-    correctly. seconds: duration of the attack. warnings: lines that AutoAttack has logged.
+    correctly. seconds: duration of the attack. warnings: lines about reasons to doubt the outcomes,
+    such as AutoAttack's warnings.
     """
     bits = "".join("1" if is_correct else "0" for is_correct in correct)
     part: Part = {"row": row, "batch": batch, "correct": bits, "seconds": seconds}

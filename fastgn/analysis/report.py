@@ -57,8 +57,8 @@ ONE_PER_IMAGE = ("l1", "channel_l1", "edge_correlation")
 Record = Mapping[str, Any]
 """Content of evaluation.json, or a part of it."""
 Key = tuple[str, ...]
-"""Texts in the first columns of a table's row: the name of a statistic, or an attack and its
-eps."""
+"""Texts in the first columns of a table's row. They are the name of a statistic, or an attack and
+its eps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ def flatten(values: Record) -> Iterator[tuple[str, Any]]:
 
 
 def group_checks(models: Sequence[Record]) -> list[SanityGroup]:
-    """Returns the sanity checks of each model that has some."""
+    """Returns the sanity checks of each model for which --sanity was used."""
     groups = []
     for model in models:
         checks = model.get("sanity") or ()

@@ -85,7 +85,9 @@ def make_sanity_report(
             ),
         )
         if not correct_B.any() or checks[-1].numbers["vanished_share"] is None:
-            return checks  # nothing to attack, or no gradient to attack it with
+            # Stop here if no image is classified correctly, because there is nothing to attack.
+            # Also stop if the outputs do not depend on the images, because attacks need gradients.
+            return checks
         target = Target(
             model,
             images_BCHW[correct_B],

@@ -236,7 +236,8 @@ def run_pgd(
     steps: int,
     seed: int,
 ) -> Tensor:
-    """Returns the images after PGD from one start, which depends on the seed and the image's id."""
+    """Returns the images after PGD from one random start. An image's start depends only on the seed
+    and the image's id."""
     start = eps * draw_noise(images_BCHW, ids, seed, PGD_START)
     return attacks.restarted_pgd(model, images_BCHW, labels_B, eps=eps, steps=steps, starts=[start])
 

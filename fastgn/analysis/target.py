@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastgn import attacks
 
 STEPS = (10, 20, 50, 100)
-"""Numbers of PGD steps whose accuracies the report compares."""
+"""Numbers of steps of PGD. The report compares the accuracies under PGD with each of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +43,17 @@ class Target:
 
     @functools.cached_property
     def attacked(self) -> Tensor:
-        """The images after PGD-20."""
+        """The attacked images `(R, C, H, W)`, after PGD with 20 steps."""
         return self.run_pgd(20)
 
     @functools.cached_property
     def resist_margin_pgd(self) -> Tensor:
-        """Whether each image withstands PGD on the margin, which is a difference between logits."""
+        """Whether each image withstands PGD with 100 steps on the margin, a difference between
+        logits. A bool tensor `(R,)`."""
         return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin_loss))
 
     def resist_pgd(self, steps: int) -> Tensor:
-        """Returns which images withstand PGD on the cross-entropy."""
+        """Returns which images withstand PGD on the cross-entropy. steps: number of PGD's steps."""
         if steps not in self.known:
             attacked = self.attacked if steps == 20 else self.run_pgd(steps)
             self.known[steps] = self.find_resisting(attacked)
@@ -85,7 +86,8 @@ class Target:
         return (torch.cat(predicted) == self.labels_R).cpu()
 
     def accuracy(self, resisting_R: Tensor) -> float:
-        """Returns the share of all images that withstand an attack."""
+        """Returns the accuracy, the share of all images that withstand an attack. resisting_R:
+        which of the R images withstand it."""
         return int(resisting_R.sum()) / self.images
 
     def take_first(self, number: int) -> "Target":
@@ -107,8 +109,8 @@ class Target:
     def draw_noise(self, part: slice, eps: float, *, use: int, draw: int) -> Tensor:
         """Returns uniform noise in the eps ball for a batch.
 
-        part: the images of the batch. use: 0 for starts of PGD, 1 for noise that is itself the
-        attack. draw: number of the start or of the noise, so that no two draws are the same.
+        part: the images of the batch. use: 0 if PGD starts from the noise, 1 if the noise itself is
+        the attack. draw: index of the draw. Each index gives different noise.
         """
         seeds = [
             int(np.random.SeedSequence([self.seed, use, i, draw]).generate_state(1, np.uint64)[0])
