@@ -320,5 +320,5 @@ def count_noun(count: int, noun: str) -> str:
 
 
 def remove_duplicates(items: Iterable[Any]) -> list[Any]:
-    """Returns the items without repetitions, in their first order."""
+    """Returns the different items, in the order in which they first occur."""
     return list(dict.fromkeys(items))

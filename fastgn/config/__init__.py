@@ -242,7 +242,8 @@ def load_recipe(name_or_file: str) -> Config:
 
 
 BASES = 8
-"""Largest number of steps from a recipe to its base, to the base of its base, and so on."""
+"""Largest number of bases in a chain. A recipe may name its base, which may name its own base, and
+so on."""
 
 
 def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -261,7 +262,7 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     check(os.path.isfile(path), missing)
     path = path.resolve()
     check(path not in extended_by, "this recipe extends itself")
-    check(len(extended_by) <= BASES, f"more than {BASES} recipes extend one another: use fewer")
+    check(len(extended_by) <= BASES, f"more than {BASES} recipes extend each other in a chain")
     read = parse_toml(read_text(path))
     values = {key.replace("-", "_"): value for key, value in read.items()}
     check(
@@ -277,7 +278,7 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     try:
         return recipe_values(base, (*extended_by, path)) | values
     except UserError as error:
-        raise UserError(f"base = {base!r}: {error}") from None
+        raise UserError(f"base = {base!r} cannot be used: {error}") from None
 
 
 def parse_toml(text: str) -> dict[str, Any]:

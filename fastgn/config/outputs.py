@@ -106,7 +106,7 @@ def check_outside_data(
     """Raises UserError if a file would be written into the folder of a split, or over a file below
     --data-dir.
 
-    Files of the kinds in REPORTS may be overwritten.
+    A file whose ending is in REPORTS may be overwritten, because it cannot be an image.
 
     written: option -> file or folder that it writes. data_dir: value of --data-dir. splits: names
     of the folders of images below data_dir.

@@ -265,7 +265,8 @@ class ExportConfig(BareWeightsConfig):
     dataset: Literal["cifar10", "imagenet"] | None = None
     """Data set as RobustBench names it. None means the data of the run, if it is one of these."""
     evaluation: Annotated[str | None, PATH] = None
-    """Result of fastgn.evaluate (evaluation.json) with the accuracies. None leaves them empty."""
+    """Result of fastgn.evaluate (evaluation.json), from which the entry takes its accuracies. None
+    leaves the accuracies empty."""
     name: str | None = None
     """Title of the entry. RobustBench uses the title of the paper. None means the name of the
     run."""

@@ -249,7 +249,7 @@ def read_image_folder(root: Path, train_split: str, val_split: str) -> Dataset:
 
 
 class Split(NamedTuple):
-    """One split of a folder."""
+    """The training or validation images that were found in a data set's folder."""
 
     images: Encoded
     classes: tuple[str, ...]

@@ -33,7 +33,8 @@ class BadImageError(UserError):
     """An image cannot be read. The message names the image."""
 
     def __init__(self, line: str, problem: str = "unreadable"):
-        """line: the message. problem: kind of fault, such as "truncated", for statistics."""
+        """Makes the error. line: its message. problem: kind of fault, such as "truncated", for
+        statistics."""
         super().__init__(line)
         self.problem = problem
 

@@ -86,13 +86,16 @@ def find_classes(
 
     Raises UserError if classes.txt names a class twice.
     """
-    named = root / "classes.txt"
+    classes_file = root / "classes.txt"
     labels = {row.label for row in rows}
-    if named.exists():
-        classes = tuple(line.strip() for line in read_lines(named) if line.strip())
+    if classes_file.exists():
+        classes = tuple(line.strip() for line in read_lines(classes_file) if line.strip())
         twice = find_duplicate(classes)
-        check(twice is None, f"{named} has the class {twice} twice: remove one of its lines")
-        return classes, str(named)
+        check(
+            twice is None,
+            f"{classes_file} has the class {twice} twice: remove one of the two lines",
+        )
+        return classes, str(classes_file)
     if known is not None:
         return known, "the training images"
     if all(label.lstrip("-").isdecimal() for label in labels):

@@ -68,7 +68,7 @@ def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, A
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             there = set(archive.namelist())
             missing = [name for name in fields if f"{name}.npy" not in there]
-            check(not missing, f"{where}: the .npz lacks {', '.join(missing)}")
+            check(not missing, f"{where}: the .npz lacks the arrays {', '.join(missing)}")
             file_bytes = os.fstat(file.fileno()).st_size
             total = sum(archive.getinfo(f"{name}.npy").file_size for name in fields)
             check(
@@ -101,14 +101,18 @@ def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) 
         )
         assert read is not None
         shape, _, dtype = read(member)
-        check(field.fits(dtype, shape), f"{where}: {name} should be {field}, not {dtype} {shape}")
+        check(
+            field.fits(dtype, shape),
+            f"{where}: array {name} should be {field}, not {dtype} {shape}",
+        )
         expected = dtype.itemsize
         for size in shape:
             expected *= size
         found = archive.getinfo(f"{name}.npy").file_size - member.tell()
         check(
             found == expected,
-            f"{where}: {name} should take {expected} bytes, but takes {found}: the file is damaged",
+            f"{where}: array {name} should take {expected} bytes, but takes {found}: the file is "
+            "damaged",
         )
 
 

@@ -283,7 +283,9 @@ def test_what_a_recipe_cannot_say(text, expected):
 def test_a_long_chain_of_recipes_is_refused_in_one_line(tmp_path):
     for number in range(1200):
         (tmp_path / f"{number}.toml").write_text(f'base = "{number + 1}.toml"\n')
-    with pytest.raises(UserError, match="more than 8 recipes extend one another") as caught:
+    with pytest.raises(
+        UserError, match="more than 8 recipes extend each other in a chain"
+    ) as caught:
         load_recipe(str(tmp_path / "0.toml"))
     assert "\n" not in str(caught.value)
 

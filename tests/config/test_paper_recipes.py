@@ -295,10 +295,13 @@ def test_a_recipe_extends_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('base = "a.toml"\n', r"base = .*a\.toml': this recipe extends itself"),
-        ('base = "../{folder}/a.toml"\n', r"base = .*a\.toml': this recipe extends itself"),
-        ('base = "nosuch.toml"\n', r"base = .*nosuch\.toml': there is no such file"),
-        (f'base = "{300 * "a"}.toml"\n', r"a\.toml': there is no such file"),
+        ('base = "a.toml"\n', r"base = .*a\.toml' cannot be used: this recipe extends itself"),
+        (
+            'base = "../{folder}/a.toml"\n',
+            r"base = .*a\.toml' cannot be used: this recipe extends itself",
+        ),
+        ('base = "nosuch.toml"\n', r"base = .*nosuch\.toml' cannot be used: there is no such file"),
+        (f'base = "{300 * "a"}.toml"\n', r"a\.toml' cannot be used: there is no such file"),
         ('base = "a\\u0000.toml"\n', r"there is no such file"),
         ('base = "swin_b_gradnrom"\n', r"swin_b_gradnrom.*did you mean.*swin_b_gradnorm"),
         ("base = 3\n", r"base = 3 should be the name of a recipe"),

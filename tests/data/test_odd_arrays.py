@@ -94,7 +94,7 @@ def test_images_are_bytes_with_pixels(dtype, shape):
 @pytest.mark.parametrize("key", ["train_images", "train_labels", "test_images", "test_labels"])
 def test_each_array_of_an_npz_is_needed(key, tmp_path):
     path = write_arrays(tmp_path / "data.npz", **{key: None})
-    assert f"--data-dir {path}: the .npz lacks {key}" in refusal(path, "cifar10")
+    assert f"--data-dir {path}: the .npz lacks the arrays {key}" in refusal(path, "cifar10")
 
 
 @pytest.mark.parametrize(

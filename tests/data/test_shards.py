@@ -21,7 +21,9 @@ def test_a_shard_that_does_not_fit_its_index_is_named(shards):
     assert f"{shard} has {size - 512} bytes, " in refusal(shards)
     assert f"bytes, but {size} according to " in refusal(shards)
     shard.unlink()
-    assert f"shard {shard} of {shards}/train/index.npz cannot be read: No such file" in refusal(shards)
+    assert f"shard {shard} of {shards}/train/index.npz cannot be read: No such file" in refusal(
+        shards
+    )
 
 
 def test_a_flipped_byte_is_found_when_its_image_is_read(shards):

@@ -205,7 +205,8 @@ def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
 
 
 def posterized(side: int, bits: int) -> tuple[float, ...] | None:
-    """Returns the mask of the bits that are kept, or None if all 8 are kept. side: not used."""
+    """Returns the mask of the bits that Kind.POSTERIZE keeps in each value, or None if it keeps all
+    8. side: not used."""
     return (256 - 2 ** (8 - bits),) if bits < 8 else None
 
 

@@ -175,7 +175,8 @@ class Source:
         options: dict[str, Any] = {"sampler": positions, "collate_fn": return_unchanged}
         self.batches = load_in_workers(feeder, workers, worker_timeout, batch_size=None, **options)
         self.given: deque[tuple[Tensor, list[str], list[str]]] = deque()
-        """(labels, complaints, replaced) of each batch that DALI has taken but not yet returned."""
+        """The fields (labels, complaints, replaced) of Fed for each batch that DALI has taken but
+        not yet returned."""
         self.broken: str | None = None
         """Reason why there are no more batches, or None if there are."""
 

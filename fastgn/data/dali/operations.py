@@ -144,7 +144,7 @@ def blend(other: Any, image: Any, factor: Any) -> Any:
 
 
 def grey(image: Any) -> Any:
-    """Returns the image in PIL's mode L, S x S x 1."""
+    """Returns the image in grey, as PIL's mode L, S x S x 1."""
     return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
 
 
