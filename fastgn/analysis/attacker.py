@@ -141,7 +141,7 @@ class Attacker:
         return correct
 
     def check_distance(self, images_BCHW: Tensor, attacked: Tensor, name: str, eps: float) -> None:
-        """Raises UserError if an attacked image is farther than eps from its image."""
+        """Raises UserError if an attacked image is farther than eps from the original image."""
         added = (attacked - images_BCHW).flatten(1)
         distances = added.abs().amax(1) if self.norm == "Linf" else added.norm(dim=1)
         farthest = float(distances.max())

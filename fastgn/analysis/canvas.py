@@ -32,7 +32,7 @@ def to_png(figure: Figure, dpi: int = 110) -> bytes:
     with plain, warnings.catch_warnings():
         # a character that the font lacks, such as an emoji, is drawn as a box
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        # by this entry in a file's first bytes fastgn knows its own figures, which it may overwrite
+        # by this entry fastgn later recognises its own figures, which it may overwrite
         figure.savefig(out, format="png", dpi=dpi, metadata={"Software": "fastgn"})
     return out.getvalue()
 

@@ -95,9 +95,9 @@ def draw_pictures(
     gradient stand its L1 norm and its correlation with the edges. The frame of the attacked image
     shows what the attack has changed, see FRAMES.
 
-    The gradients of a model share one colour scale. It ends at the median of their 99.5th
-    percentiles, so that one large gradient does not hide the others. The scales of the models
-    differ, because the norms of their gradients may differ by orders of magnitude.
+    The gradients of a model share one colour scale. The scale ends at the median of the images'
+    99.5th percentiles, so that one large gradient does not hide the others. The scales of the
+    models differ, because the norms of their gradients may differ by orders of magnitude.
     """
     rows, columns = len(images_BCHW), 2 + 3 * len(views)
     names = [shorten(name, 12) for name in classes]

@@ -71,9 +71,9 @@ class Outputs:
     are_probabilities: bool
     """Whether the outputs for each image are non-negative and sum to 1."""
     spread: float
-    """Largest relative difference between an image's outputs in a later pass and in the first pass:
-    the L2 norm of the difference, divided by that of the first outputs. 0 if some outputs are not
-    finite."""
+    """Largest difference between an image's outputs in a later pass and in the first pass. It is
+    the L2 norm of the difference, divided by the L2 norm of the first outputs. 0 if some outputs
+    are not finite."""
     changed_classes: int
     """Number of images whose predicted class is not the same in all forward passes."""
 

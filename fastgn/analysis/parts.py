@@ -1,4 +1,4 @@
-"""Results of an unfinished evaluation, saved one by one, so that a killed evaluation continues."""
+"""Saves the results of an evaluation one by one, so that a killed evaluation can continue."""
 
 import contextlib
 import hashlib

@@ -106,7 +106,7 @@ def make_sanity_report(
 
 
 def check_inputs(images_BCHW: Tensor, labels_B: Tensor, eps: float, batch_size: int) -> None:
-    """Raises UserError if a report cannot be made of these inputs."""
+    """Raises UserError if these inputs of a sanity report are not valid."""
     check(len(images_BCHW) > 0, "no images to check: give at least one, better 1000")
     check(
         len(images_BCHW) == len(labels_B),
@@ -149,7 +149,8 @@ def classify(
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and at the end each module back into the mode it had."""
+    """Puts a model into evaluation mode during the with block. Afterwards each module has its
+    earlier mode again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -26,8 +26,9 @@ QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 """Quantiles of the L1 norms that are reported, in per cent."""
 
 PGD_START, UNIFORM = 0, 1
-"""Numbers of the two uses of random noise. The number is a part of the noise's seed, so that the
-noise of the two uses differs."""
+"""Numbers that stand for the two uses of random noise. PGD_START means a start of PGD, and UNIFORM
+means noise that is added to an image. The number is a part of the noise's seed, so that the noise
+of the two uses differs."""
 
 
 def gradient_statistics(
@@ -184,7 +185,8 @@ def replace_nan(values: Tensor) -> list[float | None]:
 
 
 def standardise_rows(values_BN: Tensor) -> Tensor:
-    """Returns the rows with mean 0 and L2 norm 1. A constant row becomes NaN."""
+    """Shifts and scales each row so that its mean is 0 and its L2 norm is 1. A constant row becomes
+    NaN."""
     centred = values_BN - values_BN.mean(1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     # about 1e-16 of a constant row remains after centring, because the mean is rounded

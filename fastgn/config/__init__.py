@@ -120,7 +120,7 @@ class Config:
 
     def changed(self, other: "Config", group: str) -> list[str]:
         """Returns a text such as 'epochs: 5, not 10' for each option whose value differs in the
-        other config. The first number is the value in this config.
+        other config. The first value is that of this config.
 
         Only the options of one group, and of the groups in it, are compared.
         """
@@ -261,8 +261,11 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     # not Path.is_file, because it would raise an OSError for a name that is too long
     check(os.path.isfile(path), missing)
     path = path.resolve()
-    check(path not in extended_by, "this recipe extends itself")
-    check(len(extended_by) <= BASES, f"more than {BASES} recipes extend each other in a chain")
+    check(path not in extended_by, "this recipe extends itself: give it another base")
+    check(
+        len(extended_by) <= BASES,
+        f"more than {BASES} recipes extend each other in a chain: use fewer",
+    )
     read = parse_toml(read_text(path))
     values = {key.replace("-", "_"): value for key, value in read.items()}
     check(

@@ -216,7 +216,7 @@ def print_names(args: Sequence[str]) -> typing.NoReturn:
     kinds = ", ".join(KINDS)
     check(
         len(args) in (1, 2),
-        f"--list takes one of {kinds}, and after it a pattern such as '*swin*' if you like",
+        f"--list takes one of {kinds}, optionally followed by a pattern such as '*swin*'",
     )
     check_name(args[0], KINDS, f"--list {args[0]!r}")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -305,7 +305,7 @@ class StepConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Options):
-    """Options of the optimizer, its learning rate, and the average of the weights."""
+    """Options of the optimizer, its learning rate, and the moving average of the weights."""
 
     opt: str = "adamw"
     """Name of one of timm's optimizers, such as adamw, sgd (with Nesterov's momentum),
@@ -368,18 +368,18 @@ class OptimizerConfig(Options):
     def check_peak(self, peak: float) -> None:
         """Raises UserError if a peak learning rate is out of range, or below a given --warmup-lr or
         --min-lr."""
-        given = (
+        rate_text = (
             f"--lr {format_number(self.lr)}"
             if self.lr is not None
             else f"the peak learning rate {peak:.3g} (--lr-base {format_number(self.lr_base)} "
             f"times the images per update, over --lr-base-size {self.lr_base_size})"
         )
-        check(peak in LEARNING_RATE, f"{given} is out of range: it must be {LEARNING_RATE}")
+        check(peak in LEARNING_RATE, f"{rate_text} is out of range: it must be {LEARNING_RATE}")
         for name in ("min_lr", "warmup_lr"):
             value = getattr(self, name)
             check(
                 value is None or value <= peak or (name == "warmup_lr" and not self.warmup),
-                f"--{format_flag(name)} {format_number(value or 0)} is above {given}: leave "
+                f"--{format_flag(name)} {format_number(value or 0)} is above {rate_text}: leave "
                 f"--{format_flag(name)} out, or give a higher --lr",
             )
 
@@ -406,7 +406,8 @@ class RunConfig(Options):
     """Seed of all randomness. All random numbers depend only on (seed, step, rank) or (seed, epoch,
     image)."""
     max_updates: Annotated[int | None, UPDATES] = None
-    """Stop after this many updates, to try a run out. The learning rate still follows --epochs."""
+    """Stop after this many updates, for example to try a run out. The learning rate still follows
+    --epochs."""
     log_interval: Annotated[int, UPDATES] = 50
     """Number of updates between two rows of metrics.csv. Logging a row makes the host wait for the
     device."""

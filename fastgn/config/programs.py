@@ -139,7 +139,7 @@ class EvaluateConfig(BareWeightsConfig):
     """Networks to evaluate: folders of runs, checkpoints (.pt) or exports (.safetensors) of
     fastgn.train. With --model, files of weights whose keys are timm's."""
     norm: Literal["Linf", "L2"] = "Linf"
-    """Norm of the perturbation that eps bounds."""
+    """Norm in which --eps limits the size of a perturbation."""
     eps: Annotated[tuple[float, ...], EVALUATION_EPS] = (4 / 255,)
     """Largest perturbations of the attacks (radii), in 0..1 pixel units, such as 4/255."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")

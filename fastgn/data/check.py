@@ -72,7 +72,7 @@ class Inspector:
             return Finding(name, error.problem, str(error))
 
     def inspect_shard(self, number: int) -> Finding:
-        """Checks a whole shard, given its number."""
+        """Checks a whole shard. number: index of the shard."""
         assert isinstance(self.split, Shards)
         line = self.split.find_fault(number)
         name = self.split.shards[number]

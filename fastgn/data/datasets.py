@@ -101,7 +101,8 @@ def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> Non
 def load_dataset(cfg: DatasetConfig) -> Dataset:
     """Returns the configured data set.
 
-    Raises UserError if images are missing, cannot be read, or do not fit together.
+    Raises UserError if images are missing or cannot be read, or if the splits have different
+    classes.
     """
     kind = cfg.data or ("imagefolder" if cfg.data_dir else "digits")
     with report_file_errors(cfg):
@@ -121,7 +122,10 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
             case "cifar10":
                 return read_cifar10(cfg.data_dir)
             case _:
-                check(cfg.data_dir is not None, "--data imagefolder needs --data-dir")
+                check(
+                    cfg.data_dir is not None,
+                    "--data imagefolder needs --data-dir: add --data-dir DIR",
+                )
                 return read_image_folder(Path(str(cfg.data_dir)), cfg.train_split, cfg.val_split)
 
 
@@ -194,8 +198,9 @@ def read_cifar10(data_dir: str | None) -> Dataset:
         folder = read_image_folder(path, "train", "test")
         check(
             folder.classes == CIFAR10_CLASSES,
-            f"--data-dir {path}: CIFAR-10 has the classes {', '.join(CIFAR10_CLASSES)}; found "
-            f"{', '.join(folder.classes)} (--data imagefolder accepts any classes)",
+            f"--data-dir {path}: CIFAR-10 has the classes {', '.join(CIFAR10_CLASSES)}, but the "
+            f"folder has {', '.join(folder.classes)}: use --data imagefolder, which accepts any "
+            "classes",
         )
         train, val, notes = decode_all(folder.train), decode_all(folder.val), folder.notes
     else:

@@ -20,7 +20,8 @@ ENDINGS = frozenset(
 NO_CLASSES = frozenset(("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"))
 """Names of folders that file servers and archives create, and that hold no training images."""
 NAMED_REASONS = 5
-"""Largest number of reasons that a message lists. It lists the most frequent ones."""
+"""Largest number of reasons for leaving out files that a message lists. It lists the most frequent
+ones."""
 
 
 class Tree(NamedTuple):

@@ -158,7 +158,8 @@ def check_images_exist(root: Path, path: Path, rows: Sequence[Row]) -> None:
 def find_repeated(
     path: Path, rows: Sequence[Row], paths: Sequence[str], labels: Sequence[int]
 ) -> list[str]:
-    """Returns one line about images that the list names more than once, or no line.
+    """Returns one message about the images that the list names more than once, or no message if
+    there are none.
 
     paths, labels: path and class of the image on each line.
 

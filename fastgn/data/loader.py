@@ -35,7 +35,8 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
         per_rank, rest = divmod(data.global_batch_size, ranks)
         check(
             rest == 0,
-            f"--global-batch-size {data.global_batch_size} is not a multiple of {ranks} ranks",
+            f"--global-batch-size {data.global_batch_size} is not a multiple of {ranks} ranks: "
+            f"take a multiple of {ranks}",
         )
         batch = batch or per_rank
         check(
@@ -82,7 +83,7 @@ def divide_again(
     check(
         images <= num_images,
         f"the checkpoint's global batch of {images} images exceeds the {num_images} training "
-        "images",
+        "images: give the --data-dir that the run was trained on",
     )
     check(
         rest == 0 and bool(fitting),

@@ -175,8 +175,8 @@ def load_finished_shard(folder: Path, name: str, recipe: str) -> Shards | None:
         return None
     check(
         part.recipe == recipe,
-        f"{folder} holds shards of other images or options: give another OUTPUT, or remove "
-        "this folder",
+        f"{folder} holds shards made from other images or with other options: give another "
+        "OUTPUT, or remove this folder",
     )
     return part if part.find_fault(0) is None else None
 

@@ -40,7 +40,7 @@ def compute_representatives(
     draw = make_generator(Stream.REPRESENTATIVES, cfg.run.seed)
     by_class = [(split.labels_N == index).nonzero()[:, 0] for index in range(classes)]
     for name, members in zip(dataset.classes, by_class, strict=True):
-        check(len(members) > 0, f"--method pag: class {name} has no training image, but needs one")
+        check(len(members) > 0, f"--method pag: class {name} has no training image: add one")
     small = isinstance(split, Arrays)
     if kind == "nearest-neighbour":
         size = len(split) * 3 * img_size**2 * 4

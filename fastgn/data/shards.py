@@ -46,7 +46,7 @@ class Shards(Encoded):
     shard_bytes: np.ndarray
     """Size of each shard in bytes, int64."""
     shard_N: np.ndarray
-    """Number of the shard that holds each image, int32."""
+    """Index in `shards` of the shard that holds each image, int32."""
     offset_N: np.ndarray
     """Offset of each image in its shard in bytes, int64."""
     size_N: np.ndarray
@@ -58,7 +58,7 @@ class Shards(Encoded):
     labels_N: Tensor
     """Index of each image's class as `(N,), int64`."""
     files: dict[int, BinaryIO] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    """Number of a shard -> its file, for the shards that this process has open."""
+    """Index of a shard -> its file, for the shards that this process has open."""
 
     def name(self, index: int) -> str:
         """Returns the shard and the name of an image, for messages."""
@@ -127,8 +127,8 @@ class Shards(Encoded):
     def load(folder: Path, name: str = INDEX) -> "Shards":
         """Reads an index and checks the size of each shard.
 
-        Raises UserError, which names the index, if its parts contradict each other, or if a shard
-        is missing or has another size.
+        Raises UserError, which names the file of the index, if the fields of the index contradict
+        each other, or if a shard is missing or has another size.
         """
         path = folder / name
         values = read_npz(path, FIELDS, str(path))

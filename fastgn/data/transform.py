@@ -1,4 +1,4 @@
-"""Builds timm's transform of training images, with an own posterize, because timm's may fail."""
+"""Builds timm's transform of training images, and replaces its posterize, which may fail."""
 
 from typing import Any
 

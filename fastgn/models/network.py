@@ -123,8 +123,8 @@ class ModelReport:
 class PatchConv2d(nn.Conv2d):
     """A convolution whose windows do not overlap, computed as one matrix product.
 
-    This is faster for two reasons. cuDNN computes the derivatives of a convolution with 3 channels
-    slowly, and the convolution's output would have to be transposed for the next layer. Also, a
+    This is faster for three reasons. cuDNN computes the derivatives of a convolution with 3
+    channels slowly. The convolution's output would have to be transposed for the next layer. A
     compiled step can leave out those parts of a matrix product whose results are not used.
     """
 

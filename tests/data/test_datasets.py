@@ -173,7 +173,7 @@ def test_cifar10_from_an_image_folder(tmp_path):
 
 
 def test_cifar10_from_an_image_folder_of_other_classes(tmp_path):
-    with pytest.raises(UserError, match="--data imagefolder accepts any classes"):
+    with pytest.raises(UserError, match="--data imagefolder, which accepts any classes"):
         cifar10(write_tree(tmp_path, ("ant", "bee"), ("train", "test")))
 
 

@@ -132,7 +132,7 @@ def test_what_is_there_is_not_packed_over(source, packed, tmp_path, capsys):
     for more in (["--shard-size", "5"], ["--shard-size", "4", "--short-side", "20"]):
         assert pack(source, packed, *more) == 2
         line = capsys.readouterr().err
-        assert "holds shards of other images or options" in line
+        assert "holds shards made from other images or with other options" in line
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "shard-000000.tar").write_bytes(b"another's")
     assert pack(source, tmp_path) == 2

@@ -39,9 +39,10 @@ class Fed(NamedTuple):
     flipped: Any
     """(B,), int32: 1 if the crop is flipped horizontally, else 0."""
     kinds: Any
-    """(B, layers), int32: the draws.Kind of each operation."""
+    """(B, layers), int32: the draws.Kind of each operation on an image. layers is the largest
+    number of operations."""
     arguments: Any
-    """(B, layers, ARGUMENTS), fp32: arguments of each operation."""
+    """(B, layers, ARGUMENTS), fp32: arguments of each operation in `kinds`."""
     labels: Any
     """(B,), int64: class of each image."""
     complaints: list[str]

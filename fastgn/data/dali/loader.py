@@ -232,7 +232,7 @@ def close_if_alive(reference: "weakref.ref[DaliLoader]") -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """Returns DALI's message without its stack trace."""
+    """Returns the message of an error of DALI, without the stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = [i for i, line in enumerate(lines) if line.startswith("encountered:")]
     return lines[min(after[0] + 1, len(lines) - 1)] if after else lines[0]

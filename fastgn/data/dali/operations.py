@@ -216,7 +216,7 @@ def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
     others = side * side - fn.cast(extreme(fn.reductions.sum, brightest), dtype=types.FLOAT)
     step = math.floor(others / 255.0)
-    few = fn.cast(step == 0.0, dtype=types.UINT8)  # PIL then changes nothing
+    few = fn.cast(step == 0.0, dtype=types.UINT8)  # PIL changes nothing if the step is 0
     table = to_bytes(shares * (others / 255.0 / (step + few)))
     return table * (byte(1) - few) + image * few
 
@@ -235,7 +235,7 @@ def posterize(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 @do_not_convert
 def solarize(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image with all values inverted that are not below a threshold."""
+    """Returns the image, in which all values that are not below a threshold are inverted."""
     return image ^ ((image >= fn.cast(first(arguments, device), dtype=types.INT32)) * byte(255))
 
 
