@@ -122,9 +122,9 @@ def measure_gradients(
 def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list[str]:
     """Returns a line for each reason to doubt the accuracies of a model, judged by one batch.
 
-    Raises UserError if the accuracies would mean nothing: if the model is in training mode, if it
-    returns probabilities instead of logits, if its logits differ between two forward passes, or if
-    its logits or gradients are not finite.
+    Raises UserError if the accuracies would mean nothing. This is so if the model is in training
+    mode, or if it returns probabilities instead of logits. It is also so if its logits differ
+    between two forward passes, or if its logits or gradients are not finite.
     """
     check(not count_training_modules(model), "the model is in training mode: call eval() first")
     outputs = measure_outputs(model, images_BCHW, passes=2)

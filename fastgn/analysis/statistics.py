@@ -1,6 +1,6 @@
 """Statistics of a model's input gradients, which differ between robust models and others.
 
-They are the norms of the gradients, how much the gradients follow the edges of the images, and how
+They measure the norms of the gradients, how much the gradients follow the images' edges, and how
 linear the loss is near the images.
 
 Shapes: B images, C channels, H x W pixels. Models are in evaluation mode, and map images in 0..1 to

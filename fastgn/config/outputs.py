@@ -1,7 +1,7 @@
 """Checks that a program does not overwrite files that it should keep.
 
 A program should keep the files that it reads, the images of the data set, and the files of a run.
-Links and image lists can point to any folder, so the folder alone does not tell whether a file is
+Links and image lists can point to any folder. So the folder alone does not tell whether a file is
 an image of the data set. Therefore an option that names an output file replaces an existing file
 only if that file is of the kind that the option writes.
 """
@@ -44,8 +44,8 @@ def check_written(
 ) -> None:
     """Raises UserError if a program would overwrite a file that it should keep.
 
-    Two options must not name the same file. An option must not name a file that is also read, a
-    file of a run, or an existing file of another kind than the option writes.
+    Two options must not name the same file. An option must not name a file that is also read, or a
+    file of a run. It must not name an existing file of another kind than it writes.
 
     written: option -> file that it writes. read: pairs of option and file that it reads.
     """

@@ -49,7 +49,7 @@ class Arrays:
 def convert_labels(labels: np.ndarray, classes: int, where: str) -> Tensor:
     """Returns integer labels of shape `(N,)` or `(N, 1)` as a tensor `(N,), int64`.
 
-    Raises UserError, which begins with `where`, if a label is not in 0 to `classes` - 1.
+    Raises UserError if a label is not in 0 to `classes` - 1. The message begins with `where`.
     """
     labels = labels.reshape(-1)
     outside = labels[(labels < 0) | (labels >= classes)]
@@ -66,8 +66,8 @@ def read_arrays(path: Path, splits: tuple[str, ...], classes: int, where: str) -
     A split has the arrays {split}_images, `(N, H, W, 3), uint8`, and {split}_labels, `(N,)`
     integers.
 
-    Raises UserError, which begins with `where`, if an array is missing or has another shape or
-    dtype, or if a split's images and labels differ in number.
+    Raises UserError if an array is missing or has another shape or dtype, or if a split's images
+    and labels differ in number. The message begins with `where`.
     """
     fields = {f"{split}_images": IMAGES for split in splits}
     fields |= {f"{split}_labels": LABELS for split in splits}

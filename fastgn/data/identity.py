@@ -18,8 +18,8 @@ Reading the sizes of a million files from a file server takes minutes.
 """
 
 Identity = dict[str, dict[str, Any]]
-"""Name of a split -> dict with its number of images, and with a digest for each of its properties,
-such as labels and names of files."""
+"""Name of a split -> dict with the number of its images, and with a digest for each of its
+properties, such as the labels."""
 
 
 def describe_dataset(dataset: Dataset) -> Identity:

@@ -59,7 +59,8 @@ def read_list(root: Path, path: Path, known: tuple[str, ...] | None) -> Listed:
 def read_lines(path: Path, who: str | None = None) -> list[str]:
     """Returns a text file's lines.
 
-    Raises UserError, which begins with `who` or the file's name, if the file cannot be read.
+    Raises UserError if the file cannot be read. The message begins with `who`, or with the file's
+    name.
     """
     who = who or str(path)
     try:

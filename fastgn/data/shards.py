@@ -127,8 +127,8 @@ class Shards(Encoded):
     def load(folder: Path, name: str = INDEX) -> "Shards":
         """Reads an index and checks the size of each shard.
 
-        Raises UserError, which names the file of the index, if the fields of the index contradict
-        each other, or if a shard is missing or has another size.
+        Raises UserError if the fields of the index contradict each other, or if a shard is missing
+        or has another size. The message names the file of the index.
         """
         path = folder / name
         values = read_npz(path, FIELDS, str(path))

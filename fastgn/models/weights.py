@@ -167,8 +167,8 @@ def check_normalisations(
 ) -> dict[str, Tensor]:
     """Returns the weights without the mean and standard deviation that a file may store with them.
 
-    Raises UserError, which begins with `source`, if these values differ from the model's
-    normalisation.
+    Raises UserError if these values differ from the model's normalisation. source: flag and file
+    for the beginning of the error's message.
     """
     out = {}
     for key, value in weights.items():
