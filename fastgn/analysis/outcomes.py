@@ -138,7 +138,7 @@ def attack_batches(
         for batch, (x, y) in zip(left, images, strict=True):
             for index, (name, eps) in enumerate(todo):
                 if (index, batch) not in done:
-                    earlier = [0] * (index > 0)  # without an attack
+                    earlier = [0] * (index > 0)  # index 0 means no attack
                     if cfg.successive:
                         earlier += [i for i in range(1, index) if todo[i][1] == eps]
                     clean = still_correct([done[i, batch]["correct"] for i in earlier])
@@ -159,7 +159,8 @@ def attack_batches(
 
 
 def still_correct(texts: Sequence[str]) -> list[bool] | None:
-    """Returns whether each image is correct in all of the outcomes, or None if there are none."""
+    """Returns whether each image is classified correctly under each of several attacks. texts: the
+    outcomes of each attack. Returns None if `texts` is empty."""
     return [set(bits) == {"1"} for bits in zip(*texts, strict=True)] if texts else None
 
 

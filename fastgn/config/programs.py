@@ -41,7 +41,8 @@ AUTOATTACK_PARTS = {
     **{name: (name,) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")},
     "apgd-ce+t": ("apgd-ce", "apgd-t"),
 }
-"""Name of an attack -> AutoAttack's attacks that it runs, each on the images that are left."""
+"""Name of an attack -> parts of AutoAttack that it runs one after the other. Each part attacks only
+the images that are still classified correctly."""
 NAMES = (
     *("clean", "fgsm", "pgd-K", "pgd-KxR", "pgd-K-margin", "pgd-K@STEP"),
     *AUTOATTACK,
@@ -149,8 +150,9 @@ class EvaluateConfig(BareWeightsConfig):
     eps/4. autoattack, autoattack-plus, autoattack-rand: versions of AutoAttack. apgd-ce, apgd-dlr,
     apgd-t, fab, fab-t, square: parts of AutoAttack. apgd-ce+t: apgd-ce, then apgd-t."""
     successive: bool = False
-    """With each radius of --eps, attack only the images that are still correct after the attacks
-    named before. The accuracy under an attack is then the one under it and those before it."""
+    """For each radius of --eps, attack only the images that are still classified correctly after
+    all earlier attacks in --attacks. The accuracy under an attack is then that under this attack
+    and all earlier ones together."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """Kind of data set. None means the kind that the run was trained on."""
     data_dir: Annotated[str | None, PATH] = None
