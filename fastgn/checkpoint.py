@@ -165,9 +165,8 @@ def load_checkpoint(path: Path) -> TrainState:
         content = read_archive(path)
     except UserError as error:
         others = ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path)
-        raise UserError(
-            f"{error}{f'; other checkpoints in its folder: {others}' if others else ''}"
-        ) from None
+        hint = f"; other checkpoints in its folder: {others}" if others else ""
+        raise UserError(f"{error}{hint}") from None
     found = content.get("format") if isinstance(content, dict) else None
     check(
         type(found) is int and found >= 1,

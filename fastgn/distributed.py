@@ -160,7 +160,7 @@ def session(
             f"CUDA devices: lower --nproc-per-node to {count}",
         )
         chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)  # first, so that the check makes no context on another GPU
+        torch.cuda.set_device(chosen)  # otherwise the check would make a context on GPU 0
         check_has_code(chosen)
     with contextlib.ExitStack() as held:
         if size == 1:
@@ -197,7 +197,7 @@ def session(
             if not is_connection_loss(error):
                 raise
             raise UserError(heartbeat.explain_failure(error)) from None
-        # do this only without an error, so that other ranks do not fail before it is printed
+        # skip this after an error, because the other ranks would fail before the error is printed
         torch.distributed.destroy_process_group()
 
 

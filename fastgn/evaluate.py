@@ -139,7 +139,7 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
         "--picture out, or evaluate each checkpoint by itself",
     )
     batch_size = min(subset.batch_size for subset in subsets)
-    for subset in subsets:  # one batch size for all models, because evaluation.json names only one
+    for subset in subsets:  # all models use one batch size, which evaluation.json names once
         subset.batch_size = batch_size
     return trained, subsets
 
@@ -165,7 +165,7 @@ def check_few_classes(classes: int, names: Sequence[str]) -> None:
     check(
         classes >= 4 or not needy,
         f"--attacks {' '.join(needy)} uses the DLR loss, which needs at least 4 classes, but the "
-        f"data has {classes}: use apgd-ce, fab, square and pgd-K-margin",
+        f"data has {classes}: use apgd-ce, fab, square or pgd-20-margin instead",
     )
 
 

@@ -289,7 +289,10 @@ def check_archive(file: IO[bytes], path: Path) -> None:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
             packed = next((e.filename for e in entries if e.compress_type or e.flag_bits & 1), None)
-            check(packed is None, f"{path}: {packed} is compressed, which torch.save never does")
+            check(
+                packed is None,
+                f"{path}: its entry {packed} is compressed, which torch.save never does",
+            )
             size = sum(entry.file_size for entry in entries)
             right = len(set(names)) == len(names) and size <= os.fstat(file.fileno()).st_size
             check(right, f"{path} is corrupt: its entries overlap")
@@ -299,7 +302,7 @@ def check_archive(file: IO[bytes], path: Path) -> None:
         raise
     except Exception as error:  # zipfile raises many kinds of errors
         raise UserError(f"{path} is corrupt ({first_line(error)})") from None
-    check(bad is None, f"{path} is corrupt (checksum of {bad})")
+    check(bad is None, f"{path} is corrupt (wrong checksum of its entry {bad})")
 
 
 class Ignored:

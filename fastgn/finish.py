@@ -54,11 +54,11 @@ def finish(run: Run) -> None:
 
 
 def warn_of_initial_weights(run: Run, holds: str, updates: int) -> None:
-    """Prints a warning if the moving average of the weights is still influenced by the initial
-    weights.
+    """Prints a warning if the moving average of the weights still contains a large share of the
+    initial weights.
 
-    Such an average is less accurate. updates: number of updates for which this is computed. holds:
-    verb of the message, "holds" or "will hold".
+    Such an average is less accurate. updates: number of updates for which the share is computed.
+    holds: verb of the message, "holds" or "will hold".
     """
     if run.ema is None:
         return

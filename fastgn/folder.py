@@ -21,7 +21,7 @@ def open_run(cfg: Config, world: World) -> tuple[Path, Path | None, TrainState |
 
     Raises UserError if another process has locked the folder, or if the folder holds another run.
     """
-    # only the first rank looks for it, because other ranks could find a newer checkpoint later
+    # only the first rank looks for a checkpoint, because another rank could find a newer one
     found = choose_folder(cfg, world) if world.is_main else None
     folder, path = world.share(found)
     return folder, path, load_checkpoint(path) if path is not None else None
@@ -69,7 +69,7 @@ def name_folder(cfg: Config) -> Path:
         "this folder",
     )
     if cfg.run.resume not in (None, "auto"):
-        find_checkpoint(Path(cfg.run.resume))  # raise its UserError before a folder is created
+        find_checkpoint(Path(cfg.run.resume))  # may raise UserError, before a folder is created
     if cfg.run.output is not None:
         return Path(cfg.run.output)
     started = time.strftime("%Y%m%d-%H%M%S")

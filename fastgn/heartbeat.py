@@ -25,7 +25,7 @@ STEPS = 10
 LONGEST_INTERVAL_S = 2.0
 """Longest time between two heartbeats, in seconds."""
 WAITING_S = 60.0
-"""Seconds for which a rank waits for another one before a warning names it."""
+"""Seconds for which a rank waits for another rank before a warning names the other rank."""
 
 
 class Heartbeat:
@@ -133,7 +133,7 @@ class Heartbeat:
                     changed = report[0] != counts[other]
                     self.silent_s[other] = -self.interval_s if changed else self.silent_s[other]
                     counts[other] = report[0]
-                    if report[2]:  # another rank has found missing ranks
+                    if report[2]:  # the other rank reports that ranks are missing
                         self.missing = [int(r) for r in report[2].split(",")]
                 for other in self.others:
                     self.silent_s[other] += self.interval_s

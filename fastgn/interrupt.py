@@ -15,14 +15,14 @@ command again continues the run.
 
 
 class Interrupt:
-    """Records signals that ask to stop, so that the training loop can save a checkpoint and end.
+    """Records signals that ask a run to stop, so that its loop can save a checkpoint and end.
 
     Another signal, more than REPEAT_S seconds after the first one, ends the process at once.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        """Number of the first signal. None means that none has come."""
+        """Number of the first signal. None means that no signal has come."""
         self.noted_s = 0.0
         """Time of the first signal, as returned by time.monotonic()."""
         self.previous: dict[int, Any] = {}
@@ -44,7 +44,7 @@ class Interrupt:
             signal.raise_signal(number)
 
     def restore(self) -> None:
-        """Restores the signal handlers that were in place before."""
+        """Restores the signal handlers that were in place before __enter__."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

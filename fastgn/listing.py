@@ -22,7 +22,7 @@ def list_models() -> dict[str, str]:
 
     The names include short names, such as swin_b. Their notes give timm's full names.
     """
-    import timm  # here, because this import takes seconds
+    import timm  # not at the top of the file, because this import takes seconds
 
     from fastgn.models.create import ALIASES, OWN
 

@@ -352,7 +352,7 @@ def build_average(cfg: OptimizerConfig, model: nn.Module) -> ModelEmaV3 | None:
     if not cfg.model_ema:
         return None
     # In some networks, such as CoaT, one weight has several names.
-    # timm would average such a weight once for each name, but only once with exclude_buffers=True.
+    # With exclude_buffers=True, timm does not average a weight several times if it has many names.
     named = model.state_dict(keep_vars=True).values()
     shared = len({id(tensor) for tensor in named}) < len(named)
     average = ModelEmaV3(

@@ -84,7 +84,8 @@ class Resolved(Batching):
     grad_sync: str
     """How the ranks sum their gradients: flat or overlap, see --grad-sync."""
     kernels: str
-    """Which operators of fastgn_kernels the network uses: triton, or reference for none."""
+    """ "triton" if the network uses the operators of fastgn_kernels, or "reference" if it uses only
+    those of PyTorch."""
     device: str
     """Type of the device: cuda or cpu."""
     updates_per_epoch: int
@@ -247,7 +248,8 @@ def choose_grad_sync(cfg: StepConfig, world: World) -> str:
 def schedule_of(cfg: StepConfig) -> Schedule:
     """Returns the way in which the penalty is differentiated (--schedule).
 
-    "auto" gives the same as "exact". Its choice of the micro-batch is made by `make_plan`.
+    "auto" differentiates in the same way as "exact". It differs only in the size of micro-batches,
+    which `make_plan` chooses.
     """
     return Schedule(
         "exact" if cfg.schedule == "auto" else cfg.schedule,

@@ -93,10 +93,11 @@ def restore(
 
 
 def changed_data(cfg: Config, state: TrainState, identity: Identity, allowed: bool) -> list[str]:
-    """Returns a line that says how the images, or their order, differ from those of the checkpoint.
+    """Returns a list with one line that says how the images, or their order, have changed since the
+    checkpoint.
 
-    The list is empty if they do not differ. Raises UserError if they differ and `allowed` is False.
-    identity: digests of this run's images.
+    The list is empty if nothing has changed. Raises UserError if something has changed and
+    `allowed` is False. identity: digests of this run's images.
     """
     changes = describe_changes(state.data, identity)
     seed = state.saved_config().run.seed
@@ -130,7 +131,8 @@ def check_position(
     )
     check(
         epoch is None or 0 <= epoch <= own.optimizer.epochs,
-        f"{path} is damaged: epoch {epoch} is outside of its own --epochs {own.optimizer.epochs}",
+        f"{path} is damaged: its epoch {epoch} is not between 0 and its own --epochs "
+        f"{own.optimizer.epochs}",
     )
     if same_data:
         last = last_update_of(own, resolved.updates_per_epoch)

@@ -31,7 +31,7 @@ from fastgn.step.retry import RetryingStep, out_of_memory
 from fastgn.step.step import Step
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
-"""Names of the values that are summed on the device between log rows."""
+"""Names of the values that are summed on the device between two rows of metrics.csv."""
 
 
 @dataclasses.dataclass
@@ -56,7 +56,7 @@ class Run:
     classes: tuple[str, ...]
     """Names of the classes in the order of the network's outputs."""
     data: Identity
-    """Digests that identify the images, for the checkpoints."""
+    """Digests that identify the run's images. Checkpoints contain them."""
     plan: Plan | None = None
     """Predicted time and memory of an update. None once the measured cost has been printed."""
     on_evaluation: "Callable[[Run], None] | None" = None
@@ -75,7 +75,7 @@ class Run:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        reserve_bytes = 0  # right for CPUs, where reserved memory takes no room until it is used
+        reserve_bytes = 0  # nothing on CPUs, where reserved memory takes no room until it is used
         if device.type == "cuda":
             optimizer = self.cfg.optimizer, self.model, self.optimizer
             reserve_bytes = optim.missing_state_bytes(*optimizer)
@@ -193,7 +193,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.optimizer.zero_grad()  # sets .grad to None, without an argument as apex accepts none
+        self.optimizer.zero_grad()  # sets each .grad to None (apex's method takes no argument)
         if self.ema is not None:
             optim.update_average(self.cfg.optimizer, self.ema, self.model, self.update + 1)
         return grad_norm

@@ -19,7 +19,7 @@ NOT_SWEPT = ("recipe", "output", "resume", "device", "data", "data_dir", "log_wa
 
 @dataclasses.dataclass(frozen=True)
 class Dimension:
-    """One field of --space and the values that it may take: a range or a list of choices."""
+    """One field of --space and the values that trials may give it: a range or a list of choices."""
 
     name: str
     """Name of the field."""
@@ -96,7 +96,7 @@ def parse_dimension(text: str, base: Config) -> Dimension:
         choices = tuple(parse_value(v) for v in value.split(","))
         check(
             len(set(choices)) == len(choices) > 1,
-            f"--space {text}: write FIELD=LOW:HIGH, or at least 2 different choices A,B",
+            f"--space {text}: write FIELD=LOW:HIGH, or FIELD=A,B with at least 2 different choices",
         )
         for choice in choices:
             check_value(base, name, choice)

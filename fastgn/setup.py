@@ -67,7 +67,7 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
     """
     kernels = check_options(cfg, world.device)
     folder, path, state = open_run(cfg, world)
-    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run does not read it
+    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs no file
         initial_file(cfg.architecture.initial_checkpoint)
     allow_changed_data = cfg.run.allow_changed_data
     # drop these options, because config.toml may be the recipe of a new run, which must not resume

@@ -1,10 +1,10 @@
-"""Tunes fields of a recipe with Optuna, which the extra `sweep` installs.
+"""Tunes fields of a recipe with Optuna, which `pip install 'fastgn[sweep]'` installs.
 
     python -m fastgn.sweep --recipe quickstart_gradnorm --study runs/sweep.db --trials 30 \\
         --space gn_weight=0.1:10:log lr=1e-3:1e-2:log
 
-A study consists of trials. A trial is a run of fastgn.train with other values of the fields. It is
-judged by two accuracies, without an attack and under PGD-10. The run itself measures them on its
+A study consists of trials. A trial is a run of fastgn.train with its own values of the fields. It
+is judged by two accuracies, without an attack and under PGD-10. The run itself measures them on its
 validation images. The same command continues a study, and several processes may work on one study
 at once.
 """
@@ -72,8 +72,8 @@ def find_optuna() -> Any:
 def score(clean: float, robust: float, floor: float) -> float:
     """Returns the value that --objective robust maximises.
 
-    It is the accuracy under attack. If the clean accuracy is below the floor, it is the clean
-    accuracy minus the floor, which is negative. floor: value of --clean-floor.
+    This value is the accuracy under attack. But if the clean accuracy is below the floor, the value
+    is the clean accuracy minus the floor, which is negative. floor: value of --clean-floor.
     """
     return robust if clean >= floor else clean - floor
 
@@ -383,7 +383,7 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         print_error(f"fastgn.sweep: error: {error}")
         return 2
-    except KeyboardInterrupt:  # Ctrl-C between two trials
+    except KeyboardInterrupt:  # a signal, such as Ctrl-C, came between two trials
         print_stopped("fastgn.sweep")
         return 130
 

@@ -61,7 +61,7 @@ def train(run: Run) -> None:
                     run.log(lr, ramp if cfg.objective.has_penalty else attack_ramp)
                 if border and run.evaluation_due():
                     run.evaluate()
-                # save last, so that the checkpoint includes the evaluation of its update
+                # save after the evaluation, so that the checkpoint includes its accuracies
                 stopped = world.any(interrupt.signal is not None)
                 if stopped or run.checkpoint_due():
                     run.save()
@@ -111,7 +111,7 @@ def main(args: list[str] | None = None) -> int:
             run.metrics.close()
         print_error(f"fastgn.train: error: {line}")
         return 2
-    except KeyboardInterrupt:  # a signal before the first update, or a second signal
+    except KeyboardInterrupt:  # a signal came before the first update, or a second signal came
         if run is not None and run.metrics is not None:
             run.metrics.close()
         print_stopped("fastgn.train", how_to_go_on(run))

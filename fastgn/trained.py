@@ -19,7 +19,7 @@ from fastgn.state import ExportHeader, TrainState, as_dict, read_fields
 
 
 def export_weights(path: Path, weights: Mapping[str, Tensor], header: ExportHeader) -> None:
-    """Writes weights as a .safetensors file that carries the header."""
+    """Writes weights as a .safetensors file. The file's header contains `header`."""
     write_safetensors(path, weights, as_dict(header))
 
 
@@ -68,7 +68,8 @@ def read_saved(path: Path) -> Saved:
 
 
 def describe_unfinished(state: TrainState, config: Config) -> str | None:
-    """Returns a line that says how far a checkpoint's run had come, or None if it had ended."""
+    """Returns a line that says how far a checkpoint's run had come, or None if the run had
+    ended."""
     epoch, epochs, limit = state.epoch, config.optimizer.epochs, config.run.max_updates
     if (epoch is not None and epoch >= epochs) or (limit is not None and state.update >= limit):
         return None

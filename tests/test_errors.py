@@ -288,7 +288,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_found(where, run_copy, capsys):
     assert index >= 0
     content[index + int(where * len(tensor))] ^= 0x10
     last.write_bytes(content)
-    assert "is corrupt (checksum of " in refused(capsys, ["--resume", str(run_copy)])
+    assert "is corrupt (wrong checksum of " in refused(capsys, ["--resume", str(run_copy)])
 
 
 def test_no_flipped_or_missing_byte_goes_unnoticed_or_unexplained(tmp_path):

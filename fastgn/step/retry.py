@@ -129,8 +129,10 @@ class RetryingStep:
 
 
 class Snapshot:
-    """Copies of buffers and of the random state, with which an update can be run again from the
-    same start."""
+    """Copies of buffers and of the state of the random number generators.
+
+    With them, an update can be run again from the same start.
+    """
 
     def __init__(self, device: torch.device, buffers: Sequence[Tensor]):
         self.device = device
@@ -141,13 +143,15 @@ class Snapshot:
         self._random_state = RandomState(device)
 
     def save(self) -> None:
-        """Copies the buffers and the random state as they are now."""
+        """Copies the present values of the buffers and the present state of the random number
+        generators."""
         for buffers, copies in self._copies:
             torch._foreach_copy_(copies, buffers)
         self._random_state = RandomState(self.device)
 
     def restore(self) -> None:
-        """Writes the values of the last `save` back into the buffers and the random state."""
+        """Gives the buffers and the random number generators the values that the last `save` has
+        copied."""
         for buffers, copies in self._copies:
             torch._foreach_copy_(buffers, copies)
         self._random_state.restore()

@@ -29,7 +29,7 @@ from fastgn.step.random_state import RandomState
 from fastgn.step.schedule import check_schedule
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-"""Pairs of images (B, C, H, W) in 0..1 and targets, on the device. All batches have one size."""
+"""Pairs of images (B, C, H, W) in 0..1 and targets, on the device. All have the same size B."""
 
 
 class MicroBatch(NamedTuple):
@@ -285,8 +285,8 @@ class Step:
         """Returns the arguments with which a loss is called: images, targets and ramp.
 
         If the loss needs the gradient of the images and is not compiled, the images require grad.
-        ramp: strength of the penalty. The schedule lazy multiplies it by its interval, because the
-        other updates have no penalty.
+        ramp: strength of the penalty. With --schedule lazy it is multiplied by lazy_interval,
+        because the updates in between have no penalty.
         """
         if self.options.schedule.kind == "lazy":
             ramp = ramp * self.options.schedule.lazy_interval

@@ -1,8 +1,8 @@
 """The method n_fgsm, adversarial training with strong noise and one attack step.
 
 Neither the noise nor the step is clipped to the ball of radius eps (de Jorge et al. 2022, arXiv
-2202.01181). Their experiments show that this avoids catastrophic overfitting, in which training
-with single steps suddenly loses all robustness against attacks with several steps.
+2202.01181). The authors' experiments show that this avoids catastrophic overfitting. That is the
+sudden loss of all robustness against attacks with several steps, when training uses single steps.
 """
 
 from typing import Any
@@ -57,7 +57,8 @@ def n_fgsm(
 def build(options: NFgsmOptions, attack_options: AttackOptions) -> Objective:
     """Returns the method n_fgsm, with its attack and its loss, as an Objective.
 
-    The ramp multiplies the size of the step, but not the noise.
+    The ramp, which grows from 0 to 1 over the first epochs, multiplies the size of the step, but
+    not the noise.
     """
     noise = options.attack_noise * attack_options.attack_eps
     step_size = attack_options.noisy_step_size
