@@ -139,9 +139,9 @@ def session(
     ends the job. meeting_timeout: longest time that a collective with gloo waits for a rank that is
     alive but late.
 
-    Raises UserError if CUDA is demanded but missing, or if there are more processes than GPUs. Also
-    raises UserError if the installed PyTorch has no code for the GPU, if torchrun's variables are
-    incomplete, or if the connection to a rank is lost.
+    Raises UserError if CUDA is demanded but missing, or if the installed PyTorch has no code for
+    the GPU. Also raises UserError if there are more processes than GPUs, if torchrun's variables
+    are incomplete, or if the connection to a rank is lost.
     """
     rank, size, local_rank = read_ranks()
     has_cuda = torch.cuda.is_available()

@@ -28,8 +28,9 @@ class Loss(NamedTuple):
     """Penalty before it is multiplied by its weight. For gradnorm it is (eps / sigma) * grad_l1. 0
     for methods without a penalty, and NaN if the penalty is left out of this update."""
     grad_l1: Tensor
-    """Mean over the images of the L1 norm of the loss's gradient with respect to the image, in the
-    units of the images that the loss got. NaN if the method does not compute it."""
+    """L1 norm of the gradient of an image's loss with respect to the image, averaged over the
+    images. Its units are those of the images that the loss got. NaN if the method does not compute
+    it."""
 
 
 def cross_entropy(logits_BK: Tensor, targets: Tensor) -> Tensor:

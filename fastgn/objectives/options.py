@@ -36,8 +36,8 @@ class GradnormOptions(Options):
     """Penalise only the part of the norm above this value. The value is in normalised units, before
     the multiplication by eps / sigma."""
     gn_start: Annotated[float, PIXELS] = 0.0
-    """Compute the loss and its gradient at a random point near each image, drawn uniformly within
-    this Linf radius in 0..1 pixel units. 0 means at the image itself."""
+    """Compute the loss and its gradient at a random point near each image. The point is drawn
+    uniformly within this Linf radius in 0..1 pixel units. 0 means at the image itself."""
     gn_attacked: bool = False
     """Compute the cross-entropy and the penalty at images that PGD has attacked, instead of at the
     images themselves. The attack_ options describe the attack (gradnorm only)."""

@@ -185,8 +185,11 @@ def compile_double_backward(
 
 
 def describe_compilations() -> str:
-    """Returns a text with three numbers: graphs that this process has compiled, graphs that it has
-    loaded from the cache on disk, and calls that could not use CUDA graphs."""
+    """Returns a text with the number of graphs that this process has compiled, and of those that it
+    has loaded from the cache on disk.
+
+    If some calls could not use CUDA graphs, the text also has their number.
+    """
     counters = torch._dynamo.utils.counters["inductor"]
     made, found = (counters[f"fxgraph_cache_{what}"] for what in ("miss", "hit"))
     skips = counters["cudagraph_skips"]

@@ -64,10 +64,10 @@ Source: benchmarks/results/memory_budget.json.
 
 TRAFFIC = {(False, False): 0.90, (True, False): 0.57, (True, True): 0.90}
 LAUNCHES = {(False, False): 0.89, (True, False): 0.43, (True, True): 1.09}
-"""(whether the loss is differentiated twice, whether it runs ops of fastgn_kernels) -> bytes
-(TRAFFIC) or launches (LAUNCHES) of a compiled update, divided by those of the eager one. Source:
-updates of a Swin-T with 2 + 2 + 2 + 2 blocks in bf16, compiled for an H200 (benchmarks/NOTES.md)
-and counted by `Meter`:
+"""(whether the loss is differentiated twice, whether it runs ops of fastgn_kernels) -> ratio. The
+ratio is the bytes (TRAFFIC) or launches (LAUNCHES) of a compiled update, divided by those of the
+eager update. Source: updates of a Swin-T with 2 + 2 + 2 + 2 blocks in bf16. They were compiled for
+an H200 (benchmarks/NOTES.md), and also counted by `Meter`:
 
 | update | MB per image: compiled, counted | launches: compiled, counted |
 | natural, batch 8 | 394, 436 | 437, 493 |

@@ -62,9 +62,9 @@ class RetryingStep:
 
         With several processes, the gradients are those of the mean loss of all processes.
 
-        Raises torch.OutOfMemoryError if memory runs out and no smaller micro-batch exists. Also
-        raises it if a retry would lose gradients that were there before the call, or if memory runs
-        out in a backward that sums gradients.
+        Raises torch.OutOfMemoryError if memory runs out and a retry is not possible. There may be
+        no smaller micro-batch, or gradients from before the call that a retry would lose. Memory
+        may also run out in a backward that sums gradients over the processes.
         """
         keeps = self.step.has_gradients()
         while True:

@@ -93,8 +93,8 @@ def edge(
 ) -> Loss:
     """Returns the cross-entropy plus the distance of input gradients from the edges of the images.
 
-    total = CE + weight * MSE(G / rms(G), E / rms(E)). G is the gradient with respect to the images
-    of sum_k w_k f_k, where f_k is the logit of class k and w comes from draw_classes. E is
+    total = CE + weight * MSE(G / rms(G), E / rms(E)). G is the gradient of sum_k w_k f_k with
+    respect to the images. f_k is the logit of class k, and draw_classes gives the weights w_k. E is
     edge_energy, repeated for all channels. The mean is over images, channels and pixels. E is never
     negative, so the penalties for G and -G differ. The cost is the same as for gradnorm.
     Source: arXiv 2409.20139 and its code.

@@ -1,7 +1,7 @@
 """The method pag, which minimises the cross-entropy plus a penalty on an angle.
 
-It is the angle between the gradient of a class's logit with respect to an image, and the direction
-from this image to an image that represents the class.
+One side of the angle is the gradient of a class's logit with respect to an image. The other side is
+the direction from this image to an image that represents the class.
 """
 
 from typing import Any

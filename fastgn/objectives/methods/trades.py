@@ -29,8 +29,8 @@ def trades(
     """Returns the cross-entropy plus the divergence between predictions for images and attacked
     images.
 
-    total = CE(x) + beta * KL(p(x) || p(x_adv)), where p are the predicted probabilities and
-    trades_attack finds x_adv (Zhang et al. 2019, arXiv 1901.08573, equation 5).
+    total = CE(x) + beta * KL(p(x) || p(x_adv)). p are the predicted probabilities, and
+    trades_attack finds x_adv. Source: Zhang et al. 2019, arXiv 1901.08573, equation 5.
 
     images_BCHW: pixels in 0..1. A model with BatchNorm or dropout should be in eval mode during the
     attack, but in train mode afterwards. For such a model, call trades_attack and trades_loss
