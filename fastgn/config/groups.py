@@ -55,9 +55,8 @@ class ArchitectureConfig(Options):
     """Start from the weights in a local file (.safetensors, .pt, .pth) or in the folder of a
     finished run."""
     adapt_weights: bool = False
-    """Change initial weights that do not fit the network. Tables of position embeddings are resized
-    to the image size. A classifier head for another number of classes is replaced by a random
-    one."""
+    """Change initial weights that do not fit the network. Position embeddings are resized to the
+    image size. A classifier head for another number of classes is replaced by a random one."""
     activation: str | None = None
     """Activation that replaces all activations of the network, such as gelu, silu or relu. A number
     may follow some names, as in leaky_relu:0.3, elu:1 or softplus:10. None means the model's own
@@ -102,8 +101,7 @@ class DatasetConfig(Options):
     data_dir: Annotated[str | None, PATH] = None
     """Folder of the data. It holds a folder per split and class (as for ImageFolder), lists of
     files (train.txt, val.txt) or packed shards (fastgn.data.pack). For CIFAR-10 it may also hold
-    the python batches of CIFAR-10's authors, or be an .npz file. If None, CIFAR-10 is
-    downloaded."""
+    its authors' python batches, or be an .npz file. If None, CIFAR-10 is downloaded."""
     train_split: Annotated[str, PATH] = "train"
     """Name of the folder below --data-dir that holds the training images, or of a list of them
     there (NAME.txt)."""
@@ -176,8 +174,7 @@ class AugmentationConfig(Options):
     mixup_switch_prob: Annotated[float, PROBABILITY] = 0.5
     """Probability that a batch gets cutmix instead of mixup, if both are on."""
     smoothing: Annotated[float, RATE] = 0.1
-    """Strength of label smoothing, the share of each target that is spread evenly over all
-    classes."""
+    """Strength of label smoothing, the share of a target that is spread evenly over all classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -332,8 +329,7 @@ class OptimizerConfig(Options):
     warmup_lr: Annotated[float | None, OUTER_RATE] = None
     """Learning rate at the first update. None means 1e-5, but at most a 50th of the peak."""
     min_lr: Annotated[float | None, OUTER_RATE] = None
-    """Learning rate at the end of its cosine decay. None means 1e-5, but at most a 50th of the
-    peak."""
+    """Learning rate at the end of the run. None means 1e-5, but at most a 50th of the peak."""
     sched_on_updates: bool = True
     """Change the learning rate at every update. The code of arXiv 2409.20139 changes it once an
     epoch."""
