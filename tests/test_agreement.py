@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyautoattack.examples.resnet import ResNet18
 from support import SHARED
+from support.marks import first_is_quick
 from support.runs import tiny_run
 from torch import Tensor, nn
 
@@ -121,7 +122,7 @@ def test_apgd_on_a_published_network(resnet: nn.Module, cifar: tuple[Tensor, Ten
 
 @pytest.mark.parametrize(
     ("name", "norm", "eps"),
-    [("apgd-ce", "L2", 0.3), ("apgd-t", "L2", 0.3)],
+    first_is_quick([("apgd-ce", "L2", 0.3), ("apgd-t", "L2", 0.3)]),
 )
 def test_autoattack_image_for_image(
     digits: tuple[nn.Module, Tensor, Tensor], name: str, norm: str, eps: float
@@ -133,8 +134,10 @@ def test_autoattack_image_for_image(
 
 @pytest.mark.parametrize(
     ("name", "norm", "eps"),
-    [("apgd-t", "Linf", 0.05), ("fab-t", "Linf", 0.05), ("fab-t", "L2", 1.0)]
-    + [("square", "Linf", 0.05), ("autoattack", "L2", 1.0), ("autoattack-rand", "Linf", 0.05)],
+    first_is_quick(
+        [("apgd-t", "Linf", 0.05), ("fab-t", "Linf", 0.05), ("fab-t", "L2", 1.0)]
+        + [("square", "Linf", 0.05), ("autoattack", "L2", 1.0), ("autoattack-rand", "Linf", 0.05)]
+    ),
 )
 def test_costly_autoattack_image_for_image(
     digits: tuple[nn.Module, Tensor, Tensor], quick: nn.Module, name: str, norm: str, eps: float

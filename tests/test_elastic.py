@@ -150,6 +150,7 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_with_fewer_machines(tmp_path: Path) -> None:
     """One of two is lost, with its agent. On a slow machine it comes when the other has begun
     alone. The weights are those of a run that lost none."""

@@ -320,6 +320,7 @@ def one(folder: Path, pattern: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_smoke_runs_every_part(toy: Path) -> None:
     entries = one(toy, "report.json")["parts"]
     names = {p.name for p in gpu_report.parts_for(Machine("cpu", None, True), toy)}

@@ -490,6 +490,7 @@ def test_a_short_run_needs_no_other_flag(recipe):
     assert max(cfg.optimizer.outer_rates(compute_peak_lr(cfg.optimizer, 8))) < 1e-6
 
 
+@pytest.mark.slow
 def test_every_start_of_a_recipe_is_another_recipes_output():
     for name in recipe_names():
         start = load_recipe(name).architecture.initial_checkpoint

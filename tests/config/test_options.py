@@ -371,6 +371,7 @@ def is_accepted(args: list[str]) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_what_is_accepted_trains(tmp_path: Path) -> None:
     """Thirty draws that the command line takes: each trains an update and exports."""
     trained: list[Path] = []
@@ -455,6 +456,7 @@ def cpu_seconds(*command: str, code: int = 0) -> float:
     return min(spent)
 
 
+@pytest.mark.slow
 def test_mistakes_and_help_cost_less_than_a_third_of_importing_torch() -> None:
     torch_s = cpu_seconds("-c", "import torch")
     for program in ("fastgn.train", *PROGRAMS):

@@ -250,13 +250,13 @@ def test_an_evaluation_replaces_its_own_files_and_empty_ones(tmp_path):
         EvaluateConfig(checkpoint=("run",), eps=(0.1, 0.2), **written)
 
 
-@pytest.mark.parametrize("name", ["model.py", "weights.pt", "weights.safetensors"])
-def test_an_export_replaces_only_an_export(name, trained, tmp_path, capsys):
+def test_an_export_replaces_only_an_export(trained, tmp_path, capsys):
     target = ["--checkpoint", str(trained), "--robustbench", str(tmp_path)]
-    (tmp_path / name).write_text("mine")
-    expected = f"would overwrite {tmp_path / name}, which is not from an earlier export"
-    refuses(export.main, [*target], expected, tmp_path, capsys)
-    (tmp_path / name).unlink()
+    for name in ("model.py", "weights.pt", "weights.safetensors"):
+        (tmp_path / name).write_text("mine")
+        expected = f"would overwrite {tmp_path / name}, which is not from an earlier export"
+        refuses(export.main, [*target], expected, tmp_path, capsys)
+        (tmp_path / name).unlink()
     assert export.main(target) == export.main(target) == 0
 
 

@@ -256,6 +256,7 @@ def test_a_swapped_swin_compiled(as_on_cuda):
     assert not any(name.startswith("fastgn.activation") for name in called)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "as_on_cuda", [pytest.param(False, marks=pytest.mark.slow), True], indirect=True
 )

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from support.marks import first_is_quick
 from torch import Tensor, nn
 
 from fastgn import train
@@ -261,7 +262,7 @@ def test_twins_run_in_a_compiled_step(operator):
         torch.testing.assert_close(parameter.grad, grad)
 
 
-@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("how", first_is_quick(["eager", "compiled"]))
 def test_any_other_operator_without_a_second_derivative_is_one_line(
     how, tmp_path, monkeypatch, capsys
 ):

@@ -144,6 +144,7 @@ def test_flops_of_lazy_and_partial_penalties() -> None:
     assert half == pytest.approx((natural_flops + exact_flops) / 2, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_flops_of_swin_b_at_224_px() -> None:
     """natural : exact : PGD-3 : the paper's PGD-3 : finite difference = 3 : 6 : 9 : 13 : 6
     forwards, counted while each runs."""

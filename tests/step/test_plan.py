@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
+from support.marks import first_is_quick
 from support.networks import NoModules, classifier, objective, soft_targets, swin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -120,7 +121,7 @@ METHODS: dict[str, tuple[dict[str, Any], Schedule]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", first_is_quick(METHODS, quick=3))
 def test_flops_are_those_of_real_updates(name: str) -> None:
     values, schedule = METHODS[name]
     model = classifier(swin)
@@ -241,6 +242,7 @@ def test_the_cpus_autocast_as_on_cuda() -> None:
     assert dtypes() == own != wide
 
 
+@pytest.mark.slow
 def test_precisions_change_memory_and_not_operations() -> None:
     build = partial(cost_of, classifier(swin), objective(), Schedule())
     fp32, tf32, bf16, pure = (build(precision=p) for p in ("fp32", "tf32", "bf16", "bf16-pure"))

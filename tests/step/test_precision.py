@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.marks import first_is_quick
 from support.networks import classifier, objective, relative, resnet, swin, vit
 from support.steps import batches_for, gradients, model_and_batch, scheduled
 from torch import Tensor
@@ -15,7 +16,7 @@ from fastgn.step.precision import explain_unsupported, matmul_precision
 from fastgn.step.step import Step
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", first_is_quick([False, True]))
 def test_bf16_autocast_is_near_fp32(compile: bool, no_codegen) -> None:
     """COMPILE.md measured a relative error of 0.020 at cosine 0.9998; a wrong derivative is far
     off."""
@@ -32,7 +33,7 @@ def test_bf16_autocast_is_near_fp32(compile: bool, no_codegen) -> None:
 
 
 @pytest.mark.parametrize("build", [swin, vit, resnet])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", first_is_quick([False, True]))
 def test_bf16_pure_is_near_fp32(build, compile: bool, no_codegen) -> None:
     """Weights, gradients and BatchNorm's statistics stay fp32; what differs is the step's rounding:
     cosine .998 to .9999 on these networks, and a wrong derivative is far off."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import first_is_quick
 from support.networks import classifier, objective, relative, resnet, swin, vit
 from support.steps import batches_for, gradients, scheduled
 from torch import nn
@@ -18,7 +19,7 @@ from fastgn.step.options import Quirks, StepOptions
 from fastgn.step.step import Step
 
 
-@pytest.mark.parametrize("build", [swin, vit, resnet])
+@pytest.mark.parametrize("build", first_is_quick([swin, vit, resnet]))
 def test_compiled_step_equals_eager_with_one_graph(build) -> None:
     """Three steps with a growing ramp, soft targets and an evaluation in between: gradients, losses
     and BatchNorm's statistics as in eager, and never a second graph."""
@@ -66,6 +67,7 @@ def test_compiled_attack_is_one_graph_and_equals_eager(no_codegen) -> None:
     assert count_graphs() == 2, "the attack's step, called three times, and the loss"
 
 
+@pytest.mark.slow
 def test_activation_memory_budget_leaves_the_gradient_alone(no_codegen) -> None:
     grads = []
     for budget in (1.0, 0.5):
@@ -143,7 +145,7 @@ NEW = {
 }
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", first_is_quick(NEW))
 def test_compiled_methods_equal_eager_with_one_graph(name: str, no_codegen) -> None:
     """With the same draws: this backend's are eager's. Another seed trains on another class, target
     or start."""
@@ -165,6 +167,7 @@ def test_compiled_methods_equal_eager_with_one_graph(name: str, no_codegen) -> N
     assert torch.equal(eager, found[False, 4][0]) is not drawn
 
 
+@pytest.mark.slow
 def test_compiled_nearest_neighbours_equal_eager(no_codegen) -> None:
     among = Representatives(torch.rand(20, 3, 16, 16), torch.arange(20) % 5)
     found = []
@@ -180,7 +183,7 @@ def test_compiled_nearest_neighbours_equal_eager(no_codegen) -> None:
     assert relative(found[1], found[0]) < 1e-4
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", first_is_quick([False, True]))
 def test_gradnorm_and_fgsm_take_turns(compile: bool, no_codegen) -> None:
     """Each update is the one method's or the other's to the last digits, also where compiled;
     turns depend on the update's number alone, and the attacked updates have no penalty to log."""

@@ -19,6 +19,7 @@ def run(folder: Path, *more: str) -> int:
     return activations.main([*options, *files, *more])
 
 
+@pytest.mark.slow
 def test_two_activations_from_training_to_table(tmp_path: Path) -> None:
     assert run(tmp_path, "--activations", "relu", "softplus:10") == 0
     record = json.loads((tmp_path / "activations_digits_cpu.json").read_text())

@@ -13,6 +13,7 @@ def run(folder: Path) -> int:
     return edge.main(["--smoke", "--seeds", "1", "--processes", "1", *files])
 
 
+@pytest.mark.slow
 def test_the_record_holds_every_arm_and_is_not_made_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

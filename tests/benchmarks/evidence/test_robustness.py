@@ -72,6 +72,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.slow
 def test_the_record_holds_every_arm_with_accuracy_cost_and_history(done: Path) -> None:
     record = json.loads((done / "out.json").read_text())
     assert record["complete"]

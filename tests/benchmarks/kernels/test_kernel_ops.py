@@ -29,6 +29,7 @@ def run_kernels(folder: Path, *options: str) -> tuple[list[str], dict, dict]:
     return out.stdout.strip().splitlines(), record, rows
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what the script does without a GPU")
 def test_kernels_runs_on_a_cpu_and_counts_bytes(tmp_path: Path) -> None:
     ops = ["--ops", "layer_norm", "cross_entropy_index"]

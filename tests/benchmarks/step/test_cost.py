@@ -91,6 +91,7 @@ UNITS = {
 """Arm -> passes as the paper counts them, and operations in forwards."""
 
 
+@pytest.mark.slow
 def test_operations_of_an_update() -> None:
     """Of the network that a bare command line takes: natural : exact gradnorm : fair PGD-3 : the
     paper's PGD-3 : finite difference = 3 : 6 : 9 : 13 : 6."""
@@ -167,6 +168,7 @@ def test_the_table_of_the_results_is_printed(every_arm: tuple[dict, str, Path]) 
     assert "CPU" in lines[-1] and "fp32" in lines[-1]
 
 
+@pytest.mark.slow
 @without_gpu
 def test_an_arm_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -440,6 +442,7 @@ def test_only_kernels_count_as_launches() -> None:
 # ----------------------------------------------------------------------------------------- compiled
 
 
+@pytest.mark.slow
 @without_gpu
 def test_compiled_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for code generation, as on a GPU: more losses than torch.compile takes of one function

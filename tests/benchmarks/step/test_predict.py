@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.marks import first_is_quick
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn.objectives import ObjectiveConfig, build_objective, gradnorm
@@ -47,7 +48,7 @@ def weights() -> int:
 
 @pytest.mark.parametrize(
     ("gpu", "precision", "attention"),
-    [("h200", "bf16", True), ("a100", "bf16-pure", True), ("v100", "fp32", False)],
+    first_is_quick([("h200", "bf16", True), ("a100", "bf16-pure", True), ("v100", "fp32", False)]),
 )
 def test_each_card_launches_its_own_kernels_and_moves_at_least_weights_and_activations(
     gpu, precision, attention
@@ -77,6 +78,7 @@ def counted_flops(method: str) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_an_eager_step_and_gradnorm_has_twice_naturals():
     found = {m: cost(m, kernels="reference").flops for m in ("natural", "gradnorm")}
     assert found["natural"] == counted_flops("natural")
@@ -86,6 +88,7 @@ def test_flops_are_those_of_an_eager_step_and_gradnorm_has_twice_naturals():
     assert found["gradnorm"] / found["natural"] == pytest.approx(2, rel=0.1)
 
 
+@pytest.mark.slow
 def test_gradnorm_moves_a_bounded_multiple_of_naturals_bytes():
     """A change that loses a fusion, or saves more than it must, moves more."""
     natural, exact = cost("natural"), cost("gradnorm")

@@ -510,6 +510,7 @@ print(*started, flush=True)
     return done
 
 
+@pytest.mark.slow
 def test_no_process_is_left_when_python_ends(photographs):
     done = run_apart(photographs, "")
     assert (done.returncode, done.stderr) == (0, "")
