@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from fastgn.archive import read_archive
 from fastgn.config import Config, run_folder
 from fastgn.errors import UserError, check, tolerate_failure
-from fastgn.files import atomic_open, check_regular, read_archive, remove_file
+from fastgn.files import atomic_open, check_regular, remove_file
 from fastgn.state import TrainState, as_dict, read_fields
 
 FORMAT = 1

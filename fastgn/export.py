@@ -23,12 +23,13 @@ if __name__ == "__main__":  # report a mistake of the user before imports that t
 import torch
 from torch import Tensor
 
+from fastgn.archive import read_archive
 from fastgn.config.cli import parse_cli
 from fastgn.config.outputs import check_replaced, check_written, read_beginning
 from fastgn.config.programs import ExportConfig
 from fastgn.errors import UserError, check, print_error, print_line, print_stopped
 from fastgn.extras import stop_on_signals
-from fastgn.files import check_target, read_archive, read_json, write_bytes, write_json
+from fastgn.files import check_target, read_json, write_bytes, write_json
 from fastgn.models import activations, create
 from fastgn.state import ExportHeader, is_number
 from fastgn.trained import (

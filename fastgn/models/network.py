@@ -165,7 +165,7 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
     changed: reason}.
     """
     # imported here, because Triton exists only on Linux
-    from fastgn_kernels.modules import swap_modules
+    from fastgn_kernels.swap import swap_modules
 
     multiply_patches(backbone)
     swapped = swap_modules(backbone)

@@ -12,8 +12,9 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from fastgn.archive import read_archive
 from fastgn.errors import UserError, check, first_line
-from fastgn.files import read_archive, read_safetensors
+from fastgn.files import read_safetensors
 
 WRAPPINGS = (
     *("ema", "state_dict_ema", "model_ema", "ema_state_dict", "params_ema"),

@@ -12,15 +12,14 @@ import timm
 import torch
 import torch.nn.functional as F
 from fastgn_kernels.modules import (
-    FAMILIES,
     FusedActivation,
     FusedBiasGELU,
     FusedGELU,
     FusedLayerNorm,
     FusedSiLU,
     FusedWindowAttention,
-    swap_modules,
 )
+from fastgn_kernels.swap import FAMILIES, swap_modules
 from support.checks import DEVICE, ops_called, random, recording_backend, relative
 from timm.layers import LayerNorm2d, activations, set_fused_attn
 from timm.layers.norm import LayerNorm as TimmLayerNorm

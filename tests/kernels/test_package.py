@@ -114,7 +114,7 @@ sys.meta_path[:] = map(Hide, sys.meta_path)
 sys.path.insert(0, {wheel!r})
 import torch
 import fastgn_kernels
-from fastgn_kernels.modules import swap_modules
+from fastgn_kernels.swap import swap_modules
 
 model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.GELU())
 print(swap_modules(model).counts)

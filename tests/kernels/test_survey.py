@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from fastgn_kernels.modules import swap_modules
+from fastgn_kernels.swap import swap_modules
 from support.checks import DEVICE, random
 from torch import Tensor, nn
 from torch.nn.functional import silu

@@ -16,7 +16,7 @@ import timm
 import torch
 import triton
 from fastgn_kernels import activation, dispatch, layer_norm, reference, window_attention_qkvpacked
-from fastgn_kernels.modules import swap_modules
+from fastgn_kernels.swap import swap_modules
 from support import checks
 from support.checks import DEVICE, random
 from timm.layers import set_fused_attn

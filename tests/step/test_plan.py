@@ -255,7 +255,7 @@ def test_precisions_change_memory_and_not_operations() -> None:
 
 def test_fused_kernels_are_counted() -> None:
     """Window attention's products are no operator of PyTorch's; they hold less for the backward."""
-    swap = pytest.importorskip("fastgn_kernels.modules").swap_modules
+    swap = pytest.importorskip("fastgn_kernels.swap").swap_modules
     model = classifier(swin)
     swap(model.backbone)
     plain, swapped = counted("gradnorm"), cost_of(model, objective(), Schedule())
