@@ -332,6 +332,7 @@ def test_one_rank_resumes_what_two_began(
     assert row["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_evaluate_counts_the_same_on_two_ranks(
     runs: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:
@@ -419,6 +420,7 @@ def test_a_signal_to_torchrun_saves(whole_group: bool, tmp_path: Path) -> None:
     assert "fastgn/train.py" not in said  # no traceback of ours
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
     args = tiny_run(tmp_path / "run", "--batch-size", "2000")

@@ -291,6 +291,7 @@ def test_a_flipped_byte_in_a_checkpoint_is_found(where, run_copy, capsys):
     assert "is corrupt (wrong checksum of " in refused(capsys, ["--resume", str(run_copy)])
 
 
+@pytest.mark.slow
 def test_no_flipped_or_missing_byte_goes_unnoticed_or_unexplained(tmp_path):
     """Over a whole small checkpoint, its zip directory included: the right content or UserError."""
     state = small_state(3, model={"weight": torch.arange(8.0)})

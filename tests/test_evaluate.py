@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from pyautoattack import AutoAttack
+from support.marks import first_is_quick
 from support.runs import tiny_run
 
 from fastgn import attacks, evaluate
@@ -91,7 +92,7 @@ def test_autoattack_is_its_authors_image_for_image(run: Path, tmp_path: Path) ->
     assert sum(right) < int((model(images).argmax(1) == labels).sum())
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("norm", first_is_quick(["Linf", "L2"]))
 def test_its_attacks_one_by_one_are_its_authors(run: Path, tmp_path: Path, norm: str) -> None:
     eps = {"Linf": 0.005, "L2": 0.1}[norm]
     model, images, labels = trained_and_images(run, 16)
@@ -153,6 +154,7 @@ def test_restarts_and_the_margin(run: Path, tmp_path: Path) -> None:
     assert rows["pgd-3"] != rows["clean"] != rows["pgd-3-margin"]
 
 
+@pytest.mark.slow
 def test_successive_attacks_get_what_those_before_them_left(run: Path, tmp_path: Path) -> None:
     """Each radius has its own survivors, and the last attack's are the worst case of all."""
     seen: dict[tuple[str, float], int] = {}
@@ -176,6 +178,7 @@ def test_successive_attacks_get_what_those_before_them_left(run: Path, tmp_path:
         assert texts["apgd-ce+t", eps] == texts[outcomes.WORST, eps]
 
 
+@pytest.mark.slow
 def test_apgd_ce_and_t_are_both_run(run: Path) -> None:
     assert AUTOATTACK_PARTS["apgd-ce+t"] == ("apgd-ce", "apgd-t")
     model, images, labels = trained_and_images(run, 32)
@@ -326,6 +329,7 @@ def test_bf16_gradients_and_the_fp32_verdict(run: Path, tmp_path: Path) -> None:
     assert abs(fp32[1]["accuracy"] - bf16[1]["accuracy"]) < 0.1
 
 
+@pytest.mark.slow
 def test_compiled_gradients_and_the_eager_verdict(run: Path, tmp_path: Path) -> None:
     """Though the number of images that are left to attack differs from batch to batch."""
     args = ["--checkpoint", str(run), "--num-images", "48", "--batch-size", "16", "--eps", "0.02"]

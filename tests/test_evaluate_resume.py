@@ -74,6 +74,7 @@ def in_a_process(args: list[str], log: Path) -> int:
     os._exit(evaluate.main(args))
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_makes_every_part_once(run: Path, tmp_path: Path) -> None:
     """By SIGKILL, at random moments of the attacks and of the analyses."""
     whole, log = tmp_path / "whole.json", tmp_path / "log"

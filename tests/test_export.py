@@ -37,6 +37,18 @@ with torch.no_grad():
 PREACT = ("--model", "preact_resnet18", "--img-size", "16", "--model-kwargs", "width=4")
 
 
+@pytest.fixture
+def rebuilds() -> None:
+    """For a test of the check that a process of its own rebuilds the network from the files."""
+
+
+@pytest.fixture(autouse=True)
+def rebuild_nothing_else(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves this check out of the tests of other things, because it takes seconds."""
+    if "rebuilds" not in request.fixturenames:
+        monkeypatch.setattr(export, "check_same", lambda source, pickled, trained: None)
+
+
 def trained_run(folder: Path, *more: str) -> Path:
     assert train.main(tiny_run(folder, "--epochs", "1", "--max-updates", "3", *more)) == 0
     return folder
@@ -81,7 +93,7 @@ def own_logits(run: Path) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- the files
 
 
-def test_an_export_gives_the_same_logits_without_fastgn(swin_run, tmp_path):
+def test_an_export_gives_the_same_logits_without_fastgn(swin_run, tmp_path, rebuilds):
     """Another activation and another normalisation than the network's own: both must come along."""
     exported(swin_run, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == NAMES
@@ -90,7 +102,7 @@ def test_an_export_gives_the_same_logits_without_fastgn(swin_run, tmp_path):
     torch.testing.assert_close(rebuilt_logits(tmp_path / "out"), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_network_of_our_own_brings_its_source_along(tmp_path):
+def test_a_network_of_our_own_brings_its_source_along(tmp_path, rebuilds):
     run = trained_run(tmp_path / "run", *PREACT)
     exported(run, tmp_path / "out")
     expected = own_logits(run)
@@ -192,7 +204,9 @@ def test_the_lines_for_robustbench(swin_run, tmp_path):
     assert torch.equal(found, own_logits(swin_run))
 
 
-def test_an_export_that_is_not_the_run_is_not_written(swin_run, tmp_path, monkeypatch, capsys):
+def test_an_export_that_is_not_the_run_is_not_written(
+    swin_run, tmp_path, monkeypatch, capsys, rebuilds
+):
     monkeypatch.setattr(export, "shortest", lambda values: (0.0, 0.0, 0.0))
     monkeypatch.setattr(export, "DEFINITION", export.DEFINITION.replace("/ self.std", "* 1.0"))
     where = ("--checkpoint", str(swin_run), "--robustbench", str(tmp_path / "out"))
@@ -322,7 +336,7 @@ def test_an_evaluation_of_other_weights_is_one_line(swin_run, tmp_path, capsys):
     )
 
 
-def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys):
+def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys, rebuilds):
     network = timm.create_model("resnet10t", num_classes=10)
     file = tmp_path / "weights.pth"
     torch.save({"state_dict": network.state_dict()}, file)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.images import image_folder
+from support.marks import first_is_quick
 from support.processes import TORCHRUN, free_port, on_two_ranks, start_two
 from support.runs import contents, error_line, tiny_run
 from support.states import differences, read_state
@@ -217,6 +218,7 @@ def test_what_a_lock_has_made_goes_with_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_starts_in_one_folder(tmp_path: Path) -> None:
     """One goes on undisturbed, the other leaves with one line."""
     folder, alone = tmp_path / "run", tmp_path / "alone"
@@ -297,7 +299,7 @@ def test_variables_that_torchrun_would_not_set(
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+@pytest.mark.parametrize("number", first_is_quick([signal.SIGKILL, signal.SIGUSR1]))
 def test_torchruns_restarts_continue_the_run(number: int, tmp_path: Path) -> None:
     """Without --output and --resume, as it was first started. A rank that was asked to stop is not
     started again."""

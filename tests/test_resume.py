@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.images import image_folder
+from support.marks import first_is_quick
 from support.runs import folder_run, tiny_run
 from support.states import differences, last_state, read_state, small_state, trained_state
 
@@ -92,14 +93,16 @@ def setting(name: str, folder: Path) -> list[str]:
 # The first stops after every update, the others run on for some
 @pytest.mark.parametrize(
     ("name", "stops"),
-    [
-        ("gradnorm", range(1, 10)),
-        ("pgd_at", (3, 5, 8)),
-        ("gradnorm_batchnorm", (1, 3, 5, 8)),
-        ("pgd_at_batchnorm", (2, 5, 6)),
-        ("pag_batchnorm", (3,)),
-        ("gradnorm+fgsm_batchnorm", (3, 6)),
-    ],
+    first_is_quick(
+        [
+            ("gradnorm", range(1, 10)),
+            ("pgd_at", (3, 5, 8)),
+            ("gradnorm_batchnorm", (1, 3, 5, 8)),
+            ("pgd_at_batchnorm", (2, 5, 6)),
+            ("pag_batchnorm", (3,)),
+            ("gradnorm+fgsm_batchnorm", (3, 6)),
+        ]
+    ),
 )
 def test_stopping_and_resuming_changes_no_bit(
     name: str, stops: tuple[int, ...], tmp_path: Path
@@ -210,7 +213,7 @@ def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
     assert_same_run(folder, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", first_is_quick([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
 def test_signal_saves_the_last_update(number: int, unbroken: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "stopped", tmp_path / "log"
     args = tiny_run(folder, *LONG)
@@ -246,6 +249,7 @@ def test_signal_saves_the_last_update(number: int, unbroken: Path, tmp_path: Pat
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_loaders_workers_working(tmp_path: Path) -> None:
     """A scheduler or a terminal's Ctrl-C signals the workers as well: the update under way still
     gets its images."""
@@ -339,7 +343,7 @@ def test_an_output_with_a_run_is_refused(
     unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_run(unbroken)) == 2
-    assert f"use --resume {unbroken} to continue it" in capsys.readouterr().err
+    assert f"use --resume {unbroken} to continue this run, or" in capsys.readouterr().err
 
 
 def test_an_earlier_checkpoint_takes_the_run_back(tmp_path: Path) -> None:

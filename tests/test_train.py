@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from support import SHARED
+from support.marks import first_is_quick
 from support.runs import tiny_run
 
 from fastgn import optim, resolved, train
@@ -178,7 +179,7 @@ def weights_of(folder: Path) -> torch.Tensor:
     return torch.cat([p.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize(("method", "graphs"), [("gradnorm", 1), ("pgd_at", 2)])
+@pytest.mark.parametrize(("method", "graphs"), first_is_quick([("gradnorm", 1), ("pgd_at", 2)]))
 def test_a_compiled_run_is_the_eager_one(
     method: str, graphs: int, tmp_path: Path, capsys, monkeypatch
 ) -> None:

@@ -95,6 +95,7 @@ def numeric_flags(draw: st.DrawFn) -> tuple[str, str, float]:
     return program, name, draw(around(allowed, kinds_of(program, name)[0]))
 
 
+@pytest.mark.slow
 @settings(SETTINGS, max_examples=200)
 @given(numeric_flags())
 def test_a_numeric_flag_takes_its_range_and_nothing_else(drawn: tuple[str, str, float]) -> None:

@@ -339,7 +339,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_resuming_elsewhere_leaves_another_run_alone(trained, run, tmp_path, capsys):
     args = ["--resume", str(trained), "--output", str(run)]
-    expected = f"--output {run} holds a run already: use --resume {run} to continue it"
+    expected = f"--output {run} holds a run already: use --resume {run} to continue this run"
     refuses(train.main, args, expected, tmp_path, capsys)
 
 
