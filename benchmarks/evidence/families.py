@@ -25,7 +25,7 @@ from unittest.mock import patch
 import timm
 import torch
 
-from benchmarks.common.arguments import open_record, program
+from benchmarks.common.arguments import finish, open_record, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from fastgn.config.groups import ArchitectureConfig
@@ -167,21 +167,19 @@ def table(record: Record) -> str:
 @program()
 def main(args: argparse.Namespace) -> int:
     """Tries the families that are missing in the JSON record, and writes it after each."""
-    families = timm.list_modules()
     output, head = open_record(args, "families_cpu.json")
     head |= {"images": 2, "method": "gradnorm"}
     same = {"complete": False, "versions": head["versions"]}
     rows = taken_over(output, same).get("rows", [])
     done = {row["family"] for row in rows}
-    for family in families:
+    for family in timm.list_modules():
         if family in done:
             continue
         row = scan_apart(family)
         rows.append(row)
         print(family, row.get("model"), row["with_twins"], row.get("replaced"), flush=True)
-        write_record(output, head | {"complete": len(rows) == len(families), "rows": rows})
-    print(output)
-    return 0
+        write_record(output, head | {"complete": False, "rows": rows})
+    return finish(output, head | {"rows": rows}, table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import open_record, option, program
+from benchmarks.common.arguments import finish, open_record, option, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, over_seeds, percent, with_notes
 from benchmarks.common.timing import summary
@@ -99,9 +99,8 @@ def main(args: argparse.Namespace) -> int:
     for seed in range(len(seeds), args.seeds):
         with tempfile.TemporaryDirectory() as folder:
             seeds.append(run_seed(seed, Path(folder)))
-        write_record(output, head | {"complete": seed + 1 == args.seeds, "seeds": seeds})
-    print(output)
-    return 0
+        write_record(output, head | {"complete": False, "seeds": seeds})
+    return finish(output, head | {"seeds": seeds}, table)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from benchmarks.common.tables import (
     device,
     make_table,
     over_seeds,
-    percent,
     with_notes,
 )  # fmt: skip
 from benchmarks.evidence.study import Arm, Study, device_precision, paired_difference, study_program
@@ -258,18 +257,15 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
     for attack in ("autoattack", "apgd-ce+t", "pgd-20"):
         attacks[f"{ATTACKS[attack]} {record['eps']:.4g}"] = (attack, record["eps"])
     rows = {(row["network"], budget_of(row), row["arm"]): row for row in equal_rows(record)}
-    for network, budget in dict.fromkeys(key[:2] for key in rows):
-        for arm, against in PAIRS:
-            one, other = (rows.get((network, budget, name)) for name in (arm, against))
-            if one is None or other is None:
-                continue
-            found = {name: paired_difference(one, other, *a) for name, a in attacks.items()}
-            if any(found.values()):
-                yield {
-                    **{"network": network, "budget": budget, "arm": arm, "against": against},
-                    **{name: str(value or "") for name, value in found.items()},
-                    "operations": f"{one['units'] / other['units']:.2f}",
-                }
+    groups = dict.fromkeys(key[:2] for key in rows)
+    for (network, budget), (arm, against) in itertools.product(groups, PAIRS):
+        one, other = (rows.get((network, budget, name)) for name in (arm, against))
+        if one and other:
+            yield {
+                **{"network": network, "budget": budget, "arm": arm, "against": against},
+                **{k: paired_difference(one, other, *a) for k, a in attacks.items()},
+                "operations": f"{one['units'] / other['units']:.2f}",
+            }
 
 
 def budget_of(row: Row) -> str:
@@ -316,7 +312,7 @@ def table(record: Record) -> str:
     pairs = [row if several else row | {"network": ""} for row in compare(record)]
     if not pairs:
         return first
-    second = make_table(pairs, {name: (lambda r, n=name: r[n]) for name in pairs[0]})
+    second = make_table(pairs, {name: name for name in pairs[0]})
     return (
         f"{first}\n\n{second}\n\nDifferences of accuracy in points, arm minus the other, on the "
         "same seeds: mean ± deviation; * significant at 95 % by Student's t; operations: of an "
@@ -337,18 +333,13 @@ def summary_table(record: Record) -> str:
     }
     equal = {row["arm"]: row for row in equal_rows(record)}
     rows, eps = [equal[arm] for arm in arms], record["eps"]
-
-    def accuracies(attack: str, eps: float) -> list[str]:
-        key = (attack, eps)
-        found = [a for r in rows for a in r["accuracy"] if (a["attack"], a["eps"]) == key]
-        return [percent(a["accuracy"]) for a in found]
-
+    accuracy = accuracy_columns(rows)
     columns = {
         "method": list(arms.values()),
         "forwards per update": [f"{row['units']:.3g}" for row in rows],
-        "clean, %": accuracies("clean", 0),
-        "AutoAttack, %": accuracies("autoattack", eps),
-        "PGD-20, %": accuracies("pgd-20", eps),
+        "clean, %": accuracy["clean, %"],
+        "AutoAttack, %": accuracy[f"AutoAttack {eps:.4g}"],
+        "PGD-20, %": accuracy[f"PGD-20 {eps:.4g}"],
     }
     return (
         f"{make_table(rows, columns)}\n\nA small Swin on scikit-learn's digits, Linf eps {eps:g} "

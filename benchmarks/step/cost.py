@@ -121,29 +121,22 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
 # ------------------------------------------------------------------------------------------ counts
 
 
-def count_flops(network: Classifier, batch: int, run: Callable[..., object]) -> float:
-    """Returns the floating-point operations of run(network, images), divided by images.
+def forward_flops(network: Classifier, batch: int) -> float:
+    """Returns the floating-point operations of a forward pass, divided by the number of images.
 
     They are counted on tensors without data. batch: number of images.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        copied = fake_copy(network)
-        images = torch.empty(batch, 3, network.img_size, network.img_size)
-        with OperationMeter() as meter:
-            run(copied, images)
+    with FakeTensorMode(allow_non_fake_inputs=True), OperationMeter() as meter:
+        fake_copy(network)(torch.empty(batch, 3, network.img_size, network.img_size))
     return meter.flops / batch
 
 
 @functools.cache
-def update_flops(network: Classifier, arm: Arm, batch: int, classes: int) -> float:
-    """Returns the floating-point operations per image of an update without the optimizer."""
-
-    def update(copied: Classifier, images: Tensor, index: int) -> None:
-        step = arm.step(copied, compile=False)
-        step([(images, torch.empty(batch, classes))], torch.ones(()), index)
-
-    updates = [functools.partial(update, index=index) for index in range(arm.cycle)]
-    return statistics.fmean(count_flops(network, batch, run) for run in updates)
+def update_flops(
+    network: Classifier, method: str, schedule: Schedule, batch: int, classes: int
+) -> float:
+    """Returns the floating-point operations per image of an eager update, without the optimizer."""
+    return Arm(method, schedule=schedule).count(network, batch, classes).flops
 
 
 # ------------------------------------------------------------------------------------ measurements
@@ -601,7 +594,7 @@ def main(args: argparse.Namespace) -> int:
         "cuda_graphs": args.cuda_graphs,
         "energy": "not measured",
         "gemm": {},
-        "forward_flops_an_image": count_flops(network, args.batch, lambda model, x: model(x)),
+        "forward_flops_an_image": forward_flops(network, args.batch),
     }
     bench, joules = None, None
     if not args.counts_only:
@@ -630,9 +623,7 @@ def main(args: argparse.Namespace) -> int:
         if args.minutes and start - began + rest > 60 * args.minutes:
             skipped.append(f"{arm.key}: --minutes {args.minutes:g} had no room for it")
             continue
-        # in fp32 and eager mode, with as many operations as the arm
-        alike = Arm(arm.method, schedule=arm.schedule)
-        flops = update_flops(network, alike, args.batch, classes)
+        flops = update_flops(network, arm.method, arm.schedule, args.batch, classes)
         found = measured[arm.key] = Measurement(arm, flops)
         if bench:
             bench.prepare(found)

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common.arguments import open_record, option, program
+from benchmarks.common.arguments import finish, open_record, option, program
 from benchmarks.common.records import earlier, write_record
 from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
@@ -120,11 +120,9 @@ def main(args: Namespace) -> int:
             ratios = {f"{k}_to_eager": counted[k] / eager[k] for k in counted}
             rows = [r for r in rows if any(r[k] != case[k] for k in case)]
             rows.append(case | counted | ratios)
-            last = (method, budget) == ("gradnorm", BUDGETS[-1])
-            write_record(output, head | {"complete": last, "rows": rows})
+            write_record(output, head | {"complete": False, "rows": rows})
             print(f"{method}, budget {budget}", flush=True)
-    print(f"{table(head | {'rows': rows})}\n-> {output}")
-    return 0
+    return finish(output, head | {"rows": rows}, table)
 
 
 if __name__ == "__main__":

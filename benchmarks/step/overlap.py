@@ -31,7 +31,7 @@ from benchmarks.common.arguments import (
     positive_int,
     program,
 )
-from benchmarks.common.tables import Record, make_table, with_notes
+from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.step.predict import (
     Network,
     kernels_of,
@@ -121,10 +121,10 @@ def reduced_bytes(origins: Sequence[torch.fx.Node]) -> int:
 
 def table(record: Record) -> str:
     """Returns the Markdown table of the predictions in the record."""
-    columns = {
-        "GPUs": lambda r: str(r["gpus"]),
-        "gradients": lambda r: r["grad_dtype"],
-        "kernels : roofline": lambda r: f"{r['factor']:g}",
+    columns: dict[str, Column] = {
+        "GPUs": "gpus",
+        "gradients": "grad_dtype",
+        "kernels : roofline": "factor:g",
         "all-reduces": lambda r: str(len(r["sums"])),
         "backward, ms": lambda r: f"{1e3 * r['kernels_s']:.1f}",
         "communication, ms": lambda r: f"{1e3 * r['all_reduce_s']:.2f}",

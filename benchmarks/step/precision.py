@@ -29,7 +29,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.arguments import default_device, open_record, option, positive_float, program
+from benchmarks.common.arguments import (
+    default_device,
+    finish,
+    open_record,
+    option,
+    positive_float,
+    program,
+)
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.common.timing import summary
@@ -227,12 +234,7 @@ def main(args: argparse.Namespace) -> int:
     head |= options | {"arms": [label(arm) for arm in arms], "width": WIDTH}
     same = {key: head[key] for key in (*options, "arms", "width", "device", "versions")}
     cases = taken_over(output, same | {"complete": False}).get("cases", [])
-
-    def save(complete: bool) -> dict[str, Any]:
-        record = head | {"complete": complete, "left_out": notes, "cases": cases}
-        write_record(output, record)
-        return record
-
+    record = head | {"complete": False, "left_out": notes, "cases": cases}
     methods = {"random": [None], "digits": ["natural", "gradnorm"]}
     for images, network in itertools.product(args.images, args.networks):
         for method in methods[images]:
@@ -240,11 +242,9 @@ def main(args: argparse.Namespace) -> int:
                 continue
             case = measure(network, args, method, arms)
             cases.append({"images": images, "commit": head["commit"]} | case)
-            save(complete=False)
+            write_record(output, record)
             print(f"{network}, {images}, trained by {method}", flush=True)
-    print(table(save(complete=True)))
-    print(f"{len(cases)} cases -> {output}")
-    return 0
+    return finish(output, record | {"complete": True}, table)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.common import arguments
-from benchmarks.common.arguments import open_record, option, program
+from benchmarks.common.arguments import finish, open_record, option, program
 from benchmarks.common.records import read_json, taken_over, write_record
 from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
@@ -184,20 +183,6 @@ def without_data(value: Any) -> Any:
     return torch.empty_strided(size, stride, dtype=value.get_dtype(), device=value.get_device())
 
 
-def move(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Replaces a model's tensors by tensors without data (of `mode`) on the pretended GPU."""
-    with mode:
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, value in tensors.items():
-                    if value is not None:
-                        empty = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
-                        if isinstance(value, nn.Parameter):
-                            empty = nn.Parameter(empty, value.requires_grad)
-                        tensors[name] = empty
-    return model
-
-
 # ------------------------------------------------------------------------------------- predictions
 
 
@@ -271,7 +256,8 @@ def run_updates(
 
     torch._dynamo.reset()
     with pretend(gpu, make_runner) as mode:
-        move(model, mode)
+        with mode:
+            model.to_empty(device=CUDA)
         step = make_step()
         with mode:
             batch = random_batch(network.batch, network.img_size, network.classes, CUDA)
@@ -476,7 +462,7 @@ def main(args: argparse.Namespace) -> int:
     rows = taken_over(output, size_of | {"versions": head["versions"]}).get("rows", [])
     head |= size_of | {"script": "benchmarks/step/predict.py", "prediction": True}
     wanted = [(name, arm) for name in args.gpus for arm in choose_arms(args, GPUS[name])]
-    for index, (name, arm) in enumerate(wanted):
+    for name, arm in wanted:
         began = time.perf_counter()
         cost, source = predict_deep(network, arm, GPUS[name])
         row = row_of(network, arm, name, cost, source) | {"commit": head["commit"]}
@@ -484,12 +470,11 @@ def main(args: argparse.Namespace) -> int:
         rows.sort(key=lambda r: (list(GPUS).index(r["gpu"]), METHODS.index(r["method"])))
         compare(rows)
         cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
-        record = head | {"gpus": cards, "complete": index + 1 == len(wanted), "rows": rows}
-        write_record(output, record)
+        record = head | {"gpus": cards, "rows": rows}
+        write_record(output, record | {"complete": False})
         seconds = time.perf_counter() - began
         print(f"prediction, {', '.join(key_of(row))}: {seconds:.0f} s to lower", flush=True)
-    print(f"{table(record)}\n{len(rows)} predictions -> {output}")
-    return 0
+    return finish(output, record, table)
 
 
 if __name__ == "__main__":
