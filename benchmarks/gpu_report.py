@@ -3,22 +3,22 @@
     export PYTHONPATH=.:kernels
     python3 -m benchmarks.gpu_report --output runs/card  # the same command continues
 
-Needs torch, triton, timm and numpy. fastgn need not be installed, only checked out. A part of the
-report is one benchmark or one group of tests. Each part is a process with a time limit, so one that
-breaks or hangs does not stop the others. The most important parts come first, and a part begins
-only within --budget-s. The default of 530 s keeps a call below nine minutes: the first three parts
-fit into it, and the rest needs more calls. Parts that measure time run alone, because their
-compilation takes many times as long beside other processes. Other parts run at the same time.
+Needs torch, triton, timm, numpy, tyro and tomli_w. fastgn need not be installed, only checked out.
+`pip install --target FOLDER tyro tomli_w` makes a folder for PYTHONPATH on a machine without them.
 
-After each part, the folder --output holds report.json (commands, seconds, exit status, last lines
-and files of each part), the JSON records of all parts until then, and logs/. The records have the
+A part of the report is one benchmark or one group of tests. Each part is a process with a time
+limit, so one that breaks or hangs does not stop the others. The parts run one after the other, the
+most important ones first, and a part begins only within --budget-s. The default of 530 s keeps a
+call below nine minutes: the first three parts fit into it, and the rest needs more calls. A part
+that needs a missing package is skipped, and the report says so.
+
+After each part, the folder --output holds report.json (command, seconds, exit status, last lines
+and file of each part), the JSON records of all parts until then, and logs/. The records have the
 same names as in benchmarks/results, so those that should be kept can be copied there. A second call
 with the same folder, sources, device and commands runs only parts that have not succeeded.
 
-If tyro or tomli_w is missing, a stand-in replaces it, because most benchmarks import but never use
-it. A part that needs another missing package is skipped, and the report says so. On GPUs before
-sm_80, such as a V100, fp32 replaces bf16 and tf32. --smoke runs every part at toy size. It needs no
-GPU, and its times mean nothing.
+On GPUs before sm_80, such as a V100, fp32 replaces bf16 and tf32. --smoke runs every part at toy
+size. It needs no GPU, and its times mean nothing.
 """
 
 import argparse
@@ -39,8 +39,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import ROOT, option, program, slugify
+from benchmarks.common.arguments import ON_GPU, ROOT, device_name, option, program, slugify
 from benchmarks.common.records import read_json, write_json
+from fastgn import metrics
 from fastgn.errors import UserError, check
 
 LAST_LINES = 15
@@ -51,26 +52,6 @@ LEAST_S = 20
 """If fewer seconds than this are left, no further part of the report begins.
 
 Imports and compilation take about that long.
-"""
-
-STAND_INS = {
-    "tyro": """
-class _Missing:
-    def __init__(self, name): self.name = name
-    def __getattr__(self, name): return _Missing(f"{self.name}.{name}")
-    def __getitem__(self, item): return item  # tyro.conf's markers: an annotation is what it marks
-    def __call__(self, *args, **kwargs): return self  # the description of a flag
-conf, constructors = _Missing("tyro.conf"), _Missing("tyro.constructors")
-def cli(*args, **kwargs): raise RuntimeError("tyro is not installed")
-""",
-    "tomli_w": """
-def dumps(*args, **kwargs): raise RuntimeError("tomli_w is not installed")
-""",
-}
-"""Name of a package -> code that is imported in its place on a machine without that package.
-
-The code lets fastgn import the package, and raises an error if it is used. The file with the code
-comes last on the import path.
 """
 
 
@@ -89,8 +70,6 @@ class Part:
     """Packages that the command imports. If one is not installed, the part is skipped."""
     file: str | None = None
     """Name of the JSON record that the command writes into the report's folder."""
-    beside: bool = False
-    """Whether this part runs at the same time as the part before. Neither of them measures time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,22 +104,12 @@ class Machine:
         return notes
 
 
-def this_machine(smoke: bool) -> Machine:
-    """Returns the properties of this machine. smoke: whether only toy sizes are to run."""
-    if not torch.cuda.is_available():
-        return Machine("cpu", None, smoke)
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    return Machine(name, capability, smoke)
-
-
 def parts_for(machine: Machine, folder: Path) -> list[Part]:
     """Returns all parts of the report, the most important first.
 
     folder: folder of the report. The first three parts fit into the default of --budget-s. A part
     that ends early leaves its time to the parts after it.
     """
-    trainer = ("timm", "torchvision", "numpy")
-    flags = ("tyro", "tomli_w")  # for parts that use the trainer's command line
     network = "toy" if machine.smoke else "swin_b"
     best, *others = machine.precisions
 
@@ -151,7 +120,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
         limit_s: float,
         options: Sequence[object],
         toy: Sequence[object] = ("--smoke",),
-        needs: Sequence[str] = trainer,
+        needs: Sequence[str] = ("torchvision",),
         stem: str | None = None,
     ) -> Part:
         """Returns a part that runs a benchmark with `options`, or with `toy` if --smoke is given.
@@ -182,7 +151,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
         name: str, what: str, limit_s: float, *options: str, needs: Sequence[str] = ()
     ) -> Part:
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-        return Part(name, what, command, limit_s, ("pytest", "numpy", *needs))
+        return Part(name, what, command, limit_s, ("pytest", *needs))
 
     exact = ("--schedules", "exact", "--methods", "natural", "gradnorm")
     few = (*exact, "pgd_at", "gradnorm-paper")
@@ -196,17 +165,16 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     options = ("--minutes", 0.6, "--rounds", 20)
     toy = ("--rounds", 2, "--ops", "cross_entropy_index", "--stages", 4)
     toy += ("--batch-size", 2)
-    parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=("numpy",)))
+    parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=()))
 
     # the parts from here on are for a second call
     if not machine.smoke:
         on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
-        needs = ("sklearn", *trainer, *flags)
+        needs = ("sklearn", "torchvision")
         what = "CUDA graphs, and the cost suite on a GPU"
         parts.append(test("gpu_tests", what, 180, *on_gpu, "not synchronise", needs=needs))
         what = "no update waits for the device"
-        sync = test("sync_tests", what, 90, *on_gpu, "synchronise", needs=(*needs, *flags))
-        parts.append(dataclasses.replace(sync, beside=True))
+        parts.append(test("sync_tests", what, 90, *on_gpu, "synchronise", needs=needs))
 
     what = "updates of several processes, one on each GPU"
     toy = ("--check", "--processes", 2, "--rounds", 1, "--batch", 2)
@@ -218,7 +186,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
 
     what = "images a second of the attacks"
     options = ("--images", 1000, "--batch-size", 500, "--eps", "8/255")
-    needs = (*trainer, "pyautoattack")
+    needs = ("torchvision", "pyautoattack")
     parts.append(measure("attacks", "evidence.attacks", what, 150, options, needs=needs))
 
     if "fp32" in others:
@@ -226,26 +194,24 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
 
     what = "the share of small data in an update"
     toy = ("--images", 64, "--batch-size", 4, "--rounds", 1, "--calls", 1)
-    needs = (*trainer, *flags)
-    parts.append(measure("small_data", "data.small_data", what, 150, (), toy, needs=needs))
+    parts.append(measure("small_data", "data.small_data", what, 150, (), toy))
 
     what = "the gradient's distance from float64"
     options = ("--seeds", 2, "--fd-steps", 0.01)
     toy = ("--seeds", 1, "--fd-steps", 0.01, "--batches", 1, "--batch-size", 2)
     toy += ("--images", "random", "--networks", "tiny Swin")
-    distance = measure("precision", "step.precision", what, 90, options, toy)
-    parts.append(dataclasses.replace(distance, beside=True))
+    parts.append(measure("precision", "step.precision", what, 90, options, toy))
 
     if not machine.smoke:
         parts.append(cost(best, 250, *exact, "--budgets", 0.7, 0.5, suffix="_budgets"))
     if "tf32" in others:
         parts.append(cost("tf32", 200, *few))
 
-    what, needs = "images a second of the loaders", (*trainer, "PIL")
+    what, needs = "images a second of the loaders", ("torchvision", "PIL")
     parts.append(measure("loader", "data.loader", what, 60, (), needs=needs))
 
-    if machine.smoke:  # times of toy sizes do not count, so all parts may run at once
-        return [dataclasses.replace(part, beside=True, limit_s=300) for part in parts]
+    if machine.smoke:
+        return [dataclasses.replace(part, limit_s=300) for part in parts]
     parts.append(cost(best, 150, *exact, "--no-cuda-graphs", suffix="_no_graphs"))
     if "bf16-pure" in others:
         parts.append(cost("bf16-pure", 200, *few))
@@ -254,46 +220,32 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     return [*parts, cost(best, 300, *every, suffix="_schedules")]
 
 
-def run(
-    commands: Sequence[Sequence[str]], logs: Sequence[Path], limit_s: float, env: dict[str, str]
-) -> list[tuple[int | None, float]]:
-    """Runs Python with the arguments of each command, all at the same time.
+def run(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) -> int | None:
+    """Runs Python with some arguments, and returns its exit status, or None after limit_s seconds.
 
-    Returns an exit status and seconds for each command. The status is None if the command reached
-    the time limit. Ends all processes that the commands have started. logs: one file for the output
-    of each command. env: environment variables of the commands.
+    Ends all processes that the command has started. log: file for the output of the command. env:
+    environment variables of the command.
     """
-    began = time.monotonic()
-    processes: list[subprocess.Popen] = []
-    ended: dict[int, tuple[int | None, float]] = {}
     # a background job ignores Ctrl-C, and so would its children, which do not inherit a function
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with open(log, "wb") as out:
+        words = [sys.executable, *command]
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=env, stdout=out, start_new_session=True, **pipes
+        )
     try:
-        for command, log in zip(commands, logs, strict=True):
-            words = [sys.executable, *command]
-            with open(log, "wb") as out:
-                process = subprocess.Popen(
-                    words, cwd=ROOT, env=env, stdout=out, start_new_session=True, **pipes
-                )
-            processes.append(process)
-        while len(ended) < len(processes) and time.monotonic() < began + limit_s:
-            for index, process in enumerate(processes):
-                if index not in ended and process.poll() is not None:
-                    ended[index] = process.returncode, time.monotonic() - began
-            time.sleep(0.05)
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
     finally:
         # after SIGINT, pytest still prints what has failed
-        stops = ((signal.SIGINT, 4.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, 10.0))
-        for number, patience_s in stops:
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, number)  # also children of a process that has ended
-            for process in processes:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(patience_s)
-    return [ended.get(index, (None, limit_s)) for index in range(len(processes))]
+        for number, patience_s in ((signal.SIGINT, 4), (signal.SIGTERM, 2), (signal.SIGKILL, 10)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)  # also children of a process that has ended
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience_s)
 
 
 def last_lines(log: Path, number: int) -> list[str]:
@@ -311,20 +263,16 @@ def missing(names: Sequence[str]) -> list[str]:
 def environment_of_parts(folder: Path) -> dict[str, str]:
     """Returns the environment variables for the commands of the report.
 
-    The checkout comes first on the import path, and stand-ins for missing packages come last. The
-    compiler's caches are in the folder, unless the environment says where they are.
+    The checkout comes first on the import path. The compiler's caches are in the folder, unless the
+    environment says where they are.
     """
-    stand_ins = folder / "stand_ins"
-    for name in missing(list(STAND_INS)):
-        stand_ins.mkdir(parents=True, exist_ok=True)
-        (stand_ins / f"{name}.py").write_text(STAND_INS[name].lstrip())
-    path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""), str(stand_ins)]
-    caches = {
+    path = filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
+    return {
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"),
         "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
+        **os.environ,
+        **{"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"},
     }
-    path_of_parts = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "PYTHONUNBUFFERED": "1"}
-    return {**caches, **os.environ, **path_of_parts}
 
 
 def digest_of_sources() -> str:
@@ -335,16 +283,6 @@ def digest_of_sources() -> str:
             if path.suffix in (".py", ".toml"):
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def commit_of_checkout() -> str | None:
-    """Returns the commit of the checkout, or None if git or its folder is missing."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() or None
 
 
 class Report:
@@ -390,40 +328,32 @@ class Report:
         write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})
         return entry
 
-    def run(self, parts: Sequence[Part], limit_s: float, env: dict[str, str]) -> list[dict]:
-        """Runs several parts at the same time and returns their results.
+    def run(self, part: Part, limit_s: float, env: dict[str, str]) -> dict[str, Any]:
+        """Runs a part and returns its result.
 
-        limit_s: seconds after which they are ended. env: environment variables of their commands.
+        limit_s: seconds after which the part is ended. env: environment variables of its command.
         """
-        (self.folder / "logs").mkdir(exist_ok=True)
-        for part in parts:
-            # a record from other sources or another device must not be taken for this part's
-            if part.file and self.same(part) is None:
-                (self.folder / part.file).unlink(missing_ok=True)
-        logs = [self.folder / "logs" / f"{part.name}.log" for part in parts]
-        ended = run([part.command for part in parts], logs, limit_s, env)
-        entries = []
-        for part, log, (code, seconds) in zip(parts, logs, ended, strict=True):
-            written = part.file is not None and (self.folder / part.file).is_file()
-            if written:
-                self.name_commit(self.folder / str(part.file))
-            entry = self.add(
-                part,
-                "timed out" if code is None else "failed" if code else "ok",
-                seconds=round(seconds, 1),
-                limit_s=round(limit_s, 1),
-                exit_status=code,
-                last_lines=last_lines(log, 1 if code == 0 else LAST_LINES),
-                file=part.file if written else None,
-            )
-            entries.append(entry)
-        return entries
-
-    def name_commit(self, path: Path) -> None:
-        """Writes the commit into a benchmark's JSON record if its program could not find it out."""
-        record = read_json(path)
-        if self.commit is not None and "commit" in record and record["commit"] is None:
-            write_json(path, record | {"commit": self.commit})
+        log = self.folder / "logs" / f"{part.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        path = self.folder / part.file if part.file else None
+        # a record from other sources or another device must not be taken for this part's
+        if path and self.same(part) is None:
+            path.unlink(missing_ok=True)
+        began = time.monotonic()
+        code = run(part.command, log, limit_s, env)
+        seconds = min(time.monotonic() - began, limit_s)
+        record = read_json(path) if path else {}
+        if path and self.commit is not None and record.get("commit", "") is None:
+            write_json(path, record | {"commit": self.commit})  # its program could not find it out
+        return self.add(
+            part,
+            "timed out" if code is None else "failed" if code else "ok",
+            seconds=round(seconds, 1),
+            limit_s=round(limit_s, 1),
+            exit_status=code,
+            last_lines=last_lines(log, 1 if code == 0 else LAST_LINES),
+            file=part.file if path and path.is_file() else None,
+        )
 
 
 def line_of(entry: dict[str, Any]) -> str:
@@ -445,31 +375,23 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
     for note in notes:
         print(note)
     entries: list[dict[str, Any]] = []
-    groups: list[list[Part]] = []
     for part in parts:
-        groups[-1].append(part) if part.beside and groups else groups.append([part])
-    for group in groups:
-        todo = []
         left_s = budget_s - (time.monotonic() - began)
-        for part in group:
-            before, lacking = report.same(part), missing(part.needs)
-            reason = f"not installed: {', '.join(lacking)}" if lacking else None
-            if not lacking and left_s < LEAST_S:
-                reason = f"no time left: {max(left_s, 0):.0f} of {budget_s:.0f} s"
-            if before is not None and before["status"] == "ok":
-                entries.append(before | {"status": "ok before"})
-            elif reason:
-                entries.append(report.add(part, "skipped", reason=reason))
-            else:
-                print(f"{part.name}: {part.what} ...", flush=True)
-                todo.append(part)
-        if todo:
-            limit_s = min(max(part.limit_s for part in todo), left_s)
-            entries += report.run(todo, limit_s, env)
-        for entry in entries[-len(group) :]:
-            if entry["status"] in ("failed", "timed out"):
-                print(*entry["last_lines"], sep="\n")
-            print(line_of(entry), flush=True)
+        before, lacking = report.same(part), missing(part.needs)
+        if before is not None and before["status"] == "ok":
+            entry = before | {"status": "ok before"}
+        elif lacking:
+            entry = report.add(part, "skipped", reason=f"not installed: {', '.join(lacking)}")
+        elif left_s < LEAST_S:
+            reason = f"no time left: {max(left_s, 0):.0f} of {budget_s:.0f} s"
+            entry = report.add(part, "skipped", reason=reason)
+        else:
+            print(f"{part.name}: {part.what} ...", flush=True)
+            entry = report.run(part, min(part.limit_s, left_s), env)
+        entries.append(entry)
+        if entry["status"] in ("failed", "timed out"):
+            print(*entry["last_lines"], sep="\n")
+        print(line_of(entry), flush=True)
     print(f"\n{report.key['device']}, commit {report.commit}, sources {report.key['sources']}")
     print(*map(line_of, entries), *notes, sep="\n")
     print(f"{time.monotonic() - began:.0f} s -> {report.folder}")
@@ -485,9 +407,9 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
 def main(args: argparse.Namespace) -> int:
     """Runs the report. Returns 1 if a part failed, else 0."""
     began = time.monotonic()
-    machine = this_machine(args.smoke)
-    usable = machine.capability is not None or args.smoke
-    check(usable, "no GPU here; --smoke runs toy sizes")
+    check(ON_GPU or args.smoke, "no GPU here; --smoke runs toy sizes")
+    capability = torch.cuda.get_device_capability() if ON_GPU else None
+    machine = Machine(device_name(), capability, args.smoke)
     folder = (args.output or ROOT / "runs" / f"gpu_report_{machine.slug}").resolve()
     parts = {part.name: part for part in parts_for(machine, folder)}
     for name in args.parts or ():
@@ -496,7 +418,7 @@ def main(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}") from None
-    report = Report(folder, machine, digest_of_sources(), commit_of_checkout() or args.commit)
+    report = Report(folder, machine, digest_of_sources(), metrics.commit() or args.commit)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     chosen = [part for name, part in parts.items() if not args.parts or name in args.parts]
     return carry_out(report, chosen, began=began, budget_s=args.budget_s)
