@@ -16,6 +16,11 @@ from fastgn.metrics import environment
 
 ON_GPU = torch.cuda.is_available()
 """Whether this machine has a GPU. It decides the defaults of options."""
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+"""The first GPU, or the CPU if there is no GPU."""
+MODERN = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
+"""Whether this machine has a GPU that supports bf16."""
+PRECISION = "bf16" if MODERN else "fp32"
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -106,14 +111,9 @@ def program(*options: Option) -> Callable[[Callable[[argparse.Namespace], int]],
     return lambda run: Program(run, options)
 
 
-def default_device() -> torch.device:
-    """Returns the first GPU, or the CPU if there is no GPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def device_name() -> str:
     """Returns the name of the first GPU, or "cpu" if there is no GPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if ON_GPU else "cpu"
 
 
 def slugify(name: str) -> str:
@@ -132,20 +132,20 @@ def open_record(
     only this process writes it. "{device}" in `file` stands for the name of the device. The keys
     are the file, the device, the versions of packages, the commit and the hardware.
     """
-    name, gpu = device_name(), torch.cuda.is_available()
+    name = device_name()
     file = file.format(device=slugify(name))
     changed = [
         f"other --{key.replace('_', '-')}" for key, default in args.defaults.items()
         if key not in free and getattr(args, key) != default
     ]  # fmt: skip
-    changed += ["times of a CPU"] if needs_gpu and not gpu else []
+    changed += ["times of a CPU"] if needs_gpu and not ON_GPU else []
     output = args.output or RESULTS / file
     if changed and not args.output:
         what = ", ".join(changed)
         print(f"benchmarks/results keeps no run with {what}: written to runs/{file}")
         output = ROOT / "runs" / file
     hold(output)
-    head = {"file": output.name, "device": name, "meaningful_times": gpu}
+    head = {"file": output.name, "device": name, "meaningful_times": ON_GPU}
     return output, head | environment()
 
 

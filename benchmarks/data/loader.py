@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.common.arguments import ON_GPU, default_device, finish, open_record, option, program
+from benchmarks.common.arguments import DEVICE, ON_GPU, finish, open_record, option, program
 from benchmarks.common.tables import Column, Record, Row, cores, make_table, with_notes
 from benchmarks.common.timing import paired_ratios, summary, synchronize
 from fastgn.config import Config
@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> int:
         below = files_below(args.data_dir) if args.data_dir else None
         paths = below or jpeg_folder(Path(folder), args.files)
         size = {"batch_size": args.batch_size, "batches": args.batches, "rounds": args.rounds}
-        rows = measure(installed(), paths, **size, workers=workers, device=default_device())
+        rows = measure(installed(), paths, **size, workers=workers, device=DEVICE)
     record |= {"rows": rows, "ratios": compare(rows)}
     record["meaningful_times"] &= not args.smoke
     return finish(output, record, table)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import default_device, option
+from benchmarks.common.arguments import DEVICE, PRECISION, option
 from benchmarks.common.tables import (
     Record,
     Row,
@@ -32,7 +32,7 @@ from benchmarks.common.tables import (
     with_notes,
 )  # fmt: skip
 from benchmarks.common.timing import summary
-from benchmarks.evidence.study import Arm, Results, Study, device_precision, study_program
+from benchmarks.evidence.study import Arm, Results, Study, study_program
 from benchmarks.evidence.trials import Trial
 from fastgn.config import Config
 from fastgn.data.datasets import load_dataset
@@ -68,7 +68,7 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
     The penalty has its full weight, without a ramp. folder: output folder of
     the training. cfg: configuration with the data and gradnorm's options. count: number of images.
     """
-    where = default_device()
+    where = DEVICE
     model = load_trained(str(folder), where).model
     form = {"img_size": model.img_size, "crop_pct": 1.0}
     size = {"batch_size": 256, "workers": 0}
@@ -146,7 +146,7 @@ def summarize(row: Mapping[str, Any]) -> Results:
 )  # fmt: skip
 def main(args: argparse.Namespace, work: Path) -> Study:
     """Returns the study that the command line asks for. work: folder for the trainings."""
-    base = Config().replace(**BASE, precision=device_precision(), eps=EPS, eval_eps=EPS)
+    base = Config().replace(**BASE, precision=PRECISION, eps=EPS, eval_eps=EPS)
     attack, images, pgd_images, train_images = "autoattack", IMAGES, PGD_IMAGES, TRAIN_IMAGES
     epochs = {"natural": START_EPOCHS, "gradnorm": EPOCHS}
     if args.smoke:

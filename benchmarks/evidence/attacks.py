@@ -23,7 +23,7 @@ import torch
 from pyautoattack.examples.resnet import ResNet18
 from torch import nn
 
-from benchmarks.common.arguments import ON_GPU, default_device, finish, open_record, option, program
+from benchmarks.common.arguments import DEVICE, ON_GPU, finish, open_record, option, program
 from benchmarks.common.tables import Column, Record, device, make_table, with_notes
 from benchmarks.common.timing import interleaved, paired_ratios, summary
 from fastgn.analysis.attacker import Attacker, Precision
@@ -79,7 +79,7 @@ def table(record: Record) -> str:
 )
 def main(args: argparse.Namespace) -> int:
     """Times all attacks, and writes the JSON record."""
-    eps, where = parse_number(args.eps), default_device()
+    eps, where = parse_number(args.eps), DEVICE
     check(0 < eps <= 1, f"--eps {args.eps} must be above 0 and at most 1 (0..1 pixels)")
     output, record = open_record(args, "attacks_{device}.json", needs_gpu=True)
     model, side = network(args.smoke)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import finish, open_record, option, program
+from benchmarks.common.arguments import DEVICE, finish, open_record, option, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, make_table, over_seeds, percent, with_notes
 from benchmarks.common.timing import summary
@@ -93,8 +93,7 @@ def table(record: Record) -> str:
 )
 def main(args: argparse.Namespace) -> int:
     """Runs the seeds that are missing in the JSON record, and writes it after each."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    output, head = open_record(args, f"quickstart_{device}.json", ("seeds",))
+    output, head = open_record(args, f"quickstart_{DEVICE.type}.json", ("seeds",))
     seeds = taken_over(output, {"complete": False}).get("seeds", [])
     for seed in range(len(seeds), args.seeds):
         with tempfile.TemporaryDirectory() as folder:

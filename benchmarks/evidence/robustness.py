@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.arguments import option
+from benchmarks.common.arguments import PRECISION, option
 from benchmarks.common.tables import (
     ATTACKS,
     Record,
@@ -34,7 +34,7 @@ from benchmarks.common.tables import (
     over_seeds,
     with_notes,
 )  # fmt: skip
-from benchmarks.evidence.study import Arm, Study, device_precision, paired_difference, study_program
+from benchmarks.evidence.study import Arm, Study, paired_difference, study_program
 from benchmarks.evidence.trials import Trial
 from fastgn.config import Config, load_recipe
 from fastgn.objectives import build_objective
@@ -353,13 +353,13 @@ def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) ->
 
     network: key of Setting.networks. names: names of the methods. seeds: number of seeds.
     """
-    precision, number = device_precision(), list(setting.networks).index(network) + 1
-    plain = arm_config(setting, network, "natural", precision)
+    number = list(setting.networks).index(network) + 1
+    plain = arm_config(setting, network, "natural", PRECISION)
     plain = plain.replace(**setting.start, eval_interval=setting.start["epochs"])
     arms = []
     for place, budget in enumerate(setting.budgets):
         for name in (name for name in names if budget.arms is None or name in budget.arms):
-            cfg = arm_config(setting, network, name, precision)
+            cfg = arm_config(setting, network, name, PRECISION)
             units, epochs = units_of(cfg), max(1, round(budget.share * setting.epochs))
             runs = [
                 Trial(

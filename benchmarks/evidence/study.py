@@ -20,10 +20,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.special import stdtrit
 
-from benchmarks.common.arguments import ROOT, Option, Program, open_record, option
+from benchmarks.common.arguments import (
+    DEVICE,
+    ON_GPU,
+    PRECISION,
+    ROOT,
+    Option,
+    Program,
+    open_record,
+    option,
+)
 from benchmarks.common.records import earlier, write_record
 from benchmarks.common.tables import Row
 from benchmarks.common.timing import summary
@@ -70,7 +78,6 @@ def study_program(
     options: flags besides those of all studies. data: names of the data sets, the default first.
     seeds: default number of seeds.
     """
-    cuda = torch.cuda.is_available()
 
     def run(plan: Callable[[argparse.Namespace, Path], Study], args: argparse.Namespace) -> int:
         began, name = time.time(), Path(inspect.getfile(plan)).stem
@@ -79,11 +86,10 @@ def study_program(
         with lock_folder(work, f"--work {work}"):  # no other process trains there
             free = {"data_dir", "minutes", "processes", "work", "data"}
             free |= {"seeds"} if args.seeds >= seeds else set()
-            device = "cuda" if cuda else "cpu"
-            output, head = open_record(args, f"{name}_{args.data}_{device}.json", free)
+            output, head = open_record(args, f"{name}_{args.data}_{DEVICE.type}.json", free)
             study = plan(args, work)
             head |= {"script": f"benchmarks/evidence/{name}.py"}
-            head |= {"data": args.data, "precision": device_precision(), "seeds": args.seeds}
+            head |= {"data": args.data, "precision": PRECISION, "seeds": args.seeds}
             study = dataclasses.replace(study, head=head | study.head)
             return run_study(study, output, work, args.processes, began + 60 * args.minutes)
 
@@ -93,7 +99,7 @@ def study_program(
         option("--data-dir", help="CIFAR-10, as fastgn.train --data-dir takes it"),
         option("--seeds", default=seeds, help="number of seeds, from 0"),
         option("--minutes", default=1e6, help=limit),
-        option("--processes", default=1 if cuda else 2, help="at a time"),
+        option("--processes", default=1 if ON_GPU else 2, help="at a time"),
         option("--work", type=Path, help="folder of the trainings; default: below runs/"),
         option("--smoke", action="store_true", help="use toy sizes and APGD-CE alone"),
         *options,
@@ -248,9 +254,3 @@ def paired_difference(row: Row, other: Row, attack: str, eps: float) -> Differen
     mean, std, n = (summary(points)[key] for key in ("mean", "std", "n"))
     half_width = float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else math.inf
     return Difference(mean, std, half_width)
-
-
-def device_precision() -> str:
-    """Returns bf16 if the GPU supports it, else fp32."""
-    modern = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    return "bf16" if modern else "fp32"

@@ -37,7 +37,7 @@ from fastgn_kernels import ACTIVATIONS, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.arguments import ON_GPU, default_device, open_record, option, program
+from benchmarks.common.arguments import DEVICE, ON_GPU, open_record, option, program
 from benchmarks.common.records import describe_error, write_record
 from benchmarks.common.tables import Record, make_table, with_notes
 from benchmarks.common.timing import cold, summary
@@ -436,7 +436,7 @@ def main(args: argparse.Namespace) -> int:
 
     Returns 1 if an op failed or differs from PyTorch, else 0.
     """
-    began, device = time.perf_counter(), default_device()
+    began, device = time.perf_counter(), DEVICE
     output, head = open_record(args, "kernels_{device}.json", ("minutes",), needs_gpu=True)
     head |= {"batch_size": args.batch_size, "rounds": args.rounds}
     gpu = device.type == "cuda"

@@ -44,8 +44,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.common.arguments import (
+    DEVICE,
+    MODERN,
     ON_GPU,
-    default_device,
     open_record,
     option,
     positive_float,
@@ -70,8 +71,6 @@ from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precis
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
 
-MODERN = ON_GPU and torch.cuda.get_device_capability() >= (8, 0)
-"""Whether this machine has a GPU that supports bf16."""
 NO_MEANING = "NO GPU: counts are exact, times are ratios within this run, seconds mean nothing"
 
 METHODS = ("natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper", "fgsm_rs")
@@ -560,11 +559,9 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
 def main(args: argparse.Namespace) -> int:
     """Measures the updates that the options ask for. Returns 1 if all of them failed, else 0."""
     began, longest = time.perf_counter(), 0.0
-    device = default_device()
-    gpu = device.type == "cuda"
     arms = choose_arms(args)
     if not args.counts_only:
-        reasons = dict.fromkeys(explain_unsupported(arm.precision, device) for arm in arms)
+        reasons = dict.fromkeys(explain_unsupported(arm.precision, DEVICE) for arm in arms)
         why = "; ".join(filter(None, reasons))
         check(None in reasons, f"--precision leaves nothing to measure: {why}")
     file = f"cost_{args.model}_{'counts' if args.counts_only else '{device}'}.json"
@@ -584,13 +581,13 @@ def main(args: argparse.Namespace) -> int:
     record: dict[str, Any] = {
         **head,
         "script": "benchmarks/step/cost.py",
-        "meaning": "measured" if gpu else NO_MEANING,
+        "meaning": "measured" if ON_GPU else NO_MEANING,
         "model": args.model,
         "architecture": {"model": cfg.model, "model_kwargs": list(cfg.model_kwargs)},
         "img_size": network.img_size,
         "classes": classes,
         **{key: getattr(args, key) for key in ("batch", "rounds", "round_seconds")},
-        "kernels": choose_kernels(args.kernels, device),
+        "kernels": choose_kernels(args.kernels, DEVICE),
         "cuda_graphs": args.cuda_graphs,
         "energy": "not measured",
         "gemm": {},
@@ -598,11 +595,11 @@ def main(args: argparse.Namespace) -> int:
     }
     bench, joules = None, None
     if not args.counts_only:
-        print(record["device"] if gpu else NO_MEANING, flush=True)
+        print(record["device"] if ON_GPU else NO_MEANING, flush=True)
         precisions = list(dict.fromkeys(arm.precision for arm in arms))
-        record["gemm"] = gemm_rates(precisions, device, args.rounds)
+        record["gemm"] = gemm_rates(precisions, DEVICE, args.rounds)
         graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
-        network = network.to(device)
+        network = network.to(DEVICE)
         bench = UpdateBench(network, classes, args.batch, record["kernels"], **graphs)
         joules, record["energy"] = energy_counter()
     measured: dict[str, Measurement] = {}

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common.arguments import (
-    default_device,
+    DEVICE,
+    ON_GPU,
     finish,
     open_record,
     option,
@@ -53,7 +54,7 @@ SIDE, CLASSES = 32, 10
 IMAGES = ("random", "digits")
 UPDATES = 100
 """Number of updates by which a network is trained."""
-WIDTH = 64 if torch.cuda.is_available() else 8
+WIDTH = 64 if ON_GPU else 8
 """Width of PreActResNet-18. He's has 64."""
 FD_STEPS = (0.07, 0.01, 0.001)
 """Step sizes of finite differences, in normalised pixels. The paper uses 0.07 (eps / sigma)."""
@@ -82,9 +83,7 @@ def choose_arms(fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
 
     Also returns one line for each precision that it does not support.
     """
-    reasons = {
-        precision: explain_unsupported(precision, default_device()) for precision in PRECISIONS
-    }
+    reasons = {precision: explain_unsupported(precision, DEVICE) for precision in PRECISIONS}
     precisions = [precision for precision, why in reasons.items() if why is None]
     arms = [Arm("gradnorm", precision) for precision in precisions]
     for kind in ("finite-difference", "central-difference"):
@@ -121,7 +120,7 @@ def train(model: nn.Module, method: str, split: Arrays, updates: int, seed: int)
     """
     step = Arm(method).step(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ramp, ce = torch.ones((), device=default_device()), float("nan")
+    ramp, ce = torch.ones((), device=DEVICE), float("nan")
     for batch in batches(split, updates, 32, seed, 0):
         optimizer.zero_grad()
         ce = step([batch], ramp).ce
@@ -137,7 +136,7 @@ def batches(
     split: images to draw from. If None, the images are random. size: number of images per batch.
     seed, part: seeds of the draws.
     """
-    draw, where = make_generator(Stream.EVALUATION, seed, part), default_device()
+    draw, where = make_generator(Stream.EVALUATION, seed, part), DEVICE
     for _ in range(number):
         if split is None:
             images = torch.rand(size, 3, SIDE, SIDE, generator=draw)
@@ -157,7 +156,7 @@ def measure(
     digits. If None, the network is not trained, and the images are random.
     """
     digits = None if method is None else load_dataset(DatasetConfig(data="digits"))
-    where, config = default_device(), NETWORKS[network]
+    where, config = DEVICE, NETWORKS[network]
     found: dict[Arm, list[dict[str, float]]] = {arm: [] for arm in arms}
     last_ce, parameters = [], 0
     for seed in range(args.seeds):

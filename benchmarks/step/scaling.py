@@ -36,24 +36,24 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from benchmarks.common import arguments
 from benchmarks.common.arguments import (
     ON_GPU,
+    RESULTS,
     finish,
+    open_record,
     option,
     positive_float,
     positive_int,
     program,
 )
 from benchmarks.common.records import fastest_gradnorm, read_json, write_json, write_record
-from benchmarks.common.tables import Record, Row, make_table, plus_minus, with_notes
+from benchmarks.common.tables import Column, Record, Row, make_table, with_notes
 from benchmarks.common.timing import once, paired_ratios, summary
 from benchmarks.step.arms import random_batch
 from benchmarks.step.pretend import GPUS
 from fastgn import distributed
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.errors import check
-from fastgn.metrics import environment
 from fastgn.models.network import build_model
 from fastgn.objectives import ObjectiveConfig, build_objective
 from fastgn.step.gradients import CHUNK_BYTES
@@ -91,7 +91,7 @@ BACKWARD_SHARE = 2 / 3
 """Share of an update's compute that the compiled backward takes. The forward of gradnorm, with its
 input gradient, takes the rest. Source: overlap_swin_b_2_2_18_2.json and predict_swin_b.json, 21.2
 of 33.0 ms at the roofline of an H200."""
-SCHEDULE = arguments.RESULTS / "overlap_swin_b_2_2_18_2.json"
+SCHEDULE = RESULTS / "overlap_swin_b_2_2_18_2.json"
 """JSON record that says when the backward of Swin-B knows its gradients."""
 MODES = [(sync, dtype) for sync in ("flat", "overlap") for dtype in ("fp32", "bf16")]
 """Pairs of --grad-sync and --grad-dtype."""
@@ -333,11 +333,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     most = max(args.processes)
     few = f"--processes {most}: this machine has {cards} GPUs, so use at most {cards}"
     check(cards == 0 or most <= cards, few)
-    batch = batch_of_check(args)
     for processes in args.processes:
         for mode in CHECKED_MODES if cards and processes > 1 else CHECKED_MODES[:1]:
             with tempfile.TemporaryDirectory() as folder:
-                trial = Trial(processes, get_free_port(), *mode, batch, args.rounds, folder)
+                trial = Trial(processes, get_free_port(), *mode, args.batch, args.rounds, folder)
                 torch.multiprocessing.spawn(time_rank, (trial,), processes)
                 ranks = [read_json(Path(folder) / f"{rank}.json") for rank in range(processes)]
             # the slowest process counts, because the all-reduces cannot begin before it is ready
@@ -357,62 +356,31 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             yield row
 
 
-def batch_of_check(args: argparse.Namespace) -> int:
-    """Returns the number of images of each process in --check."""
-    return args.batch or (64 if ON_GPU else 4)
-
-
-def describe_check(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what the JSON record of --check says beside its rows."""
-    return {
-        "prediction": False,
-        "device": arguments.device_name(),
-        "model": "swin_b" if ON_GPU else "a small Swin, eager",
-        "batch": batch_of_check(args),
-        "cores": os.cpu_count(),
-        "rows": [],
-    }
-
-
 def table(record: Record) -> str:
     """Returns the Markdown table of predictions, or of their check on a CPU, from the record."""
     if not record.get("prediction"):
-        ratio = {"(compute + sums) : update": "predicted_over_measured"}
-        ratio |= {"sums : update": "sums_over_update"}
-        columns: dict[str, Callable[[Row], str]] = {
-            "processes": lambda r: str(r["processes"]),
+        columns: dict[str, Column] = {
+            "processes": "processes",
             "mode": lambda r: f"{r['grad_sync']}, {r['grad_dtype']}",
             "CUDA graphs": lambda r: "on" if r.get("cuda_graphs") else "off",
-            **{
-                name: lambda r, key=key: plus_minus(r[key], ".3f") if key in r else ""
-                for name, key in ratio.items()
-            },
-            "rounds": lambda r: str(r["update_ms"]["n"]),
+            "(compute + sums) : update": "predicted_over_measured:.3f",
+            "sums : update": "sums_over_update:.3f",
+            "rounds": "update_ms/n",
         }
         if record["device"] == "cpu":
             where = f"gloo on {record['cores']} cores for all processes: only ratios count"
         else:
             where = record["device"]
-            columns["ms per update"] = lambda r: plus_minus(r["update_ms"], ".1f")
+            columns["ms per update"] = "update_ms:.1f"
         note = f"{record['model']}, {record['batch']} images a process"
         return with_notes(make_table(record["rows"], columns), record, note, where)
-    by_gpus: dict[int, dict[tuple[str, str], Row]] = {}
+    by_gpus: dict[int, Record] = {}
     for row in record["rows"]:
-        by_gpus.setdefault(row["gpus"], {})[row["grad_sync"], row["grad_dtype"]] = row
-
-    def efficiency(modes: dict[tuple[str, str], Row], mode: tuple[str, str]) -> str:
-        row = modes.get(mode)
-        return "" if row is None else f"{100 * row['efficiency']:.0f} %, {row['days']:.2f} days"
-
-    columns = {
-        "GPUs": lambda modes: str(modes["flat", "fp32"]["gpus"]),
-        "nodes": lambda modes: str(modes["flat", "fp32"]["nodes"]),
-        "global batch": lambda modes: str(modes["flat", "fp32"]["global_batch"]),
-        **{
-            f"{mode[0]}, {mode[1]}": lambda modes, mode=mode: efficiency(modes, mode)
-            for mode in MODES
-        },
-    }
+        mode = f"{row['grad_sync']}, {row['grad_dtype']}"
+        cell = f"{100 * row['efficiency']:.0f} %, {row['days']:.2f} days"
+        by_gpus.setdefault(row["gpus"], dict(row))[mode] = cell
+    columns = {"GPUs": "gpus", "nodes": "nodes", "global batch": "global_batch"}
+    columns |= {", ".join(mode): ", ".join(mode) for mode in MODES}
     links = record["links"]
     return with_notes(
         make_table(list(by_gpus.values()), columns),
@@ -472,20 +440,20 @@ def main(args: argparse.Namespace) -> int:
         sum(value is not None for value in given) == 1,
         "give exactly one of --images-per-s, --cost, --predict and --check",
     )
-    if args.check:
-        record = describe_check(args)
-        name = f"scaling_check_{arguments.slugify(record['device'])}.json"
-    else:
+    if not args.check:
         record = predict(args)
         kind = "_predicted" * bool(args.predict)
         name = f"scaling_{record['model']}_{record['card']}{kind}.json"
-    output = args.output or arguments.RESULTS / name
-    head = {"script": "benchmarks/step/scaling.py", "file": output.name}
-    record = head | {"complete": False} | record | environment()
-    for row in measure(args) if args.check else ():
+        output, head = open_record(args, name, args.defaults)
+        return finish(output, head | record, table)
+    args.batch = args.batch or (64 if ON_GPU else 4)
+    output, record = open_record(args, "scaling_check_{device}.json", args.defaults)
+    record["model"] = "swin_b" if ON_GPU else "a small Swin, eager"
+    record |= {"prediction": False, "batch": args.batch, "cores": os.cpu_count(), "rows": []}
+    for row in measure(args):
         record["rows"].append(row)
-        write_record(output, record)
-    return finish(output, record | {"complete": True}, table)
+        write_record(output, record | {"complete": False})
+    return finish(output, record, table)
 
 
 if __name__ == "__main__":
