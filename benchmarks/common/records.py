@@ -8,36 +8,31 @@ never write the same record at the same time.
 import atexit
 import contextlib
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastgn import files
-from fastgn.errors import UserError, check
+from fastgn.errors import check
 from fastgn.lock import lock_file
 
-HELD: dict[Path, contextlib.AbstractContextManager[None]] = {}
-"""Path of a JSON record -> the file lock that this process holds on it until the process ends."""
+HELD: set[Path] = set()
+"""Paths of the JSON records that this process has locked."""
+LOCKS = contextlib.ExitStack()
+"""The locks of these records, which end with the process."""
+atexit.register(LOCKS.close)
 
 
 def hold(path: Path) -> None:
     """Locks a JSON record, so that no other process writes it until this process ends.
 
-    If another process has locked the record, prints an error and ends this process. Programs call
-    this first, so that they do not measure what they could not save.
+    Raises UserError if another process has locked the record. Programs call this first, so that
+    they do not measure what they could not save.
     """
     real = path.resolve()
-    if real in HELD:
-        return
-    lock = lock_file(real, f"--output {path}")
-    try:
-        lock.__enter__()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    HELD[real] = lock
-    atexit.register(lock.__exit__, None, None, None)
+    if real not in HELD:
+        LOCKS.enter_context(lock_file(real, f"--output {path}"))
+        HELD.add(real)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import inspect
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -212,32 +211,14 @@ def statistics_of(cells: Sequence[Row]) -> list[Results]:
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """Differences in accuracy of two arms, in points, one for each seed that both have."""
+def paired_difference(row: Row, other: Row, attack: str, eps: float) -> str:
+    """Returns a table's cell with the accuracy of an arm minus that of another arm, under an attack.
 
-    mean: float
-    std: float
-    """Standard deviation over the seeds, 0 if there is only one seed."""
-    half_width: float
-    """Half the width of the mean's 95 % interval by Student's t, infinite for one seed."""
+    The cell holds the mean over the seeds that both arms have, in points, and the standard
+    deviation, such as "+5.0 ± 3.6". A star follows if the 95 % interval of the mean by Student's t
+    does not contain 0. The cell is empty if no seed has both accuracies.
 
-    @property
-    def significant(self) -> bool:
-        """Whether the 95 % interval of the mean does not contain 0."""
-        return abs(self.mean) > self.half_width
-
-    def __str__(self) -> str:
-        """Returns the mean and the standard deviation. A star marks a significant difference."""
-        if math.isinf(self.half_width):
-            return f"{self.mean:+.1f}"
-        return f"{self.mean:+.1f} ± {self.std:.1f}{' *' if self.significant else ''}"
-
-
-def paired_difference(row: Row, other: Row, attack: str, eps: float) -> Difference | None:
-    """Returns the accuracy of an arm minus that of another arm, under one attack.
-
-    Returns None if no seed has both accuracies. row, other: rows of the two arms in the record.
+    row, other: rows of the two arms in the record.
     """
     ours, theirs = (
         {
@@ -249,8 +230,8 @@ def paired_difference(row: Row, other: Row, attack: str, eps: float) -> Differen
         for r in (row, other)
     )
     points = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
-    if not points:
-        return None
+    if len(points) < 2:
+        return f"{points[0]:+.1f}" if points else ""
     mean, std, n = (summary(points)[key] for key in ("mean", "std", "n"))
-    half_width = float(stdtrit(n - 1, 0.975)) * std / n**0.5 if n > 1 else math.inf
-    return Difference(mean, std, half_width)
+    half_width = stdtrit(n - 1, 0.975) * std / n**0.5
+    return f"{mean:+.1f} ± {std:.1f}{' *' if abs(mean) > half_width else ''}"
