@@ -17,9 +17,11 @@ Writes benchmarks/results/loader_<device>.json. On a CPU only the ratios mean so
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -42,7 +44,6 @@ from fastgn.data.batch import Batch
 from fastgn.data.datasets import Dataset, Files
 from fastgn.data.loader import build_loader
 from fastgn.errors import check
-from fastgn.files import write_bytes
 
 SIZES = ((500, 375), (375, 500), (500, 333), (500, 500))
 """(Width, height) of the most frequent ImageNet images, in pixels."""
@@ -71,8 +72,8 @@ def jpeg_folder(folder: Path, number: int) -> list[Path]:
     """Writes `number` random JPEGs into a folder and returns their paths."""
     draw = torch.Generator().manual_seed(0)
     paths = [folder / f"{i:05d}.jpg" for i in range(number)]
-    for i, path in enumerate(paths):
-        write_bytes(path, jpeg(SIZES[i % len(SIZES)], draw))
+    for path, size in zip(paths, itertools.cycle(SIZES)):
+        path.write_bytes(jpeg(size, draw))
     return paths
 
 
@@ -85,19 +86,17 @@ def files_below(folder: Path) -> list[Path]:
 
 def repeated(paths: list[Path], number: int) -> Files:
     """Returns a split of `number` images. If there are fewer files, the files are repeated."""
-    listed = (list(map(str, paths)) * (number // len(paths) + 1))[:number]
-    return Files(listed, torch.arange(number) % CLASSES)
+    listed = itertools.islice(itertools.cycle(map(str, paths)), number)
+    return Files(list(listed), torch.arange(number) % CLASSES)
 
 
-def iterator(
-    name: str, split: Files, batch_size: int, workers: int, device: torch.device
-) -> Iterator[Batch]:
+def iterator(name: str, split: Files, batch_size: int, workers: int) -> Iterator[Batch]:
     """Yields the batches of one epoch, as fastgn.train does. name: value of --loader."""
     data = DatasetConfig(loader=name, workers=workers)
     config = dataclasses.replace(Config(), dataset=data, augmentation=PAPER)
     dataset = Dataset("jpeg", split, split, tuple(map(str, range(CLASSES))))
     size = {"img_size": SIDE, "batch_size": batch_size, "grad_accum_steps": 1}
-    where: dict[str, Any] = {"rank": 0, "ranks": 1, "device": device}
+    where: dict[str, Any] = {"rank": 0, "ranks": 1, "device": DEVICE}
     return build_loader(config, dataset, mean=MEAN, std=STD, **size, **where).epoch(0)
 
 
@@ -129,12 +128,10 @@ def cpu_seconds() -> float:
 def measure(
     loaders: Sequence[str],
     paths: list[Path],
-    *,
     batch_size: int,
     workers: int,
     batches: int,
     rounds: int,
-    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Measures several loaders in turn, and returns one dict of results for each of them.
 
@@ -142,7 +139,7 @@ def measure(
     """
     drain = 2 * workers + 4  # this many batches empty the queues before a measurement
     split = repeated(paths, batch_size * ((rounds + 1) * drain + rounds * batches))
-    sources = {name: iterator(name, split, batch_size, workers, device) for name in loaders}
+    sources = {name: iterator(name, split, batch_size, workers) for name in loaders}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
     try:
         for number in range(rounds + 1):
@@ -179,11 +176,10 @@ def compare(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 def installed() -> list[str]:
     """Returns the names of the loaders that can run on this machine."""
-    try:
-        found = importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        found = False
-    return [x for x in LOADERS if x != "dali" or found]
+    with contextlib.suppress(ModuleNotFoundError):
+        if importlib.util.find_spec("nvidia.dali"):
+            return [*LOADERS]
+    return ["torch"]
 
 
 def table(record: Record) -> str:
@@ -233,8 +229,7 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         below = files_below(args.data_dir) if args.data_dir else None
         paths = below or jpeg_folder(Path(folder), args.files)
-        size = {"batch_size": args.batch_size, "batches": args.batches, "rounds": args.rounds}
-        rows = measure(installed(), paths, **size, workers=workers, device=DEVICE)
+        rows = measure(installed(), paths, args.batch_size, workers, args.batches, args.rounds)
     record |= {"rows": rows, "ratios": compare(rows)}
     record["meaningful_times"] &= not args.smoke
     return finish(output, record, table)

@@ -212,7 +212,7 @@ def statistics_of(cells: Sequence[Row]) -> list[Results]:
 
 
 def paired_difference(row: Row, other: Row, attack: str, eps: float) -> str:
-    """Returns a table's cell with the accuracy of an arm minus that of another arm, under an attack.
+    """Returns the difference in accuracy of two arms under one attack, as a cell of a table.
 
     The cell holds the mean over the seeds that both arms have, in points, and the standard
     deviation, such as "+5.0 ± 3.6". A star follows if the 95 % interval of the mean by Student's t

@@ -267,60 +267,54 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """A measurement of --check: the seconds of updates that several processes make together."""
-
-    processes: int
-    port: int
-    """Port on which the processes find each other."""
-    grad_sync: str
-    grad_dtype: str
-    cuda_graphs: bool
-    batch: int
-    rounds: int
-    folder: str
-    """Folder to which each process writes its seconds."""
-
-
-def time_rank(rank: int, trial: Trial) -> None:
+def time_rank(
+    rank: int,
+    count: int,
+    port: int,
+    mode: tuple[str, str, bool],
+    batch: int,
+    rounds: int,
+    file: str,
+) -> None:
     """Times updates as one of several processes, and saves the seconds of each round.
 
     A GPU runs Swin-B's compiled update. Without a GPU, it is the eager update of a small Swin.
+
+    count: number of processes. port: port on which the processes find each other. mode: as in
+    CHECKED_MODES. batch: images per process. file: beginning of the names of the files that the
+    processes write.
     """
-    count = trial.processes
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": trial.port}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in names.items()})
     torch.set_num_threads(1)
-    modes: dict[str, Any] = {"grad_sync": trial.grad_sync, "grad_dtype": trial.grad_dtype}
+    grad_sync, grad_dtype, cuda_graphs = mode
     side, architecture = CHECKED_SIDE, CHECKED
-    options = StepOptions(**modes)
+    options = StepOptions(grad_sync=grad_sync, grad_dtype=grad_dtype)
     if ON_GPU:
         side, architecture = 224, ArchitectureConfig(model="swin_b")
-        modes["cuda_graphs"] = trial.cuda_graphs
-        options = StepOptions(precision="bf16", compile=True, **modes)
+        fast = {"precision": "bf16", "compile": True, "cuda_graphs": cuda_graphs}
+        options = dataclasses.replace(options, **fast)
     with distributed.session() as world:
         model, _ = build_model(architecture, 1000)
         model.to(world.device)
         objective = build_objective(ObjectiveConfig(method="gradnorm"))
         update = RetryingStep(Step(model, objective, options, ranks=world))
         one = update.step
-        batch = [random_batch(trial.batch, side, 1000, world.device)]
+        images = [random_batch(batch, side, 1000, world.device)]
         ramp = torch.ones((), device=world.device)
-        work: dict[str, Callable[[], object]] = {"update": lambda: update(batch, ramp)}
-        if trial.grad_sync == "flat":
-            work["compute"] = lambda: one(batch, ramp)
+        work: dict[str, Callable[[], object]] = {"update": lambda: update(images, ramp)}
+        if grad_sync == "flat":
+            work["compute"] = lambda: one(images, ramp)
             work["sums"] = lambda: one.sum_over_ranks() if count > 1 else None
         seconds: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(trial.rounds + WARM_UP):
+        for _ in range(rounds + WARM_UP):
             for name, run in work.items():
                 if name != "sums":
                     one.gradients.clear()
                 world.barrier()
                 seconds[name].append(once(run))
-    path = Path(trial.folder) / f"{rank}.json"
-    write_json(path, {name: times[WARM_UP:] for name, times in seconds.items()})
+    write_json(Path(file + str(rank)), {name: t[WARM_UP:] for name, t in seconds.items()})
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
@@ -336,9 +330,10 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for processes in args.processes:
         for mode in CHECKED_MODES if cards and processes > 1 else CHECKED_MODES[:1]:
             with tempfile.TemporaryDirectory() as folder:
-                trial = Trial(processes, get_free_port(), *mode, args.batch, args.rounds, folder)
-                torch.multiprocessing.spawn(time_rank, (trial,), processes)
-                ranks = [read_json(Path(folder) / f"{rank}.json") for rank in range(processes)]
+                file = f"{folder}/rank"
+                size = (processes, get_free_port(), mode, args.batch, args.rounds, file)
+                torch.multiprocessing.spawn(time_rank, size, processes)
+                ranks = [read_json(Path(file + str(rank))) for rank in range(processes)]
             # the slowest process counts, because the all-reduces cannot begin before it is ready
             slowest = {
                 name: [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)]

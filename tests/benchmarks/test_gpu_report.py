@@ -339,7 +339,7 @@ def test_the_torch_loaders_row(tmp_path: Path) -> None:
     split = loader.repeated(paths, 60)
     assert len(split) == 60 and len(set(split.paths)) == 2
     options = {"batch_size": 2, "workers": 0, "batches": 3, "rounds": 2}
-    (row,) = loader.measure(["torch"], paths, **options, device=torch.device("cpu"))
+    (row,) = loader.measure(["torch"], paths, **options)
     assert row["images_per_s"]["n"] == 2 and row["images_per_s"]["min"] > 0
 
 

@@ -19,7 +19,6 @@ from benchmarks.common import arguments, energy
 from benchmarks.common.arguments import RESULTS
 from benchmarks.common.timing import interleaved
 from benchmarks.step import cost
-from benchmarks.step import launches as step_launches
 from fastgn.config.groups import ArchitectureConfig
 from fastgn.models.network import Classifier, build_model, use_kernels
 from fastgn.step.retry import RetryingStep
@@ -422,8 +421,8 @@ def test_each_arm_has_its_own_calls_and_watchers() -> None:
 def test_dispatches_are_those_of_the_call() -> None:
     x = torch.rand(64, 64)
     product = lambda: (x @ x).sum()  # noqa: E731
-    assert step_launches.launches(product, compiled=False)[1] == 2
-    assert step_launches.launches(product, compiled=True)[1] is None
+    assert cost.launches(product, compiled=False)[1] == 2
+    assert cost.launches(product, compiled=True)[1] is None
 
 
 def test_only_kernels_count_as_launches() -> None:
@@ -432,10 +431,10 @@ def test_only_kernels_count_as_launches() -> None:
     def event(name: str, where=cuda, **more):
         return types.SimpleNamespace(name=name, device_type=where, **more)
 
-    assert step_launches.is_kernel(event("triton_poi_fused_0"))
-    assert not step_launches.is_kernel(event("aten::mm", cpu))
-    assert not step_launches.is_kernel(event("Memcpy DtoD (Device -> Device)"))
-    assert not step_launches.is_kernel(event("Torch-Compiled Region", is_user_annotation=True))
+    assert cost.is_kernel(event("triton_poi_fused_0"))
+    assert not cost.is_kernel(event("aten::mm", cpu))
+    assert not cost.is_kernel(event("Memcpy DtoD (Device -> Device)"))
+    assert not cost.is_kernel(event("Torch-Compiled Region", is_user_annotation=True))
 
 
 # ----------------------------------------------------------------------------------------- compiled
