@@ -28,7 +28,7 @@ import math
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import fastgn_kernels
@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.arguments import DEVICE, ON_GPU, open_record, option, program
 from benchmarks.common.records import describe_error, write_record
-from benchmarks.common.tables import Record, make_table, with_notes
+from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.common.timing import cold, summary
 
 NO_MEANING = "NO GPU: small shapes on a CPU, these times mean nothing"
@@ -84,8 +84,8 @@ class Op(NamedTuple):
 
     call: Function
     """Calls the op. Its first argument is fastgn_kernels or `EAGER`."""
-    shapes: Callable[[Size], dict[str, tuple[int, ...]]]
-    """Takes the sizes and returns the name and shape of each input that is differentiated."""
+    inputs: Sequence[str]
+    """Names of the inputs that are differentiated, as in `shapes`."""
     constants: Callable[[Size, torch.dtype], dict[str, Tensor]] = lambda size, dtype: {}
     """Takes sizes and dtype and returns the arguments that are not differentiated, on the CPU."""
     stages: str = "first"
@@ -104,33 +104,21 @@ def shift_mask(size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"mask": torch.where(masked, -100.0, 0.0).to(dtype)}
 
 
-def hidden(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the name and shape of the input of an MLP's activation."""
-    return {"x": (size.rows, 4 * size.channels)}
+def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all tensors that an op may be differentiated by.
 
-
-def tokens(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of LayerNorm's inputs."""
-    one = (size.channels,)
-    return {"x": (size.rows, size.channels), "weight": one, "bias": one}
-
-
-def logits(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the name and shape of cross-entropy's input."""
-    return {"logits": (size.images, CLASSES)}
-
-
-def pixels(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the name and shape of the input of the op gradient_norm."""
-    return {"x": (size.images, 3, SIDE, SIDE)}
-
-
-def windows(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of window attention's inputs."""
-    tokens = WINDOW**2
+    `hidden` is the input of an MLP's activation, and `score_bias` is added to attention scores.
+    """
+    channels, tokens = size.channels, WINDOW**2
     return {
+        "hidden": (size.rows, 4 * channels),
+        "hidden_bias": (4 * channels,),
+        **dict.fromkeys(("x", "residual"), (size.rows, channels)),
+        **dict.fromkeys(("weight", "bias"), (channels,)),
         "qkv": (size.windows, tokens, 3, size.heads, HEAD_DIM),
-        "bias": (size.heads, tokens, tokens),
+        "score_bias": (size.heads, tokens, tokens),
+        "logits": (size.images, CLASSES),
+        "pixels": (size.images, 3, SIDE, SIDE),
     }
 
 
@@ -144,42 +132,37 @@ def entropy(f: Any, logits: Tensor, targets: Tensor) -> Tensor:
     return f.cross_entropy(logits, targets, reduction="none")
 
 
-EAGER = types.SimpleNamespace(
-    **{name: getattr(reference, name) for name in ("activation", "layer_norm", "cross_entropy")},
-    gradient_norm=reference.gradient_norm,
-    window_attention_qkvpacked=lambda qkv, *more: reference.window_attention(*qkv.unbind(), *more),
-)
+EAGER = types.SimpleNamespace(**vars(reference))
 """PyTorch's version of each op, with the arguments of fastgn_kernels."""
-
+EAGER.window_attention_qkvpacked = lambda qkv, *more: reference.window_attention(
+    *qkv.unbind(), *more
+)
 
 OPS = {
     # the other kinds differ from gelu only in arithmetic, so one shape and dtype is enough for them
     **{
-        kind: Op(lambda f, x, kind=kind: f.activation(x, kind), hidden, dtypes=SHORT)
+        kind: Op(lambda f, x, kind=kind: f.activation(x, kind), ["hidden"], dtypes=SHORT)
         for kind in ACTIVATIONS
     },
-    "gelu": Op(lambda f, x: f.activation(x, "gelu"), hidden, stages="all"),
-    "bias_gelu": Op(
-        lambda f, x, bias: f.activation(x, "gelu", bias),
-        lambda s: {**hidden(s), "bias": (4 * s.channels,)},
-    ),
-    "layer_norm": Op(lambda f, *xs: f.layer_norm(*xs), tokens, stages="all"),
+    "gelu": Op(lambda f, x: f.activation(x, "gelu"), ["hidden"], stages="all"),
+    "bias_gelu": Op(lambda f, x, bias: f.activation(x, "gelu", bias), ["hidden", "hidden_bias"]),
+    "layer_norm": Op(lambda f, *xs: f.layer_norm(*xs), ["x", "weight", "bias"], stages="all"),
     "add_layer_norm": Op(
         lambda f, x, r, *affine: f.layer_norm(x, *affine, residual=r),
-        lambda s: {"x": tokens(s)["x"], "residual": tokens(s)["x"], **tokens(s)},
+        ["x", "residual", "weight", "bias"],
     ),
-    "window_attention": Op(attention, windows, stages="all"),
-    "shifted_window_attention": Op(attention, windows, shift_mask, "all"),
+    "window_attention": Op(attention, ["qkv", "score_bias"], stages="all"),
+    "shifted_window_attention": Op(attention, ["qkv", "score_bias"], shift_mask, "all"),
     "cross_entropy_index": Op(
-        *(entropy, logits),
+        *(entropy, ["logits"]),
         *(lambda s, dtype: {"targets": torch.randint(CLASSES, (s.images,))}, "none"),
     ),
     "cross_entropy_soft": Op(
-        *(entropy, logits),
+        *(entropy, ["logits"]),
         *(lambda s, dtype: {"targets": torch.rand(s.images, CLASSES).softmax(1)}, "none"),
     ),
-    "gradient_norm_l1": Op(lambda f, x: f.gradient_norm(x, 1), pixels, stages="none"),
-    "gradient_norm_l2": Op(lambda f, x: f.gradient_norm(x, 2), pixels, stages="none"),
+    "gradient_norm_l1": Op(lambda f, x: f.gradient_norm(x, 1), ["pixels"], stages="none"),
+    "gradient_norm_l2": Op(lambda f, x: f.gradient_norm(x, 2), ["pixels"], stages="none"),
 }
 """Name of each op -> its description."""
 
@@ -256,8 +239,7 @@ def build(key: CaseKey, batch: int, device: torch.device) -> Case:
     op, size = OPS[key.op], Size(batch, *STAGES.get(key.stage, (0, 0, 0)))
     constants = {k: x.to(device) for k, x in op.constants(size, key.dtype).items()}
     inputs = {
-        name: torch.randn(shape, device=device, dtype=key.dtype)
-        for name, shape in op.shapes(size).items()
+        name: torch.randn(shapes(size)[name], device=device, dtype=key.dtype) for name in op.inputs
     }
     shape = " x ".join(map(str, next(iter(inputs.values())).shape))
     if "qkv" in inputs:
@@ -313,13 +295,6 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def copier(moved: int, device: torch.device) -> Callable[[], Tensor]:
-    """Returns a function that reads moved / 2 bytes on the device and writes as many elsewhere."""
-    source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=device)
-    to = torch.empty_like(source)
-    return lambda: to.copy_(source)
-
-
 def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) -> float:
     """Returns the largest relative L2 difference of our results to PyTorch's. None counts as 0."""
     errors = [0.0]
@@ -345,7 +320,9 @@ def measure(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
         moved = bytes_moved(asked["ours"][order])
         arms: dict[str, Callable] = {name: runs[order] for name, runs in asked.items()}
         off = difference(arms["ours"](), arms["eager"]())
-        timings = cold({**arms, "copy": copier(moved, v.device)}, rounds=rounds)
+        source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=v.device)
+        arms["copy"] = functools.partial(torch.empty_like(source).copy_, source)
+        timings = cold(arms, rounds=rounds)
         ms = {name: summary([1e3 * s for s in times]) for name, times in timings.items()}
         share, faster = (ms[name]["median"] / ms["ours"]["median"] for name in ("copy", "eager"))
         row: dict[str, Any] = {
@@ -376,16 +353,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def line_of(row: Mapping[str, Any]) -> str:
-    """Returns the results of one measurement as a line for the terminal."""
-    off = "" if row["agrees"] else f", DIFFERS by {row['relative_difference_to_eager']}"
-    return (
-        f"{row['op']:24} {row['shape']:30} {row['dtype']:8} {row['order']:8} "
-        f"{row['ms']['ours']['median']:8.4f} ms, {100 * row['share_of_copy']:4.0f} % of a copy, "
-        f"{row['times_as_fast_as']['eager']:.2f} times as fast as eager{off}"
-    )
-
-
 def table(record: Record) -> str:
     """Returns this benchmark's Markdown table, made from its JSON record.
 
@@ -399,20 +366,16 @@ def table(record: Record) -> str:
     # if an op lacks an order, its row is left out, and the record says why
     shown = [{"op": op, **orders} for op, orders in ops.items() if {*ORDERS} <= orders.keys()]
 
-    def shares(row: Any) -> str:
-        return ", ".join(f"{100 * row[order]['share_of_copy']:.0f} %" for order in ORDERS)
-
-    def second(row: Any) -> str:
-        faster, leaner = (
-            row["second"][k]["eager"] for k in ("times_as_fast_as", "times_less_memory_than")
-        )
-        return f"{faster:.2f} ({leaner:.2f})"
-
-    columns = {
-        "op": lambda r: r["op"],
-        "shape": lambda r: r["shape"],
-        "share of copy bandwidth: forward, backward, second": shares,
-        "second: eager / fused, time (memory)": second,
+    columns: dict[str, Column] = {
+        "op": "op",
+        "shape": "shape",
+        "share of copy bandwidth: forward, backward, second": lambda r: ", ".join(
+            f"{100 * r[order]['share_of_copy']:.0f} %" for order in ORDERS
+        ),
+        "second: eager / fused, time (memory)": lambda r: (
+            f"{r['second']['times_as_fast_as']['eager']:.2f} "
+            f"({r['second']['times_less_memory_than']['eager']:.2f})"
+        ),
     }
     note = (
         f"{record['device']}, batch {record['batch_size']}, {shown[-1]['dtype']}, medians of "
@@ -436,11 +399,10 @@ def main(args: argparse.Namespace) -> int:
 
     Returns 1 if an op failed or differs from PyTorch, else 0.
     """
-    began, device = time.perf_counter(), DEVICE
+    began = time.perf_counter()
     output, head = open_record(args, "kernels_{device}.json", ("minutes",), needs_gpu=True)
     head |= {"batch_size": args.batch_size, "rounds": args.rounds}
-    gpu = device.type == "cuda"
-    print("" if gpu else NO_MEANING)
+    print("" if ON_GPU else NO_MEANING)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
@@ -457,9 +419,12 @@ def main(args: argparse.Namespace) -> int:
         try:
             gc.collect()
             torch.cuda.empty_cache()
-            for row in measure(build(key, args.batch_size, device), args.rounds):
+            for row in measure(build(key, args.batch_size, DEVICE), args.rounds):
                 rows.append(row)
-                print(line_of(row), flush=True)
+                off = "" if row["agrees"] else ", DIFFERS from eager"
+                print(
+                    f"{key}, {row['order']}: {row['share_of_copy']:.0%} of a copy{off}", flush=True
+                )
         except Exception as error:  # the other cases are still measured
             failed.append(f"{key}: {describe_error(error)}")
             print(f"FAILED: {failed[-1]}", flush=True)
@@ -470,7 +435,7 @@ def main(args: argparse.Namespace) -> int:
         f"{len(rows)} rows, {len(skipped)} skipped, {len(failed)} failed, {len(wrong)} differ from "
         f"eager -> {output}"
     )
-    print("" if gpu else NO_MEANING)
+    print("" if ON_GPU else NO_MEANING)
     return int(bool(wrong or failed))
 
 

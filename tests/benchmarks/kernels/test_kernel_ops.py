@@ -73,8 +73,13 @@ def test_kernels_runs_on_a_cpu_and_counts_bytes(tmp_path: Path) -> None:
 
 
 MOVES = {
-    **dict.fromkeys(kernels.ACTIVATIONS, "x -> y; gy x -> gx; v gy x -> ggy gx"),
-    "bias_gelu": "x bias -> y; gy x bias -> gx gbias; v gy x bias -> ggy gx gbias",
+    **dict.fromkeys(
+        kernels.ACTIVATIONS, "hidden -> y; gy hidden -> ghidden; v gy hidden -> ggy ghidden"
+    ),
+    "bias_gelu": (
+        "hidden hidden_bias -> y; gy hidden hidden_bias -> ghidden ghidden_bias; "
+        "v gy hidden hidden_bias -> ggy ghidden ghidden_bias"
+    ),
     "layer_norm": (
         "x weight bias -> y; gy x weight -> gx gweight gbias; v gy x weight -> ggy gx gweight"
     ),
@@ -84,18 +89,20 @@ MOVES = {
         "v gy sum weight -> ggy gx gweight"
     ),
     "window_attention": (
-        "qkv bias -> y; gy qkv bias -> gqkv gbias; v gy qkv bias -> ggy gqkv gbias"
+        "qkv score_bias -> y; gy qkv score_bias -> gqkv gscore_bias; "
+        "v gy qkv score_bias -> ggy gqkv gscore_bias"
     ),
     "shifted_window_attention": (
-        "qkv bias mask -> y; gy qkv bias mask -> gqkv gbias; v gy qkv bias mask -> ggy gqkv gbias"
+        "qkv score_bias mask -> y; gy qkv score_bias mask -> gqkv gscore_bias; "
+        "v gy qkv score_bias mask -> ggy gqkv gscore_bias"
     ),
     **dict.fromkeys(
         ("cross_entropy_index", "cross_entropy_soft"),
         "logits targets -> y; gy logits targets -> glogits; v gy logits targets -> ggy glogits",
     ),
-    # the second derivative of L1 with respect to x is zero, so it is not written
-    "gradient_norm_l1": "x -> y; gy x -> gx; v gy x -> ggy",
-    "gradient_norm_l2": "x -> y; gy x y -> gx; v gy x y -> ggy gx",
+    # the second derivative of L1 with respect to the pixels is zero, so it is not written
+    "gradient_norm_l1": "pixels -> y; gy pixels -> gpixels; v gy pixels -> ggy",
+    "gradient_norm_l2": "pixels -> y; gy pixels y -> gpixels; v gy pixels y -> ggy gpixels",
 }
 """Op -> tensors read and written: in the forward; in the backward; in the second order.
 
