@@ -23,6 +23,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -157,91 +158,66 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
         yield builds
 
 
-def all_orders(
-    op: Callable,
-    *shapes: tuple[int, ...],
-    dtype: torch.dtype,
-    weights: Sequence[tuple[int, ...]] = (),
-) -> None:
-    """Launches all kernels of an op: its forward, its backward, and the backward of its backward.
+class Launch(NamedTuple):
+    """An op, and inputs with which all of its kernels are launched."""
 
-    shapes: shapes of the inputs, in `dtype`. weights: shapes of further inputs, in float32. First
-    only the gradient of the first input is differentiated again, as for a gradient penalty, and
-    then the gradients of all inputs.
-    """
-    inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    inputs += [torch.empty(shape, requires_grad=True) for shape in weights]
-    y = op(*inputs)
-    ys = [y] if isinstance(y, Tensor) else list(y)
-    gys = [torch.empty_like(y, requires_grad=True) for y in ys]
-    every = len(inputs)
-    for inner, outer in dict.fromkeys([(1, every), (1, 1), (every, every)]):
-        gxs = torch.autograd.grad(ys, inputs[:inner], gys, create_graph=True)
-        vs = [torch.empty_like(g) for g in gxs]
-        wanted = [*gys, *inputs[:outer]]
-        torch.autograd.grad(gxs, wanted, vs, retain_graph=True, allow_unused=True)
+    op: Callable
+    shapes: Sequence[tuple[int, ...]]
+    """Shapes of the inputs in the dtype for which the kernels are compiled."""
+    weights: Sequence[tuple[int, ...]] = ()
+    """Shapes of further inputs, in float32."""
 
+    def all_orders(self, dtype: torch.dtype) -> None:
+        """Launches the forward of the op, its backward, and the backward of its backward.
 
-LAYER_NORMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-"""Numbers of channels at which LayerNorm is compiled: Swin's and ViT's, and around each tile
-size."""
+        First only the gradient of the first input is differentiated again, as for a gradient
+        penalty, and then the gradients of all inputs.
+        """
+        inputs = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in self.shapes]
+        inputs += [torch.empty(shape, requires_grad=True) for shape in self.weights]
+        y = self.op(*inputs)
+        ys = [y] if isinstance(y, Tensor) else list(y)
+        gys = [torch.empty_like(y, requires_grad=True) for y in ys]
+        every = len(inputs)
+        for inner, outer in dict.fromkeys([(1, every), (1, 1), (every, every)]):
+            gxs = torch.autograd.grad(ys, inputs[:inner], gys, create_graph=True)
+            vs = [torch.empty_like(g) for g in gxs]
+            wanted = [*gys, *inputs[:outer]]
+            torch.autograd.grad(gxs, wanted, vs, retain_graph=True, allow_unused=True)
 
 
-def layer_norms(dtype: torch.dtype, residual: bool = False) -> None:
-    """Launches all kernels of LayerNorm at each number of channels.
-
-    residual: whether to launch the kernels that first add a second input, instead of those of plain
-    LayerNorm.
-    """
-    op: Callable = layer_norm
-    if residual:
-        op = lambda x, y, *affine: layer_norm(x, *affine, residual=y)  # noqa: E731
-    for columns in LAYER_NORMS[:-1] if residual else LAYER_NORMS:
-        inputs, weights = [(64, columns)] * (1 + residual), [(columns,)] * 2
-        all_orders(op, *inputs, dtype=dtype, weights=weights)
-
-
-def launch(
-    op: Callable, *shapes: tuple[int, ...], weights: Sequence[tuple[int, ...]] = ()
-) -> Callable[..., None]:
-    """Returns a function that takes a dtype and launches all kernels of an op.
-
-    The function calls `all_orders`, which describes shapes and weights.
-    """
-    return lambda dtype: all_orders(op, *shapes, dtype=dtype, weights=weights)
-
-
-def launch_attention(
-    heads: int, dim: int, masks: int = 0, biased: bool = True
-) -> Callable[..., None]:
-    """Returns a function that takes a dtype and launches all kernels of window attention.
+def attention(heads: int, dim: int, masks: int = 0, biased: bool = True) -> Launch:
+    """Returns a launch of window attention.
 
     dim: channels per head. masks: number of windows per image, each with a mask of its own, or 0
     for no masks. biased: whether a bias is added to the attention scores.
     """
     mask = torch.zeros(masks, 49, 49) if masks else None
     op = lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask)  # noqa: E731
-    return launch(op, (3, 64, heads, 49, dim), weights=[(heads, 49, 49)] if biased else [])
+    return Launch(op, [(3, 64, heads, 49, dim)], [(heads, 49, 49)] if biased else [])
 
 
-TOKENS, HIDDEN = 2 * 56 * 56, 4 * 128
-"""Number of tokens of two images in Swin-B's first stage, and width of its MLP's hidden layer."""
+LAYER_NORMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+"""Numbers of channels at which LayerNorm is compiled: Swin's and ViT's, and around each tile
+size."""
+HIDDEN = (2 * 56 * 56, 4 * 128)
+"""Shape of the hidden layer of an MLP in Swin-B's first stage: tokens of two images, channels."""
 
-LAUNCHES: dict[str, Callable[..., None]] = {
+LAUNCHES: dict[str, list[Launch]] = {
     **{
-        f"activation {kind}": launch(functools.partial(activation, kind=kind), (TOKENS, HIDDEN))
+        f"activation {kind}": [Launch(functools.partial(activation, kind=kind), [HIDDEN])]
         for kind in ACTIVATIONS
     },
     **{
-        f"activation {kind} with bias": launch(
-            lambda x, bias, kind=kind: activation(x, kind, bias), (TOKENS, HIDDEN), (HIDDEN,)
-        )
+        f"activation {kind} with bias": [
+            Launch(lambda x, b, kind=kind: activation(x, kind, b), [HIDDEN], [HIDDEN[1:]])
+        ]
         for kind in ("gelu", "mish")
     },
     **{
-        f"cross_entropy {name}": launch(
-            functools.partial(cross_entropy, targets=targets), (len(targets), classes)
-        )
+        f"cross_entropy {name}": [
+            Launch(functools.partial(cross_entropy, targets=targets), [(len(targets), classes)])
+        ]
         for name, classes, targets in (
             ("index", 1000, torch.zeros(256, dtype=torch.int64)),
             ("soft", 1000, torch.zeros(256, 1000)),
@@ -249,33 +225,37 @@ LAUNCHES: dict[str, Callable[..., None]] = {
         )
     },
     **{
-        f"gradient_norm L{ord}": launch(
-            functools.partial(gradient_norm, ord=ord), (32, 3, 224, 224)
-        )
+        f"gradient_norm L{ord}": [
+            Launch(functools.partial(gradient_norm, ord=ord), [(32, 3, 224, 224)])
+        ]
         for ord in (1, 2)
     },
-    "layer_norm": layer_norms,
-    "layer_norm of a sum": functools.partial(layer_norms, residual=True),
+    "layer_norm": [Launch(layer_norm, [(64, c)], [(c,), (c,)]) for c in LAYER_NORMS],
+    "layer_norm of a sum": [
+        Launch(lambda x, y, *affine: layer_norm(x, *affine, residual=y), 2 * [(64, c)], 2 * [(c,)])
+        for c in LAYER_NORMS[:-1]
+    ],
     # Swin-B's first stage (shifted), its third (not shifted), no bias, and wider heads
-    "window_attention": launch_attention(heads=4, dim=32, masks=64),
-    "window_attention no mask": launch_attention(heads=16, dim=32),
-    "window_attention no bias": launch_attention(heads=4, dim=32, biased=False),
-    "window_attention D = 64": launch_attention(heads=4, dim=64, masks=64),
+    "window_attention": [attention(heads=4, dim=32, masks=64)],
+    "window_attention no mask": [attention(heads=16, dim=32)],
+    "window_attention no bias": [attention(heads=4, dim=32, biased=False)],
+    "window_attention D = 64": [attention(heads=4, dim=64, masks=64)],
 }
-"""Name of an op -> function that takes a dtype and launches the op's kernels at Swin-B's shapes.
+"""Name of an op -> launches of its kernels at Swin-B's shapes.
 
 window_attention launches nothing on a card before sm_80, nor in float32.
 """
 
 
-def builds_of(launch: Callable[[torch.dtype], None], capability: int) -> Iterator[dict]:
-    """Yields a dict for the JSON record for each kernel that `launch` launches.
+def builds_of(launches: Sequence[Launch], capability: int) -> Iterator[dict]:
+    """Yields a dict for the JSON record for each kernel that is launched.
 
-    launch: takes a dtype and launches the kernels of an op. capability: of the GPU, such as 90.
+    capability: compute capability of the GPU, such as 90.
     """
     for dtype in DTYPES[capability]:
         with compile_only(capability) as builds:
-            launch(dtype)
+            for launch in launches:
+                launch.all_orders(dtype)
         for build in builds:
             yield {"dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(build)}
 

@@ -33,10 +33,12 @@ ONE_NUMBER_A_ROW = {"_cross_entropy_fwd_kernel", "_gradient_norm_reduce_kernel"}
     "capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in SHARED_LIMIT if c != 90)]
 )
 @pytest.mark.parametrize("op", LAUNCHES)
-def test_builds(op: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # of ten widths: all of them take ptxas a quarter of an hour, and the script builds them
-    monkeypatch.setattr(kernel_builds, "LAYER_NORMS", (128, 1024, 4096))
-    builds = list(builds_of(LAUNCHES[op], capability))
+def test_builds(op: str, capability: int) -> None:
+    launches = LAUNCHES[op]
+    if op.startswith("layer_norm"):
+        # of ten widths: all of them take ptxas a quarter of an hour, and the script builds them
+        launches = [x for x in launches if x.shapes[0][1] in (128, 1024, 4096)]
+    builds = list(builds_of(launches, capability))
     count = Counter(build["dtype"] for build in builds)
     for dtype in DTYPES[capability]:
         built = count.pop(str(dtype).removeprefix("torch."), 0)
