@@ -32,14 +32,7 @@ from benchmarks.common.arguments import (
     program,
 )
 from benchmarks.common.tables import Column, Record, make_table, with_notes
-from benchmarks.step.predict import (
-    Network,
-    kernels_of,
-    moved_bytes,
-    node_flops,
-    repetitions,
-    run_updates,
-)
+from benchmarks.step.predict import Network, kernels_of, run_updates
 from benchmarks.step.pretend import GPUS, Gpu
 from benchmarks.step.scaling import Links, Sum, exposed_seconds
 from fastgn.objectives import ObjectiveConfig, build_objective
@@ -96,16 +89,12 @@ def schedule_of(lowering: Any, gpu: Gpu) -> tuple[float, list[Sum]]:
 
     lowering: Inductor's GraphLowering of the graph, whose scheduler gives the order.
     """
-    flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
-    repeated = repetitions(lowering)
     seconds, sums = 0.0, []
-    for kernel, origins in kernels_of(lowering):
+    for kernel, origins, _, kernel_s in kernels_of(lowering, gpu, "bf16"):
         if "all_reduce" in str(getattr(kernel.node, "op_overload", None)):
             sums.append((seconds, reduced_bytes(origins)))
-            continue
-        work = sum(flops.pop(o, 0) for o in origins)
-        moved = moved_bytes(kernel, repeated)
-        seconds += max(moved / gpu.bytes_per_s, work / gpu.flop_per_s["bf16"])
+        else:
+            seconds += kernel_s
     return seconds, [Sum(begin / seconds, nbytes) for begin, nbytes in sums]
 
 

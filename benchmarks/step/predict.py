@@ -103,17 +103,13 @@ def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
 
 def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
     """Returns the cost of all kernels that a graph (Inductor's GraphLowering) becomes."""
-    flops = {n: count for n in lowering.module.graph.nodes if (count := node_flops(n))}
-    cost = Cost(flops=sum(flops.values()))
-    repeated = repetitions(lowering)
-    for kernel, origins in kernels_of(lowering):
-        work = sum(flops.pop(o, 0) for o in origins)
-        moved = moved_bytes(kernel, repeated)
+    cost = Cost(flops=sum(map(node_flops, lowering.module.graph.nodes)))
+    for kernel, origins, moved, seconds in kernels_of(lowering, gpu, precision):
         extern = type(kernel).__name__ == "ExternKernelSchedulerNode"
         cost.extern += extern
         cost.generated += not extern
         cost.bytes += moved
-        cost.seconds += max(moved / gpu.bytes_per_s, work / gpu.flop_per_s[precision])
+        cost.seconds += seconds
         cost.by_kind[kind_of(kernel, origins)] += moved
     if not lowering.is_backward:
         own = [x for x in lowering.graph_outputs if x.has_tensor_output()]
@@ -122,27 +118,31 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
     return cost
 
 
-def kernels_of(lowering: Any) -> Iterator[tuple[Any, list[torch.fx.Node]]]:
-    """Yields (kernel, operators that it computes) for each kernel of a graph, in their order.
+def kernels_of(
+    lowering: Any, gpu: Gpu, precision: str
+) -> Iterator[tuple[Any, list[torch.fx.Node], int, float]]:
+    """Yields each kernel of a graph, in their order.
 
-    lowering: Inductor's GraphLowering of the graph.
+    With it come the operators that it computes, the bytes that it moves, and its seconds at the
+    roofline. lowering: Inductor's GraphLowering of the graph. precision: precision of the update.
     """
     from torch._inductor.ir import MultiOutput
 
+    repeated, counted = repetitions(lowering), set[torch.fx.Node]()
     for kernel in lowering.scheduler.nodes:
         # a node for one of an operator's several outputs launches nothing itself
         is_nop = type(kernel).__name__ == "NopKernelSchedulerNode"
         if is_nop or isinstance(kernel.node, MultiOutput):
             continue
         inner = [n.node for n in kernel.get_nodes()]
-        origins = dict.fromkeys(o for n in inner for o in getattr(n, "origins", None) or ())
-        yield kernel, [o for o in origins if o.op == "call_function"]
-
-
-def moved_bytes(kernel: Any, repeated: Counter[str]) -> int:
-    """Returns the bytes that a kernel reads and writes. repeated: see `repetitions`."""
-    names = kernel.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
-    return sum(names.values()) - sum(repeated[name] for name in names)
+        used = dict.fromkeys(o for n in inner for o in getattr(n, "origins", None) or ())
+        origins = [o for o in used if o.op == "call_function"]
+        names = kernel.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+        moved = sum(names.values()) - sum(repeated[name] for name in names)
+        work = sum(node_flops(o) for o in origins if o not in counted)
+        counted.update(origins)
+        seconds = max(moved / gpu.bytes_per_s, work / gpu.flop_per_s[precision])
+        yield kernel, origins, moved, seconds
 
 
 def repetitions(lowering: Any) -> Counter[str]:
