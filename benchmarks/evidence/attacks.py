@@ -43,9 +43,8 @@ def network(smoke: bool) -> tuple[nn.Module, int]:
     """
     torch.manual_seed(0)
     if smoke:
-        layers = (nn.Conv2d(3, 16, 3, stride=2), nn.GELU(), nn.Flatten(), nn.LazyLinear(10))
+        layers = (nn.Conv2d(3, 16, 3, stride=2), nn.GELU(), nn.Flatten(), nn.Linear(784, 10))
         model: nn.Module = nn.Sequential(*layers)
-        model(torch.zeros(1, 3, 16, 16))  # LazyLinear takes its number of inputs from this call
     else:
         file = Path(pyautoattack.__file__).parent / "examples" / "model_test.pt"
         model = ResNet18()

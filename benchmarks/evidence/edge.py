@@ -10,16 +10,14 @@ Writes benchmarks/results/edge_digits_<device>.json.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common.tables import Record, accuracy_columns, make_table, over_seeds, with_notes
 from benchmarks.evidence.robustness import digits
-from benchmarks.evidence.study import Arm, Results, Study, study_program
-from benchmarks.evidence.trials import Trial, evaluation_file
+from benchmarks.evidence.study import Arm, Study, study_program
+from benchmarks.evidence.trials import Trial
 
 ARMS: dict[str, dict[str, Any]] = {
     "natural": {"method": "natural"},
@@ -35,30 +33,10 @@ TRAINING = {
 }
 """Options of fastgn.train that all compared trainings share."""
 FLAGS = (
-    *("--attacks", "clean", "pgd-20", "apgd-ce", "apgd-t"),
+    *("--attacks", "clean", "pgd-20", "apgd-ce", "apgd-t", "apgd-ce+t"),
     *("--eps", repr(EPS), "--num-images", "360"),
 )
 """Command-line flags of fastgn.evaluate that all evaluations share."""
-
-
-def survivors(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the accuracy under both APGD-CE and APGD-T, from the evaluation of one model."""
-    (model,) = evaluation["models"]
-    bits = [r["correct"] for r in model["results"] if r["attack"] in ("apgd-ce", "apgd-t")]
-    assert len(bits) == 2, "both attacks were run"
-    right = sum(a == b == "1" for a, b in zip(*bits, strict=True))
-    images = len(bits[0])
-    return {"attack": "apgd-ce+t", "eps": EPS, "accuracy": right / images, "images": images}
-
-
-def measure(trial: Trial, work: Path) -> Results:
-    """Returns the accuracy under both APGD-CE and APGD-T, as further results of a training.
-
-    work: folder that holds the trainings.
-    """
-    (flags,) = trial.evaluations
-    evaluation = json.loads(evaluation_file(work / trial.key, flags).read_text())
-    return {"accuracy": [survivors(evaluation)]}
 
 
 def table(record: Record) -> str:
@@ -105,7 +83,7 @@ def main(args: argparse.Namespace, work: Path) -> Study:
         **{"network": network, "eps": EPS, "epochs": epochs, "training": TRAINING, "arms": ARMS},
         "images": int(flags[-1]),
     }
-    return Study(arms, head, measure)
+    return Study(arms, head)
 
 
 if __name__ == "__main__":

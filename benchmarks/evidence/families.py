@@ -172,9 +172,7 @@ def main(args: argparse.Namespace) -> int:
     same = {"complete": False, "versions": head["versions"]}
     rows = taken_over(output, same).get("rows", [])
     done = {row["family"] for row in rows}
-    for family in timm.list_modules():
-        if family in done:
-            continue
+    for family in (family for family in timm.list_modules() if family not in done):
         row = scan_apart(family)
         rows.append(row)
         print(family, row.get("model"), row["with_twins"], row.get("replaced"), flush=True)

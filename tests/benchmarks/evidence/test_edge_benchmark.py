@@ -38,12 +38,3 @@ def test_the_record_holds_every_arm_and_is_not_made_twice(
     assert lines[0].startswith("| arm | clean, % | APGD-CE 0.025 | APGD-CE+T 0.025 |")
     assert [line.split(" | ")[0] for line in lines[2:6]] == [f"| {arm}" for arm in edge.ARMS]
     assert "8 held-out images" in lines[-1] and "1 seed" in lines[-1]
-
-
-def test_an_image_survives_both_attacks_or_neither() -> None:
-    results = [
-        {"attack": name, "correct": bits}
-        for name, bits in (("clean", "1111"), ("apgd-ce", "1101"), ("apgd-t", "1011"))
-    ]
-    found = edge.survivors({"models": [{"results": results}]})
-    assert (found["attack"], found["accuracy"], found["images"]) == ("apgd-ce+t", 0.5, 4)
