@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks.evidence.digests import digest, digests_of
 from fastgn import evaluate, train
@@ -198,14 +197,12 @@ def run_all(
         stages = [[t for trial in trials for t in (trial.start, trial) if t is not None]]
     for stage in stages:
         left = [t for t in {t.key: t for t in stage}.values() if missing(t, work)]
-        with tqdm(total=len(left), unit="trial", disable=None) as bar:
-            try:
-                for trial, failure in outcomes(left, work, processes, deadline):
-                    bar.update()
-                    print(f"{trial.name}: {f'failed: {failure}' if failure else 'finished'}")
-                    save()
-            except Stopped:
-                return False
+        try:
+            for trial, failure in outcomes(left, work, processes, deadline):
+                print(f"{trial.name}: {f'failed: {failure}' if failure else 'finished'}")
+                save()
+        except Stopped:
+            return False
     return True
 
 

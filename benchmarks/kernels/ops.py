@@ -206,17 +206,6 @@ class CaseKey(NamedTuple):
         return f"{self.op}, stage {self.stage}, {name_of(self.dtype)}"
 
 
-class Case(NamedTuple):
-    """One op of fastgn_kernels with inputs of one shape and dtype."""
-
-    key: CaseKey
-    shape: str
-    functions: dict[str, Function]
-    """The op of fastgn_kernels as "ours", and PyTorch's as "eager"."""
-    inputs: dict[str, Tensor]
-    """Name of each tensor input that is differentiated -> the tensor."""
-
-
 def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
     """Returns the measurements to make: the first one of every op, then the second ones, and so on.
 
@@ -231,10 +220,13 @@ def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
     return [key for rank in itertools.zip_longest(*by_op) for key in rank if key]
 
 
-def build(key: CaseKey, batch: int, device: torch.device) -> Case:
-    """Returns the tensors and functions for one measurement, at Swin-B's shapes.
+def build(
+    key: CaseKey, batch: int, device: torch.device
+) -> tuple[str, dict[str, Function], dict[str, Tensor]]:
+    """Returns the shape, functions and inputs of one measurement, at Swin-B's shapes.
 
-    key: op, stage and dtype of the measurement. batch: number of images.
+    The functions are the op of fastgn_kernels as "ours", and PyTorch's as "eager". The inputs are
+    those that are differentiated. key: op, stage and dtype. batch: number of images.
     """
     op, size = OPS[key.op], Size(batch, *STAGES.get(key.stage, (0, 0, 0)))
     constants = {k: x.to(device) for k, x in op.constants(size, key.dtype).items()}
@@ -245,15 +237,10 @@ def build(key: CaseKey, batch: int, device: torch.device) -> Case:
     if "qkv" in inputs:
         inputs["qkv"] = inputs["qkv"].permute(2, 0, 3, 1, 4)  # strides of a linear layer's output
         shape = f"{size.windows} windows x {size.heads} heads"
-    return Case(
-        key,
-        f"stage {key.stage}: {shape}" if key.stage else shape,
-        {
-            name: functools.partial(op.call, f, **constants)
-            for name, f in (("ours", fastgn_kernels), ("eager", EAGER))
-        },
-        {name: x.requires_grad_() for name, x in inputs.items()},
-    )
+    both = {"ours": fastgn_kernels, "eager": EAGER}
+    functions = {name: functools.partial(op.call, f, **constants) for name, f in both.items()}
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    return f"stage {key.stage}: {shape}" if key.stage else shape, functions, leaves
 
 
 def listed(y: Outputs) -> list[Tensor]:
@@ -304,18 +291,19 @@ def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) ->
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
-def measure(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
+def measure(key: CaseKey, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Times forward, backward and second order of an op, and yields a row of the record for each.
 
-    The row of the second order also has the peak memory of all orders together. rounds: number of
-    measured calls of each order.
+    The row of the second order also has the peak memory of all orders together. batch: number of
+    images. rounds: number of measured calls of each order.
     """
-    inputs = list(case.inputs.values())
+    shape, functions, leaves = build(key, batch, DEVICE)
+    inputs = list(leaves.values())
     with torch.no_grad():
-        ys = listed(case.functions["ours"](*inputs))
+        ys = listed(functions["ours"](*inputs))
     gys = [torch.randn_like(y).requires_grad_() for y in ys]
     v = torch.randn_like(inputs[0])
-    asked = {name: requests(f, inputs, gys, v) for name, f in case.functions.items()}
+    asked = {name: requests(f, inputs, gys, v) for name, f in functions.items()}
     for order in ORDERS:
         moved = bytes_moved(asked["ours"][order])
         arms: dict[str, Callable] = {name: runs[order] for name, runs in asked.items()}
@@ -326,9 +314,9 @@ def measure(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
         ms = {name: summary([1e3 * s for s in times]) for name, times in timings.items()}
         share, faster = (ms[name]["median"] / ms["ours"]["median"] for name in ("copy", "eager"))
         row: dict[str, Any] = {
-            "op": case.key.op,
-            "shape": case.shape,
-            "dtype": name_of(case.key.dtype),
+            "op": key.op,
+            "shape": shape,
+            "dtype": name_of(key.dtype),
             "order": order,
             "bytes": moved,
             "ms": ms,
@@ -336,12 +324,12 @@ def measure(case: Case, rounds: int) -> Iterator[dict[str, Any]]:
             "share_of_copy": share,
             "times_as_fast_as": {"eager": faster},
             "relative_difference_to_eager": off if math.isfinite(off) else None,
-            "agrees": off <= DIFFERENCE[case.key.dtype],
+            "agrees": off <= DIFFERENCE[key.dtype],
         }
         if order == "second" and v.device.type == "cuda":
             peaks = {
                 name: peak_bytes(lambda f=f: requests(f, inputs, gys, v)["second"]())
-                for name, f in case.functions.items()
+                for name, f in functions.items()
             }
             leaner = {"eager": peaks["eager"] / max(peaks["ours"], 1)}
             row |= {"peak_bytes": peaks, "times_less_memory_than": leaner}
@@ -419,7 +407,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             gc.collect()
             torch.cuda.empty_cache()
-            for row in measure(build(key, args.batch_size, DEVICE), args.rounds):
+            for row in measure(key, args.batch_size, args.rounds):
                 rows.append(row)
                 off = "" if row["agrees"] else ", DIFFERS from eager"
                 print(

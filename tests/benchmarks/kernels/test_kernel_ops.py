@@ -114,13 +114,13 @@ v is the cotangent of the first input's gradient. A g before a tensor's name mea
 @pytest.mark.parametrize("op", kernels.OPS)
 def test_bytes_are_those_of_what_an_op_takes_and_returns(op: str, dtype: torch.dtype) -> None:
     key = kernels.choose_cases([op], [3])[0]._replace(dtype=dtype)
-    case = kernels.build(key, 1, torch.device("cpu"))
-    ours, inputs = case.functions["ours"], list(case.inputs.values())
+    _, functions, leaves = kernels.build(key, 1, torch.device("cpu"))
+    ours, inputs = functions["ours"], list(leaves.values())
     ys = kernels.listed(ours(*inputs))
     gys = [torch.randn_like(y).requires_grad_() for y in ys]
     v = torch.randn_like(inputs[0])
     asked = kernels.requests(ours, inputs, gys, v)
-    sizes = {**case.inputs, **ours.keywords, "v": v, **dict(zip(("y", "sum"), ys, strict=False))}
+    sizes = {**leaves, **ours.keywords, "v": v, **dict(zip(("y", "sum"), ys, strict=False))}
 
     def nbytes(name: str) -> int:
         while name not in sizes:
