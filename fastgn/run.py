@@ -29,6 +29,7 @@ from fastgn.step.double_backward import describe_compilations
 from fastgn.step.plan import Plan
 from fastgn.step.retry import RetryingStep, out_of_memory
 from fastgn.step.step import Step
+from fastgn.trouble import Watch, describe_not_finite
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
 """Names of the values that are summed on the device between two rows of metrics.csv."""
@@ -100,6 +101,7 @@ class Run:
         self.reset_clock()
         self.named_bad: set[str] = set()
         """Lines about bad images that have been printed."""
+        self.watch = Watch()
         self.first_s: float | None = None
         """Seconds that the host spent on this process's first update, which compiles the step."""
 
@@ -260,13 +262,9 @@ class Run:
 
         what: text that names the value, such as "a weight after update 3".
         """
-        tries = ["a lower --lr", "--clip-grad 1.0"]
-        if self.cfg.step.precision != "fp32":
-            tries.append("--precision fp32")
-        if self.step.objective.needs_input_gradient:
-            tries.append("a longer --ramp-epochs")
-        last_good_checkpoint = self.last_checkpoint("the last good checkpoint")
-        return UserError(f"{what} is not finite ({last_good_checkpoint}): try {', '.join(tries)}")
+        penalised = self.step.objective.needs_input_gradient
+        last = self.last_checkpoint("the last good checkpoint")
+        return UserError(describe_not_finite(what, last, self.cfg.step.precision, penalised))
 
     def last_checkpoint(self, name: str) -> str:
         """Returns a clause for a message that says where the last checkpoint is.
@@ -389,7 +387,7 @@ class Run:
         self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
         while (counts := self.count_correct(self.subset)) is None:
             self.subset.batch_size //= 2
-        clean, robust = (self.world.sum(counts) / self.subset.size).tolist()
+        clean, robust, *fgsm = (self.world.sum(counts) / self.subset.size).tolist()
         self.accuracy = {"clean_accuracy": clean, "pgd10_accuracy": robust}
         score = clean if self.cfg.objective.method == "natural" else robust
         self.is_best = score > self.best
@@ -401,6 +399,9 @@ class Run:
                 f"epoch {epoch:g}: clean {clean:.1%}, PGD-10 at {eps:.4g} {robust:.1%} "
                 f"({self.subset.name})"
             )
+            rows = self.metrics.path if self.step.objective.differences else None
+            for line in self.watch.find(rows, robust, *fgsm):
+                self.metrics.print(line)
         self.report_bad_images(self.subset, "validation")
         self.reset_clock()
         if self.on_evaluation is not None:
@@ -408,7 +409,7 @@ class Run:
 
     def count_correct(self, subset: Subset) -> Tensor | None:
         """Returns this rank's numbers of correctly classified images, without an attack and under
-        PGD-10.
+        PGD-10. If the method attacks with a single step at full strength, also under FGSM.
 
         None means that the device ran out of memory. subset: the validation images.
         """
@@ -416,8 +417,10 @@ class Run:
         pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
         seed_all(Stream.EVALUATION, self.cfg.run.seed, self.world.rank)
         try:
-            clean = attacks.count_correct(model, subset, device=device)
-            return torch.stack([clean, attacks.count_correct(model, subset, pgd, device=device)])
+            single = self.cfg.objective.single_step and self.attack_ramp == 1
+            tried = (None, pgd, *([partial(attacks.fgsm, eps=eps)] if single else []))
+            found = [attacks.count_correct(model, subset, a, device=device) for a in tried]
+            return torch.stack(found)
         except RuntimeError as error:
             if not out_of_memory(error) or subset.batch_size == 1:
                 raise

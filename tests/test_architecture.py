@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "extras": {"config", "errors"},
     "search_space": {"config", "errors"},
     "seeding": set(),
+    "trouble": {"errors", "metrics"},
     "attacks": set(),
     "objectives": {"attacks", "errors", "fields", "objectives"},
     "step": {"attacks", "config", "errors", "objectives", "step"},

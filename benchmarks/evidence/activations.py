@@ -1,13 +1,13 @@
-"""Measures fit and robustness of gradnorm with piecewise linear and smooth activations.
+"""Measures fit and robustness with piecewise linear and smooth activations.
 
-The paper finds that gradnorm needs smooth activations. Here PreActResNet-18 is trained naturally
-with each activation, and then by gradnorm from those weights. Activations and BatchNorm are the
-only nonlinear layers of this network.
+The paper finds that gradnorm needs smooth activations, and that adversarial training needs them
+less. Here PreActResNet-18 is trained naturally with each activation, and then by gradnorm and by
+PGD-3 from those weights. Activations and BatchNorm are the only nonlinear layers of this network.
 
     python -m benchmarks.evidence.activations
 
 The fit is measured by cross-entropy and penalty of training images without augmentation, in eval
-mode, before and after gradnorm.
+mode, before and after that. PGD-20 attacks all held-out images, APGD-CE what it leaves.
 
 Writes benchmarks/results/activations_digits_<device>.json.
 """
@@ -15,7 +15,7 @@ Writes benchmarks/results/activations_digits_<device>.json.
 import argparse
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.common.arguments import DEVICE, PRECISION, option
 from benchmarks.common.tables import (
+    ATTACKS,
     Record,
     Row,
     accuracy_columns,
@@ -32,7 +33,14 @@ from benchmarks.common.tables import (
     with_notes,
 )  # fmt: skip
 from benchmarks.common.timing import summary
-from benchmarks.evidence.study import Arm, Results, Study, study_program
+from benchmarks.evidence.study import (
+    DIFFERENCES,
+    Arm,
+    Results,
+    Study,
+    mean_difference,
+    study_program,
+)
 from benchmarks.evidence.trials import Trial
 from fastgn.config import Config
 from fastgn.data.datasets import load_dataset
@@ -49,14 +57,15 @@ SPECTRUM = (
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
 BASE = {
     **{"data": "digits", "model": "preact_resnet18", "model_kwargs": ["width=4"], "img_size": 16},
-    **{"smoothing": 0.0, "clip_grad": 1.0, "batch_size": 32, "lr": 4e-3, "model_ema_decay": 0.98},
+    **{"smoothing": 0.1, "clip_grad": 1.0, "batch_size": 32, "lr": 4e-3, "model_ema_decay": 0.98},
     **{"eval_images": 360, "checkpoint_hist": 1},
 }
 """Options of fastgn.train that all trainings share."""
+METHODS = ("gradnorm", "pgd_at")
 START_EPOCHS, EPOCHS, EPS = 8, 12, 0.1
-"""Epochs of natural training, and of gradnorm, which starts from the natural weights."""
-IMAGES, PGD_IMAGES, TRAIN_IMAGES = 30, 360, 1437
-"""Numbers of images that AutoAttack and PGD-20 attack, and on which the fit is measured."""
+"""Epochs of natural training, and of each method, which starts from the natural weights."""
+IMAGES, TRAIN_IMAGES = 360, 1437
+"""Numbers of images that are attacked, and on which the fit is measured."""
 
 
 def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
@@ -82,46 +91,87 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
     return dict(zip(("objective", "ce", "penalty", "grad_l1"), total.tolist(), strict=True))
 
 
-MEANS = {
-    "clean, %": "clean_mean",
-    "AutoAttack, %": "robust_mean",
-    "penalty, % of the start's": "penalty_ratio",
-    "objective, % of the start's": "objective_ratio",
-}
-"""Heading in the second table -> key in a row of the record."""
+def method_of(row: Row) -> str:
+    """Returns the method of a row. Rows of an older record have none, and are of gradnorm."""
+    return row.get("method", "gradnorm")
 
 
 def table(record: Record) -> str:
     """Returns this benchmark's Markdown table of all activations, made from its JSON record.
 
-    Below it are the means of the piecewise linear and of the smooth activations.
+    Below it is a table of the differences between activations.
     """
     rows = [row for row in record["rows"] if row["accuracy"]]
+    several = len({method_of(row) for row in rows}) > 1
     columns = {
+        "method": [method_of(row) if several else "" for row in rows],
         "activation": [row["activation"] for row in rows],
         **accuracy_columns(rows),
         "cross-entropy": [f"{row['ce_after']['mean']:.2f}" for row in rows],
         "penalty, of the start's": [f"{row['penalty_ratio']['mean']:.1%}" for row in rows],
         "objective, of the start's": [f"{row['objective_ratio']['mean']:.1%}" for row in rows],
     }
-    images = record["images"]
+    images, epochs = record["images"], record["epochs"]
+    attacked = f"{images} images, APGD-CE on those that PGD-20 leaves"
+    if not isinstance(images, int):
+        attacked = f"AutoAttack on {images['autoattack']} images, the rest on {images['pgd']}"
     notes = [
         f"{record['network']}, {record['data']}, {device(record)}, {record['precision']}, "
         f"{over_seeds(record['seeds'])}",
-        f"{record['epochs']['natural']} natural epochs, then {record['epochs']['gradnorm']} of "
-        f"gradnorm at eps {record['eps']:.4g}",
-        f"AutoAttack on {images['autoattack']} images, the rest on {images['pgd']}",
+        f"{epochs['natural']} natural epochs, then {epochs['gradnorm']} of each method at eps "
+        f"{record['eps']:.4g}",
+        attacked,
     ]
-    kinds: dict[str, list[Row]] = {"piecewise linear": [], "smooth": []}
-    for row in rows:
-        bent = row["activation"].partition(":")[0] in PIECEWISE_LINEAR
-        kinds["piecewise linear" if bent else "smooth"].append(row)
-    means = {"kind": [f"{kind} ({len(group)})" for kind, group in kinds.items() if group]}
-    for heading, key in MEANS.items():
-        values = [[100 * r[key]["mean"] for r in group] for group in kinds.values() if group]
-        means[heading] = [f"{statistics.fmean(group):.1f}" for group in values]
-    second = make_table(means["kind"], means)
-    return f"{with_notes(make_table(rows, columns), record, *notes)}\n\n{second}"
+    first = with_notes(make_table(rows, columns), record, *notes)
+    differences = list(compare(rows))
+    if not differences:
+        return first
+    second = make_table(differences, {key: [d[key] for d in differences] for key in differences[0]})
+    return (
+        f"{first}\n\n{second}\n\nDifferences of accuracy in points over the seeds: {DIFFERENCES}."
+    )
+
+
+def compare(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
+    """Yields the rows of the second table, each of which compares two groups of activations.
+
+    The last row of two groups says by how much the difference is larger for gradnorm than for
+    pgd_at. rows: rows of the record with results.
+    """
+
+    def by_seed(method: str, group: Sequence[str], key: tuple[str, float]) -> dict[int, float]:
+        found: dict[int, list[float]] = {}
+        for row in rows:
+            if method_of(row) == method and row["activation"] in group:
+                for cell in row["seeds"]:
+                    values = [a for a in cell["accuracy"] if (a["attack"], a["eps"]) == key]
+                    found.setdefault(cell["seed"], []).append(100 * values[0]["accuracy"])
+        return {seed: statistics.fmean(v) for seed, v in found.items() if len(v) == len(group)}
+
+    names = list(dict.fromkeys(row["activation"] for row in rows))
+    bent = [name for name in names if name.partition(":")[0] in PIECEWISE_LINEAR]
+    smooth = [name for name in names if name not in bent]
+    keys = dict.fromkeys((a["attack"], a["eps"]) for row in rows for a in row["accuracy"])
+    groups = {"smooth - piecewise linear": (smooth, bent), "gelu - relu": (["gelu"], ["relu"])}
+    for what, (ours, theirs) in groups.items():
+        points: dict[str, list[dict[int, float]]] = {}
+        for method in METHODS:
+            pairs = [(by_seed(method, ours, key), by_seed(method, theirs, key)) for key in keys]
+            points[method] = [{s: a[s] - b[s] for s in a if s in b} for a, b in pairs]
+        both = zip(*points.values(), strict=True)
+        points["gradnorm - pgd_at"] = [{s: a[s] - b[s] for s in a if s in b} for a, b in both]
+        for method, found in points.items():
+            texts = [mean_difference([*p.values()]) for p in found]
+            heads = [
+                f"{ATTACKS.get(attack, attack)} {eps:.4g}" if eps else attack
+                for attack, eps in keys
+            ]
+            if any(texts):
+                yield {
+                    "activations": what,
+                    "method": method,
+                    **dict(zip(heads, texts, strict=True)),
+                }
 
 
 def summarize(row: Mapping[str, Any]) -> Results:
@@ -130,32 +180,28 @@ def summarize(row: Mapping[str, Any]) -> Results:
     row: the activation's row of the record, whose key "seeds" holds one result per seed.
     """
     fits = [(cell["before"], cell["after"]) for cell in row["seeds"]]
-    by_attack = {a["attack"]: a["accuracy"] for a in row["accuracy"]}
-    robust = next(name for name in ("autoattack", "apgd-ce") if name in by_attack)
     return {
         **{f"{k}_ratio": summary([b[k] / a[k] for a, b in fits]) for k in ("objective", "penalty")},
         **{f"{k}_before": summary([a[k] for a, _ in fits]) for k in ("ce", "penalty")},
         **{f"{k}_after": summary([b[k] for _, b in fits]) for k in ("ce", "penalty")},
-        **{"clean_mean": by_attack["clean"], "robust_mean": by_attack[robust]},
     }
 
 
 @study_program(
     option("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]"),
-    data=("digits",), seeds=1,
+    data=("digits",), seeds=5,
 )  # fmt: skip
 def main(args: argparse.Namespace, work: Path) -> Study:
     """Returns the study that the command line asks for. work: folder for the trainings."""
-    base = Config().replace(**BASE, precision=PRECISION, eps=EPS, eval_eps=EPS)
-    attack, images, pgd_images, train_images = "autoattack", IMAGES, PGD_IMAGES, TRAIN_IMAGES
-    epochs = {"natural": START_EPOCHS, "gradnorm": EPOCHS}
+    base = Config().replace(**BASE, precision=PRECISION)
+    base = base.replace(eps=EPS, attack_eps=EPS, eval_eps=EPS)
+    images, train_images = IMAGES, TRAIN_IMAGES
+    epochs = dict.fromkeys(METHODS, EPOCHS) | {"natural": START_EPOCHS}
     if args.smoke:
-        attack, images, pgd_images, train_images = "apgd-ce", 2, 16, 256
+        images, train_images = 8, 256
         base, epochs = base.replace(eval_images=16), dict.fromkeys(epochs, 1)
-    evaluations = (
-        ("--attacks", "clean", "pgd-20", "--eps", repr(EPS), "--num-images", str(pgd_images)),
-        ("--attacks", attack, "--eps", repr(EPS), "--num-images", str(images)),
-    )
+    flags = ("--attacks", "clean", "pgd-20", "apgd-ce", "--successive")
+    evaluations = ((*flags, "--eps", repr(EPS), "--num-images", str(images)),)
 
     def training(name: str, seed: int, method: str) -> Config:
         n = epochs[method]
@@ -163,10 +209,10 @@ def main(args: argparse.Namespace, work: Path) -> Study:
         values = {"activation": name, "seed": seed, "method": method}
         return base.replace(**values, **lengths, eval_interval=max(1, n // 4))
 
-    def trial(name: str, seed: int) -> Trial:
+    def trial(method: str, name: str, seed: int) -> Trial:
         start = Trial(f"natural_{name}_s{seed}", training(name, seed, "natural"))
-        cfg = training(name, seed, "gradnorm")
-        return Trial(f"gradnorm_{name}_s{seed}", cfg, evaluations, start)
+        cfg = training(name, seed, method)
+        return Trial(f"{method}_{name}_s{seed}", cfg, evaluations, start)
 
     def measure(trial: Trial, work: Path) -> Results:
         assert trial.start is not None
@@ -176,13 +222,19 @@ def main(args: argparse.Namespace, work: Path) -> Study:
     names = list(dict.fromkeys(args.activations))
     for name in names:
         parse_activation(name)  # refuses unknown ones before anything is trained
-    runs = {name: [trial(name, seed) for seed in range(args.seeds)] for name in names}
-    arms = [Arm({"activation": name}, trials) for name, trials in runs.items()]
+    arms = [
+        Arm(
+            {"method": method, "activation": name},
+            [trial(method, name, seed) for seed in range(args.seeds)],
+        )
+        for method in METHODS
+        for name in names
+    ]
     head = {
         "network": f"PreActResNet-18, {', '.join(base.architecture.model_kwargs)}",
         "epochs": epochs,
         "eps": EPS,
-        "images": {"autoattack": images, "pgd": pgd_images},
+        "images": images,
     }
     return Study(arms, head, measure, summarize)
 

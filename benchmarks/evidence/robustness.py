@@ -34,7 +34,7 @@ from benchmarks.common.tables import (
     over_seeds,
     with_notes,
 )  # fmt: skip
-from benchmarks.evidence.study import Arm, Study, paired_difference, study_program
+from benchmarks.evidence.study import DIFFERENCES, Arm, Study, paired_difference, study_program
 from benchmarks.evidence.trials import Trial
 from fastgn.config import Config, load_recipe
 from fastgn.objectives import build_objective
@@ -58,6 +58,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "pag": {"method": "pag"},
     "trades": {"method": "trades"},
     "gradnorm+fgsm": {"method": "gradnorm+fgsm"},
+    "gradnorm-relu": {"method": "gradnorm", "activation": "relu"},
+    **{
+        f"{name}-12": {"method": name, **dict.fromkeys(("eps", "attack_eps", "eval_eps"), 12 / 255)}
+        for name in ("gradnorm", "fgsm_rs")
+    },
 }
 """Name of each training method that is compared -> options of fastgn.train in which it differs.
 
@@ -103,13 +108,14 @@ class Setting:
     eval_eps: tuple[float, ...]
     """Radii of the attacks."""
     curve_eps: tuple[float, ...]
-    """Further radii of PGD-20."""
+    """Further radii, at which only the attacks of `curve_attacks` run."""
     images: int
     """Number of images that are attacked."""
     attack: str = "apgd-ce+t"
     """Attack on the images that PGD-20 leaves."""
-    full_attack: str = "autoattack"
+    full_attack: str | None = "autoattack"
     """Attack at the first radius for only one seed, which shows what the faster ones miss."""
+    curve_attacks: tuple[str, ...] = ("pgd-20",)
     first_seeds: int = 3
     """Number of seeds that are trained with all budgets before any other seed."""
 
@@ -140,37 +146,58 @@ def digits() -> Setting:
 
 
 def cifar10() -> Setting:
-    """Returns the comparison on CIFAR-10. Its networks are narrow, so that AutoAttack is fast."""
+    """Returns the comparison on CIFAR-10 that 2 CPU cores can make, with two small networks."""
     base = Config().replace(
-        **{"data": "cifar10", "global_batch_size": 512, "lr": 2e-3, "clip_grad": 1.0},
-        **{"smoothing": 0.0, "model_ema_decay": 0.99, "eval_images": 1000, "checkpoint_hist": 1},
+        **{"data": "cifar10", "lr": 2e-3, "clip_grad": 1.0, "model_ema_decay": 0.99},
+        **{"smoothing": 0.1, "eval_images": 1000, "checkpoint_hist": 1},
     )
-    # with global_batch_size, 512 images would pass through the network in small batches of 32
-    base = base.replace_group("dataset", {"global_batch_size": None, "batch_size": 512})
-    swin = ["patch_size=2", "embed_dim=48", "depths=(2, 2, 2)", "num_heads=(2, 4, 8)"]
+    # with global_batch_size, 64 images would pass through the network in two small batches
+    base = base.replace_group("dataset", {"global_batch_size": None, "batch_size": 64})
+    swin = ["patch_size=4", "embed_dim=24", "depths=(1, 2)", "num_heads=(1, 2)", "mlp_ratio=2"]
     return Setting(
         networks={
-            "PreActResNet-18, GELU, width 16": {
-                **{"model": "preact_resnet18", "activation": "gelu", "model_kwargs": ["width=16"]}
+            "PreActResNet-18, GELU, width 8": {
+                **{"model": "preact_resnet18", "activation": "gelu", "model_kwargs": ["width=8"]}
             },
             "Swin": {
-                **{"model": "swin_t", "img_size": 32},
-                "model_kwargs": [*swin, "window_size=4", "mlp_ratio=2"],
+                **{"model": "swin_t", "img_size": 32, "model_kwargs": [*swin, "window_size=4"]}
             },
         },
         base=base,
         arms=("natural", "gradnorm", "pgd_at", "fgsm_rs", "n_fgsm", "edge"),
-        start={"epochs": 12, "warmup_epochs": 1.0},
-        epochs=8,
+        start={"epochs": 10, "warmup_epochs": 1.0},
+        epochs=30,
         budgets=(Budget(1, 3),),
         eps=4 / 255,
-        eval_eps=(4 / 255, 8 / 255, 2 / 255, 1 / 255),
-        curve_eps=(),
+        eval_eps=(4 / 255,),
+        curve_eps=(1 / 255, 2 / 255, 8 / 255),
         images=1000,
+        full_attack=None,
     )
 
 
-SETTINGS = {"digits": digits, "cifar10": cifar10}
+def cifar10_card() -> Setting:
+    """Returns the comparison on CIFAR-10 for about 8 minutes of a GPU.
+
+    Two arms train for a radius at which the literature has single-step training collapse.
+    """
+    setting = cifar10()
+    base = setting.base.replace(mixup=0.8, batch_size=128, compile="off")  # compiling takes longer
+    kwargs = {"activation": "gelu", "model_kwargs": ["width=32"]}
+    return dataclasses.replace(
+        setting,
+        networks={"PreActResNet-18, GELU, width 32": {"model": "preact_resnet18", **kwargs}},
+        base=base,
+        arms=(
+            *("natural", "gradnorm", "pgd_at", "fgsm_rs", "n_fgsm", "edge"),
+            *("gradnorm-relu", "gradnorm-12", "fgsm_rs-12"),
+        ),
+        curve_eps=(1 / 255, 2 / 255, 8 / 255, 12 / 255),
+        curve_attacks=("fgsm", "pgd-20"),
+    )
+
+
+SETTINGS = {"digits": digits, "cifar10": cifar10, "cifar10_card": cifar10_card}
 
 
 def smoke(setting: Setting) -> Setting:
@@ -195,9 +222,9 @@ def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Conf
 
     network: key of Setting.networks. arm: name of the training method.
     """
-    values = {"precision": precision, "eps": setting.eps, "attack_eps": setting.eps}
+    radii = dict.fromkeys(("eps", "attack_eps", "eval_eps"), setting.eps)
     return setting.base.replace(
-        **values | setting.networks[network] | ARMS[arm] | {"eval_eps": setting.eps}
+        **{"precision": precision} | radii | setting.networks[network] | ARMS[arm]
     )
 
 
@@ -233,8 +260,9 @@ def evaluations_of(setting: Setting, full: bool) -> tuple[tuple[str, ...], ...]:
         return ("--attacks", *attacks, "--eps", *map(repr, eps), *images)
 
     found = [evaluation(setting.eval_eps, "clean", "pgd-20", setting.attack) + ("--successive",)]
-    found += [evaluation(setting.curve_eps, "pgd-20")] if setting.curve_eps else []
-    found += [evaluation(setting.eval_eps[:1], setting.full_attack)] if full else []
+    found += [evaluation(setting.curve_eps, *setting.curve_attacks)] if setting.curve_eps else []
+    if full and setting.full_attack is not None:
+        found.append(evaluation(setting.eval_eps[:1], setting.full_attack))
     return tuple(found)
 
 
@@ -261,8 +289,12 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
     for (network, budget), (arm, against) in itertools.product(groups, PAIRS):
         one, other = (rows.get((network, budget, name)) for name in (arm, against))
         if one and other:
+            both = {cell["seed"] for cell in one["seeds"]} & {
+                cell["seed"] for cell in other["seeds"]
+            }
             yield {
                 **{"network": network, "budget": budget, "arm": arm, "against": against},
+                "seeds": str(len(both)),
                 **{k: paired_difference(one, other, *a) for k, a in attacks.items()},
                 "operations": f"{one['units'] / other['units']:.2f}",
             }
@@ -293,6 +325,7 @@ def table(record: Record) -> str:
         "network": [row["network"] if several else "" for row in rows],
         "arm": [row["arm"] for row in rows],
         "budget": list(map(budget_of, rows)),
+        "seeds": [str(len(row["seeds"])) if "budget" in row else "" for row in rows],
         "epochs": [str(row["epochs"]) for row in rows],
         "operations an update": [f"{row['units']:.3g}" for row in rows],
     }
@@ -300,7 +333,7 @@ def table(record: Record) -> str:
     notes = [
         f"{record['data']}, {', '.join(record['networks'])}; {device(record)}, "
         f"{record['precision']} where an arm does not say otherwise; "
-        f"{over_seeds(record['seeds'])}",
+        f"{'mean ± deviation' if 'budgets' in record else over_seeds(record['seeds'])}",
         f"all from one natural start a seed, for Linf eps {record['eps']:.4g}",
         *(["as many epochs as take gradnorm's operations"] if "budgets" not in record else []),
         attacked_images(record),
@@ -315,35 +348,41 @@ def table(record: Record) -> str:
     second = make_table(pairs, {name: name for name in pairs[0]})
     return (
         f"{first}\n\n{second}\n\nDifferences of accuracy in points, arm minus the other, on the "
-        "same seeds: mean ± deviation; * significant at 95 % by Student's t; operations: of an "
-        "update, ratio of the two arms."
+        f"same seeds: {DIFFERENCES}; operations: of an update, ratio of the two arms."
     )
 
 
 def summary_table(record: Record) -> str:
-    """Returns README's Markdown table, which compares methods after equally many operations."""
+    """Returns README's Markdown table, which compares methods at the whole budget."""
     arms = {
         "natural": "natural training",
         "gradnorm": "gradient norm",
         "gradnorm-fd": "gradient norm by finite difference",
         "fgsm_rs": "FGSM from a random start",
+        "n_fgsm": "FGSM after strong noise",
         "pgd_at": "PGD-3 adversarial training",
         "trades": "TRADES",
         "gradnorm+fgsm": "gradient norm and FGSM in turn",
+        "edge": "edge regularisation",
+        "pag": "gradients aligned with pictures of the class",
     }
-    equal = {row["arm"]: row for row in equal_rows(record)}
-    rows, eps = [equal[arm] for arm in arms], record["eps"]
+    equal = {row["arm"]: row for row in equal_rows(record) if row.get("budget", 1) == 1}
+    rows, eps = [equal[arm] for arm in arms if arm in equal], record["eps"]
+    lengths = "epochs" if "budgets" in record else "operations"
     accuracy = accuracy_columns(rows)
     columns = {
-        "method": list(arms.values()),
+        "method": [arms[row["arm"]] for row in rows],
         "forwards per update": [f"{row['units']:.3g}" for row in rows],
         "clean, %": accuracy["clean, %"],
-        "AutoAttack, %": accuracy[f"AutoAttack {eps:.4g}"],
-        "PGD-20, %": accuracy[f"PGD-20 {eps:.4g}"],
+        **{
+            f"{attack}, %": accuracy[f"{attack} {eps:.4g}"]
+            for attack in ("AutoAttack", "APGD-CE+T", "PGD-20")
+            if f"{attack} {eps:.4g}" in accuracy
+        },
     }
     return (
         f"{make_table(rows, columns)}\n\nA small Swin on scikit-learn's digits, Linf eps {eps:g} "
-        f"of the pixels' range 0..1, {over_seeds(record['seeds'])}, equal numbers of operations in "
+        f"of the pixels' range 0..1, {over_seeds(record['seeds'])}, equal numbers of {lengths} in "
         f"training; {attacked_images(record)} (`benchmarks/results/{record['file']}`)."
     )
 
@@ -354,19 +393,22 @@ def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) ->
     network: key of Setting.networks. names: names of the methods. seeds: number of seeds.
     """
     number = list(setting.networks).index(network) + 1
-    plain = arm_config(setting, network, "natural", PRECISION)
-    plain = plain.replace(**setting.start, eval_interval=setting.start["epochs"])
+    natural = arm_config(setting, network, "natural", PRECISION)
+    natural = natural.replace(**setting.start, eval_interval=setting.start["epochs"])
     arms = []
     for place, budget in enumerate(setting.budgets):
         for name in (name for name in names if budget.arms is None or name in budget.arms):
             cfg = arm_config(setting, network, name, PRECISION)
             units, epochs = units_of(cfg), max(1, round(budget.share * setting.epochs))
+            # a network with another activation starts from weights of its own
+            own = {key: ARMS[name][key] for key in ("activation",) if key in ARMS[name]}
+            start, plain = "_".join(("start", *own.values())), natural.replace(**own)
             runs = [
                 Trial(
                     f"{name}_n{number}_s{seed}_e{epochs}",
                     for_epochs(cfg, epochs).replace(seed=seed),
                     evaluations_of(setting, full=seed == place == 0),
-                    Trial(f"start_n{number}_s{seed}", plain.replace(seed=seed)),
+                    Trial(f"{start}_n{number}_s{seed}", plain.replace(seed=seed)),
                     wave=2 if seed >= setting.first_seeds else min(place, 1),
                 )
                 for seed in range(min(seeds, budget.seeds))

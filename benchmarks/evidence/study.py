@@ -214,9 +214,7 @@ def statistics_of(cells: Sequence[Row]) -> list[Results]:
 def paired_difference(row: Row, other: Row, attack: str, eps: float) -> str:
     """Returns the difference in accuracy of two arms under one attack, as a cell of a table.
 
-    The cell holds the mean over the seeds that both arms have, in points, and the standard
-    deviation, such as "+5.0 ± 3.6". A star follows if the 95 % interval of the mean by Student's t
-    does not contain 0. The cell is empty if no seed has both accuracies.
+    See `mean_difference`, with a difference in points for each seed that has both accuracies.
 
     row, other: rows of the two arms in the record.
     """
@@ -229,9 +227,21 @@ def paired_difference(row: Row, other: Row, attack: str, eps: float) -> str:
         }
         for r in (row, other)
     )
-    points = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    return mean_difference([100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs])
+
+
+DIFFERENCES = "mean ± half of its 95 % interval by Student's t, * if that does not contain 0"
+"""What the cells of `mean_difference` say, for the lines below tables."""
+
+
+def mean_difference(points: Sequence[float]) -> str:
+    """Returns the mean of differences, one for each seed, as a cell such as "+5.0 ± 3.6 *".
+
+    The second number is half the width of the 95 % interval of the mean by Student's t. A star
+    follows if the interval does not contain 0. The cell is empty if there are no differences.
+    """
     if len(points) < 2:
         return f"{points[0]:+.1f}" if points else ""
     mean, std, n = (summary(points)[key] for key in ("mean", "std", "n"))
     half_width = stdtrit(n - 1, 0.975) * std / n**0.5
-    return f"{mean:+.1f} ± {std:.1f}{' *' if abs(mean) > half_width else ''}"
+    return f"{mean:+.1f} ± {half_width:.1f}{' *' if abs(mean) > half_width else ''}"

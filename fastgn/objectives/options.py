@@ -321,6 +321,12 @@ class ObjectiveConfig(Options):
         return GradnormOptions in METHODS[self.method].options and not self.gradnorm.is_variant
 
     @property
+    def single_step(self) -> bool:
+        """Whether the method trains on images after an attack of one step."""
+        several = METHODS[self.method].step_size == "step_size"
+        return (self.has_attack and self.attack.attack_it == 1) if several else True
+
+    @property
     def step_size(self) -> float:
         """Size of an attack step in 0..1 pixel units, with the method's default filled in."""
         size: float = getattr(self.attack, METHODS[self.method].step_size)

@@ -15,17 +15,18 @@ def run(folder: Path, *more: str) -> int:
         "--work",
         str(folder / "work"),
     )
-    options = ("--smoke", "--processes", "1")
+    options = ("--smoke", "--processes", "1", "--seeds", "1")
     return activations.main([*options, *files, *more])
 
 
 @pytest.mark.slow
 def test_two_activations_from_training_to_table(tmp_path: Path) -> None:
-    assert run(tmp_path, "--activations", "relu", "softplus:10") == 0
+    assert run(tmp_path, "--activations", "relu", "gelu") == 0
     record = json.loads((tmp_path / "activations_digits_cpu.json").read_text())
     assert record["complete"] and not any(row["failed"] for row in record["rows"])
-    relu, softplus = record["rows"]
-    assert (relu["activation"], softplus["activation"]) == ("relu", "softplus:10")
+    assert [(row["method"], row["activation"]) for row in record["rows"]] == [
+        *(("gradnorm", "relu"), ("gradnorm", "gelu"), ("pgd_at", "relu"), ("pgd_at", "gelu")),
+    ]
     for row in record["rows"]:
         before, after = row["seeds"][0]["before"], row["seeds"][0]["after"]
         assert row["penalty_ratio"]["mean"] == pytest.approx(after["penalty"] / before["penalty"])
@@ -33,9 +34,34 @@ def test_two_activations_from_training_to_table(tmp_path: Path) -> None:
             0.8 * before["ce"] + 1.2 * before["penalty"], rel=1e-5
         )
     lines = activations.table(record).splitlines()
-    assert lines[0].startswith("| activation | clean, % |")
-    assert lines[2].startswith("| relu |") and lines[3].startswith("| softplus:10 |")
-    assert lines[-2].startswith("| piecewise linear (1) |") and "| smooth (1) |" in lines[-1]
+    assert lines[0].startswith("| method | activation | clean, % |")
+    assert lines[2].startswith("| gradnorm | relu |") and lines[5].startswith("| pgd_at | gelu |")
+    assert lines[-3].startswith("| gelu - relu | gradnorm - pgd_at |")
+
+
+def test_differences_of_activations_are_paired_by_seed() -> None:
+    """Smooth activations gain 10 and 12 points under gradnorm and 2 and 2 under PGD-3."""
+
+    def row(method: str, name: str, *values: float) -> dict:
+        attacked = {"attack": "pgd-20", "eps": 0.1, "images": 100}
+        seeds = [
+            {"seed": s, "accuracy": [attacked | {"accuracy": v}]} for s, v in enumerate(values)
+        ]
+        return {"method": method, "activation": name, "seeds": seeds, "accuracy": [attacked]}
+
+    rows = [
+        row("gradnorm", "relu", 0.50, 0.60),
+        row("gradnorm", "gelu", 0.55, 0.65),
+        row("gradnorm", "silu", 0.65, 0.79),
+        row("pgd_at", "relu", 0.70, 0.80),
+        row("pgd_at", "gelu", 0.72, 0.82),
+        row("pgd_at", "silu", 0.72, 0.82),
+    ]
+    found = {(d["activations"], d["method"]): d["PGD-20 0.1"] for d in activations.compare(rows)}
+    assert found["smooth - piecewise linear", "gradnorm"] == "+11.0 ± 12.7"
+    assert found["smooth - piecewise linear", "pgd_at"] == "+2.0 ± 0.0 *"
+    assert found["smooth - piecewise linear", "gradnorm - pgd_at"] == "+9.0 ± 12.7"
+    assert found["gelu - relu", "gradnorm"] == "+5.0 ± 0.0 *"
 
 
 def test_an_unknown_activation_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
