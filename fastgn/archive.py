@@ -52,7 +52,8 @@ def check_archive(file: IO[bytes], path: Path) -> None:
             size = sum(entry.file_size for entry in entries)
             right = len(set(names)) == len(names) and size <= os.fstat(file.fileno()).st_size
             check(right, f"{path} is corrupt: its entries overlap")
-            # if a flipped bit turns an entry into a folder, torch.load leaves its tensor empty
+            # A flipped bit in external_attr can mark an entry as a folder.
+            # torch.load would then not fill the entry's tensor, and would raise no error.
             bad = next((e.filename for e in entries if e.external_attr), None) or archive.testzip()
     except UserError:
         raise

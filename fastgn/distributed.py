@@ -168,9 +168,9 @@ def session(
             return
         limit = timedelta(minutes=rank_timeout)
         store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
-        # torchrun's store may contain reports of dead ranks from an earlier start of the job.
-        # So each start has its own keys, which begin with its numbers of restarts and of ranks.
-        # torchrun can also change the number of ranks without counting a restart.
+        # Each start of the job uses keys of its own in torchrun's store, because the store may
+        # contain reports of dead ranks from an earlier start. The keys begin with the number of
+        # restarts and the number of ranks, which can change without a restart.
         # Without torchrun's store, machines that join later would count fewer restarts, so use 0.
         start = count_restarts() if has_agent_store() else 0
         store = torch.distributed.PrefixStore(f"fastgn/{start}/{size}", store)

@@ -43,13 +43,21 @@ COLUMNS = (
     "pgd10_accuracy",
     "seconds",
 )
-"""Columns of metrics.csv.
+"""Columns of metrics.csv. The columns loss, ce, penalty, grad_l1 and grad_norm are means over the
+updates since the last row.
 
-grad_l1: mean L1 norm of the input gradient of an image, in normalised units. grad_norm: L2 norm of
-the gradient of the parameters before clipping. data_wait_share: share of the time that was spent
-waiting for images, in 0..1. bad_images: number of images replaced since the last row, empty if
-there were none. clean_accuracy, pgd10_accuracy: accuracy without an attack and under PGD-10, in
-0..1, always on the same validation images. seconds: time since the process began."""
+- loss: the value that is minimised.
+- ce: cross-entropy.
+- penalty: penalty before it is multiplied by its weight.
+- grad_l1: L1 norm of the gradient of an image's loss with respect to the normalised image.
+- grad_norm: L2 norm of the gradient of the parameters before clipping.
+- lr: learning rate.
+- ramp: strength of the penalty, or of the attack if there is no penalty, in 0..1.
+- data_wait_share: share of the time that was spent waiting for images, in 0..1.
+- bad_images: number of images replaced since the last row, empty if there were none.
+- clean_accuracy, pgd10_accuracy: accuracy without an attack and under PGD-10, in 0..1, always on
+  the same validation images.
+- seconds: time since the process began."""
 
 
 class Metrics:

@@ -68,11 +68,12 @@ def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
 def check_apex(opt: str, name: str) -> None:
     """Raises UserError unless NVIDIA's apex is installed and has an optimizer class of this name.
 
-    The package `apex` on PyPI is an unrelated toolkit of 2013.
+    PyPI has another package with the name apex, an unrelated toolkit of 2013. opt: value of --opt,
+    for messages.
     """
     try:
         importlib.import_module("apex")
-    except Exception:  # the unrelated package may raise any error on recent Pythons
+    except Exception:  # PyPI's apex, which is not NVIDIA's, may raise any error on recent Pythons
         raise UserError(
             f"--opt {opt} needs NVIDIA apex: build it from source (github.com/NVIDIA/apex), or use "
             "--opt adamw, which is torch's own fused AdamW"
@@ -240,11 +241,13 @@ class FirstState:
     count: int
     """Number of the model's weights that share this weight's shape, dtype and parameter group."""
     state: dict[str, Any]
-    """Name of each entry that the optimizer keeps for such a weight -> its value."""
+    """Name of an entry that the optimizer keeps for a weight of this shape -> value of the entry
+    after one update with a gradient of zeros."""
 
 
 def simulate_first_states(cfg: OptimizerConfig, model: nn.Module) -> list[FirstState]:
-    """Returns the entries that the optimizer will keep for each kind of weight in a model.
+    """Returns the entries that the optimizer will keep for each kind of weight in a model. Weights
+    are of one kind if they have the same shape, dtype, device and parameter group.
 
     The function makes one tensor for each kind of weight, and lets a new optimizer update these
     tensors once. Therefore the result is right for every optimizer.

@@ -260,8 +260,8 @@ def schedule_of(cfg: StepConfig) -> Schedule:
 
 
 def step_options(cfg: Config) -> StepOptions:
-    """Returns the options of an update that the configuration gives. Options that depend on the
-    device keep their defaults."""
+    """Returns the options of an update, as far as the configuration determines them. Options that
+    depend on the device keep their defaults."""
     return StepOptions(
         schedule=schedule_of(cfg.step),
         precision=cfg.step.precision,
@@ -304,7 +304,7 @@ def make_plan(
             num_classes=num_classes,
             device_type=world.device.type,
         )
-    except RuntimeError as error:  # an operator cannot be counted without data
+    except RuntimeError as error:  # raised if an operator needs data, so it cannot be counted
         if out_of_memory(error):
             raise
         check(

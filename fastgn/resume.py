@@ -118,11 +118,11 @@ def check_position(
     state: TrainState, path: Path, resolved: Resolved, values: int, same_data: bool
 ) -> None:
     """Raises UserError if a checkpoint's number of updates is impossible, or above this run's last
-    update.
+    update. Also raises it if the checkpoint's sums of logged values have a wrong shape.
 
-    path: the checkpoint's file, for messages. values: number of logged values. state.sums must have
-    one column for each of them. same_data: whether an epoch has as many updates as in the
-    checkpoint's run.
+    path: the checkpoint's file, for messages. values: number of logged values, which is the number
+    of columns of state.sums. same_data: whether an epoch has as many updates as in the checkpoint's
+    run.
     """
     own, update, epoch = state.saved_config(), state.update, state.epoch
     check(

@@ -30,7 +30,8 @@ def derive_seed(stream: Stream, *key: int) -> int:
 
     stream: first part of the key, which says what the random numbers are for.
     """
-    # SeedSequence ignores zeros at the end, so only the length tells (1, 2) from (1, 2, 0)
+    # SeedSequence ignores zeros at the end, so the keys (1, 2) and (1, 2, 0) would give one seed.
+    # Therefore the length of the key is included.
     return int(
         np.random.SeedSequence([stream, len(key), *key]).generate_state(1, np.uint64)[0] >> 1
     )

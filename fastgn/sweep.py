@@ -105,7 +105,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
         ):
             run = build_when_free(config, world, make_reporter(trial, cfg, optuna))
             train(run)
-    except KeyboardInterrupt:  # a signal came before the first update, after which train handles it
+    except KeyboardInterrupt:  # a signal came before training, or a second signal came during it
         raise Interrupted from None
     finally:
         if run is not None and run.metrics is not None:

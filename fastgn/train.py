@@ -61,7 +61,7 @@ def train(run: Run) -> None:
                     run.log(lr, ramp if cfg.objective.has_penalty else attack_ramp)
                 if border and run.evaluation_due():
                     run.evaluate()
-                # save after the evaluation, so that the checkpoint includes its accuracies
+                # the checkpoint is saved after the evaluation, so that it includes the accuracies
                 stopped = world.any(interrupt.signal is not None)
                 if stopped or run.checkpoint_due():
                     run.save()

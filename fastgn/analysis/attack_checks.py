@@ -53,8 +53,8 @@ def check_larger_eps(target: Target) -> Check:
     rise = max([0, *(b - a for a, b in zip(counts, counts[1:], strict=False))])
     verdict: Verdict = "pass"
     if exceeds(left, total, 1):
+        # Warn if the accuracy is not above chance, and fail if it is.
         # Even if an attack turns all images grey, the model is right by chance for some of them.
-        # So the verdict is only a warning if the accuracy is not above chance.
         verdict = "fail" if left * target.classes > total else "warn"
     if exceeds(rise, total, 1):
         verdict = "fail"

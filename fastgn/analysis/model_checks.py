@@ -86,8 +86,8 @@ def measure_outputs(model: nn.Module, images_BCHW: Tensor, passes: int) -> Outpu
     not_finite = int((~outputs.isfinite()).sum())
     # the tolerance is 1e-4, because in half precision the sum of a softmax is not exactly 1
     are_probabilities = bool((first >= 0).all() and ((first.sum(1) - 1).abs() < 1e-4).all())
+    # Divide the differences by the norm of the outputs, to see which ones are only rounding errors.
     # Kernels that add with atomics change the last bits of their results in each pass.
-    # To recognise such tiny differences, they are divided by the norm of the outputs.
     distances = (outputs - first).norm(dim=2) / first.norm(dim=1).clamp_min(1e-10)
     changed = int((outputs.argmax(2) != first.argmax(1)).any(0).sum())
     spread = float(distances.amax()) if not not_finite else 0.0

@@ -159,8 +159,12 @@ def attack_batches(
 
 
 def still_correct(texts: Sequence[str]) -> list[bool] | None:
-    """Returns whether each image is classified correctly under each of several attacks. texts: the
-    outcomes of each attack. Returns None if `texts` is empty."""
+    """Returns for each image whether it is classified correctly under all of several attacks.
+    Returns None if `texts` is empty.
+
+    texts: the outcomes of each attack, one character for each image, "1" if it is classified
+    correctly.
+    """
     return [set(bits) == {"1"} for bits in zip(*texts, strict=True)] if texts else None
 
 

@@ -207,7 +207,7 @@ def pair_with_ids(
         batch_ids = range(start, stop) if ids is None else ids[start:stop]
         check(
             len(batch_ids) == len(labels_B),
-            f"{0 if ids is None else len(ids)} ids for {stop} images or more: give one id per "
+            f"{0 if ids is None else len(ids)} ids for at least {stop} images: give one id per "
             "image",
         )
         yield images_BCHW, labels_B, batch_ids

@@ -174,7 +174,7 @@ def translate_refusal(text: str, kind: type) -> str:
     program's options.
     """
     # tyro draws a box of lines around its message.
-    # If the encoding of stdout is not "utf-8", it draws only "-" above and below the message.
+    # If the encoding of stdout is not UTF-8, tyro draws only lines of "-" above and below it.
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
     line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))

@@ -253,8 +253,9 @@ class StepConfig(Options):
     """Train with the model in eval mode, which freezes BatchNorm. The code of arXiv 2409.20139 does
     so."""
     accumulation: Literal["mean", "sum"] = "mean"
-    """What to do with the losses of the micro-batches of an update. mean: average them. sum: sum
-    them before clipping, as the code of arXiv 2409.20139 does."""
+    """How to combine the losses of the micro-batches of an update. mean: average them. sum: add
+    them up, as the code of arXiv 2409.20139 does. The gradient is then larger when it is
+    clipped."""
     sync_micro_batches: bool = False
     """Wait for the device after every micro-batch, as the code of arXiv 2409.20139 does. Use this
     option only to compare times."""

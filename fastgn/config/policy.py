@@ -33,7 +33,8 @@ SECTIONS: dict[str, dict[str, tuple[type, Range]]] = {
     },
     "autoaugment": {"mstd": (float, Range(0, 1000))},
 }
-"""Kind of policy -> key of a section -> (type, range) of the number that follows the key."""
+"""Kind of policy -> key of a section -> (type, range) of the section's number. For example, the
+section m9 of rand-m9 has the key m and the number 9."""
 SETS = ("tweights", "t3a", "t3aw")
 """Sections without a number, which select a set of operations, such as t3a in rand-m9-t3a."""
 

@@ -230,8 +230,8 @@ class EvaluateConfig(BareWeightsConfig):
         check_outside_data(self.written, self.data_dir, (self.val_split or "val",))
         check(
             self.curve is None or (len(self.eps) > 1 and self.attacks[-1:] not in ((), ("clean",))),
-            "--curve draws the accuracy under the last of --attacks at each --eps: name an attack "
-            "other than clean last, and give at least 2 values of --eps",
+            "--curve draws the accuracy under the last of --attacks at each --eps: end --attacks "
+            "with an attack, not with clean, and give at least 2 values of --eps",
         )
         check(
             self.image_list is None or self.num_images is None,

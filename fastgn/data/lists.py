@@ -135,8 +135,8 @@ def read_labels(
     )
     check(
         digits is None,
-        f"{path}, line {unnamed.number}: no class has the name {unnamed.label}, and it is not read "
-        f"as a class's number, because one class has the name {digits}: write all labels as names",
+        f"{path}, line {unnamed.number}: no class has the name {unnamed.label}. Labels are not "
+        f"read as numbers, because one class has the name {digits}: write all labels as names",
     )
     return by_number
 

@@ -242,7 +242,8 @@ def check_apart(cfg: PackConfig) -> None:
     for option, split in splits.items():
         check(
             Path(os.path.normpath(output / split)).is_relative_to(output),
-            f"--{option}-split {split} lies outside of OUTPUT: give a path below SOURCE",
+            f"--{option}-split {split} would be written outside of OUTPUT: give a folder's path "
+            "relative to SOURCE, without '..'",
         )
     check(output != source, f"OUTPUT {cfg.output} is SOURCE itself: give another folder")
     for name in splits.values():

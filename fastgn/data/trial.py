@@ -11,12 +11,12 @@ from fastgn.data.batch import Batch, Loader
 from fastgn.errors import first_line
 
 MEAN_DIFFERENCE = 1.6 / 255
-"""Largest mean absolute difference between DALI's and PIL's version of an image that is allowed.
+"""Largest mean absolute difference between DALI's and PIL's version of one image that is accepted.
 
-It is above 1/255, because solarize, posterize and equalize can enlarge a difference of 1/255.
-"""
+It is above 1/255, because solarize, posterize and equalize can enlarge a difference of 1/255."""
 MEDIAN_DIFFERENCE = 0.5 / 255
-"""Largest median of the images' mean absolute differences in a batch that is allowed."""
+"""Largest accepted median over a batch of the mean absolute differences between DALI's and PIL's
+version of each image."""
 
 
 def wants_dali(device: torch.device) -> bool:

@@ -33,8 +33,8 @@ def check_name(cfg: ArchitectureConfig) -> str:
     Raises UserError if the network or the activation is unknown.
     """
     name = ALIASES.get(cfg.model, cfg.model)
-    # Exported code contains the whole name, but timm checks only the part before the first dot.
-    # Therefore the characters of the whole name are checked here.
+    # Check the characters of the whole name, because exported code contains the whole name.
+    # timm checks only the part before the first dot.
     plain = re.fullmatch(r"[\w.-]+", name, re.ASCII) is not None
     if name not in OWN and not (plain and timm.is_model(name)):
         matches = timm.list_models(name) if set(name) & set("*?[") else []

@@ -25,12 +25,13 @@ class Loss(NamedTuple):
     ce: Tensor
     """Mean cross-entropy of the images that the network trains on."""
     penalty: Tensor
-    """Penalty before it is multiplied by its weight. For gradnorm it is (eps / sigma) * grad_l1. 0
-    for methods without a penalty, and NaN if the penalty is left out of this update."""
+    """Penalty before it is multiplied by its weight. For gradnorm it is grad_l1 * eps / sigma, with
+    the method's options eps and sigma. 0 for methods without a penalty, and NaN if the penalty is
+    left out of this update."""
     grad_l1: Tensor
     """L1 norm of the gradient of an image's loss with respect to the image, averaged over the
-    images. Its units are those of the images that the loss got. NaN if the method does not compute
-    it."""
+    images. The gradient is taken with respect to the images as the loss gets them, for example
+    after normalisation. NaN if the method does not compute it."""
 
 
 def cross_entropy(logits_BK: Tensor, targets: Tensor) -> Tensor:
@@ -82,14 +83,16 @@ class Objective:
     """
 
     loss: Callable[[Any, Tensor, Tensor, Tensor], Loss]
-    """Function (model, images, targets, ramp) -> Loss. The images are pixels in 0..1."""
+    """Function (model, images, targets, ramp) -> Loss. The images are pixels in 0..1. ramp:
+    strength of the penalty, a scalar tensor in 0..1."""
     perturb: Callable[..., Tensor] | None = None
-    """Function (model, images, targets, ramp, gradient=...) -> images. The ramp multiplies the step
-    size of the attack. `gradient` computes the input gradient of an attack step. None means that
-    the images stay as they are."""
+    """Function (model, images, targets, ramp, gradient=...) -> attacked images. ramp: factor of the
+    attack's step size, a scalar tensor in 0..1. `gradient` computes the input gradient of an attack
+    step. None means that the images stay as they are."""
     needs_input_gradient: bool = False
     """Whether `loss` differentiates with respect to the images. If so, the loss is ce_weight * CE +
-    ramp * penalty_weight * penalty, where CE is the cross-entropy."""
+    ramp * penalty_weight * penalty. CE is the cross-entropy, and the ramp grows from 0 to 1 over
+    the first epochs."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy in `loss`."""
     penalty_weight: float = 0.0

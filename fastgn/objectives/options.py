@@ -1,7 +1,7 @@
 """The methods of --method: what each one minimises, and its options.
 
-This module imports no torch, because the command line is parsed with it. The loss functions in
-`methods/` take their defaults from these classes.
+This module does not import torch, which takes seconds, because it is imported to parse the command
+line. The loss functions in `methods/` take their defaults from these classes.
 """
 
 import dataclasses
@@ -22,10 +22,11 @@ class GradnormOptions(Options):
     gn_weight: Annotated[float, WEIGHT] = 1.2
     """Full weight of the penalty, which is reached after --ramp-epochs."""
     eps: Annotated[float, PIXELS] = 4 / 255
-    """Radius of the penalty in 0..1 pixel units. The penalty is multiplied by eps / sigma."""
+    """Size of the perturbation that the penalty stands for, in 0..1 pixel units. The penalty is the
+    norm of the gradient, multiplied by eps / sigma."""
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
-    """Number by which the normalisation divides pixels, for the factor eps / sigma. It is the same
-    for all channels, as in arXiv 2409.20139."""
+    """Standard deviation by which the normalisation divides pixels. Only the factor eps / sigma of
+    the penalty uses this number. It is one for all channels, as in arXiv 2409.20139."""
     gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
     """Norm of each image's gradient that is penalised."""
     gn_of: Literal["loss", "logit"] = "loss"
@@ -33,8 +34,8 @@ class GradnormOptions(Options):
     gn_channel_weights: Annotated[tuple[float, float, float] | None, WEIGHT] = None
     """Factors of the gradient's red, green and blue channel. None means 1 for each channel."""
     gn_threshold: Annotated[float, Range(0, 1e9)] = 0.0
-    """Penalise only the part of the norm above this value. The value is in normalised units, before
-    the multiplication by eps / sigma."""
+    """Penalise only the part of the norm above this value. The norm is that of the gradient with
+    respect to the normalised image, before the multiplication by eps / sigma."""
     gn_start: Annotated[float, PIXELS] = 0.0
     """Compute the loss and its gradient at a random point near each image. The point is drawn
     uniformly within this Linf radius in 0..1 pixel units. 0 means at the image itself."""
@@ -143,8 +144,8 @@ class TradesOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class EdgeOptions(Options):
-    """Options of edge, which penalises the distance of input gradients from the edges of the
-    image."""
+    """Options of edge, which penalises the difference between input gradients and the edges in the
+    image, which a filter finds."""
 
     edge_of: Literal["logit", "loss"] = "logit"
     """Value whose input gradient is compared with the image's edges: the logit of a sampled class,
@@ -156,9 +157,9 @@ class EdgeOptions(Options):
     """Temperature of the softmax over the logits. With --edge-of logit, this softmax is used to
     sample the class whose logit is differentiated."""
     edge_sampling: Literal["hard", "relaxed"] = "hard"
-    """How the class is sampled. hard: draw one class from softmax(logits / temperature). relaxed:
-    weight all logits by softmax((logits + Gumbel noise) / temperature), and differentiate the
-    weights as well."""
+    """How to sample the class whose logit is differentiated with --edge-of logit. hard: draw one
+    class from softmax(logits / temperature). relaxed: weight all logits by softmax((logits + Gumbel
+    noise) / temperature), and differentiate the weights as well."""
     edge_map: Literal["gradient", "saliency"] = "gradient"
     """What is compared with the edges. gradient: the signed gradient of every channel. saliency:
     the largest magnitude of the gradient over the channels."""
@@ -199,12 +200,13 @@ class Method:
     options: tuple[type[Options], ...] = ()
     """Classes of the method's options, in the order in which its `build` takes them."""
     has_penalty: bool = False
-    """Whether the method's loss contains a gradient with respect to the images."""
+    """Whether the method's loss contains a gradient of the network with respect to the images,
+    which it penalises."""
     has_attack: bool = False
     """Whether every update trains on attacked images."""
     step_size: Literal["step_size", "single_step_size", "noisy_step_size"] = "step_size"
-    """Property of AttackOptions that is the size of the attack's step. Its default differs between
-    the attacks."""
+    """Name of the property of AttackOptions that gives the size of the attack's step. Without
+    --attack-step, the three properties compute it in different ways."""
     needs_representatives: bool = False
     """Whether the method's `build` also takes base.Representatives, images that represent the
     classes."""
@@ -301,7 +303,8 @@ class ObjectiveConfig(Options):
 
     @property
     def has_penalty(self) -> bool:
-        """Whether the method differentiates the loss with respect to the images."""
+        """Whether the method's loss penalises a gradient with respect to the images. The gradients
+        that an attack uses do not count."""
         return METHODS[self.method].has_penalty
 
     @property

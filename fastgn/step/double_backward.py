@@ -27,8 +27,8 @@ def zero(token: Tensor, shape: Sequence[int]) -> Tensor:
     """Returns a tensor of zeros with this shape that requires grad because `token` does.
 
     token: any scalar that requires grad. `leaf` adds these zeros to a tensor, so that the sum
-    requires grad. The backward of this op computes nothing. All of the zeros share the memory of
-    one number.
+    requires grad inside a compiled graph, which cannot contain ``requires_grad_()``. The backward
+    of this op computes nothing. All elements of the returned tensor share the memory of one number.
     """
     return token.new_zeros(()).expand(shape)
 
@@ -42,12 +42,13 @@ zero.register_autograd(lambda ctx, grad: (None, None))
 
 
 def leaf(x: Tensor, token: Tensor) -> Tensor:
-    """Returns a copy of `x` that a loss can be differentiated with respect to.
+    """Returns a copy of `x` that requires grad, so that a loss can be differentiated with respect
+    to it.
 
     A compiled graph cannot contain ``x.requires_grad_()``. If ``x.requires_grad_()`` were called
     outside the graph, the backward would compute and keep a gradient of `x`. The copy is the sum of
-    `x` and zeros, which the compiler fuses with the next operator. token: a scalar that requires
-    grad.
+    `x` and zeros that require grad because `token` does. The compiler fuses the sum with the next
+    operator. token: a scalar that requires grad.
     """
     return x + zero(token, x.shape)
 
@@ -74,8 +75,8 @@ class DoubleBackward(nn.Module):
         self._drop_compiled()
 
     def _drop_compiled(self) -> None:
-        """Drops the compiled graph and the tokens (scalars that require grad), because a copy must
-        have its own."""
+        """Drops the compiled graph, and the scalars that require grad (tokens). This is done in a
+        new module and in an unpickled copy, which must make their own."""
         self._compiled: Callable[..., Any] | None = None
         self._tokens: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -101,8 +102,9 @@ class DoubleBackward(nn.Module):
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # If this were True, values that both backwards use would be kept, not recomputed.
-                # For gradnorm, False saves a fifteenth of all memory traffic (benchmarks/NOTES.md).
+                # If this option were True, values that both backwards use would always be kept.
+                # With False the second backward may recompute them. For gradnorm this saves a
+                # fifteenth of all memory traffic (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
         ):

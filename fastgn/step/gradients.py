@@ -104,7 +104,7 @@ class GradientBuffer:
         for weight, view in zip(self.weights, self.views, strict=True):
             if weight.grad is None:
                 unused.append(view)
-            elif weight.grad is not view:  # the caller has set this gradient
+            elif weight.grad is not view:  # the caller has put another tensor into .grad
                 view.copy_(weight.grad)
                 weight.grad = view
         if unused:  # the buffer holds sums of an earlier update for weights without a gradient

@@ -47,8 +47,8 @@ class StepOptions:
     during a compiled backward, if the update has only one micro-batch. Otherwise "overlap" does the
     same as "flat"."""
     grad_dtype: str = "fp32"
-    """Dtype in which gradients travel between processes: "bf16", or "fp32" for the dtype of the
-    weights."""
+    """Dtype in which gradients are sent between processes. "bf16" means bf16. "fp32" means the
+    dtype of each weight, which usually is fp32."""
     communicates: bool = False
     """Whether the network's forward in train mode sends something to other processes, as with
     --sync-bn. An update that runs out of memory in such a forward cannot be repeated."""

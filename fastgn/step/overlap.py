@@ -19,7 +19,7 @@ CUDA_GRAPHS = {
     "triton.cudagraphs": True,
     "graph_partition": True,
     "custom_should_partition_ops": ["_c10d_functional::all_reduce_"],
-    # otherwise the compiler would move all all-reduces to the end, to need only one graph
+    # if True, the compiler would move every all-reduce to the end, so that one CUDA graph is enough
     "triton.reorder_for_reducing_graph_partitions": False,
 }
 """Further options of torch.compile. With them, the kernels between two all-reduces are replayed as
@@ -114,7 +114,8 @@ class SummedInBackward(nn.Module):
         self.group = group
 
     def forward(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor, *slots: Tensor) -> Any:
-        """Returns the loss. slots: those of the buckets, in the same order."""
+        """Returns the loss. slots: the extra input that belongs to each bucket (Bucket.slot), in
+        the order of the buckets."""
         named = [(n, p.detach()) for n, p in self.module.named_parameters() if p.requires_grad]
         replaced: dict[str, Tensor] = {}
         for bucket, slot in zip(self.buckets, slots, strict=True):

@@ -28,7 +28,8 @@ libraries allocate workspaces."""
 
 @dataclasses.dataclass(frozen=True)
 class Relations:
-    """The cost of a compiled update, divided by the cost of one that is not compiled."""
+    """Ratios of the cost of a compiled update to the cost of the same update without
+    torch.compile."""
 
     kept: dict[float, float]
     """Share of the activations that is kept -> peak memory of the compiled update, divided by that
@@ -50,11 +51,14 @@ KEPT: dict[tuple[bool, bool], dict[float, float]] = {
     (True, False): {1.0: 1.04, 0.7: 0.84, 0.5: 0.80},
     (True, True): {1.0: 1.08, 0.7: 1.15, 0.5: 1.13, 0.3: 1.11},
 }
-"""(whether the loss is differentiated twice, whether in bf16) -> peak memory of a compiled update,
-divided by that of the eager one, at each budget. Source: benchmarks/results/memory_budget.json. The
-ratios are upper bounds because they were counted before operators are fused. For gradnorm a lower
-budget halves what is saved between forward and backward. The peak hardly changes, because the
-backward recomputes those activations and keeps them until it ends."""
+"""(whether the loss is differentiated twice, whether in bf16) -> activation memory budget -> peak
+memory of a compiled update, divided by that of the eager one. Source:
+benchmarks/results/memory_budget.json. The ratios are upper bounds because they were counted before
+operators are fused.
+
+A budget below 1 saves fewer activations between forward and backward. For a loss that is
+differentiated twice, the peak falls less or not at all, because the backward recomputes those
+activations and keeps them until it ends."""
 
 RECOMPUTED = {1.0: 0.0, 0.7: 0.0, 0.5: 0.01, 0.3: 0.05}
 """Share of the activations that is kept -> share of the operations that are done again, at most.
@@ -97,7 +101,8 @@ def measure_rates(device: torch.device, precision: str) -> Rates:
     target, tiny = torch.zeros_like(source), torch.zeros(1, device=device)
 
     def seconds(run: Callable[[], object], calls: int) -> float:
-        """Returns the seconds per call of `run` in the fastest round."""
+        """Times four rounds of `calls` calls each, and returns the seconds per call of `run` in the
+        fastest round."""
         rounds = []
         for _ in range(4):  # the first round warms up
             start = time.perf_counter()
@@ -178,7 +183,7 @@ def format_bytes(bytes_: float) -> str:
 def compiled_relations(cost: StepCost) -> Relations:
     """Returns the cost of the compiled update, divided by the cost of the eager one."""
     double = cost.double_backward
-    # a single backward with fastgn_kernels was not measured, so take those of a double backward
+    # for a single backward with fastgn_kernels no ratio was measured: use that of a double backward
     kind = (double or cost.kernels, cost.kernels)
     kept = KEPT[double, cost.precision in ("bf16", "bf16-pure")]
     return Relations(kept, RECOMPUTED, TRAFFIC[kind], LAUNCHES[kind])
@@ -237,7 +242,8 @@ def choose_plan(
     fitting = [p for p in plans if p.peak_bytes - held_bytes <= usable]
     least = min(p.peak_bytes for p in plans) - held_bytes
     check(bool(fitting), describe_shortage(cost, divisors[0], least, free_bytes, compiled))
-    # seconds are rounded sums, so updates are equally short if their seconds agree to 9 digits
+    # Sums of seconds have rounding errors, so compare only the first 10 digits of each plan's time.
+    # Plans whose times agree in these digits count as equally fast.
     return min(
         fitting,
         key=lambda p: (float(f"{p.seconds:.9e}"), p.micro_batches, -p.activation_memory_budget),

@@ -62,9 +62,11 @@ class RetryingStep:
 
         With several processes, the gradients are those of the mean loss of all processes.
 
-        Raises torch.OutOfMemoryError if memory runs out and a retry is not possible. There may be
-        no smaller micro-batch, or gradients from before the call that a retry would lose. Memory
-        may also run out in a backward that sums gradients over the processes.
+        Raises torch.OutOfMemoryError if memory runs out and a retry is not possible:
+
+        - because there is no smaller micro-batch,
+        - because a .grad held a gradient before the call, which a retry would lose, or
+        - because memory ran out in a backward that sums gradients over the processes.
         """
         keeps = self.step.has_gradients()
         while True:
@@ -84,7 +86,9 @@ class RetryingStep:
             del reserved  # PyTorch's allocator keeps this memory for the next allocations
             failure = self._share_failure(failure)
             if failure is None:
-                self.reserve_bytes = 0  # the optimizer allocates its state now
+                # After the first update the optimizer allocates its state in the reserved memory.
+                # Later updates need no reserve.
+                self.reserve_bytes = 0
                 if self.step.ranks.size > 1:
                     self.step.sum_over_ranks()
                 return loss

@@ -30,9 +30,9 @@ class Schedule:
     fd_step: float = StepConfig.fd_step
     """Length h of the step of a finite difference, in units of normalised images."""
     lazy_interval: int = StepConfig.lazy_interval
-    """With lazy, one update has the penalty out of this number of updates."""
+    """For the kind "lazy", one update has the penalty out of this number of updates."""
     subset_fraction: float = StepConfig.subset_fraction
-    """With subset, share of the images of each micro-batch that have the penalty."""
+    """For the kind "subset", share of the images of each micro-batch that have the penalty."""
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -46,7 +46,8 @@ class Schedule:
         a whole number.
         """
         share = self.subset_fraction if self.kind == "subset" else 1.0
-        # share * n must be at least 1. The factor 0.999 allows for rounding.
+        # Begin the search at this n, because a smaller one gives less than one image with penalty.
+        # 0.999 images count as one, see is_whole.
         least = max(1, int(0.999 / share))
         return next(n for n in itertools.count(least) if round(share * n) and is_whole(share * n))
 

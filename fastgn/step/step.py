@@ -116,10 +116,11 @@ class Step:
                 )
 
     def _compile(self, module: nn.Module, differentiates: bool, **options: Any) -> nn.Module:
-        """Returns `module`, compiled if the options say so.
+        """Returns `module`, compiled if the step's options say so.
 
         differentiates: whether the module computes a gradient with respect to its first input.
-        options: passed on to torch.compile. If they are given, they say whether to use CUDA graphs.
+        options: arguments of torch.compile. If none are given, the step's own arguments are used,
+        which turn on CUDA graphs if they are wanted.
         """
         if not self.options.is_compiled:
             return module
@@ -299,10 +300,12 @@ class Step:
         """Runs the forwards and backwards of a micro-batch whose penalty is a finite difference,
         and returns its loss.
 
-        The first backward, at the images themselves, gives both gradients of the weights and the
-        direction in which the images are shifted. The direction consists of the signs of the input
+        The first backward, at the images themselves, gives gradients of the weights. It also gives
+        the direction in which the images are then shifted, which consists of the signs of the input
         gradient. This backward differentiates the cross-entropy times a coefficient, which may be
         negative. Therefore the signs are multiplied by the sign of the coefficient.
+
+        part: the micro-batch. ramp: strength of the penalty, in 0..1.
         """
         objective, schedule = self.objective, self.options.schedule
         h, central = schedule.fd_step, schedule.kind == "central-difference"
@@ -331,7 +334,8 @@ class Step:
 
     def _forward(self, module: nn.Module, *inputs: Any) -> Loss:
         """Computes a loss with a module of `losses` or `overlapped`."""
-        # without this, a CUDA graph would expect the backward of a forward that ran out of memory
+        # Mark a new step, because a forward may have run out of memory before its backward.
+        # Otherwise CUDA graphs would still wait for that backward.
         if self._compile_mode:
             torch.compiler.cudagraph_mark_step_begin()
         loss: Loss = module(*inputs)

@@ -264,7 +264,7 @@ def test_wrong_images_are_never_attacked() -> None:
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        ({"ids": [0, 1]}, "2 ids for 4 images"),
+        ({"ids": [0, 1]}, "2 ids for at least 4 images"),
         ({"ids": range(9)}, "9 ids for 6 images"),
         ({"eps": 4.0}, "eps 4 is out of range"),
     ],

@@ -1,7 +1,7 @@
 """Resizes and augments images on a CPU, one at a time, with PyTorch's kernels and PIL.
 
-DALI's own CPU operators take three times as long, because each operator has a fixed cost for every
-few images of a batch. An array that stands for an image is uint8, H x W x 3.
+DALI's own CPU operators take three times as long, because each operator has a fixed cost and
+handles only a few images at a time. In this module, an array for an image is uint8, H x W x 3.
 """
 
 from collections.abc import Callable

@@ -28,29 +28,32 @@ ARGUMENTS = 6
 
 
 class Kind(IntEnum):
-    """An operation on an image, as PIL defines it. Lists in brackets are its arguments."""
+    """An operation on an image, as PIL defines it. The text of an operation that needs arguments
+    begins with their names in brackets."""
 
     NONE = 0
     BICUBIC = 1
-    """[a, b, c, d, e, f]: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), in pixels
-    from the image's corner. The pixel is FILL if that point is outside the image."""
+    """[a, b, c, d, e, f]: an affine map with these six arguments and bicubic interpolation. The
+    pixel at (x, y) comes from (a x + b y + c, d x + e y + f), in pixels from the image's corner.
+    The pixel is FILL if that point is outside the image."""
     BILINEAR = 2
-    """[a, b, c, d, e, f]: an affine map as for BICUBIC, but with bilinear interpolation."""
+    """[a, b, c, d, e, f]: an affine map with the same arguments as for BICUBIC, but with bilinear
+    interpolation."""
     AUTO_CONTRAST = 3
     EQUALIZE = 4
     INVERT = 5
     POSTERIZE = 6
-    """[mask]: keeps only the bits of the mask in each value."""
+    """[mask]: keeps only the bits of the argument `mask` in each value."""
     SOLARIZE = 7
-    """[threshold]: inverts all values that are not below the threshold."""
+    """[threshold]: inverts all values that are not below the argument `threshold`."""
     SOLARIZE_ADD = 8
-    """[number]: adds the number to values below 128."""
+    """[number]: adds the argument `number` to values below 128."""
     COLOR = 9
-    """[factor]: blends the grey image (factor 0) with the image itself (factor 1).
+    """[factor]: blends the grey image (if the argument `factor` is 0) with the image itself (factor
+    1).
 
     CONTRAST, BRIGHTNESS and SHARPNESS also take a factor. For them, a factor of 0 gives the mean
-    grey, black and the blurred image.
-    """
+    grey, black and the blurred image."""
     CONTRAST = 10
     BRIGHTNESS = 11
     SHARPNESS = 12

@@ -82,7 +82,8 @@ class DaliLoader:
         self._pipelines: deque[Any] = deque()
         """The pipelines in the order in which they will give a batch."""
         self._next = -1
-        # at exit Python waits for the worker processes, which ignore its signal, so end them first
+        # End the workers before Python exits. Otherwise Python would send them SIGTERM, which they
+        # ignore, and wait for them to end.
         atexit.register(close_if_alive, weakref.ref(self))
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:

@@ -80,7 +80,8 @@ def apply_operations(
 
 
 # The operations below work on images of uint8, S x S x 3.
-# The pixels of their results differ from PIL's by at most 1 of 255, unless they interpolate.
+# The pixels that an operation returns differ from PIL's by at most 1 of 255.
+# Operations that interpolate (bicubic and bilinear) may differ more.
 # The operations use bytes where possible, because DALI takes several times as long for floats.
 
 
@@ -210,13 +211,15 @@ def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     Therefore DALI equalises the negative of the image here. In the negative, the pixels up to 255 -
     v are those that are at least v in the image. All other pixels are below v, as PIL counts them.
 
-    Finally the values are scaled, because PIL divides by a step that is rounded to a whole number.
+    PIL then divides each count by a step, which is a 255th of all pixels but the brightest, rounded
+    down to a whole number. DALI does not round, so the values are scaled at the end.
     """
     shares = byte(255) - fn.equalize(byte(255) - image)
     brightest = fn.cast(image == extreme(fn.reductions.max, image), dtype=types.UINT8)
     others = side * side - fn.cast(extreme(fn.reductions.sum, brightest), dtype=types.FLOAT)
     step = math.floor(others / 255.0)
-    few = fn.cast(step == 0.0, dtype=types.UINT8)  # PIL changes nothing if the step is 0
+    # ImageOps.equalize leaves a channel unchanged if its step is 0, because it has too few pixels
+    few = fn.cast(step == 0.0, dtype=types.UINT8)
     table = to_bytes(shares * (others / 255.0 / (step + few)))
     return table * (byte(1) - few) + image * few
 

@@ -1,6 +1,7 @@
 """The method edge, which minimises the cross-entropy plus a penalty.
 
-The penalty is the distance of a logit's input gradient from the edges of the image.
+The penalty is the mean squared difference between a logit's input gradient and the strength of the
+edges in the image, which a filter computes.
 """
 
 import math
@@ -91,13 +92,14 @@ def edge(
     of: str = EdgeOptions.edge_of,
     rms: str = EdgeOptions.edge_rms,
 ) -> Loss:
-    """Returns the cross-entropy plus the distance of input gradients from the edges of the images.
+    """Returns the cross-entropy plus the mean squared difference between input gradients and the
+    edges in the images.
 
     total = CE + weight * MSE(G / rms(G), E / rms(E)). G is the gradient of sum_k w_k f_k with
     respect to the images. f_k is the logit of class k, and draw_classes gives the weights w_k. E is
     edge_energy, repeated for all channels. The mean is over images, channels and pixels. E is never
-    negative, so the penalties for G and -G differ. The cost is the same as for gradnorm.
-    Source: arXiv 2409.20139 and its code.
+    negative, so the penalties for G and -G differ. The cost is the same as for gradnorm. Source:
+    arXiv 2409.20139 and its code.
 
     images_BCHW: in the units that `model` takes. The edges are computed in these units.
     temperature, sampling: arguments of draw_classes.

@@ -24,7 +24,8 @@ def nearest_of_class(images_BCHW: Tensor, classes_B: Tensor, among: Representati
         return candidates_NCHW[classes_B]
     with torch.no_grad(), torch.autocast(images_BCHW.device.type, enabled=False):
         candidates_ND = candidates_NCHW.flatten(1)
-        # this is |r - x|^2 without the term |x|^2, which is the same for all representatives r
+        # The squared distance of an image x from a representative r is |r|^2 - 2 r x + |x|^2.
+        # The last term is left out, because it is the same for all representatives.
         products_BN = images_BCHW.to(candidates_ND.dtype).flatten(1) @ candidates_ND.T
         distances_BN = candidates_ND.square().sum(1) - 2 * products_BN
         others_BN = classes_B[:, None] != labels_N
