@@ -32,11 +32,11 @@ WORST = "worst case"
 attack."""
 
 Part = dict[str, Any]
-"""Outcomes of one attack on one batch.
+"""Outcomes of one attack on one batch: which of its images the network classifies correctly.
 
-Keys: row (index of the attack), batch (index of the batch), correct (one character per image),
-seconds (duration of the attack), and optionally warnings (lines).
-"""
+Keys: row (index of the attack), batch (index of the batch), correct (one character per image, 1 if
+it is classified correctly, otherwise 0), seconds (duration of the attack), and optionally warnings
+(lines)."""
 
 
 def evaluate_model(
@@ -81,7 +81,8 @@ def evaluate_model(
 def describe_inputs(
     trained: Trained, images: Subset, cfg: EvaluateConfig, device: str
 ) -> list[Any]:
-    """Returns everything that the outcomes of an attack depend on, ready for JSON."""
+    """Returns all values that the result of an attack depends on, such as digests of the weights
+    and the images, ready for JSON."""
     digest = hashlib.sha256()
     for index in images.indices:
         if isinstance(images.split, Arrays):
@@ -183,7 +184,8 @@ def read_part(
 
 
 def is_valid_part(part: Part, images: int) -> bool:
-    """Returns whether a saved part has valid outcomes. images: number of images in the batch."""
+    """Returns whether the saved outcomes of an attack on a batch are valid. part: the outcomes, see
+    Part. images: number of images in the batch."""
     correct, seconds = part.get("correct"), part.get("seconds")
     warnings = part.get("warnings", [])
     return (
@@ -219,11 +221,11 @@ def count_accuracy(parts: Iterable[Part], row: int) -> float:
 def make_rows(
     parts: Sequence[Part], todo: Sequence[tuple[str, float]], images: int
 ) -> list[dict[str, Any]]:
-    """Returns a dict for each attack and eps, from the outcomes of all batches and ranks.
+    """Returns a dict for each attack and eps, from the outcomes on all batches of all ranks.
 
     If an eps has several attacks, a dict for the worst case is added. In the worst case an image is
-    correct only if it is correct under all attacks with this eps. parts: the outcomes. todo: name
-    and eps of each attack. images: number of images.
+    correct only if it is correct under all attacks with this eps. parts: the outcomes, see Part.
+    todo: name and eps of each attack. images: number of images.
     """
     rows = []
     for index, (name, eps) in enumerate(todo):

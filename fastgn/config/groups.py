@@ -235,7 +235,7 @@ class StepConfig(Options):
     backward, which needs a compiled step. If memory runs out in such a backward, the run ends.
     auto: overlap for several machines without --cuda-graphs on, else flat."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which gradients travel between processes. bf16 halves the bytes."""
+    """Precision in which gradients are sent between processes. bf16 halves the number of bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Kernels of the network. triton: compute activations, LayerNorms and Swin's window
     attention with fastgn_kernels. reference: use PyTorch's operators. auto: triton for CUDA,
@@ -253,9 +253,8 @@ class StepConfig(Options):
     """Train with the model in eval mode, which freezes BatchNorm. The code of arXiv 2409.20139 does
     so."""
     accumulation: Literal["mean", "sum"] = "mean"
-    """How to combine the losses of the micro-batches of an update. mean: average them. sum: add
-    them up, as the code of arXiv 2409.20139 does. The gradient is then larger when it is
-    clipped."""
+    """mean: average the losses of an update's micro-batches. sum: add them up, so that the gradient
+    is larger when it is clipped. The code of arXiv 2409.20139 does so."""
     sync_micro_batches: bool = False
     """Wait for the device after every micro-batch, as the code of arXiv 2409.20139 does. Use this
     option only to compare times."""

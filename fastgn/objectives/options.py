@@ -238,7 +238,7 @@ METHODS: Mapping[str, Method] = {
         has_attack=True,
     ),
     "edge": Method(
-        "cross-entropy plus the distance of a logit's input gradient from the image's edges",
+        "cross-entropy plus the difference between a logit's input gradient and the image's edges",
         (EdgeOptions,),
         has_penalty=True,
     ),

@@ -201,17 +201,19 @@ def choose_plan(
     fewest: int = 1,
     fixed: tuple[int, float] | None = None,
 ) -> Plan:
-    """Chooses the micro-batch and activation memory budget with the shortest update that fits.
+    """Chooses the micro-batch and activation memory budget with the fastest update that fits.
 
-    Among equally short updates it prefers fewer micro-batches, then a higher budget.
+    If several updates are equally fast, the one with the fewest micro-batches is chosen, and among
+    these the one with the highest budget. An activation memory budget is the share of the
+    activations that an update saves for its backward.
     batch_size: number of images per rank and update, which the micro-batch must divide.
     free_bytes: free memory when the weights are allocated, see `free_memory`.
     state_bytes: memory that will be allocated for anything but gradients and activations, such as
     the optimizer's state. AdamW's state takes twice as many bytes as the weights in fp32.
     held_bytes: memory that is allocated already.
     fewest: smallest micro-batch that the network can be trained on.
-    fixed: (micro-batch, budget). If these are given, nothing is chosen. Their cost is predicted
-    even if they do not fit, for the nearest budget that was measured.
+    fixed: (micro-batch, budget). If this is given, nothing is chosen. The cost of an update with
+    this micro-batch is predicted even if it does not fit, for the nearest budget that was measured.
     Raises UserError if nothing fits into the free memory.
     """
     ratios = compiled_relations(cost) if compiled else EAGER

@@ -7,10 +7,9 @@ Gradient penalties need these norms. Names:
   norm, or 0 if the norm is 0.
 - gn is the gradient of the loss with respect to the norm. The backward starts from it.
 - gg is the gradient of the loss with respect to g. The backward returns it.
-- ggg is the cotangent of gg, which is the gradient of the loss with respect to gg. The backward of
-  the backward starts from it.
-- ggn is the gradient with respect to gn. The backward of the backward returns it, together with its
-  own gradient with respect to g, which the code also calls gg.
+- ggg is the gradient of the loss with respect to gg. The backward of the backward starts from it.
+- ggn is the gradient of the loss with respect to gn. The backward of the backward returns it, and
+  also another gradient with respect to g, which the code calls gg, too.
 
 Formulas:
 
@@ -19,9 +18,9 @@ Formulas:
 - Backward of the backward: ggn = sum(ggg * direction). For L1, its gg is 0. For L2, its gg is gn *
   (ggg - direction * ggn) / norm, or 0 if the norm is 0.
 
-Each of the three is one kernel, which reads every input once and writes every output once. The
-exception is the backward of the backward of L2, which takes two kernels, because it needs ggn
-before it can compute gg.
+Each of the three passes is one kernel, which reads every input once and writes every output once.
+Only the backward of the backward of L2 takes two kernels, because it needs ggn before it can
+compute gg.
 """
 
 import math
@@ -243,7 +242,8 @@ def _run_kernel(
     - Order 1: (empty, gradient with respect to g).
     - Order 2: (gradient with respect to gn, gradient with respect to g).
 
-    "empty" is a tensor without elements. It also replaces the last result for L1, which is zero.
+    "empty" is a tensor without elements. For order 2 and L1, the second tensor is empty too,
+    because the gradient with respect to g is zero.
     """
     per_sample, gg = _allocate_outputs(order, g, ord)
     if not g.numel():
