@@ -65,7 +65,7 @@ def warn_of_initial_weights(run: Run, holds: str, updates: int) -> None:
     share = optim.compute_initial_share(run.cfg.optimizer, updates)
     if share > 0.03:
         run.print(
-            f"warning: after {updates} updates the average of the weights, which is evaluated "
-            f"and exported, {holds} {share:.0%} of the initial weights: use --model-ema-warmup "
-            f"or a lower --model-ema-decay"
+            f"warning: after {updates} updates the moving average of the weights, which is "
+            f"evaluated and exported, {holds} {share:.0%} of the initial weights: use "
+            "--model-ema-warmup or a lower --model-ema-decay"
         )

@@ -57,7 +57,7 @@ updates since the last row.
 - bad_images: number of images replaced since the last row, empty if there were none.
 - clean_accuracy, pgd10_accuracy: accuracy without an attack and under PGD-10, in 0..1, always on
   the same validation images.
-- seconds: time since the process began."""
+- seconds: time since this process opened the file."""
 
 
 class Metrics:

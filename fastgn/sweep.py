@@ -146,7 +146,7 @@ def make_reporter(trial: Any, cfg: SweepConfig, optuna: Any) -> Callable[[Run], 
     def report(run: Run) -> None:
         epoch = run.update // run.resolved.updates_per_epoch
         clean, robust = run.accuracy["clean_accuracy"], run.accuracy["pgd10_accuracy"]
-        # Optuna warns if an interrupted process has reported the same evaluation before
+        # ignore Optuna's warning about evaluations that an interrupted process has reported before
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial.report(score(clean, robust, cfg.clean_floor), epoch)

@@ -47,8 +47,8 @@ from fastgn.files import atomic_open, remove_file
 from fastgn.lock import lock_folder
 
 BLOCK = 512
-"""Number of bytes in a block of a tar file. Headers take one block, and members are padded to
-blocks."""
+"""Number of bytes in a block of a tar file. The header of each file in it takes one block, and the
+file's content is padded with zeros to whole blocks."""
 
 
 @dataclasses.dataclass(frozen=True)

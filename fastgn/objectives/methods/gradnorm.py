@@ -61,9 +61,8 @@ def gradnorm(
     size = grad_l1 = grad_BCHW.abs().sum()
     if norm != "l1" or channel_weights is not None or threshold:
         own_BCHW = len(images_BCHW) * grad_BCHW
-        if (
-            channel_weights is not None
-        ):  # multiply by Python numbers, because copying a tensor to the device would wait for it
+        if channel_weights is not None:
+            # multiply by Python numbers, because copying a tensor to the device would wait for it
             channels = own_BCHW.unbind(1)
             weighted = [w * x for w, x in zip(channel_weights, channels, strict=True)]
             own_BCHW = torch.stack(weighted, 1)
