@@ -5,10 +5,10 @@ Names of tensors:
 - x is the input, bias is the bias, and u = x + bias;
 - y = f(u) is the output of the activation function f;
 - gy, gx, gbias and gu are the gradients of the loss with respect to y, x, bias and u;
-- ggx and ggbias are the cotangents of gx and gbias, which are the gradients of the loss with
-  respect to gx and gbias. The backward of the backward starts from them;
-- ggy is the gradient with respect to gy. The backward of the backward returns it, together with its
-  own gx and gbias.
+- ggx and ggbias are the gradients of the loss with respect to gx and gbias. The backward of the
+  backward starts from them;
+- ggy is the gradient of the loss with respect to gy. The backward of the backward returns it, and
+  also other gradients with respect to x and bias, which are called gx and gbias, too.
 
 Formulas:
 
@@ -17,7 +17,7 @@ Formulas:
 - Backward of the backward: let s = ggx + ggbias. Then ggy = s f'(u) and gx = s gy f''(u). gbias is
   the sum of this gx over the rows.
 
-Each of the three is one kernel, which reads every input once and writes every output once.
+Each of the three passes is one kernel, which reads every input once and writes every output once.
 """
 
 import torch

@@ -7,10 +7,10 @@ Names, for one sample:
 - T is the sum of t.
 - gl is the gradient of the final loss with respect to this sample's loss.
 - gz is the gradient of the final loss with respect to z.
-- ggz is the cotangent of gz, which is the gradient of the final loss with respect to gz. The
-  backward of the backward starts from it.
-- ggl is the gradient with respect to gl. The backward of the backward returns it, together with its
-  own gz.
+- ggz is the gradient of the final loss with respect to gz. The backward of the backward starts from
+  it.
+- ggl is the gradient of the final loss with respect to gl. The backward of the backward returns it,
+  and also another gradient with respect to z, which is called gz, too.
 
 Formulas:
 
@@ -18,7 +18,7 @@ Formulas:
 - Backward: gz = gl (T p - t).
 - Backward of the backward: ggl = sum(ggz (T p - t)) and gz = gl T p (ggz - sum(p ggz)).
 
-Each of the three is one kernel, which reads every input once and writes every output once. A
+Each of the three passes is one kernel, which reads every input once and writes every output once. A
 program holds whole rows, and every kernel recomputes p. Therefore only z and t are kept for the
 backward.
 """

@@ -4,9 +4,9 @@ Names of tensors:
 
 - gy, gx, gweight, gbias: gradients of the loss with respect to the output y, x, weight and bias.
 - gsum: gradient of the loss with respect to the sum x + residual.
-- ggx, ggweight, ggbias: cotangents of gx, gweight and gbias, which are the gradients of the loss
-  with respect to these. The backward of the backward starts from them.
-- ggy: gradient with respect to gy, a result of the backward of the backward.
+- ggx, ggweight, ggbias: gradients of the loss with respect to gx, gweight and gbias. The backward
+  of the backward starts from them.
+- ggy: gradient of the loss with respect to gy. The backward of the backward returns it.
 
 `layer_norm_kernels` has the formulas.
 """

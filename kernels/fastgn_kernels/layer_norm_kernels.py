@@ -6,10 +6,10 @@ Names, for a row x of C values:
   row.
 - gy, gx, gweight, gbias: gradients of the loss with respect to the output y, x, weight and bias.
 - gsum: gradient of the loss with respect to the sum x + residual.
-- ggx, ggweight, ggbias: cotangents of gx, gweight and gbias, which are the gradients of the loss
-  with respect to these. The backward of the backward starts from them.
-- ggy: gradient with respect to gy. The backward of the backward computes it, and also its own gx
-  and gweight.
+- ggx, ggweight, ggbias: gradients of the loss with respect to gx, gweight and gbias. The backward
+  of the backward starts from them.
+- ggy: gradient of the loss with respect to gy. The backward of the backward computes it, and also
+  other gradients with respect to x and weight, which are called gx and gweight, too.
 - g = gy weight: gradient of the loss with respect to x_hat.
 - P(z) = z - mean(z) - x_hat mean(z x_hat): the row z without its mean and without its component
   along x_hat.
