@@ -57,11 +57,11 @@ Imports and compilation take about that long.
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One part of the report: a question, and the command that answers it."""
+    """One part of the report: a benchmark or a group of tests, and the command that runs it."""
 
     name: str
     what: str
-    """Description of the question, for the summary."""
+    """What the part measures or tests, as the report prints it."""
     command: Sequence[str]
     """Command-line arguments for Python."""
     limit_s: float
@@ -155,7 +155,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
 
     exact = ("--schedules", "exact", "--methods", "natural", "gradnorm")
     few = (*exact, "pgd_at", "gradnorm-paper")
-    # several processes, because the tests spend most of their time in Triton's compiler on the CPU
+    # runs tests in several processes, because most of the time goes to Triton's compiler
     many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     ops = ("tests/kernels/test_checks.py",) if machine.smoke else ("tests/kernels", *many)
     parts = [cost(best, 290, *few, "pgd_at-paper")]
@@ -167,7 +167,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     toy += ("--batch-size", 2)
     parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=()))
 
-    # the parts from here on are for a second call
+    # further calls run these parts, because they do not fit into the default of --budget-s
     if not machine.smoke:
         on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
         needs = ("sklearn", "torchvision")
@@ -226,7 +226,8 @@ def run(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) 
     Ends all processes that the command has started. log: file for the output of the command. env:
     environment variables of the command.
     """
-    # a background job ignores Ctrl-C, and so would its children, which do not inherit a function
+    # If this is a background job, it ignores Ctrl-C, and so would its children. With a function as
+    # the handler, this process still ignores Ctrl-C, but its children do not.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
@@ -240,10 +241,10 @@ def run(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) 
     except subprocess.TimeoutExpired:
         return None
     finally:
-        # after SIGINT, pytest still prints what has failed
+        # SIGINT comes first, because pytest then still prints which tests have failed
         for number, patience_s in ((signal.SIGINT, 4), (signal.SIGTERM, 2), (signal.SIGKILL, 10)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)  # also children of a process that has ended
+                os.killpg(process.pid, number)  # its children may still run if it has ended
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience_s)
 
@@ -302,7 +303,7 @@ class Report:
 
     def key_of(self, part: Part) -> dict[str, Any]:
         """Returns the values that must be unchanged if an earlier result of a part is to count."""
-        # without the folder's path, which may have changed
+        # the command is compared without the folder's path, which may have changed
         return self.key | {"command": [x.replace(str(self.folder), "FOLDER") for x in part.command]}
 
     def same(self, part: Part) -> dict[str, Any] | None:
@@ -344,7 +345,7 @@ class Report:
         seconds = min(time.monotonic() - began, limit_s)
         record = read_json(path) if path else {}
         if path and self.commit is not None and record.get("commit", "") is None:
-            write_json(path, record | {"commit": self.commit})  # its program could not find it out
+            write_json(path, record | {"commit": self.commit})  # the command found no commit
         return self.add(
             part,
             "timed out" if code is None else "failed" if code else "ok",

@@ -26,7 +26,7 @@ def make(function: str, *patterns: str, together: bool = False) -> str:
     """Returns the Markdown tables of some JSON records, or "" if there are none.
 
     function: name of the function that makes a table. patterns: glob patterns of the records'
-    names. together: whether all records make one table. If False, each makes its own.
+    names. together: whether all records make one table. If False, each record makes its own.
     """
     paths = [path for pattern in patterns for path in sorted(RESULTS.glob(pattern))]
     records = [{"file": path.name} | json.loads(path.read_text()) for path in paths]
@@ -54,7 +54,8 @@ RESULTS_PAGE = {
     path.stem: f"{path.parent.name}.{path.stem}"
     for path in sorted((ROOT / "benchmarks").glob("*/*.py"))
 } | {"kernels": "kernels.ops", "kernel_builds": "kernels.builds"}
-"""Name of a table in docs/results.md, and beginning of its records' names -> its benchmark."""
+"""Name of each table in docs/results.md -> module of the benchmark that makes it. The names of the
+JSON records for a table begin with the table's name."""
 TABLES = {
     **{name: functools.partial(make, *row, together=True) for name, row in README.items()},
     **{
@@ -77,7 +78,7 @@ def render(page: Path, text: str) -> str:
         pattern = re.compile(f"{re.escape(start)}\n.*?{re.escape(end)}", re.S)
         made = table()
         if not made and start not in text:
-            continue  # nothing has been measured yet
+            continue  # the table's benchmark has no records yet
         assert pattern.search(text), f"{page.name} lacks {start}"
         block = f"{start}\n{made}\n{end}"
         text = pattern.sub(lambda _, block=block: block, text)

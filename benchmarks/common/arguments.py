@@ -1,4 +1,4 @@
-"""Command lines that the benchmarks share, and the files that their records go to."""
+"""Makes the command lines of the benchmarks, and chooses the files for their JSON records."""
 
 import argparse
 import re
@@ -63,7 +63,8 @@ Option = tuple[tuple[str, ...], dict[str, Any]]
 def option(*names: str, **settings: Any) -> Option:
     """Returns a flag for a program. The arguments are those of ArgumentParser.add_argument.
 
-    Without a type, a number as default means that the value must be positive, and an int whole.
+    If no type is given and the default is a number, the value must be positive. If the default is
+    an int, the value must also be a whole number.
     """
     default = settings.get("default")
     if "type" not in settings and type(default) in (int, float):
@@ -75,7 +76,7 @@ class Program:
     """The main function of a benchmark, which reads the command line.
 
     run: function that takes the options and returns the exit status. Error messages begin with the
-    name of its file, and --help with the docstring of this file. options: flags besides --output.
+    name of its file, and --help shows the docstring of that file. options: flags besides --output.
     """
 
     def __init__(self, run: Callable[[argparse.Namespace], int], options: Collection[Option]):
@@ -88,7 +89,7 @@ class Program:
             self.parser.add_argument(*names, **settings)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Returns the options, and their defaults as the field `defaults`."""
+        """Returns the options. Their field `defaults` is a dict of all default values."""
         args = self.parser.parse_args(argv)
         defaults = {key: self.parser.get_default(key) for key in vars(args) if key != "output"}
         return argparse.Namespace(**vars(args), defaults=defaults)
@@ -124,13 +125,14 @@ def slugify(name: str) -> str:
 def open_record(
     args: argparse.Namespace, file: str, free: Collection[str] = (), *, needs_gpu: bool = False
 ) -> tuple[Path, Record]:
-    """Returns the path of the benchmark's JSON record, and the first keys of the record.
+    """Returns the path of the benchmark's JSON record, and the first entries of the record.
 
-    The path is --output, or else benchmarks/results/<file>. benchmarks/results holds only results
-    with default options. If an option that is not in `free` has another value than its default,
-    returns runs/<file> and prints why. If needs_gpu, does so on a CPU, too. Locks the file, so that
-    only this process writes it. "{device}" in `file` stands for the name of the device. The keys
-    are the file, the device, the versions of packages, the commit and the hardware.
+    The path is --output if it is given. Otherwise it is benchmarks/results/<file> if all options
+    have their default values, and else runs/<file>. Options in `free` may have other values. If
+    needs_gpu is True, a machine without a GPU also gets runs/<file>. The reason is printed.
+
+    Locks the file, so that only this process writes it. "{device}" in `file` stands for the name of
+    the device. The entries are file, device, versions of packages, commit and hardware.
     """
     name = device_name()
     file = file.format(device=slugify(name))
@@ -150,7 +152,7 @@ def open_record(
 
 
 def finish(output: Path, record: Record, table: Callable[[Record], str]) -> int:
-    """Writes a complete record, prints its table, and returns the exit status 0."""
+    """Writes a complete JSON record, prints its table, and returns the exit status 0."""
     write_record(output, {"complete": True} | record)
     print(f"{table(record)}\n-> {output}")
     return 0

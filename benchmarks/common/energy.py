@@ -28,7 +28,7 @@ def energy_counter() -> tuple[Callable[[], float] | None, str]:
     nvml: Any = pynvml
     try:
         nvml.nvmlInit()
-        # by UUID, because NVML does not know CUDA_VISIBLE_DEVICES
+        # finds the card by its UUID, because NVML ignores CUDA_VISIBLE_DEVICES
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         card = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         nvml.nvmlDeviceGetTotalEnergyConsumption(card)

@@ -19,7 +19,7 @@ from fastgn.lock import lock_file
 HELD: set[Path] = set()
 """Paths of the JSON records that this process has locked."""
 LOCKS = contextlib.ExitStack()
-"""The locks of these records, which end with the process."""
+"""Locks of all JSON records in HELD. They are released when this process ends."""
 atexit.register(LOCKS.close)
 
 

@@ -18,10 +18,11 @@ Column = str | Callable[[Row], str] | Sequence[str]
 
 
 def make_cell(row: Row, column: str | Callable[[Row], str]) -> str:
-    """Returns a cell of a table. column: function of the row, or keys and a format of a number.
+    """Returns the text of a cell of a table.
 
-    With "launches/count:.0f", the cell is row["launches"]["count"] in the format ".0f", or "" if
-    that is missing or None. A summary becomes mean ± deviation.
+    column: function that makes the cell from the row, or a text with keys and the format of a
+    number. With "launches/count:.0f", the cell is row["launches"]["count"] in the format ".0f". It
+    is "" if that is missing or None, and mean ± standard deviation if it is a `timing.summary`.
     """
     if callable(column):
         return column(row)
@@ -37,7 +38,7 @@ def make_cell(row: Row, column: str | Callable[[Row], str]) -> str:
 def make_table(rows: Sequence[Row], columns: Mapping[str, Column]) -> str:
     """Returns a Markdown table. A column whose cells are all empty is left out.
 
-    columns: heading of each column -> the column.
+    columns: heading -> cells of the column, or how to make them from a row (see `make_cell`).
     """
     cells = {
         name: [make_cell(row, column) for row in rows]
@@ -52,7 +53,7 @@ def make_table(rows: Sequence[Row], columns: Mapping[str, Column]) -> str:
 
 
 def with_notes(table: str, record: Record, *notes: str) -> str:
-    """Returns a Markdown table with a line of notes, PyTorch's version and the record's name."""
+    """Adds a line of notes to a Markdown table, with PyTorch's version and the record's name."""
     source = f"torch {record['versions']['torch']} (`benchmarks/results/{record['file']}`)."
     return f"{table}\n\n{'; '.join([*notes, source])}"
 
@@ -63,22 +64,22 @@ def device(record: Record, cpu: str = "CPU") -> str:
 
 
 def cores(record: Record) -> str:
-    """Returns the name of the GPU of a JSON record, or else its number of CPU cores."""
+    """Returns the GPU that made a JSON record, or without a GPU the number of CPU cores."""
     return device(record, f"{record['hardware']['cpu_count']} CPU cores")
 
 
 def plus_minus(value: Row | None, form: str) -> str:
-    """Returns "mean ± standard deviation" of a summary as text, or "" if the summary is None.
+    """Returns "mean ± standard deviation" of measurements as text, or "" if value is None.
 
-    form: format of both numbers, such as ".1f".
+    value: dict from `timing.summary`. form: format of both numbers, such as ".1f".
     """
     return f"{value['mean']:{form}} ± {value['std']:{form}}" if value else ""
 
 
 def percent(value: Row | None) -> str:
-    """Returns an accuracy in percent as text, with its deviation if there are several seeds.
+    """Returns an accuracy in percent as text, with the standard deviation for several seeds.
 
-    value: summary of the accuracy over the seeds, or None for an empty text.
+    value: statistics over the seeds from `timing.summary`, or None for an empty text.
     """
     if value is None:
         return ""

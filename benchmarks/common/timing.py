@@ -95,8 +95,9 @@ def cold(
     """Times single calls that take microseconds on a GPU, with cold caches, using CUDA events.
 
     arms: name -> function without arguments that is timed. Before each call, the cache is filled
-    with modified data. The call must first write this data back to memory, so its time includes
-    the cost of writing its results. Without CUDA, this is `interleaved` with one call per round.
+    with modified data. When the call stores its results in the cache, the cache must write as much
+    of this data to memory. So the time includes the cost of such writes. Without CUDA, this is
+    `interleaved` with one call per round.
     """
     if not torch.cuda.is_available():
         return interleaved(arms, rounds=rounds, calls=1, warmup=warmup)
@@ -125,16 +126,17 @@ def _measure_in_turn(
     rounds: int,
     warmup: int,
 ) -> dict[str, list[Any]]:
-    """Returns the results of `measure` for each named function, one result per round.
+    """Measures functions in turn, in several rounds. Returns name -> one result per round.
 
-    arms: name -> function without arguments. measure: takes a name and its function.
+    arms: name -> function without arguments. measure: takes a name and its function, and returns
+    the result. warmup: number of calls of each function before the first round.
     """
     for run in arms.values():
         for _ in range(warmup):
             run()
     measured: dict[str, list[Any]] = {name: [] for name in arms}
     gc.collect()
-    gc.disable()  # as timeit does, because collecting the compiler's garbage once took 0.7 s
+    gc.disable()  # as timeit does, because a collection during a measurement once took 0.7 s
     try:
         for _ in range(rounds):
             for name, run in arms.items():
