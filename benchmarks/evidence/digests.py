@@ -24,15 +24,15 @@ LOCAL = ("output", "initial_checkpoint", "resume", "data_dir")
 
 
 def digest(content: Any) -> str:
-    """Returns ten characters that identify some content. JSON must be able to hold the content."""
+    """Returns a digest of ten characters. content: any value that JSON can hold."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def digests_of(cfg: Config) -> dict[str, str]:
     """Returns digests of the network, of the objective and of everything else in a training.
 
-    The keys are network, objective and training. The digests cover the options, and the code of the
-    objective and of fastgn's own network.
+    The keys are "network", "objective" and "training". The digests cover the options, and the code
+    of the objective and of fastgn's own network.
     """
     groups: dict[str, dict[str, Any]] = {}
     for key, value in cfg.flat().items():
@@ -48,8 +48,8 @@ def digests_of(cfg: Config) -> dict[str, str]:
 
 
 NAMED = ("architecture", "objective")
-"""Groups of options whose values have a digest of their own. If such a group changes, the message
-can name it."""
+"""Groups of options that have a digest of their own. If a result cannot be reused, the error
+message can then say which group has changed."""
 
 
 def objective_code(method: str) -> list[str]:
@@ -74,7 +74,7 @@ def code_of(module: ModuleType) -> str:
 
 
 class Essence(ast.NodeTransformer):
-    """Removes the parts of a module that do not change what it computes."""
+    """Removes docstrings and the texts of f-strings from the syntax tree of a module."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:  # noqa: N802 - ast's name
         """Removes a docstring, or a text below a field."""

@@ -1,12 +1,12 @@
-"""Tries whether gradnorm can train timm's networks, with a small network of each family.
+"""Tests whether gradnorm can train timm's networks, with a small network of each family.
 
     python -m benchmarks.evidence.families
 
 A family is a module of timm.models. For its smallest network, this computes the gradient of one
 gradnorm update on two images and checks whether all of it is finite. It does so with and without
 fastgn's twins, which replace operators that cannot be differentiated twice
-(fastgn/models/second_order.py). Each family is tried in a process of its own, because some networks
-crash. The same command continues an interrupted one with the next family.
+(fastgn/models/second_order.py). Each family has a process of its own, because
+some networks crash it. The same command continues an interrupted one with the next family.
 
 Writes benchmarks/results/families_cpu.json.
 """
@@ -46,8 +46,8 @@ TIMEOUT_S = 600
 def smallest_network(family: str) -> str:
     """Returns the name of the network with the fewest parameters in a family.
 
-    Networks that cannot be made on the meta device are not counted, unless none of the family can.
-    family: name of a module of timm.models.
+    Networks that cannot be made on the meta device are ignored. If no network can be made there,
+    returns the first one of the family. family: name of a module of timm.models.
     """
     counts: dict[str, int] = {}
     names = timm.list_models(module=family)
@@ -62,9 +62,10 @@ def smallest_network(family: str) -> str:
 
 
 def build(family: str, name: str) -> tuple[network.Classifier, network.ModelReport]:
-    """Returns a network with random weights. Raises UserError if it takes none of the image sizes.
+    """Returns a network with random weights, and a report on how it was built.
 
-    family: name of a module of timm.models. name: timm's name of the network.
+    Raises UserError if the network takes none of the image sizes in SIDES. family: name of a module
+    of timm.models. name: timm's name of the network.
     """
     kwargs = ("depth=2",) if family in SHALLOW else ()
     for side in SIDES:
@@ -78,14 +79,15 @@ def build(family: str, name: str) -> tuple[network.Classifier, network.ModelRepo
 
 
 def differentiate(model: network.Classifier) -> dict[str, Any]:
-    """Computes the gradient of one gradnorm update and returns whether all of it is finite.
+    """Computes the gradient of one gradnorm update, and returns a dict that says if it is finite.
 
-    The key "outcome" of the result is "finite", "not finite", or "raises" for an operator without a
-    second derivative. Another key holds the details.
+    The value of "outcome" is "finite", "not finite", or "raises" if an operator has no second
+    derivative. The next key is "penalty", "parameters" (names of those with a gradient that is not
+    finite), or "error".
     """
     torch.manual_seed(0)
     images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)
-    # an area of one colour, such as a sky: its features may be 0, where norms may give a NaN
+    # in an area of one colour, such as a sky, features may be 0, and norms of them may give a NaN
     images_BCHW[0, :, :20] = 0.5
     targets_B = torch.tensor([0, 1])
     model.train()
@@ -102,9 +104,9 @@ def differentiate(model: network.Classifier) -> dict[str, Any]:
 
 
 def scan(family: str) -> dict[str, Any]:
-    """Returns the results of one family of networks, as a dict for the JSON record.
+    """Tests gradnorm on one family of networks, and returns the outcome for the JSON record.
 
-    It must run in a process of its own, because some networks crash.
+    This function must run in a process of its own, because some networks crash the process.
     """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -124,9 +126,9 @@ def scan(family: str) -> dict[str, Any]:
 
 
 def scan_apart(family: str) -> dict[str, Any]:
-    """Calls `scan` for a family in a new process and returns its results.
+    """Calls `scan` for a family in a new process and returns the outcome.
 
-    If the network crashes that process, the results say so.
+    If the network crashes that process, the outcome is "killed".
     """
     with ProcessPoolExecutor(1, get_context("fork")) as pool:
         try:
@@ -166,7 +168,7 @@ def table(record: Record) -> str:
 
 @program()
 def main(args: argparse.Namespace) -> int:
-    """Tries the families that are missing in the JSON record, and writes it after each."""
+    """Tests the families that are missing in the JSON record. Writes the record after each."""
     output, head = open_record(args, "families_cpu.json")
     head |= {"images": 2, "method": "gradnorm"}
     same = {"complete": False, "versions": head["versions"]}

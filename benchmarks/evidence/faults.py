@@ -1,4 +1,4 @@
-"""Proof that a training survives faults, and trains the same network as without them.
+"""Checks that a training survives faults, and that its weights are the same as without them.
 
     python -m benchmarks.evidence.faults  # about an hour on two cores
 
@@ -9,18 +9,18 @@ fault happen at a random moment:
   follow each other, until a process ends by itself.
 - kill: SIGKILL ends one of four gloo ranks under the agent of torchrun, with `--max-restarts`.
 - stop: SIGSTOP stops one of four ranks, so that the others wait until `--rank-timeout` has passed.
-- memory: one operator of a random update finds no memory on one of four ranks. All ranks repeat the
-  update in halved micro-batches.
+- memory: on one of four ranks, one operator of a random update raises an out-of-memory error. All
+  ranks repeat the update in halved micro-batches.
 - shrink: one of two machines with two ranks each is lost together with its agent, under
   `--nnodes 1:2`. Two ranks train the rest with the same global batch.
 
-A trial is lost if the job fails, and it hangs if the job has not ended after LIMIT_S seconds. Where
-the number of ranks stays the same, everything that the run has written has to be the same to the
-last bit as in an undisturbed run, except for the clock's columns. Because halved micro-batches
-round differently, a run that ran out of memory is compared with one in which the same operator
-finds no memory on all ranks. After a shrink, the weights have to be the same up to rounding.
+A trial is lost if the job fails, and it hangs if the job has not ended after LIMIT_S seconds. If
+the number of ranks stays the same, all files must be the same to the last bit as those of an
+undisturbed run, except for the columns of metrics.csv that hold times. Halved micro-batches round
+differently. Therefore a run of `memory` is compared with one in which the same operator raises the
+error on all ranks. After `shrink`, the weights must be the same up to rounding.
 
-The processes are forked by a server that has made the imports, so that a start takes none.
+A server imports all modules once and forks the processes, so that they start fast.
 Writes benchmarks/results/faults_cpu.json after each trial. The same command continues.
 """
 
@@ -62,23 +62,24 @@ ARGUMENTS = (
     *("--lr", "0.003", "--eval-images", "48", "--log-interval", "4", "--checkpoint-interval", "3"),
     *("--max-updates", "16"),
 )
-"""Command line of the training: 16 updates of 96 images. Log rows, checkpoints and epochs, which
-have 14 updates, end at different updates."""
+"""Command line of the training: 16 updates of 96 images. An epoch has 14 updates, a log row 4, and
+a checkpoint follows every third update, so they end at different updates."""
 DRAWS = ("--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--drop-path", "0.1")
-"""Options that make each rank draw random numbers, except in the trials that lose ranks."""
+"""Options that make each rank draw random numbers. The trials of `shrink` do not use them."""
 UPDATES, OPERATORS, LAST = 16, 1300, "update_00000016"
-"""Number of updates, a little less than the operators of an update, the last checkpoint's name."""
+"""Number of updates, number of PyTorch operators in an update (at least), and name of the last
+checkpoint."""
 ARMS = {"alone": 0, "kill": 1, "stop": 1, "memory": 1, "shrink": 2}
 """Name of a fault -> number of agents of torchrun. 0 means one process without an agent."""
 IMPORTS = (
     *("fastgn.train", "sklearn.datasets", "torch.distributed.launcher.api"),
     "torch.utils.tensorboard",
 )
-"""Modules that a training needs."""
+"""Modules that the server imports before it forks the processes of a training."""
 LIMIT_S = 1800.0
-"""Seconds after which a job counts as hung. A job takes ten, and minutes on a busy machine."""
+"""Seconds after which a job counts as hung. A job takes 10 s, or minutes on a busy machine."""
 ROUNDING = 1e-4
-"""Largest relative difference of weights that rounding explains."""
+"""Largest relative difference between the weights of two runs that rounding explains."""
 STATE = ("update", "best", "accuracy", "sums", "summed", "model", "ema", "optimizer")
 """Keys of a checkpoint that faults must not change."""
 CLOCK = ("images_per_s", "data_wait_share", "seconds")
@@ -87,17 +88,18 @@ CLOCK = ("images_per_s", "data_wait_share", "seconds")
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault of a job with several ranks."""
+    """A fault that this benchmark causes in a job with several ranks, such as the end of a rank."""
 
     arm: str
     """Name of the fault, one of ARMS."""
     rank: int | None
     """Rank that has the fault. None means all ranks."""
     moment: dict[str, Any]
-    """Seconds from the start of the rank's training, or number of an update and its operator."""
+    """When the fault happens: {"after_s": [seconds after the start of the rank's training]}, or
+    {"update": index of an update, "operator": index of an operator in this update}."""
 
     def prepare(self, folder: Path) -> None:
-        """Lets the fault of this rank, if it has one, happen once in the run in `folder`."""
+        """Prepares the fault if it is for this rank. It happens once in the run in `folder`."""
         rank = int(os.environ["LOCAL_RANK" if self.arm == "shrink" else "RANK"])
         if self.rank is not None and (self.rank != rank or mark_of(folder).exists()):
             return
@@ -118,7 +120,10 @@ class Fault:
         Step.__call__ = compute_once  # type: ignore[assignment,method-assign]
 
     def happen(self, folder: Path) -> None:
-        """Ends or stops this process, or its agent with all ranks of the machine."""
+        """Makes the fault happen, with a signal to this process.
+
+        For `shrink`, all processes of the simulated machine are killed. folder: the run's folder.
+        """
         mark_of(folder).write_text(describe(folder))
         if self.arm == "shrink":
             os.killpg(0, signal.SIGKILL)
@@ -126,15 +131,18 @@ class Fault:
 
 
 class NoMemory(TorchDispatchMode):
-    """Lets one operator of this thread find no memory."""
+    """Raises an out-of-memory error in one operator of this thread, as if memory were full."""
 
     def __init__(self, operator: int, mark: Path):
-        """operator: number of the operator, from 0. mark: file that gets the operator's name."""
+        """Sets which operator raises the error.
+
+        operator: its index, counted from 0 when the mode begins. mark: file for its name.
+        """
         super().__init__()
         self.left, self.mark = operator, mark
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator, or raises torch.OutOfMemoryError."""
+        """Runs an operator, but raises torch.OutOfMemoryError if it is the chosen one."""
         self.left -= 1
         if self.left < 0:
             turn = "forward" if torch._C._current_graph_task_id() < 0 else "backward"
@@ -144,12 +152,12 @@ class NoMemory(TorchDispatchMode):
 
 
 def mark_of(folder: Path) -> Path:
-    """Returns the file that a fault writes when it happens. It says what the run was doing."""
+    """Returns the file that a fault writes when it happens, with what the run was doing."""
     return folder.with_suffix(".mark")
 
 
 def describe(folder: Path) -> str:
-    """Returns what a run is doing, as its files show."""
+    """Returns what a run is doing, such as "training", as the files in its folder show."""
     checkpoints = Checkpoints(folder, 1)
     if any(checkpoints.folder.glob(".*.tmp")):
         return "writing a checkpoint"
@@ -159,21 +167,25 @@ def describe(folder: Path) -> str:
 
 
 def train_rank(folder: Path, agents: int, fault: Fault | None) -> None:
-    """Trains as one rank or alone, with the fault if it is this rank's."""
+    """Trains as one rank of a job, or in a single process without torchrun.
+
+    folder: the run's folder. agents: number of torchrun's agents, 0 for a single process. fault:
+    fault of the job, which happens if it is for this rank. None means no fault.
+    """
     torch.set_num_threads(1)
     if fault is not None:
         fault.prepare(folder)
     args = [*ARGUMENTS, *(() if agents == 2 else DRAWS), "--output", str(folder)]
     if agents == 2 or (fault is not None and fault.arm == "stop"):
-        args += ["--rank-timeout", "0.12"]  # on a busy machine, a rank may be that late
+        args += ["--rank-timeout", "0.12"]  # 7 s, because ranks of a busy machine may be late
     status = train.main([*args, "--resume", "auto"])
     if status:
         sys.exit(status)
 
 
 def run_agent(number: int, agents: int, port: int, folder: Path, fault: Fault | None) -> None:
-    """Runs an agent of torchrun with its share of four ranks. If `agents` is 0, trains alone."""
-    os.setsid()  # a lost machine is a lost process group
+    """Runs one of torchrun's agents with its share of 4 ranks. If agents is 0, trains alone."""
+    os.setsid()  # makes a process group, which stands for a machine that can be killed
     log = os.open(folder.with_suffix(f".log{number}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -200,10 +212,10 @@ def run_agent(number: int, agents: int, port: int, folder: Path, fault: Fault | 
 
 
 def run_job(folder: Path, agents: int, fault: Fault | None = None, limit_s: float = LIMIT_S) -> str:
-    """Runs a job to its end, and returns "done", "lost" or "hung".
+    """Runs a job to its end. Returns "done", "lost" if the job failed, or "hung" after limit_s.
 
-    folder: the run's folder. agents: number of agents, 0 for one process alone. limit_s: seconds
-    after which SIGKILL ends the job, which then counts as hung.
+    folder: the run's folder. agents: number of torchrun's agents, 0 for one process without them.
+    fault: fault that happens in the job. limit_s: seconds after which SIGKILL ends the job.
     """
     server, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + limit_s
     server.set_forkserver_preload(list(IMPORTS))
@@ -219,7 +231,7 @@ def run_job(folder: Path, agents: int, fault: Fault | None = None, limit_s: floa
     hung = any(process.is_alive() for process in processes)
     for process in processes:
         if process.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # the process has not yet made its group
+            with contextlib.suppress(ProcessLookupError):  # if it has not yet made its group
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.kill()
         process.join()
@@ -232,7 +244,7 @@ def run_job(folder: Path, agents: int, fault: Fault | None = None, limit_s: floa
 def contents(folder: Path) -> dict[str, Any]:
     """Returns everything that a finished run has written and that faults must not change.
 
-    The keys name the places of the values.
+    The keys are paths to the values, such as "/best/model/head.weight".
     """
     checkpoints = folder / "checkpoints"
     rows = read_rows(folder / "metrics.csv")
@@ -248,7 +260,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def flatten(value: Any, place: str = "") -> dict[str, Any]:
-    """Returns the values in nested dictionaries and lists by their places."""
+    """Returns path -> value for nested dictionaries and lists. A path is such as "/best/ema/0"."""
     if not isinstance(value, (dict, list)):
         return {place: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -256,7 +268,7 @@ def flatten(value: Any, place: str = "") -> dict[str, Any]:
 
 
 def differences(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Returns the places at which two contents are not the same to the last bit."""
+    """Returns the keys whose values in two results of `contents` differ in at least one bit."""
 
     def exact(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -267,23 +279,29 @@ def differences(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 
 def compare_weights(mine: dict[str, Any], other: dict[str, Any]) -> float:
-    """Returns the difference of the weights in two contents, relative to the second weights."""
+    """Compares the last weights in two results of `contents`.
+
+    Returns the L2 norm of their difference, divided by that of the second weights.
+    """
     names = [place for place in other if place.startswith(f"/{LAST}/model/")]
     a, b = (torch.cat([c[name].double().flatten() for name in names]) for c in (mine, other))
     return float((a - b).norm() / b.norm())
 
 
-def run_trial(work: Path, arm: str, number: int, lives: dict[int, float], seed: int) -> Record:
-    """Runs a trial and returns its row of the record.
+def run_trial(work: Path, arm: str, number: int, usual_s: dict[int, float], seed: int) -> Record:
+    """Runs one trial of a fault and returns its entry for the JSON record.
 
-    work: folder for the runs. lives: number of agents -> seconds that an undisturbed run takes. The
-    fault comes within them. If the run has ended before, the trial is repeated.
+    The trial is repeated if its run ends before the fault. work: folder for the runs. arm: name of
+    the fault. number: index of the trial. usual_s: number of agents -> seconds of an undisturbed
+    run, in which the fault must happen. seed: seed of the fault's moment.
     """
     draw, agents = random.Random(f"{seed} {arm} {number}"), ARMS[arm]
     for attempt in range(9):
         folder, began = work / f"{arm}{number}_{attempt}", time.monotonic()
         kills = 9 if arm == "alone" else 1
-        moment: dict[str, Any] = {"after_s": [draw.uniform(0, lives[agents]) for _ in range(kills)]}
+        moment: dict[str, Any] = {
+            "after_s": [draw.uniform(0, usual_s[agents]) for _ in range(kills)]
+        }
         if arm == "memory":
             moment = {"update": draw.randrange(UPDATES), "operator": draw.randrange(OPERATORS)}
         fault = Fault(arm, draw.randrange(4) if agents == 1 else 0, moment)
@@ -297,7 +315,7 @@ def run_trial(work: Path, arm: str, number: int, lives: dict[int, float], seed: 
             places = [mark_of(folder).read_text()]
         seconds = time.monotonic() - began
         if not places or arm == "memory":
-            lives[agents] = seconds  # other programs may change it
+            usual_s[agents] = seconds  # other programs may have made this machine slower
         if places:
             break
     row = {"arm": arm, "trial": number, "rank": fault.rank, **moment, "places": places}
@@ -314,29 +332,29 @@ def run_trial(work: Path, arm: str, number: int, lives: dict[int, float], seed: 
 
 
 def study(work: Path, trials: int, seed: int, record: Record, save: Callable[[], object]) -> None:
-    """Runs the trials that are missing in a record.
+    """Runs the trials that are missing in a JSON record, and adds them to it.
 
     work: folder for the runs. trials: number of trials for each fault. save: called after each
     trial.
     """
     rows: list[Record] = record["trials"]
     there = {(row["arm"], row["trial"]) for row in rows}
-    lives: dict[int, float] = {}
+    usual_s: dict[int, float] = {}
     for arm, number in ((a, n) for n in range(trials) for a in ARMS if (a, n) not in there):
         agents = ARMS[arm]
-        if not lives:
-            run_job(work / "warm-up", 0)  # the server makes its imports
-        if agents not in lives:
+        if not usual_s:
+            run_job(work / "warm-up", 0)  # starts the server, which imports its modules
+        if agents not in usual_s:
             began = time.monotonic()
             assert run_job(work / f"unbroken{agents}", agents) == "done", f"see {work}"
-            lives[agents] = time.monotonic() - began
-        rows.append(run_trial(work, arm, number, lives, seed))
+            usual_s[agents] = time.monotonic() - began
+        rows.append(run_trial(work, arm, number, usual_s, seed))
         save()
         print(rows[-1], file=sys.stderr, flush=True)
 
 
 def is_sound(row: Record) -> bool:
-    """Returns whether a trial's job has ended with the network of an undisturbed run."""
+    """Returns whether a trial had a fault, and still the results of an undisturbed run."""
     same = not row.get("different") and row.get("weights", 0.0) < ROUNDING
     return bool(row["ended"] == "done" and row["places"] and same)
 
@@ -345,7 +363,7 @@ def table(record: Record) -> str:
     """Returns this benchmark's Markdown table, made from its JSON record.
 
     It says for each fault how many jobs were lost or hung, how many results differed, and what the
-    runs were doing at the faults.
+    runs were doing when the faults happened.
     """
 
     def of(arm: str) -> list[Record]:
@@ -376,12 +394,12 @@ def table(record: Record) -> str:
 
 @program(
     option("--trials", default=20, help="trials for each fault"),
-    option("--seed", default=0, type=int, help="seed of the moments"),
+    option("--seed", default=0, type=int, help="seed of the faults' moments"),
 )
 def main(args: argparse.Namespace) -> int:
-    """Runs the trials that are missing in the JSON record, and writes it after each.
+    """Runs the trials that are missing in the JSON record. Writes the record after each.
 
-    Returns 1 if a job was lost or hung, or trained another network, else 0.
+    Returns 1 if a job was lost, hung, or had other results than an undisturbed run, else 0.
     """
     output, head = open_record(args, "faults_cpu.json")
     same = {"seed": args.seed, "arguments": list(ARGUMENTS), "draws": list(DRAWS)}
