@@ -7,7 +7,8 @@ PGD-3 from those weights. Activations and BatchNorm are the only nonlinear layer
     python -m benchmarks.evidence.activations
 
 The fit is measured by cross-entropy and penalty of training images without augmentation, in eval
-mode, before and after that. PGD-20 attacks all held-out images, APGD-CE what it leaves.
+mode, before and after that. PGD-20 attacks all held-out images, and APGD-CE those images that are
+still classified correctly after PGD-20.
 
 Writes benchmarks/results/activations_digits_<device>.json.
 """
@@ -63,7 +64,8 @@ BASE = {
 """Options of fastgn.train that all trainings share."""
 METHODS = ("gradnorm", "pgd_at")
 START_EPOCHS, EPOCHS, EPS = 8, 12, 0.1
-"""Epochs of natural training, and of each method, which starts from the natural weights."""
+"""Epochs of natural training, epochs of each method that starts from the natural weights, and
+radius of the perturbations."""
 IMAGES, TRAIN_IMAGES = 360, 1437
 """Numbers of images that are attacked, and on which the fit is measured."""
 
@@ -74,8 +76,9 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
     Keys: objective (the value that gradnorm minimises), ce (cross-entropy), penalty, and grad_l1
     (L1 norm of the input gradient), each a mean over the images.
 
-    The penalty has its full weight, without a ramp. folder: output folder of
-    the training. cfg: configuration with the data and gradnorm's options. count: number of images.
+    The penalty has its full weight, which it reaches in training only after some epochs. folder:
+    output folder of the training. cfg: configuration with the data and gradnorm's
+    options. count: number of images.
     """
     where = DEVICE
     model = load_trained(str(folder), where).model
@@ -92,7 +95,7 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
 
 
 def method_of(row: Row) -> str:
-    """Returns the method of a row. Rows of an older record have none, and are of gradnorm."""
+    """Returns the training method of a row. In older records it is always gradnorm."""
     return row.get("method", "gradnorm")
 
 
@@ -133,10 +136,10 @@ def table(record: Record) -> str:
 
 
 def compare(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
-    """Yields the rows of the second table, each of which compares two groups of activations.
+    """Yields the rows of this benchmark's second table, which compares groups of activations.
 
-    The last row of two groups says by how much the difference is larger for gradnorm than for
-    pgd_at. rows: rows of the record with results.
+    The last row for each pair of groups says by how much their difference is larger for gradnorm
+    than for pgd_at. rows: rows of the JSON record with results.
     """
 
     def by_seed(method: str, group: Sequence[str], key: tuple[str, float]) -> dict[int, float]:
@@ -175,9 +178,9 @@ def compare(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
 
 
 def summarize(row: Mapping[str, Any]) -> Results:
-    """Returns means over an activation's seeds, such as the share of the penalty that is left.
+    """Returns means over the seeds of one activation, such as of its penalty after training.
 
-    row: the activation's row of the record, whose key "seeds" holds one result per seed.
+    row: the activation's row of the JSON record. Its key "seeds" holds one result per seed.
     """
     fits = [(cell["before"], cell["after"]) for cell in row["seeds"]]
     return {
@@ -221,7 +224,7 @@ def main(args: argparse.Namespace, work: Path) -> Study:
 
     names = list(dict.fromkeys(args.activations))
     for name in names:
-        parse_activation(name)  # refuses unknown ones before anything is trained
+        parse_activation(name)  # raises UserError for an unknown name before anything is trained
     arms = [
         Arm(
             {"method": method, "activation": name},

@@ -3,7 +3,7 @@
     python -m benchmarks.evidence.attacks --batch-size 128 --images 512 --eps 1/255
 
 PGD-20 is also timed with gradients in bf16, and on a GPU with a compiled model. The table shows how
-many times as fast this is, and for which share of images the outcome differs.
+many times as fast each of the two is, and for which share of images its outcome differs.
 
 The model is the CIFAR-10 network of pyautoattack, or with --smoke three untrained layers. Images
 are noise, and labels are the model's own answers, so that every image is attacked.
@@ -33,7 +33,7 @@ ATTACKS = ("clean", "pgd-20", "apgd-ce", "autoattack")
 WAYS = ("bf16", "compiled")
 """Further ways to run PGD-20: with gradients in bf16, and with a compiled model."""
 CALLS = {"clean": 5, "pgd-20": 5}
-"""Number of calls per round of the attacks that take little time."""
+"""Attack that takes little time -> number of its calls in each round. Others are called once."""
 
 
 def network(smoke: bool) -> tuple[nn.Module, int]:

@@ -92,7 +92,7 @@ def table(record: Record) -> str:
     option("--seeds", default=1, help="number of seeds, from 0"),
 )
 def main(args: argparse.Namespace) -> int:
-    """Runs the seeds that are missing in the JSON record, and writes it after each."""
+    """Runs the quickstart for each seed that the JSON record lacks. Writes it after each."""
     output, head = open_record(args, f"quickstart_{DEVICE.type}.json", ("seeds",))
     seeds = taken_over(output, {"complete": False}).get("seeds", [])
     for seed in range(len(seeds), args.seeds):

@@ -1,11 +1,12 @@
 """Compares training methods under attack, after equal numbers of epochs, as arXiv 2409.20139 does.
 
 An arm is a training method with its options. With each seed, all arms start from the same naturally
-trained weights and see the images in the same order. A budget is a number of epochs. Some arms and
-seeds are also trained for other budgets, so that equal costs can be read off. The cost is the
-number of operations (fastgn/step/passes.py counts them), because seconds depend on the machine.
+trained weights and see the images in the same order. A budget is a number of epochs. Some arms are
+also trained with other budgets, so that arms of equal cost can be compared. The cost is the number
+of operations (fastgn/step/passes.py counts them), because seconds depend on the machine.
 
-PGD-20 attacks the same images for all arms. AutoAttack's APGD-CE and APGD-T attack what is left.
+PGD-20 attacks the same images for all arms. AutoAttack's APGD-CE and APGD-T attack those images
+that are still classified correctly after PGD-20.
 
     python -m benchmarks.evidence.robustness --data digits
     python -m benchmarks.evidence.robustness --data cifar10 --data-dir DIR --minutes 9
@@ -73,15 +74,15 @@ PAIRS = (
     *(("gradnorm", name) for name in ("natural", "fgsm_rs", "n_fgsm", "edge", "pag")),
     *(("gradnorm", name) for name in ("pgd_at", "trades", "gradnorm+fgsm")),
 )
-"""Pairs of training methods that the second table compares."""
+"""Pairs of training methods. The second table of this benchmark has a row for each of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """A length of training, and what is trained for it."""
+    """A length of training, with the methods and the number of seeds that are trained so long."""
 
     share: float
-    """Number of epochs, divided by those of the setting."""
+    """Number of epochs of the training, divided by `Setting.epochs`."""
     seeds: int
     arms: tuple[str, ...] | None = None
     """Names of the training methods. None means all that are compared."""
@@ -100,7 +101,7 @@ class Setting:
     start: dict[str, Any]
     """Options of fastgn.train for the natural training from whose weights all others start."""
     epochs: int
-    """Number of epochs of a training whose budget is 1."""
+    """Number of epochs of a training whose length (Budget.share) is 1."""
     budgets: tuple[Budget, ...]
     """Lengths of training, the most informative first."""
     eps: float
@@ -108,20 +109,20 @@ class Setting:
     eval_eps: tuple[float, ...]
     """Radii of the attacks."""
     curve_eps: tuple[float, ...]
-    """Further radii, at which only the attacks of `curve_attacks` run."""
+    """Radii besides `eval_eps`, at which only the attacks in `curve_attacks` run."""
     images: int
     """Number of images that are attacked."""
     attack: str = "apgd-ce+t"
-    """Attack on the images that PGD-20 leaves."""
+    """Attack on the images that are still classified correctly after PGD-20."""
     full_attack: str | None = "autoattack"
-    """Attack at the first radius for only one seed, which shows what the faster ones miss."""
+    """Slow attack for seed 0 and the first radius, to show what faster attacks miss, or None."""
     curve_attacks: tuple[str, ...] = ("pgd-20",)
     first_seeds: int = 3
-    """Number of seeds that are trained with all budgets before any other seed."""
+    """Number of seeds whose trainings of all lengths run before those of other seeds."""
 
 
 def digits() -> Setting:
-    """Returns the comparison on scikit-learn's digits. Its Swin has only two blocks."""
+    """Returns the setting for scikit-learn's digits. Its network is a Swin with two blocks."""
     base = load_recipe("quickstart_gradnorm")
     base = base.replace_group("architecture", {"initial_checkpoint": None})
     kwargs = [k for k in base.architecture.model_kwargs if not k.startswith("depths")]
@@ -146,7 +147,7 @@ def digits() -> Setting:
 
 
 def cifar10() -> Setting:
-    """Returns the comparison on CIFAR-10 that 2 CPU cores can make, with two small networks."""
+    """Returns the setting for CIFAR-10 with two small networks, which 2 CPU cores can train."""
     base = Config().replace(
         **{"data": "cifar10", "lr": 2e-3, "clip_grad": 1.0, "model_ema_decay": 0.99},
         **{"smoothing": 0.1, "eval_images": 1000, "checkpoint_hist": 1},
@@ -177,9 +178,10 @@ def cifar10() -> Setting:
 
 
 def cifar10_card() -> Setting:
-    """Returns the comparison on CIFAR-10 for about 8 minutes of a GPU.
+    """Returns the setting for CIFAR-10 with one network, which takes a GPU about 8 minutes.
 
-    Two arms train for a radius at which the literature has single-step training collapse.
+    Two methods train with a larger radius, at which single-step adversarial training is known to
+    collapse.
     """
     setting = cifar10()
     base = setting.base.replace(mixup=0.8, batch_size=128, compile="off")  # compiling takes longer
@@ -201,7 +203,7 @@ SETTINGS = {"digits": digits, "cifar10": cifar10, "cifar10_card": cifar10_card}
 
 
 def smoke(setting: Setting) -> Setting:
-    """Returns a comparison of toy size, which only shows that the whole program runs."""
+    """Returns the setting at toy size, which only shows that the whole program runs."""
     return dataclasses.replace(
         setting,
         networks=dict(itertools.islice(setting.networks.items(), 1)),
@@ -229,10 +231,10 @@ def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Conf
 
 
 def for_epochs(cfg: Config, epochs: int) -> Config:
-    """Returns the configuration with another number of epochs and about six evaluations.
+    """Returns the configuration with another number of epochs, and about six evaluations in them.
 
-    The learning rate ramps up in a twentieth of the epochs. The weight of edge grows from 1 to 10,
-    as it does in 100 epochs in the paper.
+    The warm-up of the learning rate takes a twentieth of the epochs. For the method edge, the
+    weight of its regularisation grows from 1 to 10, as in the 100 epochs of its paper.
     """
     ramp = {"ramp_start": 1 / 19, "ramp_epochs": 2.0 * epochs}
     return cfg.replace(
@@ -244,7 +246,7 @@ def for_epochs(cfg: Config, epochs: int) -> Config:
 
 
 def units_of(cfg: Config) -> float:
-    """Returns the operations of an update, divided by those of a forward pass."""
+    """Returns the number of operations in an update, divided by that of a forward pass."""
     weight_grads = cfg.objective.attack.attack_weight_grads
     return count_passes(build_objective(cfg.objective), schedule_of(cfg.step), weight_grads).units
 
@@ -252,7 +254,7 @@ def units_of(cfg: Config) -> float:
 def evaluations_of(setting: Setting, full: bool) -> tuple[tuple[str, ...], ...]:
     """Returns the command-line flags of each evaluation.
 
-    full: whether to run the full attack, too.
+    full: whether to run the slow attack Setting.full_attack, too.
     """
 
     def evaluation(eps: Sequence[float], *attacks: str) -> tuple[str, ...]:
@@ -267,9 +269,9 @@ def evaluations_of(setting: Setting, full: bool) -> tuple[tuple[str, ...], ...]:
 
 
 def equal_rows(record: Record) -> list[dict[str, Any]]:
-    """Returns the rows of the record that have results and the same number of operations.
+    """Returns the rows of the JSON record that have results.
 
-    Older records also have rows of trainings for equal times, which are left out.
+    Leaves out trainings of an older record that took equal times, or that were done again later.
     """
     old = record.get("superseded", {})
     equal = [row for row in record["rows"] if "passes" in row.get("budgets", ("passes",))]
@@ -277,9 +279,9 @@ def equal_rows(record: Record) -> list[dict[str, Any]]:
 
 
 def compare(record: Record) -> Iterator[dict[str, str]]:
-    """Yields the rows of the second table, each of which compares two training methods.
+    """Yields the rows of this benchmark's second table. Each row compares two training methods.
 
-    A row is a dict from a heading of the table to the text of its cell.
+    A row is a dict: heading of a column -> text of the cell. record: the benchmark's JSON record.
     """
     attacks = {"clean": ("clean", 0.0)}
     for attack in ("autoattack", "apgd-ce+t", "pgd-20"):
@@ -301,7 +303,7 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
 
 
 def budget_of(row: Row) -> str:
-    """Returns a row's budget as text, or "" for a row of an older record, which has none."""
+    """Returns a row's length of training (Budget.share) as text, or "" in an older record."""
     return f"{row['budget']:g}" if "budget" in row else ""
 
 
@@ -353,7 +355,7 @@ def table(record: Record) -> str:
 
 
 def summary_table(record: Record) -> str:
-    """Returns README's Markdown table, which compares methods at the whole budget."""
+    """Returns README's Markdown table, which compares methods after trainings of full length."""
     arms = {
         "natural": "natural training",
         "gradnorm": "gradient norm",
@@ -388,7 +390,7 @@ def summary_table(record: Record) -> str:
 
 
 def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) -> list[Arm]:
-    """Returns each training method of a network as an arm of the study.
+    """Returns an Arm of the study for each training method and length of training of a network.
 
     network: key of Setting.networks. names: names of the methods. seeds: number of seeds.
     """

@@ -44,10 +44,10 @@ Results = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One row of a study's record: a way of training, with one training per seed."""
+    """A way of training that a study compares with others. It becomes a row of the JSON record."""
 
     head: Mapping[str, Any]
-    """First keys of the row, such as the arm's name and its cost."""
+    """First entries of the row, such as the name of the way of training and its cost."""
     trials: Sequence[Trial]
     """One training per seed. Their names are unique within the study."""
 
@@ -58,12 +58,13 @@ class Study:
 
     arms: Sequence[Arm]
     head: Mapping[str, Any]
-    """Keys of the record that describe the study."""
+    """Entries of the JSON record that describe the study as a whole."""
     measure: Callable[[Trial, Path], Results] = lambda trial, work: {}
     """Takes a finished training and the folder with all trainings. Returns further results of the
     training. Accuracies among them are appended to those of the evaluations."""
     summarize: Callable[[Results], Results] = lambda row: {}
-    """Takes an arm's row with the results of at least one seed. Returns further keys for it."""
+    """Takes a row of the JSON record with the results of at least one seed. Returns entries to
+    add to the row."""
 
 
 def study_program(
@@ -107,10 +108,10 @@ def study_program(
 
 
 def run_study(study: Study, output: Path, work: Path, processes: int, deadline: float) -> int:
-    """Makes the results that are missing. Writes the record after each. Returns the exit status.
+    """Makes the results that a study's JSON record lacks, and writes the record after each.
 
-    output: file of the record. work: folder that holds the trainings. deadline: latest time, in
-    seconds as time.time() gives.
+    Returns the exit status. output: file of the record. work: folder that holds the trainings.
+    deadline: latest time, in seconds as time.time() gives.
     """
     planned = {trial.name: trial for arm in study.arms for trial in arm.trials}
     cells = reusable_cells(earlier(output), planned, output)
@@ -125,7 +126,7 @@ def run_study(study: Study, output: Path, work: Path, processes: int, deadline: 
         return write_record(output, {**study.head, "complete": complete, "rows": begun})
 
     save()
-    # in each wave, trains all arms with one seed before any arm with the next seed
+    # in each wave, first all trainings with seed 0 run, then those with seed 1, and so on
     todo = [trial for name, trial in planned.items() if name not in cells]
     todo.sort(key=lambda trial: (trial.wave, trial.seed))
     finished = trials.run_all(todo, work, processes=processes, deadline=deadline, save=save)
@@ -137,12 +138,13 @@ def run_study(study: Study, output: Path, work: Path, processes: int, deadline: 
 
 
 def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) -> Results:
-    """Returns the results (cells) in an earlier record that this study can use: name -> cell.
+    """Returns the results in an earlier JSON record that this study can use: name -> result.
 
-    Leaves out cells of another study if the record is complete. If it is incomplete, raises
-    UserError instead, because this study would overwrite those cells.
+    Ignores results that other code or options have made, if the record is complete. If the record
+    is incomplete, raises UserError for such a result, because this study would overwrite it.
 
-    planned: name of each training -> the training. output: file of the record.
+    before: the earlier record. planned: name of each training -> the training. output: file of the
+    record.
     """
     found = {}
     for cell in (cell for row in before.get("rows", ()) for cell in row["seeds"]):
@@ -161,7 +163,7 @@ def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) 
 
 
 def collect(study: Study, trial: Trial, work: Path) -> Results | None:
-    """Returns the results (cell) of a training, or None if the training is not finished.
+    """Returns the results of one training as a dict, or None if the training is not finished.
 
     If the training failed, the key "failed" holds the message. work: folder that holds all
     trainings.
@@ -182,10 +184,10 @@ def collect(study: Study, trial: Trial, work: Path) -> Results | None:
 def row_of(
     arm: Arm, cells: Results, failures: Results, summarize: Callable[[Results], Results]
 ) -> Results:
-    """Returns an arm's row of the record: its head, the results of each seed, and their means.
+    """Returns a row of the JSON record, with the results of one way of training and their means.
 
-    cells, failures: name of each training -> its results, or its error under the key "failed".
-    summarize: see Study.
+    cells: name of each finished training -> its results. failures: name of each failed training ->
+    dict whose key "failed" holds the error's message. summarize: see Study.
     """
     seeds = [cells[t.name] for t in arm.trials if t.name in cells]
     row = {**arm.head, "seeds": seeds, "failed": [], "accuracy": statistics_of(seeds)}
@@ -196,10 +198,10 @@ def row_of(
 
 
 def statistics_of(cells: Sequence[Row]) -> list[Results]:
-    """Returns mean and spread of an arm's accuracies over its cells, the results of its seeds.
+    """Returns the statistics of accuracies over the seeds of one way of training.
 
-    There is a dict for each combination of attack, eps and number of images that all cells have.
-    The key "accuracy" of this dict holds a summary over the seeds (see timing.summary).
+    There is a dict for each combination of attack, eps and number of images that all seeds have.
+    Its key "accuracy" holds a `timing.summary` over the seeds. cells: the results of each seed.
     """
     out = []
     keys = ("attack", "eps", "images")
@@ -212,11 +214,10 @@ def statistics_of(cells: Sequence[Row]) -> list[Results]:
 
 
 def paired_difference(row: Row, other: Row, attack: str, eps: float) -> str:
-    """Returns the difference in accuracy of two arms under one attack, as a cell of a table.
+    """Returns the mean difference in accuracy of two ways of training under one attack, as text.
 
-    See `mean_difference`, with a difference in points for each seed that has both accuracies.
-
-    row, other: rows of the two arms in the record.
+    `mean_difference` makes the text from one difference per seed, in percentage points. Seeds that
+    lack one of the two accuracies are ignored. row, other: the two rows of the JSON record.
     """
     ours, theirs = (
         {
@@ -235,10 +236,10 @@ DIFFERENCES = "mean ± half of its 95 % interval by Student's t, * if that does 
 
 
 def mean_difference(points: Sequence[float]) -> str:
-    """Returns the mean of differences, one for each seed, as a cell such as "+5.0 ± 3.6 *".
+    """Returns the mean of differences, one for each seed, as a text such as "+5.0 ± 3.6 *".
 
     The second number is half the width of the 95 % interval of the mean by Student's t. A star
-    follows if the interval does not contain 0. The cell is empty if there are no differences.
+    follows if the interval does not contain 0. The text is empty if there are no differences.
     """
     if len(points) < 2:
         return f"{points[0]:+.1f}" if points else ""

@@ -89,7 +89,7 @@ def evaluation_file(folder: Path, flags: Sequence[str]) -> Path:
 
 
 def missing(trial: Trial, work: Path) -> bool:
-    """Returns whether the training, or one of its evaluations, has not been finished.
+    """Returns whether the trial's training, or one of its evaluations, is not finished.
 
     work: folder that holds all trainings.
     """
@@ -117,7 +117,7 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
                     run_evaluation(folder, flags)
     except KeyboardInterrupt:
         raise Stopped from None
-    except (Failed, RuntimeError) as error:  # saved, so that it is not tried again
+    except (Failed, RuntimeError) as error:  # saved, so that later calls skip this trial
         line = " ".join((str(error) or type(error).__name__).split())[:300]
         write_json(folder / "failed.json", {"failed": line})
         return line
@@ -130,7 +130,7 @@ def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
 
 
 def run_training(trial: Trial, work: Path, folder: Path) -> None:
-    """Trains, or continues a training. folder: the training's output folder, below `work`."""
+    """Runs or continues the training of a trial. folder: its output folder, below `work`."""
     values = {"output": str(folder)}
     if trial.start is not None:
         values["initial_checkpoint"] = str(work / trial.start.key)
@@ -226,7 +226,7 @@ def outcomes(
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield futures[future], future.result()
-        except (KeyboardInterrupt, Stopped):  # the workers end soon: they were interrupted, too
+        except (KeyboardInterrupt, Stopped):  # the workers were interrupted, too, and end soon
             pool.shutdown(wait=True, cancel_futures=True)
             raise Stopped from None
 
