@@ -9,9 +9,9 @@ The loaders read JPEGs at 224 pixels with the paper's augmentation. Without --da
 are made in the usual sizes of ImageNet. All files are in the page cache, so that decoding and
 augmenting are measured, and the disk is not.
 
-The loaders take turns in several rounds. A round takes some batches as fast as possible from the
-middle of an epoch, when the workers run and their queues were emptied. This gives images per second
-and the CPU time per image of all processes.
+The loaders are measured in turn, several times. Each time, some batches are taken as fast as
+possible from the middle of an epoch, when the workers run and their queues were emptied. This gives
+images per second, and the CPU time per image of all processes.
 
 Writes benchmarks/results/loader_<device>.json. On a CPU only the ratios mean something.
 """
@@ -135,9 +135,10 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measures several loaders in turn, and returns one dict of results for each of them.
 
-    loaders: values of --loader. paths: JPEG files. batches: number of batches per round.
+    loaders: values of --loader. paths: JPEG files. batches: number of batches per measurement.
+    rounds: number of measurements of each loader.
     """
-    drain = 2 * workers + 4  # this many batches empty the queues before a measurement
+    drain = 2 * workers + 4  # number of batches that empty the queues before a measurement
     split = repeated(paths, batch_size * ((rounds + 1) * drain + rounds * batches))
     sources = {name: iterator(name, split, batch_size, workers) for name in loaders}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
@@ -145,7 +146,7 @@ def measure(
         for number in range(rounds + 1):
             for name, source in sources.items():
                 consume(source, drain)
-                if number:  # the first round is not measured: it compiles and fills caches
+                if number:  # round 0 is not measured, because it compiles and fills caches
                     found[name].append(consume(source, batches))
     finally:
         for source in sources.values():
@@ -161,7 +162,7 @@ def measure(
 
 
 def compare(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns the speed of DALI over that of torch, and torch's CPU time over that of DALI.
+    """Returns how many times as fast DALI is as torch, and how many times less CPU time it takes.
 
     Returns {} if one of the two was not measured. rows: results from `measure`.
     """
@@ -192,7 +193,7 @@ def table(record: Record) -> str:
         "dali: times as fast": "ratios/images_per_s:.2f",
         "dali: times less CPU time": "ratios/cpu_ms_an_image:.2f",
     }
-    # on a CPU, times mean nothing except as ratios
+    # on a CPU only the ratios mean something, and the row of torch holds them
     shown = LOADERS if gpu else LOADERS[:1]
     rows = [
         row | {"ratios": record["ratios"].get(f"dali over {row['loader']}")}
@@ -223,7 +224,7 @@ def main(args: argparse.Namespace) -> int:
     output, record = open_record(args, "loader_{device}.json", needs_gpu=True)
     if args.smoke:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
-    torch.set_num_threads(1)  # as torchrun does: the loaders have their own threads and processes
+    torch.set_num_threads(1)  # as torchrun does, because loaders have threads of their own
     workers = min(args.workers, os.cpu_count() or 1)  # build_loader has the same limit
     check(workers >= 0, f"--workers {workers} must be at least 0")
     with tempfile.TemporaryDirectory() as folder:

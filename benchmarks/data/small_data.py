@@ -1,8 +1,8 @@
 """Measures the time of the data loader of small images, as a share of the time of an update.
 
-The loader makes a batch of random images with CIFAR-10's size: it shifts and flips the images, and
-smooths the labels. In the same rounds, a gradnorm update of PreActResNet-18 on these images is
-timed. The loader's time should stay below 5 % of the update's.
+The loader makes a batch of random images with CIFAR-10's size. It shifts and flips the images, and
+smooths the labels. The loader and a gradnorm update of PreActResNet-18 on these images are timed in
+turn, several times. The loader's time should stay below 5 % of the update's.
 
     python -m benchmarks.data.small_data --batch-size 128 --train --precision bf16 --mixup 0.8
 

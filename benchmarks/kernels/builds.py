@@ -147,7 +147,7 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
         return kernel
 
     pretence = {"runs_triton": lambda x: True, "capability": lambda x: capability}
-    # replaces both functions in the file of each op, because it imports them by name
+    # replaces runs_triton and capability in each op's file, because the file imports them by name
     modules = [m for name, m in sys.modules.items() if name.startswith("fastgn_kernels.")]
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
@@ -159,7 +159,7 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
 
 
 class Launch(NamedTuple):
-    """An op, and inputs with which all of its kernels are launched."""
+    """An op, and the shapes of inputs with which a call launches its kernels."""
 
     op: Callable
     shapes: Sequence[tuple[int, ...]]
@@ -168,7 +168,7 @@ class Launch(NamedTuple):
     """Shapes of further inputs, in float32."""
 
     def all_orders(self, dtype: torch.dtype) -> None:
-        """Launches the forward of the op, its backward, and the backward of its backward.
+        """Calls the op, its backward, and the backward of its backward, which launch all kernels.
 
         First only the gradient of the first input is differentiated again, as for a gradient
         penalty, and then the gradients of all inputs.
@@ -187,7 +187,7 @@ class Launch(NamedTuple):
 
 
 def attention(heads: int, dim: int, masks: int = 0, biased: bool = True) -> Launch:
-    """Returns a launch of window attention.
+    """Returns window attention with inputs, for which its kernels are compiled.
 
     dim: channels per head. masks: number of windows per image, each with a mask of its own, or 0
     for no masks. biased: whether a bias is added to the attention scores.
@@ -198,8 +198,8 @@ def attention(heads: int, dim: int, masks: int = 0, biased: bool = True) -> Laun
 
 
 LAYER_NORMS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-"""Numbers of channels at which LayerNorm is compiled: Swin's and ViT's, and around each tile
-size."""
+"""Numbers of channels for which the kernels of LayerNorm are compiled: those of Swin and ViT, and
+numbers around each size of the kernels' tiles."""
 HIDDEN = (2 * 56 * 56, 4 * 128)
 """Shape of the hidden layer of an MLP in Swin-B's first stage: tokens of two images, channels."""
 
@@ -235,20 +235,20 @@ LAUNCHES: dict[str, list[Launch]] = {
         Launch(lambda x, y, *affine: layer_norm(x, *affine, residual=y), 2 * [(64, c)], 2 * [(c,)])
         for c in LAYER_NORMS[:-1]
     ],
-    # Swin-B's first stage (shifted), its third (not shifted), no bias, and wider heads
+    # shapes of Swin-B's stage 1 with shifted windows, of stage 3, and of other networks
     "window_attention": [attention(heads=4, dim=32, masks=64)],
     "window_attention no mask": [attention(heads=16, dim=32)],
     "window_attention no bias": [attention(heads=4, dim=32, biased=False)],
     "window_attention D = 64": [attention(heads=4, dim=64, masks=64)],
 }
-"""Name of an op -> launches of its kernels at Swin-B's shapes.
+"""Name of an op -> inputs for which its kernels are compiled, mostly at Swin-B's shapes.
 
-window_attention launches nothing on a card before sm_80, nor in float32.
+window_attention launches no kernels on GPUs before sm_80, nor in float32.
 """
 
 
 def builds_of(launches: Sequence[Launch], capability: int) -> Iterator[dict]:
-    """Yields a dict for the JSON record for each kernel that is launched.
+    """Yields a dict for the JSON record for each kernel that is compiled.
 
     capability: compute capability of the GPU, such as 90.
     """
@@ -285,7 +285,7 @@ def table(record: Record) -> str:
 
 @program()
 def main(args: argparse.Namespace) -> int:
-    """Builds all kernels for all GPUs, and writes the JSON record."""
+    """Compiles all kernels for all GPUs, and writes the JSON record."""
     (output, head), rows = open_record(args, RESULT.name), []
     for op, capability in itertools.product(LAUNCHES, SHARED_LIMIT):
         found = [{"op": op, **build} for build in builds_of(LAUNCHES[op], capability)]

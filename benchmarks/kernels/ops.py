@@ -5,16 +5,16 @@ Each op is compared with eager PyTorch, and with a copy of as many bytes on the 
     python -m benchmarks.kernels.ops  # on a GPU: Swin-B's shapes, 64 images, within --minutes
     python -m benchmarks.kernels.ops --ops gelu layer_norm
 
-A row of the results is one order of differentiation. `forward` runs the op. `backward` computes the
-gradients with respect to all inputs. `second` is what a gradient penalty needs: it differentiates
-the gradient of the first input once more, with respect to the cotangents of the backward and all
-inputs. Each order is timed alone, on a graph that was built before.
+Each op has three orders of differentiation, which are timed alone. `forward` runs the op.
+`backward` computes the gradients with respect to all inputs. `second` is what a gradient penalty
+needs. It differentiates the gradient of the first input once more, with respect to all inputs and
+to the gradients of the outputs. The autograd graph is built before the time is measured.
 
-The bytes of a row count each tensor that the op takes as read once, and each result as written
-once, even if a kernel moves more. The copy moves as many bytes in the same rounds: it reads half of
-them and writes half. `share_of_copy` is the copy's median time over the op's. Caches are cold
-before each call. Peak memory is what all three orders together allocate besides inputs and
-cotangents, with their graph.
+The bytes of an order count each tensor that the op takes as read once, and each result as written
+once, even if a kernel moves more. The copy moves as many bytes, half of them read and half written.
+Op, eager PyTorch and copy are timed in turn, several times, with cold caches. `share_of_copy` is
+the copy's median time, divided by the op's. Peak memory is what all three orders together allocate,
+with their graph and without inputs.
 
 Writes benchmarks/results/kernels_<card>.json after every case. On a CPU it runs small shapes, its
 times mean nothing, and it writes to runs/.
@@ -80,7 +80,7 @@ class Size(NamedTuple):
 
 
 class Op(NamedTuple):
-    """One op of fastgn_kernels: how to call it, and which inputs it is measured with."""
+    """Describes how to call one op of fastgn_kernels, and which inputs it is measured with."""
 
     call: Function
     """Calls the op. Its first argument is fastgn_kernels or `EAGER`."""
@@ -89,7 +89,7 @@ class Op(NamedTuple):
     constants: Callable[[Size, torch.dtype], dict[str, Tensor]] = lambda size, dtype: {}
     """Takes sizes and dtype and returns the arguments that are not differentiated, on the CPU."""
     stages: str = "first"
-    """Stages of Swin-B at which the op is measured: "all", the "first", or "none"."""
+    """Stages of Swin-B whose shapes the op is measured with: "all", "first" or "none"."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
 
 
@@ -139,7 +139,7 @@ EAGER.window_attention_qkvpacked = lambda qkv, *more: reference.window_attention
 )
 
 OPS = {
-    # the other kinds differ from gelu only in arithmetic, so one shape and dtype is enough for them
+    # activations differ only in arithmetic, so one shape and dtype is enough for all but gelu
     **{
         kind: Op(lambda f, x, kind=kind: f.activation(x, kind), ["hidden"], dtypes=SHORT)
         for kind in ACTIVATIONS
@@ -195,7 +195,7 @@ def bytes_moved(run: Callable[[], Sequence[Tensor | None]]) -> int:
 
 
 class CaseKey(NamedTuple):
-    """Op, stage and dtype that one measurement is made with."""
+    """Identifies a measurement by its op, the stage of Swin-B with its shapes, and its dtype."""
 
     op: str
     stage: int
@@ -207,9 +207,9 @@ class CaseKey(NamedTuple):
 
 
 def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
-    """Returns the measurements to make: the first one of every op, then the second ones, and so on.
+    """Returns all measurements in their order: the first one of every op, then every second, etc.
 
-    If time runs out, each op has therefore been measured at least once. stages: stages of Swin-B.
+    In this order, each op has been measured at least once if time runs out. stages: of Swin-B.
     """
     by_op = []
     for name in ops:
@@ -251,11 +251,11 @@ def listed(y: Outputs) -> list[Tensor]:
 def requests(
     function: Function, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
-    """Returns the name of each differentiation order -> a function that computes only this order.
+    """Returns a dict: "forward", "backward" or "second" -> function that computes only this order.
 
     The autograd graph is built here, before the functions are called. function: computes the op's
-    outputs from `inputs`. gys: cotangents of the outputs. v: cotangent of the first input's
-    gradient.
+    outputs from `inputs`. gys: gradients of the loss with respect to the outputs. v: gradient of
+    the loss with respect to the first input's gradient.
     """
     ys = listed(function(*inputs))
     gx = torch.autograd.grad(ys, inputs, gys, create_graph=True)[0]
@@ -273,7 +273,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
     The results of the call are included, and what was allocated before the call is not.
     """
-    run()  # so that the workspaces of libraries, which stay allocated, are not counted below
+    run()  # makes libraries allocate their workspaces, which are not to be counted
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -283,7 +283,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) -> float:
-    """Returns the largest relative L2 difference of our results to PyTorch's. None counts as 0."""
+    """Returns the largest relative L2 difference between our results and PyTorch's. None is 0."""
     errors = [0.0]
     for x, y in zip(ours, eager, strict=True):
         x, y = (torch.zeros(()) if z is None else z.detach().double() for z in (x, y))
@@ -292,10 +292,10 @@ def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) ->
 
 
 def measure(key: CaseKey, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Times forward, backward and second order of an op, and yields a row of the record for each.
+    """Times an op, its backward and the backward of its backward. Yields a dict for each of them.
 
-    The row of the second order also has the peak memory of all orders together. batch: number of
-    images. rounds: number of measured calls of each order.
+    The third dict also has the peak memory of all three together. The dicts are rows of the JSON
+    record. batch: number of images. rounds: number of measured calls of each.
     """
     shape, functions, leaves = build(key, batch, DEVICE)
     inputs = list(leaves.values())
@@ -351,7 +351,7 @@ def table(record: Record) -> str:
         first = ops.setdefault(row["op"], {"shape": row["shape"], "dtype": row["dtype"]})
         if (row["shape"], row["dtype"]) == (first["shape"], first["dtype"]):
             first[row["order"]] = row
-    # if an op lacks an order, its row is left out, and the record says why
+    # an op without all three orders is left out of the table, and the JSON record says why
     shown = [{"op": op, **orders} for op, orders in ops.items() if {*ORDERS} <= orders.keys()]
 
     columns: dict[str, Column] = {

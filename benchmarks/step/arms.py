@@ -32,7 +32,7 @@ class Arm:
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
     budget: float = 1.0
     """Share of the activations that a compiled update keeps in memory for the backward. The
-    backward recomputes the rest."""
+    backward computes the others again."""
     compile: bool = False
     kernels: str | None = None
     """Value of --kernels: "triton" or "reference". If None, the benchmark chooses."""
@@ -49,13 +49,14 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Name of the method, its schedule and its budget, such as "gradnorm exact"."""
+        """Name of the method, such as "gradnorm exact" (with the schedule if it is gradnorm). If
+        `budget` is below 1, the name ends with it."""
         name = f"{self.method} {self.schedule}" if self.method == "gradnorm" else self.method
         return name if self.budget == 1 else f"{name}, budget {self.budget:g}"
 
     @property
     def key(self) -> str:
-        """Name of the arm with its precision, such as "gradnorm exact, bf16"."""
+        """Name of this kind of update with its precision, such as "gradnorm exact, bf16"."""
         return f"{self.name}, {self.precision}"
 
     @property

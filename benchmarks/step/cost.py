@@ -9,8 +9,9 @@ precision. Arms named -paper do what the paper's code does (benchmarks/step/arms
     python benchmarks/cost.py --model swin_b --counts-only  # needs no GPU
 
 An update is fastgn.step.step.Step on random images and soft targets, followed by AdamW. Its
-learning rate is 0, so that all arms work on the same weights. The arms take turns in every round,
-and a ratio of two arms is computed within each round and then averaged. A lazy arm computes the
+learning rate is 0, so that all arms work on the same weights. The time is measured in several
+rounds. In a round, all arms are timed in turn. A ratio of two arms is computed within each round
+and then averaged. A lazy arm computes the
 penalty only in every n-th update, so its results are means over n updates.
 
 The arms named -paper ignore --kernels and --compile. The schedule exact-eager uses --kernels, but
@@ -124,7 +125,7 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
 def forward_flops(network: Classifier, batch: int) -> float:
     """Returns the floating-point operations of a forward pass, divided by the number of images.
 
-    They are counted on tensors without data. batch: number of images.
+    The operations are counted on tensors without data. batch: number of images.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), OperationMeter() as meter:
         fake_copy(network)(torch.empty(batch, 3, network.img_size, network.img_size))
@@ -186,21 +187,21 @@ class Measurement:
     """Reason why the update could not be timed, or None."""
     notes: list[str] = dataclasses.field(default_factory=list)
     warm_s: float = math.nan
-    """Seconds per update after the warm-up."""
+    """Seconds per update in one call after the warm-up, to plan the measurement."""
     peak_bytes: dict[str, int] | None = None
     launches: dict[str, Any] | None = None
     rounds: list[float] = dataclasses.field(default_factory=list)
-    """Seconds per update, one entry per round."""
+    """Seconds per update, one entry for each repetition of the measurement."""
     joules: list[float] = dataclasses.field(default_factory=list)
-    """Joules per update, one entry per round."""
+    """Joules per update, one entry for each repetition of the measurement."""
 
 
 class UpdateBench:
     """Measures several kinds of update (Arm) with one model and one batch.
 
     network: a network with PyTorch's own operators. kernels: "triton" replaces them by Triton
-    kernels, "reference" keeps them. step_options: fields of StepOptions. Methods whose name ends in
-    -paper ignore kernels and step_options.
+    kernels, "reference" keeps them. step_options: fields of StepOptions. Both have no effect on
+    methods whose name ends in -paper, such as pgd_at-paper.
     """
 
     def __init__(
@@ -226,14 +227,14 @@ class UpdateBench:
         self.optimizer.zero_grad()
 
     def update(self, step: RetryingStep, index: int = 0) -> None:
-        """Makes update number `index` as in training, without clipping or averaging weights."""
+        """Makes the update with index `index`, without clipping and the weights' average."""
         step([(self.images, self.targets)], self.ramp, index)
         self.apply_gradients()
 
     def cycle(self, found: Measurement) -> None:
-        """Makes one update, or n if the arm computes the penalty only in every n-th update.
+        """Makes one update, or n updates if only every n-th one computes the penalty.
 
-        found: results of the arm, which also hold its function that computes the gradients.
+        found: measurement of this kind of update, which also holds the function for it.
         """
         assert found.step is not None
         for index in range(found.arm.cycle):
@@ -246,11 +247,11 @@ class UpdateBench:
 
     @contextlib.contextmanager
     def attempt(self, found: Measurement, what: str, *, needed: bool = True) -> Iterator[None]:
-        """Catches an error of the with block, so that the other arms can still be measured.
+        """Catches an error of the with block, so that other kinds of update are still measured.
 
-        found: results of this arm, in which the error's text is stored. what: name of the code in
-        the with block, for this text. needed: whether this arm cannot be timed after such an
-        error. If False, the text is stored only as a note.
+        found: measurement in which the error's text is stored. what: name of the code in the with
+        block, with which the text begins. needed: whether the error prevents that this kind of
+        update is timed. If False, the text is only a note.
         """
         try:
             yield
@@ -264,7 +265,7 @@ class UpdateBench:
         torch.cuda.empty_cache()
 
     def prepare(self, found: Measurement) -> None:
-        """Builds and warms up an arm's update, and stores its memory and launches in `found`."""
+        """Builds and warms up one kind of update. Stores its peak memory and launches."""
         arm = found.arm
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
@@ -274,11 +275,11 @@ class UpdateBench:
         with self.attempt(found, "first step"):
             found.step = self.step(arm)
             found.step.report = found.notes.append
-            # three times, because a CUDA graph is captured only after some calls
+            # compiled updates run 3 times, because CUDA graphs are captured after some calls
             for _ in range(3 if arm.compile else 2):
                 self.cycle(found)
             found.warm_s = once(lambda: self.cycle(found)) / arm.cycle
-            # the allocator's figures do not show the memory of a CUDA graph
+            # memory is not measured with CUDA graphs, because the allocator does not show theirs
             if self.device.type == "cuda" and not (arm.compile and self.step_options):
                 found.peak_bytes = {"total": self.peak_bytes(found, held)}
         if found.why_not is None:
@@ -288,9 +289,9 @@ class UpdateBench:
                 found.launches = {"what": what, "count": count, "busy_s": busy_s}
 
     def peak_bytes(self, found: Measurement, held: int) -> int:
-        """Returns the memory that an arm would need alone, in bytes.
+        """Returns the bytes of memory that one kind of update would need if it were alone.
 
-        found: results of the arm. held: bytes that all tensors on the GPU took before the arm was
+        found: measurement of this kind. held: bytes of all tensors on the GPU before the update was
         built.
         """
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -307,7 +308,7 @@ class UpdateBench:
         seconds: float,
         joules: Callable[[], float] | None = None,
     ) -> None:
-        """Times one round of all updates that have not failed, and adds the results to `measured`.
+        """Times each kind of update that has not failed once, and adds the result to `measured`.
 
         seconds: about how long to time each kind of update. joules: returns the joules that the GPU
         has taken so far. If None, energy is not measured.
@@ -368,9 +369,9 @@ def gemm_rates(
 
 
 def paper_column(arm: Arm) -> dict[str, Any] | None:
-    """Returns what the paper's Table 3 reports for an arm, or None if it does not have the arm.
+    """Returns what Table 3 of arXiv 2409.20139 says of a kind of update, or None if it lacks it.
 
-    Adds the ratios of its time to those of natural training and PGD-3.
+    The result also has the ratios of its time to the times of natural training and PGD-3.
     """
     row = PAPER.get(arm.base)
     if row is None or not arm.schedule.is_exact or arm.budget < 1:
@@ -385,8 +386,8 @@ def row_of(
 ) -> dict[str, Any]:
     """Returns the results of one kind of update as a dict for the JSON record.
 
-    found: the results. measured: Arm.key -> results of each kind of update, for ratios. record: the
-    rest of the record.
+    found: these results. measured: Arm.key -> results of each kind of update, for ratios of times.
+    record: the rest of the JSON record.
     """
     arm, batch, meaningful = found.arm, record["batch"], record["meaningful_times"]
     passes = count_passes(arm.objective(), arm.schedule, arm.method == "pgd_at-paper")
@@ -522,7 +523,8 @@ def headline(record: Record) -> str:
 def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
     """Returns README's Markdown table of six kinds of update of Swin-B.
 
-    counted: JSON record of counts. graphs, eager: records of times with and without CUDA graphs.
+    counted: JSON record of a call with --counts-only. graphs, eager: JSON records of measurements
+    with and without CUDA graphs.
     """
     counts = {row["arm"]: row for row in counted["not_timed"]}
     shown = (
@@ -590,7 +592,7 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
     option("--counts-only", action="store_true", help="count passes and operations, time nothing"),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
-    """Measures the updates that the options ask for. Returns 1 if all of them failed, else 0."""
+    """Measures the kinds of update that the options ask for. Returns 1 if all failed, else 0."""
     began, longest = time.perf_counter(), 0.0
     arms = choose_arms(args)
     if not args.counts_only:
@@ -599,7 +601,7 @@ def main(args: argparse.Namespace) -> int:
         check(None in reasons, f"--precision leaves nothing to measure: {why}")
     file = f"cost_{args.model}_{'counts' if args.counts_only else '{device}'}.json"
     output, head = open_record(args, file, ("model", "counts_only"))
-    # a high limit, because the same function is compiled again for the loss of each arm
+    # a high limit, because the same function is compiled again for each kind of update
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
 
     torch.manual_seed(0)

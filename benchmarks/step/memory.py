@@ -38,9 +38,9 @@ CLASSES = 1000
 
 @contextlib.contextmanager
 def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
-    """Appends the bytes that tensors take to `saved`, whenever a backward pass begins.
+    """Whenever a backward pass begins, appends a number to `saved`: the bytes of all tensors then.
 
-    meter: the active Meter, which knows these bytes.
+    meter: the active Meter, which counts these bytes.
     """
     backward = torch.autograd.backward
 
@@ -98,7 +98,10 @@ def table(record: Record) -> str:
     option("--batch-size", default=128, help="number of images per update"),
 )
 def main(args: Namespace) -> int:
-    """Counts natural and gradnorm updates at each budget. Writes the JSON record after each."""
+    """Counts the costs of natural and gradnorm updates at each memory budget.
+
+    Writes the JSON record after each budget.
+    """
     free = ("model", "model_kwargs", "precision", "batch_size")
     output, head = open_record(args, "memory_budget.json", free)
     config = ArchitectureConfig(model=args.model, model_kwargs=tuple(args.model_kwargs))

@@ -1,17 +1,17 @@
-"""Predicted communication that an update with --grad-sync overlap has to wait for.
+"""Predicts how long an update with --grad-sync overlap waits for the all-reduces of its gradients.
 
     python -m benchmarks.step.overlap                     # a Swin-B with one block per stage
     python -m benchmarks.step.overlap --depths 2 2 18 2   # Swin-B itself, which takes long
 
-The backward of gradnorm is compiled for GPUs that are not here (benchmarks/step/pretend.py). That
-gives the order of its kernels, and the places among them at which Inductor begins an all-reduce.
-Then the order is played through. A kernel takes the time of the roofline, times a factor for what
-the roofline leaves out. All-reduces run one after the other, beside the kernels, and take the times
-that scaling.py computes for its links. What is left of them when the backward has ended is exposed,
-because the optimizer waits for it.
+The backward of gradnorm is compiled for a GPU that this machine need not have
+(benchmarks/step/pretend.py). That gives the order in which kernels and all-reduces begin. From the
+order, the times are computed. A kernel takes the time of the roofline model, multiplied by a factor
+for what the model leaves out. All-reduces run one after the other, at the same time as the kernels.
+scaling.py computes how long each takes. The time between the end of the backward and the end of the
+last all-reduce is called exposed, because the optimizer waits for it.
 
-Not modelled: the memory bandwidth and the processors that all-reduces take from kernels; launches;
-ranks that come late. These are predictions, not measurements.
+Not modelled: the memory bandwidth and the processors that all-reduces take from kernels; the time
+to launch kernels; ranks that come late. These are predictions, not measurements.
 
 Writes benchmarks/results/overlap_swin_b_<depths>.json.
 """
@@ -45,7 +45,7 @@ NETWORK_BYTES_PER_S = 50e9
 
 
 class Pretended(OneRank):
-    """Makes a step believe that a second process, which does not exist, computes with it."""
+    """Makes a Step run as one of two processes, although the second one does not exist."""
 
     size = 2
 
@@ -55,8 +55,8 @@ def schedule(
 ) -> tuple[float, list[Sum]]:
     """Returns the seconds of all kernels of a compiled backward, and its all-reduces in order.
 
-    The seconds are those of the roofline. Inductor orders kernels and all-reduces alike for any
-    number of GPUs. grad_dtype, cuda_graphs: as in StepOptions.
+    The seconds are those of the roofline model. Inductor chooses the same order for any number of
+    GPUs. grad_dtype, cuda_graphs: as in StepOptions.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -109,7 +109,7 @@ def reduced_bytes(origins: Sequence[torch.fx.Node]) -> int:
 
 
 def table(record: Record) -> str:
-    """Returns the Markdown table of the predictions in the record."""
+    """Returns the Markdown table of predicted times, made from this benchmark's JSON record."""
     columns: dict[str, Column] = {
         "GPUs": "gpus",
         "gradients": "grad_dtype",
@@ -137,7 +137,7 @@ def table(record: Record) -> str:
     ),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
-    """Makes the predictions, and writes the JSON record."""
+    """Predicts the times for all options, and writes the JSON record."""
     name = "_".join(map(str, args.depths))
     output, record = open_record(args, f"overlap_swin_b_{name}.json", free=("depths",))
     gpu = GPUS["h200"]

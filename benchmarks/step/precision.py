@@ -53,9 +53,9 @@ from fastgn.step.schedule import Schedule
 SIDE, CLASSES = 32, 10
 IMAGES = ("random", "digits")
 UPDATES = 100
-"""Number of updates by which a network is trained."""
+"""Number of updates in the training of a network, before its gradients are compared."""
 WIDTH = 64 if ON_GPU else 8
-"""Width of PreActResNet-18. He's has 64."""
+"""Channels of the first stage of PreActResNet-18. The original network has 64."""
 FD_STEPS = (0.07, 0.01, 0.001)
 """Step sizes of finite differences, in normalised pixels. The paper uses 0.07 (eps / sigma)."""
 NETWORKS = {
@@ -74,7 +74,7 @@ NETWORKS = {
 
 
 def label(arm: Arm) -> str:
-    """Returns the key of an arm's results in the JSON record: its schedule and precision."""
+    """Returns schedule and precision as the name of an arm's results in the JSON record."""
     return f"{arm.schedule}, {arm.precision}"
 
 
@@ -94,8 +94,8 @@ def choose_arms(fd_steps: Sequence[float]) -> tuple[list[Arm], list[str]]:
 
 
 def gradient(model: nn.Module, arm: Arm, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the gradient of all parameters as one vector (P,), in float64 on the CPU."""
-    model = copy.deepcopy(model)  # because BatchNorm updates its running statistics
+    """Returns the gradient of all P parameters as one vector (P,), in float64 on the CPU."""
+    model = copy.deepcopy(model)  # a copy, because BatchNorm changes its running statistics
     arm.step(model)([batch], torch.ones((), device=batch[0].device))
     trained = [p for p in model.parameters() if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
@@ -103,11 +103,12 @@ def gradient(model: nn.Module, arm: Arm, batch: tuple[Tensor, Tensor]) -> Tensor
 
 
 def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """Returns the keys cosine (of both float64 vectors) and relative_error.
+    """Compares two float64 vectors. Returns a dict with the keys cosine and relative_error.
 
-    The relative error is the L2 norm of value - reference, divided by that of reference.
+    cosine is that of the angle between the vectors. relative_error is the L2 norm of value -
+    reference, divided by that of reference.
     """
-    # by hand, because F.cosine_similarity rounds 1 - 1e-14 to 1
+    # not computed with F.cosine_similarity, because that rounds 1 - 1e-14 to 1
     cosine = float(value @ reference / (value.norm() * reference.norm()))
     error = float((value - reference).norm() / reference.norm())
     return {"cosine": cosine, "relative_error": error}
@@ -150,7 +151,7 @@ def batches(
 def measure(
     network: str, args: argparse.Namespace, method: str | None, arms: Sequence[Arm]
 ) -> dict[str, Any]:
-    """Returns the gradient errors of all arms, for one network.
+    """Measures the gradient errors of one network for all arms (schedule and precision).
 
     network: key of NETWORKS. method: training method by which the network is first trained on
     digits. If None, the network is not trained, and the images are random.
@@ -184,7 +185,7 @@ def measure(
 
 
 def table(record: Record) -> str:
-    """Returns a Markdown table with a column for each network and way of training it."""
+    """Returns a Markdown table of gradient errors: arms as rows, networks as columns."""
     cases: dict[str, list[dict]] = {}
     for case in record["cases"]:
         state = f"after {case['trained_by']}" if case["trained_by"] else "untrained"
@@ -221,7 +222,7 @@ def table(record: Record) -> str:
     option("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H"),
 )
 def main(args: argparse.Namespace) -> int:
-    """Makes the measurements that are missing in the JSON record, and writes it after each."""
+    """Makes the measurements that the JSON record lacks. Writes the record after each."""
     output, head = open_record(args, "precision_{device}.json")
     arms, notes = choose_arms(args.fd_steps)
     if importlib.util.find_spec("sklearn") is None:

@@ -1,4 +1,4 @@
-"""Predicts kernel launches, bytes and speed of compiled updates on GPUs that are not here.
+"""Predicts kernel launches, bytes and speed of compiled updates on GPUs that need not be here.
 
 The GPUs are an H200, an H100, an A100 and a V100. Nothing is measured.
 
@@ -121,10 +121,10 @@ def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
 def kernels_of(
     lowering: Any, gpu: Gpu, precision: str
 ) -> Iterator[tuple[Any, list[torch.fx.Node], int, float]]:
-    """Yields each kernel of a graph, in their order.
+    """Yields (kernel, operators that it computes, bytes that it moves, seconds at the roofline).
 
-    With it come the operators that it computes, the bytes that it moves, and its seconds at the
-    roofline. lowering: Inductor's GraphLowering of the graph. precision: precision of the update.
+    The kernels come in the order in which the graph runs them. lowering: Inductor's GraphLowering
+    of the graph. precision: precision of the update.
     """
     from torch._inductor.ir import MultiOutput
 
@@ -146,13 +146,13 @@ def kernels_of(
 
 
 def repetitions(lowering: Any) -> Counter[str]:
-    """Returns name of a buffer -> number of bytes that Inductor counts too much for it.
+    """Returns the bytes that Inductor counts but memory does not hold: name of a buffer -> bytes.
 
     lowering: Inductor's GraphLowering of the graph.
 
     Inductor counts the repeated elements of an expanded tensor, although memory holds them only
-    once. If such a tensor is one of several outputs of an operator and something reads it, Inductor
-    counts the elements for the operator's own buffer, too.
+    once. If such a tensor is one of several outputs of an operator, it has a buffer, and the
+    operator has another. If the tensor is used, Inductor counts the elements for both.
     """
     from torch._inductor.ir import MultiOutput
 
@@ -209,7 +209,7 @@ class Network:
 
 
 def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
-    """Returns the predicted cost of an update, averaged over --lazy-interval if it is lazy."""
+    """Returns the predicted cost of an update. For the schedule lazy, it is a mean of updates."""
     total = Cost()
 
     def on_graph(lowering: Any) -> Callable[[], None]:
@@ -272,11 +272,12 @@ def run_updates(
 
 
 def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], float] | None:
-    """Returns the depths of two shallower Swins from which a Swin's cost can be computed, and n.
+    """Finds two shallower Swins, few and more, from which a deep Swin's cost can be computed.
 
-    The two differ by one pair of blocks (plain and shifted) in the deepest stage. All pairs of a
-    stage cost the same, so the Swin costs as much as the first one and n times the difference of
-    the two. Returns None if the Swin is not deeper than these two. depths: its blocks per stage.
+    Returns (depths of few, depths of more, n), so that cost = few + n * (more - few). In the stage
+    with most blocks, few has 2 blocks and more has 4. All pairs of blocks in a stage cost the same.
+    Returns None if the Swin has at most 4 blocks there, or an odd number. depths: its blocks per
+    stage.
     """
     deepest = max(depths)
     if deepest <= 4 or deepest % 2:
@@ -287,9 +288,9 @@ def shallower(depths: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], 
 
 
 def predict_deep(network: Network, arm: Arm, gpu: Gpu) -> tuple[Cost, list | None]:
-    """Returns the predicted cost of an update, and the depths of the Swins that were predicted.
+    """Returns the predicted cost of an update, for a deep Swin computed from two shallower ones.
 
-    The depths are None if the network itself was predicted, and not two shallower ones.
+    The second result holds the depths of the two, or None if `network` was predicted itself.
     """
     backbone = network.build("reference").backbone
     swin = type(backbone).__name__ == "SwinTransformer"
@@ -341,7 +342,8 @@ def eager(network: Network, arm: Arm) -> dict[str, float]:
 def compare(rows: Sequence[dict[str, Any]]) -> None:
     """Adds to each prediction in the JSON record its ratios to natural training.
 
-    Natural training has the same GPU and precision, and whichever kernels move fewer bytes for it.
+    Natural training is predicted on the same GPU and in the same precision. With Triton kernels and
+    with PyTorch's there are two such predictions, and the one that moves fewer bytes is used.
     """
     same = ("gpu", "precision", "activation_memory_budget")
     for row in rows:
@@ -357,7 +359,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def table(record: Record, measured: Sequence[Record] | None = None) -> str:
-    """Returns a Markdown table of the predictions beside what cost.py measured on such a GPU.
+    """Returns a Markdown table of the predictions, and of what cost.py measured on such GPUs.
 
     measured: JSON records of cost.py. If None, those in benchmarks/results.
     """
@@ -447,7 +449,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     option("--kernels", default="both", choices=("triton", "reference", "both")),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
-    """Predicts all updates that the options ask for, and writes the JSON record after each."""
+    """Predicts the cost of each kind of update in turn. Writes the JSON record after each."""
     choices = ("model", "gpus", "precision", "methods", "schedules", "kernels")
     output, head = open_record(args, f"predict_{args.model}.json", choices)
     size = (args.model, args.img_size, args.batch_size, args.classes)

@@ -1,4 +1,4 @@
-"""Makes PyTorch, its compiler and Triton believe that a GPU which is not here is cuda:0."""
+"""Makes PyTorch, its compiler and Triton believe that this machine has a certain GPU."""
 
 import contextlib
 import dataclasses
@@ -94,7 +94,7 @@ def run_backward(
 
     wanted = [edge(x)[:2] for x in inputs]
     roots = [edge(x) for x in outputs]
-    order: list[Any] = []  # each node comes after the nodes that it leads to
+    order: list[Any] = []  # nodes of the graph, each after all nodes in its next_functions
     todo = [(root.node, False) for root in roots]
     seen = set()
     while todo:
@@ -159,7 +159,7 @@ def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:
         result = node(*arguments)
         return result if isinstance(result, tuple) else (result,)
     # the rest is for a torch.autograd.Function
-    if node.name().startswith("CompiledFunction"):  # it needs zeros in place of None
+    if node.name().startswith("CompiledFunction"):  # compiled code needs zeros, not None
         some = next(g for g in arguments if g is not None)
         for index, expected in enumerate(node._input_metadata):
             if arguments[index] is None:
@@ -195,7 +195,7 @@ def forget_devices() -> None:
 
 @contextlib.contextmanager
 def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTensorMode]:
-    """Makes PyTorch believe that a GPU which is not in this machine is cuda:0.
+    """Makes PyTorch believe that this machine has the GPU `gpu`, with the name cuda:0.
 
     Yields the mode under which tensors have no data. on_graph: takes Inductor's GraphLowering of
     each compiled graph and returns the function that runs in its place, on a list of tensors.
@@ -230,7 +230,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     deduce = joint_graph.UniformValueConstantFolder._deduce_value
 
     def deduce_on_cpu(self: Any, node: Any) -> Any:
-        with OnCpu():  # because it computes an element of a constant, which needs a real device
+        with OnCpu():  # it computes a constant's value, and tensors of the GPU have no data
             return deduce(self, node)
 
     def compile_to_module(self: GraphLowering) -> Any:
@@ -256,15 +256,19 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (torch.cuda, "get_device_name", lambda *_: gpu.name),
         (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
         (torch.cuda, "get_device_properties", lambda *_: properties),
-        (torch.accelerator, "is_available", lambda: False),  # else autograd needs streams
-        (fake_tensor, "init_gpu_context", lambda *_: None),  # in 2.11 it makes a real tensor
+        (torch.accelerator, "is_available", lambda: False),  # else autograd uses CUDA streams
+        (
+            fake_tensor,
+            "init_gpu_context",
+            lambda *_: None,
+        ),  # PyTorch 2.11 makes a real tensor in it
         (interface, "is_available", staticmethod(lambda: True)),
         (interface, "current_device", staticmethod(lambda: 0)),
         (interface, "get_device_properties", staticmethod(lambda *_: properties)),
         (interface, "get_compute_capability", staticmethod(lambda *_: 10 * major + minor)),
         (worker, "current_device", staticmethod(lambda: 0)),
         (worker, "get_device_properties", staticmethod(lambda *_: properties)),
-        (fuse_attention, "_sfdp_init", lambda *_: None),  # these two trace on a real device
+        (fuse_attention, "_sfdp_init", lambda *_: None),  # this and the next one need a real device
         (pad_mm, "_pad_mm_init", lambda *_: None),
         (joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu),
         (GraphLowering, "compile_to_module", compile_to_module),
@@ -273,10 +277,10 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     with contextlib.ExitStack() as stack:
         forget_devices()
         stack.callback(forget_devices)
-        # to decide about padding, Inductor would measure the time of matrix products
+        # no padding of shapes, because Inductor would time matrix products to decide about it
         settings = {"force_disable_caches": True, "shape_padding": False}
         stack.enter_context(torch._inductor.config.patch(settings))
-        torch._C._ensureCUDADeviceGuardSet()  # without a GPU, makes device guards do nothing
+        torch._C._ensureCUDADeviceGuardSet()  # makes device guards do nothing without a GPU
         for owner, name, value in values:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield FakeTensorMode(allow_non_fake_inputs=True)

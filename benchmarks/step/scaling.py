@@ -7,20 +7,24 @@ grows with the number of GPUs.
     python -m benchmarks.step.scaling --cost benchmarks/results/cost_swin_b_nvidia_h200.json
     python -m benchmarks.step.scaling --predict benchmarks/results/predict_swin_b.json --card a100
 
-An update takes the compute of its micro-batches, and the part of the gradients' all-reduces that
-does not overlap with compute. With --grad-sync flat nothing overlaps. With overlap, the all-reduces
-begin during the backward as in the schedule of overlap.py (--schedule), which was made for Swin-B
-and is taken for every network. An update of several micro-batches is flat.
+An update takes the time to compute its micro-batches, and the time of the gradients' all-reduces
+that do not overlap with compute. With --grad-sync flat nothing overlaps. With overlap, the
+all-reduces begin during the backward, at the times that overlap.py has predicted for Swin-B
+(--schedule). Other networks use the same times. With several micro-batches nothing overlaps.
 
-Not modelled: the loader; stragglers; the optimizer, clipping and the average of the weights, unless
-the rate includes them (--cost includes the optimizer, --predict nothing); evaluation, checkpoints
-and restarts; links that are shared or below their peak; GPU time that collectives take from
-compute; that overlap runs without CUDA graphs by default; BatchNorm's buffers; collectives other
-than rings and trees; a rate that changes with clocks or batch.
+Not modelled:
+
+- the loader, slow ranks, evaluation, checkpoints and restarts;
+- clipping and the weights' average. The optimizer is only in the speed that --cost reads;
+- network links that are shared or slow, and GPU time that all-reduces take from compute;
+- that --grad-sync overlap runs without CUDA graphs by default;
+- BatchNorm's buffers, and ways of all-reduce other than rings and trees;
+- a speed that changes with the GPU's clock or with the batch size.
 
 Writes benchmarks/results/scaling_<model>_<card>.json, with --predict ..._predicted.json. With
---check, measures updates of several processes on this machine, and how far an update is the sum of
-its compute and its all-reduces. Writes benchmarks/results/scaling_check_<device>.json then.
+--check, nothing is predicted. The program times updates of several processes on this machine, and
+compares them with the sum of compute and all-reduces. It writes
+benchmarks/results/scaling_check_<device>.json.
 """
 
 import argparse
@@ -78,7 +82,7 @@ CHECKED_MODES = [
 ]
 """Triples of --grad-sync, --grad-dtype and whether to use CUDA graphs, for --check on GPUs."""
 WARM_UP = 4
-"""Number of rounds of --check that compile and record CUDA graphs, and are not counted."""
+"""Number of updates at the beginning of --check that are not counted, because they compile."""
 IMAGENET_IMAGES = 1_281_167
 RING_LATENCY_S, TREE_LATENCY_S = (3.4e-6, 14.0e-6), (4.0e-6, 14.0e-6)
 """Seconds per hop over NVLink and over the network, in NCCL's ring and in its tree."""
@@ -92,7 +96,7 @@ BACKWARD_SHARE = 2 / 3
 input gradient, takes the rest. Source: overlap_swin_b_2_2_18_2.json and predict_swin_b.json, 21.2
 of 33.0 ms at the roofline of an H200."""
 SCHEDULE = RESULTS / "overlap_swin_b_2_2_18_2.json"
-"""JSON record that says when the backward of Swin-B knows its gradients."""
+"""JSON record of overlap.py, with the times at which each all-reduce of Swin-B can begin."""
 MODES = [(sync, dtype) for sync in ("flat", "overlap") for dtype in ("fp32", "bf16")]
 """Pairs of --grad-sync and --grad-dtype."""
 
@@ -102,7 +106,7 @@ class Links:
     """Links between the GPUs of a node, and between nodes."""
 
     intra_bytes_per_s: float
-    """Bytes per second of each GPU within its node, in one direction."""
+    """Bytes per second that a GPU sends to others in its node, in one direction."""
     inter_bytes_per_s: float
     """Bytes per second of each network card between nodes, in one direction."""
     node_links: int = 1
@@ -110,7 +114,7 @@ class Links:
     gpus_per_node: int = 8
 
     def nodes(self, gpus: int) -> int:
-        """Returns the number of nodes that so many GPUs need."""
+        """Returns the number of nodes that `gpus` GPUs need."""
         return math.ceil(gpus / self.gpus_per_node)
 
     def all_reduce_seconds(self, gpus: int, nbytes: float) -> float:
@@ -137,10 +141,10 @@ class Links:
 
 
 class Sum(NamedTuple):
-    """An all-reduce of an update."""
+    """An all-reduce that sums some of an update's gradients over the ranks."""
 
     begin: float
-    """When the gradients that are summed are known, as a share of the backward's time."""
+    """Time at which the gradients are ready, from 0 (begin of the backward) to 1 (its end)."""
     nbytes: float
     """Size of the gradients in bytes."""
 
@@ -148,8 +152,8 @@ class Sum(NamedTuple):
 def exposed_seconds(gpus: int, backward_s: float, sums: Sequence[Sum], links: Links) -> float:
     """Returns the seconds between the end of a backward and the end of the last all-reduce.
 
-    All-reduces run one after the other, beside the kernels of the backward. backward_s: seconds of
-    these kernels. sums: the all-reduces. links: the links between the GPUs.
+    All-reduces run one after the other, at the same time as the kernels of the backward.
+    backward_s: seconds of these kernels. sums: the all-reduces. links: links between the GPUs.
     """
     end = 0.0
     for begin, nbytes in sums:
@@ -167,10 +171,10 @@ def flat_sums(nbytes: float) -> list[Sum]:
 
 
 def overlapped_sums(record: Record, nbytes: float) -> list[Sum]:
-    """Returns the all-reduces of --grad-sync overlap, as a record of overlap.py schedules them.
+    """Returns the all-reduces of --grad-sync overlap, with the times in a record of overlap.py.
 
-    The schedule for gradients in fp32 is taken. That for bf16 differs from it only by casts.
-    nbytes: size of the gradients in bytes. If it is not that of the record, all sizes are scaled.
+    The times are those for gradients in fp32, which are nearly the same in bf16. nbytes: size of
+    all gradients in bytes, to which the sizes in the JSON record are scaled.
     """
     sums = [Sum(*s) for s in record["rows"][0]["sums"]]
     total = sum(s.nbytes for s in sums)
@@ -206,7 +210,7 @@ def gradient_bytes_of(network: Row) -> int:
 
 
 def predict(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the predictions for all numbers of GPUs, for the JSON record."""
+    """Predicts speed and days of training for each number in --gpus, for the JSON record."""
     rate, batch, steps = args.images_per_s, args.batch, args.grad_accum_steps
     card, source = args.card or "h200", "given on the command line"
     network = vars(args) | {"classes": 1000}
@@ -276,13 +280,13 @@ def time_rank(
     rounds: int,
     file: str,
 ) -> None:
-    """Times updates as one of several processes, and saves the seconds of each round.
+    """Times updates as one of several processes of --check, and saves the seconds of each update.
 
-    A GPU runs Swin-B's compiled update. Without a GPU, it is the eager update of a small Swin.
+    On a GPU, the compiled update of Swin-B is timed. On a CPU, the eager update of a small Swin is.
 
     count: number of processes. port: port on which the processes find each other. mode: as in
-    CHECKED_MODES. batch: images per process. file: beginning of the names of the files that the
-    processes write.
+    CHECKED_MODES. batch: images per process. rounds: number of timed updates. file: beginning of
+    the names of the files that the processes write.
     """
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -318,10 +322,10 @@ def time_rank(
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """Yields, for the JSON record, the measured updates of several processes on this machine.
+    """Times updates of several processes on this machine, and yields rows for the JSON record.
 
-    For --grad-sync flat, a row also says by how much the time of an update differs from that of its
-    compute and its all-reduces, each measured alone.
+    For --grad-sync flat, a row also compares the time of an update with the sum of two times: its
+    compute alone and its all-reduces alone.
     """
     cards = torch.cuda.device_count()
     most = max(args.processes)
@@ -352,7 +356,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def table(record: Record) -> str:
-    """Returns the Markdown table of predictions, or of their check on a CPU, from the record."""
+    """Returns the Markdown table of predicted speeds, or of times if --check made the record."""
     if not record.get("prediction"):
         columns: dict[str, Column] = {
             "processes": "processes",
@@ -390,7 +394,7 @@ def table(record: Record) -> str:
 
 
 def default_processes() -> list[int]:
-    """Returns 1, 2 and 4, or the powers of two up to the number of this machine's GPUs."""
+    """Returns 1, 2, 4 and 8 up to this machine's number of GPUs. Without a GPU, up to 4."""
     most = torch.cuda.device_count() or 4
     return [n for n in (1, 2, 4, 8) if n <= most]
 
@@ -429,7 +433,7 @@ def default_processes() -> list[int]:
     option("--epochs", default=100.0),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
-    """Makes the predictions or the check, and writes the JSON record."""
+    """Predicts speeds, or with --check times updates, and writes the JSON record."""
     given = [args.images_per_s, args.cost, args.predict, args.check or None]
     check(
         sum(value is not None for value in given) == 1,
