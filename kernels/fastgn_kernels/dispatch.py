@@ -252,7 +252,8 @@ def _engine_reaches(node: Any) -> bool:
     try:
         return node is not None and _engine_will_run(node)
     except RuntimeError:
-        # PyTorch raises it for a leaf passed to autograd.grad, and outside a backward pass
+        # PyTorch raises this error for a leaf among the inputs of autograd.grad, and outside a
+        # backward pass. In both cases, the gradient counts as needed.
         return True
 
 

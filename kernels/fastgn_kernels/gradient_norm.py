@@ -157,10 +157,11 @@ def _gradient_norm_map_kernel(
 
 
 def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the number of rows, the number of columns, and the kernels' compile-time constants.
+    """Returns the rows and columns of g as a matrix, and the kernels' compile-time constants.
 
     The kernels treat g as a matrix in which each row is a sample. A tile is the part of this matrix
-    that a program processes at a time. It holds several samples if they are small.
+    that a program processes at a time. It holds several samples if they are small. The constants
+    include the tile's size.
 
     ord: 1 or 2 for the L1 or L2 norm.
     """

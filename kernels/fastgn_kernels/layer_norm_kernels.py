@@ -19,7 +19,7 @@ Forward: y = x_hat weight + bias.
 Backward: gx = inv_std P(g), or inv_std P(g) + gsum if there is a residual. The sums of gy x_hat and
 of gy over the rows are gweight and gbias.
 
-Backward of the backward: the change of x_hat along ggx is tangent = inv_std P(ggx). Let
+Backward of the backward: if x changes by ggx, x_hat changes by tangent = inv_std P(ggx). Let
 
     covariance = mean(ggx g) - mean(ggx) mean(g) - mean(ggx x_hat) mean(g x_hat),
     z = gy ggweight - inv_std (mean(g x_hat) ggx + mean(ggx x_hat) g).

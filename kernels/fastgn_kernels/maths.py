@@ -21,8 +21,8 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# Write these constants last in a product, as in u * SQRT_HALF.
-# For SQRT_HALF * u, Triton's interpreter would return a tl.constexpr instead of a tensor.
+# Write u * SQRT_HALF, and not SQRT_HALF * u, because Triton's interpreter makes a tl.constexpr of a
+# product that begins with one of these constants.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
@@ -106,12 +106,11 @@ def gelu_2(u, p):
 def gelu_tanh(u, p):
     """Returns the tanh approximation of GELU, computed with the logistic function instead of tanh.
 
-    The usual formula is 0.5 u (1 + tanh(z)). The factor 0.5 (1 + tanh(z)) equals logistic(2 z),
-    which is also precise if tanh(z) is close to -1. The variable z in the code is 2 z of this
-    formula.
+    The usual formula is 0.5 u (1 + tanh(z / 2)), with z as in the code of the first derivative.
+    The factor 0.5 (1 + tanh(z / 2)) equals logistic(z), which is also precise if tanh is near -1.
 
-    The derivatives contain 1 - logistic(2 z). They compute it as logistic(-2 z), which is also
-    precise if logistic(2 z) is close to 1. With the formula 1 - tanh(z)^2 instead, the second
+    The derivatives contain 1 - logistic(z). They compute it as logistic(-z), which is also precise
+    if logistic(z) is close to 1. With the formula 1 - tanh(z / 2)^2 instead, the second
     derivative in float32 had 8 times the error of PyTorch's.
     """
     return u * logistic((u + u * u * u * TANH_CUBIC) * (SQRT_2_OVER_PI * 2.0))
