@@ -125,8 +125,8 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     ) -> Part:
         """Returns a part that runs a benchmark with `options`, or with `toy` if --smoke is given.
 
-        module: module of the benchmark. what, limit_s, needs: see Part. stem: name of the record
-        without .json. If None, the name of the part and of the GPU.
+        module: module of the benchmark. what, limit_s, needs: see Part. stem: name of the JSON
+        record without .json. If None, it is made from the names of the part and of the GPU.
         """
         file = f"{stem or f'{name}_{machine.slug}'}.json"
         chosen = toy if machine.smoke else options
@@ -167,7 +167,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     toy += ("--batch-size", 2)
     parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=()))
 
-    # further calls run these parts, because they do not fit into the default of --budget-s
+    # the parts below need further calls of this program, because --budget-s ends a call before
     if not machine.smoke:
         on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
         needs = ("sklearn", "torchvision")
@@ -337,7 +337,7 @@ class Report:
         log = self.folder / "logs" / f"{part.name}.log"
         log.parent.mkdir(exist_ok=True)
         path = self.folder / part.file if part.file else None
-        # a record from other sources or another device must not be taken for this part's
+        # a JSON record that other sources or another device made must not count as this result
         if path and self.same(part) is None:
             path.unlink(missing_ok=True)
         began = time.monotonic()

@@ -26,8 +26,8 @@ atexit.register(LOCKS.close)
 def hold(path: Path) -> None:
     """Locks a JSON record, so that no other process writes it until this process ends.
 
-    Raises UserError if another process has locked the record. Programs call this first, so that
-    they do not measure what they could not save.
+    Raises UserError if another process has locked the record. Benchmarks call this function
+    first, so that they do not measure what they could not save.
     """
     real = path.resolve()
     if real not in HELD:
@@ -56,12 +56,12 @@ def describe_error(error: BaseException) -> str:
 
 
 def unfinished(path: Path) -> Path:
-    """Returns where to write an incomplete record, so that the complete one at `path` is kept."""
+    """Returns the path for an incomplete JSON record, so that the complete one at `path` stays."""
     return path.with_name(f"{path.name}.incomplete")
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """Returns the record of an earlier call, or {} if there is none.
+    """Returns the JSON record that an earlier call of a benchmark has written, or {} if none has.
 
     If there is a record at `unfinished(path)`, returns that one, otherwise the one at `path`.
     """
@@ -69,7 +69,7 @@ def earlier(path: Path) -> dict[str, Any]:
 
 
 def taken_over(path: Path, head: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the record that an earlier call left, or {} if it differs from `head`.
+    """Returns the JSON record that an earlier call has written, or {} if it differs from `head`.
 
     head: keys and values that the record must have, such as the options and versions.
     """
@@ -94,10 +94,11 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
 
 
 def fastest_gradnorm(path: Path, option: str, card: str | None = None) -> tuple[Any, Any]:
-    """Returns a JSON record of cost.py or predict.py, and its fastest result for exact gradnorm.
+    """Returns a JSON record of cost.py or predict.py, and its fastest result for gradnorm.
 
-    option: flag that gave the path, for messages. card: GPU whose results count in a record of
-    predict.py. Raises UserError if there are none, or if the times were measured on a CPU.
+    Only results of gradnorm's exact schedule count. option: flag that gave the path, for messages.
+    card: GPU whose results count in a record of predict.py. Raises UserError if no result counts,
+    or if the times were measured on a CPU.
     """
     record = read_json(path)
     check("rows" in record, f"{option} {path} is not a JSON record of that benchmark")

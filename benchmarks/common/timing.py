@@ -27,7 +27,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired_ratios(values: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Returns values[i] / others[i] for each round i.
+    """Returns values[i] / others[i] for two lists of times, measured in turn in several rounds.
 
     If the machine becomes slower in a round, both times of that round grow, and the ratio stays.
     """
@@ -136,7 +136,7 @@ def _measure_in_turn(
             run()
     measured: dict[str, list[Any]] = {name: [] for name in arms}
     gc.collect()
-    gc.disable()  # as timeit does, because a collection during a measurement once took 0.7 s
+    gc.disable()  # because a garbage collection during a measurement once took 0.7 s
     try:
         for _ in range(rounds):
             for name, run in arms.items():

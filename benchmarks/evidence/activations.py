@@ -95,7 +95,7 @@ def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
 
 
 def method_of(row: Row) -> str:
-    """Returns the training method of a row. In older records it is always gradnorm."""
+    """Returns the training method of a row of the JSON record. In older ones it is gradnorm."""
     return row.get("method", "gradnorm")
 
 

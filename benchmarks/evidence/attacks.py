@@ -31,9 +31,9 @@ from fastgn.errors import check, parse_number
 
 ATTACKS = ("clean", "pgd-20", "apgd-ce", "autoattack")
 WAYS = ("bf16", "compiled")
-"""Further ways to run PGD-20: with gradients in bf16, and with a compiled model."""
+"""Ways to run PGD-20 besides the usual one: with gradients in bf16, and with a compiled model."""
 CALLS = {"clean": 5, "pgd-20": 5}
-"""Attack that takes little time -> number of its calls in each round. Others are called once."""
+"""Attack that takes little time -> number of calls per measurement. Others are called once."""
 
 
 def network(smoke: bool) -> tuple[nn.Module, int]:

@@ -44,7 +44,7 @@ def table(record: Record) -> str:
     rows = record["rows"]
     columns = {"arm": [row["arm"] for row in rows]} | accuracy_columns(rows)
     epochs, training = record["epochs"], record["training"]
-    weight = 19  # --edge-weight, which the record does not name
+    weight = 19  # value of --edge-weight, which the JSON record does not hold
     start = weight * training["ramp_start"]
     growth = (weight - start) / training["ramp_epochs"]
     return with_notes(

@@ -115,7 +115,7 @@ class Setting:
     attack: str = "apgd-ce+t"
     """Attack on the images that are still classified correctly after PGD-20."""
     full_attack: str | None = "autoattack"
-    """Slow attack for seed 0 and the first radius, to show what faster attacks miss, or None."""
+    """Slow attack for seed 0 and the first radius. It shows what faster attacks miss."""
     curve_attacks: tuple[str, ...] = ("pgd-20",)
     first_seeds: int = 3
     """Number of seeds whose trainings of all lengths run before those of other seeds."""
@@ -303,7 +303,10 @@ def compare(record: Record) -> Iterator[dict[str, str]]:
 
 
 def budget_of(row: Row) -> str:
-    """Returns a row's length of training (Budget.share) as text, or "" in an older record."""
+    """Returns the length of training (Budget.share) in a row of the JSON record, as text.
+
+    Returns "" for rows of older records, which lack it.
+    """
     return f"{row['budget']:g}" if "budget" in row else ""
 
 

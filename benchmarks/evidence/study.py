@@ -110,7 +110,7 @@ def study_program(
 def run_study(study: Study, output: Path, work: Path, processes: int, deadline: float) -> int:
     """Makes the results that a study's JSON record lacks, and writes the record after each.
 
-    Returns the exit status. output: file of the record. work: folder that holds the trainings.
+    Returns the exit status. output: file of the JSON record. work: folder of the trainings.
     deadline: latest time, in seconds as time.time() gives.
     """
     planned = {trial.name: trial for arm in study.arms for trial in arm.trials}
@@ -126,7 +126,7 @@ def run_study(study: Study, output: Path, work: Path, processes: int, deadline: 
         return write_record(output, {**study.head, "complete": complete, "rows": begun})
 
     save()
-    # in each wave, first all trainings with seed 0 run, then those with seed 1, and so on
+    # trains wave after wave, and in each wave all trainings with seed 0 first, then seed 1, etc.
     todo = [trial for name, trial in planned.items() if name not in cells]
     todo.sort(key=lambda trial: (trial.wave, trial.seed))
     finished = trials.run_all(todo, work, processes=processes, deadline=deadline, save=save)
@@ -143,8 +143,8 @@ def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) 
     Ignores results that other code or options have made, if the record is complete. If the record
     is incomplete, raises UserError for such a result, because this study would overwrite it.
 
-    before: the earlier record. planned: name of each training -> the training. output: file of the
-    record.
+    before: the earlier record. planned: name of each training -> the training. output: file for
+    the study's record.
     """
     found = {}
     for cell in (cell for row in before.get("rows", ()) for cell in row["seeds"]):
@@ -232,7 +232,7 @@ def paired_difference(row: Row, other: Row, attack: str, eps: float) -> str:
 
 
 DIFFERENCES = "mean ± half of its 95 % interval by Student's t, * if that does not contain 0"
-"""What the cells of `mean_difference` say, for the lines below tables."""
+"""Explanation of the results of `mean_difference`, for the lines below tables."""
 
 
 def mean_difference(points: Sequence[float]) -> str:

@@ -187,7 +187,7 @@ class Launch(NamedTuple):
 
 
 def attention(heads: int, dim: int, masks: int = 0, biased: bool = True) -> Launch:
-    """Returns window attention with inputs, for which its kernels are compiled.
+    """Returns a Launch of window attention: the op, and the shapes of its inputs.
 
     dim: channels per head. masks: number of windows per image, each with a mask of its own, or 0
     for no masks. biased: whether a bias is added to the attention scores.

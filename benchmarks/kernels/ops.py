@@ -207,13 +207,14 @@ class CaseKey(NamedTuple):
 
 
 def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
-    """Returns all measurements in their order: the first one of every op, then every second, etc.
+    """Returns all measurements in order: first one of each op, then a second one of each op, etc.
 
-    In this order, each op has been measured at least once if time runs out. stages: of Swin-B.
+    If time runs out, each op has therefore been measured at least once. stages: numbers of
+    Swin-B's stages, whose shapes are used.
     """
     by_op = []
     for name in ops:
-        # Swin does not shift the windows of a stage that has only one
+        # Swin does not shift the windows of a stage that has only one window
         fitting = [s for s in stages if STAGES[s][0] > WINDOW or not name.startswith("shifted")]
         at = {"all": fitting, "first": stages[:1], "none": [0]}[OPS[name].stages]
         by_op.append([CaseKey(name, stage, dtype) for stage in at for dtype in OPS[name].dtypes])
@@ -223,10 +224,10 @@ def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
 def build(
     key: CaseKey, batch: int, device: torch.device
 ) -> tuple[str, dict[str, Function], dict[str, Tensor]]:
-    """Returns the shape, functions and inputs of one measurement, at Swin-B's shapes.
+    """Returns the shape (as text), functions and inputs of one measurement, with Swin-B's shapes.
 
-    The functions are the op of fastgn_kernels as "ours", and PyTorch's as "eager". The inputs are
-    those that are differentiated. key: op, stage and dtype. batch: number of images.
+    The functions are a dict: "ours" is the op of fastgn_kernels, and "eager" is PyTorch's. The
+    inputs are those that are differentiated. key: op, stage and dtype. batch: number of images.
     """
     op, size = OPS[key.op], Size(batch, *STAGES.get(key.stage, (0, 0, 0)))
     constants = {k: x.to(device) for k, x in op.constants(size, key.dtype).items()}

@@ -342,8 +342,9 @@ def gemm_rates(
 ) -> dict[str, dict[str, float]]:
     """Measures a square matrix product in several precisions.
 
-    Returns precision -> {"side": rows of the matrices, "flops_per_s": floating-point operations per
-    second in the median round}. Leaves out precisions that the device does not support.
+    Returns precision -> {"side": rows of the matrices, "flops_per_s": median of the floating-point
+    operations per second}. Precisions that the device does not support are left out. rounds: number
+    of measurements in each precision.
     """
     side = GEMM_SIDE[device.type]
 
@@ -443,7 +444,7 @@ PAPER_IN_FP32 = "gradnorm-paper, fp32"
 
 
 def busy_share(row: Row) -> str:
-    """Returns the share of an update's time in which the GPU is at work, as a table's cell."""
+    """Returns as text the share of an update's time in which the GPU is at work, or ""."""
     busy_s, seconds = (row.get("launches") or {}).get("busy_s"), row.get("seconds_a_batch")
     return f"{100 * busy_s / seconds['mean']:.0f} %" if seconds and busy_s else ""
 

@@ -74,7 +74,7 @@ NETWORKS = {
 
 
 def label(arm: Arm) -> str:
-    """Returns schedule and precision as the name of an arm's results in the JSON record."""
+    """Returns schedule and precision, such as "exact, bf16", which name results in the record."""
     return f"{arm.schedule}, {arm.precision}"
 
 
@@ -115,9 +115,10 @@ def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def train(model: nn.Module, method: str, split: Arrays, updates: int, seed: int) -> float:
-    """Trains in float32 with AdamW. Returns the cross-entropy of the last batch.
+    """Trains a model in float32 with AdamW. Returns the cross-entropy of the last batch.
 
-    method: training method. split: images to train on. seed: seed of the draws of batches.
+    method: training method. split: images to train on. updates: number of updates. seed: seed
+    for the choice of images.
     """
     step = Arm(method).step(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -135,7 +136,8 @@ def batches(
     """Yields `number` batches of images (B, 3, H, W) in 0..1 and labels (B,).
 
     split: images to draw from. If None, the images are random. size: number of images per batch.
-    seed, part: seeds of the draws.
+    seed, part: seeds for
+    the choice of images.
     """
     draw, where = make_generator(Stream.EVALUATION, seed, part), DEVICE
     for _ in range(number):
@@ -151,7 +153,7 @@ def batches(
 def measure(
     network: str, args: argparse.Namespace, method: str | None, arms: Sequence[Arm]
 ) -> dict[str, Any]:
-    """Measures the gradient errors of one network for all arms (schedule and precision).
+    """Measures the gradient errors of one network for all arms (pairs of schedule and precision).
 
     network: key of NETWORKS. method: training method by which the network is first trained on
     digits. If None, the network is not trained, and the images are random.
@@ -185,7 +187,10 @@ def measure(
 
 
 def table(record: Record) -> str:
-    """Returns a Markdown table of gradient errors: arms as rows, networks as columns."""
+    """Returns a Markdown table of gradient errors.
+
+    A row is a schedule with its precision. A column is a network and how it was trained.
+    """
     cases: dict[str, list[dict]] = {}
     for case in record["cases"]:
         state = f"after {case['trained_by']}" if case["trained_by"] else "untrained"

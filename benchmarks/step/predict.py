@@ -102,7 +102,7 @@ def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
 
 
 def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
-    """Returns the cost of all kernels that a graph (Inductor's GraphLowering) becomes."""
+    """Returns the cost of all kernels that Inductor makes of a graph, which is a GraphLowering."""
     cost = Cost(flops=sum(map(node_flops, lowering.module.graph.nodes)))
     for kernel, origins, moved, seconds in kernels_of(lowering, gpu, precision):
         extern = type(kernel).__name__ == "ExternKernelSchedulerNode"
@@ -130,7 +130,7 @@ def kernels_of(
 
     repeated, counted = repetitions(lowering), set[torch.fx.Node]()
     for kernel in lowering.scheduler.nodes:
-        # a node for one of an operator's several outputs launches nothing itself
+        # a MultiOutput is one of several outputs of an operator, and launches no kernel itself
         is_nop = type(kernel).__name__ == "NopKernelSchedulerNode"
         if is_nop or isinstance(kernel.node, MultiOutput):
             continue
@@ -169,7 +169,7 @@ def repetitions(lowering: Any) -> Counter[str]:
 
 
 def nbytes(value: Any) -> int:
-    """Returns the bytes that a tensor takes in memory."""
+    """Returns the bytes that a tensor of one of Inductor's graphs takes in memory."""
     size, stride = value.get_size(), value.get_stride()
     last = sum((int(a) - 1) * int(b) for a, b in zip(size, stride, strict=True))
     return (last + 1) * value.get_dtype().itemsize if all(size) else 0
@@ -209,7 +209,7 @@ class Network:
 
 
 def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
-    """Returns the predicted cost of an update. For the schedule lazy, it is a mean of updates."""
+    """Returns the predicted cost of an update. If it is lazy, this is a mean over its interval."""
     total = Cost()
 
     def on_graph(lowering: Any) -> Callable[[], None]:
@@ -237,8 +237,9 @@ def run_updates(
 ) -> None:
     """Runs updates on a pretended GPU, on tensors without data.
 
-    make_step: called when `model` is on the GPU. on_graph: takes Inductor's GraphLowering of each
-    compiled graph, and returns a function that is called whenever the graph runs.
+    make_step: makes the Step after `model` has moved to that GPU. on_graph: takes Inductor's
+    GraphLowering of each compiled graph. It returns a function that is called whenever the graph
+    runs. updates: number of updates.
     """
 
     def make_runner(lowering: Any) -> Callable[[list[Tensor]], list[Any]]:

@@ -158,7 +158,7 @@ def _call(node: Any, arguments: list[Tensor | None]) -> Sequence[Tensor | None]:
     if not isinstance(node, BackwardCFunction):
         result = node(*arguments)
         return result if isinstance(result, tuple) else (result,)
-    # the rest is for a torch.autograd.Function
+    # from here on, the node is one of a torch.autograd.Function
     if node.name().startswith("CompiledFunction"):  # compiled code needs zeros, not None
         some = next(g for g in arguments if g is not None)
         for index, expected in enumerate(node._input_metadata):
@@ -230,7 +230,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
     deduce = joint_graph.UniformValueConstantFolder._deduce_value
 
     def deduce_on_cpu(self: Any, node: Any) -> Any:
-        with OnCpu():  # it computes a constant's value, and tensors of the GPU have no data
+        with OnCpu():  # deduce computes a value, and GPU tensors have no data
             return deduce(self, node)
 
     def compile_to_module(self: GraphLowering) -> Any:
@@ -256,19 +256,19 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (torch.cuda, "get_device_name", lambda *_: gpu.name),
         (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
         (torch.cuda, "get_device_properties", lambda *_: properties),
-        (torch.accelerator, "is_available", lambda: False),  # else autograd uses CUDA streams
+        (torch.accelerator, "is_available", lambda: False),  # with True, autograd would use streams
         (
             fake_tensor,
             "init_gpu_context",
             lambda *_: None,
-        ),  # PyTorch 2.11 makes a real tensor in it
+        ),  # PyTorch 2.11 makes a tensor on the GPU in it
         (interface, "is_available", staticmethod(lambda: True)),
         (interface, "current_device", staticmethod(lambda: 0)),
         (interface, "get_device_properties", staticmethod(lambda *_: properties)),
         (interface, "get_compute_capability", staticmethod(lambda *_: 10 * major + minor)),
         (worker, "current_device", staticmethod(lambda: 0)),
         (worker, "get_device_properties", staticmethod(lambda *_: properties)),
-        (fuse_attention, "_sfdp_init", lambda *_: None),  # this and the next one need a real device
+        (fuse_attention, "_sfdp_init", lambda *_: None),  # both _init need a real GPU
         (pad_mm, "_pad_mm_init", lambda *_: None),
         (joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu),
         (GraphLowering, "compile_to_module", compile_to_module),

@@ -150,7 +150,7 @@ class Sum(NamedTuple):
 
 
 def exposed_seconds(gpus: int, backward_s: float, sums: Sequence[Sum], links: Links) -> float:
-    """Returns the seconds between the end of a backward and the end of the last all-reduce.
+    """Returns the seconds between the end of a backward and the end of its last all-reduce.
 
     All-reduces run one after the other, at the same time as the kernels of the backward.
     backward_s: seconds of these kernels. sums: the all-reduces. links: links between the GPUs.
@@ -201,7 +201,7 @@ def days(images_per_s: float, epochs: float) -> float:
 def gradient_bytes_of(network: Row) -> int:
     """Returns the bytes of all gradients of a network: 4 per weight.
 
-    In every precision the gradients of float32 weights are float32.
+    The weights are float32, and so are their gradients in every precision.
     """
     options = {"model": network["model"], "img_size": network["img_size"]}
     config = ArchitectureConfig(model_kwargs=tuple(network["model_kwargs"]), **options)
