@@ -323,7 +323,7 @@ class Report:
         ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         entry = {"name": part.name, "what": part.what, "status": status, **more}
         entry |= self.key_of(part) | {"commit": self.commit, "ended": ended}
-        # a part that is skipped now keeps its result of an earlier call
+        # if a part is skipped now, its result of an earlier call is kept
         if status != "skipped" or self.entries.get(part.name, {}).get("status") in (None, status):
             self.entries[part.name] = entry
         write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})
@@ -345,7 +345,7 @@ class Report:
         seconds = min(time.monotonic() - began, limit_s)
         record = read_json(path) if path else {}
         if path and self.commit is not None and record.get("commit", "") is None:
-            write_json(path, record | {"commit": self.commit})  # the command found no commit
+            write_json(path, record | {"commit": self.commit})  # the benchmark found no commit
         return self.add(
             part,
             "timed out" if code is None else "failed" if code else "ok",

@@ -107,7 +107,7 @@ class Setting:
     eps: float
     """Radius of the perturbations that the methods train against."""
     eval_eps: tuple[float, ...]
-    """Radii of the attacks."""
+    """Radii of the attacks in the evaluations."""
     curve_eps: tuple[float, ...]
     """Radii besides `eval_eps`, at which only the attacks in `curve_attacks` run."""
     images: int
@@ -152,7 +152,7 @@ def cifar10() -> Setting:
         **{"data": "cifar10", "lr": 2e-3, "clip_grad": 1.0, "model_ema_decay": 0.99},
         **{"smoothing": 0.1, "eval_images": 1000, "checkpoint_hist": 1},
     )
-    # with global_batch_size, 64 images would pass through the network in two small batches
+    # global_batch_size would split the 64 images of an update into two small batches
     base = base.replace_group("dataset", {"global_batch_size": None, "batch_size": 64})
     swin = ["patch_size=4", "embed_dim=24", "depths=(1, 2)", "num_heads=(1, 2)", "mlp_ratio=2"]
     return Setting(

@@ -49,7 +49,7 @@ class Arm:
     head: Mapping[str, Any]
     """First entries of the row, such as the name of the way of training and its cost."""
     trials: Sequence[Trial]
-    """One training per seed. Their names are unique within the study."""
+    """One training per seed. Each has a name that no other training of the study has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def study_program(
         began, name = time.time(), Path(inspect.getfile(plan)).stem
         folder = f"{name}_{args.data}{'_smoke' if args.smoke else ''}"
         work = (args.work or ROOT / "runs" / folder).absolute()
-        with lock_folder(work, f"--work {work}"):  # no other process trains there
+        with lock_folder(work, f"--work {work}"):  # so that only one process trains in it
             free = {"data_dir", "minutes", "processes", "work", "data"}
             free |= {"seeds"} if args.seeds >= seeds else set()
             output, head = open_record(args, f"{name}_{args.data}_{DEVICE.type}.json", free)

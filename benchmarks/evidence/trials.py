@@ -69,7 +69,7 @@ HISTORY = {
     **{"epoch": "epoch", "clean": "clean_accuracy", "pgd10": "pgd10_accuracy"},
     **{"ce": "ce", "penalty": "penalty"},
 }
-"""Key in the history of a training -> column of its metrics.csv."""
+"""Key in a training's "history" in the JSON record -> column of its metrics.csv."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -81,7 +81,7 @@ class Failed(Exception):  # noqa: N818 - the other trials go on
 
 
 def evaluation_file(folder: Path, flags: Sequence[str]) -> Path:
-    """Returns the path of an evaluation's results.
+    """Returns the path of the JSON file with an evaluation's results.
 
     folder: output folder of the training. flags: the evaluation's command-line flags.
     """
@@ -100,9 +100,9 @@ def missing(trial: Trial, work: Path) -> bool:
 
 
 def run_trial(trial: Trial, work: Path, deadline: float) -> str | None:
-    """Trains and evaluates, except for what is finished already.
+    """Runs the training of a trial and its evaluations, except for those that are finished.
 
-    Returns the failure in one line, or None. Raises Stopped when the time is over.
+    Returns None, or one line that says what has failed. Raises Stopped when the time is over.
 
     work: folder that holds all trainings. deadline: latest time, in seconds as time.time() gives.
     """
@@ -148,7 +148,7 @@ def run_evaluation(folder: Path, flags: Sequence[str]) -> None:
 
 
 def check_status(code: int, folder: Path) -> None:
-    """Raises Stopped if an exit status says that the time is over, and Failed for another error."""
+    """Raises Stopped if the exit status `code` says so, and Failed for any other error."""
     if code in (STOPPED, 130):
         raise Stopped
     if code:
@@ -160,8 +160,8 @@ def check_status(code: int, folder: Path) -> None:
 def until(deadline: float) -> Iterator[None]:
     """Raises KeyboardInterrupt in the with block at a given time, as Ctrl-C does.
 
-    A training therefore saves a checkpoint before it ends. deadline: in seconds, as time.time()
-    gives.
+    A training therefore saves a checkpoint before it ends. deadline: the given time, in seconds as
+    time.time() gives.
     """
     left = deadline - time.time()
     if left <= 0:

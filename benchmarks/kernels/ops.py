@@ -168,7 +168,7 @@ OPS = {
 
 
 class Calls(TorchDispatchMode):
-    """Keeps the tensors that ops of fastgn_kernels take while the mode is active."""
+    """Collects the tensors that ops of fastgn_kernels take as arguments, in the list `taken`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +236,9 @@ def build(
     }
     shape = " x ".join(map(str, next(iter(inputs.values())).shape))
     if "qkv" in inputs:
-        inputs["qkv"] = inputs["qkv"].permute(2, 0, 3, 1, 4)  # strides of a linear layer's output
+        inputs["qkv"] = inputs["qkv"].permute(
+            2, 0, 3, 1, 4
+        )  # keeps the strides of a linear layer's output
         shape = f"{size.windows} windows x {size.heads} heads"
     both = {"ours": fastgn_kernels, "eager": EAGER}
     functions = {name: functools.partial(op.call, f, **constants) for name, f in both.items()}
@@ -284,7 +286,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) -> float:
-    """Returns the largest relative L2 difference between our results and PyTorch's. None is 0."""
+    """Returns the largest relative L2 difference of our results to PyTorch's. None means 0."""
     errors = [0.0]
     for x, y in zip(ours, eager, strict=True):
         x, y = (torch.zeros(()) if z is None else z.detach().double() for z in (x, y))
@@ -414,7 +416,7 @@ def main(args: argparse.Namespace) -> int:
                 print(
                     f"{key}, {row['order']}: {row['share_of_copy']:.0%} of a copy{off}", flush=True
                 )
-        except Exception as error:  # the other cases are still measured
+        except Exception as error:  # goes on with the other measurements
             failed.append(f"{key}: {describe_error(error)}")
             print(f"FAILED: {failed[-1]}", flush=True)
         save(complete=False)

@@ -66,13 +66,13 @@ class Arm:
         return self.schedule.cycle
 
     def objective(self) -> Objective:
-        """Returns the loss that the update minimises."""
+        """Returns the objective (loss and attack) of the update's training method."""
         select = "paper" if self.method == "pgd_at-paper" else "last"
         attack = AttackOptions(attack_select=select)
         return build_objective(ObjectiveConfig(self.base, attack=attack))
 
     def options(self, **options: Any) -> StepOptions:
-        """Returns the options of Step for this update. options: fields to change in them."""
+        """Returns the StepOptions of this update. options: fields that get other values."""
         quirks = Quirks()
         if self.paper:
             quirks = dataclasses.replace(PAPER_WAY, attack_weight_grads=self.base == "pgd_at")

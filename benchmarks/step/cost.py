@@ -76,8 +76,7 @@ from fastgn.step.schedule import SCHEDULES, Schedule
 NO_MEANING = "NO GPU: counts are exact, times are ratios within this run, seconds mean nothing"
 
 METHODS = ("natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper", "fgsm_rs")
-"""Methods in the order in which they are measured. If --minutes is too short, the last are
-missing."""
+"""Methods in the order of measurement. The last are left out if --minutes is too short."""
 SMALL_SWIN = (
     *("patch_size=4", "embed_dim=64", "depths=(2, 2)", "num_heads=(2, 4)"),
     "window_size=4",
@@ -250,8 +249,8 @@ class UpdateBench:
         """Catches an error of the with block, so that other kinds of update are still measured.
 
         found: measurement in which the error's text is stored. what: name of the code in the with
-        block, with which the text begins. needed: whether the error prevents that this kind of
-        update is timed. If False, the text is only a note.
+        block, which begins the text. needed: whether this kind of update cannot be
+        timed after the error. If False, the text is only a note.
         """
         try:
             yield
@@ -265,7 +264,7 @@ class UpdateBench:
         torch.cuda.empty_cache()
 
     def prepare(self, found: Measurement) -> None:
-        """Builds and warms up one kind of update. Stores its peak memory and launches."""
+        """Builds and warms up a kind of update. Stores its memory and launches in `found`."""
         arm = found.arm
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
@@ -308,10 +307,10 @@ class UpdateBench:
         seconds: float,
         joules: Callable[[], float] | None = None,
     ) -> None:
-        """Times each kind of update that has not failed once, and adds the result to `measured`.
+        """Measures each kind of update for some time, and adds the results to `measured`.
 
-        seconds: about how long to time each kind of update. joules: returns the joules that the GPU
-        has taken so far. If None, energy is not measured.
+        Kinds that have failed before are skipped. seconds: about how long to time each kind.
+        joules: returns the joules that the GPU has taken so far. If None, energy is not measured.
         """
         live = {found.arm.key: found for found in measured if found.why_not is None}
         taken: dict[str, float] = {}
@@ -503,7 +502,7 @@ def table(record: Record) -> str:
 
 
 def headline(record: Record) -> str:
-    """Returns a paragraph for README that compares exact gradnorm with the paper's way."""
+    """Returns README's paragraph that compares gradnorm's speed with that of the paper's code."""
     rows = {(row["arm"], row["precision"]): row for row in record["rows"]}
     ours, paper = rows["gradnorm exact", "bf16"], rows["gradnorm-paper", "fp32"]
     energy = ours["joules_an_image"]["mean"] / paper["joules_an_image"]["mean"]

@@ -53,7 +53,7 @@ def noting(meter: Meter, saved: list[int]) -> Iterator[None]:
 
 
 def count(model: Classifier, arm: Arm, batch_size: int) -> dict[str, float]:
-    """Returns the counted costs of a compiled update.
+    """Counts the operators, operations and memory of an update, which may be compiled.
 
     Keys: flops, peak_bytes, traffic_bytes and saved_bytes (kept for the backward), each per image,
     and operators, the number of operators in the update.
