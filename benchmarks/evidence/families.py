@@ -5,8 +5,8 @@
 A family is a module of timm.models. For its smallest network, this computes the gradient of one
 gradnorm update on two images and checks whether all of it is finite. It does so with and without
 fastgn's twins, which replace operators that cannot be differentiated twice
-(fastgn/models/second_order.py). Each family has a process of its own, because
-some networks crash it. The same command continues an interrupted one with the next family.
+(fastgn/models/second_order.py). Each family has a process of its own, because some networks crash.
+The same command continues an interrupted one with the next family.
 
 Writes benchmarks/results/families_cpu.json.
 """
@@ -82,8 +82,8 @@ def differentiate(model: network.Classifier) -> dict[str, Any]:
     """Computes the gradient of one gradnorm update, and returns a dict that says if it is finite.
 
     The value of "outcome" is "finite", "not finite", or "raises" if an operator has no second
-    derivative. The next key is "penalty", "parameters" (names of those with a gradient that is not
-    finite), or "error".
+    derivative. The other key is "penalty", "parameters" (those whose gradient is not finite), or
+    "error".
     """
     torch.manual_seed(0)
     images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)

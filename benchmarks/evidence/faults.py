@@ -88,7 +88,7 @@ CLOCK = ("images_per_s", "data_wait_share", "seconds")
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault that this benchmark causes in a job with several ranks, such as the end of a rank."""
+    """A fault that this benchmark causes in a job with several ranks, such as a killed rank."""
 
     arm: str
     """Name of the fault, one of ARMS."""
