@@ -5,7 +5,6 @@ if this loader is chosen.
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from fastgn.config import Config
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Loader
+from fastgn.data.cores import count_cores
 from fastgn.data.datasets import Arrays, Dataset
 from fastgn.data.images import Encoded
 from fastgn.data.trial import choose_dali_or_pil, wants_dali
@@ -138,7 +138,7 @@ def build_loader(
     if kind == "device":
         return build_device_loader(cfg, dataset, augment, compiled, common)
     common |= {
-        "workers": min(cfg.dataset.workers, os.cpu_count() or 1),
+        "workers": min(cfg.dataset.workers, count_cores()),
         "worker_timeout": cfg.dataset.worker_timeout,
         "skip": cfg.dataset.on_bad_image == "skip",
     }

@@ -1,6 +1,5 @@
 """Chooses the images of an evaluation, the same ones each time, and divides them among ranks."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgn.data.augment import to_float
+from fastgn.data.cores import count_cores
 from fastgn.data.datasets import Arrays, Encoded
 
 IMAGES_AT_ONCE = 360
@@ -101,7 +101,7 @@ class Subset:
             build_evaluation_transform(self.img_size, self.crop_pct),
             [keys[s : s + self.batch_size] for s in range(0, len(keys), self.batch_size)],
             seed=0,
-            workers=min(self.workers, os.cpu_count() or 1),
+            workers=min(self.workers, count_cores()),
             device=self.device,
             bad_images=self.bad_images if self.skip else None,
             worker_timeout=self.worker_timeout,

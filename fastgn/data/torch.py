@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import ctypes
-import os
 import re
 import signal
 import sys
@@ -20,6 +19,7 @@ from torch.utils.data._utils import signal_handling
 from fastgn.config.groups import AugmentationConfig
 from fastgn.data.augment import BatchAugment
 from fastgn.data.batch import Batch, draw_epoch_order, explain_worker_death, rank_slice
+from fastgn.data.cores import count_cores
 from fastgn.data.datasets import Arrays, Encoded
 from fastgn.data.images import load_or_next
 from fastgn.data.transform import build_train_transform
@@ -213,7 +213,7 @@ def map_in_workers(
         "sampler": indices,
         "collate_fn": return_unchanged,
     }
-    workers = min(workers, os.cpu_count() or 1)
+    workers = min(workers, count_cores())
     return load_in_workers(Mapped(function), workers, worker_timeout, **options, **ahead)
 
 

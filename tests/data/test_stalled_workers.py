@@ -69,7 +69,8 @@ def test_a_run_whose_worker_stands_still_ends_with_a_line(
 ):
     if loader == "dali":
         pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed: fastgn[dali]")
-        monkeypatch.setattr(os, "cpu_count", lambda: 4)  # DALI's feeder: one process for 4 threads
+        # DALI's feeder has one process for 4 threads
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(4))
     more = ("--loader", loader, "--workers", "4" if loader == "dali" else "1")
     args = run_args(images, tmp_path / "run", *more, "--worker-timeout", "1", "--max-updates", "4")
     began = time.monotonic()

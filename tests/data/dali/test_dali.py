@@ -96,7 +96,7 @@ def loader_of(dataset: Dataset, kind: str = "dali", **keys: Any) -> Any:
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for --workers 4, which has one process."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8))
 
 
 # -------------------------------------------------------------------------------------- the picture
@@ -496,7 +496,7 @@ def run_apart(dataset: Dataset, then: str) -> subprocess.CompletedProcess[str]:
     code = f"""
 import sys; sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / "tests")]}
 import os, signal, test_dali
-os.cpu_count = lambda: 8
+os.sched_getaffinity = lambda pid: range(8)
 dataset = test_dali.dataset_of({list(dataset.train.paths)})
 loader = test_dali.loader_of(dataset, workers=4, batch_size=1, color_jitter=0.0)
 batches = loader.epoch(0)
