@@ -38,6 +38,13 @@ class Batching:
         """Number of images per update over all ranks."""
         return self.batch_size * self.grad_accum_steps * self.ranks
 
+    def count_micro_batches(self, micro_batch: int) -> int:
+        """Returns the number of micro-batches per update on each rank.
+
+        micro_batch: number of images that go through the network at once.
+        """
+        return self.batch_size // micro_batch * self.grad_accum_steps
+
 
 @dataclasses.dataclass(frozen=True)
 class Resolved(Batching):
@@ -116,6 +123,8 @@ def resolve(
     """
     warmup_lr, min_lr = cfg.optimizer.outer_rates(peak)
     updates_per_epoch = batches_per_epoch // batching.grad_accum_steps
+    micro_batch = planned.micro_batch if planned is not None else batching.batch_size
+    micro_batches = batching.count_micro_batches(micro_batch)
     return Resolved(
         data=dataset.name,
         classes=len(dataset.classes),
@@ -124,7 +133,7 @@ def resolve(
         std=model.std.flatten().tolist(),
         loader=loader,
         **vars(batching),
-        micro_batch=planned.micro_batch if planned is not None else batching.batch_size,
+        micro_batch=micro_batch,
         activation_memory_budget=(planned or cfg.step).activation_memory_budget,
         lr=peak,
         warmup_lr=warmup_lr,
@@ -134,8 +143,8 @@ def resolve(
         step_size=cfg.objective.step_size,
         eval_eps=cfg.eval_eps,
         compiled=is_compiled(cfg.step, world.device),
-        cuda_graphs=has_cuda_graphs(cfg.step, world),
-        grad_sync=choose_grad_sync(cfg.step, world),
+        cuda_graphs=has_cuda_graphs(cfg.step, world, micro_batches),
+        grad_sync=choose_grad_sync(cfg.step, world, micro_batches)[0],
         kernels=kernels,
         device=world.device.type,
         updates_per_epoch=updates_per_epoch,
@@ -216,8 +225,10 @@ def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
     return cfg.schedule != "exact-eager" and (cfg.compile == "on" or automatic)
 
 
-def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
+def has_cuda_graphs(cfg: StepConfig, world: World, micro_batches: int) -> bool:
     """Returns whether the configured step replays CUDA graphs.
+
+    micro_batches: number of micro-batches per update on each rank.
 
     With --cuda-graphs auto, a step that contains collectives replays no graphs. With --cuda-graphs
     on, the all-reduces of --grad-sync overlap stay outside the graphs. The all-reduces of --sync-bn
@@ -225,24 +236,39 @@ def has_cuda_graphs(cfg: StepConfig, world: World) -> bool:
     """
     if cfg.sync_bn and world.size > 1:
         return False
-    if choose_grad_sync(cfg, world) == "overlap" and cfg.cuda_graphs == "auto":
+    grad_sync, _ = choose_grad_sync(cfg, world, micro_batches)
+    if grad_sync == "overlap" and cfg.cuda_graphs == "auto":
         return False
     on_cuda = world.device.type == "cuda"
     return cfg.cuda_graphs != "off" and on_cuda and is_compiled(cfg, world.device)
 
 
-def choose_grad_sync(cfg: StepConfig, world: World) -> str:
-    """Returns "flat" or "overlap", the way in which the ranks sum their gradients.
+def choose_grad_sync(cfg: StepConfig, world: World, micro_batches: int) -> tuple[str, str]:
+    """Returns how the ranks sum their gradients, "flat" or "overlap", and a clause that says why.
 
     "auto" means "overlap" only for several machines. The links inside a machine are so fast that
-    overlap saves less time than CUDA graphs. With --cuda-graphs on, "auto" means "flat", because
-    overlap together with CUDA graphs has not run on a GPU yet.
+    overlap saves less time than CUDA graphs. An update of several micro-batches is summed at its
+    end in any case, so "auto" then means "flat", which keeps the CUDA graphs. With --cuda-graphs
+    on, "auto" means "flat", because overlap together with CUDA graphs has not run on a GPU yet.
+
+    micro_batches: number of micro-batches per update on each rank.
     """
+    if world.size == 1:
+        return "flat", "there is one process"
     if cfg.grad_sync != "auto":
-        return cfg.grad_sync if world.size > 1 else "flat"
-    fits = world.device.type == "cuda" and is_compiled(cfg, world.device)
-    fits = fits and cfg.cuda_graphs != "on" and not schedule_of(cfg).differences
-    return "overlap" if world.nodes > 1 and fits else "flat"
+        return cfg.grad_sync, "--grad-sync says so"
+    reasons = {
+        "all processes are on one machine": world.nodes == 1,
+        "the step is not compiled for CUDA": world.device.type != "cuda"
+        or not is_compiled(cfg, world.device),
+        f"an update has {micro_batches} micro-batches": micro_batches > 1,
+        f"--schedule {cfg.schedule} has several backwards": schedule_of(cfg).differences,
+        "--cuda-graphs is on": cfg.cuda_graphs == "on",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return "flat", reason
+    return "overlap", f"the processes are on {world.nodes} machines"
 
 
 def schedule_of(cfg: StepConfig) -> Schedule:
@@ -317,8 +343,10 @@ def make_plan(
     fixed = batching.batch_size, cfg.step.activation_memory_budget
     on_cuda = world.device.type == "cuda"
     processes = 1 if on_cuda else count_local_ranks()
-    # with overlap, the summed gradients need memory of their own beside the gradient buffer
-    summed_bytes = cost.gradient_bytes * (choose_grad_sync(cfg.step, world) == "overlap")
+    # With overlap, the summed gradients need memory of their own beside the gradient buffer. The
+    # plan leaves room for it as if --schedule auto did not divide the batch.
+    grad_sync, _ = choose_grad_sync(cfg.step, world, batching.grad_accum_steps)
+    summed_bytes = cost.gradient_bytes * (grad_sync == "overlap")
     return choose_plan(
         cost,
         slowest_rates(world, cfg.step.precision),

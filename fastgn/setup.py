@@ -1,7 +1,6 @@
 """Builds a Run from a configuration. A Run holds everything that the training loop works on."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from fastgn import optim
 from fastgn.config import Config, initial_file
 from fastgn.data.batch import Loader
+from fastgn.data.cores import count_cores
 from fastgn.data.datasets import Dataset, load_dataset
 from fastgn.data.identity import describe_dataset
 from fastgn.data.loader import build_loader
@@ -36,6 +36,7 @@ from fastgn.resolved import (
     Resolved,
     batch_images,
     check_device,
+    choose_grad_sync,
     is_compiled,
     make_plan,
     resolve,
@@ -341,6 +342,10 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
         f"{resolved.batch_size} images x {resolved.grad_accum_steps} accumulated x "
         f"{resolved.ranks} ranks, peak lr {resolved.lr:.3g} -> {run.folder}"
     )
+    if resolved.ranks > 1:
+        micro_batches = resolved.count_micro_batches(resolved.micro_batch)
+        grad_sync, reason = choose_grad_sync(cfg.step, run.world, micro_batches)
+        run.print(f"--grad-sync {grad_sync}, because {reason}")
     for line in notes:
         run.print(line)
     if state is not None:
@@ -386,22 +391,23 @@ def warn(run: Run, report: ModelReport) -> None:
             f"{cfg.objective.method} reaches only {full:.2g} of its full value"
         )
     if run.resolved.loader != "DeviceLoader":  # DeviceLoader has no workers
-        warn_of_workers(run, count_local_ranks(), os.cpu_count() or 1)
+        warn_of_workers(run, count_local_ranks(), count_cores())
     warning = piecewise_linear_warning(cfg.objective, report.piecewise_linear)
     if warning:
         run.print(f"warning: {warning}")
 
 
 def warn_of_workers(run: Run, ranks: int, cores: int) -> None:
-    """Prints a warning if the ranks on this machine together have more loader workers than it has
-    cores.
+    """Prints a warning if the ranks on this machine together have more loader workers than the
+    job may use cores.
 
     Each rank alone has at most as many workers as there are cores. ranks: number of ranks on this
-    machine. cores: number of its CPU cores.
+    machine. cores: number of its CPU cores that the job may use.
     """
     workers = run.cfg.dataset.workers
     if ranks * min(workers, cores) > cores:
         run.print(
-            f"warning: {ranks} ranks on this machine x --workers {workers} are more than its "
-            f"{cores} cores, and slow each other down: use --workers {max(1, cores // ranks)}"
+            f"warning: {ranks} ranks on this machine x --workers {workers} are more than the "
+            f"{cores} cores of the job, and slow each other down: use --workers "
+            f"{max(1, cores // ranks)}"
         )

@@ -148,8 +148,8 @@ def test_too_many_workers_are_named(ranks: int, workers: int, cores: int, best: 
     run = type("Run", (), {"cfg": cfg, "print": staticmethod(said.append)})
     setup.warn_of_workers(run, ranks, cores)  # type: ignore[arg-type]
     line = (
-        f"warning: {ranks} ranks on this machine x --workers {workers} are more than its {cores} "
-        f"cores, and slow each other down: use --workers {best}"
+        f"warning: {ranks} ranks on this machine x --workers {workers} are more than the {cores} "
+        f"cores of the job, and slow each other down: use --workers {best}"
     )
     assert said == ([] if best is None else [line])
 

@@ -233,7 +233,7 @@ class StepConfig(Options):
     grad_sync: Literal["auto", "flat", "overlap"] = "auto"
     """When to sum the gradients of several processes. flat: after the backward. overlap: during the
     backward, which needs a compiled step. If memory runs out in such a backward, the run ends.
-    auto: overlap for several machines without --cuda-graphs on, else flat."""
+    auto: overlap for one micro-batch on several machines without --cuda-graphs on, else flat."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are sent between processes. bf16 halves the number of bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"

@@ -347,5 +347,5 @@ def test_one_process_needs_nothing(tmp_path: Path, capfd: pytest.CaptureFixture)
 def test_no_cuda_graphs() -> None:
     device = torch.device("cuda")
     both = parse_config(["--sync-bn"]).step, parse_config([]).step
-    assert [has_cuda_graphs(step, World(0, 1, device)) for step in both] == [True, True]
-    assert not has_cuda_graphs(both[0], World(0, 2, device))
+    assert [has_cuda_graphs(step, World(0, 1, device), 1) for step in both] == [True, True]
+    assert not has_cuda_graphs(both[0], World(0, 2, device), 1)
