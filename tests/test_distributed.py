@@ -437,7 +437,7 @@ def average_statistics_on_a_rank(args: list[str], folder: str) -> int:
         run.step(next(run.updates_of(0)), run.ramp)
         buffers = dict(run.model.named_buffers())
         own = {name: buffer.clone() for name, buffer in buffers.items()}
-        run.step.sum_over_ranks()
+        run.step.sum_over_ranks(run.step.prepare_sums())
         torch.save((own, buffers), Path(folder) / f"buffers{world.rank}.pt")
     return 0
 

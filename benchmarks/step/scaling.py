@@ -310,7 +310,7 @@ def time_rank(
         work: dict[str, Callable[[], object]] = {"update": lambda: update(images, ramp)}
         if grad_sync == "flat":
             work["compute"] = lambda: one(images, ramp)
-            work["sums"] = lambda: one.sum_over_ranks() if count > 1 else None
+            work["sums"] = lambda: one.sum_over_ranks(one.prepare_sums()) if count > 1 else None
         seconds: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(rounds + WARM_UP):
             for name, run in work.items():

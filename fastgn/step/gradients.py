@@ -5,7 +5,7 @@ backward still computes the others.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ ALIGNMENT = 64
 vectors."""
 CHUNK_BYTES = 128 * 2**20
 """Largest number of bytes that one all-reduce sums. More bytes are divided into chunks. While the
-all-reduce of one chunk runs, the next chunk is cast to the dtype in which it is sent."""
+sum of one chunk is copied into the buffer, the all-reduce of the next chunk runs."""
 
 
 GRAD_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -41,6 +41,16 @@ class OneRank:
     def any(self, flag: bool) -> bool:
         """Returns `flag`."""
         return flag
+
+
+class PreparedSum(NamedTuple):
+    """Memory for one all-reduce. It is allocated before the processes agree to begin it."""
+
+    sent: Tensor
+    """Tensor that the all-reduce replaces by its sum over all processes."""
+    targets: list[Tensor]
+    """Tensors into which the parts of the sum are copied. None are given if `sent` itself is the
+    place of the sum."""
 
 
 class GradientBuffer:
@@ -98,8 +108,12 @@ class GradientBuffer:
         for weight in self.weights:
             weight.grad = None
 
-    def sum_over_ranks(self) -> None:
-        """Replaces the gradients by their sums over all processes. Does not wait for a GPU."""
+    def prepare_sums(self) -> list[PreparedSum]:
+        """Returns what `sum_prepared` needs to replace the gradients by their sums.
+
+        The gradients are then in the buffer, and in the dtype in which they are sent. Does not wait
+        for a GPU.
+        """
         unused = []
         for weight, view in zip(self.weights, self.views, strict=True):
             if weight.grad is None:
@@ -113,22 +127,33 @@ class GradientBuffer:
         for flat in self.flats:
             for chunk in flat.split(CHUNK_BYTES // flat.element_size()):
                 sent = chunk.to(self.sum_dtype or chunk.dtype)
-                sums.append((chunk, sent, torch.distributed.all_reduce(sent, async_op=True)))
-        for chunk, sent, work in sums:
-            work.wait()
-            if sent is not chunk:
-                chunk.copy_(sent)
+                sums.append(PreparedSum(sent, [] if sent is chunk else [chunk]))
+        return sums
 
 
-def average_over_ranks(buffers: Sequence[Tensor], size: int) -> None:
-    """Replaces floating-point buffers by their means over all processes, in one all-reduce for each
-    dtype. size: number of processes."""
+def prepare_means(buffers: Sequence[Tensor], size: int) -> list[PreparedSum]:
+    """Returns what `sum_prepared` needs to replace floating-point buffers by their means over all
+    processes. There is one all-reduce for each dtype. size: number of processes."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in buffers:
         if buffer.is_floating_point():
             by_dtype.setdefault(buffer.dtype, []).append(buffer)
-    for group in by_dtype.values():
-        flat = torch.cat([buffer.flatten() for buffer in group]) / size
-        torch.distributed.all_reduce(flat)
-        parts = flat.split([buffer.numel() for buffer in group])
-        torch._foreach_copy_(group, [p.view_as(b) for p, b in zip(parts, group, strict=True)])
+    return [
+        PreparedSum(torch.cat([buffer.flatten() for buffer in group]) / size, group)
+        for group in by_dtype.values()
+    ]
+
+
+def sum_prepared(sums: Sequence[PreparedSum]) -> None:
+    """Runs all-reduces that were prepared, and copies the sums to where they belong.
+
+    Allocates no memory, because a process without memory could not take part, and the others would
+    wait for it. Does not wait for a GPU.
+    """
+    works = [torch.distributed.all_reduce(s.sent, async_op=True) for s in sums]
+    for (sent, targets), work in zip(sums, works, strict=True):
+        work.wait()
+        if targets:
+            parts = sent.split([target.numel() for target in targets])
+            views = [p.view_as(t) for p, t in zip(parts, targets, strict=True)]
+            torch._foreach_copy_(targets, views)

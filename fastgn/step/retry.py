@@ -9,6 +9,7 @@ from torch import Tensor
 from fastgn.objectives import Loss
 from fastgn.step.random_state import RandomState
 from fastgn.step.step import Batches, PeerOutOfMemory, Step
+from fastgn.step.waits import WaitTimer
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -49,6 +50,8 @@ class RetryingStep:
         self.step = step
         self.report = report
         self.reserve_bytes = reserve_bytes
+        self.waits = WaitTimer(step.device)
+        """Time that this process has waited for the others in the sums of its updates."""
         self._snapshot = Snapshot(step.device, step.statistics)
 
     def __call__(
@@ -78,20 +81,25 @@ class RetryingStep:
                     self.reserve_bytes, dtype=torch.uint8, device=self.step.device
                 )
                 loss = self.step(batches, ramp, update, attack_ramp)
+                # this allocates too, so it comes before the processes agree
+                sums = self.step.prepare_sums() if self.step.ranks.size > 1 else []
             except RuntimeError as error:
                 # after a collective has begun, the other processes wait in it and cannot retry
                 if not out_of_memory(error) or self.step.is_committed:
                     raise
                 failure = error
             del reserved  # PyTorch's allocator keeps this memory for the next allocations
+            self.waits.begin()
             failure = self._share_failure(failure)
             if failure is None:
                 # After the first update the optimizer allocates its state in the reserved memory.
                 # Later updates need no reserve.
                 self.reserve_bytes = 0
                 if self.step.ranks.size > 1:
-                    self.step.sum_over_ranks()
+                    self.step.sum_over_ranks(sums)
+                    self.waits.end()
                 return loss
+            sums = []  # frees their memory
             if keeps:
                 raise torch.OutOfMemoryError(str(failure))
             self._halve(len(batches[0][0]), str(failure))

@@ -12,7 +12,15 @@ from fastgn.attacks import Gradient
 from fastgn.objectives import Loss, Objective
 from fastgn.step.diagnosis import Diagnosis
 from fastgn.step.double_backward import compile_double_backward
-from fastgn.step.gradients import GRAD_DTYPES, GradientBuffer, OneRank, Ranks, average_over_ranks
+from fastgn.step.gradients import (
+    GRAD_DTYPES,
+    GradientBuffer,
+    OneRank,
+    PreparedSum,
+    Ranks,
+    prepare_means,
+    sum_prepared,
+)
 from fastgn.step.losses import AttackGradient, LossModule, name_of_turn, split_objective
 from fastgn.step.options import StepOptions
 from fastgn.step.overlap import (
@@ -194,17 +202,23 @@ class Step:
         """Returns whether any parameter holds a gradient."""
         return any(p.grad is not None for p in self.weights)
 
-    def sum_over_ranks(self) -> None:
+    def prepare_sums(self) -> list[PreparedSum]:
+        """Returns what `sum_over_ranks` needs. Allocates all its memory."""
+        sums = [] if self.is_summed else self.gradients.prepare_sums()
+        if not (self.options.quirks.train_in_eval_mode or self.options.communicates):
+            sums += prepare_means(self.statistics, self.ranks.size)
+        return sums
+
+    def sum_over_ranks(self, sums: Sequence[PreparedSum]) -> None:
         """Sums the gradients over the processes, and averages the statistics of BatchNorm.
 
         Each process has divided its loss by the number of processes, so the sum of the gradients is
         the gradient of the mean loss. Gradients that the backward has summed already are left as
         they are. Afterwards the gradients and statistics are the same in all processes.
+
+        sums: what `prepare_sums` has returned. This method itself allocates no memory.
         """
-        if not self.is_summed:
-            self.gradients.sum_over_ranks()
-        if not (self.options.quirks.train_in_eval_mode or self.options.communicates):
-            average_over_ranks(self.statistics, self.ranks.size)
+        sum_prepared(sums)
         self.is_committed = self.is_summed = False
 
     def confirm(self) -> None:

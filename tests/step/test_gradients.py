@@ -14,6 +14,8 @@ from support.runs import TINY_SWIN
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastgn import attacks, distributed
 from fastgn.config.cli import parse_config
@@ -21,7 +23,14 @@ from fastgn.models import network
 from fastgn.objectives import build_objective
 from fastgn.step import overlap
 from fastgn.step.double_backward import compile_double_backward
-from fastgn.step.gradients import ALIGNMENT, GradientBuffer, OneRank, Ranks
+from fastgn.step.gradients import (
+    ALIGNMENT,
+    GradientBuffer,
+    OneRank,
+    Ranks,
+    prepare_means,
+    sum_prepared,
+)
 from fastgn.step.options import StepOptions
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
@@ -68,6 +77,76 @@ def test_a_gradient_of_the_callers_is_added_to() -> None:
     weight.grad = torch.ones_like(weight)
     GradientBuffer([weight]).add([torch.full_like(weight, 2)])
     assert torch.equal(weight.grad, torch.full_like(weight, 3))
+
+
+class Allocations(TorchDispatchMode):
+    """Records the operators whose results are not in the memory of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def storages(tree: Any) -> set[int]:
+            leaves = [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+            return {x.untyped_storage()._cdata for x in leaves}
+
+        result = func(*args, **(kwargs or {}))
+        if storages(result) - storages((args, kwargs)):
+            self.found.append(str(func))
+        return result
+
+
+def test_sums_allocate_only_before_the_processes_agree() -> None:
+    """Else a process without memory would keep the others waiting in an all-reduce."""
+    weights = small_weights()
+    buffer = GradientBuffer(weights, torch.bfloat16)
+    buffer.add([torch.ones_like(w) for w in weights])
+    statistics = [torch.full((3,), 4.0), torch.ones(2), torch.tensor(5)]
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with Allocations() as preparing:
+            sums = buffer.prepare_sums() + prepare_means(statistics, 2)
+        with Allocations() as summing:
+            sum_prepared(sums)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert preparing.found and summing.found == []
+    assert statistics[0].tolist() == [2, 2, 2] and statistics[2] == 5  # the other process sent 0
+    assert all(torch.equal(w.grad, torch.ones_like(w)) for w in weights)  # type: ignore[arg-type]
+
+
+def run_out_in_a_cast(folder: str) -> int:
+    """One rank runs out of memory when its gradients are cast to bf16, and once more after that."""
+    model, _ = network.build_model(parse_config(TINY_SWIN).architecture, 10, "reference")
+    objective = build_objective(parse_config(["--method", "gradnorm"]).objective)
+    said: list[str] = []
+    with distributed.session("cpu") as world:
+        options = StepOptions(compile=False, grad_dtype="bf16")
+        step = RetryingStep(Step(model, objective, options, ranks=world), said.append)
+        cast, left = Tensor.to, [2 * world.rank]
+
+        def run_out(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if args == (torch.bfloat16,) and left[0]:
+                left[0] -= 1
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return cast(tensor, *args, **kwargs)
+
+        Tensor.to = run_out  # type: ignore[method-assign,assignment]
+        images, targets = global_batch(0, torch.float32)
+        mine = slice(8 * world.rank, 8 * world.rank + 8)
+        step([(images[mine], targets[mine])], torch.ones(()))
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore
+        result = {"micro_batch": step.step.micro_batch, "said": len(said), "grads": grads}
+        torch.save(result, Path(folder) / f"{world.rank}.pt")
+    return 0
+
+
+def test_ranks_halve_together_after_a_cast_without_memory(tmp_path: Path) -> None:
+    on_ranks(tmp_path, 2, run_out_in_a_cast, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert [(r["micro_batch"], r["said"]) for r in ranks] == [(2, 2), (2, 2)]
+    assert torch.equal(ranks[0]["grads"], ranks[1]["grads"])
 
 
 def test_buckets_begin_with_the_last_weights(monkeypatch: pytest.MonkeyPatch) -> None:
