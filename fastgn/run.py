@@ -24,6 +24,7 @@ from fastgn.models.network import Classifier
 from fastgn.models.weights import are_finite, collect_trained_tensors
 from fastgn.resolved import Resolved
 from fastgn.seeding import Stream, seed_all
+from fastgn.slow_ranks import SlowRanks
 from fastgn.state import TrainState
 from fastgn.step.double_backward import describe_compilations
 from fastgn.step.plan import Plan
@@ -83,6 +84,7 @@ class Run:
         self.compute_gradients = RetryingStep(self.step, self.print, reserve_bytes)
         """Computes the gradients of an update with `step`, in smaller micro-batches if the device
         runs out of memory."""
+        self.slow_ranks = SlowRanks(self.world, self.compute_gradients.waits, self.print)
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         # whatever ends the run, its folder stays locked until the last file is written
         self.world.held.callback(self.checkpoints.close)
@@ -213,6 +215,7 @@ class Run:
             now = time.perf_counter()
             self.first_s = now - self.began
             self.steady = (now, self.waited, self.summed)
+            self.slow_ranks.waits.reset()
         finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
         unseen = self.bad_update < 0
         self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
@@ -287,8 +290,7 @@ class Run:
         return at_end or epoch % self.cfg.run.eval_interval == 0
 
     def kept_epoch(self) -> int | None:
-        """Returns the number of the epoch that ends now if --keep-epochs contains this number,
-        otherwise None."""
+        """Returns the number of the epoch that ends now if --keep-epochs names it, else None."""
         epoch, rest = divmod(self.update, self.resolved.updates_per_epoch)
         return epoch if rest == 0 and epoch in self.cfg.run.keep_epochs else None
 
@@ -313,6 +315,7 @@ class Run:
         sums, counts = self.world.sum(self.sums.clone())
         means = (sums / counts).tolist()
         bad = self.report_bad_images(self.loader, "training")
+        self.slow_ranks.check(time.perf_counter() - self.steady[0])
         seconds = time.perf_counter() - self.began
         images = self.resolved.global_batch * (self.summed - self.resumed)
         if self.metrics is not None:

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "optim": {"config", "errors"},
     "distributed": {"errors", "heartbeat"},
     "heartbeat": {"errors"},
+    "slow_ranks": {"distributed", "step"},
     "lock": {"errors", "files"},
     "interrupt": {"extras"},
     "state": {"config", "data", "errors"},
