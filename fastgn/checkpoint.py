@@ -14,7 +14,7 @@ import torch
 
 from fastgn.archive import read_archive
 from fastgn.config import Config, run_folder
-from fastgn.errors import UserError, check, tolerate_failure
+from fastgn.errors import UserError, check, first_line, tolerate_failure
 from fastgn.files import atomic_open, check_regular, remove_file
 from fastgn.state import TrainState, as_dict, read_fields
 
@@ -83,6 +83,8 @@ class Checkpoints:
 
         best: whether the new file also gets the name best.pt. keep_epoch: number M of an epoch, or
         None. If it is not None, the new file also gets the name epoch_M.pt.
+
+        Raises UserError if the file cannot be written, or if an old file cannot be removed.
         """
         path = self.path(state.update)
         names = [self.folder / "best.pt"] if best else []
@@ -91,12 +93,18 @@ class Checkpoints:
         first, *others = [*names, path]
         with atomic_open(first) as file:
             torch.save({"format": FORMAT, **as_dict(state)}, file)
-        for other in others:
-            self._link(first, other)
-        there = self.all()
-        end = there.index(path) + 1
-        for old in there[: max(end - self.keep, 0)] + there[end:]:
-            remove_file(old)
+        try:
+            for other in others:
+                self._link(first, other)
+            there = self.all()
+            end = there.index(path) + 1
+            for old in there[: max(end - self.keep, 0)] + there[end:]:
+                remove_file(old)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.folder} cannot be replaced or removed: "
+                f"{error.strerror or first_line(error)}; the new checkpoint is {first}"
+            ) from None
         return path
 
     def save_later(
@@ -105,10 +113,21 @@ class Checkpoints:
         """Copies the state to the host's memory, and lets a thread call `save` with the copy.
 
         First waits until the previous file is written, as `wait` does. See `save` for best and
-        keep_epoch.
+        keep_epoch. Raises UserError if the host has no memory for the copy.
         """
         self.wait()
-        copied = state.copy_to_host()
+        try:
+            copied = state.copy_to_host()
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            last = self.last()
+            raise UserError(
+                f"the host has no memory left to copy the checkpoint of update {state.update}, "
+                "which takes as much as the weights, their average and the optimizer's state: use "
+                "fewer --workers, or give the job more memory; "
+                + (f"the last checkpoint is {last}" if last else "no checkpoint was written before")
+            ) from None
         self._writing = self._thread.submit(self.save, copied, best=best, keep_epoch=keep_epoch)
 
     def wait(self) -> None:

@@ -110,6 +110,66 @@ def test_an_error_is_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [p.name for p in checkpoints.folder.iterdir()] == ["update_00000004.pt"]
 
 
+def refuse_to_unlink(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Makes the removal of files with a name fail, as in a folder without the right to write."""
+    unlink = Path.unlink
+
+    def fail(self: Path, missing_ok: bool = False) -> None:
+        if self.name == name:
+            raise PermissionError(13, os.strerror(13), str(self))
+        unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", fail)
+
+
+def test_an_old_file_that_cannot_be_removed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the new checkpoint is there, so that the run can continue from it."""
+    folder, old = tmp_path / "run", "update_00000002.pt"
+    refuse_to_unlink(monkeypatch, old)
+    args = tiny_run(folder, "--checkpoint-interval", "2", "--eval-images", "0")
+    assert train.main([*args, "--checkpoint-hist", "1", "--max-updates", "6"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    path = folder / "checkpoints" / old
+    new = folder / "checkpoints" / "update_00000004.pt"
+    assert said[-1] == (
+        f"fastgn.train: error: {path} cannot be replaced or removed: Permission denied; the new "
+        f"checkpoint is {new}"
+    )
+    assert find_checkpoint(folder) == new and read_state(new)["update"] == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+    ids=["python", "torch"],
+)
+def test_a_host_without_memory_for_the_copy_is_one_line(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Which does not advise to use fewer images at a time."""
+    copy = TrainState.copy_to_host
+
+    def fail(self: TrainState) -> TrainState:
+        if self.update == 4:
+            raise error
+        return copy(self)
+
+    monkeypatch.setattr(TrainState, "copy_to_host", fail)
+    args = tiny_run(tmp_path / "run", "--checkpoint-interval", "2", "--eval-images", "0")
+    assert train.main([*args, "--max-updates", "6"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "no memory left to copy the checkpoint of update 4" in said
+    assert "update_00000002.pt" in said and "images at a time" not in said
+
+
 @pytest.mark.parametrize("update", [2, 4])
 def test_a_full_disk_is_one_line(
     update: int,
