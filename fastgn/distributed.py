@@ -58,6 +58,16 @@ class World:
             torch.distributed.all_reduce(value)
         return value
 
+    def read(self, value: Tensor) -> float:
+        """Returns the number in a tensor. Waits for the device, which the heartbeat notices."""
+        if self.heartbeat is None:
+            return float(value.item())
+        self.heartbeat.waits_for_device = True
+        try:
+            return float(value.item())
+        finally:
+            self.heartbeat.waits_for_device = False
+
     def broadcast(self, value: Tensor) -> None:
         """Replaces a tensor by the tensor of the first rank, in place."""
         if self.size > 1:

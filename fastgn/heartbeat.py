@@ -1,6 +1,7 @@
 """Detects ranks that have stopped while other ranks wait for them, and ends the job.
 
-If a rank is alive but late, a warning names it.
+If a rank is alive but late, a warning names it. If a rank waits long for its own device, a warning
+says so.
 
 A rank that waits in a collective cannot know whether the other ranks are slow or dead. Therefore
 each rank has a thread that writes a report into torch.distributed's key-value store every few
@@ -60,6 +61,11 @@ class Heartbeat:
         self.wait = (0, 0.0, WAITING_S)
         """(number of the collective in which this rank waits, seconds that it has waited, seconds
         after which it prints the next warning)."""
+        self.waits_for_device = False
+        """Whether the main thread waits until its device has computed everything."""
+        self.device_wait = (0.0, WAITING_S)
+        """(seconds that the main thread has waited for its device, seconds after which this rank
+        prints the next warning)."""
         self.reports: dict[int, list[str]] = {}
         """Rank -> its last report, as four texts. These are its number of heartbeats, its number of
         collectives, the ranks that it has found missing, and the name of its process."""
@@ -142,6 +148,7 @@ class Heartbeat:
             if self.missing or store_silent_s >= patience_s:
                 self._end_process()
             self._name_late_ranks()
+            self._tell_device_wait()
 
     def find_late_ranks(self) -> list[int]:
         """Returns the ranks that have begun fewer collectives than this rank."""
@@ -164,10 +171,29 @@ class Heartbeat:
             warn_s *= 2
             if self.rank == min(r for r in (self.rank, *self.others) if r not in late):
                 names = " and ".join(map(self.describe_rank, late))
-                minutes = round(waited_s / 60, 1)
-                unit = "minute" if minutes == 1 else "minutes"
-                _write_to_stderr(f"warning: waiting for {names} for {minutes:g} {unit}")
+                _write_to_stderr(f"warning: waiting for {names} for {_in_minutes(waited_s)}")
         self.wait = number, waited_s, warn_s
+
+    def _tell_device_wait(self) -> None:
+        """Prints that this rank waits for its device, after WAITING_S seconds and then after 2, 4,
+        8 times as long.
+
+        If one device hangs, the devices of all other ranks wait for it in a sum. No rank is late
+        then, because all hosts wait for their own devices.
+        """
+        waited_s, warn_s = self.device_wait
+        if not self.waits_for_device:
+            self.device_wait = 0.0, WAITING_S
+            return
+        waited_s += self.interval_s
+        if waited_s >= warn_s:
+            warn_s *= 2
+            _write_to_stderr(
+                f"warning: rank {self.rank} (process {os.getpid()} on host {socket.gethostname()}) "
+                f"has waited for its own device for {_in_minutes(waited_s)}: if all ranks say so, "
+                "look for a device that hangs"
+            )
+        self.device_wait = waited_s, warn_s
 
     def _end_process(self) -> NoReturn:
         """Prints which ranks have stopped, and ends this process.
@@ -212,6 +238,12 @@ class Heartbeat:
             names = " and ".join(map(self.describe_rank, late))
             return f"{names} fell behind the other ranks: {reason}"
         return f"a connection between ranks was lost: {reason}"
+
+
+def _in_minutes(seconds: float) -> str:
+    """Returns a duration as text, such as "2 minutes"."""
+    minutes = round(seconds / 60, 1)
+    return f"{minutes:g} {'minute' if minutes == 1 else 'minutes'}"
 
 
 def _write_to_stderr(line: str) -> None:

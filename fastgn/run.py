@@ -225,7 +225,7 @@ class Run:
     def check_finite(self) -> None:
         """Raises UserError if the loss or gradient of an update was not finite. Waits for the
         device."""
-        bad = int(self.bad_update.item())
+        bad = int(self.world.read(self.bad_update))
         if bad >= 0:
             raise self.not_finite(f"the loss or gradient of update {bad}")
 

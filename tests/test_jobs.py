@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 from support.images import image_folder
 from support.marks import first_is_quick
 from support.processes import TORCHRUN, free_port, on_two_ranks, start_two
@@ -136,6 +137,29 @@ def test_a_late_rank_is_named(tmp_path: Path) -> None:
     pattern = r"warning: waiting for rank 1 \(process \d+ on host .*\) for [\d.]+ minutes?"
     assert lines and all(re.fullmatch(pattern, line) for line in lines), lines
     assert not any("waiting for rank 1" in line for line in said[1].splitlines())
+
+
+def wait_for_a_device(folder: str) -> int:
+    """Waits for a device that takes its time."""
+
+    class SlowNumber(Tensor):
+        def item(self) -> float:
+            time.sleep(4)
+            return 3.0
+
+    heartbeat.WAITING_S = 1.2
+    with distributed.session("cpu", rank_timeout=LIMIT_S / 60) as world:
+        assert world.read(torch.zeros(()).as_subclass(SlowNumber)) == 3
+        assert world.read(torch.ones(())) == 1
+    return 0
+
+
+def test_ranks_that_wait_for_their_devices_say_so(tmp_path: Path) -> None:
+    """For no rank is late if one device hangs."""
+    for rank, said in enumerate(on_two_ranks(tmp_path, wait_for_a_device, str(tmp_path))):
+        lines = [line for line in said.splitlines() if "warning" in line]
+        pattern = rf"warning: rank {rank} \(.*\) has waited for its own device for "
+        assert lines and all(re.match(pattern, line) for line in lines), said
 
 
 @pytest.mark.parametrize(
