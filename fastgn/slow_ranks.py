@@ -9,6 +9,9 @@ from fastgn.step.waits import WaitTimer
 
 SHARE = 0.2
 """Share of the time that the other ranks have to wait for a rank before a warning names it."""
+SHORTEST_S = 10.0
+"""Shortest time in seconds over which ranks are compared. A row of the log may cover less, and then
+one short delay would be a large part of it."""
 
 
 class SlowRanks:
@@ -23,9 +26,17 @@ class SlowRanks:
         self.report = report
         self.named: set[int] = set()
         """Ranks that a warning has named."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begins another comparison."""
+        self.interval_s = 0.0
+        self.seconds = [0.0] * self.world.size
+        """For each rank, the time that it has waited and summed within `interval_s`."""
 
     def check(self, interval_s: float) -> None:
-        """Prints a warning if a rank was slow since the last call, at most once for each rank.
+        """Prints a warning if a rank was slow in the last SHORTEST_S seconds or more, at most once
+        for each rank.
 
         All ranks must call this method. interval_s: seconds since the last call.
         """
@@ -35,14 +46,20 @@ class SlowRanks:
             row.split(" ", 1)
             for row in self.world.gather([f"{self.waits.read()} {socket.gethostname()}"])
         ]
-        rank, waited_s = find_slowest([float(seconds) for seconds, _ in rows])
-        if waited_s <= SHARE * interval_s or rank in self.named:
+        self.interval_s += interval_s
+        self.seconds = [s + float(row[0]) for s, row in zip(self.seconds, rows, strict=True)]
+        if self.interval_s < SHORTEST_S:
+            return
+        rank, waited_s = find_slowest(self.seconds)
+        share = waited_s / self.interval_s
+        self.reset()
+        if share <= SHARE or rank in self.named:
             return
         self.named.add(rank)
         self.report(
             f"warning: the other ranks wait for rank {rank} on host {rows[rank][1]} during "
-            f"{waited_s / interval_s:.0%} of the time: look there for other programs, a hot or "
-            "slower device, and slow loading of images"
+            f"{share:.0%} of the time: look there for other programs, a hot or slower device, and "
+            "slow loading of images"
         )
 
 
