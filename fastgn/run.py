@@ -215,7 +215,6 @@ class Run:
             now = time.perf_counter()
             self.first_s = now - self.began
             self.steady = (now, self.waited, self.summed)
-            self.slow_ranks.waits.reset()
         finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
         unseen = self.bad_update < 0
         self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
@@ -223,8 +222,7 @@ class Run:
             self.metrics.advance()
 
     def check_finite(self) -> None:
-        """Raises UserError if the loss or gradient of an update was not finite. Waits for the
-        device."""
+        """Raises UserError if a loss or gradient was not finite. Waits for the device."""
         bad = int(self.world.read(self.bad_update))
         if bad >= 0:
             raise self.not_finite(f"the loss or gradient of update {bad}")
@@ -380,8 +378,7 @@ class Run:
         self.plan = None
 
     def evaluate(self) -> None:
-        """Measures clean and PGD-10 accuracy on the validation images of all ranks. Waits for the
-        device."""
+        """Measures clean and PGD-10 accuracy on the validation images. Waits for the device."""
         if self.subset is None:
             return
         self.evaluated_model.eval()

@@ -51,7 +51,9 @@ class RetryingStep:
         self.report = report
         self.reserve_bytes = reserve_bytes
         self.waits = WaitTimer(step.device)
-        """Time that this process has waited for the others in the sums of its updates."""
+        """Time that this process has waited for the others in the sums of its updates, except for
+        the first update."""
+        self._has_run = False
         self._snapshot = Snapshot(step.device, step.statistics)
 
     def __call__(
@@ -98,6 +100,9 @@ class RetryingStep:
                 if self.step.ranks.size > 1:
                     self.step.sum_over_ranks(sums)
                     self.waits.end()
+                    if not self._has_run:  # the processes compile, and not equally fast
+                        self.waits.reset()
+                self._has_run = True
                 return loss
             sums = []  # frees their memory
             if keeps:
