@@ -41,6 +41,7 @@ from benchmarks.common.timing import paired_ratios, summary, synchronize
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.batch import Batch
+from fastgn.data.cores import count_cores
 from fastgn.data.datasets import Dataset, Files
 from fastgn.data.loader import build_loader
 from fastgn.errors import check
@@ -225,7 +226,7 @@ def main(args: argparse.Namespace) -> int:
     if args.smoke:
         args.batch_size, args.workers, args.rounds, args.batches, args.files = 2, 1, 2, 2, 4
     torch.set_num_threads(1)  # as torchrun does, because loaders have threads of their own
-    workers = min(args.workers, os.cpu_count() or 1)  # build_loader has the same limit
+    workers = min(args.workers, count_cores())  # build_loader has the same limit
     check(workers >= 0, f"--workers {workers} must be at least 0")
     with tempfile.TemporaryDirectory() as folder:
         below = files_below(args.data_dir) if args.data_dir else None
