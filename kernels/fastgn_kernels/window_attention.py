@@ -21,7 +21,7 @@ from fastgn_kernels.dispatch import (
     register_derivative,
     runs_triton,
 )
-from fastgn_kernels.window_attention_kernels import (
+from fastgn_kernels.window_attention_launch import (
     launch_backward,
     launch_backward_backward,
     launch_forward,

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 # the attribute of the package with this name is the function, not the module
 module = sys.modules["fastgn_kernels.window_attention"]
-kernels = sys.modules["fastgn_kernels.window_attention_kernels"]
+launch = sys.modules["fastgn_kernels.window_attention_launch"]
 
 pytestmark = [
     # from NumPy, on the way to an expected NaN
@@ -69,8 +69,8 @@ def masks(count: int, tokens: int) -> Tensor | None:
 
 def aim_at(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes launches aim at another number of programs."""
-    choose_grid = functools.partial(kernels.choose_grid, programs=programs)
-    monkeypatch.setattr(kernels, "choose_grid", choose_grid)
+    choose_grid = functools.partial(launch.choose_grid, programs=programs)
+    monkeypatch.setattr(launch, "choose_grid", choose_grid)
 
 
 @pytest.mark.parametrize("count, biased", [(0, False), (0, True), (2, False), (2, True)])
@@ -127,16 +127,16 @@ def test_several_windows_a_strip(
     aim_at(programs, monkeypatch)
     mask = masks(count, 5)
     xs = inputs(windows, heads, 5, 4)
-    assert kernels.choose_grid(xs[0], mask) == (heads, strips)
+    assert launch.choose_grid(xs[0], mask) == (heads, strips)
     checks.check_against_reference(op(mask), twin(mask), xs)
 
 
 def test_there_are_no_more_strips_than_windows() -> None:
     for windows, heads, count in itertools.product((1, 3, 64, 4096), (1, 4, 32, 2000), (0, 1)):
         mask = masks(count, 1)
-        grid = kernels.choose_grid(torch.empty(3, windows, heads, 1, 1), mask)
+        grid = launch.choose_grid(torch.empty(3, windows, heads, 1, 1), mask)
         assert grid[0] == heads and 1 <= grid[1] <= windows
-    assert kernels.choose_grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
+    assert launch.choose_grid(torch.empty(3, 4096, 4, 1, 1), masks(64, 1)) == (4, 256)
 
 
 @checks.interpreter(scale=[-0.3])
@@ -338,11 +338,11 @@ def test_a_linear_layers_output_is_not_copied() -> None:
 
     def three_orders() -> list[Tensor]:
         qkv = linear.unflatten(-1, (3, heads, dim)).permute(2, 0, 3, 1, 4)
-        assert kernels.pack(qkv).data_ptr() == linear.data_ptr()
+        assert launch.pack(qkv).data_ptr() == linear.data_ptr()
         o = window_attention_qkvpacked(qkv, bias)
         flat = o.transpose(1, 2).flatten(2)
         assert flat.data_ptr() == o.data_ptr()
-        assert kernels.pack_output(o).data_ptr() == o.data_ptr()
+        assert launch.pack_output(o).data_ptr() == o.data_ptr()
         (g,) = torch.autograd.grad(flat, linear, go, create_graph=True)
         return [flat, g, *torch.autograd.grad(g, (go, linear), v)]
 
@@ -564,7 +564,7 @@ def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch
     with checks.little_memory(), checks.last_program_alone():
         qkv, vqkv = (place(windows, tokens, 3, 1, dim).permute(2, 0, 3, 1, 4) for _ in range(2))
         go = place(windows, tokens, 1, dim).transpose(1, 2)
-        assert kernels.choose_grid(qkv, None) == (1, programs)
+        assert launch.choose_grid(qkv, None) == (1, programs)
         for seed, t in enumerate((qkv, vqkv)):
             t[:, -1] = random(3, 1, tokens, dim, seed=seed, dtype=torch.float16)
         go[-1] = random(1, tokens, dim, seed=3, dtype=torch.float16)
