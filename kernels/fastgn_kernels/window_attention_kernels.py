@@ -271,9 +271,9 @@ def _window_attention_bwd_bwd_kernel(
 ):  # fmt: skip
     """Writes ggo and gqkv. The docstring of this file explains these names.
 
-    ggbias is read if HAS_GGBIAS is True. If BIAS_GRAD is True, one program adds the bias gradients
-    of its windows to partial_sums. Registers cannot hold six 64 x 64 tiles and their operands.
-    Therefore inputs are read again, mostly from the cache, whenever they are used.
+    ggbias is read if HAS_GGBIAS. If BIAS_GRAD, one program adds the bias gradients of its windows
+    to partial_sums. Registers cannot hold six 64 x 64 tiles and their operands. Therefore inputs
+    are read again, mostly from the cache, whenever they are used.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
@@ -288,8 +288,7 @@ def _window_attention_bwd_bwd_kernel(
         gqkv_window, ggo_window = _locate_window(
             window, head, gqkv_pointer, ggo_pointer, HEADS, TOKENS, DIM
         )
-        scores = zeros_nn
-        ds = zeros_nn
+        scores, ds = zeros_nn, zeros_nn
         for channel in range(0, DIM, BLOCK_DIM):
             q = _load(qkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             k = _load(qkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
