@@ -286,6 +286,7 @@ def test_smoke_runs_every_part(toy: Path) -> None:
         assert (entry["file"] is None) == (entry["name"] == "kernel_tests"), entry
 
 
+@pytest.mark.slow
 def test_precision_of_the_step(toy: Path) -> None:
     """float32 is near float64, bfloat16 as far as its 8 bits make it, a difference nearer for both
     points than for one."""
@@ -310,6 +311,7 @@ def test_precision_of_the_step(toy: Path) -> None:
     assert error("exact, bf16") < error(f"{fd}, bf16")
 
 
+@pytest.mark.slow
 def test_the_loaders_toy_record(toy: Path) -> None:
     record = one(toy, "loader_*.json")
     assert [row["loader"] for row in record["rows"]] == loader.installed()
@@ -402,6 +404,7 @@ def test_interrupted_runs_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # ------------------------------------------------------------------------------- what is recorded
 
 
+@pytest.mark.slow
 def test_the_table_is_of_the_record(toy: Path) -> None:
     (case,) = one(toy, "precision_*.json")["cases"]
     record = one(toy, "precision_*.json") | {"file": "x.json"}
