@@ -94,6 +94,7 @@ def test_the_record_holds_every_arm_with_accuracy_cost_and_history(done: Path) -
             assert 0 <= a["accuracy"]["mean"] <= 1 and a["accuracy"]["n"] == 1
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: object) -> None:
         raise AssertionError("run again")
@@ -105,6 +106,7 @@ def test_what_is_finished_is_not_run_again(done: Path, monkeypatch: pytest.Monke
     assert json.loads((done / "out.json").read_text())["rows"] == before
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_with_the_record(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
