@@ -167,7 +167,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     toy += ("--batch-size", 2)
     parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=()))
 
-    # the parts below need further calls of this program, because --budget-s ends a call before
+    # the parts below run in further calls of this program, because those above use up --budget-s
     if not machine.smoke:
         on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
         needs = ("sklearn", "torchvision")
@@ -226,8 +226,8 @@ def run(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) 
     Ends all processes that the command has started. log: file for the output of the command. env:
     environment variables of the command.
     """
-    # If this is a background job, it ignores Ctrl-C, and so would its children. With a function as
-    # the handler, this process still ignores Ctrl-C, but its children do not.
+    # A background job ignores Ctrl-C because of SIG_IGN, which its children would inherit.
+    # With a function as the handler, this process ignores Ctrl-C, but its children do not.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)
     pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
@@ -244,13 +244,13 @@ def run(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) 
         # SIGINT comes first, because pytest then still prints which tests have failed
         for number, patience_s in ((signal.SIGINT, 4), (signal.SIGTERM, 2), (signal.SIGKILL, 10)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)  # its children may still run if it has ended
+                os.killpg(process.pid, number)  # children of the process may outlive it
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience_s)
 
 
 def last_lines(log: Path, number: int) -> list[str]:
-    """Returns the last lines of a log as a terminal shows them: a progress bar is one line."""
+    """Returns the last lines of a log as a terminal shows them, with one line per progress bar."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in lines]
     return [line[:300] for line in lines if line][-number:]
@@ -287,7 +287,7 @@ def digest_of_sources() -> str:
 
 
 class Report:
-    """Runs the parts of the report, and writes their results to report.json after each."""
+    """Runs the parts of the report. Writes the results to report.json after each part."""
 
     def __init__(self, folder: Path, machine: Machine, sources: str, commit: str | None):
         self.folder = folder
@@ -406,7 +406,7 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
     option("--smoke", action="store_true", help="use toy sizes, on any machine"),
 )
 def main(args: argparse.Namespace) -> int:
-    """Runs the report. Returns 1 if a part failed, else 0."""
+    """Runs the parts of the report. Returns 1 if one failed or reached its time limit, else 0."""
     began = time.monotonic()
     check(ON_GPU or args.smoke, "no GPU here; --smoke runs toy sizes")
     capability = torch.cuda.get_device_capability() if ON_GPU else None

@@ -89,7 +89,7 @@ class Checkpoints:
         path = self.path(state.update)
         names = [self.folder / "best.pt"] if best else []
         names += [] if keep_epoch is None else [self.epoch_path(keep_epoch)]
-        # write update_N.pt last, so that a run killed before then continues from the one before
+        # write update_N.pt last. A run killed earlier then continues from the previous checkpoint.
         first, *others = [*names, path]
         with atomic_open(first) as file:
             torch.save({"format": FORMAT, **as_dict(state)}, file)
@@ -110,7 +110,7 @@ class Checkpoints:
     def save_later(
         self, state: TrainState, *, best: bool = False, keep_epoch: int | None = None
     ) -> None:
-        """Copies the state to the host's memory, and lets a thread call `save` with the copy.
+        """Copies the run's state to the host's memory. A thread then calls `save` with the copy.
 
         First waits until the previous file is written, as `wait` does. See `save` for best and
         keep_epoch. Raises UserError if the host has no memory for the copy.
@@ -141,12 +141,12 @@ class Checkpoints:
             writing.result()
 
     def settle(self) -> None:
-        """Waits until the last file is written. Prints a warning if the file cannot be written."""
+        """Waits until the last checkpoint is written. Prints a warning if it cannot be written."""
         with tolerate_failure("the last checkpoint"):
             self.wait()
 
     def close(self) -> None:
-        """Waits until the last file is written, and ends the thread that writes files."""
+        """Waits until the last checkpoint is written, and ends the thread that writes files."""
         self.settle()
         self._thread.shutdown()
 

@@ -72,14 +72,14 @@ class Heartbeat:
         self.silent_s = dict.fromkeys(self.others, 0.0)
         """Rank -> seconds since its last heartbeat."""
         self.rounds = 0
-        """Number of times that the reports were read from the store."""
+        """Number of times that the other ranks' reports were read from the key-value store."""
         self.store_lost = False
-        """Whether the process that serves the store has ended."""
+        """Whether the process that serves the key-value store has ended."""
         self.missing: list[int] = []
         """Ranks that have stopped sending heartbeats. The job ends because of them."""
         self.stopped = threading.Event()
         self.announce = threading.Event()
-        """Event that makes the thread send `missing` to the other ranks at once."""
+        """Event that makes the heartbeat's thread send `missing` to the other ranks at once."""
 
     def __enter__(self) -> "Heartbeat":
         for target in (self._beat, self._judge):
@@ -96,12 +96,12 @@ class Heartbeat:
         return f"rank {rank}" + (f" ({self.reports[rank][3]})" if rank in self.reports else "")
 
     def describe_store_owner(self) -> str:
-        """Returns the name of the process that serves the store."""
+        """Returns the name of the process that serves torch.distributed's key-value store."""
         return "torchrun itself" if self.agent else self.describe_rank(0)
 
     def _beat(self) -> None:
-        """Sends this rank's heartbeats and reads the reports of the other ranks, until `stopped` is
-        set."""
+        """Writes this rank's heartbeats to the key-value store and reads those of the other ranks,
+        until `stopped` is set."""
         me = f"process {os.getpid()} on host {socket.gethostname()}"
         count, last = 0, False
         while not (last or self.stopped.is_set()):
@@ -124,10 +124,12 @@ class Heartbeat:
             self.announce.wait(self.interval_s)
 
     def _judge(self) -> None:
-        """Watches the reports, and ends the process if a rank or the store is silent for too
-        long."""
+        """Watches the heartbeats that `_beat` reads from torch.distributed's key-value store.
+
+        Ends the process if another rank or the store is silent for too long.
+        """
         rounds, counts, store_silent_s = 0, dict.fromkeys(self.others, ""), 0.0
-        # this is less than the limit, because a silent rank is noticed up to two intervals late
+        # patience_s is below the limit, because a silent rank is noticed up to two intervals late
         patience_s = self.limit_s - 2 * self.interval_s
         # time is counted in intervals, because a clock goes on while this process is suspended
         while not self.stopped.wait(self.interval_s):

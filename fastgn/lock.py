@@ -86,7 +86,8 @@ def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
 def _lock(path: Path, name: str) -> Iterator[None]:
     """Holds a lock on the file at `path` inside the block, and creates missing folders for it.
 
-    At the end, the created folders are removed if they are empty.
+    At the end, the created folders are removed if they are empty. name: name of the locked folder
+    or file in messages.
     """
     created = [p for p in (path.parent, *path.parent.parents) if not os.path.lexists(p)]
     descriptor = None

@@ -81,7 +81,7 @@ class Resolved(Batching):
     ramp_epochs: float
     """Number of first epochs in which the method's penalty or attack grows to its full strength."""
     step_size: float
-    """Size of each step of the attack in 0..1 pixel units, at full strength."""
+    """Full size of an attack step in 0..1 pixel units. It is reached after --attack-ramp-epochs."""
     eval_eps: float
     """Linf radius of the evaluation's PGD-10 in 0..1 pixel units."""
     compiled: bool

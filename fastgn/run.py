@@ -102,7 +102,7 @@ class Run:
         """Index of the first update whose loss or gradient was not finite. -1 means none."""
         self.reset_clock()
         self.named_bad: set[str] = set()
-        """Lines about bad images that have been printed."""
+        """Lines about unreadable images that have been printed."""
         self.watch = Watch()
         self.first_s: float | None = None
         """Seconds that the host spent on this process's first update, which compiles the step."""
@@ -124,7 +124,7 @@ class Run:
         """
 
     def continue_from(self, state: TrainState) -> None:
-        """Takes the progress of the run from a checkpoint. Its weights are loaded elsewhere."""
+        """Takes the progress of the run from a checkpoint. `resume.restore` loads its weights."""
         self.update, self.best, self.accuracy = state.update, state.best, state.accuracy
         self.sums += state.sums.to(self.world.device)
         self.summed = self.resumed = state.summed
@@ -294,7 +294,7 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         """Returns whether to write a checkpoint after this update."""
-        if self.is_best:  # best.pt must hold the weights that were evaluated
+        if self.is_best:  # save as best.pt before the next update changes the evaluated weights
             return True
         if self.update == self.resolved.last_update or self.kept_epoch() is not None:
             return True
@@ -333,8 +333,8 @@ class Run:
         self.reset_clock()
 
     def bad_images(self, source: Loader | Subset) -> list[str]:
-        """Returns a line for each bad image that was replaced on any rank since the last call of
-        `report_bad_images`.
+        """Returns a line for each image that cannot be read and was replaced on any rank since the
+        last call of `report_bad_images`.
 
         Does not wait for the devices. source: the loader of training images, or the validation
         images.
@@ -344,7 +344,7 @@ class Run:
         return self.world.gather(source.bad_images)
 
     def report_bad_images(self, source: Loader | Subset, kind: str) -> int:
-        """Returns the number of bad images that were replaced since the last call.
+        """Returns how many images that cannot be read were replaced since the last call.
 
         If some of them were not reported before, prints this number and the first few names.
         source: the loader of training images, or the validation images. kind: "training" or
@@ -437,7 +437,7 @@ class Run:
         self.check_finite()
         self.check_weights()
         sums = self.world.sum(self.sums.clone()) / self.world.size
-        bad = self.bad_images(self.loader)  # bad images since the last row of metrics.csv
+        bad = self.bad_images(self.loader)  # list of unreadable images since metrics.csv's last row
         if self.world.is_main:
             state = self.state(sums, bad)
             self.checkpoints.save_later(state, best=self.is_best, keep_epoch=self.kept_epoch())

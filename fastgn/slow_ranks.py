@@ -10,8 +10,8 @@ from fastgn.step.waits import WaitTimer
 SHARE = 0.2
 """Share of the time that the other ranks have to wait for a rank before a warning names it."""
 SHORTEST_S = 10.0
-"""Shortest time in seconds over which ranks are compared. A row of the log may cover less, and then
-one short delay would be a large part of it."""
+"""Shortest time in seconds over which ranks are compared. A row of the log may cover less time, and
+then one short delay would be a large part of it."""
 
 
 class SlowRanks:
@@ -29,10 +29,11 @@ class SlowRanks:
         self.reset()
 
     def reset(self) -> None:
-        """Begins another comparison."""
+        """Forgets the times that the ranks have waited so far, and begins another comparison."""
         self.interval_s = 0.0
         self.seconds = [0.0] * self.world.size
-        """For each rank, the time that it has waited and summed within `interval_s`."""
+        """For each rank, the seconds of the last `interval_s` in which it waited for other ranks or
+        summed gradients."""
 
     def check(self, interval_s: float) -> None:
         """Prints a warning if a rank was slow in the last SHORTEST_S seconds or more, at most once
@@ -66,8 +67,10 @@ class SlowRanks:
 def find_slowest(seconds: Sequence[float]) -> tuple[int, float]:
     """Returns the rank for which the others wait, and the seconds for which they wait for it.
 
-    seconds: for each rank, the time that it has waited and summed. The rank that waits least is the
-    slowest. The others wait for it for the median of their times, less the time of this rank.
+    seconds: for each rank, the time in which it waited for other ranks or summed gradients.
+
+    The rank that waits least is the slowest. The others wait for it for the median of their times,
+    less the time of this rank.
     """
     rank = min(range(len(seconds)), key=lambda r: seconds[r])
     others = [s for r, s in enumerate(seconds) if r != rank]

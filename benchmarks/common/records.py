@@ -96,7 +96,7 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
 def fastest_gradnorm(path: Path, option: str, card: str | None = None) -> tuple[Any, Any]:
     """Returns a JSON record of cost.py or predict.py, and its fastest result for gradnorm.
 
-    Only results of gradnorm's exact schedule count. option: flag that gave the path, for messages.
+    Only results with the schedule "exact" count. option: flag that gave the path, for messages.
     card: GPU whose results count in a record of predict.py. Raises UserError if no result counts,
     or if the times were measured on a CPU.
     """

@@ -2,11 +2,11 @@
 
     python -m benchmarks.evidence.families
 
-A family is a module of timm.models. For its smallest network, this computes the gradient of one
-gradnorm update on two images and checks whether all of it is finite. It does so with and without
-fastgn's twins, which replace operators that cannot be differentiated twice
-(fastgn/models/second_order.py). Each family has a process of its own, because some networks crash.
-The same command continues an interrupted one with the next family.
+A family is a module of timm.models. This program takes the smallest network of each family,
+computes the gradient of one gradnorm update on two images, and checks whether all of it is finite.
+It does so with and without fastgn's twins, which replace operators that cannot be differentiated
+twice (fastgn/models/second_order.py). Each family has a process of its own, because some networks
+crash. The same command continues an interrupted one with the next family.
 
 Writes benchmarks/results/families_cpu.json.
 """
@@ -38,7 +38,7 @@ SIDES = (64, 96, None)
 """Sides of the images in pixels. The first one that the network takes is used. None means the
 network's own size in timm."""
 SHALLOW = ("deepseek_vit", "gemma4_vit")
-"""Families of timm's networks that have no small one. Two blocks of a large one are tried."""
+"""Families of timm's networks without a small one. A large one is tried, with only two blocks."""
 MEMORY_BYTES = 12 << 30
 TIMEOUT_S = 600
 
@@ -82,12 +82,12 @@ def differentiate(model: network.Classifier) -> dict[str, Any]:
     """Computes the gradient of one gradnorm update, and returns a dict that says if it is finite.
 
     The value of "outcome" is "finite", "not finite", or "raises" if an operator has no second
-    derivative. The other key is "penalty", "parameters" (those whose gradient is not finite), or
-    "error".
+    derivative. The other key is "penalty" (its value), "parameters" (names of those whose gradient
+    is not finite), or "error" (the message).
     """
     torch.manual_seed(0)
     images_BCHW = torch.rand(2, 3, model.img_size, model.img_size)
-    # in an area of one colour, such as a sky, features may be 0, and norms of them may give a NaN
+    # make an area of one colour, where features may be 0 and the derivatives of norms may be NaN
     images_BCHW[0, :, :20] = 0.5
     targets_B = torch.tensor([0, 1])
     model.train()
@@ -168,7 +168,7 @@ def table(record: Record) -> str:
 
 @program()
 def main(args: argparse.Namespace) -> int:
-    """Tests the families that are missing in the JSON record. Writes the record after each."""
+    """Tests gradnorm on each of timm's families that the JSON record lacks. Saves every result."""
     output, head = open_record(args, "families_cpu.json")
     head |= {"images": 2, "method": "gradnorm"}
     same = {"complete": False, "versions": head["versions"]}

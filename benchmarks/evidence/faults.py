@@ -99,7 +99,7 @@ class Fault:
     {"update": index of an update, "operator": index of an operator in this update}."""
 
     def prepare(self, folder: Path) -> None:
-        """Prepares the fault if it is for this rank. It happens once in the run in `folder`."""
+        """Prepares the fault if this rank has it, and if the run in `folder` has not had it yet."""
         rank = int(os.environ["LOCAL_RANK" if self.arm == "shrink" else "RANK"])
         if self.rank is not None and (self.rank != rank or mark_of(folder).exists()):
             return
@@ -136,7 +136,7 @@ class NoMemory(TorchDispatchMode):
     def __init__(self, operator: int, mark: Path):
         """Sets which operator raises the error.
 
-        operator: its index, counted from 0 when the mode begins. mark: file for its name.
+        operator: its index, from 0 when the mode begins. mark: file for the operator's name.
         """
         super().__init__()
         self.left, self.mark = operator, mark
@@ -152,7 +152,7 @@ class NoMemory(TorchDispatchMode):
 
 
 def mark_of(folder: Path) -> Path:
-    """Returns the file that a fault writes when it happens, with what the run was doing."""
+    """Returns the path of the file in which a fault records what the run was doing at the time."""
     return folder.with_suffix(".mark")
 
 
@@ -184,7 +184,7 @@ def train_rank(folder: Path, agents: int, fault: Fault | None) -> None:
 
 
 def run_agent(number: int, agents: int, port: int, folder: Path, fault: Fault | None) -> None:
-    """Runs one of torchrun's agents with its share of 4 ranks. If agents is 0, trains alone."""
+    """Runs agent `number` of torchrun with its share of 4 ranks, or one process if agents is 0."""
     os.setsid()  # makes a process group, which stands for a machine that can be killed
     log = os.open(folder.with_suffix(f".log{number}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -231,7 +231,7 @@ def run_job(folder: Path, agents: int, fault: Fault | None = None, limit_s: floa
     hung = any(process.is_alive() for process in processes)
     for process in processes:
         if process.is_alive():
-            with contextlib.suppress(ProcessLookupError):  # if it has not yet made its group
+            with contextlib.suppress(ProcessLookupError):  # if it has no process group yet
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.kill()
         process.join()
@@ -397,7 +397,7 @@ def table(record: Record) -> str:
     option("--seed", default=0, type=int, help="seed of the faults' moments"),
 )
 def main(args: argparse.Namespace) -> int:
-    """Runs the trials that are missing in the JSON record. Writes the record after each.
+    """Runs the trials that are missing in the JSON record. Writes the record after each trial.
 
     Returns 1 if a job was lost, hung, or had other results than an undisturbed run, else 0.
     """

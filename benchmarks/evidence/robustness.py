@@ -231,10 +231,10 @@ def arm_config(setting: Setting, network: str, arm: str, precision: str) -> Conf
 
 
 def for_epochs(cfg: Config, epochs: int) -> Config:
-    """Returns the configuration with another number of epochs, and about six evaluations in them.
+    """Returns the configuration with another number of epochs, and with about six evaluations.
 
-    The warm-up of the learning rate takes a twentieth of the epochs. For the method edge, the
-    weight of its regularisation grows from 1 to 10, as in the 100 epochs of its paper.
+    The warm-up of the learning rate takes a twentieth of the epochs. With --method edge, the weight
+    of the penalty grows from 1 to 10. In arXiv 2409.20139, this takes 100 epochs.
     """
     ramp = {"ramp_start": 1 / 19, "ramp_epochs": 2.0 * epochs}
     return cfg.replace(
@@ -271,7 +271,7 @@ def evaluations_of(setting: Setting, full: bool) -> tuple[tuple[str, ...], ...]:
 def equal_rows(record: Record) -> list[dict[str, Any]]:
     """Returns the rows of the JSON record that have results.
 
-    Leaves out trainings of an older record that took equal times, or that were done again later.
+    Leaves out old trainings of equal time (not operations), and trainings repeated later.
     """
     old = record.get("superseded", {})
     equal = [row for row in record["rows"] if "passes" in row.get("budgets", ("passes",))]

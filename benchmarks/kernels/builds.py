@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.builds  # for sm_70, sm_80 and sm_90
 
-The ops run with a pretended driver that compiles kernels, but does not launch them. So these are
+The ops run with a pretended driver that compiles kernels, but does not launch them. They compile
 the kernels that a GPU would run, with the same block sizes, warps and pointer alignments.
 Registers, spills and shared memory come from ptxas, and load and store widths from the PTX.
 
@@ -120,7 +120,7 @@ def inspect(kernel: triton.compiler.CompiledKernel, capability: int, constants: 
 def compile_only(capability: int) -> Iterator[list[Build]]:
     """Compiles Triton kernels for a GPU when they are launched on CPU tensors, and runs none.
 
-    Yields a list, to which each compiled kernel is appended. capability: of the GPU, such as 90.
+    Yields a list that receives a Build per kernel. capability: compute capability, such as 90.
     """
     target = GPUTarget("cuda", capability, 32)
     driver = types.SimpleNamespace(
@@ -163,9 +163,9 @@ class Launch(NamedTuple):
 
     op: Callable
     shapes: Sequence[tuple[int, ...]]
-    """Shapes of the inputs in the dtype for which the kernels are compiled."""
+    """Shapes of the first inputs, whose dtype is that for which the kernels are compiled."""
     weights: Sequence[tuple[int, ...]] = ()
-    """Shapes of further inputs, in float32."""
+    """Shapes of the inputs after those in `shapes`. They are always float32."""
 
     def all_orders(self, dtype: torch.dtype) -> None:
         """Calls the op, its backward, and the backward of its backward, which launch all kernels.

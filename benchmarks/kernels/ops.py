@@ -5,7 +5,7 @@ Each op is compared with eager PyTorch, and with a copy of as many bytes on the 
     python -m benchmarks.kernels.ops  # on a GPU: Swin-B's shapes, 64 images, within --minutes
     python -m benchmarks.kernels.ops --ops gelu layer_norm
 
-Each op has three orders of differentiation, which are timed alone. `forward` runs the op.
+Each op has three orders of differentiation, which are timed separately. `forward` runs the op.
 `backward` computes the gradients with respect to all inputs. `second` is what a gradient penalty
 needs. It differentiates the gradient of the first input once more, with respect to all inputs and
 to the gradients of the outputs. The autograd graph is built before the time is measured.
@@ -16,8 +16,8 @@ Op, eager PyTorch and copy are timed in turn, several times, with cold caches. `
 the copy's median time, divided by the op's. Peak memory is what all three orders together allocate,
 with their graph and without inputs.
 
-Writes benchmarks/results/kernels_<card>.json after every case. On a CPU it runs small shapes, its
-times mean nothing, and it writes to runs/.
+Writes benchmarks/results/kernels_<card>.json after every measurement. On a CPU it runs small
+shapes, its times mean nothing, and it writes to runs/.
 """
 
 import argparse
@@ -85,11 +85,11 @@ class Op(NamedTuple):
     call: Function
     """Calls the op. Its first argument is fastgn_kernels or `EAGER`."""
     inputs: Sequence[str]
-    """Names of the inputs that are differentiated, as in `shapes`."""
+    """Names of the inputs whose gradients are computed. `shapes` returns their shapes."""
     constants: Callable[[Size, torch.dtype], dict[str, Tensor]] = lambda size, dtype: {}
-    """Takes sizes and dtype and returns the arguments that are not differentiated, on the CPU."""
+    """Makes the arguments that get no gradient, such as targets, on the CPU."""
     stages: str = "first"
-    """Stages of Swin-B whose shapes the op is measured with: "all", "first" or "none"."""
+    """Stages of Swin-B whose shapes are used: "all", "first", or "none" for an op in no stage."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
 
 
@@ -105,7 +105,7 @@ def shift_mask(size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all tensors that an op may be differentiated by.
+    """Returns the shapes of all inputs whose gradients an op may compute.
 
     `hidden` is the input of an MLP's activation, and `score_bias` is added to attention scores.
     """
@@ -123,12 +123,12 @@ def shapes(size: Size) -> dict[str, tuple[int, ...]]:
 
 
 def attention(f: Any, qkv: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Calls window attention. f: fastgn_kernels or `EAGER`."""
+    """Calls window attention. f: fastgn_kernels, or `EAGER` for PyTorch's operators."""
     return f.window_attention_qkvpacked(qkv, bias, mask)
 
 
 def entropy(f: Any, logits: Tensor, targets: Tensor) -> Tensor:
-    """Calls cross-entropy. f: fastgn_kernels or `EAGER`."""
+    """Calls cross-entropy. f: fastgn_kernels, or `EAGER` for PyTorch's operators."""
     return f.cross_entropy(logits, targets, reduction="none")
 
 
@@ -227,7 +227,7 @@ def build(
     """Returns the shape (as text), functions and inputs of one measurement, with Swin-B's shapes.
 
     The functions are a dict: "ours" is the op of fastgn_kernels, and "eager" is PyTorch's. The
-    inputs are those that are differentiated. key: op, stage and dtype. batch: number of images.
+    inputs are those that get gradients. key: op, stage and dtype. batch: number of images.
     """
     op, size = OPS[key.op], Size(batch, *STAGES.get(key.stage, (0, 0, 0)))
     constants = {k: x.to(device) for k, x in op.constants(size, key.dtype).items()}
@@ -254,7 +254,7 @@ def listed(y: Outputs) -> list[Tensor]:
 def requests(
     function: Function, inputs: Sequence[Tensor], gys: Sequence[Tensor], v: Tensor
 ) -> dict[str, Callable[[], Sequence[Tensor | None]]]:
-    """Returns a dict: "forward", "backward" or "second" -> function that computes only this order.
+    """Returns a dict with one function for each of the keys "forward", "backward" and "second".
 
     The autograd graph is built here, before the functions are called. function: computes the op's
     outputs from `inputs`. gys: gradients of the loss with respect to the outputs. v: gradient of

@@ -1,6 +1,6 @@
 """Defines arms, the ways to compute an update that the benchmarks compare.
 
-Arms whose names end in -paper do what the paper's code does, as the paper describes it. They use
+Arms whose names end in -paper compute an update as the code of arXiv 2409.20139 does. They use
 PyTorch's operators in eager mode, keep the network in eval mode, and wait for the device after
 every micro-batch. For PGD-3, they also compute weight gradients in every attack step, and make one
 more forward pass at the end of the attack.
@@ -39,7 +39,7 @@ class Arm:
 
     @property
     def paper(self) -> bool:
-        """Whether the update is computed as in the paper's code."""
+        """Whether the update is computed as in the code of arXiv 2409.20139."""
         return self.method.endswith("-paper")
 
     @property
@@ -72,7 +72,7 @@ class Arm:
         return build_objective(ObjectiveConfig(self.base, attack=attack))
 
     def options(self, **options: Any) -> StepOptions:
-        """Returns the StepOptions of this update. options: fields that get other values."""
+        """Returns the StepOptions of this update. options: fields of StepOptions to change."""
         quirks = Quirks()
         if self.paper:
             quirks = dataclasses.replace(PAPER_WAY, attack_weight_grads=self.base == "pgd_at")
@@ -80,7 +80,7 @@ class Arm:
         return dataclasses.replace(own, **options)
 
     def step(self, model: Classifier, **options: Any) -> RetryingStep:
-        """Returns a function that computes the gradients of an update. options: see `options`."""
+        """Returns the function for an update's gradients. options: fields of StepOptions to set."""
         return RetryingStep(Step(model, self.objective(), self.options(**options)))
 
     def count(self, model: Classifier, batch: int, classes: int) -> StepCost:

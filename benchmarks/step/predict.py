@@ -198,7 +198,7 @@ class Network:
     """Arguments of the network, as NAME=VALUE, like those of --model-kwargs."""
 
     def build(self, kernels: str) -> Classifier:
-        """Returns the network with random weights on the CPU."""
+        """Returns the network with random weights on the CPU. kernels: "triton" or "reference"."""
         cfg = ArchitectureConfig(model=self.model, img_size=self.img_size, model_kwargs=self.kwargs)
         return build_model(cfg, self.classes, kernels=kernels)[0]
 
@@ -209,7 +209,7 @@ class Network:
 
 
 def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
-    """Returns the predicted cost of an update. If it is lazy, this is a mean over its interval."""
+    """Returns an update's predicted cost, the mean over --lazy-interval updates if it is lazy."""
     total = Cost()
 
     def on_graph(lowering: Any) -> Callable[[], None]:
@@ -450,7 +450,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     option("--kernels", default="both", choices=("triton", "reference", "both")),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
-    """Predicts the cost of each kind of update in turn. Writes the JSON record after each."""
+    """Predicts the cost of each kind of update. Writes the JSON record after each prediction."""
     choices = ("model", "gpus", "precision", "methods", "schedules", "kernels")
     output, head = open_record(args, f"predict_{args.model}.json", choices)
     size = (args.model, args.img_size, args.batch_size, args.classes)

@@ -23,8 +23,9 @@ AUTOATTACK_WARNINGS: dict[str, tuple[str, Verdict]] = {
     "AutoAttack: probabilities": ("probability distribution", "fail"),
     "AutoAttack: dynamic": ("dynamic defense", "warn"),
 }
-"""Name of a check -> (words that identify a warning of pyautoattack, verdict if it was given).
-Warnings of zero gradients are left out, because their verdict depends on the number of images."""
+"""Name of a check -> (words that identify a warning of pyautoattack, verdict if this warning was
+given). Warnings of zero gradients are left out, because their verdict depends on the number of
+images."""
 
 GAP_RULE = "Warn above max(1 point, 1 image). Fail above max(5 points, 2 images)."
 
@@ -41,8 +42,8 @@ def judge_gap(images: int, total: int) -> Verdict:
 
 def check_larger_eps(target: Target) -> Check:
     """Checks that the accuracy falls to 0 as eps grows."""
-    # With this eps an attack can turn any image into any other, so no image should withstand it.
-    # The eps is the side (Linf) or the diagonal (L2) of the cube that contains all images.
+    # With the largest eps, attacks can turn any image into any other, so none should withstand it.
+    # The largest eps is the side (Linf) or the diagonal (L2) of the cube that contains all images.
     largest = 1.0 if target.norm == "Linf" else target.images_RCHW[0].numel() ** 0.5
     radii, counts = [target.eps], [int(target.resist_pgd(20).sum())]
     while counts[-1] and radii[-1] < largest:
@@ -53,7 +54,7 @@ def check_larger_eps(target: Target) -> Check:
     rise = max([0, *(b - a for a, b in zip(counts, counts[1:], strict=False))])
     verdict: Verdict = "pass"
     if exceeds(left, total, 1):
-        # Warn if the accuracy is not above chance, and fail if it is.
+        # The accuracy should have fallen to 0. If it is above chance, fail, otherwise warn.
         # Even if an attack turns all images grey, the model is right by chance for some of them.
         verdict = "fail" if left * target.classes > total else "warn"
     if exceeds(rise, total, 1):
@@ -98,7 +99,7 @@ def check_more_restarts(target: Target) -> Check:
 
 
 def check_single_step(target: Target) -> Check:
-    """Checks that PGD is at least as strong as a single step."""
+    """Checks that PGD is at least as strong as FGSM, an attack with a single step."""
     pgd20_R, fgsm_R = target.resist_pgd(20), target.find_resisting(target.run_fgsm())
     gap = int(pgd20_R.sum()) - int(fgsm_R.sum())
     pgd, fgsm = target.accuracy(pgd20_R), target.accuracy(fgsm_R)
@@ -158,7 +159,10 @@ def check_black_box(target: Target, square_images: int) -> Check:
 
 
 def check_margin(target: Target) -> Check:
-    """Checks that PGD on the cross-entropy is at least as strong as PGD on the margin."""
+    """Checks that PGD on the cross-entropy is at least as strong as PGD on the margin.
+
+    The margin is a difference between logits.
+    """
     cross_entropy_R, margin_R = target.resist_pgd(STEPS[-1]), target.resist_margin_pgd
     gap = int(cross_entropy_R.sum()) - int(margin_R.sum())
     ce, margin = target.accuracy(cross_entropy_R), target.accuracy(margin_R)
@@ -182,7 +186,7 @@ def check_apgd(target: Target, apgd_images: int) -> list[Check]:
         return [Check(name, "warn", "APGD was not run: apgd_images is 0.", {"apgd_images": 0})]
     # AutoAttack looks for zero gradients only with its DLR loss (difference of logits ratio).
     # APGD on DLR comes first, because later attacks leave out the images that it has fooled.
-    # With three classes DLR may be constant for an image, so the warning would mean nothing.
+    # With three classes DLR may be constant, so a warning of zero gradients would mean nothing.
     has_dlr = target.classes >= 4
     with attacks.collect_autoattack_warnings() as lines:
         apgd_R = part.resist_autoattack(["apgd-dlr", "apgd-ce"] if has_dlr else ["apgd-ce"])

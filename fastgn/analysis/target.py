@@ -1,5 +1,7 @@
 """The images that a sanity report attacks, and the attacks on them.
 
+The report checks whether the attacks on a model can be believed (--sanity of fastgn.evaluate).
+
 Shapes: R images that are classified correctly without an attack, C channels, H x W pixels.
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from fastgn import attacks
 
 STEPS = (10, 20, 50, 100)
-"""Numbers of steps of PGD. The report compares the accuracies under PGD with each of them."""
+"""Numbers of steps of PGD. A sanity report compares the accuracies under PGD with each of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +55,14 @@ class Target:
         return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin_loss))
 
     def resist_pgd(self, steps: int) -> Tensor:
-        """Returns which images withstand PGD on the cross-entropy. steps: number of PGD's steps."""
+        """Returns whether each image withstands PGD on the cross-entropy with so many steps."""
         if steps not in self.known:
             attacked = self.attacked if steps == 20 else self.run_pgd(steps)
             self.known[steps] = self.find_resisting(attacked)
         return self.known[steps]
 
     def resist_autoattack(self, names: Sequence[str]) -> Tensor:
-        """Returns which images withstand the named parts of AutoAttack.
+        """Returns whether each image withstands all of the named parts of AutoAttack.
 
         The state of the random number generators stays as it was.
         """
@@ -80,14 +82,17 @@ class Target:
         return self.find_resisting(adversarial)
 
     def find_resisting(self, adversarial_RCHW: Tensor) -> Tensor:
-        """Returns which of the attacked images are still classified correctly."""
+        """Returns whether each of the R attacked images is still classified correctly.
+
+        The result is a bool tensor (R,) on the CPU.
+        """
         with torch.no_grad():
             predicted = [self.model(adversarial_RCHW[p]).argmax(1) for p in self.batches()]
         return (torch.cat(predicted) == self.labels_R).cpu()
 
     def accuracy(self, resisting_R: Tensor) -> float:
         """Returns the accuracy, the share of all images that withstand an attack. resisting_R:
-        which of the R images withstand it."""
+        whether each of the R images withstands the attack."""
         return int(resisting_R.sum()) / self.images
 
     def take_first(self, number: int) -> "Target":

@@ -250,11 +250,11 @@ class StepConfig(Options):
     """Compute BatchNorm's statistics over the images of all ranks, also in double backprop. Off:
     over the images of each rank alone. With several ranks, this option turns CUDA graphs off."""
     train_in_eval_mode: bool = False
-    """Train with the model in eval mode, which freezes BatchNorm. The code of arXiv 2409.20139 does
-    so."""
+    """Train with the model in eval mode, which freezes BatchNorm, as the code of arXiv
+    2409.20139 does."""
     accumulation: Literal["mean", "sum"] = "mean"
     """mean: average the losses of an update's micro-batches. sum: add them up, so that the gradient
-    is larger when it is clipped. The code of arXiv 2409.20139 does so."""
+    is larger when it is clipped. The code of arXiv 2409.20139 adds them up."""
     sync_micro_batches: bool = False
     """Wait for the device after every micro-batch, as the code of arXiv 2409.20139 does. Use this
     option only to compare times."""

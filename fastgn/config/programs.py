@@ -186,18 +186,18 @@ class EvaluateConfig(BareWeightsConfig):
     """Also write all results into this HTML file."""
     statistics: bool = False
     """Also compute statistics of the input gradients: those in table 1 of arXiv 2409.20139, and how
-    linear the loss is within the last radius of --eps. If --checkpoint is a run's folder, also
-    compute the norm of the input gradient for each checkpoint in that folder."""
+    linear the loss is within a radius, which is the last value of --eps. If --checkpoint is a run's
+    folder, also compute the norm of the input gradient for each checkpoint in that folder."""
     sanity: bool = False
-    """Also check with the last radius of --eps whether the attacks can be believed (a sanity
-    report)."""
+    """Also check whether the attacks can be believed (a sanity report). The attacks in these checks
+    use the last value of --eps as their radius."""
     analysis_images: Annotated[int, BATCH] = 256
     """Number of images for --statistics and --sanity, evenly spaced among the evaluated images."""
     curve: Annotated[str | None, PATH] = None
     """Also draw the accuracy under the last of --attacks against eps, into this PNG file."""
     picture: Annotated[str | None, PATH] = None
-    """Also draw images, their input gradients, and their perturbations by PGD-20 with the last
-    radius of --eps, into this PNG file."""
+    """Also draw images, their input gradients, and their perturbations by PGD-20 into this PNG
+    file. The radius of PGD-20 is the last value of --eps."""
     picture_images: Annotated[int, Range(1, 1000)] = 8
     """Number of images in --picture."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

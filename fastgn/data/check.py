@@ -43,7 +43,7 @@ ORIENTATION = 0x0112
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Result of checking one image, or one whole packed shard."""
+    """Result of checking one image, or one whole shard, which is a file of many images."""
 
     name: str
     problem: str | None = None
@@ -72,7 +72,7 @@ class Inspector:
             return Finding(name, error.problem, str(error))
 
     def inspect_shard(self, number: int) -> Finding:
-        """Checks a whole shard. number: index of the shard."""
+        """Checks a whole shard, a file of many images. number: index of the shard."""
         assert isinstance(self.split, Shards)
         line = self.split.find_fault(number)
         name = self.split.shards[number]

@@ -106,8 +106,8 @@ def collect_trained_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Returns whether all values are finite. Runs one reduction per device and waits for the
-    result."""
+    """Returns whether all values of the tensors are finite. Runs one reduction per device and waits
+    for the result."""
     largest = torch.nn.utils.get_total_norm(tensors, norm_type=math.inf)
     return bool(largest.isfinite())
 

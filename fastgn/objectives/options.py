@@ -20,7 +20,8 @@ class GradnormOptions(Options):
     ce_weight: Annotated[float, WEIGHT] = 0.8
     """Weight of the cross-entropy."""
     gn_weight: Annotated[float, WEIGHT] = 1.2
-    """Full weight of the penalty, which is reached after --ramp-epochs."""
+    """Full weight of the penalty on the norm of the input gradient. It is reached after
+    --ramp-epochs."""
     eps: Annotated[float, PIXELS] = 4 / 255
     """Size of the perturbation that the penalty stands for, in 0..1 pixel units. The penalty is the
     norm of the gradient, multiplied by eps / sigma."""
@@ -74,7 +75,7 @@ class GradnormFgsmOptions(Options):
     gn_share: Annotated[
         float, Range(0, 1, above=True, hint="for no penalty use --method fgsm_rs")
     ] = 0.5
-    """Share of the updates that have the penalty. They are spread evenly. 1 means all updates."""
+    """Share of the updates that have the penalty. These are spread evenly. 1 means all updates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ class TradesOptions(Options):
     their attacked versions."""
 
     trades_beta: Annotated[float, WEIGHT] = 6.0
-    """Weight of the divergence."""
+    """Weight of the divergence between predictions for images and for attacked images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +152,8 @@ class EdgeOptions(Options):
     """Value whose input gradient is compared with the image's edges: the logit of a sampled class,
     or the cross-entropy."""
     edge_weight: Annotated[float, WEIGHT] = 19.0
-    """Full weight of the penalty, which is reached after --ramp-epochs. In arXiv 2409.20139 it
-    grows from 1 to 19 in 200 epochs."""
+    """Full weight of the penalty on the difference between input gradients and edges. It is reached
+    after --ramp-epochs. In arXiv 2409.20139 the weight grows from 1 to 19 in 200 epochs."""
     edge_temperature: Annotated[float, Range(1e-3, 1e6)] = 0.5
     """Temperature of the softmax over the logits. With --edge-of logit, this softmax is used to
     sample the class whose logit is differentiated."""
@@ -161,11 +162,11 @@ class EdgeOptions(Options):
     class from softmax(logits / temperature). relaxed: weight all logits by softmax((logits + Gumbel
     noise) / temperature), and differentiate the weights as well."""
     edge_map: Literal["gradient", "saliency"] = "gradient"
-    """What is compared with the edges. gradient: the signed gradient of every channel. saliency:
-    the largest magnitude of the gradient over the channels."""
+    """What is compared with the image's edges. gradient: the signed gradient of every channel.
+    saliency: the largest magnitude of the gradient over the channels."""
     edge_rms: Literal["batch", "image"] = "batch"
-    """Gradients and edges are each divided by their root mean square before they are compared.
-    batch: one root mean square over all images of a micro-batch, as in the code of arXiv
+    """Input gradients and edges are each divided by their root mean square before they are
+    compared. batch: one root mean square over all images of a micro-batch, as in the code of arXiv
     2409.20139. image: one root mean square for each image."""
 
 

@@ -181,9 +181,12 @@ def format_bytes(bytes_: float) -> str:
 
 
 def compiled_relations(cost: StepCost) -> Relations:
-    """Returns the cost of the compiled update, divided by the cost of the eager one."""
+    """Returns ratios of a compiled update to an eager one, such as the ratio of their peak memory.
+
+    cost: what the eager update needs.
+    """
     double = cost.double_backward
-    # for a single backward with fastgn_kernels no ratio was measured: use that of a double backward
+    # no ratio was measured for a single backward with fastgn_kernels, so take a double backward's
     kind = (double or cost.kernels, cost.kernels)
     kept = KEPT[double, cost.precision in ("bf16", "bf16-pure")]
     return Relations(kept, RECOMPUTED, TRAFFIC[kind], LAUNCHES[kind])

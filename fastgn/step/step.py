@@ -98,7 +98,7 @@ class Step:
         """Whether the present update has begun a collective. In this case a process cannot repeat
         the update alone, because the other processes would not repeat the collective."""
         self.is_summed = False
-        """Whether the backward of the present update also sums its gradients."""
+        """Whether the backward of the present update also sums the gradients over the processes."""
 
         self.parts = split_objective(objective, options.schedule)
         self.attack = self._compile(AttackGradient(model, options.precision), True)
@@ -203,7 +203,7 @@ class Step:
         return any(p.grad is not None for p in self.weights)
 
     def prepare_sums(self) -> list[PreparedSum]:
-        """Returns what `sum_over_ranks` needs. Allocates all its memory."""
+        """Returns the sums that `sum_over_ranks` will compute. Allocates all memory for them."""
         sums = [] if self.is_summed else self.gradients.prepare_sums()
         if not (self.options.quirks.train_in_eval_mode or self.options.communicates):
             sums += prepare_means(self.statistics, self.ranks.size)
@@ -314,10 +314,11 @@ class Step:
         """Runs the forwards and backwards of a micro-batch whose penalty is a finite difference,
         and returns its loss.
 
-        The first backward, at the images themselves, gives gradients of the weights. It also gives
-        the direction in which the images are then shifted, which consists of the signs of the input
-        gradient. This backward differentiates the cross-entropy times a coefficient, which may be
-        negative. Therefore the signs are multiplied by the sign of the coefficient.
+        The first backward, at the images themselves, differentiates the cross-entropy times a
+        coefficient. It gives a part of the weights' gradients, and the gradient of the images. The
+        images are then shifted in the direction of this gradient's signs. A negative coefficient
+        would reverse the direction, so the signs are multiplied by the coefficient's sign. Another
+        backward at each set of shifted images gives the other part of the weights' gradients.
 
         part: the micro-batch. ramp: strength of the penalty, in 0..1.
         """
@@ -349,7 +350,7 @@ class Step:
     def _forward(self, module: nn.Module, *inputs: Any) -> Loss:
         """Computes a loss with a module of `losses` or `overlapped`."""
         # Mark a new step, because a forward may have run out of memory before its backward.
-        # Otherwise CUDA graphs would still wait for that backward.
+        # Otherwise CUDA graphs would still wait for the backward of the earlier forward.
         if self._compile_mode:
             torch.compiler.cudagraph_mark_step_begin()
         loss: Loss = module(*inputs)

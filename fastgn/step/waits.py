@@ -6,7 +6,7 @@ import torch
 
 
 class WaitTimer:
-    """Adds up the time between the end of a backward and the end of the sum over the processes.
+    """Adds up the time between the end of a backward and the end of the sum of the gradients.
 
     The time has two parts. The sum itself takes equally long in all processes. The wait for the
     last process is shortest in the process for which all others wait.
@@ -25,10 +25,10 @@ class WaitTimer:
         self._seconds = 0.0
         self._began = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        """(begin, end) of each time that is not part of `_seconds` yet."""
+        """(begin, end) of each measurement whose time is not part of `_seconds` yet."""
 
     def begin(self) -> None:
-        """Begins a time. A time that has begun and not ended is forgotten."""
+        """Starts to measure a time. A measurement that was started and not ended is discarded."""
         if self.on_cuda:
             self._begin_event = torch.cuda.Event(enable_timing=True)
             self._begin_event.record()
@@ -36,7 +36,7 @@ class WaitTimer:
             self._began = time.perf_counter()
 
     def end(self) -> None:
-        """Ends the time that `begin` has begun."""
+        """Ends the measurement that `begin` has started."""
         if not self.on_cuda:
             self._seconds += time.perf_counter() - self._began
             return
@@ -48,12 +48,12 @@ class WaitTimer:
             self._read_event()
 
     def _read_event(self) -> None:
-        """Adds the oldest of the events' times to the sum."""
+        """Removes the oldest measurement from `_events` and adds its time to `_seconds`."""
         begin, end = self._events.pop(0)
         self._seconds += begin.elapsed_time(end) / 1000
 
     def read(self) -> float:
-        """Returns the seconds since the last call of `read` or `reset`.
+        """Returns the seconds that were measured since the last call of `read` or `reset`.
 
         Waits until the device has computed the last sum. Call this when the host has just waited
         for the device.

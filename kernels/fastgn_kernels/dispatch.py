@@ -252,8 +252,8 @@ def _engine_reaches(node: Any) -> bool:
     try:
         return node is not None and _engine_will_run(node)
     except RuntimeError:
-        # PyTorch raises this error for a leaf among the inputs of autograd.grad, and outside a
-        # backward pass. In both cases, the gradient counts as needed.
+        # _engine_will_run raises an error for a leaf among the inputs of autograd.grad, and outside
+        # a backward pass. In both cases, the gradient counts as needed.
         return True
 
 

@@ -207,10 +207,11 @@ def _map(
     It is the result of the backward or, if ggg and ggn are given, of the backward of the backward.
 
     - gn: gradient of the loss with respect to each norm.
+    - g: the gradient of which the norm of each sample is computed.
     - norm: the norms, or None for L1.
     - ord: 1 or 2 for the L1 or L2 norm.
     - ggg: gradient of the loss with respect to the result of the backward.
-    - ggn: gradient of the loss with respect to gn, in the backward of the backward.
+    - ggn: gradient of the loss with respect to gn, which `_reduce` has computed.
     """
     gg = torch.empty_like(g)
     rows, columns, constants = _choose_tile(g, ord)

@@ -297,7 +297,7 @@ def _(
 
 
 def _differentiate(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor) -> tuple:
-    """Returns the gradient of each input of the op `_layer_norm`: x, weight, bias, eps and dtype.
+    """Returns the gradients of `_layer_norm`'s inputs x, weight, bias, and None for eps and dtype.
 
     gy: gradient of the loss with respect to the output. `dispatch.register_derivative` describes
     the other arguments.
@@ -340,8 +340,10 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggweight: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradient of each input of the backward op: gy, gsum, x, weight, eps and
-    weight_grads.
+    """Returns the gradients of the backward op's inputs gy, gsum, x and weight.
+
+    The tuple ends with None for the number eps, and None for the flag weight_grads. gsum is the
+    gradient of the loss with respect to the sum x + residual.
 
     ggx, ggweight, ggbias: gradients of the loss with respect to the outputs of the backward op.
     None means zero. `dispatch.register_derivative` describes the other arguments.

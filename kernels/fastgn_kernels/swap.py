@@ -42,7 +42,8 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
         # pickle finds a class by its name, so it cannot find this class, which is made at run time
         return _new, (replaced, fused), vars(self)
 
-    # torch.jit identifies a method by its function's name, so the copy of forward is named "plain"
+    # The method `plain` of the new class is a copy of the old forward. The copy gets the
+    # name "plain", too, because torch.jit identifies a method by its function's name.
     forward = replaced.forward
     plain = types.FunctionType(
         forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
@@ -144,7 +145,7 @@ def _window_attention(module: Any) -> _New:
         )
     if getattr(module.attn_drop, "p", None) != 0:
         raise _RefusedError("it uses dropout on attention weights")
-    for name in ("softmax", "attn_drop"):  # the op does not call them, so their hooks would not run
+    for name in ("softmax", "attn_drop"):  # the op calls neither, so their hooks would not run
         inner = vars(getattr(module, name))
         if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
             raise _RefusedError(f"its {name} has hooks")

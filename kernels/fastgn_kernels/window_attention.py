@@ -45,7 +45,7 @@ def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
     """Returns an uninitialised tensor for the gradient of the bias.
 
-    learned: the same tensor as bias if the gradient of the bias is wanted, otherwise None. If None,
+    learned: the bias of the attention, or None if the gradient of the bias is not wanted. If None,
     the returned tensor has no elements, because a custom op cannot return None.
     """
     return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
@@ -115,8 +115,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns the gradients of qkv and of the bias.
 
-    The gradient of the bias has no elements if weight_grads is False. go: gradient of the output.
-    extra: tensor to add to the gradient of qkv, or None.
+    The gradient of the bias has no elements if weight_grads is False. go: gradient of the
+    loss with respect to the output. extra: tensor to add to the gradient of qkv, or None.
     """
     learned = bias if weight_grads else None
     gqkv, gbias = _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, learned)
@@ -154,8 +154,9 @@ def _backward_backward(
     """Returns (ggo, gqkv, gbias): the second backward pass's gradients with respect to go, qkv and
     bias.
 
-    gbias has no elements if weight_grads is False. go: gradient of the output in the first backward
-    pass. ggqkv, ggbias: cotangents of that pass's gradients of qkv and bias.
+    gbias has no elements if weight_grads is False. go: gradient of the loss with respect to the
+    output. ggqkv, ggbias: gradients of the loss with respect to the results of the first backward
+    pass, which are the gradients of qkv and bias.
     """
     learned = bias if weight_grads else None
     (gqkv, ggo), gbias = _allocate_outputs(qkv), _allocate_bias_grad(qkv, learned)
@@ -278,8 +279,7 @@ def _differentiate_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggqkv: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradient of each input of the backward op, which has the same order as its
-    inputs.
+    """Returns the gradients of the inputs of the backward op, in the order of these inputs.
 
     ggqkv, ggbias: gradients of the loss with respect to the outputs of the backward op, which are
     the gradients of qkv and bias. None means zero. `dispatch.register_derivative` describes the

@@ -5,13 +5,15 @@ Names, for one window and head with N tokens of D channels:
 - q, k, v and o are queries, keys, values and output, (N, D) each. qkv holds the first three.
 - S are the scores and P = softmax(S) their probabilities, (N, N) each.
 - gx is the gradient of the loss with respect to x, for any tensor x, such as gq, go or gS.
+- gP is the gradient with respect to P except for a constant per row, which does not change gS.
 - extra is an optional tensor that the backward adds to gqkv.
 - ggqkv and ggbias are the cotangents of gqkv and gbias, which are the gradients of the loss with
   respect to these. The backward of the backward starts from them.
 - ggo is the gradient with respect to go. The backward of the backward computes it, together with
   its own gqkv and gbias.
 - dS and dP are the changes of S and P along ggqkv and ggbias. dS is centred.
-- hS is the gradient with respect to S in the backward of the backward. gdP is used to compute it.
+- hS is the gradient with respect to S in the backward of the backward. It is computed from gdP,
+  which is the gradient with respect to P there, except for a constant per row.
 - centred(X) = X - rowsum(P X). Products of two (N, N) matrices are elementwise.
 
 Forward:
@@ -87,7 +89,7 @@ def _softmax(scores):
 
 @triton.jit
 def _centre(x, p):
-    """Returns x - rowsum(p * x). p times this is the backward of a softmax with the output p."""
+    """Returns x - rowsum(p * x). p * result is the backward of a softmax that returned p."""
     return x - tl.sum(p * x, axis=1)[:, None]
 
 
@@ -271,9 +273,9 @@ def _window_attention_bwd_bwd_kernel(
 ):  # fmt: skip
     """Writes ggo and gqkv. The docstring of this file explains these names.
 
-    ggbias is read if HAS_GGBIAS. If BIAS_GRAD, one program adds the bias gradients of its windows
-    to partial_sums. Registers cannot hold six 64 x 64 tiles and their operands. Therefore inputs
-    are read again, mostly from the cache, whenever they are used.
+    ggbias is read if HAS_GGBIAS. If BIAS_GRAD, each program adds the bias gradients of its own
+    windows to its own part of partial_sums. Registers cannot hold six 64 x 64 tiles and their
+    operands. Therefore inputs are read again, mostly from the cache, whenever they are used.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)

@@ -92,9 +92,9 @@ def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
 
 
 def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int, int]) -> Tensor:
-    """Returns zeros, to which each program adds the gradients of the bias for its strip of windows.
+    """Returns zeros, to which each program adds the bias gradients of its strip of windows.
 
-    learned: the same tensor as bias if the gradient of the bias is wanted, otherwise None. If None,
+    learned: the bias of the attention, or None if the gradient of the bias is not wanted. If None,
     the returned tensor has no elements. grid: (number of heads, number of strips).
     """
     heads, strips = grid

@@ -28,29 +28,28 @@ ARGUMENTS = 6
 
 
 class Kind(IntEnum):
-    """An operation on an image, as PIL defines it. The text of an operation that needs arguments
-    begins with their names in brackets."""
+    """An operation on an image, as PIL defines it. The text of an operation says which
+    arguments it needs. Operations without a text need none, except the last three."""
 
     NONE = 0
     BICUBIC = 1
-    """[a, b, c, d, e, f]: an affine map with these six arguments and bicubic interpolation. The
-    pixel at (x, y) comes from (a x + b y + c, d x + e y + f), in pixels from the image's corner.
-    The pixel is FILL if that point is outside the image."""
+    """An affine map with bicubic interpolation and the six arguments a, b, c, d, e, f. The pixel at
+    (x, y) comes from (a x + b y + c, d x + e y + f), in pixels from the image's corner. The pixel
+    is FILL if that point is outside the image."""
     BILINEAR = 2
-    """[a, b, c, d, e, f]: an affine map with the same arguments as for BICUBIC, but with bilinear
-    interpolation."""
+    """An affine map with the same six arguments as BICUBIC, but with bilinear interpolation."""
     AUTO_CONTRAST = 3
     EQUALIZE = 4
     INVERT = 5
     POSTERIZE = 6
-    """[mask]: keeps only the bits of the argument `mask` in each value."""
+    """Keeps only some bits of every pixel value. Its one argument is the mask of these bits."""
     SOLARIZE = 7
-    """[threshold]: inverts all values that are not below the argument `threshold`."""
+    """Inverts all pixel values that are not below a threshold, which is its one argument."""
     SOLARIZE_ADD = 8
-    """[number]: adds the argument `number` to values below 128."""
+    """Adds a number, which is its one argument, to all pixel values below 128."""
     COLOR = 9
-    """[factor]: blends the grey image (if the argument `factor` is 0) with the image itself (factor
-    1).
+    """Blends the grey image with the image itself. Its one argument is a factor, which is 0 for the
+    grey image and 1 for the image itself.
 
     CONTRAST, BRIGHTNESS and SHARPNESS also take a factor. For them, a factor of 0 gives the mean
     grey, black and the blurred image."""
@@ -208,8 +207,10 @@ def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
 
 
 def posterized(side: int, bits: int) -> tuple[float, ...] | None:
-    """Returns the mask of the bits that Kind.POSTERIZE keeps in each value, or None if it keeps all
-    8. side: not used."""
+    """Returns the one argument of Kind.POSTERIZE in a tuple, or None if all 8 bits are kept.
+
+    The argument is the mask of the bits that are kept in every pixel value. side: not used.
+    """
     return (256 - 2 ** (8 - bits),) if bits < 8 else None
 
 

@@ -26,8 +26,8 @@ class Fed(NamedTuple):
     """
 
     encoded: Any
-    """Bytes of all image files one after the other, uint8. Images that are no plain JPEG are
-    converted to PPM."""
+    """Bytes of all image files one after the other, uint8. If DALI might not decode a file just
+    as PIL does, such as a PNG, the file is replaced by its decoded crop as a PPM file."""
     lengths: Any
     """(B,), int64: number of bytes of each file."""
     anchors: Any
