@@ -533,7 +533,7 @@ def test_a_shard_that_was_cut_is_named_before_training(tmp_path, capsys):
     shard = output / "train" / "shard-000000.tar"
     os.truncate(shard, 3000)
     line = refused(capsys, folder_run(output, tmp_path / "run"))
-    assert line.startswith(f"{shard} has 3000 bytes, ")
+    assert line.startswith(f"shard {shard} has 3000 bytes, ")
     assert not (tmp_path / "run").exists()
 
 

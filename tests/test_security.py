@@ -37,7 +37,7 @@ PACKAGE = Path(files.__file__).parent
 
 
 READERS: dict[str, set[str]] = {
-    "torch.load": {"files.py"},
+    "torch.load": {"archive.py"},
     "safetensors.safe_open": {"files.py"},
     "safe_open": {"files.py"},
     "load_file": set(),
@@ -50,7 +50,7 @@ READERS: dict[str, set[str]] = {
     "pickle.Unpickler": set(),
     "csv.reader": set(),
     "csv.DictReader": set(),
-    "zipfile.ZipFile": {"files.py", "data/npz.py"},
+    "zipfile.ZipFile": {"archive.py", "data/npz.py"},
     "tarfile.open": set(),
     "np.load": set(),
     "np.memmap": set(),

@@ -86,7 +86,7 @@ def test_the_real_cifar10_sample():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"test_labels": None}, "lacks test_labels"),
+        ({"test_labels": None}, "lacks the arrays test_labels"),
         ({"train_images": np.zeros((20, 32, 32, 3))}, "uint8 N x H x W x 3, not float64"),
         ({"train_images": np.zeros((20, 3, 32, 32), np.uint8)}, "N x H x W x 3, not uint8"),
         ({"train_labels": np.arange(19) % 10}, "20 train images, but 19 labels"),
