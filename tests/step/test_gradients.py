@@ -403,6 +403,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+SLOW_CASES: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32},
+    "fp32, accumulated": {"dtype": torch.float32, "accumulated": 2},
+    "compiled, float64": {"compile": True},
+    "compiled, accumulated": {**FP32, "accumulated": 2},
+    "compiled, dropout": {**FP32, "dropout": True},
+    "compiled, lazy": {**FP32, "schedule": "lazy"},
+    "compiled, subset": {**FP32, "schedule": "subset"},
+    "compiled, attack": {**FP32, "method": "pgd_at"},
+    "compiled, four": {**FP32, "ranks": 4},
+}
+
+
 def train_on_a_rank(cases: dict[str, dict[str, Any]], folder: str) -> int:
     overlap.BUCKET = 1000  # so that a small network has several buckets
     with distributed.session("cpu") as world:
@@ -447,6 +460,23 @@ def test_several_processes_train_the_weights_of_one(
     assert error < (1e-2 if in_bf16 else 1e-5 if "dtype" in case else 1e-12)
     if in_bf16:
         assert error > 1e-6, "gradients in bf16 are rounded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_CASES)
+def test_compiled_and_fp32_processes_train_the_weights_of_one(
+    name: str, tmp_path: Path, restored: None
+) -> None:
+    case = SLOW_CASES[name]
+    count = case.get("ranks", 2)
+    on_ranks(tmp_path, count, train_on_a_rank, {name: case}, str(tmp_path))
+    ranks = [torch.load(tmp_path / f"{rank}.pt")[name] for rank in range(count)]
+    alone = train(OneRank(), 0, count, case)
+    for rank in ranks:
+        assert torch.equal(rank["weights"], ranks[0]["weights"])
+        assert bool(rank["hashes"]) == case.get("compile", False)
+    error = (ranks[0]["weights"] - alone["weights"]).norm() / alone["weights"].norm()
+    assert error < (1e-5 if "dtype" in case else 1e-12)
 
 
 def test_the_compiled_graphs_are_those_of_one_process(
