@@ -91,7 +91,8 @@ class RetryingStep:
                     raise
                 failure = error
             del reserved  # PyTorch's allocator keeps this memory for the next allocations
-            self.waits.begin()
+            if self.step.ranks.size > 1:
+                self.waits.begin()
             failure = self._share_failure(failure)
             if failure is None:
                 # After the first update the optimizer allocates its state in the reserved memory.
