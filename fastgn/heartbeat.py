@@ -29,6 +29,31 @@ WAITING_S = 60.0
 """Seconds for which a rank waits for another rank before a warning names the other rank."""
 
 
+class Wait:
+    """Measures a wait, and decides when to warn about it.
+
+    The first warning comes after WAITING_S seconds, and the next ones after 2, 4, 8 times as long.
+    """
+
+    def __init__(self) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Forgets the wait, so that the next one begins at 0 seconds."""
+        self.seconds, self.next_warning_s = 0.0, WAITING_S
+
+    def is_warning_due(self, interval_s: float) -> bool:
+        """Adds some seconds to the wait, and returns whether to print a warning now."""
+        self.seconds += interval_s
+        due = self.seconds >= self.next_warning_s
+        self.next_warning_s *= 2 if due else 1
+        return due
+
+    def __str__(self) -> str:
+        minutes = round(self.seconds / 60, 1)
+        return f"{minutes:g} {'minute' if minutes == 1 else 'minutes'}"
+
+
 class Heartbeat:
     """Reports that this rank is alive, and ends the process if another rank is silent for too
     long."""
@@ -58,14 +83,12 @@ class Heartbeat:
         self.interval_s = min(limit_s / STEPS, LONGEST_INTERVAL_S)
         self.collectives = 0
         """Number of collectives of distributed.World that this rank has begun."""
-        self.wait = (0, 0.0, WAITING_S)
-        """(number of the collective in which this rank waits, seconds that it has waited, seconds
-        after which it prints the next warning)."""
+        self.waits_in = 0
+        """Number of the collective in which this rank waits for others."""
+        self.wait_for_ranks = Wait()
         self.waits_for_device = False
         """Whether the main thread waits until its device has computed everything."""
-        self.device_wait = (0.0, WAITING_S)
-        """(seconds that the main thread has waited for its device, seconds after which this rank
-        prints the next warning)."""
+        self.wait_for_device = Wait()
         self.reports: dict[int, list[str]] = {}
         """Rank -> its last report, as four texts. These are its number of heartbeats, its number of
         collectives, the ranks that it has found missing, and the name of its process."""
@@ -159,43 +182,32 @@ class Heartbeat:
     def _name_late_ranks(self) -> None:
         """Prints which ranks are alive but late.
 
-        A rank is late if it has not begun the collective in which this rank waits. The first
-        warning comes after WAITING_S seconds of waiting, and the next ones after 2, 4, 8 times as
-        long.
+        A rank is late if it has not begun the collective in which this rank waits.
         """
         late = self.find_late_ranks()
-        number, waited_s, warn_s = self.wait
-        if number != self.collectives or not late:
-            self.wait = self.collectives, 0.0, WAITING_S
+        if self.waits_in != self.collectives or not late:
+            self.waits_in = self.collectives
+            self.wait_for_ranks.end()
             return
-        waited_s += self.interval_s
-        if waited_s >= warn_s:
-            warn_s *= 2
-            if self.rank == min(r for r in (self.rank, *self.others) if r not in late):
-                names = " and ".join(map(self.describe_rank, late))
-                _write_to_stderr(f"warning: waiting for {names} for {_in_minutes(waited_s)}")
-        self.wait = number, waited_s, warn_s
+        first = min(r for r in (self.rank, *self.others) if r not in late)
+        if self.wait_for_ranks.is_warning_due(self.interval_s) and self.rank == first:
+            names = " and ".join(map(self.describe_rank, late))
+            _write_to_stderr(f"warning: waiting for {names} for {self.wait_for_ranks}")
 
     def _tell_device_wait(self) -> None:
-        """Prints that this rank waits for its device, after WAITING_S seconds and then after 2, 4,
-        8 times as long.
+        """Prints that this rank waits for its device.
 
         If one device hangs, the devices of all other ranks wait for it in a sum. No rank is late
         then, because all hosts wait for their own devices.
         """
-        waited_s, warn_s = self.device_wait
         if not self.waits_for_device:
-            self.device_wait = 0.0, WAITING_S
-            return
-        waited_s += self.interval_s
-        if waited_s >= warn_s:
-            warn_s *= 2
+            self.wait_for_device.end()
+        elif self.wait_for_device.is_warning_due(self.interval_s):
             _write_to_stderr(
                 f"warning: rank {self.rank} (process {os.getpid()} on host {socket.gethostname()}) "
-                f"has waited for its own device for {_in_minutes(waited_s)}: if all ranks say so, "
+                f"has waited for its own device for {self.wait_for_device}: if all ranks say so, "
                 "look for a device that hangs"
             )
-        self.device_wait = waited_s, warn_s
 
     def _end_process(self) -> NoReturn:
         """Prints which ranks have stopped, and ends this process.
@@ -240,12 +252,6 @@ class Heartbeat:
             names = " and ".join(map(self.describe_rank, late))
             return f"{names} fell behind the other ranks: {reason}"
         return f"a connection between ranks was lost: {reason}"
-
-
-def _in_minutes(seconds: float) -> str:
-    """Returns a duration as text, such as "2 minutes"."""
-    minutes = round(seconds / 60, 1)
-    return f"{minutes:g} {'minute' if minutes == 1 else 'minutes'}"
 
 
 def _write_to_stderr(line: str) -> None:
