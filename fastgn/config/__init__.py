@@ -59,7 +59,7 @@ class Config:
 
     def __post_init__(self) -> None:
         schedule, objective = self.step.schedule, self.objective
-        conflict = find_schedule_conflict(
+        problem_and_remedy = find_schedule_conflict(
             schedule,
             f"--method {objective.method}",
             has_penalty=objective.has_penalty,
@@ -67,7 +67,7 @@ class Config:
             allows_differences=objective.allows_differences,
             ce_weight=objective.gradnorm.ce_weight,
         )
-        check(conflict is None, f"--schedule {schedule} {conflict}")
+        check(problem_and_remedy is None, f"--schedule {schedule} {problem_and_remedy}")
         last = max(self.run.keep_epochs, default=1)
         check(
             last <= self.optimizer.epochs,
@@ -90,8 +90,11 @@ class Config:
         return brief_epochs(self.optimizer.epochs) if given is None else given
 
     def replace(self, **values: Any) -> "Config":
-        """Returns a copy in which some options, named by their keys in recipes, have other values.
-        Raises UserError if a key is unknown, or if a value does not fit its option."""
+        """Returns a copy of the config with other values for some options.
+
+        values: name of an option, as in a recipe -> its new value. Raises UserError if a name is
+        unknown, or if a value does not fit its option.
+        """
         fitting = {}
         for key, value in values.items():
             name = key.replace("-", "_")
@@ -110,19 +113,21 @@ class Config:
         )
 
     def value(self, key: str) -> Any:
-        """Returns the value of an option. key: its key in recipes."""
+        """Returns the value of an option. key: the option's name in a recipe, such as lr."""
         return getattr(operator.attrgetter(FIELDS[key])(self), key)
 
     def flat(self) -> dict[str, Any]:
-        """Returns {key: value} for the options of all groups, without those that are None."""
+        """Returns a dict from the name of each option to its value. Options whose value is None are
+        left out."""
         pairs = {key: self.value(key) for key in FIELDS}
         return {key: value for key, value in pairs.items() if value is not None}
 
     def changed(self, other: "Config", group: str) -> list[str]:
         """Returns a text such as 'epochs: 5, not 10' for each option whose value differs in the
-        other config. The first value is that of this config.
+        other config. The first value in the text is that of this config.
 
-        Only the options of one group, and of the groups in it, are compared.
+        group: name of a group, such as "optimizer". Only the options of this group, and of the
+        groups inside it, are compared.
         """
         keys = [key for key, path in FIELDS.items() if path.split(".")[0] == group]
         pairs = ((key, self.value(key), other.value(key)) for key in keys)
@@ -155,8 +160,8 @@ def replace_keys(options: Any, values: dict[str, Any]) -> Any:
 
 
 def find_groups(options: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the dotted path and the value of each options dataclass inside `options`. path: text
-    that all paths begin with."""
+    """Yields the dotted path, such as objective.gradnorm, and the value of each options dataclass
+    inside `options`. path: text that all these paths begin with."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if dataclasses.is_dataclass(value):
@@ -165,21 +170,21 @@ def find_groups(options: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 GROUPS: dict[str, type] = {path: type(group) for path, group in find_groups(Config())}
-"""Dotted path of each group of options in a Config, such as objective.gradnorm -> its class."""
+"""Dotted path of a group of options, such as objective.gradnorm -> dataclass of the group."""
 FIELDS: dict[str, str] = {
     field.name: path
     for path, group in GROUPS.items()
     for field in dataclasses.fields(group)
     if f"{path}.{field.name}" not in GROUPS
 }
-"""Key of an option in recipes -> dotted path of the group that the option belongs to."""
+"""Name of an option in a recipe -> dotted path of the group that the option belongs to."""
 
 
 def coerce(name: str, value: Any) -> Any:
-    """Returns a value from a recipe, converted to the type of the field. Raises UserError if the
+    """Returns a value from a recipe, converted to the type of its option. Raises UserError if the
     value does not fit this type.
 
-    name: key in the recipe, which is the name of the field.
+    name: name of the option, which is also its key in the recipe.
     """
     hint = typing.get_type_hints(GROUPS[FIELDS[name]])[name]
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
@@ -205,7 +210,7 @@ def coerce_scalar(name: str, value: Any, kind: type) -> Any:
     """Returns a single value from a recipe, converted to type `kind`. Raises UserError if the value
     does not fit this type.
 
-    name: key in the recipe.
+    name: key of the value in the recipe, for the error message.
     """
     if (
         issubclass(kind, float)
@@ -242,8 +247,8 @@ def load_recipe(name_or_file: str) -> Config:
 
 
 BASES = 8
-"""Largest number of bases in a chain. A recipe may name its base, which may name its own base, and
-so on."""
+"""Largest number of recipes that a recipe may build on. A recipe may name another one as its base,
+which may itself name a base, and so on."""
 
 
 def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -258,7 +263,7 @@ def recipe_values(name_or_file: str, extended_by: tuple[Path, ...] = ()) -> dict
     if path.suffix != ".toml":
         path = Path(str(resources.files("fastgn").joinpath("recipes", f"{name_or_file}.toml")))
         missing = nearest(name_or_file, recipe_names())
-    # not Path.is_file, because it would raise an OSError for a name that is too long
+    # os.path is used, because Path.is_file raises an OSError if the name is too long
     check(os.path.isfile(path), missing)
     path = path.resolve()
     check(path not in extended_by, "this recipe extends itself: give it another base")
@@ -288,7 +293,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     """Returns the keys and values in the text of a recipe. Raises UserError if it is not TOML."""
     try:
         values = tomllib.loads(text)
-        repr(values)  # fails if a number has more digits than Python can print in a message
+        repr(values)  # raises ValueError if a number has too many digits to be printed in a message
     except (ValueError, RecursionError) as error:
         raise UserError(f"the text is not valid TOML: {first_line(error)}") from None
     check("self" not in values, "unknown key 'self'")
@@ -298,8 +303,9 @@ def parse_toml(text: str) -> dict[str, Any]:
 def initial_file(start: str) -> Path:
     """Returns the file of weights that --initial-checkpoint names.
 
-    start: the file itself, or the folder of a finished run. Raises UserError if the file does not
-    exist. If a recipe makes this file, the message names the recipe.
+    start: value of --initial-checkpoint, which is the file itself or the folder of a finished run.
+    Raises UserError if the file does not exist. If a recipe of the package makes this file, the
+    message names the recipe.
     """
     path = Path(start)
     unfinished = os.path.isdir(path)

@@ -101,7 +101,7 @@ def parse_cli(kind: type[Parsed], args: Sequence[str], prog: str, default: Any =
     """Returns an options dataclass, parsed from a command line by tyro.
 
     Raises UserError for every mistake. Its message is one line, instead of the box that tyro would
-    print. --help exits with 0.
+    print. --help ends the program with exit status 0.
 
     kind: the dataclass. prog: name of the program for the help text. default: instance with the
     values of flags that are not given.
@@ -151,10 +151,10 @@ def check_working_folder() -> None:
 
 @contextlib.contextmanager
 def set_columns(width: int | None) -> Iterator[None]:
-    """Sets the width of the terminal, in characters, that tyro sees inside the block.
+    """Makes tyro believe, inside the `with` block, that the terminal has this width in characters.
 
-    In a narrow terminal tyro would break the words of its message in two. If `width` is None, the
-    width does not change.
+    In a narrow terminal, tyro would break words of its message in two. If `width` is None, tyro
+    uses the true width.
     """
     before = os.environ.get("COLUMNS")
     if width is not None:
@@ -209,7 +209,8 @@ def translate_refusal(text: str, kind: type) -> str:
 def print_names(args: Sequence[str]) -> typing.NoReturn:
     """Prints the names that `--list KIND [PATTERN]` asks for, and exits.
 
-    args: what follows --list. Raises UserError if the kind is unknown or no name matches.
+    args: the arguments after --list, which are KIND and perhaps PATTERN. Raises UserError if the
+    kind is unknown or no name matches the pattern.
     """
     from fastgn.listing import KINDS, format_listing
 

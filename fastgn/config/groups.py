@@ -184,8 +184,8 @@ class AugmentationConfig(Options):
             value = getattr(self, name)
             check(
                 value == 0 or value >= 1e-3,
-                f"--{name} {format_number(value)} is too small for random draws: use at least "
-                f"0.001, or 0 to turn --{name} off",
+                f"--{name} {format_number(value)} is too small as alpha of a beta distribution: "
+                f"use at least 0.001, or 0 to turn --{name} off",
             )
         if self.aa is not None:
             check_policy(self.aa)
@@ -213,9 +213,9 @@ class StepConfig(Options):
     subset: compute it on a share of the images."""
     fd_step: Annotated[float, FD_STEP] = 1e-2
     """With --schedule finite-difference or central-difference: length h of the step from an image
-    to the shifted image whose loss is compared, in units of normalised pixels. The larger h is, the
-    more the result is like training on FGSM's images. In bf16, h below 1e-2 rounds the difference
-    away. In fp32, 1e-3 is good."""
+    to the shifted image whose loss is compared. It is measured in pixels after the images'
+    normalisation. The larger h is, the more the result is like training on FGSM's images. In bf16,
+    the difference is lost in rounding if h is below 1e-2. In fp32, 1e-3 is good."""
     lazy_interval: Annotated[int, Range(1, 1_000_000)] = 4
     """With --schedule lazy: the penalty is computed once in this many updates. To make up for that,
     it is multiplied by this number. Clipping (--clip-grad) partly undoes the multiplication."""
@@ -233,7 +233,8 @@ class StepConfig(Options):
     grad_sync: Literal["auto", "flat", "overlap"] = "auto"
     """When to sum the gradients of several processes. flat: after the backward. overlap: during the
     backward, which needs a compiled step. If memory runs out in such a backward, the run ends.
-    auto: overlap for one micro-batch on several machines without --cuda-graphs on, else flat."""
+    auto: overlap if the run has several machines, one micro-batch per update and no --cuda-graphs
+    on, otherwise flat."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are sent between processes. bf16 halves the number of bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
@@ -247,8 +248,8 @@ class StepConfig(Options):
     ] = None
     """Clip the gradient's global L2 norm to this value. None means no clipping."""
     sync_bn: bool = False
-    """Compute BatchNorm's statistics over the images of all ranks, also in double backprop. Off:
-    over the images of each rank alone. With several ranks, this option turns CUDA graphs off."""
+    """Compute BatchNorm's statistics over the images of all ranks, also in double backprop. If off,
+    each rank uses only its own images. With several ranks, this option turns CUDA graphs off."""
     train_in_eval_mode: bool = False
     """Train with the model in eval mode, which freezes BatchNorm, as the code of arXiv
     2409.20139 does."""
@@ -385,7 +386,7 @@ class RunConfig(Options):
     """Options of the run, such as its folder, device and seed, and how often it logs and saves."""
 
     recipe: Annotated[str | None, PATH] = None
-    """Name of a recipe (fastgn/recipes), or path of a TOML file. The command line overrides it."""
+    """Name of a recipe (fastgn/recipes), or a TOML file. Flags on the command line override it."""
     output: Annotated[str | None, PATH] = None
     """Folder for the run's files. None means runs/<time>-<model>-<method>."""
     resume: Annotated[str | None, PATH] = None

@@ -22,8 +22,8 @@ RUN_FILES = (
 """Files that a run may write, besides its checkpoints."""
 
 REPORTS = (".json", ".html")
-"""Endings of files that an option may overwrite below --data-dir, because such files cannot be
-images."""
+"""Endings of the names of files that an option may overwrite below --data-dir. Files with these
+endings cannot be images."""
 PICTURE = ("a figure of fastgn's", re.compile(rb"\x89PNG.{,200}Software\0fastgn", re.DOTALL))
 KINDS = {
     "--output": ("JSON", re.compile(rb"\s*\{")),
@@ -45,9 +45,10 @@ def check_written(
     """Raises UserError if a program would overwrite a file that it should keep.
 
     Two options must not name the same file. An option must not name a file that is also read, or a
-    file of a run. It must not name an existing file of another kind than it writes.
+    file of a run. Nor may it name an existing file of a kind that this option does not write.
 
-    written: option -> file that it writes. read: pairs of option and file that it reads.
+    written: option -> file that the program writes for it. read: pairs of an option and the file
+    that the program reads for it.
     """
     taken = {os.path.realpath(path): option for option, path in read if path is not None}
     for option, path in written.items():
@@ -103,13 +104,13 @@ def check_replaced(option: str, folder: Path, names: Iterable[str], ours: bool, 
 def check_outside_data(
     written: Mapping[str, str | Path | None], data_dir: str | None, splits: Iterable[str]
 ) -> None:
-    """Raises UserError if a file would be written into the folder of a split, or over a file below
-    --data-dir.
+    """Raises UserError if a file would be written into a split's folder of images, or would
+    overwrite a file below --data-dir.
 
-    A file whose ending is in REPORTS may be overwritten, because it cannot be an image.
+    A .json or .html file may be overwritten, because it cannot be an image.
 
-    written: option -> file or folder that it writes. data_dir: value of --data-dir. splits: names
-    of the folders of images below data_dir.
+    written: option -> file or folder that the program writes for it. data_dir: value of --data-dir.
+    splits: names of the folders of images below data_dir, such as train.
     """
     if data_dir is None:
         return

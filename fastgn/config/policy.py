@@ -62,6 +62,6 @@ def check_policy(policy: str) -> None:
         seen.add(key)
         check(
             (kind is float or "." not in text) and float(text) in allowed,
-            f"--aa {policy}: {key} must be {'a whole number ' if kind is int else ''}{allowed}, "
-            f"not {text}",
+            f"--aa {policy}: the number after {key} must be "
+            f"{'a whole number ' if kind is int else ''}{allowed}, not {text}",
         )

@@ -82,9 +82,9 @@ def check_attack(name: str) -> None:
 def pgd_step(match: re.Match[str], eps: float) -> float:
     """Returns the size of a step of PGD, in the same units as eps.
 
-    It is the value after @ in the name of the attack, or 2.5 eps / steps if the name has no @.
-    Raises UserError if the text after @ is not a number. match: the match of the pattern PGD with
-    the name.
+    The name of the attack gives the size after an @, as a number or as eps/NUMBER. Without an @,
+    the size is 2.5 eps / steps. Raises UserError if the text after @ is neither. match: result of
+    matching the name with the pattern PGD.
     """
     text = match[4]
     if text is None:
@@ -151,8 +151,8 @@ class EvaluateConfig(BareWeightsConfig):
     apgd-t, fab, fab-t, square: parts of AutoAttack. apgd-ce+t: apgd-ce, then apgd-t."""
     successive: bool = False
     """For each radius of --eps, attack only the images that are still classified correctly after
-    all earlier attacks in --attacks. The accuracy under an attack is then that under this attack
-    and all earlier ones together."""
+    all earlier attacks in --attacks. The accuracy under an attack then counts the images that
+    resist this attack and all earlier ones."""
     data: Literal["digits", "cifar10", "imagefolder"] | None = None
     """Kind of data set. None means the kind that the run was trained on."""
     data_dir: Annotated[str | None, PATH] = None

@@ -27,7 +27,8 @@ class BatchDraws(NamedTuple):
     """Top, bottom, left and right of the box erased in each image, `(B, 4), int64`. Zeros mean no
     box."""
     fill: Tensor | None = None
-    """Pixels in 0..1 that fill the erased boxes, fp32, of a shape that broadcasts to the images."""
+    """Pixels in 0..1 that fill the erased boxes, fp32, in a shape that broadcasts to that of the
+    images."""
     mix_5: Tensor | None = None
     """Five numbers, `(5,), fp32`. The first four are top, bottom, left and right of the box that
     cutmix copies from image B - 1 - i into image i. They are 0 for mixup. The last is the share of
@@ -106,7 +107,8 @@ class BatchAugment:
         return draw(shape, device=self.device).mul_(self.std).add_(self.mean).clamp_(0, 1)
 
     def draw_mix(self, num: int, height: int, width: int) -> Tensor | None:
-        """Returns `BatchDraws.mix_5`, or None if the options ask for no mixing."""
+        """Draws how mixup or cutmix mixes the images of a batch, and returns the five numbers of
+        `BatchDraws.mix_5`. Returns None if both are turned off."""
         if self.mix is None:
             return None
         share, cuts = self.mix._params_per_batch()
@@ -117,7 +119,7 @@ class BatchAugment:
         return mix_5.to(self.device, non_blocking=True)
 
     def apply(self, images_BCHW: Tensor, labels_B: Tensor, drawn: BatchDraws) -> Batch:
-        """Returns the batch after erasing, mixing and label smoothing with the given draws.
+        """Returns the batch after erasing, mixing and label smoothing. drawn: the random choices.
 
         This method does not wait for the device, and torch.compile can put it into one graph.
         """
@@ -170,7 +172,7 @@ class BoxRecorder:
 def make_box_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     """Returns a mask that is True inside the boxes, `(N, 1, height, width), bool`.
 
-    boxes: top, bottom, left and right, `(N, 4, 1, 1, 1), int64`.
+    boxes: top, bottom, left and right of each box in pixels, `(N, 4, 1, 1, 1)`.
     """
     top, bottom, left, right = boxes.unbind(1)
     rows = torch.arange(height, device=boxes.device)[:, None]
@@ -191,9 +193,10 @@ def to_float(images_BCHW: Tensor, img_size: int) -> Tensor:
 
 
 def shift(images_BCHW: Tensor, offsets_B2: Tensor, padding: int) -> Tensor:
-    """Returns each image padded with zeros and cropped to its old size at its own offset.
+    """Returns each image padded with zeros and then cropped to its old size at a place of its own.
 
-    offsets_B2: row and column of the crop, in 0 to 2 * padding, `(B, 2), int64`.
+    offsets_B2: first row and first column of each image's crop, from 0 to 2 * padding, `(B, 2),
+    int64`.
     """
     _, _, height, width = images_BCHW.shape
     padded = F.pad(images_BCHW, (padding,) * 4)

@@ -32,7 +32,8 @@ class Loader(Protocol):
     bad_images: list[str]
     """Messages about images that were replaced because of --on-bad-image skip.
 
-    The list covers the batches yielded since it was last emptied. Whoever reads it should empty it.
+    The list covers the batches yielded since it was last emptied. The caller that reads the list
+    should empty it.
     """
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:

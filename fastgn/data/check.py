@@ -64,7 +64,8 @@ class Inspector:
         name = self.split.name(index)
         try:
             content = self.split.read(index)
-            with warnings.catch_warnings():  # hide PIL's warnings, which find_oddities reports
+            # hide PIL's warnings, because find_oddities reports the same properties of the image
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 decode_image(content, name)
                 return Finding(name, notes=tuple(find_oddities(content)))

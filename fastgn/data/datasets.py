@@ -44,8 +44,8 @@ class Files(Encoded):
     labels_N: Tensor
     """Index of each image's class as `(N,), int64`."""
     root: str = ""
-    """Folder of the data set. The digests of the images do not contain it, so that the data set may
-    be moved."""
+    """Folder of the data set. The digest of the images' paths leaves this folder out, so that it
+    stays the same if the data set is moved."""
 
     def name(self, index: int) -> str:
         """Returns the image's path, for messages."""
@@ -147,7 +147,8 @@ def load_validation(cfg: DatasetConfig) -> tuple[Arrays | Encoded, tuple[str, ..
 
 @contextlib.contextmanager
 def report_file_errors(cfg: DatasetConfig) -> Iterator[None]:
-    """Turns an OSError inside the block into a UserError that names --data-dir and the file."""
+    """Turns an OSError inside the `with` block into a UserError that names --data-dir and the
+    file."""
     try:
         yield
     except OSError as error:

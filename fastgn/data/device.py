@@ -68,8 +68,9 @@ class DeviceLoader:
     ) -> Batch:
         """Returns the augmented batch of the chosen images.
 
-        offsets_N2, flipped_N: offset of the crop, and whether to mirror, for each image of the data
-        set. drawn: random choices for erasing and mixing.
+        chosen_B: indices of these images in the data set. offsets_N2: first row and column of the
+        crop, for each image of the data set. flipped_N: whether each image is mirrored. drawn:
+        random choices for erasing and mixing.
         """
         images = to_float(self.images_NCHW[chosen_B], self.img_size)
         if self.padding:

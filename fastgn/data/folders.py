@@ -20,20 +20,20 @@ ENDINGS = frozenset(
 NO_CLASSES = frozenset(("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"))
 """Names of folders that file servers and archives create, and that hold no training images."""
 NAMED_REASONS = 5
-"""Largest number of reasons for leaving out files that a message lists. It lists the most frequent
-ones."""
+"""Largest number of reasons that a message lists for leaving out files. It lists the most frequent
+reasons."""
 
 
 class Tree(NamedTuple):
     """The images found below a folder."""
 
     classes: list[str]
-    """Names of the subfolders, sorted."""
+    """Names of the subfolders, sorted. Each subfolder is a class."""
     paths: list[str]
     labels: list[int]
     """Index of each image's class."""
     left_out: Counter[str]
-    """Reason why files and folders were left out -> their number."""
+    """Reason for leaving out files and folders -> number of those that were left out for it."""
 
     def describe_left_out(self, folder: Path) -> list[str]:
         """Returns one message about the files and folders that were left out, or no message if

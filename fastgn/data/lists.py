@@ -34,9 +34,9 @@ class Row(NamedTuple):
 def read_list(root: Path, path: Path, known: tuple[str, ...] | None) -> Listed:
     """Reads a list of images whose paths are relative to `root`.
 
-    The classes are the lines of root/classes.txt. Without that file the classes are `known`. If
-    `known` is None, they are the sorted labels of the list. But if all labels are numbers, the
-    classes are 0, 1, ..., as many as there are different labels.
+    The classes are the lines of root/classes.txt. Without that file the classes are `known`, those
+    of the training images. If `known` is None, the classes are the sorted labels of the list. But
+    if all labels are numbers, the classes are 0, 1, ..., as many as there are different labels.
 
     Raises UserError, which names file and line, if a line or a label is not valid, or if an image
     does not exist.

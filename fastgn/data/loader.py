@@ -60,7 +60,8 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
 
 
 def default_batch_size(device: torch.device) -> int:
-    """Returns the number of images per rank and micro-batch if no option gives it."""
+    """Returns the default number of images per rank and micro-batch, for a run in which no option
+    gives this number."""
     return 32 if device.type == "cuda" else 8
 
 
@@ -170,7 +171,8 @@ def choose_flip_probability(cfg: Config, dataset: Dataset) -> float:
 
 
 def choose_loader(cfg: Config, split: Arrays | Encoded, device: torch.device) -> str:
-    """Returns "device", "torch" or "dali", or "try dali" if DALI first has to pass a trial."""
+    """Returns the kind of loader to use, which is "device", "torch" or "dali". Returns "try dali"
+    if a trial must first show that DALI works."""
     if cfg.dataset.loader != "auto":
         return cfg.dataset.loader
     if isinstance(split, Arrays):

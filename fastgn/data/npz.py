@@ -16,14 +16,14 @@ from fastgn.errors import UserError, check
 from fastgn.files import open_regular
 
 INFLATED_BYTES = 2**28
-"""Arrays that take at most this number of bytes in memory are always allowed.
+"""Arrays that together take at most this number of bytes in memory are always allowed.
 
-Larger arrays may take at most INFLATED_TIMES the bytes of their file. Photographs compress to about
-one half, and no data set compresses to one hundredth.
+Larger arrays may take at most INFLATED_TIMES as many bytes as their file. Photographs compress to
+about one half, and no data set compresses to one hundredth.
 """
 INFLATED_TIMES = 100
-"""Largest ratio of the bytes in memory to the bytes of the file, for arrays above
-INFLATED_BYTES."""
+"""Largest ratio of the bytes in memory to the bytes of the file. It holds for arrays that together
+take more than INFLATED_BYTES in memory."""
 
 
 class Field(NamedTuple):

@@ -56,7 +56,7 @@ class Packed:
     """An image as it is written to a shard."""
 
     format: str
-    """Ending of the member's name, such as "jpg"."""
+    """Ending of the name that the image gets in the shard, such as "jpg"."""
     content: bytes
 
 
@@ -133,7 +133,7 @@ def write_shard(
 ) -> Shards:
     """Writes a shard and its own index, and returns the index.
 
-    images: (key, label, image) for each image of the shard. recipe: digest from `hash_packing`.
+    images: (name in the shard, label, image) for each image. recipe: digest from `hash_packing`.
     """
     path = folder / f"{name}.tar"
     rows: list[tuple[str, int, int, int, int]] = []
@@ -184,10 +184,11 @@ def load_finished_shard(folder: Path, name: str, recipe: str) -> Shards | None:
 def pack(
     split: Encoded, classes: tuple[str, ...], folder: Path, cfg: PackConfig, bar: tqdm
 ) -> tuple[Shards, list[str]]:
-    """Packs a split. Returns its index, and a message for each bad image that was left out.
+    """Packs a split. Returns the index of its shards, and a message for each bad image that was
+    left out.
 
     folder: where to write the shards. bar: progress bar. Raises UserError if the folder has shards
-    that another program has made, or if an image is bad and may not be left out.
+    that another program has made. Also raises UserError if an image is bad and may not be left out.
     """
     numbers = range(len(split))
     pieces = [numbers[i : i + cfg.shard_size] for i in numbers[:: cfg.shard_size]]

@@ -38,7 +38,7 @@ class Shards(Encoded):
     folder: Path
     classes: tuple[str, ...]
     recipe: str
-    """Digest of the source and the options that the shards were packed from."""
+    """Digest of the images' names and labels, of the classes, and of the options of the packing."""
     shards: tuple[str, ...]
     """File names of the shards."""
     sha256: tuple[str, ...]

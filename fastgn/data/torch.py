@@ -34,7 +34,8 @@ Key = tuple[int, int]
 class Decoded(Dataset):
     """Dataset that decodes and augments an image, given (epoch, index of the image).
 
-    An item is (image as `(3, H, W), uint8`, label, messages about bad images that it replaces).
+    An item is (image as `(3, H, W), uint8`, label, messages). There is one message for each bad
+    image that this image replaces.
     """
 
     def __init__(self, split: Arrays | Encoded, transform: Any, seed: int, skip: bool):
@@ -223,7 +224,7 @@ def return_unchanged(result: Any) -> Any:
 
 
 PR_SET_PDEATHSIG = 1
-"""Code with which a process asks Linux's prctl for a signal when its parent process dies."""
+"""Number of the operation of Linux's prctl that asks for a signal when the parent process dies."""
 
 
 def set_up_worker(worker: int) -> None:
@@ -233,7 +234,7 @@ def set_up_worker(worker: int) -> None:
     its state and then ends its workers.
     """
     torch.set_num_threads(1)
-    # let Linux kill the worker when the main process ends, which a waiting worker does not notice
+    # ask Linux to kill the worker when the main process ends, because a waiting worker would go on
     with contextlib.suppress(AttributeError, OSError):  # prctl exists only on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # otherwise the worker's thread that sends tensors would print an error if the main process ends

@@ -1,4 +1,5 @@
-"""Builds timm's transform of training images, and replaces its posterize, which may fail."""
+"""Builds timm's transform of training images, and replaces its operation posterize, which may
+fail."""
 
 from typing import Any
 

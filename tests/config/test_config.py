@@ -244,8 +244,8 @@ REFUSED = [
     ("--loader", "dalli", "--loader 'dalli': did you mean 'dali'?"),
     ("--lerning-rate", "1", "--lerning-rate is unknown: did you mean '--lr"),
     ("--epochs", "3.5", "3.5"),
-    ("--mixup", "1e-5", "--mixup 1e-05 is too small for random draws: use at least 0.001, or 0"),
-    ("--cutmix", "1e-4", "--cutmix 0.0001 is too small for random draws"),
+    ("--mixup", "1e-5", "--mixup 1e-05 is too small as alpha of a beta distribution: use at least"),
+    ("--cutmix", "1e-4", "--cutmix 0.0001 is too small as alpha of a beta distribution"),
     ("--eps", "four", "--eps 'four' should be a number, such as 0.5 or 4/255"),
 ]
 

@@ -80,7 +80,8 @@ def warp(image: np.ndarray, matrix: np.ndarray, mode: str) -> np.ndarray:
         return np.ascontiguousarray(shear_rows(image.transpose(1, 0, 2), d, f).transpose(1, 0, 2))
     side = len(image)
     middle = np.arange(side, dtype=np.float32) + np.float32(0.5)
-    source = np.empty((side, side, 2), np.float32)  # (x, y) of each result pixel's source
+    # (x, y) of the point in the image from which each pixel of the result is taken
+    source = np.empty((side, side, 2), np.float32)
     np.add.outer(b * middle, a * middle + c, out=source[..., 0])
     np.add.outer(e * middle, d * middle + f, out=source[..., 1])
     beyond = (source < 0) | (source >= side)

@@ -194,8 +194,9 @@ def note(
 
 
 def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
-    """Returns the affine map of PIL's Image.rotate about the middle of an image, or None for a
-    rotation by 0 degrees. side: width and height of the image."""
+    """Returns the six arguments of Kind.BICUBIC for a rotation about the middle of an image, as
+    PIL's Image.rotate does it. Returns None for a rotation by 0 degrees. side: width and height of
+    the image."""
     if degrees % 360 == 0:
         return None
     angle, middle = -math.radians(degrees % 360), side / 2
@@ -209,13 +210,14 @@ def rotation(side: int, degrees: float) -> tuple[float, ...] | None:
 def posterized(side: int, bits: int) -> tuple[float, ...] | None:
     """Returns the one argument of Kind.POSTERIZE in a tuple, or None if all 8 bits are kept.
 
-    The argument is the mask of the bits that are kept in every pixel value. side: not used.
+    The argument is the mask of the bits that are kept in every pixel value. side: not used, because
+    the mask does not depend on the image's size.
     """
     return (256 - 2 ** (8 - bits),) if bits < 8 else None
 
 
 def as_given(side: int, *args: float) -> tuple[float, ...]:
-    """Returns the arguments unchanged, without `side`."""
+    """Returns the arguments of timm's function unchanged. side: not used."""
     return args
 
 

@@ -205,7 +205,8 @@ class DaliLoader:
 
 
 KEPT: list[tuple["weakref.ref[DaliLoader]", deque[Any]]] = []
-"""All pipelines of this process, kept so that the garbage collector never ends a pipeline.
+"""Each loader of this process with its pipelines. They are kept here so that the garbage collector
+never ends a pipeline.
 
 A pipeline's threads call Python, so the garbage collector may run in one of them. If it ended that
 pipeline, the thread would wait for itself.

@@ -41,7 +41,7 @@ def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> 
         start=anchor,
         shape=shape,
         axis_names="HW",
-        adjust_orientation=False,  # PIL does not rotate images either
+        adjust_orientation=False,  # PIL does not rotate images by their EXIF data either
         output_type=types.RGB,
         device="mixed" if device == "gpu" else "cpu",
     )
@@ -208,8 +208,8 @@ def equalize(image: Any, arguments: Any, side: int, device: str) -> Any:
     """Returns the image with the histogram of each channel equalised, as ImageOps.equalize does.
 
     For each value v, PIL counts the pixels below v, and DALI the pixels up to and including v.
-    Therefore DALI equalises the negative of the image here. In the negative, the pixels up to 255 -
-    v are those that are at least v in the image. All other pixels are below v, as PIL counts them.
+    Therefore DALI equalises the negative of the image here. There it counts, for the value 255 - v,
+    the pixels that are at least v in the image. The other pixels are those that PIL counts.
 
     PIL then divides each count by a step, which is a 255th of all pixels but the brightest, rounded
     down to a whole number. DALI does not round, so the values are scaled at the end.
@@ -232,19 +232,22 @@ def invert(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 @do_not_convert
 def posterize(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image with only those bits of each value that a mask keeps."""
+    """Returns the image with only those bits of each pixel value that the mask in `arguments`
+    keeps."""
     return image & fn.cast(first(arguments, device), dtype=types.UINT8)
 
 
 @do_not_convert
 def solarize(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image, in which all values that are not below a threshold are inverted."""
+    """Returns the image, in which all pixel values that are not below a threshold are inverted. The
+    threshold is the only argument."""
     return image ^ ((image >= fn.cast(first(arguments, device), dtype=types.INT32)) * byte(255))
 
 
 @do_not_convert
 def solarize_add(image: Any, arguments: Any, side: int, device: str) -> Any:
-    """Returns the image with a number, at most 128, added to the values below 128."""
+    """Returns the image with a number added to all pixel values below 128. The number is the only
+    argument, and at most 128."""
     return image + (image < byte(128)) * fn.cast(first(arguments, device), dtype=types.UINT8)
 
 
