@@ -69,7 +69,7 @@ def _process_tile(
     - gx_pointer: gradient with respect to x for order 2. Other orders do not use it.
     - offsets, inside: positions of the tile's elements, and a mask that is False for padding.
     - bias, ggbias: the bias, and the gradient of the loss with respect to the bias gradient. Each
-      is a tile, or 0.0.
+      is a row of the tile's width, or 0.0 if the activation has no bias.
     - VALUE, FIRST, SECOND: Triton functions for the activation and its two derivatives.
     - MULTIPLY: Triton function that multiplies a gradient by one of these derivatives.
     - PARAMETER: the activation's parameter, such as the slope of leaky_relu.
@@ -103,8 +103,9 @@ def _activation_kernel(
 ):  # fmt: skip
     """Computes an activation without a bias, or one of its two derivatives.
 
-    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward.
-    `_process_tile` describes the other arguments.
+    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward. x has
+    num_elements elements, of which each program processes BLOCK. `_process_tile` describes the
+    other arguments.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _process_tile(
@@ -128,8 +129,9 @@ def _bias_activation_kernel(
     If BIAS_GRAD is True, each program also computes the sum of the bias gradient over its own rows,
     and stores this partial sum at partial_sums_pointer.
 
-    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward.
-    `_process_tile` describes the other arguments.
+    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward. rows,
+    columns: shape of x as a matrix. HAS_GGBIAS: whether the kernel reads ggbias_pointer. If not,
+    ggbias is zero. `_process_tile` describes the other arguments.
     """
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     bias = tl.load(bias_pointer + column, mask=column < columns, other=0.0)
@@ -150,7 +152,8 @@ def _bias_activation_kernel(
         if BIAS_GRAD:
             total += gu
     if BIAS_GRAD:
-        # every program stores its own sum, because atomic additions are not reproducible
+        # Every program stores a sum of its own. With atomic additions to one sum, two runs could
+        # give different results.
         to = partial_sums_pointer + tl.program_id(1).to(tl.int64) * columns + column
         tl.store(to, tl.sum(total, axis=0), mask=column < columns)
 
@@ -179,7 +182,8 @@ def _run_kernel(
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
     x = with_strides_of(x, out)
-    # a kernel takes a tensor for every argument, so x replaces the tensors that it will not read
+    # The kernel needs a tensor for every argument. If gy or ggx is None, the kernel does not read
+    # this argument, so x can take its place.
     gy = with_strides_of(gy, out) if gy is not None else x
     ggx = with_strides_of(ggx, out) if ggx is not None else x
     if bias is None:
@@ -314,8 +318,10 @@ def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...],
     ggx: Tensor | None, ggbias: Tensor | None,
 ) -> tuple:  # fmt: skip
-    """Returns the gradient of each input of the backward op, which takes gy, x, bias and three
-    options.
+    """Returns the gradient of each input of the backward op.
+
+    The inputs are (gy, x, bias, kind, parameter, weight_grads). The last three are not tensors, so
+    their gradients are None.
 
     ggx, ggbias: gradients of the loss with respect to the outputs of the backward op. None means
     zero. `dispatch.register_derivative` describes the other arguments.

@@ -54,9 +54,9 @@ LARGEST_ROW = 64 << 10
 """Largest size in bytes of a row of logits, in the compute dtype, for which the Triton kernels run.
 A longer row would not fit the registers of 1024 threads.
 
-Rows of 16384 float32 classes spill no registers on sm_70, sm_80 and sm_90. With 32768 classes, a
-thread spills up to 700 bytes. With 8192 float64 classes, the kernel of the second derivative spills
-112 bytes per thread."""
+With rows of 16384 float32 classes, no kernel spills registers to memory on sm_70, sm_80 and sm_90.
+With 32768 classes, a thread spills up to 700 bytes. With 8192 float64 classes, the kernel of the
+second derivative spills 112 bytes per thread."""
 
 
 @triton.jit
@@ -287,9 +287,10 @@ def _allocate_outputs(order: int, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _choose_implementation(logits: Tensor) -> Any:
-    """Returns `_run_kernel` if Triton kernels can run on the logits, otherwise `_run_plain`.
+    """Returns `_run_kernel`, or `_run_plain` if Triton kernels cannot run on the logits.
 
-    A row of logits must also fit the registers of a Triton program.
+    They cannot run if the logits are on the CPU, except with Triton's interpreter. They also cannot
+    run if a row of logits does not fit the registers of a Triton program.
     """
     fits = logits.shape[1] * compute_dtype(logits.dtype).itemsize <= LARGEST_ROW
     return _run_kernel if fits and runs_triton(logits) else _run_plain
@@ -328,7 +329,7 @@ def _(ggz: Tensor, gl: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor,
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor) -> tuple:
-    """Returns the gradient of each input of the forward op, which takes (logits, targets).
+    """Returns the gradients of the inputs (logits, targets) of the forward op. Targets get None.
 
     gl: gradient of the final loss with respect to each sample's loss.
     `dispatch.register_derivative` describes the other arguments.
@@ -339,7 +340,8 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggz: Tensor
 ) -> tuple:
-    """Returns the gradient of each input of the backward op, which takes (gl, logits, targets).
+    """Returns the gradients of the inputs (gl, logits, targets) of the backward op. Targets get
+    None.
 
     ggz: gradient of the final loss with respect to the output of the backward op.
     `dispatch.register_derivative` describes the other arguments.

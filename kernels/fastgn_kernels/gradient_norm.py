@@ -111,7 +111,8 @@ def _gradient_norm_reduce_kernel(
             total += _compute_direction(g, inverse, L1) * ggg
         else:
             total += tl.where(g < 0, -g, g) if L1 else g * g
-    # every program stores its own sum, because atomic additions are not reproducible
+    # Every program stores a sum of its own. With atomic additions to one sum, two runs could give
+    # different results.
     to = partial_sums_pointer + row * tl.num_programs(1) + tl.program_id(1)
     tl.store(to, tl.sum(total, axis=1, keep_dims=True), mask=row < rows)
 
@@ -157,11 +158,12 @@ def _gradient_norm_map_kernel(
 
 
 def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
-    """Returns the rows and columns of g as a matrix, and the kernels' compile-time constants.
+    """Returns (rows, columns, constants), which are arguments of both kernels.
 
-    The kernels treat g as a matrix in which each row is a sample. A tile is the part of this matrix
-    that a program processes at a time. It holds several samples if they are small. The constants
-    include the tile's size.
+    - rows, columns: number of samples, and number of elements of each sample. The kernels treat g
+      as a matrix of this shape.
+    - constants: the kernels' compile-time constants, which include the size of a tile. A tile is
+      the part of the matrix that a program processes at a time. It holds several small samples.
 
     ord: 1 or 2 for the L1 or L2 norm.
     """
@@ -176,7 +178,9 @@ def _choose_tile(g: Tensor, ord: int) -> tuple[int, int, dict[str, Any]]:
     return rows, columns, constants
 
 
-def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None = None) -> Tensor:
+def _sum_samples(
+    g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None = None
+) -> Tensor:
     """Returns, for each sample of g, the sum of abs(g) if ord is 1, or of g^2 if ord is 2.
 
     If ggg is given, returns the sum of ggg * direction instead. The direction is the derivative of
@@ -198,7 +202,7 @@ def _reduce(g: Tensor, ord: int, ggg: Tensor | None = None, norm: Tensor | None 
     return sums.sum(1) if strips > 1 else sums[:, 0]
 
 
-def _map(
+def _compute_grad(
     gn: Tensor, g: Tensor, norm: Tensor | None, ord: int,
     ggg: Tensor | None = None, ggn: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
@@ -207,11 +211,11 @@ def _map(
     It is the result of the backward or, if ggg and ggn are given, of the backward of the backward.
 
     - gn: gradient of the loss with respect to each norm.
-    - g: the gradient of which the norm of each sample is computed.
+    - g: a batch of samples, of which the forward computes the norms.
     - norm: the norms, or None for L1.
     - ord: 1 or 2 for the L1 or L2 norm.
     - ggg: gradient of the loss with respect to the result of the backward.
-    - ggn: gradient of the loss with respect to gn, which `_reduce` has computed.
+    - ggn: gradient of the loss with respect to gn, which `_sum_samples` has computed.
     """
     gg = torch.empty_like(g)
     rows, columns, constants = _choose_tile(g, ord)
@@ -232,7 +236,7 @@ def _run_kernel(
     """Computes the norms or one of their two derivatives with Triton kernels.
 
     - order: 0 for the forward, 1 for the backward, 2 for the backward of the backward.
-    - g: the gradient of which the norm of each sample is computed.
+    - g: a batch of samples, of which the norms are computed.
     - ord: 1 or 2 for the L1 or L2 norm.
     - gn: gradient of the loss with respect to each norm. None for order 0.
     - norm: the norms, or None for order 0 and for L1.
@@ -252,13 +256,13 @@ def _run_kernel(
         return per_sample.zero_(), gg
     blocks = _with_samples_in_blocks(g)
     if gn is None:
-        sums = _reduce(blocks, ord)
+        sums = _sum_samples(blocks, ord)
         return sums if ord == 1 else sums.sqrt(), gg
     if ggg is None:
-        return per_sample, _map(gn, blocks, norm, ord)
+        return per_sample, _compute_grad(gn, blocks, norm, ord)
     ggg = with_strides_of(ggg, blocks)
-    ggn = _reduce(blocks, ord, ggg, norm)
-    return ggn, gg if ord == 1 else _map(gn, blocks, norm, ord, ggg, ggn)
+    ggn = _sum_samples(blocks, ord, ggg, norm)
+    return ggn, gg if ord == 1 else _compute_grad(gn, blocks, norm, ord, ggg, ggn)
 
 
 def _run_plain(
@@ -353,7 +357,7 @@ def _(ggg: Tensor, gn: Tensor, g: Tensor, norm: Tensor | None, ord: int) -> tupl
 
 
 def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor) -> tuple:
-    """Returns the gradient of each input of the forward op, which takes (g, ord).
+    """Returns the gradients of the inputs (g, ord) of the forward op. The number ord gets None.
 
     gn: gradient of the loss with respect to each norm. `dispatch.register_derivative` describes the
     other arguments.
@@ -365,7 +369,7 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor
 def _backward_backward(
     options: tuple, saved: tuple, wanted: tuple[bool, ...], ggg: Tensor
 ) -> tuple:
-    """Returns the gradient of each input of the backward op, which takes (gn, g, norm, ord).
+    """Returns the gradients of the inputs (gn, g, norm, ord) of the backward op.
 
     ggg: gradient of the loss with respect to the output of the backward op.
     `dispatch.register_derivative` describes the other arguments.

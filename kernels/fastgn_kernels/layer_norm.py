@@ -128,7 +128,7 @@ def _backward_plain(
 
 
 def _project(z: Tensor, x_hat: Tensor) -> Tensor:
-    """Removes from each row of z its mean and its component along the normalised row x_hat."""
+    """Returns z without the mean of each row, and without its component along the row of x_hat."""
     return z - z.mean(-1, keepdim=True) - x_hat * (z * x_hat).mean(-1, keepdim=True)
 
 

@@ -49,6 +49,7 @@ from fastgn_kernels.dispatch import LAUNCH, compute_dtype, count_strips, triton_
 def _normalise(x, inside, columns, eps):
     """Returns the normalised rows x_hat of a tile x, and 1 / standard deviation of each row.
 
+    - x: a tile, which holds the rows that a program processes at a time.
     - inside: mask that is False for the padding of the tile.
     - columns: length of a row.
     - eps: number added to the variance before the square root.
@@ -130,7 +131,8 @@ def _layer_norm_bwd_kernel(
             gx += tl.load(gsum_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         tl.store(gx_pointer + offsets, gx, mask=inside)
     if WEIGHT_GRADS:
-        # every program stores its own sum, because atomic additions are not reproducible
+        # Every program stores a sum of its own. With atomic additions to one sum, two runs could
+        # give different results.
         to = partial_sums_pointer + tl.program_id(0).to(tl.int64) * columns + column
         tl.store(to, tl.sum(gweight, axis=0), mask=column < columns)
         to += tl.num_programs(0).to(tl.int64) * columns
@@ -183,10 +185,10 @@ def _layer_norm_bwd_bwd_kernel(
         covariance = covariance - mean_ggx_x_hat * mean_g_x_hat
         tangent = inv_std * (ggx - mean_ggx - x_hat * mean_ggx_x_hat)
         if WEIGHT_GRADS:
-            # leave out padded rows, because their variance is 0, so tangent is NaN if eps is 0
+            # Leave out padded rows. Their variance is 0, so their tangent is NaN if eps is 0.
             gweight += tl.where(inside, gy * tangent, 0.0)
         ggy = weight * tangent
-        # mean(z) and mean(z x_hat) follow from the means above, which saves two sums over the row
+        # compute mean(z) and mean(z x_hat) from the means above, to save two sums over the row
         z = -inv_std * (mean_g_x_hat * ggx + mean_ggx_x_hat * g)
         mean_z = -inv_std * (mean_g_x_hat * mean_ggx + mean_ggx_x_hat * mean_g)
         mean_z_x_hat = -2.0 * inv_std * mean_g_x_hat * mean_ggx_x_hat

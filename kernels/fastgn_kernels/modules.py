@@ -1,7 +1,7 @@
-"""The ops as nn.Modules. `swap_modules` replaces modules of an existing network by them.
+"""nn.Modules that call the fused ops. `swap_modules` puts them into an existing network.
 
-The ops cannot run under torch.fx and torch.jit, or on nested tensors. In these cases, the module
-runs the forward of its old class.
+The fused ops cannot run under torch.fx and torch.jit, or on nested tensors. In these cases, a
+module uses PyTorch's operators instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -142,7 +142,8 @@ class FusedLayerNorm(nn.LayerNorm):
         """Normalises x with PyTorch's operators."""
         return nn.LayerNorm.forward(self, x)
 
-    # the result has no annotation, because torch.jit would expect a pair of tensors from every call
+    # The type of the result is not annotated. If it were, torch.jit would expect a pair of tensors
+    # from every call.
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if torch.jit.is_scripting():
             return self.plain(x)
@@ -157,7 +158,8 @@ class FusedLayerNorm(nn.LayerNorm):
 
         If there is a residual, returns the pair (normalised sum, sum) for the sum x + residual.
         """
-        if x.shape[-1:] != self.normalized_shape:  # the op cannot check the shape without a weight
+        # check the shape here, because a LayerNorm without a weight does not tell it to the op
+        if x.shape[-1:] != self.normalized_shape:
             raise ValueError(
                 f"FusedLayerNorm: x has shape {tuple(x.shape)}, its last dimension should be "
                 f"{self.normalized_shape[0]}"

@@ -89,7 +89,8 @@ def _reason(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, nn.MultiheadAttention):
         return "window_attention", f"its attention is a function, {SDPA}"
     calls = [f for f in _called(cls) if f in FUNCTIONS] if cls.__module__[:8] != "torch.nn" else []
-    if getattr(module, "fused_attn", True) is False:  # timm then uses matrix products instead
+    # timm's attention calls scaled_dot_product_attention only if its attribute fused_attn is True
+    if getattr(module, "fused_attn", True) is False:
         calls = [f for f in calls if f is not F.scaled_dot_product_attention]
     held = [f for f in _held(module) if f in FUNCTIONS or _by_name(f)]
     for function, verb in [(f, "calls") for f in calls] + [(f, "holds") for f in held]:

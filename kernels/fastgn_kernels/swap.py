@@ -39,7 +39,8 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
     """
 
     def __reduce__(self: nn.Module) -> Any:  # noqa: N807 - a method of the class below
-        # pickle finds a class by its name, so it cannot find this class, which is made at run time
+        # Pickle finds a class by its name, so it cannot find a class that is made at run time.
+        # Therefore pickle shall call `_new`, which makes the class again.
         return _new, (replaced, fused), vars(self)
 
     # The method `plain` of the new class is a copy of the old forward. The copy gets the
@@ -48,7 +49,8 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
     plain = types.FunctionType(
         forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
     )
-    # __module__ stays, because torch.fx uses it to recognise classes of torch.nn as leaves
+    # The new class keeps the old __module__. By it, torch.fx recognises the modules of torch.nn,
+    # whose forward it does not trace.
     names = {"__module__": replaced.__module__, "__reduce__": __reduce__, "plain": plain}
     return type(fused.__name__, (fused, replaced), names)
 
@@ -145,7 +147,8 @@ def _window_attention(module: Any) -> _New:
         )
     if getattr(module.attn_drop, "p", None) != 0:
         raise _RefusedError("it uses dropout on attention weights")
-    for name in ("softmax", "attn_drop"):  # the op calls neither, so their hooks would not run
+    # the fused op does not call these two submodules, so their hooks would not run
+    for name in ("softmax", "attn_drop"):
         inner = vars(getattr(module, name))
         if any(hooks for key, hooks in inner.items() if key.endswith("_hooks")):
             raise _RefusedError(f"its {name} has hooks")
