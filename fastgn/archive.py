@@ -105,11 +105,11 @@ def unpickle(file: IO[bytes], path: Path, legacy: bool) -> Any:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # reading a pickle can raise any error
-        what = find_foreign_object(error)
-        if what:
+        foreign = find_foreign_object(error)
+        if foreign:
             raise UserError(
-                f"{path} holds more than tensors ({what}): it was not loaded, because loading it "
-                "could run code"
+                f"{path} holds more than tensors ({foreign}): it was not loaded, because loading "
+                "it could run code"
             ) from None
         # leave out the rest of torch's message, which recommends to run the code in the file
         known = re.search(r"WeightsUnpickler error: *(.*)", str(error))

@@ -64,8 +64,8 @@ def leaf_gradient(
 ) -> Gradient:
     """Returns each image's loss and its gradient with respect to the image.
 
-    The images must be a leaf that requires grad. `input_gradient` makes such a leaf itself, but
-    torch.compile cannot compile that.
+    The images must be a leaf tensor that requires grad. `input_gradient` makes such a leaf itself,
+    which torch.compile cannot compile.
     """
     loss_B = loss(model(images_BCHW), targets)
     (grad_BCHW,) = torch.autograd.grad(loss_B.sum(), images_BCHW)
@@ -88,7 +88,7 @@ def draw_uniform_noise(
     """Returns noise drawn uniformly from the ball of radius eps, `(B, *shape), fp32`, on the CPU.
 
     seeds: one seed per image. The noise of an image depends only on its seed. shape: shape of one
-    image.
+    image. norm: norm in which the ball is measured.
     """
     draws = []
     for seed in seeds:
@@ -207,7 +207,7 @@ def restarted_pgd(
     """Returns images attacked by one run of PGD from each of several starts.
 
     An image that is misclassified at the end of a run keeps the perturbation of that run and is not
-    attacked again. The function waits for the device once per start.
+    attacked again. The CPU waits for the device once per start.
 
     starts: initial perturbations of all images, one tensor per run. step_size: None means
     2.5 eps / steps. judge: fp32 model that decides whether an image is misclassified. None means

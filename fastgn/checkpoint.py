@@ -103,7 +103,7 @@ class Checkpoints:
         except OSError as error:
             raise UserError(
                 f"{error.filename or self.folder} cannot be replaced or removed: "
-                f"{error.strerror or first_line(error)}; the new checkpoint is {first}"
+                f"{error.strerror or first_line(error)}; the new checkpoint was saved as {first}"
             ) from None
         return path
 
@@ -124,8 +124,8 @@ class Checkpoints:
             last = self.last()
             raise UserError(
                 f"the host has no memory left to copy the checkpoint of update {state.update}, "
-                "which takes as much as the weights, their average and the optimizer's state: use "
-                "fewer --workers, or give the job more memory; "
+                "which takes as much as the weights, their moving average and the optimizer's "
+                "state: use fewer --workers, or give the job more memory; "
                 + (f"the last checkpoint is {last}" if last else "no checkpoint was written before")
             ) from None
         self._writing = self._thread.submit(self.save, copied, best=best, keep_epoch=keep_epoch)

@@ -1,6 +1,6 @@
 """The processes of a run, with their ranks, their devices and the collectives between them.
 
-Collectives on Python values use gloo and CPU memory, so that no host has to wait for its device.
+Collectives on Python values use gloo and CPU memory, so that no CPU has to wait for its device.
 The collectives that sum gradients are in fastgn.step.
 """
 
@@ -29,12 +29,12 @@ class World:
     """This process's rank and device, and collectives with the other ranks."""
 
     rank: int
-    """Number of this process, from 0."""
+    """Index of this process among all processes, from 0."""
     size: int
     """Number of processes."""
     device: torch.device
     control: "torch.distributed.ProcessGroup | None" = None
-    """Process group that uses gloo, so that the hosts exchange values without waiting for their
+    """Process group that uses gloo, so that the ranks exchange values without waiting for their
     devices. None means that there is one rank."""
     held: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     """Context managers that are exited when `session` ends, such as the lock on a run's folder."""
@@ -108,8 +108,8 @@ class World:
         return values[0]
 
     def _count_collective(self) -> None:
-        """Counts a collective that begins. By this count the heartbeat finds ranks that are
-        late."""
+        """Counts a collective that begins. The heartbeat compares this count with those of the
+        other ranks, to find ranks that are late."""
         if self.heartbeat is not None:
             self.heartbeat.collectives += 1
 
@@ -170,7 +170,7 @@ def session(
             f"CUDA devices: lower --nproc-per-node to {count}",
         )
         chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)  # otherwise the check would make a context on GPU 0
+        torch.cuda.set_device(chosen)  # otherwise the next line would make a context on GPU 0
         check_has_code(chosen)
     with contextlib.ExitStack() as held:
         if size == 1:
@@ -207,7 +207,8 @@ def session(
             if not is_connection_loss(error):
                 raise
             raise UserError(heartbeat.explain_failure(error)) from None
-        # skip this after an error, because the other ranks would fail before the error is printed
+        # Leave the group only if no error has occurred. Otherwise the other ranks would fail before
+        # this rank has printed its error.
         torch.distributed.destroy_process_group()
 
 
@@ -286,7 +287,10 @@ def count_restarts() -> int:
 
 
 def count_local_ranks(otherwise: int = 1) -> int:
-    """Returns the number of ranks on this machine, or `otherwise` if torchrun has not set it."""
+    """Returns the number of ranks on this machine, from torchrun's variable LOCAL_WORLD_SIZE.
+
+    Returns `otherwise` if the variable is not set.
+    """
     return int(os.environ.get("LOCAL_WORLD_SIZE") or otherwise)
 
 

@@ -154,7 +154,7 @@ def parse_number(text: str | float) -> float:
         numerator, slash, denominator = str(text).partition("/")
         value = float(numerator) / float(denominator or 1)
         if slash and not (math.isfinite(float(numerator)) and math.isfinite(float(denominator))):
-            raise ValueError  # 4/inf would be 0
+            raise ValueError  # without this error, the value of 4/inf would be 0
     except ZeroDivisionError:
         raise UserError(f"{text!r} divides by 0; write 0.0157 or 4/255") from None
     except ValueError:

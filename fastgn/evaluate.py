@@ -201,7 +201,7 @@ def analyse_model(
 
     Each result is saved as soon as it is known. Results that a killed evaluation has saved are not
     computed again. where: value of --checkpoint for this model. images: the validation images.
-    parts: the saved results.
+    parts: the results that are saved already.
     """
     subset = take_evenly_spaced(images, cfg.analysis_images)
     eps, ids = cfg.eps[-1], subset.indices
@@ -281,7 +281,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
-        # the limit is long, because a rank that has finished waits for the slowest rank
+        # A rank that has finished its images waits for the slowest rank in a collective. Therefore
+        # a collective may take a week.
         week = timedelta(days=7)
         with (
             stop_on_signals(),

@@ -48,8 +48,8 @@ CLASSES = {"cifar10": 10, "imagenet": 1000}
 
 DEFINITION = '''"""A network that fastgn has trained, for any program that has torch and timm.
 
-Images are B x 3 x SIDE x SIDE in 0..1; the normalisation is inside. At the evaluation of this
-model, images that were larger were scaled (bicubic) so that the central crop of SIDE pixels is
+Images are B x 3 x SIDE x SIDE in 0..1, and the network normalises them itself. In the evaluation
+of this model, larger images were scaled (bicubic), so that the central crop of SIDE pixels was
 CROP_PCT of the shorter side.
 """
 
@@ -65,8 +65,10 @@ ARGUMENTS = {arguments}
 {activation}
 {own}
 class Normalized(nn.Module):
-    """Images in 0..1 to logits. The state dict's keys are the network's, with or without
-    `model.` in front."""
+    """Returns the logits of images in 0..1.
+
+    The keys of a state dict are those of the network, with or without the prefix `model.`.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -83,22 +85,25 @@ class Normalized(nn.Module):
 
 
 def build():
-    """The network with random weights, in eval mode."""
+    """Returns the network with random weights, in eval mode."""
     network = {constructor}
 {swap}    return Normalized(network).eval()
 
 
 def load(path=Path(__file__).with_name("weights.pt")):
-    """The trained network on the CPU, in eval mode. path: weights.pt; no code in it is run."""
+    """Returns the trained network on the CPU, in eval mode.
+
+    path: the file weights.pt. No code in it is run.
+    """
     model = build()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return model
 '''
 """Template of model.py.
 
-The normalisation is a wrapper around the network. The keys of the weights are those of the network
-itself, and the wrapper also accepts keys that begin with `model.`. RobustBench's loader adds this
-prefix for ImageNet, but not for CIFAR-10."""
+Its class Normalized wraps the network and normalises the images. The keys of the weights are those
+of the network itself, and Normalized also accepts keys that begin with `model.`. RobustBench's
+loader adds this prefix for ImageNet, but not for CIFAR-10."""
 
 SWAP_ACTIVATIONS = """    for parent in list(network.modules()):
         for name, child in parent.named_children():
@@ -231,7 +236,7 @@ REBUILD_LIMIT_S = 600
 """Seconds after which the process that runs the exported network is stopped."""
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
 """Environment variables that are passed to the process that runs model.py. Others are not passed,
-because they may hold tokens."""
+because they may hold passwords or access tokens."""
 
 
 def rebuild(folder: Path) -> None:

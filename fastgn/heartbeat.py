@@ -82,9 +82,10 @@ class Heartbeat:
         self.agent = agent
         self.interval_s = min(limit_s / STEPS, LONGEST_INTERVAL_S)
         self.collectives = 0
-        """Number of collectives of distributed.World that this rank has begun."""
+        """Number of collectives, such as all-reduces, that this rank has begun through a
+        distributed.World."""
         self.waits_in = 0
-        """Number of the collective in which this rank waits for others."""
+        """Value of `collectives` when this rank began to wait for other ranks."""
         self.wait_for_ranks = Wait()
         self.waits_for_device = False
         """Whether the main thread waits until its device has computed everything."""
@@ -154,7 +155,7 @@ class Heartbeat:
         rounds, counts, store_silent_s = 0, dict.fromkeys(self.others, ""), 0.0
         # patience_s is below the limit, because a silent rank is noticed up to two intervals late
         patience_s = self.limit_s - 2 * self.interval_s
-        # time is counted in intervals, because a clock goes on while this process is suspended
+        # count time in intervals, because a clock also runs while this process is suspended
         while not self.stopped.wait(self.interval_s):
             if self.rounds == rounds:
                 store_silent_s += self.interval_s
@@ -197,8 +198,8 @@ class Heartbeat:
     def _tell_device_wait(self) -> None:
         """Prints that this rank waits for its device.
 
-        If one device hangs, the devices of all other ranks wait for it in a sum. No rank is late
-        then, because all hosts wait for their own devices.
+        If one device hangs, the devices of all other ranks wait for it in an all-reduce. Then each
+        rank waits for its own device, so no rank is late.
         """
         if not self.waits_for_device:
             self.wait_for_device.end()

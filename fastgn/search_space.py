@@ -1,7 +1,7 @@
-"""The search space of a sweep.
+"""The search space of a sweep, which consists of trials. A trial is one training run.
 
---space names fields and the values that trials may give them. --set gives a field the same value in
-all trials.
+--space names fields of the configuration, such as lr, and the values that trials may give them.
+--set gives a field the same value in all trials.
 """
 
 import contextlib

@@ -68,7 +68,8 @@ def build(cfg: Config, world: World, on_evaluation: Callable[[Run], None] | None
     """
     kernels = check_options(cfg, world.device)
     folder, path, state = open_run(cfg, world)
-    if cfg.architecture.initial_checkpoint and state is None:  # a resumed run needs no file
+    # a run that continues from a checkpoint does not read the file of --initial-checkpoint
+    if cfg.architecture.initial_checkpoint and state is None:
         initial_file(cfg.architecture.initial_checkpoint)
     allow_changed_data = cfg.run.allow_changed_data
     # drop these options, because config.toml may be the recipe of a new run, which must not resume
@@ -224,8 +225,11 @@ def build_objectives(
 ) -> tuple[Objective, Objective]:
     """Returns the objective that is minimised, and a copy of it without data.
 
-    The copy is used to count the operations of an update. Its tensors are on the CPU and hold no
-    values. batching: how the images of an update are divided among ranks and micro-batches.
+    Some methods compare training images with images that represent the classes. Their objective
+    holds these images as tensors. In the copy, these tensors are on the CPU and their values are
+    not set. The copy serves to count the operations of an update.
+
+    batching: how the images of an update are divided among ranks and micro-batches.
     """
     if not METHODS[cfg.objective.method].needs_representatives:
         objective = build_objective(cfg.objective)
@@ -370,8 +374,8 @@ def warn(run: Run, report: ModelReport) -> None:
         )
     if run.resolved.grad_sync == "overlap" and cfg.step.cuda_graphs == "auto":
         run.print(
-            "--grad-sync overlap without CUDA graphs: if the GPU waits for a slow host, compare "
-            "--grad-sync flat, which has them"
+            "--grad-sync overlap runs without CUDA graphs: if the GPU waits for a slow CPU, try "
+            "--grad-sync flat, which uses CUDA graphs"
         )
     if cfg.step.sync_bn and cfg.step.train_in_eval_mode:
         run.print(

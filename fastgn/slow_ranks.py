@@ -8,7 +8,8 @@ from fastgn.distributed import World
 from fastgn.step.waits import WaitTimer
 
 SHARE = 0.2
-"""Share of the time that the other ranks have to wait for a rank before a warning names it."""
+"""Largest share of the time for which the other ranks may wait for a rank. Above it, a warning
+names the rank."""
 SHORTEST_S = 10.0
 """Shortest time in seconds over which ranks are compared. A row of the log may cover less time, and
 then one short delay would be a large part of it."""
@@ -69,8 +70,8 @@ def find_slowest(seconds: Sequence[float]) -> tuple[int, float]:
 
     seconds: for each rank, the time in which it waited for other ranks or summed gradients.
 
-    The rank that waits least is the slowest. The others wait for it for the median of their times,
-    less the time of this rank.
+    The rank that waits least is the slowest. The others wait for it for the difference between the
+    median of their times and its own time.
     """
     rank = min(range(len(seconds)), key=lambda r: seconds[r])
     others = [s for r, s in enumerate(seconds) if r != rank]

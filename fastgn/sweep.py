@@ -196,7 +196,7 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
             + ": name another file",
         )
         study.set_user_attr(key, value)
-    # a second process with the same seed would draw the same values again
+    # give a second process another seed, because with the same one it would draw the same values
     begun = len(study.get_trials(deepcopy=False))
     seed = (cfg.seed if begun == 0 else cfg.seed + begun + os.getpid()) % 2**32  # numpy's limit
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=cfg.startup_trials)

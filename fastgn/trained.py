@@ -33,8 +33,8 @@ class Saved:
     """The moving average of the weights if the run kept one, otherwise the weights. In an export
     the keys are those of the timm network, and in a checkpoint those of a Classifier."""
     update: int | None
-    """Number of updates that the weights have had. None if an older version of fastgn wrote the
-    file without this number."""
+    """Number of updates for which the weights were trained. None if an older version of fastgn
+    wrote the file without this number."""
     unfinished: str | None
     """A line that says how far the run had come. None if the run had ended, and for all
     exports."""
@@ -88,7 +88,7 @@ class Trained:
     cfg: Config
     classes: tuple[str, ...]
     update: int | None = None
-    """Number of updates that the weights have had. None if the file does not say."""
+    """Number of updates for which the weights were trained. None if the file does not say."""
     unfinished: str | None = None
     """A line that says how far the run had come. None if the weights are from the run's end."""
 
