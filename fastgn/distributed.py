@@ -207,8 +207,7 @@ def session(
             if not is_connection_loss(error):
                 raise
             raise UserError(heartbeat.explain_failure(error)) from None
-        # Leave the group only if no error has occurred. Otherwise the other ranks would fail before
-        # this rank has printed its error.
+        # not done after an error, because the other ranks would fail before this rank prints it
         torch.distributed.destroy_process_group()
 
 

@@ -281,8 +281,7 @@ def main(args: list[str] | None = None) -> int:
     try:
         args = sys.argv[1:] if args is None else args
         cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
-        # A rank that has finished its images waits for the slowest rank in a collective. Therefore
-        # a collective may take a week.
+        # a collective may take a week, because a rank that has finished waits for the slowest rank
         week = timedelta(days=7)
         with (
             stop_on_signals(),

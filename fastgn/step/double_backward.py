@@ -2,7 +2,7 @@
 
 Forward, input gradient and penalty are traced together as one graph. The ordinary ``.backward()``
 of that graph is the second differentiation. The whole loss must be inside the graph because
-PyTorch raises if the gradient of a compiled network is differentiated again.
+PyTorch raises an error if the gradient of a compiled network is differentiated again.
 """
 
 import itertools
@@ -102,9 +102,9 @@ class DoubleBackward(nn.Module):
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # If this option were True, values that both backwards use would always be kept.
-                # With False the second backward may recompute them. For gradnorm this saves a
-                # fifteenth of all memory traffic (benchmarks/NOTES.md).
+                # With True, the values that both backwards use would always be kept.
+                # With False, the second backward may recompute these values.
+                # This saves gradnorm a fifteenth of all memory traffic (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
         ):
@@ -163,7 +163,7 @@ def compile_double_backward(
     **options: Any,
 ) -> nn.Module:
     """Compiles a loss that itself differentiates, such as a gradient penalty, the residual of a
-    physics-informed network, or forces.
+    physics-informed network, or forces that are the gradient of an energy.
 
     Returns a module that is called like `module` and trained with an ordinary ``.backward()``.
     Wrap the result in DistributedDataParallel, not the other way round. A copy.deepcopy of the
@@ -181,7 +181,7 @@ def compile_double_backward(
     options: passed on to torch.compile.
 
     The first call compiles the graph for the shapes of its inputs. Give every batch the same
-    shapes. A graph break raises because a broken graph could train on a wrong gradient.
+    shapes. A graph break raises an error, because a broken graph could give a wrong gradient.
     """
     return DoubleBackward(module, differentiate, activation_memory_budget, options)
 

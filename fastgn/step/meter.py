@@ -132,7 +132,8 @@ def autocast_as_on_cuda() -> Iterator[None]:
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
-    """Returns a deep copy of `model` on the CPU, without data but with gradients.
+    """Returns a deep copy of `model` on the CPU. Its tensors have no data, but its weights have
+    gradients.
 
     Must run inside a FakeTensorMode, which makes the tensors fake.
     """

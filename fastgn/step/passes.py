@@ -11,18 +11,18 @@ class Passes(NamedTuple):
     """Two counts of the passes through the network in one update, averaged over all updates."""
 
     paper: float
-    """Number of forward and backward passes, as arXiv 2409.20139 counts them: 2 for natural, 5 for
-    gradnorm, 8 for PGD-3."""
+    """Number of forward and backward passes, as arXiv 2409.20139 counts them. It is 2 for the
+    method natural, 5 for gradnorm, and 8 for training on images attacked by PGD-3."""
     units: float
-    """Number of operations, divided by the operations of a forward: 3 for natural, 6 for gradnorm,
-    9 for PGD-3. A forward, the gradient of the images and the gradient of the weights count 1 each,
-    and a double backward counts 4."""
+    """Number of operations, divided by the operations of a forward. It is 3 for the method natural,
+    6 for gradnorm, and 9 for training on images attacked by PGD-3. A forward, the gradient of the
+    images and the gradient of the weights count 1 each, and a double backward counts 4."""
 
 
 def count_passes(
     objective: Objective, schedule: Schedule, attack_weight_grads: bool = False
 ) -> Passes:
-    """Returns the number of passes through the network in one update.
+    """Returns the numbers of passes through the network in one update.
 
     schedule: the way in which the penalty is differentiated. attack_weight_grads: whether each step
     of an attack also computes the weights' gradients, as the code of arXiv 2409.20139 does.

@@ -17,8 +17,8 @@ class Schedule:
 
     exact: double backprop, in one graph if the loss is compiled.
     exact-eager: double backprop by PyTorch's eager autograd.
-    finite-difference: (CE(x + h d) - CE(x)) / h, with d the signs of the gradient with respect to
-    the images x (Finlay & Oberman 2019). It needs no double backprop.
+    finite-difference: (CE(x + h d) - CE(x)) / h. CE is the cross-entropy, and d are the signs of
+    its gradient with respect to the images x (Finlay & Oberman 2019). It needs no double backprop.
     central-difference: (CE(x + h d) - CE(x - h d)) / 2h. In both kinds of difference, BatchNorm in
     train mode also takes the shifted images into its running statistics.
     lazy: only every lazy_interval-th update has the penalty, which is then lazy_interval times as

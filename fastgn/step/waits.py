@@ -11,7 +11,7 @@ class WaitTimer:
     The time has two parts. The sum itself takes equally long in all processes. The wait for the
     last process is shortest in the process for which all others wait.
 
-    On a GPU the time is measured with CUDA events, so that the host never waits for the device.
+    On a GPU the time is measured with CUDA events, so that the CPU never waits for the device.
 
     device: the device that computes the updates.
     """
@@ -55,8 +55,8 @@ class WaitTimer:
     def read(self) -> float:
         """Returns the seconds that were measured since the last call of `read` or `reset`.
 
-        Waits until the device has computed the last sum. Call this when the host has just waited
-        for the device.
+        Waits until the device has computed the last sum. Call this when the CPU has just waited for
+        the device.
         """
         if self._events:
             self._events[-1][1].synchronize()

@@ -152,8 +152,7 @@ def _bias_activation_kernel(
         if BIAS_GRAD:
             total += gu
     if BIAS_GRAD:
-        # Every program stores a sum of its own. With atomic additions to one sum, two runs could
-        # give different results.
+        # each program stores its own sum, because the order of atomic additions varies between runs
         to = partial_sums_pointer + tl.program_id(1).to(tl.int64) * columns + column
         tl.store(to, tl.sum(total, axis=0), mask=column < columns)
 
@@ -182,8 +181,7 @@ def _run_kernel(
     out, gx, gbias = _allocate_outputs(order, x, bias, weight_grads)
     maths = (*TABLE[kind][:4], parameter, order, triton_compute_dtype(x.dtype))
     x = with_strides_of(x, out)
-    # The kernel needs a tensor for every argument. If gy or ggx is None, the kernel does not read
-    # this argument, so x can take its place.
+    # a kernel needs a tensor for every argument, so x takes the place of a gy or ggx that is None
     gy = with_strides_of(gy, out) if gy is not None else x
     ggx = with_strides_of(ggx, out) if ggx is not None else x
     if bias is None:

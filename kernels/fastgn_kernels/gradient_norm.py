@@ -111,8 +111,7 @@ def _gradient_norm_reduce_kernel(
             total += _compute_direction(g, inverse, L1) * ggg
         else:
             total += tl.where(g < 0, -g, g) if L1 else g * g
-    # Every program stores a sum of its own. With atomic additions to one sum, two runs could give
-    # different results.
+    # each program stores its own sum, because the order of atomic additions varies between runs
     to = partial_sums_pointer + row * tl.num_programs(1) + tl.program_id(1)
     tl.store(to, tl.sum(total, axis=1, keep_dims=True), mask=row < rows)
 

@@ -131,8 +131,7 @@ def _layer_norm_bwd_kernel(
             gx += tl.load(gsum_pointer + offsets, mask=inside, other=0.0).to(COMPUTE_DTYPE)
         tl.store(gx_pointer + offsets, gx, mask=inside)
     if WEIGHT_GRADS:
-        # Every program stores a sum of its own. With atomic additions to one sum, two runs could
-        # give different results.
+        # each program stores its own sum, because the order of atomic additions varies between runs
         to = partial_sums_pointer + tl.program_id(0).to(tl.int64) * columns + column
         tl.store(to, tl.sum(gweight, axis=0), mask=column < columns)
         to += tl.num_programs(0).to(tl.int64) * columns

@@ -142,8 +142,7 @@ class FusedLayerNorm(nn.LayerNorm):
         """Normalises x with PyTorch's operators."""
         return nn.LayerNorm.forward(self, x)
 
-    # The type of the result is not annotated. If it were, torch.jit would expect a pair of tensors
-    # from every call.
+    # the result is not annotated, because torch.jit would then expect a pair from every call
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if torch.jit.is_scripting():
             return self.plain(x)

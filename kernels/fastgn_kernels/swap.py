@@ -49,8 +49,7 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
     plain = types.FunctionType(
         forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
     )
-    # The new class keeps the old __module__. By it, torch.fx recognises the modules of torch.nn,
-    # whose forward it does not trace.
+    # keep the old __module__, because torch.fx does not trace modules whose class is in torch.nn
     names = {"__module__": replaced.__module__, "__reduce__": __reduce__, "plain": plain}
     return type(fused.__name__, (fused, replaced), names)
 
