@@ -21,8 +21,7 @@ from triton.language.extra import libdevice
 
 from fastgn_kernels.dispatch import INTERPRETED
 
-# Write u * SQRT_HALF, and not SQRT_HALF * u, because Triton's interpreter makes a tl.constexpr of a
-# product that begins with one of these constants.
+# Write u * SQRT_HALF, because Triton's interpreter would make a tl.constexpr of SQRT_HALF * u.
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)

@@ -157,7 +157,7 @@ class FusedLayerNorm(nn.LayerNorm):
 
         If there is a residual, returns the pair (normalised sum, sum) for the sum x + residual.
         """
-        # check the shape here, because a LayerNorm without a weight does not tell it to the op
+        # check the shape here, because the op cannot check it if the LayerNorm has no weight
         if x.shape[-1:] != self.normalized_shape:
             raise ValueError(
                 f"FusedLayerNorm: x has shape {tuple(x.shape)}, its last dimension should be "

@@ -40,11 +40,11 @@ def _in_place_of(replaced: Any, fused: Any) -> Any:
 
     def __reduce__(self: nn.Module) -> Any:  # noqa: N807 - a method of the class below
         # Pickle finds a class by its name, so it cannot find a class that is made at run time.
-        # Therefore pickle shall call `_new`, which makes the class again.
+        # Therefore pickle calls `_new`, which makes the class again.
         return _new, (replaced, fused), vars(self)
 
-    # The method `plain` of the new class is a copy of the old forward. The copy gets the
-    # name "plain", too, because torch.jit identifies a method by its function's name.
+    # The method `plain` of the new class is a copy of the old forward.
+    # The copied function is named "plain", too, because torch.jit identifies a method by this name.
     forward = replaced.forward
     plain = types.FunctionType(
         forward.__code__, forward.__globals__, "plain", forward.__defaults__, forward.__closure__
