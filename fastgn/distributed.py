@@ -178,9 +178,9 @@ def session(
             return
         limit = timedelta(minutes=rank_timeout)
         store: Any = connect_to_store(limit, serve=rank == 0 and not has_agent_store())
-        # Each start of the job uses keys of its own in torchrun's store, because the store may
-        # contain reports of dead ranks from an earlier start. The keys begin with the number of
-        # restarts and the number of ranks, which can change without a restart.
+        # Torchrun's store may contain reports of dead ranks from an earlier start of the job.
+        # Therefore the keys of each start begin with the number of restarts and of ranks.
+        # The number of ranks is included because it can change without a restart.
         # Without torchrun's store, machines that join later would count fewer restarts, so use 0.
         start = count_restarts() if has_agent_store() else 0
         store = torch.distributed.PrefixStore(f"fastgn/{start}/{size}", store)

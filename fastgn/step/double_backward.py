@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 COMPILER = {
-    "trace_autograd_ops": True,  # otherwise torch.autograd.grad breaks the graph
-    # otherwise Dynamo cuts the graph at DDP's buckets, between the images and their gradient
+    "trace_autograd_ops": True,  # otherwise torch.autograd.grad would break the graph
+    # otherwise Dynamo would cut the graph at DDP's buckets, between the images and their gradient
     "optimize_ddp": False,
     "recompile_limit": 64,  # this is high, because one function runs all losses of a process
 }
@@ -102,9 +102,8 @@ class DoubleBackward(nn.Module):
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # With True, the values that both backwards use would always be kept.
-                # With False, the second backward may recompute these values.
-                # This saves gradnorm a fifteenth of all memory traffic (benchmarks/NOTES.md).
+                # let the second backward recompute values that both backwards use
+                # For gradnorm this saves a fifteenth of all memory traffic (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
         ):
