@@ -16,16 +16,15 @@ if TYPE_CHECKING:
 
 
 def read_archive(path: Path, *, legacy: bool = False) -> Any:
-    """Returns the content of a file that torch.save has written, on the CPU. No code is run.
+    """Returns the content of a file that torch.save has written, with all tensors on the CPU.
 
-    The result consists of plain dicts, lists, tuples, strings, numbers, booleans, None, dtypes, and
-    dense tensors that are not larger than the file. Raises UserError if the file contains anything
-    else, is missing or truncated, or has a wrong checksum. Also raises UserError if an entry is
-    compressed, because it could fill the memory.
+    No code in the file is run. The result consists of plain dicts, lists, tuples, strings, numbers,
+    booleans, None, dtypes, and dense tensors that are not larger than the file. Raises UserError if
+    the file contains anything else, is missing or truncated, or has a wrong checksum. Also raises
+    UserError if an entry is compressed, because it could fill the memory.
 
-    legacy: whether to read also the files that PyTorch before 1.6 wrote, which have no checksums.
-    Other objects that training scripts store, such as arguments and NumPy numbers, then become
-    None.
+    legacy: whether files of PyTorch before 1.6, which have no checksums, are read too. Other
+    objects that training scripts store, such as arguments and NumPy numbers, then become None.
     """
     with open_for_reading(path) as file:
         archive = file.read(4) == b"PK\x03\x04"  # torch.load looks for the same bytes
@@ -135,7 +134,7 @@ def find_foreign_object(error: BaseException) -> str | None:
 class Plain:
     """Copies unpickled values into plain dicts, lists and tuples.
 
-    Raises UserError if a tensor is sparse, quantized, without values, or larger than the file.
+    Raises UserError if a tensor is sparse, quantized, on the meta device, or larger than the file.
     """
 
     def __init__(self, path: Path, largest_bytes: int, legacy: bool):

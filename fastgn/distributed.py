@@ -59,7 +59,8 @@ class World:
         return value
 
     def read(self, value: Tensor) -> float:
-        """Returns the number in a tensor. Waits for the device, which the heartbeat notices."""
+        """Returns the number in a tensor, after waiting for the device. The heartbeat warns if the
+        device takes long."""
         if self.heartbeat is None:
             return float(value.item())
         self.heartbeat.waits_for_device = True

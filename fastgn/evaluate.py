@@ -260,7 +260,7 @@ def analyse_model(
 def measure_checkpoint(
     path: Path, trained: Trained, batches: Sequence[tuple[Tensor, Tensor]]
 ) -> list[float] | None:
-    """Returns a checkpoint's epoch, and the mean L1 norm of its network's input gradient.
+    """Returns [epoch of a checkpoint, mean L1 norm of its network's input gradient].
 
     If the checkpoint holds a moving average of the weights, the averaged weights are used. Returns
     None if the checkpoint does not say its epoch, because an older version of fastgn wrote it.

@@ -197,8 +197,8 @@ def check_same(source: str, pickled: bytes, trained: Trained) -> None:
     """Raises UserError unless the exported network gives the logits of the trained model.
 
     model.py and weights.pt are used in another process, in a temporary folder and without fastgn.
-    This shows that the files are enough, and protects this process from the code in them. The
-    logits of two random images are compared before anything is written into the export's folder.
+    This shows that the files are enough to rebuild the network, and protects this process from the
+    code in them. The logits of two random images are compared before the export is written.
 
     source: the text of model.py. pickled: the bytes of weights.pt.
     """

@@ -48,7 +48,7 @@ already sent to all processes.
 
 
 def check_start(program: str) -> None:
-    """Ends the program if a package is missing, for --help, or for a mistake on the command line.
+    """Ends the program if a package is missing, or if the command line has --help or a mistake.
 
     During the imports that follow, a signal that asks the program to stop, such as Ctrl-C, ends it
     with a one-line message.

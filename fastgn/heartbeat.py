@@ -6,8 +6,8 @@ says so.
 A rank that waits in a collective cannot know whether the other ranks are slow or dead. Therefore
 each rank has a thread that writes a report into torch.distributed's key-value store every few
 seconds. The report says that the process is alive. The same thread reads the reports of the other
-ranks. A second thread watches the reports, because the store itself may stop. Neither thread slows
-down an update.
+ranks. A second thread watches the reports, because the first one hangs if the store stops. Neither
+thread slows down an update.
 """
 
 import contextlib
@@ -26,7 +26,8 @@ STEPS = 10
 LONGEST_INTERVAL_S = 2.0
 """Longest time between two heartbeats, in seconds."""
 WAITING_S = 60.0
-"""Seconds for which a rank waits for another rank before a warning names the other rank."""
+"""Seconds for which a rank waits for another rank, or for its own device, before a warning is
+printed."""
 
 
 class Wait:
@@ -71,7 +72,7 @@ class Heartbeat:
         """Prepares the heartbeat, which runs while the object is used as a context manager.
 
         store: torch.distributed's key-value store. address: host and port of the store. rank, size:
-        number of this rank, and number of ranks. limit_s: seconds without a heartbeat after which a
+        index of this rank, and number of ranks. limit_s: seconds without a heartbeat after which a
         rank counts as stopped. agent: whether torchrun serves the store instead of rank 0.
         """
         self.store = store

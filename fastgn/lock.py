@@ -112,7 +112,7 @@ def _lock(path: Path, name: str) -> Iterator[None]:
 
 
 def _acquire(path: Path, name: str) -> int | None:
-    """Locks the file at `path` and returns its descriptor.
+    """Locks the file at `path` and returns its file descriptor.
 
     Returns None if the file system does not support locks. name: name of the locked folder or file
     in messages.

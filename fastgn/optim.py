@@ -329,8 +329,8 @@ def compute_ramp(cfg: Config, update: int, updates_per_epoch: int) -> float:
 def compute_attack_ramp(cfg: Config, update: int, updates_per_epoch: int) -> float:
     """Returns the factor by which an update multiplies the step size of the method's attack.
 
-    The factor grows linearly from ramp_start to 1 in the first epochs. update: index of the update,
-    from 0.
+    The factor grows linearly from ramp_start to 1 in the first attack_ramp_epochs epochs, or in the
+    first ramp_epochs epochs if attack_ramp_epochs is None. update: index of the update, from 0.
     """
     own, epoch = cfg.objective.attack.attack_ramp_epochs, update / updates_per_epoch
     if not cfg.objective.attack.attack_ramp_on_updates:

@@ -62,7 +62,7 @@ def make_base_config(cfg: SweepConfig) -> Config:
 
 
 def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
-    """Returns the dimensions of --space.
+    """Returns the dimensions of --space, which are fields and the values that they may have.
 
     Raises UserError if a dimension is invalid, or if trials that differ in it could not be
     compared.
@@ -89,7 +89,7 @@ def parse_space(cfg: SweepConfig, base: Config) -> list[Dimension]:
 def parse_dimension(text: str, base: Config) -> Dimension:
     """Returns the dimension that one text of --space describes.
 
-    Raises UserError if the field is unknown, or if the base configuration refuses a value.
+    Raises UserError if the field is unknown, or if a value is not allowed for the field.
     """
     name, value = split_assignment("--space", text)
     if ":" not in value:
@@ -157,7 +157,10 @@ def parse_value(text: str) -> Any:
 
 
 def check_value(base: Config, name: str, value: Any) -> None:
-    """Raises UserError if the base configuration refuses a value of a field."""
+    """Raises UserError if a field of the base configuration may not have a value.
+
+    name: name of the field.
+    """
     try:
         base.replace(**{name: value})
     except UserError as error:

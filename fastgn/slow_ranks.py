@@ -18,7 +18,8 @@ then one short delay would be a large part of it."""
 class SlowRanks:
     """Names ranks for which the other ranks wait for a large part of the time.
 
-    world: the ranks. waits: measures the waiting of this rank. report: called with the warning.
+    world: the ranks of the run. waits: object that measures how long this rank waits. report:
+    function that is called with the text of a warning.
     """
 
     def __init__(self, world: World, waits: WaitTimer, report: Callable[[str], object]):
@@ -33,7 +34,7 @@ class SlowRanks:
         """Forgets the times that the ranks have waited so far, and begins another comparison."""
         self.interval_s = 0.0
         self.seconds = [0.0] * self.world.size
-        """For each rank, the seconds of the last `interval_s` in which it waited for other ranks or
+        """For each rank, the seconds since the last `reset` in which it waited for other ranks or
         summed gradients."""
 
     def check(self, interval_s: float) -> None:

@@ -107,13 +107,15 @@ def describe_node(node: Any) -> str:
 
 
 def find_nodes(values: Any) -> list[Any]:
-    """Returns the autograd nodes whose outputs are the tensors in nested values."""
+    """Returns the autograd nodes whose outputs are the tensors in nested lists, tuples and
+    dicts."""
     leaves = (x for x in tree_leaves(values) if isinstance(x, Tensor))
     return [x.grad_fn for x in leaves if x.grad_fn is not None]
 
 
 def are_finite(values: Any) -> bool:
-    """Returns whether every number in the floating-point tensors of nested values is finite."""
+    """Returns whether all numbers in the floating-point tensors of nested lists, tuples and dicts
+    are finite."""
     leaves = (x for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point())
     return all(bool(torch.isfinite(x).all()) for x in leaves)
 

@@ -1,4 +1,4 @@
-"""Schedules: ways to compute and differentiate the penalty of an update."""
+"""Defines schedules, which are ways to compute and differentiate the penalty of an update."""
 
 import dataclasses
 import itertools

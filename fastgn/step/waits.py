@@ -8,8 +8,8 @@ import torch
 class WaitTimer:
     """Adds up the time between the end of a backward and the end of the sum of the gradients.
 
-    The time has two parts. The sum itself takes equally long in all processes. The wait for the
-    last process is shortest in the process for which all others wait.
+    The time has two parts, the wait for the last process and the sum itself. The sum takes equally
+    long in all processes. The wait is shortest in the process for which all others wait.
 
     On a GPU the time is measured with CUDA events, so that the CPU never waits for the device.
 
@@ -25,10 +25,10 @@ class WaitTimer:
         self._seconds = 0.0
         self._began = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        """(begin, end) of each measurement whose time is not part of `_seconds` yet."""
+        """CUDA events (begin, end) of each measurement whose time is not part of `_seconds` yet."""
 
     def begin(self) -> None:
-        """Starts to measure a time. A measurement that was started and not ended is discarded."""
+        """Starts a measurement. An earlier one that was started but not ended is discarded."""
         if self.on_cuda:
             self._begin_event = torch.cuda.Event(enable_timing=True)
             self._begin_event.record()
