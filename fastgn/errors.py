@@ -45,8 +45,8 @@ def check_name(name: str, valid: Iterable[str], invalid_option: str) -> None:
     invalid_option: beginning of the message, such as "--opt 'adamx'".
     """
     if name not in valid:
-        suggestion = nearest(name, valid)  # computed only for an invalid name, because it is slow
-        raise UserError(f"{invalid_option}: {suggestion}")
+        did_you_mean = nearest(name, valid)  # computed only for an invalid name, because it is slow
+        raise UserError(f"{invalid_option}: {did_you_mean}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
