@@ -139,7 +139,10 @@ def check_noise(target: Target) -> Check:
 
 
 def check_black_box(target: Target, square_images: int) -> Check:
-    """Checks that attacks with gradients are at least as strong as Square, which uses none."""
+    """Checks that attacks that use gradients are at least as strong as Square, which uses none.
+
+    square_images: number of images to attack with Square, which is slow.
+    """
     name = "white box beats black box"
     part = target.take_first(square_images)
     if not part.images:
@@ -178,7 +181,8 @@ def check_margin(target: Target) -> Check:
 def check_apgd(target: Target, apgd_images: int) -> list[Check]:
     """Checks that PGD is as strong as APGD with as many steps, and reports AutoAttack's warnings.
 
-    APGD is AutoAttack's variant of PGD, which chooses its step size itself.
+    APGD is AutoAttack's variant of PGD, which chooses its step size itself. apgd_images: number of
+    images to attack with APGD, which is slow.
     """
     name = "cross-entropy PGD no worse than APGD"
     part = target.take_first(apgd_images)

@@ -117,7 +117,8 @@ class Attacker:
     ) -> list[bool]:
         """Returns whether the model classifies each image correctly after an attack.
 
-        Waits for the device. Raises UserError if the attack has moved an image too far.
+        Waits for the device. Raises UserError if an attacked image is farther than eps from the
+        original image.
 
         clean: whether the model classifies each image correctly without an attack. Images that it
         classifies wrongly are not attacked. If `clean` is None, no image is attacked, and the

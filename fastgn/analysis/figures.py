@@ -28,14 +28,14 @@ FRAMES = {
 def draw_curves(rows: Sequence[dict[str, float]], title: str) -> bytes:
     """Draws a run's losses, gradient norm and accuracies against epochs.
 
-    rows: the rows of metrics.csv.
+    rows: the rows of metrics.csv. The gradient norm is that with respect to normalised images.
     """
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     figure.suptitle(shorten(title, 100))
     panels = figure.subplots(1, 3)
     groups = (
         ("loss", {"loss": "total", "ce": "cross-entropy", "penalty": "penalty"}),
-        ("mean L1 norm of the input gradient", {"grad_l1": "normalised units"}),
+        ("mean L1 norm of the input gradient", {"grad_l1": "normalised images"}),
         ("accuracy on the fixed subset", {"clean_accuracy": "clean", "pgd10_accuracy": "PGD-10"}),
     )
     for axes, (name, columns) in zip(panels, groups, strict=True):
@@ -98,6 +98,8 @@ def draw_pictures(
     The gradients of a model share one colour scale. The scale ends at the median of the images'
     99.5th percentiles, so that one large gradient does not hide the others. The scales of the
     models differ, because the norms of their gradients may differ by orders of magnitude.
+
+    eps: limit of the perturbations' colour scale if no attack has changed an image.
     """
     rows, columns = len(images_BCHW), 2 + 3 * len(views)
     names = [shorten(name, 12) for name in classes]

@@ -58,7 +58,7 @@ def draw_curve(entries: Sequence[Entry], attack: str, norm: str) -> bytes:
     """Returns a PNG that shows the accuracy of all networks against eps under one attack.
 
     It also shows their accuracy without an attack. entries: the networks' entries in
-    evaluation.json. attack: name of the attack. norm: norm that eps bounds.
+    evaluation.json. attack: name of the attack. norm: norm in which eps is measured.
     """
     rows = {
         entry["name"]: [row for row in entry["results"] if row["attack"] in ("clean", attack)]

@@ -58,7 +58,8 @@ def gradient_statistics(
     l1_mean_pgd10_fails: the same over the images for which PGD-10 fails. None if there are none.
     l1_mean_pgd10_succeeds: the same over the images for which PGD-10 succeeds
     pgd10_fails, pgd10_succeeds: number of images for which PGD-10 fails or succeeds
-    l1_quantiles: {"0", "5", "25", "50", "75", "95", "100": L1 norm}, in per cent of the images
+    l1_quantiles: dict from a share of the images in per cent, such as "25", to the L1 norm of g
+        that this share does not exceed. The shares are 0, 5, 25, 50, 75, 95 and 100.
     channel_l1_mean: C means over images of the L1 norm of g within a channel. Their sum is l1_mean.
     channel_signed_mean: C means over images of the sum of g within a channel
     l1: L1 norm of g for each image, in order

@@ -55,7 +55,8 @@ class Target:
         return self.find_resisting(self.run_pgd(STEPS[-1], attacks.margin_loss))
 
     def resist_pgd(self, steps: int) -> Tensor:
-        """Returns whether each image withstands PGD on the cross-entropy with so many steps."""
+        """Returns whether each image withstands PGD on the cross-entropy with this number of
+        steps."""
         if steps not in self.known:
             attacked = self.attacked if steps == 20 else self.run_pgd(steps)
             self.known[steps] = self.find_resisting(attacked)

@@ -175,7 +175,7 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
 def choose_kernels(choice: str, device: torch.device) -> str:
     """Returns which kernels a device uses, "triton" or "reference".
 
-    choice: value of --kernels. Raises UserError if it is "triton" and the device cannot run them.
+    choice: value of --kernels. Raises UserError if it is "triton" and the device is no CUDA device.
     """
     check(
         choice != "triton" or device.type == "cuda",
@@ -215,7 +215,8 @@ def build_model(
     kinds = Counter(type(m).__name__ for m in backbone.modules() if isinstance(m, PIECEWISE_LINEAR))
     count = sum(p.numel() for p in backbone.parameters())
     fused, not_fused = use_kernels(backbone) if kernels == "triton" else (None, {})
-    with find_operators(backbone) as finder:  # after use_kernels, which replaces some operators
+    # search only after use_kernels, because it has replaced some of these operators already
+    with find_operators(backbone) as finder:
         check_output(model, cfg, num_classes)
     replaced = replace_operators(finder)
     adapted = None

@@ -260,8 +260,9 @@ def read_weights(file: Path, *, paper: bool = False) -> dict[str, Tensor]:
     else:
         content = read_archive(file, legacy=True)
     weights = find_state_dict(content)
-    names = f": it has {', '.join(map(str, content))[:80]}" if isinstance(content, dict) else ""
-    check(bool(weights), f"{file} holds no state dict{names}")
+    keys = ", ".join(map(str, content))[:80] if isinstance(content, dict) else ""
+    reason = f"its keys are {keys}" if keys else "it has no keys"
+    check(bool(weights), f"{file} holds no state dict: {reason}")
     if not paper:
         return weights
     try:

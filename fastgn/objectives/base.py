@@ -69,7 +69,7 @@ def draw_classes(logits_BK: Tensor, temperature: float = 1.0, sampling: str = "h
         raise ValueError(f"sampling {sampling!r} should be hard or relaxed")
     # the class with the largest sum of logit and Gumbel noise is a draw from the softmax
     drawn_B1 = (logits_BK.detach() / temperature + gumbel_BK).argmax(1, keepdim=True)
-    # not F.one_hot, because it would make the CPU wait for the GPU to check the range of its input
+    # F.one_hot is not used, because it checks its input and so makes the CPU wait for the GPU
     return torch.zeros_like(gumbel_BK).scatter(1, drawn_B1, 1.0)
 
 
@@ -99,8 +99,8 @@ class Objective:
     """Full weight of the penalty in `loss`. It is multiplied by the ramp, a factor that grows from
     0 to 1 over the first epochs."""
     penalty_scale: float = 0.0
-    """Penalty divided by grad_l1, the mean L1 norm of the input gradient. It is eps / sigma for
-    gradnorm."""
+    """Ratio of the penalty to grad_l1, the mean L1 norm of the input gradient. It is eps / sigma
+    for gradnorm."""
     differences: bool = False
     """Whether a finite difference of the cross-entropy can replace the penalty.
 

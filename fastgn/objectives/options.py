@@ -29,11 +29,13 @@ class GradnormOptions(Options):
     """Standard deviation by which the normalisation divides pixels. Only the factor eps / sigma of
     the penalty uses this number. It is one for all channels, as in arXiv 2409.20139."""
     gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
-    """Norm of each image's gradient that is penalised."""
+    """Norm of each image's input gradient that is penalised."""
     gn_of: Literal["loss", "logit"] = "loss"
-    """Value whose gradient is penalised: the cross-entropy, or the logit of the true class."""
+    """Value whose input gradient is penalised: the cross-entropy, or the logit of the true
+    class."""
     gn_channel_weights: Annotated[tuple[float, float, float] | None, WEIGHT] = None
-    """Factors of the gradient's red, green and blue channel. None means 1 for each channel."""
+    """Factors by which the red, green and blue channel of the input gradient are multiplied before
+    the norm is taken. None means 1 for each channel."""
     gn_threshold: Annotated[float, Range(0, 1e9)] = 0.0
     """Penalise only the part of the norm above this value. The norm is that of the gradient with
     respect to the normalised image, before the multiplication by eps / sigma."""

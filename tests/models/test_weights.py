@@ -111,7 +111,7 @@ def test_what_holds_no_state_dict(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save([1, 2], path)
     assert refused(model="preact_resnet18", initial_checkpoint=str(path)) == (
-        f"{path} holds no state dict"
+        f"{path} holds no state dict: it has no keys"
     )
 
 

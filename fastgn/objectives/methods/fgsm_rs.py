@@ -17,7 +17,8 @@ def fgsm_rs(
     eps: float = DEFAULTS.attack_eps,
     step_size: float | Tensor = DEFAULTS.single_step_size,
 ) -> Loss:
-    """Returns the cross-entropy after one attack step from a uniform start (Wong et al. 2020).
+    """Returns the cross-entropy at images after one attack step from a uniformly drawn start (Wong
+    et al. 2020).
 
     model: takes pixels in 0..1, as images_BCHW are.
     """

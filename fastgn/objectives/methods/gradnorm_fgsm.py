@@ -13,7 +13,8 @@ def build(
     """Returns the method gradnorm+fgsm as an Objective.
 
     Only a share of the updates has the penalty of gradnorm. The others train on images that FGSM
-    has attacked. options: the share. penalty: options of gradnorm. attack: options of FGSM.
+    has attacked. options: the share of the updates with the penalty. penalty: options of gradnorm.
+    attack: options of FGSM.
     """
     penalised = gradnorm.build(penalty, attack)
     if options.gn_share == 1:
