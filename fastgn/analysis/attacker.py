@@ -1,7 +1,7 @@
 """Attacks a batch of images for an evaluation.
 
-The random numbers for an image depend only on the seed and on the image. So the results depend
-neither on the batch size nor on the number of ranks.
+The random numbers for an image depend only on the seed and on the image's index. So the results
+depend neither on the batch size nor on the number of ranks.
 """
 
 import dataclasses

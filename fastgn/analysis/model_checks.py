@@ -97,7 +97,8 @@ def measure_outputs(model: nn.Module, images_BCHW: Tensor, passes: int) -> Outpu
 def measure_gradients(
     model: nn.Module, images_BCHW: Tensor, labels_B: Tensor, batch_size: int
 ) -> Tensor | None:
-    """Returns the L1 norm of the cross-entropy's gradient for each image, float64.
+    """Returns for each image the L1 norm of the gradient of its cross-entropy with respect to it,
+    float64.
 
     Returns None if autograd finds no dependence of the outputs on the images, for example because
     of a detach.

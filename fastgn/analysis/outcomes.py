@@ -32,11 +32,11 @@ WORST = "worst case"
 attack."""
 
 Part = dict[str, Any]
-"""Outcomes of one attack on one batch: which of its images the network classifies correctly.
+"""Outcomes of one attack on one batch, which say what images the network classifies correctly.
 
-Keys: row (index of the attack), batch (index of the batch), correct (one character per image, 1 if
-it is classified correctly, otherwise 0), seconds (duration of the attack), and optionally warnings
-(lines)."""
+Keys: row is the index of the attack, and batch the index of the batch. correct is a text with one
+character per image, 1 if the image is classified correctly, otherwise 0. seconds is the duration of
+the attack. warnings, a list of lines, may be missing."""
 
 
 def evaluate_model(

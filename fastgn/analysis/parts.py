@@ -70,6 +70,6 @@ class Parts:
             is_digest = re.fullmatch(r"[0-9a-f]{16}", other.name.split(".")[-2])
             if not is_digest or other.name.split(".")[:-2] != name[:-2]:
                 continue
-            with contextlib.suppress(OSError):  # if another process has removed the folder
+            with contextlib.suppress(OSError):  # another process may have removed the folder
                 if time.time() - other.stat().st_mtime > self.KEPT_S:
                     shutil.rmtree(other, ignore_errors=True)

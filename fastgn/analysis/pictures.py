@@ -88,7 +88,7 @@ def draw_attacked_images(trained: Sequence[Trained], images: Subset, cfg: Evalua
 def draw_for_report(
     trained: Sequence[Trained], images: Subset, entries: Sequence[Entry], cfg: EvaluateConfig
 ) -> dict[str, bytes]:
-    """Returns the pictures of the HTML report: caption -> PNG.
+    """Returns a dict from the caption of each picture of the HTML report to the picture as a PNG.
 
     A picture that has nothing to show, or that cannot be drawn, is missing.
     """

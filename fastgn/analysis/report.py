@@ -106,7 +106,7 @@ class SanityGroup:
     name: str
     """Name of the model."""
     counts: str
-    """The number of checks with each verdict, as text."""
+    """The number of checks with each verdict, such as "9 pass, 1 warn"."""
     checks: Sequence[Record]
     """One dict per check, with its verdict, name and detail."""
 

@@ -121,8 +121,8 @@ def check_inputs(images_BCHW: Tensor, labels_B: Tensor, eps: float, batch_size: 
 
 
 def list_attack_stages(target: Target, square_images: int, apgd_images: int) -> dict[str, Compute]:
-    """Returns the name of each part of the report that needs attacks -> function that computes its
-    checks. square_images, apgd_images: see `make_sanity_report`."""
+    """Returns a dict from the name of each part of the report that needs attacks to a function that
+    computes the part's checks. square_images, apgd_images: see `make_sanity_report`."""
     stages: dict[str, Compute] = {
         "radii": lambda: [attack_checks.check_larger_eps(target)],
         "iterations": lambda: [attack_checks.check_more_steps(target)],

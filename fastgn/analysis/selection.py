@@ -68,7 +68,11 @@ def find_listed_images(name: str, split: Arrays | Encoded) -> list[int]:
         found = by_path_end.get(line, [])
         if not found and line.isdecimal() and int(line) < len(split):
             found = [int(line)]
-        check(bool(found), f"--image-list {name}: no validation image is called {line}")
+        check(
+            bool(found),
+            f"--image-list {name}: no validation image is called {line}: write its index, or the "
+            "end of its path",
+        )
         check(
             len(found) == 1,
             f"--image-list {name}: {len(found)} validation images are called {line}: write more "
@@ -86,7 +90,8 @@ def find_listed_images(name: str, split: Arrays | Encoded) -> list[int]:
 
 
 def index_path_ends(split: Arrays | Encoded) -> dict[str, list[int]]:
-    """Returns each possible end of a path -> indices of the images whose path ends like this.
+    """Returns a dict from each possible end of a path to the indices of the images whose path ends
+    like this.
 
     An end consists of whole parts of the path, such as c/d.png and d.png for /b/c/d.png. Images in
     arrays have no path.

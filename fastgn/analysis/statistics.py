@@ -66,10 +66,11 @@ def gradient_statistics(
     channel_l1: L1 norm of g within each channel, a list of C for each image
     edge_correlation: result of the function edge_correlation for each image
     edge_correlation_mean: mean over the images that have a correlation
-    linearity: {"uniform", "pgd10": {"error", "relative_error"}}, measured at the points x + d,
-        clipped to 0..1. d is uniform noise in the eps ball, or the perturbation of PGD-10. error:
-        mean of |L(x + d) - L(x) - d . g| in nats. It is at most the local linearity measure of Qin
-        et al. 2019 (arXiv 1907.02610, equation 5), which is the maximum over the ball.
+    linearity: a dict with the keys uniform and pgd10. Each value is a dict with the keys error and
+        relative_error, measured at the points x + d, clipped to 0..1. For uniform, d is uniform
+        noise in the eps ball. For pgd10, d is the perturbation of PGD-10.
+        error: mean of |L(x + d) - L(x) - d . g| in nats. It is at most the local linearity measure
+        of Qin et al. 2019 (arXiv 1907.02610, equation 5), which is the maximum over the ball.
         relative_error: error / mean of |L(x + d) - L(x)|. None if the loss changes nowhere.
 
     Raises UserError if eps lies outside 0..1, if there are no images, or if the number of ids is
@@ -266,6 +267,7 @@ def mean(values: Tensor) -> float | None:
 
 
 def ratio(numerators: Tensor, denominators: Tensor) -> float | None:
-    """Returns the ratio of two sums, or None if the second sum is 0."""
+    """Returns the sum of the first tensor divided by the sum of the second one. Returns None if the
+    second sum is 0."""
     total = float(denominators.sum())
     return float(numerators.sum()) / total if total else None

@@ -1,4 +1,4 @@
-"""The configuration of a run: every option of ``python -m fastgn.train``, and recipes.
+"""Holds the configuration of a run, which is every option of ``python -m fastgn.train``.
 
 A recipe is a TOML file with options of the command line. The command line overrides the recipe, and
 the recipe overrides the defaults of the fields. This package does not import torch, which takes
@@ -71,7 +71,8 @@ class Config:
         last = max(self.run.keep_epochs, default=1)
         check(
             last <= self.optimizer.epochs,
-            f"--keep-epochs {last} is after the last epoch, --epochs {self.optimizer.epochs}",
+            f"--keep-epochs {last} is after the last epoch, --epochs {self.optimizer.epochs}: "
+            f"leave {last} out, or train for more epochs",
         )
 
     @property
@@ -147,8 +148,8 @@ class Config:
 
 
 def replace_keys(options: Any, values: dict[str, Any]) -> Any:
-    """Returns a copy of an options dataclass with other values for some options. These may belong
-    to groups inside the dataclass. values: name of an option -> its new value."""
+    """Returns a copy of an options dataclass with other values for some options. These options may
+    belong to groups inside the dataclass. values: name of an option -> its new value."""
     changes = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -174,7 +174,7 @@ def translate_refusal(text: str, kind: type) -> str:
     program's options.
     """
     # tyro draws a box of lines around its message.
-    # If the encoding of stdout is not UTF-8, tyro draws only lines of "-" above and below it.
+    # If stdout is not in UTF-8, tyro draws only lines of "-" above and below the message.
     lines = [line.strip("│╭╰╮╯ ") for line in text.splitlines()][1:]
     inside = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
     line = " ".join(itertools.takewhile(lambda line: line.strip("─-"), inside))
@@ -244,7 +244,7 @@ def parse_config(args: Sequence[str] | None = None) -> Config:
         folder = run_folder(Path(str(resume)))
         check(
             (folder / "config.toml").is_file(),
-            f"--resume {resume}: there is no run in it (no config.toml)",
+            f"--resume {resume}: there is no run in it (no config.toml): give the folder of a run",
         )
         default = load_recipe(str(folder / "config.toml")).replace(output=str(folder))
     return parse_cli(Config, args, "fastgn.train", default)

@@ -100,14 +100,14 @@ class DatasetConfig(Options):
     digits that comes with scikit-learn."""
     data_dir: Annotated[str | None, PATH] = None
     """Folder of the data. It holds a folder per split and class (as for ImageFolder), lists of
-    files (train.txt, val.txt) or packed shards (fastgn.data.pack). For CIFAR-10 it may also hold
-    its authors' python batches, or be an .npz file. If None, CIFAR-10 is downloaded."""
+    files (train.txt, val.txt) or packed shards (fastgn.data.pack). For CIFAR-10 it may also be a
+    folder with its authors' python batches, or an .npz file. If None, CIFAR-10 is downloaded."""
     train_split: Annotated[str, PATH] = "train"
-    """Name of the folder below --data-dir that holds the training images, or of a list of them
-    there (NAME.txt)."""
+    """Name of the folder in --data-dir that holds the training images. If a list in --data-dir
+    names the training images, this is the list's name without .txt."""
     val_split: Annotated[str, PATH] = "val"
-    """Name of the folder below --data-dir that holds the validation images, or of a list of them
-    there (NAME.txt)."""
+    """Name of the folder in --data-dir that holds the validation images. If a list in --data-dir
+    names the validation images, this is the list's name without .txt."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be read. fail: stop and name it. skip: take the next
     image of the split instead, and name and count the bad one (torch and dali loaders)."""
@@ -165,8 +165,8 @@ class AugmentationConfig(Options):
     reprob: Annotated[float, PROBABILITY] = 0.0
     """Probability of random erasing."""
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    """What random erasing puts into the box. const: zeros. rand: one random colour. pixel: noise in
-    every pixel."""
+    """What random erasing puts into the erased box. const: zeros. rand: one random colour. pixel:
+    noise in every pixel."""
     mixup: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of mixup, the parameter of its beta distribution. 0 turns mixup off."""
     cutmix: Annotated[float, Range(0, 100)] = 0.0
@@ -296,8 +296,8 @@ class StepConfig(Options):
             )
             check(
                 self.activation_memory_budget == 1,
-                f"--schedule auto chooses the budget itself: leave out --activation-memory-budget "
-                f"{self.activation_memory_budget}",
+                f"--schedule auto chooses the activation memory budget itself: leave out "
+                f"--activation-memory-budget {self.activation_memory_budget}",
             )
 
 

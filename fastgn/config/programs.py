@@ -145,10 +145,11 @@ class EvaluateConfig(BareWeightsConfig):
     """Largest perturbations of the attacks (radii), in 0..1 pixel units, such as 4/255."""
     attacks: tuple[str, ...] = ("clean", "pgd-20", "autoattack")
     """Attacks to run. clean: no attack. fgsm: one step of length eps. pgd-K: PGD with K steps of
-    2.5 eps / K from a random start. pgd-KxR: with R random starts. pgd-K-margin: on the margin of
-    the logits instead of the cross-entropy. pgd-K@STEP: with steps of that length, such as 1/255 or
-    eps/4. autoattack, autoattack-plus, autoattack-rand: versions of AutoAttack. apgd-ce, apgd-dlr,
-    apgd-t, fab, fab-t, square: parts of AutoAttack. apgd-ce+t: apgd-ce, then apgd-t."""
+    2.5 eps / K from a random start. pgd-KxR: the same from R random starts. pgd-K-margin: PGD on
+    the margin of the logits instead of the cross-entropy. pgd-K@STEP: PGD with K steps of length
+    STEP, such as 1/255 or eps/4. autoattack, autoattack-plus, autoattack-rand: versions of
+    AutoAttack. apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square: parts of AutoAttack. apgd-ce+t:
+    apgd-ce, then apgd-t."""
     successive: bool = False
     """For each radius of --eps, attack only the images that are still classified correctly after
     all earlier attacks in --attacks. The accuracy under an attack then counts the images that
@@ -158,8 +159,8 @@ class EvaluateConfig(BareWeightsConfig):
     data_dir: Annotated[str | None, PATH] = None
     """Folder or file of the data. None means the data that the run was trained on."""
     val_split: Annotated[str | None, PATH] = None
-    """Name of the folder below --data-dir that holds the images, or of a list of them there
-    (NAME.txt). None means the validation images of the run."""
+    """Name of the folder in --data-dir that holds the images. If a list in --data-dir names the
+    images, this is the list's name without .txt. None means the validation images of the run."""
     num_images: Annotated[int | None, IMAGES] = None
     """Number of validation images. They are the first ones, or evenly spaced ones if the images are
     sorted by class, as in a folder. None means all."""
@@ -185,12 +186,12 @@ class EvaluateConfig(BareWeightsConfig):
     report: Annotated[str | None, PATH] = None
     """Also write all results into this HTML file."""
     statistics: bool = False
-    """Also compute statistics of the input gradients: those in table 1 of arXiv 2409.20139, and how
-    linear the loss is within a radius, which is the last value of --eps. If --checkpoint is a run's
-    folder, also compute the norm of the input gradient for each checkpoint in that folder."""
+    """Also compute the statistics of the input gradients that table 1 of arXiv 2409.20139 has. Also
+    measure how linear the loss is within a radius, the last value of --eps. If --checkpoint is a
+    run's folder, also compute the norm of the input gradient for each checkpoint in that folder."""
     sanity: bool = False
-    """Also check whether the attacks can be believed (a sanity report). The attacks in these checks
-    use the last value of --eps as their radius."""
+    """Also check whether the measured robust accuracies can be believed (a sanity report). The
+    attacks in these checks use the last value of --eps as their radius."""
     analysis_images: Annotated[int, BATCH] = 256
     """Number of images for --statistics and --sanity, evenly spaced among the evaluated images."""
     curve: Annotated[str | None, PATH] = None
@@ -253,7 +254,8 @@ class EvaluateConfig(BareWeightsConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(BareWeightsConfig):
-    """Writes a trained model as files that need only torch and timm, and a RobustBench entry."""
+    """Writes a trained model as files that need only torch and timm. Also writes an entry for
+    RobustBench."""
 
     checkpoint: Annotated[str, PATH] = ""
     """Network to export: the folder of a run, a checkpoint (.pt) or an export (.safetensors) of
@@ -265,7 +267,8 @@ class ExportConfig(BareWeightsConfig):
     eps: Annotated[float, EVALUATION_EPS] = 4 / 255
     """Largest perturbation of the attacks, in 0..1 pixel units, such as 4/255."""
     dataset: Literal["cifar10", "imagenet"] | None = None
-    """Data set as RobustBench names it. None means the data of the run, if it is one of these."""
+    """Data set as RobustBench names it. None means the data of the run, if it is cifar10 or
+    imagenet."""
     evaluation: Annotated[str | None, PATH] = None
     """Result of fastgn.evaluate (evaluation.json), from which the entry takes its accuracies. None
     leaves the accuracies empty."""
@@ -360,8 +363,8 @@ class SweepConfig(Options):
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig(Options):
-    """Packs images into WebDataset shards with an index. If it is interrupted, the same command
-    continues."""
+    """Packs images into WebDataset shards with an index. If the packing is interrupted, run the
+    same command again to continue."""
 
     source: Annotated[str, Positional, PATH]
     """The images to pack: folders, lists of files or shards, as for --data-dir of fastgn.train."""
@@ -380,11 +383,11 @@ class PackConfig(Options):
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
     """Seconds without a result from the worker processes after which the program ends."""
     train_split: Annotated[str, PATH] = "train"
-    """Name of the folder below SOURCE that holds the training images, or of a list of them there
-    (NAME.txt)."""
+    """Name of the folder in SOURCE that holds the training images. If a list in SOURCE names the
+    training images, this is the list's name without .txt."""
     val_split: Annotated[str, PATH] = "val"
-    """Name of the folder below SOURCE that holds the validation images, or of a list of them there
-    (NAME.txt)."""
+    """Name of the folder in SOURCE that holds the validation images. If a list in SOURCE names the
+    validation images, this is the list's name without .txt."""
     on_bad_image: Literal["fail", "skip"] = "fail"
     """What to do with an image that cannot be read. fail: stop. skip: leave it out."""
 
@@ -401,11 +404,11 @@ class CheckConfig(Options):
     worker_timeout: Annotated[float, WORKER_TIMEOUT] = 600.0
     """Seconds without a result from the worker processes after which the program ends."""
     train_split: Annotated[str, PATH] = "train"
-    """Name of the folder below DATA-DIR that holds the training images, or of a list of them there
-    (NAME.txt)."""
+    """Name of the folder in DATA-DIR that holds the training images. If a list in DATA-DIR names
+    the training images, this is the list's name without .txt."""
     val_split: Annotated[str, PATH] = "val"
-    """Name of the folder below DATA-DIR that holds the validation images, or of a list of them
-    there (NAME.txt)."""
+    """Name of the folder in DATA-DIR that holds the validation images. If a list in DATA-DIR names
+    the validation images, this is the list's name without .txt."""
     output: Annotated[str | None, PATH] = None
     """Also write the result into this JSON file."""
 

@@ -49,9 +49,9 @@ class Finding:
     problem: str | None = None
     """Kind of fault that would stop training, or None if training can use the image."""
     line: str = ""
-    """Error message that training would print."""
+    """Error message that training would print, or an empty text if there is no fault."""
     notes: tuple[str, ...] = ()
-    """Unusual properties of the image with which training can deal, as keys of NOTES."""
+    """Unusual properties of the image that training can deal with. They are keys of NOTES."""
 
 
 @dataclasses.dataclass(frozen=True)

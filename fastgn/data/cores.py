@@ -6,8 +6,8 @@ import os
 def count_cores() -> int:
     """Returns the number of CPU cores that this process may use.
 
-    A scheduler or a container may give a job fewer cores than the machine has. Where the operating
-    system does not tell them, returns the number of cores of the machine.
+    A scheduler or a container may give a job fewer cores than the machine has. If the operating
+    system does not say how many, returns the number of cores of the machine.
     """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

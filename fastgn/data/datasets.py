@@ -77,7 +77,7 @@ class Dataset:
 def check_classes(known: Sequence[str], classes: Sequence[str], who: str) -> None:
     """Raises UserError unless the data set has the known classes in the same order.
 
-    Labels are numbers, so with another order of the classes they would mean other classes.
+    Labels are numbers, so with another order of the classes a label would mean another class.
 
     known: the classes of a model or split. classes: the classes of the data set. who: name of the
     model or split, with which the message begins.
@@ -247,7 +247,7 @@ def read_image_folder(root: Path, train_split: str, val_split: str) -> Dataset:
         not unlike,
         f"--data-dir {root}: {train_split} has {len(train.classes)} classes, {val_split} has "
         f"{len(val.classes)}; {', '.join(unlike[:3])} {'is' if len(unlike) == 1 else 'are'} in "
-        "only one of them",
+        "only one of them: give both the same classes",
     )
     check_classes(val.classes, train.classes, f"--data-dir {root}: {val_split}")
     notes = (*train.notes, *val.notes)

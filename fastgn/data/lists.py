@@ -107,8 +107,8 @@ def find_classes(
 def read_labels(
     path: Path, rows: Sequence[Row], classes: Sequence[str], known_by: str
 ) -> dict[str, int]:
-    """Returns label -> index of its class. All labels of a list must be names, or all must be
-    numbers.
+    """Returns a dict from each label to the index of its class. All labels of a list must be names,
+    or all must be numbers.
 
     path, rows: the list and its lines. known_by: text that says where the classes come from, for
     messages. Raises UserError, which names the line, if a label is neither a name nor a number of a

@@ -117,7 +117,8 @@ def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) 
 
 
 def read_array(archive: zipfile.ZipFile, name: str) -> Any:
-    """Returns an array whose header has been checked."""
+    """Returns an array of an .npz file. Text becomes a string or a list of strings. `check_header`
+    must have checked the array before."""
     with archive.open(f"{name}.npy") as member:
         array = np.lib.format.read_array(member, allow_pickle=False)
     return array.tolist() if array.dtype.kind == "U" else array

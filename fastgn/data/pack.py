@@ -164,7 +164,7 @@ def write_shard(
 
 
 def load_finished_shard(folder: Path, name: str, recipe: str) -> Shards | None:
-    """Returns the index of a shard that was finished and is intact, or None.
+    """Returns the index of a shard if the shard is finished and intact, otherwise None.
 
     recipe: digest from `hash_packing`. Raises UserError if the shard was made from other images or
     with other options.
@@ -201,7 +201,7 @@ def pack(
         "OUTPUT",
     )
     # Killed processes have left these temporary files.
-    # No running process writes one now, because the folder is locked.
+    # No running process is writing such a temporary file, because the folder is locked.
     for left in folder.glob(".*.tmp"):
         remove_file(left)
     names = [f"shard-{number:06d}" for number in range(len(pieces))]

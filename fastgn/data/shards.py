@@ -111,7 +111,8 @@ class Shards(Encoded):
         return None
 
     def save(self, name: str = INDEX) -> None:
-        """Writes the index into the folder. Equal indices give equal bytes."""
+        """Writes the index into the folder. The same content always gives a file with the same
+        bytes."""
         with atomic_open(self.folder / name) as file:
             np.savez(
                 file,

@@ -55,7 +55,7 @@ class Decoded(Dataset):
 
 
 def collate(items: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tensor, list[str]]:
-    """Returns a batch of items of `Decoded`: (images, labels, all messages)."""
+    """Joins items of `Decoded` into a batch. Returns (images, labels, messages of all items)."""
     images, labels = default_collate([item[:2] for item in items])
     return images, labels, [line for _, _, bad in items for line in bad]
 
@@ -169,7 +169,7 @@ def kill_stalled_workers(iterator: Any, worker_timeout: float) -> UserError:
     its exit.
     """
     number = iterator._task_info[iterator._rcvd_idx][0]
-    # otherwise torch would notice the workers' death and raise an error anywhere in this process
+    # make torch forget the workers, because it would raise an error when it notices their death
     signal_handling._remove_worker_pids(id(iterator))
     iterator._worker_pids_set = False
     for worker in iterator._workers:
@@ -237,7 +237,7 @@ def set_up_worker(worker: int) -> None:
     # ask Linux to kill the worker when the main process ends, because a waiting worker would go on
     with contextlib.suppress(AttributeError, OSError):  # prctl exists only on Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # otherwise the worker's thread that sends tensors would print an error if the main process ends
+    # hide errors, because the thread that sends tensors would print one if the main process ends
     sys.excepthook = lambda *error: None
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

@@ -45,7 +45,8 @@ def replace_posterize(step: Any) -> None:
 
 
 def list_operations(step: Any) -> list[Any]:
-    """Returns the operations of a step that is an augmentation policy, and none for other steps."""
+    """Returns the operations of a step that is an augmentation policy. Returns an empty list for
+    any other step."""
     if isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
         return list(step.ops)
     if isinstance(step, auto_augment.AutoAugment):
@@ -57,8 +58,8 @@ def posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Ima
     """Returns the image with `bits_to_keep` bits per channel, as timm does. 0 bits give a black
     image.
 
-    With rand-m9-mstd0.5-inc1, random noise gives 0 bits once in 600 images. Recent versions of PIL
-    raise ValueError for 0 bits, and older versions returned a black image.
+    With rand-m9-mstd0.5-inc1, the random strength gives 0 bits once in 600 images. Recent versions
+    of PIL raise ValueError for 0 bits, and older versions returned a black image.
     """
     if bits_to_keep == 0:
         return Image.new(image.mode, image.size)

@@ -22,7 +22,8 @@ version of each image."""
 def wants_dali(device: torch.device) -> bool:
     """Returns whether DALI is worth a trial, which means that it is installed and the device is a
     GPU."""
-    with contextlib.suppress(ModuleNotFoundError):  # raised if even the package nvidia is missing
+    # find_spec raises this error if even the package nvidia is missing
+    with contextlib.suppress(ModuleNotFoundError):
         return device.type == "cuda" and importlib.util.find_spec("nvidia.dali") is not None
     return False
 

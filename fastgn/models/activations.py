@@ -16,8 +16,8 @@ PIECEWISE_LINEAR = (
     nn.Hardtanh,
     nn.Threshold,
 )
-"""Activations whose second derivative is 0. The penalty of --method gradnorm gets no training
-signal from their curvature."""
+"""Activations whose second derivative is 0 almost everywhere. Through them, a penalty on an input
+gradient, such as that of --method gradnorm, gets almost no training signal."""
 ACTIVATIONS = (
     "gelu",
     "gelu_tanh",

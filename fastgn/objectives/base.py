@@ -43,8 +43,8 @@ def cross_entropy(logits_BK: Tensor, targets: Tensor) -> Tensor:
 
 
 class Representatives(NamedTuple):
-    """Images towards which the method pag turns input gradients, in the units of the training
-    images."""
+    """Images towards which the method pag turns input gradients. Their pixels are in the same units
+    as those of the training images."""
 
     images_NCHW: Tensor
     """The images. If labels_N is None, there is one per class, in the order of the classes."""

@@ -77,7 +77,8 @@ class GradnormFgsmOptions(Options):
     gn_share: Annotated[
         float, Range(0, 1, above=True, hint="for no penalty use --method fgsm_rs")
     ] = 0.5
-    """Share of the updates that have the penalty. These are spread evenly. 1 means all updates."""
+    """Share of the updates that have the penalty. These updates are spread evenly. 1 means that all
+    updates have it."""
 
 
 @dataclasses.dataclass(frozen=True)

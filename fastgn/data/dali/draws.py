@@ -22,20 +22,22 @@ from fastgn.data.transform import build_train_transform, list_operations, poster
 from fastgn.errors import UserError
 
 FILL = (124, 116, 104)
-"""Colour outside a rotated, sheared or shifted image: ImageNet's mean colour, as in timm."""
+"""Colour that fills the area outside a rotated, sheared or shifted image. It is ImageNet's mean
+colour, as in timm."""
 ARGUMENTS = 6
-"""Largest number of arguments of an operation."""
+"""Largest number of arguments that an operation on an image takes."""
 
 
 class Kind(IntEnum):
-    """An operation on an image, as PIL defines it. The text of an operation says which
-    arguments it needs. Operations without a text need none, except the last three."""
+    """An operation on an image, as PIL defines it. The text of an operation says which arguments
+    the operation takes. Operations without a text take none, except the last three, which take the
+    same argument as COLOR."""
 
     NONE = 0
     BICUBIC = 1
     """An affine map with bicubic interpolation and the six arguments a, b, c, d, e, f. The pixel at
-    (x, y) comes from (a x + b y + c, d x + e y + f), in pixels from the image's corner. The pixel
-    is FILL if that point is outside the image."""
+    (x, y) comes from (a x + b y + c, d x + e y + f). Both are measured in pixels from the image's
+    corner. The pixel is FILL if that point is outside the image."""
     BILINEAR = 2
     """An affine map with the same six arguments as BICUBIC, but with bilinear interpolation."""
     AUTO_CONTRAST = 3
@@ -51,8 +53,8 @@ class Kind(IntEnum):
     """Blends the grey image with the image itself. Its one argument is a factor, which is 0 for the
     grey image and 1 for the image itself.
 
-    CONTRAST, BRIGHTNESS and SHARPNESS also take a factor. For them, a factor of 0 gives the mean
-    grey, black and the blurred image."""
+    CONTRAST, BRIGHTNESS and SHARPNESS also take a factor. With a factor of 0, CONTRAST gives the
+    mean grey, BRIGHTNESS gives black, and SHARPNESS gives the blurred image."""
     CONTRAST = 10
     BRIGHTNESS = 11
     SHARPNESS = 12
@@ -69,7 +71,8 @@ class Layer(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """How one image is augmented: it is cropped, resized, flipped, and changed by each layer."""
+    """How one image is augmented. It is cropped, resized and perhaps flipped. Then each operation
+    in `layers` is applied."""
 
     top: int
     left: int

@@ -26,8 +26,8 @@ class Fed(NamedTuple):
     """
 
     encoded: Any
-    """Bytes of all image files one after the other, uint8. If DALI might not decode a file just
-    as PIL does, such as a PNG, the file is replaced by its decoded crop as a PPM file."""
+    """Bytes of all image files one after the other, uint8. DALI might decode some files differently
+    than PIL, such as PNGs. Each of these is replaced by a PPM file of its decoded crop."""
     lengths: Any
     """(B,), int64: number of bytes of each file."""
     anchors: Any
@@ -40,7 +40,7 @@ class Fed(NamedTuple):
     """(B,), int32: 1 if the crop is flipped horizontally, else 0."""
     kinds: Any
     """(B, layers), int32: the draws.Kind of each operation on an image. layers is the largest
-    number of operations."""
+    number of operations on one image."""
     arguments: Any
     """(B, layers, ARGUMENTS), fp32: arguments of each operation in `kinds`."""
     labels: Any
@@ -170,8 +170,8 @@ class Source:
     """Gives DALI one batch after the other, and keeps the labels and messages for the loader."""
 
     def __init__(self, feeder: Feeder, position: int, workers: int, worker_timeout: float):
-        """Starts at a position, which is epoch * batches_per_epoch + number of the batch in the
-        epoch."""
+        """Starts with the batch at a position, which is epoch * batches_per_epoch + number of the
+        batch in the epoch."""
         positions = itertools.count(position)
         options: dict[str, Any] = {"sampler": positions, "collate_fn": return_unchanged}
         self.batches = load_in_workers(feeder, workers, worker_timeout, batch_size=None, **options)

@@ -82,8 +82,8 @@ class DaliLoader:
         self._pipelines: deque[Any] = deque()
         """The pipelines in the order in which they will give a batch."""
         self._next = -1
-        # End the workers before Python exits. Otherwise Python would send them SIGTERM, which they
-        # ignore, and wait for them to end.
+        # End the workers before Python exits, because Python would wait for them for ever.
+        # The workers ignore the SIGTERM that Python sends them at its exit.
         atexit.register(close_if_alive, weakref.ref(self))
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -105,7 +105,7 @@ class DaliLoader:
         end_unused_pipelines()
 
     def __del__(self) -> None:
-        source = getattr(self, "_source", None)  # missing if __init__ has raised
+        source = getattr(self, "_source", None)  # missing if __init__ has raised an error
         if source is not None:
             source.close()
 
@@ -214,9 +214,9 @@ pipeline, the thread would wait for itself.
 
 
 def uses_operators(device: torch.device) -> bool:
-    """Returns whether DALI's own operators resize and augment.
+    """Returns whether DALI's own operators resize and augment the images.
 
-    On a CPU the functions of cpu.py do so, because they are 3 times as fast.
+    On a CPU the functions of cpu.py resize and augment, because they are 3 times as fast.
     """
     return device.type == "cuda"
 

@@ -22,8 +22,8 @@ except ImportError:
 
 @pipeline_def(enable_conditionals=True)
 def augmented(source: Source, recipe: Recipe, *, device: str, by_dali: bool) -> Any:
-    """Defines DALI's pipeline, which returns each batch of augmented images: fp32, 3 x S x S, in
-    0..1.
+    """Defines DALI's pipeline, which returns batches of augmented images. An image is fp32 in 0..1,
+    3 x S x S.
 
     source: gives DALI the encoded images. recipe: knows which operations may occur. device: DALI's
     name of the device that does the work, "cpu" or "gpu". by_dali: whether DALI's own operators
