@@ -221,7 +221,7 @@ REFUSED = [
     ("--fd-step", "1e-7", "--fd-step 1e-07 is out of range"),
     ("--fd-step", "inf", "--fd-step inf is out of range"),
     ("--schedule auto --accumulation", "sum", "use --accumulation mean, or --schedule exact"),
-    ("--schedule auto --activation-memory-budget", "0.5", "--schedule auto chooses the budget"),
+    ("--schedule auto --activation-memory-budget", "0.5", "--schedule auto chooses the activation"),
     ("--method pgd_at --schedule", "lazy", "--schedule lazy is a way to compute a penalty"),
     (
         "--ce-weight 0 --schedule",
