@@ -41,7 +41,7 @@ def judge_gap(images: int, total: int) -> Verdict:
 
 
 def check_larger_eps(target: Target) -> Check:
-    """Checks that the accuracy falls to 0 as eps grows."""
+    """Checks that the accuracy under PGD falls to 0 as eps, the radius of the attack, grows."""
     # With the largest eps, attacks can turn any image into any other, so none should withstand it.
     # The largest eps is the side (Linf) or the diagonal (L2) of the cube that contains all images.
     largest = 1.0 if target.norm == "Linf" else target.images_RCHW[0].numel() ** 0.5

@@ -199,7 +199,8 @@ def report_on_model(
 
 
 def report_mode(training_modules: int) -> Check:
-    """Checks that a network was in evaluation mode before the report."""
+    """Checks that a network was in evaluation mode before the report. training_modules: number of
+    modules that were in training mode."""
     return Check(
         "evaluation mode",
         "fail" if training_modules else "pass",
@@ -233,7 +234,10 @@ def report_outputs(outputs: Outputs) -> list[Check]:
 
 
 def report_clean_accuracy(correct_B: Tensor, classes: int) -> Check:
-    """Checks that a network does better than chance without an attack."""
+    """Checks that a network does better than chance without an attack.
+
+    correct_B: whether each image is classified correctly. classes: number of classes.
+    """
     images, correct = len(correct_B), int(correct_B.sum())
     by_chance = correct * classes <= images
     return Check(

@@ -212,7 +212,7 @@ def make_part(
 def count_accuracy(parts: Iterable[Part], row: int) -> float:
     """Returns the accuracy under one attack, over the batches that have been attacked so far.
 
-    row: index of the attack.
+    parts: outcomes of all attacks on these batches. row: index of the attack.
     """
     bits = "".join(part["correct"] for part in parts if part["row"] == row)
     return bits.count("1") / max(1, len(bits))

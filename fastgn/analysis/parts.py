@@ -29,8 +29,9 @@ class Parts:
     def __init__(self, output: Path, inputs: Any):
         """Chooses the folder, whose name contains a hash of `inputs`.
 
-        inputs: everything that the results depend on, ready for JSON. Results for other inputs are
-        in another folder, so they are never mixed with these.
+        output: file that the evaluation writes at its end. inputs: everything that the results
+        depend on, ready for JSON. Results for other inputs are in another folder, so they are never
+        mixed with these.
         """
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = output.with_name(f".{output.stem}.{digest}.parts")

@@ -154,7 +154,8 @@ def load_template() -> jinja2.Template:
 
 
 def list_facts(record: Record, models: Sequence[Record]) -> list[tuple[str, str]]:
-    """Returns the names and values of the facts that the page begins with."""
+    """Returns the names and values of the facts that the page begins with, such as the norm and the
+    number of images. models: the models' entries in evaluation.json."""
     radii = {r["eps"] for m in models for r in m["results"] if r["eps"]}
     units = record.get("eps_units", "0..1 pixels")
     facts = {
@@ -170,7 +171,8 @@ def list_facts(record: Record, models: Sequence[Record]) -> list[tuple[str, str]
 def list_links(models: Sequence[Record]) -> list[tuple[str, str]]:
     """Returns (section of the report, text of a link to it) for failed checks and warnings.
 
-    The page begins with these links, because a reader should see them first.
+    The page begins with these links, because a reader should see them first. models: the models'
+    entries in evaluation.json.
     """
     failed = sum(c["verdict"] == "fail" for m in models for c in m.get("sanity") or ())
     warned = sum(len(m.get("warnings") or ()) for m in models)
@@ -183,7 +185,8 @@ def list_links(models: Sequence[Record]) -> list[tuple[str, str]]:
 
 
 def tabulate_accuracies(models: Sequence[Record]) -> Table:
-    """Returns the table of accuracies with a row for each attack and eps."""
+    """Returns the table of accuracies, with a column for each model and a row for each attack and
+    eps. models: the models' entries in evaluation.json."""
     columns: list[dict[Key, Cell]] = []
     worst: set[Key] = set()
     for model in models:
@@ -204,7 +207,8 @@ def tabulate_accuracies(models: Sequence[Record]) -> Table:
 
 
 def tabulate_statistics(models: Sequence[Record]) -> Table:
-    """Returns the table of gradient statistics with a row for each statistic."""
+    """Returns the table of gradient statistics, with a column for each model and a row for each
+    statistic. models: the models' entries in evaluation.json."""
     columns: list[dict[Key, Cell]] = [
         {
             (label(key),): Cell(format_value(item))

@@ -98,9 +98,11 @@ def measure_batch(
 ) -> dict[str, Tensor]:
     """Returns the values of each image from which statistics are computed, with B entries per key.
 
-    g is the gradient of the image's cross-entropy with respect to its pixels. clean: whether the
-    image is classified correctly. l1 and signed: sums of |g| and g in each channel (B, C). edges:
-    correlation of |g| with the image's edges.
+    ids: number of each image, on which its noise depends. g is the gradient of the image's
+    cross-entropy with respect to its pixels.
+
+    clean: whether the image is classified correctly. l1 and signed: sums of |g| and g in each
+    channel (B, C). edges: correlation of |g| with the image's edges.
 
     The other keys begin with the name of a point near the image: uniform (the image plus random
     noise) or pgd10 (the image after PGD-10). *_correct: whether the point is classified correctly.

@@ -128,7 +128,7 @@ def check_given_once(kind: type, args: Sequence[str]) -> None:
     ignore the first values.
 
     A flag that takes one value may be given twice, and the last value is used. So a user can
-    override a flag in a shell alias.
+    override a flag in a shell alias. kind: dataclass of the program's options.
     """
     given = [arg.partition("=")[0].replace("_", "-") for arg in args]
     for name in map(format_flag, find_lists(kind)):

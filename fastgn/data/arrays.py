@@ -64,7 +64,7 @@ def read_arrays(path: Path, splits: tuple[str, ...], classes: int, where: str) -
     """Reads the images and labels of each split from an .npz file.
 
     A split has the arrays {split}_images, `(N, H, W, 3), uint8`, and {split}_labels, `(N,)`
-    integers.
+    integers. splits: names of the splits, such as train. classes: number of classes.
 
     Raises UserError if an array is missing or has another shape or dtype, or if a split's images
     and labels differ in number. The message begins with `where`.
@@ -94,6 +94,6 @@ def decode_all(split: Arrays | Encoded) -> Arrays:
     if odd is not None:
         raise UserError(
             f"{split.name(odd)} has shape {tuple(images[odd].shape)}, but the first image has "
-            f"{tuple(images[0].shape)}"
+            f"{tuple(images[0].shape)}: resize all images to the same size"
         )
     return Arrays(torch.stack(images).permute(0, 3, 1, 2).contiguous(), split.labels_N)

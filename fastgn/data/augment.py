@@ -78,7 +78,7 @@ class BatchAugment:
         return self.apply(images_BCHW, labels_B, BatchDraws(mix_5=mix_5))
 
     def draw(self, num: int, height: int, width: int) -> BatchDraws:
-        """Draws the random choices for the augmentation of `num` images.
+        """Draws the random choices for the augmentation of `num` images of this size in pixels.
 
         The random numbers come from the generators of Python, NumPy and PyTorch.
         """
@@ -90,8 +90,8 @@ class BatchAugment:
         return BatchDraws(boxes_B4, fill, self.draw_mix(num, height, width))
 
     def draw_boxes(self, num: int, height: int, width: int) -> list[list[int]]:
-        """Returns top, bottom, left and right of the box to erase in each image. Zeros mean no
-        box."""
+        """Returns top, bottom, left and right of the box to erase in each of `num` images. Zeros
+        mean no box."""
         noted = BoxRecorder(num)
         if self.erase is not None:
             for noted.image in range(num):

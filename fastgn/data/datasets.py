@@ -226,7 +226,9 @@ def read_torchvision(path: Path | None) -> tuple[Arrays, Arrays]:
         parts = [CIFAR10(str(root), train=train, download=path is None) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         if path is None:
-            raise UserError(f"CIFAR-10 cannot be downloaded ({error}): give --data-dir") from None
+            raise UserError(
+                f"CIFAR-10 cannot be downloaded ({error}): give its folder as --data-dir DIR"
+            ) from None
         raise UserError(
             f"--data-dir {path}: there is no CIFAR-10: it should be an .npz file, or a folder with "
             "train/ and test/ or with a complete cifar-10-batches-py/"

@@ -75,8 +75,10 @@ def describe_changes(before: Identity | None, now: Identity) -> list[str]:
     """Returns how a data set differs from that of a checkpoint, as one phrase per changed split.
 
     Only properties that both descriptions have are compared. So a data set of files and the shards
-    packed from it count as the same images. before: result of `describe_dataset` in the checkpoint.
-    It is None if the checkpoint was written by an older version of fastgn, which did not save it.
+    packed from it count as the same images.
+
+    before: result of `describe_dataset` in the checkpoint. It is None if the checkpoint was written
+    by an older version of fastgn, which did not save it. now: result for the present data set.
     """
     if before is None:
         return ["the checkpoint does not say which images it was made with"]

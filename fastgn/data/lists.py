@@ -142,7 +142,10 @@ def read_labels(
 
 
 def check_images_exist(root: Path, path: Path, rows: Sequence[Row]) -> None:
-    """Raises UserError, which names the line, if an image does not exist."""
+    """Raises UserError, which names the line, if an image of a list does not exist.
+
+    root: folder of the data set. path, rows: the list and its lines.
+    """
     below: dict[str, set[str]] = {}
     for row in rows:
         folder, base = os.path.split(root / row.name)
@@ -162,7 +165,7 @@ def find_repeated(
     """Returns one message about the images that the list names more than once, or no message if
     there are none.
 
-    paths, labels: path and class of the image on each line.
+    path, rows: the list and its lines. paths, labels: path and class of the image on each line.
 
     Raises UserError, which names both lines, if such an image has two labels.
     """

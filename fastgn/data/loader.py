@@ -116,9 +116,9 @@ def build_loader(
     An epoch is a whole number of updates. Images that are too few for another update are left out
     of the epoch.
 
-    compiled: whether the device loader compiles its augmentation. agree: function that returns True
-    on all ranks if it gets True on any rank. notes: list to which a message is added if
-    `--loader auto` cannot use DALI.
+    mean, std: the model's normalisation. compiled: whether the device loader compiles its
+    augmentation. agree: function that returns True on all ranks if it gets True on any rank.
+    notes: list to which a message is added if `--loader auto` cannot use DALI.
 
     Raises UserError if the loader does not support the data or the augmentation.
     """
@@ -185,8 +185,8 @@ def build_device_loader(
 ) -> Loader:
     """Returns the loader that keeps the whole data set on the device.
 
-    common: arguments that all loaders take. Raises UserError if the data are files, or if an option
-    needs another loader.
+    compiled: whether to compile the augmentation. common: arguments that all loaders take. Raises
+    UserError if the data are files, or if an option needs another loader.
     """
     from fastgn.data.device import DeviceLoader
 

@@ -61,6 +61,8 @@ LABELS = Field("integers", ("N", "N x 1"))
 def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, Any]:
     """Returns the named arrays of a file. Text becomes a string or a list of strings.
 
+    fields: name of an array -> dtype and shape that the array must have.
+
     Raises UserError if the file is not an .npz or is damaged, or if an array is missing or does not
     match its field. Arrays that would fill the memory are refused too. Messages begin with `where`.
     """
@@ -87,8 +89,8 @@ def read_npz(path: Path, fields: Mapping[str, Field], where: str) -> dict[str, A
 
 
 def check_header(archive: zipfile.ZipFile, name: str, field: Field, where: str) -> None:
-    """Raises UserError unless an array's header fits the field, and its data has the length that
-    the header implies."""
+    """Raises UserError unless the header of an array fits the field, and the array's data has the
+    length that the header implies. name: the array's name. Messages begin with `where`."""
     with archive.open(f"{name}.npy") as member:
         version = np.lib.format.read_magic(member)
         read = {

@@ -31,7 +31,8 @@ def compute_representatives(
 
     images: fp32 in 0..1, not augmented. They are `(K, 3, H, W)`, one image per class, and the
     labels are None. With --pag-representative nearest-neighbour, they are all N training images,
-    and the labels are `(N,), int64`.
+    and the labels are `(N,), int64`. crop_pct: share of the resized image's side that the centre
+    crop keeps.
 
     Raises UserError if a class has no image, or if nearest-neighbour would keep too many images on
     the device.

@@ -60,8 +60,10 @@ class Subset:
 
         num: number of images. None means all. If the split may be sorted by class, the chosen
         images are evenly spaced. Otherwise they are the first ones. chosen: indices of the images,
-        instead of `num`. skip: whether to replace a bad image by the next one of the split and add
-        a message to bad_images.
+        instead of `num`.
+
+        crop_pct: share of the resized image's side that the centre crop keeps. skip: whether to
+        replace a bad image by the next one of the split and add a message to bad_images.
         """
         total = len(split)
         num = total if num is None else min(num, total)

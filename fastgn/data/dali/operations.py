@@ -169,6 +169,7 @@ def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any) -> Any:
     """Returns the image after an affine map, with the colour FILL where there was no image.
+    arguments: the six arguments of Kind.BICUBIC.
 
     PIL gives this colour to each pixel whose nearest source pixel lies outside the image. Here a
     mask does the same.

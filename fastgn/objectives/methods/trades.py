@@ -80,9 +80,9 @@ def trades_loss(
 ) -> Loss:
     """Returns the loss of `trades` for images and their attacked versions.
 
-    both_2BCHW: a batch of 2 B images, first the images and then their attacked versions. The
-    network runs on one half after the other. The predictions for the images are not detached, so
-    the gradient of the divergence flows through both halves.
+    both_2BCHW: a batch of 2 B images, first the images and then their attacked versions. beta:
+    weight of the divergence. The network runs on one half after the other. The predictions for the
+    images are not detached, so the gradient of the divergence flows through both halves.
     """
     here_BK, there_BK = (model(part) for part in both_2BCHW.chunk(2))
     ce = cross_entropy(here_BK, targets)
