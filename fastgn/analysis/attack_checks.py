@@ -1,4 +1,4 @@
-"""Checks of the sanity report that attack the images.
+"""Checks of the report of --sanity that attack the images.
 
 Most checks compare two attacks, one of which should be at least as strong as the other. If the
 attack that should be stronger is weaker, the model may hide the gradients that this attack follows.

@@ -20,17 +20,18 @@ from fastgn.errors import check
 Verdict = Literal["pass", "warn", "fail"]
 
 FEW_IMAGES = 100
-"""Number of images below which the sanity report warns, because a single image then changes the
-accuracy by more than one percentage point."""
+"""Number of images below which the report of --sanity warns, because a single image then changes
+the accuracy by more than one percentage point."""
 VANISHED_L1 = 1e-12
 """L1 norm of an image's gradient below which the gradient counts as vanished."""
 REPEATS = 5
-"""Number of forward passes that the sanity report compares."""
+"""Number of forward passes of the same images that the report of --sanity compares."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One line of the sanity report."""
+    """One line of the report of --sanity, which checks whether a robust accuracy can be
+    believed."""
 
     name: str
     verdict: Verdict
@@ -123,9 +124,9 @@ def measure_gradients(
 def check_model(model: nn.Module, images_BCHW: Tensor, labels_B: Tensor) -> list[str]:
     """Returns a line for each reason to doubt the accuracies of a model, judged by one batch.
 
-    Raises UserError if the accuracies would mean nothing. This is so if the model is in training
-    mode, or if it returns probabilities instead of logits. It is also so if its logits differ
-    between two forward passes, or if its logits or gradients are not finite.
+    Raises UserError if the accuracies would mean nothing, because the model is in training mode or
+    returns probabilities instead of logits. Other reasons are logits that differ between two
+    forward passes, and logits or gradients that are not finite.
     """
     check(not count_training_modules(model), "the model is in training mode: call eval() first")
     outputs = measure_outputs(model, images_BCHW, passes=2)
@@ -185,7 +186,7 @@ def report_on_model(
     training_modules: int,
     batch_size: int,
 ) -> list[Check]:
-    """Returns the checks of the sanity report that need no attack.
+    """Returns the checks of the report of --sanity that need no attack.
 
     correct_B: whether each image is classified correctly. training_modules: the number of modules
     that were in training mode before the report.

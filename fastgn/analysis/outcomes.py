@@ -160,7 +160,7 @@ def attack_batches(
 
 
 def still_correct(texts: Sequence[str]) -> list[bool] | None:
-    """Returns for each image whether it is classified correctly under all of several attacks.
+    """Returns for each image whether it is classified correctly under each of several attacks.
     Returns None if `texts` is empty.
 
     texts: the outcomes of each attack, one character for each image, "1" if it is classified

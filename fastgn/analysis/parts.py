@@ -64,7 +64,7 @@ class Parts:
         return part["made"]
 
     def remove(self) -> None:
-        """Removes this folder, and those of abandoned evaluations with the same output."""
+        """Removes this folder, and the folders of abandoned evaluations with the same output."""
         shutil.rmtree(self.folder, ignore_errors=True)
         name = self.folder.name.split(".")
         for other in self.folder.parent.glob(".*.parts"):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastgn import attacks
 
 STEPS = (10, 20, 50, 100)
-"""Numbers of steps of PGD. A sanity report compares the accuracies under PGD with each of them."""
+"""Numbers of steps of PGD. The report of --sanity compares the accuracies under PGD with each of
+these numbers."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The groups of options of a training run. Each is a frozen dataclass that checks its values.
 
-Every field is a flag of ``python -m fastgn.train`` and a key of a recipe. An option has the same
-name as in timm, or for attacks as in the library ARES, if it exists there.
+Every field is a flag of ``python -m fastgn.train`` and a key of a recipe. An option that timm also
+has is named as in timm. An option of attacks that the library ARES also has is named as there.
 """
 
 import ast

@@ -86,10 +86,10 @@ class Walk:
             ) from None
 
     def is_hidden(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry's name shows that it holds no data. If so, counts it as left
-        out.
+        """Returns whether an entry holds no data, judged by its name. If so, counts the entry as
+        left out.
 
-        Such names begin with a dot or are listed in NO_CLASSES, such as lost+found.
+        Names of such entries begin with a dot or are listed in NO_CLASSES, such as lost+found.
         """
         hidden = entry.name.startswith(".") or entry.name in NO_CLASSES
         self.left_out["hidden"] += hidden
@@ -97,7 +97,7 @@ class Walk:
 
     def is_class(self, entry: os.DirEntry[str]) -> bool:
         """Returns whether an entry of the split's folder is the folder of a class. If not, counts
-        it as left out."""
+        the entry as left out."""
         if self.is_hidden(entry):
             return False
         folder = is_folder(entry)
@@ -136,8 +136,8 @@ class Walk:
         return not above and self.seen.setdefault(real, path) == path
 
     def is_image(self, entry: os.DirEntry[str]) -> bool:
-        """Returns whether an entry is a file whose ending is that of an image format. If not,
-        counts it as left out."""
+        """Returns whether an entry is a file whose name ends like that of an image. If not, counts
+        the entry as left out."""
         ending = os.path.splitext(entry.name)[1].lower()
         if ending not in ENDINGS:
             self.left_out[f"with the ending {ending}" if ending else "without an ending"] += 1

@@ -27,7 +27,8 @@ def compute_representatives(
     batch_size: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns (images, labels) that represent the classes, on the device, the same on every rank.
+    """Returns (images, labels) that represent the classes. Both are on the device, and are the same
+    on every rank.
 
     images: fp32 in 0..1, not augmented. They are `(K, 3, H, W)`, one image per class, and the
     labels are None. With --pag-representative nearest-neighbour, they are all N training images,

@@ -27,7 +27,7 @@ class GradnormOptions(Options):
     norm of the gradient, multiplied by eps / sigma."""
     sigma: Annotated[float, Range(1e-6, 1e6)] = 0.225
     """Standard deviation by which the normalisation divides pixels. Only the factor eps / sigma of
-    the penalty uses this number. It is one for all channels, as in arXiv 2409.20139."""
+    the penalty uses it. One number stands for all channels, as in arXiv 2409.20139."""
     gn_norm: Literal["l1", "l2", "l2_squared"] = "l1"
     """Norm of each image's input gradient that is penalised."""
     gn_of: Literal["loss", "logit"] = "loss"

@@ -169,13 +169,14 @@ def bilinear(image: Any, arguments: Any, side: int, device: str) -> Any:
 
 def warp(image: Any, arguments: Any, side: int, device: str, interpolation: Any) -> Any:
     """Returns the image after an affine map, with the colour FILL where there was no image.
-    arguments: the six arguments of Kind.BICUBIC.
 
     PIL gives this colour to each pixel whose nearest source pixel lies outside the image. Here a
     mask does the same.
 
     DALI's two bicubic kernels have the coefficients -0.75 and -0.5. They are less sharp than PIL's,
     which has the coefficient -1.
+
+    arguments: the six arguments of Kind.BICUBIC. interpolation: DALI's constant for the kernel.
     """
     last = types.Constant(np.array([[0, 0, 1]], np.float32), device="cpu")
     matrix = fn.cat(fn.reshape(arguments, shape=[2, 3]), last, axis=0)

@@ -1,8 +1,8 @@
 """The method n_fgsm, adversarial training with strong noise and one attack step.
 
 Neither the noise nor the step is clipped to the ball of radius eps (de Jorge et al. 2022, arXiv
-2202.01181). The authors' experiments show that this avoids catastrophic overfitting. That is the
-sudden loss of all robustness against attacks with several steps, when training uses single steps.
+2202.01181). The authors' experiments show that this avoids catastrophic overfitting. If training
+uses attacks of one step, it can suddenly lose all robustness against attacks of several steps.
 """
 
 from typing import Any
