@@ -72,7 +72,8 @@ class Walk:
             first = self.seen.setdefault(os.path.realpath(path), path)
             check(
                 first == path,
-                f"{self.option}: {path} and {first} are the same folder, but would be two classes",
+                f"{self.option}: {path} and {first} are the same folder, but would be two classes: "
+                "remove the one that is a link",
             )
 
     def list_entries(self, folder: str) -> list[os.DirEntry[str]]:

@@ -178,7 +178,7 @@ class Source:
         self.given: deque[tuple[Tensor, list[str], list[str]]] = deque()
         """The fields (labels, complaints, replaced) of Fed for each batch that DALI has taken but
         not yet returned."""
-        self.broken: str | None = None
+        self.end_reason: str | None = None
         """Reason why there are no more batches, or None if there are."""
 
     def __call__(self) -> tuple[Any, ...]:
@@ -186,7 +186,7 @@ class Source:
         try:
             fed = next(self.batches)
         except (RuntimeError, UserError) as error:
-            self.broken = first_line(error)
+            self.end_reason = first_line(error)
             raise
         self.given.append((fed.labels, fed.complaints, fed.replaced))
         encoded = [x.numpy() for x in fed.encoded.split(fed.lengths.tolist())]

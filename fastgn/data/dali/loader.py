@@ -188,8 +188,8 @@ class DaliLoader:
         position: position of the batch that DALI should have returned.
         """
         assert self._source is not None
-        if self._source.broken is not None:
-            return None, UserError(f"--loader dali: {self._source.broken}")
+        if self._source.end_reason is not None:
+            return None, UserError(f"--loader dali: {self._source.end_reason}")
         ahead = max(AHEAD, len(self._pipelines))
         keys = [k for p in range(ahead + 1) for k in self.feeder.keys(position + p)]
         for _, image in keys:
