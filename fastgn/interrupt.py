@@ -43,6 +43,10 @@ class Interrupt:
             self.restore()
             signal.raise_signal(number)
 
+    def is_signalled(self) -> bool:
+        """Returns whether a signal has asked this rank to stop."""
+        return self.signal is not None
+
     def restore(self) -> None:
         """Restores the signal handlers that were in place before __enter__."""
         for number, handler in self.previous.items():

@@ -136,9 +136,9 @@ def load_state(
 ) -> str | None:
     """Loads an optimizer's state from a checkpoint, if the state fits the model's weights.
 
-    If it does not fit, returns the reason and loads nothing. Otherwise returns None. The options of
-    the parameter groups are not loaded, because the command line or the device may have changed
-    them.
+    If it does not fit, returns the reason and loads nothing. Otherwise returns None. Of the options
+    of the parameter groups, only the learning rate is loaded, which each update sets anyway. The
+    command line or the device may have changed the others.
 
     updates: number of updates that the optimizer has made. After the first update it must have a
     state for each weight that receives a gradient.
@@ -173,7 +173,7 @@ def load_state(
         if number is not None:
             return f"it lacks the state of {cfg.opt} for weight {number}"
     groups = [
-        there | {k: here[k] for k in optimizer.defaults if k in here}
+        there | {k: here[k] for k in optimizer.defaults if k in here and k != "lr"}
         for there, here in zip(theirs, mine, strict=True)
     ]
     optimizer.load_state_dict(saved | {"param_groups": groups})

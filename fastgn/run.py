@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
@@ -11,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastgn import attacks, optim
+from fastgn import optim
 from fastgn.checkpoint import Checkpoints
 from fastgn.config import Config
 from fastgn.data.batch import Batch, Loader
@@ -28,9 +27,10 @@ from fastgn.slow_ranks import SlowRanks
 from fastgn.state import TrainState
 from fastgn.step.double_backward import describe_compilations
 from fastgn.step.plan import Plan
-from fastgn.step.retry import RetryingStep, out_of_memory
+from fastgn.step.retry import RetryingStep
 from fastgn.step.step import Step
 from fastgn.trouble import Watch, describe_not_finite
+from fastgn.validation import choose_attacks, count_correct
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
 """Names of the values that are summed on the device between two rows of metrics.csv."""
@@ -74,6 +74,8 @@ class Run:
     """Whether the current weights have the best accuracy."""
     accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
     """Accuracies of the last evaluation, in 0..1."""
+    evaluation_pending: bool = False
+    """Whether the evaluation after the last update is still to be made."""
 
     def __post_init__(self) -> None:
         device = self.world.device
@@ -126,6 +128,7 @@ class Run:
     def continue_from(self, state: TrainState) -> None:
         """Takes the progress of the run from a checkpoint. `resume.restore` loads its weights."""
         self.update, self.best, self.accuracy = state.update, state.best, state.accuracy
+        self.evaluation_pending = state.evaluation_pending and self.subset is not None
         self.sums += state.sums.to(self.world.device)
         self.summed = self.resumed = state.summed
         if self.world.is_main:
@@ -142,6 +145,7 @@ class Run:
             epoch=self.update / self.resolved.updates_per_epoch,
             best=self.best,
             accuracy=self.accuracy,
+            evaluation_pending=self.evaluation_pending,
             sums=sums,
             summed=self.summed,
             bad_images=bad_images,
@@ -282,7 +286,9 @@ class Run:
         return at_end or self.update % self.resolved.updates_per_epoch == 0
 
     def evaluation_due(self) -> bool:
-        """Returns whether to evaluate now, at the end of an epoch or of the run."""
+        """Returns whether to evaluate after this update, because an epoch or the run ends."""
+        if self.subset is None or not self.at_border():
+            return False
         epoch = self.update // self.resolved.updates_per_epoch
         at_end = self.update == self.resolved.last_update
         return at_end or epoch % self.cfg.run.eval_interval == 0
@@ -291,6 +297,10 @@ class Run:
         """Returns the number of the epoch that ends now if --keep-epochs names it, else None."""
         epoch, rest = divmod(self.update, self.resolved.updates_per_epoch)
         return epoch if rest == 0 and epoch in self.cfg.run.keep_epochs else None
+
+    def is_done(self) -> bool:
+        """Returns whether the last update is done and needs no further evaluation."""
+        return self.update == self.resolved.last_update and not self.evaluation_pending
 
     def checkpoint_due(self) -> bool:
         """Returns whether to write a checkpoint after this update."""
@@ -377,16 +387,28 @@ class Run:
         self.print(self.plan.measured(peak, measured))
         self.plan = None
 
-    def evaluate(self) -> None:
-        """Measures clean and PGD-10 accuracy on the validation images. Waits for the device."""
+    def evaluate(self, is_signalled: Callable[[], bool]) -> None:
+        """Measures clean and PGD-10 accuracy on the validation images. Waits for the device.
+
+        If a signal ends this early, there is no result, and `evaluation_pending` stays True.
+        is_signalled: function that returns whether a signal has asked this rank to stop.
+        """
         if self.subset is None:
             return
         self.evaluated_model.eval()
         eps = self.cfg.eval_eps
         # use at most as many images at once as training, which may have run out of memory before
         self.subset.batch_size = min(self.subset.batch_size, self.images_at_a_time)
-        while (counts := self.count_correct(self.subset)) is None:
-            self.subset.batch_size //= 2
+        at = self.cfg, self.update - 1, self.resolved.updates_per_epoch
+        full_strength = optim.compute_attack_ramp(*at) == 1
+        tried = choose_attacks(eps, fgsm=self.cfg.objective.single_step and full_strength)
+        seed = self.cfg.run.seed
+        counts = count_correct(
+            self.evaluated_model, self.subset, tried, seed, self.world, is_signalled
+        )
+        if counts is None:
+            return
+        self.evaluation_pending = False
         clean, robust, *fgsm = (self.world.sum(counts) / self.subset.size).tolist()
         self.accuracy = {"clean_accuracy": clean, "pgd10_accuracy": robust}
         score = clean if self.cfg.objective.method == "natural" else robust
@@ -406,27 +428,6 @@ class Run:
         self.reset_clock()
         if self.on_evaluation is not None:
             self.on_evaluation(self)
-
-    def count_correct(self, subset: Subset) -> Tensor | None:
-        """Returns this rank's numbers of correctly classified images, without an attack and under
-        PGD-10. If the method attacks with a single step at full strength, also under FGSM.
-
-        None means that the device ran out of memory. subset: the validation images.
-        """
-        model, eps, device = self.evaluated_model, self.cfg.eval_eps, self.world.device
-        pgd = partial(attacks.pgd, eps=eps, step_size=eps / 4, steps=10)
-        seed_all(Stream.EVALUATION, self.cfg.run.seed, self.world.rank)
-        try:
-            single = self.cfg.objective.single_step and self.attack_ramp == 1
-            tried = (None, pgd, *([partial(attacks.fgsm, eps=eps)] if single else []))
-            found = [attacks.count_correct(model, subset, a, device=device) for a in tried]
-            return torch.stack(found)
-        except RuntimeError as error:
-            if not out_of_memory(error) or subset.batch_size == 1:
-                raise
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
 
     def save(self) -> None:
         """Saves a checkpoint, on the first rank. Waits for the device.

@@ -298,7 +298,7 @@ def forget_best(run: Run, state: TrainState) -> list[str]:
     In this case returns one line that says so, otherwise no line. state: content of the checkpoint
     that the run continues.
     """
-    if run.subset is None or run.best < 0 or run.update == run.resolved.last_update:
+    if run.subset is None or run.best < 0 or run.is_done():
         return []
     changes = incomparable_best(run.cfg, run.data, state)
     if not changes:
@@ -310,11 +310,11 @@ def forget_best(run: Run, state: TrainState) -> list[str]:
 def begin_records(run: Run) -> None:
     """Writes environment.json and config.toml, and opens the run's metrics.
 
-    If the run still has updates to do, also removes an older summary.json, because this file shows
+    If the run is not done, also removes an older summary.json, because this file shows
     that a run is done.
     """
     resolved: dict[str, Any] = vars(run.resolved)
-    if run.update < run.resolved.last_update:
+    if not run.is_done():
         remove_file(run.folder / "summary.json")
     write_json(run.folder / "environment.json", environment() | {"resolved": resolved})
     write_bytes(run.folder / "config.toml", run.cfg.to_toml())

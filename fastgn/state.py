@@ -146,6 +146,8 @@ class TrainState:
     """One line for each unreadable image that was replaced since the last row of metrics.csv."""
     ranks: Annotated[int | None, whole(1)] = None
     """Number of ranks of the run."""
+    evaluation_pending: Annotated[bool, Key("True or False", lambda v: type(v) is bool)] = False
+    """Whether the evaluation after the last update is still to be made. A signal has ended it."""
     data: Annotated[Identity | None, Key("a description of each split's images", is_identity)] = (
         None
     )

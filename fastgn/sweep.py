@@ -110,7 +110,7 @@ def run_trial(trial: Any, cfg: SweepConfig, base: Config, space: list[Dimension]
     finally:
         if run is not None and run.metrics is not None:
             run.metrics.close()
-    if run.update < run.resolved.last_update:
+    if not run.is_done():
         raise Interrupted
     clean, robust = run.accuracy["clean_accuracy"], run.accuracy["pgd10_accuracy"]
     trial.set_user_attr("clean", clean)

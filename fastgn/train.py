@@ -39,7 +39,9 @@ def train(run: Run) -> None:
     cfg, world = run.cfg, run.world
     last_update, per_epoch = run.resolved.last_update, run.resolved.updates_per_epoch
     with Interrupt() as interrupt:
-        while run.update < last_update:
+        # a signal may have ended the evaluation after the last update of an earlier process
+        stopped = run.evaluation_pending and evaluate_and_save(run, interrupt)
+        while run.update < last_update and not stopped:
             epoch = run.update // per_epoch
             for batches in run.updates_of(epoch):
                 seed_all(Stream.STEP, cfg.run.seed, run.update, world.rank)
@@ -56,22 +58,33 @@ def train(run: Run) -> None:
                 run.update += 1
                 run.accumulate(torch.stack([*loss, grad_norm]))
 
-                border = run.at_border()
-                if border or run.update % cfg.run.log_interval == 0:
+                if run.at_border() or run.update % cfg.run.log_interval == 0:
                     run.log(lr, ramp if cfg.objective.has_penalty else attack_ramp)
-                if border and run.evaluation_due():
-                    run.evaluate()
-                # the checkpoint is saved after the evaluation, so that it includes the accuracies
-                stopped = world.any(interrupt.signal is not None)
-                if stopped or run.checkpoint_due():
-                    run.save()
+                run.evaluation_pending = run.evaluation_due()
+                stopped = evaluate_and_save(run, interrupt)
                 if stopped or run.update == last_update:
                     break
-            if stopped and run.update < last_update:
-                run.checkpoints.wait()
-                run.print(f"stopped at update {run.update}; continue with --resume {run.folder}")
-                return
-        finish(run)
+        if run.is_done():
+            finish(run)
+            return
+        run.checkpoints.wait()
+        when = ", before its evaluation" if run.evaluation_pending else ""
+        run.print(f"stopped at update {run.update}{when}; continue with --resume {run.folder}")
+
+
+def evaluate_and_save(run: Run, interrupt: Interrupt) -> bool:
+    """Evaluates the network and saves a checkpoint, if they are due after the last update.
+
+    Returns whether a signal has asked any rank to stop. In this case a checkpoint is always saved,
+    and an evaluation that is not complete is left to the process that continues the run.
+    """
+    if run.evaluation_pending:
+        run.evaluate(interrupt.is_signalled)
+    # the checkpoint is saved after the evaluation, so that it includes the accuracies
+    stopped = run.world.any(interrupt.is_signalled())
+    if stopped or run.checkpoint_due():
+        run.save()
+    return stopped
 
 
 def keep_compiled() -> None:
@@ -118,8 +131,7 @@ def main(args: list[str] | None = None) -> int:
         return 130
     if run.metrics is not None:
         run.metrics.close()
-    stopped = run.update < run.resolved.last_update
-    return STOPPED if stopped and not is_under_torchrun() else 0
+    return 0 if run.is_done() or is_under_torchrun() else STOPPED
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "seeding": set(),
     "trouble": {"errors", "metrics"},
     "attacks": set(),
+    "validation": {"attacks", "data", "distributed", "seeding", "step"},
     "objectives": {"attacks", "errors", "fields", "objectives"},
     "step": {"attacks", "config", "errors", "objectives", "step"},
     "models": {"archive", "config", "errors", "files", "models"},

@@ -18,7 +18,6 @@ from fastgn import evaluate, export, extras, finish, interrupt, setup, train
 from fastgn.checkpoint import Checkpoints
 from fastgn.data import check, pack
 from fastgn.metrics import read_rows
-from fastgn.run import Run
 
 SHORT = ("--max-updates", "4", "--checkpoint-interval", "2", "--log-interval", "2")
 NUMBERS = pytest.mark.parametrize("number", extras.STOPS)
@@ -120,7 +119,6 @@ def test_a_signal_before_the_first_update(
 
 
 FINISH = {
-    "the last evaluation": (Run, "count_correct", 2),
     "the last checkpoint": (Checkpoints, "save_later", 2),
     "the export": (finish, "export_weights", 4),
     "the summary": (finish, "draw_curves", 4),

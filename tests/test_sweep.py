@@ -4,12 +4,14 @@ import contextlib
 import importlib.util
 import json
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.runs import TINY_SWIN, tiny_run
-from torch import Tensor
+from torch import Tensor, nn
 
 pytest.importorskip("optuna")
 
@@ -173,12 +175,18 @@ def test_a_poor_trial_is_pruned_and_not_trained_to_its_end(
     """The second of two: its accuracies are made lower than the first one's."""
     runs: list[Run] = []
 
-    def pretended(run: Run, subset: Subset) -> Tensor:
+    evaluate = Run.evaluate
+
+    def noted(run: Run, is_signalled: Callable[[], bool]) -> None:
         if run not in runs:
             runs.append(run)
+        evaluate(run, is_signalled)
+
+    def pretended(model: nn.Module, subset: Subset, *_: Any) -> Tensor:
         return subset.size * torch.tensor([0.75, 0.5 / len(runs)])
 
-    monkeypatch.setattr(Run, "count_correct", pretended)
+    monkeypatch.setattr(Run, "evaluate", noted)
+    monkeypatch.setattr("fastgn.run.count_correct", pretended)
     more = ("--trials", "2", "--startup-trials", "1", "--space", "lr=1e-3:1e-2:log")
     assert sweep.main(command(recipe, tmp_path / "s.db", *more)) == 0
     first, second = json.loads((tmp_path / "s.json").read_text())["trials"]

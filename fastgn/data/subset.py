@@ -1,6 +1,6 @@
 """Chooses the images of an evaluation, the same ones each time, and divides them among ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -77,6 +77,7 @@ class Subset:
             self.name = f"{num} of {total}, evenly spaced"
         self.size = num
         self.indices = chosen[rank::ranks]
+        self.ranks = ranks
         self.split = split
         self.img_size = img_size
         self.crop_pct = crop_pct
@@ -87,7 +88,12 @@ class Subset:
         self.skip = skip
         self.bad_images: list[str] = []
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def most_batches(self) -> int:
+        """Number of batches of the rank that has the most images."""
+        return -(-self.size // (self.ranks * self.batch_size))
+
+    def __iter__(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Yields (images, labels), see `Subset`."""
         if isinstance(self.split, Arrays):
             for start in range(0, len(self.indices), self.batch_size):

@@ -56,6 +56,7 @@ def small_values(update: int, /, **values: Any) -> dict[str, Any]:
         "epoch": update / 10,
         "best": 0.5,
         "accuracy": {"clean_accuracy": 0.5},
+        "evaluation_pending": False,
         "sums": torch.zeros(2, 5),
         "summed": 0,
         "bad_images": [],
