@@ -402,9 +402,8 @@ class Run:
         at = self.cfg, self.update - 1, self.resolved.updates_per_epoch
         full_strength = optim.compute_attack_ramp(*at) == 1
         tried = choose_attacks(eps, fgsm=self.cfg.objective.single_step and full_strength)
-        seed = self.cfg.run.seed
         counts = count_correct(
-            self.evaluated_model, self.subset, tried, seed, self.world, is_signalled
+            self.evaluated_model, self.subset, tried, self.cfg.run.seed, self.world, is_signalled
         )
         if counts is None:
             return

@@ -451,8 +451,7 @@ def test_what_the_best_is_not_compared_with(said: str) -> None:
     run: Any = types.SimpleNamespace(
         subset=(),
         best=0.5,
-        update=1,
-        resolved=types.SimpleNamespace(last_update=2),
+        is_done=lambda: False,
         cfg=parse_config([*eps, *now]),
         data=images,
     )

@@ -39,7 +39,13 @@ def test_a_missing_key_is_named(key, tmp_path):
     state = small_values(1)
     del state[key]
     path = save_state(tmp_path / "update_00000001.pt", state)
-    if key in ("epoch", "bad_images", "data", "ranks"):  # older versions did not write them
+    if key in (
+        "epoch",
+        "bad_images",
+        "data",
+        "evaluation_pending",
+        "ranks",
+    ):  # older versions did not write them
         assert not read_state(path)[key]
     else:
         assert refused_state(path) == f"{path} is damaged: it lacks '{key}'"
@@ -76,6 +82,7 @@ FINE = {
     ("epoch", "number"),
     ("epoch", "negative"),
     ("epoch", "None"),
+    ("evaluation_pending", "true"),
     ("best", "number"),
     ("best", "negative"),
     ("accuracy", "empty dict"),
