@@ -120,9 +120,10 @@ def test_apgd_on_a_published_network(resnet: nn.Module, cifar: tuple[Tensor, Ten
     check_against_its_authors(resnet, images[:2], labels[:2], "apgd-ce", "Linf", 2 / 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "norm", "eps"),
-    first_is_quick([("apgd-ce", "L2", 0.3), ("apgd-t", "L2", 0.3)]),
+    [("apgd-ce", "L2", 0.3), ("apgd-t", "L2", 0.3)],
 )
 def test_autoattack_image_for_image(
     digits: tuple[nn.Module, Tensor, Tensor], name: str, norm: str, eps: float

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.marks import first_is_quick
 from support.processes import TORCHRUN, free_port, on_two_ranks, start_two
 from support.runs import TINY_SWIN, tiny_run
 from support.states import differences, read_state
@@ -395,7 +394,8 @@ def torchrun(log: Path, *args: str) -> subprocess.Popen:
 
 
 # a scheduler ends the parent; a terminal's Ctrl-C reaches every process, and torchrun passes it on
-@pytest.mark.parametrize("whole_group", first_is_quick([True, False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [True, False])
 def test_a_signal_to_torchrun_saves(whole_group: bool, tmp_path: Path) -> None:
     folder, log = tmp_path / "run", tmp_path / "log"
     endless = ("--epochs", "1000", "--batch-size", "24", "--log-interval", "1")

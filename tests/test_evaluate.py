@@ -12,7 +12,6 @@ import timm
 import torch
 from PIL import Image
 from pyautoattack import AutoAttack
-from support.marks import first_is_quick
 from support.runs import tiny_run
 
 from fastgn import attacks, evaluate
@@ -92,7 +91,8 @@ def test_autoattack_is_its_authors_image_for_image(run: Path, tmp_path: Path) ->
     assert sum(right) < int((model(images).argmax(1) == labels).sum())
 
 
-@pytest.mark.parametrize("norm", first_is_quick(["Linf", "L2"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_its_attacks_one_by_one_are_its_authors(run: Path, tmp_path: Path, norm: str) -> None:
     eps = {"Linf": 0.005, "L2": 0.1}[norm]
     model, images, labels = trained_and_images(run, 16)
@@ -521,6 +521,7 @@ def test_picture_has_the_columns_of_all_models(run: Path, tmp_path: Path) -> Non
         assert picture.size[0] > 700 and picture.size[1] > 1500
 
 
+@pytest.mark.slow
 def test_the_report_holds_it_all(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     report, curve = tmp_path / "report.html", tmp_path / "curve.png"
     args = ["--checkpoint", str(run), "--num-images", "24", "--attacks", "clean", "pgd-2"]

@@ -102,6 +102,7 @@ def test_a_killed_evaluation_makes_every_part_once(run: Path, tmp_path: Path) ->
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_the_table_and_the_record_come_before_the_analyses(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

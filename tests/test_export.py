@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from support import ROOT
+from support.marks import first_is_quick
 from support.runs import tiny_run
 
 from fastgn import export, train
@@ -102,6 +103,7 @@ def test_an_export_gives_the_same_logits_without_fastgn(swin_run, tmp_path, rebu
     torch.testing.assert_close(rebuilt_logits(tmp_path / "out"), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_network_of_our_own_brings_its_source_along(tmp_path, rebuilds):
     run = trained_run(tmp_path / "run", *PREACT)
     exported(run, tmp_path / "out")
@@ -123,6 +125,7 @@ def test_the_weights_are_the_runs_in_both_forms(swin_run, tmp_path):
     assert len(again.classes) == 10
 
 
+@pytest.mark.slow
 def test_keys_with_robustbenchs_prefix_are_taken_too(swin_run, tmp_path):
     """Its loader puts `model.` in front of an ImageNet model's keys; one key too many fails."""
     exported(swin_run, tmp_path)
@@ -180,6 +183,7 @@ STUB = {
 """What RobustBench does with an export of ImageNet's: without its zoo, attacks and downloads."""
 
 
+@pytest.mark.slow
 def test_the_lines_for_robustbench(swin_run, tmp_path):
     """As they stand there, beside the export and without fastgn."""
     page = (ROOT / "docs" / "evaluation.md").read_text()
@@ -204,6 +208,7 @@ def test_the_lines_for_robustbench(swin_run, tmp_path):
     assert torch.equal(found, own_logits(swin_run))
 
 
+@pytest.mark.slow
 def test_an_export_that_is_not_the_run_is_not_written(
     swin_run, tmp_path, monkeypatch, capsys, rebuilds
 ):
@@ -242,6 +247,7 @@ def evaluation(path: Path, norm: str | None = "Linf", **more) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_without_an_evaluation_nothing_is_claimed(swin_run, tmp_path):
     info = exported(swin_run, tmp_path)
     assert list(info) == FIELDS
@@ -277,7 +283,7 @@ def test_the_data_set_is_the_runs(source, count, expected, swin_run):
     assert export.make_model_info(cfg, trained)["dataset"] == expected
 
 
-@pytest.mark.parametrize("norm", ["Linf", None])
+@pytest.mark.parametrize("norm", first_is_quick([None, "Linf"]))
 def test_accuracies_are_the_evaluations(norm, swin_run, tmp_path):
     file = evaluation(tmp_path / "e.json", norm, images=48, subset="first 48 of digits")
     info = exported(swin_run, tmp_path / "out", "--evaluation", file, "--dataset", "cifar10")
@@ -286,6 +292,7 @@ def test_accuracies_are_the_evaluations(norm, swin_run, tmp_path):
     assert info["footnote"] == "Accuracies on 48 images (first 48 of digits)."
 
 
+@pytest.mark.slow
 def test_another_radius_or_norm_is_not_taken_for_this_one(swin_run, tmp_path):
     file = ("--evaluation", evaluation(tmp_path / "e.json"))
     info = exported(swin_run, tmp_path / "a", *file, "--eps", "8/255")
@@ -294,6 +301,7 @@ def test_another_radius_or_norm_is_not_taken_for_this_one(swin_run, tmp_path):
     assert (info["clean_acc"], info["autoattack_acc"]) == ("77.76", None)
 
 
+@pytest.mark.slow
 def test_what_the_user_says_is_in_the_record(swin_run, tmp_path):
     said = {"name": "A title", "link": "https://x", "authors": "A, B", "venue": "V 2024"}
     args = [a for k, v in said.items() for a in (f"--{k}", v)]
@@ -324,6 +332,7 @@ def test_mistakes_are_one_line(args, expected, swin_run, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_other_weights_is_one_line(swin_run, tmp_path, capsys):
     trained = load_trained(str(swin_run), torch.device("cpu"))
     own = evaluation(tmp_path / "own.json", weights_sha256=hash_weights(trained.model))
@@ -336,6 +345,7 @@ def test_an_evaluation_of_other_weights_is_one_line(swin_run, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_weights_of_elsewhere_are_exported_too(tmp_path, capsys, rebuilds):
     network = timm.create_model("resnet10t", num_classes=10)
     file = tmp_path / "weights.pth"

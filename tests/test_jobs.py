@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.images import image_folder
-from support.marks import first_is_quick
 from support.processes import TORCHRUN, free_port, on_two_ranks, start_two
 from support.runs import contents, error_line, tiny_run
 from support.states import differences, read_state
@@ -323,7 +322,8 @@ def test_variables_that_torchrun_would_not_set(
         pass
 
 
-@pytest.mark.parametrize("number", first_is_quick([signal.SIGKILL, signal.SIGUSR1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_torchruns_restarts_continue_the_run(number: int, tmp_path: Path) -> None:
     """Without --output and --resume, as it was first started. A rank that was asked to stop is not
     started again."""

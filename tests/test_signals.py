@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.marks import first_is_quick
 from support.runs import tiny_run
 from support.states import differences, last_state, trained_state
 
@@ -21,7 +22,7 @@ from fastgn.metrics import read_rows
 
 SHORT = ("--max-updates", "4", "--checkpoint-interval", "2", "--log-interval", "2")
 NUMBERS = pytest.mark.parametrize("number", extras.STOPS)
-TWO = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+TWO = pytest.mark.parametrize("number", first_is_quick([signal.SIGTERM, signal.SIGINT]))
 """Of tests that take long: one list serves all signals."""
 CONTINUE = "run the same command again to continue"
 
@@ -226,6 +227,7 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(number: int) -> None:
         signal.signal(number, before)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_stops_a_run(tmp_path: Path) -> None:
     """Whose every further write to it fails."""
     folder = tmp_path / "run"

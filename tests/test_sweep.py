@@ -169,6 +169,7 @@ def test_a_trial_waits_for_another_process_with_the_same_values(
     assert len(waited) == 3
 
 
+@pytest.mark.slow
 def test_a_poor_trial_is_pruned_and_not_trained_to_its_end(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 from support import SHARED
-from support.marks import first_is_quick
 from support.runs import tiny_run
 
 from fastgn import optim, resolved, train
@@ -179,7 +178,8 @@ def weights_of(folder: Path) -> torch.Tensor:
     return torch.cat([p.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize(("method", "graphs"), first_is_quick([("gradnorm", 1), ("pgd_at", 2)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "graphs"), [("gradnorm", 1), ("pgd_at", 2)])
 def test_a_compiled_run_is_the_eager_one(
     method: str, graphs: int, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -289,6 +289,7 @@ def test_torchrun_runs_the_module(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ schedules
 
 
+@pytest.mark.slow
 def test_auto_plans_the_update_and_says_what_it_took(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -392,6 +393,7 @@ def batchnorm_run(output: Path, *more: str) -> list[str]:
     return [*network, *fixed, "--output", str(output), *more]
 
 
+@pytest.mark.slow
 def test_no_plan_brings_one_image_through_batchnorm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

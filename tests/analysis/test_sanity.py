@@ -112,6 +112,7 @@ def test_saturated_logits_fail(honest: nn.Module, digits: tuple[Tensor, Tensor])
     assert checks["AutoAttack: zero gradients"].verdict == "pass"  # DLR does not know the scale
 
 
+@pytest.mark.slow
 def test_quantised_inputs_fail(honest: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
     """No white-box attack moves, and a black-box one does."""
     model = Wrapped(honest, before=lambda x: torch.round(8 * x) / 8)

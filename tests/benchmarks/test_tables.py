@@ -81,6 +81,7 @@ def test_programs_say_what_they_do(
     assert end.value.code == 0 and "usage" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_file_starts_from_another_folder(tmp_path: Path) -> None:
     out = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"],

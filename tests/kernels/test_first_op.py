@@ -86,6 +86,7 @@ def cases() -> list[tuple]:
     return [(f"{name} {values}", name, values, shapes) for name, values, shapes in found]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_every_op_can_be_the_first_one_of_a_process():
     listed = cases()

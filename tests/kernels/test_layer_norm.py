@@ -10,6 +10,7 @@ import torch
 from fastgn_kernels import layer_norm, reference
 from support import checks
 from support.checks import DEVICE, LAYOUTS, random
+from support.marks import first_is_quick
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -493,7 +494,7 @@ def test_mistakes(call: Callable, error: type, message: str) -> None:
 
 
 @checks.only_interpreted
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", first_is_quick([0, 1, 2]))
 def test_beyond_2_to_the_31_elements(order: int) -> None:
     columns = module.LARGEST
     # whole rounds of all programs, so that the last program has the last row

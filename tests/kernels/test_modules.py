@@ -230,7 +230,12 @@ def test_dropout_after_the_attention_stays():
     torch.testing.assert_close(swapped.eval()(images()), plain.eval()(images()))
 
 
-@pytest.fixture(params=[False, True], ids=["inlined", "as on CUDA"])
+@pytest.fixture(
+    params=[
+        pytest.param(False, id="inlined", marks=pytest.mark.slow),
+        pytest.param(True, id="as on CUDA"),
+    ]
+)
 def as_on_cuda(request, monkeypatch) -> bool:
     """Whether compiled code keeps LayerNorm and window attention as custom ops."""
     if request.param:

@@ -127,6 +127,7 @@ print([name for name in {hidden!r} if name in set(sys.modules) - before])
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_with_torch_and_triton_alone(wheel: Path) -> None:
     """Nothing else that is installed can be imported, such as numpy, timm or the trainer."""
     allowed = closure("torch", set()) | closure("triton", set())

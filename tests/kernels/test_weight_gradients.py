@@ -384,6 +384,7 @@ def test_a_swins_input_gradient_pays_for_no_weight() -> None:
     assert outer.calls.count(("bwd", True)) == with_weights
 
 
+@pytest.mark.slow
 def test_a_compiled_swins_input_gradient_pays_for_no_weight() -> None:
     torch._dynamo.reset()
     calls: list[tuple[str, bool]] = []

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastgn_kernels import reference, window_attention, window_attention_qkvpacked
 from support import checks
 from support.checks import DEVICE, LAYOUTS, random
+from support.marks import first_is_quick
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -110,7 +111,9 @@ def test_one_window() -> None:
 @checks.interpreter
 @pytest.mark.parametrize(
     "count, windows, heads, programs, strips",
-    [(0, 5, 1, 1, 1), (0, 5, 1, 3, 3), (1, 5, 1, 2, 2), (2, 6, 1, 1, 2), (2, 10, 2, 8, 4)],
+    first_is_quick(
+        [(0, 5, 1, 3, 3), (2, 6, 1, 1, 2), (0, 5, 1, 1, 1), (1, 5, 1, 2, 2), (2, 10, 2, 8, 4)], 2
+    ),
 )
 def test_several_windows_a_strip(
     count: int,
@@ -273,6 +276,7 @@ def test_opcheck(count: int, biased: bool, layout: str) -> None:
     check(ops.window_attention_bwd_bwd.default, (*half, *rest, biased))
 
 
+@pytest.mark.slow
 @checks.interpreter(tokens=[3])
 @pytest.mark.parametrize("tokens", [3, 16])
 def test_layouts(tokens: int) -> None:
@@ -551,7 +555,7 @@ def test_mistakes(call: Callable, error: type, message: str) -> None:
 
 
 @checks.only_interpreted
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", first_is_quick([0, 1, 2]))
 def test_beyond_2_to_the_31_elements(order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, keys and values have more than 2^31 elements together."""
     tokens, dim = 64, 64

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from support.marks import first_is_quick
 from support.networks import REPRESENTATIVES, classifier, objective, relative, vit
 from support.steps import gradients, model_and_batch, scheduled
 from torch import Tensor, nn
@@ -57,9 +56,8 @@ def test_differences_approach_the_exact_penalty() -> None:
     assert 7 < one < 13 and two > 50, errors
 
 
-@pytest.mark.parametrize(
-    "kind", first_is_quick(["lazy", "subset", "finite-difference", "central-difference"])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lazy", "subset", "finite-difference", "central-difference"])
 def test_compiled_schedules_equal_eager(kind: str, no_codegen) -> None:
     found, loss = scheduled(kind, dtype=torch.float32, compile=True, gn_weight=3.0)
     expected, there = scheduled(kind, dtype=torch.float32, gn_weight=3.0)

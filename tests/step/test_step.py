@@ -56,6 +56,7 @@ def test_compiled_penalty_changes_the_weight_gradients(no_codegen) -> None:
     assert relative(grads[1], grads[0]) > 0.01
 
 
+@pytest.mark.slow
 def test_compiled_attack_is_one_graph_and_equals_eager(no_codegen) -> None:
     models = [classifier(swin), classifier(swin)]
     for model, flag in zip(models, (False, True), strict=True):
@@ -145,7 +146,8 @@ NEW = {
 }
 
 
-@pytest.mark.parametrize("name", first_is_quick(NEW))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEW)
 def test_compiled_methods_equal_eager_with_one_graph(name: str, no_codegen) -> None:
     """With the same draws: this backend's are eager's. Another seed trains on another class, target
     or start."""
@@ -213,6 +215,7 @@ def test_the_turns_of_a_share_of_1_are_gradnorms() -> None:
     assert objective(method="gradnorm+fgsm", gn_share=1.0).rest is None
 
 
+@pytest.mark.slow
 def test_the_compiled_step_returns_no_gradient_of_the_images(monkeypatch) -> None:
     """But for what the patch embedding's convolution_backward, one operator with that of its
     weights, forms and drops."""

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from support import ROOT
 
 from benchmarks.evidence import attacks
 
 
+@pytest.mark.slow
 def test_attacks_runs_at_toy_size(tmp_path: Path) -> None:
     output = tmp_path / "attacks_card.json"
     script = [sys.executable, "-m", "benchmarks.evidence.attacks"]

@@ -136,6 +136,7 @@ def test_another_machine_goes_on_with_the_record(
     assert len(made) == 2  # the start, and the missing one
 
 
+@pytest.mark.slow
 def test_when_the_time_is_over_it_stops_and_later_goes_on(tmp_path: Path) -> None:
     """Killed by --minutes in a training or evaluation, or between them."""
     arm = ("--methods", "natural")

@@ -259,6 +259,7 @@ def test_results_are_on_disk_after_every_arm_and_round(
     assert seen[-1] == (2, 0, True)
 
 
+@pytest.mark.slow
 @without_gpu
 def test_a_run_that_is_ended_early_leaves_a_complete_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,6 @@ from unittest import mock
 
 import pytest
 import torch
-from support.marks import first_is_quick
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgn.objectives import ObjectiveConfig, build_objective, gradnorm
@@ -46,9 +45,10 @@ def weights() -> int:
     return sum(p.numel() for p in network().build("reference").parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpu", "precision", "attention"),
-    first_is_quick([("h200", "bf16", True), ("a100", "bf16-pure", True), ("v100", "fp32", False)]),
+    [("h200", "bf16", True), ("a100", "bf16-pure", True), ("v100", "fp32", False)],
 )
 def test_each_card_launches_its_own_kernels_and_moves_at_least_weights_and_activations(
     gpu, precision, attention

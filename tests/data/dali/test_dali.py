@@ -516,6 +516,7 @@ def test_no_process_is_left_when_python_ends(photographs):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told(photographs):
     """DALI's own would be waited for, for ever. torch raises wherever its signal finds Python: in
     the loader or not."""
