@@ -54,7 +54,7 @@ def check_larger_eps(target: Target) -> Check:
     rise = max([0, *(b - a for a, b in zip(counts, counts[1:], strict=False))])
     verdict: Verdict = "pass"
     if exceeds(left, total, 1):
-        # The accuracy should have fallen to 0. If it is above chance, fail, otherwise warn.
+        # The accuracy should have fallen to 0. The check fails above chance, and warns below it.
         # Even if an attack turns all images grey, the model is right by chance for some of them.
         verdict = "fail" if left * target.classes > total else "warn"
     if exceeds(rise, total, 1):

@@ -254,7 +254,8 @@ def report_clean_accuracy(correct_B: Tensor, classes: int) -> Check:
 def report_gradients(norms_B: Tensor | None) -> Check:
     """Checks that the gradients with respect to the images have not vanished.
 
-    norms_B: result of `measure_gradients`.
+    norms_B: L1 norm of the gradient for each image. None means that the outputs do not depend on
+    the images.
     """
     name = "gradients reach the images"
     if norms_B is None:

@@ -29,9 +29,10 @@ def choose_dataset(training: Config, cfg: EvaluateConfig) -> DatasetConfig:
 def select_images(
     trained: Trained, cfg: EvaluateConfig, device: torch.device, ranks: int = 1
 ) -> Subset:
-    """Returns the validation images for a network, in batches that `ranks` processes share.
+    """Returns the validation images for a network.
 
-    Raises UserError if the classes of the images are not those of the network.
+    ranks: number of processes that share the images. Raises UserError if the classes of the images
+    are not those of the network.
     """
     split, classes = load_validation(choose_dataset(trained.cfg, cfg))
     check_classes(trained.classes, classes, trained.name)

@@ -1,6 +1,6 @@
 """The images that a sanity report attacks, and the attacks on them.
 
-The report checks whether the attacks on a model can be believed (--sanity of fastgn.evaluate).
+The report checks whether a robust accuracy can be believed (--sanity of fastgn.evaluate).
 
 Shapes: R images that are classified correctly without an attack, C channels, H x W pixels.
 """

@@ -47,7 +47,8 @@ def draw_epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
 
 
 def rank_slice(index: int, batch_size: int, rank: int, ranks: int) -> slice:
-    """Returns which slice of an epoch's shuffled images is micro-batch number `index` of a rank."""
+    """Returns the slice of an epoch's shuffled images that is the micro-batch number `index` of a
+    rank. index: number of the micro-batch in the epoch, counted from 0."""
     start = (index * ranks + rank) * batch_size
     return slice(start, start + batch_size)
 

@@ -157,7 +157,7 @@ class Shards(Encoded):
         return index
 
     def _wrong(self) -> str | None:
-        """Returns how the fields of the index contradict each other, or None if they do not."""
+        """Returns how the fields of this index contradict each other, or None if they do not."""
         counts = {len(self.shards), len(self.sha256), len(self.shard_bytes)}
         lengths = {len(self), *(len(getattr(self, name)) for name in ARRAYS[1:])}
         if len(counts) != 1 or len(lengths) != 1:

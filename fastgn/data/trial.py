@@ -11,12 +11,12 @@ from fastgn.data.batch import Batch, Loader
 from fastgn.errors import first_line
 
 MEAN_DIFFERENCE = 1.6 / 255
-"""Largest mean absolute difference between DALI's and PIL's version of one image that is accepted.
+"""Largest accepted mean absolute difference between DALI's and PIL's version of one image.
 
 It is above 1/255, because solarize, posterize and equalize can enlarge a difference of 1/255."""
 MEDIAN_DIFFERENCE = 0.5 / 255
-"""Largest accepted median over a batch of the mean absolute differences between DALI's and PIL's
-version of each image."""
+"""For each image of a batch, the trial computes the mean absolute difference between DALI's and
+PIL's version. This is the largest accepted median of these differences."""
 
 
 def wants_dali(device: torch.device) -> bool:

@@ -136,7 +136,8 @@ def list_constructor_arguments(name: str) -> set[str]:
         return set(inspect.signature(OWN[name]).parameters)
     module = sys.modules[model_entrypoint(name.partition(".")[0]).__module__]
     classes = [c for c in vars(module).values() if inspect.isclass(c)]
-    found = {"bn_eps", "bn_momentum"}  # only functions that build EfficientNets take these
+    # the functions that build EfficientNets take these two arguments, but no class takes them
+    found = {"bn_eps", "bn_momentum"}
     for kind in {k for c in classes for k in c.__mro__ if k.__module__.startswith("timm.models.")}:
         found |= set(inspect.signature(kind).parameters)
     factories = set(inspect.signature(timm.create_model).parameters)

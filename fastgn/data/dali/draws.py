@@ -36,8 +36,8 @@ class Kind(IntEnum):
     NONE = 0
     BICUBIC = 1
     """An affine map with bicubic interpolation and the six arguments a, b, c, d, e, f. The pixel at
-    (x, y) comes from (a x + b y + c, d x + e y + f). Both are measured in pixels from the image's
-    corner. The pixel is FILL if that point is outside the image."""
+    (x, y) comes from (a x + b y + c, d x + e y + f). Both points are measured in pixels from the
+    image's corner. The pixel is FILL if the second point is outside the image."""
     BILINEAR = 2
     """An affine map with the same six arguments as BICUBIC, but with bilinear interpolation."""
     AUTO_CONTRAST = 3

@@ -170,8 +170,8 @@ class Source:
     """Gives DALI one batch after the other, and keeps the labels and messages for the loader."""
 
     def __init__(self, feeder: Feeder, position: int, workers: int, worker_timeout: float):
-        """Starts with the batch at a position, which is epoch * batches_per_epoch + number of the
-        batch in the epoch."""
+        """Starts the workers with the batch at a position, which is epoch * batches_per_epoch +
+        number of the batch in the epoch. feeder: makes the batches in the workers."""
         positions = itertools.count(position)
         options: dict[str, Any] = {"sampler": positions, "collate_fn": return_unchanged}
         self.batches = load_in_workers(feeder, workers, worker_timeout, batch_size=None, **options)

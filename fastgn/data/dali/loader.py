@@ -105,7 +105,7 @@ class DaliLoader:
         end_unused_pipelines()
 
     def __del__(self) -> None:
-        source = getattr(self, "_source", None)  # missing if __init__ has raised an error
+        source = getattr(self, "_source", None)  # the attribute is missing if __init__ has failed
         if source is not None:
             source.close()
 
