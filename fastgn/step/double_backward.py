@@ -102,7 +102,7 @@ class DoubleBackward(nn.Module):
             torch._dynamo.config.patch(COMPILER),
             torch._functorch.config.patch(
                 activation_memory_budget=self._budget,
-                # let the second backward recompute values that both backwards use
+                # Let the second backward recompute values that both backwards use.
                 # For gradnorm this saves a fifteenth of all memory traffic (benchmarks/NOTES.md).
                 ban_recompute_used_far_apart=False,
             ),
