@@ -1,10 +1,12 @@
 """Compiles every Triton kernel without a GPU, and records registers, spills and load widths.
 
     python -m benchmarks.kernels.builds  # for sm_70, sm_80 and sm_90
+    python -m benchmarks.kernels.builds --ops window_attention  # keeps the results of other ops
 
 The ops run with a pretended driver that compiles kernels, but does not launch them. They compile
 the kernels that a GPU would run, with the same block sizes, warps and pointer alignments.
 Registers, spills and shared memory come from ptxas, and load and store widths from the PTX.
+For window attention on sm_70, the bytes that it reads and writes are counted as well.
 
 A new op needs one row of `LAUNCHES`, for this program and for the tests.
 Writes benchmarks/results/kernel_builds.json.
@@ -23,7 +25,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -36,12 +38,17 @@ from fastgn_kernels import (
     layer_norm,
     window_attention_qkvpacked,
 )
+from fastgn_kernels.window_attention import IMPLEMENTATIONS
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from benchmarks.common.arguments import RESULTS, finish, open_record, program
+from benchmarks.common.arguments import RESULTS, finish, open_record, option, program
+from benchmarks.common.records import earlier
 from benchmarks.common.tables import Record, make_table, with_notes
+from benchmarks.kernels import ops
 
 RESULT = RESULTS / "kernel_builds.json"
 
@@ -137,13 +144,9 @@ def compile_only(capability: int) -> Iterator[list[Build]]:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if kernel.hash not in seen:
             seen.add(kernel.hash)
-            named = [
-                f"{p.name}={v}"
-                for p, v in zip(self.params, args, strict=False)
-                if p.is_constexpr and isinstance(v, (int, str))
-            ]
-            named += [f"{k}={v}" for k, v in kwargs.items() if isinstance(v, (int, str))]
-            builds.append(inspect(kernel, capability, " ".join(named)))
+            named = [(p.name, v) for p, v in zip(self.params, args, strict=False) if p.is_constexpr]
+            numbers = [f"{k}={v}" for k, v in (*named, *kwargs.items()) if isinstance(v, int | str)]
+            builds.append(inspect(kernel, capability, " ".join(numbers)))
         return kernel
 
     pretence = {"runs_triton": lambda x: True, "capability": lambda x: capability}
@@ -224,12 +227,8 @@ LAUNCHES: dict[str, list[Launch]] = {
             ("16384 classes", 16384, torch.zeros(8, 16384)),
         )
     },
-    **{
-        f"gradient_norm L{ord}": [
-            Launch(functools.partial(gradient_norm, ord=ord), [(32, 3, 224, 224)])
-        ]
-        for ord in (1, 2)
-    },
+    "gradient_norm L1": [Launch(lambda x: gradient_norm(x, 1), [(32, 3, 224, 224)])],
+    "gradient_norm L2": [Launch(lambda x: gradient_norm(x, 2), [(32, 3, 224, 224)])],
     "layer_norm": [Launch(layer_norm, [(64, c)], [(c,), (c,)]) for c in LAYER_NORMS],
     "layer_norm of a sum": [
         Launch(lambda x, y, *affine: layer_norm(x, *affine, residual=y), 2 * [(64, c)], 2 * [(c,)])
@@ -243,7 +242,7 @@ LAUNCHES: dict[str, list[Launch]] = {
 }
 """Name of an op -> inputs for which its kernels are compiled, mostly at Swin-B's shapes.
 
-window_attention launches no kernels on GPUs before sm_80, nor in float32.
+On GPUs from sm_80 on, window_attention launches no kernels in float32.
 """
 
 
@@ -260,11 +259,52 @@ def builds_of(launches: Sequence[Launch], capability: int) -> Iterator[dict]:
             yield {"dtype": str(dtype).removeprefix("torch."), **dataclasses.asdict(build)}
 
 
-def table(record: Record) -> str:
-    """Returns this benchmark's Markdown table, made from its JSON record.
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that PyTorch's operators read and write, in `nbytes`."""
 
-    For each op and GPU, it shows the number of kernels and the sum of their spills. It also shows
-    the most registers, the most shared memory and the widest load among these kernels.
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func.name()
+        if not (func.is_view or re.search("view|empty", name)):
+            unread = re.search("copy_|fill_|zero", name) or (kwargs or {}).get("beta") == 0
+            self.count(args[bool(unread) :], out)
+        return out
+
+    def count(self, *tensors) -> None:
+        """Adds the bytes of tensors, which may be in nested lists, to `nbytes`."""
+        self.nbytes += sum(x.nbytes for x in tree_leaves(tensors) if isinstance(x, Tensor))
+
+
+def count_bytes(stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns a dict for the JSON record: the bytes that shifted window attention moves on sm_70.
+
+    Its "products" and "plain" are the bytes of two of the IMPLEMENTATIONS, and "ratio" divides
+    them. Each has an entry per order of differentiation. stage: of Swin-B, with 64 images.
+    """
+    key = ops.CaseKey("shifted_window_attention", stage, dtype)
+    _, functions, leaves = ops.build(key, 64, torch.device("meta"))
+    qkv, bias = (x.detach() for x in leaves.values())
+    rest = (qkv, bias, functions["ours"].keywords["mask"], 1.0)  # type: ignore[attr-defined]
+    backward, second = (qkv[0], qkv, None, *rest[1:], bias, qkv), (qkv, None, qkv[0], *rest)
+    orders = ((*rest, qkv[0]), backward, (*second, bias, qkv[0], qkv))
+    found: dict[str, dict] = {"products": {}, "plain": {}}
+    for name, (i, order) in itertools.product(found, enumerate(ops.ORDERS)):
+        with Traffic() as moved, mock.patch.object(triton.JITFunction, "run") as run:
+            IMPLEMENTATIONS[name][i](*orders[i])
+        for call in run.mock_calls:  # a kernel between products reads and writes in place
+            moved.count(2 * [*{*call.args}])
+        found[name][order] = moved.nbytes
+    ratio = {order: found["products"][order] / found["plain"][order] for order in ops.ORDERS}
+    return {"stage": stage, "dtype": ops.name_of(dtype), **found, "ratio": ratio}
+
+
+def table(record: Record) -> str:
+    """Returns this benchmark's Markdown tables, made from its JSON record.
+
+    For each op and GPU, the first shows the number of kernels and the sum of their spills. It also
+    shows the most registers, the most shared memory and the widest load among these kernels. The
+    second shows the ratios of `count_bytes`.
     """
     groups: dict[tuple[str, int], list[dict]] = {}
     for build in record["builds"]:
@@ -280,18 +320,24 @@ def table(record: Record) -> str:
         "widest load, bytes": lambda g: str(max(b["load_bytes"] for b in g)),
     }
     note = f"ptxas of triton {record['versions']['triton']}"
-    return with_notes(make_table(list(groups.values()), columns), record, note)
+    ratios = {"stage": "stage", "dtype": "dtype"} | {o: f"ratio/{o}:.2f" for o in ops.ORDERS}
+    builds = with_notes(make_table(list(groups.values()), columns), record, note)
+    note = "bytes of window attention on sm_70, as a share of those of PyTorch's operators in fp32"
+    return f"{builds}\n\n{with_notes(make_table(record['bytes'], ratios), record, note)}"
 
 
-@program()
+@program(option("--ops", nargs="+", default=[""], help="beginnings of the names of ops to build"))
 def main(args: argparse.Namespace) -> int:
     """Compiles all kernels for all GPUs, and writes the JSON record."""
-    (output, head), rows = open_record(args, RESULT.name), []
-    for op, capability in itertools.product(LAUNCHES, SHARED_LIMIT):
+    output, head = open_record(args, RESULT.name, ("ops",))
+    chosen = [op for op in LAUNCHES if op.startswith(tuple(args.ops))]
+    rows = [row for row in earlier(output).get("builds", []) if row["op"] not in chosen]
+    for op, capability in itertools.product(chosen, SHARED_LIMIT):
         found = [{"op": op, **build} for build in builds_of(LAUNCHES[op], capability)]
         print(f"{op}, sm_{capability}: {len(found)} kernels", flush=True)
         rows += found
-    return finish(output, head | {"builds": rows}, table)
+    counted = [count_bytes(*size) for size in itertools.product((1, 2, 3), DTYPES[70])]
+    return finish(output, head | {"builds": rows, "bytes": counted}, table)
 
 
 if __name__ == "__main__":

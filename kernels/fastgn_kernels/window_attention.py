@@ -1,9 +1,12 @@
 """Attention within windows of at most 64 tokens, as in Swin, as custom ops.
 
 The docstring of `window_attention_kernels` explains the names of the tensors (go, ggqkv, ...) and
-has the formulas. The kernels of that module run for float16 and bfloat16 inputs on GPUs of compute
-capability 8.0 and later. Otherwise PyTorch's operators compute the same formulas.
+has the formulas. There are three implementations of these formulas. `_choose_implementation`
+chooses one of them.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +29,11 @@ from fastgn_kernels.window_attention_launch import (
     launch_backward_backward,
     launch_forward,
 )
+from fastgn_kernels.window_attention_products import (
+    compute_backward,
+    compute_backward_backward,
+    compute_forward,
+)
 
 LARGEST = 64
 """Largest number of tokens per window, and of channels per head."""
@@ -45,31 +53,10 @@ def _allocate_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
 def _allocate_bias_grad(qkv: Tensor, learned: Tensor | None) -> Tensor:
     """Returns an uninitialised tensor for the gradient of the bias.
 
-    learned: the bias of the attention, or None if the gradient of the bias is not wanted. If None,
-    the returned tensor has no elements, because a custom op cannot return None.
+    learned: the bias of the attention if the gradient of the bias is wanted, otherwise None. If
+    None, the returned tensor has no elements, because a custom op cannot return None.
     """
     return qkv.new_empty(0) if learned is None else learned.new_empty(learned.shape)
-
-
-def _kernel_runs(qkv: Tensor) -> bool:
-    """Returns whether the Triton kernels compute the attention.
-
-    With float32 inputs, and on GPUs of a compute capability below 8.0, Triton's matrix products
-    would spill thousands of bytes of registers per thread. In these cases PyTorch's operators run.
-    """
-    if not runs_triton(qkv) or INTERPRETED:
-        return runs_triton(qkv)
-    return qkv.dtype in (torch.float16, torch.bfloat16) and capability(qkv) >= 80
-
-
-def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    """Returns the output of the attention, (B, H, N, D)."""
-    o = _allocate_outputs(qkv)[1]
-    if not _kernel_runs(qkv):
-        _forward_plain(qkv, bias, mask, scale, o)
-    elif qkv.numel():
-        launch_forward(qkv, bias, mask, scale, o)
-    return o
 
 
 def _compute_probabilities(
@@ -92,8 +79,8 @@ def _compute_probabilities(
 def _centre(x: Tensor, p: Tensor) -> Tensor:
     """Returns x - sum(p * x) over each row, where p are the probabilities that a softmax returned.
 
-    If x is the gradient of the loss with respect to p, then p * result is the gradient with respect
-    to the input of the softmax.
+    Let x be the gradient of the loss with respect to p. Then p * result is the gradient with
+    respect to the input of the softmax.
     """
     return x - (p * x).sum(-1, keepdim=True)
 
@@ -107,24 +94,6 @@ def _forward_plain(
     """
     q, k, v = qkv.to(compute_dtype(qkv.dtype))
     o.copy_(_compute_probabilities(q, k, bias, mask, scale) @ v)
-
-
-def _backward(
-    go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
-    scale: float, weight_grads: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns the gradients of qkv and of the bias.
-
-    The gradient of the bias has no elements if weight_grads is False. go: gradient of the
-    loss with respect to the output. extra: tensor to add to the gradient of qkv, or None.
-    """
-    learned = bias if weight_grads else None
-    gqkv, gbias = _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, learned)
-    if _kernel_runs(qkv) and not qkv.numel():
-        return gqkv, gbias.zero_()
-    compute = launch_backward if _kernel_runs(qkv) else _backward_plain
-    total = compute(go, qkv, extra, bias, mask, scale, learned, gqkv)
-    return gqkv, gbias if total is None else total
 
 
 def _backward_plain(
@@ -145,26 +114,6 @@ def _backward_plain(
     if extra is not None:
         gqkv += extra
     return None if learned is None else gs.sum(0).to(learned.dtype)
-
-
-def _backward_backward(
-    ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
-    mask: Tensor | None, scale: float, weight_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns (ggo, gqkv, gbias): the second backward pass's gradients with respect to go, qkv and
-    bias.
-
-    gbias has no elements if weight_grads is False. go: gradient of the loss with respect to the
-    output. ggqkv, ggbias: gradients of the loss with respect to the results of the first backward
-    pass, which are the gradients of qkv and bias.
-    """
-    learned = bias if weight_grads else None
-    (gqkv, ggo), gbias = _allocate_outputs(qkv), _allocate_bias_grad(qkv, learned)
-    if _kernel_runs(qkv) and not qkv.numel():
-        return ggo, gqkv, gbias.zero_()
-    compute = launch_backward_backward if _kernel_runs(qkv) else _backward_backward_plain
-    total = compute(ggqkv, ggbias, go, qkv, bias, mask, scale, learned, ggo, gqkv)
-    return ggo, gqkv, gbias if total is None else total
 
 
 def _backward_backward_plain(
@@ -192,6 +141,99 @@ def _backward_backward_plain(
         into.copy_(value)
     ggo.copy_(dp @ v + p @ ggv)
     return None if learned is None else hs.sum(0).to(learned.dtype)
+
+
+class _Implementation(NamedTuple):
+    """Three functions that compute the attention, its backward and the backward of its backward.
+
+    The arguments and the results of these functions are the same in every implementation.
+    """
+
+    forward: Callable[..., None]
+    backward: Callable[..., Tensor | None]
+    backward_backward: Callable[..., Tensor | None]
+
+
+IMPLEMENTATIONS = {
+    "kernels": _Implementation(launch_forward, launch_backward, launch_backward_backward),
+    "products": _Implementation(compute_forward, compute_backward, compute_backward_backward),
+    "plain": _Implementation(_forward_plain, _backward_plain, _backward_backward_plain),
+}
+"""Name of an implementation -> its functions.
+
+- "kernels": one Triton kernel computes the attention, and one computes each of its two derivatives.
+- "products": cuBLAS computes the matrix products, and one Triton kernel does everything between.
+- "plain": PyTorch's operators compute everything.
+"""
+
+
+def _choose_implementation(qkv: Tensor) -> str:
+    """Returns the name of the implementation that computes the attention (see IMPLEMENTATIONS).
+
+    "kernels" would be slow for float32 inputs, and on GPUs of a compute capability below 8.0. There
+    Triton's matrix products spill thousands of bytes of registers per thread. "products" replaces
+    it on these GPUs, but not for bfloat16, because they have no instructions for bfloat16.
+
+    Compiled code calls the custom op only for "kernels". Otherwise it calls
+    `reference.window_attention`, so that Inductor can fuse its operators and compute products that
+    several derivatives need only once.
+    """
+    if not runs_triton(qkv):
+        return "plain"
+    if capability(qkv) < 80:
+        return "plain" if qkv.dtype == torch.bfloat16 else "products"
+    if INTERPRETED or qkv.dtype in (torch.float16, torch.bfloat16):
+        return "kernels"
+    return "plain"
+
+
+def _find_functions(qkv: Tensor) -> _Implementation:
+    """Returns the functions that compute the attention. A kernel cannot run without windows."""
+    return IMPLEMENTATIONS[_choose_implementation(qkv) if qkv.numel() else "plain"]
+
+
+def _forward(qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+    """Returns the output of the attention, (B, H, N, D)."""
+    o = _allocate_outputs(qkv)[1]
+    _find_functions(qkv).forward(qkv, bias, mask, scale, o)
+    return o
+
+
+def _backward(
+    go: Tensor, qkv: Tensor, extra: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    scale: float, weight_grads: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns the gradients of qkv and of the bias.
+
+    - go: gradient of the loss with respect to the output of the attention.
+    - extra: tensor to add to the gradient of qkv, or None.
+    - weight_grads: whether the gradient of the bias is computed. If not, it is returned as a tensor
+      without elements.
+    """
+    learned = bias if weight_grads else None
+    gqkv, gbias = _allocate_outputs(qkv)[0], _allocate_bias_grad(qkv, learned)
+    total = _find_functions(qkv).backward(go, qkv, extra, bias, mask, scale, learned, gqkv)
+    return gqkv, gbias if total is None else total
+
+
+def _backward_backward(
+    ggqkv: Tensor, ggbias: Tensor | None, go: Tensor, qkv: Tensor, bias: Tensor | None,
+    mask: Tensor | None, scale: float, weight_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Computes the second derivative, and returns the gradients with respect to go, qkv and bias.
+
+    - ggqkv, ggbias: gradients of the loss with respect to the results of the backward, which are
+      the gradients of qkv and bias. If ggbias is None, it is zero.
+    - go: gradient of the loss with respect to the output, from which the backward started.
+    - weight_grads: whether the gradient of the bias is computed. If not, it is returned as a tensor
+      without elements.
+    """
+    learned = bias if weight_grads else None
+    (gqkv, ggo), gbias = _allocate_outputs(qkv), _allocate_bias_grad(qkv, learned)
+    total = _find_functions(qkv).backward_backward(
+        ggqkv, ggbias, go, qkv, bias, mask, scale, learned, ggo, gqkv
+    )
+    return ggo, gqkv, gbias if total is None else total
 
 
 def _make_stand_in(qkv: Tensor) -> Tensor:
@@ -316,17 +358,20 @@ def window_attention_qkvpacked(
 ) -> Tensor:
     """Returns softmax(scale Q K^T + bias + mask) V within each window.
 
-    The value, the first derivative and the second derivative take one kernel each. Under autocast
-    the inputs are cast to autocast's dtype, as ``F.scaled_dot_product_attention`` does. Code
-    compiled by torch.compile calls the same custom op if its kernels run, otherwise
-    `reference.window_attention`.
+    The value, the first derivative and the second derivative take one Triton kernel each. On GPUs
+    of a compute capability below 8.0, this kernel runs between matrix products of cuBLAS.
+
+    Under autocast the inputs are cast to autocast's dtype, as ``F.scaled_dot_product_attention``
+    does. On GPUs of compute capability 8.0 and later, code compiled by torch.compile calls the same
+    custom op if its kernels run. Otherwise it calls `reference.window_attention`.
 
     Source: Liu et al. 2021, arXiv 2103.14030.
 
     Args:
         qkv: (3, B, H, N, D), any floating-point dtype: queries, keys and values of B windows and H
             heads. A window has N tokens and a head has D channels, at most 64 each. If qkv is a
-            view of a linear layer's output (B, N, 3 H D), neither qkv nor its gradient is copied.
+            view of a linear layer's output (B, N, 3 H D), the kernels for compute capability 8.0
+            and later copy neither qkv nor its gradient.
         bias: (H, N, N), any floating-point dtype, for example Swin's relative position bias.
         mask: (W, N, N), any floating-point dtype. W must divide B. Window i uses mask[i % W].
             A value of -inf makes a query ignore a key. The mask gets no gradient.
@@ -357,7 +402,8 @@ def window_attention_qkvpacked(
     if mask is not None:
         if mask.dim() != 3 or mask.shape[1:] != (tokens, tokens) or not mask.shape[0]:
             raise ValueError(
-                f"{name}: mask has shape {tuple(mask.shape)}, should be (W, {tokens}, {tokens})"
+                f"{name}: mask has shape {tuple(mask.shape)}, should be (windows per image, "
+                f"{tokens}, {tokens})"
             )
         if windows % mask.shape[0]:
             raise ValueError(
@@ -373,7 +419,7 @@ def window_attention_qkvpacked(
     if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     scale = dim**-0.5 if scale is None else scale
-    if is_compiling() and not _kernel_runs(qkv):
+    if is_compiling() and _choose_implementation(qkv) != "kernels":
         q, k, v = qkv.unbind()
         return reference.window_attention(q, k, v, bias, mask, scale)
     check_no_forward_mode(name, qkv, bias, mask)

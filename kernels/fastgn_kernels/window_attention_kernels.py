@@ -82,14 +82,18 @@ def _locate_matrix(pointer, index, BLOCK_TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _softmax(scores):
+def softmax(scores):
     p = tl.exp(scores - tl.max(scores, axis=1)[:, None])
     return p / tl.sum(p, axis=1)[:, None]
 
 
 @triton.jit
-def _centre(x, p):
-    """Returns x - rowsum(p * x). p * result is the backward of a softmax that returned p."""
+def centre(x, p):
+    """Returns x - sum(p * x) over each row, where p are the probabilities that a softmax returned.
+
+    Let x be the gradient of the loss with respect to p. Then p * result is the gradient with
+    respect to the input of the softmax.
+    """
     return x - tl.sum(p * x, axis=1)[:, None]
 
 
@@ -181,7 +185,7 @@ def _window_attention_fwd_kernel(
             q = _load(qkv_window, 0, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             k = _load(qkv_window, 1, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             scores = _dot(q, tl.trans(k), scores)
-        p = _softmax(scores * SCALE + bias_and_mask)
+        p = softmax(scores * SCALE + bias_and_mask)
         for channel in range(0, DIM, BLOCK_DIM):
             v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             o = _dot_of_float32(p, v, zeros_nd)
@@ -229,7 +233,7 @@ def _window_attention_bwd_kernel(
         scores *= SCALE
         index = (strip % masks) * HEADS + head
         scores += tl.load(_locate_matrix(bias_and_mask_pointer, index, BLOCK_TOKENS))
-        p = _softmax(scores)
+        p = softmax(scores)
         for channel in range(0, DIM, BLOCK_DIM):
             go = _load(go_window, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             gv = _dot_of_float32(p, go, zeros_nd, TRANSPOSED=True)
@@ -240,7 +244,7 @@ def _window_attention_bwd_kernel(
             _store(gqkv_window, gv, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             gp = _dot(go, tl.trans(v), gp)
-        gs = p * _centre(gp, p)
+        gs = p * centre(gp, p)
         if BIAS_GRAD:
             # The bias gradient is summed in memory, because the sum would take a tile of registers.
             # Only this program adds to this matrix, so every run gives the same bits.
@@ -302,11 +306,11 @@ def _window_attention_bwd_bwd_kernel(
         scores *= SCALE
         index = (strip % masks) * HEADS + head
         scores += tl.load(_locate_matrix(bias_and_mask_pointer, index, BLOCK_TOKENS))
-        p = _softmax(scores)
+        p = softmax(scores)
         ds *= SCALE
         if HAS_GGBIAS:
             ds += tl.load(_locate_matrix(ggbias_pointer, head, BLOCK_TOKENS))
-        ds = _centre(ds, p)
+        ds = centre(ds, p)
         dp = p * ds
         for channel in range(0, DIM, BLOCK_DIM):
             v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
@@ -322,14 +326,14 @@ def _window_attention_bwd_bwd_kernel(
             go = _load(go_window, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             v = _load(qkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             gp = _dot(go, tl.trans(v), gp)
-        gp = _centre(gp, p)
+        gp = centre(gp, p)
         gdp = gp * ds
         for channel in range(0, DIM, BLOCK_DIM):
             go = _load(go_window, 0, channel, 1, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             ggv = _load(ggqkv_window, 2, channel, 3, HEADS, TOKENS, DIM, BLOCK_TOKENS, BLOCK_DIM)
             gdp = _dot(go, tl.trans(ggv), gdp)
         gs = p * gp
-        hs = p * _centre(gdp, p)
+        hs = p * centre(gdp, p)
         if BIAS_GRAD:
             to = _locate_matrix(partial_sums_pointer, strip * HEADS + head, BLOCK_TOKENS)
             tl.atomic_add(to, hs, sem="relaxed")

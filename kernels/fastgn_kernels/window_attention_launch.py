@@ -53,7 +53,7 @@ def _choose_constants(qkv: Tensor, scale: float) -> dict[str, Any]:
         "DIM": dim,
         "SCALE": scale,
         "COMPUTE_DTYPE": triton_compute_dtype(qkv.dtype),
-        "BLOCK_TOKENS": _choose_block(qkv),
+        "BLOCK_TOKENS": choose_block(qkv),
         "BLOCK_DIM": min(32, max(16, triton.next_power_of_2(dim))),
         "num_warps": 4,
         "num_stages": 1,
@@ -61,20 +61,20 @@ def _choose_constants(qkv: Tensor, scale: float) -> dict[str, Any]:
     }
 
 
-def _choose_block(qkv: Tensor) -> int:
-    """Returns the number of tokens per window after padding to the size of a tile."""
+def choose_block(qkv: Tensor) -> int:
+    """Returns the number of tokens per window after padding, which is the side of a tile."""
     return max(16, triton.next_power_of_2(qkv.shape[3]))
 
 
-def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Returns bias + mask for each of W masks and H heads, as (W, H, N', N').
+def pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Returns bias + mask for each of W masks and H heads, as a tensor (W, H, N', N').
 
     N' is the number of tokens after padding. The padding makes programs read whole cache lines at
     constant offsets. Padded keys have -inf, so that no query sees them. Padded queries have 0, so
     that their softmax is finite.
     """
     _, _, heads, tokens, _ = qkv.shape
-    block, masks = _choose_block(qkv), 1 if mask is None else mask.shape[0]
+    block, masks = choose_block(qkv), 1 if mask is None else mask.shape[0]
     padded = qkv.new_zeros((masks, heads, block, block), dtype=compute_dtype(qkv.dtype))
     padded[..., tokens:] = -torch.inf
     for term in (bias, mask if mask is None else mask[:, None]):
@@ -83,9 +83,12 @@ def _pad_bias_and_mask(qkv: Tensor, bias: Tensor | None, mask: Tensor | None) ->
     return padded
 
 
-def _pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
-    """Returns ggbias in the compute dtype, padded with zeros from N x N to the size of a tile."""
-    padding = _choose_block(qkv) - ggbias.shape[-1]
+def pad_with_zeros(ggbias: Tensor, qkv: Tensor) -> Tensor:
+    """Returns ggbias in the compute dtype, padded with zeros from N x N to the size of a tile.
+
+    ggbias: gradient of the loss with respect to the gradient of the bias.
+    """
+    padding = choose_block(qkv) - ggbias.shape[-1]
     wide = ggbias.to(compute_dtype(qkv.dtype))
     padded = torch.nn.functional.pad(wide, (0, padding, 0, padding))
     return padded.contiguous()  # without padding, F.pad keeps the strides of ggbias
@@ -98,14 +101,17 @@ def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int,
     the returned tensor has no elements. grid: (number of heads, number of strips).
     """
     heads, strips = grid
-    block = _choose_block(qkv)
+    block = choose_block(qkv)
     shape = (strips if learned is not None else 0, heads, block, block)
     return torch.zeros(shape, dtype=compute_dtype(qkv.dtype), device=qkv.device)
 
 
-def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
-    """Returns the gradient of the bias `learned`, summed over the strips of windows, or None if
-    learned is None."""
+def sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
+    """Returns the gradient of the bias, as the sum of the partial sums of all strips of windows.
+
+    learned: the same tensor as bias if the gradient of the bias is wanted. If None, the result is
+    None.
+    """
     if learned is None:
         return None
     tokens = learned.shape[-1]
@@ -115,8 +121,8 @@ def _sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
 def launch_forward(
     qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, o: Tensor
 ) -> None:
-    """Computes the output of the attention, and writes it into o."""
-    bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
+    """Computes the output of the attention with a Triton kernel, and writes it into o."""
+    bias_and_mask = pad_bias_and_mask(qkv, bias, mask)
     _window_attention_fwd_kernel[choose_grid(qkv, mask)](
         pack(qkv), bias_and_mask, o, qkv.shape[1], bias_and_mask.shape[0],
         **_choose_constants(qkv, scale),
@@ -135,7 +141,7 @@ def launch_backward(
 
     Returns the gradient of the bias, or None if learned is None.
     """
-    bias_and_mask, packed = _pad_bias_and_mask(qkv, bias, mask), pack(qkv)
+    bias_and_mask, packed = pad_bias_and_mask(qkv, bias, mask), pack(qkv)
     grid = choose_grid(qkv, mask)
     partial_sums = _allocate_partial_sums(qkv, learned, grid)
     _window_attention_bwd_kernel[grid](
@@ -143,7 +149,7 @@ def launch_backward(
         partial_sums, qkv.shape[1], bias_and_mask.shape[0], **_choose_constants(qkv, scale),
         BIAS_GRAD=learned is not None, HAS_EXTRA=extra is not None,
     )  # fmt: skip
-    return _sum_strips(partial_sums, learned)
+    return sum_strips(partial_sums, learned)
 
 
 def launch_backward_backward(
@@ -160,13 +166,13 @@ def launch_backward_backward(
 
     Returns the gradient of the bias, or None if learned is None.
     """
-    bias_and_mask = _pad_bias_and_mask(qkv, bias, mask)
+    bias_and_mask = pad_bias_and_mask(qkv, bias, mask)
     grid = choose_grid(qkv, mask)
     partial_sums = _allocate_partial_sums(qkv, learned, grid)
     _window_attention_bwd_bwd_kernel[grid](
-        pack(ggqkv), bias_and_mask if ggbias is None else _pad_with_zeros(ggbias, qkv),
+        pack(ggqkv), bias_and_mask if ggbias is None else pad_with_zeros(ggbias, qkv),
         pack_output(go), pack(qkv), bias_and_mask, ggo, gqkv, partial_sums, qkv.shape[1],
         bias_and_mask.shape[0], **_choose_constants(qkv, scale), BIAS_GRAD=learned is not None,
         HAS_GGBIAS=ggbias is not None,
     )  # fmt: skip
-    return _sum_strips(partial_sums, learned)
+    return sum_strips(partial_sums, learned)
