@@ -12,8 +12,8 @@ derivative of the backward. If a custom op without a registered derivative is di
 PyTorch raises an error. A plain ``autograd.Function`` around a kernel would instead lose the
 second-order terms without an error.
 
-Each custom op has two implementations of the same formulas. One consists of Triton kernels, and the
-other consists of PyTorch's operators.
+Each custom op has at least two implementations of the same formulas. One uses Triton kernels, and
+one uses only PyTorch's operators.
 """
 
 import functools
@@ -254,8 +254,8 @@ def _engine_reaches(node: Any) -> bool:
     try:
         return node is not None and _engine_will_run(node)
     except RuntimeError:
-        # _engine_will_run raises an error for a leaf among the inputs of autograd.grad, and outside
-        # a backward pass. In both cases, the gradient counts as needed.
+        # PyTorch raises this error for a leaf among autograd.grad's inputs, or outside a backward.
+        # In both cases, the gradient counts as needed.
         return True
 
 

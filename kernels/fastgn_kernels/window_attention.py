@@ -188,7 +188,8 @@ def _choose_implementation(qkv: Tensor) -> str:
 
 
 def _find_functions(qkv: Tensor) -> _Implementation:
-    """Returns the functions that compute the attention. A kernel cannot run without windows."""
+    """Returns the functions that compute the attention. They use no kernel if there are no
+    windows."""
     return IMPLEMENTATIONS[_choose_implementation(qkv) if qkv.numel() else "plain"]
 
 

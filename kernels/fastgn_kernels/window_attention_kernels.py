@@ -275,11 +275,14 @@ def _window_attention_bwd_bwd_kernel(
     COMPUTE_DTYPE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BIAS_GRAD: tl.constexpr, HAS_GGBIAS: tl.constexpr,
 ):  # fmt: skip
-    """Writes ggo and gqkv. The docstring of this file explains these names.
+    """Computes the second derivative, and writes the gradients of go and qkv into ggo and gqkv.
 
-    ggbias is read if HAS_GGBIAS. If BIAS_GRAD, each program adds the bias gradients of its own
-    windows to its own part of partial_sums. Registers cannot hold six 64 x 64 tiles and their
-    operands. Therefore inputs are read again, mostly from the cache, whenever they are used.
+    The docstring of this file explains the names. ggbias is read if HAS_GGBIAS is True. If
+    BIAS_GRAD is True, each program adds the bias gradients of its own windows to its own part of
+    partial_sums.
+
+    Registers cannot hold six 64 x 64 tiles and their operands. Therefore inputs are read again,
+    mostly from the cache, whenever they are used.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)

@@ -109,8 +109,8 @@ def _allocate_partial_sums(qkv: Tensor, learned: Tensor | None, grid: tuple[int,
 def sum_strips(partial_sums: Tensor, learned: Tensor | None) -> Tensor | None:
     """Returns the gradient of the bias, as the sum of the partial sums of all strips of windows.
 
-    learned: the same tensor as bias if the gradient of the bias is wanted. If None, the result is
-    None.
+    learned: the bias of the attention, or None if the gradient of the bias is not wanted. If None,
+    the result is None.
     """
     if learned is None:
         return None

@@ -52,7 +52,8 @@ def _window_attention_products_kernel(
 ):  # fmt: skip
     """Replaces matrices that products have computed by the matrices that the next products take.
 
-    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward.
+    ORDER is 0 for the forward, 1 for the backward and 2 for the backward of the backward. The
+    docstring of `window_attention_kernels` explains the names.
 
     ORDER 0: scores = (S) becomes (P).
     ORDER 1: scores = (S) becomes (P), and gradients = (gP) becomes (gS).
@@ -109,6 +110,7 @@ def launch_between_products(
 ) -> Tensor | None:  # fmt: skip
     """Runs the kernel that changes the matrices `scores` and `gradients` in place.
 
+    - scores, gradients: the matrices that `_window_attention_products_kernel` lists for each order.
     - order: 0 for the forward, 1 for the backward, 2 for the backward of the backward.
     - learned: the same tensor as bias if the gradient of the bias is wanted, otherwise None.
     - ggbias: gradient of the loss with respect to the gradient of the bias. None means zero.
