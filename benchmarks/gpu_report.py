@@ -17,7 +17,7 @@ and file of each part), the JSON records of all parts until then, and logs/. The
 same names as in benchmarks/results, so those that should be kept can be copied there. A second call
 with the same folder, sources, device and commands runs only parts that have not succeeded.
 
-On GPUs before sm_80, such as a V100, fp32 replaces bf16 and tf32. --smoke runs every part at toy
+On GPUs before sm_80, such as a V100, fp16 replaces bf16 and tf32. --smoke runs every part at toy
 size. It needs no GPU, and its times mean nothing.
 """
 
@@ -89,8 +89,10 @@ class Machine:
     @property
     def precisions(self) -> list[str]:
         """Precisions in which the training step is measured, in the order of measurement."""
-        modern = self.capability is not None and self.capability >= (8, 0)
-        return ["bf16", "fp32", "tf32", "bf16-pure"] if modern else ["fp32"]
+        if self.capability is None:
+            return ["fp32"]
+        modern = self.capability >= (8, 0)
+        return ["bf16", "fp32", "tf32", "bf16-pure"] if modern else ["fp16", "fp32"]
 
     @property
     def notes(self) -> list[str]:
@@ -100,7 +102,7 @@ class Machine:
         notes = ["toy sizes: these times mean nothing"] if self.smoke else []
         if self.capability < (8, 0):
             arch = "sm_{}{}".format(*self.capability)
-            notes.append(f"{self.device} ({arch}) has neither bf16 nor tf32: fp32 in their place")
+            notes.append(f"{self.device} ({arch}) has neither bf16 nor tf32: fp16 in their place")
         return notes
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgn.loss_scale import differentiate_images
+
 
 class Gradient(NamedTuple):
     """The losses of a batch of images, and the gradients of these losses."""
@@ -60,15 +62,19 @@ def input_gradient(
 
 
 def leaf_gradient(
-    model: nn.Module, images_BCHW: Tensor, targets: Tensor, loss: LossFn = cross_entropy
+    model: nn.Module,
+    images_BCHW: Tensor,
+    targets: Tensor,
+    loss: LossFn = cross_entropy,
+    loss_scale: Tensor | None = None,
 ) -> Gradient:
     """Returns each image's loss and its gradient with respect to the image.
 
     The images must be a leaf tensor that requires grad. `input_gradient` makes such a leaf itself,
-    which torch.compile cannot compile.
+    which torch.compile cannot compile. loss_scale: see differentiate_images.
     """
     loss_B = loss(model(images_BCHW), targets)
-    (grad_BCHW,) = torch.autograd.grad(loss_B.sum(), images_BCHW)
+    grad_BCHW = differentiate_images(loss_B.sum(), images_BCHW, loss_scale, summed=len(images_BCHW))
     return Gradient(loss_B.detach(), grad_BCHW)
 
 

@@ -39,6 +39,8 @@ COLUMNS = (
     "images_per_s",
     "data_wait_share",
     "bad_images",
+    "loss_scale",
+    "skipped_updates",
     "clean_accuracy",
     "pgd10_accuracy",
     "seconds",
@@ -55,6 +57,9 @@ updates since the last row.
 - ramp: strength of the penalty, or of the attack if there is no penalty, in 0..1.
 - data_wait_share: share of the time that was spent waiting for images, in 0..1.
 - bad_images: number of images replaced since the last row, empty if there were none.
+- loss_scale: factor of the losses in fp16, empty in other precisions.
+- skipped_updates: number of updates since the last row that were skipped because their gradient was
+  not finite in fp16, empty in other precisions.
 - clean_accuracy, pgd10_accuracy: accuracy without an attack and under PGD-10, in 0..1, always on
   the same validation images.
 - seconds: time since this process opened the file."""
@@ -130,6 +135,8 @@ class Metrics:
         }
         if "images_per_s" in row:
             shown["img/s"] = f"{row['images_per_s']:.0f}"
+        if row.get("skipped_updates"):
+            shown["skipped"] = f"{row['skipped_updates']:.0f}"
         if shown:
             epoch = {"epoch": f"{self.update / self.updates_per_epoch:.3g}"}
             self.bar.set_postfix(epoch | shown, refresh=False)

@@ -201,7 +201,9 @@ def keeps_global_batch(cfg: Config, state: TrainState, ranks: int) -> bool:
 def check_device(cfg: StepConfig, device: torch.device) -> None:
     """Raises UserError if a device cannot run the configured step."""
     reason = explain_unsupported(cfg.precision, device)
-    check(reason is None, f"--precision {reason}: use --precision fp32")
+    shorter = cfg.precision != "fp16" and explain_unsupported("fp16", device) is None
+    remedy = "fp16 or fp32" if shorter and device.type == "cuda" else "fp32"
+    check(reason is None, f"--precision {reason}: use --precision {remedy}")
     check(
         cfg.cuda_graphs != "on" or device.type == "cuda",
         f"--cuda-graphs on needs a CUDA device, but this run is on {device.type}: leave "

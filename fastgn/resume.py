@@ -88,7 +88,10 @@ def restore(
             are_finite(collect_trained_tensors(module).values()),
             f"{path} is damaged: a weight in {part} is not finite",
         )
-    problem = optim.load_state(cfg.optimizer, model, optimizer, state.optimizer, state.update)
+    # in fp16, all updates so far may have been skipped
+    none_made = state.loss_scale is not None and not state.optimizer["state"]
+    updates = 0 if none_made else state.update
+    problem = optim.load_state(cfg.optimizer, model, optimizer, state.optimizer, updates)
     check(problem is None, f"{path} is damaged: optimizer: {problem}")
 
 

@@ -18,6 +18,7 @@ from fastgn.data.identity import Identity
 from fastgn.data.subset import Subset
 from fastgn.distributed import World
 from fastgn.errors import UserError
+from fastgn.loss_scale import EXHAUSTED, judge_values
 from fastgn.metrics import Metrics
 from fastgn.models.network import Classifier
 from fastgn.models.weights import are_finite, collect_trained_tensors
@@ -29,7 +30,8 @@ from fastgn.step.double_backward import describe_compilations
 from fastgn.step.plan import Plan
 from fastgn.step.retry import RetryingStep
 from fastgn.step.step import Step
-from fastgn.trouble import Watch, describe_not_finite
+from fastgn.trouble import Watch, describe_bad_gradient, describe_not_finite
+from fastgn.updating import Updater
 from fastgn.validation import choose_attacks, count_correct
 
 SUMS = ("loss", "ce", "penalty", "grad_l1", "grad_norm")
@@ -86,6 +88,7 @@ class Run:
         self.compute_gradients = RetryingStep(self.step, self.print, reserve_bytes)
         """Computes the gradients of an update with `step`, in smaller micro-batches if the device
         runs out of memory."""
+        self.updater = Updater(self.cfg, self.model, self.ema, self.compute_gradients)
         self.slow_ranks = SlowRanks(self.world, self.compute_gradients.waits, self.print)
         self.checkpoints = Checkpoints(self.folder, self.cfg.run.checkpoint_hist)
         # whatever ends the run, its folder stays locked until the last file is written
@@ -130,6 +133,8 @@ class Run:
         self.update, self.best, self.accuracy = state.update, state.best, state.accuracy
         self.evaluation_pending = state.evaluation_pending and self.subset is not None
         self.sums += state.sums.to(self.world.device)
+        if self.step.loss_scale is not None and state.loss_scale is not None:
+            self.step.loss_scale.load(state.loss_scale.to(self.world.device))
         self.summed = self.resumed = state.summed
         if self.world.is_main:
             self.loader.bad_images += state.bad_images
@@ -140,6 +145,7 @@ class Run:
         sums: `self.sums`, averaged over all ranks. bad_images: lines about bad images, from all
         ranks.
         """
+        scale = self.step.loss_scale
         return TrainState(
             update=self.update,
             epoch=self.update / self.resolved.updates_per_epoch,
@@ -152,6 +158,7 @@ class Run:
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict() if self.ema is not None else None,
             optimizer=self.optimizer.state_dict(),
+            loss_scale=scale.state() if scale is not None else None,
             global_batch=self.resolved.global_batch,
             ranks=self.world.size,
             config=self.cfg.to_toml(),
@@ -187,31 +194,19 @@ class Run:
             yield group
 
     def apply_gradients(self, lr: float) -> Tensor:
-        """Clips the gradients, and updates the weights and their moving average. Does not wait for
-        the device.
-
-        Returns the L2 norm of the gradient before clipping. lr: learning rate of the update.
-        """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        grad_norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in parameters if p.grad is not None]
-        )
-        if self.cfg.step.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.cfg.step.clip_grad, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # sets each .grad to None (apex's method takes no argument)
-        if self.ema is not None:
-            optim.update_average(self.cfg.optimizer, self.ema, self.model, self.update + 1)
-        return grad_norm
+        """Updates the weights and their moving average. Returns the L2 norm of the gradient before
+        clipping. See Updater. lr: learning rate of the update."""
+        return self.updater(self.optimizer, lr, self.update + 1)
 
     def accumulate(self, row: Tensor) -> None:
         """Adds the logged values of an update to `sums`.
 
-        Also records the first update whose loss or gradient was not finite. Does not wait for the
-        device. row: the update's loss, ce, penalty, grad_l1 and grad_norm, on the device.
+        Also records the first update whose loss or gradient was not finite. In fp16, such an update
+        is skipped and left out of the sums. It is recorded only if the scale of the losses has
+        fallen to the smallest one. Does not wait for the device. row: the update's loss, ce,
+        penalty, grad_l1 and grad_norm, on the device.
         """
+        row, bad = judge_values(row, self.step.loss_scale)
         present = ~row.isnan()
         self.sums += torch.stack([row.where(present, 0), present.to(row.dtype)])
         self.summed += 1
@@ -219,9 +214,8 @@ class Run:
             now = time.perf_counter()
             self.first_s = now - self.began
             self.steady = (now, self.waited, self.summed)
-        finite = torch.isfinite(row[0]) & torch.isfinite(row[-1])
         unseen = self.bad_update < 0
-        self.bad_update = torch.where(unseen & ~finite, self.update, self.bad_update)
+        self.bad_update = torch.where(unseen & bad, self.update, self.bad_update)
         if self.metrics is not None:
             self.metrics.advance()
 
@@ -229,7 +223,8 @@ class Run:
         """Raises UserError if a loss or gradient was not finite. Waits for the device."""
         bad = int(self.world.read(self.bad_update))
         if bad >= 0:
-            raise self.not_finite(f"the loss or gradient of update {bad}")
+            what = f"the loss or gradient of update {bad}"
+            raise self.not_finite(f"{what}, {EXHAUSTED}," if self.step.loss_scale else what)
 
     def check_weights(self) -> None:
         """Raises UserError if a weight, or its moving average, is not finite on any rank. Waits for
@@ -243,24 +238,22 @@ class Run:
         """Raises UserError if a gradient of the process's first update is not finite.
 
         Called before the weights are updated. They are still finite then, so the layer at fault can
-        be found. Waits for the device. batches: the images and targets of the update.
+        be found. In fp16, the update will be skipped instead, if the scale of the losses can still
+        be halved. Waits for the device. batches: the images and targets of the update.
         """
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         if bool(torch.nn.utils.get_total_norm(grads).isfinite()):
             return
+        scale = self.step.loss_scale
+        if scale is not None and scale.can_shrink_again():
+            return
+        first = EXHAUSTED if scale else "the first one since the start of this process"
         seed_all(Stream.STEP, self.cfg.run.seed, self.update, self.world.rank)
         found = self.step.diagnose(batches, self.ramp, self.update, self.attack_ramp)
         named = self.world.gather([found] if found is not None else [])
         cause = named[0] if named else "every layer alone is finite, so their sum is too large"
-        tries = ["another --model or --initial-checkpoint"]
-        if self.step.objective.differences:
-            tries.insert(0, "--schedule finite-difference")
-        if self.cfg.step.precision != "fp32":
-            tries.insert(0, "--precision fp32")
-        raise UserError(
-            f"the gradient of update {self.update + 1}, the first one since the start of this "
-            f"process, is not finite ({cause}): try {' or '.join(tries)}"
-        )
+        what, differences = f"update {self.update + 1}, {first},", self.step.objective.differences
+        raise UserError(describe_bad_gradient(what, cause, self.cfg.step.precision, differences))
 
     def not_finite(self, what: str) -> UserError:
         """Returns the UserError for a value that is not finite.
@@ -326,6 +319,7 @@ class Run:
         self.slow_ranks.check(time.perf_counter() - self.steady[0])
         seconds = time.perf_counter() - self.began
         images = self.resolved.global_batch * (self.summed - self.resumed)
+        scale = self.step.loss_scale
         if self.metrics is not None:
             self.metrics.log(
                 self.update,
@@ -337,6 +331,7 @@ class Run:
                     "images_per_s": images / seconds,
                     "data_wait_share": self.waited / seconds,
                     **({"bad_images": bad} if bad else {}),
+                    **(scale.columns(self.summed, counts[0] / self.world.size) if scale else {}),
                 },
             )
             self.report_cost()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastgn import loss_scale
 from fastgn.config import Config
 from fastgn.data.identity import Identity
 from fastgn.errors import check
@@ -153,6 +154,11 @@ class TrainState:
     )
     """Digests that identify the run's images. None if the checkpoint is from an older version,
     which did not save them."""
+    loss_scale: Annotated[
+        Tensor | None,
+        Key("the scale of losses in fp16, or None", lambda v: v is None or loss_scale.is_state(v)),
+    ] = None
+    """Result of LossScale.state. None if the precision was not fp16."""
 
     def saved_config(self) -> Config:
         """Returns the configuration of the run that wrote the checkpoint. Raises UserError if the

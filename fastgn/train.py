@@ -52,7 +52,7 @@ def train(run: Run) -> None:
                 run.ramp.fill_(ramp)
                 run.attack_ramp.fill_(attack_ramp)
                 loss = run.compute_gradients(batches, run.ramp, run.update, run.attack_ramp)
-                if run.first_s is None:
+                if not run.updater.has_moved:
                     run.check_first(batches)
                 grad_norm = run.apply_gradients(lr)
                 run.update += 1

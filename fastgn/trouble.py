@@ -90,3 +90,17 @@ def describe_not_finite(what: str, checkpoint: str, precision: str, penalised: b
     if penalised:
         tries.append("a longer --ramp-epochs")
     return f"{what} is not finite ({checkpoint}): try {', '.join(tries)}"
+
+
+def describe_bad_gradient(update: str, cause: str, precision: str, differences: bool) -> str:
+    """Returns the message about a gradient that is not finite before any weight has changed.
+
+    update: text that names the update. cause: text that names the layer at fault. precision: value
+    of --precision. differences: whether a finite difference can replace the penalty.
+    """
+    tries = ["another --model or --initial-checkpoint"]
+    if differences:
+        tries.insert(0, "--schedule finite-difference")
+    if precision != "fp32":
+        tries.insert(0, "--precision fp32")
+    return f"the gradient of {update} is not finite ({cause}): try {' or '.join(tries)}"

@@ -69,10 +69,17 @@ from fastgn.optim import build_optimizer
 from fastgn.step.meter import Meter as OperationMeter
 from fastgn.step.meter import fake_copy
 from fastgn.step.passes import count_passes
-from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precision
+from fastgn.step.precision import (
+    PRECISIONS,
+    explain_unsupported,
+    matmul_precision,
+    short_dtype,
+)
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
 
+SHORT = ["bf16" if MODERN else "fp16"] if ON_GPU else []
+"""The precision of 16 bits that is measured by default. None without a GPU."""
 NO_MEANING = "NO GPU: counts are exact, times are ratios within this run, seconds mean nothing"
 
 METHODS = ("natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper", "fgsm_rs")
@@ -348,7 +355,7 @@ def gemm_rates(
     side = GEMM_SIDE[device.type]
 
     def product(precision: str) -> Callable[[], None]:
-        dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+        dtype = short_dtype(precision) or torch.float32
         a, b, out = torch.randn(3, side, side, device=device, dtype=dtype)
 
         def run() -> None:
@@ -575,7 +582,7 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
     option("--batch", default=64 if ON_GPU else 8, help="images per update"),
     option("--methods", nargs="+", choices=METHODS, help="default: all"),
     option("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm"),
-    option("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"][: 1 + MODERN]),
+    option("--precision", nargs="+", choices=PRECISIONS, default=["fp32", *SHORT]),
     option("--budgets", nargs="+", type=share, default=(), help="memory budgets of exact arms"),
     option("--kernels", choices=("auto", "triton", "reference"), default="auto"),
     option("--compile", choices=("on", "off"), default="on" if ON_GPU else "off"),

@@ -31,7 +31,7 @@ from fastgn.config.groups import ArchitectureConfig
 from fastgn.models.network import Classifier, build_model
 from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
 from fastgn.step.plan import BUDGETS
-from fastgn.step.precision import PRECISIONS
+from fastgn.step.precision import AUTOCAST, PRECISIONS
 
 CLASSES = 1000
 
@@ -111,7 +111,7 @@ def main(args: Namespace) -> int:
     size["batch_size"] = args.batch_size
     # this backend uses Inductor's partitioner, but generates no code
     backend = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
-    autocast = autocast_as_on_cuda if args.precision == "bf16" else contextlib.nullcontext
+    autocast = autocast_as_on_cuda if args.precision in AUTOCAST else contextlib.nullcontext
     for method in ("natural", "gradnorm"):
         eager: dict[str, float] = {}
         for budget in (None, *BUDGETS):

@@ -47,7 +47,8 @@ class Gpu:
 
 
 def _rates(bf16: float, tf32: float, fp32: float) -> dict[str, float]:
-    return {"bf16": bf16, "bf16-pure": bf16, "tf32": tf32, "fp32": fp32}
+    short = dict.fromkeys(("bf16", "bf16-pure", "fp16", "fp16-pure"), bf16)
+    return short | {"tf32": tf32, "fp32": fp32}
 
 
 _HOPPER = "bandwidth and bf16 measured on one; tf32 and fp32 NVIDIA's data sheet"
@@ -66,8 +67,9 @@ GPUS = {
         *(163 << 10, 40 * _MIB, 80 * _GB, 300e9),
         "peaks of NVIDIA's data sheet: no A100 reaches them",
     ),
-    "v100": Gpu(  # only fp32, because no --precision uses the fp16 matrix units of a V100
-        *("Tesla V100-SXM2-32GB", (7, 0), 80, 0.9e12, {"fp32": 15.7e12}),
+    "v100": Gpu(
+        *("Tesla V100-SXM2-32GB", (7, 0), 80, 0.9e12),
+        {"fp32": 15.7e12, "fp16": 125e12, "fp16-pure": 125e12},
         *(96 << 10, 6 * _MIB, 32 * _GB, 150e9),
         "peaks of NVIDIA's data sheet: no V100 reaches them",
     ),

@@ -194,7 +194,7 @@ class AugmentationConfig(Options):
 ScheduleKind = Literal[
     "exact", "exact-eager", "finite-difference", "central-difference", "lazy", "subset"
 ]
-Precision = Literal["fp32", "tf32", "bf16", "bf16-pure"]
+Precision = Literal["fp32", "tf32", "bf16", "bf16-pure", "fp16", "fp16-pure"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,9 @@ class StepConfig(Options):
     precision: Precision = "fp32"
     """Precision of the training step. fp32: all in fp32. tf32: fp32 with matrix products in tf32
     (CUDA). bf16: autocast with fp32 weights. bf16-pure: weights and activations in bf16 within the
-    step, but fp32 for the updated weights and for statistics."""
+    step, but fp32 for the updated weights and for statistics. fp16, fp16-pure: the same in fp16
+    with loss scaling, also for GPUs without bf16 (V100, Turing). An update whose gradient overflows
+    is skipped, and metrics.csv counts it."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
     host. auto: on for CUDA, except with --grad-sync overlap. on: also with overlap. The all-reduces

@@ -42,6 +42,15 @@ def cross_entropy(logits_BK: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def find_loss_scale(model: Any) -> Tensor | None:
+    """Returns the scale of the losses of a model that computes in fp16, or None for other models.
+
+    A method that differentiates with respect to images passes it to
+    loss_scale.differentiate_images.
+    """
+    return getattr(model, "loss_scale", None)
+
+
 class Representatives(NamedTuple):
     """Images towards which the method pag turns input gradients. Their pixels are in the same units
     as those of the training images."""
@@ -78,8 +87,9 @@ class Objective:
     """A configured training method, with the loss that it minimises and its attack, if it has one.
 
     The model has `normalize` and `backbone`, and maps pixels in 0..1 to logits with
-    backbone(normalize(pixels)). The ramp is a scalar tensor that grows from 0 to 1 over the first
-    epochs. It is a tensor because a change of a number would recompile the step.
+    backbone(normalize(pixels)). In fp16 it also has `loss_scale`, see find_loss_scale. The ramp is
+    a scalar tensor that grows from 0 to 1 over the first epochs. It is a tensor because a change of
+    a number would recompile the step.
     """
 
     loss: Callable[[Any, Tensor, Tensor, Tensor], Loss]

@@ -16,6 +16,7 @@ from fastgn.objectives import Objective
 from fastgn.step.meter import Meter, autocast_as_on_cuda, fake_copy
 from fastgn.step.options import StepOptions
 from fastgn.step.passes import Passes, count_passes
+from fastgn.step.precision import AUTOCAST
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
@@ -87,7 +88,7 @@ def count_cost(
     sizes = (few, max(batch_size // step * step, 2 * few))
     eager = dataclasses.replace(options, compile=False, micro_batch=None)
     updates = share_of_updates(objective, schedule)
-    cuda_autocast = device_type == "cuda" and options.precision == "bf16"
+    cuda_autocast = device_type == "cuda" and options.precision in AUTOCAST
 
     def count(images: int, update: int) -> Meter:
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -81,11 +81,12 @@ class GradientBuffer:
         ]
         """The part of the buffer that belongs to each weight, in the shape of the weight."""
 
-    def add(self, grads: Sequence[Tensor | None]) -> None:
+    def add(self, grads: Sequence[Tensor | None], factor: Tensor | None = None) -> None:
         """Adds the gradients of a micro-batch to the .grad of the weights.
 
         If the .grad of a weight is None, the gradient becomes its .grad. grads: one gradient for
-        each weight, or None for a weight that the loss does not depend on.
+        each weight, or None for a weight that the loss does not depend on. factor: scalar tensor by
+        which the gradients are multiplied. None means 1.
         """
         copies: tuple[list[Tensor], list[Tensor]] = [], []
         sums: tuple[list[Tensor], list[Tensor]] = [], []
@@ -100,8 +101,11 @@ class GradientBuffer:
         with torch.no_grad():
             if copies[0]:
                 torch._foreach_copy_(*copies)
+                if factor is not None:
+                    torch._foreach_mul_(copies[0], factor)
             if sums[0]:
-                torch._foreach_add_(*sums)
+                added = sums[1] if factor is None else torch._foreach_mul(sums[1], factor)
+                torch._foreach_add_(sums[0], added)
 
     def clear(self) -> None:
         """Sets the .grad of all weights to None."""

@@ -22,9 +22,15 @@ class LossModule(nn.Module):
         self.objective = objective
         self.precision = precision
 
-    def forward(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        targets: Tensor,
+        ramp: Tensor,
+        loss_scale: Tensor | None = None,
+    ) -> Loss:
         with autocast(images_BCHW.device.type, self.precision):
-            network = in_precision(self.model, self.precision)
+            network = in_precision(self.model, self.precision, loss_scale)
             return self.objective.loss(network, images_BCHW, targets, ramp)
 
 
@@ -37,10 +43,12 @@ class AttackGradient(nn.Module):
         self.model = model
         self.precision = precision
 
-    def forward(self, images_BCHW: Tensor, targets: Tensor) -> Gradient:
+    def forward(
+        self, images_BCHW: Tensor, targets: Tensor, loss_scale: Tensor | None = None
+    ) -> Gradient:
         with autocast(images_BCHW.device.type, self.precision):
             network = in_precision(self.model, self.precision)
-            return leaf_gradient(network, images_BCHW, targets)
+            return leaf_gradient(network, images_BCHW, targets, loss_scale=loss_scale)
 
 
 def split_objective(objective: Objective, schedule: Schedule) -> dict[str, Objective]:

@@ -28,8 +28,9 @@ class StepOptions:
     schedule: Schedule = Schedule()  # noqa: RUF009 - frozen
     """The way in which the penalty is differentiated (--schedule)."""
     precision: str = "fp32"
-    """"fp32", "tf32", "bf16" or "bf16-pure". "bf16" uses autocast. "bf16-pure" computes the whole
-    update with bf16 weights and activations, see precision.InBfloat16."""
+    """"fp32", "tf32", "bf16", "bf16-pure", "fp16" or "fp16-pure". "bf16" and "fp16" use autocast.
+    "bf16-pure" and "fp16-pure" compute the whole update with weights and activations of 16 bits,
+    see precision.InShortDtype. In fp16 the loss is scaled, see fastgn.loss_scale."""
     compile: bool = True
     """Whether the loss is compiled into one graph. With --schedule exact-eager it never is."""
     activation_memory_budget: float = 1.0

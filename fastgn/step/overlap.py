@@ -113,16 +113,21 @@ class SummedInBackward(nn.Module):
         self.buckets = buckets
         self.group = group
 
-    def forward(self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor, *slots: Tensor) -> Any:
-        """Returns the loss. slots: the extra input that belongs to each bucket (Bucket.slot), in
-        the order of the buckets."""
+    def forward(
+        self, images_BCHW: Tensor, targets: Tensor, ramp: Tensor, *slots: Tensor, **scale: Tensor
+    ) -> Any:
+        """Returns the loss.
+
+        slots: the extra input that belongs to each bucket (Bucket.slot), in the order of the
+        buckets. scale: the scale of the losses by name, in fp16.
+        """
         named = [(n, p.detach()) for n, p in self.module.named_parameters() if p.requires_grad]
         replaced: dict[str, Tensor] = {}
         for bucket, slot in zip(self.buckets, slots, strict=True):
             names, weights = zip(*named[bucket.start : bucket.stop], strict=True)
             summed = SumInBackward.apply(slot, self.group, *weights)
             replaced |= zip(names, summed, strict=True)
-        return functional_call(self.module, replaced, (images_BCHW, targets, ramp))
+        return functional_call(self.module, replaced, (images_BCHW, targets, ramp), scale)
 
 
 def split_sums(

@@ -15,7 +15,7 @@ import torch
 
 from fastgn.errors import check
 from fastgn.step.cost import StepCost
-from fastgn.step.precision import matmul_precision
+from fastgn.step.precision import matmul_precision, short_dtype
 
 BUDGETS = (1.0, 0.7, 0.5, 0.3)
 """Activation memory budgets whose effect was measured. A budget is the share of the activations
@@ -51,8 +51,8 @@ KEPT: dict[tuple[bool, bool], dict[float, float]] = {
     (True, False): {1.0: 1.04, 0.7: 0.84, 0.5: 0.80},
     (True, True): {1.0: 1.08, 0.7: 1.15, 0.5: 1.13, 0.3: 1.11},
 }
-"""(whether the loss is differentiated twice, whether in bf16) -> activation memory budget -> peak
-memory of a compiled update, divided by that of the eager one. Source:
+"""(whether the loss is differentiated twice, whether in 16 bits) -> activation memory budget -> peak
+memory of a compiled update, divided by that of the eager one. It was counted in bf16. Source:
 benchmarks/results/memory_budget.json. The ratios are upper bounds because they were counted before
 operators are fused.
 
@@ -95,7 +95,7 @@ def measure_rates(device: torch.device, precision: str) -> Rates:
     """Measures the speed of a device at a precision, in about a tenth of a second."""
     on_cuda = device.type == "cuda"
     side, size = (4096, 2**28) if on_cuda else (256, 2**22)
-    dtype = torch.bfloat16 if precision in ("bf16", "bf16-pure") else torch.float32
+    dtype = short_dtype(precision) or torch.float32
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target, tiny = torch.zeros_like(source), torch.zeros(1, device=device)
@@ -188,7 +188,7 @@ def compiled_relations(cost: StepCost) -> Relations:
     double = cost.double_backward
     # no ratio was measured for a single backward with fastgn_kernels, so take a double backward's
     kind = (double or cost.kernels, cost.kernels)
-    kept = KEPT[double, cost.precision in ("bf16", "bf16-pure")]
+    kept = KEPT[double, short_dtype(cost.precision) is not None]
     return Relations(kept, RECOMPUTED, TRAFFIC[kind], LAUNCHES[kind])
 
 

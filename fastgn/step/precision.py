@@ -14,42 +14,55 @@ from fastgn.config.groups import Precision
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precision -> dtype of autocast."""
+PURE = {"bf16-pure": torch.bfloat16, "fp16-pure": torch.float16}
+"""Precision -> dtype of the weights and activations within an update."""
+CAPABILITY = {"tf32": (8, 0), "bf16": (8, 0), "bf16-pure": (8, 0)}
+CAPABILITY |= {"fp16": (5, 3), "fp16-pure": (5, 3)}
+"""Precision -> least compute capability of a CUDA device that computes in it."""
+
+
+def is_fp16(precision: str) -> bool:
+    """Returns whether losses have to be scaled in this precision, as fastgn.loss_scale explains."""
+    return torch.float16 in (AUTOCAST.get(precision), PURE.get(precision))
+
+
+def short_dtype(precision: str) -> torch.dtype | None:
+    """Returns the dtype with 16 bits of this precision's matrix products, or None if they have 32
+    bits."""
+    return (AUTOCAST | PURE).get(precision)
+
+
 def autocast(device_type: str, precision: str) -> contextlib.AbstractContextManager:
-    """Returns a context with bf16 autocast if `precision` is "bf16", else one without effect."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """Returns a context with the autocast of "bf16" or "fp16", or one without effect for other
+    precisions."""
+    dtype = AUTOCAST.get(precision)
+    return torch.autocast(device_type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def in_precision(model: Any, precision: str) -> Any:
-    """Returns `model`, wrapped by InBfloat16 if `precision` is "bf16-pure"."""
-    return InBfloat16(model) if precision == "bf16-pure" else model
+def in_precision(model: Any, precision: str, loss_scale: Tensor | None = None) -> Any:
+    """Returns the object that a loss calls in place of `model`.
+
+    It is `model` itself, or computes in 16 bits throughout for "bf16-pure" and "fp16-pure". In fp16
+    it gives logits in fp32 and has the attribute `loss_scale`, see objectives.Objective.
+    """
+    if precision in PURE:
+        return InShortDtype(model, PURE[precision], loss_scale)
+    return InAutocast(model, loss_scale) if is_fp16(precision) else model
 
 
-class InBfloat16:
-    """Runs the network of a classifier in bf16 throughout, with gradients in fp32.
+class InAutocast:
+    """Calls a classifier under autocast, and gives its logits in fp32.
 
-    The weights and buffers are cast when a forward begins, so that the optimizer updates fp32
-    weights. BatchNorm keeps its weights and statistics in fp32. If a forward changes any other
-    buffer, it changes only the cast copy, and the buffer itself keeps its value. Images and logits
-    are fp32. LayerNorm's statistics, softmax and sums are fp32 inside the operators of PyTorch and
-    fastgn_kernels.
+    In fp16, the scaled loss would overflow.
 
-    model: a classifier with `normalize` and `backbone`.
+    model: a classifier with `normalize` and `backbone`. loss_scale: scalar tensor, or None.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, loss_scale: Tensor | None = None):
         self.model = model
-
-    def cast_weights(self) -> dict[str, Tensor]:
-        """Returns bf16 copies of the network's weights and buffers, except those of BatchNorm."""
-        model = self.model
-        norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
-        kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
-        named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
-        return {
-            name: t.to(torch.bfloat16)
-            for name, t in named
-            if t.is_floating_point() and id(t) not in kept
-        }
+        self.loss_scale = loss_scale
 
     def normalize(self, images_BCHW: Tensor) -> Tensor:
         """Returns fp32 images with the mean and variance that the network expects."""
@@ -57,23 +70,64 @@ class InBfloat16:
 
     def backbone(self, images_BCHW: Tensor) -> Tensor:
         """Returns fp32 logits (B, K) of normalised images."""
-        images = images_BCHW.to(torch.bfloat16)
-        return functional_call(self.model.backbone, self.cast_weights(), (images,)).float()
+        return self.model.backbone(images_BCHW).float()
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         return self.backbone(self.normalize(images_BCHW))
+
+
+class InShortDtype(InAutocast):
+    """Runs the network of a classifier in 16 bits throughout, with gradients in fp32.
+
+    The weights and buffers are cast when a forward begins, so that the optimizer updates fp32
+    weights. BatchNorm keeps its weights and statistics in fp32. If a forward changes any other
+    buffer, it changes only the cast copy, and the buffer itself keeps its value. Images and logits
+    are fp32. LayerNorm's statistics, softmax and sums are fp32 inside the operators of PyTorch and
+    fastgn_kernels.
+
+    dtype: that of the casts. See InAutocast for the other arguments.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, loss_scale: Tensor | None = None):
+        super().__init__(model, loss_scale)
+        self.dtype = dtype
+
+    def cast_weights(self) -> dict[str, Tensor]:
+        """Returns casts of the network's weights and buffers, except those of BatchNorm."""
+        model = self.model
+        norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+        kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
+        named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
+        return {
+            name: t.to(self.dtype)
+            for name, t in named
+            if t.is_floating_point() and id(t) not in kept
+        }
+
+    def backbone(self, images_BCHW: Tensor) -> Tensor:
+        """Returns fp32 logits (B, K) of normalised images."""
+        images = images_BCHW.to(self.dtype)
+        return functional_call(self.model.backbone, self.cast_weights(), (images,)).float()
 
 
 def explain_unsupported(precision: str, device: torch.device) -> str | None:
     """Returns why `device` cannot compute in `precision`, or None if it can."""
     if precision == "tf32" and device.type != "cuda":
         return f"tf32 needs a CUDA device, not {device.type}"
-    if precision != "fp32" and device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            name = torch.cuda.get_device_name(device)
-            return f"{precision} needs compute capability 8.0, but {name} has only {major}.{minor}"
+    if precision in CAPABILITY and device.type == "cuda":
+        least, has = CAPABILITY[precision], torch.cuda.get_device_capability(device)
+        if has < least:
+            name, (needs, only) = (
+                torch.cuda.get_device_name(device),
+                map(join_version, (least, has)),
+            )
+            return f"{precision} needs compute capability {needs}, but {name} has only {only}"
     return None
+
+
+def join_version(numbers: tuple[int, int]) -> str:
+    """Returns a version as text, such as 7.0."""
+    return ".".join(map(str, numbers))
 
 
 @contextlib.contextmanager

@@ -111,6 +111,11 @@ class RetryingStep:
             self._halve(len(batches[0][0]), str(failure))
             self._snapshot.restore()
 
+    def restore_statistics(self, where: Tensor) -> None:
+        """Undoes what the last update has done to the statistics of BatchNorm, if `where`, a bool
+        scalar on the device, is True. The host does not wait for it."""
+        self._snapshot.restore_buffers(where)
+
     def _share_failure(self, failure: RuntimeError | None) -> RuntimeError | None:
         """Returns the failure of this or another process, or None if all processes have succeeded.
 
@@ -173,3 +178,12 @@ class Snapshot:
         for buffers, copies in self._copies:
             torch._foreach_copy_(buffers, copies)
         self._random_state.restore()
+
+    def restore_buffers(self, where: Tensor) -> None:
+        """Writes the values of the last `save` back into the buffers if `where` is True.
+
+        where: bool scalar on the device.
+        """
+        for buffers, copies in self._copies:
+            for buffer, copied in zip(buffers, copies, strict=True):
+                torch.where(where, copied, buffer, out=buffer)

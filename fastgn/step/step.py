@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastgn.attacks import Gradient
+from fastgn.loss_scale import LossScale
 from fastgn.objectives import Loss, Objective
 from fastgn.step.diagnosis import Diagnosis
 from fastgn.step.double_backward import compile_double_backward
@@ -32,7 +33,7 @@ from fastgn.step.overlap import (
     make_buckets,
     split_sums,
 )
-from fastgn.step.precision import autocast, in_precision, matmul_precision
+from fastgn.step.precision import autocast, in_precision, is_fp16, matmul_precision
 from fastgn.step.random_state import RandomState
 from fastgn.step.schedule import check_schedule
 
@@ -87,6 +88,9 @@ class Step:
         self.divisor = options.schedule.divisor
         """The number that must divide the size of a micro-batch."""
         self.device = next(model.parameters()).device
+        self.loss_scale = LossScale(self.device) if is_fp16(options.precision) else None
+        """Scale of the losses in fp16. Whoever updates the weights adapts it. None in other
+        precisions."""
         self.weights = [p for p in model.parameters() if p.requires_grad]
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self.statistics = [b for m in norms for b in m.buffers()]
@@ -247,7 +251,11 @@ class Step:
                 images_BCHW = self.model.normalize(images_BCHW)  # type: ignore[operator]
             self.model.train(not self.options.quirks.train_in_eval_mode)
             inputs = images_BCHW.detach().requires_grad_(), targets, ramp
-            found = Diagnosis().run(self.model, lambda: module(*inputs).total)  # noqa: B023
+            scale = self._scale(1)
+            found = Diagnosis().run(
+                self.model,
+                lambda: self._scaled(module(*inputs, **scale).total),  # noqa: B023
+            )
             # always check all batches, because other processes may wait for this one in a forward
             first = first or found
         return first
@@ -278,8 +286,9 @@ class Step:
 
         name: name of the loss. part: the micro-batch. ramp: strength of the penalty, in 0..1.
         """
-        loss = self._forward(self.losses[name], *self._inputs(part, ramp))
-        self._backward(loss.total / part.divisor)
+        scale = self._scale(part.divisor)
+        loss = self._forward(self.losses[name], *self._inputs(part, ramp), **scale)
+        self._backward(self._scaled(loss.total / part.divisor))
         return loss
 
     def _differentiate_and_sum(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
@@ -289,12 +298,32 @@ class Step:
         name: name of the loss. part: the micro-batch. ramp: strength of the penalty, in 0..1.
         """
         slots = [bucket.slot for bucket in self._buckets]
-        loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *slots)
+        scale = self._scale(part.divisor)
+        loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *slots, **scale)
         self.confirm()
         self.is_committed = self.is_summed = True
-        sums = torch.autograd.grad(loss.total / part.divisor, slots, allow_unused=True)
-        self.gradients.add(split_sums(sums, self._buckets, self.weights))
+        total = self._scaled(loss.total / part.divisor)
+        sums = torch.autograd.grad(total, slots, allow_unused=True)
+        self._keep_gradients(split_sums(sums, self._buckets, self.weights))
         return loss
+
+    def _scale(self, divisor: int) -> dict[str, Tensor]:
+        """Returns {"loss_scale": tensor} for a loss that differentiates in fp16, otherwise {}.
+
+        divisor: the one of the loss. Both backwards begin with the scale over this divisor, so that
+        what sweep 2 carries does not depend on it (see fastgn.loss_scale).
+        """
+        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.scale / divisor}
+
+    def _scaled(self, total: Tensor) -> Tensor:
+        """Returns a loss, multiplied by the scale of the losses in fp16."""
+        return total if self.loss_scale is None else self.loss_scale.multiply(total)
+
+    def _keep_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """Adds gradients of the weights, or None for each, to the .grad, without the scale of the
+        losses."""
+        scale = self.loss_scale
+        self.gradients.add(grads, None if scale is None else 1 / scale.scale)
 
     def _inputs(self, part: MicroBatch, ramp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the arguments with which a loss is called: images, targets and ramp.
@@ -330,7 +359,7 @@ class Step:
         coefficient = objective.ce_weight - weight * (not central)
         random_state = RandomState(self.device)
         here = self._forward(self.losses["point"], here_BCHW.requires_grad_(), part.targets, ramp)
-        (grad_BCHW,) = self._backward(here.ce * coefficient / part.divisor, here_BCHW)
+        (grad_BCHW,) = self._backward(self._scaled(here.ce * coefficient / part.divisor), here_BCHW)
         assert grad_BCHW is not None
         ce = here.ce.detach().clone()  # a CUDA graph overwrites its output when it runs again
         direction_BCHW = grad_BCHW.sign() * coefficient.sign()
@@ -340,27 +369,30 @@ class Step:
             random_state.restore()  # draw the same dropout again, so that only the images differ
             point_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
             there = self._forward(self.losses["point"], point_BCHW, part.targets, ramp)
-            self._backward(there.ce * (sign * weight / len(signs) / part.divisor))
+            self._backward(self._scaled(there.ce * (sign * weight / len(signs) / part.divisor)))
             ces.append(there.ce.detach().clone())
         slope = (ces[0] - ces[1]) / (2 * h) if central else (ces[1] - ces[0]) / h
         penalty = objective.penalty_scale * slope
         total = objective.ce_weight * ce + objective.penalty_weight * ramp * penalty
         return Loss(total, ce, penalty, slope)
 
-    def _forward(self, module: nn.Module, *inputs: Any) -> Loss:
-        """Computes a loss with a module of `losses` or `overlapped`."""
+    def _forward(self, module: nn.Module, *inputs: Any, **scale: Tensor) -> Loss:
+        """Computes a loss with a module of `losses` or `overlapped`.
+
+        scale: the scale of the losses by name, in fp16.
+        """
         # Mark a new step, because a forward may have run out of memory before its backward.
         # Otherwise CUDA graphs would still wait for the backward of the earlier forward.
         if self._compile_mode:
             torch.compiler.cudagraph_mark_step_begin()
-        loss: Loss = module(*inputs)
+        loss: Loss = module(*inputs, **scale)
         return loss
 
     def _backward(self, total: Tensor, *images: Tensor) -> Sequence[Tensor | None]:
         """Differentiates a loss. Adds the gradients of the weights to their .grad, and returns the
         gradients with respect to `images`."""
         grads = torch.autograd.grad(total, [*self.weights, *images], allow_unused=True)
-        self.gradients.add(grads[: len(self.weights)])
+        self._keep_gradients(grads[: len(self.weights)])
         return grads[len(self.weights) :]
 
     # ----------------------------------------------------------------------------- attack
@@ -394,13 +426,16 @@ class Step:
         if not self.options.quirks.attack_weight_grads:
             if not self.options.is_compiled:
                 images_BCHW = images_BCHW.detach().requires_grad_()
-            return self.attack(images_BCHW, targets)
+            return self.attack(images_BCHW, targets, **self._scale(1))
         images_BCHW = images_BCHW.detach().requires_grad_()
         with autocast(self.device.type, self.options.precision):
             loss_B = F.cross_entropy(model(images_BCHW), targets, reduction="none")
+        scale = self._scale(len(images_BCHW)).get("loss_scale")
+        total = loss_B.sum() if scale is None else loss_B.sum() * scale
         grad_BCHW, *wasted = torch.autograd.grad(
-            loss_B.sum(), [images_BCHW, *self.weights], allow_unused=True
+            total, [images_BCHW, *self.weights], allow_unused=True
         )
+        grad_BCHW = grad_BCHW if scale is None else grad_BCHW / scale
         if self.ranks.size > 1:
             self.confirm()
             for grad in wasted:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgn.config.cli import parse_config
 from fastgn.distributed import World
 from fastgn.objectives import METHODS as ALL_METHODS
+from fastgn.optim import build_optimizer
 from fastgn.run import Run
 from fastgn.setup import build
 from fastgn.step.options import StepOptions
@@ -108,12 +109,50 @@ def test_an_update_reads_nothing_on_the_host(kind: str, tmp_path: Path) -> None:
     run.check_finite()
 
 
+@pytest.mark.parametrize("opt", ["fused", "lion"])
+@pytest.mark.parametrize("kind", ["gradnorm+fgsm", "lazy"])
+def test_an_update_in_fp16_reads_nothing_on_the_host(kind: str, opt: str, tmp_path: Path) -> None:
+    """After the first update that is not skipped. A skipped one reads nothing either."""
+    more = ("--compile", "off", "--precision", "fp16")
+    run = everything_on(tmp_path / "run", *flags_of(kind), *more)
+    if opt == "lion":
+        run.optimizer = build_optimizer(parse_config(["--opt", "lion"]).optimizer, run.model, 1e-3)
+    batches = list(islice(run.updates_of(0), 4))
+    update(run, batches[0])
+    loss_scale = run.step.loss_scale
+    assert loss_scale is not None and run.updater.has_moved
+    with NoSync():
+        update(run, batches[1])
+        loss_scale.scale.fill_(2.0**60)  # every product overflows
+        update(run, batches[2])
+        loss_scale.scale.fill_(2.0**10)
+        update(run, batches[3])
+    run.check_finite()
+    assert loss_scale.state().tolist() == [2.0**10, 1.0]
+    assert float(run.sums[1, 0]) == 3 and run.summed == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("natural", "fgsm_rs")])
 @pytest.mark.parametrize("compile", ["on", "off"])
 def test_an_update_does_not_synchronise_with_cuda(kind: str, compile: str, tmp_path: Path) -> None:
-    options = ("--compile", compile) if kind != "exact-eager" else ()
+    does_not_synchronise(kind, compile, "bf16", tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["exact", "pgd_at"])
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_an_update_in_fp16_does_not_synchronise_with_cuda(
+    kind: str, compile: str, tmp_path: Path
+) -> None:
+    does_not_synchronise(kind, compile, "fp16", tmp_path)
+
+
+def does_not_synchronise(kind: str, compile: str, precision: str, tmp_path: Path) -> None:
+    options: tuple[str, ...] = ("--compile", compile) if kind != "exact-eager" else ()
+    options += ("--precision", precision)
     run = everything_on(tmp_path / "run", *flags_of(kind), *options, "--device", "cuda")
     batches = list(islice(run.updates_of(0), 5))
     for group in batches[:2]:  # compiling may wait

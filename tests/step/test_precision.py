@@ -1,4 +1,5 @@
-"""bf16 and TF32: close to fp32, refused by devices that lack them, and restored afterwards."""
+"""bf16, fp16 and TF32: close to fp32, refused by devices that lack them, and restored
+afterwards."""
 
 from typing import Any
 
@@ -11,8 +12,13 @@ from support.steps import batches_for, gradients, model_and_batch, scheduled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgn.config.groups import StepConfig
+from fastgn.errors import UserError
+from fastgn.resolved import check_device
+from fastgn.step.double_backward import count_graphs
 from fastgn.step.options import StepOptions
-from fastgn.step.precision import explain_unsupported, matmul_precision
+from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precision
+from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
 
@@ -68,13 +74,156 @@ class MatrixDtypes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-pure", torch.bfloat16), ("fp16-pure", torch.float16)]
+)
 @pytest.mark.parametrize("method", ["gradnorm", "pgd_at"])
-def test_bf16_pure_multiplies_and_normalises_in_bf16_alone(method: str) -> None:
+def test_pure_precisions_multiply_and_normalise_in_16_bits_alone(
+    method: str, precision: str, dtype: torch.dtype
+) -> None:
     model, batch = model_and_batch(swin, torch.float32)
-    step = Step(model, objective(method=method), StepOptions(compile=False, precision="bf16-pure"))
+    step = Step(model, objective(method=method), StepOptions(compile=False, precision=precision))
     with MatrixDtypes() as seen:
         step([batch], torch.tensor(1.0))
-    assert seen.dtypes == seen.norms == {torch.bfloat16}
+    assert seen.dtypes == seen.norms == {dtype}
+
+
+# ---------------------------------------------------------------------------- fp16
+
+
+def fp16_step(model: Any, precision: str, scale: float | None = None, **values: Any) -> Step:
+    """values: options of the objective and, under "options", of the step."""
+    options = values.pop("options", {})
+    options = {"compile": False, "precision": precision} | options
+    step = Step(model, objective(**values), StepOptions(**options))
+    assert step.loss_scale is not None
+    if scale is not None:
+        step.loss_scale.scale.fill_(scale)
+    return step
+
+
+def in_float64(build) -> Tensor:
+    """The exact gradient of the network and images that tests in lower precisions use."""
+    model, (images, targets) = model_and_batch(build, torch.float32)
+    batch = (images.double(), targets.double())
+    Step(model.double(), objective(), StepOptions(compile=False))([batch], torch.tensor(1.0))
+    return gradients(model)
+
+
+@pytest.mark.parametrize("build", [swin, vit, resnet])
+@pytest.mark.parametrize("precision", ["fp16", "fp16-pure"])
+def test_fp16_is_nearer_to_float64_than_bf16(build, precision: str) -> None:
+    """fp16 keeps 3 bits more than bf16."""
+    exact, errors = in_float64(build), {}
+    for name in (precision, precision.replace("fp16", "bf16")):
+        model, batch = model_and_batch(build, torch.float32)
+        step = Step(model, objective(), StepOptions(compile=False, precision=name))
+        if step.loss_scale is not None:  # the weights of these networks are large
+            step.loss_scale.scale.fill_(2.0**10)
+        loss = step([batch], torch.tensor(1.0))
+        assert loss.total.dtype == torch.float32
+        assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        errors[name] = relative(gradients(model).double(), exact)
+    assert errors[precision] < 0.02
+    assert errors[precision] < 0.4 * errors[precision.replace("fp16", "bf16")]
+
+
+METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs", "trades", "edge", "pag", "gradnorm+fgsm")
+EVERY_WAY = [
+    *((method, "exact") for method in METHODS),
+    *(
+        ("gradnorm", kind)
+        for kind in ("finite-difference", "central-difference", "lazy", "subset", "exact-eager")
+    ),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16-pure"])
+@pytest.mark.parametrize(("method", "schedule"), EVERY_WAY)
+def test_every_method_and_schedule_is_near_fp32(method: str, schedule: str, precision: str) -> None:
+    """With the same random draws, in two micro-batches, at the scale with which a run begins."""
+    found = []
+    for name in ("fp32", precision):
+        model, batch = model_and_batch(vit, torch.float32)
+        options = StepOptions(Schedule(schedule), name, compile=False, micro_batch=2)
+        # one attack step, because the later ones would begin at other images
+        step = Step(model, objective(method=method, attack_it=1), options)
+        torch.manual_seed(3)
+        step([batch], torch.tensor(1.0))
+        found.append(gradients(model))
+    assert relative(found[1], found[0]) < 0.1
+    assert F.cosine_similarity(*found, dim=0) > 0.995
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_scale_hardly_matters_and_compiles_nothing(compile: bool, no_codegen) -> None:
+    exact = in_float64(swin)
+    model, batch = model_and_batch(swin, torch.float32)
+    step = fp16_step(model, "fp16", options={"compile": compile})
+    before = count_graphs()
+    for power in (2, 8, 12, 14):
+        model.zero_grad()
+        step.loss_scale.scale.fill_(2.0**power)
+        step([batch], torch.tensor(1.0))
+        assert relative(gradients(model).double(), exact) < 0.01
+    assert count_graphs() - before == compile
+
+
+def fitted(build, ce: float) -> tuple[Any, Any]:
+    """A network whose logits are so large that it fits its labels, with this cross-entropy."""
+    model, (images, _) = model_and_batch(build, torch.float64)
+    with torch.no_grad():
+        labels = model.eval()(images).argmax(1)
+    head = model.backbone.get_classifier()
+    low, high = 0.0, 12.0
+    start = head.weight.detach().clone(), head.bias.detach().clone()
+    for _ in range(30):
+        middle = (low + high) / 2
+        with torch.no_grad():
+            head.weight.copy_(start[0] * 2**middle), head.bias.copy_(start[1] * 2**middle)
+            found = float(F.cross_entropy(model(images), labels))
+        low, high = (middle, high) if found > ce else (low, middle)
+    return model.train(), (images, labels)
+
+
+@pytest.mark.parametrize("build", [swin, vit])
+def test_gradients_of_a_fitted_network_are_not_lost(build) -> None:
+    """At a cross-entropy of 3e-4. Without the scale, most of the gradient underflows."""
+    reference, (images, labels) = fitted(build, 3e-4)
+    Step(reference, objective(), StepOptions(compile=False))([(images, labels)], torch.tensor(1.0))
+    exact, errors = gradients(reference), {}
+    for scale in (1.0, 2.0**13):
+        model = classifier(build)
+        model.load_state_dict(reference.state_dict())
+        step = fp16_step(model, "fp16", scale)
+        loss = step([(images.float(), labels)], torch.tensor(1.0))
+        assert float(loss.ce) < 1e-3
+        errors[scale] = relative(gradients(model).double(), exact)
+    assert errors[2.0**13] < 0.1
+    assert errors[2.0**13] < errors[1.0] / 2
+
+
+def test_an_attack_keeps_small_gradients() -> None:
+    """Their signs are all that a step uses, but 0 has none."""
+    model, (images, labels) = fitted(vit, 1e-7)
+    signs = []
+    for scale in (1.0, 2.0**16):
+        low = classifier(vit)
+        low.load_state_dict(model.state_dict())
+        step = fp16_step(low, "fp16", scale, method="pgd_at")
+        signs.append(step.attack_gradient(low, images.float(), labels).images_BCHW.sign())
+    lost = [float((s == 0).float().mean()) for s in signs]
+    assert lost[0] > 0.5 > 0.01 > lost[1]
+
+
+def test_existing_gradients_are_not_unscaled() -> None:
+    """A second batch adds to the gradient of the first one, as in fp32."""
+    model, batch = model_and_batch(vit, torch.float32)
+    step = fp16_step(model, "fp16")
+    step([batch], torch.tensor(1.0))
+    once = gradients(model).clone()
+    step([batch], torch.tensor(1.0))
+    assert relative(gradients(model), 2 * once) < 1e-6
 
 
 def test_matrix_precision_is_the_steps_alone() -> None:
@@ -109,14 +258,17 @@ def test_matrix_precision_beside_the_newer_settings(monkeypatch: pytest.MonkeyPa
 def test_what_a_cpu_cannot_compute_in() -> None:
     cpu = torch.device("cpu")
     assert explain_unsupported("tf32", cpu) == "tf32 needs a CUDA device, not cpu"
-    assert all(explain_unsupported(name, cpu) is None for name in ("fp32", "bf16", "bf16-pure"))
+    assert all(explain_unsupported(name, cpu) is None for name in PRECISIONS if name != "tf32")
 
 
 def test_what_a_volta_card_cannot_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     cuda = torch.device("cuda", 0)
-    assert explain_unsupported("fp32", cuda) is None
+    for precision in ("fp32", "fp16", "fp16-pure"):
+        assert explain_unsupported(precision, cuda) is None
     for precision in ("tf32", "bf16", "bf16-pure"):
         reason = explain_unsupported(precision, cuda)
         assert reason == f"{precision} needs compute capability 8.0, but Tesla V100 has only 7.0"
+        with pytest.raises(UserError, match=f"--precision {precision} .*: use --precision fp16"):
+            check_device(StepConfig(precision=precision), cuda)  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgn.objectives.base import Loss, Objective, cross_entropy, draw_classes
+from fastgn.loss_scale import differentiate_images
+from fastgn.objectives.base import Loss, Objective, cross_entropy, draw_classes, find_loss_scale
 from fastgn.objectives.options import EdgeOptions
 
 
@@ -91,6 +92,7 @@ def edge(
     map: str = EdgeOptions.edge_map,
     of: str = EdgeOptions.edge_of,
     rms: str = EdgeOptions.edge_rms,
+    loss_scale: Tensor | None = None,
 ) -> Loss:
     """Returns the cross-entropy plus the mean squared difference between input gradients and the
     edges in the images.
@@ -108,6 +110,7 @@ def edge(
     2014).
     rms: 'batch' for one root mean square per batch, as in the paper's code, or 'image' for one per
     image.
+    loss_scale: factor of the differentiated value, for fp16. See fastgn.loss_scale.
     """
     for name, value, choices in (
         ("map", map, ("gradient", "saliency")),
@@ -123,7 +126,10 @@ def edge(
     if of == "logit":
         logits_BK = logits_BK.to(ce.dtype)
         score = (draw_classes(logits_BK, temperature, sampling) * logits_BK).sum()
-    (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
+    summed = len(images_BCHW) if of == "logit" else 1
+    grad_BCHW = differentiate_images(
+        score, images_BCHW, loss_scale, summed=summed, create_graph=True
+    )
     grad_BCHW = grad_BCHW.to(ce.dtype)
     if map == "saliency":
         grad_BCHW = grad_BCHW.abs().amax(1, keepdim=True)
@@ -146,6 +152,7 @@ def build(options: EdgeOptions) -> Objective:
             map=options.edge_map,
             of=options.edge_of,
             rms=options.edge_rms,
+            loss_scale=find_loss_scale(model),
         )
 
     return Objective(loss, needs_input_gradient=True, penalty_weight=options.edge_weight)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgn import attacks
-from fastgn.objectives.base import Loss, Objective, cross_entropy
+from fastgn.loss_scale import differentiate_images
+from fastgn.objectives.base import Loss, Objective, cross_entropy, find_loss_scale
 from fastgn.objectives.methods import pgd_at
 from fastgn.objectives.options import AttackOptions, GradnormOptions
 
@@ -29,6 +30,7 @@ def gradnorm(
     of: str = GradnormOptions.gn_of,
     channel_weights: Sequence[float] | None = GradnormOptions.gn_channel_weights,
     threshold: float = GradnormOptions.gn_threshold,
+    loss_scale: Tensor | None = None,
 ) -> Loss:
     """Returns the cross-entropy plus the L1 norm of its gradient with respect to the images.
 
@@ -47,6 +49,7 @@ def gradnorm(
     is the gradient of the expected logit.
     channel_weights: factors of the gradient's C channels.
     threshold: only the part of a norm above this value is penalised, in the units of the norm.
+    loss_scale: factor of the differentiated value, for fp16. See fastgn.loss_scale.
 
     Loss.grad_l1 is the L1 norm of the gradient without channel_weights and threshold.
     """
@@ -55,7 +58,7 @@ def gradnorm(
     logits_BK = model(images_BCHW)
     ce = cross_entropy(logits_BK, targets)
     score = ce if of == "loss" else true_logit(logits_BK, targets)
-    (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
+    grad_BCHW = differentiate_images(score, images_BCHW, loss_scale, create_graph=True)
     grad_BCHW = grad_BCHW.to(ce.dtype)
     # the sum over all images is their mean norm, because the loss is already a mean over the batch
     size = grad_l1 = grad_BCHW.abs().sum()
@@ -113,6 +116,7 @@ def build(options: GradnormOptions, attack: AttackOptions) -> Objective:
             of=options.gn_of,
             channel_weights=options.gn_channel_weights,
             threshold=options.gn_threshold,
+            loss_scale=find_loss_scale(model),
         )
 
     attacked = pgd_at.build(attack) if options.gn_attacked else Objective(loss)

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgn.objectives.base import Loss, Objective, Representatives, cross_entropy, draw_classes
+from fastgn.loss_scale import differentiate_images
+from fastgn.objectives.base import (
+    Loss,
+    Objective,
+    Representatives,
+    cross_entropy,
+    draw_classes,
+    find_loss_scale,
+)
 from fastgn.objectives.options import PagOptions
 
 
@@ -39,6 +47,7 @@ def pag(
     representatives: Representatives,
     *,
     weight: float | Tensor = 1.0,
+    loss_scale: Tensor | None = None,
 ) -> Loss:
     """Returns the cross-entropy plus a penalty on the angle between two directions in image space.
 
@@ -49,6 +58,7 @@ def pag(
     equation 4, which sums over all classes instead of drawing one.
 
     images_BCHW: in the units of the representatives, such as pixels in 0..1.
+    loss_scale: factor of the differentiated value, for fp16. See fastgn.loss_scale.
     """
     if not images_BCHW.requires_grad:
         images_BCHW = images_BCHW.detach().requires_grad_()
@@ -56,7 +66,9 @@ def pag(
     ce = cross_entropy(logits_BK, targets)
     classes_B = draw_classes(torch.zeros_like(logits_BK, dtype=ce.dtype)).argmax(1)
     score = logits_BK.to(ce.dtype).gather(1, classes_B[:, None]).sum()
-    (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=True)
+    grad_BCHW = differentiate_images(
+        score, images_BCHW, loss_scale, summed=len(images_BCHW), create_graph=True
+    )
     here_BCHW = images_BCHW.detach()
     guide_BCHW = nearest_of_class(here_BCHW, classes_B, representatives) - here_BCHW
     cosine_B = (unit(grad_BCHW.to(ce.dtype)) * unit(guide_BCHW.to(ce.dtype))).sum((1, 2, 3))
@@ -75,6 +87,13 @@ def build(options: PagOptions, representatives: Representatives | None) -> Objec
 
     def loss(model: Any, images: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
         assert representatives is not None, "pag needs its classes' representatives"
-        return pag(model, images, targets, representatives, weight=options.pag_weight * ramp)
+        return pag(
+            model,
+            images,
+            targets,
+            representatives,
+            weight=options.pag_weight * ramp,
+            loss_scale=find_loss_scale(model),
+        )
 
     return Objective(loss, needs_input_gradient=True, penalty_weight=options.pag_weight)
