@@ -17,6 +17,7 @@ from support.runs import error_line, tiny_run
 from support.states import differences, last_state, trained_state
 from torch import Tensor, nn
 
+from fastgn import loss_scale as loss_scale_module
 from fastgn import optim, train
 from fastgn.config.cli import parse_config
 from fastgn.loss_scale import (
@@ -157,6 +158,8 @@ def test_a_skipped_step_changes_nothing(opt: str, fused: bool) -> None:
 
 # ---------------------------------------------------------------------------- whole runs
 
+START = 2.0**8
+"""Scale at the beginning of these runs, with which nothing overflows that is not planted."""
 FP16 = ("--precision", "fp16", "--eval-images", "0", "--log-interval", "2", "--epochs", "1")
 
 
@@ -174,6 +177,7 @@ def plant(updates: Sequence[int]) -> Iterator[None]:
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_scale_module, "FIRST", START)
         patch.setattr(Step, "_accumulate", overflow)
         yield
 
@@ -218,10 +222,10 @@ def test_an_overflow_skips_one_update_and_halves_the_scale(
         assert train_with_overflows(args, (3,), stops) == 0
     state = everything(runs["unbroken"])
     assert differences(state, everything(runs["broken"])) == []
-    assert state["loss_scale"].tolist() == [FIRST / 2, 2]
+    assert state["loss_scale"].tolist() == [START / 2, 2]
     rows = [r for r in read_rows(runs["unbroken"] / "metrics.csv") if "loss_scale" in r]
     assert [r["skipped_updates"] for r in rows] == [0, 1, 0]
-    assert [r["loss_scale"] for r in rows] == [FIRST, FIRST / 2, FIRST / 2]
+    assert [r["loss_scale"] for r in rows] == [START, START / 2, START / 2]
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in rows)
     assert "skipped 1" in capfd.readouterr().err
     steps = {float(s["step"]) for s in state["optimizer"]["state"].values()}
@@ -247,7 +251,7 @@ def test_two_ranks_skip_the_same_update(tmp_path: Path) -> None:
         on_two_ranks(tmp_path, train_with_overflows, args, (2,), stops)
     state = everything(tmp_path / "unbroken")
     assert differences(state, everything(tmp_path / "broken")) == []
-    assert state["loss_scale"].tolist() == [FIRST / 2, 1]
+    assert state["loss_scale"].tolist() == [START / 2, 1]
     rows = [r for r in read_rows(tmp_path / "unbroken" / "metrics.csv") if "loss_scale" in r]
     assert sum(r["skipped_updates"] for r in rows) == 1
     assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {3.0}
@@ -289,14 +293,14 @@ def test_overflows_from_the_start_wait_for_the_first_good_update(tmp_path: Path)
         assert train_with_overflows(args, (0, 1, 2), stops) == 0
     states = [everything(tmp_path / n) for n in ("unbroken", "broken")]
     assert differences(*states) == []
-    assert states[0]["loss_scale"].tolist() == [FIRST / 8, 2]
+    assert states[0]["loss_scale"].tolist() == [START / 8, 2]
 
 
 def test_a_run_that_skips_all_updates_ends_with_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     args = tiny_run(tmp_path / "run", *FP16)
-    number = int(math.log2(FIRST / SMALLEST))
+    number = int(math.log2(START / SMALLEST))
     for updates, named in ((range(100), number), (range(3, 100), number + 3)):
         with plant(updates):
             assert train.main([*args, "--max-updates", "100"]) == 2
