@@ -51,8 +51,8 @@ KEPT: dict[tuple[bool, bool], dict[float, float]] = {
     (True, False): {1.0: 1.04, 0.7: 0.84, 0.5: 0.80},
     (True, True): {1.0: 1.08, 0.7: 1.15, 0.5: 1.13, 0.3: 1.11},
 }
-"""(whether the loss is differentiated twice, whether in 16 bits) -> activation memory budget -> peak
-memory of a compiled update, divided by that of the eager one. It was counted in bf16. Source:
+"""(whether the loss is differentiated twice, whether in 16 bits) -> activation memory budget -> the
+peak memory of a compiled update, divided by that of the eager one. It was counted in bf16. Source:
 benchmarks/results/memory_budget.json. The ratios are upper bounds because they were counted before
 operators are fused.
 
