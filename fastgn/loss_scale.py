@@ -1,8 +1,8 @@
 """Scales losses so that no gradient in fp16 underflows or overflows, to second order.
 
-fp16 holds magnitudes from 6e-8 to 65,504. Gradients of a trained network lie below. A loss L whose
-penalty P depends on its own input gradient g = dL/dx takes three sweeps through the network, and
-all of them have to stay within these limits:
+fp16 holds magnitudes from 6e-8 to 65,504. Many gradients of a trained network are smaller. Let L be
+a loss whose penalty P depends on the input gradient g = dL/dx. Differentiating L + P takes three
+sweeps through the network, and all of them have to stay within these limits:
 
 1. The first backward begins with s L, where s is the scale. It carries s times the derivatives of
    L and ends with s g. `differentiate_images` divides s g by s in fp32, so that norms of g, and P,
@@ -32,9 +32,9 @@ The gradient of an untrained small Swin or ViT has the same error with every sca
 If a network's derivatives are larger, its first few updates are skipped.
 """
 SMALLEST = 2.0**-10
-"""A scale that has fallen to this number has not helped, and the run ends."""
-EXHAUSTED = f"even with the smallest loss scale ({SMALLEST:.3g})"
-"""Clause of an error message."""
+"""A run ends when its scale has fallen to this number, because smaller ones would not help."""
+EXHAUSTED = f"even with the smallest loss scale ({2 * SMALLEST:.3g})"
+"""Clause of an error message. The scale that it names is the last one with which a run tries."""
 LARGEST = 2.0**24
 """Largest scale. It lifts the smallest number of fp16 to 1."""
 GROWTH_INTERVAL = 2000
