@@ -225,9 +225,8 @@ class StepConfig(Options):
     precision: Precision = "fp32"
     """Precision of the training step. fp32: all in fp32. tf32: fp32 with matrix products in tf32
     (CUDA). bf16: autocast with fp32 weights. bf16-pure: weights and activations in bf16 within the
-    step, but fp32 for the updated weights and for statistics. fp16, fp16-pure: the same in fp16
-    with loss scaling, also for GPUs without bf16 (V100, Turing). An update whose gradient overflows
-    is skipped, and metrics.csv counts it."""
+    step, but fp32 for the updated weights and for statistics. fp16, fp16-pure: the same in fp16,
+    with loss scaling. Updates whose gradients overflow are skipped."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Launch each compiled graph as a whole (CUDA graphs), so that the GPU does not wait for a slow
     host. auto: on for CUDA, except with --grad-sync overlap. on: also with overlap. The all-reduces
@@ -240,9 +239,8 @@ class StepConfig(Options):
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision in which gradients are sent between processes. bf16 halves the number of bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    """Kernels of the network. triton: compute activations, LayerNorms and Swin's window
-    attention with fastgn_kernels. reference: use PyTorch's operators. auto: triton for CUDA,
-    reference on CPU."""
+    """Kernels of the network. triton: activations, LayerNorms and Swin's window attention with
+    fastgn_kernels. reference: PyTorch's operators. auto: triton for CUDA, reference on CPU."""
     activation_memory_budget: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of the activations that the compiled step keeps. The backward recomputes the rest."""
     clip_grad: Annotated[
