@@ -248,9 +248,11 @@ def test_a_skipped_update_changes_neither_weights_nor_statistics(tmp_path: Path)
 
 def test_two_ranks_skip_the_same_update(tmp_path: Path) -> None:
     """The overflow is on one rank alone; they all skip, and a resumed run ends the same."""
-    for name, stops in (("unbroken", (4,)), ("broken", (2, 3, 4))):
+    for name, stops in (("unbroken", (4,)), ("broken", (3, 4))):
         args = tiny_run(tmp_path / name, *FP16, "--batch-size", "24", "--kernels", "reference")
-        on_two_ranks(tmp_path, train_with_overflows, args, (2,), stops)
+        for stop in stops:  # in new processes, because a process joins its group only once
+            on_two_ranks(tmp_path, train_with_overflows, args, (2,), (stop,))
+            args = resumed(tmp_path / name)
     state = everything(tmp_path / "unbroken")
     assert differences(state, everything(tmp_path / "broken")) == []
     assert state["loss_scale"].tolist() == [START / 2, 1]
