@@ -44,6 +44,7 @@ def test_a_missing_key_is_named(key, tmp_path):
         "bad_images",
         "data",
         "evaluation_pending",
+        "loss_scale",
         "ranks",
     ):  # older versions did not write them
         assert not read_state(path)[key]
@@ -89,6 +90,7 @@ FINE = {
     ("bad_images", "empty list"),
     ("bad_images", "doubled"),
     ("ema", "None"),
+    ("loss_scale", "None"),
     ("data", "empty dict"),
 }
 """What is not wrong after all."""

@@ -62,6 +62,7 @@ def small_values(update: int, /, **values: Any) -> dict[str, Any]:
         "bad_images": [],
         "model": weights,
         "ema": None,
+        "loss_scale": None,
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"params": [0]}]},
         "global_batch": 8,
         "ranks": 1,
