@@ -186,28 +186,35 @@ def fitted(build, ce: float) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, (images, labels)
 
 
-@pytest.mark.parametrize("build", [swin, vit])
-def test_gradients_of_a_fitted_network_are_not_lost(build) -> None:
-    """At a cross-entropy below 1e-3, without the scale, a part of the gradient underflows."""
-    model, (images, labels) = fitted(build, 5e-4)
-    found = {}
-    for precision, scale in (("fp64", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp16", 2.0**13)):
-        copied, batch = copy.deepcopy(model), (images, labels)
-        if precision == "fp64":
-            copied, batch = copied.double(), (images.double(), labels)
-        name = "fp32" if precision == "fp64" else precision
-        step = Step(copied, objective(), StepOptions(compile=False, precision=name))
-        if step.loss_scale is not None:
-            step.loss_scale.scale.fill_(scale)
-        loss = step([batch], torch.tensor(1.0))
-        assert float(loss.ce) < 1e-3
-        found[precision, scale] = gradients(copied).double()
-    exact = found.pop(("fp64", 1.0))
-    errors = {key: relative(value, exact) for key, value in found.items()}
-    print(errors)
-    assert errors["fp16", 2.0**13] < 0.1
-    assert errors["fp16", 2.0**13] < errors["fp16", 1.0] / 2
-    assert errors["fp16", 2.0**13] < errors["bf16", 1.0] / 2
+def test_gradients_of_a_fitted_network_are_not_lost() -> None:
+    """At a cross-entropy below 1e-3, without the scale, a part of the gradient underflows.
+
+    The penalty's gradient depends on the signs of the input gradient. Rounding turns some of them,
+    so that the error of gradnorm's gradient is larger, with every scale.
+    """
+    model, (images, labels) = fitted(swin, 5e-4)
+    arms = (("fp64", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp16", 2.0**13), ("fp16", 2.0**20))
+    for method, bound in (("natural", 0.02), ("gradnorm", 0.2)):
+        found = {}
+        for precision, scale in arms:
+            copied, batch = copy.deepcopy(model), (images, labels)
+            if precision == "fp64":
+                copied, batch = copied.double(), (images.double(), labels)
+            name = "fp32" if precision == "fp64" else precision
+            options = StepOptions(compile=False, precision=name)
+            step = Step(copied, objective(method=method), options)
+            if step.loss_scale is not None:
+                step.loss_scale.scale.fill_(scale)
+            loss = step([batch], torch.tensor(1.0))
+            assert float(loss.ce) < 1e-3
+            found[precision, scale] = gradients(copied).double()
+        exact = found.pop(("fp64", 1.0))
+        errors = {key: relative(value, exact) for key, value in found.items()}
+        print(errors)
+        for scale in (2.0**13, 2.0**20):
+            assert errors["fp16", scale] < bound
+            assert errors["fp16", scale] < errors["fp16", 1.0] / 3
+        assert errors["fp16", 2.0**13] < errors["bf16", 1.0] / (3 if method == "natural" else 1)
 
 
 def test_an_attack_keeps_small_gradients() -> None:
@@ -219,7 +226,7 @@ def test_an_attack_keeps_small_gradients() -> None:
         grad_BCHW = step.attack_gradient(model, images, labels).images_BCHW
         lost.append(float((grad_BCHW == 0).float().mean()))
     print(lost)
-    assert lost[1] < 0.02 < 5 * lost[1] + 0.02 < lost[0]
+    assert lost[1] < 0.02 and 0.1 < lost[0]
 
 
 def test_existing_gradients_are_not_unscaled() -> None:
