@@ -17,7 +17,8 @@ sweeps through the network, and all of them have to stay within these limits:
 One scale serves both backwards. If they had two, sweep 2 would carry the quotient of the two.
 
 The scale is a power of 2, so that multiplying and dividing by it rounds nothing in fp32. It is a
-tensor on the device: its changes compile nothing again, and the host never reads it in an update.
+tensor on the device. Therefore its changes cause no recompilation, and the host never reads it in
+an update.
 """
 
 import math
@@ -38,7 +39,7 @@ EXHAUSTED = f"even with the smallest loss scale ({2 * SMALLEST:.3g})"
 LARGEST = 2.0**24
 """Largest scale. It lifts the smallest number of fp16 to 1."""
 GROWTH_INTERVAL = 2000
-"""Number of updates in a row without a skipped one after which the scale is doubled."""
+"""The scale is doubled after this number of updates if none of them was skipped."""
 
 
 def differentiate_images(
@@ -54,8 +55,8 @@ def differentiate_images(
     score: scalar tensor in fp32 or wider. loss_scale: scalar tensor by which the score is
     multiplied and the gradient is divided. None means that nothing is scaled. summed: number of
     images over which the score is a sum, or 1 if it is a mean. The scale is divided by this number
-    because sums have larger derivatives than the mean loss, which chooses the scale. create_graph:
-    whether the gradient can be differentiated again.
+    because sums have larger derivatives than the mean loss, for which the scale is chosen.
+    create_graph: whether the gradient can be differentiated again.
     """
     if loss_scale is None:
         (grad_BCHW,) = torch.autograd.grad(score, images_BCHW, create_graph=create_graph)
@@ -69,20 +70,21 @@ class LossScale:
     """The scale of the losses of a run, which adapts to the gradients as in PyTorch's GradScaler.
 
     An update whose gradient is not finite is skipped and halves the scale. After `GROWTH_INTERVAL`
-    updates without a skipped one, the scale is doubled. Nothing here waits for the device, except
-    `can_shrink_again`.
+    updates without a skipped one, the scale is doubled. Only `can_shrink_again` and `columns` wait
+    for the device.
     """
 
     def __init__(self, device: torch.device):
         self.scale = torch.full((), FIRST, device=device)
-        """The scale, a scalar in fp32. Its memory stays the same."""
+        """The scale, a scalar in fp32. It is changed in place."""
         self.finite_updates = torch.zeros((), device=device)
         """Number of updates since the scale has last changed, a scalar in fp32."""
 
     def multiply(self, total: Tensor) -> Tensor:
-        """Returns a loss times the scale, whose gradient is not finite if the loss is not.
+        """Returns a loss times the scale. If the loss is not finite, neither is its gradient.
 
-        So all processes that sum their gradients skip an update if the loss of one is not finite.
+        Therefore all processes that sum their gradients skip an update if the loss of one of them
+        is not finite.
         """
         return total * torch.where(total.detach().isfinite(), self.scale, torch.nan)
 
@@ -106,7 +108,7 @@ class LossScale:
     def columns(self, updates: int, finite: Tensor) -> dict[str, float]:
         """Returns the columns loss_scale and skipped_updates of metrics.csv. Waits for the device.
 
-        updates: number of updates since the last row. finite: number of those that were not
+        updates: number of updates since the last row. finite: number of these updates that were not
         skipped.
         """
         return {"loss_scale": float(self.scale), "skipped_updates": updates - round(float(finite))}
@@ -125,9 +127,10 @@ class LossScale:
 def judge_values(row: Tensor, loss_scale: LossScale | None) -> tuple[Tensor, Tensor]:
     """Returns the logged values of an update, and whether they must end the run, as a bool scalar.
 
-    They must if the loss or the gradient is not finite. In fp16, such an update is skipped, and its
-    values become NaN. It ends the run only if the scale has fallen to the smallest one. Does not
-    wait for the device. row: the values, first the loss, last the norm of the gradient.
+    The run must end if the loss or the gradient is not finite. In fp16, such an update is skipped
+    instead, and its values become NaN. The run then ends only if the scale has fallen to the
+    smallest one. Does not wait for the device. row: the values, first the loss, last the norm of
+    the gradient.
     """
     loss_is_finite, gradient_is_finite = row[0].isfinite(), row[-1].isfinite()
     if loss_scale is None:

@@ -345,8 +345,8 @@ def make_plan(
     fixed = batching.batch_size, cfg.step.activation_memory_budget
     on_cuda = world.device.type == "cuda"
     processes = 1 if on_cuda else count_local_ranks()
-    # With overlap, the summed gradients need memory of their own beside the gradient buffer. The
-    # plan leaves room for it as if --schedule auto did not divide the batch.
+    # With overlap, the summed gradients need memory of their own beside the gradient buffer.
+    # The plan leaves room for this memory, as if --schedule auto did not divide the batch.
     grad_sync, _ = choose_grad_sync(cfg.step, world, batching.grad_accum_steps)
     summed_bytes = cost.gradient_bytes * (grad_sync == "overlap")
     return choose_plan(

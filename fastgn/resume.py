@@ -59,7 +59,7 @@ def check_same_run(cfg: Config, state: TrainState, classes: tuple[str, ...], ima
     averaged = cfg.optimizer.model_ema
     check(
         averaged == (state.ema is not None),
-        f"the checkpoint has {'no ' if averaged else 'an '}average of the weights: add "
+        f"the checkpoint has {'no' if averaged else 'a'} moving average of the weights: add "
         f"{'--no-model-ema' if averaged else '--model-ema'}",
     )
 
@@ -88,7 +88,7 @@ def restore(
             are_finite(collect_trained_tensors(module).values()),
             f"{path} is damaged: a weight in {part} is not finite",
         )
-    # in fp16, all updates so far may have been skipped
+    # in fp16, the optimizer has no state if all updates so far were skipped
     none_made = state.loss_scale is not None and not state.optimizer["state"]
     updates = 0 if none_made else state.update
     problem = optim.load_state(cfg.optimizer, model, optimizer, state.optimizer, updates)
@@ -130,7 +130,8 @@ def check_position(
     own, update, epoch = state.saved_config(), state.update, state.epoch
     check(
         state.sums.shape == (2, values),
-        f"{path} is damaged: sums has shape {tuple(state.sums.shape)} instead of {(2, values)}",
+        f"{path} is damaged: its entry 'sums' has shape {tuple(state.sums.shape)} instead of "
+        f"{(2, values)}",
     )
     check(
         epoch is None or 0 <= epoch <= own.optimizer.epochs,

@@ -385,7 +385,7 @@ class Run:
     def evaluate(self, is_signalled: Callable[[], bool]) -> None:
         """Measures clean and PGD-10 accuracy on the validation images. Waits for the device.
 
-        If a signal ends this early, there is no result, and `evaluation_pending` stays True.
+        If a signal ends the evaluation, it has no result, and `evaluation_pending` stays True.
         is_signalled: function that returns whether a signal has asked this rank to stop.
         """
         if self.subset is None:
@@ -432,7 +432,7 @@ class Run:
         self.check_finite()
         self.check_weights()
         sums = self.world.sum(self.sums.clone()) / self.world.size
-        bad = self.bad_images(self.loader)  # list of unreadable images since metrics.csv's last row
+        bad = self.bad_images(self.loader)  # unreadable images since the last row of metrics.csv
         if self.world.is_main:
             state = self.state(sums, bad)
             self.checkpoints.save_later(state, best=self.is_best, keep_epoch=self.kept_epoch())

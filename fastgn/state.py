@@ -148,7 +148,8 @@ class TrainState:
     ranks: Annotated[int | None, whole(1)] = None
     """Number of ranks of the run."""
     evaluation_pending: Annotated[bool, Key("True or False", lambda v: type(v) is bool)] = False
-    """Whether the evaluation after the last update is still to be made. A signal has ended it."""
+    """Whether the evaluation after the last update must be made again, because a signal ended
+    it."""
     data: Annotated[Identity | None, Key("a description of each split's images", is_identity)] = (
         None
     )
@@ -158,7 +159,8 @@ class TrainState:
         Tensor | None,
         Key("the scale of losses in fp16, or None", lambda v: v is None or loss_scale.is_state(v)),
     ] = None
-    """Result of LossScale.state. None if the precision was not fp16."""
+    """Scale of the losses in fp16, and number of updates since it changed (LossScale.state). None
+    in other precisions."""
 
     def saved_config(self) -> Config:
         """Returns the configuration of the run that wrote the checkpoint. Raises UserError if the
@@ -200,7 +202,7 @@ class ExportHeader:
     classes: Annotated[list[str], CLASSES]
     """Names of the classes in the order of the network's outputs."""
     update: Annotated[int | None, whole(0)] = None
-    """Number of updates that the weights have had."""
+    """Number of updates for which the weights were trained."""
 
 
 Content = TypeVar("Content", TrainState, ExportHeader)

@@ -8,13 +8,16 @@ from fastgn.errors import UserError
 from fastgn.metrics import read_rows
 
 SATURATED = 1e-3
-"""Share of the penalty's largest value below which the network may have become too sure."""
+"""If the penalty falls below this share of its largest value, the network may have become too sure
+of the training images."""
 FALLEN = 0.02
-"""Fall of the accuracy under PGD-10 that is more than the noise of an evaluation."""
+"""Smallest fall of the accuracy under PGD-10 that is more than the noise of an evaluation."""
 COLLAPSED = 0.5
-"""Accuracy under PGD-10, divided by that under FGSM, below which training has collapsed."""
+"""If the accuracy under PGD-10, divided by that under FGSM, is below this number, training has
+collapsed."""
 GAP = 0.1
-"""Least difference between these accuracies. For smaller ones the ratio may be chance."""
+"""Smallest difference between the accuracies under FGSM and PGD-10 that may count as a collapse. If
+the difference is smaller, their ratio may be due to chance."""
 
 
 def find_saturation(rows: Sequence[Mapping[str, float]]) -> str | None:

@@ -1,4 +1,4 @@
-"""Updates the weights from their gradients, and skips updates in fp16 on the device."""
+"""Updates the weights from their gradients. In fp16, the device decides whether to do so."""
 
 from collections.abc import Callable
 from typing import Any
@@ -78,7 +78,7 @@ class Updater:
         self.gradients.restore_statistics(skipped)
         if not self.has_moved:
             self.has_moved = not bool(skipped)
-            # an optimizer without a state would make one, and only the host can prevent that
+            # an optimizer without a state would make one now, which only the host can prevent
             if not (self.has_moved or optimizer.state):
                 return
         take_step_unless(optimizer, skipped)

@@ -250,7 +250,7 @@ def test_a_run_that_is_there_is_not_overwritten(finished, capsys):
         ),
         (["--img-size", "24"], "another model: img_size: 24, not 16"),
         (["--batch-size", "24"], "made with 48 images per update, but this run has 24"),
-        (["--no-model-ema"], "the checkpoint has an average of the weights: add --model-ema"),
+        (["--no-model-ema"], "the checkpoint has a moving average of the weights: add --model-ema"),
     ],
 )
 def test_resuming_what_does_not_fit_leaves_the_run_as_it_was(more, expected, finished, capsys):

@@ -49,8 +49,8 @@ class PreparedSum(NamedTuple):
     sent: Tensor
     """Tensor that the all-reduce replaces by its sum over all processes."""
     targets: list[Tensor]
-    """Tensors into which the parts of the sum are copied. None are given if `sent` itself is the
-    place of the sum."""
+    """Tensors into which the parts of the sum are copied. The list is empty if the sum stays in
+    `sent`."""
 
 
 class GradientBuffer:

@@ -119,7 +119,7 @@ class SummedInBackward(nn.Module):
         """Returns the loss.
 
         slots: the extra input that belongs to each bucket (Bucket.slot), in the order of the
-        buckets. scale: the scale of the losses by name, in fp16.
+        buckets. scale: {"loss_scale": tensor} in fp16, otherwise empty.
         """
         named = [(n, p.detach()) for n, p in self.module.named_parameters() if p.requires_grad]
         replaced: dict[str, Tensor] = {}

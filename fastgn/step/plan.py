@@ -181,9 +181,10 @@ def format_bytes(bytes_: float) -> str:
 
 
 def compiled_relations(cost: StepCost) -> Relations:
-    """Returns ratios of a compiled update to an eager one, such as the ratio of their peak memory.
+    """Returns the ratios between a compiled update and an eager one, such as that of their peak
+    memory.
 
-    cost: what the eager update needs.
+    cost: the counted cost of the eager update.
     """
     double = cost.double_backward
     # no ratio was measured for a single backward with fastgn_kernels, so take a double backward's

@@ -29,8 +29,8 @@ def is_fp16(precision: str) -> bool:
 
 
 def short_dtype(precision: str) -> torch.dtype | None:
-    """Returns the dtype with 16 bits of this precision's matrix products, or None if they have 32
-    bits."""
+    """Returns the 16-bit dtype in which this precision computes matrix products, or None if it
+    computes them in 32 bits."""
     return (AUTOCAST | PURE).get(precision)
 
 
@@ -44,8 +44,9 @@ def autocast(device_type: str, precision: str) -> contextlib.AbstractContextMana
 def in_precision(model: Any, precision: str, loss_scale: Tensor | None = None) -> Any:
     """Returns the object that a loss calls in place of `model`.
 
-    It is `model` itself, or computes in 16 bits throughout for "bf16-pure" and "fp16-pure". In fp16
-    it gives logits in fp32 and has the attribute `loss_scale`, see objectives.Objective.
+    For "bf16-pure" and "fp16-pure", this object computes in 16 bits throughout. For "fp16" and
+    "fp16-pure", it returns logits in fp32 and has the attribute `loss_scale`, see
+    objectives.Objective. For other precisions, it is `model` itself.
     """
     if precision in PURE:
         return InShortDtype(model, PURE[precision], loss_scale)
@@ -53,9 +54,9 @@ def in_precision(model: Any, precision: str, loss_scale: Tensor | None = None) -
 
 
 class InAutocast:
-    """Calls a classifier under autocast, and gives its logits in fp32.
+    """Calls a classifier under autocast, and returns its logits in fp32.
 
-    In fp16, the scaled loss would overflow.
+    With logits in fp16, the scaled loss would overflow.
 
     model: a classifier with `normalize` and `backbone`. loss_scale: scalar tensor, or None.
     """
@@ -85,7 +86,7 @@ class InShortDtype(InAutocast):
     are fp32. LayerNorm's statistics, softmax and sums are fp32 inside the operators of PyTorch and
     fastgn_kernels.
 
-    dtype: that of the casts. See InAutocast for the other arguments.
+    dtype: dtype to which the weights and buffers are cast. See InAutocast for the other arguments.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype, loss_scale: Tensor | None = None):
@@ -93,7 +94,8 @@ class InShortDtype(InAutocast):
         self.dtype = dtype
 
     def cast_weights(self) -> dict[str, Tensor]:
-        """Returns casts of the network's weights and buffers, except those of BatchNorm."""
+        """Returns copies of the network's weights and buffers in 16 bits, except those of
+        BatchNorm."""
         model = self.model
         norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
@@ -140,7 +142,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
     before: tuple[Any, Any]
     try:
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # the program has used PyTorch's newer settings, which exclude these
+    except RuntimeError:  # raised if the program has used PyTorch's newer settings for TF32
         settings: tuple[Any, Any]
         settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
         before = settings[0].fp32_precision, settings[1].fp32_precision

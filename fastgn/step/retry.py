@@ -36,7 +36,7 @@ class RetryingStep:
     through CPU memory, while their devices still compute.
 
     step: computes the update. Its `micro_batch` is halved in all processes when memory runs out.
-    report: called with a line of text when the micro-batch was halved.
+    report: function that is called with a line of text when the micro-batch was halved.
     reserve_bytes: memory that the optimizer will allocate after the first update. A first update
     that leaves less than that counts as out of memory.
     """
@@ -83,7 +83,7 @@ class RetryingStep:
                     self.reserve_bytes, dtype=torch.uint8, device=self.step.device
                 )
                 loss = self.step(batches, ramp, update, attack_ramp)
-                # this allocates too, so it comes before the processes agree
+                # allocate this memory before the processes agree that none has run out of memory
                 sums = self.step.prepare_sums() if self.step.ranks.size > 1 else []
             except RuntimeError as error:
                 # after a collective has begun, the other processes wait in it and cannot retry
@@ -101,7 +101,8 @@ class RetryingStep:
                 if self.step.ranks.size > 1:
                     self.step.sum_over_ranks(sums)
                     self.waits.end()
-                    if not self._has_run:  # the processes compile, and not equally fast
+                    # in the first update, the processes wait because they compile at other speeds
+                    if not self._has_run:
                         self.waits.reset()
                 self._has_run = True
                 return loss

@@ -89,7 +89,7 @@ class Step:
         """The number that must divide the size of a micro-batch."""
         self.device = next(model.parameters()).device
         self.loss_scale = LossScale(self.device) if is_fp16(options.precision) else None
-        """Scale of the losses in fp16. Whoever updates the weights adapts it. None in other
+        """Scale of the losses in fp16, which Updater adapts after each update. None in other
         precisions."""
         self.weights = [p for p in model.parameters() if p.requires_grad]
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
@@ -156,8 +156,8 @@ class Step:
         batches: images and targets. The losses of several batches are averaged (or summed, see
         Quirks.accumulation).
         ramp: scalar tensor in 0..1 on the device, the strength of the penalty.
-        update: number of the update. If the updates minimise different losses in turn, the number
-        decides which loss this update minimises.
+        update: index of the update, from 0. If the updates minimise different losses in turn, the
+        index decides which loss this update minimises.
         attack_ramp: scalar tensor in 0..1 on the device, which multiplies the step size of an
         attack. None means `ramp`.
         """
@@ -198,7 +198,8 @@ class Step:
     def turn(self, update: int) -> str:
         """Returns the name of the loss that an update minimises, such as "penalty" or "plain".
 
-        update: number of the update. Some objectives and schedules alternate between two losses.
+        update: index of the update, from 0. Some objectives and schedules alternate between two
+        losses.
         """
         return name_of_turn(self.objective, self.options.schedule, update)
 
@@ -310,8 +311,8 @@ class Step:
     def _scale(self, divisor: int) -> dict[str, Tensor]:
         """Returns {"loss_scale": tensor} for a loss that differentiates in fp16, otherwise {}.
 
-        divisor: the one of the loss. Both backwards begin with the scale over this divisor, so that
-        what sweep 2 carries does not depend on it (see fastgn.loss_scale).
+        divisor: number by which the loss is divided. Both backwards begin with the scale divided by
+        this number. Therefore the values in sweep 2 (see fastgn.loss_scale) do not depend on it.
         """
         return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.scale / divisor}
 
@@ -320,8 +321,10 @@ class Step:
         return total if self.loss_scale is None else self.loss_scale.multiply(total)
 
     def _keep_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Adds gradients of the weights, or None for each, to the .grad, without the scale of the
-        losses."""
+        """Divides gradients of the weights by the scale of the losses, and adds them to the .grad.
+
+        grads: one gradient for each weight, or None for a weight that the loss does not depend on.
+        """
         scale = self.loss_scale
         self.gradients.add(grads, None if scale is None else 1 / scale.scale)
 
@@ -361,7 +364,7 @@ class Step:
         here = self._forward(self.losses["point"], here_BCHW.requires_grad_(), part.targets, ramp)
         (grad_BCHW,) = self._backward(self._scaled(here.ce * coefficient / part.divisor), here_BCHW)
         assert grad_BCHW is not None
-        ce = here.ce.detach().clone()  # a CUDA graph overwrites its output when it runs again
+        ce = here.ce.detach().clone()  # copied, because a CUDA graph overwrites its output later
         direction_BCHW = grad_BCHW.sign() * coefficient.sign()
         signs = (1, -1) if central else (1,)
         ces = [ce] if not central else []
@@ -379,7 +382,7 @@ class Step:
     def _forward(self, module: nn.Module, *inputs: Any, **scale: Tensor) -> Loss:
         """Computes a loss with a module of `losses` or `overlapped`.
 
-        scale: the scale of the losses by name, in fp16.
+        scale: {"loss_scale": tensor} in fp16, otherwise empty.
         """
         # Mark a new step, because a forward may have run out of memory before its backward.
         # Otherwise CUDA graphs would still wait for the backward of the earlier forward.

@@ -368,4 +368,4 @@ def test_a_damaged_checkpoint_is_named(trained, tmp_path, capsys):
     state = read_state(path)
     torch.save(state | {"sums": torch.zeros(1, 1)}, path)
     assert train.main(["--resume", str(copy)]) == 2
-    assert f"error: {path} is damaged: sums has shape " in capsys.readouterr().err
+    assert f"error: {path} is damaged: its entry 'sums' has shape " in capsys.readouterr().err

@@ -110,7 +110,7 @@ def edge(
     2014).
     rms: 'batch' for one root mean square per batch, as in the paper's code, or 'image' for one per
     image.
-    loss_scale: factor of the differentiated value, for fp16. See fastgn.loss_scale.
+    loss_scale: factor of the value that is differentiated, for fp16. See fastgn.loss_scale.
     """
     for name, value, choices in (
         ("map", map, ("gradient", "saliency")),

@@ -49,7 +49,7 @@ def gradnorm(
     is the gradient of the expected logit.
     channel_weights: factors of the gradient's C channels.
     threshold: only the part of a norm above this value is penalised, in the units of the norm.
-    loss_scale: factor of the differentiated value, for fp16. See fastgn.loss_scale.
+    loss_scale: factor of the value that is differentiated, for fp16. See fastgn.loss_scale.
 
     Loss.grad_l1 is the L1 norm of the gradient without channel_weights and threshold.
     """
@@ -65,7 +65,7 @@ def gradnorm(
     if norm != "l1" or channel_weights is not None or threshold:
         own_BCHW = len(images_BCHW) * grad_BCHW
         if channel_weights is not None:
-            # multiply by Python numbers, because copying a tensor to the device would wait for it
+            # multiply by Python numbers, because the CPU would wait for the copy of a tensor
             channels = own_BCHW.unbind(1)
             weighted = [w * x for w, x in zip(channel_weights, channels, strict=True)]
             own_BCHW = torch.stack(weighted, 1)

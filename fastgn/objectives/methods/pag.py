@@ -58,7 +58,7 @@ def pag(
     equation 4, which sums over all classes instead of drawing one.
 
     images_BCHW: in the units of the representatives, such as pixels in 0..1.
-    loss_scale: factor of the differentiated value, for fp16. See fastgn.loss_scale.
+    loss_scale: factor of the value that is differentiated, for fp16. See fastgn.loss_scale.
     """
     if not images_BCHW.requires_grad:
         images_BCHW = images_BCHW.detach().requires_grad_()
