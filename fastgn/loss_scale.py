@@ -35,7 +35,7 @@ If a network's derivatives are larger, its first few updates are skipped.
 SMALLEST = 2.0**-10
 """A run ends when its scale has fallen to this number, because smaller ones would not help."""
 EXHAUSTED = f"even with the smallest loss scale ({2 * SMALLEST:.3g})"
-"""Clause of an error message. The scale that it names is the last one with which a run tries."""
+"""Clause of an error message. The scale that it names is the last one that a run tries."""
 LARGEST = 2.0**24
 """Largest scale. It lifts the smallest number of fp16 to 1."""
 GROWTH_INTERVAL = 2000

@@ -249,7 +249,7 @@ def choose_plan(
     least = min(p.peak_bytes for p in plans) - held_bytes
     check(bool(fitting), describe_shortage(cost, divisors[0], least, free_bytes, compiled))
     # Sums of seconds have rounding errors, so compare only the first 10 digits of each plan's time.
-    # Plans whose times agree in these digits count as equally fast.
+    # Plans whose times agree in the first 10 digits count as equally fast.
     return min(
         fitting,
         key=lambda p: (float(f"{p.seconds:.9e}"), p.micro_batches, -p.activation_memory_budget),

@@ -15,9 +15,9 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precision -> dtype of autocast."""
+"""Value of --precision -> dtype in which autocast runs."""
 PURE = {"bf16-pure": torch.bfloat16, "fp16-pure": torch.float16}
-"""Precision -> dtype of the weights and activations within an update."""
+"""Value of --precision -> dtype of all weights and activations within an update."""
 CAPABILITY = {"tf32": (8, 0), "bf16": (8, 0), "bf16-pure": (8, 0)}
 CAPABILITY |= {"fp16": (5, 3), "fp16-pure": (5, 3)}
 """Precision -> least compute capability of a CUDA device that computes in it."""

@@ -443,5 +443,5 @@ def window_attention(
     """
     if not q.shape == k.shape == v.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"window_attention: q, k, v have shapes {shapes}, should have the same")
+        raise ValueError(f"window_attention: q, k, v have shapes {shapes}, should have one shape")
     return window_attention_qkvpacked(torch.stack((q, k, v)), bias, mask, scale)

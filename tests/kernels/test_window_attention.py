@@ -563,7 +563,7 @@ def test_the_same_bits_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             lambda x, b: window_attention(x[0], x[1], x[2, :1]),
             ValueError,
-            r"q, k, v have shapes (\(2, 2, 3, 4\), ){2}\(1, 2, 3, 4\), should have the same",
+            r"q, k, v have shapes (\(2, 2, 3, 4\), ){2}\(1, 2, 3, 4\), should have one shape",
         ),
     ],
 )  # fmt: skip
