@@ -211,8 +211,8 @@ def check_device(cfg: StepConfig, device: torch.device) -> None:
     )
     check(
         cfg.grad_sync != "overlap" or is_compiled(cfg, device),
-        "--grad-sync overlap works only with --compile on, and this step is eager: add --compile "
-        "on, or use --grad-sync flat",
+        "--grad-sync overlap works only with --compile on, but this run does not compile: "
+        "add --compile on, or use --grad-sync flat",
     )
     check(
         is_compiled(cfg, device) or cfg.activation_memory_budget == 1,

@@ -27,8 +27,7 @@ class Key:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is an int or float with a magnitude below 2**53. For a bool returns
-    False."""
+    """Returns whether a value is an int or float, but not a bool, with a magnitude below 2**53."""
     return type(value) in (int, float) and abs(value) < 2**53
 
 
