@@ -186,17 +186,8 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     if machine.smoke or cards > 1:
         parts.append(ranks)
 
-    what = "images a second of the attacks"
-    options = ("--images", 1000, "--batch-size", 500, "--eps", "8/255")
-    needs = ("torchvision", "pyautoattack")
-    parts.append(measure("attacks", "evidence.attacks", what, 150, options, needs=needs))
-
     if "fp32" in others:
         parts.append(cost("fp32", 200, *few))
-
-    what = "the share of small data in an update"
-    toy = ("--images", 64, "--batch-size", 4, "--rounds", 1, "--calls", 1)
-    parts.append(measure("small_data", "data.small_data", what, 150, (), toy))
 
     what = "the gradient's distance from float64"
     options = ("--seeds", 2, "--fd-steps", 0.01)

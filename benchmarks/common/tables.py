@@ -63,11 +63,6 @@ def device(record: Record, cpu: str = "CPU") -> str:
     return record["device"].replace("cpu", cpu)
 
 
-def cores(record: Record) -> str:
-    """Returns the GPU that made a JSON record, or without a GPU the number of CPU cores."""
-    return device(record, f"{record['hardware']['cpu_count']} CPU cores")
-
-
 def plus_minus(value: Row | None, form: str) -> str:
     """Returns "mean ± standard deviation" of measurements as text, or "" if value is None.
 

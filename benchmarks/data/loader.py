@@ -1,7 +1,6 @@
 """Measures images per second of each loader of image files.
 
-`torch` and `dali` are fastgn's loaders. benchmarks/data/small_data.py measures the loader of small
-images.
+`torch` and `dali` are fastgn's loaders of image files.
 
     python -m benchmarks.data.loader --data-dir FOLDER
 
@@ -36,7 +35,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common.arguments import DEVICE, ON_GPU, finish, open_record, option, program
-from benchmarks.common.tables import Column, Record, Row, cores, make_table, with_notes
+from benchmarks.common.tables import Column, Record, Row, device, make_table, with_notes
 from benchmarks.common.timing import paired_ratios, summary, synchronize
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
@@ -201,11 +200,11 @@ def table(record: Record) -> str:
         for row in record["rows"]
         if row["loader"] in shown
     ]
-    row = record["rows"][-1]
+    row, cpus = record["rows"][-1], f"{record['hardware']['cpu_count']} CPU cores"
     return with_notes(
         make_table(rows, columns),
         record,
-        f"{cores(record)}: {row['images']}, {row['img_size']} px, the paper's augmentation, batch "
+        f"{device(record, cpus)}: {row['images']}, {row['img_size']} px, the paper's augmentation, batch "
         f"{row['batch_size']}, {row['workers']} workers",
         f"mean ± deviation over {row['images_per_s']['n']} interleaved rounds",
     )

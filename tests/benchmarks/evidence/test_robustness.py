@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import ROOT
 
@@ -302,9 +303,13 @@ def test_the_table_keeps_budgets_apart() -> None:
 @pytest.mark.slow
 def test_cifar10_at_toy_size_by_the_script_itself(tmp_path: Path) -> None:
     """--data cifar10 --smoke on noise, the two processes of a CPU; --methods of what there is."""
-    from benchmarks.data.small_data import noise
-
-    data = noise(tmp_path, 512)
+    data = tmp_path / "noise.npz"
+    splits = {"train": 512, "test": 10}
+    content, draw = {}, np.random.default_rng(0)
+    for name, n in splits.items():
+        content[f"{name}_images"] = draw.integers(0, 256, (n, 32, 32, 3), np.uint8)
+        content[f"{name}_labels"] = np.arange(n) % 10
+    np.savez(data, **content)
     script = [sys.executable, "-m", "benchmarks.evidence.robustness", "--smoke", "--seeds", "1"]
     options = ["--data", "cifar10", "--data-dir", str(data), "--methods", "fgsm_rs"]
     files = ["--output", str(tmp_path / "out.json"), "--work", str(tmp_path / "work")]
