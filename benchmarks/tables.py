@@ -39,7 +39,6 @@ def make(function: str, *patterns: str, together: bool = False) -> str:
 
 SWIN = "cost_swin_b_nvidia_h200_bf16"
 README = {
-    "headline": ("step.cost.headline", f"{SWIN}.json"),
     "cost_summary": (
         *("step.cost.summary_table", "cost_swin_b_counts.json"),
         *(f"{SWIN}.json", f"{SWIN}_no_graphs.json"),
@@ -53,7 +52,7 @@ README = {
 RESULTS_PAGE = {
     path.stem: f"{path.parent.name}.{path.stem}"
     for path in sorted((ROOT / "benchmarks").glob("*/*.py"))
-} | {"kernels": "kernels.ops", "kernel_builds": "kernels.builds"}
+} | {"kernels": "kernels.ops", "kernel_builds": "kernels.builds", "edge": "evidence.robustness"}
 """Name of each table in docs/results.md -> module of the benchmark that makes it. The names of the
 JSON records for a table begin with the table's name."""
 TABLES = {

@@ -1,4 +1,4 @@
-"""Measures fit and robustness with piecewise linear and smooth activations.
+"""Measures robustness and penalty with piecewise linear and smooth activations.
 
 The paper finds that gradnorm needs smooth activations, and that adversarial training needs them
 less. Here PreActResNet-18 is trained naturally with each activation, and then by gradnorm and by
@@ -6,9 +6,8 @@ PGD-3 from those weights. Activations and BatchNorm are the only nonlinear layer
 
     python -m benchmarks.evidence.activations
 
-The fit is measured by cross-entropy and penalty of training images without augmentation, in eval
-mode, before and after that. PGD-20 attacks all held-out images, and APGD-CE those images that are
-still classified correctly after PGD-20.
+The networks are trained and attacked as in robustness.py. The table also has cross-entropy and
+penalty in the last epoch that was evaluated.
 
 Writes benchmarks/results/activations_digits_<device>.json.
 """
@@ -16,39 +15,14 @@ Writes benchmarks/results/activations_digits_<device>.json.
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
 
-import torch
-
-from benchmarks.common.arguments import DEVICE, PRECISION, option
-from benchmarks.common.tables import (
-    ATTACKS,
-    Record,
-    Row,
-    accuracy_columns,
-    device,
-    make_table,
-    over_seeds,
-    with_notes,
-)  # fmt: skip
-from benchmarks.common.timing import summary
-from benchmarks.evidence.study import (
-    DIFFERENCES,
-    Arm,
-    Results,
-    Study,
-    mean_difference,
-    study_program,
-)
-from benchmarks.evidence.trials import Trial
+from benchmarks.common import tables
+from benchmarks.common.arguments import option
+from benchmarks.evidence import study
+from benchmarks.evidence.robustness import Budget, Setting, attacked_images, study_of
 from fastgn.config import Config
-from fastgn.data.datasets import load_dataset
-from fastgn.data.subset import Subset
 from fastgn.models.activations import parse_activation
-from fastgn.objectives import gradnorm
-from fastgn.trained import load_trained
 
 SPECTRUM = (
     *("relu", "leaky_relu:0.01", "leaky_relu:0.1", "leaky_relu:0.3", "softplus:100"),
@@ -56,190 +30,126 @@ SPECTRUM = (
     "tanh",
 )
 PIECEWISE_LINEAR = ("relu", "leaky_relu")
-BASE = {
-    **{"data": "digits", "model": "preact_resnet18", "model_kwargs": ["width=4"], "img_size": 16},
-    **{"smoothing": 0.1, "clip_grad": 1.0, "batch_size": 32, "lr": 4e-3, "model_ema_decay": 0.98},
-    **{"eval_images": 360, "checkpoint_hist": 1},
-}
-"""Options of fastgn.train that all trainings share."""
 METHODS = ("gradnorm", "pgd_at")
-START_EPOCHS, EPOCHS, EPS = 8, 12, 0.1
-"""Epochs of natural training, epochs of each method that starts from the natural weights, and
-radius of the perturbations."""
-IMAGES, TRAIN_IMAGES = 360, 1437
-"""Numbers of images that are attacked, and on which the fit is measured."""
+WIDTH = "width=4"
+"""Argument of PreActResNet-18: the number of channels in its first stage, which is usually 64."""
 
 
-def fitted(folder: Path, cfg: Config, count: int) -> dict[str, float]:
-    """Returns how well a trained network fits its first training images.
+def digits(activations: Collection[str]) -> Setting:
+    """Returns the setting for scikit-learn's digits, with one network for each activation."""
+    shape = {"model": "preact_resnet18", "model_kwargs": [WIDTH], "img_size": 16}
+    return Setting(
+        networks={name: shape | {"activation": name} for name in activations},
+        base=Config().replace(
+            **{"data": "digits", "smoothing": 0.1, "clip_grad": 1.0, "batch_size": 32},
+            **{"lr": 4e-3, "model_ema_decay": 0.98, "eval_images": 360, "checkpoint_hist": 1},
+            ramp_epochs=3.0,
+        ),
+        arms=METHODS,
+        start={"epochs": 8, "warmup_epochs": 0.8},
+        epochs=12,
+        budgets=(Budget(1, 5),),
+        eps=0.1,
+        eval_eps=(0.1,),
+        curve_eps=(),
+        images=360,
+        attack="apgd-ce",
+        full_attack=None,
+    )
 
-    Keys: objective (the value that gradnorm minimises), ce (cross-entropy), penalty, and grad_l1
-    (L1 norm of the input gradient), each a mean over the images.
 
-    The penalty has its full weight, which it reaches in training only after some epochs. folder:
-    output folder of the training. cfg: configuration with the data and gradnorm's
-    options. count: number of images.
+def rows_of(record: tables.Record) -> list[tables.Row]:
+    """Returns the rows of the JSON record with results, for trainings of full length.
+
+    Rows of older records have the name of the activation under another key, and no name of the
+    training method, which is gradnorm.
     """
-    where = DEVICE
-    model = load_trained(str(folder), where).model
-    form = {"img_size": model.img_size, "crop_pct": 1.0}
-    size = {"batch_size": 256, "workers": 0}
-    images = Subset(load_dataset(cfg.dataset).train, count, **form, **size, device=where)
-    o, rows = cfg.objective.gradnorm, []
-    for x, y in images:
-        values = {"ce_weight": o.ce_weight, "gn_weight": o.gn_weight}
-        loss = gradnorm(model.backbone, model.normalize(x), y, **values, eps=o.eps, sigma=o.sigma)
-        rows.append(len(x) * torch.stack(loss).detach())
-    total = torch.stack(rows).sum(0) / images.size
-    return dict(zip(("objective", "ce", "penalty", "grad_l1"), total.tolist(), strict=True))
+    rows = [{"network": r.get("activation"), "arm": "gradnorm", **r} for r in record["rows"]]
+    return [row for row in rows if row["accuracy"] and row.get("budget", 1) == 1]
 
 
-def method_of(row: Row) -> str:
-    """Returns the training method of a row of the JSON record. In older ones it is gradnorm."""
-    return row.get("method", "gradnorm")
+def last_mean(row: tables.Row, key: str, form: str) -> str:
+    """Returns the mean over the seeds of a number in the last evaluated epoch, as text.
+
+    key: "ce" or "penalty". form: format of the number. The text is empty if a seed lacks it.
+    """
+    if f"{key}_after" in row:  # only in older records
+        return format(row[f"{key}_after"]["mean"], form)
+    found = [cell["history"][-1].get(key) for cell in row["seeds"]]
+    return "" if None in found else format(statistics.fmean(found), form)
 
 
-def table(record: Record) -> str:
+def table(record: tables.Record) -> str:
     """Returns this benchmark's Markdown table of all activations, made from its JSON record.
 
     Below it is a table of the differences between activations.
     """
-    rows = [row for row in record["rows"] if row["accuracy"]]
-    several = len({method_of(row) for row in rows}) > 1
-    columns = {
-        "method": [method_of(row) if several else "" for row in rows],
-        "activation": [row["activation"] for row in rows],
-        **accuracy_columns(rows),
-        "cross-entropy": [f"{row['ce_after']['mean']:.2f}" for row in rows],
-        "penalty, of the start's": [f"{row['penalty_ratio']['mean']:.1%}" for row in rows],
-        "objective, of the start's": [f"{row['objective_ratio']['mean']:.1%}" for row in rows],
-    }
-    images, epochs = record["images"], record["epochs"]
-    attacked = f"{images} images, APGD-CE on those that PGD-20 leaves"
-    if not isinstance(images, int):
-        attacked = f"AutoAttack on {images['autoattack']} images, the rest on {images['pgd']}"
+    rows = rows_of(record)
+    columns: dict[str, tables.Column] = {"method": "arm", "activation": "network"}
+    columns |= tables.accuracy_columns(rows)
+    columns["cross-entropy"] = lambda row: last_mean(row, "ce", ".2f")
+    columns["penalty"] = lambda row: last_mean(row, "penalty", ".3g")
     notes = [
-        f"{record['network']}, {record['data']}, {device(record)}, {record['precision']}, "
-        f"{over_seeds(record['seeds'])}",
-        f"{epochs['natural']} natural epochs, then {epochs['gradnorm']} of each method at eps "
-        f"{record['eps']:.4g}",
-        attacked,
+        f"PreActResNet-18, {WIDTH}, {record['data']}, {tables.device(record)}",
+        f"{record['precision']}, {tables.over_seeds(record['seeds'])}",
+        f"trained at eps {record['eps']:.4g}",
+        attacked_images(record),
     ]
-    first = with_notes(make_table(rows, columns), record, *notes)
-    differences = list(compare(rows))
-    if not differences:
-        return first
-    second = make_table(differences, {key: [d[key] for d in differences] for key in differences[0]})
-    return (
-        f"{first}\n\n{second}\n\nDifferences of accuracy in points over the seeds: {DIFFERENCES}."
-    )
+    first = tables.with_notes(tables.make_table(rows, columns), record, *notes)
+    return study.with_differences(first, list(compare(rows)), "between means on the same seeds")
 
 
-def compare(rows: Sequence[Row]) -> Iterator[dict[str, str]]:
+def group_means(
+    rows: Sequence[tables.Row], method: str, group: Collection[str], attack: tuple[str, float]
+) -> dict[int, float]:
+    """Returns the mean accuracy in percent over a group of activations: seed -> mean.
+
+    Seeds that lack the result of an activation are left out. attack: name of an attack and its eps.
+    """
+    chosen = [row for row in rows if row["arm"] == method and row["network"] in group]
+    found = [study.points_of(row, *attack) for row in chosen] if len(chosen) == len(group) else []
+    seeds = set.intersection(*map(set, found)) if found else set()
+    return {seed: statistics.fmean(points[seed] for points in found) for seed in sorted(seeds)}
+
+
+def minus(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, float]:
+    """Returns ours[seed] - theirs[seed] for each seed that both dictionaries have."""
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def compare(rows: Sequence[tables.Row]) -> Iterator[dict[str, str]]:
     """Yields the rows of this benchmark's second table, which compares groups of activations.
 
     The last row for each pair of groups says by how much their difference is larger for gradnorm
-    than for pgd_at. rows: rows of the JSON record with results.
+    than for pgd_at. rows: results of `rows_of`.
     """
-
-    def by_seed(method: str, group: Sequence[str], key: tuple[str, float]) -> dict[int, float]:
-        found: dict[int, list[float]] = {}
-        for row in rows:
-            if method_of(row) == method and row["activation"] in group:
-                for cell in row["seeds"]:
-                    values = [a for a in cell["accuracy"] if (a["attack"], a["eps"]) == key]
-                    found.setdefault(cell["seed"], []).append(100 * values[0]["accuracy"])
-        return {seed: statistics.fmean(v) for seed, v in found.items() if len(v) == len(group)}
-
-    names = list(dict.fromkeys(row["activation"] for row in rows))
-    bent = [name for name in names if name.partition(":")[0] in PIECEWISE_LINEAR]
-    smooth = [name for name in names if name not in bent]
-    keys = dict.fromkeys((a["attack"], a["eps"]) for row in rows for a in row["accuracy"])
+    attacks = dict.fromkeys((a["attack"], a["eps"]) for row in rows for a in row["accuracy"])
+    names = [f"{tables.ATTACKS[name]} {eps:.4g}" if eps else name for name, eps in attacks]
+    bent = {row["network"] for row in rows if row["network"].startswith(PIECEWISE_LINEAR)}
+    smooth = {row["network"] for row in rows} - bent
     groups = {"smooth - piecewise linear": (smooth, bent), "gelu - relu": (["gelu"], ["relu"])}
     for what, (ours, theirs) in groups.items():
-        points: dict[str, list[dict[int, float]]] = {}
+        gains: dict[str, list[dict[int, float]]] = {}
         for method in METHODS:
-            pairs = [(by_seed(method, ours, key), by_seed(method, theirs, key)) for key in keys]
-            points[method] = [{s: a[s] - b[s] for s in a if s in b} for a, b in pairs]
-        both = zip(*points.values(), strict=True)
-        points["gradnorm - pgd_at"] = [{s: a[s] - b[s] for s in a if s in b} for a, b in both]
-        for method, found in points.items():
-            texts = [mean_difference([*p.values()]) for p in found]
-            heads = [
-                f"{ATTACKS.get(attack, attack)} {eps:.4g}" if eps else attack
-                for attack, eps in keys
-            ]
+            pairs = [[group_means(rows, method, g, a) for g in (ours, theirs)] for a in attacks]
+            gains[method] = [minus(*pair) for pair in pairs]
+        gains["gradnorm - pgd_at"] = list(map(minus, *gains.values()))
+        for method, found in gains.items():
+            texts = [study.mean_difference([*points.values()]) for points in found]
             if any(texts):
-                yield {
-                    "activations": what,
-                    "method": method,
-                    **dict(zip(heads, texts, strict=True)),
-                }
+                cells = dict(zip(names, texts, strict=True))
+                yield {"activations": what, "method": method, **cells}
 
 
-def summarize(row: Mapping[str, Any]) -> Results:
-    """Returns means over the seeds of one activation, such as of its penalty after training.
-
-    row: the activation's row of the JSON record. Its key "seeds" holds one result per seed.
-    """
-    fits = [(cell["before"], cell["after"]) for cell in row["seeds"]]
-    return {
-        **{f"{k}_ratio": summary([b[k] / a[k] for a, b in fits]) for k in ("objective", "penalty")},
-        **{f"{k}_before": summary([a[k] for a, _ in fits]) for k in ("ce", "penalty")},
-        **{f"{k}_after": summary([b[k] for _, b in fits]) for k in ("ce", "penalty")},
-    }
-
-
-@study_program(
+@study.study_program(
     option("--activations", nargs="+", default=SPECTRUM, metavar="NAME[:NUMBER]"),
     data=("digits",), seeds=5,
 )  # fmt: skip
-def main(args: argparse.Namespace, work: Path) -> Study:
-    """Returns the study that the command line asks for. work: folder for the trainings."""
-    base = Config().replace(**BASE, precision=PRECISION)
-    base = base.replace(eps=EPS, attack_eps=EPS, eval_eps=EPS)
-    images, train_images = IMAGES, TRAIN_IMAGES
-    epochs = dict.fromkeys(METHODS, EPOCHS) | {"natural": START_EPOCHS}
-    if args.smoke:
-        images, train_images = 8, 256
-        base, epochs = base.replace(eval_images=16), dict.fromkeys(epochs, 1)
-    flags = ("--attacks", "clean", "pgd-20", "apgd-ce", "--successive")
-    evaluations = ((*flags, "--eps", repr(EPS), "--num-images", str(images)),)
-
-    def training(name: str, seed: int, method: str) -> Config:
-        n = epochs[method]
-        lengths = {"epochs": n, "warmup_epochs": 0.1 * n, "ramp_epochs": 0.25 * n}
-        values = {"activation": name, "seed": seed, "method": method}
-        return base.replace(**values, **lengths, eval_interval=max(1, n // 4))
-
-    def trial(method: str, name: str, seed: int) -> Trial:
-        start = Trial(f"natural_{name}_s{seed}", training(name, seed, "natural"))
-        cfg = training(name, seed, method)
-        return Trial(f"{method}_{name}_s{seed}", cfg, evaluations, start)
-
-    def measure(trial: Trial, work: Path) -> Results:
-        assert trial.start is not None
-        keys = {"before": trial.start.key, "after": trial.key}
-        return {when: fitted(work / key, trial.cfg, train_images) for when, key in keys.items()}
-
-    names = list(dict.fromkeys(args.activations))
-    for name in names:
+def main(args: argparse.Namespace) -> study.Study:
+    """Returns the study that the command line asks for."""
+    for name in args.activations:
         parse_activation(name)  # raises UserError for an unknown name before anything is trained
-    arms = [
-        Arm(
-            {"method": method, "activation": name},
-            [trial(method, name, seed) for seed in range(args.seeds)],
-        )
-        for method in METHODS
-        for name in names
-    ]
-    head = {
-        "network": f"PreActResNet-18, {', '.join(base.architecture.model_kwargs)}",
-        "epochs": epochs,
-        "eps": EPS,
-        "images": images,
-    }
-    return Study(arms, head, measure, summarize)
+    return study_of(digits(dict.fromkeys(args.activations)), METHODS, args)
 
 
 if __name__ == "__main__":

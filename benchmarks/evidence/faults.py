@@ -5,8 +5,6 @@
 Each trial trains a toy Swin on the digits, with a checkpoint after every third update, and lets a
 fault happen at a random moment:
 
-- alone: SIGKILL ends a training of one process, which the same command continues. Up to nine kills
-  follow each other, until a process ends by itself.
 - kill: SIGKILL ends one of four gloo ranks under the agent of torchrun, with `--max-restarts`.
 - stop: SIGSTOP stops one of four ranks, so that the others wait until `--rank-timeout` has passed.
 - memory: on one of four ranks, one operator of a random update raises an out-of-memory error. All
@@ -69,8 +67,8 @@ DRAWS = ("--mixup", "0.8", "--cutmix", "1.0", "--reprob", "0.25", "--drop-path",
 UPDATES, OPERATORS, LAST = 16, 1300, "update_00000016"
 """Number of updates, number of PyTorch operators in an update (at least), and name of the last
 checkpoint."""
-ARMS = {"alone": 0, "kill": 1, "stop": 1, "memory": 1, "shrink": 2}
-"""Name of a fault -> number of agents of torchrun. 0 means one process without an agent."""
+ARMS = {"kill": 1, "stop": 1, "memory": 1, "shrink": 2}
+"""Name of a fault -> number of agents of torchrun. Each stands for a machine."""
 IMPORTS = (
     *("fastgn.train", "sklearn.datasets", "torch.distributed.launcher.api"),
     "torch.utils.tensorboard",
@@ -167,10 +165,10 @@ def describe(folder: Path) -> str:
 
 
 def train_rank(folder: Path, agents: int, fault: Fault | None) -> None:
-    """Trains as one rank of a job, or in a single process without torchrun.
+    """Trains as one rank of a job.
 
-    folder: the run's folder. agents: number of torchrun's agents, 0 for a single process. fault:
-    fault of the job, which happens if it is for this rank. None means no fault.
+    folder: the run's folder. agents: number of torchrun's agents. fault: fault of the job, which
+    happens if it is for this rank. None means no fault.
     """
     torch.set_num_threads(1)
     if fault is not None:
@@ -184,13 +182,11 @@ def train_rank(folder: Path, agents: int, fault: Fault | None) -> None:
 
 
 def run_agent(number: int, agents: int, port: int, folder: Path, fault: Fault | None) -> None:
-    """Runs agent `number` of torchrun with its share of 4 ranks, or one process if agents is 0."""
+    """Runs agent `number` of torchrun with its share of 4 ranks."""
     os.setsid()  # makes a process group, which stands for a machine that can be killed
     log = os.open(folder.with_suffix(f".log{number}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if not agents:
-        return train_rank(folder, agents, fault)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # see docs/training.md
     # torch would wait for 30 seconds until it ends a rank that SIGSTOP has stopped
@@ -211,18 +207,18 @@ def run_agent(number: int, agents: int, port: int, folder: Path, fault: Fault | 
     launch_agent(config, train_rank, [folder, agents, fault if number == agents - 1 else None])
 
 
-def run_job(folder: Path, agents: int, fault: Fault | None = None, limit_s: float = LIMIT_S) -> str:
-    """Runs a job to its end. Returns "done", "lost" if the job failed, or "hung" after limit_s.
+def run_job(folder: Path, agents: int, fault: Fault | None = None) -> str:
+    """Runs a job to its end. Returns "done", "lost" if the job failed, or "hung" after LIMIT_S.
 
-    folder: the run's folder. agents: number of torchrun's agents, 0 for one process without them.
-    fault: fault that happens in the job. limit_s: seconds after which SIGKILL ends the job.
+    folder: the run's folder. agents: number of torchrun's agents. fault: fault that happens in the
+    job.
     """
-    server, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + limit_s
+    server, deadline = multiprocessing.get_context("forkserver"), time.monotonic() + LIMIT_S
     server.set_forkserver_preload(list(IMPORTS))
     port = get_free_port()
     processes = [
         server.Process(target=run_agent, args=(number, agents, port, folder, fault))
-        for number in range(max(agents, 1))
+        for number in range(agents)
     ]
     for process in processes:
         process.start()
@@ -298,21 +294,12 @@ def run_trial(work: Path, arm: str, number: int, usual_s: dict[int, float], seed
     draw, agents = random.Random(f"{seed} {arm} {number}"), ARMS[arm]
     for attempt in range(9):
         folder, began = work / f"{arm}{number}_{attempt}", time.monotonic()
-        kills = 9 if arm == "alone" else 1
-        moment: dict[str, Any] = {
-            "after_s": [draw.uniform(0, usual_s[agents]) for _ in range(kills)]
-        }
+        moment: dict[str, Any] = {"after_s": [draw.uniform(0, usual_s[agents])]}
         if arm == "memory":
             moment = {"update": draw.randrange(UPDATES), "operator": draw.randrange(OPERATORS)}
         fault = Fault(arm, draw.randrange(4) if agents == 1 else 0, moment)
-        places = []
-        for limit_s in (*(moment["after_s"] if arm == "alone" else ()), LIMIT_S):
-            ended = run_job(folder, agents, None if arm == "alone" else fault, limit_s)
-            if ended != "hung":
-                break
-            places.append(describe(folder))
-        if mark_of(folder).exists():
-            places = [mark_of(folder).read_text()]
+        ended, mark = run_job(folder, agents, fault), mark_of(folder)
+        places = [mark.read_text()] if mark.exists() else []
         seconds = time.monotonic() - began
         if not places or arm == "memory":
             usual_s[agents] = seconds  # other programs may have made this machine slower
@@ -343,7 +330,7 @@ def study(work: Path, trials: int, seed: int, record: Record, save: Callable[[],
     for arm, number in ((a, n) for n in range(trials) for a in ARMS if (a, n) not in there):
         agents = ARMS[arm]
         if not usual_s:
-            run_job(work / "warm-up", 0)  # starts the server, which imports its modules
+            run_job(work / "warm-up", 1)  # starts the server, which imports its modules
         if agents not in usual_s:
             began = time.monotonic()
             assert run_job(work / f"unbroken{agents}", agents) == "done", f"see {work}"
@@ -389,7 +376,8 @@ def table(record: Record) -> str:
             f"{place} {n}" for place, n in Counter(places(arm)).most_common()
         ),
     }
-    return with_notes(make_table([arm for arm in ARMS if of(arm)], columns), record)
+    arms = list(dict.fromkeys(row["arm"] for row in record["trials"]))
+    return with_notes(make_table(arms, columns), record)
 
 
 @program(

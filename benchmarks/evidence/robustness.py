@@ -21,21 +21,11 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from benchmarks.common import tables
 from benchmarks.common.arguments import PRECISION, option
-from benchmarks.common.tables import (
-    ATTACKS,
-    Record,
-    Row,
-    accuracy_columns,
-    device,
-    make_table,
-    over_seeds,
-    with_notes,
-)  # fmt: skip
-from benchmarks.evidence.study import DIFFERENCES, Arm, Study, paired_difference, study_program
+from benchmarks.evidence import study
 from benchmarks.evidence.trials import Trial
 from fastgn.config import Config, load_recipe
 from fastgn.objectives import build_objective
@@ -56,6 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fgsm_rs": {"method": "fgsm_rs"},
     "n_fgsm": {"method": "n_fgsm"},
     "edge": {"method": "edge"},
+    "edge-image": {"method": "edge", "edge_rms": "image"},
     "pag": {"method": "pag"},
     "trades": {"method": "trades"},
     "gradnorm+fgsm": {"method": "gradnorm+fgsm"},
@@ -73,6 +64,7 @@ PAIRS = (
     *((f"gradnorm-{name}", "gradnorm") for name in ("bf16", "fd", "lazy2", "lazy4", "subset")),
     *(("gradnorm", name) for name in ("natural", "fgsm_rs", "n_fgsm", "edge", "pag")),
     *(("gradnorm", name) for name in ("pgd_at", "trades", "gradnorm+fgsm")),
+    *(("edge", "natural"), ("edge-image", "edge")),
 )
 """Pairs of training methods. The second table of this benchmark has a row for each of them."""
 
@@ -206,7 +198,6 @@ def smoke(setting: Setting) -> Setting:
     """Returns the setting at toy size, which only shows that the whole program runs."""
     return dataclasses.replace(
         setting,
-        networks=dict(itertools.islice(setting.networks.items(), 1)),
         base=setting.base.replace(eval_images=16),
         start={"epochs": 1, "warmup_epochs": 0.0},
         epochs=2,
@@ -238,9 +229,7 @@ def for_epochs(cfg: Config, epochs: int) -> Config:
     """
     ramp = {"ramp_start": 1 / 19, "ramp_epochs": 2.0 * epochs}
     return cfg.replace(
-        epochs=epochs,
-        warmup_epochs=0.05 * epochs,
-        eval_interval=max(1, epochs // 6),
+        **{"epochs": epochs, "warmup_epochs": 0.05 * epochs, "eval_interval": max(1, epochs // 6)},
         **(ramp if cfg.objective.method == "edge" else {}),
     )
 
@@ -268,7 +257,7 @@ def evaluations_of(setting: Setting, full: bool) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-def equal_rows(record: Record) -> list[dict[str, Any]]:
+def equal_rows(record: tables.Record) -> list[dict[str, Any]]:
     """Returns the rows of the JSON record that have results.
 
     Leaves out old trainings of equal time (not operations), and trainings repeated later.
@@ -278,121 +267,110 @@ def equal_rows(record: Record) -> list[dict[str, Any]]:
     return [row for row in equal if row["accuracy"] and row["arm"] not in old]
 
 
-def compare(record: Record) -> Iterator[dict[str, str]]:
+def compare(record: tables.Record) -> Iterator[dict[str, str]]:
     """Yields the rows of this benchmark's second table. Each row compares two training methods.
 
     A row is a dict: heading of a column -> text of the cell. record: the benchmark's JSON record.
     """
     attacks = {"clean": ("clean", 0.0)}
     for attack in ("autoattack", "apgd-ce+t", "pgd-20"):
-        attacks[f"{ATTACKS[attack]} {record['eps']:.4g}"] = (attack, record["eps"])
-    rows = {(row["network"], budget_of(row), row["arm"]): row for row in equal_rows(record)}
+        attacks[f"{tables.ATTACKS[attack]} {record['eps']:.4g}"] = (attack, record["eps"])
+    rows = {
+        (row.get("network", ""), tables.make_cell(row, "budget:g"), row["arm"]): row
+        for row in equal_rows(record)
+    }
     groups = dict.fromkeys(key[:2] for key in rows)
     for (network, budget), (arm, against) in itertools.product(groups, PAIRS):
         one, other = (rows.get((network, budget, name)) for name in (arm, against))
         if one and other:
-            both = {cell["seed"] for cell in one["seeds"]} & {
-                cell["seed"] for cell in other["seeds"]
-            }
+            points = {k: study.differences(one, other, *a) for k, a in attacks.items()}
             yield {
                 **{"network": network, "budget": budget, "arm": arm, "against": against},
-                "seeds": str(len(both)),
-                **{k: paired_difference(one, other, *a) for k, a in attacks.items()},
-                "operations": f"{one['units'] / other['units']:.2f}",
+                "seeds": str(len(points["clean"])),
+                **{name: study.mean_difference(found) for name, found in points.items()},
+                "operations": f"{one['units'] / other['units']:.2f}" if "units" in one else "",
             }
 
 
-def budget_of(row: Row) -> str:
-    """Returns the length of training (Budget.share) in a row of the JSON record, as text.
-
-    Returns "" for rows of older records, which lack it.
-    """
-    return f"{row['budget']:g}" if "budget" in row else ""
-
-
-def attacked_images(record: Record) -> str:
-    """Returns a sentence with the numbers of attacked images."""
+def attacked_images(record: tables.Record) -> str:
+    """Returns a text with the numbers of attacked images, for the line below a table."""
     images = record["images"]
     if isinstance(images, int):
-        return f"{images} images, APGD-CE+T on those that PGD-20 leaves"
+        attack = tables.ATTACKS[record.get("attack", "apgd-ce+t")]
+        rest = f", {attack} on those that PGD-20 leaves" if "budgets" in record else ""
+        return f"{images} images{rest}"
     own = images.get("autoattack, each seed its own")  # only in older records
     few = f"{own} images per seed, each seed's own" if own else f"{images['autoattack']} images"
-    return f"AutoAttack on {few}, the rest on {images['pgd-20']}"
+    pgd = images.get("pgd-20") or images["pgd"]
+    return f"AutoAttack on {few}, the rest on {pgd}"
 
 
-def table(record: Record) -> str:
+def table(record: tables.Record) -> str:
     """Returns this benchmark's Markdown table of all training methods, made from its JSON record.
 
     Below it is a table of the differences between methods.
     """
-    rows, several = equal_rows(record), len(record["networks"]) > 1
-    columns = {
-        "network": [row["network"] if several else "" for row in rows],
-        "arm": [row["arm"] for row in rows],
-        "budget": list(map(budget_of, rows)),
-        "seeds": [str(len(row["seeds"])) if "budget" in row else "" for row in rows],
-        "epochs": [str(row["epochs"]) for row in rows],
-        "operations an update": [f"{row['units']:.3g}" for row in rows],
-    }
-    failed = [(row, failure) for row in record["rows"] for failure in row["failed"]]
+    rows, networks = equal_rows(record), record.get("networks", ["Swin"])
+    columns: dict[str, tables.Column] = {"network": "network"} if len(networks) > 1 else {}
+    columns |= {"arm": "arm", "budget": "budget:g", "epochs": "epochs"}
+    columns["seeds"] = lambda r: str(len(r["seeds"])) if "budget" in r else ""
+    columns["operations an update"] = "units:.3g"
     notes = [
-        f"{record['data']}, {', '.join(record['networks'])}; {device(record)}, "
-        f"{record['precision']} where an arm does not say otherwise; "
-        f"{'mean ± deviation' if 'budgets' in record else over_seeds(record['seeds'])}",
+        f"{record['data']}, {', '.join(networks)}; {tables.device(record)}, "
+        f"{record['precision']} where an arm does not say otherwise",
+        "mean ± deviation" if "budgets" in record else tables.over_seeds(record["seeds"]),
         f"all from one natural start a seed, for Linf eps {record['eps']:.4g}",
-        *(["as many epochs as take gradnorm's operations"] if "budgets" not in record else []),
+        *(["as many epochs as take gradnorm's operations"] if "reference" in record else []),
         attacked_images(record),
         *(f"left out: {arm} ({why})" for arm, why in record.get("superseded", {}).items()),
         *([] if record["complete"] else ["not all of it has run yet"]),
-        *(f"failed: {row['arm']} (seed {failure['seed']})" for row, failure in failed),
+        *(f"failed: {r['arm']} (seed {f['seed']})" for r in record["rows"] for f in r["failed"]),
     ]
-    first = with_notes(make_table(rows, columns | accuracy_columns(rows)), record, *notes)
-    pairs = [row if several else row | {"network": ""} for row in compare(record)]
-    if not pairs:
-        return first
-    second = make_table(pairs, {name: name for name in pairs[0]})
-    return (
-        f"{first}\n\n{second}\n\nDifferences of accuracy in points, arm minus the other, on the "
-        f"same seeds: {DIFFERENCES}; operations: of an update, ratio of the two arms."
-    )
+    columns |= tables.accuracy_columns(rows)
+    first = tables.with_notes(tables.make_table(rows, columns), record, *notes)
+    note = "arm minus the other, on the same seeds; operations: of an update, ratio of the two arms"
+    pairs = [row if len(networks) > 1 else row | {"network": ""} for row in compare(record)]
+    return study.with_differences(first, pairs, note)
 
 
-def summary_table(record: Record) -> str:
+TITLES = {
+    "natural": "natural training",
+    "gradnorm": "gradient norm",
+    "gradnorm-fd": "gradient norm by finite difference",
+    "fgsm_rs": "FGSM from a random start",
+    "n_fgsm": "FGSM after strong noise",
+    "pgd_at": "PGD-3 adversarial training",
+    "trades": "TRADES",
+    "gradnorm+fgsm": "gradient norm and FGSM in turn",
+    "edge": "edge regularisation",
+    "pag": "gradients aligned with pictures of the class",
+}
+"""Name of a training method -> its name in README's table, in the order of that table."""
+
+
+def summary_table(record: tables.Record) -> str:
     """Returns README's Markdown table, which compares methods after trainings of full length."""
-    arms = {
-        "natural": "natural training",
-        "gradnorm": "gradient norm",
-        "gradnorm-fd": "gradient norm by finite difference",
-        "fgsm_rs": "FGSM from a random start",
-        "n_fgsm": "FGSM after strong noise",
-        "pgd_at": "PGD-3 adversarial training",
-        "trades": "TRADES",
-        "gradnorm+fgsm": "gradient norm and FGSM in turn",
-        "edge": "edge regularisation",
-        "pag": "gradients aligned with pictures of the class",
-    }
     equal = {row["arm"]: row for row in equal_rows(record) if row.get("budget", 1) == 1}
-    rows, eps = [equal[arm] for arm in arms if arm in equal], record["eps"]
-    lengths = "epochs" if "budgets" in record else "operations"
-    accuracy = accuracy_columns(rows)
-    columns = {
-        "method": [arms[row["arm"]] for row in rows],
-        "forwards per update": [f"{row['units']:.3g}" for row in rows],
-        "clean, %": accuracy["clean, %"],
-        **{
-            f"{attack}, %": accuracy[f"{attack} {eps:.4g}"]
-            for attack in ("AutoAttack", "APGD-CE+T", "PGD-20")
-            if f"{attack} {eps:.4g}" in accuracy
-        },
+    near = (0.0, record["eps"])
+    rows = [
+        {**equal[arm], "accuracy": [a for a in equal[arm]["accuracy"] if a["eps"] in near]}
+        for arm in TITLES if arm in equal
+    ]  # fmt: skip
+    columns: dict[str, tables.Column] = {
+        "method": lambda r: TITLES[r["arm"]],
+        "forwards per update": "units:.3g",
     }
+    columns |= tables.accuracy_columns(rows)
+    lengths = "operations" if "reference" in record else "epochs"
     return (
-        f"{make_table(rows, columns)}\n\nA small Swin on scikit-learn's digits, Linf eps {eps:g} "
-        f"of the pixels' range 0..1, {over_seeds(record['seeds'])}, equal numbers of {lengths} in "
-        f"training; {attacked_images(record)} (`benchmarks/results/{record['file']}`)."
+        f"{tables.make_table(rows, columns)}\n\nAccuracy in %. A small Swin on scikit-learn's "
+        f"digits, Linf eps {record['eps']:g} of the pixels' range 0..1, "
+        f"{tables.over_seeds(record['seeds'])}, equal numbers of {lengths} in training; "
+        f"{attacked_images(record)} (`benchmarks/results/{record['file']}`)."
     )
 
 
-def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) -> list[Arm]:
+def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) -> list[study.Arm]:
     """Returns an Arm of the study for each training method and length of training of a network.
 
     network: key of Setting.networks. names: names of the methods. seeds: number of seeds.
@@ -419,22 +397,18 @@ def arms_of(network: str, names: Sequence[str], setting: Setting, seeds: int) ->
                 for seed in range(min(seeds, budget.seeds))
             ]
             head = {"network": network, "arm": name, "budget": budget.share, "epochs": epochs}
-            arms.append(Arm(head | {"units": units, "total_units": epochs * units}, runs))
+            arms.append(study.Arm(head | {"units": units, "total_units": epochs * units}, runs))
     return arms
 
 
-@study_program(
-    option("--methods", nargs="+", choices=ARMS, help="default: those of the data"),
-    data=tuple(SETTINGS),
-    seeds=8,
-)
-def main(args: argparse.Namespace, work: Path) -> Study:
-    """Returns the study that the command line asks for. work: folder for the trainings."""
-    setting = SETTINGS[args.data]()
+def study_of(setting: Setting, names: Sequence[str], args: argparse.Namespace) -> study.Study:
+    """Returns the study of a setting. names: names of the training methods, keys of ARMS.
+
+    args: options of the command line, of which --seeds, --smoke and --data-dir are used.
+    """
     setting = smoke(setting) if args.smoke else setting
     if args.data_dir:
         setting = dataclasses.replace(setting, base=setting.base.replace(data_dir=args.data_dir))
-    names = list(dict.fromkeys(args.methods or setting.arms))
     arms = [arms_of(network, names, setting, args.seeds) for network in setting.networks]
     head = {
         "networks": list(setting.networks),
@@ -445,9 +419,21 @@ def main(args: argparse.Namespace, work: Path) -> Study:
         "eval_eps": sorted(setting.eval_eps),
         "budgets": [dataclasses.asdict(budget) for budget in setting.budgets],
         "images": setting.images,
+        "attack": setting.attack,
         "arms": {name: ARMS[name] for name in names},
     }
-    return Study([arm for several in arms for arm in several], head)
+    return study.Study([arm for several in arms for arm in several], head)
+
+
+@study.study_program(
+    option("--methods", nargs="+", choices=ARMS, help="default: those of the data"),
+    data=tuple(SETTINGS),
+    seeds=8,
+)
+def main(args: argparse.Namespace) -> study.Study:
+    """Returns the study that the command line asks for."""
+    setting = SETTINGS[args.data]()
+    return study_of(setting, list(dict.fromkeys(args.methods or setting.arms)), args)
 
 
 if __name__ == "__main__":

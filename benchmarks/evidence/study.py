@@ -21,18 +21,10 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from benchmarks.common.arguments import (
-    DEVICE,
-    ON_GPU,
-    PRECISION,
-    ROOT,
-    Option,
-    Program,
-    open_record,
-    option,
-)
+from benchmarks.common import arguments
+from benchmarks.common.arguments import Option, Program, open_record, option
 from benchmarks.common.records import earlier, write_record
-from benchmarks.common.tables import Row
+from benchmarks.common.tables import Row, make_table
 from benchmarks.common.timing import summary
 from benchmarks.evidence import trials
 from benchmarks.evidence.trials import Trial
@@ -59,37 +51,32 @@ class Study:
     arms: Sequence[Arm]
     head: Mapping[str, Any]
     """Entries of the JSON record that describe the study as a whole."""
-    measure: Callable[[Trial, Path], Results] = lambda trial, work: {}
-    """Takes a finished training and the folder with all trainings. Returns further results of the
-    training. Accuracies among them are appended to those of the evaluations."""
-    summarize: Callable[[Results], Results] = lambda row: {}
-    """Takes a row of the JSON record with the results of at least one seed. Returns entries to
-    add to the row."""
 
 
 def study_program(
     *options: Option, data: Sequence[str], seeds: int
-) -> Callable[[Callable[[argparse.Namespace, Path], Study]], Program]:
+) -> Callable[[Callable[[argparse.Namespace], Study]], Program]:
     """Returns a decorator that makes a program which runs a study.
 
-    The decorated function takes the options and the folder for the trainings. The program's exit
-    status is 2 for a user's mistake, 1 if every training failed, and else 0.
+    The decorated function takes the options. The program's exit status is 2 for a user's mistake,
+    1 if every training failed, and else 0.
 
     options: flags besides those of all studies. data: names of the data sets, the default first.
     seeds: default number of seeds.
     """
 
-    def run(plan: Callable[[argparse.Namespace, Path], Study], args: argparse.Namespace) -> int:
+    def run(plan: Callable[[argparse.Namespace], Study], args: argparse.Namespace) -> int:
         began, name = time.time(), Path(inspect.getfile(plan)).stem
         folder = f"{name}_{args.data}{'_smoke' if args.smoke else ''}"
-        work = (args.work or ROOT / "runs" / folder).absolute()
+        work = (args.work or arguments.ROOT / "runs" / folder).absolute()
         with lock_folder(work, f"--work {work}"):  # so that only one process trains in it
             free = {"data_dir", "minutes", "processes", "work", "data"}
             free |= {"seeds"} if args.seeds >= seeds else set()
-            output, head = open_record(args, f"{name}_{args.data}_{DEVICE.type}.json", free)
-            study = plan(args, work)
+            file = f"{name}_{args.data}_{arguments.DEVICE.type}.json"
+            output, head = open_record(args, file, free)
+            study = plan(args)
             head |= {"script": f"benchmarks/evidence/{name}.py"}
-            head |= {"data": args.data, "precision": PRECISION, "seeds": args.seeds}
+            head |= {"data": args.data, "precision": arguments.PRECISION, "seeds": args.seeds}
             study = dataclasses.replace(study, head=head | study.head)
             return run_study(study, output, work, args.processes, began + 60 * args.minutes)
 
@@ -99,7 +86,7 @@ def study_program(
         option("--data-dir", help="CIFAR-10, as fastgn.train --data-dir takes it"),
         option("--seeds", default=seeds, help="number of seeds, from 0"),
         option("--minutes", default=1e6, help=limit),
-        option("--processes", default=1 if ON_GPU else 2, help="at a time"),
+        option("--processes", default=1 if arguments.ON_GPU else 2, help="at a time"),
         option("--work", type=Path, help="folder of the trainings; default: below runs/"),
         option("--smoke", action="store_true", help="use toy sizes and APGD-CE alone"),
         *options,
@@ -119,9 +106,9 @@ def run_study(study: Study, output: Path, work: Path, processes: int, deadline: 
 
     def save(complete: bool = False) -> Path:
         for name in planned.keys() - cells.keys() - failures.keys():
-            if found := collect(study, planned[name], work):
+            if found := collect(planned[name], work, study.head):
                 (failures if found["failed"] else cells)[name] = found
-        rows = [row_of(arm, cells, failures, study.summarize) for arm in study.arms]
+        rows = [row_of(arm, cells, failures) for arm in study.arms]
         begun = [row for row in rows if row["seeds"] or row["failed"]]
         return write_record(output, {**study.head, "complete": complete, "rows": begun})
 
@@ -162,39 +149,30 @@ def reusable_cells(before: Results, planned: Mapping[str, Trial], output: Path) 
     return found
 
 
-def collect(study: Study, trial: Trial, work: Path) -> Results | None:
+def collect(trial: Trial, work: Path, head: Mapping[str, Any]) -> Results | None:
     """Returns the results of one training as a dict, or None if the training is not finished.
 
     If the training failed, the key "failed" holds the message. work: folder that holds all
-    trainings.
+    trainings. head: first entries of the JSON record.
     """
     found = trials.result(trial, work)
     if found is None or found["failed"]:
         return found
-    more = study.measure(trial, work)
-    return {
-        **{"seed": trial.seed, "name": trial.name, "made_by": trial.made_by},
-        "made_on": {key: study.head[key] for key in ("device", "commit")},
-        **found,
-        **more,
-        "accuracy": found["accuracy"] + more.get("accuracy", []),
-    }
+    made_on = {key: head[key] for key in ("device", "commit")}
+    own = {"seed": trial.seed, "name": trial.name, "made_by": trial.made_by, "made_on": made_on}
+    return own | found
 
 
-def row_of(
-    arm: Arm, cells: Results, failures: Results, summarize: Callable[[Results], Results]
-) -> Results:
+def row_of(arm: Arm, cells: Results, failures: Results) -> Results:
     """Returns a row of the JSON record, with the results of one way of training and their means.
 
     cells: name of each finished training -> its results. failures: name of each failed training ->
-    dict whose key "failed" holds the error's message. summarize: see Study.
+    dict whose key "failed" holds the error's message.
     """
     seeds = [cells[t.name] for t in arm.trials if t.name in cells]
-    row = {**arm.head, "seeds": seeds, "failed": [], "accuracy": statistics_of(seeds)}
-    for trial in arm.trials:
-        if trial.name in failures:
-            row["failed"].append({"seed": trial.seed, "why": failures[trial.name]["failed"]})
-    return row | (summarize(row) if seeds else {})
+    bad = [(trial.seed, failures.get(trial.name)) for trial in arm.trials]
+    failed = [{"seed": seed, "why": found["failed"]} for seed, found in bad if found]
+    return {**arm.head, "seeds": seeds, "failed": failed, "accuracy": statistics_of(seeds)}
 
 
 def statistics_of(cells: Sequence[Row]) -> list[Results]:
@@ -213,22 +191,38 @@ def statistics_of(cells: Sequence[Row]) -> list[Results]:
     return out
 
 
-def paired_difference(row: Row, other: Row, attack: str, eps: float) -> str:
-    """Returns the mean difference in accuracy of two ways of training under one attack, as text.
+def points_of(row: Row, attack: str, eps: float) -> dict[int, float]:
+    """Returns the accuracies of one way of training in percent: seed -> accuracy.
 
-    `mean_difference` makes the text from one difference per seed, in percentage points. Seeds that
-    lack one of the two accuracies are ignored. row, other: the two rows of the JSON record.
+    Seeds without this attack and eps are left out. row: row of the JSON record.
     """
-    ours, theirs = (
-        {
-            cell["seed"]: a["accuracy"]
-            for cell in r["seeds"]
-            for a in cell["accuracy"]
-            if (a["attack"], a["eps"]) == (attack, eps)
-        }
-        for r in (row, other)
-    )
-    return mean_difference([100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs])
+    found = {}
+    for cell in row["seeds"]:
+        for a in cell["accuracy"]:
+            if (a["attack"], a["eps"]) == (attack, eps):
+                found[cell["seed"]] = 100 * a["accuracy"]
+    return found
+
+
+def differences(row: Row, other: Row, attack: str, eps: float) -> list[float]:
+    """Returns the differences in accuracy of two ways of training, in percentage points.
+
+    There is one for each seed that has both accuracies. row, other: rows of the JSON record.
+    """
+    ours, theirs = (points_of(r, attack, eps) for r in (row, other))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def with_differences(table: str, rows: Sequence[Mapping[str, str]], note: str) -> str:
+    """Adds a second Markdown table to a first one, with a line that explains `mean_difference`.
+
+    rows: rows of the second table, each as heading -> text. If there are none, nothing is added.
+    note: what the differences are between.
+    """
+    if not rows:
+        return table
+    second = make_table(rows, {name: name for name in rows[0]})
+    return f"{table}\n\n{second}\n\nDifferences of accuracy in points, {note}; {DIFFERENCES}."
 
 
 DIFFERENCES = "mean ± half of its 95 % interval by Student's t, * if that does not contain 0"

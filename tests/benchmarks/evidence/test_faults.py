@@ -44,11 +44,11 @@ def test_the_table_counts_what_went_wrong() -> None:
     record = {"trials": trials, "versions": {"torch": "2.0"}, "file": "faults_cpu.json"}
     lines = [line.split("|")[1:-1] for line in faults.table(record).splitlines()[2:7]]
     assert [[cell.strip() for cell in line] for line in lines] == [
-        ["alone", "1", "3", "0", "0", "0", "0", "training 2, starting 1"],
         ["kill", "3", "3", "1", "0", "1", "0", "training 3"],
-        ["stop", "1", "1", "0", "1", "0", "0", "training 1"],
-        ["memory", "1", "1", "0", "0", "0", "0", "backward 1"],
         ["shrink", "2", "2", "0", "0", "1", "0.01", "training 2"],
+        ["stop", "1", "1", "0", "1", "0", "0", "training 1"],
+        ["alone", "1", "3", "0", "0", "0", "0", "training 2, starting 1"],
+        ["memory", "1", "1", "0", "0", "0", "0", "backward 1"],
     ]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support import ROOT
 
+from benchmarks.common.arguments import RESULTS
 from benchmarks.evidence import digests, robustness, study, trials
 from fastgn.objectives import METHODS
 
@@ -252,6 +253,7 @@ def fake_record() -> dict:
             "complete": True,
         },
         "images": {"autoattack": 50, "pgd-20": 100},
+        "reference": "gradnorm",
         "versions": {"torch": "2"},
         "file": "robustness_digits_cpu.json",
     }
@@ -273,14 +275,17 @@ def test_three_seeds_show_less_than_two_standard_errors_suggest() -> None:
         accuracy = [[{"attack": "clean", "eps": 0.0, "accuracy": value}] for value in values]
         return {"seeds": [{"seed": s, "accuracy": a} for s, a in enumerate(accuracy)]}
 
+    def difference(ours: dict, theirs: dict, attack: str, eps: float) -> str:
+        return study.mean_difference(study.differences(ours, theirs, attack, eps))
+
     a, b = row(0.52, 0.54, 0.59), row(0.5, 0.5, 0.5)
-    assert study.paired_difference(a, b, "clean", 0.0) == "+5.0 ± 9.0"
+    assert difference(a, b, "clean", 0.0) == "+5.0 ± 9.0"
     # the 95 % interval is the mean ± 8.957
-    assert study.paired_difference(a, row(*3 * [0.46]), "clean", 0.0) == "+9.0 ± 9.0 *"
-    assert study.paired_difference(a, row(*3 * [0.461]), "clean", 0.0) == "+8.9 ± 9.0"
-    assert study.paired_difference(a, b, "pgd-20", 0.1) == ""
+    assert difference(a, row(*3 * [0.46]), "clean", 0.0) == "+9.0 ± 9.0 *"
+    assert difference(a, row(*3 * [0.461]), "clean", 0.0) == "+8.9 ± 9.0"
+    assert difference(a, b, "pgd-20", 0.1) == ""
     b["seeds"] = b["seeds"][2:]
-    assert study.paired_difference(a, b, "clean", 0.0) == "+9.0"  # of the one seed of both
+    assert difference(a, b, "clean", 0.0) == "+9.0"  # of the one seed of both
 
 
 def test_the_table_is_made_from_the_record() -> None:
@@ -292,12 +297,26 @@ def test_the_table_is_made_from_the_record() -> None:
 
 
 def test_the_table_keeps_budgets_apart() -> None:
-    record = fake_record() | {"budgets": [], "images": 100}
+    record = fake_record() | {"budgets": [], "images": 100, "attack": "apgd-ce+t"}
     record["rows"] = [row | {"budget": b} for b in (1, 0.5) for row in record["rows"][:2]]
     text = robustness.table(record)
-    assert "| fgsm_rs | 0.5 | 2 | 3 | 6 |" in text and "100 images, APGD-CE+T on those" in text
+    assert "| fgsm_rs | 0.5 | 3 | 2 | 6 |" in text and "100 images, APGD-CE+T on those" in text
     assert "| 0.5 | gradnorm | fgsm_rs | 2 | +0.0 ± 0.0 | +10.0 ± 0.0 * |" in text
-    assert "| 1 | gradnorm | fgsm_rs |" in text and "gradnorm's operations" not in text
+    assert "| 1 | gradnorm | fgsm_rs |" in text
+    del record["reference"]
+    assert "gradnorm's operations" in text
+    assert "gradnorm's operations" not in robustness.table(record)
+
+
+def test_a_record_of_edge_alone_has_its_table() -> None:
+    """Its rows hold neither costs nor the network, and all attacks were on all images."""
+    record = json.loads((RESULTS / "edge_digits_cpu.json").read_text())
+    lines = robustness.table({"file": "edge_digits_cpu.json", **record}).splitlines()
+    assert lines[0].startswith("| arm | clean, % | APGD-CE 0.025 | APGD-CE+T 0.025 |")
+    assert lines[3].startswith("| edge | 86.4 ± 1.7 |")
+    assert any(line.startswith("| edge | natural | 3 | -10.3 ± ") for line in lines)
+    (note,) = [line for line in lines if line.startswith("digits, Swin; CPU")]
+    assert "; 360 images; torch" in note and "PGD-20 leaves" not in note
 
 
 @pytest.mark.slow
@@ -323,5 +342,7 @@ def test_cifar10_at_toy_size_by_the_script_itself(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "out.json").read_text())
-    assert record["complete"] and [r["arm"] for r in record["rows"]] == ["fgsm_rs"]
+    assert record["complete"]
+    networks = ["PreActResNet-18, GELU, width 8", "Swin"]
+    assert [(r["network"], r["arm"]) for r in record["rows"]] == [(n, "fgsm_rs") for n in networks]
     assert record["eval_eps"] == [4 / 255]
