@@ -9,8 +9,7 @@ Needs torch, triton, timm, numpy, tyro and tomli_w. fastgn need not be installed
 A part of the report is one benchmark or one group of tests. Each part is a process with a time
 limit, so one that breaks or hangs does not stop the others. The parts run one after the other, the
 most important ones first, and a part begins only within --budget-s. The default of 530 s keeps a
-call below nine minutes: the first three parts fit into it, and the rest needs more calls. A part
-that needs a missing package is skipped, and the report says so.
+call below nine minutes: the first three parts fit into it, and the rest needs more calls.
 
 After each part, the folder --output holds report.json (command, seconds, exit status, last lines
 and file of each part), the JSON records of all parts until then, and logs/. The records have the
@@ -28,14 +27,14 @@ import datetime
 import hashlib
 import importlib.util
 import os
-import platform
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,19 +54,14 @@ Imports and compilation take about that long.
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One part of the report: a benchmark or a group of tests, and the command that runs it."""
 
     name: str
-    what: str
-    """What the part measures or tests, as the report prints it."""
     command: Sequence[str]
     """Command-line arguments for Python."""
     limit_s: float
     """Seconds after which the command is ended."""
-    needs: Sequence[str] = ()
-    """Packages that the command imports. If one is not installed, the part is skipped."""
     file: str | None = None
     """Name of the JSON record that the command writes into the report's folder."""
 
@@ -112,105 +106,67 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
     folder: folder of the report. The first three parts fit into the default of --budget-s. A part
     that ends early leaves its time to the parts after it.
     """
-    network = "toy" if machine.smoke else "swin_b"
     best, *others = machine.precisions
+    exact = "--schedules exact --methods natural gradnorm"
+    few = f"{exact} pgd_at gradnorm-paper"
+    rest = "--schedules finite-difference central-difference lazy subset"
 
-    def measure(
-        name: str,
-        module: str,
-        what: str,
-        limit_s: float,
-        options: Sequence[object],
-        toy: Sequence[object] = ("--smoke",),
-        needs: Sequence[str] = ("torchvision",),
-        stem: str | None = None,
-    ) -> Part:
-        """Returns a part that runs a benchmark with `options`, or with `toy` if --smoke is given.
+    def measure(name: str, module: str, limit_s: float, full: str, toy: str) -> Part:
+        """Returns a part that runs a benchmark with the options `full`, or `toy` with --smoke."""
+        file = f"{name}_{machine.slug}.json"
+        if module == "step.cost":  # so that the records of all precisions begin with cost_<model>
+            model = "toy" if machine.smoke else "swin_b"
+            file = f"cost_{model}_{machine.slug}_{name.removeprefix('cost_')}.json"
+        options = shlex.split(toy if machine.smoke else full)
+        command = ["-m", f"benchmarks.{module}", *options, "--output", str(folder / file)]
+        return Part(name, command, 300 if machine.smoke else limit_s, file)
 
-        module: module of the benchmark. what, limit_s, needs: see Part. stem: name of the JSON
-        record without .json. If None, it is made from the names of the part and of the GPU.
-        """
-        file = f"{stem or f'{name}_{machine.slug}'}.json"
-        chosen = toy if machine.smoke else options
-        command = ("-m", f"benchmarks.{module}", *chosen, "--output", folder / file)
-        return Part(name, what, list(map(str, command)), limit_s, needs, file)
-
-    def cost(precision: str, limit_s: float, *options: object, suffix: str = "") -> Part:
+    def cost(precision: str, limit_s: float, options: str, suffix: str = "") -> Part:
         """Returns a part that times the training step in one precision.
 
         cost.py leaves out what does not fit into the time limit. suffix: end of the part's name.
         """
-        what = f"the step's seconds, FLOPs and memory in {precision}{suffix.replace('_', ' ')}"
         minutes = round((limit_s - PROFILES_S) / 60, 2)
-        size = ("--precision", precision, "--model", "swin_b", "--batch", 64, "--minutes", minutes)
-        toy = ("--precision", precision, "--batch", 2, "--round-seconds", 0.01, "--rounds", 2)
-        toy += ("--schedules", "exact", "--methods", "natural", "gradnorm")
-        stem = f"cost_{network}_{machine.slug}_{precision}{suffix}"
-        name = f"cost_{precision}{suffix}"
-        return measure(name, "step.cost", what, limit_s, (*size, *options), toy, stem=stem)
+        full = f"--precision {precision} --model swin_b --batch 64 --minutes {minutes} {options}"
+        toy = f"--precision {precision} --batch 2 --round-seconds 0.01 --rounds 2 {exact}"
+        return measure(f"cost_{precision}{suffix}", "step.cost", limit_s, full, toy)
 
-    def test(
-        name: str, what: str, limit_s: float, *options: str, needs: Sequence[str] = ()
-    ) -> Part:
+    def test(name: str, limit_s: float, *options: str) -> Part:
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-        return Part(name, what, command, limit_s, ("pytest", *needs))
+        return Part(name, command, 300 if machine.smoke else limit_s)
 
-    exact = ("--schedules", "exact", "--methods", "natural", "gradnorm")
-    few = (*exact, "pgd_at", "gradnorm-paper")
     # runs tests in several processes, because most of the time goes to Triton's compiler
     many = ("-n", str(min(12, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     ops = ("tests/kernels/test_checks.py",) if machine.smoke else ("tests/kernels", *many)
-    parts = [cost(best, 290, *few, "pgd_at-paper")]
-    parts.append(test("kernel_tests", "every op against its twin", 180, *ops))
-
-    what = "each op's time and bandwidth"
-    options = ("--minutes", 0.6, "--rounds", 20)
-    toy = ("--rounds", 2, "--ops", "cross_entropy_index", "--stages", 4)
-    toy += ("--batch-size", 2)
-    parts.append(measure("kernels", "kernels.ops", what, 50, options, toy, needs=()))
-
-    # the parts below run in further calls of this program, because those above use up --budget-s
-    if not machine.smoke:
-        on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
-        needs = ("sklearn", "torchvision")
-        what = "CUDA graphs, and the cost suite on a GPU"
-        parts.append(test("gpu_tests", what, 180, *on_gpu, "not synchronise", needs=needs))
-        what = "no update waits for the device"
-        parts.append(test("sync_tests", what, 90, *on_gpu, "synchronise", needs=needs))
-
-    what = "updates of several processes, one on each GPU"
-    toy = ("--check", "--processes", 2, "--rounds", 1, "--batch", 2)
+    toy = "--rounds 2 --ops cross_entropy_index --stage 4 --batch-size 2"
+    first = [
+        cost(best, 290, f"{few} pgd_at-paper"),
+        test("kernel_tests", 180, *ops),
+        measure("kernels", "kernels.ops", 50, "--rounds 20", toy),
+    ]
     cards = torch.cuda.device_count()
-    options = ("--check", "--processes", cards)
-    ranks = measure("scaling_check", "step.scaling", what, 500, options, toy)
-    if machine.smoke or cards > 1:
-        parts.append(ranks)
-
-    if "fp32" in others:
-        parts.append(cost("fp32", 200, *few))
-
-    what = "the gradient's distance from float64"
-    options = ("--seeds", 2, "--fd-steps", 0.01)
-    toy = ("--seeds", 1, "--fd-steps", 0.01, "--batches", 1, "--batch-size", 2)
-    toy += ("--images", "random", "--networks", "tiny Swin")
-    parts.append(measure("precision", "step.precision", what, 90, options, toy))
-
-    if not machine.smoke:
-        parts.append(cost(best, 250, *exact, "--budgets", 0.7, 0.5, suffix="_budgets"))
-    if "tf32" in others:
-        parts.append(cost("tf32", 200, *few))
-
-    what, needs = "images a second of the loaders", ("torchvision", "PIL")
-    parts.append(measure("loader", "data.loader", what, 60, (), needs=needs))
-
+    toy = "--check --processes 2 --rounds 1 --batch 2"
+    ranks = measure("scaling_check", "step.scaling", 500, f"--check --processes {cards}", toy)
+    toy = "--seeds 1 --fd-steps 0.01 --batches 1 --batch-size 2 --images random "
+    toy += "--networks 'tiny Swin'"
+    precision = measure("precision", "step.precision", 90, "--seeds 2 --fd-steps 0.01", toy)
+    loader = measure("loader", "data.loader", 60, "", "--smoke")
     if machine.smoke:
-        return [dataclasses.replace(part, limit_s=300) for part in parts]
-    parts.append(cost(best, 150, *exact, "--no-cuda-graphs", suffix="_no_graphs"))
-    if "bf16-pure" in others:
-        parts.append(cost("bf16-pure", 200, *few))
-    rest = ("finite-difference", "central-difference", "lazy", "subset")
-    every = ("--methods", "natural", "gradnorm", "fgsm_rs", "pgd_at", "--schedules", *rest)
-    return [*parts, cost(best, 300, *every, suffix="_schedules")]
+        return [*first, ranks, precision, loader]
+    on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
+    return [
+        *first,
+        # the parts below run in further calls of this program, because `first` uses up --budget-s
+        test("gpu_tests", 180, *on_gpu, "not synchronise"),
+        test("sync_tests", 90, *on_gpu, "synchronise"),
+        *([ranks] if cards > 1 else []),
+        *(cost(name, 200, few) for name in others if name == "fp32"),
+        precision,
+        loader,
+        cost(best, 150, f"{exact} --no-cuda-graphs", "_no_graphs"),
+        *(cost(name, 200, few) for name in others if name != "fp32"),
+        cost(best, 300, f"{rest} --methods natural gradnorm fgsm_rs pgd_at", "_schedules"),
+    ]
 
 
 def run(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) -> int | None:
@@ -223,12 +179,11 @@ def run(command: Sequence[str], log: Path, limit_s: float, env: dict[str, str]) 
     # With a function as the handler, this process ignores Ctrl-C, but its children do not.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: None)
-    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with open(log, "wb") as out:
-        words = [sys.executable, *command]
         process = subprocess.Popen(
-            words, cwd=ROOT, env=env, stdout=out, start_new_session=True, **pipes
-        )
+            [sys.executable, *command], cwd=ROOT, env=env, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
@@ -247,11 +202,6 @@ def last_lines(log: Path, number: int) -> list[str]:
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in lines]
     return [line[:300] for line in lines if line][-number:]
-
-
-def missing(names: Sequence[str]) -> list[str]:
-    """Returns the packages that are not installed."""
-    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def environment_of_parts(folder: Path) -> dict[str, str]:
@@ -286,11 +236,7 @@ class Report:
         self.folder = folder
         self.key = {"sources": sources, "device": machine.device, "smoke": machine.smoke}
         self.commit = commit
-        self.head = {
-            "notes": machine.notes,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "cuda": torch.version.cuda,
-        }
+        self.head = {"notes": machine.notes} | metrics.environment()
         before = read_json(folder / "report.json").get("parts", [])
         self.entries: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in before}
 
@@ -308,22 +254,8 @@ class Report:
         same = all(entry.get(name) == value for name, value in self.key_of(part).items())
         return entry if same else None
 
-    def add(self, part: Part, status: str, **more: Any) -> dict[str, Any]:
-        """Adds the result of a part to report.json and returns it.
-
-        status: "ok", "failed", "timed out" or "skipped". more: further keys of the result.
-        """
-        ended = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        entry = {"name": part.name, "what": part.what, "status": status, **more}
-        entry |= self.key_of(part) | {"commit": self.commit, "ended": ended}
-        # if a part is skipped now, its result of an earlier call is kept
-        if status != "skipped" or self.entries.get(part.name, {}).get("status") in (None, status):
-            self.entries[part.name] = entry
-        write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})
-        return entry
-
     def run(self, part: Part, limit_s: float, env: dict[str, str]) -> dict[str, Any]:
-        """Runs a part and returns its result.
+        """Runs a part, adds its result to report.json, and returns it.
 
         limit_s: seconds after which the part is ended. env: environment variables of its command.
         """
@@ -339,27 +271,30 @@ class Report:
         record = read_json(path) if path else {}
         if path and self.commit is not None and record.get("commit", "") is None:
             write_json(path, record | {"commit": self.commit})  # the benchmark found no commit
-        return self.add(
-            part,
-            "timed out" if code is None else "failed" if code else "ok",
-            seconds=round(seconds, 1),
-            limit_s=round(limit_s, 1),
-            exit_status=code,
-            last_lines=last_lines(log, 1 if code == 0 else LAST_LINES),
-            file=part.file if path and path.is_file() else None,
-        )
+        entry = {
+            "name": part.name,
+            "status": "timed out" if code is None else "failed" if code else "ok",
+            "seconds": round(seconds, 1),
+            "limit_s": round(limit_s, 1),
+            "exit_status": code,
+            "last_lines": last_lines(log, 1 if code == 0 else LAST_LINES),
+            "file": part.file if path and path.is_file() else None,
+            "ended": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        self.entries[part.name] = entry | self.key_of(part) | {"commit": self.commit}
+        write_json(self.folder / "report.json", self.head | {"parts": [*self.entries.values()]})
+        return entry
 
 
 def line_of(entry: dict[str, Any]) -> str:
     """Returns the result of a part as one line. It ends with the last line of the part's output."""
-    said = entry.get("reason") or (entry["last_lines"] or ["no output"])[-1]
-    said = said.strip("= ").partition(" -> ")[0]
+    said = (entry["last_lines"] or ["no output"])[-1].strip("= ").partition(" -> ")[0]
     seconds = f"{entry['seconds']:.0f} s" if "seconds" in entry else ""
     return f"{entry['name']:16} {entry['status']:9} {seconds:>6}  {said}"
 
 
 def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: float) -> int:
-    """Runs the parts of the report in turn and prints a summary.
+    """Runs the parts of the report in turn, and prints a line for each.
 
     Returns 1 if a part failed or reached its time limit, else 0. began: time.monotonic() at the
     start of the program. budget_s: seconds after which no part begins.
@@ -368,28 +303,25 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
     notes = report.head["notes"]
     for note in notes:
         print(note)
-    entries: list[dict[str, Any]] = []
+    bad = 0
     for part in parts:
         left_s = budget_s - (time.monotonic() - began)
-        before, lacking = report.same(part), missing(part.needs)
+        before = report.same(part)
         if before is not None and before["status"] == "ok":
             entry = before | {"status": "ok before"}
-        elif lacking:
-            entry = report.add(part, "skipped", reason=f"not installed: {', '.join(lacking)}")
         elif left_s < LEAST_S:
             reason = f"no time left: {max(left_s, 0):.0f} of {budget_s:.0f} s"
-            entry = report.add(part, "skipped", reason=reason)
+            entry = {"name": part.name, "status": "not begun", "last_lines": [reason]}
         else:
-            print(f"{part.name}: {part.what} ...", flush=True)
+            print(f"{part.name} ...", flush=True)
             entry = report.run(part, min(part.limit_s, left_s), env)
-        entries.append(entry)
         if entry["status"] in ("failed", "timed out"):
+            bad = 1
             print(*entry["last_lines"], sep="\n")
         print(line_of(entry), flush=True)
     print(f"\n{report.key['device']}, commit {report.commit}, sources {report.key['sources']}")
-    print(*map(line_of, entries), *notes, sep="\n")
-    print(f"{time.monotonic() - began:.0f} s -> {report.folder}")
-    return int(any(entry["status"] in ("failed", "timed out") for entry in entries))
+    print(*notes, f"{time.monotonic() - began:.0f} s -> {report.folder}", sep="\n")
+    return bad
 
 
 @program(

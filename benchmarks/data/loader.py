@@ -10,7 +10,7 @@ augmenting are measured, and the disk is not.
 
 The loaders are measured in turn, several times. Each time, some batches are taken as fast as
 possible from the middle of an epoch, when the workers run and their queues were emptied. This gives
-images per second, and the CPU time per image of all processes.
+images per second, and the CPU time per image of all processes (Linux).
 
 Writes benchmarks/results/loader_<device>.json. On a CPU only the ratios mean something.
 """
@@ -18,6 +18,7 @@ Writes benchmarks/results/loader_<device>.json. On a CPU only the ratios mean so
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import io
 import itertools
@@ -26,7 +27,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ import torch
 from PIL import Image
 
 from benchmarks.common.arguments import DEVICE, ON_GPU, finish, open_record, option, program
-from benchmarks.common.tables import Column, Record, Row, device, make_table, with_notes
-from benchmarks.common.timing import paired_ratios, summary, synchronize
+from benchmarks.common.tables import Column, Record, device, make_table, with_notes
+from benchmarks.common.timing import interleaved, paired_ratios, summary, synchronize
 from fastgn.config import Config
 from fastgn.config.groups import AugmentationConfig, DatasetConfig
 from fastgn.data.batch import Batch
@@ -100,24 +100,8 @@ def iterator(name: str, split: Files, batch_size: int, workers: int) -> Iterator
     return build_loader(config, dataset, mean=MEAN, std=STD, **size, **where).epoch(0)
 
 
-def consume(batches: Iterator[Batch], number: int) -> dict[str, float]:
-    """Takes `number` batches from a loader and measures how long that takes.
-
-    Returns {"images_per_s": speed, "cpu_ms_an_image": CPU milliseconds per image}.
-    """
-    images = 0
-    synchronize()
-    cpu_s, began = cpu_seconds(), time.perf_counter()
-    for _ in range(number):
-        images += len(next(batches).images_BCHW)
-        synchronize()
-    seconds = time.perf_counter() - began
-    per_image = 1e3 * (cpu_seconds() - cpu_s) / images
-    return {"images_per_s": images / seconds, "cpu_ms_an_image": per_image}
-
-
 def cpu_seconds() -> float:
-    """Returns the CPU seconds of this process and of its children (Linux)."""
+    """Returns the CPU seconds of this process and of its children."""
     ticks = 0
     for process in ("self", *(child.pid for child in multiprocessing.active_children())):
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
@@ -132,47 +116,36 @@ def measure(
     workers: int,
     batches: int,
     rounds: int,
-) -> list[dict[str, Any]]:
-    """Measures several loaders in turn, and returns one dict of results for each of them.
+) -> dict[str, dict[str, list[float]]]:
+    """Measures several loaders in turn, `rounds` times.
+
+    Returns the name of each loader -> {"images_per_s": speeds, "cpu_ms_an_image": CPU milliseconds
+    of all processes per image}, each with one entry per round.
 
     loaders: values of --loader. paths: JPEG files. batches: number of batches per measurement.
-    rounds: number of measurements of each loader.
     """
     drain = 2 * workers + 4  # number of batches that empty the queues before a measurement
-    split = repeated(paths, batch_size * ((rounds + 1) * drain + rounds * batches))
+    split = repeated(paths, batch_size * (drain + rounds * (batches + drain)))
     sources = {name: iterator(name, split, batch_size, workers) for name in loaders}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in loaders}
+    cpu_ms: dict[str, list[float]] = {name: [] for name in loaders}
+
+    @contextlib.contextmanager
+    def drained(name: str) -> Iterator[None]:
+        for _ in range(drain):
+            next(sources[name])
+        synchronize()
+        before_s = cpu_seconds()
+        yield
+        cpu_ms[name].append(1e3 * (cpu_seconds() - before_s) / (batches * batch_size))
+
+    arms = {name: functools.partial(next, source) for name, source in sources.items()}
     try:
-        for number in range(rounds + 1):
-            for name, source in sources.items():
-                consume(source, drain)
-                if number:  # round 0 is not measured, because it compiles and fills caches
-                    found[name].append(consume(source, batches))
+        seconds = interleaved(arms, rounds=rounds, calls=batches, warmup=drain, during=drained)
     finally:
         for source in sources.values():
             source.close()  # type: ignore[attr-defined]
-    kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
-    images = f"{len(paths)} JPEGs, {kib:.0f} KiB in the mean"
-    size = {"images": images, "img_size": SIDE, "batch_size": batch_size, "workers": workers}
-    return [
-        {"loader": name, **size, "rounds": seen}
-        | {key: summary([r[key] for r in seen]) for key in ("images_per_s", "cpu_ms_an_image")}
-        for name, seen in found.items()
-    ]
-
-
-def compare(rows: Sequence[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns how many times as fast DALI is as torch, and how many times less CPU time it takes.
-
-    Returns {} if one of the two was not measured. rows: results from `measure`.
-    """
-    found = {row["loader"]: row["rounds"] for row in rows}
-    if found.keys() != {*LOADERS}:
-        return {}
-    ratios = {}
-    for key, order in (("images_per_s", ("dali", "torch")), ("cpu_ms_an_image", LOADERS)):
-        ratios[key] = summary(paired_ratios(*([r[key] for r in found[name]] for name in order)))
-    return {"dali over torch": ratios}
+    speeds = {name: [batch_size / s for s in found] for name, found in seconds.items()}
+    return {n: {"images_per_s": speeds[n], "cpu_ms_an_image": cpu_ms[n]} for n in loaders}
 
 
 def installed() -> list[str]:
@@ -184,30 +157,28 @@ def installed() -> list[str]:
 
 
 def table(record: Record) -> str:
-    """Returns this benchmark's Markdown table, made from its JSON record."""
-    gpu = record["meaningful_times"]
+    """Returns this benchmark's Markdown table, made from its JSON record.
+
+    On a CPU only the ratios mean something, and the row of torch holds them.
+    """
+    gpu, row = record["meaningful_times"], record["rows"][-1]
+    rows = [
+        r | {"ratios": record["ratios"].get(f"dali over {r['loader']}")}
+        for r in record["rows"]
+        if r["loader"] in (LOADERS if gpu else LOADERS[:1])
+    ]
     columns: dict[str, Column] = {"loader": "loader"}
     if gpu:
         columns |= {"images/s": "images_per_s:.0f", "CPU ms an image": "cpu_ms_an_image:.1f"}
-    columns |= {
-        "dali: times as fast": "ratios/images_per_s:.2f",
-        "dali: times less CPU time": "ratios/cpu_ms_an_image:.2f",
-    }
-    # on a CPU only the ratios mean something, and the row of torch holds them
-    shown = LOADERS if gpu else LOADERS[:1]
-    rows = [
-        row | {"ratios": record["ratios"].get(f"dali over {row['loader']}")}
-        for row in record["rows"]
-        if row["loader"] in shown
-    ]
-    row, cpus = record["rows"][-1], f"{record['hardware']['cpu_count']} CPU cores"
-    return with_notes(
-        make_table(rows, columns),
-        record,
-        f"{device(record, cpus)}: {row['images']}, {row['img_size']} px, the paper's augmentation, batch "
+    columns["dali: times as fast"] = "ratios/images_per_s:.2f"
+    columns["dali: times less CPU time"] = "ratios/cpu_ms_an_image:.2f"
+    notes = [
+        f"{device(record, '{} CPU cores'.format(record['hardware']['cpu_count']))}: "
+        f"{row['images']}, {row['img_size']} px, the paper's augmentation, batch "
         f"{row['batch_size']}, {row['workers']} workers",
         f"mean ± deviation over {row['images_per_s']['n']} interleaved rounds",
-    )
+    ]
+    return with_notes(make_table(rows, columns), record, *notes)
 
 
 @program(
@@ -230,8 +201,20 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         below = files_below(args.data_dir) if args.data_dir else None
         paths = below or jpeg_folder(Path(folder), args.files)
-        rows = measure(installed(), paths, args.batch_size, workers, args.batches, args.rounds)
-    record |= {"rows": rows, "ratios": compare(rows)}
+        found = measure(installed(), paths, args.batch_size, workers, args.batches, args.rounds)
+        kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
+    size = {"images": f"{len(paths)} JPEGs, {kib:.0f} KiB in the mean", "img_size": SIDE}
+    size |= {"batch_size": args.batch_size, "workers": workers}
+    rows = [
+        {"loader": name} | size | {key: summary(numbers) for key, numbers in values.items()}
+        for name, values in found.items()
+    ]
+    record |= {"rows": rows, "ratios": {}}
+    if "dali" in found:
+        speeds, cpu_ms = ([found[n][key] for n in LOADERS] for key in found["dali"])
+        faster, less = paired_ratios(*reversed(speeds)), paired_ratios(*cpu_ms)
+        ratios = {"images_per_s": summary(faster), "cpu_ms_an_image": summary(less)}
+        record["ratios"]["dali over torch"] = ratios
     record["meaningful_times"] &= not args.smoke
     return finish(output, record, table)
 

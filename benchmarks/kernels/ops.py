@@ -2,8 +2,8 @@
 
 Each op is compared with eager PyTorch, and with a copy of as many bytes on the device.
 
-    python -m benchmarks.kernels.ops  # on a GPU: Swin-B's shapes, 64 images, within --minutes
-    python -m benchmarks.kernels.ops --ops gelu layer_norm
+    python -m benchmarks.kernels.ops  # on a GPU: shapes of Swin-B's first stage, 64 images
+    python -m benchmarks.kernels.ops --ops gelu layer_norm --stage 3
 
 Each op has three orders of differentiation, which are timed separately. `forward` runs the op.
 `backward` computes the gradients with respect to all inputs. `second` is what a gradient penalty
@@ -23,10 +23,7 @@ shapes, its times mean nothing, and it writes to runs/.
 import argparse
 import functools
 import gc
-import itertools
-import math
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -37,7 +34,7 @@ from fastgn_kernels import ACTIVATIONS, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.arguments import DEVICE, ON_GPU, open_record, option, program
+from benchmarks.common.arguments import DEVICE, MODERN, ON_GPU, open_record, option, program
 from benchmarks.common.records import describe_error, write_record
 from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.common.timing import cold, summary
@@ -48,35 +45,10 @@ ORDERS = ("forward", "backward", "second")
 STAGES = {1: (56, 128, 4), 2: (28, 256, 8), 3: (14, 512, 16), 4: (7, 1024, 32)}
 """Stage of Swin-B at 224 pixels -> (tokens per side, channels, heads)."""
 SIDE, WINDOW, HEAD_DIM, CLASSES = 224, 7, 32, 1000
-SHORT = (torch.bfloat16,)
-DIFFERENCE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
-"""Largest relative L2 difference between our op and PyTorch's that does not count as an error.
-
-bfloat16 keeps 8 bits, and PyTorch rounds to them after each operator.
-"""
+SHORT = torch.bfloat16 if MODERN or not ON_GPU else torch.float16
 
 Outputs = Tensor | tuple[Tensor, ...]
 Function = Callable[..., Outputs]
-
-
-class Size(NamedTuple):
-    """Sizes from which the shapes of an op's inputs are made."""
-
-    images: int
-    side: int
-    """Tokens per side of the feature map."""
-    channels: int
-    heads: int
-
-    @property
-    def rows(self) -> int:
-        """Number of tokens of all images."""
-        return self.images * self.side**2
-
-    @property
-    def windows(self) -> int:
-        """Number of windows of all images."""
-        return self.rows // WINDOW**2
 
 
 class Op(NamedTuple):
@@ -86,39 +58,38 @@ class Op(NamedTuple):
     """Calls the op. Its first argument is fastgn_kernels or `EAGER`."""
     inputs: Sequence[str]
     """Names of the inputs whose gradients are computed. `shapes` returns their shapes."""
-    constants: Callable[[Size, torch.dtype], dict[str, Tensor]] = lambda size, dtype: {}
-    """Makes the arguments that get no gradient, such as targets, on the CPU."""
-    stages: str = "first"
-    """Stages of Swin-B whose shapes are used: "all", "first", or "none" for an op in no stage."""
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
+    constants: Callable[[int, int], dict[str, Tensor]] = lambda images, side: {}
+    """Makes the arguments that get no gradient, such as targets, on the CPU. Takes the number of
+    images, and the number of tokens per side of the feature map."""
+    dtype: torch.dtype = SHORT
 
 
-def shift_mask(size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
+def shift_mask(images: int, side: int) -> dict[str, Tensor]:
     """Returns Swin's mask (windows, N, N): -100 between tokens from opposite edges of the image."""
-    band = torch.zeros(size.side)
+    band = torch.zeros(side)
     band[-WINDOW:] = 1
     band[-(WINDOW // 2) :] = 2
     region = band[:, None] * 3 + band
     windows = region.unfold(0, WINDOW, WINDOW).unfold(1, WINDOW, WINDOW).reshape(-1, WINDOW**2)
-    masked = windows[:, None] != windows[..., None]
-    return {"mask": torch.where(masked, -100.0, 0.0).to(dtype)}
+    return {"mask": torch.where(windows[:, None] != windows[..., None], -100.0, 0.0)}
 
 
-def shapes(size: Size) -> dict[str, tuple[int, ...]]:
+def shapes(images: int, side: int, channels: int, heads: int) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all inputs whose gradients an op may compute.
 
     `hidden` is the input of an MLP's activation, and `score_bias` is added to attention scores.
+    side: tokens per side of the feature map.
     """
-    channels, tokens = size.channels, WINDOW**2
+    rows, tokens = images * side**2, WINDOW**2
     return {
-        "hidden": (size.rows, 4 * channels),
+        "hidden": (rows, 4 * channels),
         "hidden_bias": (4 * channels,),
-        **dict.fromkeys(("x", "residual"), (size.rows, channels)),
+        **dict.fromkeys(("x", "residual"), (rows, channels)),
         **dict.fromkeys(("weight", "bias"), (channels,)),
-        "qkv": (size.windows, tokens, 3, size.heads, HEAD_DIM),
-        "score_bias": (size.heads, tokens, tokens),
-        "logits": (size.images, CLASSES),
-        "pixels": (size.images, 3, SIDE, SIDE),
+        "qkv": (rows // tokens, tokens, 3, heads, HEAD_DIM),
+        "score_bias": (heads, tokens, tokens),
+        "logits": (images, CLASSES),
+        "pixels": (images, 3, SIDE, SIDE),
     }
 
 
@@ -139,30 +110,29 @@ EAGER.window_attention_qkvpacked = lambda qkv, *more: reference.window_attention
 )
 
 OPS = {
-    # activations differ only in arithmetic, so one shape and dtype is enough for all but gelu
-    **{
-        kind: Op(lambda f, x, kind=kind: f.activation(x, kind), ["hidden"], dtypes=SHORT)
-        for kind in ACTIVATIONS
-    },
-    "gelu": Op(lambda f, x: f.activation(x, "gelu"), ["hidden"], stages="all"),
+    **{kind: Op(lambda f, x, kind=kind: f.activation(x, kind), ["hidden"]) for kind in ACTIVATIONS},
     "bias_gelu": Op(lambda f, x, bias: f.activation(x, "gelu", bias), ["hidden", "hidden_bias"]),
-    "layer_norm": Op(lambda f, *xs: f.layer_norm(*xs), ["x", "weight", "bias"], stages="all"),
+    "layer_norm": Op(lambda f, *xs: f.layer_norm(*xs), ["x", "weight", "bias"]),
     "add_layer_norm": Op(
         lambda f, x, r, *affine: f.layer_norm(x, *affine, residual=r),
         ["x", "residual", "weight", "bias"],
     ),
-    "window_attention": Op(attention, ["qkv", "score_bias"], stages="all"),
-    "shifted_window_attention": Op(attention, ["qkv", "score_bias"], shift_mask, "all"),
+    "window_attention": Op(attention, ["qkv", "score_bias"]),
+    "shifted_window_attention": Op(attention, ["qkv", "score_bias"], shift_mask),
     "cross_entropy_index": Op(
         *(entropy, ["logits"]),
-        *(lambda s, dtype: {"targets": torch.randint(CLASSES, (s.images,))}, "none"),
+        *(lambda images, side: {"targets": torch.randint(CLASSES, (images,))}, torch.float32),
     ),
     "cross_entropy_soft": Op(
         *(entropy, ["logits"]),
-        *(lambda s, dtype: {"targets": torch.rand(s.images, CLASSES).softmax(1)}, "none"),
+        *(lambda images, side: {"targets": torch.rand(images, CLASSES).softmax(1)}, torch.float32),
     ),
-    "gradient_norm_l1": Op(lambda f, x: f.gradient_norm(x, 1), ["pixels"], stages="none"),
-    "gradient_norm_l2": Op(lambda f, x: f.gradient_norm(x, 2), ["pixels"], stages="none"),
+    **{
+        f"gradient_norm_l{ord}": Op(
+            lambda f, x, ord=ord: f.gradient_norm(x, ord), ["pixels"], dtype=torch.float32
+        )
+        for ord in (1, 2)
+    },
 }
 """Name of each op -> its description."""
 
@@ -194,56 +164,30 @@ def bytes_moved(run: Callable[[], Sequence[Tensor | None]]) -> int:
     return sum(x.nbytes for x in calls.taken) + written
 
 
-class CaseKey(NamedTuple):
-    """Identifies a measurement by its op, the stage of Swin-B with its shapes, and its dtype."""
-
-    op: str
-    stage: int
-    """Stage of Swin-B whose shapes are used, 0 for an op that exists in no stage."""
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.op}, stage {self.stage}, {name_of(self.dtype)}"
-
-
-def choose_cases(ops: Sequence[str], stages: Sequence[int]) -> list[CaseKey]:
-    """Returns all measurements in order: first one of each op, then a second one of each op, etc.
-
-    If time runs out, each op has therefore been measured at least once. stages: numbers of
-    Swin-B's stages, whose shapes are used.
-    """
-    by_op = []
-    for name in ops:
-        # Swin does not shift the windows of a stage that has only one window
-        fitting = [s for s in stages if STAGES[s][0] > WINDOW or not name.startswith("shifted")]
-        at = {"all": fitting, "first": stages[:1], "none": [0]}[OPS[name].stages]
-        by_op.append([CaseKey(name, stage, dtype) for stage in at for dtype in OPS[name].dtypes])
-    return [key for rank in itertools.zip_longest(*by_op) for key in rank if key]
-
-
 def build(
-    key: CaseKey, batch: int, device: torch.device
+    name: str, stage: int, batch: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> tuple[str, dict[str, Function], dict[str, Tensor]]:
-    """Returns the shape (as text), functions and inputs of one measurement, with Swin-B's shapes.
+    """Returns the shape (as text), functions and inputs of an op, with the shapes of Swin-B.
 
     The functions are a dict: "ours" is the op of fastgn_kernels, and "eager" is PyTorch's. The
-    inputs are those that get gradients. key: op, stage and dtype. batch: number of images.
+    inputs are those that get gradients. name: key of OPS. stage: key of STAGES. batch: number of
+    images. dtype: dtype of the inputs, or None for that of the op's description.
     """
-    op, size = OPS[key.op], Size(batch, *STAGES.get(key.stage, (0, 0, 0)))
-    constants = {k: x.to(device) for k, x in op.constants(size, key.dtype).items()}
-    inputs = {
-        name: torch.randn(shapes(size)[name], device=device, dtype=key.dtype) for name in op.inputs
-    }
-    shape = " x ".join(map(str, next(iter(inputs.values())).shape))
-    if "qkv" in inputs:
-        inputs["qkv"] = inputs["qkv"].permute(
-            2, 0, 3, 1, 4
-        )  # keeps the strides of a linear layer's output
-        shape = f"{size.windows} windows x {size.heads} heads"
+    op, (side, channels, heads) = OPS[name], STAGES[stage]
+    dtype = dtype or op.dtype
+    kinds = {"mask": dtype}  # targets keep their own dtypes
+    constants = {k: x.to(device, kinds.get(k)) for k, x in op.constants(batch, side).items()}
+    sizes = shapes(batch, side, channels, heads)
+    inputs = {key: torch.randn(sizes[key], device=device, dtype=dtype) for key in op.inputs}
+    shape = " x ".join(map(str, sizes[op.inputs[0]]))
+    if "qkv" in inputs:  # has the strides of a linear layer's output
+        inputs["qkv"] = inputs["qkv"].permute(2, 0, 3, 1, 4)
+        shape = f"{sizes['qkv'][0]} windows x {heads} heads"
     both = {"ours": fastgn_kernels, "eager": EAGER}
-    functions = {name: functools.partial(op.call, f, **constants) for name, f in both.items()}
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    return f"stage {key.stage}: {shape}" if key.stage else shape, functions, leaves
+    functions = {key: functools.partial(op.call, f, **constants) for key, f in both.items()}
+    leaves = {key: x.requires_grad_() for key, x in inputs.items()}
+    where = "" if op.inputs[0] in ("logits", "pixels") else f"stage {stage}: "
+    return f"{where}{shape}", functions, leaves
 
 
 def listed(y: Outputs) -> list[Tensor]:
@@ -285,81 +229,58 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def difference(ours: Sequence[Tensor | None], eager: Sequence[Tensor | None]) -> float:
-    """Returns the largest relative L2 difference of our results to PyTorch's. None means 0."""
-    errors = [0.0]
-    for x, y in zip(ours, eager, strict=True):
-        x, y = (torch.zeros(()) if z is None else z.detach().double() for z in (x, y))
-        errors.append(float((x.to(y.device) - y).norm() / y.norm().clamp_min(1e-30)))
-    return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-def measure(key: CaseKey, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
+def measure(name: str, stage: int, batch: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Times an op, its backward and the backward of its backward. Yields a dict for each of them.
 
     The third dict also has the peak memory of all three together. The dicts are rows of the JSON
-    record. batch: number of images. rounds: number of measured calls of each.
+    record. name: key of OPS. stage: stage of Swin-B with the inputs' shapes. batch: number of
+    images. rounds: number of measured calls of each.
     """
-    shape, functions, leaves = build(key, batch, DEVICE)
+    shape, functions, leaves = build(name, stage, batch, DEVICE)
     inputs = list(leaves.values())
     with torch.no_grad():
         ys = listed(functions["ours"](*inputs))
     gys = [torch.randn_like(y).requires_grad_() for y in ys]
     v = torch.randn_like(inputs[0])
-    asked = {name: requests(f, inputs, gys, v) for name, f in functions.items()}
+    asked = {who: requests(f, inputs, gys, v) for who, f in functions.items()}
     for order in ORDERS:
         moved = bytes_moved(asked["ours"][order])
-        arms: dict[str, Callable] = {name: runs[order] for name, runs in asked.items()}
-        off = difference(arms["ours"](), arms["eager"]())
+        arms: dict[str, Callable] = {who: runs[order] for who, runs in asked.items()}
         source = torch.ones(max(moved // 2, 1), dtype=torch.uint8, device=v.device)
         arms["copy"] = functools.partial(torch.empty_like(source).copy_, source)
         timings = cold(arms, rounds=rounds)
-        ms = {name: summary([1e3 * s for s in times]) for name, times in timings.items()}
-        share, faster = (ms[name]["median"] / ms["ours"]["median"] for name in ("copy", "eager"))
+        ms = {who: summary([1e3 * s for s in times]) for who, times in timings.items()}
+        share, faster = (ms[who]["median"] / ms["ours"]["median"] for who in ("copy", "eager"))
         row: dict[str, Any] = {
-            "op": key.op,
+            "op": name,
             "shape": shape,
-            "dtype": name_of(key.dtype),
+            "dtype": str(OPS[name].dtype).removeprefix("torch."),
             "order": order,
             "bytes": moved,
             "ms": ms,
             "bytes_per_s": 1e3 * moved / ms["ours"]["median"],
             "share_of_copy": share,
             "times_as_fast_as": {"eager": faster},
-            "relative_difference_to_eager": off if math.isfinite(off) else None,
-            "agrees": off <= DIFFERENCE[key.dtype],
         }
         if order == "second" and v.device.type == "cuda":
             peaks = {
-                name: peak_bytes(lambda f=f: requests(f, inputs, gys, v)["second"]())
-                for name, f in functions.items()
+                who: peak_bytes(lambda f=f: requests(f, inputs, gys, v)["second"]())
+                for who, f in functions.items()
             }
             leaner = {"eager": peaks["eager"] / max(peaks["ours"], 1)}
             row |= {"peak_bytes": peaks, "times_less_memory_than": leaner}
         yield row
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """Returns a dtype's name without "torch."."""
-    return str(dtype).removeprefix("torch.")
-
-
 def table(record: Record) -> str:
-    """Returns this benchmark's Markdown table, made from its JSON record.
-
-    It shows each op at the first shape and dtype that was measured.
-    """
+    """Returns this benchmark's Markdown table, made from its JSON record."""
     ops: dict[str, dict[str, Any]] = {}
     for row in record["rows"]:
-        first = ops.setdefault(row["op"], {"shape": row["shape"], "dtype": row["dtype"]})
-        if (row["shape"], row["dtype"]) == (first["shape"], first["dtype"]):
-            first[row["order"]] = row
+        ops.setdefault(row["op"], dict(row))[row["order"]] = row
     # an op without all three orders is left out of the table, and the JSON record says why
-    shown = [{"op": op, **orders} for op, orders in ops.items() if {*ORDERS} <= orders.keys()]
-
+    shown = [row for row in ops.values() if {*ORDERS} <= row.keys()]
     columns: dict[str, Column] = {
-        "op": "op",
-        "shape": "shape",
+        **{name: name for name in ("op", "shape", "dtype")},
         "share of copy bandwidth: forward, backward, second": lambda r: ", ".join(
             f"{100 * r[order]['share_of_copy']:.0f} %" for order in ORDERS
         ),
@@ -369,8 +290,8 @@ def table(record: Record) -> str:
         ),
     }
     note = (
-        f"{record['device']}, batch {record['batch_size']}, {shown[-1]['dtype']}, medians of "
-        f"{record['rounds']} calls with a cold cache"
+        f"{record['device']}, batch {record['batch_size']}, medians of {record['rounds']} calls "
+        "with a cold cache"
     )
     triton_version = f"triton {record['versions']['triton']}"
     return with_notes(make_table(shown, columns), record, note, triton_version)
@@ -379,55 +300,33 @@ def table(record: Record) -> str:
 @program(
     option("--ops", nargs="+", choices=OPS, metavar="OP", default=list(OPS), help="default: all"),
     option(
-        "--stages", nargs="+", type=int, choices=STAGES, default=list(STAGES) if ON_GPU else [3, 4]
+        "--stage", type=int, choices=STAGES, default=1 if ON_GPU else 4,
+        help="stage of Swin-B with the inputs' shapes",
     ),
     option("--batch-size", default=64 if ON_GPU else 2, help="number of images"),
     option("--rounds", default=30 if ON_GPU else 3),
-    option("--minutes", default=5.0, help="begin no case after this time"),
-)
+)  # fmt: skip
 def main(args: argparse.Namespace) -> int:
-    """Measures all ops, and writes the JSON record after each measurement.
-
-    Returns 1 if an op failed or differs from PyTorch, else 0.
-    """
-    began = time.perf_counter()
-    output, head = open_record(args, "kernels_{device}.json", ("minutes",), needs_gpu=True)
-    head |= {"batch_size": args.batch_size, "rounds": args.rounds}
+    """Measures all ops and writes the JSON record after each. Returns 1 if an op failed, else 0."""
+    output, head = open_record(args, "kernels_{device}.json", needs_gpu=True)
+    head |= {"batch_size": args.batch_size, "rounds": args.rounds, "rows": [], "failed": []}
     print("" if ON_GPU else NO_MEANING)
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    failed: list[str] = []
-
-    def save(complete: bool) -> None:
-        found = {"skipped": skipped, "failed": failed, "rows": rows, "complete": complete}
-        write_record(output, head | found | {"seconds": time.perf_counter() - began})
-
-    for key in choose_cases(args.ops, args.stages):
-        if time.perf_counter() - began > 60 * args.minutes:
-            skipped.append(f"{key}: --minutes were over")
-            continue
+    for name in args.ops:
         try:
             gc.collect()
             torch.cuda.empty_cache()
-            for row in measure(key, args.batch_size, args.rounds):
-                rows.append(row)
-                off = "" if row["agrees"] else ", DIFFERS from eager"
-                print(
-                    f"{key}, {row['order']}: {row['share_of_copy']:.0%} of a copy{off}", flush=True
-                )
-        except Exception as error:  # goes on with the other measurements
-            failed.append(f"{key}: {describe_error(error)}")
-            print(f"FAILED: {failed[-1]}", flush=True)
-        save(complete=False)
-    save(complete=True)
-    wrong = [row for row in rows if not row["agrees"]]
-    print(
-        f"{len(rows)} rows, {len(skipped)} skipped, {len(failed)} failed, {len(wrong)} differ from "
-        f"eager -> {output}"
-    )
+            for row in measure(name, args.stage, args.batch_size, args.rounds):
+                head["rows"].append(row)
+                print(f"{name}, {row['order']}: {row['share_of_copy']:.0%} of a copy", flush=True)
+        except Exception as error:  # goes on with the other ops
+            head["failed"].append(f"{name}: {describe_error(error)}")
+            print(f"FAILED: {head['failed'][-1]}", flush=True)
+        write_record(output, head | {"complete": False})
+    write_record(output, head | {"complete": True})
+    print(f"{len(head['rows'])} rows, {len(head['failed'])} failed -> {output}")
     print("" if ON_GPU else NO_MEANING)
-    return int(bool(wrong or failed))
+    return int(bool(head["failed"]))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,13 @@ from benchmarks import gpu_report, tables
 from benchmarks.data import loader
 from benchmarks.gpu_report import Machine, Part
 from benchmarks.step import precision
-from fastgn.data.batch import Batch
 
 H200 = Machine("NVIDIA H200", (9, 0), smoke=False)
 V100 = Machine("Tesla V100", (7, 0), smoke=False)
 
 
 def part(name: str, code: str, limit_s: float = 30, **more: Any) -> Part:
-    return Part(name, "a test's", ["-c", code], limit_s, **more)
+    return Part(name, ["-c", code], limit_s, **more)
 
 
 def carry_out(folder: Path, *parts: Part, sources: str = "a", **options: Any) -> dict[str, dict]:
@@ -37,7 +36,8 @@ def carry_out(folder: Path, *parts: Part, sources: str = "a", **options: Any) ->
     options = {"began": time.monotonic(), "budget_s": 300} | options
     status = gpu_report.carry_out(report, parts, **options)
     entries = {e["name"]: e for e in json.loads((folder / "report.json").read_text())["parts"]}
-    bad = [p.name for p in parts if entries[p.name]["status"] in ("failed", "timed out")]
+    statuses = [entries[p.name]["status"] for p in parts if p.name in entries]
+    bad = [status for status in statuses if status in ("failed", "timed out")]
     assert status == bool(bad)
     return entries
 
@@ -60,14 +60,12 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys) -
         part("breaks", "print('working')\nraise OSError('the disk is gone')"),
         part("dies", "import os; os.kill(os.getpid(), 9)"),
         part("hangs", hang, limit_s=3),
-        part("lacks", "raise SystemExit(1)", needs=["json", "unheard_of"]),
         part("works", f"open('{tmp_path}/r/file', 'w').write('x')\n{seen}", file="file"),
     )
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "breaks": "failed",
         "dies": "failed",
         "hangs": "timed out",
-        "lacks": "skipped",
         "works": "ok",
     }
     assert entries["breaks"]["exit_status"] == 1 and entries["breaks"]["file"] is None
@@ -78,12 +76,11 @@ def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys) -
     assert entries["hangs"]["last_lines"] == ["begun"] and 3 <= entries["hangs"]["seconds"] < 15
     stat = Path("/proc") / child.read_text() / "stat"  # its own child's
     assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
-    assert entries["lacks"]["reason"] == "not installed: unheard_of"
     assert entries["works"]["file"] == "file"
     # on disk when the next part began
-    assert entries["works"]["last_lines"] == ["['breaks', 'dies', 'hangs', 'lacks']"]
+    assert entries["works"]["last_lines"] == ["['breaks', 'dies', 'hangs']"]
     printed = capsys.readouterr().out
-    assert "OSError: the disk is gone" in printed and "not installed: unheard_of" in printed
+    assert "OSError: the disk is gone" in printed
 
 
 def test_what_succeeded_is_not_done_again(tmp_path: Path) -> None:
@@ -128,7 +125,7 @@ def test_what_failed_before_a_limit_is_said(tmp_path: Path) -> None:
     command.append(str(tmp_path / "test_x.py"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
     try:
-        entries = carry_out(tmp_path / "r", Part("tests", "", command, 20))
+        entries = carry_out(tmp_path / "r", Part("tests", command, 20))
         signal.raise_signal(signal.SIGINT)  # which it still ignores itself
     finally:
         signal.signal(signal.SIGINT, before)
@@ -149,7 +146,7 @@ def test_a_file_of_other_sources_is_no_result(tmp_path: Path) -> None:
 
 
 def test_no_part_begins_when_the_budget_is_spent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(gpu_report, "LEAST_S", 1)
     slow = part("slow", "import time; time.sleep(600)", limit_s=60)
@@ -158,8 +155,7 @@ def test_no_part_begins_when_the_budget_is_spent(
     entries = carry_out(tmp_path / "r", slow, late, budget_s=3)
     # cut short by the budget and not by its own limit
     assert entries["slow"]["status"] == "timed out" and time.monotonic() - began < 30
-    assert entries["late"]["status"] == "skipped"
-    assert entries["late"]["reason"].startswith("no time left: 0 of ")
+    assert "late" not in entries and "no time left: 0 of 3 s" in capsys.readouterr().out
     entries = carry_out(tmp_path / "r", late)
     assert entries["late"]["status"] == "ok"
     entries = carry_out(tmp_path / "r", late, sources="b", budget_s=0.5)
@@ -212,12 +208,11 @@ def test_the_first_parts_fit_nine_minutes() -> None:
 
 def test_what_is_judged_is_asked_for() -> None:
     """The arms that the targets compare have room in the first bf16 part, by what a step took to
-    prepare on a slow machine, and the budgets stand in a part of their own."""
+    prepare on a slow machine."""
     parts = {p.name: p for p in gpu_report.parts_for(H200, Path("/folder"))}
     command = parts["cost_bf16"].command
     assert {"natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper"} < set(command)
     assert float(command[command.index("--minutes") + 1]) > 2.3
-    assert "--budgets" in parts["cost_bf16_budgets"].command
     assert "--no-cuda-graphs" in parts["cost_bf16_no_graphs"].command
     assert "fgsm_rs" in parts["cost_bf16_schedules"].command
 
@@ -325,25 +320,14 @@ def test_the_loaders_toy_record(toy: Path) -> None:
 # ------------------------------------------------------------------------------ loader, precision
 
 
-def slow_batches(seconds: float, size: int):
-    while True:
-        time.sleep(seconds)
-        yield Batch(torch.zeros(size, 3, 2, 2), torch.zeros(size, dtype=torch.int64))
-
-
-def test_a_consumer_counts_images() -> None:
-    source = slow_batches(0.03, size=5)
-    found = loader.consume(source, 4)
-    assert 20 / 1.2 < found["images_per_s"] <= 20 / 0.12 and found["cpu_ms_an_image"] >= 0
-
-
 def test_the_torch_loaders_row(tmp_path: Path) -> None:
     paths = loader.jpeg_folder(tmp_path, 2)
     split = loader.repeated(paths, 60)
     assert len(split) == 60 and len(set(split.paths)) == 2
     options = {"batch_size": 2, "workers": 0, "batches": 3, "rounds": 2}
-    (row,) = loader.measure(["torch"], paths, **options)
-    assert row["images_per_s"]["n"] == 2 and row["images_per_s"]["min"] > 0
+    found = loader.measure(["torch"], paths, **options)["torch"]
+    assert len(found["images_per_s"]) == len(found["cpu_ms_an_image"]) == 2
+    assert min(found["images_per_s"]) > 0 and min(found["cpu_ms_an_image"]) >= 0
 
 
 def test_jpegs_are_of_imagenets_size() -> None:
