@@ -41,14 +41,6 @@ def positive_float(text: str) -> float:
     return value
 
 
-def share(text: str) -> float:
-    """Returns a number from 0 to 1. This is a type for argparse."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1]")
-    return value
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose error messages are one line, without the usage."""
 
@@ -60,15 +52,19 @@ Option = tuple[tuple[str, ...], dict[str, Any]]
 """Names and settings of one flag, as ArgumentParser.add_argument takes them."""
 
 
-def option(*names: str, **settings: Any) -> Option:
+def option(*names: str, positive: type | None = None, **settings: Any) -> Option:
     """Returns a flag for a program. The arguments are those of ArgumentParser.add_argument.
 
-    If no type is given and the default is a number, the value must be positive. If the default is
-    an int, the value must also be a whole number.
+    positive: int or float if the values of the flag are positive numbers of this type. If None, and
+    neither `type` nor `choices` is given, the type is that of a number which is the default or is
+    the first item of the default.
     """
     default = settings.get("default")
-    if "type" not in settings and type(default) in (int, float):
-        settings["type"] = positive_int if type(default) is int else positive_float
+    first = default[0] if isinstance(default, (list, tuple)) and default else default
+    if positive is None and not settings.keys() & {"type", "choices"}:
+        positive = type(first)
+    if positive in (int, float):
+        settings["type"] = positive_int if positive is int else positive_float
     return names, settings
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fastgn import files
-from fastgn.errors import check
 from fastgn.lock import lock_file
 
 HELD: set[Path] = set()
@@ -91,26 +90,3 @@ def write_record(path: Path, record: Mapping[str, Any]) -> Path:
         unfinished(path).unlink(missing_ok=True)
     write_json(path, record)
     return path
-
-
-def fastest_gradnorm(path: Path, option: str, card: str | None = None) -> tuple[Any, Any]:
-    """Returns a JSON record of cost.py or predict.py, and its fastest result for gradnorm.
-
-    Only results with the schedule "exact" count. option: flag that gave the path, for messages.
-    card: GPU whose results count in a record of predict.py. Raises UserError if no result counts,
-    or if the times were measured on a CPU.
-    """
-    record = read_json(path)
-    check("rows" in record, f"{option} {path} is not a JSON record of that benchmark")
-    wrong = f"{option} {path}: its times were measured without a GPU: give a record of a GPU"
-    check(bool(card or record.get("meaningful_times")), wrong)
-    rows = [
-        row
-        for row in record["rows"]
-        if (row["method"], row["schedule"]) == ("gradnorm", "exact")
-        and row["images_per_s"]
-        and (card is None or row["gpu"] == card)
-    ]
-    wanted = f"exact gradnorm on --card {card}" if card else "exact gradnorm"
-    check(bool(rows), f"{option} {path} has no images_per_s of {wanted}")
-    return record, max(rows, key=lambda row: row["images_per_s"])

@@ -49,10 +49,8 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Name of the method, such as "gradnorm exact" (with the schedule if it is gradnorm). If
-        `budget` is below 1, the name ends with it."""
-        name = f"{self.method} {self.schedule}" if self.method == "gradnorm" else self.method
-        return name if self.budget == 1 else f"{name}, budget {self.budget:g}"
+        """Name of the method, with the schedule if it is gradnorm, such as "gradnorm exact"."""
+        return f"{self.method} {self.schedule}" if self.method == "gradnorm" else self.method
 
     @property
     def key(self) -> str:

@@ -1,6 +1,6 @@
 """Measures the cost of one update, for every training method, schedule and precision.
 
-The cost is time, memory, energy and kernel launches. The table shows it beside Table 3 of arXiv
+The cost is time, energy and kernel launches. The table shows it beside Table 3 of arXiv
 2409.20139. An arm is a training method with a schedule (how its penalty is differentiated) and a
 precision. Arms named -paper do what the paper's code does (benchmarks/step/arms.py says how).
 
@@ -11,16 +11,13 @@ precision. Arms named -paper do what the paper's code does (benchmarks/step/arms
 An update is fastgn.step.step.Step on random images and soft targets, followed by AdamW. Its
 learning rate is 0, so that all arms work on the same weights. The time is measured in several
 rounds. In a round, all arms are timed in turn. A ratio of two arms is computed within each round
-and then averaged. A lazy arm computes the
-penalty only in every n-th update, so its results are means over n updates.
+and then averaged. A lazy arm computes the penalty only in every n-th update, so its results are
+means over n updates.
 
 The arms named -paper ignore --kernels and --compile. The schedule exact-eager uses --kernels, but
 is never compiled. gradnorm-paper also runs in fp32, the precision of the paper.
 
-Operations are counted with PyTorch's operators, without what torch.compile recomputes. FLOP
-utilisation is relative to a square matrix product in the same precision and run. Peak memory is
-what an arm would need alone: weights, optimizer, images, what it keeps between updates, and the
-most that an update allocates.
+Operations are counted with PyTorch's operators, without what torch.compile recomputes.
 
 Writes benchmarks/results/cost_<model>_<device>.json after every arm and round. If other options
 than --model and --counts-only are changed, writes to runs/ instead. On a CPU, counts are exact and
@@ -41,25 +38,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common.arguments import (
-    DEVICE,
-    MODERN,
-    ON_GPU,
-    open_record,
-    option,
-    positive_float,
-    positive_int,
-    program,
-    share,
-)
+from benchmarks.common.arguments import DEVICE, MODERN, ON_GPU, open_record, option, program
 from benchmarks.common.energy import energy_counter
 from benchmarks.common.records import describe_error, write_record
-from benchmarks.common.tables import Column, Record, Row, device, make_cell, make_table, with_notes
+from benchmarks.common.tables import Column, Record, Row, device, make_table, with_notes
 from benchmarks.common.timing import interleaved, once, paired_ratios, summary, synchronize
 from benchmarks.step.arms import Arm, random_batch
 from fastgn.config.groups import ArchitectureConfig, OptimizerConfig
@@ -69,12 +55,7 @@ from fastgn.optim import build_optimizer
 from fastgn.step.meter import Meter as OperationMeter
 from fastgn.step.meter import fake_copy
 from fastgn.step.passes import count_passes
-from fastgn.step.precision import (
-    PRECISIONS,
-    explain_unsupported,
-    matmul_precision,
-    short_dtype,
-)
+from fastgn.step.precision import PRECISIONS, explain_unsupported
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
 
@@ -89,9 +70,6 @@ SMALL_SWIN = (
     "window_size=4",
 )
 """Arguments of the network small_swin, which is a swin_t for images of 32 pixels."""
-GEMM_SIDE = {"cuda": 8192, "cpu": 512}
-"""Rows and columns of the square matrices whose product shows the device's highest FLOP rate."""
-
 PAPER = {
     "natural": {"passes": 2, "seconds_a_batch": 0.749, "std": 0.002},
     "gradnorm": {"passes": 5, "seconds_a_batch": 1.848, "std": 0.011},
@@ -116,13 +94,9 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
                 arm = Arm(method, precision, Schedule(kind))
                 compiled = args.compile == "on" and kind != "exact-eager" and not arm.paper
                 arms.append(dataclasses.replace(arm, compile=compiled))
-                if compiled and arm.name == "gradnorm exact":
-                    budgets = (b for b in args.budgets if b < 1)
-                    arms += [dataclasses.replace(arms[-1], budget=b) for b in budgets]
     if "gradnorm-paper" in (args.methods or METHODS) and "fp32" not in args.precision:
         arms.append(Arm("gradnorm-paper", "fp32"))
-    order = lambda a: (SCHEDULES.index(a.schedule.kind), a.budget < 1, METHODS.index(a.method))  # noqa: E731
-    return sorted(arms, key=order)
+    return sorted(arms, key=lambda a: (SCHEDULES.index(a.schedule.kind), METHODS.index(a.method)))
 
 
 # ------------------------------------------------------------------------------------------ counts
@@ -149,27 +123,23 @@ def update_flops(
 # ------------------------------------------------------------------------------------ measurements
 
 
-def launches(run: Callable[[], object], compiled: bool) -> tuple[str, int | None, float | None]:
-    """Counts the kernels that a call launches, or on a CPU the operators that read or write memory.
+def launches(run: Callable[[], object], updates: int) -> dict[str, Any] | None:
+    """Counts the kernels that a call launches on the GPU. Returns None if that cannot be measured.
 
-    compiled: whether torch.compile has compiled the call. Returns what is counted, the number, and
-    the seconds in which the GPU was at work. A value that cannot be measured is None, such as the
-    number of operators in a compiled call.
+    Keys of the result: what (is counted), count, and busy_s, the seconds in which the GPU was at
+    work. The numbers are per update. updates: number of updates that the call makes.
     """
-    if torch.cuda.is_available():
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            run()
-            synchronize()
-        kernels = [e for e in profiler.events() if is_kernel(e)]
-        busy_s = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
-        # if the profiler shows no kernel, the machine does not allow profiling
-        return "kernels launched", len(kernels) or None, busy_s or None
-    what = "operators without views"
-    if compiled:
-        return what, None, None
-    with OperationMeter() as meter:
+    if not torch.cuda.is_available():
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
-    return what, meter.operators, None
+        synchronize()
+    kernels = [event for event in profiler.events() if is_kernel(event)]
+    if not kernels:
+        return None
+    busy_s = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
+    found = {"count": len(kernels) / updates, "busy_s": busy_s / updates}
+    return {"what": "kernels launched"} | found
 
 
 def is_kernel(event: Any) -> bool:
@@ -194,7 +164,6 @@ class Measurement:
     notes: list[str] = dataclasses.field(default_factory=list)
     warm_s: float = math.nan
     """Seconds per update in one call after the warm-up, to plan the measurement."""
-    peak_bytes: dict[str, int] | None = None
     launches: dict[str, Any] | None = None
     rounds: list[float] = dataclasses.field(default_factory=list)
     """Seconds per update, one entry for each repetition of the measurement."""
@@ -252,32 +221,28 @@ class UpdateBench:
         return arm.step(network, **({} if arm.paper else self.step_options))
 
     @contextlib.contextmanager
-    def attempt(self, found: Measurement, what: str, *, needed: bool = True) -> Iterator[None]:
+    def attempt(self, found: Measurement, what: str) -> Iterator[None]:
         """Catches an error of the with block, so that other kinds of update are still measured.
 
         found: measurement in which the error's text is stored. what: name of the code in the with
-        block, which begins the text. needed: whether this kind of update cannot be
-        timed after the error. If False, the text is only a note.
+        block, which begins the text.
         """
         try:
             yield
             return
         except Exception as error:
-            line = f"{what}: {describe_error(error)}"
-        found.notes += [] if needed else [line]
-        found.why_not = line if needed else found.why_not
+            found.why_not = f"{what}: {describe_error(error)}"
         self.optimizer.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
 
     def prepare(self, found: Measurement) -> None:
-        """Builds and warms up a kind of update. Stores its memory and launches in `found`."""
+        """Builds and warms up a kind of update. Stores its kernel launches in `found`."""
         arm = found.arm
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
             return
         gc.collect()
-        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         with self.attempt(found, "first step"):
             found.step = self.step(arm)
             found.step.report = found.notes.append
@@ -285,28 +250,8 @@ class UpdateBench:
             for _ in range(3 if arm.compile else 2):
                 self.cycle(found)
             found.warm_s = once(lambda: self.cycle(found)) / arm.cycle
-            # memory is not measured with CUDA graphs, because the allocator does not show theirs
-            if self.device.type == "cuda" and not (arm.compile and self.step_options):
-                found.peak_bytes = {"total": self.peak_bytes(found, held)}
-        if found.why_not is None:
-            with self.attempt(found, "launches", needed=False):
-                what, *seen = launches(lambda: self.cycle(found), arm.compile)
-                count, busy_s = (x and x / arm.cycle for x in seen)
-                found.launches = {"what": what, "count": count, "busy_s": busy_s}
-
-    def peak_bytes(self, found: Measurement, held: int) -> int:
-        """Returns the bytes of memory that one kind of update would need if it were alone.
-
-        found: measurement of this kind. held: bytes of all tensors on the GPU before the update was
-        built.
-        """
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self.cycle(found)
-        synchronize()
-        own = torch.cuda.max_memory_allocated(self.device) - held
-        states = [t for state in self.optimizer.state.values() for t in state.values()]
-        tensors = [*self.plain.parameters(), *self.plain.buffers(), self.images, self.targets]
-        return own + sum(t.nbytes for t in tensors + states if isinstance(t, Tensor))
+            with contextlib.suppress(RuntimeError):  # not every machine allows profiling
+                found.launches = launches(lambda: self.cycle(found), arm.cycle)
 
     def time(
         self,
@@ -343,35 +288,6 @@ class UpdateBench:
                     found.joules.append(taken[key] / (cycles[key] * found.arm.cycle))
 
 
-def gemm_rates(
-    precisions: Sequence[str], device: torch.device, rounds: int
-) -> dict[str, dict[str, float]]:
-    """Measures a square matrix product in several precisions.
-
-    Returns precision -> {"side": rows of the matrices, "flops_per_s": median of the floating-point
-    operations per second}. Precisions that the device does not support are left out. rounds: number
-    of measurements in each precision.
-    """
-    side = GEMM_SIDE[device.type]
-
-    def product(precision: str) -> Callable[[], None]:
-        dtype = short_dtype(precision) or torch.float32
-        a, b, out = torch.randn(3, side, side, device=device, dtype=dtype)
-
-        def run() -> None:
-            with matmul_precision(precision):
-                torch.mm(a, b, out=out)
-
-        return run
-
-    products = {p: product(p) for p in precisions if explain_unsupported(p, device) is None}
-    timings = interleaved(products, rounds=rounds, calls=10)
-    return {
-        precision: {"side": side, "flops_per_s": 2 * side**3 / statistics.median(seconds)}
-        for precision, seconds in timings.items()
-    }
-
-
 # ------------------------------------------------------------------------------------------ record
 
 
@@ -381,7 +297,7 @@ def paper_column(arm: Arm) -> dict[str, Any] | None:
     The result also has the ratios of its time to the times of natural training and PGD-3.
     """
     row = PAPER.get(arm.base)
-    if row is None or not arm.schedule.is_exact or arm.budget < 1:
+    if row is None or not arm.schedule.is_exact:
         return None
     others = ("natural", "pgd_at")
     ratios = {name: row["seconds_a_batch"] / PAPER[name]["seconds_a_batch"] for name in others}
@@ -423,14 +339,11 @@ def row_of(
 
     rivals = [(n, other) for n in ("natural", "pgd_at", "pgd_at-paper") for other in timed(n)]
     prefix = "" if meaningful else "meaningless_"
-    rate = record["gemm"][arm.precision]["flops_per_s"]
     row |= {
         "micro_batch": found.step.step.micro_batch or batch,
         f"{prefix}seconds_a_batch": summary(found.rounds) | {"rounds": found.rounds},
         "images_per_s": images_per_s if meaningful else None,
         "time_over": {n: summary(paired_ratios(found.rounds, m.rounds)) for n, m in rivals},
-        "flop_utilisation": found.flops * images_per_s / rate,
-        "peak_bytes": found.peak_bytes,
         "joules_an_image": summary([j / batch for j in found.joules]) if found.joules else None,
         "launches": found.launches,
     }
@@ -467,9 +380,6 @@ COLUMNS: dict[str, Column] = {
     "over PGD-3": "time_over/pgd_at:.2f",
     "over the paper's PGD-3": "time_over/pgd_at-paper:.2f",
     "speed over the paper's way, fp32": f"times_as_fast_as/{PAPER_IN_FP32}:.2f",
-    "FLOP utilisation": lambda r: (
-        f"{100 * r['flop_utilisation']:.0f} %" if "flop_utilisation" in r else ""
-    ),
     "peak GiB": lambda r: f"{r['peak_bytes']['total'] / 2**30:.1f}" if r.get("peak_bytes") else "",
     "J an image": "joules_an_image:.3f",
     "launches": "launches/count:.0f",
@@ -506,25 +416,6 @@ def table(record: Record) -> str:
     notes.append("paper: arXiv 2409.20139, Table 3, Swin-B at 224 px in fp32 on 8 V100")
     notes += [f"failed: {row['arm']}, {row['precision']}: {row['failed']}" for row in failed]
     return with_notes(make_table(rows, columns), record, *notes)
-
-
-def headline(record: Record) -> str:
-    """Returns README's paragraph that compares gradnorm's speed with that of the paper's code."""
-    rows = {(row["arm"], row["precision"]): row for row in record["rows"]}
-    ours, paper = rows["gradnorm exact", "bf16"], rows["gradnorm-paper", "fp32"]
-    energy = ours["joules_an_image"]["mean"] / paper["joules_an_image"]["mean"]
-    eager = {p: rows["gradnorm-paper", p]["images_per_s"] for p in ("fp32", "bf16")}
-    return (
-        f"Measured on one {record['device']}: fastgn trains Swin-B ({record['img_size']} px, batch "
-        f"{record['batch']}, bf16) with the exact penalty at {ours['images_per_s']:.0f} images/s. "
-        f"An update takes {make_cell(ours, 'time_over/natural:.2f')} times as long as one of "
-        f"natural training. The same update in eager PyTorch, as the paper runs it, reaches "
-        f"{eager['bf16']:.0f} images/s in bf16 and {eager['fp32']:.0f} in fp32, the paper's "
-        f"precision. Compared with the latter, fastgn is "
-        f"{make_cell(ours, f'times_as_fast_as/{PAPER_IN_FP32}:.2f')} times as fast and takes "
-        f"{energy:.2f} times the energy (n = {record['rounds']}, "
-        f"`benchmarks/results/{record['file']}`)."
-    )
 
 
 def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
@@ -577,13 +468,12 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
         "--model", default="swin_b" if ON_GPU else "small_swin", help="any model of fastgn.train"
     ),
     option("--model-kwargs", nargs="+", default=[], metavar="KEY=VALUE", help="of the model"),
-    option("--img-size", type=positive_int, help="height and width of the images in pixels"),
-    option("--classes", type=positive_int, help="default: 1000, or 10 for small_swin"),
+    option("--img-size", positive=int, help="height and width of the images in pixels"),
+    option("--classes", positive=int, help="default: 1000, or 10 for small_swin"),
     option("--batch", default=64 if ON_GPU else 8, help="images per update"),
     option("--methods", nargs="+", choices=METHODS, help="default: all"),
     option("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="for gradnorm"),
     option("--precision", nargs="+", choices=PRECISIONS, default=["fp32", *SHORT]),
-    option("--budgets", nargs="+", type=share, default=(), help="memory budgets of exact arms"),
     option("--kernels", choices=("auto", "triton", "reference"), default="auto"),
     option("--compile", choices=("on", "off"), default="on" if ON_GPU else "off"),
     option(
@@ -592,10 +482,10 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
     ),
     option("--rounds", default=3),
     option(
-        "--round-seconds", type=positive_float, default=1.0 if ON_GPU else 0.3,
+        "--round-seconds", default=1.0 if ON_GPU else 0.3,
         help="about how long an arm is timed in a round",
     ),
-    option("--minutes", type=positive_float, help="leave out arms that would take longer"),
+    option("--minutes", positive=float, help="leave out arms that would take longer"),
     option("--counts-only", action="store_true", help="count passes and operations, time nothing"),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
@@ -632,14 +522,11 @@ def main(args: argparse.Namespace) -> int:
         "kernels": choose_kernels(args.kernels, DEVICE),
         "cuda_graphs": args.cuda_graphs,
         "energy": "not measured",
-        "gemm": {},
         "forward_flops_an_image": forward_flops(network, args.batch),
     }
     bench, joules = None, None
     if not args.counts_only:
         print(record["device"] if ON_GPU else NO_MEANING, flush=True)
-        precisions = list(dict.fromkeys(arm.precision for arm in arms))
-        record["gemm"] = gemm_rates(precisions, DEVICE, args.rounds)
         graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
         network = network.to(DEVICE)
         bench = UpdateBench(network, classes, args.batch, record["kernels"], **graphs)

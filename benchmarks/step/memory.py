@@ -7,7 +7,7 @@ A memory budget is the share of activations that a compiled update keeps. The ra
 are the source of constants in fastgn/step/plan.py. The tensors have no data, and the backend
 aot_eager_decomp_partition generates no code: it only decides what the forward keeps for the
 backward. Generated code fuses operators and frees temporaries sooner, so its peaks are lower than
-the counted ones. benchmarks/step/cost.py measures peaks on a GPU.
+the counted ones.
 
 Adds its rows to benchmarks/results/memory_budget.json.
 """

@@ -17,20 +17,14 @@ Writes benchmarks/results/overlap_swin_b_<depths>.json.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.common.arguments import (
-    finish,
-    open_record,
-    option,
-    positive_float,
-    positive_int,
-    program,
-)
+from benchmarks.common.arguments import finish, open_record, option, program
 from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.step.predict import Network, kernels_of, run_updates
 from benchmarks.step.pretend import GPUS, Gpu
@@ -40,8 +34,14 @@ from fastgn.step.gradients import GRAD_DTYPES, OneRank
 from fastgn.step.options import StepOptions
 from fastgn.step.step import Step
 
-NETWORK_BYTES_PER_S = 50e9
-"""Bytes per second of a network card of 400 Gbit/s, in one direction."""
+GPU = GPUS["h200"]
+LINKS = Links(GPU.link_bytes_per_s, inter_bytes_per_s=50e9)
+"""NVLink, and one network card of 400 Gbit/s per node."""
+BATCH = 64
+"""Number of images per GPU."""
+GPU_COUNTS = (8, 64)
+FACTORS = (1.0, 1.76)
+"""Times of a kernel, relative to the roofline. 1.76 was measured for a whole update."""
 
 
 class Pretended(OneRank):
@@ -125,43 +125,25 @@ def table(record: Record) -> str:
     return with_notes(make_table(record["rows"], columns), record, note)
 
 
-@program(
-    option("--depths", nargs=4, type=positive_int, default=[1, 1, 1, 1], help="blocks per stage"),
-    option("--batch", default=64, help="images per GPU"),
-    option("--gpus", nargs="+", type=positive_int, default=[8, 64]),
-    option("--grad-dtypes", nargs="+", choices=GRAD_DTYPES, default=[*GRAD_DTYPES]),
-    option("--node-links", default=1, help="network cards per node"),
-    option(
-        "--factors", nargs="+", type=positive_float, default=[1.0, 1.76],
-        help="time of a kernel, relative to the roofline; 1.76 was measured for an update",
-    ),
-)  # fmt: skip
+@program(option("--depths", nargs=4, default=[1, 1, 1, 1], help="blocks per stage"))
 def main(args: argparse.Namespace) -> int:
-    """Predicts the times for all options, and writes the JSON record."""
+    """Predicts the times for each kind of gradients and GPUs, and writes the JSON record."""
     name = "_".join(map(str, args.depths))
     output, record = open_record(args, f"overlap_swin_b_{name}.json", free=("depths",))
-    gpu = GPUS["h200"]
-    network = Network("swin_b", 224, args.batch).with_depths(args.depths)
+    network = Network("swin_b", 224, BATCH).with_depths(args.depths)
     rows = []
-    links = Links(gpu.link_bytes_per_s, NETWORK_BYTES_PER_S, args.node_links)
-    for grad_dtype in args.grad_dtypes:
-        roofline_s, sums = schedule(network, gpu, grad_dtype)
-        for count in args.gpus:
-            for factor in args.factors:
-                kernels_s = factor * roofline_s
-                rows.append(
-                    {
-                        "gpus": count,
-                        "grad_dtype": grad_dtype,
-                        "factor": factor,
-                        "kernels_s": kernels_s,
-                        "all_reduce_s": sum(links.all_reduce_seconds(count, n) for _, n in sums),
-                        "exposed_s": exposed_seconds(count, kernels_s, sums, links),
-                        "sums": sums,
-                    }
-                )
-    record |= {"depths": list(args.depths), "batch": args.batch, "node_links": args.node_links}
-    record |= {"script": "benchmarks/step/overlap.py", "prediction": True, "gpu": gpu.name}
+    for grad_dtype in GRAD_DTYPES:
+        roofline_s, sums = schedule(network, GPU, grad_dtype)
+        for count, factor in itertools.product(GPU_COUNTS, FACTORS):
+            times = {
+                "kernels_s": factor * roofline_s,
+                "all_reduce_s": sum(LINKS.all_reduce_seconds(count, n) for _, n in sums),
+                "exposed_s": exposed_seconds(count, factor * roofline_s, sums, LINKS),
+            }
+            row = {"gpus": count, "grad_dtype": grad_dtype, "factor": factor}
+            rows.append(row | times | {"sums": sums})
+    record |= {"depths": list(args.depths), "batch": BATCH, "node_links": LINKS.node_links}
+    record |= {"script": "benchmarks/step/overlap.py", "prediction": True, "gpu": GPU.name}
     return finish(output, record | {"rows": rows}, table)
 
 

@@ -32,15 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common.arguments import (
-    DEVICE,
-    ON_GPU,
-    finish,
-    open_record,
-    option,
-    positive_float,
-    program,
-)
+from benchmarks.common.arguments import DEVICE, ON_GPU, finish, open_record, option, program
 from benchmarks.common.records import taken_over, write_record
 from benchmarks.common.tables import Record, device, make_table, with_notes
 from benchmarks.common.timing import summary
@@ -272,7 +264,7 @@ def table(record: Record) -> str:
     option("--seeds", default=3, help="number of seeds, from 0"),
     option("--batches", default=2, help="number of batches per seed"),
     option("--batch-size", default=8),
-    option("--fd-steps", nargs="+", type=positive_float, default=FD_STEPS, metavar="H"),
+    option("--fd-steps", nargs="+", default=FD_STEPS, metavar="H"),
 )
 def main(args: argparse.Namespace) -> int:
     """Makes the measurements that the JSON record lacks. Writes the record after each."""

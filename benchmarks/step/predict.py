@@ -42,7 +42,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.common import arguments
 from benchmarks.common.arguments import finish, open_record, option, program
 from benchmarks.common.records import read_json, taken_over, write_record
-from benchmarks.common.tables import Column, Record, make_table, with_notes
+from benchmarks.common.tables import Column, Record, Row, make_table, with_notes
 from benchmarks.step.arms import Arm, random_batch
 from benchmarks.step.pretend import CUDA, GPUS, Gpu, pretend
 from fastgn.config.groups import ArchitectureConfig
@@ -69,15 +69,10 @@ class Cost:
     """Seconds that the update takes if every kernel reaches the GPU's bandwidth or FLOP rate."""
     kept_bytes: float = 0
     """Bytes that a forward pass keeps for its backward pass."""
-    by_kind: Counter[str] = dataclasses.field(default_factory=Counter)
-    """Kind of computation, in names of ATen's operators -> bytes that its kernels move."""
 
     def plus(self, other: "Cost", times: float = 1) -> "Cost":
         """Returns self + times * other."""
-        sums = {k: v + times * getattr(other, k) for k, v in vars(self).items() if k != "by_kind"}
-        kinds = {**self.by_kind, **other.by_kind}
-        both = Counter({k: self.by_kind[k] + times * other.by_kind[k] for k in kinds})
-        return Cost(**sums, by_kind=both)
+        return Cost(**{k: v + times * getattr(other, k) for k, v in vars(self).items()})
 
 
 def node_flops(node: torch.fx.Node) -> int:
@@ -89,28 +84,15 @@ def node_flops(node: torch.fx.Node) -> int:
     return formula(*args, **kwargs, out_val=node.meta["val"])
 
 
-def kind_of(kernel: Any, origins: Sequence[torch.fx.Node]) -> str:
-    """Returns what a kernel computes, in the names of ATen's operators.
-
-    origins: the nodes of the graph that the kernel computes.
-    """
-    for attribute in ("op_overload", "python_kernel_name"):
-        if getattr(kernel.node, attribute, None) is not None:
-            return str(getattr(kernel.node, attribute))
-    packed = (getattr(n.target, "overloadpacket", n.target) for n in origins)
-    return "+".join(sorted({getattr(p, "__name__", str(p)) for p in packed}))
-
-
 def graph_cost(lowering: Any, gpu: Gpu, precision: str) -> Cost:
     """Returns the cost of all kernels that Inductor makes of a graph, which is a GraphLowering."""
     cost = Cost(flops=sum(map(node_flops, lowering.module.graph.nodes)))
-    for kernel, origins, moved, seconds in kernels_of(lowering, gpu, precision):
+    for kernel, _, moved, seconds in kernels_of(lowering, gpu, precision):
         extern = type(kernel).__name__ == "ExternKernelSchedulerNode"
         cost.extern += extern
         cost.generated += not extern
         cost.bytes += moved
         cost.seconds += seconds
-        cost.by_kind[kind_of(kernel, origins)] += moved
     if not lowering.is_backward:
         own = [x for x in lowering.graph_outputs if x.has_tensor_output()]
         own = {x.get_name(): x for x in own if x.get_name() not in lowering.graph_inputs}
@@ -317,46 +299,14 @@ def row_of(network: Network, arm: Arm, gpu: str, cost: Cost, source: list | None
         "schedule": str(arm.schedule),
         "precision": arm.precision,
         "kernels": arm.kernels,
-        "activation_memory_budget": arm.budget,
         "launches": {"generated": cost.generated, "extern": cost.extern},
         "bytes_an_image": cost.bytes / batch,
         "flops_an_image": cost.flops / batch,
         "kept_bytes_an_image": cost.kept_bytes / batch,
         "roofline_ms": 1e3 * cost.seconds,
         "images_per_s": batch / cost.seconds,
-        "largest": [
-            {"kernel": kind[:200], "bytes_an_image": moved / batch}
-            for kind, moved in cost.by_kind.most_common(20)
-        ],
         "extrapolated_from_depths": source,
-        "eager": eager(network, arm),
     }
-
-
-def eager(network: Network, arm: Arm) -> dict[str, float]:
-    """Returns an uncompiled update's number of PyTorch operators, and its bytes per image."""
-    counted = arm.count(network.build("reference"), network.batch, network.classes)
-    moved = counted.traffic_bytes + counted.fixed_traffic_bytes / network.batch
-    return {"operators": counted.operators, "bytes_an_image": moved}
-
-
-def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Adds to each prediction in the JSON record its ratios to natural training.
-
-    Natural training is predicted on the same GPU and in the same precision. With Triton kernels and
-    with PyTorch's there are two such predictions, and the one that moves fewer bytes is used.
-    """
-    same = ("gpu", "precision", "activation_memory_budget")
-    for row in rows:
-        naturals = [
-            r for r in rows if r["method"] == "natural" and all(r[k] == row[k] for k in same)
-        ]
-        row["over_natural"] = None
-        if naturals:
-            best = min(naturals, key=lambda r: r["bytes_an_image"])
-            names = ("bytes_an_image", "kept_bytes_an_image", "roofline_ms")
-            ratios = {name: row[name] / best[name] for name in names}
-            row["over_natural"] = {"kernels": best["kernels"]} | ratios
 
 
 def table(record: Record, measured: Sequence[Record] | None = None) -> str:
@@ -375,25 +325,26 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
         for row in r["rows"]
         if row["compiled"]
     }
-    rows = []
+    rows: list[Row] = []
+    least: dict[tuple[str, str], float] = {}
+    for row in record["rows"]:  # natural training with whichever kernels move fewer bytes
+        if row["method"] == "natural":
+            moved, same_as = row["bytes_an_image"], (row["gpu"], row["precision"])
+            least[same_as] = min(moved, least.get(same_as, moved))
     for row in record["rows"]:
         card = record["gpus"][row["gpu"]]["name"]
         network = (record["model"], record["img_size"], record["batch"])
         key = (card, *network, row["kernels"], row["arm"], row["precision"])
-        rows.append(row | {"card": card, "measured": found.get(key, {})})
+        natural = least.get((row["gpu"], row["precision"]))
+        ratio = row["bytes_an_image"] / natural if natural else None
+        rows.append(row | {"card": card, "measured": found.get(key, {}), "over_natural": ratio})
 
     columns: dict[str, Column] = {
         **{name: name for name in ("card", "arm", "precision", "kernels")},
         "launches": lambda r: f"{sum(r['launches'].values()):.0f}",
         "measured launches": "measured/launches/count:.0f",
-        "eager operators": "eager/operators:.0f",
         "MB an image": lambda r: f"{r['bytes_an_image'] / 1e6:.0f}",
-        "eager MB an image": lambda r: f"{r['eager']['bytes_an_image'] / 1e6:.0f}",
-        "eager over compiled: launches, bytes": lambda r: (
-            f"{r['eager']['operators'] / sum(r['launches'].values()):.1f}, "
-            f"{r['eager']['bytes_an_image'] / r['bytes_an_image']:.1f}"
-        ),
-        "over natural": "over_natural/bytes_an_image:.2f",
+        "over natural": "over_natural:.2f",
         "GFLOP an image": lambda r: f"{r['flops_an_image'] / 1e9:.1f}",
         "kept MB an image": lambda r: f"{r['kept_bytes_an_image'] / 1e6:.0f}",
         "images/s at the roofline": "images_per_s:.0f",
@@ -404,7 +355,6 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
         f"{record['model']}, {record['img_size']} px, batch {record['batch']}",
         "over natural: bytes over those of natural with whichever kernels move fewer",
         "an operator of fastgn_kernels counts as one launch",
-        "eager: PyTorch's operators one by one, counted",
         *(f"{gpu['name']}: {gpu['source']}" for gpu in record["gpus"].values()),
     ]
     if any(row["extrapolated_from_depths"] for row in record["rows"]):
@@ -455,13 +405,8 @@ def main(args: argparse.Namespace) -> int:
     output, head = open_record(args, f"predict_{args.model}.json", choices)
     size = (args.model, args.img_size, args.batch_size, args.classes)
     network = Network(*size, tuple(args.model_kwargs))
-    size_of = {
-        "model": args.model,
-        "model_kwargs": list(network.kwargs),
-        "img_size": args.img_size,
-        "classes": args.classes,
-        "batch": args.batch_size,
-    }
+    size_of = {"model": args.model, "model_kwargs": list(network.kwargs), "batch": args.batch_size}
+    size_of |= {"img_size": args.img_size, "classes": args.classes}
     rows = taken_over(output, size_of | {"versions": head["versions"]}).get("rows", [])
     head |= size_of | {"script": "benchmarks/step/predict.py", "prediction": True}
     wanted = [(name, arm) for name in args.gpus for arm in choose_arms(args, GPUS[name])]
@@ -471,7 +416,6 @@ def main(args: argparse.Namespace) -> int:
         row = row_of(network, arm, name, cost, source) | {"commit": head["commit"]}
         rows = [r for r in rows if key_of(r) != key_of(row)] + [row]
         rows.sort(key=lambda r: (list(GPUS).index(r["gpu"]), METHODS.index(r["method"])))
-        compare(rows)
         cards = {r["gpu"]: dataclasses.asdict(GPUS[r["gpu"]]) for r in rows}
         record = head | {"gpus": cards, "rows": rows}
         write_record(output, record | {"complete": False})

@@ -259,11 +259,8 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (torch.cuda, "get_device_capability", lambda *_: gpu.capability),
         (torch.cuda, "get_device_properties", lambda *_: properties),
         (torch.accelerator, "is_available", lambda: False),  # with True, autograd would use streams
-        (
-            fake_tensor,
-            "init_gpu_context",
-            lambda *_: None,
-        ),  # PyTorch 2.11 makes a tensor on the GPU in it
+        # PyTorch 2.11 makes a tensor on the GPU in init_gpu_context
+        (fake_tensor, "init_gpu_context", lambda *_: None),
         (interface, "is_available", staticmethod(lambda: True)),
         (interface, "current_device", staticmethod(lambda: 0)),
         (interface, "get_device_properties", staticmethod(lambda *_: properties)),

@@ -1,29 +1,28 @@
 """Predicts images per second and days of training on several GPUs and nodes.
 
-The predictions follow from the speed of one GPU. Each GPU keeps its batch size, so the global batch
-grows with the number of GPUs.
+The predictions follow from the speed of one GPU, which a record of cost.py or predict.py gives.
+Each GPU keeps its batch size, so the global batch grows with the number of GPUs.
 
-    python -m benchmarks.step.scaling --images-per-s 1200  # of one GPU, Swin-B
-    python -m benchmarks.step.scaling --cost benchmarks/results/cost_swin_b_nvidia_h200.json
-    python -m benchmarks.step.scaling --predict benchmarks/results/predict_swin_b.json --card a100
+    python -m benchmarks.step.scaling  # from the speed of an H200, measured with Swin-B
+    python -m benchmarks.step.scaling --record benchmarks/results/predict_swin_b.json --card a100
 
 An update takes the time to compute its micro-batches, and the time of the gradients' all-reduces
 that do not overlap with compute. With --grad-sync flat nothing overlaps. With overlap, the
-all-reduces begin during the backward, at the times that overlap.py has predicted for Swin-B
-(--schedule). Other networks use the same times. With several micro-batches nothing overlaps.
+all-reduces begin during the backward, at the times that overlap.py has predicted for Swin-B. Other
+networks use the same times. With several micro-batches nothing overlaps.
 
 Not modelled:
 
 - the loader, slow ranks, evaluation, checkpoints and restarts;
-- clipping and the weights' average. The optimizer is only in the speed that --cost reads;
+- clipping and the weights' average, and the optimizer in a speed that predict.py has predicted;
 - network links that are shared or slow, and GPU time that all-reduces take from compute;
 - that --grad-sync overlap runs without CUDA graphs by default;
 - BatchNorm's buffers, and ways of all-reduce other than rings and trees;
 - a speed that changes with the GPU's clock or with the batch size.
 
-Writes benchmarks/results/scaling_<model>_<card>.json, with --predict ..._predicted.json. With
---check, nothing is predicted. The program times updates of several processes on this machine, and
-compares them with the sum of compute and all-reduces. It writes
+Writes benchmarks/results/scaling_<model>_<card>.json, or ..._predicted.json with the record of
+predict.py. With --check, nothing is predicted. The program times updates of several processes on
+this machine, and compares them with the sum of compute and all-reduces. It writes
 benchmarks/results/scaling_check_<device>.json.
 """
 
@@ -40,17 +39,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from benchmarks.common.arguments import (
-    ON_GPU,
-    RESULTS,
-    finish,
-    open_record,
-    option,
-    positive_float,
-    positive_int,
-    program,
-)
-from benchmarks.common.records import fastest_gradnorm, read_json, write_json, write_record
+from benchmarks.common.arguments import ON_GPU, RESULTS, finish, open_record, option, program
+from benchmarks.common.records import read_json, write_json, write_record
 from benchmarks.common.tables import Column, Record, Row, make_table, with_notes
 from benchmarks.common.timing import once, paired_ratios, summary
 from benchmarks.step.arms import random_batch
@@ -97,6 +87,10 @@ input gradient, takes the rest. Source: overlap_swin_b_2_2_18_2.json and predict
 of 33.0 ms at the roofline of an H200."""
 SCHEDULE = RESULTS / "overlap_swin_b_2_2_18_2.json"
 """JSON record of overlap.py, with the times at which each all-reduce of Swin-B can begin."""
+MEASURED = RESULTS / "cost_swin_b_nvidia_h200_bf16.json"
+"""JSON record of cost.py, with the speed of one GPU."""
+EPOCHS = 100
+"""Number of epochs on ImageNet-1k for which the days of training are predicted."""
 MODES = [(sync, dtype) for sync in ("flat", "overlap") for dtype in ("fp32", "bf16")]
 """Pairs of --grad-sync and --grad-dtype."""
 
@@ -193,11 +187,6 @@ def update_seconds(
     return grad_accum_steps * micro_batch_s + exposed
 
 
-def days(images_per_s: float, epochs: float) -> float:
-    """Returns how many days it takes to train `epochs` epochs on ImageNet-1k."""
-    return epochs * IMAGENET_IMAGES / images_per_s / 86400
-
-
 def gradient_bytes_of(network: Row) -> int:
     """Returns the bytes of all gradients of a network: 4 per weight.
 
@@ -209,29 +198,38 @@ def gradient_bytes_of(network: Row) -> int:
     return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def fastest_row(record: Record, path: Path, card: str) -> Row:
+    """Returns the fastest result for exact gradnorm in a JSON record of cost.py or predict.py.
+
+    path: path of the record, for messages. card: key of GPUS. Only its results count in a record of
+    predict.py. Raises UserError if no result counts, or if the times are those of a CPU.
+    """
+    check("rows" in record, f"--record {path} is not a JSON record of cost.py or predict.py")
+    predicted = record.get("prediction")
+    wrong = f"--record {path}: its times were measured without a GPU: give a record of a GPU"
+    check(bool(predicted or record["meaningful_times"]), wrong)
+    rows = [row for row in record["rows"] if row["images_per_s"]]
+    rows = [r for r in rows if (r["method"], r["schedule"]) == ("gradnorm", "exact")]
+    rows = [row for row in rows if not predicted or row["gpu"] == card]
+    where = f" on --card {card}" if predicted else ""
+    check(bool(rows), f"--record {path} has no images_per_s of exact gradnorm{where}")
+    return max(rows, key=lambda row: row["images_per_s"])
+
+
 def predict(args: argparse.Namespace) -> dict[str, Any]:
     """Predicts speed and days of training for each number in --gpus, for the JSON record."""
-    rate, batch, steps = args.images_per_s, args.batch, args.grad_accum_steps
-    card, source = args.card or "h200", "given on the command line"
-    network = vars(args) | {"classes": 1000}
-    if args.cost or args.predict:
-        path, option = (args.cost, "--cost") if args.cost else (args.predict, "--predict")
-        record, row = fastest_gradnorm(path, option, card if args.predict else None)
-        rate, batch = row["images_per_s"], batch or record["batch"]
-        network = record | record.get("architecture", {})
-        how = "from a prediction"
-        if args.cost:
-            how = f"measured on {record['device']}"
-            device = record["device"].lower()
-            card = args.card or next((c for c in GPUS if c in device), card)
-        source = f"{how}: {row['arm']}, {row['precision']}, {path.name}"
-    batch = batch or 64
+    record, card, steps = read_json(args.record), args.card, args.grad_accum_steps
+    row = fastest_row(record, args.record, card)
+    how = "from a prediction"
+    if not record.get("prediction"):
+        how = f"measured on {record['device']}"
+        card = next((c for c in GPUS if c in record["device"].lower()), card)
+    rate, batch = row["images_per_s"], record["batch"]
+    network = record | record.get("architecture", {})
     nbytes = gradient_bytes_of(network)
-    intra = args.intra_node * 1e9 if args.intra_node else GPUS[card].link_bytes_per_s
     inter = args.inter_node * 1e9 / 8
-    links = Links(intra, inter, args.node_links, args.gpus_per_node)
-    schedule = read_json(args.schedule)
-    check("rows" in schedule, f"--schedule {args.schedule} is not a JSON record of overlap.py")
+    links = Links(GPUS[card].link_bytes_per_s, inter, args.node_links, args.gpus_per_node)
+    schedule = read_json(SCHEDULE)
     rows = []
     for gpus in args.gpus:
         for sync, dtype in MODES if gpus > 1 else MODES[:1]:
@@ -240,53 +238,32 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
             sums = overlapped_sums(schedule, sent) if overlaps else flat_sums(sent)
             update_s = update_seconds(gpus, batch / rate, steps, sums, links)
             images_per_s = gpus * batch * steps / update_s
-            rows.append(
-                {
-                    "gpus": gpus,
-                    "nodes": links.nodes(gpus),
-                    "global_batch": gpus * batch * steps,
-                    "grad_sync": sync,
-                    "grad_dtype": dtype,
-                    "update_s": update_s,
-                    "all_reduce_s": sum(links.all_reduce_seconds(gpus, s.nbytes) for s in sums),
-                    "images_per_s": images_per_s,
-                    "efficiency": images_per_s / (gpus * rate),
-                    "days": days(images_per_s, args.epochs),
-                }
-            )
+            entry = {"gpus": gpus, "nodes": links.nodes(gpus), "global_batch": gpus * batch * steps}
+            entry |= {"grad_sync": sync, "grad_dtype": dtype, "update_s": update_s}
+            entry["all_reduce_s"] = sum(links.all_reduce_seconds(gpus, s.nbytes) for s in sums)
+            entry |= {"images_per_s": images_per_s, "efficiency": images_per_s / (gpus * rate)}
+            rows.append(entry | {"days": EPOCHS * IMAGENET_IMAGES / images_per_s / 86400})
     return {
         "prediction": True,
         "meaning": "prediction: no run of several GPUs was measured",
-        "source": source,
-        "card": card,
-        "model": network["model"],
-        "img_size": network["img_size"],
-        "images_per_s_of_one_gpu": rate,
-        "batch": batch,
-        "grad_accum_steps": steps,
-        "gradient_bytes": nbytes,
-        "epochs": args.epochs,
-        "links": dataclasses.asdict(links),
-        "rows": rows,
+        "source": f"{how}: {row['arm']}, {row['precision']}, {args.record.name}",
+        **{"card": card, "model": network["model"], "img_size": network["img_size"]},
+        **{"images_per_s_of_one_gpu": rate, "batch": batch, "grad_accum_steps": steps},
+        **{"gradient_bytes": nbytes, "epochs": EPOCHS},
+        **{"links": dataclasses.asdict(links), "rows": rows},
     }
 
 
 def time_rank(
-    rank: int,
-    count: int,
-    port: int,
-    mode: tuple[str, str, bool],
-    batch: int,
-    rounds: int,
-    file: str,
+    rank: int, args: argparse.Namespace, count: int, port: int, mode: Sequence[Any], file: str
 ) -> None:
     """Times updates as one of several processes of --check, and saves the seconds of each update.
 
     On a GPU, the compiled update of Swin-B is timed. On a CPU, the eager update of a small Swin is.
 
-    count: number of processes. port: port on which the processes find each other. mode: as in
-    CHECKED_MODES. batch: images per process. rounds: number of timed updates. file: beginning of
-    the names of the files that the processes write.
+    args: options of the command line. count: number of processes. port: port on which the processes
+    find each other. mode: as in CHECKED_MODES. file: beginning of the names of the files that the
+    processes write.
     """
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -305,14 +282,14 @@ def time_rank(
         objective = build_objective(ObjectiveConfig(method="gradnorm"))
         update = RetryingStep(Step(model, objective, options, ranks=world))
         one = update.step
-        images = [random_batch(batch, side, 1000, world.device)]
+        images = [random_batch(args.batch, side, 1000, world.device)]
         ramp = torch.ones((), device=world.device)
         work: dict[str, Callable[[], object]] = {"update": lambda: update(images, ramp)}
         if grad_sync == "flat":
             work["compute"] = lambda: one(images, ramp)
             work["sums"] = lambda: one.sum_over_ranks(one.prepare_sums()) if count > 1 else None
         seconds: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(rounds + WARM_UP):
+        for _ in range(args.rounds + WARM_UP):
             for name, run in work.items():
                 if name != "sums":
                     one.gradients.clear()
@@ -335,8 +312,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         for mode in CHECKED_MODES if cards and processes > 1 else CHECKED_MODES[:1]:
             with tempfile.TemporaryDirectory() as folder:
                 file = f"{folder}/rank"
-                size = (processes, get_free_port(), mode, args.batch, args.rounds, file)
-                torch.multiprocessing.spawn(time_rank, size, processes)
+                values = (args, processes, get_free_port(), mode, file)
+                torch.multiprocessing.spawn(time_rank, values, processes)
                 ranks = [read_json(Path(file + str(rank))) for rank in range(processes)]
             # the slowest process counts, because the all-reduces cannot begin before it is ready
             slowest = {
@@ -393,59 +370,33 @@ def table(record: Record) -> str:
     )
 
 
-def default_processes() -> list[int]:
-    """Returns 1, 2, 4 and 8 up to this machine's number of GPUs. Without a GPU, up to 4."""
-    most = torch.cuda.device_count() or 4
-    return [n for n in (1, 2, 4, 8) if n <= most]
+PROCESSES = [n for n in (1, 2, 4, 8) if n <= (torch.cuda.device_count() or 4)]
 
 
 @program(
-    option("--images-per-s", type=positive_float, help="images per second of one GPU"),
-    option("--cost", type=Path, help="record of cost.py: the speed of exact gradnorm"),
-    option("--predict", type=Path, help="record of predict.py, in the same way"),
-    option("--check", action="store_true", help="measure processes of this machine (--processes)"),
-    option("--card", choices=GPUS, help="default: the card of --cost, or h200"),
-    option("--model", default="swin_b", help="if neither --cost nor --predict names it"),
-    option("--model-kwargs", nargs="*", default=[], help="arguments such as 'depths=(2, 2)'"),
-    option("--img-size", type=int, help="height and width of the images in pixels"),
-    option(
-        "--batch", type=positive_int,
-        help="images per GPU and micro-batch; default: the record's, or 64",
-    ),
+    option("--record", type=Path, default=MEASURED, help="record of cost.py or of predict.py"),
+    option("--card", choices=GPUS, default="h200", help="card in the record of predict.py"),
     option("--grad-accum-steps", default=1, help="micro-batches per update"),
-    option("--gpus", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64]),
+    option("--gpus", nargs="+", default=[1, 2, 4, 8, 16, 32, 64]),
     option("--gpus-per-node", default=8),
-    option(
-        "--intra-node", type=positive_float,
-        help="GB/s of each GPU in one direction; default: NVLink",
-    ),
     option("--inter-node", default=400.0, help="Gbit/s of each network card"),
     option("--node-links", default=1, help="network cards per node"),
+    option("--check", action="store_true", help="measure processes of this machine"),
     option(
-        "--processes", type=positive_int, nargs="+", default=default_processes(),
+        "--processes", nargs="+", default=PROCESSES,
         help="numbers of processes for --check; default: 1, 2 and 4, or up to all GPUs",
     ),
+    option("--batch", default=64 if ON_GPU else 4, help="images per process of --check"),
     option("--rounds", default=20, help="rounds of --check"),
-    option(
-        "--schedule", type=Path, default=SCHEDULE,
-        help="record of overlap.py, the order of the all-reduces; default: Swin-B's",
-    ),
-    option("--epochs", default=100.0),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
     """Predicts speeds, or with --check times updates, and writes the JSON record."""
-    given = [args.images_per_s, args.cost, args.predict, args.check or None]
-    check(
-        sum(value is not None for value in given) == 1,
-        "give exactly one of --images-per-s, --cost, --predict and --check",
-    )
     if not args.check:
         record = predict(args)
-        kind = "_predicted" * bool(args.predict)
+        kind = "_predicted" * record["source"].startswith("from a prediction")
         name = f"scaling_{record['model']}_{record['card']}{kind}.json"
         output, head = open_record(args, name, args.defaults)
         return finish(output, head | record, table)
-    args.batch = args.batch or (64 if ON_GPU else 4)
     output, record = open_record(args, "scaling_check_{device}.json", args.defaults)
     record["model"] = "swin_b" if ON_GPU else "a small Swin, eager"
     record |= {"prediction": False, "batch": args.batch, "cores": os.cpu_count(), "rows": []}

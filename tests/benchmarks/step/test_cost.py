@@ -70,9 +70,8 @@ def test_a_run_on_a_cpu(every_arm: tuple[dict, str, Path]) -> None:
         assert "seconds_a_batch" not in row, "seconds of a CPU have no name"
         seconds = row["meaningless_seconds_a_batch"]
         assert len(seconds["rounds"]) == record["rounds"] == 3 and min(seconds["rounds"]) > 0
-        assert row["peak_bytes"] is row["joules_an_image"] is row["images_per_s"] is None
-        assert row["launches"]["what"] == "operators without views"
-        assert row["flop_utilisation"] > 0
+        assert row["joules_an_image"] is row["images_per_s"] is None
+        assert row["launches"] is None
 
 
 UNITS = {
@@ -148,9 +147,6 @@ def test_ratios_are_those_of_the_rounds(every_arm: tuple[dict, str, Path]) -> No
     assert speed == pytest.approx(statistics.fmean(theirs / mine for theirs, mine in pairs))
     itself = {"mean": 1, "median": 1, "std": 0, "min": 1, "max": 1, "n": 3}
     assert rows["natural"]["time_over"]["natural"] == itself
-    used = rows["pgd_at"]["flops_an_image"] * 4 / statistics.fmean(rounds("pgd_at"))
-    rate = every_arm[0]["gemm"]["fp32"]["flops_per_s"]
-    assert rows["pgd_at"]["flop_utilisation"] == pytest.approx(used / rate)
 
 
 @without_gpu
@@ -216,7 +212,6 @@ def test_what_a_cpu_cannot_compute_in_is_not_timed(tmp_path: Path) -> None:
     (row,) = record["not_timed"]
     assert row["precision"] == "tf32" and row["forwards_by_count"] == pytest.approx(3, rel=0.2)
     assert row["failed"] == "tf32 needs a CUDA device, not cpu"
-    assert record["gemm"].keys() == {"fp32"}
 
 
 @without_gpu
@@ -308,7 +303,6 @@ def test_only_a_run_with_the_default_options_replaces_a_kept_one(
     [
         (["--batch", "0"], "--batch: 0 must be at least 1"),
         (["--round-seconds", "inf"], "--round-seconds: inf must be positive and finite"),
-        (["--budgets", "0.5", "1.5"], "--budgets: 1.5 must lie in [0, 1]"),
         (["--model", "swim_b"], "--model 'swim_b' is unknown"),
     ],
 )
@@ -334,7 +328,7 @@ def names(*options: str) -> list[str]:
 def test_which_arms_there_are() -> None:
     """The most telling first; the paper's way uncompiled, and in fp32 whatever was asked for."""
     chosen = ("--methods", *cost.METHODS, "--schedules", "lazy", "exact-eager", "exact")
-    assert names("--compile", "on", "--precision", "bf16", *chosen, "--budgets", "0.5") == [
+    assert names("--compile", "on", "--precision", "bf16", *chosen) == [
         "natural, bf16, compiled",
         "gradnorm exact, bf16, compiled",
         "pgd_at, bf16, compiled",
@@ -342,7 +336,6 @@ def test_which_arms_there_are() -> None:
         "gradnorm-paper, fp32",
         "pgd_at-paper, bf16",
         "fgsm_rs, bf16, compiled",
-        "gradnorm exact, budget 0.5, bf16, compiled",
         "gradnorm exact-eager, bf16",
         "gradnorm lazy 4, bf16, compiled",
     ]
@@ -418,14 +411,6 @@ def test_each_arm_has_its_own_calls_and_watchers() -> None:
     assert len(timings["b"]) == 2
 
 
-@without_gpu
-def test_dispatches_are_those_of_the_call() -> None:
-    x = torch.rand(64, 64)
-    product = lambda: (x @ x).sum()  # noqa: E731
-    assert cost.launches(product, compiled=False)[1] == 2
-    assert cost.launches(product, compiled=True)[1] is None
-
-
 def test_only_kernels_count_as_launches() -> None:
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
@@ -451,19 +436,16 @@ def test_compiled_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
     try:
         methods = ("--methods", "natural", "gradnorm", "pgd_at", "--schedules", "exact")
-        record = run(
-            tmp_path, *TINY, "--compile", "on", *methods, "exact-eager", "--budgets", "0.5"
-        )
+        record = run(tmp_path, *TINY, "--compile", "on", *methods, "exact-eager")
     finally:
         torch._dynamo.reset()
     rows = by_arm(record)
     assert record["not_timed"] == []
     compiled = {name for name, row in rows.items() if row["compiled"]}
     assert compiled == rows.keys() - {"gradnorm exact-eager"}
-    assert rows["gradnorm exact"]["launches"]["count"] is None
     assert rows["gradnorm exact"]["times_as_fast_as"].keys() == {"gradnorm exact-eager, fp32"}
     units = [rows[f"gradnorm {kind}"]["flops_an_image"] for kind in ("exact", "exact-eager")]
-    assert units[0] == units[1] == rows["gradnorm exact, budget 0.5"]["flops_an_image"]
+    assert units[0] == units[1]
 
 
 # ------------------------------------------------------------------------------------------- energy
@@ -528,7 +510,6 @@ def on_a_card(folder: Path) -> dict:
     """A record as of an H200: a CPU's, its numbers replaced."""
     record = run(folder, *TINY, "--methods", "natural", "gradnorm", "--schedules", "exact")
     record |= {"meaningful_times": True, "device": "NVIDIA H200", "kernels": "triton"}
-    record["gemm"] = {"bf16": {"side": 8192, "flops_per_s": 7e14}}
     for index, row in enumerate(record["rows"], 1):
         row["seconds_a_batch"] = {"mean": 0.01 * index, "std": 0.001, "rounds": [0.01 * index]}
         row["images_per_s"] = 4 / (0.01 * index)
@@ -565,6 +546,5 @@ def test_cost_on_a_gpu(tmp_path: Path) -> None:
     assert record["meaningful_times"] and not record["not_timed"]
     for row in record["rows"]:
         assert row["images_per_s"] > 0 and row["launches"]["count"] > 10
-        assert row["peak_bytes"]["total"] > 0
     rows = by_arm(record)
     assert math.isclose(rows["natural"]["time_over"]["natural"]["mean"], 1)

@@ -16,8 +16,7 @@ from benchmarks.step.scaling import (
     update_seconds,
 )
 
-SMALL = ("--model", "swin_t", "--img-size", "16", "--model-kwargs", "patch_size=4", "embed_dim=8")
-SMALL += ("depths=(1, 1)", "num_heads=(1, 2)", "window_size=2")
+SMALL = ["patch_size=4", "embed_dim=8", "depths=(1, 1)", "num_heads=(1, 2)", "window_size=2"]
 
 
 @pytest.fixture
@@ -111,11 +110,6 @@ def test_the_schedule_of_another_network_is_scaled():
     assert overlapped_sums(record, 8) == [(0.25, 6), (0.5, 2)]
 
 
-def test_days_are_images_over_the_rate():
-    assert scaling.days(1_281_167, 1) * 86400 == pytest.approx(1)
-    assert scaling.days(1000, 100) == pytest.approx(1.48283, rel=1e-5)
-
-
 def predicted(tmp_path: Path, *argv: str) -> dict:
     output = tmp_path / "made.json"
     assert scaling.main([*argv, "--output", str(output)]) == 0
@@ -123,7 +117,10 @@ def predicted(tmp_path: Path, *argv: str) -> dict:
 
 
 def test_accumulation_divides_communication_and_fast_links_scale_linearly(tmp_path, capsys):
-    flags = (*SMALL, "--images-per-s", "1000", "--batch", "10", "--gpus", "1", "16")
+    row = {"arm": "fast", "method": "gradnorm", "schedule": "exact", "images_per_s": 1000.0}
+    rows = [row | {"precision": "bf16"}]
+    path = record_of(tmp_path, rows=rows, batch=10, device="NVIDIA H200")
+    flags = ("--record", str(path), "--gpus", "1", "16")
     once = predicted(tmp_path, *flags)
     four = predicted(tmp_path, *flags, "--grad-accum-steps", "4")
     for record, global_batch in ((once, 160), (four, 640)):
@@ -151,11 +148,10 @@ def record_of(tmp_path: Path, **more: Any) -> Path:
         {"arm": "lazy", "method": "gradnorm", "schedule": "lazy 4", "images_per_s": 700.0},
         {"arm": "failed", "method": "gradnorm", "schedule": "exact", "images_per_s": None},
     ]
-    kwargs = list(SMALL[SMALL.index("--model-kwargs") + 1 :])
     record = {
         "device": "NVIDIA A100-SXM4-80GB", "meaningful_times": True, "img_size": 16, "classes": 10,
-        "architecture": {"model": "swin_t", "model_kwargs": kwargs}, "batch": 32,
-        "model": "swin_t", "model_kwargs": kwargs,
+        "architecture": {"model": "swin_t", "model_kwargs": SMALL}, "batch": 32,
+        "model": "swin_t", "model_kwargs": SMALL,
         "rows": [row | {"precision": "bf16", "gpu": "v100"} for row in rows],
     }  # fmt: skip
     path = tmp_path / "record.json"
@@ -164,36 +160,32 @@ def record_of(tmp_path: Path, **more: Any) -> Path:
 
 
 def test_a_record_gives_the_fastest_exact_gradnorm_and_its_own_network(tmp_path):
-    measured = predicted(tmp_path, "--cost", str(record_of(tmp_path)), "--gpus", "1")
+    measured = predicted(tmp_path, "--record", str(record_of(tmp_path)), "--gpus", "1")
     assert (measured["images_per_s_of_one_gpu"], measured["batch"]) == (300, 32)
     assert measured["links"]["intra_bytes_per_s"] == 300e9  # the A100 that it names
     assert "measured on NVIDIA A100" in measured["source"]
     assert measured["gradient_bytes"] < 100_000
-    flags = ("--predict", str(record_of(tmp_path)), "--card", "v100", "--gpus", "1")
+    path = record_of(tmp_path, prediction=True)
+    flags = ("--record", str(path), "--card", "v100", "--gpus", "1")
     assert "from a prediction" in predicted(tmp_path, *flags)["source"]
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ((), "--images-per-s"),
-        (("--images-per-s", "0"), "--images-per-s: 0 must be positive"),
-        (("--images-per-s", "nan"), "--images-per-s: nan"),
-        (("--images-per-s", "9", "--gpus", "2", "0"), "--gpus: 0"),
-        (("--images-per-s", "9", "--inter-node", "-1"), "--inter-node: -1"),
-        (("--images-per-s", "9", "--intra-node", "0"), "--intra-node: 0"),
-        (("--images-per-s", "9", "--node-links", "0"), "--node-links: 0"),
-        (("--images-per-s", "9", "--model", "swin_bb"), "swin_bb"),
-        (("--cost", "nowhere.json"), "nowhere.json"),
-        (("--images-per-s", "9", "--schedule", "nowhere.json"), "--schedule nowhere.json"),
-        (("--predict", "RECORD"), "--card h200"),
-        (("--cost", "CPU"), "measured without a GPU"),
-        (("--cost", "EMPTY"), "no images_per_s of exact gradnorm"),
+        (("--gpus", "2", "0"), "--gpus: 0"),
+        (("--inter-node", "-1"), "--inter-node: -1"),
+        (("--inter-node", "nan"), "--inter-node: nan"),
+        (("--node-links", "0"), "--node-links: 0"),
+        (("--record", "nowhere.json"), "nowhere.json"),
+        (("--record", "PREDICTION"), "--card h200"),
+        (("--record", "CPU"), "measured without a GPU"),
+        (("--record", "EMPTY"), "no images_per_s of exact gradnorm"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_file(argv, said, tmp_path, capsys):
     made = {
-        "RECORD": lambda: record_of(tmp_path),
+        "PREDICTION": lambda: record_of(tmp_path, prediction=True),
         "CPU": lambda: record_of(tmp_path, meaningful_times=False),
         "EMPTY": lambda: record_of(tmp_path, rows=[]),
     }
