@@ -48,10 +48,7 @@ LAST_LINES = 15
 PROFILES_S = 45
 """Seconds that cost.py still needs when its --minutes are over, for the profiles of the update."""
 LEAST_S = 20
-"""If fewer seconds than this are left, no further part of the report begins.
-
-Imports and compilation take about that long.
-"""
+"""If fewer seconds are left, no further part begins. Imports and compilation take about so long."""
 
 
 class Part(NamedTuple):
@@ -59,7 +56,7 @@ class Part(NamedTuple):
 
     name: str
     command: Sequence[str]
-    """Command-line arguments for Python."""
+    """Command-line arguments for Python, without --output."""
     limit_s: float
     """Seconds after which the command is ended."""
     file: str | None = None
@@ -100,11 +97,11 @@ class Machine:
         return notes
 
 
-def parts_for(machine: Machine, folder: Path) -> list[Part]:
+def parts_for(machine: Machine) -> list[Part]:
     """Returns all parts of the report, the most important first.
 
-    folder: folder of the report. The first three parts fit into the default of --budget-s. A part
-    that ends early leaves its time to the parts after it.
+    The first three parts fit into the default of --budget-s. A part that ends early leaves its time
+    to the parts after it.
     """
     best, *others = machine.precisions
     exact = "--schedules exact --methods natural gradnorm"
@@ -118,7 +115,7 @@ def parts_for(machine: Machine, folder: Path) -> list[Part]:
             model = "toy" if machine.smoke else "swin_b"
             file = f"cost_{model}_{machine.slug}_{name.removeprefix('cost_')}.json"
         options = shlex.split(toy if machine.smoke else full)
-        command = ["-m", f"benchmarks.{module}", *options, "--output", str(folder / file)]
+        command = ["-m", f"benchmarks.{module}", *options]
         return Part(name, command, 300 if machine.smoke else limit_s, file)
 
     def cost(precision: str, limit_s: float, options: str, suffix: str = "") -> Part:
@@ -242,8 +239,7 @@ class Report:
 
     def key_of(self, part: Part) -> dict[str, Any]:
         """Returns the values that must be unchanged if an earlier result of a part is to count."""
-        # the command is compared without the folder's path, which may have changed
-        return self.key | {"command": [x.replace(str(self.folder), "FOLDER") for x in part.command]}
+        return self.key | {"command": list(part.command)}
 
     def same(self, part: Part) -> dict[str, Any] | None:
         """Returns the earlier result of a part, or None if it has none.
@@ -266,7 +262,7 @@ class Report:
         if path and self.same(part) is None:
             path.unlink(missing_ok=True)
         began = time.monotonic()
-        code = run(part.command, log, limit_s, env)
+        code = run([*part.command, *(("--output", str(path)) if path else ())], log, limit_s, env)
         seconds = min(time.monotonic() - began, limit_s)
         record = read_json(path) if path else {}
         if path and self.commit is not None and record.get("commit", "") is None:
@@ -337,7 +333,7 @@ def main(args: argparse.Namespace) -> int:
     capability = torch.cuda.get_device_capability() if ON_GPU else None
     machine = Machine(device_name(), capability, args.smoke)
     folder = (args.output or ROOT / "runs" / f"gpu_report_{machine.slug}").resolve()
-    parts = {part.name: part for part in parts_for(machine, folder)}
+    parts = {part.name: part for part in parts_for(machine)}
     for name in args.parts or ():
         check(name in parts, f"--parts {name} must be one of {', '.join(parts)}")
     try:

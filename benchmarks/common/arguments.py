@@ -25,20 +25,16 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def positive_int(text: str) -> int:
-    """Returns a whole number of at least 1. This is a type for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+def positive_number(kind: type) -> Callable[[str], Any]:
+    """Returns a type for argparse, which reads positive, finite numbers. kind: int or float."""
 
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} must be positive and finite")
+        return value
 
-def positive_float(text: str) -> float:
-    """Returns a positive, finite number. This is a type for argparse."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be positive and finite")
-    return value
+    return number
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,7 +60,7 @@ def option(*names: str, positive: type | None = None, **settings: Any) -> Option
     if positive is None and not settings.keys() & {"type", "choices"}:
         positive = type(first)
     if positive in (int, float):
-        settings["type"] = positive_int if positive is int else positive_float
+        settings["type"] = positive_number(positive)
     return names, settings
 
 

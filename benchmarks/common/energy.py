@@ -5,7 +5,6 @@ that use it. The card updates the counter about ten times per second, so a measu
 second or more.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 def energy_counter() -> tuple[Callable[[], float] | None, str]:
     """Returns a function that reads the joules that the current CUDA device has taken so far.
 
-    The function returns NaN if the card does not answer, so that a run goes on without its energy.
     If energy cannot be measured here, returns None in place of the function. Also returns a text
     that says how energy is measured, or why it is not.
     """
@@ -35,10 +33,4 @@ def energy_counter() -> tuple[Callable[[], float] | None, str]:
     except nvml.NVMLError as error:
         return None, f"not measured: NVML: {error}"
 
-    def read() -> float:
-        try:
-            return nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1e3
-        except nvml.NVMLError:
-            return math.nan
-
-    return read, "NVML's energy counter"
+    return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1e3, "NVML's energy counter"

@@ -49,11 +49,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def describe_error(error: BaseException) -> str:
-    """Returns an error's class and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-
-
 def unfinished(path: Path) -> Path:
     """Returns the path for an incomplete JSON record, so that the complete one at `path` stays."""
     return path.with_name(f"{path.name}.incomplete")

@@ -150,10 +150,8 @@ def measure(
 
 def installed() -> list[str]:
     """Returns the names of the loaders that can run on this machine."""
-    with contextlib.suppress(ModuleNotFoundError):
-        if importlib.util.find_spec("nvidia.dali"):
-            return [*LOADERS]
-    return ["torch"]
+    find = importlib.util.find_spec
+    return [*LOADERS] if find("nvidia") and find("nvidia.dali") else ["torch"]
 
 
 def table(record: Record) -> str:

@@ -28,16 +28,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import fastgn_kernels as fused
 import torch
 import triton
-from fastgn_kernels import (
-    ACTIVATIONS,
-    activation,
-    cross_entropy,
-    gradient_norm,
-    layer_norm,
-    window_attention_qkvpacked,
-)
 from fastgn_kernels.window_attention import IMPLEMENTATIONS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,7 +189,7 @@ def attention(heads: int, dim: int, masks: int = 0, biased: bool = True) -> Laun
     for no masks. biased: whether a bias is added to the attention scores.
     """
     mask = torch.zeros(masks, 49, 49) if masks else None
-    op = lambda qkv, bias=None: window_attention_qkvpacked(qkv, bias, mask)  # noqa: E731
+    op = lambda qkv, bias=None: fused.window_attention_qkvpacked(qkv, bias, mask)  # noqa: E731
     return Launch(op, [(3, 64, heads, 49, dim)], [(heads, 49, 49)] if biased else [])
 
 
@@ -208,18 +201,20 @@ HIDDEN = (2 * 56 * 56, 4 * 128)
 
 LAUNCHES: dict[str, list[Launch]] = {
     **{
-        f"activation {kind}": [Launch(functools.partial(activation, kind=kind), [HIDDEN])]
-        for kind in ACTIVATIONS
+        f"activation {kind}": [Launch(functools.partial(fused.activation, kind=kind), [HIDDEN])]
+        for kind in fused.ACTIVATIONS
     },
     **{
         f"activation {kind} with bias": [
-            Launch(lambda x, b, kind=kind: activation(x, kind, b), [HIDDEN], [HIDDEN[1:]])
+            Launch(lambda x, b, kind=kind: fused.activation(x, kind, b), [HIDDEN], [HIDDEN[1:]])
         ]
         for kind in ("gelu", "mish")
     },
     **{
         f"cross_entropy {name}": [
-            Launch(functools.partial(cross_entropy, targets=targets), [(len(targets), classes)])
+            Launch(
+                functools.partial(fused.cross_entropy, targets=targets), [(len(targets), classes)]
+            )
         ]
         for name, classes, targets in (
             ("index", 1000, torch.zeros(256, dtype=torch.int64)),
@@ -227,11 +222,15 @@ LAUNCHES: dict[str, list[Launch]] = {
             ("16384 classes", 16384, torch.zeros(8, 16384)),
         )
     },
-    "gradient_norm L1": [Launch(lambda x: gradient_norm(x, 1), [(32, 3, 224, 224)])],
-    "gradient_norm L2": [Launch(lambda x: gradient_norm(x, 2), [(32, 3, 224, 224)])],
-    "layer_norm": [Launch(layer_norm, [(64, c)], [(c,), (c,)]) for c in LAYER_NORMS],
+    "gradient_norm L1": [Launch(lambda x: fused.gradient_norm(x, 1), [(32, 3, 224, 224)])],
+    "gradient_norm L2": [Launch(lambda x: fused.gradient_norm(x, 2), [(32, 3, 224, 224)])],
+    "layer_norm": [Launch(fused.layer_norm, [(64, c)], [(c,), (c,)]) for c in LAYER_NORMS],
     "layer_norm of a sum": [
-        Launch(lambda x, y, *affine: layer_norm(x, *affine, residual=y), 2 * [(64, c)], 2 * [(c,)])
+        Launch(
+            lambda x, y, *affine: fused.layer_norm(x, *affine, residual=y),
+            2 * [(64, c)],
+            2 * [(c,)],
+        )
         for c in LAYER_NORMS[:-1]
     ],
     # shapes of Swin-B's stage 1 with shifted windows, of stage 3, and of other networks
@@ -282,8 +281,8 @@ def count_bytes(stage: int, dtype: torch.dtype) -> dict[str, Any]:
     Its "products" and "plain" are the bytes of two of the IMPLEMENTATIONS, and "ratio" divides
     them. Each has an entry per order of differentiation. stage: of Swin-B, with 64 images.
     """
-    key = ops.CaseKey("shifted_window_attention", stage, dtype)
-    _, functions, leaves = ops.build(key, 64, torch.device("meta"))
+    meta = torch.device("meta")
+    _, functions, leaves = ops.build("shifted_window_attention", stage, 64, meta, dtype)
     qkv, bias = (x.detach() for x in leaves.values())
     rest = (qkv, bias, functions["ours"].keywords["mask"], 1.0)  # type: ignore[attr-defined]
     backward, second = (qkv[0], qkv, None, *rest[1:], bias, qkv), (qkv, None, qkv[0], *rest)
@@ -296,7 +295,8 @@ def count_bytes(stage: int, dtype: torch.dtype) -> dict[str, Any]:
             moved.count(2 * [*{*call.args}])
         found[name][order] = moved.nbytes
     ratio = {order: found["products"][order] / found["plain"][order] for order in ops.ORDERS}
-    return {"stage": stage, "dtype": ops.name_of(dtype), **found, "ratio": ratio}
+    size = {"stage": stage, "dtype": str(dtype).removeprefix("torch.")}
+    return size | found | {"ratio": ratio}
 
 
 def table(record: Record) -> str:

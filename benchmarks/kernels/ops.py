@@ -35,9 +35,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common.arguments import DEVICE, MODERN, ON_GPU, open_record, option, program
-from benchmarks.common.records import describe_error, write_record
+from benchmarks.common.records import write_record
 from benchmarks.common.tables import Column, Record, make_table, with_notes
 from benchmarks.common.timing import cold, summary
+from fastgn.errors import first_line
 
 NO_MEANING = "NO GPU: small shapes on a CPU, these times mean nothing"
 
@@ -320,7 +321,7 @@ def main(args: argparse.Namespace) -> int:
                 head["rows"].append(row)
                 print(f"{name}, {row['order']}: {row['share_of_copy']:.0%} of a copy", flush=True)
         except Exception as error:  # goes on with the other ops
-            head["failed"].append(f"{name}: {describe_error(error)}")
+            head["failed"].append(f"{name}: {type(error).__name__}: {first_line(error)}")
             print(f"FAILED: {head['failed'][-1]}", flush=True)
         write_record(output, head | {"complete": False})
     write_record(output, head | {"complete": True})

@@ -57,12 +57,6 @@ class Arm:
         """Name of this kind of update with its precision, such as "gradnorm exact, bf16"."""
         return f"{self.name}, {self.precision}"
 
-    @property
-    def cycle(self) -> int:
-        """Number of updates after which the costs repeat: --lazy-interval for the schedule lazy,
-        else 1."""
-        return self.schedule.cycle
-
     def objective(self) -> Objective:
         """Returns the objective (loss and attack) of the update's training method."""
         select = "paper" if self.method == "pgd_at-paper" else "last"

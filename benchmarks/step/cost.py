@@ -44,12 +44,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.arguments import DEVICE, MODERN, ON_GPU, open_record, option, program
 from benchmarks.common.energy import energy_counter
-from benchmarks.common.records import describe_error, write_record
+from benchmarks.common.records import write_record
 from benchmarks.common.tables import Column, Record, Row, device, make_table, with_notes
 from benchmarks.common.timing import interleaved, once, paired_ratios, summary, synchronize
 from benchmarks.step.arms import Arm, random_batch
 from fastgn.config.groups import ArchitectureConfig, OptimizerConfig
-from fastgn.errors import check
+from fastgn.errors import check, first_line
 from fastgn.models.network import Classifier, build_model, choose_kernels, use_kernels
 from fastgn.optim import build_optimizer
 from fastgn.step.meter import Meter as OperationMeter
@@ -212,7 +212,7 @@ class UpdateBench:
         found: measurement of this kind of update, which also holds the function for it.
         """
         assert found.step is not None
-        for index in range(found.arm.cycle):
+        for index in range(found.arm.schedule.cycle):
             self.update(found.step, index)
 
     def step(self, arm: Arm) -> RetryingStep:
@@ -231,7 +231,7 @@ class UpdateBench:
             yield
             return
         except Exception as error:
-            found.why_not = f"{what}: {describe_error(error)}"
+            found.why_not = f"{what}: {type(error).__name__}: {first_line(error)}"
         self.optimizer.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
@@ -249,9 +249,9 @@ class UpdateBench:
             # compiled updates run 3 times, because CUDA graphs are captured after some calls
             for _ in range(3 if arm.compile else 2):
                 self.cycle(found)
-            found.warm_s = once(lambda: self.cycle(found)) / arm.cycle
+            found.warm_s = once(lambda: self.cycle(found)) / arm.schedule.cycle
             with contextlib.suppress(RuntimeError):  # not every machine allows profiling
-                found.launches = launches(lambda: self.cycle(found), arm.cycle)
+                found.launches = launches(lambda: self.cycle(found), arm.schedule.cycle)
 
     def time(
         self,
@@ -274,18 +274,20 @@ class UpdateBench:
 
         @contextlib.contextmanager
         def metered(key: str) -> Iterator[None]:
-            before = joules() if joules else math.nan
+            before = joules() if joules else 0.0
             yield
-            taken[key] = (joules() if joules else math.nan) - before
+            taken[key] = joules() - before if joules else 0.0
 
-        cycles = {key: math.ceil(seconds / (m.arm.cycle * m.warm_s)) for key, m in live.items()}
+        cycles = {
+            key: math.ceil(seconds / (m.arm.schedule.cycle * m.warm_s)) for key, m in live.items()
+        }
         arms = {key: functools.partial(run, found) for key, found in live.items()}
         timings = interleaved(arms, rounds=1, calls=cycles, warmup=1, during=metered)
         for key, found in live.items():
             if found.why_not is None:
-                found.rounds.append(timings[key][0] / found.arm.cycle)
-                if not math.isnan(taken[key]):
-                    found.joules.append(taken[key] / (cycles[key] * found.arm.cycle))
+                found.rounds.append(timings[key][0] / found.arm.schedule.cycle)
+                if joules:
+                    found.joules.append(taken[key] / (cycles[key] * found.arm.schedule.cycle))
 
 
 # ------------------------------------------------------------------------------------------ record

@@ -19,7 +19,7 @@ Writes benchmarks/results/overlap_swin_b_<depths>.json.
 import argparse
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,20 +92,11 @@ def schedule_of(lowering: Any, gpu: Gpu) -> tuple[float, list[Sum]]:
     seconds, sums = 0.0, []
     for kernel, origins, _, kernel_s in kernels_of(lowering, gpu, "bf16"):
         if "all_reduce" in str(getattr(kernel.node, "op_overload", None)):
-            sums.append((seconds, reduced_bytes(origins)))
+            (summed,) = (o.args[0].meta["val"] for o in origins if "all_reduce" in str(o.target))
+            sums.append((seconds, int(summed.numel() * summed.element_size())))
         else:
             seconds += kernel_s
     return seconds, [Sum(begin / seconds, nbytes) for begin, nbytes in sums]
-
-
-def reduced_bytes(origins: Sequence[torch.fx.Node]) -> int:
-    """Returns the bytes of the tensor that an all-reduce sums.
-
-    origins: the nodes of the graph from which Inductor made the all-reduce.
-    """
-    node = next(o for o in origins if "all_reduce" in str(o.target))
-    summed = node.args[0].meta["val"]
-    return int(summed.numel() * summed.element_size())
 
 
 def table(record: Record) -> str:

@@ -53,6 +53,7 @@ from fastgn.step.schedule import SCHEDULES, Schedule
 from fastgn.step.step import Step
 
 METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs")
+KERNELS = ("triton", "reference")
 
 
 @dataclasses.dataclass
@@ -205,8 +206,9 @@ def predict(network: Network, arm: Arm, gpu: Gpu) -> Cost:
         return on_run
 
     model = network.build(arm.kernels or "triton")
-    run_updates(network, model, gpu, lambda: arm.step(model).step, on_graph, arm.cycle)
-    return dataclasses.replace(Cost().plus(total, 1 / arm.cycle), kept_bytes=total.kept_bytes)
+    cycle = arm.schedule.cycle
+    run_updates(network, model, gpu, lambda: arm.step(model).step, on_graph, cycle)
+    return dataclasses.replace(Cost().plus(total, 1 / cycle), kept_bytes=total.kept_bytes)
 
 
 def run_updates(
@@ -367,9 +369,8 @@ def table(record: Record, measured: Sequence[Record] | None = None) -> str:
 
 def choose_arms(args: argparse.Namespace, gpu: Gpu) -> list[Arm]:
     """Returns the kinds of update that the options ask for, in precisions that the GPU supports."""
-    kernels = ("triton", "reference") if args.kernels == "both" else (args.kernels,)
     arms = []
-    for wanted, kernel, method in itertools.product(args.precision, kernels, args.methods):
+    for wanted, kernel, method in itertools.product(args.precision, args.kernels, args.methods):
         for kind in args.schedules if method == "gradnorm" else ["exact"]:
             precision = gpu.precision(wanted)
             arms.append(Arm(method, precision, Schedule(kind), compile=True, kernels=kernel))
@@ -397,7 +398,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
         "--schedules", nargs="+", default=["exact", "finite-difference", "lazy", "subset"],
         choices=[s for s in SCHEDULES if s != "exact-eager"], help="schedules of gradnorm",
     ),
-    option("--kernels", default="both", choices=("triton", "reference", "both")),
+    option("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
     """Predicts the cost of each kind of update. Writes the JSON record after each prediction."""

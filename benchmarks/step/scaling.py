@@ -44,6 +44,7 @@ from benchmarks.common.records import read_json, write_json, write_record
 from benchmarks.common.tables import Column, Record, Row, make_table, with_notes
 from benchmarks.common.timing import once, paired_ratios, summary
 from benchmarks.step.arms import random_batch
+from benchmarks.step.cost import SMALL_SWIN
 from benchmarks.step.pretend import GPUS
 from fastgn import distributed
 from fastgn.config.groups import ArchitectureConfig
@@ -55,13 +56,7 @@ from fastgn.step.options import StepOptions
 from fastgn.step.retry import RetryingStep
 from fastgn.step.step import Step
 
-CHECKED_SIDE = 32
-"""Height and width of the images of --check on a CPU, in pixels."""
-CHECKED = ArchitectureConfig(
-    model="swin_t",
-    img_size=CHECKED_SIDE,
-    model_kwargs=("patch_size=4", "embed_dim=48", "depths=(2, 2)", "num_heads=(2, 4)"),
-)
+CHECKED = ArchitectureConfig(model="swin_t", img_size=32, model_kwargs=SMALL_SWIN)
 """Network of --check on a CPU."""
 CHECKED_MODES = [
     ("flat", "fp32", True),
@@ -270,10 +265,10 @@ def time_rank(
     os.environ.update({key: str(value) for key, value in names.items()})
     torch.set_num_threads(1)
     grad_sync, grad_dtype, cuda_graphs = mode
-    side, architecture = CHECKED_SIDE, CHECKED
+    architecture = CHECKED
     options = StepOptions(grad_sync=grad_sync, grad_dtype=grad_dtype)
     if ON_GPU:
-        side, architecture = 224, ArchitectureConfig(model="swin_b")
+        architecture = ArchitectureConfig(model="swin_b")
         fast = {"precision": "bf16", "compile": True, "cuda_graphs": cuda_graphs}
         options = dataclasses.replace(options, **fast)
     with distributed.session() as world:
@@ -282,7 +277,7 @@ def time_rank(
         objective = build_objective(ObjectiveConfig(method="gradnorm"))
         update = RetryingStep(Step(model, objective, options, ranks=world))
         one = update.step
-        images = [random_batch(args.batch, side, 1000, world.device)]
+        images = [random_batch(args.batch, model.img_size, 1000, world.device)]
         ramp = torch.ones((), device=world.device)
         work: dict[str, Callable[[], object]] = {"update": lambda: update(images, ramp)}
         if grad_sync == "flat":

@@ -98,14 +98,12 @@ def test_what_succeeded_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_moved_goes_on(tmp_path: Path) -> None:
-    def writes(folder: Path) -> Part:
-        code = f"open('{folder}/file', 'w').write('x'); open('{tmp_path}/counts', 'a').write('1')"
-        return part("writes", code, file="file")
-
-    carry_out(tmp_path / "r", writes(tmp_path / "r"))
+    code = f"import sys; open(sys.argv[2], 'w').close(); open('{tmp_path}/counts', 'a').write('1')"
+    writes = part("writes", code, file="file")
+    carry_out(tmp_path / "r", writes)
     there = tmp_path / "elsewhere" / "r"
     shutil.copytree(tmp_path / "r", there)
-    carry_out(there, writes(there))
+    carry_out(there, writes)
     assert (tmp_path / "counts").read_text() == "1"
 
 
@@ -167,7 +165,7 @@ def test_no_part_begins_when_the_budget_is_spent(
 
 @pytest.mark.parametrize("machine", [H200, V100], ids=["h200", "v100"])
 def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
-    parts = gpu_report.parts_for(machine, Path("/folder"))
+    parts = gpu_report.parts_for(machine)
     names = [p.name for p in parts]
     assert len(set(names)) == len(names)
     assert {"kernel_tests", "kernels", "precision", "loader", "gpu_tests"} < set(names)
@@ -187,7 +185,7 @@ def test_the_parts_ask_for_what_the_scripts_have(machine: Machine) -> None:
 
 def precisions(machine: Machine) -> set[str]:
     """Those that a machine's commands name."""
-    parts = gpu_report.parts_for(machine, Path("/folder"))
+    parts = gpu_report.parts_for(machine)
     commands = [p.command for p in parts]
     return {c[c.index("--precision") + 1] for c in commands if "--precision" in c}
 
@@ -200,7 +198,7 @@ def test_before_sm_80_float16_takes_the_place_of_bfloat16_and_says_so() -> None:
 
 
 def test_the_first_parts_fit_nine_minutes() -> None:
-    parts = gpu_report.parts_for(H200, Path("/folder"))
+    parts = gpu_report.parts_for(H200)
     least = parts[: [p.name for p in parts].index("kernels") + 1]
     assert [p.name for p in least] == ["cost_bf16", "kernel_tests", "kernels"]
     assert sum(p.limit_s for p in least) <= 530
@@ -209,7 +207,7 @@ def test_the_first_parts_fit_nine_minutes() -> None:
 def test_what_is_judged_is_asked_for() -> None:
     """The arms that the targets compare have room in the first bf16 part, by what a step took to
     prepare on a slow machine."""
-    parts = {p.name: p for p in gpu_report.parts_for(H200, Path("/folder"))}
+    parts = {p.name: p for p in gpu_report.parts_for(H200)}
     command = parts["cost_bf16"].command
     assert {"natural", "gradnorm", "pgd_at", "gradnorm-paper", "pgd_at-paper"} < set(command)
     assert float(command[command.index("--minutes") + 1]) > 2.3
@@ -271,7 +269,7 @@ def one(folder: Path, pattern: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_smoke_runs_every_part(toy: Path) -> None:
     entries = one(toy, "report.json")["parts"]
-    names = {p.name for p in gpu_report.parts_for(Machine("cpu", None, True), toy)}
+    names = {p.name for p in gpu_report.parts_for(Machine("cpu", None, True))}
     assert {entry["name"] for entry in entries} == names
     timed = {"cost_fp32", "kernels", "scaling_check", "precision", "loader"}
     assert names == {"kernel_tests", *timed}

@@ -301,7 +301,7 @@ def test_only_a_run_with_the_default_options_replaces_a_kept_one(
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--batch", "0"], "--batch: 0 must be at least 1"),
+        (["--batch", "0"], "--batch: 0 must be positive and finite"),
         (["--round-seconds", "inf"], "--round-seconds: inf must be positive and finite"),
         (["--model", "swim_b"], "--model 'swim_b' is unknown"),
     ],

@@ -204,4 +204,4 @@ def test_rows_that_are_there_are_kept_and_a_trial_leaves_them_alone(tmp_path, mo
 def test_a_wrong_batch_size_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         predict.main(["--batch-size", "0"])
-    assert capsys.readouterr().err.endswith("--batch-size: 0 must be at least 1\n")
+    assert capsys.readouterr().err.endswith("--batch-size: 0 must be positive and finite\n")
