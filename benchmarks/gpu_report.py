@@ -153,7 +153,7 @@ def parts_for(machine: Machine) -> list[Part]:
     on_gpu = ("-m", "gpu", "tests/step", "tests/benchmarks/step/test_cost.py", "-k")
     return [
         *first,
-        # the parts below run in further calls of this program, because `first` uses up --budget-s
+        # these parts need a second call of this program, because `first` uses up --budget-s
         test("gpu_tests", 180, *on_gpu, "not synchronise"),
         test("sync_tests", 90, *on_gpu, "synchronise"),
         *([ranks] if cards > 1 else []),

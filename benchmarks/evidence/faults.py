@@ -175,7 +175,10 @@ def train_rank(folder: Path, agents: int, fault: Fault | None) -> None:
         fault.prepare(folder)
     args = [*ARGUMENTS, *(() if agents == 2 else DRAWS), "--output", str(folder)]
     if agents == 2 or (fault is not None and fault.arm == "stop"):
-        args += ["--rank-timeout", "0.12"]  # 7 s, because ranks of a busy machine may be late
+        args += [
+            "--rank-timeout",
+            "0.12",
+        ]  # minutes, about 7 s: ranks may be late on a busy machine
     status = train.main([*args, "--resume", "auto"])
     if status:
         sys.exit(status)

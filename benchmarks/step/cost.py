@@ -1,6 +1,6 @@
 """Measures the cost of one update, for every training method, schedule and precision.
 
-The cost is time, energy and kernel launches. The table shows it beside Table 3 of arXiv
+The cost is time, memory, energy and kernel launches. The table shows it beside Table 3 of arXiv
 2409.20139. An arm is a training method with a schedule (how its penalty is differentiated) and a
 precision. Arms named -paper do what the paper's code does (benchmarks/step/arms.py says how).
 
@@ -17,7 +17,10 @@ means over n updates.
 The arms named -paper ignore --kernels and --compile. The schedule exact-eager uses --kernels, but
 is never compiled. gradnorm-paper also runs in fp32, the precision of the paper.
 
-Operations are counted with PyTorch's operators, without what torch.compile recomputes.
+Operations are counted with PyTorch's operators, without what torch.compile recomputes. FLOP
+utilisation is relative to a square matrix product in the same precision and run. Peak memory is
+what an arm would need alone: weights, optimizer, images, what it keeps between updates, and the
+most that an update allocates. CUDA graphs hide it from the allocator, so it is not measured there.
 
 Writes benchmarks/results/cost_<model>_<device>.json after every arm and round. If other options
 than --model and --counts-only are changed, writes to runs/ instead. On a CPU, counts are exact and
@@ -38,6 +41,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -55,7 +59,7 @@ from fastgn.optim import build_optimizer
 from fastgn.step.meter import Meter as OperationMeter
 from fastgn.step.meter import fake_copy
 from fastgn.step.passes import count_passes
-from fastgn.step.precision import PRECISIONS, explain_unsupported
+from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precision, short_dtype
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
 
@@ -70,6 +74,9 @@ SMALL_SWIN = (
     "window_size=4",
 )
 """Arguments of the network small_swin, which is a swin_t for images of 32 pixels."""
+GEMM_SIDE = {"cuda": 8192, "cpu": 512}
+"""Rows and columns of the square matrices whose product shows the device's highest FLOP rate."""
+
 PAPER = {
     "natural": {"passes": 2, "seconds_a_batch": 0.749, "std": 0.002},
     "gradnorm": {"passes": 5, "seconds_a_batch": 1.848, "std": 0.011},
@@ -123,23 +130,26 @@ def update_flops(
 # ------------------------------------------------------------------------------------ measurements
 
 
-def launches(run: Callable[[], object], updates: int) -> dict[str, Any] | None:
-    """Counts the kernels that a call launches on the GPU. Returns None if that cannot be measured.
+def launches(run: Callable[[], object], compiled: bool) -> tuple[str, int | None, float | None]:
+    """Counts the kernels that a call launches, or on a CPU the operators that read or write memory.
 
-    Keys of the result: what (is counted), count, and busy_s, the seconds in which the GPU was at
-    work. The numbers are per update. updates: number of updates that the call makes.
+    compiled: whether torch.compile has compiled the call. Returns what is counted, the number, and
+    the seconds in which the GPU was at work. A value that cannot be measured is None, such as the
+    number of operators in a compiled call.
     """
-    if not torch.cuda.is_available():
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    if torch.cuda.is_available():
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            run()
+            synchronize()
+        kernels = [e for e in profiler.events() if is_kernel(e)]
+        busy_s = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
+        # if the profiler shows no kernel, the machine does not allow profiling
+        return "kernels launched", len(kernels) or None, busy_s or None
+    if compiled:
+        return "operators without views", None, None
+    with OperationMeter() as meter:
         run()
-        synchronize()
-    kernels = [event for event in profiler.events() if is_kernel(event)]
-    if not kernels:
-        return None
-    busy_s = sum(event.time_range.elapsed_us() for event in kernels) / 1e6
-    found = {"count": len(kernels) / updates, "busy_s": busy_s / updates}
-    return {"what": "kernels launched"} | found
+    return "operators without views", meter.operators, None
 
 
 def is_kernel(event: Any) -> bool:
@@ -164,6 +174,8 @@ class Measurement:
     notes: list[str] = dataclasses.field(default_factory=list)
     warm_s: float = math.nan
     """Seconds per update in one call after the warm-up, to plan the measurement."""
+    peak_bytes: dict[str, int] | None = None
+    """The entry "total" has the bytes of GPU memory that the update would need if it were alone."""
     launches: dict[str, Any] | None = None
     rounds: list[float] = dataclasses.field(default_factory=list)
     """Seconds per update, one entry for each repetition of the measurement."""
@@ -237,12 +249,13 @@ class UpdateBench:
         torch.cuda.empty_cache()
 
     def prepare(self, found: Measurement) -> None:
-        """Builds and warms up a kind of update. Stores its kernel launches in `found`."""
+        """Builds and warms up a kind of update. Stores its memory and launches in `found`."""
         arm = found.arm
         found.why_not = explain_unsupported(arm.precision, self.device)
         if found.why_not:
             return
         gc.collect()
+        held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         with self.attempt(found, "first step"):
             found.step = self.step(arm)
             found.step.report = found.notes.append
@@ -250,8 +263,26 @@ class UpdateBench:
             for _ in range(3 if arm.compile else 2):
                 self.cycle(found)
             found.warm_s = once(lambda: self.cycle(found)) / arm.schedule.cycle
+            if self.device.type == "cuda" and not (arm.compile and self.step_options):
+                found.peak_bytes = {"total": self.peak_bytes(found, held)}
             with contextlib.suppress(RuntimeError):  # not every machine allows profiling
-                found.launches = launches(lambda: self.cycle(found), arm.schedule.cycle)
+                what, *seen = launches(lambda: self.cycle(found), arm.compile)
+                count, busy_s = (x and x / arm.schedule.cycle for x in seen)
+                found.launches = {"what": what, "count": count, "busy_s": busy_s}
+
+    def peak_bytes(self, found: Measurement, held: int) -> int:
+        """Returns the bytes of memory that one kind of update would need if it were alone.
+
+        found: measurement of this kind. held: bytes of all tensors on the GPU before the update was
+        built.
+        """
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.cycle(found)
+        synchronize()
+        own = torch.cuda.max_memory_allocated(self.device) - held
+        states = [t for state in self.optimizer.state.values() for t in state.values()]
+        tensors = [*self.plain.parameters(), *self.plain.buffers(), self.images, self.targets]
+        return own + sum(t.nbytes for t in tensors + states if isinstance(t, Tensor))
 
     def time(
         self,
@@ -288,6 +319,35 @@ class UpdateBench:
                 found.rounds.append(timings[key][0] / found.arm.schedule.cycle)
                 if joules:
                     found.joules.append(taken[key] / (cycles[key] * found.arm.schedule.cycle))
+
+
+def gemm_rates(
+    precisions: Sequence[str], device: torch.device, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Measures a square matrix product in several precisions.
+
+    Returns precision -> {"side": rows of the matrices, "flops_per_s": median of the floating-point
+    operations per second}. Precisions that the device does not support are left out. rounds: number
+    of measurements in each precision.
+    """
+    side = GEMM_SIDE[device.type]
+
+    def product(precision: str) -> Callable[[], None]:
+        dtype = short_dtype(precision) or torch.float32
+        a, b, out = torch.randn(3, side, side, device=device, dtype=dtype)
+
+        def run() -> None:
+            with matmul_precision(precision):
+                torch.mm(a, b, out=out)
+
+        return run
+
+    products = {p: product(p) for p in precisions if explain_unsupported(p, device) is None}
+    timings = interleaved(products, rounds=rounds, calls=10)
+    return {
+        precision: {"side": side, "flops_per_s": 2 * side**3 / statistics.median(seconds)}
+        for precision, seconds in timings.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------ record
@@ -341,11 +401,14 @@ def row_of(
 
     rivals = [(n, other) for n in ("natural", "pgd_at", "pgd_at-paper") for other in timed(n)]
     prefix = "" if meaningful else "meaningless_"
+    rate = record["gemm"][arm.precision]["flops_per_s"]
     row |= {
         "micro_batch": found.step.step.micro_batch or batch,
         f"{prefix}seconds_a_batch": summary(found.rounds) | {"rounds": found.rounds},
         "images_per_s": images_per_s if meaningful else None,
         "time_over": {n: summary(paired_ratios(found.rounds, m.rounds)) for n, m in rivals},
+        "flop_utilisation": found.flops * images_per_s / rate,
+        "peak_bytes": found.peak_bytes,
         "joules_an_image": summary([j / batch for j in found.joules]) if found.joules else None,
         "launches": found.launches,
     }
@@ -382,6 +445,9 @@ COLUMNS: dict[str, Column] = {
     "over PGD-3": "time_over/pgd_at:.2f",
     "over the paper's PGD-3": "time_over/pgd_at-paper:.2f",
     "speed over the paper's way, fp32": f"times_as_fast_as/{PAPER_IN_FP32}:.2f",
+    "FLOP utilisation": lambda r: (
+        f"{100 * r['flop_utilisation']:.0f} %" if "flop_utilisation" in r else ""
+    ),
     "peak GiB": lambda r: f"{r['peak_bytes']['total'] / 2**30:.1f}" if r.get("peak_bytes") else "",
     "J an image": "joules_an_image:.3f",
     "launches": "launches/count:.0f",
@@ -524,11 +590,14 @@ def main(args: argparse.Namespace) -> int:
         "kernels": choose_kernels(args.kernels, DEVICE),
         "cuda_graphs": args.cuda_graphs,
         "energy": "not measured",
+        "gemm": {},
         "forward_flops_an_image": forward_flops(network, args.batch),
     }
     bench, joules = None, None
     if not args.counts_only:
         print(record["device"] if ON_GPU else NO_MEANING, flush=True)
+        precisions = list(dict.fromkeys(arm.precision for arm in arms))
+        record["gemm"] = gemm_rates(precisions, DEVICE, args.rounds)
         graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
         network = network.to(DEVICE)
         bench = UpdateBench(network, classes, args.batch, record["kernels"], **graphs)

@@ -133,9 +133,9 @@ def repetitions(lowering: Any) -> Counter[str]:
 
     lowering: Inductor's GraphLowering of the graph.
 
-    Inductor counts the repeated elements of an expanded tensor, although memory holds them only
-    once. If such a tensor is one of several outputs of an operator, it has a buffer, and the
-    operator has another. If the tensor is used, Inductor counts the elements for both.
+    An expanded tensor repeats its elements, but memory holds each of them only once. Inductor
+    nevertheless counts every repetition. It counts them twice if the tensor is one of several
+    outputs of an operator, because the tensor and the operator then have a buffer each.
     """
     from torch._inductor.ir import MultiOutput
 

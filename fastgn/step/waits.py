@@ -55,8 +55,8 @@ class WaitTimer:
     def read(self) -> float:
         """Returns the seconds that were measured since the last call of `read` or `reset`.
 
-        Waits until the device has computed the last sum. Call this when the CPU has just waited for
-        the device.
+        Waits until the device has reached the end of the last measured time. Call this when the CPU
+        has just waited for the device anyway.
         """
         if self._events:
             self._events[-1][1].synchronize()

@@ -70,8 +70,9 @@ def test_a_run_on_a_cpu(every_arm: tuple[dict, str, Path]) -> None:
         assert "seconds_a_batch" not in row, "seconds of a CPU have no name"
         seconds = row["meaningless_seconds_a_batch"]
         assert len(seconds["rounds"]) == record["rounds"] == 3 and min(seconds["rounds"]) > 0
-        assert row["joules_an_image"] is row["images_per_s"] is None
-        assert row["launches"] is None
+        assert row["peak_bytes"] is row["joules_an_image"] is row["images_per_s"] is None
+        assert row["launches"]["what"] == "operators without views"
+        assert row["flop_utilisation"] > 0
 
 
 UNITS = {
@@ -147,6 +148,9 @@ def test_ratios_are_those_of_the_rounds(every_arm: tuple[dict, str, Path]) -> No
     assert speed == pytest.approx(statistics.fmean(theirs / mine for theirs, mine in pairs))
     itself = {"mean": 1, "median": 1, "std": 0, "min": 1, "max": 1, "n": 3}
     assert rows["natural"]["time_over"]["natural"] == itself
+    used = rows["pgd_at"]["flops_an_image"] * 4 / statistics.fmean(rounds("pgd_at"))
+    rate = every_arm[0]["gemm"]["fp32"]["flops_per_s"]
+    assert rows["pgd_at"]["flop_utilisation"] == pytest.approx(used / rate)
 
 
 @without_gpu
@@ -212,6 +216,7 @@ def test_what_a_cpu_cannot_compute_in_is_not_timed(tmp_path: Path) -> None:
     (row,) = record["not_timed"]
     assert row["precision"] == "tf32" and row["forwards_by_count"] == pytest.approx(3, rel=0.2)
     assert row["failed"] == "tf32 needs a CUDA device, not cpu"
+    assert record["gemm"].keys() == {"fp32"}
 
 
 @without_gpu
@@ -411,6 +416,14 @@ def test_each_arm_has_its_own_calls_and_watchers() -> None:
     assert len(timings["b"]) == 2
 
 
+@without_gpu
+def test_dispatches_are_those_of_the_call() -> None:
+    x = torch.rand(64, 64)
+    product = lambda: (x @ x).sum()  # noqa: E731
+    assert cost.launches(product, compiled=False)[1] == 2
+    assert cost.launches(product, compiled=True)[1] is None
+
+
 def test_only_kernels_count_as_launches() -> None:
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
@@ -443,6 +456,7 @@ def test_compiled_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["not_timed"] == []
     compiled = {name for name, row in rows.items() if row["compiled"]}
     assert compiled == rows.keys() - {"gradnorm exact-eager"}
+    assert rows["gradnorm exact"]["launches"]["count"] is None
     assert rows["gradnorm exact"]["times_as_fast_as"].keys() == {"gradnorm exact-eager, fp32"}
     units = [rows[f"gradnorm {kind}"]["flops_an_image"] for kind in ("exact", "exact-eager")]
     assert units[0] == units[1]
@@ -510,6 +524,7 @@ def on_a_card(folder: Path) -> dict:
     """A record as of an H200: a CPU's, its numbers replaced."""
     record = run(folder, *TINY, "--methods", "natural", "gradnorm", "--schedules", "exact")
     record |= {"meaningful_times": True, "device": "NVIDIA H200", "kernels": "triton"}
+    record["gemm"] = {"bf16": {"side": 8192, "flops_per_s": 7e14}}
     for index, row in enumerate(record["rows"], 1):
         row["seconds_a_batch"] = {"mean": 0.01 * index, "std": 0.001, "rounds": [0.01 * index]}
         row["images_per_s"] = 4 / (0.01 * index)
@@ -546,5 +561,6 @@ def test_cost_on_a_gpu(tmp_path: Path) -> None:
     assert record["meaningful_times"] and not record["not_timed"]
     for row in record["rows"]:
         assert row["images_per_s"] > 0 and row["launches"]["count"] > 10
+        assert row["peak_bytes"]["total"] > 0
     rows = by_arm(record)
     assert math.isclose(rows["natural"]["time_over"]["natural"]["mean"], 1)
