@@ -130,7 +130,7 @@ def scan_apart(family: str) -> dict[str, Any]:
 
     If the network crashes that process, the outcome is "killed".
     """
-    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+    with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
         try:
             return pool.submit(scan, family).result()
         except BrokenProcessPool:

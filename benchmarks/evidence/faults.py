@@ -178,7 +178,7 @@ def train_rank(folder: Path, agents: int, fault: Fault | None) -> None:
         args += [
             "--rank-timeout",
             "0.12",
-        ]  # minutes, about 7 s: ranks may be late on a busy machine
+        ]  # minutes, about 7 s: a busy machine is slow
     status = train.main([*args, "--resume", "auto"])
     if status:
         sys.exit(status)
