@@ -277,12 +277,9 @@ def _window_attention_bwd_bwd_kernel(
 ):  # fmt: skip
     """Computes the second derivative, and writes the gradients of go and qkv into ggo and gqkv.
 
-    The docstring of this file explains the names. ggbias is read if HAS_GGBIAS is True. If
-    BIAS_GRAD is True, each program adds the bias gradients of its own windows to its own part of
-    partial_sums.
-
-    Registers cannot hold six 64 x 64 tiles and their operands. Therefore inputs are read again,
-    mostly from the cache, whenever they are used.
+    The docstring of this file explains the names. If BIAS_GRAD is True, each program adds the bias
+    gradients of its own windows to its own part of partial_sums. Registers cannot hold six 64 x 64
+    tiles and their operands, so an input is read again, mostly from the cache, for each use.
     """
     head, strip = tl.program_id(0), tl.program_id(1)
     zeros_nd = tl.zeros((BLOCK_TOKENS, BLOCK_DIM), COMPUTE_DTYPE)
