@@ -201,21 +201,6 @@ def last_lines(log: Path, number: int) -> list[str]:
     return [line[:300] for line in lines if line][-number:]
 
 
-def environment_of_parts(folder: Path) -> dict[str, str]:
-    """Returns the environment variables for the commands of the report.
-
-    The checkout comes first on the import path. The compiler's caches are in the folder, unless the
-    environment says where they are.
-    """
-    path = filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
-    return {
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"),
-        "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
-        **os.environ,
-        **{"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"},
-    }
-
-
 def digest_of_sources() -> str:
     """Returns a digest of all source files that the report can run. It does not need git."""
     digest = hashlib.sha256()
@@ -231,6 +216,14 @@ class Report:
 
     def __init__(self, folder: Path, machine: Machine, sources: str, commit: str | None):
         self.folder = folder
+        path = filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")))
+        # the compiler's caches are in the folder, unless the environment says where they are
+        self.env = {
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "cache" / "triton"),
+            **os.environ,
+            **{"PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"},
+        }
         self.key = {"sources": sources, "device": machine.device, "smoke": machine.smoke}
         self.commit = commit
         self.head = {"notes": machine.notes} | metrics.environment()
@@ -250,10 +243,10 @@ class Report:
         same = all(entry.get(name) == value for name, value in self.key_of(part).items())
         return entry if same else None
 
-    def run(self, part: Part, limit_s: float, env: dict[str, str]) -> dict[str, Any]:
-        """Runs a part, adds its result to report.json, and returns it.
+    def run(self, part: Part, limit_s: float) -> dict[str, Any]:
+        """Runs a part for at most limit_s seconds, and adds its result to report.json.
 
-        limit_s: seconds after which the part is ended. env: environment variables of its command.
+        Returns the result.
         """
         log = self.folder / "logs" / f"{part.name}.log"
         log.parent.mkdir(exist_ok=True)
@@ -262,7 +255,9 @@ class Report:
         if path and self.same(part) is None:
             path.unlink(missing_ok=True)
         began = time.monotonic()
-        code = run([*part.command, *(("--output", str(path)) if path else ())], log, limit_s, env)
+        code = run(
+            [*part.command, *(("--output", str(path)) if path else ())], log, limit_s, self.env
+        )
         seconds = min(time.monotonic() - began, limit_s)
         record = read_json(path) if path else {}
         if path and self.commit is not None and record.get("commit", "") is None:
@@ -295,7 +290,6 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
     Returns 1 if a part failed or reached its time limit, else 0. began: time.monotonic() at the
     start of the program. budget_s: seconds after which no part begins.
     """
-    env = environment_of_parts(report.folder)
     notes = report.head["notes"]
     for note in notes:
         print(note)
@@ -310,7 +304,7 @@ def carry_out(report: Report, parts: Sequence[Part], *, began: float, budget_s: 
             entry = {"name": part.name, "status": "not begun", "last_lines": [reason]}
         else:
             print(f"{part.name} ...", flush=True)
-            entry = report.run(part, min(part.limit_s, left_s), env)
+            entry = report.run(part, min(part.limit_s, left_s))
         if entry["status"] in ("failed", "timed out"):
             bad = 1
             print(*entry["last_lines"], sep="\n")

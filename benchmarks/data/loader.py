@@ -110,20 +110,16 @@ def cpu_seconds() -> float:
 
 
 def measure(
-    loaders: Sequence[str],
-    paths: list[Path],
-    batch_size: int,
-    workers: int,
-    batches: int,
-    rounds: int,
+    loaders: Sequence[str], paths: list[Path], args: argparse.Namespace, workers: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Measures several loaders in turn, `rounds` times.
+    """Measures several loaders in turn, --rounds times.
 
     Returns the name of each loader -> {"images_per_s": speeds, "cpu_ms_an_image": CPU milliseconds
     of all processes per image}, each with one entry per round.
 
-    loaders: values of --loader. paths: JPEG files. batches: number of batches per measurement.
+    loaders: values of --loader. paths: JPEG files. args: options of the command line.
     """
+    batch_size, batches, rounds = args.batch_size, args.batches, args.rounds
     drain = 2 * workers + 4  # number of batches that empty the queues before a measurement
     split = repeated(paths, batch_size * (drain + rounds * (batches + drain)))
     sources = {name: iterator(name, split, batch_size, workers) for name in loaders}
@@ -199,7 +195,7 @@ def main(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         below = files_below(args.data_dir) if args.data_dir else None
         paths = below or jpeg_folder(Path(folder), args.files)
-        found = measure(installed(), paths, args.batch_size, workers, args.batches, args.rounds)
+        found = measure(installed(), paths, args, workers)
         kib = statistics.fmean(path.stat().st_size for path in paths) / 1024
     size = {"images": f"{len(paths)} JPEGs, {kib:.0f} KiB in the mean", "img_size": SIDE}
     size |= {"batch_size": args.batch_size, "workers": workers}

@@ -39,17 +39,13 @@ def digests_of(cfg: Config) -> dict[str, str]:
         if key not in LOCAL:
             groups.setdefault(FIELDS[key], {})[key] = value
     own = [dataclasses.asdict(options) for options in cfg.objective.own_options]
-    rest = {name: g for name, g in groups.items() if name.split(".")[0] not in NAMED}
+    own_digest = ("architecture", "objective")  # of which an error message can say that it differs
+    rest = {name: g for name, g in groups.items() if name.split(".")[0] not in own_digest}
     return {
         "network": digest([groups["architecture"], code_of(preact_resnet)]),
         "objective": digest([groups["objective"], own, objective_code(cfg.objective.method)]),
         "training": digest(rest),
     }
-
-
-NAMED = ("architecture", "objective")
-"""Groups of options that have a digest of their own. If a result cannot be reused, the error
-message can then say which group has changed."""
 
 
 def objective_code(method: str) -> list[str]:

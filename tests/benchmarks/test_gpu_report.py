@@ -1,9 +1,9 @@
 """The GPU's report: parts fail alone, stop in time and are not repeated; a toy run of every part;
 what loader.py and precision.py count."""
 
+import argparse
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -111,7 +111,7 @@ def test_a_record_is_told_its_commit(tmp_path: Path) -> None:
     code = f"open('{tmp_path}/r/x.json', 'w').write('{{\"commit\": null}}')"
     report = gpu_report.Report(tmp_path / "r", H200, "a", "abc")
     (tmp_path / "r").mkdir()
-    report.run(part("writes", code, file="x.json"), 30, dict(os.environ))
+    report.run(part("writes", code, file="x.json"), 30)
     assert json.loads((tmp_path / "r" / "x.json").read_text()) == {"commit": "abc"}
 
 
@@ -322,8 +322,8 @@ def test_the_torch_loaders_row(tmp_path: Path) -> None:
     paths = loader.jpeg_folder(tmp_path, 2)
     split = loader.repeated(paths, 60)
     assert len(split) == 60 and len(set(split.paths)) == 2
-    options = {"batch_size": 2, "workers": 0, "batches": 3, "rounds": 2}
-    found = loader.measure(["torch"], paths, **options)["torch"]
+    args = argparse.Namespace(batch_size=2, batches=3, rounds=2)
+    found = loader.measure(["torch"], paths, args, workers=0)["torch"]
     assert len(found["images_per_s"]) == len(found["cpu_ms_an_image"]) == 2
     assert min(found["images_per_s"]) > 0 and min(found["cpu_ms_an_image"]) >= 0
 
