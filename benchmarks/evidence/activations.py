@@ -6,8 +6,9 @@ PGD-3 from those weights. Activations and BatchNorm are the only nonlinear layer
 
     python -m benchmarks.evidence.activations
 
-The networks are trained and attacked as in robustness.py. The table also has cross-entropy and
-penalty in the last epoch that was evaluated.
+The networks are trained and attacked as in robustness.py. The table also has the training's mean
+cross-entropy and penalty in the last epoch. PGD-3 has no penalty, and its cross-entropy is that of
+attacked images.
 
 Writes benchmarks/results/activations_digits_<device>.json.
 """
@@ -71,12 +72,13 @@ def rows_of(record: tables.Record) -> list[tables.Row]:
 def last_mean(row: tables.Row, key: str, form: str) -> str:
     """Returns the mean over the seeds of a number in the last evaluated epoch, as text.
 
-    key: "ce" or "penalty". form: format of the number. The text is empty if a seed lacks it.
+    key: "ce" or "penalty". form: format of the number. The text is empty if the training method has
+    no penalty.
     """
     if f"{key}_after" in row:  # only in older records
         return format(row[f"{key}_after"]["mean"], form)
     found = [cell["history"][-1].get(key) for cell in row["seeds"]]
-    return "" if None in found else format(statistics.fmean(found), form)
+    return format(statistics.fmean(found), form) if all(found) else ""
 
 
 def table(record: tables.Record) -> str:
@@ -124,7 +126,8 @@ def compare(rows: Sequence[tables.Row]) -> Iterator[dict[str, str]]:
     than for pgd_at. rows: results of `rows_of`.
     """
     attacks = dict.fromkeys((a["attack"], a["eps"]) for row in rows for a in row["accuracy"])
-    names = [f"{tables.ATTACKS[name]} {eps:.4g}" if eps else name for name, eps in attacks]
+    titles = {name: tables.ATTACKS.get(name, name) for name, _ in attacks}
+    names = [f"{titles[name]} {eps:.4g}" if eps else name for name, eps in attacks]
     bent = {row["network"] for row in rows if row["network"].startswith(PIECEWISE_LINEAR)}
     smooth = {row["network"] for row in rows} - bent
     groups = {"smooth - piecewise linear": (smooth, bent), "gelu - relu": (["gelu"], ["relu"])}

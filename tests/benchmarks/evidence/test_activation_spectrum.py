@@ -34,6 +34,7 @@ def test_two_activations_from_training_to_table(tmp_path: Path) -> None:
     assert lines[0].startswith("| method | activation | clean, % |")
     assert "| cross-entropy | penalty |" in lines[0]
     assert lines[2].startswith("| gradnorm | relu |") and lines[5].startswith("| pgd_at | gelu |")
+    assert lines[5].endswith(" |  |"), "PGD-3 has no penalty"
     assert lines[-3].startswith("| gelu - relu | gradnorm - pgd_at |")
 
 
