@@ -28,7 +28,11 @@ def read_archive(path: Path, *, legacy: bool = False) -> Any:
     """
     with open_for_reading(path) as file:
         archive = file.read(4) == b"PK\x03\x04"  # torch.load looks for the same bytes
-        check(archive or legacy, f"{path} is corrupt: it is not an archive of torch.save")
+        check(
+            archive or legacy,
+            f"{path} is neither a checkpoint nor an export of fastgn.train, or its beginning is "
+            "damaged: give the folder of a run, a checkpoint (.pt) or an export (.safetensors)",
+        )
         if archive:
             check_archive(file, path)
         file.seek(0)

@@ -23,6 +23,10 @@ from torch.utils._pytree import tree_leaves
 from fastgn.config import Config, OptimizerConfig
 from fastgn.errors import UserError, check, check_name
 
+FEW_IMAGES = 1 / 8
+"""Share of --lr-base-size. If an update has fewer images and --lr is not given, a line says how the
+learning rate was chosen."""
+
 
 def check_optimizer(cfg: OptimizerConfig, device: torch.device) -> None:
     """Raises UserError unless the configured optimizer can be used.
@@ -299,6 +303,22 @@ def compute_peak_lr(cfg: OptimizerConfig, global_batch: int) -> float:
     peak = cfg.lr if cfg.lr is not None else cfg.lr_base * global_batch / cfg.lr_base_size
     cfg.check_peak(peak)
     return peak
+
+
+def describe_low_lr(cfg: OptimizerConfig, images: int) -> list[str]:
+    """Returns a line that says how the learning rate was chosen if --lr is not given and an update
+    has few images.
+
+    Otherwise returns no line. The learning rate is proportional to the number of images per update,
+    so with few images it can be too low to learn. images: number of images per update.
+    """
+    if cfg.lr is not None or images >= FEW_IMAGES * cfg.lr_base_size:
+        return []
+    return [
+        f"no --lr: the peak learning rate is only {compute_peak_lr(cfg, images):.3g} (--lr-base "
+        f"{cfg.lr_base:g} x {images} images per update / --lr-base-size "
+        f"{cfg.lr_base_size}): if the network learns too slowly, give a higher --lr"
+    ]
 
 
 def compute_lr(cfg: OptimizerConfig, update: int, updates_per_epoch: int, peak: float) -> float:

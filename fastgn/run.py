@@ -18,6 +18,7 @@ from fastgn.data.identity import Identity
 from fastgn.data.subset import Subset
 from fastgn.distributed import World
 from fastgn.errors import UserError
+from fastgn.fields import format_number
 from fastgn.loss_scale import EXHAUSTED, judge_values
 from fastgn.metrics import Metrics
 from fastgn.models.network import Classifier
@@ -412,7 +413,7 @@ class Run:
             epoch = self.update / self.resolved.updates_per_epoch
             self.metrics.log(self.update, {"epoch": epoch, **self.accuracy})
             self.metrics.print(
-                f"epoch {epoch:g}: clean {clean:.1%}, PGD-10 at {eps:.4g} {robust:.1%} "
+                f"epoch {epoch:g}: clean {clean:.1%}, PGD-10 at {format_number(eps)} {robust:.1%} "
                 f"({self.subset.name})"
             )
             rows = self.metrics.path if self.step.objective.differences else None

@@ -344,8 +344,10 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
         f"{resolved.device}, {cfg.step.precision}, {'compiled' if resolved.compiled else 'eager'}"
         f"{', CUDA graphs' if resolved.cuda_graphs else ''}: {resolved.last_update} updates of "
         f"{resolved.batch_size} images x {resolved.grad_accum_steps} accumulated x "
-        f"{resolved.ranks} ranks, peak lr {resolved.lr:.3g} -> {run.folder}"
+        f"{resolved.ranks} processes, peak lr {resolved.lr:.3g} -> {run.folder}"
     )
+    if state is None:
+        notes = optim.describe_low_lr(cfg.optimizer, resolved.global_batch) + notes
     if resolved.ranks > 1:
         micro_batches = resolved.count_micro_batches(resolved.micro_batch)
         grad_sync, reason = choose_grad_sync(cfg.step, run.world, micro_batches)
@@ -354,6 +356,11 @@ def announce(run: Run, report: ModelReport, notes: list[str], state: TrainState 
         run.print(line)
     if state is not None:
         run.print(changes_line(cfg, state, resolved.ranks))
+        if run.is_done():
+            run.print(
+                "all updates of this run are done, so only the files of its end are written again: "
+                "to train longer, give a higher --epochs or --max-updates"
+            )
     for line in run.plan.lines() if run.plan is not None else []:
         run.print(line)
     if resolved.compiled:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgn.checkpoint import Checkpoints, find_checkpoint, load_checkpoint, read_config
 from fastgn.config import Config, run_folder
+from fastgn.config.inputs import check_checkpoints
 from fastgn.config.programs import BareWeightsConfig
 from fastgn.errors import UserError, check, escape, print_line
 from fastgn.files import METADATA, parse_json, read_safetensors, write_safetensors
@@ -100,7 +101,7 @@ def load_trained(where: str, device: torch.device) -> Trained:
     instead of the last checkpoint. Raises UserError if there is no such network.
     """
     path = Path(where)
-    check(path.exists(), f"--checkpoint {where}: there is no such run or file")
+    check_checkpoints([where])
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
     saved = read_saved(

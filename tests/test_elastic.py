@@ -181,7 +181,7 @@ def test_a_job_goes_on_with_fewer_machines(tmp_path: Path) -> None:
             agent.kill()
             agent.wait()
     said = logs[0].read_text()
-    assert "24 images x 2 accumulated x 1 ranks" in said
+    assert "24 images x 2 accumulated x 1 processes" in said
     assert re.search(r"resumed at update \d+; ranks: 1, not 2", said)
     assert read_state(find_checkpoint(folder))["update"] == 58
     assert train.main(tiny_run(alone, *common)) == 0

@@ -71,11 +71,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "batch larger than the data": (
         ["--batch-size", "1500"],
-        "1500 images x 1 micro-batches x 1 ranks = 1500 exceeds the 1437 training images",
+        "an update takes 1500 images, but there are only 1437 training images: use a lower --batch",
     ),
     "accumulation larger than the data": (
         ["--batch-size", "1000", "--grad-accum-steps", "2"],
-        "1000 images x 2 micro-batches x 1 ranks = 2000 exceeds the 1437 training images",
+        "2000 images (1000 x 2 micro-batches x 1 processes), but there are only 1437 training",
     ),
     "odd batch with mixup": (
         ["--mixup", "0.8", "--batch-size", "7"],
@@ -543,7 +543,7 @@ def test_a_shard_that_was_cut_is_named_before_training(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        (["--data-dir", "nowhere"], "the digits come with scikit-learn"),
+        (["--data-dir", "nowhere"], "or add --data imagefolder to use the images in nowhere"),
         (["--data", "imagefolder", "--data-dir", "nowhere"], "--data-dir nowhere: there is no"),
     ],
 )
@@ -556,11 +556,21 @@ def test_evaluating_on_data_that_is_not_there(more, expected, finished, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_training_on_the_folder_of_a_split(tmp_path, capsys):
+    data = image_folder(tmp_path / "data")
+    line = refused(capsys, folder_run(data / "train", tmp_path / "run"))
+    assert line.endswith(f"train/train is missing: give the folder above, --data-dir {data}")
+
+
 def test_evaluating_what_is_no_run(tmp_path, capsys):
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"nothing")
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"\x89PNG")
     for where, expected in (
         (tmp_path / "nowhere", "there is no such run or file"),
+        (tmp_path / "picture.pgn", f"there is no such run or file: did you mean {picture}?"),
+        (picture, "is neither a checkpoint nor an export of fastgn.train, or its beginning is dam"),
         (tmp_path, "there is no checkpoint in this folder"),
         (weights, "not a safetensors file"),
     ):
@@ -583,6 +593,7 @@ def test_evaluating_on_other_classes(finished, tmp_path, capsys):
     [
         ("--attacks", "pgd", "'pgd' is unknown"),
         ("--attacks", "pgd-0", "'pgd-0' is unknown"),
+        ("--attacks", "pgd20", "'pgd20' is unknown: did you mean 'pgd-20'?"),
         *(
             ("--attacks", f"pgd-10@{step}", f"'pgd-10@{step}': the step after @ must be a")
             for step in ("0", "-1/255", "nan", "inf", "1/0", "eps", "eps/0", "eps/-4", "STEP")

@@ -28,6 +28,7 @@ from fastgn.optim import (
     compute_lr,
     compute_peak_lr,
     compute_ramp,
+    describe_low_lr,
     load_state,
     make_decay_groups,
     measure_state_bytes,
@@ -287,6 +288,14 @@ def test_schedule_once_an_epoch() -> None:
 def test_peak_lr_scales_with_the_global_batch() -> None:
     assert compute_peak_lr(OptimizerConfig(), 532) == pytest.approx(6.25e-4 * 532 / 512)
     assert compute_peak_lr(OptimizerConfig(lr=0.003), 532) == 0.003
+
+
+def test_a_low_learning_rate_is_noted_only_if_nobody_chose_it():
+    assert describe_low_lr(OptimizerConfig(lr=1e-5), 8) == []
+    assert describe_low_lr(OptimizerConfig(), 64) == []
+    assert describe_low_lr(OptimizerConfig(lr_base_size=32), 8) == []
+    (line,) = describe_low_lr(OptimizerConfig(), 63)
+    assert "only 7.69e-05 (--lr-base 0.000625 x 63 images per update / --lr-base-size 512)" in line
 
 
 def test_lengths_follow_the_epochs() -> None:

@@ -302,7 +302,7 @@ def test_a_later_second_signal_ends_at_once() -> None:
 
 
 def test_resuming_a_finished_run_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(metrics, "commit", lambda: "0123456789ab")  # work goes on beside the tests
     folder = tmp_path / "run"
@@ -316,7 +316,9 @@ def test_resuming_a_finished_run_changes_nothing(
     before = contents()
     assert {"model.safetensors", "summary.json", "metrics.csv", "config.toml"} <= before.keys()
     disturb_generators()
+    capsys.readouterr()
     assert train.main(["--resume", str(folder)]) == 0
+    assert "all updates of this run are done" in capsys.readouterr().err
     assert differences(contents(), before) == []
     assert train.main(tiny_run(folder, "--max-updates", "4", "--resume", "auto")) == 0
     assert differences(contents(), before) == []

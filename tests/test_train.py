@@ -150,7 +150,8 @@ def test_a_piecewise_linear_network_is_warned_of(tmp_path: Path, capsys) -> None
     assert main([*args, "--output", str(tmp_path / "relu")]) == 0
     assert "ReLU" in (said := capsys.readouterr().err) and "--activation gelu" in said
     assert main([*args, "--activation", "gelu", "--output", str(tmp_path / "gelu")]) == 0
-    assert "warning" not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "warning" not in said and "no --lr: the peak learning rate is only 9.77e-06" in said
 
 
 def test_bare_command_takes_the_embedded_digits(tmp_path: Path, capsys) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from fastgn.config import FIELDS, Config, initial_file, load_recipe, run_folder
+from fastgn.config.inputs import check_checkpoints, check_data_dir
 from fastgn.config.programs import (
     CheckConfig,
     EvaluateConfig,
@@ -40,7 +41,8 @@ PROGRAMS: dict[str, type] = {
 
 
 def check_command_line(program: str) -> None:
-    """Parses the program's command line, and ends the program for --help or a mistake.
+    """Parses the program's command line, and ends the program for --help or a mistake. Files and
+    folders that do not exist are such mistakes.
 
     It runs before slow imports such as torch. The program later parses the command line again,
     which takes a tenth of a second.
@@ -48,9 +50,15 @@ def check_command_line(program: str) -> None:
     args = sys.argv[1:]
     try:
         if program in PROGRAMS:
-            parse_cli(PROGRAMS[program], args, program)
+            options = parse_cli(PROGRAMS[program], args, program)
+            if isinstance(options, (EvaluateConfig, ExportConfig)):
+                given = options.checkpoint
+                check_checkpoints([given] if isinstance(given, str) else given)
+            if isinstance(options, EvaluateConfig):
+                check_data_dir(options.data, options.data_dir)
         else:
             cfg = parse_config(args)
+            check_data_dir(cfg.dataset.data, cfg.dataset.data_dir)
             if cfg.architecture.initial_checkpoint and cfg.run.resume is None:
                 initial_file(cfg.architecture.initial_checkpoint)
     except UserError as error:

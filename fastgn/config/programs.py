@@ -62,7 +62,9 @@ def check_attack(name: str) -> None:
         return
     match = PGD.fullmatch(name)
     if not match:
-        raise UserError(f"--attacks {name!r} is unknown: {nearest(name, NAMES)}")
+        written = re.fullmatch(r"pgd[-_ ]*([1-9]\d*)", name, re.IGNORECASE)
+        hint = f"did you mean 'pgd-{written[1]}'?" if written else nearest(name, NAMES)
+        raise UserError(f"--attacks {name!r} is unknown: {hint}")
     for text, allowed, what in ((match[1], PGD_STEPS, "steps"), (match[2], PGD_RESTARTS, "starts")):
         check(
             text is None or (len(text) < 10 and int(text) in allowed),

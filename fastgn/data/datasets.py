@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgn.config.groups import DatasetConfig
+from fastgn.config.inputs import check_data_dir
 from fastgn.data.arrays import Arrays, decode_all, read_arrays
 from fastgn.data.folders import find_images
 from fastgn.data.images import BadImageError, Encoded, decode_image, make_bad_image_error
@@ -106,16 +107,7 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
     """
     kind = cfg.data or ("imagefolder" if cfg.data_dir else "digits")
     with report_file_errors(cfg):
-        if cfg.data_dir is not None:
-            check(
-                kind != "digits",
-                f"--data-dir {cfg.data_dir}: the digits come with scikit-learn, so leave "
-                "--data-dir out",
-            )
-            check(
-                Path(cfg.data_dir).exists(),
-                f"--data-dir {cfg.data_dir}: there is no such file or folder",
-            )
+        check_data_dir(kind, cfg.data_dir)
         match kind:
             case "digits":
                 return read_digits()
@@ -303,6 +295,10 @@ def find_files(root: Path, split: str, option: str) -> Split:
     hint = (
         f"it should hold one folder of images per class or the shards of fastgn.data.pack, or "
         f"{split}.txt should list its images; {option} names another folder"
+    )
+    check(
+        folder.is_dir() or root.name != split,
+        f"--data-dir {root}: {folder} is missing: give the folder above, --data-dir {root.parent}",
     )
     check(folder.is_dir(), f"--data-dir {root}: {folder} is missing; {hint}")
     check(

@@ -20,6 +20,9 @@ from fastgn.data.images import Encoded
 from fastgn.data.trial import choose_dali_or_pil, wants_dali
 from fastgn.errors import UserError, check
 
+NOTED_SHARE = 0.05
+"""Share of the training images. If a larger share is left out of each epoch, a line says so."""
+
 
 def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) -> tuple[int, int]:
     """Returns (images per rank and micro-batch, micro-batches per update).
@@ -46,10 +49,12 @@ def batch_sizes(cfg: Config, num_images: int, ranks: int, device: torch.device) 
         )
         accum = per_rank // batch
     whole = batch * accum * ranks
+    flag = "--batch-size" if data.global_batch_size is None else "--global-batch-size"
+    factors = f" ({batch} x {accum} micro-batches x {ranks} processes)" * (whole > batch)
     check(
         whole <= num_images,
-        f"a global batch of {batch} images x {accum} micro-batches x {ranks} ranks = {whole} "
-        f"exceeds the {num_images} training images: lower --batch-size",
+        f"an update takes {whole} images{factors}, but there are only {num_images} training "
+        f"images: use a lower {flag}",
     )
     mixing = cfg.augmentation.mixup or cfg.augmentation.cutmix
     check(
@@ -118,12 +123,17 @@ def build_loader(
 
     mean, std: the model's normalisation. compiled: whether the device loader compiles its
     augmentation. agree: function that returns True on all ranks if it gets True on any rank.
-    notes: list to which a message is added if `--loader auto` cannot use DALI.
+    notes: list to which a message is added if `--loader auto` cannot use DALI, or if many images
+    are left out of each epoch.
 
     Raises UserError if the loader does not support the data or the augmentation.
     """
     split, augmentation = dataset.train, cfg.augmentation
-    batches_per_epoch = len(split) // (batch_size * grad_accum_steps * ranks) * grad_accum_steps
+    images = batch_size * grad_accum_steps * ranks
+    updates = len(split) // images
+    batches_per_epoch = updates * grad_accum_steps
+    if notes is not None:
+        notes += describe_left_out(len(split), updates, images)
     common: dict[str, Any] = {
         "img_size": img_size,
         "hflip": choose_flip_probability(cfg, dataset),
@@ -160,6 +170,23 @@ def build_loader(
             notes.append(line)
         return loader
     return make_dali() if kind == "dali" else make_torch()
+
+
+def describe_left_out(images: int, updates: int, images_per_update: int) -> list[str]:
+    """Returns a line about the training images that are left out of each epoch, because they are
+    too few for another update.
+
+    Returns no line if they are at most 5 % of all images. images: number of training images.
+    updates: number of updates per epoch.
+    """
+    left_out = images - updates * images_per_update
+    if left_out <= NOTED_SHARE * images:
+        return []
+    return [
+        f"{left_out} of the {images} training images are left out of each epoch, others in each "
+        f"epoch, because an update takes {images_per_update} images: use fewer images per update "
+        "to leave out fewer"
+    ]
 
 
 def choose_flip_probability(cfg: Config, dataset: Dataset) -> float:

@@ -482,6 +482,27 @@ def test_a_missing_start_names_the_recipe_that_makes_it(tmp_path, monkeypatch, c
     assert "--recipe quickstart_natural" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("program", "args", "expected"),
+    [
+        ("fastgn.train", "--data-dir imagse", "imagse: there is no such file or folder: did you"),
+        ("fastgn.train", "--data digits --data-dir images", "or add --data imagefolder to use the"),
+        ("fastgn.evaluate", "--checkpoint a", "--checkpoint a: there is no such run or file below"),
+        ("fastgn.evaluate", "--checkpoint images --data-dir image", "did you mean images?"),
+        ("fastgn.export", "--checkpoint a --robustbench b", "--checkpoint a: there is no such run"),
+    ],
+)
+def test_what_does_not_exist_is_named_before_torch_is_imported(
+    program, args, expected, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *args.split()])
+    with pytest.raises(SystemExit):
+        check_command_line(program)
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe", [(), ("--recipe", "swin_b_gradnorm")])
 def test_a_short_run_needs_no_other_flag(recipe):
     """Warm-up and ramp follow --epochs, and the first and last rate follow the peak."""

@@ -11,7 +11,7 @@ from support.states import differences
 from fastgn.config import Config
 from fastgn.data.batch import draw_epoch_order, rank_slice
 from fastgn.data.datasets import Arrays, Dataset
-from fastgn.data.loader import batch_sizes
+from fastgn.data.loader import batch_sizes, describe_left_out
 from fastgn.errors import UserError
 from fastgn.seeding import seed_all
 
@@ -180,7 +180,13 @@ def test_batch_sizes(keys, ranks, expected):
     [
         ({"global_batch_size": 25}, 2, "--global-batch-size 25 is not a multiple of 2 ranks"),
         ({"global_batch_size": 24, "batch_size": 5}, 2, "take a multiple of 10"),
-        ({"batch_size": 22}, 2, "22 images x 1 micro-batches x 2 ranks = 44 exceeds the 42"),
+        ({"batch_size": 22}, 2, r"takes 44 images \(22 x 1 micro-batches x 2 processes\), but"),
+        (
+            {"batch_size": 43},
+            1,
+            "43 images, but there are only 42 training images: use a",
+        ),
+        ({"global_batch_size": 44}, 2, "use a lower --global-batch-size"),
         ({"batch_size": 7, "cutmix": 1.0}, 1, "so --batch-size 7 must be even"),
         ({"global_batch_size": 14, "mixup": 0.1}, 2, "so --batch-size 7 must be even"),
     ],
@@ -188,6 +194,12 @@ def test_batch_sizes(keys, ranks, expected):
 def test_batch_sizes_that_cannot_be(keys, ranks, expected):
     with pytest.raises(UserError, match=expected):
         batch_sizes(Config().replace(**keys), 42, ranks, CPU)
+
+
+def test_many_images_left_out_are_noted():
+    assert describe_left_out(60, 15, 4) == describe_left_out(60, 3, 19) == []
+    (line,) = describe_left_out(60, 1, 32)
+    assert line.startswith("28 of the 60 training images are left out of each epoch")
 
 
 def test_an_epoch_can_be_left_early(files):
