@@ -302,7 +302,7 @@ def attacked_images(record: tables.Record) -> str:
     own = images.get("autoattack, each seed its own")  # only in older records
     few = f"{own} images per seed, each seed's own" if own else f"{images['autoattack']} images"
     pgd = images.get("pgd-20") or images["pgd"]
-    return f"AutoAttack on {few}, the rest on {pgd}"
+    return f"AutoAttack on {few}, the rest on {pgd}, so that the two attacks cannot be compared"
 
 
 def table(record: tables.Record) -> str:
@@ -362,10 +362,13 @@ def summary_table(record: tables.Record) -> str:
     }
     columns |= tables.accuracy_columns(rows)
     lengths = "operations" if "reference" in record else "epochs"
+    earlier = ", by an earlier version that trained without label smoothing" * (
+        "reference" in record
+    )
     return (
         f"{tables.make_table(rows, columns)}\n\nAccuracy in %. A small Swin on scikit-learn's "
         f"digits, Linf eps {record['eps']:g} of the pixels' range 0..1, "
-        f"{tables.over_seeds(record['seeds'])}, equal numbers of {lengths} in training; "
+        f"{tables.over_seeds(record['seeds'])}, equal numbers of {lengths} in training{earlier}; "
         f"{attacked_images(record)} (`benchmarks/results/{record['file']}`)."
     )
 
