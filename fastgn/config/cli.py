@@ -50,7 +50,7 @@ def check_command_line(program: str) -> None:
     args = sys.argv[1:]
     try:
         if program in PROGRAMS:
-            options = parse_cli(PROGRAMS[program], args, program)
+            options: Any = parse_cli(PROGRAMS[program], args, program)
             if isinstance(options, (EvaluateConfig, ExportConfig)):
                 given = options.checkpoint
                 check_checkpoints([given] if isinstance(given, str) else given)
