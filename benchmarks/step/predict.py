@@ -20,7 +20,8 @@ inputs and writes its outputs); operators between the compiled graphs, such as t
 attack; the optimizer, the loader and communication.
 
 Writes benchmarks/results/predict_<model>.json. Keeps the rows there that are not predicted again,
-if network and versions are the same. With another size of network or batch, writes to runs/.
+if the network and the versions of torch, triton and timm are the same. With another size of network
+or batch, writes to runs/.
 Uses internals of PyTorch 2.11 to 2.15.
 """
 
@@ -243,8 +244,7 @@ def run_updates(
     with pretend(gpu, make_runner) as mode:
         with mode:
             model.to_empty(device=CUDA)
-        step = make_step()
-        with mode:
+            step = make_step()
             batch = random_batch(network.batch, network.img_size, network.classes, CUDA)
             ramp = torch.ones((), device=CUDA)
             for module in (*step.losses.values(), *step.overlapped.values(), step.attack):
@@ -408,7 +408,10 @@ def main(args: argparse.Namespace) -> int:
     network = Network(*size, tuple(args.model_kwargs))
     size_of = {"model": args.model, "model_kwargs": list(network.kwargs), "batch": args.batch_size}
     size_of |= {"img_size": args.img_size, "classes": args.classes}
-    rows = taken_over(output, size_of | {"versions": head["versions"]}).get("rows", [])
+    before = taken_over(output, size_of)
+    now, then = head["versions"], before.get("versions", {})
+    same = all(then.get(name) == now[name] for name in ("torch", "triton", "timm"))
+    rows = before["rows"] if same else []
     head |= size_of | {"script": "benchmarks/step/predict.py", "prediction": True}
     wanted = [(name, arm) for name in args.gpus for arm in choose_arms(args, GPUS[name])]
     for name, arm in wanted:

@@ -14,6 +14,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgn.loss_scale import LossScale
+
 CUDA = torch.device("cuda:0")
 
 
@@ -272,6 +274,7 @@ def pretend(gpu: Gpu, on_graph: Callable[[Any], Callable]) -> Iterator[FakeTenso
         (joint_graph.UniformValueConstantFolder, "_deduce_value", deduce_on_cpu),
         (GraphLowering, "compile_to_module", compile_to_module),
         (triton.runtime.driver, "_active", driver),
+        (LossScale, "multiply", lambda self, total: total * self.scale),  # makes no new tensor
     ]
     with contextlib.ExitStack() as stack:
         forget_devices()
