@@ -31,16 +31,15 @@ import dataclasses
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.common.arguments import ON_GPU, RESULTS, finish, open_record, option, program
-from benchmarks.common.records import read_json, write_json, write_record
+from benchmarks.common.ranks import call_in_ranks
+from benchmarks.common.records import read_json, write_record
 from benchmarks.common.tables import Column, Record, Row, make_table, with_notes
 from benchmarks.common.timing import once, paired_ratios, summary
 from benchmarks.step.arms import random_batch
@@ -250,20 +249,14 @@ def predict(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_rank(
-    rank: int, args: argparse.Namespace, count: int, port: int, mode: Sequence[Any], file: str
-) -> None:
-    """Times updates as one of several processes of --check, and saves the seconds of each update.
+    world: distributed.World, args: argparse.Namespace, mode: Sequence[Any]
+) -> dict[str, list[float]]:
+    """Times updates as one of several processes of --check, and returns the seconds of each update.
 
     On a GPU, the compiled update of Swin-B is timed. On a CPU, the eager update of a small Swin is.
 
-    args: options of the command line. count: number of processes. port: port on which the processes
-    find each other. mode: as in CHECKED_MODES. file: beginning of the names of the files that the
-    processes write.
+    args: options of the command line. mode: as in CHECKED_MODES.
     """
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in names.items()})
-    torch.set_num_threads(1)
     grad_sync, grad_dtype, cuda_graphs = mode
     architecture = CHECKED
     options = StepOptions(grad_sync=grad_sync, grad_dtype=grad_dtype)
@@ -271,26 +264,25 @@ def time_rank(
         architecture = ArchitectureConfig(model="swin_b")
         fast = {"precision": "bf16", "compile": True, "cuda_graphs": cuda_graphs}
         options = dataclasses.replace(options, **fast)
-    with distributed.session() as world:
-        model, _ = build_model(architecture, 1000)
-        model.to(world.device)
-        objective = build_objective(ObjectiveConfig(method="gradnorm"))
-        update = RetryingStep(Step(model, objective, options, ranks=world))
-        one = update.step
-        images = [random_batch(args.batch, model.img_size, 1000, world.device)]
-        ramp = torch.ones((), device=world.device)
-        work: dict[str, Callable[[], object]] = {"update": lambda: update(images, ramp)}
-        if grad_sync == "flat":
-            work["compute"] = lambda: one(images, ramp)
-            work["sums"] = lambda: one.sum_over_ranks(one.prepare_sums()) if count > 1 else None
-        seconds: dict[str, list[float]] = {name: [] for name in work}
-        for _ in range(args.rounds + WARM_UP):
-            for name, run in work.items():
-                if name != "sums":
-                    one.gradients.clear()
-                world.barrier()
-                seconds[name].append(once(run))
-    write_json(Path(file + str(rank)), {name: t[WARM_UP:] for name, t in seconds.items()})
+    model, _ = build_model(architecture, 1000)
+    model.to(world.device)
+    objective = build_objective(ObjectiveConfig(method="gradnorm"))
+    update = RetryingStep(Step(model, objective, options, ranks=world))
+    one = update.step
+    images = [random_batch(args.batch, model.img_size, 1000, world.device)]
+    ramp = torch.ones((), device=world.device)
+    work: dict[str, Callable[[], object]] = {"update": lambda: update(images, ramp)}
+    if grad_sync == "flat":
+        work["compute"] = lambda: one(images, ramp)
+        work["sums"] = lambda: world.size > 1 and one.sum_over_ranks(one.prepare_sums())
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(args.rounds + WARM_UP):
+        for name, run in work.items():
+            if name != "sums":
+                one.gradients.clear()
+            world.barrier()
+            seconds[name].append(once(run))
+    return {name: times[WARM_UP:] for name, times in seconds.items()}
 
 
 def measure(args: argparse.Namespace) -> Iterator[Row]:
@@ -305,11 +297,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     check(cards == 0 or most <= cards, few)
     for processes in args.processes:
         for mode in CHECKED_MODES if cards and processes > 1 else CHECKED_MODES[:1]:
-            with tempfile.TemporaryDirectory() as folder:
-                file = f"{folder}/rank"
-                values = (args, processes, get_free_port(), mode, file)
-                torch.multiprocessing.spawn(time_rank, values, processes)
-                ranks = [read_json(Path(file + str(rank))) for rank in range(processes)]
+            ranks = call_in_ranks(time_rank, processes, args, mode)
             # the slowest process counts, because the all-reduces cannot begin before it is ready
             slowest = {
                 name: [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)]
