@@ -7,6 +7,7 @@ precision. Arms named -paper do what the paper's code does (benchmarks/step/arms
     python benchmarks/cost.py  # Swin-B and 64 images of 224 pixels; without a GPU, a small Swin
     python benchmarks/cost.py --precision fp32 tf32 bf16 bf16-pure --rounds 5
     python benchmarks/cost.py --model swin_b --counts-only  # needs no GPU
+    python benchmarks/cost.py --table3  # the paper's table, see benchmarks/step/table3.py
 
 An update is fastgn.step.step.Step on random images and soft targets, followed by AdamW. Its
 learning rate is 0, so that all arms work on the same weights. The time is measured in several
@@ -169,6 +170,8 @@ class Measurement:
     flops: float
     """Floating-point operations of an update, per image."""
     step: RetryingStep | None = None
+    micro_batch: int | None = None
+    """Number of images that pass through the network at a time. None means the whole batch."""
     why_not: str | None = None
     """Reason why the update could not be timed, or None."""
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -317,6 +320,7 @@ class UpdateBench:
         for key, found in live.items():
             if found.why_not is None:
                 found.rounds.append(timings[key][0] / found.arm.schedule.cycle)
+                found.micro_batch = found.step and found.step.step.micro_batch
                 if joules:
                     found.joules.append(taken[key] / (cycles[key] * found.arm.schedule.cycle))
 
@@ -392,7 +396,6 @@ def row_of(
     }
     if found.why_not or not found.rounds:
         return row
-    assert found.step is not None
     images_per_s = batch / statistics.fmean(found.rounds)
 
     def timed(method: str, precision: str = arm.precision) -> list[Measurement]:
@@ -401,13 +404,13 @@ def row_of(
 
     rivals = [(n, other) for n in ("natural", "pgd_at", "pgd_at-paper") for other in timed(n)]
     prefix = "" if meaningful else "meaningless_"
-    rate = record["gemm"][arm.precision]["flops_per_s"]
+    rate = record["gemm"].get(arm.precision, {}).get("flops_per_s")
     row |= {
-        "micro_batch": found.step.step.micro_batch or batch,
+        "micro_batch": found.micro_batch or batch,
         f"{prefix}seconds_a_batch": summary(found.rounds) | {"rounds": found.rounds},
         "images_per_s": images_per_s if meaningful else None,
         "time_over": {n: summary(paired_ratios(found.rounds, m.rounds)) for n, m in rivals},
-        "flop_utilisation": found.flops * images_per_s / rate,
+        "flop_utilisation": found.flops * images_per_s / rate if rate else None,
         "peak_bytes": found.peak_bytes,
         "joules_an_image": summary([j / batch for j in found.joules]) if found.joules else None,
         "launches": found.launches,
@@ -446,7 +449,7 @@ COLUMNS: dict[str, Column] = {
     "over the paper's PGD-3": "time_over/pgd_at-paper:.2f",
     "speed over the paper's way, fp32": f"times_as_fast_as/{PAPER_IN_FP32}:.2f",
     "FLOP utilisation": lambda r: (
-        f"{100 * r['flop_utilisation']:.0f} %" if "flop_utilisation" in r else ""
+        f"{100 * r['flop_utilisation']:.0f} %" if r.get("flop_utilisation") else ""
     ),
     "peak GiB": lambda r: f"{r['peak_bytes']['total'] / 2**30:.1f}" if r.get("peak_bytes") else "",
     "J an image": "joules_an_image:.3f",
@@ -470,8 +473,8 @@ def table(record: Record) -> str:
         del columns["precision"]
         notes[0] += f", {rows[0]['precision']}"
     if record["rows"]:
-        rounds = record["rounds"]
-        notes.append(f"{device(record)}, mean ± deviation over {rounds} interleaved rounds")
+        rounds = record.get("runs") or f"{record['rounds']} interleaved rounds"
+        notes.append(f"{device(record)}, mean ± deviation over {rounds}")
         if record["meaningful_times"]:
             graphs = "CUDA graphs" if record["cuda_graphs"] else "no CUDA graphs"
             notes.append(f"{graphs} in the compiled arms")
@@ -535,6 +538,29 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
 # ------------------------------------------------------------------------------------ command line
 
 
+def build_network(args: argparse.Namespace) -> tuple[Record, Classifier]:
+    """Builds the network on the CPU. Returns entries for the JSON record, and the network."""
+    torch.manual_seed(0)
+    small = args.model == "small_swin"
+    cfg = ArchitectureConfig(
+        model="swin_t" if small else args.model,
+        model_kwargs=tuple(args.model_kwargs or (SMALL_SWIN if small else ())),
+        img_size=args.img_size or (32 if small else None),
+    )
+    classes = args.classes or (10 if small else 1000)
+    network, _ = build_model(cfg, classes)
+    return {
+        "model": args.model,
+        "architecture": {"model": cfg.model, "model_kwargs": list(cfg.model_kwargs)},
+        "img_size": network.img_size,
+        "classes": classes,
+        **{key: getattr(args, key) for key in ("batch", "rounds", "round_seconds")},
+        "kernels": choose_kernels(args.kernels, DEVICE),
+        "cuda_graphs": args.cuda_graphs,
+        "gemm": {},
+    }, network
+
+
 @program(
     option(
         "--model", default="swin_b" if ON_GPU else "small_swin", help="any model of fastgn.train"
@@ -558,10 +584,15 @@ def summary_table(counted: Record, graphs: Record, eager: Record) -> str:
         help="about how long an arm is timed in a round",
     ),
     option("--minutes", positive=float, help="leave out arms that would take longer"),
+    option("--table3", action="store_true", help="the paper's Table 3, in separate runs"),
     option("--counts-only", action="store_true", help="count passes and operations, time nothing"),
 )  # fmt: skip
 def main(args: argparse.Namespace) -> int:
     """Measures the kinds of update that the options ask for. Returns 1 if all failed, else 0."""
+    if args.table3:
+        from benchmarks.step import table3
+
+        return table3.run(args)
     began, longest = time.perf_counter(), 0.0
     arms = choose_arms(args)
     if not args.counts_only:
@@ -573,28 +604,11 @@ def main(args: argparse.Namespace) -> int:
     # a high limit, because the same function is compiled again for each kind of update
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
 
-    torch.manual_seed(0)
-    small = args.model == "small_swin"
-    cfg = ArchitectureConfig(
-        model="swin_t" if small else args.model,
-        model_kwargs=tuple(args.model_kwargs or (SMALL_SWIN if small else ())),
-        img_size=args.img_size or (32 if small else None),
-    )
-    classes = args.classes or (10 if small else 1000)
-    network, _ = build_model(cfg, classes)
-    record: dict[str, Any] = {
-        **head,
+    record, network = build_network(args)
+    record |= head | {
         "script": "benchmarks/step/cost.py",
         "meaning": "measured" if ON_GPU else NO_MEANING,
-        "model": args.model,
-        "architecture": {"model": cfg.model, "model_kwargs": list(cfg.model_kwargs)},
-        "img_size": network.img_size,
-        "classes": classes,
-        **{key: getattr(args, key) for key in ("batch", "rounds", "round_seconds")},
-        "kernels": choose_kernels(args.kernels, DEVICE),
-        "cuda_graphs": args.cuda_graphs,
         "energy": "not measured",
-        "gemm": {},
         "forward_flops_an_image": forward_flops(network, args.batch),
     }
     bench, joules = None, None
@@ -604,7 +618,7 @@ def main(args: argparse.Namespace) -> int:
         record["gemm"] = gemm_rates(precisions, DEVICE, args.rounds)
         graphs = {"cuda_graphs": True} if args.cuda_graphs else {}
         network = network.to(DEVICE)
-        bench = UpdateBench(network, classes, args.batch, record["kernels"], **graphs)
+        bench = UpdateBench(network, record["classes"], args.batch, record["kernels"], **graphs)
         joules, record["energy"] = energy_counter()
     measured: dict[str, Measurement] = {}
     skipped: list[str] = []
@@ -624,7 +638,7 @@ def main(args: argparse.Namespace) -> int:
         if args.minutes and start - began + rest > 60 * args.minutes:
             skipped.append(f"{arm.key}: --minutes {args.minutes:g} had no room for it")
             continue
-        flops = update_flops(network, arm.method, arm.schedule, args.batch, classes)
+        flops = update_flops(network, arm.method, arm.schedule, args.batch, record["classes"])
         found = measured[arm.key] = Measurement(arm, flops)
         if bench:
             bench.prepare(found)
