@@ -61,7 +61,10 @@ def weights() -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpu", "precision", "attention"),
-    [("h200", "bf16", True), ("a100", "bf16-pure", True), ("v100", "fp32", False)],
+    [
+        *(("h200", "bf16", True), ("a100", "bf16-pure", True)),
+        *(("v100", "fp32", False), ("v100", "fp16", False)),
+    ],
 )
 def test_each_card_launches_its_own_kernels_and_moves_at_least_weights_and_activations(
     gpu, precision, attention
