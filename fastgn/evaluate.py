@@ -28,7 +28,13 @@ from fastgn.analysis.outcomes import evaluate_model
 from fastgn.analysis.parts import Parts
 from fastgn.analysis.pictures import write_pictures
 from fastgn.analysis.sanity import STAGES, format_checks, make_sanity_report
-from fastgn.analysis.selection import choose_dataset, select_images, take_evenly_spaced
+from fastgn.analysis.selection import (
+    choose_dataset,
+    describe_images,
+    locate_images,
+    select_images,
+    take_evenly_spaced,
+)
 from fastgn.analysis.statistics import gradient_statistics
 from fastgn.analysis.tables import format_accuracies
 from fastgn.checkpoint import Checkpoints, load_checkpoint
@@ -124,11 +130,13 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
         trained = make_names_unique(trained, cfg.checkpoint)
         subsets = [select_images(t, cfg, world.device, world.size) for t in trained]
     sources = [choose_dataset(t.cfg, cfg) for t in trained]
-    check(
-        len({(source.data, source.data_dir, source.val_split) for source in sources}) == 1,
-        "the checkpoints were trained on different data: name one data set with --data or "
-        "--data-dir, or evaluate each checkpoint by itself",
-    )
+    for where, source in zip(cfg.checkpoint, sources, strict=True):
+        check(
+            locate_images(source) == locate_images(sources[0]),
+            f"the checkpoints were trained on different data ({cfg.checkpoint[0]}: "
+            f"{describe_images(sources[0])}; {where}: {describe_images(source)}): name one data "
+            "set with --data, --data-dir and --val-split, or evaluate each checkpoint by itself",
+        )
     splits = sources[0].train_split, sources[0].val_split
     check_outside_data(cfg.written, sources[0].data_dir, splits)
     check_few_classes(len(trained[0].classes), cfg.attacks)

@@ -353,8 +353,7 @@ def make_model_info(cfg: ExportConfig, trained: Trained) -> dict[str, Any]:
     Raises UserError if --dataset has another number of classes than the model, or if the accuracies
     cannot be read.
     """
-    source = trained.cfg.dataset
-    own = source.data or ("imagefolder" if source.data_dir else "digits")
+    own = trained.cfg.dataset.kind
     dataset: str | None = cfg.dataset or ("imagenet" if own == "imagefolder" else own)
     expected = CLASSES.get(str(dataset))
     if expected is None or expected != len(trained.classes):

@@ -10,6 +10,7 @@ at once.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -189,12 +190,12 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
     }
     for key, value in settings.items():
         saved = study.user_attrs.get(key)
-        check(
-            saved in (None, value),
-            f"--study {path} was started with another {key}"
-            + (f" ({saved})" if key != "recipe" else "")
-            + ": name another file",
-        )
+        if saved not in (None, value):
+            changes = describe_recipe_changes(base, saved) if key == "recipe" else saved
+            check(
+                not changes,
+                f"--study {path} was started with another {key} ({changes}): name another file",
+            )
         study.set_user_attr(key, value)
     # give a second process another seed, because with the same one it would draw the same values
     begun = len(study.get_trials(deepcopy=False))
@@ -202,6 +203,20 @@ def open_study(cfg: SweepConfig, base: Config, optuna: Any) -> Any:
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=cfg.startup_trials)
     study.pruner = optuna.pruners.MedianPruner(n_startup_trials=cfg.startup_trials)
     return study
+
+
+def describe_recipe_changes(base: Config, saved: str) -> str:
+    """Returns which options of a study's recipe have changed, such as 'epochs: 5, not 10'.
+
+    The text is empty if none has changed. base: configuration that all trials share. saved: text of
+    the recipe that the study was started with.
+    """
+    try:
+        earlier = Config.from_toml(saved)
+    except UserError:  # another version of fastgn wrote the recipe
+        return "of another version of fastgn"
+    groups = [field.name for field in dataclasses.fields(Config)]
+    return "; ".join(change for group in groups for change in base.changed(earlier, group))
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

@@ -2,6 +2,7 @@
 it."""
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -19,9 +20,11 @@ from fastgn.analysis import outcomes, selection
 from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.model_checks import check_model
 from fastgn.analysis.parts import Parts
+from fastgn.config.groups import DatasetConfig
 from fastgn.config.programs import AUTOATTACK_PARTS
+from fastgn.state import ExportHeader
 from fastgn.train import main as train_main
-from fastgn.trained import load_bare_weights, load_trained
+from fastgn.trained import export_weights, load_bare_weights, load_trained, read_saved
 
 
 @pytest.fixture(scope="module")
@@ -510,6 +513,47 @@ def test_an_image_is_named_by_as_much_as_it_takes(
         names.write_text(text)
         assert evaluate.main([*args, "--image-list", str(names)]) == 2
         assert expected in capsys.readouterr().err
+
+
+def test_images_are_the_same_whatever_their_folder_is_called(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+
+    def place(folder: str, **more: str) -> tuple:
+        source = DatasetConfig(data_dir=str(tmp_path / folder), **more)
+        return selection.locate_images(source)
+
+    assert place("images") == place("link") == place("images/../link/", data="imagefolder")
+    assert len({place("images"), place("images", val_split="test"), place("other")}) == 3
+    assert place("images", data="cifar10") == place("images", data="cifar10", val_split="test")
+
+
+def rewrite_export(run: Path, path: Path, classes: tuple[str, ...], **options: str | None) -> str:
+    """Writes the export of a run again, with other classes and other options for the data."""
+    saved = read_saved(run / "model.safetensors")
+    config = saved.config.replace_group("dataset", options)
+    export_weights(path, saved.weights, ExportHeader(config.to_toml(), list(classes)))
+    return str(path)
+
+
+def test_checkpoints_of_the_same_images_are_compared(
+    run: Path, validation_alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """--data need not be written in the same way in both, but the images must be the same."""
+    classes, folder = tuple(f"c{i}" for i in range(10)), str(validation_alone)
+    digits = tuple(map(str, range(10)))
+    export = functools.partial(rewrite_export, run)
+    named = export(tmp_path / "a.safetensors", classes, data="imagefolder", data_dir=folder)
+    implied = export(tmp_path / "b.safetensors", classes, data=None, data_dir=f"{folder}/.")
+    other = export(tmp_path / "c.safetensors", digits, data=None, data_dir=None)
+    args = ["--attacks", "clean", "--workers", "0"]
+    models = record_of(tmp_path / "e.json", "--checkpoint", named, implied, *args)["models"]
+    assert [model["images"] for model in models] == [30, 30]
+    assert evaluate.main(["--checkpoint", named, implied, other, *args]) == 2
+    assert (
+        f"trained on different data ({named}: --data imagefolder --data-dir {folder} --val-split "
+        f"val; {other}: --data digits)"
+    ) in capsys.readouterr().err
 
 
 def test_picture_has_the_columns_of_all_models(run: Path, tmp_path: Path) -> None:

@@ -111,6 +111,19 @@ def test_a_study_goes_on_and_writes_its_best_recipe(
     assert sweep.main([*args, "--objective", "pareto"]) == 2
     assert sweep.main([*args, "--clean-floor", "0.5"]) == 2
     assert "was started with another objective" in capsys.readouterr().err
+    assert sweep.main([*args, "--set", "epochs=3"]) == 2
+    assert "another recipe (epochs: 3, not 1): name another file" in capsys.readouterr().err
+
+
+def test_a_recipe_may_name_the_data_that_was_implied(tmp_path: Path) -> None:
+    cfg = sweep.parse_cli(
+        sweep.SweepConfig, command(tmp_path, tmp_path / "s.db", *SPACE), "fastgn.sweep"
+    )
+    implied = Config().replace(data_dir="images")
+    for base in (implied, implied.replace(data="imagefolder"), implied):
+        sweep.open_study(cfg, base, sweep.find_optuna())
+    with pytest.raises(sweep.UserError, match="data: 'cifar10', not 'imagefolder'"):
+        sweep.open_study(cfg, implied.replace(data="cifar10"), sweep.find_optuna())
 
 
 def test_an_interrupted_trial_is_tried_again_and_goes_on(

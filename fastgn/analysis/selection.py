@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -24,6 +25,24 @@ def choose_dataset(training: Config, cfg: EvaluateConfig) -> DatasetConfig:
     return dataclasses.replace(
         training.dataset, **{k: v for k, v in given.items() if v is not None}
     )
+
+
+def locate_images(source: DatasetConfig) -> tuple[str, str | None, str | None]:
+    """Returns where the validation images are: the kind of data set, the real path of its folder or
+    file, and the name of the split.
+
+    The result is the same for two configurations that name the same images in different ways. The
+    split is None except for image folders, because no other kind of data set has a choice.
+    """
+    path = os.path.realpath(source.data_dir) if source.data_dir is not None else None
+    return source.kind, path, source.val_split if source.kind == "imagefolder" else None
+
+
+def describe_images(source: DatasetConfig) -> str:
+    """Returns the flags that name the validation images, for messages."""
+    text = f"--data {source.kind}"
+    text += f" --data-dir {source.data_dir}" if source.data_dir is not None else ""
+    return text + (f" --val-split {source.val_split}" if source.kind == "imagefolder" else "")
 
 
 def select_images(

@@ -127,11 +127,13 @@ class Config:
         """Returns a text such as 'epochs: 5, not 10' for each option whose value differs in the
         other config. The first value in the text is that of this config.
 
+        --data None counts as the kind of data set that it means, so naming this kind is no change.
         group: name of a group, such as "optimizer". Only the options of this group, and of the
         groups inside it, are compared.
         """
         keys = [key for key, path in FIELDS.items() if path.split(".")[0] == group]
-        pairs = ((key, self.value(key), other.value(key)) for key in keys)
+        mine, theirs = (c.replace_group("dataset", {"data": c.dataset.kind}) for c in (self, other))
+        pairs = ((key, mine.value(key), theirs.value(key)) for key in keys)
         return [f"{key}: {ours!r}, not {theirs!r}" for key, ours, theirs in pairs if ours != theirs]
 
     @staticmethod

@@ -4,11 +4,10 @@ Every field is a flag of ``python -m fastgn.train`` and a key of a recipe. An op
 has is named as in timm. An option of attacks that the library ARES also has is named as there.
 """
 
-import ast
 import dataclasses
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from fastgn.config.pairs import model_kwargs
 from fastgn.config.policy import check_policy
 from fastgn.errors import check
 from fastgn.fields import (
@@ -137,6 +136,11 @@ class DatasetConfig(Options):
             self.global_batch_size is None or self.grad_accum_steps == 1,
             "--global-batch-size sets --grad-accum-steps: give one of the two",
         )
+
+    @property
+    def kind(self) -> Literal["digits", "cifar10", "imagefolder"]:
+        """The kind of data set that is loaded. It is the value of --data, or what None means."""
+        return self.data or ("imagefolder" if self.data_dir else "digits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -431,20 +435,3 @@ def brief_epochs(epochs: int) -> float:
     penalty or attack grows to full strength. It is 5 as in arXiv 2409.20139, but at most a tenth of
     the run's epochs."""
     return min(5.0, epochs / 10)
-
-
-def model_kwargs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Returns --model-kwargs as a dictionary, such as {'depths': (2, 2)} for ('depths=(2, 2)',).
-
-    A value that is not a Python literal stays a string. Raises UserError unless each pair is
-    written as key=value.
-    """
-    out = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        check(bool(equals and key), f"--model-kwargs {pair!r} should be key=value")
-        try:
-            out[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            out[key] = value
-    return out

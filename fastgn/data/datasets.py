@@ -105,10 +105,9 @@ def load_dataset(cfg: DatasetConfig) -> Dataset:
     Raises UserError if images are missing or cannot be read, or if the splits have different
     classes.
     """
-    kind = cfg.data or ("imagefolder" if cfg.data_dir else "digits")
     with report_file_errors(cfg):
-        check_data_dir(kind, cfg.data_dir)
-        match kind:
+        check_data_dir(cfg.kind, cfg.data_dir)
+        match cfg.kind:
             case "digits":
                 return read_digits()
             case "cifar10":
@@ -129,7 +128,7 @@ def load_validation(cfg: DatasetConfig) -> tuple[Arrays | Encoded, tuple[str, ..
     """
     root = Path(str(cfg.data_dir))
     with report_file_errors(cfg):
-        folder = cfg.data_dir is not None and cfg.data in (None, "imagefolder")
+        folder = cfg.data_dir is not None and cfg.kind == "imagefolder"
         if folder and root.exists() and not split_exists(root, cfg.train_split):
             found = find_split(root, cfg.val_split, "--val-split")
             return found.images, found.classes

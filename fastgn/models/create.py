@@ -11,7 +11,8 @@ import timm
 from timm.models import build_model_with_cfg, model_entrypoint
 from torch import nn
 
-from fastgn.config.groups import ArchitectureConfig, model_kwargs
+from fastgn.config.groups import ArchitectureConfig
+from fastgn.config.pairs import model_kwargs
 from fastgn.errors import SUGGESTIONS, UserError, check, first_line, nearest
 from fastgn.models.activations import parse_activation
 from fastgn.models.preact_resnet import PreActResNet18

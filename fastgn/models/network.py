@@ -17,7 +17,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from fastgn.config import initial_file
-from fastgn.config.groups import ArchitectureConfig, model_kwargs
+from fastgn.config.groups import ArchitectureConfig
+from fastgn.config.pairs import model_kwargs
 from fastgn.errors import UserError, check, first_line
 from fastgn.models.activations import PIECEWISE_LINEAR, swap_activations
 from fastgn.models.create import check_name, create_network, format_flags

@@ -11,7 +11,7 @@ import pytest
 
 from fastgn.config import FIELDS, GROUPS, Config, groups, initial_file, load_recipe, recipe_names
 from fastgn.config.cli import check_command_line, parse_config
-from fastgn.config.groups import model_kwargs
+from fastgn.config.pairs import model_kwargs
 from fastgn.errors import UserError
 from fastgn.objectives import options
 from fastgn.optim import compute_peak_lr
@@ -518,3 +518,14 @@ def test_every_start_of_a_recipe_is_another_recipes_output():
         if start is not None:
             with pytest.raises(UserError, match="; make it first: python -m fastgn.train --recipe"):
                 initial_file(start)
+
+
+def test_a_kind_of_data_set_that_is_left_out_is_the_one_that_is_loaded() -> None:
+    """Comparisons of two configurations take --data None for what it means."""
+    for given, kind in (({}, "digits"), ({"data_dir": "images"}, "imagefolder")):
+        implied, named = Config().replace(**given), Config().replace(data=kind, **given)
+        assert implied.dataset.kind == kind
+        assert implied.changed(named, "dataset") == []
+    cifar10 = Config().replace(data="cifar10", data_dir="images")
+    said = implied.changed(cifar10, "dataset")
+    assert said == ["data: 'imagefolder', not 'cifar10'"]
