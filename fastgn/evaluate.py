@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastgn import attacks
+from fastgn.analysis.earlier import keep_earlier
 from fastgn.analysis.model_checks import Check
 from fastgn.analysis.outcomes import evaluate_model
 from fastgn.analysis.parts import Parts
@@ -87,11 +88,16 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         "ranks": world.size,
         "batch_size": batch_size,
         "precision": cfg.precision,
+        "compile": cfg.compile,
+        "successive": cfg.successive,
         "models": entries,
         **environment(),
     }
+    kept = keep_earlier(output, record)
     write_json(output, record)  # save the accuracies now, because the analyses may take long
     print_results(entries, cfg)
+    for line in kept:
+        print_line(line, sys.stdout)
     print_line(f"written: {output}", sys.stdout)
     if cfg.statistics or cfg.sanity:
         with refuse_out_of_memory(batch_size):

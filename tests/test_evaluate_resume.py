@@ -143,6 +143,55 @@ def test_parts_of_abandoned_evaluations_are_cleared(run: Path, tmp_path: Path) -
     assert left == {"e.json", *list(folders)[1:]}
 
 
+def test_a_later_evaluation_loses_nothing_of_an_earlier_one(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "e.json"
+    args = ["--checkpoint", str(run), "--eps", "0.02", "--output", str(output), "--attacks"]
+    few = ("--num-images", "8")
+    assert evaluate.main([*args, "clean", "pgd-3", *few]) == 0
+    (first,) = results(output)
+    assert evaluate.main([*args, "fgsm", *few, "--batch-size", "4"]) == 0
+    (second,) = results(output)
+    rows = {row["attack"]: row for row in second["results"]}
+    assert [*rows] == ["clean", "fgsm", "pgd-3", "worst case"]
+    assert rows["pgd-3"] == first["results"][1] | {"batch_size": 8}
+    for more in (("--num-images", "9"), (*few, "--seed", "1"), (*few, "--norm", "L2")):
+        before = output.read_bytes()
+        assert evaluate.main([*args, "clean", *more]) == 0
+        assert len(results(output)[0]["results"]) == 1
+        assert before in [path.read_bytes() for path in tmp_path.glob("e.*.json")]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_unfinished_attack_outlasts_another_evaluation(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an evaluation does not need is left to the command that does."""
+    args = ["--checkpoint", str(run), "--num-images", "16", "--batch-size", "8", "--eps", "0.02"]
+    args += ["--output", str(tmp_path / "e.json"), "--attacks"]
+    real, calls = Attacker.find_correct, []
+
+    def stop_at(limit: int) -> None:
+        def find_correct(self: Attacker, *more: Any) -> list[bool]:
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(more[-3])
+            return real(self, *more)
+
+        monkeypatch.setattr(Attacker, "find_correct", find_correct)
+
+    stop_at(3)
+    assert evaluate.main([*args, "clean", "pgd-3"]) == 130
+    stop_at(100)
+    assert evaluate.main([*args, "clean", "fgsm"]) == 0
+    assert calls == ["clean", "pgd-3", "clean", "fgsm", "fgsm"]
+    assert evaluate.main([*args, "pgd-3"]) == 0
+    assert calls[5:] == ["clean", "pgd-3", "clean"] or calls[5:] == ["clean", "clean", "pgd-3"]
+    assert [row["attack"] for row in results(tmp_path / "e.json")[0]["results"]] == [
+        *("clean", "pgd-3", "fgsm", "worst case")
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
+
+
 WHOLE = '"correct": "11111111", "seconds": 1.0, "batch": 0'
 SPOILT = (
     *("[]", '{"correct": "11"}', '{"correct": 7, "seconds": ""}'),

@@ -4,11 +4,12 @@ The outcomes of an attack are a text with one character per image, in the order 
 the image is classified correctly, otherwise 0.
 """
 
+import functools
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.model_checks import check_model
 from fastgn.analysis.parts import Parts
 from fastgn.analysis.selection import name_images
-from fastgn.analysis.tables import format_radius
+from fastgn.analysis.tables import WORST, format_radius, name_attack
 from fastgn.config.programs import EvaluateConfig
 from fastgn.data.datasets import Arrays
 from fastgn.data.subset import Subset
@@ -26,10 +27,6 @@ from fastgn.errors import print_line
 from fastgn.files import parse_json
 from fastgn.metrics import environment, open_bar
 from fastgn.trained import Trained, hash_weights
-
-WORST = "worst case"
-"""Name of the row of results in which an image counts as correct only if it is correct under every
-attack."""
 
 Part = dict[str, Any]
 """Outcomes of one attack on one batch, which say what images the network classifies correctly.
@@ -49,23 +46,28 @@ def evaluate_model(
     """
     todo = [("clean", 0.0)]
     todo += [(name, eps) for name in cfg.attacks if name != "clean" for eps in cfg.eps]
-    parts = Parts(output, describe_inputs(trained, images, cfg, world.device.type))
+    inputs, method = describe_inputs(trained, images, cfg, world.device.type)
+    parts = Parts(output, [inputs, method])
     own = attack_batches(trained, images, todo, parts, cfg, world)
     gathered = [
         parse_json(item, "a rank's outcomes")
         for item in world.gather([json.dumps(part) for part in own])
     ]
     warnings = {line for part in gathered for line in part.get("warnings", ())}
+    for part in gathered:
+        name, eps = todo[part["row"]]
+        parts.mark_used(name, repr(eps), part["batch"])
     rows = make_rows(gathered, todo, len(images.indices))
     if world.is_main:
         for row in rows:
-            at = "" if row["attack"] == "clean" else f" at eps {format_radius(row['eps'])}"
-            print_line(f"{trained.name}: {row['attack']}{at} {row['accuracy']:.1%}")
+            attack = name_attack(row["attack"], row["eps"])
+            print_line(f"{trained.name}: {attack} {row['accuracy']:.1%}")
     if "clean" not in cfg.attacks:
         rows = rows[1:]
     entry = {
         "name": trained.name,
         "weights_sha256": hash_weights(trained.model),
+        "inputs_sha256": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
         "update": trained.update,
         "model": trained.cfg.architecture.model,
         "method": trained.cfg.objective.method if cfg.model is None else "unknown",
@@ -80,26 +82,32 @@ def evaluate_model(
 
 def describe_inputs(
     trained: Trained, images: Subset, cfg: EvaluateConfig, device: str
-) -> list[Any]:
-    """Returns all values that the result of an attack depends on, such as digests of the weights
-    and the images, ready for JSON."""
+) -> tuple[list[Any], list[Any]]:
+    """Returns all values that the result of an attack depends on, in two lists, ready for JSON.
+
+    The first list says what was measured, such as digests of the weights and the images. The second
+    list says how it was measured, such as the device and the batch size.
+    """
     digest = hashlib.sha256()
+    locate = functools.cache(os.path.realpath)  # finds out once per folder where links lead to
     for index in images.indices:
         if isinstance(images.split, Arrays):
             digest.update(images.split.images_NCHW[index].numpy().tobytes())
         else:
             path = Path(images.split.name(index))
             size = path.stat().st_size if path.is_file() else 0
-            digest.update(b"%b %d" % (os.fsencode(path), size))
+            place = os.path.join(locate(path.parent), path.name)
+            digest.update(b"%b %d" % (os.fsencode(place), size))
         digest.update(str(int(images.split.labels_N[index])).encode())
     model = trained.model
-    return [
+    inputs = [
         *(hash_weights(model), repr(trained.cfg.architecture), trained.model.crop_pct),
         *(model.mean.flatten().tolist(), model.std.flatten().tolist(), model.img_size),
-        *(images.indices, digest.hexdigest(), device, environment()["versions"]),
-        *(cfg.norm, cfg.seed, images.batch_size, cfg.precision, cfg.compile),
+        *(images.indices, digest.hexdigest(), cfg.norm, cfg.seed),
         *(cfg.attacks if cfg.successive else ()),
     ]
+    versions = environment()["versions"]
+    return inputs, [device, versions, images.batch_size, cfg.precision, cfg.compile]
 
 
 def attack_batches(
@@ -223,9 +231,8 @@ def make_rows(
 ) -> list[dict[str, Any]]:
     """Returns a dict for each attack and eps, from the outcomes on all batches of all ranks.
 
-    If an eps has several attacks, a dict for the worst case is added. In the worst case an image is
-    correct only if it is correct under all attacks with this eps. parts: the outcomes, see Part.
-    todo: name and eps of each attack. images: number of images.
+    Dicts for the worst cases are added, see `add_worst_case`. parts: the outcomes, see Part. todo:
+    name and eps of each attack. images: number of images.
     """
     rows = []
     for index, (name, eps) in enumerate(todo):
@@ -233,12 +240,27 @@ def make_rows(
         correct = "".join(p["correct"] for p in own)
         assert len(correct) == images, f"{name} at {eps}: {len(correct)} outcomes of {images}"
         rows.append(make_row(name, eps, correct) | {"seconds": sum(p["seconds"] for p in own)})
-    for eps in sorted({eps for _, eps in todo if eps}):
-        texts = [row["correct"] for row in rows if row["eps"] == eps]
+    return add_worst_case(rows, todo)
+
+
+def add_worst_case(
+    rows: list[dict[str, Any]], counted: Collection[tuple[str, float]]
+) -> list[dict[str, Any]]:
+    """Returns the dicts of all attacks, followed by a dict for the worst case at each eps that has
+    several attacks.
+
+    In the worst case an image is correct only if it is correct under all attacks with this eps.
+    rows: a dict for each attack and eps. The eps of clean is 0. counted: name and eps of each
+    attack that is taken into account.
+    """
+    worst = []
+    for eps in sorted({eps for _, eps in counted if eps}):
+        own = (row for row in rows if row["eps"] == eps)
+        texts = [row["correct"] for row in own if (row["attack"], eps) in counted]
         if len(texts) > 1:
-            worst = "".join(str(int(correct)) for correct in still_correct(texts) or ())
-            rows.append(make_row(WORST, eps, worst))
-    return rows
+            correct = "".join(str(int(correct)) for correct in still_correct(texts) or ())
+            worst.append(make_row(WORST, eps, correct))
+    return [*rows, *worst]
 
 
 def make_row(name: str, eps: float, correct: str) -> dict[str, Any]:

@@ -19,12 +19,14 @@ class Parts:
     """A hidden folder with the results of an unfinished evaluation, one JSON file per result.
 
     A result belongs to one attack on one batch, or to one analysis. It is found by its key, which
-    is a tuple of values. The folder lies beside the output, and is removed when the evaluation
-    ends.
+    is a tuple of values. The folder lies beside the output. When the evaluation ends, the results
+    that it has used are removed. Other results, of an evaluation that has not ended, stay there for
+    a week.
     """
 
     KEPT_S = 7 * 86400
-    """Seconds without a new result after which an evaluation counts as abandoned."""
+    """Seconds without a change after which an evaluation that has not ended counts as
+    abandoned."""
 
     def __init__(self, output: Path, inputs: Any):
         """Chooses the folder, whose name contains a hash of `inputs`.
@@ -35,6 +37,8 @@ class Parts:
         """
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = output.with_name(f".{output.stem}.{digest}.parts")
+        self.used: set[Path] = set()
+        """Files that the evaluation needs no longer after its end."""
 
     def path(self, *key: object) -> Path:
         """Returns the path of the file that holds the result with this key."""
@@ -47,6 +51,10 @@ class Parts:
         except UserError:
             return None
         return part if isinstance(part, dict) else None
+
+    def mark_used(self, *key: object) -> None:
+        """Notes that the evaluation has used the result with this key."""
+        self.used.add(self.path(*key))
 
     def put(self, part: dict[str, Any], *key: object) -> None:
         """Saves a result under a key."""
@@ -61,11 +69,19 @@ class Parts:
         if part is None or "made" not in part:
             part = {"made": compute()}
             self.put(part, *key)
+        self.mark_used(*key)
         return part["made"]
 
     def remove(self) -> None:
-        """Removes this folder, and the folders of abandoned evaluations with the same output."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the results that were used, and the folder if nothing else is in it.
+
+        Also removes the folders of abandoned evaluations with the same output.
+        """
+        with contextlib.suppress(OSError):  # the folder may be missing, or hold other results
+            # a killed process may have left a file that was not written completely
+            for path in (*self.used, *self.folder.glob(".*.tmp")):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
         name = self.folder.name.split(".")
         for other in self.folder.parent.glob(".*.parts"):
             is_digest = re.fullmatch(r"[0-9a-f]{16}", other.name.split(".")[-2])

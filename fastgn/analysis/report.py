@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from fastgn.analysis.tables import format_radius, wilson_interval
+from fastgn.analysis.tables import WORST, format_radius, wilson_interval
 from fastgn.errors import check
 
 NORMS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
@@ -195,7 +195,7 @@ def tabulate_accuracies(models: Sequence[Record]) -> Table:
             is_clean = result["attack"] == "clean"
             key = (result["attack"], "" if is_clean else format_radius(result["eps"]))
             column[key] = format_accuracy(result["accuracy"], model["images"])
-            if result["attack"] == "worst case":
+            if result["attack"] == WORST:
                 worst.add(key)
         columns.append(column)
     # rows of the worst case come last, even after attacks that only a later model has
