@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +51,7 @@ from fastgn.errors import UserError, check, escape, print_error, print_line, pri
 from fastgn.extras import stop_on_signals
 from fastgn.files import check_target, write_json
 from fastgn.lock import lock_file
-from fastgn.metrics import environment, open_bar
+from fastgn.metrics import ProgressLines, environment, open_bar
 from fastgn.models.weights import load_weights
 from fastgn.step.retry import out_of_memory
 from fastgn.trained import Trained, load_bare_weights, load_trained
@@ -225,9 +226,12 @@ def analyse_model(
     batches = list(subset)
     found: dict[str, Any] = {}
     with open_bar(total=total, desc=f"{trained.name}: analysis", unit="part") as bar:
+        lines, numbers = ProgressLines(bar), itertools.count(1)
 
         def compute_once(compute: Callable[[], Any], *key: object) -> Any:
             bar.set_postfix_str(str(key[0]))
+            part = f"analysis {next(numbers)} of {total}: {' '.join(map(str, key[:2]))}"
+            lines.print_sometimes(f"{trained.name}: {part}")
             result = parts.compute_once(compute, *key, repr(eps), len(ids))
             bar.update()
             return result

@@ -200,11 +200,7 @@ class Metrics:
 
     def print(self, line: str) -> None:
         """Prints a line above the progress bar, with control characters escaped."""
-        if self.bar.disable:
-            print_line(line)
-        else:
-            with tolerate_hangup():
-                self.bar.write(escape(line), file=sys.stderr)
+        print_above(self.bar, line)
 
     def close(self) -> None:
         """Closes the progress bar, TensorBoard and W&B, and writes metrics.csv if it is not up to
@@ -235,6 +231,42 @@ def open_bar(**options: Any) -> tqdm:
         known = False
     shape = {"dynamic_ncols": True} if known else {"ncols": 80, "nrows": 24}
     return tqdm(**{"disable": None} | shape | options)
+
+
+def print_above(bar: tqdm, line: str) -> None:
+    """Prints a line to stderr, above the progress bar if the bar is shown. Control characters are
+    escaped."""
+    if bar.disable:
+        print_line(line)
+        return
+    with tolerate_hangup():
+        bar.write(escape(line), file=sys.stderr)
+
+
+class ProgressLines:
+    """Prints lines about the progress of a program whose progress bar may not be shown.
+
+    The bar is not shown if stderr is no terminal, as in the log file of a batch job.
+    """
+
+    PERIOD_S = 60.0
+    """Shortest time in seconds from any line to a line that `print_sometimes` prints."""
+
+    def __init__(self, bar: tqdm):
+        """bar: the progress bar."""
+        self.bar = bar
+        self.said = time.monotonic()
+        """Time when the last line was printed, or when this object was made."""
+
+    def print(self, line: str) -> None:
+        """Prints a line."""
+        print_above(self.bar, line)
+        self.said = time.monotonic()
+
+    def print_sometimes(self, line: str) -> None:
+        """Prints a line, except if the bar is shown or the last line is less than PERIOD_S old."""
+        if self.bar.disable and time.monotonic() - self.said >= self.PERIOD_S:
+            self.print(line)
 
 
 def spell_time(seconds: float) -> str:

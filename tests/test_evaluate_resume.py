@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from support.runs import tiny_run
 
-from fastgn import evaluate
+from fastgn import evaluate, metrics
 from fastgn.analysis import outcomes, pictures, selection
 from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.parts import Parts
@@ -143,6 +144,51 @@ def test_parts_of_abandoned_evaluations_are_cleared(run: Path, tmp_path: Path) -
     assert left == {"e.json", *list(folders)[1:]}
 
 
+def test_a_log_file_shows_each_attack_when_it_is_finished(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Without a terminal, and in between what is attacked, but not too often."""
+    args = ["--checkpoint", str(run), "--num-images", "16", "--batch-size", "8", "--eps", "0.02"]
+    args += ["--output", str(tmp_path / "e.json"), "--attacks", "clean", "pgd-3", "fgsm"]
+    said: list[str] = []
+    real = Attacker.find_correct
+
+    def find_correct(self: Attacker, *more: Any) -> list[bool]:
+        said.append(capsys.readouterr().err)
+        return real(self, *more)
+
+    monkeypatch.setattr(Attacker, "find_correct", find_correct)
+    assert evaluate.main(args) == 0
+    heads = [[re.sub(r" [\d.]+%$", "", line) for line in text.splitlines()] for text in said]
+    assert heads[:4] == [[]] * 4, "the first batch, and clean on the second one"
+    assert heads[4:] == [["tiny: clean"], ["tiny: pgd-3 at 0.02"]]
+    last = capsys.readouterr().err.splitlines()
+    assert last[0].startswith("tiny: fgsm at 0.02 ") and last[1].startswith("tiny: worst case at ")
+
+    said.clear()
+    monkeypatch.setattr(metrics.ProgressLines, "PERIOD_S", 0.0)
+    assert evaluate.main([*args, "--seed", "1", "--statistics", "--analysis-images", "4"]) == 0
+    lines = "".join(said).splitlines()
+    assert lines[:2] == ["tiny: batch 1 of 2: clean", "tiny: batch 1 of 2: pgd-3 at 0.02"]
+    (second,) = [line for line in lines if line.startswith("tiny: batch 2 of 2: pgd-3 at 0.02")]
+    assert re.fullmatch(r".*, accuracy \d+\.\d% so far", second)
+    last = capsys.readouterr().err.splitlines()
+    assert "tiny: analysis 1 of 3: statistics" in last
+    assert any(line.startswith("tiny: analysis 3 of 3: norm update_0") for line in last)
+
+
+def test_a_terminal_has_its_bar_and_no_lines_in_between(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with metrics.open_bar(total=1, disable=False) as bar:
+        lines = metrics.ProgressLines(bar)
+        monkeypatch.setattr(metrics.ProgressLines, "PERIOD_S", 0.0)
+        lines.print_sometimes("in between")
+        lines.print("an attack")
+    said = capsys.readouterr().err
+    assert "an attack" in said and "in between" not in said
+
+
 def test_a_later_evaluation_loses_nothing_of_an_earlier_one(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "e.json"
     args = ["--checkpoint", str(run), "--eps", "0.02", "--output", str(output), "--attacks"]
@@ -185,7 +231,7 @@ def test_an_unfinished_attack_outlasts_another_evaluation(
     assert evaluate.main([*args, "clean", "fgsm"]) == 0
     assert calls == ["clean", "pgd-3", "clean", "fgsm", "fgsm"]
     assert evaluate.main([*args, "pgd-3"]) == 0
-    assert calls[5:] == ["clean", "pgd-3", "clean"] or calls[5:] == ["clean", "clean", "pgd-3"]
+    assert calls[5:] == ["clean", "clean", "pgd-3"], "of pgd-3 the second batch alone"
     assert [row["attack"] for row in results(tmp_path / "e.json")[0]["results"]] == [
         *("clean", "pgd-3", "fgsm", "worst case")
     ]

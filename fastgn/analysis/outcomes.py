@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from fastgn import attacks
 from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.model_checks import check_model
@@ -25,7 +27,7 @@ from fastgn.data.subset import Subset
 from fastgn.distributed import World
 from fastgn.errors import print_line
 from fastgn.files import parse_json
-from fastgn.metrics import environment, open_bar
+from fastgn.metrics import ProgressLines, environment, open_bar
 from fastgn.trained import Trained, hash_weights
 
 Part = dict[str, Any]
@@ -60,8 +62,9 @@ def evaluate_model(
     rows = make_rows(gathered, todo, len(images.indices))
     if world.is_main:
         for row in rows:
-            attack = name_attack(row["attack"], row["eps"])
-            print_line(f"{trained.name}: {attack} {row['accuracy']:.1%}")
+            if world.size > 1 or row["attack"] == WORST:  # one process has printed the others
+                attack = name_attack(row["attack"], row["eps"])
+                print_line(f"{trained.name}: {attack} {row['accuracy']:.1%}")
     if "clean" not in cfg.attacks:
         rows = rows[1:]
     entry = {
@@ -142,11 +145,14 @@ def attack_batches(
     images.indices = [place for batch in left for place in batches[batch]]
     hidden = None if world.is_main else True
     bar = open_bar(total=len(own) * len(todo), desc=trained.name, unit="batch", disable=hidden)
+    report = Report(trained.name, todo, len(own), bar, world)
     with attacks.collect_autoattack_warnings() as warned, bar:
         bar.update(len(done))
+        report.print_finished(done.values())
         for batch, (x, y) in zip(left, images, strict=True):
             for index, (name, eps) in enumerate(todo):
                 if (index, batch) not in done:
+                    report.print_position(own.index(batch), index, done.values())
                     earlier = [0] * (index > 0)  # index 0 means no attack
                     if cfg.successive:
                         earlier += [i for i in range(1, index) if todo[i][1] == eps]
@@ -161,10 +167,53 @@ def attack_batches(
                     parts.put(part, name, repr(eps), batch)
                     done[index, batch] = part
                     bar.update()
+                    report.print_finished(done.values())
                 at = f" {format_radius(eps)}" if eps else ""
                 bar.set_postfix_str(f"{name}{at} {count_accuracy(done.values(), index):.1%}")
     images.indices = order
     return list(done.values())
+
+
+class Report:
+    """Prints how far the attacks on a network have come. Only the first rank prints."""
+
+    def __init__(
+        self, model: str, todo: Sequence[tuple[str, float]], batches: int, bar: tqdm, world: World
+    ):
+        """model: name of the network. todo: name and eps of each attack. batches: number of batches
+        that this rank attacks. bar: the progress bar."""
+        self.model, self.batches, self.world = model, batches, world
+        self.lines = ProgressLines(bar)
+        self.unfinished = dict(enumerate(name_attack(name, eps) for name, eps in todo))
+        """Index of each attack whose accuracy has not been printed -> its name and eps."""
+
+    def print_finished(self, done: Collection[Part]) -> None:
+        """Prints the accuracy under each attack that has just been finished on all batches.
+
+        Several ranks print nothing, because each of them has only a part of the outcomes. done: the
+        outcomes so far.
+        """
+        if self.world.size > 1:
+            return
+        for index, attack in list(self.unfinished.items()):
+            if sum(part["row"] == index for part in done) == self.batches:
+                del self.unfinished[index]
+                self.lines.print(f"{self.model}: {attack} {count_accuracy(done, index):.1%}")
+
+    def print_position(self, batch: int, index: int, done: Collection[Part]) -> None:
+        """Prints which batch is attacked next, and with which attack, if no line was printed for a
+        while.
+
+        batch: number of earlier batches of this rank. index: index of the attack. done: the
+        outcomes so far.
+        """
+        if self.world.is_main:
+            known = any(part["row"] == index for part in done)
+            so_far = f", accuracy {count_accuracy(done, index):.1%} so far" if known else ""
+            self.lines.print_sometimes(
+                f"{self.model}: batch {batch + 1} of {self.batches}: {self.unfinished[index]}"
+                f"{so_far}"
+            )
 
 
 def still_correct(texts: Sequence[str]) -> list[bool] | None:
