@@ -128,9 +128,14 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
     """
     with world.run_first_rank_first():
         if cfg.model is None:
-            trained = [load_trained(where, world.device) for where in cfg.checkpoint]
+            trained = []
+            for where in cfg.checkpoint:
+                trained.append(load_trained(where, world.device))
+                # check now, because reading the images may take long
+                check_few_classes(len(trained[-1].classes), cfg.attacks)
         else:
             _, classes = load_validation(choose_dataset(Config(), cfg))
+            check_few_classes(len(classes), cfg.attacks)
             trained = [
                 load_bare_weights(where, cfg, classes, world.device) for where in cfg.checkpoint
             ]
@@ -146,7 +151,6 @@ def load_models(cfg: EvaluateConfig, world: World) -> tuple[list[Trained], list[
         )
     splits = sources[0].train_split, sources[0].val_split
     check_outside_data(cfg.written, sources[0].data_dir, splits)
-    check_few_classes(len(trained[0].classes), cfg.attacks)
     sizes = sorted({t.model.img_size for t in trained})
     check(
         cfg.picture is None or len(sizes) == 1,
@@ -180,7 +184,7 @@ def check_few_classes(classes: int, names: Sequence[str]) -> None:
     check(
         classes >= 4 or not needy,
         f"--attacks {' '.join(needy)} uses the DLR loss, which needs at least 4 classes, but the "
-        f"data has {classes}: use apgd-ce, fab, square or pgd-20-margin instead",
+        f"data has {classes}: use --attacks clean pgd-20 apgd-ce fab square --successive",
     )
 
 

@@ -460,6 +460,26 @@ def test_few_classes_have_no_dlr_loss() -> None:
             evaluate.check_few_classes(3, (name,))
 
 
+def test_few_classes_are_found_before_the_images_are_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    three = dataclasses.replace(load_trained(str(run), CPU), classes=("a", "b", "c"))
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_: three)
+    monkeypatch.setattr(evaluate, "select_images", lambda *_: pytest.fail("images were read"))
+    args = ["--checkpoint", str(run), "--output", str(tmp_path / "e.json")]
+    assert evaluate.main(args) == 2
+    said = capsys.readouterr().err
+    assert "--attacks autoattack uses the DLR loss" in said
+    monkeypatch.setattr(evaluate, "load_validation", lambda *_: (None, three.classes))
+    weights = [*args, "--model", "resnet18", "--data", "digits"]
+    assert evaluate.main(weights) == 2
+    assert capsys.readouterr().err == said
+    line = said.partition(": use --attacks ")[2]
+    evaluate.check_few_classes(2, line.split())
+    docs = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    assert f"--attacks {line.strip()}`" in docs
+
+
 @pytest.fixture(scope="module")
 def validation_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with val/<class>/<image> and nothing else: ten classes of three images."""
