@@ -160,7 +160,7 @@ def list_facts(record: Record, models: Sequence[Record]) -> list[tuple[str, str]
     units = record.get("eps_units", "0..1 pixels")
     facts = {
         "Images": "; ".join(remove_duplicates(m["subset"] for m in models)),
-        "n": ", ".join(remove_duplicates(str(m["images"]) for m in models)),
+        "Number of images": ", ".join(remove_duplicates(str(m["images"]) for m in models)),
         "Norm": name_norm(record),
         f"ε in {units}": ", ".join(map(format_radius, sorted(radii))),
         "Seed": str(record.get("seed", "")),
