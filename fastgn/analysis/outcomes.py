@@ -148,7 +148,7 @@ def attack_batches(
     report = Report(trained.name, todo, len(own), bar, world)
     with attacks.collect_autoattack_warnings() as warned, bar:
         bar.update(len(done))
-        report.print_finished(done.values())
+        report.print_finished(range(len(todo)), done.values())
         for batch, (x, y) in zip(left, images, strict=True):
             for index, (name, eps) in enumerate(todo):
                 if (index, batch) not in done:
@@ -167,7 +167,7 @@ def attack_batches(
                     parts.put(part, name, repr(eps), batch)
                     done[index, batch] = part
                     bar.update()
-                    report.print_finished(done.values())
+                    report.print_finished([index], done.values())
                 at = f" {format_radius(eps)}" if eps else ""
                 bar.set_postfix_str(f"{name}{at} {count_accuracy(done.values(), index):.1%}")
     images.indices = order
@@ -184,21 +184,20 @@ class Report:
         that this rank attacks. bar: the progress bar."""
         self.model, self.batches, self.world = model, batches, world
         self.lines = ProgressLines(bar)
-        self.unfinished = dict(enumerate(name_attack(name, eps) for name, eps in todo))
-        """Index of each attack whose accuracy has not been printed -> its name and eps."""
+        self.attacks = [name_attack(name, eps) for name, eps in todo]
 
-    def print_finished(self, done: Collection[Part]) -> None:
-        """Prints the accuracy under each attack that has just been finished on all batches.
+    def print_finished(self, indices: Iterable[int], done: Collection[Part]) -> None:
+        """Prints the accuracies under those of the attacks that are finished on all batches.
 
-        Several ranks print nothing, because each of them has only a part of the outcomes. done: the
-        outcomes so far.
+        Several ranks print nothing, because each of them has only a part of the outcomes. indices:
+        indices of the attacks. done: the outcomes so far.
         """
         if self.world.size > 1:
             return
-        for index, attack in list(self.unfinished.items()):
+        for index in indices:
             if sum(part["row"] == index for part in done) == self.batches:
-                del self.unfinished[index]
-                self.lines.print(f"{self.model}: {attack} {count_accuracy(done, index):.1%}")
+                accuracy = f"{count_accuracy(done, index):.1%}"
+                self.lines.print(f"{self.model}: {self.attacks[index]} {accuracy}")
 
     def print_position(self, batch: int, index: int, done: Collection[Part]) -> None:
         """Prints which batch is attacked next, and with which attack, if no line was printed for a
@@ -211,8 +210,7 @@ class Report:
             known = any(part["row"] == index for part in done)
             so_far = f", accuracy {count_accuracy(done, index):.1%} so far" if known else ""
             self.lines.print_sometimes(
-                f"{self.model}: batch {batch + 1} of {self.batches}: {self.unfinished[index]}"
-                f"{so_far}"
+                f"{self.model}: batch {batch + 1} of {self.batches}: {self.attacks[index]}{so_far}"
             )
 
 

@@ -184,7 +184,8 @@ class EvaluateConfig(BareWeightsConfig):
     """Compile the network for the gradients of FGSM and PGD. Compiling takes about a minute, so it
     pays off only for many images."""
     output: Annotated[str | None, PATH] = None
-    """JSON file to write. None means evaluation.json in the folder of the first checkpoint."""
+    """JSON file to write. None means evaluation.json in the folder of the first checkpoint. Results
+    of an earlier evaluation in this file are kept."""
     report: Annotated[str | None, PATH] = None
     """Also write all results into this HTML file."""
     statistics: bool = False
