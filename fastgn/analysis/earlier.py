@@ -46,7 +46,7 @@ def keep_earlier(output: Path, record: dict[str, Any]) -> list[str]:
     for old in entries if isinstance(entries, list) else ():
         same = [entry for entry in record["models"] if is_same(old, entry)]
         all_kept &= bool(same)
-        conditions = {k: earlier[k] for k in CONDITIONS if earlier.get(k) != record[k]}
+        conditions = {k: earlier.get(k) for k in CONDITIONS if earlier.get(k) != record[k]}
         for entry in same:
             names = merge(entry, old, conditions)
             if names:
