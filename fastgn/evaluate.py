@@ -51,8 +51,9 @@ from fastgn.errors import UserError, check, escape, print_error, print_line, pri
 from fastgn.extras import stop_on_signals
 from fastgn.files import check_target, write_json
 from fastgn.lock import lock_file
-from fastgn.metrics import ProgressLines, environment, open_bar
+from fastgn.metrics import environment
 from fastgn.models.weights import load_weights
+from fastgn.progress import ProgressLines, open_bar
 from fastgn.step.retry import out_of_memory
 from fastgn.trained import Trained, load_bare_weights, load_trained
 

@@ -46,7 +46,8 @@ from fastgn.errors import (
 from fastgn.extras import stop_on_signals
 from fastgn.files import check_target, write_bytes, write_json
 from fastgn.lock import HeldError
-from fastgn.metrics import environment, open_bar
+from fastgn.metrics import environment
+from fastgn.progress import open_bar
 from fastgn.run import Run
 from fastgn.search_space import Dimension, make_base_config, parse_space
 from fastgn.setup import build

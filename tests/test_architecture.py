@@ -46,11 +46,12 @@ MAY_IMPORT = {
     "checkpoint": {"archive", "config", "errors", "files", "state"},
     "trained": {"checkpoint", "config", "errors", "files", "models", "state"},
     "folder": {"checkpoint", "config", "distributed", "errors", "files", "lock", "state"},
-    "metrics": {"config", "errors", "files"},
+    "progress": {"errors"},
+    "metrics": {"config", "errors", "files", "progress"},
     "data": {"config", "data", "errors", "extras", "files", "lock", "seeding"},
     "analysis": {
         *("analysis", "attacks", "config", "data", "distributed", "errors", "fields", "files"),
-        *("metrics", "objectives", "seeding", "trained"),
+        *("metrics", "objectives", "progress", "seeding", "trained"),
     },
 }
 """Module or subpackage of fastgn -> siblings that it may import; those of COMPOSE are not in it."""

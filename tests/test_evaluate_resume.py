@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.runs import tiny_run
 
-from fastgn import evaluate, metrics
+from fastgn import evaluate, progress
 from fastgn.analysis import outcomes, pictures, selection
 from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.parts import Parts
@@ -166,7 +166,7 @@ def test_a_log_file_shows_each_attack_when_it_is_finished(
     assert last[0].startswith("tiny: fgsm at 0.02 ") and last[1].startswith("tiny: worst case at ")
 
     said.clear()
-    monkeypatch.setattr(metrics.ProgressLines, "PERIOD_S", 0.0)
+    monkeypatch.setattr(progress.ProgressLines, "PERIOD_S", 0.0)
     assert evaluate.main([*args, "--seed", "1", "--statistics", "--analysis-images", "4"]) == 0
     lines = "".join(said).splitlines()
     assert lines[:2] == ["tiny: batch 1 of 2: clean", "tiny: batch 1 of 2: pgd-3 at 0.02"]
@@ -180,9 +180,9 @@ def test_a_log_file_shows_each_attack_when_it_is_finished(
 def test_a_terminal_has_its_bar_and_no_lines_in_between(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    with metrics.open_bar(total=1, disable=False) as bar:
-        lines = metrics.ProgressLines(bar)
-        monkeypatch.setattr(metrics.ProgressLines, "PERIOD_S", 0.0)
+    with progress.open_bar(total=1, disable=False) as bar:
+        lines = progress.ProgressLines(bar)
+        monkeypatch.setattr(progress.ProgressLines, "PERIOD_S", 0.0)
         lines.print_sometimes("in between")
         lines.print("an attack")
     said = capsys.readouterr().err

@@ -27,7 +27,8 @@ from fastgn.data.subset import Subset
 from fastgn.distributed import World
 from fastgn.errors import print_line
 from fastgn.files import parse_json
-from fastgn.metrics import ProgressLines, environment, open_bar
+from fastgn.metrics import environment
+from fastgn.progress import ProgressLines, open_bar
 from fastgn.trained import Trained, hash_weights
 
 Part = dict[str, Any]
