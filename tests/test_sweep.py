@@ -111,7 +111,7 @@ def test_a_study_goes_on_and_writes_its_best_recipe(
     assert sweep.main([*args, "--objective", "pareto"]) == 2
     assert sweep.main([*args, "--clean-floor", "0.5"]) == 2
     assert "was started with another objective" in capsys.readouterr().err
-    assert sweep.main([*args, "--set", "epochs=3"]) == 2
+    assert sweep.main([*args[:-1], "epochs=3"]) == 2
     assert "another recipe (epochs: 3, not 1): name another file" in capsys.readouterr().err
 
 
