@@ -10,9 +10,9 @@ without these weight gradients. The other rows are fastgn's updates in each --pr
 
 Each of --rounds runs starts new processes for each row. They build the network, warm up, and time
 some updates of --batch images each. The slowest process counts. An error in one row leaves the
-others. Several processes sum the gradients once per update, but the paper's code sums them in every
-backward. The loader, clipping and the average of the weights are left out. --methods, --schedules,
---minutes and --round-seconds have no effect.
+others. Several processes sum the gradients of gradnorm once per update, but the paper's code sums
+them in each half. The loader, clipping and the average of the weights are left out. --methods,
+--schedules, --minutes and --round-seconds have no effect.
 
 Writes benchmarks/results/table3_<processes>_<device>.json after each run.
 """
