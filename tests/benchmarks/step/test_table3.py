@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.common.arguments import DEVICE
+from benchmarks.common.arguments import DEVICE, RESULTS
 from benchmarks.common.ranks import call_in_ranks
 from benchmarks.step import cost, table3
 from benchmarks.step.arms import Arm
@@ -119,6 +119,15 @@ def test_other_processes_of_torchrun_end_at_once(
     for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert table3.run(args) == 0 and not args.output.exists()
+
+
+def test_the_rehearsal_was_made_by_two_processes() -> None:
+    record = json.loads((RESULTS / "table3_2_cpu.json").read_text())
+    assert record["complete"] and not record["meaningful_times"] and record["processes"] == 2
+    assert len(record["rows"]) == 7 and not record["not_timed"]
+    assert all(row["meaningless_seconds_a_batch"]["n"] == 3 for row in record["rows"])
+    assert [row["micro_batch"] for row in record["rows"]] == [8, 4, 8, 8, 8, 8, 8]
+    assert "| s a batch |" not in table3.table(record), "seconds of a CPU mean nothing"
 
 
 @pytest.mark.slow
