@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -84,7 +84,7 @@ class InShortDtype(InAutocast):
     weights. BatchNorm keeps its weights and statistics in fp32. If a forward changes any other
     buffer, it changes only the cast copy, and the buffer itself keeps its value. Images and logits
     are fp32. LayerNorm's statistics, softmax and sums are fp32 inside the operators of PyTorch and
-    fastgn_kernels.
+    fastgn_kernels. See `fp32_norms` for fp16.
 
     dtype: dtype to which the weights and buffers are cast. See InAutocast for the other arguments.
     """
@@ -95,9 +95,10 @@ class InShortDtype(InAutocast):
 
     def cast_weights(self) -> dict[str, Tensor]:
         """Returns copies of the network's weights and buffers in 16 bits, except those of
-        BatchNorm."""
+        BatchNorm and of `fp32_norms`."""
         model = self.model
         norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+        norms += self.fp32_norms()
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
         named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
         return {
@@ -109,7 +110,25 @@ class InShortDtype(InAutocast):
     def backbone(self, images_BCHW: Tensor) -> Tensor:
         """Returns fp32 logits (B, K) of normalised images."""
         images = images_BCHW.to(self.dtype)
-        return functional_call(self.model.backbone, self.cast_weights(), (images,)).float()
+        with contextlib.ExitStack() as hooks:
+            for norm in self.fp32_norms():
+                before = norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+                after = norm.register_forward_hook(lambda _m, _i, output: output.to(self.dtype))
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
+            return functional_call(self.model.backbone, self.cast_weights(), (images,)).float()
+
+    def fp32_norms(self) -> list[nn.Module]:
+        """Returns the LayerNorms that compute in fp32. There are none in bf16 and in compiled code.
+
+        PyTorch computes the second derivative of a LayerNorm in the dtype of its input. In fp16 it
+        overflows if the standard deviation is below 0.03, because it contains the third power of
+        the inverse. fastgn_kernels computes in fp32 itself.
+        """
+        if self.dtype != torch.float16 or torch.compiler.is_compiling():
+            return []
+        norms = [m for m in self.model.backbone.modules() if isinstance(m, nn.LayerNorm)]
+        return [m for m in norms if not type(m).__module__.startswith("fastgn_kernels")]
 
 
 def explain_unsupported(precision: str, device: torch.device) -> str | None:
