@@ -136,16 +136,18 @@ def test_layer_norm_of_small_values_has_a_finite_second_derivative() -> None:
     model, batch = model_and_batch(vit, torch.float32)
     backbone: Any = model.backbone
     with torch.no_grad():
-        for weight in (backbone.patch_embed.proj.weight, backbone.pos_embed):
-            weight.mul_(0.02)
+        patches = backbone.patch_embed.proj
+        for tensor in (patches.weight, patches.bias, backbone.pos_embed, backbone.cls_token):
+            tensor.mul_(0.02)
     found = []
     for precision in ("fp32", "fp16-pure"):
         model.zero_grad()
-        Step(model, objective(), StepOptions(compile=False, precision=precision))(
-            [batch], torch.tensor(1.0)
-        )
+        step = Step(model, objective(), StepOptions(compile=False, precision=precision))
+        if step.loss_scale is not None:  # small weights make the patch embedding's gradient large
+            step.loss_scale.scale.fill_(1.0)
+        step([batch], torch.tensor(1.0))
         found.append(gradients(model).clone())
-    assert relative(found[1], found[0]) < 0.1
+    assert relative(found[1], found[0]) < 0.02
 
 
 METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs", "trades", "edge", "pag", "gradnorm+fgsm")
