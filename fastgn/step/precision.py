@@ -97,8 +97,8 @@ class InShortDtype(InAutocast):
         """Returns copies of the network's weights and buffers in 16 bits, except those of
         BatchNorm and of `fp32_norms`."""
         model = self.model
-        norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
-        norms += self.fp32_norms()
+        norms: list[nn.Module] = self.fp32_norms()
+        norms += [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
         named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
         return {
