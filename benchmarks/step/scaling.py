@@ -259,10 +259,10 @@ def time_rank(
     """
     grad_sync, grad_dtype, cuda_graphs = mode
     architecture = CHECKED
-    options = StepOptions(grad_sync=grad_sync, grad_dtype=grad_dtype)
+    options = StepOptions(grad_sync=grad_sync, grad_dtype=grad_dtype, compile=ON_GPU)
     if ON_GPU:
         architecture = ArchitectureConfig(model="swin_b")
-        fast = {"precision": "bf16", "compile": True, "cuda_graphs": cuda_graphs}
+        fast = {"precision": "bf16", "cuda_graphs": cuda_graphs}
         options = dataclasses.replace(options, **fast)
     model, _ = build_model(architecture, 1000)
     model.to(world.device)
