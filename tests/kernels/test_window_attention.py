@@ -105,7 +105,7 @@ def test_derivatives(count: int, biased: bool) -> None:
         (2, 1, 49, 40),  # two blocks of channels, one of them in part
         (2, 3, 17, 16),
         (2, 1, 64, 64),
-        (6, 2, 5, 7),
+        pytest.param((6, 2, 5, 7), marks=pytest.mark.slow),
         (2, 1, 1, 1),
         (2, 1, 1, 8),
         (2, 1, 16, 33),
@@ -423,6 +423,7 @@ def test_large_scores_do_not_overflow() -> None:
         checks.check_low_precision(op(), twin(), [qkv, 300 * bias], dtype)
 
 
+@pytest.mark.slow
 @checks.interpreter(dtype=[torch.float16])
 @pytest.mark.parametrize(
     "dtype",

@@ -177,7 +177,7 @@ def test_every_method_and_schedule_is_near_fp32(method: str, schedule: str, prec
     assert F.cosine_similarity(*found, dim=0) > 0.995
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", first_is_quick([False, True]))
 def test_the_scale_hardly_matters_and_compiles_nothing(compile: bool, no_codegen) -> None:
     exact = in_float64(swin)
     model, batch = model_and_batch(swin, torch.float32)
@@ -238,6 +238,7 @@ def test_gradients_of_a_fitted_network_are_not_lost() -> None:
         assert errors["fp16", 2.0**13] < errors["bf16", 1.0] / (3 if method == "natural" else 1)
 
 
+@pytest.mark.slow
 def test_an_attack_keeps_small_gradients() -> None:
     """Their signs are all that a step uses, but 0 has none."""
     model, (images, labels) = fitted(vit, 1e-4)
