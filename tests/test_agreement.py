@@ -10,7 +10,6 @@ import pytest
 import torch
 from pyautoattack.examples.resnet import ResNet18
 from support import SHARED
-from support.marks import first_is_quick
 from support.runs import tiny_run
 from torch import Tensor, nn
 
@@ -133,12 +132,11 @@ def test_autoattack_image_for_image(
     assert check_against_its_authors(model, images[:12], labels[:12], name, norm, eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "norm", "eps"),
-    first_is_quick(
-        [("apgd-t", "Linf", 0.05), ("fab-t", "Linf", 0.05), ("fab-t", "L2", 1.0)]
-        + [("square", "Linf", 0.05), ("autoattack", "L2", 1.0), ("autoattack-rand", "Linf", 0.05)]
-    ),
+    [("apgd-t", "Linf", 0.05), ("fab-t", "Linf", 0.05), ("fab-t", "L2", 1.0)]
+    + [("square", "Linf", 0.05), ("autoattack", "L2", 1.0), ("autoattack-rand", "Linf", 0.05)],
 )
 def test_costly_autoattack_image_for_image(
     digits: tuple[nn.Module, Tensor, Tensor], quick: nn.Module, name: str, norm: str, eps: float

@@ -204,6 +204,7 @@ def relative_error(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return float((flat(mine) - flat(wanted)).norm() / flat(wanted).norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_those_of_one_process(
     name: str, updates: dict[str, list[dict[str, Any]]], restored_functions: None
@@ -442,6 +443,7 @@ def average_statistics_on_a_rank(args: list[str], folder: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_are_averaged_after_an_update(tmp_path: Path) -> None:
     """So that every rank evaluates, and the first one saves, the same network."""
     network = ("--model", "preact_resnet18", "--model-kwargs", "width=4", "--img-size", "16")

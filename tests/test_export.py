@@ -94,6 +94,7 @@ def own_logits(run: Path) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- the files
 
 
+@pytest.mark.slow
 def test_an_export_gives_the_same_logits_without_fastgn(swin_run, tmp_path, rebuilds):
     """Another activation and another normalisation than the network's own: both must come along."""
     exported(swin_run, tmp_path / "out")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.images import image_folder
+from support.marks import first_is_quick
 from support.processes import TORCHRUN, free_port, on_two_ranks, start_two
 from support.runs import contents, error_line, tiny_run
 from support.states import differences, read_state
@@ -39,6 +40,7 @@ def wait_for_rows(folder: Path, count: int, processes: list[BaseProcess]) -> Non
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stopped", "seed"), [(0, 0), (1, 1), (1, 2)])
 def test_a_rank_that_is_stopped_ends_the_job(stopped: int, seed: int, tmp_path: Path) -> None:
     """At a random moment, and whichever rank serves the store."""
@@ -80,7 +82,7 @@ def test_a_signal_to_any_rank_saves(tmp_path: Path) -> None:
     assert f"stopped at update {last}; continue with" in (tmp_path / "log0").read_text()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", first_is_quick([1, 0]))
 def test_a_rank_that_is_killed_is_named(killed: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ranks = start_two(tmp_path, train.main, tiny_run(folder, *ENDLESS))
@@ -99,6 +101,7 @@ def test_a_rank_that_is_killed_is_named(killed: int, tmp_path: Path) -> None:
             process.join()
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_ends_the_job(tmp_path: Path) -> None:
     args = [*tiny_run(tmp_path / "run", *ENDLESS), "--rank-timeout", str(LIMIT_S / 60)]
     ranks = start_two(tmp_path, train.main, args)
@@ -128,6 +131,7 @@ def be_late_once(args: list[str]) -> int:
     return train.main(args)
 
 
+@pytest.mark.slow
 def test_a_late_rank_is_named(tmp_path: Path) -> None:
     """By one of those that wait, again when twice as much time has passed, and the job goes on."""
     args = tiny_run(tmp_path / "run", "--max-updates", "4", "--batch-size", "24")

@@ -164,6 +164,7 @@ def assert_same_run(folder: Path, unbroken: Path) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_metrics_hold_each_row_once(unbroken: Path) -> None:
     rows = timeless_rows(unbroken)
     logged = [r["update"] for r in rows if "loss" in r]
@@ -178,6 +179,7 @@ def exit_with_main(args: list[str], log: str) -> None:
     sys.exit(train.main(args))
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
     # a fork server imports torch once for all starts; each run is still a process of its own
     processes = multiprocessing.get_context("forkserver")
@@ -213,7 +215,8 @@ def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
     assert_same_run(folder, unbroken)
 
 
-@pytest.mark.parametrize("number", first_is_quick([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_the_last_update(number: int, unbroken: Path, tmp_path: Path) -> None:
     folder, log = tmp_path / "stopped", tmp_path / "log"
     args = tiny_run(folder, *LONG)

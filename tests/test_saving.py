@@ -215,6 +215,7 @@ def save_slowly(args: list[str], folder: str) -> int:
     return train.main(args)
 
 
+@pytest.mark.slow
 def test_no_rank_waits_for_a_file(tmp_path: Path) -> None:
     """Neither the first rank, which writes it, nor another one, which meets the first."""
     args = tiny_run(tmp_path / "run", "--batch-size", "24", "--eval-images", "0")

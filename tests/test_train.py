@@ -311,6 +311,7 @@ def test_auto_plans_the_update_and_says_what_it_took(
     assert 48 % resolved["micro_batch"] == 0
 
 
+@pytest.mark.slow
 def test_auto_takes_what_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

@@ -115,6 +115,7 @@ def test_a_record_is_told_its_commit(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r" / "x.json").read_text()) == {"commit": "abc"}
 
 
+@pytest.mark.slow
 def test_what_failed_before_a_limit_is_said(tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(
         "import time\ndef test_bad():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(600)\n"

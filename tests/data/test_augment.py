@@ -136,6 +136,7 @@ def test_mixing_in_place_is_the_graphs(keys, monkeypatch):
     assert torch.equal(in_place.targets, graphs.targets)
 
 
+@pytest.mark.slow
 def test_the_device_loader_compiled(arrays):
     """The same batches as eager, of one graph, whatever is drawn; and no other graph after it."""
     keys = {"reprob": 0.5, "mixup": 0.8, "cutmix": 1.0, "batch_size": 4}

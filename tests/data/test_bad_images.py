@@ -109,6 +109,7 @@ def test_a_worker_that_dies_is_one_line():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_dies_ends_with_a_line(source, tmp_path):
     """Wherever it is; and the other worker, which ignores signals, ends as well."""
     data = write_lists(tmp_path / "data", source, str)
@@ -173,6 +174,7 @@ def test_a_run_counts_and_names_what_it_replaces(tmp_path, capsys):
     assert said.count("bad validation images, replaced ") == 1
 
 
+@pytest.mark.slow
 def test_two_ranks_count_together(tmp_path):
     """Each meets its own half of the bad images; the row and the line have all of them."""
     root = tree(tmp_path / "images")

@@ -445,6 +445,7 @@ def test_control_characters_of_any_name_are_escaped():
     assert str(error) == r"a\nb\x1b[31m\udcff\u202e\ufeff and ümlaut"
 
 
+@pytest.mark.slow
 def test_classes_that_are_not_utf8_are_trained_evaluated_and_shown_as_escapes(tmp_path, capsys):
     names = [os.fsdecode(b"\xff"), "b"]
     data = image_folder(tmp_path / "data", names, names)  # type: ignore[arg-type]

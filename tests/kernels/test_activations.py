@@ -80,6 +80,7 @@ def test_compiled(kind: str, biased: bool) -> None:
     checks.check_compiled(of_kind(activation, kind, PARAMETERS.get(kind)), inputs(biased, 3, 5))
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     checks.check_compiled(gelu, inputs(True, 4, 16), backend="inductor")
 

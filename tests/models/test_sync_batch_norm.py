@@ -181,6 +181,7 @@ def relative_error(mine: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return float(error.norm() / size.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one_process(name: str, updates: dict[str, list[dict[str, Any]]]) -> None:
     case = CASES[name]

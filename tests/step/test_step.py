@@ -43,6 +43,7 @@ def test_compiled_step_equals_eager_with_one_graph(build) -> None:
         assert relative(mine.float(), theirs.float()) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiled_penalty_changes_the_weight_gradients(no_codegen) -> None:
     """A compiler that dropped the second-order terms would train plain cross-entropy without a
     word."""

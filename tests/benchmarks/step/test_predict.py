@@ -153,6 +153,7 @@ def test_deep_swins_are_the_shallow_ones_and_so_many_pairs():
     assert (deep.generated, deep.bytes) == (29, 340)
 
 
+@pytest.mark.slow
 def test_the_record_and_its_table_say_that_they_predict(tmp_path, capsys):
     output = tmp_path / "predict_tiny.json"
     argv = ["--model", "swin_t", "--img-size", "16", "--classes", "10", "--batch-size", "8"]

@@ -438,6 +438,7 @@ def test_no_dali_is_one_line(photographs, monkeypatch):
 # --------------------------------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_garbage_collected_in_a_pipelines_own_thread(photographs, monkeypatch):
     """A loader that is forgotten in a cycle, as an exception's traceback makes one: DALI's threads
     call Python, and would wait for themselves where they ended its pipelines. They live on until
