@@ -226,6 +226,7 @@ def test_gradients_are_those_of_one_process(
     assert differences(first["losses"], second["losses"])  # each saw its own images
 
 
+@pytest.mark.slow
 def test_the_penalty_reaches_the_gradients(updates: dict[str, list[dict[str, Any]]]) -> None:
     """Else gradnorm's cases above would show no more than natural's."""
     natural, gradnorm = updates["natural"][0], updates["gradnorm"][0]

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.images import image_folder
-from support.marks import first_is_quick
 from support.processes import TORCHRUN, free_port, on_two_ranks, start_two
 from support.runs import contents, error_line, tiny_run
 from support.states import differences, read_state
@@ -63,6 +62,7 @@ def test_a_rank_that_is_stopped_ends_the_job(stopped: int, seed: int, tmp_path: 
             process.join()
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_rank_saves(tmp_path: Path) -> None:
     """And all ranks say by their exit status that the run is not done."""
     folder = tmp_path / "run"
@@ -82,7 +82,8 @@ def test_a_signal_to_any_rank_saves(tmp_path: Path) -> None:
     assert f"stopped at update {last}; continue with" in (tmp_path / "log0").read_text()
 
 
-@pytest.mark.parametrize("killed", first_is_quick([1, 0]))
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [1, 0])
 def test_a_rank_that_is_killed_is_named(killed: int, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ranks = start_two(tmp_path, train.main, tiny_run(folder, *ENDLESS))

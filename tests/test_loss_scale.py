@@ -246,6 +246,7 @@ def test_a_skipped_update_changes_neither_weights_nor_statistics(tmp_path: Path)
     assert any("running_mean" in name for name in before["model"])
 
 
+@pytest.mark.slow
 def test_two_ranks_skip_the_same_update(tmp_path: Path) -> None:
     """The overflow is on one rank alone; they all skip, and a resumed run ends the same."""
     for name, stops in (("unbroken", (4,)), ("broken", (3, 4))):
@@ -326,6 +327,7 @@ def test_the_gradient_is_clipped_without_its_scale(tmp_path: Path) -> None:
     assert "loss_scale" not in rows["fp32"] and "skipped_updates" not in rows["fp32"]
 
 
+@pytest.mark.slow
 def test_precisions_continue_each_other(tmp_path: Path) -> None:
     """The scale begins anew after fp32, and a checkpoint in fp32 holds none."""
     args = tiny_run(tmp_path / "run", "--eval-images", "0")

@@ -135,7 +135,7 @@ def test_an_old_file_that_cannot_be_removed_is_one_line(
     new = folder / "checkpoints" / "update_00000004.pt"
     assert said[-1] == (
         f"fastgn.train: error: {path} cannot be replaced or removed: Permission denied; the new "
-        f"checkpoint is {new}"
+        f"checkpoint was saved as {new}"
     )
     assert find_checkpoint(folder) == new and read_state(new)["update"] == 4
 

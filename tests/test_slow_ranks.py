@@ -32,6 +32,7 @@ def train_asleep(sleepers: list[int], args: list[str]) -> int:
     return train.main(args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sleepers", [[1], [0, 1]], ids=["one", "both"])
 def test_a_rank_that_sleeps_in_every_update_is_named_once(
     sleepers: list[int], tmp_path: Path

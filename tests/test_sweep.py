@@ -126,6 +126,7 @@ def test_a_recipe_may_name_the_data_that_was_implied(tmp_path: Path) -> None:
         sweep.open_study(cfg, implied.replace(data="cifar10"), sweep.find_optuna())
 
 
+@pytest.mark.slow
 def test_an_interrupted_trial_is_tried_again_and_goes_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_poor_trial_is_pruned_and_not_trained_to_its_end(
     assert second["robust"] == 0.25
 
 
+@pytest.mark.slow
 def test_two_objectives_are_not_pruned_and_have_a_front(recipe: Path, tmp_path: Path) -> None:
     more = ("--objective", "pareto", "--trials", "2", "--space", "gn_weight=0.1:10:log")
     more += ("--set", "epochs=1", "--startup-trials", "1")

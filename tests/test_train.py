@@ -274,6 +274,7 @@ def test_without_the_package_wandb(tmp_path: Path, capsys, monkeypatch) -> None:
     assert not list(tmp_path.rglob("*.pt"))
 
 
+@pytest.mark.slow
 def test_torchrun_runs_the_module(tmp_path: Path) -> None:
     """As a user types it, one process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "-m", "fastgn.train"]
@@ -536,6 +537,7 @@ def test_runs_of_every_schedule(schedule: str, tmp_path: Path) -> None:
     assert len(rows) == 2 and all(r["grad_l1"] > 0 for r in rows)
 
 
+@pytest.mark.slow
 def test_what_a_run_says_it_took(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """Of an update of two batches, resumed, with a first wait for data that is long: the time of an
     update is that of those made since the first, and no rate counts another process's."""

@@ -42,6 +42,7 @@ def carry_out(folder: Path, *parts: Part, sources: str = "a", **options: Any) ->
     return entries
 
 
+@pytest.mark.slow
 def test_a_part_that_breaks_or_hangs_leaves_the_others(tmp_path: Path, capsys) -> None:
     child = tmp_path / "child"
     hang = (

@@ -250,6 +250,7 @@ def test_an_evaluation_replaces_its_own_files_and_empty_ones(tmp_path):
         EvaluateConfig(checkpoint=("run",), eps=(0.1, 0.2), **written)
 
 
+@pytest.mark.slow
 def test_an_export_replaces_only_an_export(trained, tmp_path, capsys):
     target = ["--checkpoint", str(trained), "--robustbench", str(tmp_path)]
     for name in ("model.py", "weights.pt", "weights.safetensors"):

@@ -238,6 +238,7 @@ things = st.lists(
 )
 
 
+@pytest.mark.slow
 @often
 @given(ant=things, bee=things, odd=st.sampled_from(ODD_NAMES), sure=st.booleans())
 def test_any_folders_are_read_or_refused(ant, bee, odd, sure):

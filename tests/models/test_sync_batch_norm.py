@@ -200,6 +200,7 @@ def test_the_updates_have_what_could_differ() -> None:
     assert natural["statistics"]["backbone.norm.num_batches_tracked"] == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_fault_is_found(name: str, updates: dict[str, list[dict[str, Any]]]) -> None:
     case = WRONG[name]

@@ -424,7 +424,7 @@ def train_on_a_rank(cases: dict[str, dict[str, Any]], folder: str) -> int:
     return 0
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def several(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, list[dict[str, Any]]]:
@@ -444,6 +444,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Dropout, "forward", nn.Dropout.forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_several_processes_train_the_weights_of_one(
     name: str, several: tuple[int, list[dict[str, Any]]], restored: None
@@ -479,6 +480,7 @@ def test_compiled_and_fp32_processes_train_the_weights_of_one(
     assert error < (1e-5 if "dtype" in case else 1e-12)
 
 
+@pytest.mark.slow
 def test_the_compiled_graphs_are_those_of_one_process(
     several: tuple[int, list[dict[str, Any]]], restored: None
 ) -> None:

@@ -181,6 +181,7 @@ def test_memory_is_a_line_in_the_batch(name: str) -> None:
     assert line(16) == pytest.approx(cost(16), rel=0.03)
 
 
+@pytest.mark.slow
 def test_what_a_schedule_holds() -> None:
     """Finite differences need no second-order terms; lazy's peak is that of its update with the
     penalty."""

@@ -207,6 +207,7 @@ def fitted(build, ce: float) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return model, (images, labels)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_fitted_network_are_not_lost() -> None:
     """At a cross-entropy below 1e-3, without the scale, a part of the gradient underflows.
 

@@ -13,6 +13,7 @@ def end_process(family: str) -> dict[str, Any]:
     os._exit(1)
 
 
+@pytest.mark.slow
 def test_an_operator_without_a_second_derivative_is_replaced() -> None:
     row = families.scan_apart("mobilenetv3")
     assert row["with_twins"]["outcome"] == "finite" and row["with_twins"]["penalty"] > 0
@@ -21,6 +22,7 @@ def test_an_operator_without_a_second_derivative_is_replaced() -> None:
     assert "hardsigmoid_backward is not implemented" in row["without_twins"]["error"]
 
 
+@pytest.mark.slow
 def test_a_network_that_ends_its_process_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "scan", end_process)
     row = families.scan_apart("beit")

@@ -159,6 +159,7 @@ def test_the_recorded_table_is_of_these_rows() -> None:
     assert re.fullmatch(r"\d+\.\d+.*", record["versions"]["triton"])
 
 
+@pytest.mark.slow
 def test_the_script_says_what_it_does() -> None:
     command = [sys.executable, "-m", "benchmarks.kernels.builds", "--help"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)

@@ -282,6 +282,7 @@ def test_a_run_that_is_ended_early_leaves_a_complete_record(
     assert not (tmp_path / "x.json.incomplete").exists()
 
 
+@pytest.mark.slow
 @without_gpu
 def test_only_a_run_with_the_default_options_replaces_a_kept_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -387,6 +388,7 @@ def test_arms_share_weights_and_leave_them_alone() -> None:
     assert state["step"] == 2 and state["exp_avg"].abs().sum() > 0, "AdamW did its work"
 
 
+@pytest.mark.slow
 def test_counting_takes_no_memory_of_a_batch() -> None:
     """4096 images, whose activations would not fit: and an image's operations do not depend on
     how many there are."""

@@ -89,6 +89,7 @@ def test_the_papers_rows_come_first_and_are_eager_in_fp32(
     assert all("pgd_at-paper" in row["time_over"] for row in record["rows"])
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_leaves_the_others(
     args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
