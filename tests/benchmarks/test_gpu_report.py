@@ -415,15 +415,17 @@ def test_the_recorded_precisions(path: Path) -> None:
         arms = {row["arm"]: row["whole"] for row in case["arms"]}
         for row in arms.values():
             assert row["relative_error"]["n"] == record["seeds"] * record["batches"] >= 3
-        assert arms["exact, fp32"]["relative_error"]["max"] < 1e-4
+        fitted = case["trained_by"] == "fitting"
+        # rounding alone decides over a fitted network's gradient in 16 bits, and in part in fp32
+        if fitted:
+            assert max(case["last_cross_entropy"]) < 1e-3
+        else:
+            assert arms["exact, fp32"]["relative_error"]["max"] < 1e-4
         # BatchNorm over few small images amplifies what rounding does
         least = 0.99 if case["network"] == "tiny Swin" else 0.9
-        if case["trained_by"] == "fitting":
-            assert max(case["last_cross_entropy"]) < 1e-3
-        else:  # bf16 gives a fitted network little but noise
-            for name in {"exact, bf16", "exact, bf16-pure"} & arms.keys():
+        for name in arms.keys() - {"exact, fp32"} if not fitted else ():
+            if name.startswith("exact, "):
                 assert arms[name]["cosine"]["min"] > least
         for name in {"exact, fp16", "exact, fp16-pure"} & arms.keys():
-            assert arms[name]["cosine"]["min"] > least
             bf16 = arms[name.replace("fp16", "bf16")]["relative_error"]["mean"]
-            assert arms[name]["relative_error"]["mean"] < bf16 / 2
+            assert arms[name]["relative_error"]["mean"] < (bf16 if fitted else bf16 / 2)
