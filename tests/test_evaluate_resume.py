@@ -211,7 +211,7 @@ def test_a_later_evaluation_loses_nothing_of_an_earlier_one(run: Path, tmp_path:
 def test_an_unfinished_attack_outlasts_another_evaluation(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an evaluation does not need is left to the command that does."""
+    """Saved results that an evaluation does not need are left to the command that needs them."""
     args = ["--checkpoint", str(run), "--num-images", "16", "--batch-size", "8", "--eps", "0.02"]
     args += ["--output", str(tmp_path / "e.json"), "--attacks"]
     real, calls = Attacker.find_correct, []

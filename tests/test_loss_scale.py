@@ -199,7 +199,7 @@ def resumed(folder: str | Path) -> list[str]:
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds, apart from the command line."""
+    """Returns the content of the last checkpoint, apart from the command line and accuracies."""
     state = last_state(folder)
     return {k: v for k, v in state.items() if k not in ("config", "accuracy", "best")}
 

@@ -169,7 +169,7 @@ class AugmentationConfig(Options):
     reprob: Annotated[float, PROBABILITY] = 0.0
     """Probability of random erasing."""
     remode: Literal["const", "rand", "pixel"] = "pixel"
-    """What random erasing puts into the erased box. const: zeros. rand: one random colour. pixel:
+    """Content of the box that random erasing erases. const: zeros. rand: one random colour. pixel:
     noise in every pixel."""
     mixup: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of mixup, the parameter of its beta distribution. 0 turns mixup off."""

@@ -1,7 +1,7 @@
 """The precisions in which an update can be computed."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 import torch
@@ -93,12 +93,12 @@ class InShortDtype(InAutocast):
         super().__init__(model, loss_scale)
         self.dtype = dtype
 
-    def cast_weights(self) -> dict[str, Tensor]:
+    def cast_weights(self, fp32_norms: Sequence[nn.Module]) -> dict[str, Tensor]:
         """Returns copies of the network's weights and buffers in 16 bits, except those of
         BatchNorm and of `fp32_norms`."""
         model = self.model
-        norms: list[nn.Module] = self.fp32_norms()
-        norms += [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+        batch_norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
+        norms = (*fp32_norms, *batch_norms)
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
         named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
         return {
@@ -110,13 +110,15 @@ class InShortDtype(InAutocast):
     def backbone(self, images_BCHW: Tensor) -> Tensor:
         """Returns fp32 logits (B, K) of normalised images."""
         images = images_BCHW.to(self.dtype)
+        norms = self.fp32_norms()
+        weights = self.cast_weights(norms)
         with contextlib.ExitStack() as hooks:
-            for norm in self.fp32_norms():
+            for norm in norms:
                 before = norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
                 after = norm.register_forward_hook(lambda _m, _i, output: output.to(self.dtype))
                 hooks.callback(before.remove)
                 hooks.callback(after.remove)
-            return functional_call(self.model.backbone, self.cast_weights(), (images,)).float()
+            return functional_call(self.model.backbone, weights, (images,)).float()
 
     def fp32_norms(self) -> list[nn.Module]:
         """Returns the LayerNorms that compute in fp32. There are none in bf16 and in compiled code.

@@ -1,4 +1,4 @@
-"""What an earlier evaluation has measured outlasts the next evaluation into the same file."""
+"""Results of an earlier evaluation outlast the next evaluation into the same file."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_a_kept_outcome_says_how_it_was_measured(tmp_path: Path) -> None:
 
 
 def test_other_results_get_a_file_of_their_own(tmp_path: Path) -> None:
-    """Those of other networks or images, each time under a new name."""
+    """Results of other networks or images are moved, each time to a new name."""
     for number, inputs in enumerate("bcd"):
         old = record_of(entry_of("a", square="11"), entry_of(inputs, square="10"))
         record, lines = kept(tmp_path, old, record_of(entry_of("a", fgsm="11")))

@@ -71,8 +71,8 @@ class Layer(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """How one image is augmented. It is cropped, resized and perhaps flipped. Then each operation
-    in `layers` is applied."""
+    """Random choices for the augmentation of one image. It is cropped, resized and perhaps flipped.
+    Then each operation in `layers` is applied."""
 
     top: int
     left: int

@@ -41,7 +41,10 @@ OPERATORS: dict[tuple[str, str], set[str]] = {}
 
 @functools.cache
 def cost(method: str, gpu: str = "h200", kernels: str = "triton", precision: str = "bf16-pure"):
-    """Of an update of one block with 8 images of 16 pixels. Notes its operators in OPERATORS."""
+    """Returns the cost of an update of one block with 8 images of 16 pixels.
+
+    Also notes the operators in OPERATORS.
+    """
     arm = predict.Arm(method, precision, compile=True, kernels=kernels)
     kernels_of, names = predict.kernels_of, OPERATORS.setdefault((gpu, precision), set())
 
