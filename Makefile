@@ -25,15 +25,15 @@ picture: .venv/installed
 		--eps 0.025 --attacks clean --num-images 4 --output runs/picture.json \
 		--picture docs/quickstart.png --picture-images 4
 
-# On all cores. The second run is of the Triton kernels themselves, interpreted on the CPU. It runs
-# whatever the first one finds, and a failure of either is make's.
+# On all cores. The first run is of the Triton kernels themselves, interpreted on the CPU. The second
+# runs whatever the first one finds, so that its long summary comes last. A failure of either is make's.
 PYTEST = $(BIN)/pytest -n auto --dist worksteal
 test: lint
-	$(PYTEST) -m "not slow"; first=$$?; TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/kernels && exit $$first
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/kernels; first=$$?; $(PYTEST) -m "not slow" && exit $$first
 
 # Also the tests that take long and show little that the others do not.
 test-all: lint
-	$(PYTEST); first=$$?; TRITON_INTERPRET=1 $(PYTEST) tests/kernels && exit $$first
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels; first=$$?; $(PYTEST) && exit $$first
 
 lint: .venv/installed
 	$(BIN)/ruff check .

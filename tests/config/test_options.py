@@ -407,7 +407,10 @@ def test_what_the_options_say_of_a_method_is_what_it_builds(method: str) -> None
 # -------------------------------------------------------------------------- what there is to choose
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [*(k for k in KINDS if k != "recipes"), pytest.param("recipes", marks=pytest.mark.slow)],
+)
 def test_every_listed_name_is_taken(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse_config(["--list", kind])

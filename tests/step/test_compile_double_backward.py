@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.marks import first_is_quick
 from support.networks import relative
 from support.steps import gradients
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def heat() -> tuple[nn.Module, tuple]:
     return HeatResidual(net), (torch.rand(12, 1), torch.rand(12, 1))
 
 
-@pytest.mark.parametrize("example", [wgan_gp, heat])
+@pytest.mark.parametrize("example", first_is_quick([heat, wgan_gp]))
 def test_compile_double_backward_trains_as_eager(example) -> None:
     eager, inputs = example()
     compiled = compile_double_backward(example()[0])

@@ -494,6 +494,7 @@ def test_the_compiled_graphs_are_those_of_one_process(
     assert ranks[0]["overlap"]["hashes"] != alone["hashes"]
 
 
+@pytest.mark.slow
 def test_the_cases_differ(several: tuple[int, list[dict[str, Any]]]) -> None:
     """Else one case would show no more than another."""
     _, ranks = several
