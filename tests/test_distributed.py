@@ -428,7 +428,7 @@ def test_a_mistake_is_said_once(tmp_path: Path) -> None:
     args = tiny_run(tmp_path / "run", "--batch-size", "2000")
     assert torchrun(log, *args).wait(400) != 0
     lines = [line for line in log.read_text().splitlines() if "fastgn.train: error:" in line]
-    assert len(lines) == 1 and "exceeds the 1437 training images" in lines[0]
+    assert len(lines) == 1 and "there are only 1437 training images" in lines[0]
     assert not (tmp_path / "run").exists()
 
 

@@ -6,12 +6,15 @@ import os
 import random
 import re
 import signal
+import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import exit_code, start_process
 from support.runs import tiny_run
 
 from fastgn import evaluate, progress
@@ -36,11 +39,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SHORT_REPORT = functools.partial(evaluate.make_sanity_report, square_images=0, apgd_images=2)
+"""Without Square, whose 5,000 queries an image take longer than all else together."""
+
+
 @pytest.fixture(autouse=True)
 def fewer_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Square, whose 5,000 queries an image take longer than all else together."""
-    report = functools.partial(evaluate.make_sanity_report, square_images=0, apgd_images=2)
-    monkeypatch.setattr(evaluate, "make_sanity_report", report)
+    monkeypatch.setattr(evaluate, "make_sanity_report", SHORT_REPORT)
 
 
 def arguments(run: Path, output: Path, *more: str) -> list[str]:
@@ -58,11 +63,8 @@ def results(output: Path) -> list[dict[str, Any]]:
     return models
 
 
-def in_a_process(args: list[str], log: Path) -> int:
-    """Starts the evaluation in a fork, which notes each part that it has made; returns its id."""
-    child = os.fork()
-    if child:
-        return child
+def note_parts(args: list[str], log: Path) -> None:
+    """Runs an evaluation that notes each part that it has made in a log file."""
     put = Parts.put
 
     def note(parts: Parts, part: dict[str, Any], *key: object) -> None:
@@ -71,35 +73,40 @@ def in_a_process(args: list[str], log: Path) -> int:
             file.write(f"{parts.path(*key).name}\n")
 
     Parts.put = note  # type: ignore[method-assign]
+    evaluate.make_sanity_report = SHORT_REPORT  # type: ignore[assignment]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os._exit(evaluate.main(args))
+    sys.exit(evaluate.main(args))
 
 
 @pytest.mark.slow
 def test_a_killed_evaluation_makes_every_part_once(run: Path, tmp_path: Path) -> None:
     """By SIGKILL, at random moments of the attacks and of the analyses."""
-    whole, log = tmp_path / "whole.json", tmp_path / "log"
+
+    def start() -> BaseProcess:
+        return start_process(note_parts, arguments(run, output), log)
+
+    output, log = tmp_path / "whole.json", tmp_path / "log"
     began = time.monotonic()
-    assert os.waitpid(in_a_process(arguments(run, whole), log), 0)[1] == 0
-    seconds = time.monotonic() - began
+    assert exit_code(start()) == 0
+    seconds, whole = time.monotonic() - began, results(output)
     parts = log.read_text().split("\n")
     log.unlink()
     assert len(set(parts)) == len(parts) > 6 + 3 + 10, "attacks, statistics, sanity"
 
     output, draw, killed = tmp_path / "e.json", random.Random(0), 0
     while killed < KILLS:
-        child = in_a_process(arguments(run, output), log)
+        child = start()
         time.sleep(draw.uniform(0.1, 1) * seconds / KILLS)
-        os.kill(child, signal.SIGKILL)
-        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        child.kill()
+        killed += exit_code(child) == -signal.SIGKILL
         assert killed or not output.exists(), "ended before it could be killed"
-        if (tmp_path / "e.json").exists() and "sanity" in results(output)[0]:
+        if output.exists() and "sanity" in results(output)[0]:
             break
-    assert os.waitpid(in_a_process(arguments(run, output), log), 0)[1] == 0
+    assert exit_code(start()) == 0
     made = log.read_text().split("\n")
     assert len(set(made)) == len(made) and killed == KILLS
     assert set(made) <= set(parts) and len(set(parts) - set(made)) <= KILLS, "noted after it is put"
-    assert results(output) == results(whole)
+    assert results(output) == whole
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

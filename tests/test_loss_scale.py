@@ -3,7 +3,6 @@ update."""
 
 import contextlib
 import math
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import on_two_ranks
+from support.processes import exit_code, on_two_ranks, start_process
 from support.runs import error_line, tiny_run
 from support.states import differences, last_state, trained_state
 from torch import Tensor, nn
@@ -280,12 +279,7 @@ def test_a_run_that_is_killed_at_the_overflow_ends_the_same(tmp_path: Path) -> N
     more = (*FP16, "--checkpoint-interval", "1")
     unbroken, broken = (tiny_run(tmp_path / n, *more) for n in ("unbroken", "broken"))
     assert train_with_overflows(unbroken, (2,), (4,)) == 0
-    process = multiprocessing.get_context("forkserver").Process(
-        target=kill_after_update, args=(broken, (2,), 3)
-    )
-    process.start()
-    process.join(300)
-    assert process.exitcode == -signal.SIGKILL
+    assert exit_code(start_process(kill_after_update, broken, (2,), 3)) == -signal.SIGKILL
     assert train_with_overflows(resumed(tmp_path / "broken"), (2,), (4,)) == 0
     states = [everything(tmp_path / n) for n in ("unbroken", "broken")]
     assert differences(*states) == []

@@ -1,7 +1,6 @@
 """A run that was interrupted, however, ends as the one that was not."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from support.images import image_folder
 from support.marks import first_is_quick
+from support.processes import exit_code, start_process
 from support.runs import folder_run, tiny_run
 from support.states import differences, last_state, read_state, small_state, trained_state
 
@@ -181,21 +181,14 @@ def exit_with_main(args: list[str], log: str) -> None:
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
-    # a fork server imports torch once for all starts; each run is still a process of its own
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fastgn.train"])
     folder, log = tmp_path / "killed", tmp_path / "log"
     args = tiny_run(folder, *LONG, "--resume", "auto")
     checkpoints, draw = Checkpoints(folder, 1), random.Random(0)
 
-    def start() -> multiprocessing.process.BaseProcess:
-        process = processes.Process(target=exit_with_main, args=(args, str(log)))
-        process.start()
-        return process
-
     killed_at = []
     for kill in range(6):
-        process, first = start(), checkpoints.last()
+        process = start_process(exit_with_main, args, str(log))
+        first = checkpoints.last()
         deadline = time.monotonic() + 400
         while kill and process.is_alive() and checkpoints.last() == first:  # the first kill: early
             assert time.monotonic() < deadline, log.read_text()
@@ -208,9 +201,7 @@ def test_sigkill_at_random_moments(unbroken: Path, tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGKILL, log.read_text()
         last = checkpoints.last()
         killed_at.append(int(last.stem.split("_")[1]) if last else 0)
-    process = start()
-    process.join(400)
-    assert process.exitcode == 0, log.read_text()
+    assert exit_code(start_process(exit_with_main, args, str(log))) == 0, log.read_text()
     assert len(set(killed_at)) >= 3, killed_at
     assert_same_run(folder, unbroken)
 

@@ -34,6 +34,25 @@ def as_rank(
     sys.exit(function(*args))
 
 
+def start_process(function: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Starts function(*args) in a process of a fork server that has imported torch.
+
+    A fork of the tests' own process would not do. If autograd has run there, PyTorch refuses to
+    differentiate in the fork, and an exception in the fork would let it go on with the tests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastgn.train", "fastgn.evaluate"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    """Waits for a process and returns its exit status, or minus the signal that ended it."""
+    process.join(300)
+    return process.exitcode
+
+
 def start_ranks(
     folder: Path, count: int, function: Callable[..., Any], *args: Any
 ) -> list[BaseProcess]:
@@ -41,18 +60,11 @@ def start_ranks(
 
     Their output goes to folder/log0, folder/log1 and so on.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastgn.train", "fastgn.evaluate"])
     port = free_port()
-    ranks = [
-        context.Process(
-            target=as_rank, args=(r, count, port, str(folder / f"log{r}"), function, args)
-        )
+    return [
+        start_process(as_rank, r, count, port, str(folder / f"log{r}"), function, args)
         for r in range(count)
     ]
-    for process in ranks:
-        process.start()
-    return ranks
 
 
 def start_two(folder: Path, function: Callable[..., Any], *args: Any) -> list[BaseProcess]:

@@ -63,9 +63,9 @@ def measure_beside(path: Path, ready: Any, end: Any) -> None:
 
 def test_two_scripts_do_not_write_one_record(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    fork = multiprocessing.get_context("fork")
-    ready, end = fork.Event(), fork.Event()
-    other = fork.Process(target=measure_beside, args=(path, ready, end))
+    server = multiprocessing.get_context("forkserver")
+    ready, end = server.Event(), server.Event()
+    other = server.Process(target=measure_beside, args=(path, ready, end))
     other.start()
     try:
         assert ready.wait(400)
