@@ -42,12 +42,16 @@ Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 class MicroBatch(NamedTuple):
-    """Images that pass through the network at one time, and the divisor of their loss."""
+    """Images that pass through the network at one time, and how their gradients are averaged."""
 
     images_BCHW: Tensor
     targets: Tensor
     divisor: int
-    """The loss is divided by this number before its backward."""
+    """The loss is divided by this number before its backward. 1 in fp16, see `factor`."""
+    factor: Tensor | None
+    """Scalar by which the weights' gradients are multiplied, or None for 1. In fp16, it undoes the
+    scale of the loss. It also divides by the number of micro-batches, because a divided loss would
+    underflow sooner."""
 
 
 class PeerOutOfMemory(torch.OutOfMemoryError):
@@ -174,11 +178,15 @@ class Step:
         pairs = self._split(batches)
         overlaps = bool(self.overlapped) and len(pairs) == 1 and not self.has_gradients()
         divisor = len(pairs) if quirks.accumulation == "mean" else len(pairs) // len(batches)
+        divisor *= self.ranks.size
+        factor = None
+        if self.loss_scale is not None:
+            divisor, factor = 1, 1 / (self.loss_scale.scale * divisor)
         sums: Tensor | None = None
         for images_BCHW, targets in pairs:
             images_BCHW = self._perturb(name, images_BCHW, targets, attack_ramp)
             self.model.train(not quirks.train_in_eval_mode)
-            part = MicroBatch(images_BCHW, targets, divisor * self.ranks.size)
+            part = MicroBatch(images_BCHW, targets, divisor, factor)
             if self.options.communicates:
                 self.confirm()
                 self.is_committed = True
@@ -252,10 +260,9 @@ class Step:
                 images_BCHW = self.model.normalize(images_BCHW)  # type: ignore[operator]
             self.model.train(not self.options.quirks.train_in_eval_mode)
             inputs = images_BCHW.detach().requires_grad_(), targets, ramp
-            scale = self._scale(1)
             found = Diagnosis().run(
                 self.model,
-                lambda: self._scaled(module(*inputs, **scale).total),  # noqa: B023
+                lambda: self._scaled(module(*inputs, **self._scale()).total),  # noqa: B023
             )
             # always check all batches, because other processes may wait for this one in a forward
             first = first or found
@@ -287,9 +294,8 @@ class Step:
 
         name: name of the loss. part: the micro-batch. ramp: strength of the penalty, in 0..1.
         """
-        scale = self._scale(part.divisor)
-        loss = self._forward(self.losses[name], *self._inputs(part, ramp), **scale)
-        self._backward(self._scaled(loss.total / part.divisor))
+        loss = self._forward(self.losses[name], *self._inputs(part, ramp), **self._scale())
+        self._backward(part, loss.total / part.divisor)
         return loss
 
     def _differentiate_and_sum(self, name: str, part: MicroBatch, ramp: Tensor) -> Loss:
@@ -299,34 +305,22 @@ class Step:
         name: name of the loss. part: the micro-batch. ramp: strength of the penalty, in 0..1.
         """
         slots = [bucket.slot for bucket in self._buckets]
-        scale = self._scale(part.divisor)
-        loss = self._forward(self.overlapped[name], *self._inputs(part, ramp), *slots, **scale)
+        inputs = *self._inputs(part, ramp), *slots
+        loss = self._forward(self.overlapped[name], *inputs, **self._scale())
         self.confirm()
         self.is_committed = self.is_summed = True
         total = self._scaled(loss.total / part.divisor)
         sums = torch.autograd.grad(total, slots, allow_unused=True)
-        self._keep_gradients(split_sums(sums, self._buckets, self.weights))
+        self.gradients.add(split_sums(sums, self._buckets, self.weights), part.factor)
         return loss
 
-    def _scale(self, divisor: int) -> dict[str, Tensor]:
-        """Returns {"loss_scale": tensor} for a loss that differentiates in fp16, otherwise {}.
-
-        divisor: number by which the loss is divided. Both backwards begin with the scale divided by
-        this number. Therefore the values in sweep 2 (see fastgn.loss_scale) do not depend on it.
-        """
-        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.scale / divisor}
+    def _scale(self) -> dict[str, Tensor]:
+        """Returns {"loss_scale": tensor} for a loss that differentiates in fp16, otherwise {}."""
+        return {} if self.loss_scale is None else {"loss_scale": self.loss_scale.scale}
 
     def _scaled(self, total: Tensor) -> Tensor:
         """Returns a loss, multiplied by the scale of the losses in fp16."""
         return total if self.loss_scale is None else self.loss_scale.multiply(total)
-
-    def _keep_gradients(self, grads: Sequence[Tensor | None]) -> None:
-        """Divides gradients of the weights by the scale of the losses, and adds them to the .grad.
-
-        grads: one gradient for each weight, or None for a weight that the loss does not depend on.
-        """
-        scale = self.loss_scale
-        self.gradients.add(grads, None if scale is None else 1 / scale.scale)
 
     def _inputs(self, part: MicroBatch, ramp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the arguments with which a loss is called: images, targets and ramp.
@@ -362,7 +356,7 @@ class Step:
         coefficient = objective.ce_weight - weight * (not central)
         random_state = RandomState(self.device)
         here = self._forward(self.losses["point"], here_BCHW.requires_grad_(), part.targets, ramp)
-        (grad_BCHW,) = self._backward(self._scaled(here.ce * coefficient / part.divisor), here_BCHW)
+        (grad_BCHW,) = self._backward(part, here.ce * coefficient / part.divisor, here_BCHW)
         assert grad_BCHW is not None
         ce = here.ce.detach().clone()  # copied, because a CUDA graph overwrites its output later
         direction_BCHW = grad_BCHW.sign() * coefficient.sign()
@@ -372,7 +366,7 @@ class Step:
             random_state.restore()  # draw the same dropout again, so that only the images differ
             point_BCHW = here_BCHW.detach() + sign * h * direction_BCHW
             there = self._forward(self.losses["point"], point_BCHW, part.targets, ramp)
-            self._backward(self._scaled(there.ce * (sign * weight / len(signs) / part.divisor)))
+            self._backward(part, there.ce * (sign * weight / len(signs) / part.divisor))
             ces.append(there.ce.detach().clone())
         slope = (ces[0] - ces[1]) / (2 * h) if central else (ces[1] - ces[0]) / h
         penalty = objective.penalty_scale * slope
@@ -391,11 +385,14 @@ class Step:
         loss: Loss = module(*inputs, **scale)
         return loss
 
-    def _backward(self, total: Tensor, *images: Tensor) -> Sequence[Tensor | None]:
-        """Differentiates a loss. Adds the gradients of the weights to their .grad, and returns the
-        gradients with respect to `images`."""
-        grads = torch.autograd.grad(total, [*self.weights, *images], allow_unused=True)
-        self._keep_gradients(grads[: len(self.weights)])
+    def _backward(
+        self, part: MicroBatch, total: Tensor, *images: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Differentiates the loss of a micro-batch, scaled in fp16. Adds the gradients of the
+        weights to their .grad, and returns the scaled gradients with respect to `images`."""
+        inputs = [*self.weights, *images]
+        grads = torch.autograd.grad(self._scaled(total), inputs, allow_unused=True)
+        self.gradients.add(grads[: len(self.weights)], part.factor)
         return grads[len(self.weights) :]
 
     # ----------------------------------------------------------------------------- attack
@@ -429,11 +426,11 @@ class Step:
         if not self.options.quirks.attack_weight_grads:
             if not self.options.is_compiled:
                 images_BCHW = images_BCHW.detach().requires_grad_()
-            return self.attack(images_BCHW, targets, **self._scale(1))
+            return self.attack(images_BCHW, targets, **self._scale())
         images_BCHW = images_BCHW.detach().requires_grad_()
         with autocast(self.device.type, self.options.precision):
             loss_B = F.cross_entropy(model(images_BCHW), targets, reduction="none")
-        scale = self._scale(len(images_BCHW)).get("loss_scale")
+        scale = None if self.loss_scale is None else self.loss_scale.scale / len(images_BCHW)
         total = loss_B.sum() if scale is None else loss_B.sum() * scale
         grad_BCHW, *wasted = torch.autograd.grad(
             total, [images_BCHW, *self.weights], allow_unused=True
