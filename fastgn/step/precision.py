@@ -1,13 +1,15 @@
 """The precisions in which an update can be computed."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
 
 from fastgn.config.groups import Precision
 
@@ -53,10 +55,70 @@ def in_precision(model: Any, precision: str, loss_scale: Tensor | None = None) -
     return InAutocast(model, loss_scale) if is_fp16(precision) else model
 
 
-class InAutocast:
-    """Calls a classifier under autocast, and returns its logits in fp32.
+AUTOCAST_NORMS: tuple[Callable, ...] = (
+    *(F.layer_norm, torch.layer_norm),
+    *(F.group_norm, torch.group_norm),
+)
+"""Normalisations whose results are fp32 under autocast, as PyTorch has it on CUDA."""
+NORMS: tuple[Callable, ...] = (
+    *AUTOCAST_NORMS,
+    *(F.rms_norm, torch.rms_norm),
+    *(F.batch_norm, torch.batch_norm),
+    *(F.instance_norm, torch.instance_norm),
+)
+"""PyTorch's normalisations. torch.compile shows the functions of F only in part to a mode, but it
+shows all those of torch that they call."""
 
-    With logits in fp16, the scaled loss would overflow.
+
+FP32_WEIGHTS: dict[torch.dtype, tuple[type[nn.Module], ...]] = {
+    torch.bfloat16: (_BatchNorm,),
+    torch.float16: (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+}
+"""Dtype of "bf16-pure" or "fp16-pure" -> modules that keep their weights and buffers in fp32.
+_NormBase is the base class of BatchNorm and InstanceNorm."""
+
+
+class Fp32Norms(TorchFunctionMode):
+    """Context manager in which PyTorch's normalisations of fp16 tensors compute in fp32.
+
+    PyTorch computes the derivatives of a normalisation partly in the dtype of its input. The second
+    derivative contains the third power of the inverse standard deviation. In fp16, it overflows if
+    the standard deviation is below 0.025, with every scale of the losses. fastgn_kernels and
+    models.sync_batch_norm compute in fp32 themselves.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not is_among(func, NORMS):
+            return func(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        if x.dtype != torch.float16:
+            return func(*args, **kwargs)
+        floats = [to_fp32(value) for value in args]
+        result = func(*floats, **{key: to_fp32(value) for key, value in kwargs.items()})
+        stays = torch.is_autocast_enabled(x.device.type) and is_among(func, AUTOCAST_NORMS)
+        return result if stays else result.half()
+
+
+def is_among(func: Any, functions: tuple[Callable, ...]) -> bool:
+    """Returns whether a function is one of several, which torch.compile can only compare one by
+    one."""
+    for function in functions:  # noqa: SIM110
+        if func is function:
+            return True
+    return False
+
+
+def to_fp32(value: Any) -> Any:
+    """Returns an fp16 tensor in fp32, and any other value as it is."""
+    is_short = isinstance(value, Tensor) and value.dtype == torch.float16
+    return value.float() if is_short else value
+
+
+class InAutocast:
+    """Calls a classifier under autocast in fp16, and returns its logits in fp32.
+
+    With logits in fp16, the scaled loss would overflow. See `Fp32Norms` for the normalisations.
 
     model: a classifier with `normalize` and `backbone`. loss_scale: scalar tensor, or None.
     """
@@ -71,7 +133,8 @@ class InAutocast:
 
     def backbone(self, images_BCHW: Tensor) -> Tensor:
         """Returns fp32 logits (B, K) of normalised images."""
-        return self.model.backbone(images_BCHW).float()
+        with Fp32Norms():
+            return self.model.backbone(images_BCHW).float()
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         return self.backbone(self.normalize(images_BCHW))
@@ -84,7 +147,7 @@ class InShortDtype(InAutocast):
     weights. BatchNorm keeps its weights and statistics in fp32. If a forward changes any other
     buffer, it changes only the cast copy, and the buffer itself keeps its value. Images and logits
     are fp32. LayerNorm's statistics, softmax and sums are fp32 inside the operators of PyTorch and
-    fastgn_kernels. See `fp32_norms` for fp16.
+    fastgn_kernels. In fp16, all normalisations compute in fp32 with fp32 weights, see `Fp32Norms`.
 
     dtype: dtype to which the weights and buffers are cast. See InAutocast for the other arguments.
     """
@@ -93,14 +156,13 @@ class InShortDtype(InAutocast):
         super().__init__(model, loss_scale)
         self.dtype = dtype
 
-    def cast_weights(self, fp32_norms: Sequence[nn.Module]) -> dict[str, Tensor]:
-        """Returns copies of the network's weights and buffers in 16 bits, except those of
-        BatchNorm and of `fp32_norms`."""
-        model = self.model
-        batch_norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
-        norms = (*fp32_norms, *batch_norms)
+    def cast_weights(self) -> dict[str, Tensor]:
+        """Returns copies of the network's weights and buffers in 16 bits, except those of the
+        normalisations that keep theirs in fp32."""
+        modules, kinds = list(self.model.backbone.modules()), FP32_WEIGHTS[self.dtype]
+        norms = [m for m in modules if isinstance(m, kinds)]
         kept = {id(t) for m in norms for t in (*m.parameters(), *m.buffers())}
-        named = (*model.backbone.named_parameters(), *model.backbone.named_buffers())
+        named = (*self.model.backbone.named_parameters(), *self.model.backbone.named_buffers())
         return {
             name: t.to(self.dtype)
             for name, t in named
@@ -109,28 +171,9 @@ class InShortDtype(InAutocast):
 
     def backbone(self, images_BCHW: Tensor) -> Tensor:
         """Returns fp32 logits (B, K) of normalised images."""
-        images = images_BCHW.to(self.dtype)
-        norms = self.fp32_norms()
-        weights = self.cast_weights(norms)
-        with contextlib.ExitStack() as hooks:
-            for norm in norms:
-                before = norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-                after = norm.register_forward_hook(lambda _m, _i, output: output.to(self.dtype))
-                hooks.callback(before.remove)
-                hooks.callback(after.remove)
+        images, weights = images_BCHW.to(self.dtype), self.cast_weights()
+        with Fp32Norms() if self.dtype == torch.float16 else contextlib.nullcontext():
             return functional_call(self.model.backbone, weights, (images,)).float()
-
-    def fp32_norms(self) -> list[nn.Module]:
-        """Returns the LayerNorms that compute in fp32. There are none in bf16 and in compiled code.
-
-        PyTorch computes the second derivative of a LayerNorm in the dtype of its input. In fp16 it
-        overflows if the standard deviation is below 0.03, because it contains the third power of
-        the inverse. fastgn_kernels computes in fp32 itself.
-        """
-        if self.dtype != torch.float16 or torch.compiler.is_compiling():
-            return []
-        norms = [m for m in self.model.backbone.modules() if isinstance(m, nn.LayerNorm)]
-        return [m for m in norms if not type(m).__module__.startswith("fastgn_kernels")]
 
 
 def explain_unsupported(precision: str, device: torch.device) -> str | None:

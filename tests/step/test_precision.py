@@ -2,22 +2,26 @@
 afterwards."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.marks import first_is_quick
-from support.networks import classifier, objective, relative, resnet, swin, vit
+from support.marks import first_is_quick, pretend_card
+from support.networks import IMAGES, classifier, objective, relative, resnet, swin, vit
 from support.steps import batches_for, gradients, model_and_batch, scheduled
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgn.config.groups import StepConfig
 from fastgn.errors import UserError
+from fastgn.loss_scale import differentiate_images
+from fastgn.objectives import Loss
+from fastgn.objectives.base import find_loss_scale
 from fastgn.resolved import check_device
 from fastgn.step.double_backward import count_graphs
-from fastgn.step.options import StepOptions
+from fastgn.step.options import Quirks, StepOptions
 from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precision
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
@@ -131,45 +135,117 @@ def test_fp16_is_nearer_to_float64_than_bf16(build, precision: str) -> None:
     assert errors[precision] < 0.4 * errors[precision.replace("fp16", "bf16")]
 
 
-def test_layer_norm_of_small_values_has_a_finite_second_derivative() -> None:
+def groups() -> nn.Module:
+    """A network with all normalisations but LayerNorm and BatchNorm, for 5 classes."""
+    layers: list[nn.Module] = []
+    for norm in (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True, track_running_stats=True)):
+        layers += [nn.Conv2d(8 if layers else 3, 8, 3, 2), norm, nn.GELU()]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.RMSNorm(8), nn.Linear(8, 5))
+    return nn.Sequential(*layers, *head)
+
+
+SMALL = {
+    resnet: ("conv", 0.1),
+    groups: ("0.", 0.02),
+    vit: ("patch_embed.proj pos_embed cls_token", 0.02),
+    swin: ("patch_embed.proj", 0.02),
+}
+"""Network -> weights in front of a normalisation, and the factor that makes them small."""
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16-pure"])
+@pytest.mark.parametrize("build", SMALL)
+@pytest.mark.parametrize("compile", first_is_quick([False, True]))
+def test_normalisations_of_small_values_have_finite_derivatives(
+    compile: bool, build: Any, precision: str, no_codegen: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The third power of the inverse standard deviation would overflow in fp16."""
-    model, batch = model_and_batch(vit, torch.float32)
-    backbone: Any = model.backbone
-    with torch.no_grad():
-        patches = backbone.patch_embed.proj
-        for tensor in (patches.weight, patches.bias, backbone.pos_embed, backbone.cls_token):
-            tensor.mul_(0.02)
+    monkeypatch.setitem(IMAGES, groups, 16)
+    names, factor = SMALL[build]
     found = []
-    for precision in ("fp32", "fp16-pure"):
-        model.zero_grad()
-        step = Step(model, objective(), StepOptions(compile=False, precision=precision))
-        if step.loss_scale is not None:  # small weights make the patch embedding's gradient large
+    for name in ("fp32", precision):
+        model = classifier(build)
+        with torch.no_grad():
+            for key, weight in model.backbone.named_parameters():  # type: ignore[operator]
+                if any(part in key for part in names.split()):
+                    weight.mul_(factor)
+        step = Step(model, objective(), StepOptions(compile=compile, precision=name))
+        if step.loss_scale is not None:  # small weights make the gradients in front of them large
             step.loss_scale.scale.fill_(1.0)
-        step([batch], torch.tensor(1.0))
+        step(batches_for(build, 1), torch.tensor(1.0))
         found.append(gradients(model).clone())
-    assert relative(found[1], found[0]) < 0.02
+    assert relative(found[1], found[0]) < 0.03
 
 
-METHODS = ("natural", "gradnorm", "pgd_at", "fgsm_rs", "trades", "edge", "pag", "gradnorm+fgsm")
-EVERY_WAY = [
-    *((method, "exact") for method in METHODS),
+def test_the_number_of_micro_batches_does_not_matter() -> None:
+    """At a scale with which a loss divided by their number would underflow."""
+    exact, errors = in_float64(vit), []
+    for count in (1, 64):
+        model, batch = model_and_batch(vit, torch.float32)
+        fp16_step(model, "fp16", 2.0)([batch] * count, torch.tensor(1.0))
+        errors.append(relative(gradients(model).double(), exact))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def tiny_loss(model: Any, images_BCHW: Tensor, targets: Tensor, ramp: Tensor) -> Loss:
+    """gradnorm's loss with a cross-entropy that is a millionth of its value."""
+    images_BCHW = model.normalize(images_BCHW)
+    ce = 1e-6 * F.cross_entropy(model.backbone(images_BCHW), targets)
+    scale = find_loss_scale(model)
+    grad_BCHW = differentiate_images(ce, images_BCHW, scale, create_graph=True)
+    penalty = ramp * grad_BCHW.abs().sum()
+    return Loss(ce + penalty, ce, penalty, penalty)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp16-pure"])
+def test_the_first_derivative_is_scaled_too(precision: str) -> None:
+    """Here it would underflow without its own scale."""
+    found = []
+    for name in ("fp32", precision):
+        model, (images, targets) = model_and_batch(vit, torch.float32)
+        made = dataclasses.replace(objective(), loss=tiny_loss)
+        step = Step(model, made, StepOptions(compile=False, precision=name))
+        step([(images, targets)], torch.tensor(1.0))
+        found.append(gradients(model))
+    assert relative(found[1], found[0]) < 0.05
+
+
+METHODS = (
+    *("natural", "gradnorm", "pgd_at", "fgsm_rs", "n_fgsm", "trades", "edge", "pag"),
+    "gradnorm+fgsm",
+)
+EVERY_WAY: list[tuple[str, str, dict[str, Any]]] = [
+    *((method, "exact", {}) for method in METHODS),
     *(
-        ("gradnorm", kind)
+        ("gradnorm", kind, {})
         for kind in ("finite-difference", "central-difference", "lazy", "subset", "exact-eager")
     ),
+    *(
+        ("gradnorm", "exact", values)
+        for values in (
+            {"gn_norm": "l2"},
+            {"gn_norm": "l2_squared"},
+            {"gn_of": "logit"},
+            {"gn_attacked": True},
+        )
+    ),
+    ("pgd_at", "exact", {"attack_weight_grads": True}),
 ]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp16-pure"])
-@pytest.mark.parametrize(("method", "schedule"), EVERY_WAY)
-def test_every_method_and_schedule_is_near_fp32(method: str, schedule: str, precision: str) -> None:
+@pytest.mark.parametrize(("method", "schedule", "values"), EVERY_WAY)
+def test_every_method_and_schedule_is_near_fp32(
+    method: str, schedule: str, values: dict[str, Any], precision: str
+) -> None:
     """With the same random draws, in two micro-batches, at the scale with which a run begins."""
     found = []
+    quirks = Quirks(attack_weight_grads=values.get("attack_weight_grads", False))
     for name in ("fp32", precision):
         model, batch = model_and_batch(vit, torch.float32)
-        options = StepOptions(Schedule(schedule), name, compile=False, micro_batch=2)
+        options = StepOptions(Schedule(schedule), name, compile=False, micro_batch=2, quirks=quirks)
         # one attack step, because the later ones would begin at other images
-        step = Step(model, objective(method=method, attack_it=1), options)
+        step = Step(model, objective(method=method, attack_it=1, **values), options)
         torch.manual_seed(3)
         step([batch], torch.tensor(1.0))
         found.append(gradients(model))
@@ -298,9 +374,7 @@ def test_what_a_cpu_cannot_compute_in() -> None:
 
 
 def test_what_a_volta_card_cannot_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    cuda = torch.device("cuda", 0)
+    cuda = pretend_card(monkeypatch, "Tesla V100", (7, 0))
     for precision in ("fp32", "fp16", "fp16-pure"):
         assert explain_unsupported(precision, cuda) is None
     for precision in ("tf32", "bf16", "bf16-pure"):

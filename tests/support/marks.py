@@ -1,9 +1,18 @@
-"""Marks for the cases of a test."""
+"""Marks for the cases of a test, and cards that are not here."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
+
+
+def pretend_card(patch: pytest.MonkeyPatch, name: str, capability: tuple[int, int]) -> torch.device:
+    """Makes PyTorch report a CUDA device of this name and compute capability, and returns the
+    device. Nothing can run on it."""
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    patch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    return torch.device("cuda", 0)
 
 
 def first_is_quick(cases: Iterable[Any], quick: int = 1) -> list[Any]:
