@@ -11,13 +11,13 @@ from fastgn.data.datasets import Dataset
 from fastgn.data.loader import batch_sizes, divide_again
 from fastgn.distributed import World, count_local_ranks
 from fastgn.errors import check, first_line
-from fastgn.models.network import Classifier
+from fastgn.models.network import Classifier, explain_no_triton
 from fastgn.objectives import Objective
 from fastgn.state import TrainState
 from fastgn.step.cost import count_cost
 from fastgn.step.options import Quirks, StepOptions
 from fastgn.step.plan import Plan, Rates, choose_plan, free_memory, measure_rates
-from fastgn.step.precision import explain_unsupported
+from fastgn.step.precision import choose_short_precision, explain_unsupported
 from fastgn.step.retry import out_of_memory
 from fastgn.step.schedule import Schedule
 
@@ -205,6 +205,8 @@ def check_device(cfg: StepConfig, device: torch.device) -> None:
     remedy = "fp16 or fp32" if shorter and device.type == "cuda" else "fp32"
     check(reason is None, f"--precision {reason}: use --precision {remedy}")
     check(
+    reason = explain_no_triton(device) if device.type == "cuda" else None
+    check(cfg.compile != "on" or reason is None, f"--compile on {reason}: leave --compile on out")
         cfg.cuda_graphs != "on" or device.type == "cuda",
         f"--cuda-graphs on needs a CUDA device, but this run is on {device.type}: leave "
         "--cuda-graphs out",
@@ -223,7 +225,7 @@ def check_device(cfg: StepConfig, device: torch.device) -> None:
 
 def is_compiled(cfg: StepConfig, device: torch.device) -> bool:
     """Returns whether the configured step is compiled on a device."""
-    automatic = cfg.compile == "auto" and device.type == "cuda"
+    automatic = cfg.compile == "auto" and explain_no_triton(device) is None
     return cfg.schedule != "exact-eager" and (cfg.compile == "on" or automatic)
 
 
@@ -360,6 +362,8 @@ def make_plan(
         fewest=schedule_of(cfg.step).fewest(model.fewest_images),
         fixed=fixed if cfg.step.schedule != "auto" else None,
     )
+        short_precision=choose_short_precision(world.device),
+        can_compile=not on_cuda or explain_no_triton(world.device) is None,
 
 
 def slowest_rates(world: World, precision: str) -> Rates:

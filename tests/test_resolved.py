@@ -5,12 +5,22 @@ import os
 
 import pytest
 import torch
+from support.marks import pretend_card
 
 from fastgn.config.cli import parse_config
 from fastgn.config.groups import StepConfig
 from fastgn.data.cores import count_cores
 from fastgn.distributed import World
-from fastgn.resolved import Batching, choose_grad_sync, has_cuda_graphs
+from fastgn.errors import UserError
+from fastgn.models.network import choose_kernels
+from fastgn.resolved import (
+    Batching,
+    check_device,
+    choose_grad_sync,
+    has_cuda_graphs,
+    is_compiled,
+)
+from fastgn.step.precision import choose_short_precision
 
 ONE_MACHINE = "all processes are on one machine"
 NOT_COMPILED = "the step is not compiled for CUDA"
@@ -24,6 +34,7 @@ def step_config(*args: str) -> StepConfig:
 def world_of(monkeypatch: pytest.MonkeyPatch, nodes: int, device: str) -> World:
     """The first of two ranks on each of some machines."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    pretend_card(monkeypatch, "Tesla V100", (7, 0))
     return World(0, 2 * nodes, torch.device(device))
 
 
@@ -77,6 +88,31 @@ def test_options_that_decide_about_overlap(
     assert choose_grad_sync(step_config(*args), world, 1) == (grad_sync, reason)
     alone = World(0, 1, torch.device("cuda"))
     assert choose_grad_sync(step_config(*args), alone, 1) == ("flat", "there is one process")
+
+
+def test_old_cards_run_without_triton_and_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They refuse cards below compute capability 7.0, which PyTorch itself still supports."""
+    card = pretend_card(monkeypatch, "Tesla P100", (6, 0))
+    cfg, world = step_config(), World(0, 1, card)
+    assert not is_compiled(cfg, card) and not has_cuda_graphs(cfg, world, 1)
+    assert choose_kernels("auto", card) == "reference"
+    check_device(step_config("--precision", "fp16"), card)
+    reason = "needs compute capability 7.0, but Tesla P100 has only 6.0: leave --"
+    with pytest.raises(UserError, match=f"^--compile on {reason}compile on out"):
+        check_device(step_config("--compile", "on"), card)
+    with pytest.raises(UserError, match=f"^--kernels triton {reason}kernels out"):
+        choose_kernels("triton", card)
+    card = pretend_card(monkeypatch, "Tesla V100", (7, 0))
+    assert is_compiled(cfg, card) and has_cuda_graphs(cfg, world, 1)
+    assert choose_kernels("auto", card) == "triton"
+    check_device(step_config("--compile", "on"), card)
+
+
+def test_advice_for_a_card_with_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capability, precision in (((8, 0), "bf16"), ((7, 0), "fp16"), ((5, 2), None)):
+        card = pretend_card(monkeypatch, "a card", capability)
+        assert choose_short_precision(card) == precision
+    assert choose_short_precision(torch.device("cpu")) == "bf16"
 
 
 def test_a_divided_batch_has_several_micro_batches() -> None:

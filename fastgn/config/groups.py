@@ -207,8 +207,8 @@ class StepConfig(Options):
 
     compile: Literal["auto", "on", "off"] = "auto"
     """Whether to use torch.compile. on: compile the whole step into one graph. off: run it eagerly.
-    auto: on for CUDA, and off on CPU, because compiling on the CPU takes longer than it saves in a
-    short run."""
+    auto: on for CUDA from compute capability 7.0, and off on CPU, because compiling on the CPU
+    takes longer than it saves in a short run."""
     schedule: Literal["auto", ScheduleKind] = "exact"
     """Way to compute the penalty. exact: double backprop, in one graph if compiled. exact-eager:
     the same, but never compiled. auto: exact, with micro-batches and an activation memory budget
@@ -244,7 +244,8 @@ class StepConfig(Options):
     """Precision in which gradients are sent between processes. bf16 halves the number of bytes."""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """Kernels of the network. triton: activations, LayerNorms and Swin's window attention with
-    fastgn_kernels. reference: PyTorch's operators. auto: triton for CUDA, reference on CPU."""
+    fastgn_kernels. reference: PyTorch's operators. auto: triton for CUDA from compute capability
+    7.0, otherwise reference."""
     activation_memory_budget: Annotated[float, Range(0, 1, above=True)] = 1.0
     """Share of the activations that the compiled step keeps. The backward recomputes the rest."""
     clip_grad: Annotated[

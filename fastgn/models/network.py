@@ -176,14 +176,29 @@ def use_kernels(backbone: nn.Module) -> tuple[dict[str, int], dict[str, str]]:
 def choose_kernels(choice: str, device: torch.device) -> str:
     """Returns which kernels a device uses, "triton" or "reference".
 
-    choice: value of --kernels. Raises UserError if it is "triton" and the device is no CUDA device.
+    choice: value of --kernels. Raises UserError if it is "triton" and Triton cannot make code for
+    the device.
     """
+    reason = explain_no_triton(device)
     check(
-        choice != "triton" or device.type == "cuda",
-        f"--kernels triton needs a CUDA device, but this run is on {device.type}: leave "
-        "--kernels out, or use --kernels reference",
+        choice != "triton" or reason is None,
+        f"--kernels triton {reason}: leave --kernels out, or use --kernels reference",
     )
-    return choice if choice != "auto" else "triton" if device.type == "cuda" else "reference"
+    return choice if choice != "auto" else "triton" if reason is None else "reference"
+
+
+def explain_no_triton(device: torch.device) -> str | None:
+    """Returns why Triton cannot make code for a device, or None if it can.
+
+    On CUDA, torch.compile needs Triton. The text has no subject, such as "needs a CUDA device".
+    """
+    if device.type != "cuda":
+        return f"needs a CUDA device, but this run is on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 7:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"needs compute capability 7.0, but {name} has only {major}.{minor}"
 
 
 def build_model(

@@ -7,7 +7,7 @@ measured on the device.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,6 +205,8 @@ def choose_plan(
     fewest: int = 1,
     fixed: tuple[int, float] | None = None,
 ) -> Plan:
+    short_precision: str | None = "bf16",
+    can_compile: bool = True,
     """Chooses the micro-batch and activation memory budget with the fastest update that fits.
 
     If several updates are equally fast, the one with the fewest micro-batches is chosen, and among
@@ -220,6 +222,8 @@ def choose_plan(
     this micro-batch is predicted even if it does not fit, for the nearest budget that was measured.
     Raises UserError if nothing fits into the free memory.
     """
+    short_precision: a --precision in 16 bits that the device supports, for the error message.
+    can_compile: whether the device supports --compile on, for the error message.
     ratios = compiled_relations(cost) if compiled else EAGER
     usable = free_bytes * (1 - MARGIN)
 
@@ -247,7 +251,12 @@ def choose_plan(
     plans = [candidate(n, budget) for n in divisors for budget in ratios.kept]
     fitting = [p for p in plans if p.peak_bytes - held_bytes <= usable]
     least = min(p.peak_bytes for p in plans) - held_bytes
-    check(bool(fitting), describe_shortage(cost, divisors[0], least, free_bytes, compiled))
+    tries = ["a smaller --img-size or --model"]
+    if cost.precision in ("fp32", "tf32") and short_precision is not None:
+        tries.append(f"--precision {short_precision}")
+    if can_compile and not compiled:
+        tries.append("--compile on")
+    check(bool(fitting), describe_shortage(divisors[0], least, free_bytes, tries))
     # Sums of seconds have rounding errors, so compare only the first 10 digits of each plan's time.
     # Plans whose times agree in the first 10 digits count as equally fast.
     return min(
@@ -256,19 +265,12 @@ def choose_plan(
     )
 
 
-def describe_shortage(
-    cost: StepCost, images: int, least: float, free_bytes: int, compiled: bool
-) -> str:
+def describe_shortage(images: int, least: float, free_bytes: int, tries: Sequence[str]) -> str:
     """Returns the error message for a device with too little memory.
 
-    cost: what an update needs. images: the smallest micro-batch. least: number of bytes that the
-    smallest plan needs. compiled: whether the update is compiled.
+    images: the smallest micro-batch. least: number of bytes that the smallest plan needs. tries:
+    what to try.
     """
-    tries = ["a smaller --img-size or --model"]
-    if cost.precision in ("fp32", "tf32"):
-        tries.append("--precision bf16")
-    if not compiled:
-        tries.append("--compile on")
     return (
         f"--schedule auto: {'one image' if images == 1 else f'{images} images'} at a time "
         f"need{'s' * (images == 1)} {format_bytes(least)} of device memory, but "

@@ -191,6 +191,13 @@ def explain_unsupported(precision: str, device: torch.device) -> str | None:
     return None
 
 
+def choose_short_precision(device: torch.device) -> str | None:
+    """Returns the first of "bf16" and "fp16" that a device supports, or None if it supports
+    neither."""
+    supported = (p for p in AUTOCAST if explain_unsupported(p, device) is None)
+    return next(supported, None)
+
+
 def join_version(numbers: tuple[int, int]) -> str:
     """Returns a version as text, such as 7.0."""
     return ".".join(map(str, numbers))

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from fastgn_kernels import modules as fused
+from support.marks import pretend_card
 from support.models import TINY, tiny
 from support.runs import tiny_run
 from support.states import differences, read_state
@@ -127,7 +128,8 @@ def test_fused_attention_changes_no_logit():
         ("reference", "cpu", "reference"),
     ],
 )
-def test_which_kernels_run(choice, device, kernels):
+def test_which_kernels_run(choice, device, kernels, monkeypatch):
+    pretend_card(monkeypatch, "Tesla V100", (7, 0))
     assert network.choose_kernels(choice, torch.device(device)) == kernels
 
 

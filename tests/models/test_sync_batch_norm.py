@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import pretend_card
 from support.processes import free_port, on_two_ranks
 from timm.layers import BatchNormAct2d, ConvNormAct, FrozenBatchNormAct2d
 from timm.layers.split_batchnorm import SplitBatchNorm2d
@@ -346,8 +347,8 @@ def test_one_process_needs_nothing(tmp_path: Path, capfd: pytest.CaptureFixture)
     assert capfd.readouterr().err == line
 
 
-def test_no_cuda_graphs() -> None:
-    device = torch.device("cuda")
+def test_no_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = pretend_card(monkeypatch, "Tesla V100", (7, 0))
     both = parse_config(["--sync-bn"]).step, parse_config([]).step
     assert [has_cuda_graphs(step, World(0, 1, device), 1) for step in both] == [True, True]
     assert not has_cuda_graphs(both[0], World(0, 2, device), 1)

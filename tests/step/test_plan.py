@@ -395,6 +395,12 @@ def test_what_cannot_fit_says_so_in_one_line() -> None:
     assert "--precision" not in str(error.value) and "--compile" not in str(error.value)
 
 
+    for short in ("fp16", None):
+        with pytest.raises(UserError) as error:
+            cost = dataclasses.replace(SYNTHETIC, precision="fp32")
+            planned(4.9, cost, short_precision=short, can_compile=False)
+        assert ("--precision fp16" in str(error.value)) is (short == "fp16")
+        assert "bf16" not in str(error.value) and "--compile" not in str(error.value)
 def test_what_a_plan_prints() -> None:
     plan = planned(10)
     first, second = plan.lines()
