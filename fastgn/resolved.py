@@ -20,6 +20,7 @@ from fastgn.step.plan import Plan, Rates, choose_plan, free_memory, measure_rate
 from fastgn.step.precision import choose_short_precision, explain_unsupported
 from fastgn.step.retry import out_of_memory
 from fastgn.step.schedule import Schedule
+from fastgn.updating import count_copied_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +205,9 @@ def check_device(cfg: StepConfig, device: torch.device) -> None:
     shorter = cfg.precision != "fp16" and explain_unsupported("fp16", device) is None
     remedy = "fp16 or fp32" if shorter and device.type == "cuda" else "fp32"
     check(reason is None, f"--precision {reason}: use --precision {remedy}")
-    check(
     reason = explain_no_triton(device) if device.type == "cuda" else None
     check(cfg.compile != "on" or reason is None, f"--compile on {reason}: leave --compile on out")
+    check(
         cfg.cuda_graphs != "on" or device.type == "cuda",
         f"--cuda-graphs on needs a CUDA device, but this run is on {device.type}: leave "
         "--cuda-graphs out",
@@ -357,13 +358,14 @@ def make_plan(
         batch_size=images,
         free_bytes=int(world.min(free_memory(world.device) / processes)),
         state_bytes=state_bytes(cfg, model, optimizer, images) + summed_bytes,
+        copied_bytes=count_copied_bytes(cfg, model, optimizer),
         held_bytes=torch.cuda.memory_allocated(world.device) if on_cuda else 0,
         compiled=is_compiled(cfg.step, world.device),
         fewest=schedule_of(cfg.step).fewest(model.fewest_images),
-        fixed=fixed if cfg.step.schedule != "auto" else None,
-    )
         short_precision=choose_short_precision(world.device),
         can_compile=not on_cuda or explain_no_triton(world.device) is None,
+        fixed=fixed if cfg.step.schedule != "auto" else None,
+    )
 
 
 def slowest_rates(world: World, precision: str) -> Rates:

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten_with_path
 from fastgn import optim
 from fastgn.config import Config
 from fastgn.loss_scale import LossScale
+from fastgn.step.precision import is_fp16
 from fastgn.step.retry import RetryingStep
 
 
@@ -110,6 +111,40 @@ class Undo:
             torch.where(where, torch.zeros_like(now) if before is None else before, now, out=now)
 
 
+def count_copied_bytes(cfg: Config, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Returns the number of bytes that an update copies, so that it can be undone in fp16.
+
+    The copies of weights and state are deleted before those of the moving average are made.
+    """
+    if not is_fp16(cfg.step.precision):
+        return 0
+    copied = 0
+    if not skips_by_itself(optimizer):
+        copied = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        copied += optim.measure_state_bytes(cfg.optimizer, model)
+    average = sum(t.nbytes for t in model.state_dict().values()) if cfg.optimizer.model_ema else 0
+    return max(copied, average)
+
+
+def skips_by_itself(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an optimizer is one of PyTorch's fused ones, which skip a step themselves."""
+    is_from_pytorch = type(optimizer).__module__.startswith("torch.optim")
+    return is_from_pytorch and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss_scale: LossScale | None) -> None:
+    """Updates the weights. In fp16, a gradient that is not finite skips the step and halves the
+    scale. The optimizer must have made a step before."""
+    if loss_scale is None:
+        optimizer.step()
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [p.grad for p in weights if p.grad is not None]
+    skipped = ~torch.nn.utils.get_total_norm(grads).isfinite()
+    loss_scale.update(skipped)
+    take_step_unless(optimizer, skipped)
+
+
 def take_step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
     """Updates the weights, unless `skipped`, a bool scalar on the device, is True.
 
@@ -118,8 +153,7 @@ def take_step_unless(optimizer: torch.optim.Optimizer, skipped: Tensor) -> None:
     because the host does not wait for the device. The fused optimizers of PyTorch skip a step
     themselves. For others, weights and state are copied, and written back after a skipped step.
     """
-    is_from_pytorch = type(optimizer).__module__.startswith("torch.optim")
-    if is_from_pytorch and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if skips_by_itself(optimizer):
         optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         optimizer.step()
         return

@@ -202,11 +202,12 @@ def choose_plan(
     state_bytes: int,
     held_bytes: int,
     compiled: bool,
+    copied_bytes: int = 0,
     fewest: int = 1,
     fixed: tuple[int, float] | None = None,
-) -> Plan:
     short_precision: str | None = "bf16",
     can_compile: bool = True,
+) -> Plan:
     """Chooses the micro-batch and activation memory budget with the fastest update that fits.
 
     If several updates are equally fast, the one with the fewest micro-batches is chosen, and among
@@ -217,13 +218,14 @@ def choose_plan(
     state_bytes: memory that will be allocated for anything but gradients and activations, such as
     the optimizer's state. AdamW's state takes twice as many bytes as the weights in fp32.
     held_bytes: memory that is allocated already.
+    copied_bytes: memory that the optimizer's step needs while there are no activations.
     fewest: smallest micro-batch that the network can be trained on.
     fixed: (micro-batch, budget). If this is given, nothing is chosen. The cost of an update with
     this micro-batch is predicted even if it does not fit, for the nearest budget that was measured.
-    Raises UserError if nothing fits into the free memory.
-    """
     short_precision: a --precision in 16 bits that the device supports, for the error message.
     can_compile: whether the device supports --compile on, for the error message.
+    Raises UserError if nothing fits into the free memory.
+    """
     ratios = compiled_relations(cost) if compiled else EAGER
     usable = free_bytes * (1 - MARGIN)
 
@@ -234,13 +236,14 @@ def choose_plan(
         image = cost.flops * (1 + ratios.recomputed[budget]) / rates.flops_per_s
         image += cost.traffic_bytes * ratios.traffic / rates.bytes_per_s
         activations = cost.fixed_bytes + micro_batch * cost.image_bytes * ratios.kept[budget]
+        own_bytes = state_bytes + cost.gradient_bytes + max(activations, copied_bytes)
         return Plan(
             cost=cost,
             micro_batch=micro_batch,
             micro_batches=count,
             activation_memory_budget=budget,
             compiled=compiled,
-            peak_bytes=held_bytes + state_bytes + cost.gradient_bytes + activations,
+            peak_bytes=held_bytes + own_bytes,
             seconds=count * (floor + micro_batch * image),
         )
 

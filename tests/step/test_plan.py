@@ -383,6 +383,11 @@ def test_compiled_seconds(relations: None) -> None:
     assert plan.seconds == pytest.approx(0.4 * 100e-3 + 12 * image)
 
 
+def test_the_optimizers_copies_need_memory_when_there_are_no_activations(relations: None) -> None:
+    peaks = [planned(100, copied_bytes=n * GIB).peak_bytes for n in (0, 12, 20)]
+    assert peaks[0] == peaks[1] < peaks[2]
+
+
 def test_what_cannot_fit_says_so_in_one_line() -> None:
     with pytest.raises(UserError) as error:
         planned(4.9, dataclasses.replace(SYNTHETIC, precision="fp32"))
@@ -390,17 +395,17 @@ def test_what_cannot_fit_says_so_in_one_line() -> None:
     assert "\n" not in line
     assert "5.00 GiB" in line and "5.44 GiB are free" in line and "10%" in line
     assert "--precision bf16" in line and "--compile on" in line
-    with pytest.raises(UserError) as error:
-        planned(1, compiled=True)
-    assert "--precision" not in str(error.value) and "--compile" not in str(error.value)
-
-
     for short in ("fp16", None):
         with pytest.raises(UserError) as error:
             cost = dataclasses.replace(SYNTHETIC, precision="fp32")
             planned(4.9, cost, short_precision=short, can_compile=False)
         assert ("--precision fp16" in str(error.value)) is (short == "fp16")
         assert "bf16" not in str(error.value) and "--compile" not in str(error.value)
+    with pytest.raises(UserError) as error:
+        planned(1, compiled=True)
+    assert "--precision" not in str(error.value) and "--compile" not in str(error.value)
+
+
 def test_what_a_plan_prints() -> None:
     plan = planned(10)
     first, second = plan.lines()
