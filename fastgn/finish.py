@@ -2,7 +2,7 @@
 
 from fastgn import optim
 from fastgn.analysis.figures import draw_curves
-from fastgn.errors import UserError, tolerate_failure
+from fastgn.errors import UserError, check, tolerate_failure
 from fastgn.files import write_bytes, write_json
 from fastgn.hub import make_timm_config
 from fastgn.metrics import environment
@@ -15,7 +15,18 @@ LISTED = ("model.safetensors", "config.json", "summary.json", "curves.png", "met
 
 
 def finish(run: Run) -> None:
-    """Writes the exported weights, the summary and the curves of a run, on the first rank only."""
+    """Writes the exported weights, the summary and the curves of a run, on the first rank only.
+
+    Raises UserError if all updates were skipped in fp16, because the weights are the initial ones.
+    """
+    scale = run.step.loss_scale
+    check(
+        scale is None or not scale.has_skipped_all(run.update),
+        f"all {run.update} updates were skipped, because their gradients overflowed in "
+        f"{run.cfg.step.precision}, so the weights have not changed: raise --epochs or "
+        "--max-updates, because the loss scale halves with each skipped update, or use "
+        "--precision fp32",
+    )
     if not run.world.is_main:
         return
     run.checkpoints.wait()

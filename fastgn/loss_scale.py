@@ -105,6 +105,14 @@ class LossScale:
         """Returns whether the scale has fallen to the smallest one, as a bool scalar."""
         return self.scale <= SMALLEST
 
+    def has_skipped_all(self, updates: int) -> bool:
+        """Returns whether all updates of a run were skipped. Waits for the device.
+
+        updates: number of all updates of the run. Any other update leaves a larger scale than that
+        many halvings.
+        """
+        return updates > 0 and float(self.scale) <= FIRST * 0.5**updates
+
     def columns(self, updates: int, finite: Tensor) -> dict[str, float]:
         """Returns the columns loss_scale and skipped_updates of metrics.csv. Waits for the device.
 

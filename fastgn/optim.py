@@ -401,7 +401,8 @@ def update_average(
 def compute_initial_share(cfg: OptimizerConfig, updates: int) -> float:
     """Returns the factor with which the initial weights enter the moving average of the weights.
 
-    updates: number of updates done. With --model-ema-warmup the factor is 0, because the first
-    update replaces the initial weights completely.
+    updates: number of updates done. In fp16, skipped updates are among them, so the true factor is
+    a little larger. With --model-ema-warmup the factor is 0, because the first update replaces the
+    initial weights completely.
     """
     return 0.0 if cfg.model_ema_warmup else cfg.model_ema_decay**updates

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.processes import exit_code, on_two_ranks, start_process
-from support.runs import error_line, tiny_run
+from support.marks import first_is_quick
+from support.processes import exit_code, on_two_ranks, start_process, start_two
+from support.runs import error_line, tiny_run, without
 from support.states import differences, last_state, trained_state
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from fastgn.loss_scale import (
 from fastgn.metrics import read_rows
 from fastgn.run import Run
 from fastgn.step.step import Step
-from fastgn.updating import take_step_unless
+from fastgn.updating import count_copied_bytes, take_step_unless
 
 CPU = torch.device("cpu")
 
@@ -155,6 +156,25 @@ def test_a_skipped_step_changes_nothing(opt: str, fused: bool) -> None:
     assert differences(moved, after) and all(x.isfinite().all() for x in moved)
 
 
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("opt", ["adamw", "lamb"])
+def test_the_plan_has_room_for_the_copies_of_an_update(opt: str, ema: bool) -> None:
+    args = ["--opt", opt, "--model-ema" if ema else "--no-model-ema"]
+    model = nn.Linear(4, 3)
+    counted = []
+    for precision in ("fp16", "fp32"):
+        cfg = parse_config([*args, "--precision", precision])
+        optimizer = optim.build_optimizer(cfg.optimizer, model, 1e-2)
+        counted.append(count_copied_bytes(cfg, model, optimizer))
+    weights = 4 * 15
+    state = optim.measure_state_bytes(cfg.optimizer, model)
+    # the copies are those of an optimizer that is not fused, as on the CPU
+    assert counted == [weights + state, 0]
+    fused = torch.optim.AdamW(model.parameters(), fused=True)
+    cfg = parse_config([*args, "--precision", "fp16"])
+    assert count_copied_bytes(cfg, model, fused) == (weights if ema else 0)
+
+
 # ---------------------------------------------------------------------------- whole runs
 
 START = 2.0**8
@@ -163,13 +183,20 @@ FP16 = ("--precision", "fp16", "--eval-images", "0", "--log-interval", "2", "--e
 
 
 @contextlib.contextmanager
-def plant(updates: Sequence[int]) -> Iterator[None]:
-    """Makes some updates, counted from 0, overflow in one gradient of the first rank."""
+def plant(updates: Sequence[int], in_images: bool = False) -> Iterator[None]:
+    """Makes some updates, counted from 0, overflow in one gradient of the first rank.
+
+    in_images: whether an image of its last micro-batch is infinite instead.
+    """
     original = Step._accumulate
 
     def overflow(self: Step, batches: Any, ramp: Tensor, update: int, attack_ramp: Tensor) -> Any:
+        planted = update in updates and os.environ.get("RANK", "0") == "0"
+        if planted and in_images:
+            *before, (images, targets) = batches
+            batches = [*before, (images.index_fill(0, torch.tensor([0]), math.inf), targets)]
         loss = original(self, batches, ramp, update, attack_ramp)
-        if update in updates and os.environ.get("RANK", "0") == "0":
+        if planted and not in_images:
             grad = self.weights[0].grad
             assert grad is not None
             grad.flatten()[0] = math.inf
@@ -181,11 +208,13 @@ def plant(updates: Sequence[int]) -> Iterator[None]:
         yield
 
 
-def train_with_overflows(args: Sequence[str], updates: Sequence[int], stops: Sequence[int]) -> int:
+def train_with_overflows(
+    args: Sequence[str], updates: Sequence[int], stops: Sequence[int], in_images: bool = False
+) -> int:
     """Trains with planted overflows. stops: updates after which the run ends and is resumed."""
     folder = args[args.index("--output") + 1]
     for stop in stops:
-        with plant(updates):
+        with plant(updates, in_images):
             if train.main([*args, "--max-updates", str(stop)]):
                 return 2
         args = resumed(folder)
@@ -245,23 +274,9 @@ def test_a_skipped_update_changes_neither_weights_nor_statistics(tmp_path: Path)
     assert any("running_mean" in name for name in before["model"])
 
 
-@pytest.mark.slow
-def test_two_ranks_skip_the_same_update(tmp_path: Path) -> None:
-    """The overflow is on one rank alone; they all skip, and a resumed run ends the same."""
-    for name, stops in (("unbroken", (4,)), ("broken", (3, 4))):
-        args = tiny_run(tmp_path / name, *FP16, "--batch-size", "24", "--kernels", "reference")
-        for stop in stops:  # in new processes, because a process joins its group only once
-            on_two_ranks(tmp_path, train_with_overflows, args, (2,), (stop,))
-            args = resumed(tmp_path / name)
-    state = everything(tmp_path / "unbroken")
-    assert differences(state, everything(tmp_path / "broken")) == []
-    assert state["loss_scale"].tolist() == [START / 2, 1]
-    rows = [r for r in read_rows(tmp_path / "unbroken" / "metrics.csv") if "loss_scale" in r]
-    assert sum(r["skipped_updates"] for r in rows) == 1
-    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {3.0}
-
-
-def kill_after_update(args: Sequence[str], updates: Sequence[int], kill_at: int) -> int:
+def kill_after_update(
+    args: Sequence[str], updates: Sequence[int], kill_at: int, in_images: bool = False
+) -> int:
     """Trains with planted overflows and is killed in the update after a checkpoint."""
     original = Run.save
 
@@ -272,7 +287,55 @@ def kill_after_update(args: Sequence[str], updates: Sequence[int], kill_at: int)
             os.kill(os.getpid(), signal.SIGKILL)
 
     Run.save = save  # type: ignore[method-assign]
-    return train_with_overflows(args, updates, (100,))
+    return train_with_overflows(args, updates, (100,), in_images)
+
+
+WITH_BATCH_NORM = [*RESNET, *FP16, "--checkpoint-interval", "1"]
+ON_TWO_RANKS = {
+    "BatchNorm": [*WITH_BATCH_NORM, "--grad-accum-steps", "2", "--clip-grad", "0.1"],
+    "sync_bn": [*WITH_BATCH_NORM, "--sync-bn"],
+    "overlap": [
+        *without(tiny_run(Path(), *FP16, "--batch-size", "24"), "--output"),
+        *("--checkpoint-interval", "1", "--compile", "on"),
+        *("--grad-sync", "overlap", "--grad-dtype", "bf16"),
+    ],
+}
+"""Options of runs that sum their gradients and statistics in different ways."""
+
+
+def train_on_a_rank(args: Sequence[str], stop: int, kill_at: int | None = None) -> int:
+    """Trains with an infinite image in update 2. kill_at: update after which the rank is killed."""
+    # the sums of a compiled step, without the time to compile it
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
+    if kill_at is not None:
+        return kill_after_update(args, (2,), kill_at, in_images=True)
+    return train_with_overflows(args, (2,), (stop,), in_images=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_two_ranks_skip_the_same_update(name: str, tmp_path: Path) -> None:
+    """The overflow is in one micro-batch of one rank. Both skip the update, and change nothing. A
+    run that is killed there and resumed ends the same."""
+    folders = {n: tmp_path / n for n in ("unbroken", "broken")}
+    args = {n: [*ON_TWO_RANKS[name], "--output", str(folders[n])] for n in folders}
+    on_two_ranks(tmp_path, train_on_a_rank, args["unbroken"], 4)
+    on_two_ranks(tmp_path, train_on_a_rank, args["broken"], 2)
+    before = trained_state(folders["broken"])
+    ranks = start_two(tmp_path, train_on_a_rank, resumed(folders["broken"]), 100, 3)
+    assert [exit_code(process) for process in ranks] == [-signal.SIGKILL] * 2
+    after = trained_state(folders["broken"])
+    for state in (before, after):
+        for group in state["optimizer"]["param_groups"]:
+            del group["lr"]  # it follows its schedule
+    assert differences(before, after) == ["/update: 2, 3"]
+    on_two_ranks(tmp_path, train_on_a_rank, resumed(folders["broken"]), 4)
+    state = everything(folders["unbroken"])
+    assert differences(state, everything(folders["broken"])) == []
+    assert state["loss_scale"].tolist() == [START / 2, 1]
+    rows = [r for r in read_rows(folders["unbroken"] / "metrics.csv") if "loss_scale" in r]
+    assert sum(r["skipped_updates"] for r in rows) == 1
+    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {3.0}
 
 
 def test_a_run_that_is_killed_at_the_overflow_ends_the_same(tmp_path: Path) -> None:
@@ -285,11 +348,19 @@ def test_a_run_that_is_killed_at_the_overflow_ends_the_same(tmp_path: Path) -> N
     assert differences(*states) == []
 
 
-def test_overflows_from_the_start_wait_for_the_first_good_update(tmp_path: Path) -> None:
-    """The optimizer gets its state in the first update that is not skipped, resumed or not."""
-    for name, stops in (("unbroken", (5,)), ("broken", (2, 5))):
-        args = tiny_run(tmp_path / name, *FP16, "--opt", "momentum")
-        assert train_with_overflows(args, (0, 1, 2), stops) == 0
+def test_overflows_from_the_start_wait_for_the_first_good_update(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """The optimizer gets its state in the first update that is not skipped, resumed or not. A run
+    that ends before has not trained, which it says."""
+    args = [tiny_run(tmp_path / n, *FP16, "--opt", "momentum") for n in ("unbroken", "broken")]
+    assert train_with_overflows(args[0], (0, 1, 2), (5,)) == 0
+    capfd.readouterr()
+    assert train_with_overflows(args[1], (0, 1, 2), (2,)) == 2
+    line = error_line(capfd.readouterr().err, "fastgn.train")
+    assert "all 2 updates were skipped" in line and "--precision fp32" in line
+    assert not (tmp_path / "broken" / "summary.json").exists()
+    assert train_with_overflows(resumed(tmp_path / "broken"), (0, 1, 2), (5,)) == 0
     states = [everything(tmp_path / n) for n in ("unbroken", "broken")]
     assert differences(*states) == []
     assert states[0]["loss_scale"].tolist() == [START / 8, 2]
@@ -309,11 +380,14 @@ def test_a_run_that_skips_all_updates_ends_with_one_line(
         args = tiny_run(tmp_path / "later", *FP16)
 
 
-def test_the_gradient_is_clipped_without_its_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", first_is_quick(["2", "1"]))
+def test_the_gradient_is_clipped_without_its_scale(tmp_path: Path, steps: str) -> None:
+    """steps: value of --grad-accum-steps."""
     rows = {}
     for precision in ("fp32", "fp16"):
         run = tmp_path / precision
         args = tiny_run(run, "--clip-grad", "0.1", "--max-updates", "4", "--log-interval", "4")
+        args += ["--grad-accum-steps", steps]
         assert train.main([*args, "--precision", precision, "--eval-images", "0"]) == 0
         rows[precision] = next(r for r in read_rows(run / "metrics.csv") if "loss" in r)
     for name in ("loss", "ce", "penalty", "grad_l1", "grad_norm"):
