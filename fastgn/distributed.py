@@ -23,6 +23,12 @@ compile something while the others wait."""
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets for each process of a job."""
 
+INSTALL_FOR_VOLTA = (
+    "pip install --force-reinstall --index-url https://download.pytorch.org/whl/cu126 "
+    "'torch>=2.11,<2.15' torchvision"
+)
+"""Command that replaces any PyTorch by one with code for GPUs below compute capability 7.5."""
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -164,12 +170,7 @@ def session(
     kind = "cuda" if has_cuda and device != "cpu" else "cpu"
     chosen = torch.device("cpu")
     if kind == "cuda":
-        count = torch.cuda.device_count()
-        check(
-            local_rank < count,
-            f"torchrun started {count_local_ranks(size)} processes for {count} "
-            f"CUDA devices: lower --nproc-per-node to {count}",
-        )
+        check_has_device(local_rank, count_local_ranks(size))
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)  # otherwise the next line would make a context on GPU 0
         check_has_code(chosen)
@@ -212,6 +213,19 @@ def session(
         torch.distributed.destroy_process_group()
 
 
+def check_has_device(local_rank: int, processes: int) -> None:
+    """Raises UserError if there is no CUDA device for one of several processes of a machine.
+
+    local_rank: index of the process on the machine, from 0.
+    """
+    count = torch.cuda.device_count()
+    check(
+        local_rank < count,
+        f"torchrun started {processes} processes for {count} CUDA devices: lower --nproc-per-node "
+        f"to {count}",
+    )
+
+
 def check_has_code(device: torch.device) -> None:
     """Raises UserError if the installed PyTorch has no code for a CUDA device.
 
@@ -232,7 +246,9 @@ def check_has_code(device: torch.device) -> None:
             return
     remedy = "install a newer PyTorch, or a build for a newer CUDA"
     if capability < (7, 5):
-        remedy = "install PyTorch 2.11 to 2.14 for CUDA 12.6, see docs/v100.md"
+        remedy = (
+            f"install PyTorch 2.11 to 2.14 for CUDA 12.6 ({INSTALL_FOR_VOLTA}), see docs/v100.md"
+        )
     if capability < (5, 0):
         remedy = "use another GPU, because no PyTorch that fastgn supports has code for this one"
     check(

@@ -54,6 +54,7 @@ from fastgn.lock import lock_file
 from fastgn.metrics import environment
 from fastgn.models.weights import load_weights
 from fastgn.progress import ProgressLines, open_bar
+from fastgn.step.precision import explain_unsupported
 from fastgn.step.retry import out_of_memory
 from fastgn.trained import Trained, load_bare_weights, load_trained
 
@@ -67,6 +68,8 @@ def run(cfg: EvaluateConfig, world: World) -> None:
         world.size == 1 or not (cfg.statistics or cfg.sanity),
         "--statistics and --sanity run in one process: start python without torchrun for them",
     )
+    reason = explain_unsupported(cfg.precision, world.device)
+    check(reason is None, f"--precision {reason}: use --precision fp32")
     silence_autoattack()
     output, *_ = targets = [Path(path) for path in cfg.written.values() if path is not None]
     for target in targets:

@@ -33,12 +33,14 @@ from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
 from fastgn.step.step import Step
 
+OLD_CARDS = "install PyTorch 2.11 to 2.14 for CUDA 12.6 (pip install --force-reinstall --index-url "
+
 
 @pytest.mark.parametrize(
     ("capability", "builds", "remedy"),
     [
-        ((7, 0), "sm_75 sm_80 sm_90 compute_120", "install PyTorch 2.11 to 2.14 for CUDA 12.6"),
-        ((6, 0), "sm_70 sm_75", "install PyTorch 2.11 to 2.14 for CUDA 12.6"),
+        ((7, 0), "sm_75 sm_80 sm_90 compute_120", OLD_CARDS),
+        ((6, 0), "sm_70 sm_75", OLD_CARDS),
         ((3, 7), "sm_75 sm_80", "use another GPU"),
         ((12, 0), "sm_80 sm_90a", "install a newer PyTorch"),
         ((8, 0), "sm_75 sm_86", "install a newer PyTorch"),

@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from pyautoattack import AutoAttack
+from support.marks import pretend_card
 from support.runs import tiny_run
 
 from fastgn import attacks, evaluate
@@ -20,8 +21,11 @@ from fastgn.analysis import outcomes, selection
 from fastgn.analysis.attacker import Attacker
 from fastgn.analysis.model_checks import check_model
 from fastgn.analysis.parts import Parts
+from fastgn.config.cli import parse_cli
 from fastgn.config.groups import DatasetConfig
-from fastgn.config.programs import AUTOATTACK_PARTS
+from fastgn.config.programs import AUTOATTACK_PARTS, EvaluateConfig
+from fastgn.distributed import World
+from fastgn.errors import UserError
 from fastgn.state import ExportHeader
 from fastgn.train import main as train_main
 from fastgn.trained import export_weights, load_bare_weights, load_trained, read_saved
@@ -34,6 +38,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = ("--epochs", "6", "--method", "natural", "--no-model-ema", "--smoothing", "0")
     assert train_main(tiny_run(folder, *more, "--eval-interval", "6")) == 0
     return folder
+
+
+def test_a_card_without_bf16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = pretend_card(monkeypatch, "Tesla V100", (7, 0))
+    args = ["--checkpoint", "runs/x", "--precision", "bf16"]
+    cfg = parse_cli(EvaluateConfig, args, "fastgn.evaluate")
+    with pytest.raises(UserError, match="--precision bf16 needs .* 8.0.*: use --precision fp32"):
+        evaluate.run(cfg, World(0, 1, card))
 
 
 def test_table_json_and_order(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
