@@ -63,6 +63,7 @@ from fastgn.step.passes import count_passes
 from fastgn.step.precision import PRECISIONS, explain_unsupported, matmul_precision, short_dtype
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import SCHEDULES, Schedule
+from fastgn.updating import take_step
 
 SHORT = ["bf16" if MODERN else "fp16"] if ON_GPU else []
 """The precision of 16 bits that is measured by default. None without a GPU."""
@@ -212,14 +213,14 @@ class UpdateBench:
             parameter.grad = torch.zeros_like(parameter)
         self.apply_gradients()  # makes the optimizer's state
 
-    def apply_gradients(self) -> None:
-        self.optimizer.step()
+    def apply_gradients(self, step: RetryingStep | None = None) -> None:
+        take_step(self.optimizer, step and step.step.loss_scale)
         self.optimizer.zero_grad()
 
     def update(self, step: RetryingStep, index: int = 0) -> None:
         """Makes the update with index `index`, without clipping and the weights' average."""
         step([(self.images, self.targets)], self.ramp, index)
-        self.apply_gradients()
+        self.apply_gradients(step)
 
     def cycle(self, found: Measurement) -> None:
         """Makes one update, or n updates if only every n-th one computes the penalty.
@@ -487,6 +488,7 @@ def table(record: Record) -> str:
     notes.append(
         "paper: arXiv 2409.20139, Table 3, Swin-B at 224 px in fp32, 64 images on each of 8 V100"
     )
+    notes += [f"{r['arm']}, {r['precision']}: {n}" for r in rows for n in r.get("notes", ())]
     notes += [f"failed: {row['arm']}, {row['precision']}: {row['failed']}" for row in failed]
     return with_notes(make_table(rows, columns), record, *notes)
 

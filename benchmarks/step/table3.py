@@ -11,8 +11,8 @@ without these weight gradients. The other rows are fastgn's updates in each --pr
 Each of --rounds runs starts new processes for each row. They build the network, warm up, and time
 some updates of --batch images each. The slowest process counts. An error in one row leaves the
 others. Several processes sum the gradients of gradnorm once per update, but the paper's code sums
-them in each half. The loader, clipping and the average of the weights are left out. --methods,
---schedules, --minutes and --round-seconds have no effect.
+them in each half. The loader, clipping and the average of the weights are left out. --counts-only,
+--methods, --schedules, --minutes and --round-seconds have no effect.
 
 Writes benchmarks/results/table3_<processes>_<device>.json after each run.
 """
@@ -49,19 +49,21 @@ def time_rank(world: distributed.World, args: argparse.Namespace, arm: Arm) -> d
     bench = cost.UpdateBench(network.to(world.device), record["classes"], args.batch, kernels)
     options = arm.options(cuda_graphs=args.cuda_graphs and arm.compile)
     model = bench.plain if arm.paper else bench.network
-    step = RetryingStep(Step(model, arm.objective(), options, ranks=world))
+    notes: list[str] = []
+    step = RetryingStep(Step(model, arm.objective(), options, ranks=world), notes.append)
     parts = MICRO_BATCHES.get(arm.method, 1)
     batches = list(zip(bench.images.chunk(parts), bench.targets.chunk(parts), strict=True))
 
     def updates(count: int) -> None:
         for _ in range(count):
             step(batches, bench.ramp)
-            bench.apply_gradients()
+            bench.apply_gradients(step)
 
     updates(WARM_UP)
     world.barrier()
     seconds = once(lambda: updates(UPDATES)) / UPDATES
-    return {"seconds": seconds, "micro_batch": step.step.micro_batch or args.batch // parts}
+    micro_batch = step.step.micro_batch or args.batch // parts
+    return {"seconds": seconds, "micro_batch": micro_batch, "notes": notes}
 
 
 def measure(args: argparse.Namespace, found: Measurement, processes: int) -> None:
@@ -76,6 +78,7 @@ def measure(args: argparse.Namespace, found: Measurement, processes: int) -> Non
         return
     found.rounds.append(max(rank["seconds"] for rank in ranks))
     found.micro_batch = ranks[0]["micro_batch"]
+    found.notes = ranks[0]["notes"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -86,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     if distributed.read_ranks()[0] > 0:
         return 0
     processes = distributed.count_local_ranks()
+    if ON_GPU:  # before the record of an earlier run is replaced
+        distributed.check_has_device(processes - 1, processes)
+        distributed.check_has_code(DEVICE)
     output, head = open_record(args, f"table3_{processes}_{{device}}.json", ("table3",))
     record, network = cost.build_network(args)
     record |= head | {"script": "benchmarks/step/table3.py", "processes": processes}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.marks import pretend_card
 
 from benchmarks.common.arguments import DEVICE, RESULTS
 from benchmarks.common.ranks import call_in_ranks
@@ -66,7 +67,8 @@ def record_of(
         own = seconds.get(arm.name, 5.0) * (1 + runs)
         if own < 0:
             raise RuntimeError("Traceback ...\n  in line 1\nOutOfMemoryError: no memory\n")
-        return [{"seconds": part * own, "micro_batch": 4} for part in (0.5, 1)]
+        notes = ["half a batch"] if arm.name == "pgd_at" else []
+        return [{"seconds": part * own, "micro_batch": 4, "notes": notes} for part in (0.5, 1)]
 
     monkeypatch.setattr(table3, "call_in_ranks", call)
     monkeypatch.setattr(table3, "explain_unsupported", lambda *_: None)
@@ -108,6 +110,7 @@ def test_a_row_that_fails_leaves_the_others(
     assert rows["pgd_at, PyTorch's operators"]["time_over"]["natural"]["mean"] == 5
     assert rows["pgd_at"]["time_over"]["natural"]["mean"] == 1
     printed = capsys.readouterr().out
+    assert "pgd_at, fp32: half a batch" in printed
     assert "run 2, natural-paper, fp32: 2.000 s a batch" in printed
     assert "mean ± deviation over 2 separate runs of" in printed
     assert "failed: gradnorm exact, fp32: OutOfMemoryError: no memory" in printed
@@ -120,6 +123,24 @@ def test_other_processes_of_torchrun_end_at_once(
     for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert table3.run(args) == 0 and not args.output.exists()
+
+
+def test_a_mistake_of_all_processes_replaces_no_record(
+    args: argparse.Namespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args.output.write_text("{}")
+    monkeypatch.setattr(table3, "ON_GPU", True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert cost.main([*TINY, "--output", str(args.output)]) == 2
+    assert "torchrun started 2 processes for 1 CUDA devices" in capsys.readouterr().err
+    card = pretend_card(monkeypatch, "Tesla V100", (7, 0))
+    monkeypatch.setattr(table3, "DEVICE", card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_90"])
+    assert cost.main([*TINY, "--output", str(args.output)]) == 2
+    assert "Tesla V100 has compute capability 7.0" in capsys.readouterr().err
+    assert args.output.read_text() == "{}"
 
 
 def test_the_rehearsal_was_made_by_two_processes() -> None:
