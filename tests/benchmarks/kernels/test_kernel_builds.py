@@ -1,5 +1,6 @@
 """What ptxas makes of every kernel of `kernel_builds.LAUNCHES`, for cards that are not here."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -29,10 +30,17 @@ ONE_NUMBER_A_ROW = {"_cross_entropy_fwd_kernel", "_gradient_norm_reduce_kernel"}
 """Kernels that have nothing else to store."""
 
 
+QUICK = {(op, 90) for op in LAUNCHES} | {("activation gelu", 70)}
+"""Ops and compute capabilities that are built in each test run."""
+
+
 @pytest.mark.parametrize(
-    "capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in SHARED_LIMIT if c != 90)]
+    ("op", "capability"),
+    [
+        pytest.param(*row, marks=[] if row in QUICK else pytest.mark.slow)
+        for row in itertools.product(LAUNCHES, SHARED_LIMIT)
+    ],
 )
-@pytest.mark.parametrize("op", LAUNCHES)
 def test_builds(op: str, capability: int) -> None:
     launches = LAUNCHES[op]
     if op.startswith("layer_norm"):
