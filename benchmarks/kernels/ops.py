@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import fastgn_kernels
 import torch
+import torch.nn.functional as F
 from fastgn_kernels import ACTIVATIONS, reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,8 +105,27 @@ def entropy(f: Any, logits: Tensor, targets: Tensor) -> Tensor:
     return f.cross_entropy(logits, targets, reduction="none")
 
 
+def eager_activation(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+    """Applies an activation with PyTorch's operators."""
+    return F.silu(x) if kind == "silu" else reference.activation(x, kind, bias)
+
+
+def eager_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalises x, or x + residual, with F.layer_norm."""
+    total = x if residual is None else x + residual
+    y = F.layer_norm(total, total.shape[-1:], weight, bias)
+    return y if residual is None else (y, total)
+
+
 EAGER = types.SimpleNamespace(**vars(reference))
-"""PyTorch's version of each op, with the arguments of fastgn_kernels."""
+"""PyTorch's version of each op, with the arguments of fastgn_kernels.
+
+The reference avoids F.layer_norm and F.silu, whose third derivative or forward mode is wrong or
+missing. A network in PyTorch calls these operators, and so does this benchmark.
+"""
+EAGER.activation, EAGER.layer_norm = eager_activation, eager_layer_norm
 EAGER.window_attention_qkvpacked = lambda qkv, *more: reference.window_attention(
     *qkv.unbind(), *more
 )

@@ -25,17 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgn_kernels import reference
+from fastgn_kernels import formulas, reference
 from fastgn_kernels.dispatch import (
     LAUNCH,
     check_floating,
-    check_no_forward_mode,
     compute_dtype,
     count_strips,
     define_op,
-    forbid_third_derivative,
     is_compiling,
     register_derivative,
+    register_third_derivative,
+    run_op,
     runs_triton,
     triton_compute_dtype,
     with_strides_of,
@@ -308,7 +308,8 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gy: Tensor
     gy: gradient of the loss with respect to the output. `dispatch.register_derivative` describes
     the other arguments.
     """
-    gx, gbias = _activation_bwd(gy, *saved, *options[-2:], wanted[1])
+    args = (*saved, *options[-2:], wanted[1])
+    gx, gbias = run_op(_activation_bwd, formulas.activation_bwd, gy, *args)
     return gx, gbias if wanted[1] else None, None, None
 
 
@@ -328,22 +329,18 @@ def _backward_backward(
     if ggx is None:
         ggx = torch.zeros_like(x)
     kind, parameter, had_bias_grad = options[-3:]
-    ggy, gx, gbias = _activation_bwd_bwd(
-        ggx, ggbias if had_bias_grad else None, gy, x, bias, kind, parameter, wanted[2]
-    )
+    args = (ggbias if had_bias_grad else None, gy, x, bias, kind, parameter, wanted[2])
+    ggy, gx, gbias = run_op(_activation_bwd_bwd, formulas.activation_bwd_bwd, ggx, *args)
     return ggy, gx, gbias if wanted[2] else None, None, None, None
 
 
-register_derivative(
-    _activation, "activation", save=lambda inputs, y: inputs[:2], backward=_backward
-)
+register_derivative(_activation, save=lambda inputs, y: inputs[:2], backward=_backward)
 register_derivative(
     _activation_bwd,
-    "activation",
     save=lambda inputs, outputs: inputs[:3],
     backward=_backward_backward,
 )
-forbid_third_derivative(_activation_bwd_bwd, "activation")
+register_third_derivative(_activation_bwd_bwd, "activation", formulas.activation_bwd_bwd)
 
 
 def activation(
@@ -371,7 +368,6 @@ def activation(
         ValueError: if kind is unknown, if a parameter is given for a kind that has none, or if the
             shape of bias does not fit.
         TypeError: if a tensor is not floating-point.
-        RuntimeError: if the result is differentiated three times.
     """
     if kind not in TABLE:
         raise ValueError(f"activation: kind {kind!r} is not one of {', '.join(TABLE)}")
@@ -390,8 +386,7 @@ def activation(
         parameter = TABLE[kind].parameter
     if is_compiling():
         return reference.activation(x, kind, bias, parameter)
-    check_no_forward_mode("activation", x, bias)
-    return _activation(x, bias, kind, parameter)
+    return run_op(_activation, formulas.activation, x, bias, kind, parameter)
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

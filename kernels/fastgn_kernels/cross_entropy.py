@@ -30,16 +30,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgn_kernels import reference
+from fastgn_kernels import formulas, reference
 from fastgn_kernels.dispatch import (
     LAUNCH,
     check_floating,
-    check_no_forward_mode,
     compute_dtype,
     define_op,
-    forbid_third_derivative,
     is_compiling,
     register_derivative,
+    register_third_derivative,
+    run_op,
     runs_triton,
     triton_compute_dtype,
 )
@@ -334,7 +334,7 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gl: Tensor
     gl: gradient of the final loss with respect to each sample's loss.
     `dispatch.register_derivative` describes the other arguments.
     """
-    return _cross_entropy_bwd(gl, *saved), None
+    return run_op(_cross_entropy_bwd, formulas.cross_entropy_bwd, gl, *saved), None
 
 
 def _backward_backward(
@@ -346,16 +346,12 @@ def _backward_backward(
     ggz: gradient of the final loss with respect to the output of the backward op.
     `dispatch.register_derivative` describes the other arguments.
     """
-    return *_cross_entropy_bwd_bwd(ggz, *saved), None
+    return *run_op(_cross_entropy_bwd_bwd, formulas.cross_entropy_bwd_bwd, ggz, *saved), None
 
 
-register_derivative(
-    _cross_entropy, "cross_entropy", save=lambda inputs, loss: inputs, backward=_backward
-)
-register_derivative(
-    _cross_entropy_bwd, "cross_entropy", save=lambda inputs, gz: inputs, backward=_backward_backward
-)
-forbid_third_derivative(_cross_entropy_bwd_bwd, "cross_entropy")
+register_derivative(_cross_entropy, save=lambda inputs, loss: inputs, backward=_backward)
+register_derivative(_cross_entropy_bwd, save=lambda inputs, gz: inputs, backward=_backward_backward)
+register_third_derivative(_cross_entropy_bwd_bwd, "cross_entropy", formulas.cross_entropy_bwd_bwd)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -387,7 +383,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
             targets require a gradient, because they would not get one.
         TypeError: if logits is not floating-point, or if targets is neither int64 nor
             floating-point.
-        RuntimeError: if the result is differentiated three times.
     """
     check_floating("cross_entropy", logits=logits)
     if logits.ndim != 2 or not logits.shape[1]:
@@ -419,6 +414,5 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
         raise ValueError(f"cross_entropy: reduction {reduction!r} should be none, mean or sum")
     if is_compiling():
         return reference.cross_entropy(logits, targets, reduction)
-    check_no_forward_mode("cross_entropy", logits, targets)
-    loss = _cross_entropy(logits, targets)
+    loss = run_op(_cross_entropy, formulas.cross_entropy, logits, targets)
     return loss if reduction == "none" else getattr(loss, reduction)()

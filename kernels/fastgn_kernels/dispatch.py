@@ -13,12 +13,19 @@ PyTorch raises an error. A plain ``autograd.Function`` around a kernel would ins
 second-order terms without an error.
 
 Each custom op has at least two implementations of the same formulas. One uses Triton kernels, and
-one uses only PyTorch's operators.
+one uses only PyTorch's operators. Both write into tensors that they allocate, so neither can be
+differentiated by PyTorch.
+
+Where a custom op cannot be used, `run_op` calls its formula in `formulas` instead. PyTorch can
+differentiate a formula any number of times. This is so in forward-mode autograd and inside the
+transforms of torch.func. The third derivative of an op is the derivative of the formula of the
+second derivative.
 """
 
 import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,20 +156,88 @@ def check_floating(name: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: {argument} is {x.dtype}, should be a floating-point tensor")
 
 
-def check_no_forward_mode(name: str, *tensors: Tensor | None) -> None:
-    """Raises NotImplementedError if one of the tensors carries a tangent of forward-mode autograd.
+@torch.compiler.assume_constant_result
+def _find_mode() -> str:
+    """Returns "torch.func" inside a transform, "forward" in forward-mode autograd, otherwise "".
 
-    The custom ops have no forward-mode derivative. Without this check, PyTorch would drop the
-    tangent and silently return a derivative of zero.
-
-    name: name of the public function, for the error message.
+    Under torch.compile, the result is a constant of the graph.
     """
-    for x in tensors:
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"fastgn_kernels.{name} has no forward mode, which torch.func.jvp needs: use "
-                f"fastgn_kernels.reference.{name}"
-            )
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    return "forward" if forward_ad._current_level >= 0 else ""
+
+
+def needs_formula(*args: Any) -> bool:
+    """Returns whether an op must be computed by its formula, because it has no rule for the mode.
+
+    This is so inside a transform of torch.func, and in forward-mode autograd if one of the
+    arguments is a tensor with a tangent. There a custom op would fail or lose the tangent, and some
+    operators of PyTorch, such as softmax, have derivatives that cannot be differentiated again.
+    """
+    mode = _find_mode()
+    if not mode:
+        # This is False. As compiled code reads the level, it is compiled again where the level is
+        # another one. Without this, it would call the custom op there, and lose the tangent.
+        return forward_ad._current_level >= 0
+    if mode == "torch.func" or torch.compiler.is_compiling():
+        return True  # as Dynamo traces the code, tensors do not show their tangents
+    return any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    )
+
+
+def run_op(op: Any, formula: Callable, x: Tensor, *args: Any) -> Any:
+    """Calls a custom op, or its formula if `needs_formula` says so.
+
+    formula: function of `formulas`. It takes the arguments of the op, which are x and args.
+    """
+    if not needs_formula(x, *args):
+        return op(x, *args)
+    with torch.autocast(x.device.type, enabled=False):
+        return formula(x, *args)
+
+
+def differentiate(
+    function: Callable,
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool] | None = None,
+) -> list[Any]:
+    """Returns one gradient for each input, or None for inputs that are not wanted or no tensors.
+
+    The gradients can be differentiated again, in every mode. They are those of the function alone,
+    even if one of its inputs was computed from another one.
+
+    - function: function of the inputs. It returns a tensor, or a sequence of tensors and None.
+    - cotangents: for each output, the gradient of the loss with respect to it. None means zero, and
+      so does a tensor without elements.
+    - wanted: for each input, whether its gradient is computed. None means all inputs.
+    """
+    chosen = [
+        i
+        for i, x in enumerate(inputs)
+        if isinstance(x, Tensor) and x.is_floating_point() and (wanted is None or wanted[i])
+    ]
+    given = [i for i, c in enumerate(cotangents) if c is not None and c.numel()]
+    gradients: list[Any] = [None] * len(inputs)
+    if not given:
+        for i in chosen:
+            gradients[i] = torch.zeros_like(inputs[i])
+        return gradients
+
+    def of_chosen(*xs: Tensor) -> tuple[Tensor, ...]:
+        filled = list(inputs)
+        for i, x in zip(chosen, xs, strict=True):
+            filled[i] = x
+        outputs = function(*filled)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return tuple(outputs[i] for i in given)
+
+    pull_back = torch.func.vjp(of_chosen, *(inputs[i] for i in chosen))[1]
+    found = pull_back(tuple(cotangents[i] for i in given))
+    for i, gradient in zip(chosen, found, strict=True):
+        gradients[i] = gradient
+    return gradients
 
 
 def define_op(name: str) -> Callable[[Callable], Any]:
@@ -189,7 +264,6 @@ def define_op(name: str) -> Callable[[Callable], Any]:
 
 def register_derivative(
     op: Any,
-    name: str,
     *,
     save: Callable[[Sequence[Any], Any], Sequence[Tensor | None]],
     backward: Callable,
@@ -197,7 +271,6 @@ def register_derivative(
     """Registers the derivative of a custom op.
 
     - op: the custom op.
-    - name: name of the public function, for error messages.
     - save: function that takes (inputs, output) of the op, and returns the tensors to keep for the
       backward pass.
     - backward: function that takes (options, saved, wanted, *cotangents). It returns one gradient,
@@ -222,7 +295,6 @@ def register_derivative(
     def run_unless_zero(ctx: Any, *cotangents: Tensor | None) -> Any:
         if all(c is None for c in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        check_no_forward_mode(name, *cotangents)
         return backward(ctx.options, ctx.saved_tensors, _find_wanted(ctx), *cotangents)
 
     op.register_autograd(run_unless_zero, setup_context=setup_context)
@@ -259,17 +331,41 @@ def _engine_reaches(node: Any) -> bool:
         return True
 
 
-def forbid_third_derivative(op: Any, name: str) -> None:
-    """Makes the custom op of a second derivative raise RuntimeError when it is differentiated
-    again.
+def register_third_derivative(op: Any, name: str, formula: Callable) -> None:
+    """Registers the derivative of the custom op of a second derivative.
 
-    op: the op ``fastgn::<op>_bwd_bwd``. name: name of the public function, for the error message.
+    There is no kernel for it. PyTorch's operators compute it, and so can every further derivative
+    be. A warning says so when this first happens to the op.
+
+    op: the op ``fastgn::<op>_bwd_bwd``. name: name of the public function, for the warning.
+    formula: function of `formulas` that takes the arguments of the op and returns its results.
     """
 
-    def backward(ctx: Any, *cotangents: Tensor) -> None:
-        raise RuntimeError(
-            f"fastgn_kernels.{name} has no third derivative: use fastgn_kernels.reference.{name}, "
-            "which can be differentiated any number of times"
-        )
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.options = tuple(x for x in inputs if not isinstance(x, Tensor))
+        ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
+        ctx.set_materialize_grads(False)
 
-    op.register_autograd(backward)
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
+        warn_of_third_derivative(name)
+        tensors, options = iter(ctx.saved_tensors), iter(ctx.options)
+        inputs = [next(tensors if is_tensor else options) for is_tensor in ctx.is_tensor]
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return tuple(differentiate(formula, inputs, cotangents, _find_wanted(ctx)))
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+@functools.cache
+def warn_of_third_derivative(name: str) -> None:
+    """Warns that a third derivative is slow, once per process and op.
+
+    name: name of the public function, such as "layer_norm".
+    """
+    warnings.warn(
+        f"fastgn_kernels.{name} has kernels for two derivatives. PyTorch's operators compute the "
+        f"third one and all further ones, which is slow. fastgn_kernels.reference.{name} consists "
+        "of PyTorch's operators alone, and torch.compile can fuse them",
+        stacklevel=2,
+    )

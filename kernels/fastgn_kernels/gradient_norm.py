@@ -31,18 +31,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgn_kernels import reference
+from fastgn_kernels import formulas, reference
 from fastgn_kernels.dispatch import (
     LARGEST_GRID_Y,
     LAUNCH,
     check_floating,
-    check_no_forward_mode,
     compute_dtype,
     count_strips,
     define_op,
-    forbid_third_derivative,
     is_compiling,
     register_derivative,
+    register_third_derivative,
+    run_op,
     runs_triton,
     triton_compute_dtype,
     with_strides_of,
@@ -362,7 +362,8 @@ def _backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], gn: Tensor
     other arguments.
     """
     g, norm = saved
-    return _gradient_norm_bwd(gn, g, norm, options[-1]), None
+    args = (g, norm, options[-1])
+    return run_op(_gradient_norm_bwd, formulas.gradient_norm_bwd, gn, *args), None
 
 
 def _backward_backward(
@@ -375,24 +376,23 @@ def _backward_backward(
     """
     gn, g, norm = saved
     ord = options[-1]
-    ggn, gg = _gradient_norm_bwd_bwd(ggg, gn, g, norm, ord)
+    args = (gn, g, norm, ord)
+    ggn, gg = run_op(_gradient_norm_bwd_bwd, formulas.gradient_norm_bwd_bwd, ggg, *args)
     # the input `norm` gets no gradient, because gg already treats the norm as a function of g
     return ggn, gg if ord == 2 else None, None, None
 
 
 register_derivative(
     _gradient_norm,
-    "gradient_norm",
     save=lambda inputs, norm: (inputs[0], norm if inputs[1] == 2 else None),
     backward=_backward,
 )
 register_derivative(
     _gradient_norm_bwd,
-    "gradient_norm",
     save=lambda inputs, gg: inputs[:3],
     backward=_backward_backward,
 )
-forbid_third_derivative(_gradient_norm_bwd_bwd, "gradient_norm")
+register_third_derivative(_gradient_norm_bwd_bwd, "gradient_norm", formulas.gradient_norm_bwd_bwd)
 
 
 def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
@@ -420,7 +420,6 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
     Raises:
         ValueError: if ord is neither 1 nor 2, or if grad has no dimensions.
         TypeError: if grad is not floating-point.
-        RuntimeError: if the result is differentiated three times.
     """
     check_floating("gradient_norm", grad=grad)
     if ord not in (1, 2):
@@ -429,5 +428,4 @@ def gradient_norm(grad: Tensor, ord: int = 1) -> Tensor:
         raise ValueError("gradient_norm: grad has shape (), should be (B, ...)")
     if is_compiling():
         return reference.gradient_norm(grad, ord)
-    check_no_forward_mode("gradient_norm", grad)
-    return _gradient_norm(grad, int(ord))
+    return run_op(_gradient_norm, formulas.gradient_norm, grad, int(ord))

@@ -14,15 +14,15 @@ Names of tensors:
 import torch
 from torch import Tensor
 
-from fastgn_kernels import reference
+from fastgn_kernels import formulas, reference
 from fastgn_kernels.dispatch import (
     check_floating,
-    check_no_forward_mode,
     compute_dtype,
     define_op,
-    forbid_third_derivative,
     is_compiling,
     register_derivative,
+    register_third_derivative,
+    run_op,
     runs_triton,
 )
 from fastgn_kernels.layer_norm_kernels import (
@@ -332,7 +332,8 @@ def _call_backward(
     - gy, gsum: gradients of the loss with respect to the output and to the sum x + residual.
     """
     x, weight = saved
-    gx, gweight, gbias = _layer_norm_bwd(gy, gsum, x, weight, options[0], weight_grads)
+    args = (gsum, x, weight, options[0], weight_grads)
+    gx, gweight, gbias = run_op(_layer_norm_bwd, formulas.layer_norm_bwd, gy, *args)
     return (gx, gweight, gbias) if weight_grads else (gx, None, None)
 
 
@@ -353,29 +354,27 @@ def _differentiate_backward(
     if not had_weight_grads:
         ggweight = ggbias = None
     filled = torch.zeros_like(x) if ggx is None else ggx
-    ggy, gx, gweight = _layer_norm_bwd_bwd(filled, ggweight, ggbias, gy, x, weight, eps, wanted[3])
+    args = (filled, ggweight, ggbias, gy, x, weight, eps, wanted[3])
+    ggy, gx, gweight = run_op(_layer_norm_bwd_bwd, formulas.layer_norm_bwd_bwd, *args)
     return ggy, ggx if gsum is not None else None, gx, gweight if wanted[3] else None, None, None
 
 
 register_derivative(
     _layer_norm,
-    "layer_norm",
     save=lambda inputs, y: (inputs[0], inputs[1]),
     backward=_differentiate,
 )
 register_derivative(
     _add_layer_norm,
-    "layer_norm",
     save=lambda inputs, outputs: (outputs[1], inputs[2]),
     backward=_differentiate_sum,
 )
 register_derivative(
     _layer_norm_bwd,
-    "layer_norm",
     save=lambda inputs, outputs: inputs[:4],
     backward=_differentiate_backward,
 )
-forbid_third_derivative(_layer_norm_bwd_bwd, "layer_norm")
+register_third_derivative(_layer_norm_bwd_bwd, "layer_norm", formulas.layer_norm_bwd_bwd)
 
 
 def layer_norm(
@@ -412,7 +411,6 @@ def layer_norm(
     Raises:
         ValueError: if a shape does not fit.
         TypeError: if a tensor or `dtype` is not floating-point.
-        RuntimeError: if the result is differentiated three times.
     """
     columns = x.shape[-1:]
     if not columns:
@@ -437,12 +435,12 @@ def layer_norm(
         dtype = torch.promote_types(x.dtype, torch.float32) if autocast else x.dtype
     if is_compiling() and not _kernel_runs(x):
         return reference.layer_norm(x, weight, bias, eps, residual, dtype)
-    check_no_forward_mode("layer_norm", x, weight, bias, residual)
     if weight is None:
         weight = torch.ones(columns, dtype=x.dtype, device=x.device)
     if bias is None:
         bias = torch.zeros(columns, dtype=weight.dtype, device=x.device)
     bias = bias.to(weight.dtype)
     if residual is None:
-        return _layer_norm(x, weight, bias, eps, dtype)
-    return _add_layer_norm(x, residual, weight, bias, eps, dtype)
+        return run_op(_layer_norm, formulas.layer_norm, x, weight, bias, eps, dtype)
+    args = (residual, weight, bias, eps, dtype)
+    return run_op(_add_layer_norm, formulas.add_layer_norm, x, *args)

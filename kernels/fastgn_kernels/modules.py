@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgn_kernels import reference
@@ -49,6 +50,8 @@ class FusedActivation(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """Computes the activation with PyTorch's operators."""
+        if self.kind == "silu":  # torch.fx cannot trace the reference, which asks for the dtype
+            return F.silu(x)
         return reference.activation(x, self.kind, parameter=self.parameter)
 
     def forward(self, x: Tensor) -> Tensor:

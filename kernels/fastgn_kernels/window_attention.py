@@ -11,17 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastgn_kernels import reference
+from fastgn_kernels import formulas, reference
 from fastgn_kernels.dispatch import (
     INTERPRETED,
     capability,
     check_floating,
-    check_no_forward_mode,
     compute_dtype,
     define_op,
-    forbid_third_derivative,
     is_compiling,
     register_derivative,
+    register_third_derivative,
+    run_op,
     runs_triton,
 )
 from fastgn_kernels.window_attention_launch import (
@@ -312,9 +312,8 @@ def _differentiate(
         return extra, None, None, None
     if not torch.is_grad_enabled():
         stand_in = None  # nothing differentiates this backward pass, so no placeholder is needed
-    gqkv, gbias = _window_attention_bwd(
-        go, qkv, stand_in, extra, bias, mask, options[-1], wanted[1]
-    )
+    args = (go, qkv, stand_in, extra, bias, mask, options[-1], wanted[1])
+    gqkv, gbias = run_op(_window_attention_bwd, formulas.window_attention_bwd, *args)
     return gqkv, gbias if wanted[1] else None, None, None
 
 
@@ -331,9 +330,9 @@ def _differentiate_backward(
     go, qkv, bias, mask = saved
     filled = torch.zeros_like(qkv) if ggqkv is None else ggqkv
     scale, had_bias_grad = options[-2:]
-    ggo, gqkv, gbias = _window_attention_bwd_bwd(
-        filled, ggbias if had_bias_grad else None, go, qkv, bias, mask, scale, wanted[4]
-    )
+    args = (filled, ggbias if had_bias_grad else None, go, qkv, bias, mask, scale, wanted[4])
+    second = formulas.window_attention_bwd_bwd
+    ggo, gqkv, gbias = run_op(_window_attention_bwd_bwd, second, *args)
     to_qkv = (None, gqkv) if wanted[2] else (gqkv, None)
     to_extra, to_bias = ggqkv if wanted[3] else None, gbias if wanted[4] else None
     return ggo, *to_qkv, to_extra, to_bias, None, None, None
@@ -341,17 +340,17 @@ def _differentiate_backward(
 
 register_derivative(
     _window_attention,
-    "window_attention",
     save=lambda inputs, outputs: (*inputs[:3], outputs[1]),
     backward=_differentiate,
 )
 register_derivative(
     _window_attention_bwd,
-    "window_attention",
     save=lambda inputs, outputs: (*inputs[:2], *inputs[4:6]),
     backward=_differentiate_backward,
 )
-forbid_third_derivative(_window_attention_bwd_bwd, "window_attention")
+register_third_derivative(
+    _window_attention_bwd_bwd, "window_attention", formulas.window_attention_bwd_bwd
+)
 
 
 def window_attention_qkvpacked(
@@ -385,7 +384,6 @@ def window_attention_qkvpacked(
     Raises:
         ValueError: if a shape does not fit, or if the mask requires a gradient.
         TypeError: if a tensor is not floating-point.
-        RuntimeError: if the result is differentiated three times.
     """
     name = "window_attention"
     if qkv.dim() != 5 or qkv.shape[0] != 3:
@@ -423,8 +421,7 @@ def window_attention_qkvpacked(
     if is_compiling() and _choose_implementation(qkv) != "kernels":
         q, k, v = qkv.unbind()
         return reference.window_attention(q, k, v, bias, mask, scale)
-    check_no_forward_mode(name, qkv, bias, mask)
-    return _window_attention(qkv, bias, mask, scale)[0]
+    return run_op(_window_attention, formulas.window_attention, qkv, bias, mask, scale)[0]
 
 
 def window_attention(

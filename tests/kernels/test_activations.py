@@ -112,12 +112,6 @@ def test_low_precision(kind: str, biased: bool, dtype: torch.dtype) -> None:
         checks.check_low_precision(op, twin, [scale * x, *bias], dtype)
 
 
-@with_and_without_bias
-def test_third_order_raises(biased: bool) -> None:
-    """One kind is enough, because the kind is an argument of one op."""
-    checks.check_third_order_raises(of_kind(activation, "gelu"), inputs(biased, 3, 4))
-
-
 @checks.interpreter(biased=[True], layout=["transposed"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "unaligned"])
 @with_and_without_bias

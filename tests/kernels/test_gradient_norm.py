@@ -15,7 +15,6 @@ from support.checks import (
     check_derivatives,
     check_low_precision,
     check_opcheck,
-    check_third_order_raises,
     interpreter,
     last_program_alone,
     leaves,
@@ -223,16 +222,6 @@ def test_autocast_changes_nothing(ord):
 def test_the_same_bits_in_every_run(ord):
     g = random(2, 3, 50, 50, dtype=torch.float32)
     assert torch.equal(gradient_norm(g, ord), gradient_norm(g.clone(), ord))
-
-
-@orders
-def test_third_order_raises(ord):
-    (g,) = leaves([random(3, 4)])
-    (gx,) = torch.autograd.grad((gradient_norm(g, ord) ** 2).sum(), g, create_graph=True)
-    (gxx,) = torch.autograd.grad(gx.square().sum(), g, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"reference\.gradient_norm"):
-        torch.autograd.grad(gxx.square().sum(), g)
-    check_third_order_raises(lambda g: gradient_norm(g, ord), [random(3, 4)])
 
 
 @only_interpreted

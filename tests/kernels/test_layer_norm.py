@@ -54,6 +54,19 @@ def of(function: Callable, eps: float = 1e-5) -> Callable:
 op, twin = of(layer_norm), of(reference.layer_norm)
 
 
+def eager(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalises with F.layer_norm, whose rounding errors are those of eager PyTorch."""
+    total = x if residual is None else x + residual
+    y = torch.nn.functional.layer_norm(total, x.shape[-1:], weight, bias, eps)
+    return y if residual is None else (y, total)
+
+
 def inputs(form: str, *shape: int) -> list[Tensor]:
     x, residual = random(*shape), random(*shape, seed=1)
     weight, bias = 1 + random(shape[-1], seed=2) / 4, random(shape[-1], seed=3)
@@ -169,7 +182,7 @@ def test_a_compiled_region_holds_an_opaque_op_only_where_its_kernel_runs() -> No
     checks.check_compiled(op, inputs("residual", 3, 5), backend=backend)
     opaque = any("fastgn" in name for name in called)
     assert opaque == (checks.DEVICE == "cuda"), sorted(called)  # there its kernel runs
-    assert any(name.startswith("aten.native_layer_norm") for name in called) != opaque
+    assert any(name.startswith("aten.rsqrt") for name in called) != opaque
 
 
 @checks.interpreter(form=["residual"], dtype=checks.NUMPY_DTYPES)
@@ -178,7 +191,7 @@ def test_a_compiled_region_holds_an_opaque_op_only_where_its_kernel_runs() -> No
 def test_low_precision(form: str, dtype: torch.dtype) -> None:
     for scale, columns in itertools.product((1, 8), (60, 128)):
         x, *rest = inputs(form, 64, columns)
-        checks.check_low_precision(op, twin, [scale * x, *rest], dtype)
+        checks.check_low_precision(op, of(eager), [scale * x, *rest], dtype)
 
 
 @checks.interpreter(dtype=checks.NUMPY_DTYPES)
@@ -186,19 +199,8 @@ def test_low_precision(form: str, dtype: torch.dtype) -> None:
 def test_a_common_offset_costs_no_more_than_pytorchs(dtype: torch.dtype) -> None:
     """The variance is computed from centred values. E[x^2] - E[x]^2 would have no digit left."""
     checks.check_low_precision(
-        op, twin, [random(16, 96) + 100, *inputs("affine", 1, 96)[1:]], dtype
+        op, of(eager), [random(16, 96) + 100, *inputs("affine", 1, 96)[1:]], dtype
     )
-
-
-@every_form
-def test_third_order_raises(form: str) -> None:
-    checks.check_third_order_raises(op, inputs(form, 3, 4))
-    with pytest.raises(RuntimeError, match=r"reference\.layer_norm"):
-        x, *rest = checks.leaves(inputs(form, 3, 4))
-        y = checks.tensors(op(x, *rest))[0]
-        (gx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
-        (second,) = torch.autograd.grad((gx**3).sum(), x, create_graph=True)
-        torch.autograd.grad(second.sum(), x)
 
 
 @checks.interpreter(layout=["transposed"])
@@ -452,12 +454,6 @@ def test_the_same_bits_in_every_run() -> None:
     first, second = (checks.three_orders(op, xs, torch.float32) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
-
-
-def test_torch_func_is_refused() -> None:
-    """torch.func is not supported. It must raise an error, not return wrong numbers."""
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(torch.func.grad(lambda x: layer_norm(x).pow(3).sum()))(random(2, 3, 4))
 
 
 @pytest.mark.parametrize(

@@ -248,16 +248,6 @@ def test_low_precision(count: int, biased: bool, dtype: torch.dtype) -> None:
         checks.check_low_precision(op(mask), twin(mask), [scale * qkv, *bias], dtype)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_third_order_raises(biased: bool) -> None:
-    checks.check_third_order_raises(op(), inputs(2, 1, 3, 2, biased=biased))
-    with pytest.raises(RuntimeError, match=r"reference\.window_attention"):
-        qkv, *bias = checks.leaves(inputs(2, 1, 3, 2, biased=biased))
-        (gx,) = torch.autograd.grad((op()(qkv, *bias) ** 3).sum(), qkv, create_graph=True)
-        (second,) = torch.autograd.grad((gx**3).sum(), qkv, create_graph=True)
-        torch.autograd.grad(second.sum(), qkv)
-
-
 @checks.interpreter(layout=["transposed"])
 @pytest.mark.parametrize(
     "count, biased, layout",

@@ -268,20 +268,12 @@ def check_low_precision(
             )
 
 
-def check_third_order_raises(op: Callable, inputs: Sequence[Tensor]) -> None:
-    """Checks that a third derivative raises an error that names the reference."""
-    xs = leaves(inputs)
-    gxs = torch.autograd.grad(penalty(op, xs), xs, create_graph=True)
-    with pytest.raises(RuntimeError, match="reference"):
-        torch.autograd.grad(sum(g.sum() for g in gxs), xs)
-
-
 def check_opcheck(custom_op: Any, args: Sequence[Any], traced: bool = True) -> None:
     """Checks that a custom op does what it registered.
 
     These are its schema, its autograd formula, and the shapes, dtypes and strides of its fake
     implementation. traced: whether to compare the op with a traced graph of it, too, which takes
-    most of the time. If the derivative of the op raises, no input may require a gradient.
+    most of the time.
     """
     utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
     torch.library.opcheck(
