@@ -103,8 +103,9 @@ class SummedInBackward(nn.Module):
     bucket's summed gradients as the gradient of the slot. Nothing in the compiled graph reads a
     sum, not even a cast or a division, so the graph never waits for an all-reduce.
 
-    module: computes the loss, divided by the number of processes. buckets: made from the weights of
-    `module` that require grad. group: name of the process group.
+    module: computes the loss. The caller divides it, or in fp16 its gradients, by the number of
+    processes. buckets: made from the weights of `module` that require grad. group: name of the
+    process group.
     """
 
     def __init__(self, module: nn.Module, buckets: Sequence[Bucket], group: str):

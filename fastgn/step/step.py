@@ -225,9 +225,10 @@ class Step:
     def sum_over_ranks(self, sums: Sequence[PreparedSum]) -> None:
         """Sums the gradients over the processes, and averages the statistics of BatchNorm.
 
-        Each process has divided its loss by the number of processes, so the sum of the gradients is
-        the gradient of the mean loss. Gradients that the backward has summed already are left as
-        they are. Afterwards the gradients and statistics are the same in all processes.
+        Each process has divided its loss, or in fp16 its gradients, by the number of processes. So
+        the sum of the gradients is the gradient of the mean loss. Gradients that the backward has
+        summed already are left as they are. Afterwards the gradients and statistics are the same in
+        all processes.
 
         sums: what `prepare_sums` has returned. This method itself allocates no memory.
         """

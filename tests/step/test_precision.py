@@ -146,7 +146,7 @@ def groups() -> nn.Module:
 
 SMALL = {
     resnet: ("conv", 0.1),
-    groups: ("0.", 0.02),
+    groups: ("0. 3.", 0.02),
     vit: ("patch_embed.proj pos_embed cls_token", 0.02),
     swin: ("patch_embed.proj", 0.02),
 }

@@ -20,6 +20,7 @@ from benchmarks.common.arguments import RESULTS
 from benchmarks.common.timing import interleaved
 from benchmarks.step import cost
 from fastgn.config.groups import ArchitectureConfig
+from fastgn.loss_scale import FIRST
 from fastgn.models.network import Classifier, build_model, use_kernels
 from fastgn.step.retry import RetryingStep
 from fastgn.step.schedule import Schedule
@@ -386,6 +387,18 @@ def test_arms_share_weights_and_leave_them_alone() -> None:
     assert all(p.grad is None for p in model.parameters())
     state = bench.optimizer.state[next(model.parameters())]
     assert state["step"] == 2 and state["exp_avg"].abs().sum() > 0, "AdamW did its work"
+
+
+def test_an_overflow_in_fp16_spoils_no_shared_weights() -> None:
+    """The update is skipped, as in training."""
+    bench = cost.UpdateBench(network(), 5, 4, "reference")
+    step = bench.step(cost.Arm("gradnorm", "fp16"))
+    before = [p.detach().clone() for p in bench.network.parameters()]
+    bench.images[0] = math.inf
+    bench.update(step)
+    after = bench.network.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert step.step.loss_scale is not None and float(step.step.loss_scale.scale) == FIRST / 2
 
 
 @pytest.mark.slow
