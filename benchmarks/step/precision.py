@@ -9,12 +9,13 @@ over the norm of the reference.
 
 Random images are given to a network with initial weights. Held-out digits are given to a network
 that was first trained on other digits, naturally or by gradnorm, in float32. Training
-makes the loss more curved, and so a finite difference less exact. Fitted digits are given to a
-network that was naturally trained on these digits alone, until its cross-entropy is below
-FITTED_CE: its gradients are so small that fp16 would lose them without loss scaling. In fp16 the
-scale begins as in a run, and is halved until the gradient is finite. The spread is over batches and
-seeds, which change weights, training and images. The step h of a finite difference is in units of
-normalised pixels.
+makes the loss more curved, and so a finite difference less exact. Confident digits are those
+held-out ones on which a network has a cross-entropy below SMALL_CE after a longer natural training:
+without loss scaling, fp16 loses a part of gradients as small as theirs. Fitted digits are given to
+a network that was naturally trained on these digits alone, until its cross-entropy is below
+FITTED_CE. In fp16 the scale begins as in a run, and is halved until the gradient is finite. The
+spread is over batches and seeds, which change weights, training and images. The step h of a finite
+difference is in units of normalised pixels.
 
 Writes benchmarks/results/precision_<device>.json after every case. The same command continues an
 interrupted one with the next case. No time is measured, so results from a CPU are valid too.
@@ -26,10 +27,11 @@ import importlib.util
 import itertools
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common.arguments import DEVICE, ON_GPU, finish, open_record, option, program
@@ -39,20 +41,23 @@ from benchmarks.common.timing import summary
 from benchmarks.step.arms import Arm
 from fastgn.config.groups import ArchitectureConfig, DatasetConfig
 from fastgn.data.augment import to_float
-from fastgn.data.datasets import Arrays, load_dataset
+from fastgn.data.datasets import Arrays, Dataset, load_dataset
 from fastgn.models.network import build_model, choose_kernels
 from fastgn.seeding import Stream, make_generator, seed_all
 from fastgn.step.precision import PRECISIONS, explain_unsupported
 from fastgn.step.schedule import Schedule
 
 SIDE, CLASSES = 32, 10
-IMAGES = ("random", "digits", "fitted")
+IMAGES = ("random", "digits", "confident", "fitted")
 UPDATES = 100
 """Number of updates in the training on digits, before gradients are compared."""
+SMALL_CE = 1e-3
+"""Cross-entropy below which the network is confident of an image."""
 FITTED_CE = 5e-4
 """Cross-entropy below which training on the measured digits ends."""
-MOST_UPDATES = 2000
-"""Largest number of updates by which a network is trained on the measured digits."""
+MOST_UPDATES = 4000
+"""Largest number of updates before a network is confident of enough digits or fits them."""
+UNSCALED = "exact, fp16 without loss scaling"
 WIDTH = 64 if ON_GPU else 8
 """Channels of the first stage of PreActResNet-18. The original network has 64."""
 FD_STEPS = (0.07, 0.01, 0.001)
@@ -86,22 +91,33 @@ def label(arm: Arm) -> str:
     return f"{arm.schedule}, {arm.precision}"
 
 
-def choose_arms(fd_steps: Sequence[float]) -> list[Arm]:
-    """Returns the arms (pairs of precision and schedule) that the device supports."""
+def choose_arms(fd_steps: Sequence[float]) -> dict[str, Arm]:
+    """Returns {name: arm} for the pairs of schedule and precision that the device supports."""
     precisions = [name for name in PRECISIONS if explain_unsupported(name, DEVICE) is None]
     arms = [Arm("gradnorm", precision) for precision in precisions]
+    named = {label(arm): arm for arm in arms}
+    if "fp16" in precisions:
+        named[UNSCALED] = Arm("gradnorm", "fp16")
     for kind in ("finite-difference", "central-difference"):
         for precision in ("fp32", "bf16"):
             if precision in precisions:
-                arms += [Arm("gradnorm", precision, Schedule(kind, fd_step=h)) for h in fd_steps]
-    return arms
+                arms = [Arm("gradnorm", precision, Schedule(kind, fd_step=h)) for h in fd_steps]
+                named |= {label(arm): arm for arm in arms}
+    return named
 
 
-def gradient(model: nn.Module, arm: Arm, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns the gradient of all P parameters as one vector (P,), in float64 on the CPU."""
+def gradient(
+    model: nn.Module, arm: Arm, batch: tuple[Tensor, Tensor], scaled: bool = True
+) -> Tensor:
+    """Returns the gradient of all P parameters as one vector (P,), in float64 on the CPU.
+
+    scaled: whether the losses are scaled in fp16.
+    """
     model = copy.deepcopy(model)  # a copy, because BatchNorm changes its running statistics
     compute, ramp = arm.step(model), torch.ones((), device=batch[0].device)
     loss_scale = compute.step.loss_scale
+    if loss_scale is not None and not scaled:
+        loss_scale.scale.fill_(1.0)
     while True:
         model.zero_grad()
         compute([batch], ramp)
@@ -125,40 +141,52 @@ def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
     return {"cosine": cosine, "relative_error": error}
 
 
-def train(model: nn.Module, method: str, split: Arrays, updates: int, seed: int) -> float:
-    """Trains a model in float32 with AdamW. Returns the cross-entropy of the last batch.
+def train(
+    model: nn.Module, method: str, given: Iterable[tuple[Tensor, Tensor]], decay: float = 1e-2
+) -> list[float]:
+    """Trains a model in float32 with AdamW. Returns the cross-entropy of each batch.
 
-    method: training method. split: images to train on. updates: number of updates. seed: seed
-    for the choice of images.
+    method: training method. given: batches of images (B, 3, H, W) and labels (B,). decay: weight
+    decay.
     """
     step = Arm(method).step(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ramp, ce = torch.ones((), device=DEVICE), float("nan")
-    for batch in batches(split, updates, 32, seed, 0):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=decay)
+    ramp, found = torch.ones((), device=DEVICE), []
+    for batch in given:
         optimizer.zero_grad()
-        ce = step([batch], ramp).ce
+        found.append(float(step([batch], ramp).ce))
         optimizer.step()
-    return float(ce)
+    return found
 
 
 def fit(model: nn.Module, chosen: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-    """Trains naturally in float32 on some batches alone, with AdamW.
-
-    Ends when the cross-entropy of every batch was below FITTED_CE. Returns their cross-entropies.
-    """
-    step = Arm("natural").step(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    ramp = torch.ones((), device=DEVICE)
-    found = [float("inf")]
-    for _ in range(0, MOST_UPDATES, len(chosen)):
+    """Trains a model naturally on some batches alone, until the cross-entropy of each is below
+    FITTED_CE. Returns their cross-entropies."""
+    for _ in range(MOST_UPDATES // UPDATES):
+        given = itertools.islice(itertools.cycle(chosen), UPDATES)
+        found = train(model, "natural", given, decay=0.0)[-len(chosen) :]
         if max(found) < FITTED_CE:
             break
-        found = []
-        for batch in chosen:
-            optimizer.zero_grad()
-            found.append(float(step([batch], ramp).ce))
-            optimizer.step()
     return found
+
+
+def confident(
+    model: nn.Module, data: Dataset, number: int, size: int, seed: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Trains a model naturally until its cross-entropy is below SMALL_CE on enough held-out images.
+
+    Returns these images, as `number` batches of `size`. seed: seed for the training.
+    """
+    images, labels = to_float(data.val.images_NCHW, SIDE).to(DEVICE), data.val.labels_N.to(DEVICE)
+    for part in range(MOST_UPDATES // UPDATES):
+        train(model, "natural", batches(data.train, UPDATES, 32, seed, part))
+        with torch.no_grad():
+            losses_N = F.cross_entropy(model.eval()(images), labels, reduction="none")
+        model.train()
+        found = (losses_N < SMALL_CE).nonzero()[: number * size, 0]
+        if len(found) == number * size:
+            break
+    return list(zip(images[found].split(size), labels[found].split(size), strict=True))
 
 
 def batches(
@@ -167,8 +195,7 @@ def batches(
     """Yields `number` batches of images (B, 3, H, W) in 0..1 and labels (B,).
 
     split: images to draw from. If None, the images are random. size: number of images per batch.
-    seed, part: seeds for
-    the choice of images.
+    seed, part: seeds for the choice of images.
     """
     draw, where = make_generator(Stream.EVALUATION, seed, part), DEVICE
     for _ in range(number):
@@ -182,17 +209,17 @@ def batches(
 
 
 def measure(
-    network: str, args: argparse.Namespace, method: str | None, arms: Sequence[Arm]
+    network: str, args: argparse.Namespace, method: str | None, arms: Mapping[str, Arm]
 ) -> dict[str, Any]:
     """Measures the gradient errors of one network for all arms (pairs of schedule and precision).
 
     network: key of NETWORKS. method: training method by which the network is first trained on
-    digits, or "fitting" for training on the measured digits. If None, the network is not trained,
-    and the images are random.
+    digits, "long training" until it is confident of the measured digits, or "fitting" for training
+    on them. If None, the network is not trained, and the images are random.
     """
     digits = None if method is None else load_dataset(DatasetConfig(data="digits"))
     where, config = DEVICE, NETWORKS[network]
-    found: dict[Arm, list[dict[str, float]]] = {arm: [] for arm in arms}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     last_ce, parameters = [], 0
     for seed in range(args.seeds):
         seed_all(Stream.EVALUATION, seed)
@@ -202,19 +229,23 @@ def measure(
         chosen = list(batches(held_out, args.batches, args.batch_size, seed, 1))
         if method == "fitting":
             last_ce += fit(plain, chosen)
+        elif digits is not None and method == "long training":
+            chosen = confident(plain, digits, args.batches, args.batch_size, seed)
         elif digits is not None and method is not None:
-            last_ce.append(train(plain, method, digits.train, UPDATES, seed))
+            given = batches(digits.train, UPDATES, 32, seed, 0)
+            last_ce.append(train(plain, method, given)[-1])
         fused, _ = build_model(config, CLASSES, choose_kernels("auto", where))
         fused.to(where).load_state_dict(plain.state_dict())
         reference, parameters = plain.double(), report.parameters
         for images, labels in chosen:
             exact = gradient(reference, Arm("gradnorm"), (images.double(), labels))
-            for arm in arms:
-                found[arm].append(distance(gradient(fused, arm, (images, labels)), exact))
+            for name, arm in arms.items():
+                value = gradient(fused, arm, (images, labels), scaled=name != UNSCALED)
+                found[name].append(distance(value, exact))
     rows = []
-    for arm, values in found.items():
+    for name, values in found.items():
         errors = {key: summary([value[key] for value in values]) for key in values[0]}
-        rows.append({"arm": label(arm), "precision": arm.precision, "whole": errors})
+        rows.append({"arm": name, "precision": arms[name].precision, "whole": errors})
     return {
         **{"network": network, "parameters": parameters, "trained_by": method},
         **{"updates": UPDATES if method in METHODS else None},
@@ -270,11 +301,12 @@ def main(args: argparse.Namespace) -> int:
         print("left out: digits, because scikit-learn is not installed")
         args.images = [images for images in args.images if images == "random"]
     options = {key: getattr(args, key) for key in ("seeds", "batches", "batch_size")}
-    head |= options | {"arms": [label(arm) for arm in arms], "width": WIDTH}
+    head |= options | {"arms": list(arms), "width": WIDTH}
     same = {key: head[key] for key in (*options, "arms", "width", "device", "versions")}
     cases = taken_over(output, same | {"complete": False}).get("cases", [])
     record = head | {"complete": False, "cases": cases}
-    methods = {"random": [None], "digits": METHODS, "fitted": ["fitting"]}
+    methods = {"random": [None], "digits": METHODS}
+    methods |= {"confident": ["long training"], "fitted": ["fitting"]}
     for images, network in itertools.product(args.images, args.networks):
         for method in methods[images]:
             if (network, method) in [(case["network"], case["trained_by"]) for case in cases]:
