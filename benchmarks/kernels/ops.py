@@ -105,26 +105,21 @@ def entropy(f: Any, logits: Tensor, targets: Tensor) -> Tensor:
     return f.cross_entropy(logits, targets, reduction="none")
 
 
-def eager_activation(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+def eager_activation(x: Tensor, kind: str, *bias: Tensor) -> Tensor:
     """Applies an activation with PyTorch's operators."""
-    return F.silu(x) if kind == "silu" else reference.activation(x, kind, bias)
+    return F.silu(x) if kind == "silu" else reference.activation(x, kind, *bias)
 
 
-def eager_layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Normalises x, or x + residual, with F.layer_norm."""
+def eager_layer_norm(x: Tensor, *affine: Tensor, residual: Tensor | None = None) -> Outputs:
+    """Normalises x, or x + residual, with F.layer_norm. affine: weight and bias."""
     total = x if residual is None else x + residual
-    y = F.layer_norm(total, total.shape[-1:], weight, bias)
+    y = F.layer_norm(total, total.shape[-1:], *affine)
     return y if residual is None else (y, total)
 
 
 EAGER = types.SimpleNamespace(**vars(reference))
-"""PyTorch's version of each op, with the arguments of fastgn_kernels.
-
-The reference avoids F.layer_norm and F.silu, whose third derivative or forward mode is wrong or
-missing. A network in PyTorch calls these operators, and so does this benchmark.
-"""
+"""PyTorch's version of each op, with the arguments of fastgn_kernels. Networks in PyTorch call
+F.layer_norm and F.silu, which the reference avoids because of their higher derivatives."""
 EAGER.activation, EAGER.layer_norm = eager_activation, eager_layer_norm
 EAGER.window_attention_qkvpacked = lambda qkv, *more: reference.window_attention(
     *qkv.unbind(), *more

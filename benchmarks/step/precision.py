@@ -130,11 +130,8 @@ def gradient(
 
 
 def distance(value: Tensor, reference: Tensor) -> dict[str, float]:
-    """Compares two float64 vectors. Returns a dict with the keys cosine and relative_error.
-
-    cosine is that of the angle between the vectors. relative_error is the L2 norm of value -
-    reference, divided by that of reference.
-    """
+    """Returns the cosine of the angle between two float64 vectors, and the L2 norm of value -
+    reference divided by that of reference, with the keys cosine and relative_error."""
     # not computed with F.cosine_similarity, because that rounds 1 - 1e-14 to 1
     cosine = float(value @ reference / (value.norm() * reference.norm()))
     error = float((value - reference).norm() / reference.norm())
@@ -197,7 +194,7 @@ def batches(
     split: images to draw from. If None, the images are random. size: number of images per batch.
     seed, part: seeds for the choice of images.
     """
-    draw, where = make_generator(Stream.EVALUATION, seed, part), DEVICE
+    draw = make_generator(Stream.EVALUATION, seed, part)
     for _ in range(number):
         if split is None:
             images = torch.rand(size, 3, SIDE, SIDE, generator=draw)
@@ -205,7 +202,7 @@ def batches(
         else:
             chosen = torch.randint(len(split), (size,), generator=draw)
             images, labels = to_float(split.images_NCHW[chosen], SIDE), split.labels_N[chosen]
-        yield images.to(where), labels.to(where)
+        yield images.to(DEVICE), labels.to(DEVICE)
 
 
 def measure(
@@ -218,13 +215,13 @@ def measure(
     on them. If None, the network is not trained, and the images are random.
     """
     digits = None if method is None else load_dataset(DatasetConfig(data="digits"))
-    where, config = DEVICE, NETWORKS[network]
+    config = NETWORKS[network]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     last_ce, parameters = [], 0
     for seed in range(args.seeds):
         seed_all(Stream.EVALUATION, seed)
         plain, report = build_model(config, CLASSES)
-        plain.to(where)
+        plain.to(DEVICE)
         held_out = None if digits is None else digits.val
         chosen = list(batches(held_out, args.batches, args.batch_size, seed, 1))
         if method == "fitting":
@@ -234,8 +231,8 @@ def measure(
         elif digits is not None and method is not None:
             given = batches(digits.train, UPDATES, 32, seed, 0)
             last_ce.append(train(plain, method, given)[-1])
-        fused, _ = build_model(config, CLASSES, choose_kernels("auto", where))
-        fused.to(where).load_state_dict(plain.state_dict())
+        fused, _ = build_model(config, CLASSES, choose_kernels("auto", DEVICE))
+        fused.to(DEVICE).load_state_dict(plain.state_dict())
         reference, parameters = plain.double(), report.parameters
         for images, labels in chosen:
             exact = gradient(reference, Arm("gradnorm"), (images.double(), labels))
@@ -246,11 +243,9 @@ def measure(
     for name, values in found.items():
         errors = {key: summary([value[key] for value in values]) for key in values[0]}
         rows.append({"arm": name, "precision": arms[name].precision, "whole": errors})
-    return {
-        **{"network": network, "parameters": parameters, "trained_by": method},
-        **{"updates": UPDATES if method in METHODS else None},
-        **{"last_cross_entropy": last_ce, "arms": rows},
-    }
+    case = {"network": network, "parameters": parameters, "trained_by": method}
+    case["updates"] = UPDATES if method in METHODS else None
+    return case | {"last_cross_entropy": last_ce, "arms": rows}
 
 
 def table(record: Record) -> str:
