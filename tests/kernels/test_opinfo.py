@@ -95,6 +95,9 @@ def samples(name: str) -> list[Any]:
     pytest.importorskip("expecttest", reason="PyTorch's sample inputs need expecttest: install it")
     from torch.testing._internal.common_methods_invocations import op_db
 
+    # the import forbids all later tests of this process to set flags such as allow_tf32
+    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+    assert not torch.backends.flags_frozen()
     return [
         sample
         for info in op_db
