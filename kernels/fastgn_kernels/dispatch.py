@@ -341,20 +341,17 @@ def register_third_derivative(op: Any, name: str, formula: Callable) -> None:
     formula: function of `formulas` that takes the arguments of the op and returns its results.
     """
 
-    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-        ctx.options = tuple(x for x in inputs if not isinstance(x, Tensor))
-        ctx.is_tensor = tuple(isinstance(x, Tensor) for x in inputs)
-        ctx.set_materialize_grads(False)
+    def save(inputs: Sequence[Any], output: Any) -> list[Tensor | None]:
+        return [x if isinstance(x, Tensor) else None for x in inputs]
 
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
+    def backward(options: tuple, saved: tuple, wanted: tuple[bool, ...], *cotangents: Any) -> tuple:
         warn_of_third_derivative(name)
-        tensors, options = iter(ctx.saved_tensors), iter(ctx.options)
-        inputs = [next(tensors if is_tensor else options) for is_tensor in ctx.is_tensor]
+        left = iter(options)
+        inputs = [next(left) if x is None else x for x in saved]
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return tuple(differentiate(formula, inputs, cotangents, _find_wanted(ctx)))
+            return tuple(differentiate(formula, inputs, cotangents, wanted))
 
-    op.register_autograd(backward, setup_context=setup_context)
+    register_derivative(op, save=save, backward=backward)
 
 
 @functools.cache
