@@ -189,6 +189,16 @@ def test_the_rule_of_helpers_can_fail(tmp_path: Path) -> None:
     assert imported_tests(path) == {"test_y", "test_z", "conftest"}
 
 
+FORKS = {"os.fork()", "multiprocessing.get_context('fork')", "get_context('fork')"}
+
+
+def test_no_test_forks_its_own_process() -> None:
+    """An exception in the fork would let it go on with the tests. See support.processes."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        calls = (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call))
+        assert FORKS.isdisjoint(map(ast.unparse, calls)), path
+
+
 def test_loop_fits_one_screen() -> None:
     tree = ast.parse((PACKAGE / "train.py").read_text())
     loop = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train")
