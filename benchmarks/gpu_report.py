@@ -146,7 +146,8 @@ def parts_for(machine: Machine) -> list[Part]:
     ranks = measure("scaling_check", "step.scaling", 500, f"--check --processes {cards}", toy)
     toy = "--seeds 1 --fd-steps 0.01 --batches 1 --batch-size 2 --images random "
     toy += "--networks 'tiny Swin'"
-    precision = measure("precision", "step.precision", 90, "--seeds 2 --fd-steps 0.01", toy)
+    full = "--seeds 2 --fd-steps 0.01 --images random digits fitted"  # confident takes minutes
+    precision = measure("precision", "step.precision", 90, full, toy)
     loader = measure("loader", "data.loader", 60, "", "--smoke")
     if machine.smoke:
         return [*first, ranks, precision, loader]

@@ -58,6 +58,7 @@ FITTED_CE = 5e-4
 MOST_UPDATES = 4000
 """Largest number of updates before a network is confident of enough digits or fits them."""
 UNSCALED = "exact, fp16 without loss scaling"
+"""Name of an arm that `label` would call "exact, fp16", too."""
 WIDTH = 64 if ON_GPU else 8
 """Channels of the first stage of PreActResNet-18. The original network has 64."""
 FD_STEPS = (0.07, 0.01, 0.001)
@@ -172,7 +173,8 @@ def confident(
 ) -> list[tuple[Tensor, Tensor]]:
     """Trains a model naturally until its cross-entropy is below SMALL_CE on enough held-out images.
 
-    Returns these images, as `number` batches of `size`. seed: seed for the training.
+    Returns these images, as `number` batches of `size`. seed: seed for the training. Raises
+    RuntimeError if there are too few after MOST_UPDATES updates.
     """
     images, labels = to_float(data.val.images_NCHW, SIDE).to(DEVICE), data.val.labels_N.to(DEVICE)
     for part in range(MOST_UPDATES // UPDATES):
@@ -182,8 +184,8 @@ def confident(
         model.train()
         found = (losses_N < SMALL_CE).nonzero()[: number * size, 0]
         if len(found) == number * size:
-            break
-    return list(zip(images[found].split(size), labels[found].split(size), strict=True))
+            return list(zip(images[found].split(size), labels[found].split(size), strict=True))
+    raise RuntimeError(f"confident of {len(found)} images, should be {number * size}")
 
 
 def batches(
